@@ -1,0 +1,44 @@
+"""LLM Quest: modern LLM architectures, training techniques and papers from scratch in plain PyTorch.
+
+    import llm_quest as quest
+    model = quest.load("folder or hub id")                  # Hugging Face layout in; a Decoder in eval mode
+    model = quest.build("llama3.2-tiny", seed=0)            # random weights, by preset or config
+    logits = model(tokens)                                  # (B,T,V)
+    out = quest.generate(model, [[1, 2, 3], [4]], max_new_tokens=32, temperature=0.0)
+    quest.save(model, "folder")                             # Hugging Face layout out
+    quest.presets()                                         # names
+
+The names are fetched when first used, so that `import llm_quest` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_DOORS = {
+    "load": "llm_quest.hub.files",
+    "save": "llm_quest.hub.files",
+    "build": "llm_quest.models.build",
+    "presets": "llm_quest.models.build",
+    "preset": "llm_quest.models.build",
+    "generate": "llm_quest.generate.generate",
+    "Completion": "llm_quest.generate.generate",
+    "Sampling": "llm_quest.generate.sampling",
+    "Scope": "llm_quest.scope",
+    "Tokenizer": "llm_quest.data.tokenizer",
+}
+
+__all__ = sorted(_DOORS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DOORS:
+        raise AttributeError(f"llm_quest has no {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_DOORS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

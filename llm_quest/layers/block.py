@@ -1,0 +1,52 @@
+"""How layers are stacked: a block is a mixer and a feed-forward layer, each on its own branch beside the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_quest.scope import Scope
+
+
+class Add(nn.Module):
+    """The plain residual, x + branch(x). It takes the branch as a function so that hyper-connections can take its place."""
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + branch(x)
+
+
+class Sublayer(nn.Module):
+    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm is Identity but for families that norm twice."""
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        layer: nn.Module,
+        *,
+        post_norm: nn.Module | None = None,
+        residual: nn.Module | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.norm = norm
+        self.layer = layer
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.post_norm = post_norm or nn.Identity()
+        self.residual = residual or Add()
+
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
+        return self.residual(x, lambda y: self.post_norm(self.dropout(self.layer(self.norm(y), scope))))
+
+
+class Block(nn.Module):
+    """A mixer moves information between positions, then a feed-forward layer works on each position."""
+
+    def __init__(self, mixer: Sublayer, ffn: Sublayer):
+        super().__init__()
+        self.mixer = mixer
+        self.ffn = ffn
+
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
+        return self.ffn(self.mixer(x, scope), scope)

@@ -1,0 +1,41 @@
+"""From tokens to vectors."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llm_quest.scope import Scope
+
+
+class TokenEmbedding(nn.Module):
+    """One learned vector per token."""
+
+    def __init__(self, vocab: int, width: int):
+        super().__init__()
+        self.token = nn.Embedding(vocab, width)
+
+    def forward(self, tokens: Int[Tensor, "B T"], scope: Scope) -> Float[Tensor, "B T D"]:
+        return self.token(tokens)
+
+
+class LearnedPositions(nn.Module):
+    """token(t) + position(p): GPT-2's. Padding (p = -1) reads position 0: nobody looks at it.
+
+    Raises ValueError for a position beyond the table, where it is known without waiting for the device."""
+
+    def __init__(self, vocab: int, width: int, context: int, *, dropout: float = 0.0):
+        super().__init__()
+        self.context = context
+        self.token = nn.Embedding(vocab, width)
+        self.position = nn.Embedding(context, width)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, tokens: Int[Tensor, "B T"], scope: Scope) -> Float[Tensor, "B T D"]:
+        if scope.reach is not None and scope.reach > self.context:
+            raise ValueError(
+                f"position {scope.reach - 1} is beyond this model's {self.context} learned positions: "
+                "shorten the input or let the window slide"
+            )
+        positions = scope.positions[:1] if scope.is_plain else scope.positions
+        return self.dropout(self.token(tokens) + self.position(positions.clamp(min=0)))

@@ -1,0 +1,44 @@
+"""Feed-forward layers: they change each token alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_quest.layers.projections import Projections
+from llm_quest.scope import Scope
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's and Gemma's GELU (Hendrycks & Gimpel, arXiv:1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))): the original transformer's (arXiv:1706.03762, eq. 2)."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], *, bias: bool):
+        super().__init__()
+        self.activation = activation
+        self.up = nn.Linear(width, hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
+        return self.down(self.activation(self.up(x)))
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202): SwiGLU with SiLU, GeGLU with GELU."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], *, bias: bool = False):
+        super().__init__()
+        self.activation = activation
+        self.gate_up = Projections(width, gate=hidden, up=hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
+        gate, up = self.gate_up(x)
+        return self.down(self.activation(gate) * up)

@@ -1,0 +1,18 @@
+"""From vectors back to tokens."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Unembed(nn.Linear):
+    """logits = x W^T, no bias. Tied: W is the token embedding itself, one parameter with two uses."""
+
+    def __init__(self, width: int, vocab: int, *, tied: nn.Embedding | None = None):
+        super().__init__(width, vocab, bias=False, device="meta" if tied is not None else None)
+        if tied is not None:
+            self.weight = tied.weight
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        return super().forward(x)

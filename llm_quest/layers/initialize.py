@@ -1,0 +1,48 @@
+"""First values. A model is assembled without memory (meta), given memory, then filled from one generator, so that a seed
+decides it on any machine, whatever else has drawn random numbers."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from llm_quest.layers.norm import LayerNorm, RMSNorm
+
+
+@runtime_checkable
+class FillsItself(Protocol):
+    """A layer with an initialisation of its own."""
+
+    def fill_(self, generator: torch.Generator | None) -> None: ...
+
+
+def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Give every parameter (uninitialised) memory; parameters that were one stay one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                memory = torch.empty(parameter.shape, device=device, dtype=dtype)
+                made[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+    return model
+
+
+def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
+    """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1."""
+    for path, module in model.named_modules():
+        if isinstance(module, FillsItself):
+            module.fill_(generator)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            writes = path.rsplit(".", 1)[-1] in ("out", "down")
+            nn.init.normal_(module.weight, std=out_std if writes else std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm | LayerNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, LayerNorm):
+                nn.init.zeros_(module.bias)
+        else:
+            assert not list(module.parameters(recurse=False)), f"{path}: no first values known for {type(module).__name__}"

@@ -1,0 +1,27 @@
+"""Several projections of one input, stacked by rows: one matrix product instead of three."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Projections(nn.Linear):
+    """`Projections(D, q=.., k=.., v=..)(x)` is the tuple (q, k, v). The rows of `weight` are the parts in that order.
+
+    Whoever needs one of the parts (renaming tables, LoRA targets, Muon, QK-Clip) finds its rows by name in `parts`."""
+
+    def __init__(self, width: int, *, bias: bool = False, **parts: int):
+        super().__init__(width, sum(parts.values()), bias=bias)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).split(list(self.parts.values()), dim=-1)
+
+    def rows(self, name: str) -> slice:
+        """The rows of one part."""
+        start = 0
+        for part, size in self.parts.items():
+            if part == name:
+                return slice(start, start + size)
+            start += size
+        raise ValueError(f"no part {name!r} here: it has {', '.join(self.parts)}")
