@@ -1,0 +1,112 @@
+"""Cross-entropy of a linear head, in three forms: `full` (the definition), `chunked` (ours) and `fused` (PyTorch's).
+
+The definition holds B x T x V logits in float32, their softmax and their gradient: at V = 128,256 they outweigh the model.
+But the gradient of -log softmax(z)[t] is softmax(z) - onehot(t), known as soon as the logits are. So the chunked form
+takes a few rows at a time, adds their part of both gradients during the forward pass, and forgets their logits:
+
+      z = x W^T          g = softmax(z) - onehot(t)          dx = g W          dW += g^T x
+
+three matrix products, as many as the plain form, and never more than `rows` x V numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+ROWS = 256
+LARGE = 64 * 2**20
+
+Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(
+    x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"], form: str = "auto"
+) -> Float[Tensor, ""]:
+    """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS."""
+    return FORMS[choose(x, weight) if form == "auto" else form](x, weight, targets)
+
+
+def choose(x: Tensor, weight: Tensor) -> str:
+    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own; else ours, because on a CPU
+    the built-in one takes ten times as long (docs/benchmarks.md)."""
+    if x.shape[0] * weight.shape[0] * 4 <= LARGE:
+        return "full"
+    return "fused" if x.is_cuda and "linear_cross_entropy" in vars(F) else "chunked"
+
+
+def full(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The definition."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's chunked form (torch 2.13 and later)."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, reduction="sum", options=options)
+
+
+@torch.compiler.disable
+def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Ours. Differs from the definition in rounding only."""
+    return Chunked.apply(x, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Chunked(torch.autograd.Function):
+    """Both gradients are made in the forward pass; backward multiplies them by what comes from above (a scalar)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        W = weight.to(dtype)
+        dx = torch.empty_like(x) if wants_x else None
+        dW = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        total = x.new_zeros((), dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            for first in range(0, x.shape[0], ROWS):
+                rows = slice(first, first + ROWS)
+                x_rows, t = x[rows].to(dtype), targets[rows]
+                log_p = F.linear(x_rows, W).float().log_softmax(dim=-1)
+                total += F.nll_loss(log_p, t, ignore_index=IGNORE, reduction="sum")
+                if wants_x or wants_weight:
+                    g = gradient_(log_p, t).to(dtype)
+                    if dx is not None:
+                        dx[rows] = g @ W
+                    if dW is not None:
+                        add_product_(dW, g, x_rows)
+        ctx.gradients, ctx.weight_dtype = (dx, dW), weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        assert ctx.gradients is not None, "the chunked form goes backward once: its gradients are scaled in place"
+        (dx, dW), ctx.gradients = ctx.gradients, None
+        (scale,) = upstream
+        dx = None if dx is None else dx.mul_(scale)
+        return dx, None if dW is None else dW.mul_(scale).to(ctx.weight_dtype), None
+
+
+def gradient_(log_p: Tensor, targets: Tensor) -> Tensor:
+    """softmax - onehot, in place of the log-probabilities; zero in the rows that are not learned."""
+    kept = targets != IGNORE
+    p = log_p.exp_()
+    p[torch.arange(p.shape[0], device=p.device), targets.clamp(min=0)] -= 1
+    return p.mul_(kept[:, None])
+
+
+def add_product_(dW: Tensor, g: Tensor, x: Tensor) -> None:
+    """dW += g^T x, summed in float32 whatever the dtype of the factors."""
+    if g.dtype == dW.dtype:
+        dW.addmm_(g.T, x)
+    else:
+        dW.add_(g.T @ x)
+
+
+FORMS: dict[str, Form] = {"full": full, "chunked": chunked, "fused": fused}
