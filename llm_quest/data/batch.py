@@ -1,0 +1,62 @@
+"""TokenBatch: rows of tokens and what is to be predicted at each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """tokens (B,T) int64; targets (B,T) int64, already shifted: `targets[b, t]` is to be predicted *at* t, -100 is not
+    learned.
+
+    positions (B,T): -1 for padding; None means plain rows that count from zero. segments (B,T): which of a packed row's
+    documents a token belongs to; None means one document per row.
+
+        tokens      <s>  a   b   <s>  c   <s>        two documents, "a b" and "c", and the beginning of a third
+        targets      a   b  </s>  c  </s>  d         the last target is the true next token, in the next row
+        positions    0   1   2    0   1    0
+        segments     0   0   0    1   1    2
+    """
+
+    tokens: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    positions: Int[Tensor, "B T"] | None = None
+    segments: Int[Tensor, "B T"] | None = None
+    counted: int | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding. Known on the host after `to`, so that reading it there costs no device sync."""
+        if self.counted is not None:
+            return self.counted
+        return self.tokens.numel() if self.positions is None else int((self.positions >= 0).sum())
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on another device (from pinned memory, without waiting for the copy)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return TokenBatch(
+            move(self.tokens),
+            move(self.targets),
+            None if self.positions is None else move(self.positions),
+            None if self.segments is None else move(self.segments),
+            self.num_tokens,
+        )
+
+    def rows(self, start: int, stop: int) -> TokenBatch:
+        """Rows start..stop-1 (views)."""
+        return TokenBatch(
+            self.tokens[start:stop],
+            self.targets[start:stop],
+            None if self.positions is None else self.positions[start:stop],
+            None if self.segments is None else self.segments[start:stop],
+        )

@@ -1,0 +1,202 @@
+"""Corpus: documents gathered for one run. Without a network there is always the interpreter's own text.
+
+    builtin:topics      pydoc's help topics: the language reference in English with code, about 0.5 MB
+    builtin:docstrings  the standard library's docstrings, one document per module, about 2 MB
+    builtin:source      the standard library's source, one document per module, about 12 MB
+    builtin             topics and docstrings
+
+All of it is under the PSF licence. Another Python has another text: a corpus carries its Python version and its
+sha256, and results are compared only within one hash. Tests are left out (some builds lack them), as are files written
+at build time. A model that memorises half a megabyte is not a language model; say the size wherever the result is said.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import hashlib
+import inspect
+import platform
+import sysconfig
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from llm_quest.data.documents import TEXT_SUFFIXES, Document, Ledger, read
+from llm_quest.errors import DataError, MissingError, UsageError
+
+LEFT_OUT = frozenset(
+    ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data")
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """name: what was asked for. python: the version whose text it is, None for the user's own data. sha256: of all
+    texts in order. The documents are held in memory."""
+
+    name: str
+    documents: tuple[Document, ...]
+    ledger: Ledger
+    sha256: str
+    python: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(document.nbytes for document in self.documents)
+
+    def as_json(self) -> dict[str, Any]:
+        facts = {"name": self.name, "sha256": self.sha256, "documents": len(self.documents), "bytes": self.nbytes}
+        return facts | {"python": self.python, "ledger": self.ledger.as_json()}
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        origin = f", text of Python {self.python}" if self.python else ""
+        title = (
+            f"{self.name}: {len(self.documents):,} documents, {self.nbytes:,} bytes, sha256 {self.sha256[:12]}{origin}"
+        )
+        return [title, *self.ledger.lines()]
+
+
+def gather(
+    source: str | Path,
+    *,
+    column: str = "text",
+    separator: str | None = None,
+    suffixes: Collection[str] = TEXT_SUFFIXES,
+) -> Corpus:
+    """The documents of `builtin`, `builtin:PART[,PART]`, a text file, a JSON-lines file or a folder; each text once.
+    DataError where nothing is left, with the ledger that says why."""
+    ledger = Ledger()
+    name = str(source)
+    builtin = name == "builtin" or name.startswith("builtin:")
+    found = (
+        _builtin(name, ledger)
+        if builtin
+        else read(source, ledger, column=column, separator=separator, suffixes=suffixes)
+    )
+    documents = _once_each(found, ledger)
+    if not documents:
+        raise DataError(f"{name} holds no text: " + ("; ".join(ledger.lines()[1:]) or "it is empty"))
+    python = platform.python_version() if builtin else None
+    return Corpus(name, documents, ledger, _sha256(documents), python)
+
+
+def topics() -> Iterator[Document]:
+    """pydoc's help topics, by name."""
+    try:
+        from pydoc_data.topics import topics as texts
+    except ImportError as error:
+        raise MissingError("this Python comes without pydoc_data; use builtin:docstrings or your own text") from error
+    for name in sorted(texts):
+        yield Document(texts[name], f"pydoc_data.topics:{name}")
+
+
+def docstrings() -> Iterator[Document]:
+    """One document per module: its docstring, then each class and function with its signature and docstring. Modules
+    are parsed, never imported."""
+    for file, name in _modules():
+        if text := signatures(file.read_bytes(), name):
+            yield Document(text, f"docstrings:{name}")
+
+
+def source() -> Iterator[Document]:
+    """One document per module of the standard library: its source as it stands on disk."""
+    for file, name in _modules():
+        yield Document(_source(file), f"source:{name}")
+
+
+def signatures(source: bytes, name: str) -> str:
+    """The docstrings of a module's source, each below its name and signature; empty if it has none. The source is
+    parsed, not run."""
+    with _collector_paused(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old modules
+        pieces = list(_documented(ast.parse(source), name))
+    return "".join(f"{piece}\n\n" for piece in pieces)
+
+
+BUILTIN: dict[str, Callable[[], Iterator[Document]]] = {"topics": topics, "docstrings": docstrings, "source": source}
+
+
+def _parts(name: str) -> list[str]:
+    if name == "builtin":
+        return ["topics", "docstrings"]
+    asked = [part.strip() for part in name.removeprefix("builtin:").split(",")]
+    for part in asked:
+        if part not in BUILTIN:
+            near = get_close_matches(part, BUILTIN, n=1)
+            meant = f"; did you mean builtin:{near[0]}?" if near else ""
+            raise UsageError(f"{name}: the built-in corpus has no part {part!r}; it has {', '.join(BUILTIN)}{meant}")
+    return list(dict.fromkeys(asked))
+
+
+def _builtin(name: str, ledger: Ledger) -> Iterator[Document]:
+    for document in chain.from_iterable(BUILTIN[part]() for part in _parts(name)):
+        if document.text.strip():
+            ledger.keep(document.nbytes)
+            yield document
+        else:
+            ledger.drop("empty", document.nbytes)
+
+
+def _once_each(documents: Iterator[Document], ledger: Ledger) -> tuple[Document, ...]:
+    """The first of each text; a later copy moves from kept to dropped."""
+    seen: dict[str, Document] = {}
+    for document in documents:
+        if document.hash in seen:
+            ledger.kept = [ledger.kept[0] - 1, ledger.kept[1] - document.nbytes]
+            ledger.drop("copy of another document", document.nbytes)
+        else:
+            seen[document.hash] = document
+    return tuple(seen.values())
+
+
+def _sha256(documents: tuple[Document, ...]) -> str:
+    return hashlib.sha256("".join(document.hash for document in documents).encode()).hexdigest()
+
+
+def _modules() -> list[tuple[Path, str]]:
+    """Files of the standard library and their module names, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [(file, file.relative_to(root)) for file in root.rglob("*.py")]
+    wanted = [(f, p) for f, p in files if LEFT_OUT.isdisjoint(p.parts) and not p.name.startswith("_sysconfigdata")]
+    if not wanted:
+        raise MissingError(f"the standard library's source is not at {root}; use builtin:topics or your own text")
+    named = [(file, ".".join(path.with_suffix("").parts).removesuffix(".__init__")) for file, path in wanted]
+    return sorted(named, key=lambda pair: pair[1])
+
+
+def _source(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _documented(node: ast.AST, name: str) -> Iterator[str]:
+    """'name(signature)', a blank line, the docstring, for the node and everything named below it."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text and text.strip():
+            arguments = (
+                f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+            )
+            yield f"{name}{arguments}\n\n{inspect.cleandoc(text)}"
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from _documented(child, f"{name}.{child.name}")
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Parsing is four times as fast without the garbage collector: a tree is many small objects, and all of them
+    live."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

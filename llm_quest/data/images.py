@@ -1,0 +1,139 @@
+"""Images in: from files to the numbers a model was trained on. Pillow and numpy; torch only at the end.
+
+Commonly got wrong: the statistics. Each published model has its own mean and deviation, kept beside its weights
+(`preprocessor_config.json`); another model's cost accuracy and raise nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from llm_quest.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+RESAMPLING = {2: "bilinear", 3: "bicubic"}
+MODES = {1: "L", 3: "RGB"}
+BRIGHTEST = 255.0
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """An image as a model wants it: resized to `size` x `size` pixels, brightness 0..1, less `mean`, divided by `std`.
+
+    mean, std: one number per channel (1: grey, 3: red, green, blue). crop: keep the shape, resize the shorter side and
+    cut the middle out (CLIP); otherwise the image is squeezed into the square (ViT)."""
+
+    size: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resample: str = "bilinear"
+    crop: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or len(self.mean) not in MODES or min(self.std) <= 0 or self.size < 1:
+            raise DataError(
+                f"images of size {self.size} with mean {self.mean} and deviation {self.std} cannot be made: give a "
+                "positive size and 1 or 3 channels, with deviations above 0"
+            )
+        if self.resample not in RESAMPLING.values():
+            raise DataError(f"resampling {self.resample!r} is unknown; known: {', '.join(RESAMPLING.values())}")
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
+        return self.normalized(self.pixels(image)[None])[0]
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 (C,H,W), resized and nothing more."""
+        image = image.convert(MODES[len(self.mean)])
+        method = Image.Resampling.BILINEAR if self.resample == "bilinear" else Image.Resampling.BICUBIC
+        if self.crop:
+            image = self.middle(image, method)
+        elif image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), method)
+        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+    def middle(self, image: Image.Image, method: Image.Resampling) -> Image.Image:
+        """The shorter side becomes `size`, then the square in the middle is cut out."""
+        short, long = sorted(image.size)
+        other = int(self.size * long / short)
+        wide = image.size[0] >= image.size[1]
+        image = image.resize((other, self.size) if wide else (self.size, other), method)
+        left, top = (image.size[0] - self.size) // 2, (image.size[1] - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    def normalized(self, pixels: np.ndarray) -> Float[Tensor, "B C H W"]:
+        """From uint8 (B,C,H,W) to what the model reads."""
+        mean, std = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (self.mean, self.std))
+        return torch.from_numpy((pixels.astype(np.float32) / BRIGHTEST - mean) / std)
+
+    def publish(self) -> dict[str, Any]:
+        """The contents of preprocessor_config.json."""
+        number = next(number for number, name in RESAMPLING.items() if name == self.resample)
+        square = {"height": self.size, "width": self.size}
+        shape: dict[str, Any] = {"size": square, "image_processor_type": "ViTImageProcessor"}
+        if self.crop:
+            shape = {"size": {"shortest_edge": self.size}, "crop_size": square, "do_center_crop": True}
+            shape |= {"do_convert_rgb": True, "image_processor_type": "CLIPImageProcessor"}
+        steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+        numbers = {"image_mean": list(self.mean), "image_std": list(self.std)}
+        return {**shape, **steps, **numbers, "resample": number, "rescale_factor": 1 / BRIGHTEST}
+
+
+CLIP_STATISTICS = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+    "resample": "bicubic",
+    "crop": True,
+}
+
+
+def read_preprocess(published: Mapping[str, Any]) -> Preprocess:
+    """From the contents of preprocessor_config.json, today's or an older one's (`"size": 224`)."""
+    size, crop = published.get("size", 224), bool(published.get("do_center_crop"))
+    told = published.get("crop_size", size) if crop else size
+    if isinstance(told, Mapping):
+        told = told.get("height", told.get("shortest_edge"))
+    if type(told) is not int:
+        raise DataError(f"preprocessor_config.json: size is {size!r}; a whole number of pixels was expected")
+    if published.get("resample", 2) not in RESAMPLING:
+        raise DataError(
+            f"preprocessor_config.json: resample is {published['resample']!r}; known: "
+            + ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
+        )
+    mean, std = published.get("image_mean", (0.5,) * 3), published.get("image_std", (0.5,) * 3)
+    return Preprocess(told, tuple(mean), tuple(std), RESAMPLING[published.get("resample", 2)], crop)
+
+
+def open_image(file: str | Path) -> Image.Image:
+    """A whole image, decoded. DataError names a file that is missing, no image, cut off or absurdly large."""
+    file = Path(file)
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
+            return image.copy()
+    except FileNotFoundError:
+        raise DataError(f"{file}: there is no such image") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: no image that can be read, or a corrupt one: {str(error)[:120]}") from None
+    except Image.DecompressionBombWarning as error:
+        raise DataError(f"{file}: too large to be decoded: {str(error)[:120]}") from None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, by name."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+
+
+def stacked(files: Sequence[Path], preprocess: Preprocess) -> np.ndarray:
+    """uint8 (N,C,H,W) of the images in these files."""
+    return np.stack([preprocess.pixels(open_image(file)) for file in files])

@@ -1,0 +1,144 @@
+"""PackedFeed: documents shuffled, laid end to end, cut into rows; the batch at a step is a function of (seed, step).
+
+    documents   [s a b c d e]  [s f g]  [s h i j]          s start, e end; each id but a document's last is an input
+    inputs       s a b c | d  s f  g | s  h i j            rows of four; the row's first position is zero again
+    targets      a b c d | e  f g  e | h  i j e            the next id of the same document, always
+    positions    0 1 2 3 | 0  0 1  2 | 0  1 2 3
+    segments     0 0 0 0 | 0  1 1  1 | 0  0 0 0
+
+Commonly got wrong: (1) a document cut by a row's end gets an end-of-text target that is not in the text, and the model
+learns to stop in mid-sentence; here its last target is the true next token. (2) A target across a boundary asks for
+the next document's first word; here a document's last target is its end. (3) Documents see their neighbours in the
+row: `segments`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from llm_quest.contracts import Share
+from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.tokens import Tokens
+from llm_quest.errors import DataError, UsageError
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+
+
+class Epoch(NamedTuple):
+    """One order of everything: documents in order, where each begins among the inputs, rows in order."""
+
+    documents: np.ndarray
+    begins: np.ndarray
+    rows: np.ndarray
+
+
+class PackedFeed:
+    """A `contracts.Feed` over one split.
+
+    length: inputs per row. rows: of the global batch. micro_rows: at most so many in a micro-batch. Of the rows of a
+    step, rank r has the r-th of `world` equal runs. In an epoch every input is seen exactly once: documents and rows
+    are ordered by (seed, epoch), the epoch's last row is padded. A single document gives plain rows (no positions, no
+    segments), for which attention needs no mask."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        length: int,
+        rows: int,
+        micro_rows: int,
+        seed: int,
+        share: Share = Share(),
+    ):
+        wrong = {"length": length, "rows": rows, "micro_rows": micro_rows}
+        if bad := [f"{name} is {value}" for name, value in wrong.items() if value < 1]:
+            raise UsageError(f"{', '.join(bad)}; expected at least 1")
+        if rows % share.world:
+            raise UsageError(f"{rows} rows cannot be shared by {share.world} processes; make rows a multiple of that")
+        if tokens.num_targets == 0:
+            raise DataError("the training split holds no documents; add text or hold out less")
+        self.tokens = tokens
+        self.length = length
+        self.rows = rows
+        self.micro_rows = micro_rows
+        self.seed = seed
+        self.share = share
+        self.rows_per_epoch = -(-tokens.num_targets // length)
+        self._epoch = lru_cache(maxsize=2)(self._order)
+
+    def at(self, step: int) -> list[TokenBatch]:
+        """This rank's micro-batches of optimiser step `step`."""
+        mine = self.rows // self.share.world
+        first = step * self.rows + self.share.rank * mine
+        starts = range(first, first + mine, self.micro_rows)
+        return [self.batch(range(start, min(start + self.micro_rows, first + mine))) for start in starts]
+
+    def batch(self, numbers: range) -> TokenBatch:
+        """Rows by their number since the beginning of training."""
+        tokens, targets, positions, segments = (
+            torch.from_numpy(np.stack(column)) for column in zip(*map(self._row, numbers), strict=True)
+        )
+        if self.tokens.num_documents > 1:
+            return TokenBatch(tokens, targets, positions, segments)
+        # Padding stands at the row's end, where no token of a plain causal row can see it.
+        return TokenBatch(tokens, targets, counted=int((positions >= 0).sum()))
+
+    def bookmark(self) -> dict[str, Any]:
+        """What the order depends on. There is no state: the step says where the feed stands."""
+        settings = {"length": self.length, "rows": self.rows, "seed": self.seed}
+        return {"feed": "packed", "data": self.tokens.hash} | settings
+
+    def resume(self, bookmark: dict[str, Any]) -> None:
+        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
+        here = self.bookmark()
+        changed = [f"{key} was {bookmark.get(key)}, is {here[key]}" for key in here if bookmark.get(key) != here[key]]
+        if changed:
+            raise DataError(f"the checkpoint belongs to another stream of data: {'; '.join(changed)}; start a new run")
+
+    def epochs(self, step: int) -> float:
+        """How often the data have been seen before this step."""
+        return step * self.rows / self.rows_per_epoch
+
+    def _row(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        epoch, place = divmod(number, self.rows_per_epoch)
+        order = self._epoch(epoch)
+        start = int(order.rows[place]) * self.length
+        inputs = np.arange(start, min(start + self.length, self.tokens.num_targets))
+        which = np.searchsorted(order.begins, inputs, side="right") - 1
+        begins = order.begins[which]
+        ids = self.tokens.offsets[order.documents[which]] + (inputs - begins)
+        columns = (self.tokens.ids[ids], self.tokens.ids[ids + 1], inputs - np.maximum(begins, start), which - which[0])
+        short = self.length - len(inputs)
+        fill = (int(self.tokens.ids[0]), IGNORE, -1, 0)
+        tokens, targets, positions, segments = (
+            np.pad(column.astype(np.int64), (0, short), constant_values=value)
+            for column, value in zip(columns, fill, strict=True)
+        )
+        return tokens, targets, positions, segments
+
+    def _order(self, epoch: int) -> Epoch:
+        documents = shuffled(self.tokens.num_documents, self.seed, epoch, 0)
+        inputs = np.diff(self.tokens.offsets)[documents] - 1
+        begins = np.concatenate([[0], np.cumsum(inputs)[:-1]])
+        return Epoch(documents, begins, shuffled(self.rows_per_epoch, self.seed, epoch, 1))
+
+
+def shuffled(number: int, *key: int) -> np.ndarray:
+    """0..number-1 in an order that depends on the key alone: the same with every version of every library. Each number
+    gets 64 bits by the splitmix64 finaliser (Steele, Lea & Flood 2014), and they are sorted by them."""
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for part in key:
+            state = _mixed(state + np.uint64(part % 2**64) * GOLDEN + np.uint64(1))
+        bits = _mixed(np.arange(number, dtype=np.uint64) * GOLDEN + state)
+    return np.argsort(bits, kind="stable")
+
+
+def _mixed(bits: Any) -> Any:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))

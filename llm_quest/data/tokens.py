@@ -1,0 +1,266 @@
+"""Token folders: documents as numbers on disk, memory-mapped, checked, re-used as long as data and tokenizer are the
+same.
+
+    manifest.json          format, sizes and sha256 of the files, vocabulary, tokenizer's hash, corpus, bytes per split
+    train.bin  val.bin     little-endian uint16 (uint32 above 65,536 tokens): each document is  start token ... token
+    end train.offsets.npy      (documents + 1) where each document begins in the .bin
+    train.bytes.npy        (documents) its bytes of UTF-8, for bits per byte
+    tokenizer/             the tokenizer, in the Hugging Face layout
+
+A folder is written beside its place and renamed at the end: it is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from filelock import FileLock
+
+from llm_quest.data.documents import Document
+from llm_quest.data.split import Split
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError, ResourceError
+
+FORMAT = 1
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The documents of one split. ids: start, tokens, end of each document, one after another; offsets (documents +
+    1): where each begins; nbytes (documents): its bytes as text; hash: of all of it. Each id but a document's last is
+    an input, and the id after it is its target: every byte of a document and its end are predicted."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    nbytes: np.ndarray
+    vocab_size: int
+    hash: str
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[int]], *, vocab_size: int, start: int, end: int) -> Tokens:
+        """In memory, from plain ids; a document counts as many bytes as it has tokens."""
+        whole = [np.array([start, *document, end], dtype=np.int64) for document in documents]
+        ids = np.concatenate(whole) if whole else np.zeros(0, dtype=np.int64)
+        offsets = np.cumsum([0, *map(len, whole)], dtype=np.int64)
+        nbytes = np.diff(offsets) - 2
+        digest = hashlib.sha256(ids.tobytes() + offsets.tobytes()).hexdigest()
+        return cls(ids, offsets, nbytes, vocab_size, digest).checked("these documents")
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions one pass over the split makes."""
+        return len(self.ids) - self.num_documents
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.nbytes.sum())
+
+    def document(self, number: int) -> np.ndarray:
+        """Its tokens, without start and end."""
+        return np.asarray(self.ids[self.offsets[number] + 1 : self.offsets[number + 1] - 1])
+
+    def documents(self) -> Iterator[np.ndarray]:
+        return (self.document(number) for number in range(self.num_documents))
+
+    def checked(self, name: str) -> Tokens:
+        """Itself; DataError if an id lies outside the vocabulary or the documents do not fill the ids."""
+        filled = len(self.offsets) and self.offsets[0] == 0 and self.offsets[-1] == len(self.ids)
+        if not filled or np.any(np.diff(self.offsets) < 2) or len(self.nbytes) != self.num_documents:
+            raise DataError(f"{name}: the documents do not fill the {len(self.ids)} tokens; prepare the data again")
+        for at in range(0, len(self.ids), 1 << 22):
+            part = self.ids[at : at + (1 << 22)]
+            if int(part.max()) >= self.vocab_size or int(part.min()) < 0:
+                wrong = at + int(np.argmax((part >= self.vocab_size) | (part < 0)))
+                raise DataError(
+                    f"{name}: token {int(self.ids[wrong])} at place {wrong} is outside the vocabulary of "
+                    f"{self.vocab_size}; prepare the data again with the model's tokenizer"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class TokenFolder:
+    """An opened token folder."""
+
+    path: Path
+    manifest: dict[str, Any]
+    train: Tokens
+    val: Tokens
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.path / "tokenizer")
+
+
+def default_cache() -> Path:
+    """Where token folders are kept between runs: $LLM_QUEST_CACHE, otherwise llm-quest in the user's cache folder."""
+    own, cache = os.environ.get("LLM_QUEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return (Path(own) if own else Path(cache or Path.home() / ".cache") / "llm-quest") / "tokens"
+
+
+def prepare(parts: Split, tokenizer: Tokenizer, root: str | Path) -> TokenFolder:
+    """The token folder of a split below `root`, named by the hash of its texts and tokenizer: made if it is not there,
+    opened if it is. Processes that ask at once wait for the first. A damaged one is made anew, and the ledger says
+    so."""
+    root = Path(root)
+    folder = root / _key(parts, tokenizer)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{folder.name}.lock"):
+            if (folder / "manifest.json").exists():
+                try:
+                    return open_tokens(folder)
+                except DataError as error:
+                    parts.corpus.ledger.note(f"prepared data was damaged and is made anew: {error}")
+            shutil.rmtree(folder, ignore_errors=True)
+            return _write(parts, tokenizer, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"no space left for the tokens in {root}; free some or name another folder") from error
+        raise ResourceError(f"the tokens cannot be written to {root}: {error.strerror or error}") from error
+
+
+def open_tokens(folder: str | Path, *, verify: Literal["full", "size"] = "full") -> TokenFolder:
+    """Opens a token folder without reading it into memory. full: sha256 of every file and every id within the
+    vocabulary; size: only that each file is as long as it was. DataError names what is missing, damaged or from
+    another format."""
+    folder = Path(folder)
+    manifest = _manifest(folder)
+    for name, facts in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise DataError(f"{file} is missing; prepare the data again")
+        if (size := file.stat().st_size) != facts["size"]:
+            raise DataError(f"{file} has {size} bytes, its manifest says {facts['size']}; prepare the data again")
+        if verify == "full" and _digest(file) != facts["sha256"]:
+            raise DataError(f"{file} has changed since it was written (sha256 differs); prepare the data again")
+    train, val = (_open(folder, name, manifest, verify) for name in SPLITS)
+    return TokenFolder(folder, manifest, train, val)
+
+
+def _write(parts: Split, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
+    stage = folder.with_name(f".{folder.name}.part")  # one name: the lock is held, so what lies there is dead
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        stage.mkdir()
+        tokenizer.save(stage / "tokenizer")
+        dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        counts = {name: _write_split(stage, name, getattr(parts, name), tokenizer, dtype) for name in SPLITS}
+        manifest = {
+            "format": FORMAT,
+            "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer": tokenizer.hash,
+            "start": tokenizer.start_id,
+            "end": tokenizer.end_id,
+            "splits": counts,
+            "corpus": parts.corpus.as_json(),
+            "python": platform.python_version(),
+            "files": {
+                file.name: {"size": file.stat().st_size, "sha256": _digest(file)} for file in sorted(stage.glob("*.*"))
+            },
+        }
+        (stage / "manifest.json").write_text(
+            json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        for file in stage.iterdir():
+            if file.is_file():
+                _sync(file)
+        os.rename(stage, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return open_tokens(folder, verify="size")
+
+
+def _write_split(
+    stage: Path, name: str, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str
+) -> dict[str, int]:
+    start, end = tokenizer.start_id, tokenizer.end_id
+    lengths, nbytes = [], []
+    with (stage / f"{name}.bin").open("wb") as file:
+        for batch in _batches(documents):
+            encoded = tokenizer.encode_batch([document.text for document in batch], template=False)
+            for document, ids in zip(batch, encoded, strict=True):
+                np.array([start, *ids, end], dtype=dtype).tofile(file)
+                lengths.append(len(ids) + 2)
+                nbytes.append(document.nbytes)
+    np.save(stage / f"{name}.offsets.npy", np.cumsum([0, *lengths], dtype=np.int64), allow_pickle=False)
+    np.save(stage / f"{name}.bytes.npy", np.array(nbytes, dtype=np.int64), allow_pickle=False)
+    return {"documents": len(lengths), "tokens": sum(lengths) - 2 * len(lengths), "bytes": sum(nbytes)}
+
+
+def _batches(documents: Sequence[Document], size: int = 4 << 20) -> Iterator[list[Document]]:
+    """Runs of documents of about `size` bytes."""
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += document.nbytes
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _open(folder: Path, name: str, manifest: dict[str, Any], verify: str) -> Tokens:
+    file = folder / f"{name}.bin"
+    empty = file.stat().st_size == 0
+    ids = np.zeros(0, dtype=manifest["dtype"]) if empty else np.memmap(file, dtype=manifest["dtype"], mode="r")
+    offsets = np.load(folder / f"{name}.offsets.npy", allow_pickle=False)
+    nbytes = np.load(folder / f"{name}.bytes.npy", allow_pickle=False)
+    facts = [manifest["files"][f"{name}{end}"]["sha256"] for end in (".bin", ".offsets.npy", ".bytes.npy")]
+    tokens = Tokens(ids, offsets, nbytes, manifest["vocab_size"], hashlib.sha256("".join(facts).encode()).hexdigest())
+    return tokens.checked(str(file)) if verify == "full" else tokens
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise DataError(f"{folder} is not a token folder: it has no manifest.json")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON: {error}; prepare the data again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{file} is not of format {FORMAT}, which this version reads; prepare the data again")
+    expected = {f"{name}{end}" for name in SPLITS for end in (".bin", ".offsets.npy", ".bytes.npy")}
+    missing = [key for key in ("dtype", "vocab_size", "files") if key not in manifest] or expected - set(
+        manifest["files"]
+    )
+    if missing or manifest["dtype"] not in ("<u2", "<u4"):
+        raise DataError(f"{file} is incomplete ({', '.join(sorted(missing)) or 'dtype'}); prepare the data again")
+    return manifest
+
+
+def _key(parts: Split, tokenizer: Tokenizer) -> str:
+    sides = [[document.hash for document in side] for side in (parts.train, parts.val)]
+    return hashlib.sha256(json.dumps([FORMAT, tokenizer.hash, sides]).encode()).hexdigest()[:32]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

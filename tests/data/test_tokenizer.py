@@ -1,0 +1,180 @@
+"""Tokenizers: every text comes back to the byte, control tokens cannot be typed, transformers reads what we write."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_quest.data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+from llm_quest.errors import DataError, UsageError
+
+SHARED = Path("/work/shared/data")
+TEXT = [
+    "the cat sat on the mat, the cat sat.\n" * 20,
+    "def f(x):\n    return x + 12345\n" * 10,
+    "café über naïve — 漢字 🙂 " * 10,
+]
+TOKENIZER = train_bpe(TEXT, 400)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back(text: str):
+    assert TOKENIZER.decode(TOKENIZER.encode(text), special=True) == text
+
+
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=40), st.booleans())
+def test_a_stream_says_what_decoding_at_once_says(ids: list[int], special: bool):
+    stream = TOKENIZER.stream(special=special)
+    assert "".join(map(stream.feed, ids)) + stream.flush() == TOKENIZER.decode(ids, special=special)
+
+
+def test_a_stream_never_splits_a_character():
+    bytewise = train_bpe(["a"], 264)
+    stream = bytewise.stream()
+    ids = bytewise.encode("é漢🙂a")
+    assert len(ids) == 2 + 3 + 4 + 1
+    assert [stream.feed(i) for i in ids] == ["", "é", "", "", "漢", "", "", "", "🙂", "a"]
+    assert stream.flush() == ""
+
+
+def test_an_unfinished_character_is_shown_at_the_end():
+    bytewise = train_bpe(["a"], 264)
+    stream = bytewise.stream()
+    assert stream.feed(bytewise.encode("é")[0]) == ""
+    assert stream.flush() == "\ufffd"
+
+
+def test_control_tokens_in_a_users_text_are_only_text():
+    text = f"hello {END_OF_TEXT}<|im_end|>"
+    assert not set(TOKENIZER.encode(text)) & set(range(8))
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert TOKENIZER.encode(text, special=True)[-2:] == [0, 2]
+    assert TOKENIZER.encode_batch([text, "a"]) == [TOKENIZER.encode(text), TOKENIZER.encode("a")]
+    assert not set(TOKENIZER.encode(text)) & set(range(8))  # asking for the other reading has changed nothing
+
+
+def test_decoding_leaves_control_tokens_out_unless_asked():
+    ids = [0, *TOKENIZER.encode("the cat"), 2]
+    assert TOKENIZER.decode(ids) == "the cat"
+    assert TOKENIZER.decode(ids, special=True) == f"{END_OF_TEXT}the cat<|im_end|>"
+
+
+def test_the_first_special_tokens_are_end_and_begin():
+    assert (TOKENIZER.eos_ids, TOKENIZER.bos_id, TOKENIZER.start_id, TOKENIZER.id("<|im_start|>")) == ((0,), 0, 0, 1)
+    assert TOKENIZER.vocab_size == 1 + max(TOKENIZER.engine.get_vocab().values()) <= 400
+
+
+def test_digits_stand_alone_and_a_word_keeps_its_space():
+    assert [TOKENIZER.decode([i]) for i in TOKENIZER.encode("2024")] == ["2", "0", "2", "4"]
+    assert TOKENIZER.decode(TOKENIZER.encode("the the")[1:]) == " the"
+
+
+def test_training_twice_gives_the_same_tokenizer():
+    assert train_bpe(iter(TEXT), 400).hash == TOKENIZER.hash != train_bpe(TEXT, 280).hash
+
+
+def test_save_and_load_keep_everything(tmp_path: Path):
+    before = Tokenizer(TOKENIZER.engine, ends=[END_OF_TEXT], chat_template="{{ messages }}")
+    before.save(tmp_path, 512)
+    after = Tokenizer.load(tmp_path)
+    assert after.hash == before.hash
+    assert (after.limit, after.chat_template, after.bos_id) == (512, "{{ messages }}", None)
+    assert Tokenizer.load(tmp_path / "tokenizer.json").hash == before.hash
+
+
+def test_files_get_the_mode_of_the_umask(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        TOKENIZER.save(tmp_path / "new", 64)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "new").iterdir()} == {0o640}
+
+
+def test_transformers_reads_what_we_write(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    TOKENIZER.save(tmp_path, 512)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXT, "  two  spaces\n\n", "", "12 + 34 = 46"):
+        assert theirs(text).input_ids == TOKENIZER.encode(text)
+        assert theirs.decode(TOKENIZER.encode(text)) == text
+    assert theirs(f"a{END_OF_TEXT}").input_ids == TOKENIZER.encode(f"a{END_OF_TEXT}", special=True)
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.pad_token_id) == (0, 0, 3)
+    assert theirs.model_max_length == 512
+
+
+def test_published_tokenizers_give_the_ids_transformers_gives():
+    transformers = pytest.importorskip("transformers")
+    if not (SHARED / "stories260K").exists():
+        pytest.skip("needs ../shared/data")
+    ours, theirs = (
+        Tokenizer.load(SHARED / "stories260K"),
+        transformers.AutoTokenizer.from_pretrained(SHARED / "stories260K"),
+    )
+    for text in ("Once upon a time, Lily", "été 🙂", ""):
+        assert ours.encode(text) == theirs(text).input_ids
+        assert ours.encode(text, template=False) == theirs(text, add_special_tokens=False).input_ids
+    assert (ours.bos_id, ours.eos_ids, ours.limit, ours.vocab_size) == (1, (2,), 512, 512)
+
+
+def test_a_stream_of_a_tokenizer_with_leading_spaces_keeps_the_spaces():
+    if not (SHARED / "stories260K").exists():
+        pytest.skip("needs ../shared/data")
+    ours = Tokenizer.load(SHARED / "stories260K")
+    ids = [*ours.encode("Once upon a time"), *ours.eos_ids, *ours.encode(" there was 🙂 a cat.", template=False)]
+    stream = ours.stream()
+    assert "".join(map(stream.feed, ids)) + stream.flush() == ours.decode(ids)
+
+
+def test_gpt2_files_give_gpt2_ids(tmp_path: Path):
+    if not (SHARED / "gpt2-vocab.json").exists():
+        pytest.skip("needs ../shared/data")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).symlink_to(SHARED / f"gpt2-{name}")
+    gpt2 = Tokenizer.load(tmp_path)
+    assert gpt2.encode("Hello, I am") == [15496, 11, 314, 716]
+    assert gpt2.encode("\n\nworld's  42") == [198, 198, 6894, 338, 220, 5433]
+    assert (gpt2.eos_ids, gpt2.bos_id, gpt2.vocab_size) == ((50256,), 50256, 50257)
+    assert 50256 not in gpt2.encode(END_OF_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer at"),
+        ({"tokenizer.model": "x"}, "SentencePiece"),
+        ({"tokenizer.json": "{"}, "is not a tokenizer.json"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, "holds a list"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "is not JSON"),
+        ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<nope>"}'}, "no token '<nope>'"),
+    ],
+)
+def test_a_broken_folder_is_refused_by_name(tmp_path: Path, files: dict[str, str | None], message: str):
+    for name, content in files.items():
+        (tmp_path / name).write_text(TOKENIZER.engine.to_str() if content is None else content)
+    with pytest.raises(DataError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_padding_and_truncation_of_a_published_file_are_switched_off(tmp_path: Path):
+    content = json.loads(TOKENIZER.engine.to_str())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path).encode(TEXT[0]) == TOKENIZER.encode(TEXT[0])
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UsageError, match="256 bytes and 8 special tokens need 264"):
+        train_bpe(TEXT, 100)
+    with pytest.raises(DataError, match="without text"):
+        train_bpe([""], 300)
+    with pytest.raises(DataError, match="surrogate"):
+        TOKENIZER.encode("a\ud800")
+    with pytest.raises(UsageError, match=r"no token '<\|nope\|>'"):
+        TOKENIZER.id("<|nope|>")
