@@ -1,0 +1,199 @@
+"""AdamW, and Muon for the hidden matrices with AdamW for the rest.
+
+Muon: momentum, then the nearest orthogonal matrix instead of the gradient (every direction of the matrix moves
+equally):
+
+      M <- mu M + (1 - mu) G        O = NS(G + mu (M - G))        W <- W - lr (0.2 sqrt(max(rows, columns)) O + decay W)
+
+NS, five Newton-Schulz steps, turns U S V^T into about U V^T with matrix products alone (Jordan et al. 2024). The
+factor 0.2 sqrt(max) gives the update the root mean square of an AdamW update, so both share one learning rate (Liu et
+al. 2025). Commonly got wrong: a fused projection is several matrices stacked by rows, and orthogonalising the stack
+mixes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import AdamW, Optimizer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+Splits = Mapping[str, Sequence[int]]
+
+
+def adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> Optimizer:
+    """AdamW, fused. Only matrices decay: a norm's gain or a bias has no business near zero."""
+    return AdamW(groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def muon(
+    model: nn.Module,
+    *,
+    lr: float,
+    splits: Splits | None = None,
+    by_adamw: Sequence[str] = ("embed.", "head."),
+    momentum: float = 0.95,
+    steps: int = 5,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> Optimizer:
+    """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of `by_adamw`.
+
+    splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional parameter
+    (a stack of experts' matrices) belongs to Muon if `splits` names it."""
+    splits = {} if splits is None else splits
+    unknown = sorted(set(splits) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if unknown:
+        raise ValueError(f"the row splits name parameters that the model does not have: {', '.join(unknown)}")
+    hidden: dict[str, nn.Parameter] = {}
+    rest: dict[str, nn.Parameter] = {}
+    for name, p in trainable(model).items():
+        matrix = (p.ndim == 2 or name in splits) and not name.startswith(tuple(by_adamw))
+        (hidden if matrix else rest)[name] = p
+    matrices = [
+        {"params": [p], "rows": rows_of(name, p, splits), "weight_decay": weight_decay} for name, p in hidden.items()
+    ]
+    return Muon(
+        _with_rate(matrices, lr),
+        groups_of(rest, lr=lr, weight_decay=weight_decay),
+        model=model, lr=lr, momentum=momentum, steps=steps, betas=betas, eps=eps,
+    )  # fmt: skip
+
+
+class Muon(Optimizer):
+    """One optimiser of two kinds of groups: those that say `rows` are Muon's, the others are handed to AdamW.
+
+    Works on plain tensors, under DDP, and on FSDP2's sharded ones: momentum stays sharded, the matrix is gathered for
+    Newton-Schulz, and each process keeps its own rows of the result."""
+
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        rest: list[dict[str, Any]],
+        *,
+        model: nn.Module,
+        lr: float,
+        momentum: float,
+        steps: int,
+        betas: tuple[float, float],
+        eps: float,
+    ):
+        cover(model, [*matrices, *rest])
+        super().__init__([*matrices, *rest], {"lr": lr, "momentum": momentum, "steps": steps})
+        self.matrices = self.param_groups[: len(matrices)]
+        self.adamw = (
+            AdamW(self.param_groups[len(matrices) :], lr=lr, betas=betas, eps=eps, fused=True) if rest else None
+        )
+        if self.adamw is not None:
+            self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.matrices:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_(p, p.grad, group)
+        if self.adamw is not None:
+            self.adamw.step()
+
+    def _update_(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        ahead = gradient.lerp(running, group["momentum"])
+        update = torch.cat(
+            [orthogonal(part, group["steps"]) for part in whole(ahead).split(group["rows"], dim=-2)], dim=-2
+        )
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(shard_like(update, p), alpha=-group["lr"])
+
+
+def orthogonal(gradient: Tensor, steps: int = 5, iterate: torch.dtype = torch.bfloat16) -> Tensor:
+    """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). float32 or wider out.
+
+    The five steps need few bits and run in bfloat16, as published; two correct versions may differ by 2.5e-2."""
+    rows, columns = gradient.shape[-2:]
+    return newton_schulz(gradient.to(iterate), steps).to(gradient.dtype) * (0.2 * math.sqrt(max(rows, columns)))
+
+
+def newton_schulz(x: Tensor, steps: int) -> Tensor:
+    """X <- a X + (b X X^T + c (X X^T)^2) X, from X / |X|; on the shorter side, where the product is small."""
+    a, b, c = NEWTON_SCHULZ
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def whole(t: Tensor) -> Tensor:
+    """The full matrix behind a sharded one."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def shard_like(full: Tensor, p: Tensor) -> Tensor:
+    """This process's part of a matrix that every process holds in full: no communication."""
+    if not isinstance(p, DTensor):
+        return full
+    return DTensor.from_local(full, p.device_mesh, [Replicate()] * p.device_mesh.ndim).redistribute(
+        placements=p.placements
+    )
+
+
+def rows_of(name: str, p: Tensor, splits: Splits) -> list[int]:
+    """The rows of each matrix stacked in a parameter; ValueError if they do not add up to it."""
+    rows = list(splits.get(name, (p.shape[-2],)))
+    if sum(rows) != p.shape[-2]:
+        raise ValueError(f"the row splits of {name}, {rows}, add up to {sum(rows)}; it has {p.shape[-2]} rows")
+    return rows
+
+
+def groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, the rest does not; every trainable parameter is in exactly one group."""
+    listed = groups_of(trainable(model), lr=lr, weight_decay=weight_decay)
+    cover(model, listed)
+    return listed
+
+
+def groups_of(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, of those parameters that there are."""
+    decayed = [p for p in named.values() if p.ndim >= 2]
+    free = [p for p in named.values() if p.ndim < 2]
+    both = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return _with_rate([group for group in both if group["params"]], lr)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is learned, by name; tied weights once. ValueError if nothing is."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
+    return named
+
+
+def cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
+    """Our own invariant: no parameter forgotten, none updated twice."""
+    held = [id(p) for group in listed for p in group["params"]]
+    assert len(held) == len(set(held)), "a parameter is in two optimiser groups"
+    assert set(held) == {id(p) for p in trainable(model).values()}, "a trainable parameter is in no optimiser group"
+
+
+def _with_rate(listed: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+    return [group | {"lr": lr, "initial_lr": lr} for group in listed]

@@ -1,0 +1,184 @@
+"""Several processes, one training: DDP (every process holds the model) or FSDP2 (every process holds a part of it).
+
+The loop sees four things: `place` (before the optimiser is made), `engine` (what is called), `sum_` and `broadcast`.
+Both engines are PyTorch's own, told to *add* gradients: the loop divides once by the count of the whole step, so a
+run on many processes is the run on one, up to the rounding of sums. Every process must bring the same number of
+micro-batches to a step (one with nothing to learn will do). Started by `torchrun`; without it there is one process
+and nothing to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llm_quest.contracts import Share
+from llm_quest.errors import MissingError, UsageError
+
+ENGINES = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place among the others. `Parallel()` is one process on the CPU."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    kind: str = "single"
+
+    @classmethod
+    def from_environment(cls, device: str = "auto", engine: str = "ddp") -> Parallel:
+        """What torchrun says (RANK, WORLD_SIZE, LOCAL_RANK); joins the process group: nccl on CUDA, gloo elsewhere."""
+        if engine not in ENGINES:
+            raise UsageError(f"no parallel engine is called {engine!r}; known: {', '.join(ENGINES)}")
+        chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls(device=chosen)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), chosen, engine)
+
+    @property
+    def leader(self) -> bool:
+        """The one process that writes."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> Share:
+        """For the feed."""
+        return Share(self.rank, self.world)
+
+    def place(self, objective: nn.Module, blocks: Sequence[nn.Module] = ()) -> nn.Module:
+        """To the device, equal everywhere, and for FSDP2 sharded: each of `blocks` by itself, the rest with the
+        objective.
+
+        In place; call it before the optimiser is made, for sharding replaces the parameters."""
+        objective.to(self.device)
+        if self.kind == "single":
+            return objective
+        for tensor in [*objective.parameters(), *objective.buffers()]:
+            dist.broadcast(tensor.data, 0)
+        if self.kind == "fsdp":
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for module in [*blocks, objective]:
+                fully_shard(module, mesh=mesh)
+            for module in objective.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_gradient_divide_factor(1.0)
+                    module.set_force_sum_reduction_for_comms(True)
+        return objective
+
+    def engine(self, objective: nn.Module) -> nn.Module:
+        """What the loop calls: the objective itself, or DDP around it."""
+        if self.kind == "fsdp" and not isinstance(objective, FSDPModule):
+            raise ValueError("FSDP2 shards before the optimiser is made: call parallel.place(objective, blocks) first")
+        if self.kind != "ddp":
+            return objective
+        engine = DistributedDataParallel(objective, broadcast_buffers=False)
+        engine.register_comm_hook(None, lambda state, bucket: added(bucket))
+        return engine
+
+    @contextmanager
+    def gathered(self, objective: nn.Module) -> Iterator[None]:
+        """The model can be called by itself, past the objective (probes): what FSDP2 keeps with the root is whole."""
+        if isinstance(objective, FSDPModule):
+            objective.unshard()
+        yield
+        if isinstance(objective, FSDPModule):
+            objective.reshard()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add over all processes, in place."""
+        if self.kind != "single":
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, thing: Any) -> Any:
+        """The leader's thing, for everybody."""
+        return self.gather(thing)[0]
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Everybody's thing, in the order of ranks."""
+        if self.kind == "single":
+            return [thing]
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.kind != "single" and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def added(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's hook for a bucket of gradients: their sum, where DDP's own would take the mean."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return, union-attr]
+
+
+@contextmanager
+def accumulating(engine: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients travel between processes after the last micro-batch of a step, and only then."""
+    if isinstance(engine, FSDPModule):
+        engine.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(engine, DistributedDataParallel) and not last:
+        with engine.no_sync():
+            yield
+    else:
+        yield
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """auto takes an accelerator if there is one. MissingError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in there:
+        raise UsageError(f"no device is called {name!r}; known: auto, {', '.join(there)} (and cuda:0, cuda:1, ...)")
+    index = int(number) if number.isdigit() else local_rank
+    if (kind == "cuda" and index >= there[kind]) or not there[kind]:
+        raise MissingError(
+            f"device {name} is not there (found: {there[kind]} of its kind); use device=auto or device=cpu"
+        )
+    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+
+
+def local(t: Tensor) -> Tensor:
+    """The part that lies here."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def full(t: Tensor) -> Tensor:
+    """All of it, gathered from every process; sharing memory with `t` where it was whole already."""
+    return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
+
+
+def fill_(t: Tensor, value: Tensor) -> None:
+    """Write a full tensor into one that may be sharded."""
+    with torch.no_grad():
+        t.copy_(like(t, value))
+
+
+def like(t: Tensor, value: Tensor) -> Tensor:
+    """A full tensor laid out, on the device and in the parts, as `t` is."""
+    value = value.to(t.device)
+    if isinstance(t, DTensor):
+        return distribute_tensor(value, t.device_mesh, t.placements, src_data_rank=None)
+    return value

@@ -1,0 +1,169 @@
+import errno
+import json
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llm_quest.errors import BusyError, DataError, ResourceError
+from llm_quest.train import checkpoint as files
+from llm_quest.train.checkpoint import Checkpoint
+from llm_quest.train.run import Run
+from tests.train.small import digest, go
+
+
+def made(step: int, size: int = 100) -> Checkpoint:
+    return Checkpoint(step, {"w": torch.full((size,), float(step))}, {"w|exp_avg": torch.zeros(size)}, {"step": step})
+
+
+def names(root) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_what_is_written_is_read_and_latest_names_it(tmp_path):
+    folder = files.write(tmp_path / "checkpoints", made(1000))
+    assert folder.name == "step-00001000"
+    assert (tmp_path / "LATEST").read_text() == "step-00001000\n"
+    assert files.fault(folder) == ""
+    back = files.read(folder)
+    assert torch.equal(back.model["w"], made(1000).model["w"])
+    assert (back.step, back.state) == (1000, {"step": 1000})
+
+
+def test_files_have_the_modes_of_the_umask_and_no_pickle(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = files.write(tmp_path / "checkpoints", made(1))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert names(folder) == ["MANIFEST.json", "model.safetensors", "optim.safetensors", "state.json"]
+
+
+def test_a_committed_checkpoint_is_never_overwritten(tmp_path):
+    files.write(tmp_path / "checkpoints", made(1))
+    with pytest.raises(BusyError, match="exists already"):
+        files.write(tmp_path / "checkpoints", made(1))
+
+
+def flip(path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "sha256"),
+        (lambda folder: (folder / "optim.safetensors").write_bytes(b"x"), "has 1 bytes"),
+        (lambda folder: (folder / "state.json").unlink(), "missing"),
+        (lambda folder: (folder / "MANIFEST.json").write_text('{"files":'), "cannot be read"),
+        (lambda folder: (folder / "MANIFEST.json").unlink(), "cannot be read"),
+        (lambda folder: (folder / "MANIFEST.json").write_text("[]"), "cannot be read"),
+    ],
+)
+def test_a_corrupt_newest_is_renamed_and_the_one_before_it_is_used(tmp_path, harm, words):
+    root = tmp_path / "checkpoints"
+    for step in (1, 2):
+        files.write(root, made(step))
+    harm(root / "step-00000002")
+    said: list[str] = []
+    assert files.newest(root, said.append).name == "step-00000001"
+    assert len(said) == 1
+    assert words in said[0]
+    assert names(root) == ["step-00000001", "step-00000002.corrupt"]
+
+
+def test_if_all_are_corrupt_the_run_does_not_start_over_in_silence(tmp_path):
+    files.write(tmp_path / "checkpoints", made(1))
+    flip(tmp_path / "checkpoints/step-00000001/model.safetensors")
+    with pytest.raises(DataError, match="all 1 are corrupt"):
+        files.newest(tmp_path / "checkpoints", lambda text: None)
+    assert files.newest(tmp_path / "elsewhere", lambda text: None) is None
+
+
+def test_retention_keeps_the_last_the_multiples_and_the_best(tmp_path):
+    root = tmp_path / "checkpoints"
+    for step in range(10, 80, 10):
+        files.write(root, made(step))
+    files.retain(root, 2, every=30, best=(20,))
+    assert [files.step_of(folder) for folder in files.listed(root)] == [20, 30, 60, 70]
+    files.retain(root, 0)
+    assert len(files.listed(root)) == 4
+
+
+def test_leftovers_of_killed_processes_are_swept_and_others_are_not(tmp_path):
+    root = tmp_path / "checkpoints"
+    files.write(root, made(1))
+    for name in (".tmp-00000002-1-x", ".trash-step-00000000", "step-00000003.corrupt"):
+        (root / name).mkdir()
+        (root / name / "model.safetensors").write_bytes(b"half")
+    files.sweep(root)
+    assert names(root) == ["step-00000001", "step-00000003.corrupt"]
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500))
+    with pytest.raises(ResourceError, match=r"0\.0 MB are missing\)\. Earlier checkpoints are untouched"):
+        files.write(tmp_path / "checkpoints", made(1))
+    assert names(tmp_path / "checkpoints") == []
+
+
+FULL_DISK = """
+import resource, sys, signal
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from tests.train.test_checkpoint import made
+from llm_quest.train import checkpoint as files
+from llm_quest.errors import ResourceError
+root = Path(sys.argv[1])
+files.write(root, made(1))
+try:
+    files.write(root, made(2, 10**6))
+except ResourceError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_disk_that_fills_up_while_writing_loses_nothing(tmp_path):
+    root = tmp_path / "checkpoints"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(root)], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "the disk is full: step-00000002 needs 8.0 MB" in done.stdout
+    assert names(root) == ["step-00000001"]
+    assert files.fault(root / "step-00000001") == ""
+    assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
+
+
+def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Run(tmp_path / "run") as run:
+        go(4, run, save_every=2)
+        monkeypatch.setattr(files, "save_file", lambda tensors, path, metadata: full(path))
+        with pytest.raises(ResourceError, match="No space left on device"):
+            go(8, run, save_every=2)
+        assert go(8, run, save_every=2, on_disk_full="continue").step == 8
+        monkeypatch.undo()
+        assert names(run.checkpoints) == ["step-00000002", "step-00000004"]
+        assert go(10, run).saved.endswith("step-00000010")
+    events = [json.loads(line)["event"] for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    assert events.count("not saved") == 3
+
+
+def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
+    ends = []
+    for background in (True, False):
+        with Run(tmp_path / str(background)) as run:
+            ends.append(digest(go(6, run, save_every=2, background_save=background).saved))
+    assert ends[0] == ends[1]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+
+from llm_quest.train.optimizers import adamw, muon, newton_schulz, orthogonal
+from tests.train.small import Model
+
+
+def grown(model: nn.Module, generator: torch.Generator) -> None:
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+def test_only_matrices_decay_and_every_parameter_is_in_one_group():
+    model = Model()
+    decayed, free = adamw(model, lr=1e-3, weight_decay=0.1).param_groups
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in free["params"]} == {1}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_a_frozen_parameter_is_left_out_and_a_frozen_model_is_refused():
+    model = Model()
+    model.embed.weight.requires_grad_(False)
+    held = [p for group in adamw(model, lr=1e-3).param_groups for p in group["params"]]
+    assert all(p is not model.embed.weight for p in held)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        muon(model.requires_grad_(False), lr=1e-3)
+
+
+def test_newton_schulz_brings_every_singular_value_near_one_and_keeps_the_directions(generator):
+    for shape in ((24, 24), (10, 30), (30, 10), (3, 8, 20)):
+        g = torch.randn(shape, generator=generator, dtype=torch.float64)
+        u, s, vh = torch.linalg.svd(g, full_matrices=False)
+        for _ in range(5):
+            s = s / s.norm(dim=-1, keepdim=True) if _ == 0 else s
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        ours = newton_schulz(g, 5)
+        torch.testing.assert_close(ours, u @ torch.diag_embed(s) @ vh, atol=1e-10, rtol=0)
+        torch.testing.assert_close(newton_schulz(g * 1e4, 5), ours, atol=1e-10, rtol=0)
+        values = torch.linalg.svdvals(ours)
+        assert values.min() > 0.3
+        assert values.max() < 1.3
+
+
+def test_ours_equals_torchs_muon_over_ten_steps_in_float64(generator):
+    start = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+    ours, theirs = (nn.Sequential(nn.Linear(20, 12, bias=False, dtype=torch.float64)) for _ in range(2))
+    for model in (ours, theirs):
+        model[0].weight.data.copy_(start)
+    mine = muon(ours, lr=0.02, weight_decay=0.1)
+    other = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(10):
+        gradient = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+        for model, optimizer in ((ours, mine), (theirs, other)):
+            model[0].weight.grad = gradient.clone()
+            optimizer.step()
+    moved = (theirs[0].weight - start).norm()
+    assert (ours[0].weight - theirs[0].weight).norm() < 0.02 * moved, (
+        "the bfloat16 iterations may differ in their rounding"
+    )
+
+
+def test_a_fused_projection_is_orthogonalised_part_by_part(generator):
+    model = nn.Sequential(nn.Linear(16, 24, bias=False))
+    model[0].weight.data.zero_()
+    gradient = torch.randn(24, 16, generator=generator)
+    model[0].weight.grad = gradient.clone()
+    muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, splits={"0.weight": (16, 4, 4)}).step()
+    apart = torch.cat([orthogonal(part) for part in gradient.split([16, 4, 4])])
+    assert torch.equal(model[0].weight.data, -apart)
+    assert not torch.allclose(apart, orthogonal(gradient), atol=0.1)
+
+
+def test_a_stack_of_experts_is_as_many_matrices(generator):
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(3, 8, 6))
+    model.conv = nn.Parameter(torch.zeros(5, 1, 4))
+    grown(model, generator)
+    gradient = model.experts.grad.clone()
+    optimizer = muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, splits={"experts": (4, 4)})
+    optimizer.step()
+    alone = [torch.cat([orthogonal(gradient[e, :4]), orthogonal(gradient[e, 4:])]) for e in range(3)]
+    torch.testing.assert_close(model.experts.data, -torch.stack(alone), atol=3e-2, rtol=0)
+    assert set(optimizer.state[model.conv]) == {"step", "exp_avg", "exp_avg_sq"}, (
+        "a convolution is no stack of matrices"
+    )
+
+
+def test_embeddings_heads_and_vectors_go_to_adamw(generator):
+    model, same = Model(), Model()
+    same.load_state_dict(model.state_dict())
+    for one in (model, same):
+        grown(one, torch.Generator().manual_seed(1))
+    both, plain = muon(model, lr=1e-2), adamw(same, lr=1e-2)
+    both.step(), plain.step()
+    kinds = {name: "momentum" in both.state[p] for name, p in model.named_parameters()}
+    assert [name for name, by_muon in kinds.items() if by_muon] == [
+        n for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks")
+    ]
+    other = dict(same.named_parameters())
+    assert all(torch.equal(p, other[name]) for name, p in model.named_parameters() if not kinds[name])
+
+
+def test_splits_that_do_not_fit_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 6))
+    with pytest.raises(ValueError, match=r"0\.weight.*add up to 5; it has 6 rows"):
+        muon(model, lr=1e-3, splits={"0.weight": (3, 2)})
+    with pytest.raises(ValueError, match=r"does not have: 1\.weight"):
+        muon(model, lr=1e-3, splits={"1.weight": (6,)})

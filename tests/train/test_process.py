@@ -1,0 +1,167 @@
+"""What only a process of its own can show: being killed, being asked to stop, being one of two."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_quest.errors import BusyError
+from llm_quest.train.run import Run
+from tests.train.small import Losses, Rule, digest, go, main, objective
+
+ROOT = Path(__file__).parents[2]
+
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.train.small"])
+
+
+def child(words: list[str]) -> None:
+    sys.exit(main(words))
+
+
+def start(folder: Path, *options: str) -> multiprocessing.process.BaseProcess:
+    """`small.main` in a process of its own, forked from one that has torch and has not used it."""
+    process = processes.Process(target=child, args=([str(folder), *options],))
+    process.start()
+    return process
+
+
+def end(process: multiprocessing.process.BaseProcess) -> int:
+    """Its exit code, or minus the signal that ended it."""
+    process.join(timeout=60)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode
+
+
+def until(folder: Path, step: int, name: str = "metrics.jsonl") -> None:
+    """Wait for the first line at or after a step."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        text = (folder / name).read_text() if (folder / name).exists() else ""
+        if any(
+            json.loads(line).get("step", -1) >= step for line in text.splitlines(keepends=True) if line.endswith("\n")
+        ):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} never came")
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_random_moments_and_resumed_the_run_ends_with_the_same_bits(tmp_path):
+    straight, chance = tmp_path / "straight", random.Random(0)
+    assert end(start(straight)) == 0
+    broken, kills, reached = tmp_path / "broken", 0, 0
+    for _ in range(5):
+        process = start(broken, "--pause", "0.01")
+        until(broken, min(reached + 2, 36))
+        time.sleep(chance.uniform(0, 0.15))
+        process.kill()
+        kills += end(process) == -signal.SIGKILL
+        reached = max((row["step"] for row in rows(broken)), default=0)
+    assert kills >= 3, "the kills came too late to test anything"
+    assert end(start(broken)) == 0
+    assert digest(broken / "checkpoints/step-00000040") == digest(straight / "checkpoints/step-00000040")
+    assert [row["step"] for row in rows(broken)] == list(range(1, 41))
+    assert [row["loss"] for row in rows(broken)] == [row["loss"] for row in rows(straight)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(tmp_path, number, code):
+    process = start(tmp_path / "run", "--pause", "0.02", "--save-every", "0")
+    until(tmp_path / "run", 2)
+    os.kill(process.pid, number)
+    assert end(process) == code
+    last = rows(tmp_path / "run")[-1]["step"]
+    assert 2 <= last < 40
+    assert (tmp_path / f"run/checkpoints/step-{last:08d}/MANIFEST.json").exists()
+
+
+def test_a_second_signal_ends_at_once_and_the_checkpoint_before_it_stands(tmp_path):
+    process = start(tmp_path / "run", "--pause", "1", "--save-every", "1")
+    until(tmp_path / "run", 1, "events.jsonl")
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    asked = time.monotonic()
+    assert end(process) == 143
+    assert time.monotonic() - asked < 0.7
+    done = rows(tmp_path / "run")[-1]["step"]
+    assert done < 4
+    with Run(tmp_path / "run") as run:
+        assert go(5, run, feed=Rule(micro=2)).step == 5
+
+
+def enter(folder, said) -> None:
+    try:
+        with Run(folder):
+            said.put("")
+    except BusyError as error:
+        said.put(str(error))
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
+    said = processes.SimpleQueue()
+    with Run(tmp_path / "run"):
+        processes.Process(target=enter, args=(tmp_path / "run", said)).start()
+        assert f"is in use by process {os.getpid()} on " in said.get()
+    processes.Process(target=enter, args=(tmp_path / "run", said)).start()
+    assert said.get() == ""
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    class Asking(Rule):
+        def at(self, step):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().at(step)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with Run(tmp_path / "run") as run:
+        assert go(6, run, feed=Asking(), keep=0).step == 6
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def torchrun(folder: Path, *options: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.train.small",
+    ]
+    done = subprocess.run([*command, str(folder), *options], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("engine", "optimizer", "close"), [("ddp", "adamw", 1e-4), ("fsdp", "muon", 5e-2)])
+def test_two_processes_see_the_data_of_one_and_have_its_losses(tmp_path, engine, optimizer, close):
+    """Twelve steps on two, then on to 16 on one: the checkpoint knows nothing of how many wrote it."""
+    made, show = objective(dropout=0.0), Losses()
+    go(16, made=made, feed=Rule(micro=2), show=show, optimizer=optimizer)
+    torchrun(tmp_path / "run", "--steps", "12", "--engine", engine, "--optimizer", optimizer)
+    with Run(tmp_path / "run") as run:
+        events = Losses()
+        go(16, run, made=objective(seed=5, dropout=0.0), feed=Rule(micro=2), show=events, optimizer=optimizer)
+    assert any("processes was 2 and is 1" in text for text in events.events)
+    pair = rows(tmp_path / "run")
+    assert [row["tokens"] for row in pair] == show["tokens"]
+    assert [row["count"] for row in pair] == show["count"]
+    assert [row["loss"] for row in pair][:3] == pytest.approx(show["loss"][:3], rel=1e-5)
+    assert [row["loss"] for row in pair] == pytest.approx(show["loss"], rel=close), "Muon's bfloat16 amplifies rounding"
+    assert [row["accuracy"] for row in pair][:3] == show["accuracy"][:3]
+    assert [row["grad_norm"] for row in pair][:2] == pytest.approx(show["grad_norm"][:2], rel=1e-4)

@@ -1,0 +1,37 @@
+import pytest
+
+from llm_quest.train.schedule import SHAPES, schedule
+
+
+def test_every_shape_warms_up_to_one_and_ends_at_its_floor():
+    for shape in SHAPES:
+        rate = schedule(100, warmup=10, shape=shape, floor=0.1)
+        assert [rate(0), rate(4), rate(9), rate(10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+        assert rate(100) == pytest.approx(1.0 if shape == "constant" else 0.1)
+        assert rate(500) == rate(100), "after its end the cosine must not rise again"
+
+
+def test_the_shapes_in_the_middle_are_as_on_the_blackboard():
+    assert schedule(100)(50) == pytest.approx(0.5)
+    assert schedule(100)(25) == pytest.approx(0.8535534)
+    assert schedule(100, shape="linear")(25) == pytest.approx(0.75)
+    assert [schedule(100, shape="wsd")(step) for step in (0, 79, 80, 90, 95)] == pytest.approx([1, 1, 1, 0.5, 0.25])
+
+
+def test_no_warm_up_starts_at_the_peak_and_all_warm_up_is_allowed():
+    assert schedule(10)(0) == 1
+    assert schedule(10, warmup=10)(9) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"shape": "cosin"}, "known: cosine"),
+        ({"warmup": 11}, "0 to 10"),
+        ({"floor": 2.0}, "floor"),
+        ({"decay_fraction": 0.0}, "decay"),
+    ],
+)
+def test_a_wrong_schedule_says_what_is_allowed(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        schedule(10, **wrong)
