@@ -1,0 +1,108 @@
+"""Decoding speed against transformers' own `generate`, in turn, in one process, on the same weights.
+
+Its default cache, same dtype, greedy, forced length; an 11M Llama shape and the 124M GPT-2 shape, batch 1 and 32,
+float32 and bfloat16.
+
+python -m benchmarks.generation [--pairs 5] [--new 64] [--shape 11m] [--batch 1] [--dtype bfloat16] [--no-compile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import llm_quest as quest
+from benchmarks.pairs import race, table
+from llm_quest.layers.rotary import Rotary
+from llm_quest.models import gpt2, llama
+
+PROMPT = 64
+SHAPES: dict[str, tuple[Any, Any]] = {
+    "11m": (llama, llama.Config(4096, 384, 6, 6, 2, 64, 1024, 1024, Rotary(64, 500_000.0), tied=False)),
+    "124m": (gpt2, gpt2.Config(50257, 768, 12, 12, 3072, 1024)),
+    "124m-llama": (llama, llama.Config(50257, 768, 12, 12, 12, 64, 2048, 1024, Rotary(64, 500_000.0), tied=True)),
+}
+
+
+def transformers_model(page: Any, config: Any, ours: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """Their class with our weights, so that both compute the same thing."""
+    import transformers
+
+    from llm_quest.models.page import Rows, Transposed
+
+    published = {name: value for name, value in page.publish(config).items() if name != "rope_scaling"}
+    model_type = page.PAGE.model_type
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **published))
+    own = theirs.to(dtype).eval().state_dict()
+    for name, source in page.names(config).items():
+        value = ours.get_parameter(name).detach()
+        if isinstance(source, Rows):
+            for part, rows in zip(
+                source.names, value.split([own[part].shape[0] for part in source.names]), strict=True
+            ):
+                own[part].copy_(rows)
+        else:
+            own[source.name if isinstance(source, Transposed) else source].copy_(
+                value.T if isinstance(source, Transposed) else value
+            )
+    return theirs
+
+
+def contestants(
+    page: Any, config: Any, batch: int, dtype: torch.dtype, new: int, compiled: bool
+) -> dict[str, Callable]:
+    ours = quest.build(config, dtype=dtype)
+    theirs = transformers_model(page, config, ours, dtype)
+    prompts = torch.randint(0, config.vocab, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(prompts)
+    length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def peer() -> list[list[int]]:
+        return theirs.generate(prompts, attention_mask=mask, **length)[:, PROMPT:].tolist()
+
+    def eager() -> list[list[int]]:
+        rows = quest.generate(ours, prompts, max_new_tokens=new, temperature=0.0, eos=())
+        return [row.tokens for row in rows]
+
+    def step() -> list[list[int]]:
+        rows = quest.generate(ours, prompts, max_new_tokens=new, temperature=0.0, eos=(), compile=True)
+        return [row.tokens for row in rows]
+
+    if dtype == torch.float32:
+        assert peer() == eager(), "the same weights, the same greedy text"
+    return {"transformers": peer, "ours, eager": eager} | ({"ours, compiled step": step} if compiled else {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--shape", choices=list(SHAPES))
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    results = []
+    for shape in [options.shape] if options.shape else ["11m", "124m"]:
+        for batch in [options.batch] if options.batch else [1, 32]:
+            for dtype in [options.dtype] if options.dtype else ["float32", "bfloat16"]:
+                page, config = SHAPES[shape]
+                racing = contestants(page, config, batch, getattr(torch, dtype), options.new, not options.no_compile)
+                rows = race(racing, pairs=options.pairs)
+                results.append({"shape": shape, "batch": batch, "dtype": dtype, "rows": [row.__dict__ for row in rows]})
+                if not options.json:
+                    print(
+                        f"\n{shape}, batch {batch}, {dtype}, {PROMPT} tokens in, {options.new} out, one line a form\n"
+                    )
+                    print(table(rows, batch * options.new, "tokens/s"), flush=True)
+    if options.json:
+        print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""From logits to a token: what is drawn from, how it is drawn, and how probable the draw was.
+
+The order is fixed, so that combinations mean one thing. Each step works on the renormalised distribution the one
+before it left, and can only narrow it:
+
+    logits -> repetition penalty -> temperature -> top-k -> top-p -> min-p -> softmax -> draw
+
+Commonly got wrong: a nucleus measured on mass that top-k has already cut, but not renormalised, is too wide; min-p
+that keeps "at least k" widens; and a policy-gradient ratio must be taken under *this* distribution, not under the
+full softmax."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_quest.errors import UsageError
+
+NEVER = float("-inf")
+COLDEST = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. None: that filter is off.
+
+    temperature: logits are divided by it; 0 takes the most probable token. top_k: the k most probable (exactly k,
+    also among equals). top_p: the fewest most probable that together reach p; the one that crosses p stays (Holtzman
+    et al. 2020, arXiv:1904.09751). min_p: those at least p times as probable as the most probable (Nguyen et al.
+    2024, arXiv:2407.01082). repetition_penalty: a positive logit of a token already in the prompt or the text is
+    divided by it, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858)."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
+            raise UsageError(
+                f"temperature is {self.temperature}: give 0 (the most probable token) or a number of at least {COLDEST}"
+            )
+        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
+            raise UsageError(f"top_k is {self.top_k}: give a whole number of at least 1, or None to keep every token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(
+                f"top_p is {self.top_p}: give a probability above 0 and at most 1, or None to keep every token"
+            )
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p is {self.min_p}: give a number from 0 to 1, or None to keep every token")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(
+                f"repetition_penalty is {self.repetition_penalty}: give a positive number; 1 is no penalty"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def distribution(
+        self, logits: Float[Tensor, "*batch V"], seen: Bool[Tensor, "*batch V"] | None = None
+    ) -> Float[Tensor, "*batch V"]:
+        """Log-probabilities, in float32, of what `draw` draws from; -inf for what it never draws. Differentiable.
+        seen: which tokens the penalty falls on. At temperature 0 all the mass lies on one token."""
+        logits = self.penalize(logits.float(), seen)
+        if self.greedy:
+            return torch.full_like(logits, NEVER).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+        kept, tokens = self.narrow(logits)
+        if tokens is not None:
+            kept = torch.full_like(logits, NEVER).scatter(-1, tokens, kept)
+        return kept.log_softmax(dim=-1)
+
+    def draw(
+        self,
+        logits: Float[Tensor, "B V"],
+        uniforms: Float[Tensor, " B"],
+        seen: Bool[Tensor, "B V"] | None = None,
+    ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+        """One token per row and its log-probability. uniforms: one number in [0, 1) per row decides it, so that no
+        row's draw depends on its neighbours.
+
+        At temperature 0 the log-probability is that of the (penalised) softmax: the point mass would say 0 for every
+        token."""
+        logits = self.penalize(logits.float(), seen)
+        if self.greedy:
+            top, tokens = logits.max(dim=-1)
+            return tokens, top - logits.logsumexp(dim=-1)
+        kept, names = self.narrow(logits)
+        weights = (kept - kept.amax(dim=-1, keepdim=True)).exp()
+        choice = inverse_cdf(weights, uniforms)
+        logprobs = kept.gather(-1, choice)[:, 0] - kept.logsumexp(dim=-1)
+        return (choice if names is None else names.gather(-1, choice))[:, 0], logprobs
+
+    def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        if self.repetition_penalty == 1 or seen is None:
+            return logits
+        factor = self.repetition_penalty
+        return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+
+    def narrow(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tempered logits after the filters, -inf for what they drop: the whole row with None, or the most probable
+        first with the tokens they belong to."""
+        logits = logits - logits.amax(dim=-1, keepdim=True).detach()  # so that a tiny temperature cannot overflow
+        logits, tokens = self.most_probable(logits / self.temperature)
+        if self.top_p is not None and self.top_p < 1:
+            p = logits.detach().softmax(dim=-1)
+            logits = logits.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, NEVER)
+        if self.min_p:
+            p = logits.detach().softmax(dim=-1)
+            logits = logits.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), NEVER)
+        return logits, tokens
+
+    def most_probable(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The top k, or all of them in order if a nucleus is to be measured, or the row as it is."""
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            return logits.topk(self.top_k, dim=-1)
+        if self.top_p is not None and self.top_p < 1:
+            return logits.sort(dim=-1, descending=True, stable=True)
+        return logits, None
+
+
+def inverse_cdf(weights: Float[Tensor, "B K"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, "B 1"]:
+    """The first index whose running sum exceeds u times the total. A weight of zero adds nothing, so it is never
+    chosen; the bound below the total keeps u near 1 from rounding past the end."""
+    running = weights.cumsum(dim=-1)
+    total = running[:, -1:]
+    bound = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return (running <= bound).sum(dim=-1, keepdim=True)
+
+
+def row_uniforms(prompts: Sequence[Sequence[int]], copies: int, length: int, seed: int) -> Float[Tensor, "R length"]:
+    """The random numbers of `copies` rows per prompt, on the host. A row's stream is named by the seed, its prompt
+    and which copy of that prompt it is, so its text is the same alone, in any batch and in any order."""
+    streams, copy = [], Counter[tuple[int, ...]]()
+    for prompt in prompts:
+        for _ in range(copies):
+            name = repr((seed, tuple(prompt), copy[tuple(prompt)]))
+            copy[tuple(prompt)] += 1
+            stream = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
+            streams.append(torch.rand(length, generator=torch.Generator().manual_seed(stream)))
+    return torch.stack(streams) if streams else torch.zeros(0, length)
+
+
+def seen_tokens(rows: Sequence[Sequence[int]], vocab: int, device: torch.device) -> Bool[Tensor, "B V"]:
+    """Which tokens occur in each row."""
+    seen = torch.zeros(len(rows), vocab, dtype=torch.bool)
+    for row, tokens in zip(seen, rows, strict=True):
+        row[list(tokens)] = True
+    return seen.to(device)

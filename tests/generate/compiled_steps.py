@@ -1,0 +1,61 @@
+"""Run by test_compiled.py in a process of its own, without the import hook that checks shapes: prints what it
+counted."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import sys
+import weakref
+
+import torch
+from torch._dynamo.utils import counters
+
+from llm_quest.generate.generate import generate
+from llm_quest.models.build import build
+
+RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
+
+
+def same_texts(name: str, prompts: list[list[int]], **choice: object) -> bool:
+    """The compiled step against the eager one, on the same model."""
+    model = MODELS[name]
+    eager = generate(model, prompts, **choice)
+    compiled = generate(model, prompts, compile=True, **choice)
+    close = all(
+        abs(a - b) < 1e-4
+        for x, y in zip(eager, compiled, strict=True)
+        for a, b in zip(x.logprobs, y.logprobs, strict=True)
+    )
+    return close and [(row.tokens, row.finished) for row in eager] == [(row.tokens, row.finished) for row in compiled]
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def report(name: str) -> dict[str, object]:
+    """64 steps and many ways to call: how many graphs, and are the texts the same?"""
+    before = graphs()
+    same = [
+        same_texts(name, RAGGED, max_new_tokens=57, temperature=0.0),
+        same_texts(name, RAGGED, max_new_tokens=50, seed=1, top_p=0.9),
+        same_texts(name, [[1, 2], [3, 4], [5, 6]], max_new_tokens=40, eos=list(range(0, 97, 7)), seed=2),
+        same_texts(name, [[1, 2]], n=3, max_new_tokens=40, repetition_penalty=1.2, seed=3),
+    ]
+    if name == "gpt2-tiny":
+        same.append(same_texts(name, RAGGED, max_new_tokens=150, temperature=0.0, beyond="slide", eos=(3, 4)))
+    return {"same": same, "graphs": graphs() - before}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "inductor":
+        torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
+    MODELS = {name: build(name, seed=1) for name in sys.argv[2:]}
+    reports = {name: report(name) for name in MODELS}
+    gone = [weakref.ref(model) for model in MODELS.values()]
+    MODELS.clear()
+    gc.collect()
+    leaked = sum(model() is not None for model in gone)
+    print(json.dumps({"reports": reports, "breaks": len(counters["graph_break"]), "leaked": leaked}))

@@ -1,0 +1,38 @@
+"""The compiled step is the eager one, as one graph per model and shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from llm_quest.generate.compiled import rounded_up
+from llm_quest.models import PAGES
+
+FAMILIES = [
+    name for name in ("gpt2-tiny", "llama3.2-tiny") if any(name == p.name for page in PAGES for p in page.presets)
+]
+
+
+def counted(backend: str, *names: str) -> dict:
+    """What tests/generate/compiled_steps.py prints."""
+    command = [sys.executable, "-m", "tests.generate.compiled_steps", backend, *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_kept():
+    """Greedy, sampled, ragged, grouped, with rows that end early, and sliding: the same step serves them all."""
+    found = counted("aot_eager", *FAMILIES)
+    for name, report in found["reports"].items():
+        assert all(report["same"]), name
+        assert report["graphs"] == 1, name
+    assert found["breaks"] == 0
+    assert found["leaked"] == 0
+
+
+def test_capacities_share_steps():
+    assert [rounded_up(n) for n in (1, 64, 65, 190)] == [64, 64, 128, 192]
