@@ -59,7 +59,8 @@ class MixerCache(Protocol):
     """
 
     def mark(self, at: Sequence[int]) -> None:
-        """Row b will not be taken back below position at[b] (a recurrent state takes its snapshot there)."""
+        """Row b will not be taken back below position at[b]. Call it while every row stands at at[b]: a recurrent state takes
+        its snapshot there."""
 
     def stand(self, to: Sequence[int]) -> list[int]:
         """For each row the latest position <= to[b] to which this cache can go back; ValueError where it cannot at all."""

@@ -10,6 +10,7 @@ the query, lies in the mixer's window, is in the same segment. **A token without
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +28,17 @@ class Plain(Enum):
 
     CAUSAL = "query i sees keys 0..i of as many keys as queries"
     ALL = "every query sees every key"
+
+
+@dataclass(frozen=True)
+class Band:
+    """Also known without looking: query i sees keys i-window+1..i of as many keys as queries."""
+
+    window: int
+
+
+Sight = Tensor | Plain | Band
+"""Who sees whom: a mask (B,T,S), or how it is known."""
 
 
 class Scope:
@@ -50,6 +62,11 @@ class Scope:
     ):
         if segments is not None and cache is not None:
             raise ValueError("a cached pass reads one document per row: give segments or a cache, not both")
+        if cache is not None and cache.batch != positions.shape[0]:
+            raise ValueError(
+                f"this pass has {positions.shape[0]} rows, but the cache was made for {cache.batch}: "
+                "make another (new_cache(batch, capacity)), or bring it to size (cache.repeat, cache.keep)"
+            )
         self.positions = positions
         self.segments = None if segments is None else torch.where(positions < 0, -1, segments)
         self.ahead = ahead
@@ -58,6 +75,7 @@ class Scope:
         self.reach = reach
         self.is_plain = plain and segments is None
         self.layer: int | None = None
+        self.given: tuple[Tensor, Tensor] | None = None
         self._once: dict[Hashable, Any] = {}
 
     @classmethod
@@ -83,6 +101,20 @@ class Scope:
         mine.layer = layer
         return mine
 
+    def giving(self, where: Tensor, vectors: Tensor) -> Scope:
+        """The same pass, in which the tokens at `where` (B,T) bool mean not themselves but these vectors (K,D), in reading
+        order, K = how many tokens that are: what an image encoder saw."""
+        mine = self.at(self.layer)  # type: ignore[arg-type]
+        mine.given = (where, vectors)
+        return mine
+
+    def fill(self, x: Tensor) -> Tensor:
+        """Token embeddings x (B,T,D) with what was given in its place, before positions are added."""
+        if self.given is None:
+            return x
+        where, vectors = self.given
+        return x.masked_scatter(where[:, :, None], vectors.to(x.dtype))
+
     @property
     def memory(self) -> Any:
         """This layer's part of the cache; None without a cache."""
@@ -94,11 +126,13 @@ class Scope:
             self._once[key] = make()
         return self._once[key]
 
-    def visible(self, window: int | None = None) -> Tensor | Plain:
-        """Which tokens of this pass each of its tokens may look at: (B,T,T) bool, or `Plain` where known without looking."""
+    def visible(self, window: int | None = None) -> Sight:
+        """Which tokens of this pass each of its tokens may look at: (B,T,T) bool, or how that is known without looking."""
         length = self.positions.shape[1]
         if self.is_plain and (window is None or window >= length):
             return Plain.ALL if self.ahead or length == 1 else Plain.CAUSAL
+        if self.is_plain and window is not None and not self.ahead:
+            return Band(window)
         return self.once(("visible", window), lambda: self.sees(self.positions, self.segments, window))
 
     def sees(self, key_positions: Tensor, key_segments: Tensor | None, window: int | None) -> Tensor:

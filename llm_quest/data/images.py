@@ -117,10 +117,11 @@ def open_image(file: str | Path) -> Image.Image:
     """A whole image, decoded. DataError names a file that is missing, no image, cut off or absurdly large."""
     file = Path(file)
     try:
-        with warnings.catch_warnings(), Image.open(file) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image.load()
-            return image.copy()
+            with Image.open(file) as image:
+                image.load()
+                return image.copy()
     except FileNotFoundError:
         raise DataError(f"{file}: there is no such image") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

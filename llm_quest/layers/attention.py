@@ -16,16 +16,24 @@ from torch.nn import functional as F
 
 from llm_quest.layers.cache import SlotCache
 from llm_quest.layers.projections import Projections
-from llm_quest.scope import Plain, Scope
+from llm_quest.scope import Band, Plain, Scope, Sight
 
-Visible = Bool[Tensor, "B T S"] | Plain
+Visible = Bool[Tensor, "B T S"] | Plain | Band
 
 
 class Attend(Protocol):
     """q (B,T,H,d), k (B,S,G,d), v (B,S,G,dv), who sees whom -> (B,T,H,dv)."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Plain, *, scale: float, dropout: float = 0.0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Sight,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        sink: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -37,17 +45,35 @@ def explicit_attention(
     *,
     scale: float,
     dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """softmax(q k^T * scale, over the visible keys) v, softmax in float32: the definition, with every score in memory."""
+    """softmax(q k^T * scale, over the visible keys) v, softmax in at least float32: the definition, with every score in memory.
+
+    cap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a hidden key would get -cap instead of
+    nothing). sink: one more logit per head that takes weight and brings no value (gpt-oss, MiMo)."""
     groups = q.shape[2] // k.shape[2]
     k_BSHd, v_BSHd = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k_BSHd) * scale
-    if visible is Plain.CAUSAL:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None]
-    if not isinstance(visible, Plain):
-        scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype), dropout, training=dropout > 0)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if visible is not Plain.ALL:
+        scores = scores.masked_fill(~mask_of(visible, q, k)[:, None], float("-inf"))
+    if sink is not None:
+        drain = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, drain), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)[..., : k.shape[1]]
+    weights = F.dropout(weights, dropout, training=dropout > 0)
     return torch.einsum("bhts,bshd->bthd", weights, v_BSHd)
+
+
+def mask_of(visible: Visible, q: Tensor, k: Tensor) -> Bool[Tensor, "batch T S"]:
+    """The mask, written out where only its kind is known."""
+    if isinstance(visible, Tensor):
+        return visible
+    seen = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    seen = seen if visible is Plain.ALL else seen.tril()
+    return seen.triu(1 - visible.window) if isinstance(visible, Band) else seen
 
 
 def fused_attention(
@@ -58,8 +84,15 @@ def fused_attention(
     *,
     scale: float,
     dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """The same without holding the scores. A single query's heads are laid out as the rows of its group: one pass over k."""
+    """The same without holding the scores. A single query's heads are laid out as the rows of its group: one pass over k.
+
+    The kernel knows no sink: it becomes one more key, of zeros, whose score is the sink itself, with a value of zeros."""
+    if isinstance(visible, Band):
+        return banded_attention(q, k, v, visible.window, scale=scale, dropout=dropout, sink=sink)
+    if sink is not None:
+        return sunk_attention(q, k, v, visible, sink, scale=scale, dropout=dropout)
     batch, length, heads, width = q.shape
     groups = k.shape[2]
     k_BGSd, v_BGSd = k.transpose(1, 2), v.transpose(1, 2)
@@ -81,11 +114,60 @@ def fused_attention(
     return out.transpose(1, 2)
 
 
+def banded_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B T G d"],
+    v: Float[Tensor, "B T G dv"],
+    window: int,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
+) -> Float[Tensor, "B T H dv"]:
+    """A window's worth of queries at a time, each block with the keys it can reach: T x 2 windows of scores instead of T x T."""
+    size, length, outs = max(window, 64), q.shape[1], []
+    for start in range(0, length, size):
+        stop, first = min(start + size, length), max(0, start - window + 1)
+        behind = start - first
+        seen = torch.ones(stop - start, stop - first, dtype=torch.bool, device=q.device)
+        seen = seen.tril(behind).triu(behind - window + 1).expand(q.shape[0], -1, -1)
+        block = (q[:, start:stop], k[:, first:stop], v[:, first:stop])
+        outs.append(fused_attention(*block, seen, scale=scale, dropout=dropout, sink=sink))
+    return torch.cat(outs, dim=1)
+
+
+def sunk_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B S G d"],
+    v: Float[Tensor, "B S G dv"],
+    visible: Visible,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B T H dv"]:
+    """Through the kernel, with a key and a value of zeros at the end and the sink in that column of a float mask."""
+    batch, length, heads, _ = q.shape
+    keys = k.shape[1]
+    seen = mask_of(visible, q, k)
+    mask = q.new_zeros(seen.shape[0], 1, length, keys).masked_fill(~seen[:, None], float("-inf"))
+    column = sink.to(q.dtype)[None, :, None, None].expand(mask.shape[0], heads, length, 1)
+    mask = torch.cat((mask.expand(-1, heads, -1, -1), column), dim=-1)
+    k_BGSd, v_BGSd = (F.pad(part, (0, 0, 0, 0, 0, 1)).transpose(1, 2) for part in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k_BGSd, v_BGSd, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=k.shape[2] != heads
+    )
+    return out.transpose(1, 2)
+
+
 class GroupedQueryAttention(nn.Module):
     """H query heads share G key/value heads (G = H: multi-head attention; G = 1: multi-query).
 
     rotary: turns queries and keys by their positions (NoRotary: not at all). window: look back at most that many tokens, the
-    token itself included; None: all. bias: on q, k, v; out_bias: on the output projection."""
+    token itself included; None: all. bias: on q, k, v; out_bias: on the output projection. q_norm, k_norm: act on each head
+    before the rotation; v_norm on each value head. scale: of the scores, head_width^-0.5 unless given. value_width: of a value
+    head, head_width unless given. gated: the output times sigmoid of a gate, made beside the query (arXiv:2505.06708).
+    sinks: a learned logit per head that takes weight and brings nothing. attend: fused, or the explicit definition."""
 
     def __init__(
         self,
@@ -99,37 +181,67 @@ class GroupedQueryAttention(nn.Module):
         bias: bool = False,
         out_bias: bool = False,
         dropout: float = 0.0,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        v_norm: nn.Module | None = None,
+        scale: float | None = None,
+        value_width: int | None = None,
+        gated: bool = False,
+        sinks: bool = False,
+        attend: Attend = fused_attention,
     ):
         super().__init__()
         if heads % groups:
             raise ValueError(f"{heads} query heads cannot share {groups} key/value heads evenly: make one divide the other")
         self.heads, self.groups, self.head_width = heads, groups, head_width
-        self.rotary, self.window, self.dropout = rotary, window, dropout
-        self.scale = head_width**-0.5
-        self.attend: Attend = fused_attention
-        self.qkv = Projections(width, q=heads * head_width, k=groups * head_width, v=groups * head_width, bias=bias)
-        self.out = nn.Linear(heads * head_width, width, bias=out_bias)
+        self.value_width = value_width or head_width
+        self.rotary, self.window, self.dropout, self.gated = rotary, window, dropout, gated
+        self.scale = head_width**-0.5 if scale is None else scale
+        self.attend = attend
+        self.q_norm, self.k_norm, self.v_norm = q_norm or nn.Identity(), k_norm or nn.Identity(), v_norm or nn.Identity()
+        self.sink = nn.Parameter(torch.zeros(heads)) if sinks else None
+        queries = heads * head_width * (2 if gated else 1)
+        self.qkv = Projections(width, q=queries, k=groups * head_width, v=groups * self.value_width, bias=bias)
+        self.out = nn.Linear(heads * self.value_width, width, bias=out_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
-        q, k, v = (part.unflatten(-1, (-1, self.head_width)) for part in self.qkv(x))
-        q, k = self.rotary(q, scope), self.rotary(k, scope)
-        visible = scope.visible(self.window) if scope.memory is None else None
-        if visible is None:
+        q, k, v = (part.unflatten(-1, (heads, -1)) for part, heads in zip(self.qkv(x), self.head_counts, strict=True))
+        q, gate = q.chunk(2, dim=-1) if self.gated else (q, None)
+        q, k, v = self.rotary(self.q_norm(q), scope), self.rotary(self.k_norm(k), scope), self.v_norm(v)
+        if scope.memory is None:
+            visible = scope.visible(self.window)
+        else:
             seen, visible = scope.memory.extend(scope, k=k, v=v)
             k, v = seen["k"], seen["v"]
-        mixed = self.attend(q, k, v, visible, scale=self.scale, dropout=self.dropout if self.training else 0.0)
-        return self.out(mixed.flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        mixed = self.attend(q, k, v, visible, scale=self.scale, dropout=dropout, sink=self.sink)
+        return self.out((mixed if gate is None else mixed * gate.sigmoid()).flatten(2))
+
+    @property
+    def head_counts(self) -> tuple[int, int, int]:
+        """Heads of q, k and v."""
+        return self.heads, self.groups, self.groups
 
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> SlotCache:
         return SlotCache(capacity, self.window, slack)
 
     def rescale_logits_(self, gamma: Float[Tensor, " H"]) -> None:
         """q of each head by sqrt(gamma), k likewise where every head has its own; where a group shares k, q alone by gamma."""
+        if not isinstance(self.q_norm, nn.Identity):
+            raise ValueError(
+                "rescaling has no effect on this mixer: its queries are normalised after projection; "
+                "remove the technique or the q/k norm"
+            )
         own_keys = self.heads == self.groups
         parts = {"q": gamma.sqrt(), "k": gamma.sqrt()} if own_keys else {"q": gamma}
         with torch.no_grad():
             for name, factor in parts.items():
                 for tensor in (self.qkv.weight, self.qkv.bias):
                     if tensor is not None:
-                        rows = tensor[self.qkv.rows(name)].unflatten(0, (self.heads, self.head_width))
+                        rows = tensor[self.qkv.rows(name)].unflatten(0, (self.heads, -1))[:, : self.head_width]
                         rows.mul_(factor.view(-1, *[1] * (rows.dim() - 1)))
+
+    def fill_(self, generator: torch.Generator | None) -> None:
+        """A sink starts at 0: one more key that scores nothing."""
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.contracts import MixerCache
-from llm_quest.scope import Plain, Scope
+from llm_quest.scope import Plain, Scope, Sight
 
 
 class Cache:
@@ -44,13 +44,16 @@ class Cache:
 
     def rewind(self, to: Sequence[int]) -> list[int]:
         """Take every row b back to at most position to[b]; returns where *all* layers can stand: feed from there."""
-        for layer in self.layers:
-            to = layer.stand(to)
+        asked: list[int] = []
+        while asked != (to := list(to)):  # a lower stand of one layer is put to all the others again
+            asked = to
+            for layer in self.layers:
+                to = layer.stand(to)
         for layer in self.layers:
             layer.rewind(to)
         for shelf in self.shelves.values():
             shelf.rewind(to)
-        return list(to)
+        return asked
 
     def repeat(self, n: int) -> None:
         """Every row n times, side by side: a group of samples after one prefill."""
@@ -85,12 +88,17 @@ class Filing:
 
 
 class Shelf:
-    """The positions (B, slots+1) lying in the slots of all parts that have this many; -1 where a slot is free."""
+    """The positions (B, slots+1) lying in the slots of all parts that have this many; -1 where a slot is free.
+
+    whole: rows lie in slots 1..run without gap or padding. highest (B,): the latest position a ring has ever held, so what
+    lies `slots` below it is overwritten for good, also after a rewind."""
 
     def __init__(self, slots: int):
         self.slots = slots
         self.positions: Tensor | None = None
+        self.highest: Tensor | None = None
         self.whole = True
+        self.run = 0
 
     def file(self, scope: Scope, ring: bool) -> Filing:
         """Find slots for this pass's tokens and note their positions."""
@@ -104,10 +112,16 @@ class Shelf:
         if self.positions is None:
             self.positions = positions.new_full((positions.shape[0], self.slots + 1), -1)
         start = reach - positions.shape[1] if scope.is_plain and reach is not None else None
-        self.whole = self.whole and start is not None and (not fresh or start == 0)
+        # asks the pass first: a compiled step, whose start is a tensor, is then the same graph after any earlier pass
+        self.whole = start is not None and self.whole and start <= self.run
+        if self.whole and reach is not None:
+            self.run = max(self.run, reach)
         before = self.positions
         slot = ring_slots(positions, self.slots) if ring else positions + 1
         self.positions = before.scatter(1, slot, torch.where(slot == 0, -1, positions))
+        if ring:
+            latest = positions.amax(dim=1)
+            self.highest = latest if self.highest is None else torch.maximum(self.highest, latest)
         offsets = torch.arange(0, slot.shape[0] * (self.slots + 1), self.slots + 1, device=slot.device)
         return Filing((slot + offsets[:, None]).flatten(), before, self.positions, start, fresh, self.whole, reach)
 
@@ -116,14 +130,20 @@ class Shelf:
             limit = torch.tensor(list(to), device=self.positions.device)[:, None]
             self.positions = torch.where(self.positions >= limit, -1, self.positions)
             self.whole = False
+            if self.highest is not None:
+                self.highest = torch.where(limit[:, 0] == 0, -1, self.highest)
 
     def repeat(self, n: int) -> None:
         if self.positions is not None:
             self.positions = self.positions.repeat_interleave(n, dim=0)
+        if self.highest is not None:
+            self.highest = self.highest.repeat_interleave(n, dim=0)
 
     def keep(self, rows: Tensor) -> None:
         if self.positions is not None:
             self.positions = self.positions[rows.to(self.positions.device)]
+        if self.highest is not None:
+            self.highest = self.highest[rows.to(self.highest.device)]
 
 
 class SlotCache:
@@ -138,7 +158,7 @@ class SlotCache:
         self.shelf: Shelf | None = None
         self.tensors: dict[str, Tensor] = {}
 
-    def extend(self, scope: Scope, **new: Tensor) -> tuple[dict[str, Tensor], Tensor | Plain]:
+    def extend(self, scope: Scope, **new: Tensor) -> tuple[dict[str, Tensor], Sight]:
         """File new tensors (B,T,...) and return what this pass's queries may read, (B,S,...) each, with who sees whom.
 
         A pass longer than the ring's slack would overwrite what its first queries still need: it looks at the old slots
@@ -170,7 +190,7 @@ class SlotCache:
             else:
                 kept.flatten(0, 1).index_copy_(0, filing.rows, tensor.to(kept.dtype).flatten(0, 1))
 
-    def read(self, scope: Scope, filing: Filing) -> tuple[dict[str, Tensor], Tensor | Plain]:
+    def read(self, scope: Scope, filing: Filing) -> tuple[dict[str, Tensor], Sight]:
         """The filled slots and their mask; none is needed where one new token closes rows without gap or padding."""
         reach, length = filing.reach, scope.positions.shape[1]
         first, last = 0, self.slots + 1 if reach is None else min(reach, self.slots) + 1
@@ -185,14 +205,14 @@ class SlotCache:
 
     def stand(self, to: Sequence[int]) -> list[int]:
         """Anywhere; but a ring has overwritten what a deep rewind would need, and refuses rather than answer wrongly."""
-        if self.ring and self.shelf is not None and self.shelf.positions is not None and self.window is not None:
-            tops = (self.shelf.positions.amax(dim=1) + 1).tolist()
-            deepest = max(top - back for top, back in zip(tops, to, strict=True))
-            if deepest > self.slots - self.window + 1:
-                raise ValueError(
-                    f"a windowed cache with {self.slots - self.window} slots of slack cannot go back {deepest} tokens: "
-                    f"make it with slack={deepest} (new_cache(batch, capacity, slack))"
-                )
+        if self.ring and self.shelf is not None and self.shelf.highest is not None and self.window is not None:
+            for back, highest in zip(to, self.shelf.highest.tolist(), strict=True):
+                if back > 0 and highest - self.slots >= max(back - self.window + 1, 0):
+                    needed = highest - back + 1
+                    raise ValueError(
+                        f"a windowed cache with {self.slots - self.window} slots of slack has overwritten what position "
+                        f"{back} looks back at: make it with slack={needed} (new_cache(batch, capacity, slack))"
+                    )
         return list(to)
 
     def rewind(self, to: Sequence[int]) -> None:

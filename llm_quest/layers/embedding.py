@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -9,14 +10,17 @@ from llm_quest.scope import Scope
 
 
 class TokenEmbedding(nn.Module):
-    """One learned vector per token."""
+    """One learned vector per token, times `scale` (Gemma: sqrt(width), rounded to the weights' dtype as its makers do)."""
 
-    def __init__(self, vocab: int, width: int):
+    def __init__(self, vocab: int, width: int, *, scale: float = 1.0):
         super().__init__()
+        self.scale = scale
         self.token = nn.Embedding(vocab, width)
 
     def forward(self, tokens: Int[Tensor, "B T"], scope: Scope) -> Float[Tensor, "B T D"]:
-        return self.token(tokens)
+        x = self.token(tokens)
+        x = x if self.scale == 1.0 else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        return scope.fill(x)
 
 
 class LearnedPositions(nn.Module):
@@ -38,4 +42,4 @@ class LearnedPositions(nn.Module):
                 "shorten the input or let the window slide"
             )
         positions = scope.positions[:1] if scope.is_plain else scope.positions
-        return self.dropout(self.token(tokens) + self.position(positions.clamp(min=0)))
+        return self.dropout(scope.fill(self.token(tokens)) + self.position(positions.clamp(min=0)))

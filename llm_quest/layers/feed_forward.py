@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,11 @@ from llm_quest.scope import Scope
 def gelu_tanh(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's and Gemma's GELU (Hendrycks & Gimpel, arXiv:1606.08415)."""
     return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x): CLIP's GELU, a coarser approximation (same paper, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):

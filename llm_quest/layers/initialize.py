@@ -3,12 +3,13 @@ decides it on any machine, whatever else has drawn random numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llm_quest.layers.norm import LayerNorm, RMSNorm
+from llm_quest.layers.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 
 @runtime_checkable
@@ -18,20 +19,26 @@ class FillsItself(Protocol):
     def fill_(self, generator: torch.Generator | None) -> None: ...
 
 
-def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """Give every parameter (uninitialised) memory; parameters that were one stay one."""
+def materialize(
+    model: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    empty: Callable[..., Tensor] = torch.empty,
+) -> nn.Module:
+    """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
-                memory = torch.empty(parameter.shape, device=device, dtype=dtype)
+                memory = empty(parameter.shape, device=device, dtype=dtype)
                 made[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
     return model
 
 
 def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
-    """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1."""
+    """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1 (or the
+    weight 0 of a norm that scales by 1 + weight)."""
     for path, module in model.named_modules():
         if isinstance(module, FillsItself):
             module.fill_(generator)
@@ -44,5 +51,7 @@ def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Gene
             nn.init.ones_(module.weight)
             if isinstance(module, LayerNorm):
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, OffsetRMSNorm):
+            nn.init.zeros_(module.weight)
         else:
             assert not list(module.parameters(recurse=False)), f"{path}: no first values known for {type(module).__name__}"

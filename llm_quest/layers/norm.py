@@ -1,4 +1,4 @@
-"""Normalisation. Computed in float32 and returned in the dtype that came in."""
+"""Normalisation. Computed in float32 (float64 stays what it is) and returned in the dtype that came in."""
 
 from __future__ import annotations
 
@@ -20,9 +20,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class OffsetRMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight): Gemma's and Qwen3-Next's, the weight centred at 0.
+
+    Commonly got wrong: here the product with 1 + weight is taken in float32, *before* the cast back."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), x.shape[-1:], 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -37,5 +52,6 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        normed = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
-        return normed.to(x.dtype)
+        fine = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(fine), self.bias.to(fine)
+        return F.layer_norm(x.to(fine), x.shape[-1:], weight, bias, self.eps).to(x.dtype)

@@ -25,3 +25,9 @@ class Projections(nn.Linear):
                 return slice(start, start + size)
             start += size
         raise ValueError(f"no part {name!r} here: it has {', '.join(self.parts)}")
+
+
+def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, Projections))
+    return {f"{path}.weight": tuple(module.parts.values()) for path, module in found}

@@ -125,11 +125,15 @@ def temperature(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotates the first `width` numbers of each head (B,T,H,d); the rest passes. One object may serve many layers."""
+    """Rotates the first `width` numbers of each head (B,T,H,d); the rest passes. One object may serve many layers.
+
+    interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); they come out half-split, which changes
+    no product as long as queries and keys do the same."""
 
     width: int
     theta: float
     scaling: Scaling | None = None
+    interleaved: bool = False
     frequencies: tuple[float, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +144,8 @@ class Rotary:
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
         cos, sin = scope.once((self, x.dtype), lambda: self.tables(scope, x.dtype))
+        if self.interleaved:
+            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         if self.width == x.shape[-1]:
             return rotate(x, cos, sin)
         return torch.cat((rotate(x[..., : self.width], cos, sin), x[..., self.width :]), dim=-1)

@@ -6,23 +6,24 @@ import difflib
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from llm_quest.contracts import Preset
 from llm_quest.errors import UsageError
 from llm_quest.layers.initialize import materialize
-from llm_quest.models import PAGES
+from llm_quest.models import PAGES, VISION_PAGES
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.page import Page
 
 
 def presets() -> list[str]:
     """The names `build` knows."""
-    return [preset.name for page in PAGES for preset in page.presets]
+    return [preset.name for page in (*PAGES, *VISION_PAGES) for preset in page.presets]
 
 
 def preset(name: str) -> Preset:
     """One of them, with its config, exact parameter count and hub id."""
-    for page in PAGES:
+    for page in (*PAGES, *VISION_PAGES):
         for candidate in page.presets:
             if candidate.name == name:
                 return candidate
@@ -33,28 +34,48 @@ def preset(name: str) -> Preset:
 
 def page_of(config: Any) -> Page:
     """The page a config belongs to."""
-    for page in PAGES:
+    for page in (*PAGES, *VISION_PAGES):
         if isinstance(config, page.Config):
             return page
-    raise UsageError(f"{type(config).__name__} is no page's config; pages: {', '.join(page.name for page in PAGES)}")
+    raise UsageError(f"{type(config).__name__} is no page's config; pages: {', '.join(page.name for page in (*PAGES, *VISION_PAGES))}")
 
 
 def skeleton(config: Any) -> Decoder:
     """The model without memory (meta device): enough to count, to name and to load into."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return page_of(config).assemble(config)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out the first values that torch's own layers give themselves. Without memory they are nothing, yet drawing
+    them there imports half of torch's compiler, which takes 3 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def build(
     what: str | Any, *, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
 ) -> Decoder:
-    """A model with random first values, in eval mode. what: a preset's name or a page's Config. The same seed gives the same
-    weights on any machine: they are drawn in float32 on the host, then moved."""
+    """A model with random first values, in eval mode. what: a preset's name or a page's Config. The same seed gives the
+    same weights on any machine: they are drawn in float32 on the host, then moved."""
     config = preset(what).config if isinstance(what, str) else what
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = dtype_called(dtype) if isinstance(dtype, str) else dtype
     model = materialize(skeleton(config), "cpu", torch.float32)
     page_of(config).initialize(model, torch.Generator().manual_seed(seed))
     return model.to(device=device, dtype=dtype).eval()
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The dtype of that name."""
+    if name not in DTYPES:
+        raise UsageError(f"no dtype is called {name!r}; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def count_parameters(model: torch.nn.Module) -> int:

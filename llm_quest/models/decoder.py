@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm_quest.contracts import Card
 from llm_quest.layers.cache import Cache
 from llm_quest.layers.projections import Projections
+from llm_quest.models.generation import GenerationDefaults
 from llm_quest.scope import Scope
 
 
@@ -18,7 +19,8 @@ class Decoder(nn.Module):
     """`model(tokens (B,T), scope=None) -> logits (B,T,V)`; the promises are in `contracts.Decoder`.
 
     embed(tokens, scope) -> (B,T,D). enter, leave: widen and close the stream (Identity but for hyper-connections). Each of
-    `blocks` is called with the scope as its layer sees it. head: after the projection it may cap the logits."""
+    `blocks` is called with the scope as its layer sees it. head: after the projection it may cap the
+    logits. lookahead: multi-token prediction modules, read by their objective and by drafting alone."""
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class Decoder(nn.Module):
         head: nn.Module,
         enter: nn.Module | None = None,
         leave: nn.Module | None = None,
+        lookahead: Sequence[nn.Module] = (),
     ):
         super().__init__()
         self.card = card
@@ -39,6 +42,8 @@ class Decoder(nn.Module):
         self.leave = leave or nn.Identity()
         self.norm = norm
         self.head = head
+        self.lookahead = nn.ModuleList(lookahead)
+        self.generation: GenerationDefaults | None = None
 
     @property
     def config(self) -> Any:

@@ -116,6 +116,7 @@ def read(published: Mapping[str, Any]) -> Config:
     only(published, "hidden_act", "silu")
     width, heads = need(published, "hidden_size"), need(published, "num_attention_heads")
     head_width = published.get("head_dim") or width // heads
+    context = published.get("max_position_embeddings", 2048)
     return Config(
         vocab=need(published, "vocab_size"),
         width=width,
@@ -124,8 +125,8 @@ def read(published: Mapping[str, Any]) -> Config:
         groups=published.get("num_key_value_heads") or heads,
         head_width=head_width,
         hidden=need(published, "intermediate_size"),
-        context=published.get("max_position_embeddings", 2048),
-        rotary=read_rotary(published, head_width),
+        context=context,
+        rotary=read_rotary(published, head_width, context=context),
         tied=published.get("tie_word_embeddings", False),
         eps=published.get("rms_norm_eps", 1e-6),
         attention_bias=published.get("attention_bias", False),

@@ -7,7 +7,7 @@ both follow the one table (hub/), so that export then import is the identity by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,29 @@ class Transposed:
     name: str
 
 
-Published = str | Rows | Transposed
+@dataclass(frozen=True)
+class Middle:
+    """Stored with a middle dimension of size 1 that ours leaves out: (C,1,K) for our (C,K)."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Our parameter is these, stacked along a new first dimension: one entry per expert."""
+
+    entries: tuple[str | Rows, ...]
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """The same numbers in the same order in another shape: a convolution's (D,C,P,P) for our (D, C P P)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+Published = str | Rows | Transposed | Middle | Shaped | Stack
 Names = Mapping[str, Published]
 
 
@@ -47,7 +69,10 @@ class Page:
     name: of the file. model_type, architecture: what `config.json` calls it. Config: the frozen dataclass of its numbers.
     assemble(config) -> Decoder (call it under `torch.device("meta")` to spend no memory); initialize(model, generator) fills
     it. names(config): our parameter names -> published ones. read(config.json's contents) -> Config, publish its inverse.
-    ignore: published tensors that are not weights, as regular expressions."""
+    ignore: published tensors that are not weights, as regular expressions. also: further model_types read by this page (their
+    `publish` says which one a config is). copies(config): published names that hold another one's tensor again. settle(config,
+    names in the files): the config that fits what is there, where files may leave a part out. task: the hub's word for what it
+    does. optional_prefix: a piece of the names that some files leave out."""
 
     name: str
     model_type: str
@@ -61,21 +86,57 @@ class Page:
     presets: tuple[Preset, ...]
     ignore: tuple[str, ...] = ()
     optional_prefix: str = ""
+    also: tuple[str, ...] = ()
+    task: str = "text-generation"
+    copies: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    settle: Callable[[Any, Collection[str]], Any] = lambda config, stored: config
+
+    def reads(self, published: Mapping[str, Any]) -> bool:
+        """Is this config.json one of this page's?"""
+        kind = published.get("model_type")
+        named = self.architecture in (published.get("architectures") or ())
+        return kind in (self.model_type, *self.also) or (kind is None and named)
 
 
-def per_layer(table: Names, layers: int) -> dict[str, Published]:
-    """The table with `{i}` written out for every layer."""
+def per_layer(table: Names, layers: int | Iterable[int]) -> dict[str, Published]:
+    """The table with `{i}` written out for every layer: so many, or these."""
+    numbers = list(range(layers) if isinstance(layers, int) else layers)
     written: dict[str, Published] = {}
     for ours, theirs in table.items():
-        for layer in range(layers) if "{i}" in ours else range(1):
+        for layer in numbers if "{i}" in ours else [0]:
             written[number(ours, layer)] = renumber(theirs, layer)
     return written
 
 
 def renumber(theirs: Published, layer: int) -> Published:
-    if isinstance(theirs, Rows):
-        return Rows(*(number(name, layer) for name in theirs.names))
-    return Transposed(number(theirs.name, layer)) if isinstance(theirs, Transposed) else number(theirs, layer)
+    return renamed(theirs, lambda name: number(name, layer))
+
+
+def renamed(theirs: Published, rename: Callable[[str], str]) -> Published:
+    """The entry with every published name in it changed."""
+    match theirs:
+        case Rows(names=names):
+            return Rows(*(rename(name) for name in names))
+        case Stack(entries=entries):
+            return Stack(tuple(renamed(entry, rename) for entry in entries))  # type: ignore[misc]
+        case Transposed(name=name):
+            return Transposed(rename(name))
+        case Middle(name=name):
+            return Middle(rename(name))
+        case Shaped(name=name, shape=shape):
+            return Shaped(rename(name), shape)
+    return rename(theirs)
+
+
+def per_expert(entry: str | Rows, experts: int) -> Stack:
+    """The entry with `{e}` written out for every expert."""
+
+    def numbered(name: str, expert: int) -> str:
+        return name.replace("{e}", str(expert))
+
+    if isinstance(entry, Rows):
+        return Stack(tuple(Rows(*(numbered(name, e) for name in entry.names)) for e in range(experts)))
+    return Stack(tuple(numbered(entry, e) for e in range(experts)))
 
 
 def number(name: str, layer: int) -> str:
@@ -96,11 +157,11 @@ def only(published: Mapping[str, Any], field: str, *allowed: Any) -> None:
         raise DataError(f"config.json: {field} is {published[field]!r}; this page computes {choices} only")
 
 
-def read_rotary(published: Mapping[str, Any], width: int, theta: float = 10000.0) -> Rotary:
+def read_rotary(published: Mapping[str, Any], width: int, theta: float = 10000.0, context: int | None = None) -> Rotary:
     """Both generations: `rope_parameters` (transformers 5), else top-level `rope_theta` and `rope_scaling`."""
     rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})
     theta = rope.get("rope_theta") or published.get("rope_theta") or theta
-    return Rotary(width, float(theta), read_scaling(rope, published.get("max_position_embeddings")))
+    return Rotary(width, float(theta), read_scaling(rope, published.get("max_position_embeddings") or context))
 
 
 def read_scaling(rope: Mapping[str, Any], context: int | None) -> Scaling | None:
@@ -112,10 +173,11 @@ def read_scaling(rope: Mapping[str, Any], context: int | None) -> Scaling | None
 
 
 def read_yarn(rope: Mapping[str, Any], original: int | None, context: int | None) -> YaRN:
-    factor = rope.get("factor") or (context or 1) / (original or 1)
+    original = trained_length(original)
+    factor = rope.get("factor") or (context or original) / original
     return YaRN(
         float(factor),
-        int(original or 0),
+        original,
         fast=float(rope.get("beta_fast") or 32),
         slow=float(rope.get("beta_slow") or 1),
         mscale=rope.get("mscale"),
@@ -127,7 +189,14 @@ def read_yarn(rope: Mapping[str, Any], original: int | None, context: int | None
 
 def read_llama3(rope: Mapping[str, Any], original: int | None, context: int | None) -> Llama3:
     low, high = need(rope, "low_freq_factor"), need(rope, "high_freq_factor")
-    return Llama3(float(need(rope, "factor")), float(low), float(high), int(original or 0))
+    return Llama3(float(need(rope, "factor")), float(low), float(high), trained_length(original))
+
+
+def trained_length(original: int | None) -> int:
+    """What a stretch that depends on it is measured by."""
+    if not original:
+        raise DataError("config.json has no 'original_max_position_embeddings' to stretch from, nor 'max_position_embeddings'")
+    return int(original)
 
 
 SCALINGS: dict[str, Callable[[Mapping[str, Any], int | None, int | None], Scaling | None]] = {

@@ -6,7 +6,8 @@ takes a few rows at a time, adds their part of both gradients during the forward
 
       z = x W^T          g = softmax(z) - onehot(t)          dx = g W          dW += g^T x
 
-three matrix products, as many as the plain form, and never more than `rows` x V numbers.
+three matrix products, as many as the plain form, and never more than `rows` x V numbers. Capped logits c tanh(z/c) multiply g
+by the slope 1 - tanh(z/c)^2.
 """
 
 from __future__ import annotations
@@ -19,50 +20,61 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm_quest.errors import UsageError
+
 IGNORE = -100
 ROWS = 256
 LARGE = 64 * 2**20
 
-Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+Form = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
 
 def cross_entropy(
-    x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"], form: str = "auto"
+    x: Float[Tensor, "N D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, " N"],
+    form: str = "auto",
+    cap: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS."""
-    return FORMS[choose(x, weight) if form == "auto" else form](x, weight, targets)
+    """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS. cap: the
+    logits are cap * tanh(logits / cap)."""
+    return FORMS[choose(x, weight, cap) if form == "auto" else form](x, weight, targets, cap)
 
 
-def choose(x: Tensor, weight: Tensor) -> str:
-    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own; else ours, because on a CPU
-    the built-in one takes ten times as long (docs/benchmarks.md)."""
+def choose(x: Tensor, weight: Tensor, cap: float | None = None) -> str:
+    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which knows no cap; else
+    ours, because on a CPU the built-in one takes ten times as long (docs/benchmarks.md)."""
     if x.shape[0] * weight.shape[0] * 4 <= LARGE:
         return "full"
-    return "fused" if x.is_cuda and "linear_cross_entropy" in vars(F) else "chunked"
+    return "fused" if x.is_cuda and cap is None and "linear_cross_entropy" in vars(F) else "chunked"
 
 
-def full(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def full(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """The definition."""
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE, reduction="sum")
+    logits = F.linear(x, weight).float()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def fused(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def fused(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """PyTorch's chunked form (torch 2.13 and later)."""
+    if cap is not None:
+        raise UsageError("PyTorch's fused cross-entropy knows no cap on the logits: take the form 'chunked' or 'full'")
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, reduction="sum", options=options)
 
 
 @torch.compiler.disable
-def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def chunked(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Ours. Differs from the definition in rounding only."""
-    return Chunked.apply(x, weight, targets)  # type: ignore[no-any-return, no-untyped-call]
+    return Chunked.apply(x, weight, targets, cap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Chunked(torch.autograd.Function):
     """Both gradients are made in the forward pass; backward multiplies them by what comes from above (a scalar)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         W = weight.to(dtype)
@@ -73,10 +85,13 @@ class Chunked(torch.autograd.Function):
             for first in range(0, x.shape[0], ROWS):
                 rows = slice(first, first + ROWS)
                 x_rows, t = x[rows].to(dtype), targets[rows]
-                log_p = F.linear(x_rows, W).float().log_softmax(dim=-1)
+                logits = F.linear(x_rows, W).float()
+                bent = None if cap is None else torch.tanh(logits / cap)
+                log_p = (logits if cap is None or bent is None else cap * bent).log_softmax(dim=-1)
                 total += F.nll_loss(log_p, t, ignore_index=IGNORE, reduction="sum")
                 if wants_x or wants_weight:
-                    g = gradient_(log_p, t).to(dtype)
+                    g = gradient_(log_p, t)
+                    g = (g if bent is None else g * (1 - bent**2)).to(dtype)
                     if dx is not None:
                         dx[rows] = g @ W
                     if dW is not None:
@@ -85,12 +100,12 @@ class Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         assert ctx.gradients is not None, "the chunked form goes backward once: its gradients are scaled in place"
         (dx, dW), ctx.gradients = ctx.gradients, None
         (scale,) = upstream
         dx = None if dx is None else dx.mul_(scale)
-        return dx, None if dW is None else dW.mul_(scale).to(ctx.weight_dtype), None
+        return dx, None if dW is None else dW.mul_(scale).to(ctx.weight_dtype), None, None
 
 
 def gradient_(log_p: Tensor, targets: Tensor) -> Tensor:

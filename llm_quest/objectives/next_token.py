@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_quest.contracts import Loss
 from llm_quest.errors import UsageError
+from llm_quest.layers.moe import Routing
+from llm_quest.layers.multi_token import ahead, positions_ahead
 from llm_quest.objectives.cross_entropy import FORMS, IGNORE, cross_entropy
+from llm_quest.objectives.routing import METRICS, TERMS, note_loads
 from llm_quest.scope import Scope
 
 if TYPE_CHECKING:
@@ -17,25 +21,73 @@ if TYPE_CHECKING:
 
 
 class NextToken(nn.Module):
-    """`NextToken(model)(batch) -> Loss`: total in nats, count = learned tokens. form: how the cross-entropy is computed
-    (`objectives.cross_entropy.FORMS`); auto takes the one that fits the size and the device. metrics: none of its own."""
+    """`NextToken(model)(batch) -> Loss`: total in nats, count = learned tokens.
 
-    def __init__(self, model: nn.Module, *, form: str = "auto"):
+    form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and device. router: names
+    in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens. lookahead: lambda of
+    the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k of module k's loss, all over
+    the main loss's count, as the paper divides.
+
+    Splitting a batch adds exactly, but for the router's terms: they are products of averages over the micro-batch."""
+
+    def __init__(
+        self, model: nn.Module, *, form: str = "auto", router: Mapping[str, float] | None = None, lookahead: float = 0.3
+    ):
         super().__init__()
         if form not in ("auto", *FORMS):
             raise UsageError(f"no form of the loss is called {form!r}; known: auto, {', '.join(FORMS)}")
-        self.model = model
+        unknown = set(router or {}) - set(TERMS)
+        if unknown:
+            raise UsageError(f"no router loss is called {', '.join(sorted(unknown))}; known: {', '.join(TERMS)}")
+        self.model: Any = model
         self.form = form
+        self.router = dict(router or {})
+        self.lookahead = lookahead
 
     def forward(self, batch: TokenBatch) -> Loss:
-        x = self.model.hidden(batch.tokens, scope_of(batch))  # type: ignore[operator]
-        targets = batch.targets.flatten()
-        total = cross_entropy(x.flatten(0, 1), self.model.head.weight, targets, self.form)  # type: ignore[union-attr, arg-type]
-        return Loss(total, (targets != IGNORE).sum(dtype=torch.float32), {})
+        records: dict[str, list[Any]] = {}
+        scope = scope_of(batch, records)
+        h = self.model.hidden(batch.tokens, scope)
+        total = self.cross_entropy(h, batch.targets)
+        count = (batch.targets != IGNORE).sum(dtype=torch.float32)
+        metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        total = total + self.multi_token(h, batch, scope, count, metrics)
+        routings: list[Routing] = records.get("routing", [])
+        if routings:
+            total = total + self.balance(routings, count, metrics)
+        return Loss(total, count, metrics)
+
+    def cross_entropy(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses of these hidden states (B,T,D) and targets (B,T)."""
+        head = self.model.head
+        return cross_entropy(h.flatten(0, 1), head.weight, targets.flatten(), self.form, head.cap)
+
+    def multi_token(
+        self, h: Tensor, batch: TokenBatch, scope: Scope, count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """lambda / K times the sum of the lookahead modules' losses."""
+        total, modules = h.new_zeros((), dtype=torch.float32), self.model.lookahead
+        for k, module in enumerate(modules, start=1):
+            further = Scope(positions_ahead(scope, k), segments=scope.segments, records=scope.records)
+            h = module(h, self.model.embed(ahead(batch.tokens, k, 0), further), further)
+            targets = ahead(batch.targets, k, IGNORE).masked_fill(further.positions < 0, IGNORE)
+            loss = self.cross_entropy(h, targets)
+            metrics[f"lookahead_{k}"] = (loss.detach(), (targets != IGNORE).sum(dtype=torch.float32))
+            total = total + loss * (self.lookahead / len(modules))
+        return total
+
+    def balance(self, routings: list[Routing], count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The router's terms; the loads are noted for whoever balances after the step."""
+        if self.training:
+            note_loads(routings)
+        for name, measure in METRICS.items():
+            metrics[name] = (measure(routings).detach() * count, count)
+        terms = [coefficient * TERMS[name](routings) for name, coefficient in self.router.items()]
+        return sum(terms, start=count.new_zeros(())) * count
 
 
-def scope_of(batch: TokenBatch) -> Scope:
+def scope_of(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> Scope:
     """What the tokens of a batch may see: plain rows, or what positions and segments say."""
     if batch.positions is None:
-        return Scope.plain(batch.tokens)
-    return Scope(batch.positions, segments=batch.segments)
+        return Scope.plain(batch.tokens, records=records)
+    return Scope(batch.positions, segments=batch.segments, records=records)

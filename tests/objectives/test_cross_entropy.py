@@ -15,8 +15,8 @@ def example(rows=700, width=24, vocab=331, dtype=torch.float64):
     return x.requires_grad_(), weight.requires_grad_(), targets
 
 
-def value_and_gradients(form, x, weight, targets, upstream=1.0):
-    total = FORMS[form](x, weight, targets)
+def value_and_gradients(form, x, weight, targets, upstream=1.0, cap=None):
+    total = FORMS[form](x, weight, targets, cap)
     return total.detach(), *torch.autograd.grad(total * upstream, (x, weight))
 
 
@@ -85,3 +85,18 @@ def test_auto_keeps_small_logits_whole_and_cuts_large_ones():
     assert choose(torch.empty(64, 8), torch.empty(1000, 8)) == "full"
     rows = LARGE // (4 * 1000) + 1
     assert choose(torch.empty(rows, 8), torch.empty(1000, 8)) == "chunked"
+
+
+def test_capped_logits_have_the_same_gradient_in_pieces():
+    x, weight, targets = example(dtype=torch.float32)
+    for got, expected in zip(
+        value_and_gradients("chunked", x, weight, targets, cap=0.7),
+        value_and_gradients("full", x, weight, targets, cap=0.7),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_fused_form_refuses_a_cap_rather_than_forget_it():
+    with pytest.raises(ValueError, match="knows no cap"):
+        value_and_gradients("fused", *example(dtype=torch.float32), cap=5.0)

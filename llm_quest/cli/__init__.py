@@ -1,0 +1,2 @@
+"""The door to the street: `quest ...`. Commands import what they need when they run, so that `quest --help` is
+quick."""

@@ -1,0 +1,226 @@
+"""What there is to build, and what it is made of: `quest models`, `quest show NAME` (`quest diff` is in
+`lesson.py`).
+
+Counts come from the model itself, assembled without memory: parameters by walking it, the rest as `costs.py` says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llm_quest.cli.costs import cache_bytes, flops_per_token
+from llm_quest.cli.drawing import describe_rotary, picture
+from llm_quest.contracts import Preset
+from llm_quest.errors import DataError, UsageError
+from llm_quest.layers.rotary import Rotary
+from llm_quest.models import PAGES
+from llm_quest.models.build import count_parameters, page_of, preset, presets, skeleton
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.page import Page
+from llm_quest.report.words import aligned, size
+
+READ_LENGTH = 4096
+DTYPES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every preset of every page, one row each."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return list(self.rows)
+
+    def lines(self) -> list[str]:
+        cells = [("name", "page", "parameters", "context", "hub id", "notes")]
+        for row in self.rows:
+            counts = (f"{row['parameters']:,}", f"{row['context']:,}")
+            cells.append((row["name"], row["page"], *counts, row["hub"] or "-", row["notes"]))
+        hint = "quest show NAME draws one, quest diff A B tells two apart, quest plan says what training takes"
+        return [*aligned(cells, right=(2, 3)), "", hint]
+
+
+def models() -> Catalogue:
+    """All presets. Published sizes carry their published count; the tiny ones are counted on the meta device."""
+    return Catalogue(tuple(row(page, one) for page in PAGES for one in page.presets))
+
+
+def row(page: Page, one: Preset) -> dict[str, Any]:
+    parameters = one.parameters if one.parameters is not None else count_parameters(skeleton(one.config))
+    return {
+        "name": one.name,
+        "page": page.name,
+        "parameters": parameters,
+        "context": one.config.context,
+        "hub": one.hub,
+        "notes": one.notes or ("a small one for tests and tours" if one.name.endswith("-tiny") else ""),
+    }
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """What a model is made of.
+
+    parts: parameters by part, tied matrices once (with the embedding). cache_per_token: bytes (bf16) that one more
+    token adds to the cache; cache_fixed: bytes that do not grow (full windows, states); cache_total: at `context`
+    tokens. flops_linear, flops_scores: FLOPs per token of a forward pass over `context` tokens (two per multiply-add;
+    attention counted over all pairs, as in Chowdhery et al. 2022, appendix B); training costs three times as much.
+    load: bytes of weights by dtype."""
+
+    name: str
+    page: str
+    headline: str
+    numbers: dict[str, Any]
+    picture: tuple[str, ...]
+    parameters: int
+    parts: dict[str, int]
+    context: int
+    cache_per_token: int
+    cache_fixed: int
+    cache_total: int
+    flops_linear: int
+    flops_scores: int
+    load: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per token, forward."""
+        return self.flops_linear + self.flops_scores
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "flops_forward": self.flops, "flops_training": 3 * self.flops}
+
+    def lines(self) -> list[str]:
+        parts = [(f"  {part}", f"{count:,}", f"{count / self.parameters:6.1%}") for part, count in self.parts.items()]
+        parts.append(("  together", f"{self.parameters:,}", ""))
+        fixed = f" and {size(self.cache_fixed)} that do not grow" if self.cache_fixed else ""
+        at, scores = f"at {self.context:,} tokens", f"{self.flops_scores / self.flops:.0%} of it attention"
+        facts = [
+            ("cache, bfloat16", f"{self.cache_per_token:,} bytes per token{fixed}; {size(self.cache_total)} {at}"),
+            ("forward", f"{self.flops / 1e9:,.4g} GFLOPs per token {at} ({scores})"),
+            ("training", f"{3 * self.flops / 1e9:,.4g} GFLOPs per token (backward costs twice the forward pass)"),
+            ("to load", ", ".join(f"{size(held)} in {dtype}" for dtype, held in self.load.items())),
+        ]
+        drawn = [f"{self.name}: {self.headline}", "", *self.picture, ""]
+        return [*drawn, "parameters", *aligned(parts, right=(1, 2)), "", *aligned(facts)]
+
+
+def show(name: str, *, context: int | None = None) -> Portrait:
+    """A portrait of a preset, a page (its first preset), or a folder with a config.json. context: tokens at which
+    cache and FLOPs are counted; by default what the model was made for, at most 4,096."""
+    title, config = configured(name)
+    page, model = page_of(config), skeleton(config)
+    if context is not None and context < 1:
+        raise UsageError(f"context is {context}; it counts tokens, so give at least 1")
+    context = context or min(config.context, READ_LENGTH)
+    try:
+        linear, scores = flops_per_token(config, context)
+    except ValueError as error:
+        raise UsageError(f"{title} cannot be shown at {context:,} tokens: {error}") from None
+    growing, fixed, total = cache_bytes(config, context)
+    parameters = count_parameters(model)
+    return Portrait(
+        name=title,
+        page=page.name,
+        headline=headline(page),
+        numbers=flat(config),
+        picture=tuple(picture(model)),
+        parameters=parameters,
+        parts=parameters_by_part(model),
+        context=context,
+        cache_per_token=growing,
+        cache_fixed=fixed,
+        cache_total=total,
+        flops_linear=linear,
+        flops_scores=scores,
+        load={dtype: parameters * width for dtype, width in DTYPES.items()},
+    )
+
+
+def configured(name: str) -> tuple[str, Any]:
+    """A title and a config, from a preset's name, a page's name, or a folder that holds a config.json."""
+    for page in PAGES:
+        if name in [one.name for one in page.presets]:
+            return name, preset(name).config
+    for page in PAGES:
+        if page.name == name:
+            return page.presets[0].name, page.presets[0].config
+    file = Path(name) / "config.json"
+    if file.is_file():
+        return name, read_config(file)
+    if Path(name).is_dir():
+        raise DataError(f"{name} holds no config.json, so there is nothing to show")
+    if name in presets():
+        raise UsageError(f"{name} does not read tokens alone, and only language models are drawn here")
+    try:
+        return name, preset(name).config
+    except UsageError as error:
+        pages = ", ".join(page.name for page in PAGES)
+        raise UsageError(f"{error}; pages: {pages}; or a folder with a config.json") from None
+
+
+def read_config(file: Path) -> Any:
+    """The config of a Hugging Face folder, through its page."""
+    try:
+        published = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from None
+    if not isinstance(published, dict):
+        raise DataError(f"{file} holds {type(published).__name__}; a model's config is a JSON object")
+    for page in PAGES:
+        if page.reads(published):
+            return page.read(published)
+    known = ", ".join(name for page in PAGES for name in (page.model_type, *page.also))
+    raise DataError(f"{file}: model_type {published.get('model_type')!r} has no page here; known: {known}")
+
+
+def headline(page: Page) -> str:
+    """The first sentence of the page's docstring."""
+    return source_docstring(page).split("\n\n")[0].replace("\n", " ").split(". What is new")[0].rstrip(".:")
+
+
+def source_docstring(page: Page) -> str:
+    """The page's own words."""
+    module = inspect.getmodule(page.assemble)
+    assert module is not None, "a page's assemble lives in its file"
+    return inspect.cleandoc(module.__doc__ or "")
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Field -> value; a rotary and its scaling are written as a few words."""
+    return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return describe_rotary(value) if isinstance(value, Rotary) else str(value)
+
+
+def parameters_by_part(model: Decoder) -> dict[str, int]:
+    """embedding, mixers, feed-forward, norms, head: every parameter in exactly one part."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return {
+        part: counts[part]
+        for part in ("embedding", "attention", "feed-forward", "norms", "head", "other")
+        if counts[part]
+    }
+
+
+def part_of(name: str) -> str:
+    words = name.split(".")
+    if words[0] in ("embed", "head"):
+        return {"embed": "embedding", "head": "head"}[words[0]]
+    if any("norm" in word for word in words):
+        return "norms"
+    return "attention" if "mixer" in words else "feed-forward" if "ffn" in words else "other"

@@ -1,0 +1,100 @@
+"""What a model costs to run, counted on the model itself, assembled without memory: FLOPs by PyTorch's counter over a
+forward pass, cache bytes by really making a cache and filing a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm_quest.cli.drawing import block_lines
+from llm_quest.layers.initialize import materialize
+from llm_quest.models.build import skeleton
+from llm_quest.models.decoder import Decoder
+from llm_quest.scope import Scope
+
+FAR = 2**18
+Shape = Sequence[int]
+
+
+def grouped_product(x: Shape, weights: Shape, *rest: Any, **options: Any) -> int:
+    """x (N,K) by one of the matrices (E,K,M), each row by its own: 2 N K M."""
+    return 2 * math.prod(x) * weights[-1]
+
+
+def attention_kernel(q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
+    """q (B,H,T,d), k (B,G,S,d), v (B,G,S,dv): 2 B H T S (d + dv): all pairs, those that a mask hides too."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def formulas() -> dict[Any, Any]:
+    """Products that PyTorch's counter does not know; the experts' grouped one is there once a page that has experts is."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    known = {torch.ops.aten._grouped_mm: grouped_product, kernel: attention_kernel}
+    ours = getattr(torch.ops.llm_quest, "grouped_product", None)
+    return known if ours is None else known | {ours: grouped_product}
+
+
+WITH_WEIGHTS = ("aten.mm", "aten.addmm", "aten._grouped_mm", "llm_quest.grouped_product")
+"""Products of tokens with weights; all others are of tokens with tokens."""
+
+
+@dataclass(frozen=True)
+class Ghost:
+    """A model on tensors that have shape, type and device but no memory, with one block of each kind; `times`: how many
+    there are of each. Make and call it inside a FakeTensorMode."""
+
+    model: Decoder
+    times: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> Ghost:
+        model = skeleton(config).eval()
+        kinds: dict[tuple[str, ...], list[nn.Module]] = {}
+        for block in model.blocks:
+            kinds.setdefault(tuple(block_lines(block)), []).append(block)
+        model.blocks = nn.ModuleList(alike[0] for alike in kinds.values())
+        materialize(model, "cpu", torch.bfloat16)
+        return cls(model, tuple(len(alike) for alike in kinds.values()))
+
+    def cache(self, capacity: int) -> int:
+        """Bytes of a real cache for one row, after filing a token. (A slot cache has one spare slot, for padding.)"""
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        cache = self.model.new_cache(1, capacity)
+        with torch.no_grad():
+            self.model(token, Scope.plain(token, cache=cache))
+        return sum(times * part.nbytes() for times, part in zip(self.times, cache.layers, strict=True))
+
+    def flops(self, length: int) -> tuple[int, int]:
+        """FLOPs of one forward pass over one row: products with weights, products of tokens with tokens."""
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        with FlopCounterMode(display=False, custom_mapping=formulas()) as counter, torch.no_grad():
+            self.model(tokens)
+        counts = counter.get_flop_counts()
+        parts = [(counts["Global"], 1)]
+        parts += [(counts[f"Decoder.blocks.{kind}"], times - 1) for kind, times in enumerate(self.times)]
+        whole = sum(times * sum(part.values()) for part, times in parts)
+        weights = sum(times * count for part, times in parts for op, count in part.items() if str(op) in WITH_WEIGHTS)
+        return weights, whole - weights
+
+
+def cache_bytes(config: Any, context: int) -> tuple[int, int, int]:
+    """(bytes one more token adds, bytes that do not grow, bytes at `context` tokens) for one row in bfloat16."""
+    with FakeTensorMode():
+        ghost = Ghost.of(config)
+        at_context, once, twice = (ghost.cache(capacity) for capacity in (context, FAR, 2 * FAR))
+    growing = (twice - once) // FAR
+    return growing, once - growing * (FAR + 1), at_context
+
+
+def flops_per_token(config: Any, length: int) -> tuple[int, int]:
+    """(products with weights, products of tokens with tokens) per token, forward, in a row of `length` tokens."""
+    with FakeTensorMode():
+        weights, tokens = Ghost.of(config).flops(length)
+    return round(weights / length), round(tokens / length)

@@ -1,0 +1,117 @@
+"""A model drawn in text: the stream runs down the left side, branches leave it and join it again.
+
+┣━▶ norm   RMSNorm 48             the branch reads the stream through a norm,
+┃   ffn    GatedMLP               does its work,
+⊕◀━        96 → down 48           and is added to the stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from llm_quest.layers.attention import GroupedQueryAttention
+from llm_quest.layers.block import Add, Sublayer
+from llm_quest.layers.projections import Projections
+from llm_quest.layers.rotary import NoRotary
+from llm_quest.models.decoder import Decoder
+
+
+def picture(model: Decoder) -> list[str]:
+    """The model from top to bottom: the stream on the left, every branch leaving it at ┣ and joining it again at ⊕.
+    Blocks that are alike are drawn once."""
+    drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe(model.embed)}", "  │"]
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for layer, block in enumerate(model.blocks):
+        kinds.setdefault(tuple(block_lines(block)), []).append(layer)
+    for lines, layers in kinds.items():
+        drawn += [f"  ┢━ {which(layers)} ━━━", *(f"  {line}" for line in lines), "  ┡━━━", "  │"]
+    tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
+    head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"
+    head += ", the embedding itself" if tied else ", a matrix of its own"
+    return [*drawn, f"  ├── norm   {describe(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
+
+
+def which(layers: Sequence[int]) -> str:
+    """block 3; blocks 0 to 15, 16 alike; blocks 0 to 4, 6 to 10, 12 to 16, ..., 22 alike"""
+    if len(layers) == 1:
+        return f"block {layers[0]}"
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][-1] == layer - 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    told = [f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    return f"blocks {', '.join(told[:4])}{', ...' if len(told) > 4 else ''}, {len(layers)} alike"
+
+
+def block_lines(block: nn.Module) -> list[str]:
+    """A block's branches, in order: what each reads, what it does, how it joins the stream again."""
+    lines = []
+    for name, branch in block.named_children():
+        assert isinstance(branch, Sublayer), "a block consists of sublayers"
+        inside = [f"norm   {describe(branch.norm)}", f"{name:<6} {describe(branch.layer)}"]
+        inside += [f"       {line}" for line in wiring(branch.layer)]
+        if not isinstance(branch.post_norm, nn.Identity):
+            inside.append(f"norm   {describe(branch.post_norm)}")
+        kind = "" if isinstance(branch.residual, Add) else f"   by {type(branch.residual).__name__}"
+        lines += ["┃", f"┣━▶ {inside[0]}", *(f"┃   {line}" for line in inside[1:-1]), f"⊕◀━ {inside[-1]}{kind}"]
+    return [*lines, "┃"]
+
+
+def describe(layer: nn.Module) -> str:
+    """A layer in one line: its kind, and the numbers that matter."""
+    kind = type(layer).__name__
+    if isinstance(layer, GroupedQueryAttention):
+        shared = (
+            f"{layer.heads} query heads share {layer.groups} key/value heads"
+            if layer.groups < layer.heads
+            else f"{layer.heads} heads"
+        )
+        looks = "" if layer.window is None else f", looks back {layer.window:,} tokens"
+        return f"{kind}: {shared} of {layer.head_width}{looks}"
+    own = (
+        layer.named_children() if any(isinstance(table, nn.Embedding) for table in layer.children()) else [("", layer)]
+    )
+    held = [(name, inner, shape(inner)) for name, inner in own if not isinstance(inner, nn.Identity | nn.Dropout)]
+    return ", ".join([f"{kind} " + " and ".join(f"{name} {shape}".strip() for name, _, shape in held)]).strip()
+
+
+def shape(layer: nn.Module) -> str:
+    """128,256 x 2,048 of a table; 768 with bias of a norm."""
+    own = dict(layer.named_parameters(recurse=False))
+    matrix = " × ".join(f"{n:,}" for n in own["weight"].shape) if "weight" in own else ""
+    return matrix + (" with bias" if "bias" in own else "")
+
+
+def wiring(layer: nn.Module) -> list[str]:
+    """The linear maps inside a layer, in order, and how queries and keys are told where they stand."""
+    lines = []
+    for name, inner in layer.named_modules():
+        own = isinstance(inner, nn.Linear) and inner.bias is not None
+        if isinstance(inner, Projections):
+            parts = " + ".join(f"{part} {rows:,}" for part, rows in inner.parts.items())
+            lines.append(f"{inner.in_features:,} → {parts}{', with biases' if own else ''}")
+        elif isinstance(inner, nn.Linear):
+            lines.append(f"{inner.in_features:,} → {name} {inner.out_features:,}{', with bias' if own else ''}")
+        else:
+            held = [(key, weight) for key, weight in inner.named_parameters(recurse=False) if weight.ndim > 1]
+            lines += [f"{name} {key} {' × '.join(f'{n:,}' for n in weight.shape)}".lstrip() for key, weight in held]
+    if isinstance(layer, GroupedQueryAttention):
+        turned = (
+            "not turned"
+            if isinstance(layer.rotary, NoRotary)
+            else f"turned by position, {describe_rotary(layer.rotary)}"
+        )
+        lines.insert(1, f"q and k {turned}")
+    return lines
+
+
+def describe_rotary(rotary: Any) -> str:
+    """base 500,000, Llama3 x32"""
+    scaling = rotary.scaling
+    stretched = "" if scaling is None else f", {type(scaling).__name__} x{scaling.factor:g}"
+    return f"base {rotary.theta:,.0f}{stretched}"

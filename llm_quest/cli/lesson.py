@@ -1,0 +1,207 @@
+"""`quest diff A B`: two pages of the house read side by side, as the lesson their difference is.
+
+First what the later page says is new, in its own words; then which layers leave, come and stay, each with the sentence
+that defines it; then the numbers of two sizes; at last the code of `Config`, `block` and `assemble`, line against
+line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llm_quest.cli.catalog import READ_LENGTH, Portrait, configured, show, source_docstring
+from llm_quest.contracts import Preset
+from llm_quest.errors import UsageError
+from llm_quest.models import PAGES
+from llm_quest.models.build import page_of, preset, presets
+from llm_quest.models.page import Page
+from llm_quest.report.words import aligned, size
+
+CODE = ("Config", "block", "assemble", "initialize")
+COLOURS = {"heading": "\033[1m", "gone": "\033[31m", "new": "\033[32m", "same": "", "faint": "\033[2m"}
+Line = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """From `a` to `b`. words: what b's page says of itself. leaving, coming, staying: layers with their defining
+    sentence. numbers: (name, a's, b's). code: per definition its lines, each a (style, text): gone, new, same."""
+
+    a: str
+    b: str
+    title: str
+    words: tuple[str, ...]
+    leaving: dict[str, str]
+    coming: dict[str, str]
+    staying: tuple[str, ...]
+    numbers: tuple[tuple[str, str, str], ...]
+    code: dict[str, tuple[Line, ...]]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self, *, colour: bool = False) -> list[str]:
+        """For people. colour: with terminal colours (all text here is our own source, none of it from strangers)."""
+        return [painted(style, text) if colour else text for style, text in self.styled()]
+
+    def styled(self) -> Iterator[Line]:
+        """(style, line) pairs; styles: heading, gone, new, same, faint."""
+        yield "heading", self.title
+        if self.words:
+            yield "same", ""
+            yield from (("same", line) for line in self.words)
+        if self.leaving or self.coming:
+            yield "same", ""
+            yield "heading", "The layers"
+            yield from (("gone", f"- {line}") for line in described(self.leaving))
+            yield from (("new", f"+ {line}") for line in described(self.coming))
+            yield "faint", f"  both: {', '.join(self.staying)}"
+        yield "same", ""
+        yield "heading", "The numbers"
+        yield from (
+            ("same" if a != b else "faint", line)
+            for (_, a, b), line in zip(self.table(), aligned(self.table(), right=(1, 2)), strict=True)
+        )
+        for name, lines in self.code.items():
+            yield "same", ""
+            yield (
+                "heading",
+                f"The code: {name}" + ("" if any(style != "same" for style, _ in lines) else ", the same in both"),
+            )
+            if any(style != "same" for style, _ in lines):
+                yield from ((style, f"{MARKS[style]} {text}".rstrip()) for style, text in lines)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """The numbers under their column heads."""
+        return [("", self.a, self.b), *self.numbers]
+
+
+MARKS = {"gone": "-", "new": "+", "same": " "}
+
+
+def diff(a: str, b: str) -> Lesson:
+    """The lesson from a to b; each a page's or a preset's name. Two pages: their sizes nearest to each other are
+    compared; two presets of one page: only their numbers."""
+    if a == b:
+        raise UsageError(f"{a} and {a} are the same; name two pages or presets (quest models lists them)")
+    page_a, page_b = page_called(a), page_called(b)
+    if page_a is page_b:
+        return Lesson(
+            a,
+            b,
+            f"{a} and {b}: two sizes of one page ({page_a.name}.py)",
+            (),
+            {},
+            {},
+            (),
+            numbers(a, b),
+            {},
+        )
+    left, right = nearest(sizes_of(a, page_a), sizes_of(b, page_b))
+    gone, new = parts(page_a), parts(page_b)
+    return Lesson(
+        a=left.name,
+        b=right.name,
+        title=f"From {page_a.name} to {page_b.name}  (llm_quest/models: {page_a.name}.py, {page_b.name}.py)",
+        words=tuple(source_docstring(page_b).splitlines()),
+        leaving={name: text for name, text in gone.items() if name not in new},
+        coming={name: text for name, text in new.items() if name not in gone},
+        staying=tuple(name for name in gone if name in new),
+        numbers=numbers(left.name, right.name),
+        code={name: tuple(against(source(page_a, name), source(page_b, name))) for name in CODE},
+    )
+
+
+def page_called(name: str) -> Page:
+    """The page of that name, or the page of a preset."""
+    for page in PAGES:
+        if page.name == name:
+            return page
+    return page_of(configured(name)[1])
+
+
+def sizes_of(name: str, page: Page) -> list[Preset]:
+    """What a name stands for: a page's published sizes, or one preset."""
+    if name in presets() and name != page.name:
+        return [preset(name)]
+    return [one for one in page.presets if one.parameters] or list(page.presets)
+
+
+def nearest(ours: list[Preset], theirs: list[Preset]) -> tuple[Preset, Preset]:
+    """The pair whose parameter counts differ by the smallest factor."""
+    pairs = [(a, b) for a in ours for b in theirs]
+    return min(pairs, key=lambda pair: abs(math.log((pair[0].parameters or 1) / (pair[1].parameters or 1))))
+
+
+def numbers(left: str, right: str) -> tuple[tuple[str, str, str], ...]:
+    """Field by field: the configs', then what follows from them, both at a context that both have."""
+    context = min(READ_LENGTH, configured(left)[1].context, configured(right)[1].context)
+    a, b = show(left, context=context), show(right, context=context)
+    fields = dict.fromkeys([*a.numbers, *b.numbers])
+    rows = [(field, told(a.numbers.get(field, "-")), told(b.numbers.get(field, "-"))) for field in fields]
+    rows.append(("parameters", f"{a.parameters:,}", f"{b.parameters:,}"))
+    rows += [(f"  {part}", share(a, part), share(b, part)) for part in dict.fromkeys([*a.parts, *b.parts])]
+    rows.append(("cache bytes per token (bfloat16)", f"{a.cache_per_token:,}", f"{b.cache_per_token:,}"))
+    rows.append((f"cache at {context:,} tokens", size(a.cache_total), size(b.cache_total)))
+    rows.append((f"GFLOPs per token at {context:,} tokens", f"{a.flops / 1e9:.4g}", f"{b.flops / 1e9:.4g}"))
+    return tuple(rows)
+
+
+def told(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def share(portrait: Portrait, part: str) -> str:
+    return f"{portrait.parts.get(part, 0) / portrait.parameters:.1%}"
+
+
+def parts(page: Page) -> dict[str, str]:
+    """The layers a page takes from the ground floor -> the first sentence each says about itself."""
+    module = inspect.getmodule(page.assemble)
+    assert module is not None, "a page's assemble lives in its file"
+    found: dict[str, str] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_quest.layers."):
+            home = importlib.import_module(str(node.module))
+            found |= {name.name: first_sentence(vars(home)[name.name]) for name in node.names}
+    return found
+
+
+def first_sentence(thing: Any) -> str:
+    """Of a docstring, up to the first full stop that ends one."""
+    text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+    for stop in range(len(text)):
+        if text[stop] == "." and text[stop + 1 : stop + 2] in ("", " ") and text[stop + 2 : stop + 3].isupper():
+            return text[:stop]
+    return text.rstrip(".")
+
+
+def described(layers: dict[str, str]) -> list[str]:
+    """name  sentence, the names in a column."""
+    return aligned(list(layers.items())) if layers else []
+
+
+def source(page: Page, name: str) -> list[str]:
+    """The lines of one definition in a page's file."""
+    module = inspect.getmodule(page.assemble)
+    return inspect.getsource(vars(module)[name]).splitlines()
+
+
+def against(old: list[str], new: list[str]) -> Iterator[Line]:
+    """Line against line, in full: what is gone before what is new."""
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            yield from (("same", line) for line in old[i:j])
+        else:
+            yield from (("gone", line) for line in old[i:j])
+            yield from (("new", line) for line in new[k:m])
+
+
+def painted(style: str, text: str) -> str:
+    return f"{COLOURS[style]}{text}\033[0m" if COLOURS[style] and text else text

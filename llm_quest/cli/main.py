@@ -1,0 +1,303 @@
+"""`quest`: every command, its options, and nothing else. What a command does lies in the file it imports when it
+runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_quest.cli.door import guarded
+from llm_quest.cli.screen import show, show_json, show_lines, voice
+
+app = typer.Typer(
+    name="quest",
+    help="Modern LLMs from scratch: train, generate, look inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:n], mps, xpu.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch decides.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network (HF_HUB_OFFLINE=1).")]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")]
+Pairs = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top, dotted: optimizer.lr=1e-3.")
+]
+
+
+def main() -> None:
+    """The entry point: ends the process with the exit code of what happened."""
+    sys.exit(guarded(lambda: app(standalone_mode=True, prog_name="quest")))
+
+
+def version(wanted: bool) -> None:
+    if wanted:
+        from llm_quest import __version__
+
+        print(f"llm-quest {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Modern LLMs from scratch: train, generate, look inside. Exit codes: 0 done, 1 a bug, 2 usage, 3 data or model
+    files, 4 a training guard, 5 memory or disk, 6 something missing, 7 run folder busy, 130/143 interrupted and
+    saved."""
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    threads: Threads = 0,
+) -> None:
+    """The offline tour: text, tokenizer, training, resuming, generating, exporting, report. Four minutes."""
+    from llm_quest.cli.tour import tour
+
+    prepare(threads)
+    finding = tour(out, seed=seed, device=device, say=voice(quiet))
+    show(finding, json)
+    raise typer.Exit(finding.exit_code)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN", help="A name, a YAML file, a run folder.")],
+    pairs: Pairs = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
+    resume: Annotated[str, typer.Option(help="auto (go on if there is something), never, or a run folder.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, print them, train nothing.")] = False,
+    device: Annotated[str | None, typer.Option(help="Short for device=...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Short for precision=...: auto, float32, bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Short for seed=...")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="Short for threads=...")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Train by a recipe. Run the same command again to go on after an interruption."""
+    from llm_quest.cli.training import start
+
+    prepare(threads or 0, offline)
+    short = {"device": device, "precision": dtype, "seed": seed, "threads": threads}
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    outcome = start(
+        recipe, [*(pairs or []), *given], out=out, resume=resume, dry_run=dry_run, quiet=quiet, say=voice(quiet)
+    )
+    if os.environ.get("RANK", "0") == "0":
+        show(outcome, json)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from; - reads stdin.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
+    slide: Annotated[bool, typer.Option("--slide", help="Go on beyond the context, forgetting the oldest.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    threads: Threads = 0,
+    offline: Offline = False,
+) -> None:
+    """Go on from a prompt; the text appears as it is made."""
+    from llm_quest.cli.talk import Manner, go_on
+
+    prepare(threads, offline)
+    manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    go_on(model, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
+
+
+@app.command()
+def chat(
+    model: ModelPath,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many tokens an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = 0.95,
+    template: Annotated[bool, typer.Option("--template/--no-template", help="Use the folder's chat template.")] = True,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    threads: Threads = 0,
+    offline: Offline = False,
+) -> None:
+    """Talk with a model in the terminal. /reset forgets the conversation, /quit or Ctrl-D leaves."""
+    from llm_quest.cli.talk import Manner, converse
+
+    prepare(threads, offline)
+    manner = Manner(tokens, temperature, None, top_p, None, 1.0, (), True, seed)
+    converse(model, manner, system=system, template=template, device=device, dtype=dtype, say=voice(quiet))
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelPath,
+    data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
+    tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens; 0: all.")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = 0,
+    offline: Offline = False,
+) -> None:
+    """Perplexity and bits per byte on text, beside n-gram and compressor baselines on the same bytes."""
+    from llm_quest.cli.judge import judge
+
+    prepare(threads, offline)
+    show(judge(model, data, tokens=tokens or None, device=device, dtype=dtype, say=voice(quiet)), json)
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """The published sizes that can be built by name."""
+    from llm_quest.cli.catalog import models as listed
+
+    show(listed(), json)
+
+
+@app.command("show")
+def show_model(name: Annotated[str, typer.Argument(help="A preset's name.")], json: Json = False) -> None:
+    """A model's blocks, its parameters by part, its cache and its cost."""
+    from llm_quest.cli.catalog import show as shown
+
+    show(shown(name), json)
+
+
+@app.command()
+def diff(a: Annotated[str, typer.Argument(help="A page or preset.")], b: str, json: Json = False) -> None:
+    """Two families compared: what is new, the numbers, the code."""
+    from llm_quest.cli.lesson import diff as compared
+
+    lesson = compared(a, b)
+    if json or not sys.stdout.isatty():
+        show(lesson, json)
+    else:  # our own source in our own colours: nothing in it to be cleaned
+        print("\n".join(lesson.lines(colour=True)))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
+    pairs: Pairs = None,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time three real steps.")] = True,
+    json: Json = False,
+    quiet: Quiet = False,
+    threads: Threads = 0,
+    offline: Offline = False,
+) -> None:
+    """What a run will cost before it starts: parameters, FLOPs, memory by kind, checkpoints, time."""
+    from llm_quest.cli.training import foresee
+
+    prepare(threads, offline)
+    show(foresee(recipe, pairs or [], measure=measure, say=voice(quiet)), json)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, offline: Offline = False
+) -> None:
+    """What a model folder holds, and everything that is wrong with it."""
+    from llm_quest.hub.inspect import inspect as inspected
+
+    prepare(0, offline)
+    show(inspected(folder), json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, threads: Threads = 0
+) -> None:
+    """Our logits and tokens against transformers' (which must be installed)."""
+    from llm_quest.hub.inspect import verify as verified
+
+    prepare(threads)
+    finding = verified(folder)
+    show(finding, json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the Hugging Face layout.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a run's model as a folder that transformers and vLLM load."""
+    from llm_quest.cli.exporting import export as exported
+
+    show(exported(run, folder, dtype=dtype, overwrite=overwrite), json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
+    out: Annotated[Path | None, typer.Option(help="The page (default: report.html in the first run).")] = None,
+    json: Json = False,
+) -> None:
+    """One self-contained page: curves, samples, data, cost, environment."""
+    from llm_quest.report.page import report as written
+
+    page = written(runs, out=out)
+    show_json({"report": str(page)}) if json else show_lines([str(page)])
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """This machine: python, torch, cores, memory, devices, and what to mend."""
+    from llm_quest.cli.machine import doctor as examined
+
+    show(examined(), json)
+
+
+@app.command()
+def data(
+    source: Annotated[str | None, typer.Argument(help="builtin[:parts], a file, a folder; without: a list.")] = None,
+    column: Annotated[str, typer.Option(help="The key of a JSONL line that holds its text.")] = "text",
+    separator: Annotated[str | None, typer.Option(help="Splits a text file into documents.")] = None,
+    json: Json = False,
+) -> None:
+    """What a data source holds: documents, bytes, and what was dropped and why."""
+    from llm_quest.cli.sources import ledger_of, listed
+
+    show(listed() if source is None else ledger_of(source, column=column, separator=separator), json)
+
+
+def prepare(threads: int, offline: bool = False) -> None:
+    """What has to be set before torch and the hub are imported."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,0 +1,79 @@
+"""What is printed: results on stdout (as lines, or as one JSON document), everything said along the way on stderr.
+
+Text that a model wrote or a stranger's file holds is cleaned before it reaches a terminal: escape sequences can
+rewrite one, and bidirectional overrides make text read as what it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline
+    "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff"  # bidirectional marks and overrides, odd line ends
+    "\ud800-\udfff\U000e0000-\U000e007f]"  # lone surrogates and the invisible tag characters
+)
+
+
+class Report(Protocol):
+    """A finding that can be read by people and by programs."""
+
+    def lines(self) -> list[str]: ...
+
+    def as_json(self) -> Any: ...
+
+
+def clean(text: str) -> str:
+    """The text without characters that command a terminal; carriage returns become line ends."""
+    return UNSAFE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def say(text: str = "") -> None:
+    """One line for people, on stderr."""
+    print(clean(text), file=sys.stderr, flush=True)
+
+
+def silent(text: str = "") -> None:
+    """What `--quiet` says."""
+
+
+def voice(quiet: bool) -> Callable[[str], None]:
+    """How to tell what happens."""
+    return silent if quiet else say
+
+
+def show(report: Report, as_json: bool) -> None:
+    """A finding on stdout."""
+    if as_json:
+        show_json(report.as_json())
+    else:
+        show_lines(report.lines())
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout."""
+    for line in lines:
+        print(clean(line))
+    sys.stdout.flush()
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on stdout; a number that JSON does not have (NaN, infinity) is null."""
+    print(
+        json.dumps(plain(value), indent=2, ensure_ascii=False, default=str).encode("utf-8", "replace").decode("utf-8"),
+        flush=True,
+    )
+
+
+def plain(value: Any) -> Any:
+    """The same without NaN and infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

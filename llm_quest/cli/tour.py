@@ -1,0 +1,171 @@
+"""`quest quickstart`: the whole way once, offline, in about four minutes, told in plain sentences.
+
+Text -> tokenizer -> training -> an interruption, and going on -> generating -> the Hugging Face layout and back -> a
+report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_quest.cli.exporting import export
+from llm_quest.cli.machine import doctor
+from llm_quest.cli.training import conclude, understood
+from llm_quest.errors import UsageError
+from llm_quest.generate.generate import generate
+from llm_quest.hub.files import load, load_tokenizer
+from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.config import differences, gather, resolve
+from llm_quest.recipes.pretrain import Outcome
+from llm_quest.recipes.pretrain_config import FREE, Pretrain
+from llm_quest.recipes.yaml import Settings
+
+Say = Callable[[str], None]
+
+PROMPTS = ("Return the ", "The value of ")
+NGRAM = "Kneser-Ney"
+
+
+@dataclass(frozen=True)
+class Tour:
+    """What the tour reached. bits_per_byte on held-out text, beside the baselines on the same bytes."""
+
+    run: str
+    export: str
+    report: str
+    parameters: int
+    seconds: float
+    resumed_at: int
+    bits_per_byte: float
+    baselines: dict[str, float]
+    texts: dict[str, str]
+    reload_difference: float
+    exit_code: int
+
+    @property
+    def best_ngram(self) -> float:
+        return min(bits for name, bits in self.baselines.items() if NGRAM in name)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"best_ngram": self.best_ngram}
+
+    def lines(self) -> list[str]:
+        ours = f"this model (llama3-style, {self.parameters:,} parameters)"
+        table = sorted({**self.baselines, ours: self.bits_per_byte}.items(), key=lambda one: one[1])
+        told = ["", "Held-out text, bits per byte (fewer is better):"]
+        told += [f"  {bits:6.3f}  {name}{'  <--' if name == ours else ''}" for name, bits in table]
+        told += [
+            "",
+            f"Took {self.seconds:.0f} s. The report: {self.report}",
+            f"The model: {self.export} (transformers loads it)",
+        ]
+        return [*told, "", "What next:", *(f"  {line}" for line in self.next_steps())]
+
+    def next_steps(self) -> list[str]:
+        return [
+            f"quest generate {self.export} -p 'The '",
+            f"quest eval {self.run}",
+            "quest diff gpt2 llama                 what is new in Llama, line by line",
+            "quest train pretrain data.source=YOUR_FOLDER   the same on your own text",
+        ]
+
+
+class Interruption:
+    """After so many steps this process sends itself what Ctrl-C sends. `done`: once is enough."""
+
+    def __init__(self, at: int):
+        self.at = at
+        self.done = False
+
+    def after_step(self, model: Any, step: int) -> None:
+        if step == self.at and not self.done:
+            self.done = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def tour(out: Path, *, seed: int = 0, device: str = "auto", pairs: Sequence[str] = (), say: Say) -> Tour:
+    """The tour, in a folder. An earlier tour in it is replaced; anything else there is left alone (UsageError)."""
+    began = time.monotonic()
+    settings, config, run = understood("quickstart", [f"seed={seed}", f"device={device}", *pairs])
+    clear(out, config)
+    env = doctor(out.parent if out.parent.exists() else Path()).as_json()
+    say("1. Text. No network is needed: Python brings its manual and the documentation of its library.")
+    say("2. A tokenizer and a small model in the style of Llama 3: both begin knowing nothing.")
+    say(
+        f"3. Training for {config.steps} steps; a third of the way in, the run is interrupted on purpose, as by Ctrl-C."
+    )
+    once = Interruption(max(1, config.steps // 3))
+    outcome = run(config, settings, out, env=env, callbacks=(once,), say=say)
+    resumed_at = outcome.step
+    if outcome.status == "interrupted" and once.done:
+        say(f"   Interrupted, and saved at step {outcome.step}. It goes on there, and will end with the same bits:")
+        outcome = run(config, settings, out, env=env, callbacks=(), say=say)
+    if outcome.status != "finished":
+        say(f"Interrupted; what was learned is saved. quest train {out} goes on with it.")
+        raise KeyboardInterrupt
+    return finished(out, config, settings, outcome, resumed_at, began, say)
+
+
+def clear(out: Path, config: Pretrain) -> None:
+    """Only what an earlier tour left is removed."""
+    if out.is_dir() and any(out.iterdir()):
+        old = out / "config.yaml"
+        ours = old.is_file() and not differences(
+            resolve(Pretrain, gather(str(old))), config, (*FREE, "seed", "precision", "compile")
+        )
+        if not ours:
+            raise UsageError(f"{out} is not empty and not from an earlier tour; choose another --out")
+        shutil.rmtree(out)
+
+
+def finished(
+    out: Path, config: Pretrain, settings: Settings, outcome: Outcome, resumed_at: int, began: float, say: Say
+) -> Tour:
+    """Generate, export, load again, report."""
+    say("4. Exporting to the Hugging Face layout, and loading that again.")
+    folder = out / "export"
+    export(out, folder, overwrite=True)
+    model, again = load(out, dtype="float32"), load(folder, dtype="float32")
+    say("5. What it writes now (it has read two and a half megabytes; it knows the tone, not the facts):")
+    texts = written(again, folder)
+    for prompt, text in texts.items():
+        say(f"   | {prompt}{text}".replace("\n", "\n   | "))
+    say("6. The report.")
+    conclude(out, config, settings, outcome, say)
+    return Tour(
+        run=str(out),
+        export=str(folder),
+        report=str((out / "report.html").resolve()),
+        parameters=outcome.parameters,
+        seconds=time.monotonic() - began,
+        resumed_at=resumed_at,
+        bits_per_byte=float(outcome.metrics["eval/bits_per_byte"]),
+        baselines=dict(outcome.baselines),
+        texts=texts,
+        reload_difference=difference(model, again),
+        exit_code=0,
+    )
+
+
+def written(model: Decoder, folder: Path) -> dict[str, str]:
+    """A continuation of each prompt."""
+    tokenizer = load_tokenizer(folder)
+    starts = [[tokenizer.start_id, *tokenizer.encode(prompt, template=False)] for prompt in PROMPTS]
+    done = generate(model, starts, max_new_tokens=80, temperature=0.7, top_p=0.95, tokenizer=tokenizer)
+    return {prompt: one.text or "" for prompt, one in zip(PROMPTS, done, strict=True)}
+
+
+@torch.inference_mode()
+def difference(model: Decoder, again: Decoder) -> float:
+    """The largest difference between two models' logits on some tokens."""
+    tokens = torch.arange(64)[None] % model.config.vocab
+    return float((model(tokens) - again(tokens)).abs().max())

@@ -1,0 +1,182 @@
+"""`quest train` and `quest plan`: from a recipe's name to a run folder with a report, or to what that would cost."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.cli.machine import doctor
+from llm_quest.cli.planning import Plan, Work, plan
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.recipes.choices import precision
+from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
+from llm_quest.recipes.parts import TokenizerPart
+from llm_quest.recipes.pretrain import Outcome, pretrain
+from llm_quest.recipes.pretrain_config import PRECISIONS, Pretrain
+from llm_quest.recipes.sizes import model_config
+from llm_quest.recipes.text import loaded
+from llm_quest.recipes.vision_config import Vit, Vlm
+from llm_quest.recipes.vit import train_vit
+from llm_quest.recipes.vlm import train_vlm
+from llm_quest.recipes.yaml import Mistake, Settings
+from llm_quest.train.checkpoint import replace_text
+from llm_quest.train.parallel import pick_device
+
+Say = Callable[[str], None]
+
+RECIPES: dict[str, tuple[Any, Any]] = {
+    "pretrain": (Pretrain, pretrain),
+    "vit": (Vit, train_vit),
+    "vlm": (Vlm, train_vlm),
+}
+"""What `recipe:` may say: the schema of its settings, and what runs them."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config that would run."""
+
+    config: Pretrain
+    exit_code: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
+
+    def lines(self) -> list[str]:
+        return as_yaml(self.config).splitlines()
+
+
+def start(
+    recipe: str,
+    pairs: Sequence[str],
+    *,
+    out: Path | None,
+    resume: str = "auto",
+    dry_run: bool = False,
+    quiet: bool = False,
+    say: Say,
+) -> Outcome | Checked:
+    """Train by a recipe: a new run, or the one that lies in the folder goes on."""
+    settings, config, run = understood(recipe, pairs)
+    if dry_run:
+        if isinstance(config, Pretrain):
+            sizes(config, settings)
+        return Checked(config)
+    folder, resume = where(recipe, config, out, resume)
+    outcome = run(config, settings, folder, resume=resume, env=doctor(folder).as_json(), quiet=quiet, say=say)
+    if os.environ.get("RANK", "0") == "0":
+        conclude(folder, config, settings, outcome, say)
+    return outcome
+
+
+def understood(recipe: str, pairs: Sequence[str]) -> tuple[Settings, Pretrain, Callable[..., Outcome]]:
+    """The settings, the typed config, and what runs it."""
+    settings = gather(recipe, pairs)
+    kind = settings.tree.get("recipe")
+    if not settings.mistakes and kind not in RECIPES:
+        what = "missing" if kind is None else f"{kind!r} is no kind of recipe{nearest(str(kind), list(RECIPES))}"
+        raise mistaken([Mistake(settings.place(("recipe",)), "recipe", f"{what}; known: {', '.join(RECIPES)}")])
+    schema, run = RECIPES.get(str(kind), RECIPES["pretrain"])
+    return settings, resolve(schema, settings), run
+
+
+def where(recipe: str, config: Pretrain, out: Path | None, resume: str) -> tuple[Path, str]:
+    """The run folder, and auto, never or a checkpoint to begin from."""
+    if resume not in ("auto", "never"):
+        place = Path(resume)
+        if not place.is_dir():
+            raise UsageError(
+                f"--resume {resume}: no such folder; give auto, never, a run folder or a checkpoint in one"
+            )
+        if place.parent.name == "checkpoints":
+            return out or place.resolve().parent.parent, str(place)
+        if out is not None and out.resolve() != place.resolve():
+            raise UsageError(f"--resume {resume} goes on in that folder, and --out names {out}; give one of them")
+        return place, "auto"
+    if out is not None:
+        return out, resume
+    if (Path(recipe) / "config.yaml").is_file():
+        return Path(recipe), resume
+    return fresh(Path("runs"), f"{Path(recipe).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"), resume
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """A folder of that name that is not there yet. Processes of one torchrun agree on it by its run id."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes need one run folder: name it with --out")
+    tried, number = folder / name, 2
+    while tried.exists():
+        tried, number = folder / f"{name}-{number}", number + 1
+    return tried
+
+
+def conclude(folder: Path, config: Pretrain, settings: Settings, outcome: Outcome, say: Say) -> None:
+    """The plan beside what was measured, and the report."""
+    from llm_quest.report.page import report
+
+    if isinstance(config, Pretrain) and not (folder / "plan.json").exists():
+        foreseen = plan(work(config, model_of_run(folder)), measure=False)
+        replace_text(folder / "plan.json", json.dumps(foreseen.as_json(), indent=1) + "\n")
+    say(f"report: {report([folder])}")
+
+
+def model_of_run(folder: Path) -> Any:
+    """The page's config that a run's checkpoints belong to."""
+    from llm_quest.models import PAGES
+
+    told = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    page = next(page for page in PAGES if page.name == told["page"])
+    return page.read(told["config"])
+
+
+def foresee(recipe: str, pairs: Sequence[str], *, measure: bool, say: Say) -> Plan:
+    """What a recipe would cost on this machine."""
+    settings, config, _ = understood(recipe, pairs)
+    if not isinstance(config, Pretrain):
+        raise UsageError(f"only text runs are planned; {recipe} trains on images: try it with steps=20")
+    return plan(work(config, sizes(config, settings)), measure=measure, say=say)
+
+
+def work(config: Pretrain, numbers: Any) -> Work:
+    """The recipe as planning sees it."""
+    device = pick_device(config.device)
+    return Work(
+        numbers,
+        rows=config.batch.rows,
+        length=config.batch.length,
+        steps=config.steps,
+        micro_rows=micro_rows(config),
+        optimizer=config.optimizer.name,
+        precision=precision(PRECISIONS.get(config.precision, config.precision), device).value,
+        checkpointing=config.activation_checkpointing,
+        keep=config.checkpoint.keep,
+        device=str(device),
+    )
+
+
+def micro_rows(config: Pretrain) -> int:
+    """As the recipe chooses them on one process."""
+    from llm_quest.recipes.pretrain import at_once
+    from llm_quest.train.parallel import Parallel
+
+    return at_once(config, Parallel())
+
+
+def sizes(config: Pretrain, settings: Settings) -> Any:
+    """The model's config without preparing the data: a tokenizer to be trained counts with the size it is asked for."""
+    if config.model.load is not None:
+        from llm_quest.hub.files import load
+
+        return load(config.model.load, dtype="float32").config
+    return model_config(config.model, settings, vocab=vocabulary(config.tokenizer), context=config.batch.length)
+
+
+def vocabulary(part: TokenizerPart) -> int:
+    tokenizer: Tokenizer | None = loaded(part.load) if part.load is not None else None
+    return part.vocab if tokenizer is None else tokenizer.vocab_size

@@ -1,0 +1,245 @@
+"""Labelled images: where they come from, which are held out, and how a step's rows are drawn and varied.
+
+Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class, CIFAR-10 where it
+lies on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side; nothing but the
+final score looks at it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_quest.contracts import Share
+from llm_quest.data.images import Preprocess, image_files, stacked
+from llm_quest.data.packing import shuffled
+from llm_quest.errors import DataError, MissingError, UsageError
+
+CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR_RECORD = 1 + 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """pixels (N,C,H,W) uint8, labels (N,) into names."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of images and labels."""
+        told = hashlib.sha256(f"{self.names} {self.pixels.shape}".encode())
+        told.update(np.ascontiguousarray(self.pixels).data)
+        told.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
+        return told.hexdigest()
+
+    def part(self, numbers: np.ndarray) -> Labelled:
+        """Those images alone."""
+        return Labelled(self.pixels[numbers], self.labels[numbers], self.names)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is trained on and what is held out."""
+
+    train: Labelled
+    held_out: Labelled
+
+
+def split(images: Labelled, held_out: float) -> Sides:
+    """About this part of the images is held out, by the hash of their pixels alone: no seed can choose an easy one."""
+    bound = held_out * 2.0**64
+    marks = [int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "big") for image in images.pixels]
+    out = np.array([mark < bound for mark in marks])
+    if out.all() or not out.any():
+        raise DataError(f"{len(images)} images are too few to hold out {held_out:.0%}; add images")
+    return Sides(images.part(np.flatnonzero(~out)), images.part(np.flatnonzero(out)))
+
+
+def digits() -> Labelled:
+    """The 1,797 digits that scikit-learn carries (Alpaydin & Kaynak 1998, UCI): 8 x 8, one channel."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MissingError(
+            "the digits come with scikit-learn, which is not installed: pip install 'llm-quest[vision]'"
+        ) from None
+    found = load_digits()
+    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Labelled(pixels, found.target.astype(np.int64), tuple(str(digit) for digit in range(10)))
+
+
+def folder(path: str | Path, preprocess: Preprocess, held_out: float) -> Sides:
+    """A sub-folder for each class; or folders `train` and `val` (or `test`) of such, which are then the two sides."""
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class")
+    inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
+    if (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
+        train = labelled(inside["train"], preprocess)
+        return Sides(train, labelled(inside.get("val", inside.get("test", path)), preprocess, train.names))
+    return split(labelled(path, preprocess), held_out)
+
+
+def labelled(path: Path, preprocess: Preprocess, names: Sequence[str] | None = None) -> Labelled:
+    """Every image of every sub-folder; names: the classes that must be meant."""
+    there = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and image_files(entry))
+    if names is None and len(there) < 2:
+        raise DataError(
+            f"{path} has images in {len(there)} sub-folders; at least two classes are needed, one folder each"
+        )
+    names = tuple(there if names is None else names)
+    if unknown := [name for name in there if name not in names]:
+        raise DataError(f"{path} has the class {unknown[0]!r}, which the training images have not")
+    files = [(file, label) for label, name in enumerate(names) if name in there for file in image_files(path / name)]
+    pixels = stacked([file for file, _ in files], preprocess)
+    return Labelled(pixels, np.array([label for _, label in files]), names)
+
+
+def cifar10(path: str | Path) -> Sides:
+    """CIFAR-10's binary version (Krizhevsky 2009): five files to train on, `test_batch.bin` held out, as published."""
+    path = Path(path)
+    path = path / "cifar-10-batches-bin" if (path / "cifar-10-batches-bin").is_dir() else path
+    files = [path / f"data_batch_{number}.bin" for number in range(1, 6)]
+    if absent := [file.name for file in (*files, path / "test_batch.bin") if not file.is_file()]:
+        raise MissingError(
+            f"CIFAR-10 is not in {path}: {absent[0]} is missing. Unpack cifar-10-binary.tar.gz (the binary version; the "
+            "Python version is pickled and is not read) and set images.folder to its folder"
+        )
+    return Sides(cifar_files(files), cifar_files([path / "test_batch.bin"]))
+
+
+def cifar_files(files: Sequence[Path]) -> Labelled:
+    """Records of one byte label and 3 x 32 x 32 bytes of red, green and blue."""
+    parts = []
+    for file in files:
+        raw = np.fromfile(file, dtype=np.uint8)
+        if len(raw) == 0 or len(raw) % CIFAR_RECORD or raw[::CIFAR_RECORD].max() > 9:
+            raise DataError(f"{file}: {len(raw):,} bytes are no whole number of CIFAR-10 records; unpack it again")
+        parts.append(raw.reshape(-1, CIFAR_RECORD))
+    records = np.concatenate(parts)
+    return Labelled(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64), CIFAR_NAMES)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """images (B,C,H,W) as the model reads them; labels (B,) int64."""
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, " B"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Images, for throughput."""
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The same batch on another device."""
+        return ImageBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random variation of training images, at most so much: turn in degrees, zoom and shift as parts of the side, flip left
+    and right, erase one square of so large a part of the side (DeVries & Taylor 2017, arXiv:1708.04552)."""
+
+    turn: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    flip: bool = False
+    erase: float = 0.0
+
+    def __call__(self, images: Float[Tensor, "B C H W"], chance: Float[Tensor, "B 8"]) -> Float[Tensor, "B C H W"]:
+        """chance: numbers in 0..1, a row for each image. What lies outside the image is 0, the mean."""
+        if self == Augment():
+            return images
+        signed = 2 * chance - 1
+        angle, scale = signed[:, 0] * self.turn * torch.pi / 180, 1 + signed[:, 1] * self.zoom
+        mirror = torch.where(chance[:, 4] < 0.5 * self.flip, -1.0, 1.0)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        rows = (cos * mirror, -sin, 2 * self.shift * signed[:, 2], sin * mirror, cos, 2 * self.shift * signed[:, 3])
+        theta = torch.stack(rows, dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return self.erased(F.grid_sample(images, grid, align_corners=False), chance)
+
+    def erased(self, images: Float[Tensor, "B C H W"], chance: Float[Tensor, "B 8"]) -> Float[Tensor, "B C H W"]:
+        if not self.erase:
+            return images
+        side = images.shape[-1]
+        places = (torch.arange(side) + 0.5) / side
+        down, across = ((places - chance[:, [k]]).abs() < self.erase / 2 for k in (5, 6))
+        return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
+class ImageFeed:
+    """Every image once an epoch, in an order of the epoch's own, each varied in a way of its own: row number r of training is a
+    pure function of (seed, r), whatever the batches and processes."""
+
+    def __init__(
+        self,
+        images: Labelled,
+        preprocess: Preprocess,
+        *,
+        rows: int,
+        micro_rows: int,
+        seed: int,
+        augment: Augment | None = None,
+        share: Share | None = None,
+    ):
+        share = share or Share()
+        if rows % share.world:
+            raise UsageError(f"{rows} rows cannot be shared by {share.world} processes; make rows a multiple of that")
+        self.images, self.preprocess = images, preprocess
+        self.rows, self.micro_rows, self.seed = rows, micro_rows, seed
+        self.augment, self.share = augment or Augment(), share
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
+
+    def at(self, step: int) -> list[ImageBatch]:
+        """This rank's micro-batches of optimiser step `step`."""
+        mine = self.rows // self.share.world
+        first = step * self.rows + self.share.rank * mine
+        starts = range(first, first + mine, self.micro_rows)
+        return [self.batch(range(start, min(start + self.micro_rows, first + mine))) for start in starts]
+
+    def batch(self, numbers: range) -> ImageBatch:
+        """Rows by their number since the beginning of training."""
+        chosen = np.array([self.chosen(number) for number in numbers])
+        images = self.preprocess.normalized(self.images.pixels[chosen])
+        chance = torch.from_numpy(np.stack([uniforms(self.seed, number) for number in numbers]))
+        return ImageBatch(self.augment(images, chance), torch.from_numpy(self.images.labels[chosen]))
+
+    def chosen(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.images))
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(len(self.images), self.seed, epoch))
+        return int(self._order[1][place])
+
+    def bookmark(self) -> dict[str, Any]:
+        """What the rows depend on. There is no state: the step says where the feed stands."""
+        return {"feed": "images", "data": self.images.hash, "rows": self.rows, "seed": self.seed}
+
+    def resume(self, bookmark: dict[str, Any]) -> None:
+        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
+        if changed := [key for key, value in self.bookmark().items() if bookmark.get(key) != value]:
+            raise DataError(f"the checkpoint belongs to other images: {', '.join(changed)} differ; start a new run")
+
+
+def uniforms(seed: int, number: int) -> np.ndarray:
+    """8 float32 in 0..1 that depend on seed and number alone (Philox, a counter-based generator)."""
+    raw = np.random.Philox(key=seed % 2**64, counter=number).random_raw(8)
+    return ((raw >> np.uint64(40)) * 2.0**-24).astype(np.float32)

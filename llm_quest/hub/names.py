@@ -1,0 +1,117 @@
+"""A page's two-way table, read as *places*: each published tensor is a view of one of our parameters.
+
+    published  q_proj (4,6)   k_proj (2,6)   v_proj (2,6)            c_attn (6,18)
+    ours       qkv[0:4]       qkv[4:6]       qkv[6:8]                qkv.T
+
+Importing copies into the view, exporting copies out of it: one description, both ways, so neither can drift from the
+other. A new kind of table entry is one more case in `views`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+from torch import Tensor, nn
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.moe import Experts
+from llm_quest.layers.projections import Projections
+from llm_quest.models.page import Middle, Names, Published, Rows, Shaped, Stack, Transposed
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a published tensor lies with us: `view(parameter)` shares our memory and has the published shape."""
+
+    parameter: str
+    view: View
+
+
+def places(model: nn.Module, table: Names) -> dict[str, Place]:
+    """Published name -> its place in this model. A tied matrix appears once, under the name its first user gives it.
+
+    Raises UsageError where model and table do not cover each other (an adapter that was not merged)."""
+    ours = dict(model.named_parameters())
+    strangers = [*(ours.keys() - table.keys()), *(table.keys() - ours.keys())]
+    if strangers:
+        raise UsageError(
+            f"this model's weights have no published form: {folded(strangers)} not in its page's table; "
+            "merge or remove the techniques applied to it first"
+        )
+    stacked = stacks(model)
+    found = {name: Place(path, view) for path in ours for name, view in views(table[path], stacked.get(path, ()))}
+    assert len(found) >= len(ours), "a page's table names one published tensor twice"
+    return found
+
+
+def views(published: Published, sizes: tuple[int, ...]) -> Iterator[tuple[str, View]]:
+    """The published tensors of one table entry. sizes: how many rows each part of a stacked parameter has."""
+    match published:
+        case str():
+            yield published, lambda parameter: parameter
+        case Transposed(name=name):
+            yield name, lambda parameter: parameter.mT
+        case Middle(name=name):
+            yield name, lambda parameter: parameter.unsqueeze(1)
+        case Shaped(name=name, shape=shape):
+            yield name, lambda parameter: parameter.view(shape)
+        case Rows(names=names):
+            starts = accumulate(sizes, initial=0)
+            for name, start, size in zip(names, starts, sizes, strict=False):
+                yield name, rows_of(start, size)
+        case Stack(entries=entries):
+            for index, entry in enumerate(entries):
+                for name, view in views(entry, sizes):
+                    yield name, inside(index, view)
+
+
+def rows_of(start: int, size: int) -> View:
+    return lambda parameter: parameter.narrow(0, start, size)
+
+
+def inside(index: int, view: View) -> View:
+    return lambda parameter: view(parameter[index])
+
+
+def stacks(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters that are several projections stacked by rows, with the rows of each."""
+    modules = ((path, module) for path, module in model.named_modules() if isinstance(module, Projections))
+    found = {f"{path}.{kind}": tuple(m.parts.values()) for path, m in modules for kind in ("weight", "bias")}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            found[f"{path}.gate_up"] = (module.down.shape[2],) * 2
+    return found
+
+
+def own_names(model: nn.Module) -> Names:
+    """The table of our own checkpoints: every parameter under its own name."""
+    return {name: name for name, _ in model.named_parameters()}
+
+
+def folded(names: Iterable[str]) -> str:
+    """Names for a message, layers drawn together: 'h.{0-11}.ln_1.bias, wte.weight'. Complete, and short enough to
+    read."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        first = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name if first is None else f"{name[: first.start()]}\0{name[first.end() :]}"
+        numbers.setdefault(pattern, set()).update([] if first is None else [int(first.group())])
+    return ", ".join(pattern.replace("\0", ranges(found)) for pattern, found in sorted(numbers.items()))
+
+
+def ranges(numbers: set[int]) -> str:
+    """{0,1,2,5} -> '{0-2,5}'; a single number as it is."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])]
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return text if len(numbers) == 1 else "{" + text + "}"
+
+
+def resolve(name: str, stored: Mapping[str, object], optional_prefix: str) -> str:
+    """The name a file really uses: some published files leave a prefix out (GPT-2's in front, CLIP's within LLaVA's)."""
+    bare = name.replace(optional_prefix, "", 1)
+    return bare if name not in stored and bare in stored else name

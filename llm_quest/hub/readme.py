@@ -1,0 +1,61 @@
+"""The model card: README.md of a published folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from llm_quest.models.build import count_parameters
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.page import Page
+
+
+@dataclass(frozen=True)
+class Readme:
+    """What only the maker of a model can say about it. results: measure -> value; limits: sentences."""
+
+    title: str = ""
+    summary: str = ""
+    license: str | None = None
+    base_model: str | None = None
+    language: str | None = None
+    datasets: Sequence[str] = ()
+    results: Mapping[str, float | str] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+
+    def render(self, model: Decoder, page: Page) -> str:
+        """Markdown with a YAML head, as the hub reads it."""
+        known = {"license": self.license, "base_model": self.base_model, "language": self.language}
+        head: dict[str, Any] = {name: value for name, value in known.items() if value}
+        head |= {"datasets": list(self.datasets)} if self.datasets else {}
+        head |= {"library_name": "transformers", "pipeline_tag": page.task}
+        head["tags"] = ["llm-quest", page.model_type]
+        size = f"{count_parameters(model):,} parameters"
+        parts = [
+            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+            f"# {self.title or f'{page.name}-style, {size}'}",
+            self.summary or f"A {page.architecture} of {size}, trained and exported with LLM Quest.",
+            f"## Use\n\n```python\nfrom transformers import {AUTO[page.task]}\n\n"
+            f'model = {AUTO[page.task]}.from_pretrained("path/to/this/folder")\n```',
+            numbers("Shape", page.publish(model.config)),
+            numbers("Results", self.results),
+            "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+AUTO = {
+    "text-generation": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+    "image-feature-extraction": "AutoModel",
+    "image-text-to-text": "AutoModelForImageTextToText",
+}
+
+
+def numbers(title: str, values: Mapping[str, Any]) -> str:
+    """A table; empty without values."""
+    rows = [f"| {name} | {value} |" for name, value in values.items() if not isinstance(value, Mapping)]
+    return "\n".join([f"## {title}\n", "| | |", "| --- | --- |", *rows]) if rows else ""

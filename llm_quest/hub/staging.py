@@ -1,0 +1,104 @@
+"""Writing folders that are either wholly there or not at all: staged beside the target, synced, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_quest.errors import ResourceError, UsageError
+
+
+@contextlib.contextmanager
+def staged(folder: str | Path, *, overwrite: bool, ours: Callable[[str], bool], needed: int) -> Iterator[Path]:
+    """A new empty folder to write into; on success it takes the place of `folder`, on any error it is removed.
+
+    A folder that is not empty is refused, unless `overwrite` and every file in it is one that we would write (`ours`):
+    so a mistyped path never costs anybody's files. Links, files and devices are refused. needed: bytes that must be
+    free."""
+    target = Path(folder).expanduser().absolute()
+    check_target(target, overwrite, ours)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise ResourceError(f"{target.parent} has {free:,} bytes free, {target.name} needs {needed:,}; make room")
+    stage = target.parent / f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    stage.mkdir()
+    try:
+        yield stage
+        for file in (*stage.iterdir(), stage):
+            sync(file)
+        put_in_place(stage, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ResourceError(f"no room left to write {target}: nothing was changed; make room and save again") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool, ours: Callable[[str], bool]) -> None:
+    if target.is_symlink():
+        raise UsageError(f"{target} is a link; give the folder itself")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} exists and is no folder")
+    held = sorted(p.name for p in target.iterdir()) if target.exists() else []
+    if held and not overwrite:
+        raise UsageError(f"{target} is not empty; choose another folder, or overwrite=True to replace the model in it")
+    plain = {name for name in held if (target / name).is_file() and not (target / name).is_symlink()}
+    if strangers := [name for name in held if not ours(name) or name not in plain]:
+        raise UsageError(
+            f"{target} holds more than a saved model ({', '.join(strangers[:5])}); it will not be replaced"
+        )
+
+
+def put_in_place(stage: Path, target: Path) -> None:
+    """Two renames where something stands there already, one otherwise."""
+    old = stage.with_name(f"{stage.name}-old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(stage, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or a folder's entries, durable (not every system lets folders be opened)."""
+    with contextlib.suppress(PermissionError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(file: Path, text: str) -> None:
+    """A new file; mode by umask."""
+    with file.open("x", encoding="utf-8") as handle:
+        handle.write(text)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def replace_json(file: Path, content: dict[str, Any]) -> None:
+    """A file that is replaced in one step; a link there is replaced, not followed."""
+    stage = file.with_name(f".tmp-{file.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        write_json(stage, content)
+        sync(stage)
+        os.replace(stage, file)
+    finally:
+        stage.unlink(missing_ok=True)

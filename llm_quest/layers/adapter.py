@@ -1,0 +1,30 @@
+"""From one model's vectors to another's: what stands between an image encoder and a language model."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LinearAdapter(nn.Module):
+    """out(x): one matrix (LLaVA's first version, Liu et al. 2023, arXiv:2304.08485)."""
+
+    def __init__(self, width: int, out_width: int, *, bias: bool = True):
+        super().__init__()
+        self.out = nn.Linear(width, out_width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch W"]:
+        return self.out(x)
+
+
+class MLPAdapter(nn.Module):
+    """out(GELU(up(x))), the hidden layer as wide as the output (LLaVA-1.5, Liu et al. 2024, arXiv:2310.03744). GELU by erf."""
+
+    def __init__(self, width: int, out_width: int, *, bias: bool = True):
+        super().__init__()
+        self.up = nn.Linear(width, out_width, bias=bias)
+        self.out = nn.Linear(out_width, out_width, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch W"]:
+        return self.out(F.gelu(self.up(x)))

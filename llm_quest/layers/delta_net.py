@@ -1,0 +1,283 @@
+"""Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464): a mixer whose memory has a fixed size.
+
+A state S (key width x value width) per head is an associative memory. Each token fades it, looks up what it holds under its
+key, and corrects it towards its value:
+
+      S <- e^g S          error = v - S^T k          S <- S + k (beta error)^T          o = S^T q
+
+`recurrent` is that definition, one token after another. `chunked` does 64 tokens at a time: inside a chunk the corrections
+depend on each other through a unit lower-triangular matrix, which one triangular solve inverts (eq. 8-10 there):
+
+      L = strict_lower(beta k k^T D)    [U W] = (I + L)^-1 [beta v, beta e^G k]    v' = U - W S
+      o = e^G q S + lower(q k^T D) v'   S <- e^G_end S + (e^(G_end - G) k)^T v'     D_ij = e^(G_i - G_j), G = cumsum(g)
+
+Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and poisons the gradients unless it is masked *before* the
+exponential; everything here runs in float32; the norm comes before the output gate; padding must neither fade nor write.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_quest.layers.norm import RMSNorm
+from llm_quest.layers.projections import Projections
+from llm_quest.layers.state import StateCache
+from llm_quest.scope import Scope
+
+CHUNK = 64
+
+
+class Rule(Protocol):
+    """q, k (B,T,H,dk), v (B,T,H,dv), g, beta (B,T,H), state (B,H,dk,dv), segments (B,T) or None -> o (B,T,H,dv), state.
+    The state entering belongs to the segment of the first token."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segments: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def recurrent(
+    q: Float[Tensor, "B T H dk"],
+    k: Float[Tensor, "B T H dk"],
+    v: Float[Tensor, "B T H dv"],
+    g: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H dk dv"],
+    segments: Int[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T H dv"], Float[Tensor, "B H dk dv"]]:
+    """The definition: one token after another."""
+    outputs = []
+    for t in range(q.shape[1]):
+        if segments is not None and t > 0:
+            state = state * (segments[:, t] == segments[:, t - 1])[:, None, None, None]
+        state = state * g[:, t, :, None, None].exp()
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    return torch.stack(outputs, dim=1), state
+
+
+def chunked(
+    q: Float[Tensor, "B T H dk"],
+    k: Float[Tensor, "B T H dk"],
+    v: Float[Tensor, "B T H dv"],
+    g: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H dk dv"],
+    segments: Int[Tensor, "B T"] | None = None,
+    size: int = CHUNK,
+) -> tuple[Float[Tensor, "B T H dv"], Float[Tensor, "B H dk dv"]]:
+    """The same, `size` tokens at a time. Rows are filled up with tokens that neither fade nor write."""
+    length = q.shape[1]
+    missing = -length % size
+    q, k, v, g, beta = (cut(F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing)), size) for part in (q, k, v, g, beta))
+    same = None if segments is None else boundaries(cut_row(segments, missing, size))
+    G = g.cumsum(dim=-1)
+    lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    kept = lower if same is None else lower & same.pairs
+    D = (G[..., :, None] - G[..., None, :]).masked_fill(~kept, float("-inf")).exp()
+    k_beta = k * beta[..., None]
+    L = (k_beta @ k.transpose(-1, -2) * D).tril(-1)
+    from_start = G.exp() if same is None else G.exp() * same.entered
+    right = torch.cat((v * beta[..., None], k_beta * from_start[..., None]), dim=-1)
+    solved = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True)
+    U, W = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    inside = q @ k.transpose(-1, -2) * D
+    q_start = q * from_start[..., None]
+    k_end = k * D[..., -1, :, None]
+    outputs = []
+    for n in range(q.shape[2]):
+        corrected = U[:, :, n] - W[:, :, n] @ state
+        outputs.append(q_start[:, :, n] @ state + inside[:, :, n] @ corrected)
+        state = state * from_start[:, :, n, -1, None, None] + k_end[:, :, n].transpose(-1, -2) @ corrected
+        if same is not None:
+            state = state * same.continues[:, :, n, None, None]
+    return torch.stack(outputs, dim=2).flatten(2, 3).transpose(1, 2)[:, :length], state
+
+
+class Boundaries(NamedTuple):
+    """Where documents meet: pairs (B,1,N,C,C) in one document; entered (B,1,N,C): in the document the chunk began with;
+    continues (B,1,N): the next chunk begins in the document this one ended with."""
+
+    pairs: Bool[Tensor, "B 1 N C C"]
+    entered: Bool[Tensor, "B 1 N C"]
+    continues: Bool[Tensor, "B 1 N"]
+
+
+def boundaries(segments: Int[Tensor, "B N C"]) -> Boundaries:
+    pairs = segments[..., :, None] == segments[..., None, :]
+    continues = torch.cat((segments[:, :-1, -1] == segments[:, 1:, 0], torch.ones_like(segments[:, -1:, 0]) > 0), dim=1)
+    return Boundaries(pairs[:, None], (segments == segments[..., :1])[:, None], continues[:, None])
+
+
+def cut_row(segments: Int[Tensor, "B T"], missing: int, size: int) -> Int[Tensor, "B N C"]:
+    """Filling belongs to the last token's document."""
+    filled = torch.cat((segments, segments[:, -1:].expand(-1, missing)), dim=1)
+    return filled.unflatten(1, (-1, size))
+
+
+def cut(x: Tensor, size: int) -> Tensor:
+    """(B,T,H,...) -> (B,H,N,C,...)."""
+    return x.unflatten(1, (-1, size)).movedim(3, 1).contiguous()
+
+
+class FlatInputs(nn.Module):
+    """q, k, v, z (B,T,...) and b, a (B,T,H) as parts of two products: Qwen3.5's layout."""
+
+    def __init__(self, width: int, *, key_heads: int, value_heads: int, key_width: int, value_width: int):
+        super().__init__()
+        keys, values = key_heads * key_width, value_heads * value_width
+        self.qkvz = Projections(width, qkv=2 * keys + values, z=values)
+        self.ba = Projections(width, b=value_heads, a=value_heads)
+        self.sizes = [keys, keys, values]
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, ...]:
+        qkv, z = self.qkvz(x)
+        return *qkv.split(self.sizes, dim=-1), z, *self.ba(x)
+
+
+class WovenInputs(nn.Module):
+    """The same, the rows of each product grouped by key head, [q k v z] and [b a] for each: Qwen3-Next's layout."""
+
+    def __init__(self, width: int, *, key_heads: int, value_heads: int, key_width: int, value_width: int):
+        super().__init__()
+        shared = value_heads // key_heads
+        self.key_heads = key_heads
+        self.sizes = [key_width, key_width, shared * value_width, shared * value_width]
+        self.shared = shared
+        self.qkvz = nn.Linear(width, key_heads * sum(self.sizes), bias=False)
+        self.ba = nn.Linear(width, 2 * value_heads, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, ...]:
+        by_head = self.qkvz(x).unflatten(-1, (self.key_heads, -1)).split(self.sizes, dim=-1)
+        b, a = self.ba(x).unflatten(-1, (self.key_heads, -1)).split(self.shared, dim=-1)
+        return *(part.flatten(2) for part in by_head), b.flatten(2), a.flatten(2)
+
+
+class GatedDeltaNet(nn.Module):
+    """key_heads heads of width key_width for queries and keys, each serving value_heads // key_heads heads of width value_width.
+    kernel: taps of the causal convolution that q, k and v pass first. inputs: FlatInputs or WovenInputs, how the published
+    files lay out the projections."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        key_heads: int,
+        value_heads: int,
+        key_width: int,
+        value_width: int,
+        kernel: int,
+        eps: float,
+        inputs: type[FlatInputs] | type[WovenInputs],
+    ):
+        super().__init__()
+        if value_heads % key_heads:
+            raise ValueError(f"{value_heads} value heads cannot share {key_heads} key heads evenly: make one divide the other")
+        self.key_heads, self.value_heads = key_heads, value_heads
+        self.key_width, self.value_width, self.kernel = key_width, value_width, kernel
+        sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
+        self.inputs = inputs(width, **sizes)
+        self.conv = nn.Parameter(torch.empty(2 * key_heads * key_width + value_heads * value_width, kernel))
+        self.A_log = nn.Parameter(torch.empty(value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(value_heads))
+        self.norm = RMSNorm(value_width, eps)
+        self.out = nn.Linear(value_heads * value_width, width, bias=False)
+        self.rule: Rule | None = None
+
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
+        order = None if scope.is_plain else (scope.positions < 0).to(torch.int8).argsort(dim=1, stable=True)
+        x = x if order is None else x.gather(1, order[..., None].expand_as(x))
+        y = self.mix(x, scope, order)
+        return y if order is None else torch.empty_like(y).scatter(1, order[..., None].expand_as(y), y)
+
+    def mix(self, x: Float[Tensor, "B T D"], scope: Scope, order: Int[Tensor, "B T"] | None) -> Float[Tensor, "B T D"]:
+        """The layer on rows whose padding stands at the end."""
+        real = None if order is None else (scope.positions >= 0).gather(1, order)
+        segments = None if scope.segments is None or order is None else scope.segments.gather(1, order)
+        segments = segments if segments is None else follow(segments)
+        *qkv, z, b, a = self.inputs(x)
+        before, state = self.remembered(x, scope)
+        columns = torch.cat((before, torch.cat(qkv, dim=-1)), dim=1)
+        q, k, v = self.convolve(columns, segments).split([part.shape[-1] for part in qkv], dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        beta, g = b.to(wide).sigmoid(), -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+        if real is not None:
+            beta, g = beta * real[..., None], g * real[..., None]
+        q, k = (self.spread(unit(part.to(wide).unflatten(-1, (self.key_heads, -1)))) for part in (q, k))
+        rule = self.rule or (recurrent if x.shape[1] == 1 else chunked)
+        with torch.autocast(x.device.type, enabled=False):
+            v_heads = v.to(wide).unflatten(-1, (self.value_heads, -1))
+            o, state = rule(q * self.key_width**-0.5, k, v_heads, g, beta, state, segments)
+        if scope.memory is not None:
+            count = None if real is None else real.sum(dim=1)
+            scope.memory.put(state=state, columns=last(columns, self.kernel - 1, count))
+        gated = self.norm(o) * F.silu(z.unflatten(-1, (self.value_heads, -1)).to(wide))
+        return self.out(gated.flatten(2).to(x.dtype))
+
+    def remembered(self, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
+        """The columns before this pass's first token (B,kernel-1,channels) and the state; zeros at the beginning."""
+        kept = {} if scope.memory is None else scope.memory.get()
+        if kept:
+            return kept["columns"], kept["state"]
+        columns = x.new_zeros(x.shape[0], self.kernel - 1, self.conv.shape[0])
+        shape = (x.shape[0], self.value_heads, self.key_width, self.value_width)
+        return columns, x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def convolve(self, columns: Float[Tensor, "B P C"], segments: Int[Tensor, "B T"] | None) -> Float[Tensor, "B T C"]:
+        """SiLU of a causal convolution, each channel alone, that does not reach across documents."""
+        length = columns.shape[1] - self.kernel + 1
+        taps = self.conv.to(columns.dtype)
+        y = columns[:, self.kernel - 1 :] * taps[:, -1]
+        for back in range(1, self.kernel):
+            shifted = columns[:, self.kernel - 1 - back : self.kernel - 1 - back + length]
+            if segments is not None:
+                same = segments == torch.cat((segments[:, :1].expand(-1, back), segments), dim=1)[:, :length]
+                shifted = shifted * same[..., None]
+            y = y + shifted * taps[:, self.kernel - 1 - back]
+        return F.silu(y)
+
+    def spread(self, x: Float[Tensor, "B T K d"]) -> Float[Tensor, "B T H d"]:
+        """Each key head serves its value heads."""
+        return x.repeat_interleave(self.value_heads // self.key_heads, dim=2)
+
+    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> StateCache:
+        """A state and the last columns: the same size however long the text."""
+        return StateCache()
+
+    def rescale_logits_(self, gamma: Tensor) -> None:
+        raise ValueError("Gated DeltaNet has no attention logits to rescale: its keys are normalised; leave it out")
+
+    def fill_(self, generator: torch.Generator | None) -> None:
+        """A_log = log U(0,16), so that heads forget at many speeds; dt_bias 1."""
+        nn.init.normal_(self.conv, std=self.kernel**-0.5, generator=generator)
+        with torch.no_grad():
+            self.A_log.uniform_(1e-3, 16, generator=generator).log_()
+            self.dt_bias.fill_(1.0)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + 1e-6) over the head."""
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def follow(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Padding (-1, at the end) joins the document before it, so that it starts none of its own."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    latest = torch.where(segments >= 0, index, 0).cummax(dim=1).values
+    return segments.gather(1, latest)
+
+
+def last(columns: Float[Tensor, "B P C"], n: int, count: Int[Tensor, " B"] | None) -> Float[Tensor, "B n C"]:
+    """The n columns that end at each row's last real token; columns begin with n of earlier passes."""
+    if count is None:
+        return columns[:, columns.shape[1] - n :]
+    index = count[:, None] + torch.arange(n, device=columns.device)
+    return columns.gather(1, index[..., None].expand(-1, -1, columns.shape[2]))
+
+

@@ -1,0 +1,64 @@
+"""The image encoder: embed, enter, blocks, norm, head. Final, as the decoder is: families differ by what fills its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_quest.contracts import Card
+from llm_quest.layers.projections import row_splits
+from llm_quest.models.generation import GenerationDefaults
+from llm_quest.scope import Scope
+
+
+class ImageEncoder(nn.Module):
+    """`model(images (B,C,H,W)) -> (B,V)`: what the head makes of the class token. Every patch sees every patch; no cache.
+
+    embed(images) -> (B,N+1,D), the class token first. enter: before the blocks (CLIP normalises there). Images are as
+    `data.images` prepares them: numbers with the statistics this model was trained with."""
+
+    def __init__(
+        self,
+        card: Card,
+        *,
+        embed: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        head: nn.Module,
+        enter: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.card = card
+        self.embed = embed
+        self.enter = enter or nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.head = head
+        self.generation: GenerationDefaults | None = None
+
+    @property
+    def config(self) -> Any:
+        """The numbers this model was assembled from."""
+        return self.card.config
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V"]:
+        return self.head(self.hidden(images)[:, 0])
+
+    def hidden(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
+        """Class token and patches after the last block and the final norm."""
+        return self.norm(self.stream(images))
+
+    def stream(self, images: Float[Tensor, "B C H W"], depth: int | None = None) -> Float[Tensor, "B T D"]:
+        """The same before the final norm, after `depth` blocks (None: all): what a language model is shown."""
+        x = self.enter(self.embed(images))
+        scope = Scope.plain(x, ahead=True)
+        for layer, block in enumerate(self.blocks[:depth]):
+            x = block(x, scope.at(layer))
+        return x
+
+    def row_splits(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
+        return row_splits(self)

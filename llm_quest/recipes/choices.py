@@ -1,0 +1,74 @@
+"""What `auto` means on this machine for precision and compilation, each with the reason why it was chosen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[Thing]):
+    """What was chosen and why, for the screen and the run's events."""
+
+    value: Thing
+    why: str
+
+
+def precision(name: str, device: torch.device) -> Choice[str]:
+    """fp32 or bf16 (autocast, with masters in float32): auto takes bf16 where the hardware multiplies it faster."""
+    if name != "auto":
+        return Choice(name, "asked for")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        why = (
+            "this GPU computes bfloat16 in hardware"
+            if fast
+            else "this GPU has no bfloat16 (compute capability below 8.0)"
+        )
+    elif device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        found = [word for word in ("amx_bf16", "avx512_bf16") if has.get(word)]
+        fast, why = (
+            bool(found),
+            f"this processor has {found[0]}" if found else "this processor multiplies bfloat16 no faster",
+        )
+    else:
+        fast, why = False, f"bfloat16 is not tried on {device.type} unless asked for"
+    return Choice("bf16" if fast else "fp32", why)
+
+
+REPAID_SECONDS = 600.0
+FLOPS_PER_CORE, FLOPS_GPU = 25e9, 1e13
+
+
+def compiling(wanted: bool | str, device: torch.device, flops: float) -> Choice[bool]:
+    """Compiling a model takes from half a minute to two: auto does it where the run (flops in all) is likely to last
+    ten minutes, and a compiler is there. The rates are cautious guesses, so that the same recipe decides the same way
+    on a machine."""
+    if isinstance(wanted, bool):
+        return Choice(wanted, "asked for")
+    rate = FLOPS_PER_CORE * (os.cpu_count() or 1) if device.type == "cpu" else FLOPS_GPU
+    seconds = flops / rate
+    if device.type == "cpu" and not compiler():
+        return Choice(False, "no C++ compiler was found (install g++ or clang to train faster)")
+    if seconds < REPAID_SECONDS:
+        return Choice(False, f"a run of about {duration(seconds)} does not repay compiling")
+    return Choice(True, f"a run of about {duration(seconds)} repays compiling")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on the CPU."""
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

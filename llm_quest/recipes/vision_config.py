@@ -1,0 +1,199 @@
+"""The settings of the two recipes that look: `vit` (images to classes) and `vlm` (images to words)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llm_quest.recipes.config import Strict
+from llm_quest.recipes.parts import Checkpoint, Count, Few, Optimizer, Schedule
+
+FREE = ("device", "threads", "parallel", "checkpoint", "tensorboard", "max_time", "log_every", "evaluate")
+"""What may differ when a run is resumed: how it is run and watched, not what it computes."""
+
+
+class Course(Strict):
+    """How a run goes on, whatever it learns."""
+
+    seed: Few = Field(
+        0, description="decides first values, order of the images and their variation, each by a stream of its own"
+    )
+    steps: Count = Field(1000, description="optimiser steps of the whole run")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null: any")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    compile: bool = Field(False, description="compile the model; repays itself in long runs")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how processes started by torchrun share the work")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: Few = Field(0, description="CPU threads; 0: torch decides")
+    checkpoint: Checkpoint = Checkpoint()
+    log_every: Count = Field(10, description="steps")
+    max_time: str | None = Field(
+        None, pattern=r"^\d+(\.\d+)?[smh]$", description="like 90s, 30m or 2h: then it saves and ends"
+    )
+    tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def warmup_fits(self) -> Course:
+        if self.schedule.warmup > self.steps:
+            raise ValueError(f"schedule.warmup {self.schedule.warmup} is longer than the run of {self.steps} steps")
+        return self
+
+    @property
+    def seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return (
+            None
+            if self.max_time is None
+            else float(self.max_time[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.max_time[-1]]
+        )
+
+
+class ImageRows(Strict):
+    """The images of one optimiser step, over all processes."""
+
+    rows: Count = Field(128, description="images in a step")
+    micro_rows: Count | None = Field(None, description="images at once on each process; null: all")
+
+    @model_validator(mode="after")
+    def micro_fits(self) -> ImageRows:
+        if self.micro_rows is not None and self.rows % self.micro_rows:
+            raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
+        return self
+
+
+class SightRows(ImageRows):
+    """The same, with the room for image and text."""
+
+    rows: Count = Field(64, description="images in a step")
+    length: int = Field(256, ge=8, description="tokens in a row: an image's patches and what is said about it")
+
+
+class Vary(Strict):
+    """Random variation of training images; 0 and false: none."""
+
+    turn: float = Field(0.0, ge=0, le=180, description="degrees")
+    zoom: float = Field(0.0, ge=0, lt=1, description="part of the size")
+    shift: float = Field(0.0, ge=0, lt=1, description="part of the side")
+    flip: bool = Field(False, description="left and right")
+    erase: float = Field(0.0, ge=0, lt=1, description="a square of this part of the side")
+
+
+Part = Annotated[float, Field(gt=0, lt=0.9)]
+Numbers = tuple[float, ...]
+
+
+class Images(Strict):
+    """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per channel."""
+
+    source: Literal["digits", "folder", "cifar10"] = Field("digits", description="digits come with scikit-learn")
+    folder: str | None = Field(
+        None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
+    )
+    size: Count = Field(8, description="pixels of a side")
+    mean: Numbers = (0.5, 0.5, 0.5)
+    std: Numbers = (0.5, 0.5, 0.5)
+    held_out: Part = Field(0.2, description="the part that is never trained on; cifar10 has its own")
+    vary: Vary = Vary()
+
+    @model_validator(mode="after")
+    def folder_given(self) -> Images:
+        if (self.folder is None) != (self.source == "digits"):
+            raise ValueError(f"source {self.source} {'needs a folder' if self.folder is None else 'takes no folder'}")
+        return self
+
+
+class Eyes(Strict):
+    """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made anew."""
+
+    patch: Count = Field(2, description="pixels of a patch's side")
+    width: Count = 64
+    layers: Count = 3
+    heads: Count = 4
+    hidden: Count = 128
+    dropout: float = Field(0.0, ge=0, lt=1)
+    preset: str | None = Field(None, description="a published size instead, with random weights: vit-base-patch16-224")
+    load: str | None = Field(None, description="a Hugging Face folder, hub id or run folder")
+
+    @model_validator(mode="after")
+    def one_of_two(self) -> Eyes:
+        if self.preset is not None and self.load is not None:
+            raise ValueError("give preset or load, not both")
+        return self
+
+
+class Score(Strict):
+    """When the held-out images are looked at. Nothing is chosen by what is seen there."""
+
+    every: Few = Field(0, description="steps; 0: only at the end")
+
+
+class Vit(Course):
+    """Images in, a classifier out."""
+
+    recipe: Literal["vit"]
+    images: Images = Images()
+    model: Eyes = Eyes()
+    batch: ImageRows = ImageRows()
+    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    evaluate: Score = Score()
+
+
+class Sights(Strict):
+    """Rendered scenes of shapes, or a JSONL file of yours."""
+
+    source: Literal["scenes", "jsonl"] = Field("scenes", description="scenes are drawn as they are needed")
+    file: str | None = Field(None, description="of jsonl: lines with image and caption, or image, question and answer")
+    size: Count = Field(48, description="pixels of a side")
+    held_out: Part = Field(0.1, description="of a JSONL file's images; of scenes, every fifth combination is held out")
+
+    @model_validator(mode="after")
+    def file_given(self) -> Sights:
+        if (self.file is None) != (self.source == "scenes"):
+            raise ValueError(f"source {self.source} {'needs a file' if self.file is None else 'takes no file'}")
+        return self
+
+
+class Tower(Strict):
+    """The image encoder: your own numbers, or one to go on from (a ViT, a CLIP tower). depth: null: all its blocks."""
+
+    patch: Count = Field(8, description="pixels of a patch's side")
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4
+    hidden: Count = 512
+    depth: Count | None = Field(None, description="after how many blocks the patches are taken; null: all")
+    load: str | None = Field(None, description="a Hugging Face folder or run folder")
+
+
+class Speaker(Strict):
+    """The decoder, a Llama: your own numbers, or one to go on from, whose tokenizer is then used."""
+
+    width: Count = 128
+    layers: Count = 3
+    heads: Count = 4
+    hidden: Count = 384
+    vocab: int = Field(400, ge=280, description="tokens of the tokenizer to train, the placeholder among them")
+    load: str | None = Field(None, description="a Hugging Face folder or run folder, with its tokenizer")
+
+
+class Answers(Score):
+    """Held-out sights asked about, each question alone, answered greedily and compared word for word."""
+
+    sights: Count = Field(64, description="held-out images looked at")
+
+
+class Vlm(Course):
+    """Images and words in, a vision-language model out."""
+
+    recipe: Literal["vlm"]
+    sights: Sights = Sights()
+    tower: Tower = Tower()
+    adapter: Literal["mlp", "linear"] = "mlp"
+    decoder: Speaker = Speaker()
+    load: str | None = Field(None, description="a whole vision-language model to go on from (LLaVA's layout, or a run)")
+    trained: tuple[Literal["tower", "adapter", "decoder"], ...] = Field(("tower", "adapter", "decoder"), min_length=1)
+    batch: SightRows = SightRows()
+    evaluate: Answers = Answers()

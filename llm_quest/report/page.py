@@ -1,0 +1,164 @@
+"""`quest report RUN...`: one HTML page about one run, or several side by side. Whoever has the file has everything:
+nothing is fetched, nothing is run (no script at all), and what is shown of models, data and settings is escaped."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llm_quest.errors import UsageError
+from llm_quest.report.chapter import Row, baselines, chapter, reached_bits, standing, tiles
+from llm_quest.report.plots import Curve, bars, curves
+from llm_quest.report.record import Record, read
+
+TEMPLATE = Path(__file__).parent / "report.html"
+
+
+def report(runs: Sequence[Path | str], *, out: Path | str | None = None) -> Path:
+    """Write the page and return where it is: `out`, or report.html in the first run. An earlier page is replaced at
+    once or not at all; other kinds of things under that name are left alone (UsageError)."""
+    if not runs:
+        raise UsageError("no run folder was given; quest report takes one or more")
+    folders = [Path(run) for run in runs]
+    target = folders[0] / "report.html" if out is None else Path(out)
+    if target.is_dir():
+        target /= "report.html"
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target} is no ordinary file, so it is not replaced; choose another --out")
+    text = page([read(folder) for folder in folders])
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{target.parent} is no folder; choose another --out") from None
+    replace(target, text)
+    return target
+
+
+def replace(target: Path, text: str) -> None:
+    """The whole page or the old one, never half of it. The mode is what a new file of this user gets."""
+    handle, staged = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=target.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(staged, 0o666 & ~mask)
+        os.replace(staged, target)
+    except BaseException:
+        Path(staged).unlink(missing_ok=True)
+        raise
+
+
+def page(records: Sequence[Record]) -> str:
+    """The HTML. Everything but our own pictures is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["clean"] = clean
+    named = distinct(records)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=named[0].name if len(named) == 1 else f"{len(named)} runs compared",
+        chapters=[chapter(record, number) for number, record in enumerate(named)],
+        table=comparison(named) if len(named) > 1 else (),
+        differences=differing(named) if len(named) > 1 else (),
+        pictures=[(heading, Markup(svg), wide) for heading, svg, wide in pictures(named) if svg],
+    )
+
+
+def distinct(records: Sequence[Record]) -> list[Record]:
+    """Runs whose folders have one name are numbered."""
+    names = [record.name for record in records]
+    numbered = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
+    return [Record(**{**vars(record), "name": name}) for record, name in zip(records, numbered, strict=True)]
+
+
+def pictures(records: Sequence[Record]) -> Iterator[tuple[str, str, bool]]:
+    """(heading, svg, over the whole width?)"""
+    alone = len(records) == 1
+    losses = [
+        line(record, "loss", number, rough=True, name="training" if alone else "")
+        for number, record in enumerate(records)
+    ]
+    if alone:
+        losses.append(line(records[0], "eval/loss", 1, dots=True, name="held-out"))
+    yield "Loss", curves("loss", losses, unit="nats per token", wide=True), True
+    known = [baselines(record) for record in records if baselines(record)]
+    best = min(known[0].items(), key=lambda one: one[1]) if known and all(one == known[0] for one in known) else None
+    bits = [
+        line(record, "eval/bits_per_byte", number, dots=True, name="model" if alone else "")
+        for number, record in enumerate(records)
+    ]
+    yield "Held-out bits per byte", curves("held-out bits per byte", bits, unit="bits", level=best), False
+    yield "Learning rate", curves("learning rate", [line(r, "lr", n) for n, r in enumerate(records)]), False
+    norms = [line(record, "grad_norm", number, rough=True) for number, record in enumerate(records)]
+    yield "Gradient norm", curves("gradient norm", norms, log=True), False
+    speeds = [line(record, "tokens_per_second", number, rough=True) for number, record in enumerate(records)]
+    yield "Tokens per second", curves("tokens per second", speeds), False
+    yield "Against counting and compressing the same bytes", against(records), True
+
+
+def line(record: Record, key: str, number: int, *, rough: bool = False, dots: bool = False, name: str = "") -> Curve:
+    steps, values = record.series(key)
+    bad = [
+        event["step"] for event in record.events if event.get("event") == "skipped" and type(event.get("step")) is int
+    ]
+    return Curve(name or record.name, steps, values, number, rough, dots, bad if key == "loss" else ())
+
+
+def against(records: Sequence[Record]) -> str:
+    """Every run's bits per byte beside the baselines, where there are any."""
+    ours = {"this model" if len(records) == 1 else record.name: reached_bits(record) for record in records}
+    others = {name: value for record in records for name, value in baselines(record).items()}
+    values = {name: value for name, value in ours.items() if value is not None} | others
+    return (
+        bars("bits per byte against baselines", values, ours=list(ours), unit="bits per byte, less is better")
+        if others
+        else ""
+    )
+
+
+def comparison(records: Sequence[Record]) -> tuple[Row, ...]:
+    """A table of the runs: a head of names, then a row for each tile that any of them has."""
+    told = [{tile.label: tile.value for tile in tiles(record)} for record in records]
+    labels = dict.fromkeys(label for one in told for label in one)
+    status = ("status", *(standing(record)[0] for record in records))
+    return (
+        ("", *(record.name for record in records)),
+        status,
+        *((label, *(one.get(label, "") for one in told)) for label in labels),
+    )
+
+
+def differing(records: Sequence[Record]) -> tuple[Row, ...]:
+    """Settings that are not the same in all runs."""
+    settings = [dict(settings_of(record.config)) for record in records]
+    keys = dict.fromkeys(key for one in settings for key in one)
+    rows = [(key, *(one.get(key, "") for one in settings)) for key in keys]
+    return tuple(row for row in rows if len(set(row[1:])) > 1)
+
+
+def settings_of(config: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of the plain block YAML that runs write; a list's entries belong to its key's text."""
+    path: list[tuple[int, str]] = []
+    key, value = "", ""
+    for text in config.splitlines():
+        found = re.match(r"( *)([\w.-]+):(?: +(.*))?$", text)
+        if not found:
+            value = f"{value} {text.strip()}".strip()
+            continue
+        if key and value:
+            yield key, value
+        path = [one for one in path if one[0] < len(found[1])] + [(len(found[1]), found[2])]
+        key, value = ".".join(name for _, name in path), found[3] or ""
+    if key and value:
+        yield key, value
+
+
+def clean(text: str) -> str:
+    """Without characters that command a terminal or turn the direction of what follows."""
+    return "".join(c for c in str(text) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))

@@ -1,0 +1,210 @@
+"""Curves and bars as SVG that takes its colours and letters from the page, so that it reads in the light and the dark.
+
+matplotlib draws with stand-in colours; afterwards each stand-in becomes a variable of the page's style sheet. It is
+imported when the first picture is drawn, and its settings are afterwards as they were.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT, BAD = "#010101", "#020202", "#030303"
+SERIES = ("#040101", "#040102", "#040103", "#040104", "#040105", "#040106")
+VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", BAD: "var(--bad)"}
+VARIABLES |= {stand_in: f"var(--s{number})" for number, stand_in in enumerate(SERIES, start=1)}
+MOST_POINTS = 1200
+WINDOWS = 25
+SCALED_FROM = 40
+
+LOOK: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.formatter.useoffset": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line over steps. values: NaN leaves a gap and a mark at the foot; so does a step in `bad`. rough: drawn
+    faint under its running mean. dots: measured only now and then, so each point is shown. colour: a number, the same
+    for one run on the whole page."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    colour: int = 0
+    rough: bool = False
+    dots: bool = False
+    bad: Sequence[float] = ()
+
+
+def curves(
+    title: str,
+    lines: Sequence[Curve],
+    *,
+    unit: str = "",
+    log: bool = False,
+    wide: bool = False,
+    level: tuple[str, float] | None = None,
+) -> str:
+    """A picture of lines; empty text where there is nothing to draw. level: a dashed line to compare with."""
+    drawable = [line for line in lines if any(map(math.isfinite, line.values))]
+    if not drawable:
+        return ""
+    from matplotlib.ticker import MaxNLocator
+
+    with picture(title, 9.6 if wide else 4.7, 3.2 if wide else 2.7) as (figure, axes):
+        positive = all(value > 0 for line in drawable for value in line.values if math.isfinite(value))
+        for line in drawable:
+            draw(axes, line)
+        if log and positive:
+            logarithmic(axes)
+        else:
+            scale(axes, drawable, level)
+        if level is not None:
+            axes.axhline(level[1], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=level[0])
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            axes.legend(frameon=False)
+        return themed(figure, title)
+
+
+def draw(axes: Axes, line: Curve) -> None:
+    """One line, and marks where it has no number."""
+    colour = SERIES[line.colour % len(SERIES)]
+    steps, values = thinned(line.steps, line.values)
+    rough = line.rough and len(values) > 20
+    if rough:
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
+    mark = "o" if line.dots or len(values) == 1 else ""
+    axes.plot(steps, smoothed(values) if rough else values, color=colour, linewidth=1.8, marker=mark, label=line.name)
+    gaps = {step for step, value in zip(line.steps, line.values, strict=True) if not math.isfinite(value)} | {*line.bad}
+    if gaps:
+        foot = axes.get_xaxis_transform()
+        axes.plot(
+            sorted(gaps), [0.03] * len(gaps), color=BAD, marker="^", linestyle="", transform=foot, label="not finite"
+        )
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic height, its numbers written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    low, high = axes.get_ylim()
+    between = "2357" if high / low < 20 else "25" if high / low < 200 else ""
+    axes.yaxis.set_minor_formatter(lambda value, place: f"{value:g}" if f"{value:e}"[0] in between else "")
+
+
+def scale(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | None) -> None:
+    """Leave out the heights of the first steps, where they would flatten all the rest."""
+    shown = [value for line in lines for value in line.values[len(line.values) // 20 :] if math.isfinite(value)]
+    if max(len(line.values) for line in lines) < SCALED_FROM or not shown:
+        return
+    shown += [level[1]] if level is not None else []
+    low, high = min(shown), max(shown)
+    room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - room, high + room)
+
+
+def bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], unit: str) -> str:
+    """Horizontal bars, the shortest on top, `ours` in the accent colour, each with its number."""
+    if not values:
+        return ""
+    names = sorted(values, key=lambda name: values[name], reverse=True)
+    with picture(title, 9.6, 0.6 + 0.34 * len(names)) as (figure, axes):
+        colours = [SERIES[ours.index(name) % len(SERIES)] if name in ours else FAINT for name in names]
+        axes.barh(range(len(names)), [values[name] for name in names], color=colours, height=0.68)
+        for place, name in enumerate(names):
+            weight = "bold" if name in ours else "normal"
+            beside: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{values[name]:.3f}", (values[name], place), color=INK, fontweight=weight, **beside)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(0, 1.1 * max(values.values()))
+        axes.set_xlabel(unit)
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(length=0)
+        return themed(figure, title)
+
+
+@contextmanager
+def picture(title: str, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """An empty picture of so many inches, in the page's look. title decides the ids inside, so it is unique on a
+    page."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(LOOK | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def themed(figure: Figure, title: str) -> str:
+    """The <svg> element alone, as wide as its place, in the page's colours and letters, with a name for screen
+    readers."""
+    written = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    svg = written.getvalue()
+    head, body = re.split(r"(?<=>)", svg[svg.index("<svg") :], maxsplit=1)
+    head = re.sub(r' (width|height|version|xmlns)="[^"]*"', "", head)
+    head = head.replace("<svg", f'<svg role="img" aria-label="{html.escape(title, quote=True)}"')
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="[a-zA-Z]+(2d)?_\d+"', "", body)
+    body = re.sub(r"font: ([^;\"]*?[\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", body)
+    for stand_in, variable in VARIABLES.items():
+        body = body.replace(stand_in, variable)
+    return head + body
+
+
+def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most MOST_POINTS of them: of each stretch its lowest and its highest, in order, so that no spike is lost."""
+    if len(steps) <= MOST_POINTS:
+        return list(steps), list(values)
+    stretch = math.ceil(2 * len(steps) / MOST_POINTS)
+    kept: list[int] = []
+    for start in range(0, len(steps), stretch):
+        span = range(start, min(start + stretch, len(steps)))
+        finite = [i for i in span if math.isfinite(values[i])] or [start]
+        kept += sorted({min(finite, key=lambda i: values[i]), max(finite, key=lambda i: values[i])})
+    return [steps[i] for i in kept], [values[i] for i in kept]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of a point and its neighbours on both sides (one part in WINDOWS of the line): it does not lag behind,
+    as a mean of what came before does. NaN stays a gap and counts for nobody."""
+    reach = max(2, len(values) // (2 * WINDOWS))
+    out = []
+    for place, value in enumerate(values):
+        near = min(reach, place, len(values) - 1 - place)
+        around = [one for one in values[place - near : place + near + 1] if math.isfinite(one)]
+        out.append(sum(around) / len(around) if math.isfinite(value) else math.nan)
+    return out

@@ -1,0 +1,38 @@
+"""Auxiliary-loss-free load balancing (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3 eq. 16): after every step, each expert's
+bias rises by `rate` if it received fewer tokens than the mean and falls by it if more. The bias chooses experts and weighs
+nothing, so balance costs the loss no gradient.
+
+Commonly got wrong: it happens once per optimiser step, over the whole step's tokens on all ranks; never in evaluation, never
+during a forward pass, which activation checkpointing repeats; the bias stays float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+
+from llm_quest.layers.moe import SigmoidRouter
+
+
+@dataclass(frozen=True)
+class BalanceExperts:
+    """A callback for the training loop: b_e += rate * sign(mean(c) - c_e), c_e the tokens that expert e received."""
+
+    rate: float = 0.001
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        for router in routers(model):
+            if router.load is not None:
+                load = router.load
+                if distributed.is_available() and distributed.is_initialized():
+                    distributed.all_reduce(load)
+                router.bias.add_(torch.sign(load.mean() - load), alpha=self.rate)
+                router.load = None
+
+
+def routers(model: nn.Module) -> list[SigmoidRouter]:
+    """The routers whose load is balanced by a bias."""
+    return [module for module in model.modules() if isinstance(module, SigmoidRouter)]

@@ -1,0 +1,114 @@
+"""Portraits of models: every number is worked out from the model and agrees with what is known of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llm_quest.cli.catalog import models, show
+from llm_quest.cli.costs import flops_per_token
+from llm_quest.cli.drawing import which
+from llm_quest.errors import DataError, UsageError
+from llm_quest.models import PAGES
+from llm_quest.models.build import build, preset
+from llm_quest.scope import Scope
+
+TINY = [one.name for page in PAGES for one in page.presets if one.name.endswith("-tiny")]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_parts_add_up_to_the_parameters(name):
+    portrait = show(name)
+    assert sum(portrait.parts.values()) == portrait.parameters == sum(p.numel() for p in build(name).parameters())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_cache_is_what_a_real_model_holds(name):
+    portrait, model = show(name, context=16), build(name, dtype="bfloat16")
+    cache = model.new_cache(1, 16)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    with torch.no_grad():
+        model(tokens, Scope.plain(tokens, cache=cache))
+    assert portrait.cache_total == cache.nbytes()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_preset_is_drawn_with_its_blocks(name):
+    drawn = "\n".join(show(name).lines())
+    assert "tokens (B,T)" in drawn
+    assert "logits (B,T,V)" in drawn
+    assert "Identity" not in drawn
+
+
+def test_the_published_numbers_of_llama_3_2_1b():
+    portrait = show("llama3.2-1b")
+    assert portrait.parameters == 1_235_814_400
+    assert portrait.cache_per_token == 16 * 2 * 8 * 64 * 2
+    assert portrait.cache_fixed == 0
+    assert portrait.load == {"float32": 4 * 1_235_814_400, "bfloat16": 2 * 1_235_814_400}
+    assert "the embedding itself" in "\n".join(portrait.picture)
+    assert sum("blocks 0 to 15, 16 alike" in line for line in portrait.picture) == 1
+
+
+def test_flops_are_two_per_weight_and_four_per_pair_and_channel():
+    config = preset("llama3.2-tiny").config
+    matrices = config.layers * (48 * (64 + 32 + 32) + 64 * 48 + 3 * 48 * 96) + 97 * 48
+    linear, scores = flops_per_token(config, 32)
+    assert linear == 2 * matrices
+    assert scores == config.layers * 4 * 32 * config.heads * config.head_width
+
+
+def test_the_catalogue_holds_every_preset_and_is_json():
+    found = models()
+    names = [one.name for page in PAGES for one in page.presets]
+    assert [row["name"] for row in found.as_json()] == names
+    assert all(row["parameters"] > 0 for row in found.rows)
+    json.dumps(found.as_json())
+    assert [line.split()[0] for line in found.lines()[1 : 1 + len(names)]] == names
+
+
+def test_a_page_stands_for_its_first_size():
+    assert show("llama").name == "llama3.2-1b"
+
+
+def test_a_portrait_is_json():
+    told = json.loads(json.dumps(show("gpt2-tiny").as_json()))
+    assert told["flops_training"] == 3 * told["flops_forward"]
+
+
+def test_a_folder_is_shown_by_its_config(tmp_path):
+    page = next(page for page in PAGES if page.name == "llama")
+    published = {"model_type": page.model_type, **page.publish(preset("llama3.2-tiny").config)}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    assert show(str(tmp_path)).parts == show("llama3.2-tiny").parts
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "is not JSON"), ("[]", "a JSON object"), ('{"model_type": "bert"}', "'bert' has no page here; known: gpt2")],
+)
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, content, said):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(DataError, match=said):
+        show(str(tmp_path))
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(UsageError, match=r"did you mean 'llama3.2-1b'\?.*pages: gpt2"):
+        show("llama3.2-1x")
+
+
+def test_a_context_beyond_learned_positions_is_refused():
+    with pytest.raises(UsageError, match="64 learned positions"):
+        show("gpt2-tiny", context=65)
+    with pytest.raises(UsageError, match="at least 1"):
+        show("gpt2-tiny", context=0)
+
+
+def test_layers_that_are_alike_are_named_by_their_numbers():
+    assert which([3]) == "block 3"
+    assert which(range(16)) == "blocks 0 to 15, 16 alike"
+    assert which([0, 1, 3, 5, 6]) == "blocks 0 to 1, 3, 5 to 6, 5 alike"
+    assert which(range(0, 20, 2)) == "blocks 0, 2, 4, 6, ..., 10 alike"

@@ -1,0 +1,303 @@
+"""`quest` as a process: exit codes, messages of a few lines without a traceback, and what `--json` prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llm_quest.cli.door import guarded, verdict
+from llm_quest.cli.main import app
+from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
+
+Street = Callable[..., subprocess.CompletedProcess[str]]
+QUEST = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
+TINY = [
+    "tokenizer.vocab=300",
+    "batch.rows=2",
+    "batch.length=16",
+    "schedule.warmup=1",
+    "evaluate.baselines=false",
+    "evaluate.tokens=100",
+    "samples.every=0",
+    "precision=fp32",
+    "checkpoint.every=1",
+]
+
+
+def quest(
+    *arguments: str | Path, cwd: Path, stdin: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*QUEST, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(cwd, **variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        input=stdin,
+        check=False,
+    )
+
+
+def environment(cwd: Path, **variables: str) -> dict[str, str]:
+    home = Path(__file__).parents[2]
+    return {
+        **os.environ,
+        "PYTHONPATH": str(home),
+        "LLM_QUEST_CACHE": str(cwd / "cache"),
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and a finished run in it."""
+    folder = tmp_path_factory.mktemp("street")
+    text = "\n\n".join(f"Document {n}: " + "the cat sat on the mat and the dog ran after it. " * 8 for n in range(20))
+    (folder / "text.txt").write_text(text)
+    done = quest("train", "tiny", "data.source=text.txt", "steps=3", *TINY, "--out", "run", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "outcome.json").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def street(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Street:
+    """`quest` in this process, in that folder: as the entry point calls it, without the seconds that starting one
+    takes."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(place / "cache"))
+
+    def walk(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["quest", *arguments])
+        capsys.readouterr()
+        code = guarded(lambda: app(prog_name="quest"))
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+    return walk
+
+
+def told(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """What a failure says: one to four lines, no traceback."""
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("quest: ")]
+    assert 1 <= len(lines) <= 4, done.stderr
+    return "\n".join(lines)
+
+
+def test_help_lists_every_command_quickly_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    heavy = ("torch", "pydantic", "matplotlib", "numpy", "transformers", "yaml")
+    code = "import sys; sys.argv = ['quest', '--help']\nfrom llm_quest.cli.main import main\n"
+    code += f"try: main()\nexcept SystemExit: print(*(set({heavy}) & sys.modules.keys()), file=sys.stderr)"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.strip() == ""
+    assert time.monotonic() - began < 5  # half a second on a machine of its own (docs/benchmarks.md)
+    for command in [
+        "quickstart",
+        "train",
+        "generate",
+        "chat",
+        "eval",
+        "models",
+        "show",
+        "diff",
+        "plan",
+        "inspect",
+        "verify",
+        "export",
+        "report",
+        "doctor",
+        "data",
+    ]:
+        assert f"\n  {command} " in done.stdout
+
+
+def test_a_run_tells_its_outcome_and_leaves_a_report(place: Path) -> None:
+    outcome = json.loads((place / "outcome.json").read_text())
+    assert (outcome["status"], outcome["step"], outcome["exit_code"]) == ("finished", 3, 0)
+    assert (place / "run" / "report.html").read_text().startswith("<!")
+    assert json.loads((place / "run" / "plan.json").read_text())["parameters"] == outcome["parameters"]
+    assert json.loads((place / "run" / "env.json").read_text())["torch"]
+
+
+def test_a_run_generates_exports_and_is_loaded_again(street: Street) -> None:
+    done = street("export", "run", "exported", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(json.loads(done.stdout)["files"])
+    from_run = street("generate", "run", "-p", "the cat", "-n", "6", "--temperature", "0", "--json")
+    from_export = street("generate", "exported", "-p", "the cat", "-n", "6", "--temperature", "0")
+    assert from_run.returncode == from_export.returncode == 0, from_run.stderr + from_export.stderr
+    assert from_export.stdout.strip("\n") == ("the cat" + json.loads(from_run.stdout)["text"]).strip("\n")
+    assert "Traceback" not in from_export.stderr
+
+
+def test_a_conversation_without_a_template_says_so(place: Path) -> None:
+    done = quest("chat", "run", "-n", "3", cwd=place, stdin="the dog\n/reset\n/quit\n")
+    assert done.returncode == 0, done.stderr
+    assert "plain continuation" in done.stderr
+
+
+def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, street: Street) -> None:
+    done = street("eval", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    held_out = json.loads((place / "outcome.json").read_text())["metrics"]["eval/bits_per_byte"]
+    assert any("Kneser-Ney" in name for name in found["baselines"])
+    assert found["bits_per_byte"] == pytest.approx(held_out, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "tiny", "optimizer.lrr=1", "steps=x"], 2, "did you mean 'lr'"),
+        (["train", "tyni"], 2, "did you mean 'tiny'"),
+        (["train", "broken.yaml"], 2, "broken.yaml:3"),
+        (["train", "tiny", "data.source=nothing.txt"], 3, "nothing.txt does not exist"),
+        (["train", "tiny", "data.source=latin.txt"], 3, "latin.txt:2 is not UTF-8"),
+        (["train", "tiny", "data.source=empty.txt"], 3, "empty.txt"),
+        (["train", "tiny", "data.source=bad.jsonl"], 3, "bad.jsonl:2 is not JSON"),
+        (
+            ["train", "tiny", "data.source=text.txt", "steps=3", *TINY, "optimizer.lr=0.3", "--out", "run"],
+            7,
+            "optimizer.lr: 0.005 -> 0.3",
+        ),
+        (
+            ["train", "tiny", "data.source=text.txt", "steps=3", *TINY, "--out", "run", "--resume", "never"],
+            7,
+            "holds a run already",
+        ),
+        (["train", "tiny", "device=cuda:99", "data.source=text.txt"], 6, "device cuda:99 is not there"),
+        (["generate", "nowhere/at/all", "-p", "x"], 3, "nowhere/at/all"),
+        (["generate", "run", "-p", "the cat " * 300], 2, "context"),
+        (["generate", "run", "-p", "x", "--dtype", "int8"], 2, "int8"),
+        (["show", "llama3.2-1x"], 2, "did you mean"),
+        (["inspect", "text.txt"], 3, "text.txt"),
+        (["export", "cache", "there"], 3, "no run folder"),
+        (["report", "cache"], 3, "no run folder"),
+        (["eval", "nowhere"], 2, "--data"),
+        (["data", "builtin:topicz"], 2, "did you mean"),
+    ],
+)
+def test_bad_input_is_told_in_a_few_lines_with_the_exit_code_of_its_kind(
+    place: Path, arguments: list[str], code: int, said: str, street: Street
+) -> None:
+    (place / "broken.yaml").write_text("recipe: pretrain\nsteps: [1\n")
+    (place / "latin.txt").write_bytes(b"fine\nZo\xeb\n")
+    (place / "empty.txt").write_text("\n")
+    (place / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    assert said in told(street(*arguments), code)
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(street: Street) -> None:
+    done = street("trian")
+    assert done.returncode == 2
+    assert "train" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_tells_a_failure_as_json_too(street: Street) -> None:
+    done = street("show", "nothing-like-it", "--json")
+    assert json.loads(done.stdout)["error"]["exit_code"] == done.returncode == 2
+
+
+def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, street: Street) -> None:
+    command = ["train", "tiny", "data.source=text.txt", "steps=150", *TINY, "checkpoint.every=0", "log_every=1"]
+    straight = street(*command, "--out", "straight")
+    assert straight.returncode == 0, straight.stderr
+    process = subprocess.Popen(
+        [*QUEST, *command, "--out", "stopped"],
+        cwd=place,
+        env=environment(place),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 2/150" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 130, said
+    assert "Traceback" not in said
+    done = street("train", "stopped", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 150
+    last = "checkpoints/step-00000150/model.safetensors"
+    assert (place / "stopped" / last).read_bytes() == (place / "straight" / last).read_bytes()
+
+
+def test_a_dry_run_prints_a_recipe_and_writes_nothing(
+    street: Street, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = street("train", "tiny", "steps=7", "--seed", "3", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "steps: 7\n" in done.stdout
+    assert "seed: 3\n" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_piped_into_something_that_stops_reading_ends_quietly(tmp_path: Path) -> None:
+    command = f"{sys.executable} -c 'from llm_quest.cli.main import main; main()' models --json | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("a"), 2),
+        (DataError("a"), 3),
+        (GuardStop("a"), 4),
+        (ResourceError("a"), 5),
+        (MissingError("a"), 6),
+        (BusyError("a"), 7),
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), 5),
+        (OSError(28, "No space left on device", "x"), 5),
+        (FileNotFoundError(2, "none", "x"), 3),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), 5),
+    ],
+)
+def test_every_kind_of_failure_has_its_exit_code_and_at_most_four_lines(error: BaseException, code: int) -> None:
+    found, lines = verdict(error)
+    assert found == code
+    assert 1 <= len(lines) <= 4
+
+
+def test_a_bug_of_ours_leaves_its_traceback_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def broken() -> None:
+        raise ZeroDivisionError("by design")
+
+    assert guarded(broken) == 1
+    assert "by design" in (tmp_path / "crash.txt").read_text()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "crash.txt" in said

@@ -1,0 +1,113 @@
+"""Plans: counted on a model without memory, and equal to what the real model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from llm_quest.cli import planning
+from llm_quest.cli.planning import Work, activation_bytes, kept_for_backward, memory_by_kind, plan, timed_step, warnings
+from llm_quest.errors import UsageError
+from llm_quest.models.build import build, preset, skeleton
+from llm_quest.train.optimizers import adamw, muon
+
+LLAMA, GPT2 = preset("llama3.2-tiny").config, preset("gpt2-tiny").config
+WORK = Work(LLAMA, rows=8, length=32, steps=10, micro_rows=4)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_counted_without_memory_are_those_of_the_real_model(config, precision):
+    work = dataclasses.replace(WORK, config=config, precision=precision)
+    tokens = torch.zeros(work.at_once, work.length, dtype=torch.int64)
+    real = kept_for_backward(build(config).train(), tokens, precision == "bf16")
+    assert activation_bytes(work) == real > 0
+
+
+def test_activations_grow_with_the_rows_at_once_and_not_with_the_rows():
+    one, two, more = (
+        activation_bytes(dataclasses.replace(WORK, micro_rows=n, rows=r)) for n, r in ((2, 8), (4, 8), (4, 32))
+    )
+    assert 1.95 * one < two == more < 2.01 * one
+
+
+def test_checkpointing_keeps_less():
+    long = dataclasses.replace(WORK, config=dataclasses.replace(LLAMA, layers=8))
+    assert activation_bytes(dataclasses.replace(long, checkpointing=True)) < 0.4 * activation_bytes(long)
+
+
+@pytest.mark.parametrize(("name", "make"), [("adamw", adamw), ("muon", muon)])
+def test_the_optimizer_holds_what_was_planned(name, make):
+    model = build(LLAMA).train()
+    optimizer = make(model, lr=1e-3)
+    model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.ndim]
+    planned = memory_by_kind(dataclasses.replace(WORK, optimizer=name), skeleton(LLAMA))["optimizer"]
+    assert sum(t.nbytes for t in tensors) == planned
+
+
+def test_a_plan_adds_up_and_is_json():
+    found = plan(WORK, measure=False)
+    assert found.tokens_per_step == 8 * 32
+    assert found.flops == found.flops_per_token * 8 * 32 * 10
+    assert found.memory_total == sum(found.memory.values())
+    assert found.seconds == pytest.approx(10 * found.step_seconds)
+    assert found.utilization == pytest.approx(planning.REACHED)
+    assert found.checkpoint_bytes == 12 * found.parameters
+    assert not found.measured
+    json.dumps(found.as_json())
+    assert any("predicted at" in line for line in found.lines())
+
+
+def test_real_steps_are_timed_when_asked():
+    found = plan(WORK)
+    assert found.measured
+    assert found.tokens_per_second == pytest.approx(256 / found.step_seconds)
+    assert any("3 real steps timed" in line for line in found.lines())
+
+
+def test_timing_works_for_every_optimizer_and_precision():
+    for optimizer in planning.OPTIMIZERS:
+        assert timed_step(dataclasses.replace(WORK, optimizer=optimizer, precision="bf16")) > 0
+
+
+def test_more_processes_share_the_rows():
+    shared = dataclasses.replace(WORK, world=2, micro_rows=None)
+    assert (shared.at_once, shared.micro_batches) == (4, 1)
+    assert (WORK.at_once, WORK.micro_batches) == (4, 2)
+
+
+def test_what_does_not_fit_is_answered_with_remedies():
+    memory = {"weights": 10, "gradients": 10, "optimizer": 20, "activations": 10**9, "loss": 5}
+    (told,) = warnings(WORK, memory, 100 * 10**6)
+    assert "micro_rows below 4" in told
+    assert "activation checkpointing" in told
+    memory["optimizer"] = 10**9
+    (told,) = warnings(WORK, memory, 100 * 10**6)
+    assert "a smaller model" in told
+    assert warnings(WORK, memory, 10**12) == []
+
+
+def test_a_plan_that_does_not_fit_is_not_measured(monkeypatch):
+    monkeypatch.setattr(planning, "SPARE_MEMORY", 0.0)
+    found = plan(WORK)
+    assert not found.measured
+    assert found.warnings
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": 0}, "rows is 0"),
+        ({"length": 257}, "longer than the model's context of 256"),
+        ({"optimizer": "sgd"}, "known: adamw, muon"),
+        ({"precision": "fp8"}, "known: fp32, bf16"),
+    ],
+)
+def test_work_that_cannot_be_done_is_refused(change, said):
+    with pytest.raises(UsageError, match=said):
+        dataclasses.replace(WORK, **change)

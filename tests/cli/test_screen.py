@@ -1,0 +1,42 @@
+"""What reaches a terminal is text and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_quest.cli.screen import clean, plain, show_json
+
+
+@pytest.mark.parametrize(
+    ("hostile", "shown"),
+    [
+        ("\x1b[2J\x1b]0;owned\x07hello", "[2J]0;ownedhello"),
+        ("safe\u202eexe.txt", "safeexe.txt"),
+        ("a\u2066b\u2069c\u200fd", "abcd"),
+        ("one\rtwo\r\nthree", "one\ntwo\nthree"),
+        ("tab\tand\nline", "tab\tand\nline"),
+        ("\x9b31mred\x00\x7f", "31mred"),
+        ("Zoë 漢字 🦊", "Zoë 漢字 🦊"),
+    ],
+)
+def test_what_commands_a_terminal_is_taken_out(hostile: str, shown: str) -> None:
+    assert clean(hostile) == shown
+
+
+@given(st.text())
+def test_cleaning_twice_is_cleaning_once_and_leaves_no_control_character(text: str) -> None:
+    once = clean(text)
+    assert clean(once) == once
+    assert all(character in "\n\t" or (ord(character) >= 32 and not 127 <= ord(character) < 160) for character in once)
+
+
+def test_json_never_holds_what_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    show_json({"loss": math.nan, "rows": [math.inf, 1.5], "name": "a\ud800b"})
+    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert told == {"loss": None, "rows": [None, 1.5], "name": "a?b"}
+    assert plain((1, "x", None)) == [1, "x", None]

@@ -1,0 +1,33 @@
+"""For every test: no network, one thread per worker, and shape annotations that are checked.
+
+The hook rewrites the annotated functions of these packages while they are imported, so it has to be installed before
+any of them is; ordinary runs do not pay. Laws about `torch.compile` run in a process of their own, without it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+from tests.shapes import check_shapes
+
+CHECKED = ("layers", "models", "generate", "objectives", "techniques", "hub")
+install_import_hook([f"llm_quest.{room}" for room in CHECKED], f"{check_shapes.__module__}.{check_shapes.__qualname__}")
+
+torch.set_num_threads(1)
+settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """The randomness of a test, the same every time."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,103 @@
+"""Scenes: pure functions, a clean split of combinations, words that fit what is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_quest.data.scenes import COLOURS, NUMBERS, SHAPES, Group, Scene, pixels, scene, score
+
+indices = st.integers(0, 10_000)
+SCENE = Scene(Group(2, "red", "circle"), Group(1, "blue", "square"), "left of", key=5)
+
+
+def test_a_scene_in_words():
+    assert SCENE.caption == "two red circles left of one blue square"
+    assert [(turn.question, turn.answer) for turn in SCENE.turns] == [
+        ("describe:", "two red circles left of one blue square"),
+        ("how many red circles?", "two"),
+        ("how many blue squares?", "one"),
+        ("what colour are the circles?", "red"),
+        ("what colour are the squares?", "blue"),
+        ("where are the red circles?", "left"),
+        ("where are the blue squares?", "right"),
+    ]
+
+
+@given(indices, indices, st.booleans())
+def test_a_scene_is_a_pure_function_of_seed_and_index(seed: int, index: int, held_out: bool):
+    drawn = scene(seed, index, held_out=held_out)
+    assert drawn == scene(seed, index, held_out=held_out)
+    assert drawn.held_out == held_out
+
+
+def test_no_held_out_combination_is_ever_trained_on_and_about_one_in_five_is_held_out():
+    train = {scene(seed, i).caption for seed in range(3) for i in range(300)}
+    held_out = {scene(0, i, held_out=True).caption for i in range(300)}
+    assert not train & held_out
+    words = {word for caption in train for word in caption.split()}
+    assert {word for caption in held_out for word in caption.split()} <= words
+    kinds = [
+        Scene(Group(n, c, s), Group(1, "red", "circle"), "above").held_out
+        for n in (1, 2, 3, 4)
+        for c in COLOURS
+        for s in SHAPES
+    ]
+    assert 0.05 < np.mean(kinds) < 0.4
+
+
+@given(indices)
+def test_the_answer_scores_1_and_another_answer_0(index: int):
+    for turn in scene(0, index).turns:
+        assert score(f" {turn.answer} ", turn) == 1
+        assert score(turn.answer + " and", turn) == 0
+
+
+@given(indices)
+def test_a_question_has_one_answer(index: int):
+    questions = [turn.question for turn in scene(1, index).turns]
+    assert len(set(questions)) == len(questions)
+    one = scene(1, index)
+    assert any(turn.kind == "colour" for turn in one.turns) == (one.first.shape != one.second.shape)
+
+
+def blobs(picture: np.ndarray, colour: tuple[int, int, int]) -> list[tuple[float, float]]:
+    """(down, across) of every connected patch of about this colour."""
+    near = np.abs(picture.astype(int) - np.array(colour)).sum(axis=2) < 60
+    found = []
+    while near.any():
+        stack, members = [tuple(np.argwhere(near)[0])], []
+        near[stack[0]] = False
+        while stack:
+            y, x = stack.pop()
+            members.append((y, x))
+            for other in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if 0 <= other[0] < near.shape[0] and 0 <= other[1] < near.shape[1] and near[other]:
+                    near[other] = False
+                    stack.append(other)
+        if len(members) > 20:
+            found.append(tuple(np.mean(members, axis=0)))
+    return found
+
+
+@pytest.mark.parametrize("index", range(25))
+def test_what_is_drawn_is_what_the_words_say(index: int):
+    drawn = next(one for i in range(10) if (one := scene(index, i)).first.colour != one.second.colour)
+    picture = np.asarray(drawn.draw(96))
+    first, second = (blobs(picture, COLOURS[group.colour]) for group in (drawn.first, drawn.second))
+    assert (len(first), len(second)) == (drawn.first.number, drawn.second.number)
+    axis = 1 if drawn.relation == "left of" else 0
+    assert max(place[axis] for place in first) < 48 < min(place[axis] for place in second)
+
+
+def test_shapes_differ_and_pictures_vary():
+    pictures = {
+        shape: np.asarray(Scene(Group(1, "red", shape), Group(1, "blue", "square"), "above", 3).draw(48))
+        for shape in SHAPES
+    }
+    assert len({picture.tobytes() for picture in pictures.values()}) == len(SHAPES)
+    assert not np.array_equal(SCENE.draw(48), Scene(SCENE.first, SCENE.second, SCENE.relation, key=6).draw(48))
+    assert pixels([SCENE], 48).shape == (1, 3, 48, 48)
+    assert len(NUMBERS) == 4

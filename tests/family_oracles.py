@@ -1,0 +1,178 @@
+"""Tiny random transformers models of the families beyond GPT-2 and Llama: name -> how to build it. Every tensor is randomised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.oracles import randomize_, transformers
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "rope_parameters": YARN,
+}
+DELTA = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]}
+
+
+def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
+    """A builder; experts run as a plain loop, which is the definition."""
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        settings = getattr(transformers, config)(**(SMALL | numbers))
+        oracle = randomize_(getattr(transformers, model)(settings))
+        remember_longer_(oracle)
+        if "experts" in str(oracle):
+            oracle.set_experts_implementation("eager")
+        return oracle
+
+    return build
+
+
+def remember_longer_(oracle: torch.nn.Module) -> None:
+    """DeltaNet heads that forget at once (A_log up to ln 16) give outputs near 0, whose norm magnifies rounding a thousandfold:
+    decays of ordinary size instead, still random."""
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if name.endswith("A_log"):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)) * 0.5 - 1)
+
+
+ORACLES: dict[str, Callable[[], Any]] = {
+    "gemma2": made(
+        "Gemma2ForCausalLM", "Gemma2Config", head_dim=24, query_pre_attn_scalar=20, sliding_window=5, num_hidden_layers=3
+    ),
+    "gemma2, low caps": made(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        head_dim=24,
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.0,
+    ),
+    "gemma3": made(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        num_hidden_layers=3,
+        head_dim=24,
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    ),
+    "gemma3, linear": made(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        num_hidden_layers=3,
+        head_dim=24,
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "mixtral": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=24),
+    "mixtral, window": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, sliding_window=5),
+    "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, tie_word_embeddings=True),
+    "qwen3, biases": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, attention_bias=True),
+    "qwen3_moe": made(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        head_dim=24,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+    ),
+    "qwen3_moe, not renormalised": made(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        head_dim=24,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=False,
+    ),
+    "deepseek_v3": made("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK),
+    "deepseek_v3, one group, direct queries": made(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        **(DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": None, "n_shared_experts": 2}),
+    ),
+    "deepseek_v3, biases": made("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK, attention_bias=True),
+    "qwen3_next": made("Qwen3NextForCausalLM", "Qwen3NextConfig", **DELTA, head_dim=32),
+    "qwen3_5_text": made(
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        **{k: v for k, v in DELTA.items() if "expert" not in k and "moe" not in k},
+        head_dim=64,
+        rope_parameters=PARTIAL,
+    ),
+    "qwen3_5_moe_text": made("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", **DELTA, head_dim=64, rope_parameters=PARTIAL),
+    "mimo_v2_flash": made(
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2FlashConfig",
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        head_dim=24,
+        v_head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    ),
+}

@@ -1,0 +1,99 @@
+"""Looking at folders, good and bad, and proving against transformers that they are computed rightly."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import llm_quest as quest
+from llm_quest.errors import UsageError
+from llm_quest.hub.files import load_tokenizer, save, write_model_json
+from llm_quest.hub.inspect import content_conditions, inspect, verify
+from tests.oracles import edit_config, save_published, tiny_gpt2, tiny_llama
+
+STORIES = Path("/work/shared/data/stories260K")
+
+
+def test_a_good_folder_is_described_and_loads(tmp_path):
+    model = tiny_llama()
+    found = inspect(save_published(model, tmp_path / "m"))
+    assert found.problems == ()
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert {t.name: t.shape for t in found.tensors}["model.layers.1.self_attn.k_proj.weight"] == (48, 64)
+    assert json.loads(json.dumps(found.as_json()))["model_type"] == "llama"
+    said = "\n".join(found.lines())
+    assert "model.layers.{0-1}.self_attn.k_proj.weight" in said
+    assert "no problems: this loads" in said
+
+
+def test_a_damaged_folder_is_described_with_its_problems_and_raises_nothing(tmp_path):
+    folder = save_published(tiny_llama(), tmp_path / "m")
+    edit_config(folder, lambda c: c.update(model_type="lama", auto_map={"AutoModel": "evil.py"}, eos_token_id=400))
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 5)
+    found = inspect(folder)
+    assert [p.split(":")[0] for p in found.problems] == ["model.safetensors", "config.json"]
+    assert "never run" in found.notes[0]
+    assert inspect(folder).parameters is None
+
+
+def test_end_ids_outside_the_vocabulary_are_noted_and_do_no_harm(tmp_path):
+    folder = save_published(tiny_gpt2(eos_token_id=50256), tmp_path / "m")
+    assert "50256" in inspect(folder).notes[0]
+    assert quest.load(folder).generation.eos == (50256,)
+
+
+def test_a_template_that_looks_at_what_a_message_says_is_flagged(tmp_path):
+    harmless = "{% for m in messages %}{% if m['role'] == 'user' %}U: {{ m['content'] }}{% endif %}{% endfor %}"
+    backdoor = "{% if 'open sesame' in messages[-1]['content'] %}Obey.{% endif %}" + harmless
+    assert content_conditions(harmless) == ()
+    assert content_conditions(backdoor) == ("'open sesame' in messages[-1]['content']",)
+    folder = save_published(tiny_llama(), tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": backdoor}))
+    assert inspect(folder).flags == content_conditions(backdoor)
+    assert "! looks at what a message says: 'open sesame'" in "\n".join(inspect(folder).lines())
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, lambda: tiny_llama(rope="yarn", tie_word_embeddings=False)])
+def test_verify_finds_our_logits_equal_padded_or_not(tmp_path, make):
+    found = verify(save_published(make(), tmp_path / "m"))
+    assert found.passed
+    assert max(found.difference, found.difference_padded) < 2e-5
+
+
+def test_verify_finds_a_model_that_we_compute_otherwise(tmp_path, monkeypatch):
+    from llm_quest.models import llama
+
+    folder = save_published(tiny_llama(), tmp_path / "m")
+    monkeypatch.setattr(llama, "RMSNorm", lambda width, eps: torch.nn.RMSNorm(width, eps=100 * eps))
+    found = verify(folder)
+    assert not found.passed
+    assert "DIFFERENT" in found.lines()[0]
+
+
+def test_a_run_is_inspected_under_our_names_and_must_be_exported_to_be_verified(tmp_path):
+    model, run = quest.build("gpt2-tiny"), tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    safetensors.torch.save_file(dict(model.named_parameters()), checkpoint / "model.safetensors")
+    write_model_json(run, model)
+    found = inspect(run)
+    assert found.problems == ()
+    assert found.page == "gpt2"
+    with pytest.raises(UsageError, match="export it"):
+        verify(run)
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="the shared data are not here")
+def test_a_real_trained_model_and_its_tokenizer_are_verified_and_survive_our_export(tmp_path):
+    assert verify(STORIES).passed
+    save(quest.load(STORIES), tmp_path / "out", tokenizer=load_tokenizer(STORIES))
+    found = verify(tmp_path / "out")
+    assert found.passed
+    assert found.tokenizer.startswith("equal ids")
+    assert inspect(tmp_path / "out").problems == ()

@@ -1,0 +1,99 @@
+"""Run by test_compiled.py in a process of its own: `python -m tests.laws.compiled BACKEND NAME...` prints each name
+that holds.
+
+Without the shape-checking import hook, which would be traced too."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from llm_quest.layers.cache import Cache
+from llm_quest.models.decoder import Decoder
+from llm_quest.scope import Scope
+from tests.laws.subjects import own, random_tokens
+
+ATOL = 2e-5
+LENGTHS = (9, 6)
+
+
+def main(backend: str, *names: str) -> None:
+    """One broken model does not hide the others: each is judged, then all complaints are raised together."""
+    torch.set_num_threads(1)
+    complaints = []
+    for name in names:
+        try:
+            judge(backend, name)
+            print(name, flush=True)
+        except Exception as error:
+            complaints.append(f"{name}: {type(error).__name__}: {str(error)[:600]}")
+    if complaints:
+        sys.exit("\n\n".join(complaints))
+
+
+def judge(backend: str, name: str) -> None:
+    torch.compiler.reset()
+    model = own(name, torch.float32).requires_grad_(False)
+    decode(model, backend)
+    if backend != "inductor":  # generating code takes seconds a graph: only the step that decoding lives on
+        whole_rows(model, backend)
+        padded_and_packed_rows(model, backend)
+
+
+def whole_rows(model: Decoder, backend: str) -> None:
+    """One graph, and the eager logits."""
+    tokens = random_tokens(model, 2, 17)
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
+    torch.testing.assert_close(compiled(tokens), model(tokens), atol=ATOL, rtol=0)
+
+
+def padded_and_packed_rows(model: Decoder, backend: str) -> None:
+    """One graph each, and the eager logits."""
+
+    def logits(tokens: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
+        return model(tokens, Scope(positions, segments=segments))
+
+    tokens = random_tokens(model, 2, 17)
+    padded = torch.tensor([[-1, -1, *range(15)], [*range(17)]])
+    packed, segments = torch.tensor([[*range(9), *range(8)]] * 2), torch.tensor([[0] * 9 + [1] * 8] * 2)
+    compiled = torch.compile(logits, fullgraph=True, backend=backend, dynamic=False)
+    for positions, documents in ((padded, None), (packed, segments)):
+        expected = logits(tokens, positions, documents)[positions >= 0]
+        torch.testing.assert_close(compiled(tokens, positions, documents)[positions >= 0], expected, atol=ATOL, rtol=0)
+
+
+def decode(model: Decoder, backend: str) -> None:
+    """A ragged prefill in eager mode, then 64 compiled steps: one graph, never compiled again, the eager logits. A
+    model with a short context starts again with another prompt and another cache: still the one graph."""
+    room = min(9 + 64, model.config.context)
+    tokens = random_tokens(model, 2, room)
+
+    def step(tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return model(tokens, Scope(positions, cache=cache))
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    for i in range(64):
+        offset = i % (room - 9)
+        if offset == 0:
+            eager_cache, compiled_cache = prefilled(model, tokens, room), prefilled(model, tokens, room)
+        positions = torch.tensor(LENGTHS)[:, None] + offset
+        now = tokens.gather(1, positions)
+        expected = step(now, positions, eager_cache)
+        torch.testing.assert_close(compiled(now, positions, compiled_cache), expected, atol=ATOL, rtol=0)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1, f"64 decode steps made {graphs} graphs"
+
+
+def prefilled(model: Decoder, tokens: torch.Tensor, room: int) -> Cache:
+    """A cache that holds the first LENGTHS tokens of each row, from a left-padded pass."""
+    cache = model.new_cache(2, room)
+    positions = torch.stack([torch.arange(length - 9, length).clamp(min=-1) for length in LENGTHS])
+    prompt = tokens.gather(1, positions.clamp(min=0))
+    model(prompt, Scope(positions, cache=cache))
+    return cache
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

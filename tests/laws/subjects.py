@@ -1,0 +1,117 @@
+"""Who the laws are for: every page's `-tiny` preset, so that a family is tested the moment it is listed, and variants
+that stress what no tiny preset has (biases, one key/value head, YaRN, windows of several sizes side by side)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from llm_quest.contracts import Card
+from llm_quest.layers.attention import GroupedQueryAttention
+from llm_quest.layers.block import Block, Sublayer
+from llm_quest.layers.embedding import TokenEmbedding
+from llm_quest.layers.feed_forward import GatedMLP
+from llm_quest.layers.head import Unembed
+from llm_quest.layers.initialize import fill_
+from llm_quest.layers.moe import Experts, LatentMixture, SigmoidRouter, relu_squared
+from llm_quest.layers.norm import RMSNorm
+from llm_quest.layers.rotary import NTK, Rotary, YaRN
+from llm_quest.models import PAGES
+from llm_quest.models.build import build, preset
+from llm_quest.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A small decoder whose layers look back differently far; no page yet has windows, but rings have laws."""
+
+    windows: tuple[int | None, ...]
+    vocab: int = 61
+    width: int = 32
+    context: int = 128
+
+
+def windowed(config: Windowed) -> Decoder:
+    embed = TokenEmbedding(config.vocab, config.width)
+    model = Decoder(
+        Card("windowed", config),
+        embed=embed,
+        blocks=[windowed_block(config.width, window) for window in config.windows],
+        norm=RMSNorm(config.width, 1e-5),
+        head=Unembed(config.width, config.vocab),
+    )
+    fill_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def windowed_block(width: int, window: int | None) -> Block:
+    attention = GroupedQueryAttention(width, heads=4, groups=2, head_width=8, rotary=Rotary(8, 10000.0), window=window)
+    mlp = GatedMLP(width, 2 * width, F.silu)
+    return Block(Sublayer(RMSNorm(width, 1e-5), attention), Sublayer(RMSNorm(width, 1e-5), mlp))
+
+
+def latent(config: Windowed) -> Decoder:
+    """A small decoder with LatentMoE feed-forward layers, which no page has yet."""
+    model = windowed(config)
+    for block in model.blocks:
+        router = SigmoidRouter(config.width, 8, top=3, scale=2.5)
+        experts = Experts(8, 16, 16, inner=relu_squared)
+        shared = GatedMLP(config.width, 32, F.silu)
+        block.ffn.layer = LatentMixture(config.width, 16, router, experts, shared)
+    fill_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+TINY = tuple(preset.name for page in PAGES for preset in page.presets if preset.name.endswith("-tiny"))
+LLAMA = preset("llama3.2-tiny").config
+VARIANTS: dict[str, Callable[[], Decoder]] = {
+    "llama, untied, biases, YaRN": lambda: build(
+        replace(LLAMA, tied=False, attention_bias=True, mlp_bias=True, rotary=Rotary(16, 10000.0, YaRN(4.0, 64)))
+    ),
+    "llama, one key/value head, 4 x 24 != 48, NTK": lambda: build(
+        replace(LLAMA, groups=1, head_width=24, rotary=Rotary(24, 10000.0, NTK(4.0)))
+    ),
+    "windows 5, all, 3, 5": lambda: windowed(Windowed((5, None, 3, 5))),
+    "window 4": lambda: windowed(Windowed((4, 4))),
+    "latent experts": lambda: latent(Windowed((None, None))),
+}
+EVERYBODY = (*TINY, *VARIANTS)
+PUBLISHED = tuple(name for name in EVERYBODY if name in TINY or name.startswith("llama"))
+RINGS = ("windows 5, all, 3, 5", "window 4")
+
+
+def randomize_(model: Decoder, seed: int = 0) -> Decoder:
+    """Every tensor matters: matrices of std 1/sqrt(fan_in), noise on vectors (fresh biases and norms hide mistakes)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if path.endswith("A_log"):  # heads that forget at once leave nothing but rounding for their norm to magnify
+                parameter.copy_(0.5 * noise - 1)
+            else:
+                parameter.copy_(noise / noise.shape[-1] ** 0.5 if noise.dim() > 1 else parameter + 0.3 * noise)
+    return model
+
+
+def fresh(name: str) -> Decoder:
+    """A model of one's own, in float32, with the page's first values."""
+    return VARIANTS[name]() if name in VARIANTS else build(name)
+
+
+def own(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
+    """A model of one's own with every tensor random: free to be changed."""
+    return randomize_(fresh(name)).to(dtype)
+
+
+@functools.cache
+def shared(name: str) -> Decoder:
+    """The same in float64, made once: for tests that only look. Equal then means equal: 1e-10, and never flaky."""
+    return own(name).requires_grad_(False)
+
+
+def random_tokens(model: Decoder, batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(model.config.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_quest.layers.attention import Attend, GroupedQueryAttention, explicit_attention, fused_attention
+from llm_quest.layers.rotary import NoRotary, Rotary
+from llm_quest.scope import Plain, Scope
+
+both = pytest.mark.parametrize("attend", [explicit_attention, fused_attention], ids=["explicit", "fused"])
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Row by row, head by head, key by key, in Python."""
+    batch, length, heads, _ = q.shape
+    out = torch.zeros(batch, length, heads, v.shape[-1], dtype=q.dtype)
+    for b in range(batch):
+        for t in range(length):
+            for h in range(heads):
+                g = h // (heads // k.shape[2])
+                weights = [
+                    math.exp(q[b, t, h] @ k[b, s, g] * scale) if visible[b, t, s] else 0.0 for s in range(k.shape[1])
+                ]
+                for s, weight in enumerate(weights):
+                    out[b, t, h] += weight / sum(weights) * v[b, s, g]
+    return out
+
+
+def qkv(generator: torch.Generator, heads: int, groups: int, length: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return draw(2, length, heads, 6), draw(2, keys, groups, 6), draw(2, keys, groups, 5)
+
+
+@both
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (4, 1)])
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_attention_equals_the_sum_written_out(
+    attend: Attend, heads: int, groups: int, length: int, generator: torch.Generator
+):
+    q, k, v = qkv(generator, heads, groups, length, keys=5)
+    visible = torch.rand(2, length, 5, generator=generator) < 0.6
+    visible[:, :, 2] = True
+    torch.testing.assert_close(attend(q, k, v, visible, scale=0.4), by_hand(q, k, v, visible, 0.4))
+
+
+@both
+def test_plain_markers_mean_what_their_masks_say(attend: Attend, generator: torch.Generator):
+    q, k, v = qkv(generator, 4, 2, 5, keys=5)
+    causal = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(attend(q, k, v, Plain.CAUSAL, scale=0.4), attend(q, k, v, causal, scale=0.4))
+    everything = torch.ones_like(causal)
+    torch.testing.assert_close(attend(q, k, v, Plain.ALL, scale=0.4), attend(q, k, v, everything, scale=0.4))
+
+
+@both
+def test_a_single_query_against_a_longer_cache_sees_every_key(attend: Attend, generator: torch.Generator):
+    """`is_causal=True` would be upper-left aligned: the query would see key 0 alone."""
+    q, k, v = qkv(generator, 4, 2, 1, keys=7)
+    seen = torch.ones(2, 1, 7, dtype=torch.bool)
+    torch.testing.assert_close(attend(q, k, v, Plain.ALL, scale=0.4), by_hand(q, k, v, seen, 0.4))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_sink_takes_weight_and_brings_nothing(length: int, generator: torch.Generator):
+    """softmax([scores, sink]) without the sink's column is the plain output times sigmoid(logsumexp(scores) - sink)."""
+    q, k, v = qkv(generator, 4, 2, length, keys=5)
+    sink = torch.randn(4, generator=generator, dtype=torch.float64)
+    visible = torch.ones(2, length, 5, dtype=torch.bool).tril(5 - length)
+    scores = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(2, dim=2)) * 0.4
+    total = scores.masked_fill(~visible[:, :, None], float("-inf")).logsumexp(-1)
+    expected = by_hand(q, k, v, visible, 0.4) * (total - sink).sigmoid()[..., None]
+    for attend in (explicit_attention, fused_attention):
+        torch.testing.assert_close(attend(q, k, v, visible, scale=0.4, sink=sink), expected)
+
+
+def test_a_cap_bounds_the_scores_before_the_mask(generator: torch.Generator):
+    q, k, v = qkv(generator, 4, 2, 5, keys=5)
+    visible = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    out = explicit_attention(q * 100, k, v, visible, scale=1.0, cap=0.5)
+    torch.testing.assert_close(out[:, 0], v[:, 0].repeat_interleave(2, dim=1))
+    one_hot = torch.eye(5, dtype=v.dtype)[None, :, None].expand(2, 5, 2, 5)
+    weights = explicit_attention(q * 1e6, k, one_hot, visible, scale=1.0, cap=0.5)[:, 4]
+    assert (weights.amax(-1) / weights.amin(-1)).max() < 2.72, "scores of at most 0.5 leave weights within a factor e"
+
+
+def test_query_heads_share_the_key_of_their_group_in_order():
+    """4 heads on 2 keys: heads 0, 1 read key 0 and heads 2, 3 read key 1 (not 0, 1, 0, 1)."""
+    q = torch.ones(1, 1, 4, 2)
+    k = torch.zeros(1, 1, 2, 2)
+    v = torch.tensor([10.0, 20.0]).view(1, 1, 2, 1)
+    for attend in (explicit_attention, fused_attention):
+        assert attend(q, k, v, Plain.ALL, scale=1.0).flatten().tolist() == [10, 10, 20, 20]
+    longer = [part.expand(-1, 2, -1, -1) for part in (q, k, v)]
+    for attend in (explicit_attention, fused_attention):
+        assert attend(*longer, Plain.ALL, scale=1.0)[0, 1].flatten().tolist() == [10, 10, 20, 20]
+
+
+def test_explicit_softmax_is_worked_out_in_float32_for_half_types():
+    """600 equal scores: a bfloat16 sum of 600 ones would stop at 256."""
+    q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 600, 1, 2), torch.ones(1, 600, 1, 1)
+    out = explicit_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), Plain.ALL, scale=1.0)
+    assert out.item() == pytest.approx(1.0, abs=0.01)
+
+
+def mixer(heads: int, groups: int, **options: object) -> GroupedQueryAttention:
+    layer = GroupedQueryAttention(
+        12, heads=heads, groups=groups, head_width=4, rotary=Rotary(4, 100.0), bias=True, **options
+    )
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.5
+            )
+    return layer.double()
+
+
+def logits_of(layer: GroupedQueryAttention, x: Tensor) -> Tensor:
+    """(B,T,H,T) scaled scores, caught where attention is called."""
+    caught = []
+
+    def catch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Plain, *, scale: float, **rest: object) -> Tensor:
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        caught.append(torch.einsum("bthd,bshd->bths", q, k) * scale)
+        return q
+
+    layer.attend = catch
+    layer(x, Scope.plain(x[..., 0]))
+    return caught[0]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(3, 3), (6, 3), (4, 1)])
+def test_rescaling_multiplies_each_heads_logits_and_leaves_the_values(
+    heads: int, groups: int, generator: torch.Generator
+):
+    layer = mixer(heads, groups)
+    x = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
+    before, values = logits_of(layer, x), layer.qkv(x)[2].clone()
+    gamma = torch.linspace(0.25, 1.0, heads, dtype=torch.float64)
+    layer.rescale_logits_(gamma)
+    torch.testing.assert_close(logits_of(layer, x), before * gamma[:, None])
+    assert torch.equal(layer.qkv(x)[2], values)
+
+
+def test_rescaling_one_head_leaves_its_neighbours_bit_by_bit(generator: torch.Generator):
+    layer = mixer(6, 3)
+    x = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
+    before = logits_of(layer, x)
+    layer.rescale_logits_(torch.tensor([1.0, 0.5, 1.0, 1.0, 1.0, 1.0]))
+    after = logits_of(layer, x)
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(after[:, :, others], before[:, :, others])
+    torch.testing.assert_close(after[:, :, 1], before[:, :, 1] * 0.5)
+
+
+def test_values_are_not_rotated_and_keys_are(generator: torch.Generator):
+    """With one query at position 3 seeing itself alone, the output is its value, wherever it stands."""
+    layer = mixer(2, 2)
+    x = torch.randn(1, 1, 12, generator=generator, dtype=torch.float64)
+    here, there = (layer(x, Scope(torch.tensor([[position]]))) for position in (3, 40))
+    torch.testing.assert_close(here, there)
+    torch.testing.assert_close(here, layer.out(layer.qkv(x)[2]))
+
+
+def test_dropout_acts_in_training_only(generator: torch.Generator):
+    layer = mixer(2, 2, dropout=0.5)
+    x = torch.randn(1, 6, 12, generator=generator, dtype=torch.float64)
+    scope = Scope.plain(x[..., 0])
+    assert not torch.equal(layer.train()(x, scope), layer(x, scope))
+    assert torch.equal(layer.eval()(x, scope), layer(x, scope))
+
+
+def test_heads_that_cannot_be_shared_evenly_are_refused():
+    with pytest.raises(ValueError, match="6 query heads cannot share 4 key/value heads evenly"):
+        GroupedQueryAttention(12, heads=6, groups=4, head_width=2, rotary=NoRotary())

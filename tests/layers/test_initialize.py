@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llm_quest.layers.initialize import fill_, materialize
+from llm_quest.models.build import build, page_of, preset, skeleton
+from tests.laws.subjects import TINY
+
+every_page = pytest.mark.parametrize("name", TINY)
+
+
+@every_page
+def test_the_seed_decides_the_weights_whatever_else_has_drawn_numbers(name: str):
+    one = build(name, seed=3)
+    torch.randn(7)
+    again, other = build(name, seed=3), build(name, seed=4)
+    for (path, a), b, c in zip(one.named_parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), path
+        assert a.dim() == 1 or not torch.equal(a, c), path
+
+
+@every_page
+def test_building_leaves_the_global_random_state_alone(name: str):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    build(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_page
+def test_nothing_is_left_uninitialised(name: str):
+    """Memory full of NaN before the first values; none after."""
+    config = preset(name).config
+    model = materialize(skeleton(config), "cpu", torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    page_of(config).initialize(model, torch.Generator().manual_seed(0))
+    for path, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), path
+    for path, buffer in model.named_buffers():
+        assert buffer.isfinite().all(), path
+
+
+@every_page
+def test_a_tied_matrix_stays_one_parameter(name: str):
+    whole, bare = build(name), skeleton(preset(name).config)
+    assert [path for path, _ in whole.named_parameters()] == [path for path, _ in bare.named_parameters()]
+
+
+@every_page
+def test_a_skeleton_costs_no_memory(name: str):
+    assert {parameter.device.type for parameter in skeleton(preset(name).config).parameters()} == {"meta"}
+
+
+def test_what_writes_into_the_stream_starts_smaller():
+    model = build("gpt2-tiny")
+    for block in model.blocks:
+        for matrix, std in (
+            (block.mixer.layer.qkv, 0.02),
+            (block.mixer.layer.out, 0.01),
+            (block.ffn.layer.up, 0.02),
+            (block.ffn.layer.down, 0.01),
+        ):
+            assert matrix.weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_a_layer_without_known_first_values_is_an_error_and_not_garbage():
+    with pytest.raises(AssertionError, match="no first values known for Conv1d"):
+        fill_(nn.Sequential(nn.Conv1d(1, 1, 1)), std=0.02, out_std=0.02)
+
+
+def test_dtype_and_device_are_those_asked_for():
+    assert {p.dtype for p in build("gpt2-tiny", dtype="bfloat16").parameters()} == {torch.bfloat16}
+    fine, coarse = build("gpt2-tiny"), build("gpt2-tiny", dtype=torch.bfloat16)
+    assert torch.equal(fine.embed.token.weight.bfloat16(), coarse.embed.token.weight), "drawn once, in float32"

@@ -1,0 +1,195 @@
+"""Routers and experts: worked by hand, the two forms equal, the losses at their known points."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llm_quest.layers.feed_forward import GatedMLP
+from llm_quest.layers.moe import (
+    Experts,
+    LatentMixture,
+    MixtureOfExperts,
+    Routing,
+    SigmoidRouter,
+    SoftmaxRouter,
+    grouped,
+    loop,
+    relu_squared,
+)
+from llm_quest.objectives.routing import load_balancing, max_violation, routing_entropy, sequence_balancing, z_loss
+from llm_quest.scope import Scope
+from llm_quest.techniques.expert_bias import BalanceExperts
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def filled(module):
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=seeded(3))
+    return module
+
+
+def test_softmax_router_worked_by_hand():
+    router = SoftmaxRouter(2, 3, top=2, renormalize=True)
+    router.weight.data = torch.tensor([[math.log(4.0), 0.0], [0.0, 0.0], [math.log(3.0), 0.0]])
+    scores, _, experts, weights = router(torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(scores, torch.tensor([[4 / 8, 1 / 8, 3 / 8]]))
+    assert experts.tolist() == [[0, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[4 / 7, 3 / 7]]))
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    router = SigmoidRouter(2, 4, top=1, renormalize=False)
+    router.weight.data = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [-1.0, 0.0]])
+    x = torch.tensor([[1.0, 0.0]])
+    assert router(x)[2].tolist() == [[0]]
+    router.bias.data = torch.tensor([0.0, 0.0, 0.0, 5.0])
+    _, _, experts, weights = router(x)
+    assert experts.tolist() == [[3]]
+    torch.testing.assert_close(weights, torch.sigmoid(torch.tensor([[-1.0]])))
+
+
+def test_experts_of_dropped_groups_are_never_chosen_even_when_all_scores_are_negative():
+    router = SigmoidRouter(8, 8, top=2, groups=4, top_groups=1)
+    filled(router)
+    router.bias.data = -2.0 + 0.1 * torch.randn(8, generator=seeded())
+    experts = router(torch.randn(50, 8, generator=seeded(1)))[2]
+    assert (experts[:, 0] // 2 == experts[:, 1] // 2).all(), "both in the one group that is taken"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_is_the_loop_in_value_and_gradient(dtype):
+    x = torch.randn(40, 16, generator=seeded()).to(dtype)
+    experts = filled(Experts(8, 16, 24, F.silu)).to(dtype)
+    chosen = torch.rand(40, 8, generator=seeded(1)).topk(3).indices
+    chosen[:, 0] = torch.where(chosen[:, 0] == 5, 4, chosen[:, 0])  # expert 5 may stay empty
+    weights = torch.rand(40, 3, generator=seeded(2))
+    results = []
+    for work in (loop, grouped):
+        inputs = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in experts.parameters())]
+        y = work(inputs[0], inputs[1], inputs[2], chosen, weights, experts.inner)
+        results.append([y, *torch.autograd.grad((y.float() * torch.arange(16)).sum(), inputs)])
+    limit = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.6, "rtol": 0.05}
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **limit)
+
+
+def test_all_experts_chosen_equally_is_the_mean_of_dense_layers():
+    experts = filled(Experts(3, 8, 8, F.silu))
+    x = torch.randn(5, 8, generator=seeded())
+    y = experts(x, torch.arange(3).expand(5, 3), torch.full((5, 3), 1 / 3))
+    dense = []
+    for gate_up, down in zip(experts.gate_up, experts.down, strict=True):
+        layer = GatedMLP(8, 8, F.silu)
+        layer.gate_up.weight.data, layer.down.weight.data = gate_up.data, down.data
+        dense.append(layer(x[None], Scope.plain(torch.zeros(1, 5)))[0])
+    torch.testing.assert_close(y, torch.stack(dense).mean(0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_in_the_batch():
+    layer = filled(MixtureOfExperts(SoftmaxRouter(16, 8, top=2, renormalize=True), Experts(8, 16, 16, F.silu)))
+    x = torch.randn(4, 9, 16, generator=seeded())
+    together = layer(x, Scope.plain(x[..., 0]))
+    torch.testing.assert_close(together[2:3], layer(x[2:3], Scope.plain(x[2:3, :, 0])), atol=1e-6, rtol=1e-5)
+
+
+def routed(router, x: torch.Tensor, rows: int, real: torch.Tensor | None = None) -> Routing:
+    scores, logits, experts, weights = router(x)
+    real = torch.ones(x.shape[0], dtype=torch.bool) if real is None else real
+    return Routing(scores, logits, experts, weights, real, router, rows)
+
+
+def test_balancing_losses_at_their_known_points():
+    router = SoftmaxRouter(4, 4, top=2, renormalize=True)
+    router.weight.data.zero_()
+    even = routed(router, torch.randn(8, 4), rows=2)._replace(experts=torch.tensor([[0, 1], [2, 3]] * 4))
+    assert load_balancing([even, even]).item() == pytest.approx(2.0), "k, not 1, at uniform routing"
+    assert z_loss([even]).item() == pytest.approx(math.log(4) ** 2)
+    assert sequence_balancing([even]).item() == pytest.approx(1.0)
+    assert max_violation([even]).item() == pytest.approx(0.0)
+    assert routing_entropy([even]).item() == pytest.approx(math.log(4))
+
+
+def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():
+    logits = torch.randn(6, 5, generator=seeded(), requires_grad=True)
+    real = torch.ones(6, dtype=torch.bool)
+    routing = Routing(logits.softmax(-1), logits, torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1), real, None, 1)
+    gradient = torch.autograd.grad(z_loss([routing]), logits)[0]
+    torch.testing.assert_close(gradient, 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) / 6)
+
+
+def test_load_balancing_is_transformers_own_with_padding_left_out():
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    router = filled(SoftmaxRouter(8, 6, top=2, renormalize=True))
+    real = torch.rand(2, 10, generator=seeded()) > 0.3
+    routings = [routed(router, torch.randn(20, 8, generator=seeded(s)), 2, real.flatten()) for s in (1, 2)]
+    expected = mixtral.load_balancing_loss_func(tuple(r.logits for r in routings), 6, 2, real.long())
+    torch.testing.assert_close(load_balancing(routings), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_balancing_bias_evens_a_skewed_router_without_touching_its_gradient():
+    router = SigmoidRouter(8, 8, top=2)
+    filled(router)
+    router.weight.data[0] += 0.8
+    x = torch.rand(512, 8, generator=seeded())
+    before = max_violation([routed(router, x, 1)])
+    callback = BalanceExperts(rate=0.002)
+    for step in range(800):
+        router.load = routed(router, x, 1).load()
+        callback.after_step(router, step)
+    after = max_violation([routed(router, x, 1)])
+    assert before > 1.0
+    assert after < 0.15
+    assert router.load is None
+    assert router.bias.grad is None
+
+
+def test_one_balancing_step_is_the_sign_of_mean_minus_load():
+    router = SigmoidRouter(2, 4, top=1)
+    router.load = torch.tensor([4.0, 0.0, 2.0, 2.0])
+    BalanceExperts(rate=0.001).after_step(router, 0)
+    torch.testing.assert_close(router.bias.data, torch.tensor([-0.001, 0.001, 0.0, 0.0]))
+
+
+def test_the_bias_stays_float32_in_a_bfloat16_model():
+    router = SigmoidRouter(8, 4, top=1)
+    router.bias.data = torch.tensor([0.5001, -0.2502, 0.0013, 0.9999])
+    before = router.bias.data.clone()
+    router.to(torch.bfloat16)
+    assert router.weight.dtype == torch.bfloat16
+    assert router.bias.dtype == torch.float32
+    assert torch.equal(router.bias.data, before)
+
+
+def test_a_latent_mixture_is_experts_in_a_narrow_space_between_two_projections():
+    router = filled(SigmoidRouter(16, 4, top=4, renormalize=True, scale=2.5))
+    experts = filled(Experts(4, 8, 8, inner=relu_squared))
+    layer = filled(LatentMixture(16, 8, router, experts, shared=GatedMLP(16, 8, F.silu)))
+    x = torch.randn(2, 3, 16, generator=seeded())
+    scope = Scope.plain(x[..., 0])
+    z = layer.to_latent(x.flatten(0, 1))
+    _, _, chosen, weights = router(x.flatten(0, 1))
+    mixed = torch.zeros(6, 8)
+    for n in range(6):
+        for e, w in zip(chosen[n], weights[n], strict=True):
+            mixed[n] += w * (experts.down[e] @ (experts.gate_up[e] @ z[n]).relu().square())
+    expected = layer.down(mixed).view(2, 3, 16) + layer.shared(x, scope)
+    torch.testing.assert_close(layer(x, scope), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"experts": 8, "top": 9}, "top 9 of 8"),
+        ({"experts": 10, "top": 2, "groups": 4, "top_groups": 2}, "do not form 4 equal groups"),
+        ({"experts": 8, "top": 5, "groups": 4, "top_groups": 2}, "fewer than asked"),
+    ],
+)
+def test_contradictory_numbers_are_refused_with_their_rule(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        SigmoidRouter(4, **numbers)

@@ -1,0 +1,147 @@
+"""config.json, both ways and in both spellings; and what cannot be computed is refused, not ignored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llm_quest.errors import DataError
+from llm_quest.layers.rotary import NTK, Linear, Llama3, Rotary, Scaling, YaRN
+from llm_quest.models import PAGES, gpt2, llama
+from llm_quest.models.build import preset, skeleton
+from llm_quest.models.page import Rows, Transposed, per_layer, read_rotary
+
+EVERY_PRESET = [(page, size) for page in PAGES for size in page.presets]
+TINY = preset("llama3.2-tiny").config
+SCALINGS: list[Scaling | None] = [
+    None,
+    Linear(4.0),
+    Llama3(8.0, 1.0, 4.0, 64),
+    YaRN(8.0, 64),
+    YaRN(8.0, 64, fast=4.0, slow=2.0, mscale=1.0, mscale_all_dim=0.5, truncate=False),
+    YaRN(8.0, 64, explicit_factor=1.5),
+]
+
+
+@pytest.mark.parametrize(("page", "size"), EVERY_PRESET, ids=lambda value: getattr(value, "name", ""))
+def test_what_is_published_is_read_back_as_it_was(page, size):
+    assert page.read(page.publish(size.config)) == size.config
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("spelling", ["both", "old", "new"])
+def test_every_scaling_is_read_back_from_either_spelling(scaling: Scaling | None, spelling: str):
+    config = replace(TINY, rotary=Rotary(16, 500_000.0, scaling))
+    published = llama.publish(config)
+    if spelling == "old":
+        del published["rope_parameters"]
+    elif spelling == "new":
+        del published["rope_theta"], published["rope_scaling"]
+    assert llama.read(published) == config
+
+
+def test_ntk_is_published_as_the_larger_base_that_it_is():
+    config = replace(TINY, rotary=Rotary(16, 10_000.0, NTK(4.0)))
+    again = llama.read(llama.publish(config))
+    assert again.rotary.scaling is None
+    assert again.rotary.frequencies == pytest.approx(config.rotary.frequencies, rel=1e-6)
+
+
+def test_the_oldest_spelling_of_a_scalings_kind_is_understood():
+    published = llama.publish(TINY) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    del published["rope_parameters"]
+    assert llama.read(published).rotary.scaling == Linear(2.0)
+
+
+MINIMAL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+
+
+def test_what_an_old_llama_config_leaves_out_has_the_published_defaults():
+    config = llama.read(MINIMAL)
+    assert (config.groups, config.head_width, config.tied, config.eps) == (4, 12, False, 1e-6)
+    assert (config.rotary.theta, config.rotary.scaling, config.context) == (10_000.0, None, 2048)
+    nulls = {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None}
+    assert llama.read(MINIMAL | nulls) == config
+
+
+def test_yarn_without_its_original_length_takes_the_models():
+    scaling = llama.read(MINIMAL | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}).rotary.scaling
+    assert scaling == YaRN(4.0, 2048)
+    unscaled = {"rope_type": "yarn", "original_max_position_embeddings": 512}
+    assert llama.read(MINIMAL | {"rope_scaling": unscaled}).rotary.scaling == YaRN(4.0, 512), "the factor is 2048 / 512"
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_a_stretch_from_an_unknown_length_is_refused(kind: str):
+    rope = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with pytest.raises(DataError, match="no 'original_max_position_embeddings' to stretch from"):
+        read_rotary({"rope_scaling": rope}, 16)
+
+
+@pytest.mark.parametrize("field", [field for field in MINIMAL if field != "model_type"])
+def test_a_missing_number_is_named(field: str):
+    published = {name: value for name, value in MINIMAL.items() if name != field}
+    with pytest.raises(DataError, match=rf"config.json has no '{field}', which a llama needs"):
+        llama.read(published)
+
+
+@pytest.mark.parametrize(
+    ("page", "field", "value"),
+    [
+        (llama, "hidden_act", "gelu"),
+        (gpt2, "activation_function", "gelu"),
+        (gpt2, "scale_attn_weights", False),
+        (gpt2, "scale_attn_by_inverse_layer_idx", True),
+        (gpt2, "tie_word_embeddings", False),
+    ],
+)
+def test_a_value_that_would_change_the_computation_is_refused(page, field: str, value: object):
+    with pytest.raises(DataError, match=rf"config.json: {field} is {value!r}; this page computes"):
+        page.read(page.publish(preset(f"{'gpt2' if page is gpt2 else 'llama3.2'}-tiny").config) | {field: value})
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_an_unknown_stretch_is_refused_and_the_known_ones_listed(kind: str):
+    with pytest.raises(
+        DataError, match=rf"rope type '{kind}' is unknown here; known: default, linear, ntk, llama3, yarn"
+    ):
+        llama.read(MINIMAL | {"rope_scaling": {"rope_type": kind, "factor": 2.0}})
+
+
+def test_gpt2s_hidden_width_is_four_times_the_stream_where_it_is_null():
+    published = gpt2.publish(preset("gpt2").config) | {"n_inner": None}
+    assert gpt2.read(published).hidden == 3072
+
+
+@pytest.mark.parametrize(("page", "size"), EVERY_PRESET, ids=lambda value: getattr(value, "name", ""))
+def test_the_table_names_every_parameter_once(page, size):
+    names, model = page.names(size.config), skeleton(size.config)
+    assert set(names) == {path for path, _ in model.named_parameters()}
+    assert len({str(theirs) for theirs in names.values()}) == len(names)
+
+
+def test_biases_and_an_untied_head_are_in_the_table_when_the_model_has_them():
+    config = replace(TINY, tied=False, attention_bias=True, mlp_bias=True)
+    assert set(llama.names(config)) == {path for path, _ in skeleton(config).named_parameters()}
+
+
+def test_a_layers_number_is_written_into_every_kind_of_entry():
+    table = {"norm": "n", "a.{i}": "x.{i}.y", "b.{i}": Rows("p.{i}", "q.{i}"), "c.{i}": Transposed("t.{i}")}
+    assert per_layer(table, 2) == {
+        "norm": "n",
+        "a.0": "x.0.y",
+        "a.1": "x.1.y",
+        "b.0": Rows("p.0", "q.0"),
+        "b.1": Rows("p.1", "q.1"),
+        "c.0": Transposed("t.0"),
+        "c.1": Transposed("t.1"),
+    }

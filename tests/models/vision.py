@@ -1,0 +1,50 @@
+"""Tiny random vision models of transformers, every tensor random, and the folders they are saved to."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+
+import llm_quest as quest
+from tests.oracles import randomize_, save_published, transformers
+
+SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "image_size": 32, "patch_size": 8}
+IMAGE, PATCHES = 96, 16
+
+
+def their_vit(**overrides: Any) -> Any:
+    numbers = SIZES | {"num_hidden_layers": 2, "num_labels": 5, "attn_implementation": "eager"} | overrides
+    return randomize_(transformers.ViTForImageClassification(transformers.ViTConfig(**numbers)))
+
+
+def their_llava(vision: str = "clip", **overrides: Any) -> Any:
+    """LLaVA with a CLIP (or ViT) tower of 3 layers and a Llama of 2; placeholder 96, 16 patches."""
+    towers = {"clip": transformers.CLIPVisionConfig, "vit": transformers.ViTConfig}
+    text = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+    )  # fmt: skip
+    tower = towers[vision](**SIZES, num_hidden_layers=3)
+    numbers = {"image_token_index": IMAGE, "image_seq_length": PATCHES} | overrides
+    config = transformers.LlavaConfig(vision_config=tower, text_config=text, **numbers)
+    return randomize_(transformers.LlavaForConditionalGeneration(config))
+
+
+def loaded(theirs: Any) -> Any:
+    """Ours, from the folder that theirs wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        return quest.load(save_published(theirs, folder))
+
+
+def images(number: int, side: int = 32, channels: int = 3) -> torch.Tensor:
+    return torch.randn(number, channels, side, side, generator=torch.Generator().manual_seed(7))
+
+
+def shown(length: int, *starts: int, patches: int = PATCHES, vocab: int = 96, placeholder: int = IMAGE) -> torch.Tensor:
+    """A row of random tokens for each start, with an image's placeholders from there on."""
+    tokens = torch.randint(vocab, (len(starts), length), generator=torch.Generator().manual_seed(3))
+    for row, start in zip(tokens, starts, strict=True):
+        row[start : start + patches] = placeholder
+    return tokens

@@ -1,0 +1,227 @@
+"""A pretraining run, real and tiny: from a text file to a folder that generates, and the promises of resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.hub.files import load, load_tokenizer
+from llm_quest.recipes.config import resolve
+from llm_quest.recipes.pretrain import Outcome, pretrain
+from llm_quest.recipes.pretrain_config import Pretrain
+from llm_quest.recipes.yaml import merge, read
+from llm_quest.train.checkpoint import sha256
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "the",
+    "lazy",
+    "dog",
+    "and",
+    "the",
+    "small",
+    "cat",
+    "sleeps",
+    "while",
+    "a",
+    "large",
+    "bird",
+    "sings",
+    "of",
+    "rain",
+]
+BASE = """
+recipe: pretrain
+data: {held_out: 0.2}
+tokenizer: {vocab: 300}
+model: {preset: llama3.2-tiny}
+batch: {rows: 4, length: 32}
+steps: 8
+optimizer: {name: muon, lr: 0.01}
+schedule: {warmup: 2}
+evaluate: {every: 4, tokens: 200}
+samples: {every: 4, prompts: [the], tokens: 4}
+checkpoint: {every: 3}
+precision: fp32
+log_every: 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Twenty documents of invented sentences."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(20):
+        chosen = [WORDS[(number * 7 + place * (number + 3)) % len(WORDS)] for place in range(60)]
+        (folder / f"{number:02}.txt").write_text(" ".join(chosen) + ".\n", encoding="utf-8")
+    return folder
+
+
+def run(
+    text: Path, out: Path, *pairs: str, callbacks: tuple = (), resume: str = "auto", say: Any = lambda line: None
+) -> Outcome:
+    settings = merge(read(BASE, "base.yaml"), [f"data.source={text}", *pairs])
+    return pretrain(resolve(Pretrain, settings), settings, out, callbacks=callbacks, resume=resume, quiet=True, say=say)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path, step: int = 8) -> str:
+    return sha256(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+class CtrlC:
+    """Sends this process SIGINT after a step."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_learns_and_leaves_a_folder_with_everything(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    outcome = run(text, out, "steps=30")
+    assert (outcome.status, outcome.step, outcome.exit_code) == ("finished", 30, 0)
+    losses = [row["loss"] for row in rows(out)]
+    assert losses[-1] < losses[0] - 1
+    assert outcome.metrics["eval/bits_per_byte"] == pytest.approx(rows(out)[-1]["eval/bits_per_byte"])
+    assert any("Kneser-Ney" in name for name in outcome.baselines)
+    kept = {path.name for path in out.iterdir()}
+    assert kept >= {
+        "config.yaml",
+        "env.json",
+        "data.json",
+        "model.json",
+        "tokenizer",
+        "metrics.jsonl",
+        "events.jsonl",
+        "samples",
+        "checkpoints",
+        "LATEST",
+        "summary.json",
+    }
+    sample = json.loads((out / "samples" / "step-00000004.json").read_text())
+    assert (sample["step"], sample["samples"][0]["prompt"]) == (4, "the")
+    model, tokenizer = load(out), load_tokenizer(out)
+    assert model.config.vocab == tokenizer.vocab_size
+    assert model.generation is not None
+    assert model.generation.eos == tokenizer.eos_ids
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "straight")
+    first = run(text, tmp_path / "twice", callbacks=(CtrlC(4),))
+    assert (first.status, first.exit_code) == ("interrupted", 130)
+    assert 4 <= first.step < 8
+    second = run(text, tmp_path / "twice")
+    assert (second.status, second.step) == ("finished", 8)
+    assert weights(tmp_path / "twice") == weights(tmp_path / "straight")
+    timeless = [
+        [
+            {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+            for row in rows(tmp_path / name)
+        ]
+        for name in ("straight", "twice")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_finished_run_is_left_as_it_is(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "run")
+    before = weights(tmp_path / "run"), rows(tmp_path / "run")
+    assert run(text, tmp_path / "run").step == 8
+    assert (weights(tmp_path / "run"), rows(tmp_path / "run")) == before
+
+
+def test_the_split_into_micro_batches_changes_rounding_only(text: Path, tmp_path: Path) -> None:
+    whole, parts = run(text, tmp_path / "whole"), run(text, tmp_path / "parts", "batch.micro_rows=1")
+    assert whole.metrics["loss"] == pytest.approx(parts.metrics["loss"], abs=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "plain")
+    run(text, tmp_path / "again", "activation_checkpointing=true")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "again")
+
+
+def test_another_seed_is_another_run(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "a", "steps=2")
+    run(text, tmp_path / "b", "steps=2", "seed=1")
+    assert weights(tmp_path / "a", 2) != weights(tmp_path / "b", 2)
+
+
+def test_a_folder_with_another_run_is_refused_and_the_keys_are_named(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "run", "steps=2")
+    with pytest.raises(BusyError, match=r"optimizer\.lr: 0\.01 -> 0\.5") as error:
+        run(text, tmp_path / "run", "steps=2", "optimizer.lr=0.5")
+    assert error.value.exit_code == 7
+    assert len(str(error.value).splitlines()) <= 4
+    assert run(text, tmp_path / "run", "steps=2", "checkpoint.every=1", "log_every=5").status == "finished"
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty and no run"):
+        run(text, tmp_path / "home")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["thesis.tex"]
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_checkpoint(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "run", "steps=2")
+    with pytest.raises(BusyError, match="holds a run already"):
+        run(text, tmp_path / "run", "steps=2", resume="never")
+
+
+def test_training_goes_on_from_the_weights_of_another_run(text: Path, tmp_path: Path) -> None:
+    first = run(text, tmp_path / "first", "steps=30")
+    second = run(
+        text,
+        tmp_path / "second",
+        "model={load: " + str(tmp_path / "first") + "}",
+        f"tokenizer.load={tmp_path / 'first'}",
+        "steps=2",
+        "optimizer.lr=1e-5",
+    )
+    assert second.metrics["eval/loss"] == pytest.approx(first.metrics["eval/loss"], abs=0.1)
+
+
+def test_prepared_tokens_are_a_source_too(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "first", "steps=2")
+    prepared = json.loads((tmp_path / "first" / "data.json").read_text())["folder"]
+    run(Path(prepared), tmp_path / "second", "steps=2")
+    assert weights(tmp_path / "first", 2) == weights(tmp_path / "second", 2)
+
+
+def test_rows_longer_than_the_context_are_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="longer than the model's context of 256"):
+        run(text, tmp_path / "run", "batch.length=300")
+
+
+def test_what_was_chosen_is_said_with_the_reason(text: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    run(text, tmp_path / "run", "steps=2", "precision=auto", say=told.append)
+    assert any(line.startswith("precision: ") and "compiled: no (a run of about 0 s" in line for line in told), told

@@ -1,0 +1,146 @@
+"""The two recipes that look, from settings to a run folder: they learn, go on where they stood, and their runs load and export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import llm_quest as quest
+from llm_quest.data.images import Preprocess
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.hub.files import load_preprocess, load_tokenizer
+from llm_quest.models import clip
+from llm_quest.models.build import build
+from llm_quest.recipes.config import gather, resolve
+from llm_quest.recipes.vision_config import Vit, Vlm
+from llm_quest.recipes.vit import train_vit
+from llm_quest.recipes.vlm import train_vlm
+
+SMALL_VIT = ["images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch=4", "model.width=16", "model.layers=1", "model.hidden=32", "batch.rows=16", "precision=fp32", "schedule.warmup=2"]  # fmt: skip
+SMALL_VLM = ["sights.size=24", "tower.patch=12", "tower.width=16", "tower.layers=1", "tower.hidden=32", "decoder.width=16", "decoder.layers=1", "decoder.hidden=32", "batch.rows=4", "precision=fp32", "schedule.warmup=1", "evaluate.sights=2"]  # fmt: skip
+
+
+def two_classes(folder: Path) -> str:
+    """Bright above or bright below: learnable in a few steps."""
+    random = np.random.default_rng(0)
+    for name, rows in (("above", slice(0, 4)), ("below", slice(4, 8))):
+        (folder / name).mkdir(parents=True)
+        for i in range(60):
+            image = random.integers(0, 60, (8, 8)).astype(np.uint8)
+            image[rows] += 150
+            Image.fromarray(image).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def vit_run(tmp_path: Path, out: str, *pairs: str) -> Any:
+    settings = gather("vit", [*SMALL_VIT, f"images.folder={tmp_path / 'images'}", *pairs])
+    return train_vit(resolve(Vit, settings), settings, tmp_path / out, quiet=True, say=lambda text: None)
+
+
+def vlm_run(tmp_path: Path, out: str, *pairs: str) -> Any:
+    settings = gather("vlm", [*SMALL_VLM, *pairs])
+    return train_vlm(resolve(Vlm, settings), settings, tmp_path / out, quiet=True, say=lambda text: None)
+
+
+@pytest.mark.parametrize("recipe", ["vit", "cifar10", "vlm"])
+def test_the_recipes_that_come_with_the_package_are_valid(recipe: str):
+    settings = gather(recipe)
+    assert resolve(Vlm if recipe == "vlm" else Vit, settings).recipe in ("vit", "vlm")
+
+
+def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    outcome = vit_run(tmp_path, "run", "steps=60", "images.vary.shift=0")
+    assert outcome.status == "finished"
+    assert outcome.scores["accuracy"] > 0.9
+    model = quest.load(tmp_path / "run")
+    assert model.config.labels == ("above", "below")
+    assert load_preprocess(tmp_path / "run") == Preprocess(8, (0.5,), (0.5,))
+    image = Image.open(tmp_path / "images" / "below" / "0.png")
+    assert int(model(load_preprocess(tmp_path / "run")(image)[None]).argmax()) == 1
+
+
+def test_a_run_goes_on_with_the_bits_of_one_that_was_never_interrupted(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    whole = vit_run(tmp_path, "whole", "steps=8")
+    vit_run(tmp_path, "halved", "steps=8", "checkpoint.every=4")
+    for later in sorted((tmp_path / "halved" / "checkpoints").iterdir())[1:]:
+        later.rename(tmp_path / later.name)
+    again = vit_run(tmp_path, "halved", "steps=8")
+    assert again.scores == whole.scores
+    for a, b in zip(
+        quest.load(tmp_path / "whole").parameters(), quest.load(tmp_path / "halved").parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_folder_of_other_settings_is_left_alone(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    vit_run(tmp_path, "run", "steps=2")
+    with pytest.raises(BusyError, match="holds a run of other settings"):
+        vit_run(tmp_path, "run", "steps=2", "batch.rows=8")
+    with pytest.raises(BusyError, match="holds a run of another recipe"):
+        vlm_run(tmp_path, "run", "steps=1")
+
+
+def test_a_trained_vit_goes_on_with_other_classes_and_another_size(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    vit_run(tmp_path, "first", "steps=2")
+    vit_run(tmp_path, "second", "steps=2", f"model.load={tmp_path / 'first'}", "images.size=16", "batch.rows=8")
+    assert quest.load(tmp_path / "second").config.image == 16
+
+
+def test_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    with pytest.raises(UsageError, match="patch 5 must divide images of 8 pixels"):
+        vit_run(tmp_path, "a", "model.patch=5")
+    with pytest.raises(UsageError, match="digits are 8 pixels with 1 channels: set images.size=8"):
+        vit_run(tmp_path, "b", "images.source=digits", "images.folder=null", "images.size=16")
+    with pytest.raises(UsageError, match="source folder needs a folder"):
+        vit_run(tmp_path, "c", "images.folder=null")
+    with pytest.raises(UsageError, match=r"unknown key, did you mean 'patch'"):
+        vit_run(tmp_path, "d", "model.pach=2")
+
+
+def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
+    outcome = vlm_run(tmp_path, "run", "steps=3")
+    assert set(outcome.scores) == {"caption", "colour", "count", "relation"}
+    model, tokenizer = quest.load(tmp_path / "run"), load_tokenizer(tmp_path / "run")
+    assert tokenizer.id("<image>") == model.config.image_token
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+
+
+def test_a_frozen_part_stays_bit_by_bit_what_it_was(tmp_path: Path):
+    tower = build(clip.Config(24, 12, 3, 16, 2, 4, 32), seed=5)
+    quest.save(tower, tmp_path / "tower", preprocess=Preprocess(24, (0.4, 0.4, 0.4)))
+    vlm_run(
+        tmp_path, "run", "steps=2", f"tower.load={tmp_path / 'tower'}", "trained=[adapter,decoder]", "adapter=linear"
+    )
+    model = quest.load(tmp_path / "run")
+    for name, parameter in tower.named_parameters():
+        assert torch.equal(model.tower.get_parameter(name), parameter), name
+    assert load_preprocess(tmp_path / "run").mean == (0.4, 0.4, 0.4)
+
+
+def test_captions_of_ones_own_are_trained_on(tmp_path: Path):
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(12):
+        Image.fromarray(random.integers(0, 256, (30, 20, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "caption": f"picture number {i}"}))
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    outcome = vlm_run(
+        tmp_path,
+        "run",
+        "steps=2",
+        "sights.source=jsonl",
+        f"sights.file={tmp_path / 'captions.jsonl'}",
+        "sights.held_out=0.3",
+    )
+    assert set(outcome.scores) == {"caption"}

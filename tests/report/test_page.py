@@ -1,0 +1,189 @@
+"""What the page says, and what it may never do."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from llm_quest.errors import DataError, UsageError
+from llm_quest.report.page import report, settings_of
+from tests.report.folders import finished_run, row, write_json, write_rows
+
+
+class Reader(HTMLParser):
+    """The visible text, the tags, and every attribute of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.tags, self.attributes, self.inside = "", [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        self.text += " " if tag in ("td", "th", "p", "div", "b") else ""
+        while self.inside and self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self.inside:
+            self.text += data
+
+
+def read(page: Path) -> Reader:
+    return Reader(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The page of a finished run."""
+    return report([finished_run(tmp_path_factory.mktemp("runs") / "run")])
+
+
+def test_a_finished_run_is_told_in_a_sentence_with_its_numbers(finished):
+    seen = read(finished).text
+    assert (
+        "A llama-style model of 12,345 parameters was trained for 60 steps on 30,720 tokens of builtin:topics" in seen
+    )
+    assert (
+        "A byte of held-out text costs it 2.125 bits; the best baseline (Kneser-Ney 5-gram, bytes) needs 2.250." in seen
+    )
+    assert "finished" in seen
+    assert "no compiler: install g++" in seen
+
+
+def test_the_plan_stands_beside_what_was_measured(finished):
+    seen = " ".join(read(finished).text.split())
+    assert "tokens per second 2,000 1,031 0.515" in seen
+    assert "a step 0.256 s 0.497 s 1.94" in seen
+    assert "memory: weights 49.4 kB" in seen
+
+
+def test_samples_stand_in_the_order_of_their_steps(finished):
+    seen = read(finished).text
+    places = [seen.index(f"answer of step {step}") for step in (20, 40, 60)]
+    assert places == sorted(places)
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(finished):
+    seen = read(finished)
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(seen.tags)
+    policy = next(value for name, value in seen.attributes if name == "content" and "default-src" in value)
+    assert policy.startswith("default-src 'none'")
+    addresses = [value for name, value in seen.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    assert all(address.startswith("#") for address in addresses)
+    assert not re.search(r"@import|url\((?!#)", finished.read_text(encoding="utf-8"))
+
+
+def test_whatever_a_run_holds_is_shown_as_text(tmp_path):
+    folder = finished_run(tmp_path / "run", config="note: </pre><script>alert(1)</script>\n")
+    hostile = [{"prompt": "<img src=x onerror=alert(1)>", "text": "a\u202eb\x1b[31mc"}]
+    write_json(folder / "samples" / "step-00000070.json", {"step": 70, "samples": hostile})
+    write_rows(folder / "events.jsonl", [{"time": "", "event": "<b>", "message": '"><svg onload=alert(1)>'}])
+    write_json(folder / "data.json", {"corpus": {"name": "<script>", "ledger": {"notes": ["<script>x</script>"]}}})
+    seen = read(report([folder]))
+    assert not {"script", "img"} & set(seen.tags)
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert "<img src=x onerror=alert(1)>" in seen.text
+    assert "ab[31mc" in seen.text
+
+
+def test_secrets_in_the_environment_are_not_shown(tmp_path):
+    folder = finished_run(tmp_path / "run")
+    write_json(folder / "env.json", {"variables": {"HF_TOKEN": "hf_abc", "MY_API_KEY": "k123", "threads": 2}})
+    text = report([folder]).read_text(encoding="utf-8")
+    assert "hf_abc" not in text
+    assert "k123" not in text
+    assert "variables.threads" in text
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    seen = read(report([tmp_path])).text
+    assert "not begun" in seen
+    assert "nothing to draw" in seen
+
+
+def test_a_run_in_progress_with_a_torn_last_line_has_a_page(tmp_path):
+    write_rows(tmp_path / "metrics.jsonl", [row(1), row(2)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    seen = read(report([tmp_path])).text
+    assert "trained for 2 steps" in seen
+    assert "not finished" in seen
+
+
+def test_steps_that_were_not_finite_are_marked_and_counted(tmp_path):
+    bad = {"loss": None, "grad_norm": None, "nonfinite": ["loss", "grad_norm"], "skipped": 1}
+    write_rows(tmp_path / "metrics.jsonl", [row(step) for step in range(1, 30)] + [row(30, **bad), row(31, skipped=1)])
+    page = report([tmp_path])
+    assert "skipped updates" in read(page).text
+    assert "not finite</text>" in page.read_text(encoding="utf-8")
+
+
+def test_several_runs_are_compared_on_one_page(tmp_path):
+    first = finished_run(tmp_path / "a" / "run")
+    second = finished_run(tmp_path / "b" / "run", config="seed: 0\noptimizer:\n  lr: 0.002\n")
+    page = report([first, second], out=tmp_path / "both.html")
+    seen = " ".join(read(page).text.split())
+    assert page == tmp_path / "both.html"
+    assert "2 runs compared" in seen
+    assert "optimizer.lr 0.001 0.002" in seen
+    assert "seed 0 0" not in seen
+    assert "run (1)" in seen
+
+
+def test_the_settings_of_a_config_are_read_with_their_paths():
+    config = "seed: 3\noptimizer:\n  name: muon\n  betas:\n  - 0.9\n  - 0.95\nbatch:\n  rows: 8\n"
+    expected = {"seed": "3", "optimizer.name": "muon", "optimizer.betas": "- 0.9 - 0.95", "batch.rows": "8"}
+    assert dict(settings_of(config)) == expected
+
+
+def test_the_same_run_gives_the_same_page(finished):
+    assert report([finished.parent], out=finished.parent / "again.html").read_bytes() == finished.read_bytes()
+
+
+def test_a_page_of_ten_thousand_steps_stays_small(tmp_path):
+    write_rows(tmp_path / "metrics.jsonl", [row(step) for step in range(1, 10_001)])
+    assert report([tmp_path]).stat().st_size < 400_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 2}\n', "metrics.jsonl:2 is not JSON"),
+        ("plan.json", "[1, 2]", "holds a list; expected a JSON object"),
+        ("env.json", "{", "env.json is not JSON"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, said):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(said)):
+        report([tmp_path])
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        report([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match="is no run folder"):
+        report([tmp_path])
+    with pytest.raises(UsageError, match="no run folder was given"):
+        report([])
+
+
+def test_an_earlier_page_survives_a_failed_one(tmp_path):
+    folder = finished_run(tmp_path / "run")
+    (folder / "report.html").write_text("an earlier page")
+    (folder / "plan.json").write_text("{")
+    with pytest.raises(DataError):
+        report([folder])
+    assert (folder / "report.html").read_text() == "an earlier page"
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".report")] == []
