@@ -1,6 +1,7 @@
 """Time and peak memory of one training step's loss at a large vocabulary, each form in a process of its own.
 
-python -m benchmarks.loss            # V 128,256, D 256, 1,024 tokens; every form, then a whole step against transformers
+python -m benchmarks.loss            # V 128,256, D 256, 1,024 tokens; every form, then a whole step against
+transformers
 """
 
 from __future__ import annotations

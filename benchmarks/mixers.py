@@ -1,4 +1,5 @@
-"""The fast paths of the family tree against their plain forms and against transformers, forward and backward where they train.
+"""The fast paths of the family tree against their plain forms and against transformers, forward and backward where they
+train.
 
 python -m benchmarks.mixers [moe] [delta] [latent] [window] [--pairs 5]
 """
@@ -22,7 +23,8 @@ from llm_quest.scope import Band, Scope
 
 
 def moe(pairs: int) -> None:
-    """One training step (forward, backward) of a sparse model: E 64, top 8, D 256, expert width 128, T 256, batch 8, 2 layers."""
+    """One training step (forward, backward) of a sparse model: E 64, top 8, D 256, expert width 128, T 256, batch 8, 2
+    layers."""
     import transformers
 
     import llm_quest as quest
@@ -32,7 +34,9 @@ def moe(pairs: int) -> None:
 
     config = Config(512, 256, 2, 4, 2, 64, 512, 256, Rotary(64, 1e6), False, Sparse(64, 8, 128, (0, 1)))
     tokens = torch.randint(0, 512, (8, 257))
-    published = {name: value for name, value in publish(config).items() if name not in ("rope_scaling", "num_local_experts")}
+    published = {
+        name: value for name, value in publish(config).items() if name not in ("rope_scaling", "num_local_experts")
+    }
     theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**published)).float().train()
 
     def step(model: nn.Module, logits: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
@@ -43,7 +47,11 @@ def moe(pairs: int) -> None:
         return run
 
     contestants = {"transformers, its default experts": step(theirs, lambda t: theirs(t, use_cache=False).logits)}
-    for name, work in {"ours, grouped": grouped, "ours, loop (unbind)": loop, "ours, loop that indexes": indexed_loop}.items():
+    for name, work in {
+        "ours, grouped": grouped,
+        "ours, loop (unbind)": loop,
+        "ours, loop that indexes": indexed_loop,
+    }.items():
         model = quest.build(config).train()
         for module in model.modules():
             if isinstance(module, Experts):
@@ -53,7 +61,8 @@ def moe(pairs: int) -> None:
 
 
 def indexed_loop(x, gate_up, down, experts, weights, inner):
-    """The per-expert loop as it is usually written: `weight[e]`, whose backward builds a full-size gradient per expert."""
+    """The per-expert loop as it is usually written: `weight[e]`, whose backward builds a full-size gradient per
+    expert."""
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         token, slot = torch.where(experts == expert)
@@ -93,7 +102,8 @@ def delta(pairs: int) -> None:
 
 @torch.inference_mode()
 def latent(pairs: int) -> None:
-    """One decoding step of MLA at context 4096: absorbed against expanded (16 heads, ranks and widths of DeepSeek-V3)."""
+    """One decoding step of MLA at context 4096: absorbed against expanded (16 heads, ranks and widths of
+    DeepSeek-V3)."""
     from llm_quest.layers.cache import Cache
     from llm_quest.layers.latent_attention import LatentAttention
     from llm_quest.layers.rotary import Rotary
@@ -132,7 +142,9 @@ def window(pairs: int) -> None:
             [sys.executable, "-m", "benchmarks.mixers", "--peak", form], capture_output=True, text=True, check=True
         )
         extra[form] = json.loads(out.stdout.splitlines()[-1])
-    print(f"\nextra peak memory: full mask {extra['full']:.0f} MB, band {extra['band']:.0f} MB ({extra['band'] / extra['full']:.2f} x)")
+    print(
+        f"\nextra peak memory: full mask {extra['full']:.0f} MB, band {extra['band']:.0f} MB ({extra['band'] / extra['full']:.2f} x)"
+    )
 
 
 def attention_inputs() -> tuple[torch.Tensor, ...]:

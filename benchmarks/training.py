@@ -1,5 +1,6 @@
-"""Training speed at the 11M Llama shape (V 4096, D 384, 6 layers, 6/2 heads, F 1024, T 256, batch 8): a whole optimiser step
-(forward, loss, backward, clip, fused AdamW) of transformers, litgpt and ours, in turn, in one process, on the same batches.
+"""Training speed at the 11M Llama shape (V 4096, D 384, 6 layers, 6/2 heads, F 1024, T 256, batch 8): a whole optimiser
+step (forward, loss, backward, clip, fused AdamW) of transformers, litgpt and ours, in turn, in one process, on the same
+batches.
 
 python -m benchmarks.training [--pairs 7] [--no-compile] [--only eager-fp32]
 litgpt pins older dependencies; `make bench-peers` puts it beside the environment in .bench/, and this file looks there.
@@ -55,9 +56,22 @@ def litgpt() -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     from litgpt.config import Config as LitConfig
     from litgpt.model import GPT
 
-    sizes = {"block_size": LENGTH, "vocab_size": VOCAB, "padded_vocab_size": VOCAB, "n_layer": 6, "n_head": 6, "n_embd": 384}
+    sizes = {
+        "block_size": LENGTH,
+        "vocab_size": VOCAB,
+        "padded_vocab_size": VOCAB,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 384,
+    }
     kind = {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "parallel_residual": False, "bias": False}
-    rest = {"n_query_groups": 2, "rotary_percentage": 1.0, "intermediate_size": 1024, "head_size": 64, "rope_base": 500_000}
+    rest = {
+        "n_query_groups": 2,
+        "rotary_percentage": 1.0,
+        "intermediate_size": 1024,
+        "head_size": 64,
+        "rope_base": 500_000,
+    }
     model = GPT(LitConfig(name="11m", **sizes, **kind, **rest)).train()
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
@@ -122,7 +136,9 @@ def main() -> None:
     flops = 6 * 12.6e6 * BATCH * LENGTH * STEPS
     everything: dict[str, Runner] = {}
     for setting in ("eager-fp32", "eager-bf16", "compiled-fp32", "compiled-bf16"):
-        if (options.only and options.only not in (setting, "defaults")) or (options.no_compile and setting.startswith("compiled")):
+        if (options.only and options.only not in (setting, "defaults")) or (
+            options.no_compile and setting.startswith("compiled")
+        ):
             continue
         runners = {}
         for name, make in makers.items():
@@ -132,7 +148,9 @@ def main() -> None:
             continue
         rows = race(runners, pairs=options.pairs)
         peak = matmul_peak(torch.bfloat16 if "bf16" in setting else torch.float32)
-        print(f"\n| {setting} | tokens/s | x transformers (range) | of the matmul peak ({peak:.0f} GFLOP/s) |\n| --- | --- | --- | --- |")
+        print(
+            f"\n| {setting} | tokens/s | x transformers (range) | of the matmul peak ({peak:.0f} GFLOP/s) |\n| --- | --- | --- | --- |"
+        )
         for row in rows:
             share = flops / row.seconds / 1e9 / peak
             ratio = f"{row.times_reference:.2f} ({row.low:.2f}-{row.high:.2f})"
@@ -140,7 +158,9 @@ def main() -> None:
     chosen = ["transformers eager-fp32", "ours eager-bf16", "ours compiled-bf16"]
     finals = {name: everything[name] for name in chosen if name in everything}
     if len(finals) > 1:
-        print("\n| our defaults against transformers' defaults | tokens/s | x (range) | loss after as many steps |\n| --- | --- | --- | --- |")
+        print(
+            "\n| our defaults against transformers' defaults | tokens/s | x (range) | loss after as many steps |\n| --- | --- | --- | --- |"
+        )
         rows = race(finals, pairs=options.pairs)
         same = min(len(runner.losses) for runner in finals.values())
         for row in rows:

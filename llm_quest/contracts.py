@@ -25,17 +25,19 @@ class Loss(NamedTuple):
     """What an objective returns: a *sum* and how many things were summed, so that the mean is `total / count`.
 
     total: scalar tensor with gradient. count: scalar tensor (float32), without gradient; never zero-divided by the
-    objective itself. metrics: name -> (sum, count) pairs of scalar tensors, reported as their ratio over the whole step.
+    objective itself. metrics: name -> (sum, count) pairs of scalar tensors, reported as their ratio over the whole
+    step.
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     metrics: Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a model is made of, enough to build it again: the page's name, the numbers, the techniques applied in order."""
+    """What a model is made of, enough to build it again: the page's name, the numbers, the techniques applied in
+    order."""
 
     page: str
     config: Any
@@ -53,17 +55,18 @@ class Share:
 class MixerCache(Protocol):
     """What one mixer keeps between passes, for B rows.
 
-    Laws: (1) after any sequence of passes a mixer reads from it what it would have seen in one pass; (2) a token without
-    a position leaves it unchanged; (3) `rewind(to)` after `stand(to) == to` equals never having seen the tokens from `to`
-    on; (4) `repeat`, `keep` act on rows alone.
+    Laws: (1) after any sequence of passes a mixer reads from it what it would have seen in one pass; (2) a token
+    without a position leaves it unchanged; (3) `rewind(to)` after `stand(to) == to` equals never having seen the tokens
+    from `to` on; (4) `repeat`, `keep` act on rows alone.
     """
 
     def mark(self, at: Sequence[int]) -> None:
-        """Row b will not be taken back below position at[b]. Call it while every row stands at at[b]: a recurrent state takes
-        its snapshot there."""
+        """Row b will not be taken back below position at[b]. Call it while every row stands at at[b]: a recurrent state
+        takes its snapshot there."""
 
     def stand(self, to: Sequence[int]) -> list[int]:
-        """For each row the latest position <= to[b] to which this cache can go back; ValueError where it cannot at all."""
+        """For each row the latest position <= to[b] to which this cache can go back; ValueError where it cannot at
+        all."""
 
     def rewind(self, to: Sequence[int]) -> None:
         """Forget every position >= to[b] of row b. `to` must be what `stand` returned."""
@@ -92,19 +95,20 @@ class Mixer(Protocol):
         """An empty cache for `batch` rows and positions below `capacity`, able to take back up to `slack` positions."""
 
     def rescale_logits_(self, gamma: Tensor) -> None:
-        """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged. A mixer where
-        that has no effect raises ValueError and says why."""
+        """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged. A mixer
+        where that has no effect raises ValueError and says why."""
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """`model(tokens (B,T), scope=None) -> logits (B,T,V)` = `head(hidden(tokens, scope))`. No scope: plain causal from 0.
+    """`model(tokens (B,T), scope=None) -> logits (B,T,V)` = `head(hidden(tokens, scope))`. No scope: plain causal from
+    0.
 
     Laws, one parametrised test over all pages (tests/laws): (1) a later token never changes earlier logits; (2) with or
     without a cache, in one pass or many, the same logits; (3) padding anywhere changes nothing; (4) every parameter
     receives a gradient; (5) export then import is the identity; (6) packed documents equal the documents alone;
-    (7) `torch.compile(fullgraph=True)` gives the same logits, and 64 decode steps recompile nothing; (8) a fresh model's
-    loss is near ln V.
+    (7) `torch.compile(fullgraph=True)` gives the same logits, and 64 decode steps recompile nothing; (8) a fresh
+    model's loss is near ln V.
     """
 
     card: Card
@@ -187,7 +191,8 @@ class Probe(Protocol):
 
 
 class Reward(Protocol):
-    """`reward(group of samples of one prompt) -> one number each`; NaN means unscorable and stays out of the statistics."""
+    """`reward(group of samples of one prompt) -> one number each`; NaN means unscorable and stays out of the
+    statistics."""
 
     def __call__(self, group: Sequence[Any]) -> Sequence[float]: ...
 

@@ -1,4 +1,5 @@
-"""What a user can cause, one class per exit code (documented in docs/cli.md). A message names the thing and the remedy."""
+"""What a user can cause, one class per exit code (documented in docs/cli.md). A message names the thing and the
+remedy."""
 
 from __future__ import annotations
 

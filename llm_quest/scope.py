@@ -1,8 +1,9 @@
 """Scope: what may this pass see?
 
 Two ideas keep it small. **A token that is padding has position -1**: existence and place are one tensor, and no mask
-argument exists in the house. Who may look at whom *follows* from two position vectors: the key exists, is not later than
-the query, lies in the mixer's window, is in the same segment. **A token without a position is a no-op in every mixer.**
+argument exists in the house. Who may look at whom *follows* from two position vectors: the key exists, is not later
+than the query, lies in the mixer's window, is in the same segment. **A token without a position is a no-op in every
+mixer.**
 
       positions  -1  0  1  2        query 2 sees  . x x x        query 2, window 2, sees  . . x x
 """
@@ -56,7 +57,7 @@ class Scope:
         segments: Tensor | None = None,
         ahead: bool = False,
         cache: Cache | None = None,
-        records: dict[str, list[Tensor]] | None = None,
+        records: dict[str, list[Any]] | None = None,
         reach: int | None = None,
         plain: bool = False,
     ):
@@ -86,9 +87,10 @@ class Scope:
         cache: Cache | None = None,
         start: int = 0,
         ahead: bool = False,
-        records: dict[str, list[Tensor]] | None = None,
+        records: dict[str, list[Any]] | None = None,
     ) -> Scope:
-        """Every row is whole: tokens (B,T) stand at start, start+1, ... Known on the host, so nothing is masked in vain."""
+        """Every row is whole: tokens (B,T) stand at start, start+1, ... Known on the host, so nothing is masked in
+        vain."""
         batch, length = tokens.shape[:2]
         row = torch.arange(start, start + length, device=tokens.device)
         positions = row.expand(batch, length)
@@ -102,8 +104,8 @@ class Scope:
         return mine
 
     def giving(self, where: Tensor, vectors: Tensor) -> Scope:
-        """The same pass, in which the tokens at `where` (B,T) bool mean not themselves but these vectors (K,D), in reading
-        order, K = how many tokens that are: what an image encoder saw."""
+        """The same pass, in which the tokens at `where` (B,T) bool mean not themselves but these vectors (K,D), in
+        reading order, K = how many tokens that are: what an image encoder saw."""
         mine = self.at(self.layer)  # type: ignore[arg-type]
         mine.given = (where, vectors)
         return mine
@@ -127,7 +129,8 @@ class Scope:
         return self._once[key]
 
     def visible(self, window: int | None = None) -> Sight:
-        """Which tokens of this pass each of its tokens may look at: (B,T,T) bool, or how that is known without looking."""
+        """Which tokens of this pass each of its tokens may look at: (B,T,T) bool, or how that is known without
+        looking."""
         length = self.positions.shape[1]
         if self.is_plain and (window is None or window >= length):
             return Plain.ALL if self.ahead or length == 1 else Plain.CAUSAL
@@ -147,7 +150,7 @@ class Scope:
             seen = seen & (self.segments[:, :, None] == key_segments[:, None, :])
         return seen
 
-    def record(self, name: str, value: Tensor) -> None:
+    def record(self, name: str, value: Any) -> None:
         """Leave a value for whoever asked (a router's loss, a tap's weights); nobody asked: nothing is kept."""
         if self.records is not None:
             self.records.setdefault(name, []).append(value)

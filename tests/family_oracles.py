@@ -1,4 +1,5 @@
-"""Tiny random transformers models of the families beyond GPT-2 and Llama: name -> how to build it. Every tensor is randomised."""
+"""Tiny random transformers models of the families beyond GPT-2 and Llama: name -> how to build it. Every tensor is
+randomised."""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
 
 
 def remember_longer_(oracle: torch.nn.Module) -> None:
-    """DeltaNet heads that forget at once (A_log up to ln 16) give outputs near 0, whose norm magnifies rounding a thousandfold:
-    decays of ordinary size instead, still random."""
+    """DeltaNet heads that forget at once (A_log up to ln 16) give outputs near 0, whose norm magnifies rounding a
+    thousandfold: decays of ordinary size instead, still random."""
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             if name.endswith("A_log"):
@@ -89,7 +90,12 @@ def remember_longer_(oracle: torch.nn.Module) -> None:
 
 ORACLES: dict[str, Callable[[], Any]] = {
     "gemma2": made(
-        "Gemma2ForCausalLM", "Gemma2Config", head_dim=24, query_pre_attn_scalar=20, sliding_window=5, num_hidden_layers=3
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        head_dim=24,
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        num_hidden_layers=3,
     ),
     "gemma2, low caps": made(
         "Gemma2ForCausalLM",
@@ -150,7 +156,10 @@ ORACLES: dict[str, Callable[[], Any]] = {
     "deepseek_v3, one group, direct queries": made(
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
-        **(DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": None, "n_shared_experts": 2}),
+        **(
+            DEEPSEEK
+            | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": None, "n_shared_experts": 2}
+        ),
     ),
     "deepseek_v3, biases": made("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK, attention_bias=True),
     "qwen3_next": made("Qwen3NextForCausalLM", "Qwen3NextConfig", **DELTA, head_dim=32),
@@ -161,7 +170,9 @@ ORACLES: dict[str, Callable[[], Any]] = {
         head_dim=64,
         rope_parameters=PARTIAL,
     ),
-    "qwen3_5_moe_text": made("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", **DELTA, head_dim=64, rope_parameters=PARTIAL),
+    "qwen3_5_moe_text": made(
+        "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", **DELTA, head_dim=64, rope_parameters=PARTIAL
+    ),
     "mimo_v2_flash": made(
         "MiMoV2FlashForCausalLM",
         "MiMoV2FlashConfig",

@@ -18,7 +18,7 @@ from llm_quest.cli.drawing import describe_rotary, picture
 from llm_quest.contracts import Preset
 from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.rotary import Rotary
-from llm_quest.models import PAGES
+from llm_quest.models import PAGES, VISION_PAGES
 from llm_quest.models.build import count_parameters, page_of, preset, presets, skeleton
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.page import Page
@@ -48,7 +48,7 @@ class Catalogue:
 
 def models() -> Catalogue:
     """All presets. Published sizes carry their published count; the tiny ones are counted on the meta device."""
-    return Catalogue(tuple(row(page, one) for page in PAGES for one in page.presets))
+    return Catalogue(tuple(row(page, one) for page in (*PAGES, *VISION_PAGES) for one in page.presets))
 
 
 def row(page: Page, one: Preset) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def attention_kernel(q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -
 
 
 def formulas() -> dict[Any, Any]:
-    """Products that PyTorch's counter does not know; the experts' grouped one is there once a page that has experts is."""
+    """Products that PyTorch's counter does not know, the experts' grouped one among them."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     known = {torch.ops.aten._grouped_mm: grouped_product, kernel: attention_kernel}
     ours = getattr(torch.ops.llm_quest, "grouped_product", None)

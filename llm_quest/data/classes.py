@@ -1,8 +1,8 @@
 """Labelled images: where they come from, which are held out, and how a step's rows are drawn and varied.
 
-Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class, CIFAR-10 where it
-lies on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side; nothing but the
-final score looks at it.
+Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class, CIFAR-10
+where it lies on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side;
+nothing but the final score looks at it.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def cifar10(path: str | Path) -> Sides:
     files = [path / f"data_batch_{number}.bin" for number in range(1, 6)]
     if absent := [file.name for file in (*files, path / "test_batch.bin") if not file.is_file()]:
         raise MissingError(
-            f"CIFAR-10 is not in {path}: {absent[0]} is missing. Unpack cifar-10-binary.tar.gz (the binary version; the "
-            "Python version is pickled and is not read) and set images.folder to its folder"
+            f"CIFAR-10 is not in {path}: {absent[0]} is missing. Unpack cifar-10-binary.tar.gz (the binary version; "
+            "the Python version is pickled and is not read) and set images.folder to its folder"
         )
     return Sides(cifar_files(files), cifar_files([path / "test_batch.bin"]))
 
@@ -155,8 +155,8 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random variation of training images, at most so much: turn in degrees, zoom and shift as parts of the side, flip left
-    and right, erase one square of so large a part of the side (DeVries & Taylor 2017, arXiv:1708.04552)."""
+    """Random variation of training images, at most so much: turn in degrees, zoom and shift as parts of the side, flip
+    left and right, erase one square of so large a part of the side (DeVries & Taylor 2017, arXiv:1708.04552)."""
 
     turn: float = 0.0
     zoom: float = 0.0
@@ -187,8 +187,8 @@ class Augment:
 
 
 class ImageFeed:
-    """Every image once an epoch, in an order of the epoch's own, each varied in a way of its own: row number r of training is a
-    pure function of (seed, r), whatever the batches and processes."""
+    """Every image once an epoch, in an order of the epoch's own, each varied in a way of its own: row number r of
+    training is a pure function of (seed, r), whatever the batches and processes."""
 
     def __init__(
         self,

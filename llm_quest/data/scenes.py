@@ -110,8 +110,8 @@ def places(random: np.random.Generator, number: int, half: int, relation: str) -
     found = []
     for cell in cells:
         along, beside = (cell % 4 + 0.5) / 4, half / 2 + (cell // 4 + 0.5) / 4
-        shake = random.uniform(-0.02, 0.02, 2)
-        radius = random.uniform(0.075, 0.1)
+        shake = random.uniform(-0.012, 0.012, 2)
+        radius = random.uniform(0.09, 0.11)
         x, y = (beside, along) if relation == "left of" else (along, beside)
         found.append((x + shake[0], y + shake[1], radius))
     return found

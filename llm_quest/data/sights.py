@@ -1,6 +1,7 @@
 """Images with words: what a vision-language model is trained on, and how a step's rows are made.
 
-A row is a start token, a placeholder for every patch, then turns: a question, its answer, an end. Only answers and ends are learned:
+A row is a start token, a placeholder for every patch, then turns: a question, its answer, an end. Only answers and ends
+are learned:
 
       tokens    <s>  <image> <image> ...  how many red circles ?   two  </s>  describe :  two red ...
       targets    -      -       -          -   -    -    -    two  </s>   -      -     two red ...
@@ -77,9 +78,9 @@ class Scenes:
 
 
 class Captions:
-    """A JSONL file of yours: {"image": "a.png", "caption": "..."} or {"image": ..., "question": ..., "answer": ...} a line, paths
-    beside the file. Lines about one image stay together; about `held_out` of the images, by the hash of their pixels, are held
-    out. Every image is opened once, so a broken one is found before training."""
+    """A JSONL file of yours: {"image": "a.png", "caption": "..."} or {"image": ..., "question": ..., "answer": ...} a
+    line, paths beside the file. Lines about one image stay together; about `held_out` of the images, by the hash of
+    their pixels, are held out. Every image is opened once, so a broken one is found before training."""
 
     def __init__(self, file: str | Path, preprocess: Preprocess, held_out: float):
         grouped: dict[Path, list[Turn]] = {}
@@ -125,7 +126,8 @@ def read_lines(file: Path) -> list[tuple[Path, Turn]]:
         ]
         if wrong:
             raise DataError(
-                f"{file}:{number}: {wrong[0]!r} is missing or no text; a line has image and caption, or image, question, answer"
+                f"{file}:{number}: {wrong[0]!r} is missing or no text; a line has image and caption, "
+                "or image, question, answer"
             )
         turn = (
             Turn("caption", CAPTION, row["caption"])
@@ -140,8 +142,8 @@ def read_lines(file: Path) -> list[tuple[Path, Turn]]:
 
 @dataclass(frozen=True)
 class SightBatch:
-    """tokens, targets (B,T) as in `TokenBatch`, rows filled up at their end; images (B,C,H,W), one a row, whose placeholders stand
-    in the tokens. No token can see the filling, which stands after it."""
+    """tokens, targets (B,T) as in `TokenBatch`, rows filled up at their end; images (B,C,H,W), one a row, whose
+    placeholders stand in the tokens. No token can see the filling, which stands after it."""
 
     tokens: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
@@ -178,7 +180,8 @@ class Writer:
         return self.start + self.tokenizer.encode(question, template=False)
 
     def row(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Tokens and targets. ValueError where the first turn does not fit; turns that come after the room is used up are left out."""
+        """Tokens and targets. ValueError where the first turn does not fit; turns that come after the room is used up
+        are left out."""
         tokens, learned = self.start, [False] * len(self.start)
         for turn in turns:
             question = self.tokenizer.encode(turn.question, template=False)
@@ -188,7 +191,8 @@ class Writer:
             tokens, learned = tokens + question + answer, learned + [False] * len(question) + [True] * len(answer)
         if not any(learned):
             raise UsageError(
-                f"an image's {self.image_tokens} placeholders and {turns[0].answer[:40]!r} do not fit a row of {self.length} tokens: "
+                f"an image's {self.image_tokens} placeholders and {turns[0].answer[:40]!r} do not fit a row of "
+                f"{self.length} tokens: "
                 "set a larger batch.length or a larger patch"
             )
         return tokens[:-1], [token if learn else IGNORE for token, learn in zip(tokens[1:], learned[1:], strict=True)]

@@ -115,8 +115,8 @@ def save(
     overwrite: bool = False,
 ) -> Path:
     """A Hugging Face folder: config.json (old and new spelling), model.safetensors or shards with their index,
-    generation_config.json, the tokenizer's files, preprocessor_config.json (preprocess: how its images are made), README.md.
-    A tied head is left out. generation None: the model's own, else the tokenizer's ids.
+    generation_config.json, the tokenizer's files, preprocessor_config.json (preprocess: how its images are made),
+    README.md. A tied head is left out. generation None: the model's own, else the tokenizer's ids.
 
     Raises UsageError for a folder that is not empty (overwrite=True replaces a saved model, and nothing else), for a
     model whose weights have no published form, for token ids beyond the vocabulary; ResourceError where the disk is

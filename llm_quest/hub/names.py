@@ -112,6 +112,7 @@ def ranges(numbers: set[int]) -> str:
 
 
 def resolve(name: str, stored: Mapping[str, object], optional_prefix: str) -> str:
-    """The name a file really uses: some published files leave a prefix out (GPT-2's in front, CLIP's within LLaVA's)."""
+    """The name a file really uses: some published files leave a prefix out (GPT-2's in front, CLIP's within
+    LLaVA's)."""
     bare = name.replace(optional_prefix, "", 1)
     return bare if name not in stored and bare in stored else name

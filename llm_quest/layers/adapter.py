@@ -19,7 +19,8 @@ class LinearAdapter(nn.Module):
 
 
 class MLPAdapter(nn.Module):
-    """out(GELU(up(x))), the hidden layer as wide as the output (LLaVA-1.5, Liu et al. 2024, arXiv:2310.03744). GELU by erf."""
+    """out(GELU(up(x))), the hidden layer as wide as the output (LLaVA-1.5, Liu et al. 2024, arXiv:2310.03744). GELU by
+    erf."""
 
     def __init__(self, width: int, out_width: int, *, bias: bool = True):
         super().__init__()

@@ -48,10 +48,11 @@ def explicit_attention(
     sink: Float[Tensor, " H"] | None = None,
     cap: float | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """softmax(q k^T * scale, over the visible keys) v, softmax in at least float32: the definition, with every score in memory.
+    """softmax(q k^T * scale, over the visible keys) v, softmax in at least float32: the definition, with every score in
+    memory.
 
-    cap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a hidden key would get -cap instead of
-    nothing). sink: one more logit per head that takes weight and brings no value (gpt-oss, MiMo)."""
+    cap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a hidden key would get -cap instead
+    of nothing). sink: one more logit per head that takes weight and brings no value (gpt-oss, MiMo)."""
     groups = q.shape[2] // k.shape[2]
     k_BSHd, v_BSHd = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k_BSHd) * scale
@@ -62,7 +63,9 @@ def explicit_attention(
     if sink is not None:
         drain = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, drain), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)[..., : k.shape[1]]
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)[
+        ..., : k.shape[1]
+    ]
     weights = F.dropout(weights, dropout, training=dropout > 0)
     return torch.einsum("bhts,bshd->bthd", weights, v_BSHd)
 
@@ -86,9 +89,11 @@ def fused_attention(
     dropout: float = 0.0,
     sink: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """The same without holding the scores. A single query's heads are laid out as the rows of its group: one pass over k.
+    """The same without holding the scores. A single query's heads are laid out as the rows of its group: one pass over
+    k.
 
-    The kernel knows no sink: it becomes one more key, of zeros, whose score is the sink itself, with a value of zeros."""
+    The kernel knows no sink: it becomes one more key, of zeros, whose score is the sink itself, with a value of
+    zeros."""
     if isinstance(visible, Band):
         return banded_attention(q, k, v, visible.window, scale=scale, dropout=dropout, sink=sink)
     if sink is not None:
@@ -124,7 +129,8 @@ def banded_attention(
     dropout: float = 0.0,
     sink: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """A window's worth of queries at a time, each block with the keys it can reach: T x 2 windows of scores instead of T x T."""
+    """A window's worth of queries at a time, each block with the keys it can reach: T x 2 windows of scores instead of
+    T x T."""
     size, length, outs = max(window, 64), q.shape[1], []
     for start in range(0, length, size):
         stop, first = min(start + size, length), max(0, start - window + 1)
@@ -155,7 +161,13 @@ def sunk_attention(
     mask = torch.cat((mask.expand(-1, heads, -1, -1), column), dim=-1)
     k_BGSd, v_BGSd = (F.pad(part, (0, 0, 0, 0, 0, 1)).transpose(1, 2) for part in (k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k_BGSd, v_BGSd, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=k.shape[2] != heads
+        q.transpose(1, 2),
+        k_BGSd,
+        v_BGSd,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=k.shape[2] != heads,
     )
     return out.transpose(1, 2)
 
@@ -163,11 +175,12 @@ def sunk_attention(
 class GroupedQueryAttention(nn.Module):
     """H query heads share G key/value heads (G = H: multi-head attention; G = 1: multi-query).
 
-    rotary: turns queries and keys by their positions (NoRotary: not at all). window: look back at most that many tokens, the
-    token itself included; None: all. bias: on q, k, v; out_bias: on the output projection. q_norm, k_norm: act on each head
-    before the rotation; v_norm on each value head. scale: of the scores, head_width^-0.5 unless given. value_width: of a value
-    head, head_width unless given. gated: the output times sigmoid of a gate, made beside the query (arXiv:2505.06708).
-    sinks: a learned logit per head that takes weight and brings nothing. attend: fused, or the explicit definition."""
+    rotary: turns queries and keys by their positions (NoRotary: not at all). window: look back at most that many
+    tokens, the token itself included; None: all. bias: on q, k, v; out_bias: on the output projection. q_norm, k_norm:
+    act on each head before the rotation; v_norm on each value head. scale: of the scores, head_width^-0.5 unless given.
+    value_width: of a value head, head_width unless given. gated: the output times sigmoid of a gate, made beside the
+    query (arXiv:2505.06708). sinks: a learned logit per head that takes weight and brings nothing. attend: fused, or
+    the explicit definition."""
 
     def __init__(
         self,
@@ -192,13 +205,19 @@ class GroupedQueryAttention(nn.Module):
     ):
         super().__init__()
         if heads % groups:
-            raise ValueError(f"{heads} query heads cannot share {groups} key/value heads evenly: make one divide the other")
+            raise ValueError(
+                f"{heads} query heads cannot share {groups} key/value heads evenly: make one divide the other"
+            )
         self.heads, self.groups, self.head_width = heads, groups, head_width
         self.value_width = value_width or head_width
         self.rotary, self.window, self.dropout, self.gated = rotary, window, dropout, gated
         self.scale = head_width**-0.5 if scale is None else scale
         self.attend = attend
-        self.q_norm, self.k_norm, self.v_norm = q_norm or nn.Identity(), k_norm or nn.Identity(), v_norm or nn.Identity()
+        self.q_norm, self.k_norm, self.v_norm = (
+            q_norm or nn.Identity(),
+            k_norm or nn.Identity(),
+            v_norm or nn.Identity(),
+        )
         self.sink = nn.Parameter(torch.zeros(heads)) if sinks else None
         queries = heads * head_width * (2 if gated else 1)
         self.qkv = Projections(width, q=queries, k=groups * head_width, v=groups * self.value_width, bias=bias)
@@ -226,7 +245,8 @@ class GroupedQueryAttention(nn.Module):
         return SlotCache(capacity, self.window, slack)
 
     def rescale_logits_(self, gamma: Float[Tensor, " H"]) -> None:
-        """q of each head by sqrt(gamma), k likewise where every head has its own; where a group shares k, q alone by gamma."""
+        """q of each head by sqrt(gamma), k likewise where every head has its own; where a group shares k, q alone by
+        gamma."""
         if not isinstance(self.q_norm, nn.Identity):
             raise ValueError(
                 "rescaling has no effect on this mixer: its queries are normalised after projection; "

@@ -11,14 +11,16 @@ from llm_quest.scope import Scope
 
 
 class Add(nn.Module):
-    """The plain residual, x + branch(x). It takes the branch as a function so that hyper-connections can take its place."""
+    """The plain residual, x + branch(x). It takes the branch as a function so that hyper-connections can take its
+    place."""
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         return x + branch(x)
 
 
 class Sublayer(nn.Module):
-    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm is Identity but for families that norm twice."""
+    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm is Identity but for families that norm
+    twice."""
 
     def __init__(
         self,
@@ -48,5 +50,6 @@ class Block(nn.Module):
         self.mixer = mixer
         self.ffn = ffn
 
-    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
-        return self.ffn(self.mixer(x, scope), scope)
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope, wanted: int | None = None) -> Float[Tensor, "B N D"]:
+        """wanted: only so many first positions are read by what follows, so the feed-forward layer works on them alone."""
+        return self.ffn(self.mixer(x, scope)[:, :wanted], scope)

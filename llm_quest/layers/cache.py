@@ -6,8 +6,9 @@ A token at position p lies in slot p + 1, so that padding (p = -1) lands in slot
       slot        0   1   2   3   4                               slot       0   1   2   3   1   2
 
 A ring serves a mixer that looks back at most `window` tokens; it has `slack` more slots than the window, so that up to
-`slack` tokens more can be taken back (speculative decoding). Where each token lies is worked out once per pass and number
-of slots, not per layer. Eager code reads only the filled slots; a compiled step sees all of them (constant shapes).
+`slack` tokens more can be taken back (speculative decoding). Where each token lies is worked out once per pass and
+number of slots, not per layer. Eager code reads only the filled slots; a compiled step sees all of them (constant
+shapes).
 """
 
 from __future__ import annotations
@@ -55,16 +56,20 @@ class Cache:
             shelf.rewind(to)
         return asked
 
+    def parts(self) -> list[MixerCache | Shelf]:
+        """All that is kept per row."""
+        return [*self.layers, *self.shelves.values()]
+
     def repeat(self, n: int) -> None:
         """Every row n times, side by side: a group of samples after one prefill."""
         self.batch *= n
-        for part in [*self.layers, *self.shelves.values()]:
+        for part in self.parts():
             part.repeat(n)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows stay."""
         self.batch = rows.shape[0]
-        for part in [*self.layers, *self.shelves.values()]:
+        for part in self.parts():
             part.keep(rows)
 
     def nbytes(self) -> int:
@@ -75,8 +80,9 @@ class Cache:
 @dataclass(frozen=True)
 class Filing:
     """One pass's dealings with a shelf. rows (B*T,): where each token goes in the flattened (B * (slots+1)) cache;
-    before, after (B, slots+1): positions lying in the slots before and after the pass; start: the common slot of a plain
-    pass's first token, where it is known; fresh: nothing lay there before; whole: rows 0..n without gap or padding."""
+    before, after (B, slots+1): positions lying in the slots before and after the pass; start: the common slot of a
+    plain pass's first token, where it is known; fresh: nothing lay there before; whole: rows 0..n without gap or
+    padding."""
 
     rows: Tensor
     before: Tensor
@@ -90,8 +96,8 @@ class Filing:
 class Shelf:
     """The positions (B, slots+1) lying in the slots of all parts that have this many; -1 where a slot is free.
 
-    whole: rows lie in slots 1..run without gap or padding. highest (B,): the latest position a ring has ever held, so what
-    lies `slots` below it is overwritten for good, also after a rewind."""
+    whole: rows lie in slots 1..run without gap or padding. highest (B,): the latest position a ring has ever held, so
+    what lies `slots` below it is overwritten for good, also after a rewind."""
 
     def __init__(self, slots: int):
         self.slots = slots
@@ -171,7 +177,9 @@ class SlotCache:
             self.write(filing, new)
             return new, scope.visible(self.window)
         if self.ring and self.window is not None and length > self.slots - self.window + 1:
-            joined = {name: torch.cat((self.tensors[name], tensor.to(self.tensors[name])), 1) for name, tensor in new.items()}
+            joined = {
+                name: torch.cat((self.tensors[name], tensor.to(self.tensors[name])), 1) for name, tensor in new.items()
+            }
             keys = torch.cat((filing.before, scope.positions), dim=1)
             self.write(filing, new)
             return joined, scope.once(("joined", self.slots, self.window), lambda: scope.sees(keys, None, self.window))
@@ -204,7 +212,8 @@ class SlotCache:
         """Slots need no snapshot."""
 
     def stand(self, to: Sequence[int]) -> list[int]:
-        """Anywhere; but a ring has overwritten what a deep rewind would need, and refuses rather than answer wrongly."""
+        """Anywhere; but a ring has overwritten what a deep rewind would need, and refuses rather than answer
+        wrongly."""
         if self.ring and self.shelf is not None and self.shelf.highest is not None and self.window is not None:
             for back, highest in zip(to, self.shelf.highest.tolist(), strict=True):
                 if back > 0 and highest - self.slots >= max(back - self.window + 1, 0):
@@ -236,6 +245,7 @@ def known_reach(scope: Scope) -> int | None:
 
 
 def ring_slots(positions: Tensor, slots: int) -> Tensor:
-    """Slot (B,T) of each token in a ring. Tokens that later ones of the same pass would overwrite go to the spare slot."""
+    """Slot (B,T) of each token in a ring. Tokens that later ones of the same pass would overwrite go to the spare
+    slot."""
     stays = (positions >= 0) & (positions > positions.amax(dim=1, keepdim=True) - slots)
     return torch.where(stays, positions % slots + 1, 0)

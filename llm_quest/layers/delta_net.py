@@ -1,18 +1,20 @@
 """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464): a mixer whose memory has a fixed size.
 
-A state S (key width x value width) per head is an associative memory. Each token fades it, looks up what it holds under its
-key, and corrects it towards its value:
+A state S (key width x value width) per head is an associative memory. Each token fades it, looks up what it holds under
+its key, and corrects it towards its value:
 
       S <- e^g S          error = v - S^T k          S <- S + k (beta error)^T          o = S^T q
 
-`recurrent` is that definition, one token after another. `chunked` does 64 tokens at a time: inside a chunk the corrections
-depend on each other through a unit lower-triangular matrix, which one triangular solve inverts (eq. 8-10 there):
+`recurrent` is that definition, one token after another. `chunked` does 64 tokens at a time: inside a chunk the
+corrections depend on each other through a unit lower-triangular matrix, which one triangular solve inverts (eq. 8-10
+there):
 
       L = strict_lower(beta k k^T D)    [U W] = (I + L)^-1 [beta v, beta e^G k]    v' = U - W S
       o = e^G q S + lower(q k^T D) v'   S <- e^G_end S + (e^(G_end - G) k)^T v'     D_ij = e^(G_i - G_j), G = cumsum(g)
 
-Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and poisons the gradients unless it is masked *before* the
-exponential; everything here runs in float32; the norm comes before the output gate; padding must neither fade nor write.
+Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and poisons the gradients unless it is masked *before*
+the exponential; everything here runs in float32; the norm comes before the output gate; padding must neither fade nor
+write.
 """
 
 from __future__ import annotations
@@ -160,9 +162,9 @@ class WovenInputs(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """key_heads heads of width key_width for queries and keys, each serving value_heads // key_heads heads of width value_width.
-    kernel: taps of the causal convolution that q, k and v pass first. inputs: FlatInputs or WovenInputs, how the published
-    files lay out the projections."""
+    """key_heads heads of width key_width for queries and keys, each serving value_heads // key_heads heads of width
+    value_width. kernel: taps of the causal convolution that q, k and v pass first. inputs: FlatInputs or WovenInputs,
+    how the published files lay out the projections."""
 
     def __init__(
         self,
@@ -178,7 +180,9 @@ class GatedDeltaNet(nn.Module):
     ):
         super().__init__()
         if value_heads % key_heads:
-            raise ValueError(f"{value_heads} value heads cannot share {key_heads} key heads evenly: make one divide the other")
+            raise ValueError(
+                f"{value_heads} value heads cannot share {key_heads} key heads evenly: make one divide the other"
+            )
         self.key_heads, self.value_heads = key_heads, value_heads
         self.key_width, self.value_width, self.kernel = key_width, value_width, kernel
         sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
@@ -279,5 +283,3 @@ def last(columns: Float[Tensor, "B P C"], n: int, count: Int[Tensor, " B"] | Non
         return columns[:, columns.shape[1] - n :]
     index = count[:, None] + torch.arange(n, device=columns.device)
     return columns.gather(1, index[..., None].expand(-1, -1, columns.shape[2]))
-
-

@@ -10,7 +10,8 @@ from llm_quest.scope import Scope
 
 
 class TokenEmbedding(nn.Module):
-    """One learned vector per token, times `scale` (Gemma: sqrt(width), rounded to the weights' dtype as its makers do)."""
+    """One learned vector per token, times `scale` (Gemma: sqrt(width), rounded to the weights' dtype as its makers
+    do)."""
 
     def __init__(self, vocab: int, width: int, *, scale: float = 1.0):
         super().__init__()

@@ -14,7 +14,8 @@ from llm_quest.scope import Scope
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's and Gemma's GELU (Hendrycks & Gimpel, arXiv:1606.08415)."""
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's and Gemma's GELU (Hendrycks & Gimpel,
+    arXiv:1606.08415)."""
     return F.gelu(x, approximate="tanh")
 
 

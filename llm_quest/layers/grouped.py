@@ -1,8 +1,8 @@
 """One matrix product for many experts: rows sorted by expert, each run of rows times its expert's matrix.
 
-PyTorch's `grouped_mm` does the work. It is wrapped as an operator of ours because its shape rule for compiled code knows
-bfloat16 only, while the kernel itself takes float32 too; so that eager and compiled code run the same kernel, forward and
-backward.
+PyTorch's `grouped_mm` does the work. It is wrapped as an operator of ours because its shape rule for compiled code
+knows bfloat16 only, while the kernel itself takes float32 too; so that eager and compiled code run the same kernel,
+forward and backward.
 """
 
 from typing import Any
@@ -25,7 +25,8 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("llm_quest::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """For each expert the product of its rows, x_e^T y_e: (N,I), (N,O) -> (E,I,O). An expert without rows gets zeros."""
+    """For each expert the product of its rows, x_e^T y_e: (N,I), (N,O) -> (E,I,O). An expert without rows gets
+    zeros."""
     return F.grouped_mm(x.transpose(0, 1), y, offs=ends)
 
 

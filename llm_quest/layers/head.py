@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 class Unembed(nn.Linear):
-    """logits = x W^T, no bias; with a cap, cap * tanh(logits / cap). Tied: W is the token embedding itself, one parameter with
-    two uses."""
+    """logits = x W^T, no bias; with a cap, cap * tanh(logits / cap). Tied: W is the token embedding itself, one
+    parameter with two uses."""
 
     def __init__(self, width: int, vocab: int, *, tied: nn.Embedding | None = None, cap: float | None = None):
         super().__init__(width, vocab, bias=False, device="meta" if tied is not None else None)

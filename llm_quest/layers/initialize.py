@@ -1,15 +1,18 @@
-"""First values. A model is assembled without memory (meta), given memory, then filled from one generator, so that a seed
-decides it on any machine, whatever else has drawn random numbers."""
+"""First values. A model is assembled without memory (meta), given memory, then filled from one generator, so that a
+seed decides it on any machine, whatever else has drawn random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from llm_quest.layers.norm import LayerNorm, OffsetRMSNorm, RMSNorm
+
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @runtime_checkable
@@ -20,11 +23,11 @@ class FillsItself(Protocol):
 
 
 def materialize(
-    model: nn.Module,
+    model: Model,
     device: torch.device | str,
     dtype: torch.dtype,
     empty: Callable[..., Tensor] = torch.empty,
-) -> nn.Module:
+) -> Model:
     """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -37,8 +40,8 @@ def materialize(
 
 
 def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
-    """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1 (or the
-    weight 0 of a norm that scales by 1 + weight)."""
+    """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1
+    (or the weight 0 of a norm that scales by 1 + weight)."""
     for path, module in model.named_modules():
         if isinstance(module, FillsItself):
             module.fill_(generator)
@@ -54,4 +57,6 @@ def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Gene
         elif isinstance(module, OffsetRMSNorm):
             nn.init.zeros_(module.weight)
         else:
-            assert not list(module.parameters(recurse=False)), f"{path}: no first values known for {type(module).__name__}"
+            assert not list(module.parameters(recurse=False)), (
+                f"{path}: no first values known for {type(module).__name__}"
+            )

@@ -1,13 +1,14 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-19): keys and values of all heads are projections of one
-short vector per token, and only that vector is remembered, beside one rotary key that all heads share.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-19): keys and values of all heads are projections
+of one short vector per token, and only that vector is remembered, beside one rotary key that all heads share.
 
       c = norm(W_dkv x)  (r)      k_h = [W_uk_h c ; k_rope]      v_h = W_uv_h c      q_h = [q_nope_h ; q_rope_h]
 
 Two forms, one function. `expanded` makes every head's keys and values from the remembered c's: right for many queries.
-`absorbed` moves W_uk to the query and W_uv behind the sum (q^T (W_uk c) = (W_uk^T q)^T c): attention then runs over the c's
-themselves, as if all heads shared one key/value head of width r + rope: right for few queries and a long memory.
+`absorbed` moves W_uk to the query and W_uv behind the sum (q^T (W_uk c) = (W_uk^T q)^T c): attention then runs over the
+c's themselves, as if all heads shared one key/value head of width r + rope: right for few queries and a long memory.
 
-Commonly got wrong: the rotary key is not normed; the norms' eps is 1e-6 whatever the config says; values are narrower than keys.
+Commonly got wrong: the rotary key is not normed; the norms' eps is 1e-6 whatever the config says; values are narrower
+than keys.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ EPS = 1e-6
 
 
 class LatentAttention(nn.Module):
-    """heads: H. q_rank: width of the query's own latent, None: queries are projected directly. kv_rank: r, the remembered
-    latent. nope, rope: widths of a head's part without and with rotation; value: of its value. scale: on the whole score."""
+    """heads: H. q_rank: width of the query's own latent, None: queries are projected directly. kv_rank: r, the
+    remembered latent. nope, rope: widths of a head's part without and with rotation; value: of its value. scale: on the
+    whole score."""
 
     def __init__(
         self,
@@ -52,7 +54,8 @@ class LatentAttention(nn.Module):
         if q_rank is None:
             self.q_down, self.q_norm = nn.Identity(), nn.Identity()
         else:
-            self.q_down, self.q_norm = nn.Linear(width, q_rank, bias=bias), RMSNorm(q_rank, EPS)
+            self.q_down = nn.Linear(width, q_rank, bias=bias)  # type: ignore[assignment]
+            self.q_norm = RMSNorm(q_rank, EPS)  # type: ignore[assignment]
         self.q_up = nn.Linear(q_rank or width, heads * (nope + rope), bias=False)
         self.kv_down = Projections(width, latent=kv_rank, rotary=rope, bias=bias)
         self.kv_norm = RMSNorm(kv_rank, EPS)
@@ -75,7 +78,8 @@ class LatentAttention(nn.Module):
         return self.out(form(q_nope, q_rope, remembered, visible).flatten(2))
 
     def absorbing_pays(self, queries: int, keys: int) -> bool:
-        """Fewer multiplications? Expanding costs each remembered token once, absorbing makes each score and sum longer."""
+        """Fewer multiplications? Expanding costs each remembered token once, absorbing makes each score and sum
+        longer."""
         expand = keys * self.kv_rank * (self.nope + self.value) + queries * keys * (self.nope + self.rope + self.value)
         absorb = queries * self.kv_rank * (self.nope + self.value) + queries * keys * (2 * self.kv_rank + self.rope)
         return absorb < expand
@@ -113,8 +117,8 @@ class LatentAttention(nn.Module):
         return SlotCache(capacity, None, slack)
 
     def rescale_logits_(self, gamma: Float[Tensor, " H"]) -> None:
-        """Kimi K2's rule (arXiv:2507.20534): the unrotated parts of q and k by sqrt(gamma) each; of the rotated parts q alone
-        by gamma, since all heads share that key."""
+        """Kimi K2's rule (arXiv:2507.20534): the unrotated parts of q and k by sqrt(gamma) each; of the rotated parts q
+        alone by gamma, since all heads share that key."""
         with torch.no_grad():
             q = self.q_up.weight.unflatten(0, (self.heads, -1))
             k = self.kv_up.weight.unflatten(0, (self.heads, -1))

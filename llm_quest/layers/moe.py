@@ -1,8 +1,9 @@
-"""Sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): a router sends each token to K of E feed-forward layers.
+"""Sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): a router sends each token to K of E feed-forward
+layers.
 
-A router says which experts and with what weights; the experts do the work in one of two forms. `loop` is the definition:
-for each expert, its tokens. `grouped` sorts the tokens by expert and multiplies each run of rows by its expert's matrix in
-one call. A law holds them equal. Routing is computed in float32.
+A router says which experts and with what weights; the experts do the work in one of two forms. `loop` is the
+definition: for each expert, its tokens. `grouped` sorts the tokens by expert and multiplies each run of rows by its
+expert's matrix in one call. A law holds them equal. Routing is computed in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from llm_quest.scope import Scope
 
 
 class Routing(NamedTuple):
-    """One layer's decisions for N tokens, left in the scope's records under "routing" for losses, metrics and callbacks.
+    """One layer's decisions for N tokens, left in the scope's records under "routing" for losses, metrics and
+    callbacks.
 
-    scores (N,E): what the router thinks of each expert (softmax or sigmoid). logits (N,E). experts (N,K), weights (N,K): the
-    choice. real (N): False for padding. router: who decided (its bias may be balanced after the step). rows: how many rows
-    (sequences) the N tokens come from."""
+    scores (N,E): what the router thinks of each expert (softmax or sigmoid). logits (N,E). experts (N,K), weights
+    (N,K): the choice. real (N): False for padding. router: who decided (its bias may be balanced after the step). rows:
+    how many rows (sequences) the N tokens come from."""
 
     scores: Float[Tensor, "N E"]
     logits: Float[Tensor, "N E"]
@@ -42,7 +44,8 @@ class Routing(NamedTuple):
 
 
 class SoftmaxRouter(nn.Module):
-    """Mixtral's and Qwen3's: softmax over all experts, the K largest, weights renormalised to sum 1 if `renormalize`."""
+    """Mixtral's and Qwen3's: softmax over all experts, the K largest, weights renormalised to sum 1 if
+    `renormalize`."""
 
     def __init__(self, width: int, experts: int, *, top: int, renormalize: bool):
         super().__init__()
@@ -64,14 +67,15 @@ class SoftmaxRouter(nn.Module):
 
 
 class SigmoidRouter(nn.Module):
-    """DeepSeek-V3's (arXiv:2412.19437, eq. 12-16): sigmoid scores; a bias that balances the load *chooses* but never weighs;
-    experts lie in `groups`, of which the `top_groups` best (by the sum of their two best) take part.
+    """DeepSeek-V3's (arXiv:2412.19437, eq. 12-16): sigmoid scores; a bias that balances the load *chooses* but never
+    weighs; experts lie in `groups`, of which the `top_groups` best (by the sum of their two best) take part.
 
-    load (E): tokens received since the last balancing step; the objective adds to it, the balancing callback empties it.
+    load (E): tokens received since the last balancing step; the objective adds to it, the balancing callback empties
+    it.
 
-    Commonly got wrong: dropped groups are -inf, not 0 (biased scores may be negative); the weights are the unbiased scores,
-    renormalised, times `scale`. The bias is float32 whatever the model's dtype, without gradient, and changes only in a
-    callback after the step."""
+    Commonly got wrong: dropped groups are -inf, not 0 (biased scores may be negative); the weights are the unbiased
+    scores, renormalised, times `scale`. The bias is float32 whatever the model's dtype, without gradient, and changes
+    only in a callback after the step."""
 
     def __init__(
         self,
@@ -89,7 +93,9 @@ class SigmoidRouter(nn.Module):
         if experts % groups or top_groups > groups:
             raise ValueError(f"{experts} experts do not form {groups} equal groups of which {top_groups} are taken")
         if top > experts // groups * top_groups:
-            raise ValueError(f"top {top} of {top_groups} groups of {experts // groups} experts: fewer than asked are left")
+            raise ValueError(
+                f"top {top} of {top_groups} groups of {experts // groups} experts: fewer than asked are left"
+            )
         self.top, self.groups, self.top_groups = top, groups, top_groups
         self.load: Tensor | None = None
         self.renormalize, self.scale = renormalize, scale
@@ -121,7 +127,8 @@ class SigmoidRouter(nn.Module):
         nn.init.zeros_(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`model.to(dtype)` moves the bias but leaves it float32: in bfloat16 its steps of 0.001 would be rounded away."""
+        """`model.to(dtype)` moves the bias but leaves it float32: in bfloat16 its steps of 0.001 would be rounded
+        away."""
         before = self.bias.detach()
         super()._apply(fn, recurse)
         if before.device.type != "meta" and self.bias.dtype != before.dtype:
@@ -174,8 +181,8 @@ def loop(
     weights: Float[Tensor, "N K"],
     inner: Inner,
 ) -> Float[Tensor, "N D"]:
-    """The definition: each expert works on its tokens. (unbind, not an index: the backward of `weight[e]` builds a gradient of
-    the full size for every expert.)"""
+    """The definition: each expert works on its tokens. (unbind, not an index: the backward of `weight[e]` builds a
+    gradient of the full size for every expert.)"""
     out = torch.zeros_like(x)
     for expert, (w_in, w_out) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         token, slot = torch.where(experts == expert)
@@ -192,8 +199,8 @@ def grouped(
     weights: Float[Tensor, "N K"],
     inner: Inner,
 ) -> Float[Tensor, "N D"]:
-    """The same, tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order, so a row
-    does not depend on its neighbours."""
+    """The same, tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order, so a
+    row does not depend on its neighbours."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
@@ -209,8 +216,8 @@ def grouped(
 
 
 class Experts(nn.Module):
-    """E feed-forward layers as two stacks: gate_up (E,2F,D), gate rows first, and down (E,D,F). Without a gate (`inner` given)
-    the first stack is (E,F,D)."""
+    """E feed-forward layers as two stacks: gate_up (E,2F,D), gate rows first, and down (E,D,F). Without a gate (`inner`
+    given) the first stack is (E,F,D)."""
 
     def __init__(
         self,
@@ -245,10 +252,16 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """sum over the chosen of weight * expert(x), plus what all tokens share.
 
-    shared: a feed-forward layer for every token (DeepSeek); shared_gate: its output times sigmoid(gate(x)) (Qwen3-Next)."""
+    shared: a feed-forward layer for every token (DeepSeek); shared_gate: its output times sigmoid(gate(x))
+    (Qwen3-Next)."""
 
     def __init__(
-        self, router: nn.Module, experts: Experts, *, shared: GatedMLP | None = None, shared_gate: nn.Linear | None = None
+        self,
+        router: nn.Module,
+        experts: Experts,
+        *,
+        shared: GatedMLP | None = None,
+        shared_gate: nn.Linear | None = None,
     ):
         super().__init__()
         self.router = router
@@ -268,15 +281,18 @@ class MixtureOfExperts(nn.Module):
 
 
 class LatentMixture(nn.Module):
-    """LatentMoE (NVIDIA Nemotron 3, 2025): the routed experts work in a narrower latent space, so that more of them, and more a
-    token, cost the same. x goes down once, its experts' weighted sum comes up once; router and shared expert see all of x.
+    """LatentMoE (NVIDIA Nemotron 3, 2025): the routed experts work in a narrower latent space, so that more of them,
+    and more a token, cost the same. x goes down once, its experts' weighted sum comes up once; router and shared expert
+    see all of x.
 
     latent: its width. With a ratio r = width / latent, experts and top are taken r times as many as without."""
 
     def __init__(self, width: int, latent: int, router: nn.Module, experts: Experts, shared: nn.Module):
         super().__init__()
         if experts.gate_up.shape[2] != latent:
-            raise ValueError(f"experts of width {experts.gate_up.shape[2]} cannot work in a latent space of width {latent}")
+            raise ValueError(
+                f"experts of width {experts.gate_up.shape[2]} cannot work in a latent space of width {latent}"
+            )
         self.to_latent = nn.Linear(width, latent, bias=False)
         self.router = router
         self.experts = experts

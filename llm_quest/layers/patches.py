@@ -1,4 +1,5 @@
-"""From images to vectors: an image is cut into squares, and each square is a word (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
+"""From images to vectors: an image is cut into squares, and each square is a word (Dosovitskiy et al. 2021,
+arXiv:2010.11929)."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ class Patches(nn.Linear):
 
 
 class ImageEmbedding(nn.Module):
-    """[start; patches] + positions: a learned class token stands before the patches, and every one of them, the class token
-    included, has a learned position (eq. 1). image: side of the square images it reads.
+    """[start; patches] + positions: a learned class token stands before the patches, and every one of them, the class
+    token included, has a learned position (eq. 1). image: side of the square images it reads.
 
-    Raises ValueError for images of another shape: the positions belong to one grid (`resized_positions` makes another's)."""
+    Raises ValueError for images of another shape: the positions belong to one grid (`resized_positions` makes
+    another's)."""
 
     def __init__(self, image: int, side: int, channels: int, width: int, *, bias: bool = True, dropout: float = 0.0):
         super().__init__()
@@ -46,7 +48,8 @@ class ImageEmbedding(nn.Module):
         expected = (self.patches.channels, self.image, self.image)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"images are {' x '.join(map(str, images.shape[1:]))}; this model reads {' x '.join(map(str, expected))} "
+                f"images are {' x '.join(map(str, images.shape[1:]))}; "
+                f"this model reads {' x '.join(map(str, expected))} "
                 "(channels, height, width): resize them, or the model's positions"
             )
         x = self.patches(images.to(self.start.dtype))
@@ -60,7 +63,8 @@ class ImageEmbedding(nn.Module):
 
 
 def resized_positions(positions: Float[Tensor, "T D"], side: int) -> Float[Tensor, "S D"]:
-    """The positions of a `side` x `side` grid, bicubic from those of another square grid; the class token's stays (section 3.2).
+    """The positions of a `side` x `side` grid, bicubic from those of another square grid; the class token's stays
+    (section 3.2).
 
     Commonly got wrong: taking the first side^2 rows, which is another place of the image for all but the first row."""
     first, grid = positions[:1], positions[1:].float()

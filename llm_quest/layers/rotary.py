@@ -1,10 +1,12 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the published ways to stretch it beyond the trained length.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the published ways to stretch it beyond the trained
+length.
 
 Pair i of a head, (x_i, x_{i+d/2}), is turned by the angle position * f_i with f_i = theta^(-2i/d): the product of a
 rotated query and a rotated key then depends on the distance of their positions only.
 
-Commonly got wrong: Meta's and DeepSeek's own files rotate neighbours (2i, 2i+1); Hugging Face's weights were permuted so
-that the half-split pairs used here give the same products. Angles are computed in float32: in bfloat16 they lose whole turns.
+Commonly got wrong: Meta's and DeepSeek's own files rotate neighbours (2i, 2i+1); Hugging Face's weights were permuted
+so that the half-split pairs used here give the same products. Angles are computed in float32: in bfloat16 they lose
+whole turns.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class NTK:
-    """NTK-aware (bloc97 2023): a larger base, theta * factor^(d/(d-2)). The lowest frequency is divided by exactly `factor`,
-    the highest stays."""
+    """NTK-aware (bloc97 2023): a larger base, theta * factor^(d/(d-2)). The lowest frequency is divided by exactly
+    `factor`, the highest stays."""
 
     factor: float
     attention_factor: float = 1.0
@@ -59,8 +61,8 @@ class NTK:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1's rule: wavelengths longer than original/low are stretched by `factor`, shorter than original/high are kept,
-    those between are blended."""
+    """Llama 3.1's rule: wavelengths longer than original/low are stretched by `factor`, shorter than original/high are
+    kept, those between are blended."""
 
     factor: float
     low: float
@@ -80,11 +82,13 @@ class Llama3:
 
 @dataclass(frozen=True)
 class YaRN:
-    """YaRN (Peng et al., arXiv:2309.00071): pairs that turn more than `fast` times within the original length are kept, those
-    that turn less than `slow` times are interpolated, a ramp between; and attention is sharpened by a temperature.
+    """YaRN (Peng et al., arXiv:2309.00071): pairs that turn more than `fast` times within the original length are kept,
+    those that turn less than `slow` times are interpolated, a ramp between; and attention is sharpened by a
+    temperature.
 
-    Commonly got wrong: it acts on the *original* base; the temperature 0.1 ln s + 1 multiplies cos and sin, so the scores
-    by its square. mscale, mscale_all_dim: DeepSeek's variant of that factor. truncate False keeps the ramp's ends fractional."""
+    Commonly got wrong: it acts on the *original* base; the temperature 0.1 ln s + 1 multiplies cos and sin, so the
+    scores by its square. mscale, mscale_all_dim: DeepSeek's variant of that factor. truncate False keeps the ramp's
+    ends fractional."""
 
     factor: float
     original: int
@@ -127,8 +131,8 @@ def temperature(factor: float, mscale: float) -> float:
 class Rotary:
     """Rotates the first `width` numbers of each head (B,T,H,d); the rest passes. One object may serve many layers.
 
-    interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); they come out half-split, which changes
-    no product as long as queries and keys do the same."""
+    interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); they come out half-split, which
+    changes no product as long as queries and keys do the same."""
 
     width: int
     theta: float
@@ -151,7 +155,8 @@ class Rotary:
         return torch.cat((rotate(x[..., : self.width], cos, sin), x[..., self.width :]), dim=-1)
 
     def tables(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B,T,1,pairs), computed in float32; one row serves all where every row stands at the same positions."""
+        """cos and sin (B,T,1,pairs), computed in float32; one row serves all where every row stands at the same
+        positions."""
         positions = scope.positions[:1] if scope.is_plain else scope.positions
         f = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
         angles = positions[..., None, None].float() * f

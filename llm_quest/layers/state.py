@@ -1,8 +1,8 @@
 """The memory of a recurrent mixer: one state per row, whatever the length of the text.
 
-A state cannot be taken back token by token. `mark(at)` says that nothing below position `at` will be taken back: the state is
-photographed when it stands there, and `stand(to)` offers that photograph. Whoever rewinds feeds again from where all layers
-can stand (`Cache.rewind`)."""
+A state cannot be taken back token by token. `mark(at)` says that nothing below position `at` will be taken back: the
+state is photographed when it stands there, and `stand(to)` offers that photograph. Whoever rewinds feeds again from
+where all layers can stand (`Cache.rewind`)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class StateCache:
     def rewind(self, to: Sequence[int]) -> None:
         if not self.tensors:
             return
-        at_mark = torch.tensor([self.marked_at is not None and asked == self.marked_at[row] for row, asked in enumerate(to)])
+        at_mark = torch.tensor(
+            [self.marked_at is not None and asked == self.marked_at[row] for row, asked in enumerate(to)]
+        )
         for name, now in self.tensors.items():
             photograph = self.marked.get(name, torch.zeros_like(now))
             back = at_mark.to(now.device).view(-1, *[1] * (now.dim() - 1))

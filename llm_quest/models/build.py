@@ -37,7 +37,9 @@ def page_of(config: Any) -> Page:
     for page in (*PAGES, *VISION_PAGES):
         if isinstance(config, page.Config):
             return page
-    raise UsageError(f"{type(config).__name__} is no page's config; pages: {', '.join(page.name for page in (*PAGES, *VISION_PAGES))}")
+    raise UsageError(
+        f"{type(config).__name__} is no page's config; pages: {', '.join(page.name for page in (*PAGES, *VISION_PAGES))}"
+    )
 
 
 def skeleton(config: Any) -> Decoder:

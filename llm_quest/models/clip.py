@@ -6,8 +6,8 @@ arXiv:2103.00020): the eyes of LLaVA. What is new after ViT:
 - The GELU is x sigmoid(1.702 x); LayerNorm's eps is 1e-5.
 - No classes: trained beside a text tower, it ends in the class token's vector after the final norm.
 
-Commonly got wrong: the erf GELU in place of the quick one moves every feature by a little and raises nothing; ImageNet's
-statistics in place of CLIP's own do the same.
+Commonly got wrong: the erf GELU in place of the quick one moves every feature by a little and raises nothing;
+ImageNet's statistics in place of CLIP's own do the same.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ from llm_quest.scope import Scope
 class Decoder(nn.Module):
     """`model(tokens (B,T), scope=None) -> logits (B,T,V)`; the promises are in `contracts.Decoder`.
 
-    embed(tokens, scope) -> (B,T,D). enter, leave: widen and close the stream (Identity but for hyper-connections). Each of
-    `blocks` is called with the scope as its layer sees it. head: after the projection it may cap the
-    logits. lookahead: multi-token prediction modules, read by their objective and by drafting alone."""
+    embed(tokens, scope) -> (B,T,D). enter, leave: widen and close the stream (Identity but for hyper-connections). Each
+    of `blocks` is called with the scope as its layer sees it. head: after the projection it may cap the logits.
+    lookahead: multi-token prediction modules, read by their objective and by drafting alone."""
 
     def __init__(
         self,
@@ -62,11 +62,13 @@ class Decoder(nn.Module):
         return self.norm(self.leave(x))
 
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> Cache:
-        """An empty cache for `batch` rows and positions below `capacity`; windowed layers can take back `slack` tokens."""
+        """An empty cache for `batch` rows and positions below `capacity`; windowed layers can take back `slack`
+        tokens."""
         parts = [block.mixer.layer.new_cache(batch, capacity, slack) for block in self.blocks]  # type: ignore[union-attr, operator]
         return Cache(parts, batch, capacity)
 
     def row_splits(self) -> dict[str, tuple[int, ...]]:
-        """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
+        """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each
+        alone)."""
         named = self.named_modules()
         return {f"{path}.weight": tuple(m.parts.values()) for path, m in named if isinstance(m, Projections)}

@@ -1,6 +1,7 @@
 """DeepSeek-V3 and R1 (arXiv:2412.19437), also Moonlight and Kimi K2 (same code). What is new after Llama:
 
-- Multi-head latent attention: the cache holds one short vector per token and one rotary key, 576 numbers instead of 40,960.
+- Multi-head latent attention: the cache holds one short vector per token and one rotary key, 576 numbers instead of
+  40,960.
 - A head's query and key have a part without and a part with rotation; values are narrower.
 - Many small experts (256, eight a token) beside one that every token shares; the first layers are dense.
 - Routing by sigmoid, within the four best of eight groups; a bias chooses but does not weigh, and keeps the load even
@@ -8,8 +9,8 @@
 - YaRN to 163,840 positions: its temperature is applied to the whole score instead of cos and sin.
 - Behind the model, modules that predict further tokens: a denser training signal, and a drafter for free.
 
-Commonly got wrong: rotation pairs are neighbours; the temperature squared multiplies the unrotated part too; the latents' norms
-have eps 1e-6 whatever the config says; groups that are dropped get -inf, not 0.
+Commonly got wrong: rotation pairs are neighbours; the temperature squared multiplies the unrotated part too; the
+latents' norms have eps 1e-6 whatever the config says; groups that are dropped get -inf, not 0.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_
 
 @dataclass(frozen=True)
 class Config:
-    """V3's numbers. q_rank, kv_rank: the latents; nope, rope, value: widths of a head's parts; dense: how many first layers are
-    dense, of width hidden; expert_hidden: an expert's width; shared: how many experts' widths the shared one has; lookahead: how
-    many multi-token prediction modules stand behind the model."""
+    """V3's numbers. q_rank, kv_rank: the latents; nope, rope, value: widths of a head's parts; dense: how many first
+    layers are dense, of width hidden; expert_hidden: an expert's width; shared: how many experts' widths the shared one
+    has; lookahead: how many multi-token prediction modules stand behind the model."""
 
     vocab: int
     width: int
@@ -73,7 +74,11 @@ class Config:
     def scale(self) -> float:
         """Of the scores: (nope + rope)^-0.5, times the square of YaRN's temperature."""
         stretch = self.rotary.scaling
-        m = temperature(stretch.factor, stretch.mscale_all_dim) if isinstance(stretch, YaRN) and stretch.mscale_all_dim else 1.0
+        m = (
+            temperature(stretch.factor, stretch.mscale_all_dim)
+            if isinstance(stretch, YaRN) and stretch.mscale_all_dim
+            else 1.0
+        )
         return (self.nope + self.rope) ** -0.5 * m * m
 
 
@@ -138,13 +143,17 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
     """Our parameters and their published names. The lookahead modules are published as further layers."""
-    table: dict[str, Published] = {"embed.token.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    table: dict[str, Published] = {
+        "embed.token.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+    }
     if not config.tied:
         table["head.weight"] = "lm_head.weight"
     for layer in range(config.layers):
@@ -152,8 +161,14 @@ def names(config: Config) -> Names:
     for k in range(config.lookahead):
         ours, theirs = f"lookahead.{k}.", f"model.layers.{config.layers + k}."
         table |= layer_names(config, f"{ours}block.", theirs, sparse=True)
-        table |= {f"{ours}embed_norm.weight": f"{theirs}enorm.weight", f"{ours}hidden_norm.weight": f"{theirs}hnorm.weight"}
-        table |= {f"{ours}join.weight": f"{theirs}eh_proj.weight", f"{ours}norm.weight": f"{theirs}shared_head.norm.weight"}
+        table |= {
+            f"{ours}embed_norm.weight": f"{theirs}enorm.weight",
+            f"{ours}hidden_norm.weight": f"{theirs}hnorm.weight",
+        }
+        table |= {
+            f"{ours}join.weight": f"{theirs}eh_proj.weight",
+            f"{ours}norm.weight": f"{theirs}shared_head.norm.weight",
+        }
     return table
 
 
@@ -351,7 +366,9 @@ PAGE = Page(
     settle=settle,
     ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     presets=(
-        Preset("deepseek-v3", published_size(), 671_026_419_200, "deepseek-ai/DeepSeek-V3", "R1 has the same numbers", (1,)),
+        Preset(
+            "deepseek-v3", published_size(), 671_026_419_200, "deepseek-ai/DeepSeek-V3", "R1 has the same numbers", (1,)
+        ),
         Preset("moonlight-16b-a3b", MOONLIGHT, 15_960_110_208, "moonshotai/Moonlight-16B-A3B", eos=(163_585,)),
         Preset("kimi-k2", KIMI_K2, 1_026_408_232_448, "moonshotai/Kimi-K2-Base", eos=(163_585,)),
         Preset("deepseek-v3-tiny", replace(TINY, lookahead=2)),

@@ -1,14 +1,17 @@
 """Gemma 2 (arXiv:2408.00118) and Gemma 3 (arXiv:2503.19786), text. What is new after Llama:
 
-- Layers alternate between a local window and the whole context (2: one to one; 3: five to one, each kind with its own base).
+- Layers alternate between a local window and the whole context (2: one to one; 3: five to one, each kind with its own
+  base).
 - A norm before *and* after each layer; every norm scales by 1 + weight.
 - Embeddings enter the stream times sqrt(width); the output matrix, though tied, is not scaled.
-- GeGLU with the tanh approximation instead of SwiGLU; scores are scaled by a number of their own, not by the head's width.
+- GeGLU with the tanh approximation instead of SwiGLU; scores are scaled by a number of their own, not by the head's
+  width.
 - Gemma 2 caps attention scores and logits with a soft tanh; Gemma 3 normalises queries and keys instead.
 - Windowed layers keep only their window in the cache.
 
-Commonly got wrong: the published `post_attention_layernorm` stands *behind* attention here, before the MLP in Llama; the
-window of W counts the token itself; layer i is global iff (i+1) divides by the pattern, so a stack may end on a local layer.
+Commonly got wrong: the published `post_attention_layernorm` stands *behind* attention here, before the MLP in Llama;
+the window of W counts the token itself; layer i is global iff (i+1) divides by the pattern, so a stack may end on a
+local layer.
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ from llm_quest.layers.initialize import fill_
 from llm_quest.layers.norm import OffsetRMSNorm
 from llm_quest.layers.rotary import Linear, Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Rows, need, only, per_layer, publish_rotary, read_rotary
+from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_layer, publish_rotary, read_rotary
 
 
 @dataclass(frozen=True)
 class Config:
-    """Gemma's numbers. windows: per layer, how far it looks back; None: everything. scalar: scores are divided by its root.
-    rotary: of the global layers, local_rotary: of the windowed ones. attention_cap, final_cap: None in Gemma 3, whose
-    qk_norm is True."""
+    """Gemma's numbers. windows: per layer, how far it looks back; None: everything. scalar: scores are divided by its
+    root. rotary: of the global layers, local_rotary: of the windowed ones. attention_cap, final_cap: None in Gemma 3,
+    whose qk_norm is True."""
 
     vocab: int
     width: int
@@ -97,14 +100,15 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
     layer = "model.layers.{i}."
-    table = {
+    table: dict[str, Published] = {
         "embed.token.weight": "model.embed_tokens.weight",
         "blocks.{i}.mixer.norm.weight": f"{layer}input_layernorm.weight",
         "blocks.{i}.mixer.layer.qkv.weight": Rows(*(f"{layer}self_attn.{part}_proj.weight" for part in "qkv")),
@@ -123,10 +127,16 @@ def names(config: Config) -> Names:
 
 
 def read(published: Mapping[str, Any]) -> Config:
-    """From the contents of config.json. Gemma 3's multimodal files leave fields out and rely on their class's values."""
+    """From the contents of config.json. Gemma 3's multimodal files leave fields out and rely on their class's
+    values."""
     three = published.get("model_type") != "gemma2"
     published = {name: value for name, value in published.items() if value is not None}
-    only({"activation": published.get("hidden_activation") or published.get("hidden_act")}, "activation", None, "gelu_pytorch_tanh")
+    only(
+        {"activation": published.get("hidden_activation") or published.get("hidden_act")},
+        "activation",
+        None,
+        "gelu_pytorch_tanh",
+    )
     only(published, "attention_bias", False)
     layers, pattern = need(published, "num_hidden_layers"), 6 if three else 2
     pattern = published.get("sliding_window_pattern") or published.get("_sliding_window_pattern") or pattern
@@ -201,7 +211,8 @@ def sized2(width: int, layers: int, heads: int, groups: int, head_width: int, hi
 def sized3(
     width: int, layers: int, heads: int, groups: int, head_width: int, hidden: int, *, small: bool, scalar: float = 256
 ) -> Config:
-    """Gemma 3's sizes share pattern and bases; the small ones (text only) have another vocabulary, context and window."""
+    """Gemma 3's sizes share pattern and bases; the small ones (text only) have another vocabulary, context and
+    window."""
     vocab, context, window = (262_144, 32_768, 512) if small else (262_208, 131_072, 1024)
     windows = tuple(None if (i + 1) % 6 == 0 else window for i in range(layers))
     rotary = Rotary(head_width, 1_000_000.0, None if small else Linear(8.0))
@@ -210,7 +221,16 @@ def sized3(
 
 
 END = (1, 106)
-TINY = {"vocab": 97, "width": 48, "heads": 4, "groups": 2, "head_width": 16, "hidden": 96, "context": 256, "scalar": 20.0}
+TINY: dict[str, Any] = {
+    "vocab": 97,
+    "width": 48,
+    "heads": 4,
+    "groups": 2,
+    "head_width": 16,
+    "hidden": 96,
+    "context": 256,
+    "scalar": 20.0,
+}
 
 PAGE = Page(
     name="gemma",
@@ -226,11 +246,31 @@ PAGE = Page(
     presets=(
         Preset("gemma2-2b", sized2(2304, 26, 8, 4, 256, 9216, 256), 2_614_341_888, "google/gemma-2-2b", eos=(1, 107)),
         Preset("gemma2-9b", sized2(3584, 42, 16, 8, 256, 14336, 256), 9_241_705_984, "google/gemma-2-9b", eos=(1, 107)),
-        Preset("gemma2-27b", sized2(4608, 46, 32, 16, 128, 36864, 144), 27_227_128_320, "google/gemma-2-27b", eos=(1, 107)),
-        Preset("gemma3-270m", sized3(640, 18, 4, 1, 256, 2048, small=True), 268_098_176, "google/gemma-3-270m", eos=END),
-        Preset("gemma3-1b", sized3(1152, 26, 4, 1, 256, 6912, small=True), 999_885_952, "google/gemma-3-1b-pt", eos=END),
-        Preset("gemma3-4b", sized3(2560, 34, 8, 4, 256, 10240, small=False), 3_880_263_168, "google/gemma-3-4b-pt", "text", END),
-        Preset("gemma3-12b", sized3(3840, 48, 16, 8, 256, 15360, small=False), 11_766_034_176, "google/gemma-3-12b-pt", "text", END),
+        Preset(
+            "gemma2-27b", sized2(4608, 46, 32, 16, 128, 36864, 144), 27_227_128_320, "google/gemma-2-27b", eos=(1, 107)
+        ),
+        Preset(
+            "gemma3-270m", sized3(640, 18, 4, 1, 256, 2048, small=True), 268_098_176, "google/gemma-3-270m", eos=END
+        ),
+        Preset(
+            "gemma3-1b", sized3(1152, 26, 4, 1, 256, 6912, small=True), 999_885_952, "google/gemma-3-1b-pt", eos=END
+        ),
+        Preset(
+            "gemma3-4b",
+            sized3(2560, 34, 8, 4, 256, 10240, small=False),
+            3_880_263_168,
+            "google/gemma-3-4b-pt",
+            "text",
+            END,
+        ),
+        Preset(
+            "gemma3-12b",
+            sized3(3840, 48, 16, 8, 256, 15360, small=False),
+            11_766_034_176,
+            "google/gemma-3-12b-pt",
+            "text",
+            END,
+        ),
         Preset(
             "gemma3-27b",
             sized3(5376, 62, 32, 16, 128, 21504, small=False, scalar=168),

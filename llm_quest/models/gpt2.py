@@ -29,12 +29,13 @@ from llm_quest.layers.initialize import fill_
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Transposed, need, only, per_layer
+from llm_quest.models.page import Names, Page, Published, Transposed, need, only, per_layer
 
 
 @dataclass(frozen=True)
 class Config:
-    """GPT-2's numbers. context: learned positions; dropout: on attention weights, branches and embedding, in training."""
+    """GPT-2's numbers. context: learned positions; dropout: on attention weights, branches and embedding, in
+    training."""
 
     vocab: int
     width: int
@@ -78,13 +79,14 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
-    table = {
+    table: dict[str, Published] = {
         "embed.token.weight": "transformer.wte.weight",
         "embed.position.weight": "transformer.wpe.weight",
         "blocks.{i}.mixer.norm.weight": "transformer.h.{i}.ln_1.weight",

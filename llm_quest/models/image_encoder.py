@@ -1,4 +1,5 @@
-"""The image encoder: embed, enter, blocks, norm, head. Final, as the decoder is: families differ by what fills its slots."""
+"""The image encoder: embed, enter, blocks, norm, head. Final, as the decoder is: families differ by what fills its
+slots."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from llm_quest.scope import Scope
 
 
 class ImageEncoder(nn.Module):
-    """`model(images (B,C,H,W)) -> (B,V)`: what the head makes of the class token. Every patch sees every patch; no cache.
+    """`model(images (B,C,H,W)) -> (B,V)` = head(hidden(images)[:, 0]): what the head makes of the class token, the only
+    one that the last block's MLP is then run on. Every patch sees every patch; no cache.
 
     embed(images) -> (B,N+1,D), the class token first. enter: before the blocks (CLIP normalises there). Images are as
     `data.images` prepares them: numbers with the statistics this model was trained with."""
@@ -45,7 +47,11 @@ class ImageEncoder(nn.Module):
         return self.card.config
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V"]:
-        return self.head(self.hidden(images)[:, 0])
+        x, scope = self.entered(images)
+        for layer, block in enumerate(self.blocks[:-1]):
+            x = block(x, scope.at(layer))
+        x = self.blocks[-1](x, scope.at(len(self.blocks) - 1), 1)
+        return self.head(self.norm(x)[:, 0])
 
     def hidden(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
         """Class token and patches after the last block and the final norm."""
@@ -53,12 +59,17 @@ class ImageEncoder(nn.Module):
 
     def stream(self, images: Float[Tensor, "B C H W"], depth: int | None = None) -> Float[Tensor, "B T D"]:
         """The same before the final norm, after `depth` blocks (None: all): what a language model is shown."""
-        x = self.enter(self.embed(images))
-        scope = Scope.plain(x, ahead=True)
+        x, scope = self.entered(images)
         for layer, block in enumerate(self.blocks[:depth]):
             x = block(x, scope.at(layer))
         return x
 
+    def entered(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, Scope]:
+        """What the first block reads, and that everyone sees everyone."""
+        x = self.enter(self.embed(images))
+        return x, Scope.plain(x, ahead=True)
+
     def row_splits(self) -> dict[str, tuple[int, ...]]:
-        """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
+        """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each
+        alone)."""
         return row_splits(self)

@@ -1,14 +1,15 @@
 """Llama 3 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv:2407.21783). What is new after GPT-2:
 
-- Positions are rotations of queries and keys (RoPE), not learned vectors; 3.1 and later stretch the slow ones to reach 131,072.
+- Positions are rotations of queries and keys (RoPE), not learned vectors; 3.1 and later stretch the slow ones to reach
+  131,072.
 - RMSNorm instead of LayerNorm: no mean, no bias.
 - Grouped queries: several query heads share one key/value head, so the cache is smaller by that factor.
 - A gated feed-forward layer (SwiGLU) instead of the MLP.
 - No biases anywhere; the head's width is a number of its own.
 - The small models tie the output matrix to the embedding, the large ones do not.
 
-Commonly got wrong: the stretch factor is 32 in Llama 3.2 but 8 in 3.1; eps is 1e-5; Meta's own files rotate neighbouring
-pairs where these published ones rotate halves.
+Commonly got wrong: the stretch factor is 32 in Llama 3.2 but 8 in 3.1; eps is 1e-5; Meta's own files rotate
+neighbouring pairs where these published ones rotate halves.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llm_quest.layers.initialize import fill_
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Llama3, Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Rows, need, only, per_layer, publish_rotary, read_rotary
+from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_layer, publish_rotary, read_rotary
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,15 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
     attention, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    table = {
+    table: dict[str, Published] = {
         "embed.token.weight": "model.embed_tokens.weight",
         "blocks.{i}.mixer.norm.weight": "model.layers.{i}.input_layernorm.weight",
         "blocks.{i}.mixer.layer.qkv.weight": Rows(*(f"{attention}{part}_proj.weight" for part in "qkv")),
@@ -172,12 +174,32 @@ PAGE = Page(
     publish=publish,
     ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     presets=(
-        Preset("llama3.2-1b", sized(2048, 16, 32, 64, 8192, 32.0, True), 1_235_814_400, "meta-llama/Llama-3.2-1B", eos=(128001,)),
-        Preset("llama3.2-3b", sized(3072, 28, 24, 128, 8192, 32.0, True), 3_212_749_824, "meta-llama/Llama-3.2-3B", eos=(128001,)),
-        Preset("llama3.1-8b", sized(4096, 32, 32, 128, 14336, 8.0, False), 8_030_261_248, "meta-llama/Llama-3.1-8B", eos=(128001,)),
+        Preset(
+            "llama3.2-1b",
+            sized(2048, 16, 32, 64, 8192, 32.0, True),
+            1_235_814_400,
+            "meta-llama/Llama-3.2-1B",
+            eos=(128001,),
+        ),
+        Preset(
+            "llama3.2-3b",
+            sized(3072, 28, 24, 128, 8192, 32.0, True),
+            3_212_749_824,
+            "meta-llama/Llama-3.2-3B",
+            eos=(128001,),
+        ),
+        Preset(
+            "llama3.1-8b",
+            sized(4096, 32, 32, 128, 14336, 8.0, False),
+            8_030_261_248,
+            "meta-llama/Llama-3.1-8B",
+            eos=(128001,),
+        ),
         Preset(
             "llama3.2-tiny",
-            Config(97, 48, 2, 4, 2, 16, 96, 256, Rotary(16, 500_000.0, Llama3(32.0, low=1.0, high=4.0, original=64)), True),
+            Config(
+                97, 48, 2, 4, 2, 16, 96, 256, Rotary(16, 500_000.0, Llama3(32.0, low=1.0, high=4.0, original=64)), True
+            ),
         ),
     ),
 )

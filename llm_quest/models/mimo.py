@@ -7,8 +7,8 @@
 - Only the first third of a head is rotated.
 - DeepSeek's router without groups and without a shared expert; the first layer is dense.
 
-Commonly got wrong: the released `sliding_window_size: 128` counts *previous* tokens, the token itself comes on top; layer 0 is
-global although the pattern says every sixth.
+Commonly got wrong: the released `sliding_window_size: 128` counts *previous* tokens, the token itself comes on top;
+layer 0 is global although the pattern says every sixth.
 """
 
 from __future__ import annotations
@@ -32,13 +32,24 @@ from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_expert, per_layer, publish_rotary, read_rotary
+from llm_quest.models.page import (
+    Names,
+    Page,
+    Published,
+    Rows,
+    need,
+    only,
+    per_expert,
+    per_layer,
+    publish_rotary,
+    read_rotary,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """windows: per layer, how many tokens it sees, itself included; None: all. groups, local_groups: key/value heads of global
-    and windowed layers; dense: per layer, whether its feed-forward layer is dense, of width hidden."""
+    """windows: per layer, how many tokens it sees, itself included; None: all. groups, local_groups: key/value heads of
+    global and windowed layers; dense: per layer, whether its feed-forward layer is dense, of width hidden."""
 
     vocab: int
     width: int
@@ -121,7 +132,8 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
@@ -139,12 +151,12 @@ def names(config: Config) -> Names:
     if not config.tied:
         table["head.weight"] = "lm_head.weight"
     sinks = {"blocks.{i}.mixer.layer.sink": f"{layer}self_attn.attention_sink_bias"}
-    dense = {
+    dense: dict[str, Published] = {
         "blocks.{i}.ffn.layer.gate_up.weight": Rows(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
         "blocks.{i}.ffn.layer.down.weight": f"{layer}mlp.down_proj.weight",
     }
     gate_up = Rows(layer + "mlp.experts.{e}.gate_proj.weight", layer + "mlp.experts.{e}.up_proj.weight")
-    sparse = {
+    sparse: dict[str, Published] = {
         "blocks.{i}.ffn.layer.router.weight": f"{layer}mlp.gate.weight",
         "blocks.{i}.ffn.layer.router.bias": f"{layer}mlp.gate.e_score_correction_bias",
         "blocks.{i}.ffn.layer.experts.gate_up": per_expert(gate_up, config.experts),
@@ -162,7 +174,9 @@ def read(published: Mapping[str, Any]) -> Config:
     layers = need(published, "num_hidden_layers")
     windows, head_width = read_windows(published, layers), published.get("head_dim") or need(published, "swa_head_dim")
     rope = published.get("rope_parameters") or {}
-    fraction = published.get("partial_rotary_factor") or rope.get("full_attention", rope).get("partial_rotary_factor", 0.334)
+    fraction = published.get("partial_rotary_factor") or rope.get("full_attention", rope).get(
+        "partial_rotary_factor", 0.334
+    )
     width = int(head_width * fraction)
     full = {**published, "rope_parameters": rope["full_attention"]} if "full_attention" in rope else published
     local = {"rope_parameters": rope.get("sliding_attention"), "rope_theta": published.get("swa_rope_theta", 10_000.0)}
@@ -196,11 +210,13 @@ def read(published: Mapping[str, Any]) -> Config:
 
 
 def read_windows(published: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """hybrid_layer_pattern (1: windowed) with sliding_window_size, which leaves the token itself out; or layer_types with
-    sliding_window, which counts it."""
+    """hybrid_layer_pattern (1: windowed) with sliding_window_size, which leaves the token itself out; or layer_types
+    with sliding_window, which counts it."""
     previous = published.get("sliding_window_size")
     window = published.get("sliding_window") or (None if previous is None else previous + 1)
-    kinds = published.get("layer_types") or ["full_attention" if i == 0 or (i + 1) % 6 == 0 else "sliding" for i in range(layers)]
+    kinds = published.get("layer_types") or [
+        "full_attention" if i == 0 or (i + 1) % 6 == 0 else "sliding" for i in range(layers)
+    ]
     windowed = published.get("hybrid_layer_pattern") or [kind != "full_attention" for kind in kinds]
     return tuple(window or 129 if local else None for local in windowed)
 
@@ -311,7 +327,9 @@ PAGE = Page(
     publish=publish,
     ignore=(r"model\.mtp\..*",),
     presets=(
-        Preset("mimo-v2-flash", RELEASED, 308_778_780_864, "XiaomiMiMo/MiMo-V2-Flash", "without MTP", (151_645, 151_643)),
+        Preset(
+            "mimo-v2-flash", RELEASED, 308_778_780_864, "XiaomiMiMo/MiMo-V2-Flash", "without MTP", (151_645, 151_643)
+        ),
         Preset("mimo-tiny", TINY),
     ),
 )

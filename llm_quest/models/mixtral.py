@@ -4,8 +4,8 @@
 - The weights are the softmax over all experts, renormalised over the chosen two.
 - Heads untied from the embedding, base 1e6, no stretch of the positions.
 
-Commonly got wrong: the published w1 is the gate, w3 the up and w2 the down projection; the load-balancing loss pools all layers
-and counts all k choices, so at uniform routing it is k, not 1.
+Commonly got wrong: the published w1 is the gate, w3 the up and w2 the down projection; the load-balancing loss pools
+all layers and counts all k choices, so at uniform routing it is k, not 1.
 """
 
 from __future__ import annotations
@@ -27,12 +27,24 @@ from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Rows, need, only, per_expert, per_layer, publish_rotary, read_rotary
+from llm_quest.models.page import (
+    Names,
+    Page,
+    Published,
+    Rows,
+    need,
+    only,
+    per_expert,
+    per_layer,
+    publish_rotary,
+    read_rotary,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Mixtral's numbers. experts: feed-forward layers a layer has; top: how many a token visits; hidden: the width of each."""
+    """Mixtral's numbers. experts: feed-forward layers a layer has; top: how many a token visits; hidden: the width of
+    each."""
 
     vocab: int
     width: int
@@ -82,14 +94,15 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
     layer, moe = "model.layers.{i}.", "model.layers.{i}.block_sparse_moe."
-    table = {
+    table: dict[str, Published] = {
         "embed.token.weight": "model.embed_tokens.weight",
         "blocks.{i}.mixer.norm.weight": f"{layer}input_layernorm.weight",
         "blocks.{i}.mixer.layer.qkv.weight": Rows(*(f"{layer}self_attn.{part}_proj.weight" for part in "qkv")),

@@ -1,8 +1,8 @@
 """What a family's page consists of, and the vocabulary of its two-way tables.
 
 A table of names maps each of our parameters to what the published files hold: a plain name, several matrices stacked by
-rows (`Rows`), or one stored the other way round (`Transposed`). `{i}` stands for the layer's number. Reading and writing
-both follow the one table (hub/), so that export then import is the identity by construction.
+rows (`Rows`), or one stored the other way round (`Transposed`). `{i}` stands for the layer's number. Reading and
+writing both follow the one table (hub/), so that export then import is the identity by construction.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ Names = Mapping[str, Published]
 class Page:
     """A family, as the rest of the house sees it.
 
-    name: of the file. model_type, architecture: what `config.json` calls it. Config: the frozen dataclass of its numbers.
-    assemble(config) -> Decoder (call it under `torch.device("meta")` to spend no memory); initialize(model, generator) fills
-    it. names(config): our parameter names -> published ones. read(config.json's contents) -> Config, publish its inverse.
-    ignore: published tensors that are not weights, as regular expressions. also: further model_types read by this page (their
-    `publish` says which one a config is). copies(config): published names that hold another one's tensor again. settle(config,
-    names in the files): the config that fits what is there, where files may leave a part out. task: the hub's word for what it
-    does. optional_prefix: a piece of the names that some files leave out."""
+    name: of the file. model_type, architecture: what `config.json` calls it. Config: the frozen dataclass of its
+    numbers. assemble(config) -> Decoder (call it under `torch.device("meta")` to spend no memory); initialize(model,
+    generator) fills it. names(config): our parameter names -> published ones. read(config.json's contents) -> Config,
+    publish its inverse. ignore: published tensors that are not weights, as regular expressions. also: further
+    model_types read by this page (their `publish` says which one a config is). copies(config): published names that
+    hold another one's tensor again. settle(config, names in the files): the config that fits what is there, where files
+    may leave a part out. task: the hub's word for what it does. optional_prefix: a piece of the names that some files
+    leave out."""
 
     name: str
     model_type: str
@@ -151,7 +152,8 @@ def need(published: Mapping[str, Any], field: str) -> Any:
 
 
 def only(published: Mapping[str, Any], field: str, *allowed: Any) -> None:
-    """A field whose other values change the computation in a way this page does not have: refuse, rather than compute wrongly."""
+    """A field whose other values change the computation in a way this page does not have: refuse, rather than compute
+    wrongly."""
     if published.get(field, allowed[0]) not in allowed:
         choices = " or ".join(map(repr, allowed))
         raise DataError(f"config.json: {field} is {published[field]!r}; this page computes {choices} only")
@@ -195,7 +197,9 @@ def read_llama3(rope: Mapping[str, Any], original: int | None, context: int | No
 def trained_length(original: int | None) -> int:
     """What a stretch that depends on it is measured by."""
     if not original:
-        raise DataError("config.json has no 'original_max_position_embeddings' to stretch from, nor 'max_position_embeddings'")
+        raise DataError(
+            "config.json has no 'original_max_position_embeddings' to stretch from, nor 'max_position_embeddings'"
+        )
     return int(original)
 
 
@@ -231,6 +235,14 @@ def publish_scaling(scaling: Scaling | None) -> dict[str, Any] | None:
         case YaRN() as yarn:
             fields = {"factor": yarn.factor, "original_max_position_embeddings": yarn.original}
             fields |= {"beta_fast": yarn.fast, "beta_slow": yarn.slow, "truncate": yarn.truncate}
-            optional = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim, "attention_factor": yarn.explicit_factor}
-            return {"rope_type": "yarn", **fields, **{name: value for name, value in optional.items() if value is not None}}
+            optional = {
+                "mscale": yarn.mscale,
+                "mscale_all_dim": yarn.mscale_all_dim,
+                "attention_factor": yarn.explicit_factor,
+            }
+            return {
+                "rope_type": "yarn",
+                **fields,
+                **{name: value for name, value in optional.items() if value is not None},
+            }
     raise ValueError(f"no published spelling for {type(scaling).__name__}")

@@ -5,8 +5,8 @@
 - Base 1e6, no stretch; eps 1e-6.
 - The large models are sparse: 128 experts, 8 a token, weights renormalised; no shared expert.
 
-Commonly got wrong: q/k norm stands *before* the rotation and has no bias; `norm_topk_prob` is true in the released models
-although the class's default is false; `sliding_window` is to be ignored while `use_sliding_window` is false.
+Commonly got wrong: q/k norm stands *before* the rotation and has no bias; `norm_topk_prob` is true in the released
+models although the class's default is false; `sliding_window` is to be ignored while `use_sliding_window` is false.
 """
 
 from __future__ import annotations
@@ -30,7 +30,18 @@ from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_expert, per_layer, publish_rotary, read_rotary
+from llm_quest.models.page import (
+    Names,
+    Page,
+    Published,
+    Rows,
+    need,
+    only,
+    per_expert,
+    per_layer,
+    publish_rotary,
+    read_rotary,
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
@@ -127,7 +139,7 @@ def names(config: Config) -> Names:
     if config.attention_bias:
         table["blocks.{i}.mixer.layer.qkv.bias"] = Rows(*(f"{layer}self_attn.{part}_proj.bias" for part in "qkv"))
         table["blocks.{i}.mixer.layer.out.bias"] = f"{layer}self_attn.o_proj.bias"
-    dense = {
+    dense: dict[str, Published] = {
         "blocks.{i}.ffn.layer.gate_up.weight": Rows(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
         "blocks.{i}.ffn.layer.down.weight": f"{layer}mlp.down_proj.weight",
     }

@@ -5,8 +5,8 @@
 - Block and q/k norms scale by 1 + weight (the weight centred at zero); the norm inside the DeltaNet does not.
 - 512 experts of width 512, ten a token, and a shared one that each token opens by a gate (Qwen3.5: dense or sparse).
 
-Commonly got wrong: query and gate are interleaved per head, not halves of the projection; the rotation's exponents divide by the
-rotated width, not the head's; the DeltaNet's norm comes before its gate.
+Commonly got wrong: query and gate are interleaved per head, not halves of the projection; the rotation's exponents
+divide by the rotated width, not the head's; the DeltaNet's norm comes before its gate.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def assemble(config: Config) -> Decoder:
 
 
 def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its size."""
+    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
+    size."""
     fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
@@ -234,9 +235,7 @@ def read(published: Mapping[str, Any]) -> Config:
         head_width=head_width,
         hidden=published.get("intermediate_size") or 0,
         context=published.get("max_position_embeddings", 32_768),
-        attention=tuple(
-            kinds[i] == "full_attention" if kinds else (i + 1) % every == 0 for i in range(layers)
-        ),
+        attention=tuple(kinds[i] == "full_attention" if kinds else (i + 1) % every == 0 for i in range(layers)),
         delta=Delta(
             key_heads=need(published, "linear_num_key_heads"),
             value_heads=need(published, "linear_num_value_heads"),
@@ -319,12 +318,22 @@ def every_fourth(layers: int) -> tuple[bool, ...]:
 
 
 def sized35(
-    width: int, layers: int, heads: int, groups: int, hidden: int, value_heads: int, *, tied: bool, sparse: Sparse | None = None
+    width: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    hidden: int,
+    value_heads: int,
+    *,
+    tied: bool,
+    sparse: Sparse | None = None,
 ) -> Config:
     """Qwen3.5's sizes share vocabulary, context, head width, pattern and the DeltaNet's widths."""
     delta = Delta(16, value_heads, 128, 128, 4, woven=False)
     rotary = Rotary(64, 10_000_000.0)
-    return Config(248_320, width, heads, groups, 256, hidden, 262_144, every_fourth(layers), delta, rotary, tied, sparse)
+    return Config(
+        248_320, width, heads, groups, 256, hidden, 262_144, every_fourth(layers), delta, rotary, tied, sparse
+    )
 
 
 NEXT = Config(
@@ -341,7 +350,15 @@ NEXT = Config(
     tied=False,
     sparse=Sparse(512, 10, 512, 512),
 )
-TINY = {"vocab": 97, "width": 48, "heads": 4, "groups": 2, "head_width": 32, "hidden": 96, "context": 256}
+TINY: dict[str, Any] = {
+    "vocab": 97,
+    "width": 48,
+    "heads": 4,
+    "groups": 2,
+    "head_width": 32,
+    "hidden": 96,
+    "context": 256,
+}
 END = (248_046, 248_044)
 
 PAGE = Page(
@@ -357,12 +374,39 @@ PAGE = Page(
     also=("qwen3_5_text", "qwen3_5_moe_text"),
     ignore=(r"mtp\..*",),
     presets=(
-        Preset("qwen3-next-80b-a3b", NEXT, 79_674_391_296, "Qwen/Qwen3-Next-80B-A3B-Instruct", "without MTP", (151_645, 151_643)),
-        Preset("qwen3.5-0.8b", sized35(1024, 24, 8, 2, 3584, 16, tied=True), 752_393_024, "Qwen/Qwen3.5-0.8B", "text", END),
-        Preset("qwen3.5-2b", sized35(2048, 24, 8, 2, 6144, 16, tied=True), 1_881_825_088, "Qwen/Qwen3.5-2B", "text", END),
-        Preset("qwen3.5-4b", sized35(2560, 32, 16, 4, 9216, 32, tied=True), 4_205_751_296, "Qwen/Qwen3.5-4B", "text", END),
-        Preset("qwen3.5-9b", sized35(4096, 32, 16, 4, 12_288, 32, tied=False), 8_953_803_264, "Qwen/Qwen3.5-9B", "text", END),
-        Preset("qwen3.5-27b", sized35(5120, 64, 24, 4, 17_408, 48, tied=False), 26_895_998_464, "Qwen/Qwen3.5-27B", "text", END),
+        Preset(
+            "qwen3-next-80b-a3b",
+            NEXT,
+            79_674_391_296,
+            "Qwen/Qwen3-Next-80B-A3B-Instruct",
+            "without MTP",
+            (151_645, 151_643),
+        ),
+        Preset(
+            "qwen3.5-0.8b", sized35(1024, 24, 8, 2, 3584, 16, tied=True), 752_393_024, "Qwen/Qwen3.5-0.8B", "text", END
+        ),
+        Preset(
+            "qwen3.5-2b", sized35(2048, 24, 8, 2, 6144, 16, tied=True), 1_881_825_088, "Qwen/Qwen3.5-2B", "text", END
+        ),
+        Preset(
+            "qwen3.5-4b", sized35(2560, 32, 16, 4, 9216, 32, tied=True), 4_205_751_296, "Qwen/Qwen3.5-4B", "text", END
+        ),
+        Preset(
+            "qwen3.5-9b",
+            sized35(4096, 32, 16, 4, 12_288, 32, tied=False),
+            8_953_803_264,
+            "Qwen/Qwen3.5-9B",
+            "text",
+            END,
+        ),
+        Preset(
+            "qwen3.5-27b",
+            sized35(5120, 64, 24, 4, 17_408, 48, tied=False),
+            26_895_998_464,
+            "Qwen/Qwen3.5-27B",
+            "text",
+            END,
+        ),
         Preset(
             "qwen3.5-35b-a3b",
             sized35(2048, 40, 16, 2, 0, 32, tied=False, sparse=Sparse(256, 8, 512, 512)),

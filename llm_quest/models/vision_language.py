@@ -1,54 +1,50 @@
-"""LLaVA (Liu et al. 2023, 2024, "Visual Instruction Tuning", arXiv:2304.08485, 2310.03744): a language model that is shown images.
+"""LLaVA (Liu et al. 2023, 2024, "Visual Instruction Tuning", arXiv:2304.08485, 2310.03744): a language model that is
+shown images.
 
-- An image encoder reads the image; its patches (not the class token) are taken before the last block or two, unnormalised.
+- An image encoder reads the image; its patches (not the class token) are taken before the last block or two,
+  unnormalised.
 - An adapter, one matrix or two with a GELU between, turns each patch into a vector of the language model's width.
-- Early fusion: in the text, one placeholder token stands for every patch. Their embeddings are replaced by those vectors, in
-  reading order; from there on image and text are one sequence, with one row of positions, and the decoder is any decoder.
+- Early fusion: in the text, one placeholder token stands for every patch. Their embeddings are replaced by those
+  vectors, in reading order; from there on image and text are one sequence, with one row of positions, and the decoder
+  is any decoder.
 - The cache knows nothing of images: they are read once, with the prompt.
 
       tokens   <s>  <image> <image> <image> <image>  What  colour  ?          4 patches
       vectors   e      v1      v2      v3      v4      e      e    e          positions 0 1 2 3 4 5 6 7
 
-Commonly got wrong: a position embedding for the text and none for the image, or positions in training that generation does not
-repeat (here both come from the same scope); the features of the last block, or normalised ones, where the published model
-reads the last but one; more placeholders than patches, silently.
+Commonly got wrong: a position embedding for the text and none for the image, or positions in training that generation
+does not repeat (here both come from the same scope); the features of the last block, or normalised ones, where the
+published model reads the last but one; more placeholders than patches, silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from llm_quest.contracts import Card, Preset
 from llm_quest.contracts import names as listed
 from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.adapter import LinearAdapter, MLPAdapter
-from llm_quest.layers.cache import Cache
 from llm_quest.layers.initialize import fill_
-from llm_quest.layers.projections import row_splits
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models import clip, gpt2, llama, qwen3, vit
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation import GenerationDefaults
-from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.fusion import VisionLanguage
 from llm_quest.models.page import Names, Page, need, only, renamed
-from llm_quest.scope import Scope
 
-PARTS = ("tower", "adapter", "decoder")
 TOWERS: tuple[Page, ...] = (clip.PAGE, vit.PAGE)
 DECODERS: tuple[Page, ...] = (llama.PAGE, qwen3.PAGE, gpt2.PAGE)
 
 
 @dataclass(frozen=True)
 class Config:
-    """vision: of the image encoder (clip or vit); text: of the decoder. image_token: the placeholder's id. depth: after how many
-    of the encoder's blocks the patches are taken. mlp: two matrices in the adapter rather than one. bias: the adapter's.
-    keep_class: is the class token shown too?"""
+    """vision: of the image encoder (clip or vit); text: of the decoder. image_token: the placeholder's id. depth: after
+    how many of the encoder's blocks the patches are taken. mlp: two matrices in the adapter rather than one. bias: the
+    adapter's. keep_class: is the class token shown too?"""
 
     vision: Any
     text: Any
@@ -61,7 +57,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 < self.depth <= self.vision.layers:
             raise ValueError(
-                f"depth is {self.depth}, but the image encoder has {self.vision.layers} blocks: choose 1 to {self.vision.layers}"
+                f"depth is {self.depth}, but the image encoder has {self.vision.layers} blocks: "
+                f"choose 1 to {self.vision.layers}"
             )
         if not 0 <= self.image_token < self.text.vocab:
             raise ValueError(
@@ -89,130 +86,6 @@ class Config:
         return self.vision.patches + self.keep_class
 
 
-class VisionLanguage(nn.Module):
-    """`model(tokens (B,T), scope=None, vision=None) -> logits (B,T,V)`: a decoder that may be given what an image encoder saw.
-
-    vision: `model.see(images)`, one vector for each placeholder of this pass, in reading order over the batch. Without images it is
-    a decoder as any other. What the patches do not read (the encoder's last blocks and norm) is never trained."""
-
-    def __init__(self, card: Card, *, tower: ImageEncoder, adapter: nn.Module, decoder: Decoder):
-        super().__init__()
-        self.card = card
-        self.tower = tower
-        self.adapter = adapter
-        self.decoder = decoder
-        self.generation: GenerationDefaults | None = None
-        for unread in (*tower.blocks[card.config.depth :], tower.norm):
-            unread.requires_grad_(False)
-
-    @property
-    def config(self) -> Any:
-        """The numbers this model was assembled from."""
-        return self.card.config
-
-    @property
-    def head(self) -> nn.Module:
-        """The decoder's."""
-        return self.decoder.head
-
-    def see(self, images: Float[Tensor, "M C H W"]) -> Float[Tensor, "M N D"]:
-        """Each image as the decoder's vectors."""
-        seen = self.tower.stream(images, self.config.depth)
-        return self.adapter(seen if self.config.keep_class else seen[:, 1:])
-
-    def forward(
-        self, tokens: Int[Tensor, "B T"], scope: Scope | None = None, vision: Tensor | None = None
-    ) -> Float[Tensor, "B T V"]:
-        return self.head(self.hidden(tokens, scope, vision))
-
-    def hidden(
-        self, tokens: Int[Tensor, "B T"], scope: Scope | None = None, vision: Tensor | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """What the head reads. vision (M,N,D) or (K,D). ValueError where placeholders and vectors are not as many."""
-        scope = Scope.plain(tokens) if scope is None else scope
-        if vision is None:
-            return self.decoder.hidden(tokens, scope)
-        vectors = vision.reshape(-1, vision.shape[-1])
-        where = (tokens == self.config.image_token) & (scope.positions >= 0)
-        if not torch.compiler.is_compiling() and int(where.sum()) != vectors.shape[0]:
-            raise UsageError(
-                f"tokens hold {int(where.sum())} placeholders (image_token {self.config.image_token}), but the images give "
-                f"{vectors.shape[0]} vectors: write {self.config.image_tokens} placeholders for every image"
-            )
-        return self.decoder.hidden(tokens, scope.giving(where, vectors))
-
-    def looking(self, images: Sequence[Tensor]) -> Looking:
-        """This model with the images (M,C,H,W) of every prompt in view, for `generate`: row b's prompt has a run of placeholders for each
-        of images[b]."""
-        return Looking(self, images)
-
-    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> Cache:
-        """The decoder's: an empty cache for `batch` rows and positions below `capacity`, images included."""
-        return self.decoder.new_cache(batch, capacity, slack)
-
-    def row_splits(self) -> dict[str, tuple[int, ...]]:
-        """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
-        return row_splits(self)
-
-    def train_only(self, parts: Iterable[str]) -> VisionLanguage:
-        """Freeze the other parts (of tower, adapter, decoder): first the adapter alone, then all but the tower, say."""
-        parts = tuple(parts)
-        if unknown := [part for part in parts if part not in PARTS]:
-            raise UsageError(f"no part is called {unknown[0]!r}; parts: {', '.join(PARTS)}")
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(parts) and self.is_read(name))
-        return self
-
-    def is_read(self, name: str) -> bool:
-        """Does this parameter have a share in the logits?"""
-        words = name.split(".")
-        beyond = words[:2] == ["tower", "blocks"] and int(words[2]) >= self.config.depth
-        return not beyond and words[:2] != ["tower", "norm"]
-
-
-class Looking(nn.Module):
-    """A VisionLanguage as a plain decoder whose prompts have images: what `generate` drives.
-
-    The pass that reads the prompts (more than one token) is given their images; the passes after it read text alone."""
-
-    def __init__(self, model: VisionLanguage, images: Sequence[Tensor]):
-        super().__init__()
-        self.model = model
-        self.images = list(images)
-        self.train(model.training)
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def generation(self) -> GenerationDefaults | None:
-        return self.model.generation
-
-    @property
-    def head(self) -> nn.Module:
-        return self.model.head
-
-    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> Cache:
-        return self.model.new_cache(batch, capacity, slack)
-
-    def forward(self, tokens: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T V"]:
-        return self.head(self.hidden(tokens, scope))
-
-    def hidden(self, tokens: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
-        if tokens.shape[1] == 1:
-            return self.model.hidden(tokens, scope)
-        if tokens.shape[0] != len(self.images):
-            raise UsageError(
-                f"this pass reads {tokens.shape[0]} prompts, and images were given for {len(self.images)}: one list of images for "
-                "each prompt (a window that slides would leave them behind: make the context long enough)"
-            )
-        there = [images for images in self.images if len(images)]
-        if not there:
-            return self.model.hidden(tokens, scope)
-        return self.model.hidden(tokens, scope, self.model.see(torch.cat(there).to(tokens.device)))
-
-
 def assemble(config: Config) -> VisionLanguage:
     """The model, without first values."""
     tower = page_of(TOWERS, config.vision).assemble(config.vision)
@@ -233,7 +106,8 @@ def page_of(pages: Sequence[Page], config: Any) -> Page:
 
 
 def initialize(model: VisionLanguage, generator: torch.Generator | None = None) -> None:
-    """Each part as its own page does; the adapter N(0, 1/width), so that an image's vectors are of the size of its patches."""
+    """Each part as its own page does; the adapter N(0, 1/width), so that an image's vectors are of the size of its
+    patches."""
     page_of(TOWERS, model.config.vision).initialize(model.tower, generator)  # type: ignore[arg-type]
     fill_(
         model.adapter, std=model.config.vision.width**-0.5, out_std=model.config.text.width**-0.5, generator=generator
@@ -301,7 +175,8 @@ def tied(published: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def publish(config: Config) -> dict[str, Any]:
-    """The contents of config.json. One matrix as adapter has no published form; it is written under a model_type of ours."""
+    """The contents of config.json. One matrix as adapter has no published form; it is written under a model_type of
+    ours."""
     vision, text = page_of(TOWERS, config.vision), page_of(DECODERS, config.text)
     kind = {} if config.mlp else {"model_type": LINEAR, "architectures": ["VisionLanguage"]}
     text_config = text.publish(config.text)
@@ -319,8 +194,21 @@ def publish(config: Config) -> dict[str, Any]:
 
 
 LINEAR = "llm_quest_llava_linear"
-VISION_DEFAULTS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}  # fmt: skip
-TEXT_DEFAULTS = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
+VISION_DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TEXT_DEFAULTS = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
 
 VICUNA = llama.Config(32064, 4096, 32, 32, 32, 128, 11008, 4096, Rotary(128, 10_000.0), tied=False)
 TINY_EYES = clip.Config(16, 4, 3, 48, 3, 4, 96)

@@ -1,4 +1,5 @@
-"""Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929). What is new after GPT-2:
+"""Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929). What is new after
+GPT-2:
 
 - A word is a square of the image: its pixels through one matrix, with a learned position.
 - A class token stands before the patches; what the last block makes of it is classified.
@@ -34,8 +35,8 @@ from llm_quest.models.page import Names, Page, Rows, Shaped, need, only, per_lay
 
 @dataclass(frozen=True)
 class Config:
-    """ViT's numbers. image, patch: sides in pixels; labels: names of the classes, where they have names; dropout: on attention
-    weights, branches and embedding, in training."""
+    """ViT's numbers. image, patch: sides in pixels; labels: names of the classes, where they have names; dropout: on
+    attention weights, branches and embedding, in training."""
 
     image: int
     patch: int
@@ -100,8 +101,8 @@ def initialize(model: ImageEncoder, generator: torch.Generator | None = None) ->
 
 
 def resized(model: ImageEncoder, image: int) -> ImageEncoder:
-    """The same model for images of another side: its positions are stretched over the new grid, all else is shared (section 3.2:
-    fine-tuning at a higher resolution)."""
+    """The same model for images of another side: its positions are stretched over the new grid, all else is shared
+    (section 3.2: fine-tuning at a higher resolution)."""
     config = replace(model.config, image=image)
     with torch.device("meta"):
         other = assemble(config)

@@ -1,1 +1,2 @@
-"""Third floor: a batch in, a loss out. Every objective is a module that holds the model and returns `contracts.Loss`."""
+"""Third floor: a batch in, a loss out. Every objective is a module that holds the model and returns
+`contracts.Loss`."""

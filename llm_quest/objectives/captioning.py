@@ -1,5 +1,5 @@
-"""Captions and answers: sum over learned tokens of -log p(token t+1 | image, tokens <= t). The question, the placeholders and the
-filling are read and not learned, and no logits are made for them."""
+"""Captions and answers: sum over learned tokens of -log p(token t+1 | image, tokens <= t). The question, the
+placeholders and the filling are read and not learned, and no logits are made for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Captioning(nn.Module):
-    """`Captioning(model)(batch) -> Loss`: total in nats, count = learned tokens. model: a VisionLanguage. metrics: none."""
+    """`Captioning(model)(batch) -> Loss`: total in nats, count = learned tokens. model: a VisionLanguage. metrics:
+    none."""
 
     def __init__(self, model: nn.Module, *, form: str = "auto"):
         super().__init__()

@@ -1,13 +1,13 @@
 """Cross-entropy of a linear head, in three forms: `full` (the definition), `chunked` (ours) and `fused` (PyTorch's).
 
-The definition holds B x T x V logits in float32, their softmax and their gradient: at V = 128,256 they outweigh the model.
-But the gradient of -log softmax(z)[t] is softmax(z) - onehot(t), known as soon as the logits are. So the chunked form
-takes a few rows at a time, adds their part of both gradients during the forward pass, and forgets their logits:
+The definition holds B x T x V logits in float32, their softmax and their gradient: at V = 128,256 they outweigh the
+model. But the gradient of -log softmax(z)[t] is softmax(z) - onehot(t), known as soon as the logits are. So the chunked
+form takes a few rows at a time, adds their part of both gradients during the forward pass, and forgets their logits:
 
       z = x W^T          g = softmax(z) - onehot(t)          dx = g W          dW += g^T x
 
-three matrix products, as many as the plain form, and never more than `rows` x V numbers. Capped logits c tanh(z/c) multiply g
-by the slope 1 - tanh(z/c)^2.
+three matrix products, as many as the plain form, and never more than `rows` x V numbers. Capped logits c tanh(z/c)
+multiply g by the slope 1 - tanh(z/c)^2.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def cross_entropy(
     form: str = "auto",
     cap: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS. cap: the
-    logits are cap * tanh(logits / cap)."""
+    """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS.
+    cap: the logits are cap * tanh(logits / cap)."""
     return FORMS[choose(x, weight, cap) if form == "auto" else form](x, weight, targets, cap)
 
 
 def choose(x: Tensor, weight: Tensor, cap: float | None = None) -> str:
-    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which knows no cap; else
-    ours, because on a CPU the built-in one takes ten times as long (docs/benchmarks.md)."""
+    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which knows no cap;
+    else ours, because on a CPU the built-in one takes ten times as long (docs/benchmarks.md)."""
     if x.shape[0] * weight.shape[0] * 4 <= LARGE:
         return "full"
     return "fused" if x.is_cuda and cap is None and "linear_cross_entropy" in vars(F) else "chunked"
@@ -64,7 +64,6 @@ def fused(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) 
     return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, reduction="sum", options=options)
 
 
-@torch.compiler.disable
 def chunked(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Ours. Differs from the definition in rounding only."""
     return Chunked.apply(x, weight, targets, cap)  # type: ignore[no-any-return, no-untyped-call]

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 class NextToken(nn.Module):
     """`NextToken(model)(batch) -> Loss`: total in nats, count = learned tokens.
 
-    form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and device. router: names
-    in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens. lookahead: lambda of
-    the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k of module k's loss, all over
-    the main loss's count, as the paper divides.
+    form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and device.
+    router: names in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens.
+    lookahead: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k
+    of module k's loss, all over the main loss's count, as the paper divides.
 
     Splitting a batch adds exactly, but for the router's terms: they are products of averages over the micro-batch."""
 

@@ -17,18 +17,19 @@ Term = Callable[[Sequence[Routing]], Tensor]
 
 
 def load_balancing(routings: Sequence[Routing]) -> Float[Tensor, ""]:
-    """E sum_e f_e P_e, with f the share of tokens that chose e and P its mean score, both pooled over all layers: transformers'
-    form of the Switch loss (arXiv:2101.03961, eq. 4). At uniform routing it is k, not 1. The gradient flows through P."""
+    """E sum_e f_e P_e, with f the share of tokens that chose e and P its mean score, both pooled over all layers:
+    transformers' form of the Switch loss (arXiv:2101.03961, eq. 4). At uniform routing it is k, not 1. The gradient
+    flows through P."""
     tokens = sum(routing.real.sum() for routing in routings)
     f = sum(routing.load() for routing in routings) / tokens
     P = sum((routing.scores * routing.real[:, None]).sum(dim=0) for routing in routings) / tokens
-    return (f * P).sum() * routings[0].scores.shape[1]
+    return torch.as_tensor(f * P).sum() * routings[0].scores.shape[1]
 
 
 def sequence_balancing(routings: Sequence[Routing]) -> Float[Tensor, ""]:
-    """DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17-20), mean over sequences, summed over layers: within each
-    sequence sum_e f_e P_e, f_e = E/(K T) times the tokens that chose e, P_e the mean of the scores normalised per token. It is
-    1 at perfect balance."""
+    """DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17-20), mean over sequences, summed over layers: within
+    each sequence sum_e f_e P_e, f_e = E/(K T) times the tokens that chose e, P_e the mean of the scores normalised per
+    token. It is 1 at perfect balance."""
     return torch.stack([sequence_term(routing) for routing in routings]).sum()
 
 
@@ -44,7 +45,8 @@ def sequence_term(routing: Routing) -> Float[Tensor, ""]:
 
 
 def z_loss(routings: Sequence[Routing]) -> Float[Tensor, ""]:
-    """Mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5): keeps the router's logits small."""
+    """Mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5): keeps the router's logits
+    small."""
     each = [(r.logits.logsumexp(dim=-1).square() * r.real).sum() / r.real.sum().clamp(min=1) for r in routings]
     return torch.stack(each).mean()
 

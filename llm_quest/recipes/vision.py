@@ -52,7 +52,8 @@ class Outcome:
     def lines(self) -> list[str]:
         """For the screen."""
         told = [
-            f"{self.status} at step {self.step} of {self.steps}, {self.parameters:,} parameters, {self.seconds:.0f} s: {self.run}"
+            f"{self.status} at step {self.step} of {self.steps}, {self.parameters:,} parameters, "
+            f"{self.seconds:.0f} s: {self.run}"
         ]
         if self.scores:
             told.append("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items()))
@@ -63,7 +64,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What a recipe has assembled. identity: name -> hash of what a run may not change; by_adamw: what Muon leaves to AdamW."""
+    """What a recipe has assembled. identity: name -> hash of what a run may not change; by_adamw: what Muon leaves to
+    AdamW."""
 
     objective: nn.Module
     feed: Feed

@@ -86,7 +86,8 @@ Numbers = tuple[float, ...]
 
 
 class Images(Strict):
-    """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per channel."""
+    """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per
+    channel."""
 
     source: Literal["digits", "folder", "cifar10"] = Field("digits", description="digits come with scikit-learn")
     folder: str | None = Field(
@@ -106,7 +107,8 @@ class Images(Strict):
 
 
 class Eyes(Strict):
-    """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made anew."""
+    """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made
+    anew."""
 
     patch: Count = Field(2, description="pixels of a patch's side")
     width: Count = 64

@@ -1,4 +1,5 @@
-"""`quest train vit`: images -> a Vision Transformer -> classes. Held-out accuracy is measured at the end, and nothing is chosen by it."""
+"""`quest train vit`: images -> a Vision Transformer -> classes. Held-out accuracy is measured at the end, and nothing
+is chosen by it."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def read_images(part: Images, preprocess: Preprocess) -> Sides:
     native = {"digits": (8, 1), "cifar10": (32, 3)}.get(part.source, (part.size, channels))
     if native != (part.size, channels):
         raise UsageError(
-            f"{part.source} are {native[0]} pixels with {native[1]} channels: set images.size={native[0]} and {native[1]} numbers in images.mean and images.std"
+            f"{part.source} are {native[0]} pixels with {native[1]} channels: set images.size={native[0]} "
+            f"and {native[1]} numbers in images.mean and images.std"
         )
     if part.source == "digits":
         return split(digits(), part.held_out)
@@ -93,18 +95,21 @@ def first_model(config: Vit, images: Labelled) -> ImageEncoder:
         numbers = vit.Config(image=size, channels=channels, classes=len(images.names), labels=labels, **sizes)
     if size % numbers.patch or numbers.width % numbers.heads:
         raise UsageError(
-            f"patch {numbers.patch} must divide images of {size} pixels, and heads {numbers.heads} must divide width {numbers.width}"
+            f"patch {numbers.patch} must divide images of {size} pixels, and heads {numbers.heads} must divide "
+            f"width {numbers.width}"
         )
     return build(numbers, seed=seed)  # type: ignore[return-value]
 
 
 def fitted(model: ImageEncoder, images: Labelled, labels: tuple[str, ...], seed: int) -> ImageEncoder:
-    """A trained model for these images: positions stretched to their size, and a head of their classes with new values."""
+    """A trained model for these images: positions stretched to their size, and a head of their classes with new
+    values."""
     if not isinstance(model, ImageEncoder) or not isinstance(model.config, vit.Config):
         raise UsageError("model.load must name a ViT")
     if images.pixels.shape[1] != model.config.channels:
         raise UsageError(
-            f"the images have {images.pixels.shape[1]} channels, the model reads {model.config.channels}: set as many numbers in images.mean"
+            f"the images have {images.pixels.shape[1]} channels, the model reads {model.config.channels}: "
+            "set as many numbers in images.mean"
         )
     model = vit.resized(model, images.pixels.shape[2])
     if len(images.names) != model.config.classes:

@@ -1,7 +1,7 @@
 """`quest train vlm`: images with words -> an image encoder, an adapter and a Llama -> captions and answers.
 
-Held-out sights (of scenes: combinations never trained on) are asked about one question at a time; an answer counts if it is right
-word for word."""
+Held-out sights (of scenes: combinations never trained on) are asked about one question at a time; an answer counts if
+it is right word for word."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from llm_quest.hub.files import load, load_preprocess, load_tokenizer
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models import clip, llama
 from llm_quest.models.build import build
+from llm_quest.models.fusion import VisionLanguage
 from llm_quest.models.generation import GenerationDefaults
-from llm_quest.models.vision_language import Config, VisionLanguage
+from llm_quest.models.vision_language import Config
 from llm_quest.objectives.captioning import Captioning
 from llm_quest.recipes import seeds
 from llm_quest.recipes.vision import Job, Outcome, Say, carried_out, prepared
@@ -71,7 +72,8 @@ def assembled(config: Vlm, parallel: Parallel, say: Say) -> tuple[Job, Tokenizer
     model.generation = GenerationDefaults(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id)
     numbers = model.config
     say(
-        f"an image is {numbers.image_tokens} of the {config.batch.length} tokens of a row; {', '.join(config.trained)} trained"
+        f"an image is {numbers.image_tokens} of the {config.batch.length} tokens of a row; "
+        f"{', '.join(config.trained)} trained"
     )
     writer = Writer(tokenizer, numbers.image_token, numbers.image_tokens, config.batch.length)
     feed = SightFeed(
@@ -114,7 +116,8 @@ def read_sights(config: Vlm, preprocess: Preprocess) -> Sights:
 
 
 def words(config: Vlm, sights: Sights) -> Tokenizer:
-    """The loaded model's tokenizer, or one trained on the training text, with a placeholder among its control tokens."""
+    """The loaded model's tokenizer, or one trained on the training text, with a placeholder among its control
+    tokens."""
     where = config.load or config.decoder.load
     if where is None:
         return train_bpe(sights.texts(), config.decoder.vocab, (*SPECIAL_TOKENS, PLACEHOLDER))
@@ -122,9 +125,12 @@ def words(config: Vlm, sights: Sights) -> Tokenizer:
     if PLACEHOLDER not in tokenizer.special_tokens:
         tokenizer.engine.add_special_tokens([PLACEHOLDER])
         tokenizer = Tokenizer(
-            tokenizer.engine, ends=tokenizer.names["eos_token"] or (), begin=tokenizer.names["bos_token"], pad=tokenizer.names["pad_token"],
+            tokenizer.engine,
+            ends=tokenizer.names["eos_token"] or (),
+            begin=tokenizer.names["bos_token"],  # type: ignore[arg-type]
+            pad=tokenizer.names["pad_token"],  # type: ignore[arg-type]
             chat_template=tokenizer.chat_template,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )
     return tokenizer
 
 
@@ -157,7 +163,8 @@ def new_tower(config: Vlm, preprocess: Preprocess) -> clip.Config:
     part, size = config.tower, preprocess.size
     if size % part.patch or part.width % part.heads:
         raise UsageError(
-            f"tower.patch {part.patch} must divide images of {size} pixels, and tower.heads {part.heads} its width {part.width}"
+            f"tower.patch {part.patch} must divide images of {size} pixels, and tower.heads {part.heads} "
+            f"its width {part.width}"
         )
     return clip.Config(size, part.patch, len(preprocess.mean), part.width, part.layers, part.heads, part.hidden)
 
@@ -184,7 +191,8 @@ def new_decoder(config: Vlm, tokenizer: Tokenizer) -> llama.Config:
 
 @torch.no_grad()
 def put(part: nn.Module, trained: nn.Module) -> None:
-    """A trained model's numbers into a part; a vocabulary that has grown keeps its new rows, a classifier's head stays behind."""
+    """A trained model's numbers into a part; a vocabulary that has grown keeps its new rows, a classifier's head stays
+    behind."""
     theirs = dict(trained.named_parameters())
     for name, parameter in part.named_parameters():
         rows = theirs[name].shape[0] if parameter.dim() else 1

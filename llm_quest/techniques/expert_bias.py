@@ -1,9 +1,9 @@
-"""Auxiliary-loss-free load balancing (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3 eq. 16): after every step, each expert's
-bias rises by `rate` if it received fewer tokens than the mean and falls by it if more. The bias chooses experts and weighs
-nothing, so balance costs the loss no gradient.
+"""Auxiliary-loss-free load balancing (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3 eq. 16): after every step, each
+expert's bias rises by `rate` if it received fewer tokens than the mean and falls by it if more. The bias chooses
+experts and weighs nothing, so balance costs the loss no gradient.
 
-Commonly got wrong: it happens once per optimiser step, over the whole step's tokens on all ranks; never in evaluation, never
-during a forward pass, which activation checkpointing repeats; the bias stays float32.
+Commonly got wrong: it happens once per optimiser step, over the whole step's tokens on all ranks; never in evaluation,
+never during a forward pass, which activation checkpointing repeats; the bias stays float32.
 """
 
 from __future__ import annotations

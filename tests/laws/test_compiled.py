@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.laws.subjects import EVERYBODY, TINY
+from tests.laws.subjects import EVERYBODY
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,5 +26,10 @@ def test_every_model_is_one_graph_and_64_decode_steps_recompile_nothing():
     assert holding("eager", *EVERYBODY) == list(EVERYBODY)
 
 
-def test_the_code_generated_for_every_pages_decode_step_gives_the_eager_logits():
-    assert holding("inductor", *TINY) == list(TINY)
+GENERATED = ("gpt2-tiny", "llama3.2-tiny", "gemma3-tiny")
+
+
+def test_the_code_generated_for_a_decode_step_gives_the_eager_logits():
+    """Code generation takes tens of seconds a model, so one model of each kind stands for all: learned positions,
+    rotary positions, rings beside full slots. `python -m tests.laws.compiled inductor NAME` judges any other."""
+    assert holding("inductor", *GENERATED) == list(GENERATED)

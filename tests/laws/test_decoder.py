@@ -239,7 +239,8 @@ DTYPES = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 0.01, torch.b
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
-    """Of the median token: a router's choice is discrete, so in low precision a token near a tie may visit another expert."""
+    """Of the median token: a router's choice is discrete, so in low precision a token near a tie may visit another
+    expert."""
     return ((ours.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 

@@ -100,11 +100,15 @@ def test_query_heads_share_the_key_of_their_group_in_order():
         assert attend(*longer, Plain.ALL, scale=1.0)[0, 1].flatten().tolist() == [10, 10, 20, 20]
 
 
-def test_explicit_softmax_is_worked_out_in_float32_for_half_types():
-    """600 equal scores: a bfloat16 sum of 600 ones would stop at 256."""
-    q, k, v = torch.zeros(1, 1, 1, 2), torch.zeros(1, 600, 1, 2), torch.ones(1, 600, 1, 1)
-    out = explicit_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), Plain.ALL, scale=1.0)
-    assert out.item() == pytest.approx(1.0, abs=0.01)
+def test_explicit_softmax_is_worked_out_in_float32_for_half_types(generator: torch.Generator):
+    """With one-hot values the output is the weights: each rounded once, from a float32 softmax of the scores."""
+    q, k = (torch.randn(1, 40, 1, 8, generator=generator).bfloat16() for _ in range(2))
+    one_hot = torch.eye(40, dtype=torch.bfloat16)[None, :, None]
+    scores = torch.einsum("bthd,bshd->bhts", q, k)
+    expected = scores.float().softmax(-1).bfloat16()[0, 0]
+    assert torch.equal(explicit_attention(q, k, one_hot, Plain.ALL, scale=1.0)[0, :, 0], expected)
+    powers = scores.exp()
+    assert not torch.equal((powers / powers.sum(-1, keepdim=True))[0, 0], expected), "bfloat16 throughout must differ"
 
 
 def mixer(heads: int, groups: int, **options: object) -> GroupedQueryAttention:

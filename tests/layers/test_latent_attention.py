@@ -1,4 +1,5 @@
-"""Multi-head latent attention: absorbed is expanded; the cache holds latent and rotary key only; rescaling scales the logits."""
+"""Multi-head latent attention: absorbed is expanded; the cache holds latent and rotary key only; rescaling scales the
+logits."""
 
 import pytest
 import torch

@@ -54,7 +54,8 @@ def test_the_class_tokens_position_is_not_stretched(generator: torch.Generator):
 
 
 def test_positions_are_stretched_over_the_whole_image_and_not_cut_off_at_its_first_rows():
-    """Each old position holds its row's number: the first and last row of any new grid lie near the first and last old row."""
+    """Each old position holds its row's number: the first and last row of any new grid lie near the first and last old
+    row."""
     rows = torch.arange(6.0).repeat_interleave(6)[:, None]
     positions = torch.cat((torch.zeros(1, 1), rows))
     smaller = resized_positions(positions, 3)[1:].view(3, 3)

@@ -1,4 +1,5 @@
-"""Every family beyond GPT-2 and Llama against transformers: the folder it saves, loaded by us, all tensors randomised."""
+"""Every family beyond GPT-2 and Llama against transformers: the folder it saves, loaded by us, all tensors
+randomised."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ LENGTH = 80  # over one chunk of the DeltaNet, sixteen windows of five
 
 
 def tolerance(name: str) -> float:
-    """Issue 3's: 2e-5 for attention models, 5e-5 for DeepSeek, 2e-4 for DeltaNet hybrids (fp32 recurrences of two algorithms)."""
+    """Issue 3's: 2e-5 for attention models, 5e-5 for DeepSeek, 2e-4 for DeltaNet hybrids (fp32 recurrences of two
+    algorithms)."""
     return 2e-4 if name.startswith(("qwen3_next", "qwen3_5")) else 5e-5 if name.startswith("deepseek") else 2e-5
 
 
@@ -150,7 +152,11 @@ def published_names(prefix: str, name: str, tensor: torch.Tensor) -> dict[str, t
     """transformers' in-memory name of a module's tensor -> the released ones (stacked experts taken apart)."""
     name = name.removeprefix("mtp_block.")
     if name.endswith("experts.gate_up_proj"):
-        halves = [(e, part, half) for e, both in enumerate(tensor) for part, half in zip(("gate", "up"), both.chunk(2), strict=True)]
+        halves = [
+            (e, part, half)
+            for e, both in enumerate(tensor)
+            for part, half in zip(("gate", "up"), both.chunk(2), strict=True)
+        ]
         return {f"{prefix}mlp.experts.{e}.{part}_proj.weight": half.clone() for e, part, half in halves}
     if name.endswith("experts.down_proj"):
         return {f"{prefix}mlp.experts.{e}.down_proj.weight": one.clone() for e, one in enumerate(tensor)}

@@ -16,7 +16,7 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.models import vision_language as page
 from llm_quest.models import vit
 from llm_quest.models.build import build, count_parameters, preset, skeleton
-from llm_quest.models.vision_language import VisionLanguage
+from llm_quest.models.fusion import PARTS, VisionLanguage
 from llm_quest.scope import Scope
 from tests.laws.subjects import randomize_
 from tests.models.vision import IMAGE, PATCHES, images, loaded, shown, their_llava
@@ -185,8 +185,8 @@ def test_an_image_of_the_wrong_size_is_refused():
 def test_parts_are_frozen_by_choice():
     model = own("llava-tiny").train_only(["adapter"])
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"adapter"}
-    model.train_only(page.PARTS)
-    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == set(page.PARTS)
+    model.train_only(PARTS)
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == set(PARTS)
     assert not any(p.requires_grad for p in [*model.tower.blocks[2].parameters(), *model.tower.norm.parameters()])
     with pytest.raises(UsageError, match="no part is called 'eyes'; parts: tower, adapter, decoder"):
         model.train_only(["eyes"])
@@ -211,8 +211,13 @@ def test_what_llavas_own_config_leaves_out_is_filled_in():
     published = {
         "model_type": "llava",
         "image_token_index": 32000,
-        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24},
+        "text_config": {
+            "model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "hidden_size": 1024,
+            "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24,
+        },
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }  # fmt: skip
@@ -225,7 +230,10 @@ def test_what_llavas_own_config_leaves_out_is_filled_in():
     [
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is \[-2, -1\]"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config has model_type 'siglip_vision_model'; here it may be clip_vision_model or vit"),
+        (
+            {"vision_config": {"model_type": "siglip_vision_model"}},
+            "vision_config has model_type 'siglip_vision_model'; here it may be clip_vision_model or vit",
+        ),
         ({"text_config": None}, "has no 'text_config', which a llava needs"),
         ({"vision_feature_layer": -9}, "depth is -5, but the image encoder has 3 blocks"),
         ({"image_token_index": 500}, "image_token 500 is outside the vocabulary of 97"),

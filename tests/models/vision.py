@@ -23,8 +23,9 @@ def their_llava(vision: str = "clip", **overrides: Any) -> Any:
     """LLaVA with a CLIP (or ViT) tower of 3 layers and a Llama of 2; placeholder 96, 16 patches."""
     towers = {"clip": transformers.CLIPVisionConfig, "vit": transformers.ViTConfig}
     text = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, tie_word_embeddings=overrides.get("tie_word_embeddings", False),
+        vocab_size=97, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=None,
+        tie_word_embeddings=overrides.get("tie_word_embeddings", False),
     )  # fmt: skip
     tower = towers[vision](**SIZES, num_hidden_layers=3)
     numbers = {"image_token_index": IMAGE, "image_seq_length": PATCHES} | overrides

@@ -42,7 +42,9 @@ def test_chunked_gradient_is_exact_in_float64_up_to_float32_logs():
     x, weight, targets = example()
     torch.testing.assert_close(
         value_and_gradients("chunked", x, weight, targets)[1],
-        value_and_gradients("full", x.float().detach().requires_grad_(), weight.float().detach().requires_grad_(), targets)[1].double(),
+        value_and_gradients(
+            "full", x.float().detach().requires_grad_(), weight.float().detach().requires_grad_(), targets
+        )[1].double(),
         atol=1e-5,
         rtol=1e-5,
     )

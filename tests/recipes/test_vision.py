@@ -1,4 +1,5 @@
-"""The two recipes that look, from settings to a run folder: they learn, go on where they stood, and their runs load and export."""
+"""The two recipes that look, from settings to a run folder: they learn, go on where they stood, and their runs load and
+export."""
 
 from __future__ import annotations
 
@@ -22,8 +23,15 @@ from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
 
-SMALL_VIT = ["images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch=4", "model.width=16", "model.layers=1", "model.hidden=32", "batch.rows=16", "precision=fp32", "schedule.warmup=2"]  # fmt: skip
-SMALL_VLM = ["sights.size=24", "tower.patch=12", "tower.width=16", "tower.layers=1", "tower.hidden=32", "decoder.width=16", "decoder.layers=1", "decoder.hidden=32", "batch.rows=4", "precision=fp32", "schedule.warmup=1", "evaluate.sights=2"]  # fmt: skip
+SMALL_VIT = [
+    "images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch=4",
+    "model.width=16", "model.layers=1", "model.hidden=32", "batch.rows=16", "precision=fp32", "schedule.warmup=2",
+]  # fmt: skip
+SMALL_VLM = [
+    "sights.size=24", "tower.patch=12", "tower.width=16", "tower.layers=1", "tower.hidden=32", "decoder.width=16",
+    "decoder.layers=1", "decoder.hidden=32", "batch.rows=4", "precision=fp32", "schedule.warmup=1",
+    "evaluate.sights=2",
+]  # fmt: skip
 
 
 def two_classes(folder: Path) -> str:
@@ -100,7 +108,7 @@ def test_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path: Path):
     two_classes(tmp_path / "images")
     with pytest.raises(UsageError, match="patch 5 must divide images of 8 pixels"):
         vit_run(tmp_path, "a", "model.patch=5")
-    with pytest.raises(UsageError, match="digits are 8 pixels with 1 channels: set images.size=8"):
+    with pytest.raises(UsageError, match=r"digits are 8 pixels with 1 channels: set images\.size=8"):
         vit_run(tmp_path, "b", "images.source=digits", "images.folder=null", "images.size=16")
     with pytest.raises(UsageError, match="source folder needs a folder"):
         vit_run(tmp_path, "c", "images.folder=null")
