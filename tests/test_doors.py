@@ -227,5 +227,5 @@ def test_the_front_door_offers_what_it_promises():
 
     for name in llm_quest.__all__:
         assert getattr(llm_quest, name) is not None
-    with pytest.raises(AttributeError, match="llm_quest has no 'train'; it offers"):
-        _ = llm_quest.train
+    with pytest.raises(AttributeError, match="llm_quest has no 'trainer'; it offers"):
+        _ = llm_quest.trainer

@@ -19,7 +19,8 @@ import torch
 
 from llm_quest.cli.exporting import export
 from llm_quest.cli.machine import doctor
-from llm_quest.cli.training import conclude, understood
+from llm_quest.cli.planning import Plan, plan
+from llm_quest.cli.training import conclude, sizes, understood, work
 from llm_quest.errors import UsageError
 from llm_quest.generate.generate import generate
 from llm_quest.hub.files import load, load_tokenizer
@@ -27,7 +28,6 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import differences, gather, resolve
 from llm_quest.recipes.pretrain import Outcome
 from llm_quest.recipes.pretrain_config import FREE, Pretrain
-from llm_quest.recipes.yaml import Settings
 
 Say = Callable[[str], None]
 
@@ -103,6 +103,7 @@ def tour(out: Path, *, seed: int = 0, device: str = "auto", pairs: Sequence[str]
     say(
         f"3. Training for {config.steps} steps; a third of the way in, the run is interrupted on purpose, as by Ctrl-C."
     )
+    foreseen = plan(work(config, sizes(config, settings)), measure=True, say=say)
     once = Interruption(max(1, config.steps // 3))
     outcome = run(config, settings, out, env=env, callbacks=(once,), say=say)
     resumed_at = outcome.step
@@ -112,7 +113,7 @@ def tour(out: Path, *, seed: int = 0, device: str = "auto", pairs: Sequence[str]
     if outcome.status != "finished":
         say(f"Interrupted; what was learned is saved. quest train {out} goes on with it.")
         raise KeyboardInterrupt
-    return finished(out, config, settings, outcome, resumed_at, began, say)
+    return finished(out, foreseen, outcome, resumed_at, began, say)
 
 
 def clear(out: Path, config: Pretrain) -> None:
@@ -127,9 +128,7 @@ def clear(out: Path, config: Pretrain) -> None:
         shutil.rmtree(out)
 
 
-def finished(
-    out: Path, config: Pretrain, settings: Settings, outcome: Outcome, resumed_at: int, began: float, say: Say
-) -> Tour:
+def finished(out: Path, foreseen: Plan, outcome: Outcome, resumed_at: int, began: float, say: Say) -> Tour:
     """Generate, export, load again, report."""
     say("4. Exporting to the Hugging Face layout, and loading that again.")
     folder = out / "export"
@@ -140,7 +139,7 @@ def finished(
     for prompt, text in texts.items():
         say(f"   | {prompt}{text}".replace("\n", "\n   | "))
     say("6. The report.")
-    conclude(out, config, settings, outcome, say)
+    conclude(out, foreseen, say)
     return Tour(
         run=str(out),
         export=str(folder),

@@ -30,6 +30,9 @@ from llm_quest.train.parallel import pick_device
 
 Say = Callable[[str], None]
 
+WORTH_MEASURING = 100
+"""From so many steps on, three are run and timed before the run begins, so that its plan is not a guess."""
+
 RECIPES: dict[str, tuple[Any, Any]] = {
     "pretrain": (Pretrain, pretrain),
     "vit": (Vit, train_vit),
@@ -69,9 +72,13 @@ def start(
             sizes(config, settings)
         return Checked(config)
     folder, resume = where(recipe, config, out, resume)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    foreseen = None
+    if isinstance(config, Pretrain) and alone and not (folder / "plan.json").exists():
+        foreseen = plan(work(config, sizes(config, settings)), measure=config.steps >= WORTH_MEASURING, say=say)
     outcome = run(config, settings, folder, resume=resume, env=doctor(folder).as_json(), quiet=quiet, say=say)
     if os.environ.get("RANK", "0") == "0":
-        conclude(folder, config, settings, outcome, say)
+        conclude(folder, foreseen, say)
     return outcome
 
 
@@ -116,23 +123,13 @@ def fresh(folder: Path, name: str) -> Path:
     return tried
 
 
-def conclude(folder: Path, config: Pretrain, settings: Settings, outcome: Outcome, say: Say) -> None:
-    """The plan beside what was measured, and the report."""
+def conclude(folder: Path, foreseen: Plan | None, say: Say) -> None:
+    """The plan made before the run, beside what was measured, and the report."""
     from llm_quest.report.page import report
 
-    if isinstance(config, Pretrain) and not (folder / "plan.json").exists():
-        foreseen = plan(work(config, model_of_run(folder)), measure=False)
+    if foreseen is not None:
         replace_text(folder / "plan.json", json.dumps(foreseen.as_json(), indent=1) + "\n")
     say(f"report: {report([folder])}")
-
-
-def model_of_run(folder: Path) -> Any:
-    """The page's config that a run's checkpoints belong to."""
-    from llm_quest.models import PAGES
-
-    told = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    page = next(page for page in PAGES if page.name == told["page"])
-    return page.read(told["config"])
 
 
 def foresee(recipe: str, pairs: Sequence[str], *, measure: bool, say: Say) -> Plan:

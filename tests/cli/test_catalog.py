@@ -11,7 +11,7 @@ from llm_quest.cli.catalog import models, show
 from llm_quest.cli.costs import flops_per_token
 from llm_quest.cli.drawing import which
 from llm_quest.errors import DataError, UsageError
-from llm_quest.models import PAGES
+from llm_quest.models import PAGES, VISION_PAGES
 from llm_quest.models.build import build, preset
 from llm_quest.scope import Scope
 
@@ -62,7 +62,7 @@ def test_flops_are_two_per_weight_and_four_per_pair_and_channel():
 
 def test_the_catalogue_holds_every_preset_and_is_json():
     found = models()
-    names = [one.name for page in PAGES for one in page.presets]
+    names = [one.name for page in (*PAGES, *VISION_PAGES) for one in page.presets]
     assert [row["name"] for row in found.as_json()] == names
     assert all(row["parameters"] > 0 for row in found.rows)
     json.dumps(found.as_json())

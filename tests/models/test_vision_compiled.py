@@ -1,0 +1,36 @@
+"""Vision models compile to one graph without a break (in a process of its own, without checked annotations)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import sys, torch
+from llm_quest.models.build import build
+name = sys.argv[1]
+model = build(name).double()
+images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+if name == "llava-tiny":
+    tokens = torch.randint(96, (2, 24)); tokens[:, 2:18] = 96
+    plain = lambda t, i: model(t, vision=model.see(i))
+    inputs = (tokens, images)
+else:
+    plain, inputs = model, (images,)
+compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(*inputs), plain(*inputs), atol=1e-10, rtol=0)
+compiled(*inputs).square().sum().backward()
+print("same")
+"""
+
+
+@pytest.mark.parametrize("name", ["vit-tiny", "llava-tiny"])
+def test_a_compiled_model_is_one_graph_with_the_same_logits(name: str):
+    run = subprocess.run(
+        [sys.executable, "-c", CODE, name], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split() == ["same"]
