@@ -7,10 +7,15 @@ survives that; an absolute number does not. Medians of the pairs' ratios are wha
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
+
+torch.set_num_threads(os.cpu_count() or 1)  # torch's own default counts physical cores, and leaves half of a small one idle
 
 
 @dataclass(frozen=True)

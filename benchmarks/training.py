@@ -25,6 +25,8 @@ from llm_quest.models.llama import Config, publish
 from llm_quest.objectives.next_token import NextToken
 
 VOCAB, LENGTH, BATCH, STEPS = 4096, 256, 8, 3
+MATRICES = 12_588_000 - VOCAB * 384
+"""Parameters that are multiplied: all but the input embedding. Attention adds 2 T D forward per layer and token, causal."""
 CONFIG = Config(VOCAB, 384, 6, 6, 2, 64, 1024, LENGTH, Rotary(64, 500_000.0), tied=False, eps=1e-5)
 
 
@@ -133,7 +135,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     makers = {"transformers": transformers, "litgpt": litgpt, "ours": ours}
-    flops = 6 * 12.6e6 * BATCH * LENGTH * STEPS
+    flops = (6 * MATRICES + 3 * 2 * LENGTH * 384 * 6) * BATCH * LENGTH * STEPS
     everything: dict[str, Runner] = {}
     for setting in ("eager-fp32", "eager-bf16", "compiled-fp32", "compiled-bf16"):
         if (options.only and options.only not in (setting, "defaults")) or (

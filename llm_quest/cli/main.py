@@ -28,7 +28,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along th
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:n], mps, xpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch decides.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network (HF_HUB_OFFLINE=1).")]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")]
 Pairs = Annotated[
@@ -294,10 +294,15 @@ def data(
     show(listed() if source is None else ledger_of(source, column=column, separator=separator), json)
 
 
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def prepare(threads: int, offline: bool = False) -> None:
     """What has to be set before torch and the hub are imported."""
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+    if threads or "OMP_NUM_THREADS" not in os.environ:  # torch alone counts physical cores, and leaves half of a small box idle
+        os.environ["OMP_NUM_THREADS"] = str(threads or usable_cores())

@@ -211,7 +211,11 @@ class Writer:
 
 
 class SightFeed:
-    """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come."""
+    """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come.
+
+    turns: so many of them at most; None: all that fit. Commonly got wrong: of several turns in a row the later ones can
+    be copied from the earlier ("how many red circles" tells the circles' colour), and the model learns to read, not to
+    see."""
 
     def __init__(
         self,
@@ -222,11 +226,13 @@ class SightFeed:
         rows: int,
         micro_rows: int,
         seed: int,
+        turns: int | None = None,
         share: Share | None = None,
     ):
         share = share or Share()
         if rows % share.world:
             raise UsageError(f"{rows} rows cannot be shared by {share.world} processes; make rows a multiple of that")
+        self.turns = turns
         self.sights, self.writer, self.preprocess = sights, writer, preprocess
         self.rows, self.micro_rows, self.seed, self.share = rows, micro_rows, seed, share
 
@@ -241,11 +247,12 @@ class SightFeed:
         """Rows by their number since the beginning of training."""
         sights = [self.sights.train(number, self.seed) for number in numbers]
         orders = [shuffled(len(sight.turns), self.seed, number) for number, sight in zip(numbers, sights, strict=True)]
+        orders = [order[: self.turns] for order in orders]
         return self.writer.batch(sights, orders, self.preprocess)
 
     def bookmark(self) -> dict[str, Any]:
         """What the rows depend on. There is no state: the step says where the feed stands."""
-        return {"feed": "sights", "data": self.sights.hash, "rows": self.rows, "seed": self.seed}
+        return {"feed": "sights", "data": self.sights.hash, "rows": self.rows, "seed": self.seed, "turns": self.turns}
 
     def resume(self, bookmark: dict[str, Any]) -> None:
         """Nothing to restore; DataError if the bookmark is of other data or another order of it."""

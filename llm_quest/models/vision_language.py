@@ -163,7 +163,7 @@ def read_part(published: Mapping[str, Any], field: str, pages: Sequence[Page], d
     kind = told.get("model_type", pages[0].model_type)
     for page in pages:
         if page.model_type == kind:
-            return page.read((defaults if page is pages[0] else {}) | {"model_type": kind} | dict(told))
+            return page.read({**(defaults if page is pages[0] else {}), "model_type": kind, **told})
     raise DataError(
         f"config.json: {field} has model_type {kind!r}; here it may be {' or '.join(page.model_type for page in pages)}"
     )

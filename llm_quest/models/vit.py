@@ -116,7 +116,7 @@ def names(config: Config) -> Names:
     """Our parameters and their published names."""
     layer = "vit.encoder.layer.{i}."
     attention = layer + "attention.attention."
-    table = {
+    table: dict[str, Any] = {
         "embed.start": Shaped("vit.embeddings.cls_token", (1, 1, config.width)),
         "embed.positions": Shaped("vit.embeddings.position_embeddings", (1, config.context, config.width)),
         "embed.patches.weight": Shaped(

@@ -53,7 +53,7 @@ class Pretrain(Strict):
         default="ddp", description="how processes started by torchrun share the work"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: Few = Field(default=0, description="CPU threads; 0: torch decides")
+    threads: Few = Field(default=0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS")
     evaluate: Evaluate = Evaluate()
     samples: Samples = Samples()
     checkpoint: Checkpoint = Checkpoint()

@@ -27,7 +27,7 @@ class Course(Strict):
     compile: bool = Field(False, description="compile the model; repays itself in long runs")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how processes started by torchrun share the work")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: Few = Field(0, description="CPU threads; 0: torch decides")
+    threads: Few = Field(0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS")
     checkpoint: Checkpoint = Checkpoint()
     log_every: Count = Field(10, description="steps")
     max_time: str | None = Field(
@@ -68,6 +68,7 @@ class SightRows(ImageRows):
     """The same, with the room for image and text."""
 
     rows: Count = Field(64, description="images in a step")
+    turns: Count | None = Field(None, description="questions of an image in one row at most; null: all that fit")
     length: int = Field(256, ge=8, description="tokens in a row: an image's patches and what is said about it")
 
 

@@ -83,6 +83,7 @@ def assembled(config: Vlm, parallel: Parallel, say: Say) -> tuple[Job, Tokenizer
         rows=config.batch.rows,
         micro_rows=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world),
         seed=seeds.stream(config.seed, "order"),
+        turns=config.batch.turns,
         share=parallel.share,
     )
     probe = Answering(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every)

@@ -119,3 +119,10 @@ def test_an_absent_or_empty_file_is_named(tmp_path: Path):
         Captions(tmp_path / "no.jsonl", PREPROCESS, 0.3)
     with pytest.raises(DataError, match="is empty"):
         Captions(write(tmp_path, []), PREPROCESS, 0.3)
+
+
+def test_one_turn_a_row_leaves_nothing_to_copy_from():
+    (batch,) = feed(turns=1).at(2)
+    assert ((batch.targets == TOKENIZER.end_id).sum(dim=1) == 1).all()
+    (several,) = feed().at(2)
+    assert (several.targets == TOKENIZER.end_id).sum() > 6
