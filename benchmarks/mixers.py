@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -142,9 +142,8 @@ def window(pairs: int) -> None:
             [sys.executable, "-m", "benchmarks.mixers", "--peak", form], capture_output=True, text=True, check=True
         )
         extra[form] = json.loads(out.stdout.splitlines()[-1])
-    print(
-        f"\nextra peak memory: full mask {extra['full']:.0f} MB, band {extra['band']:.0f} MB ({extra['band'] / extra['full']:.2f} x)"
-    )
+    share = extra["band"] / extra["full"]
+    print(f"\nextra peak memory: full mask {extra['full']:.0f} MB, band {extra['band']:.0f} MB ({share:.2f} x)")
 
 
 def attention_inputs() -> tuple[torch.Tensor, ...]:
@@ -161,10 +160,22 @@ def peak_of(form: str) -> None:
     small = [part[:, :128] for part in inputs]
     with torch.inference_mode():
         fused_attention(*small, Band(64), scale=0.125)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = fresh_peak()
         visible = Band(256) if form == "band" else Scope(torch.arange(4096)[None]).visible(256)
         fused_attention(*inputs, visible, scale=0.125)
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    print(json.dumps((peak_now() - before) / 1024))
+
+
+def fresh_peak() -> int:
+    """Forget the process's peak so far (Linux), and say where it stands, kB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_now()
+
+
+def peak_now() -> int:
+    """Peak resident memory, kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 PARTS = {"moe": moe, "delta": delta, "latent": latent, "window": window}

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-torch.set_num_threads(os.cpu_count() or 1)  # torch's own default counts physical cores, and leaves half of a small one idle
+# torch's own default counts physical cores, and leaves half of a small machine idle
+torch.set_num_threads(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

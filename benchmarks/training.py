@@ -26,7 +26,8 @@ from llm_quest.objectives.next_token import NextToken
 
 VOCAB, LENGTH, BATCH, STEPS = 4096, 256, 8, 3
 MATRICES = 12_588_000 - VOCAB * 384
-"""Parameters that are multiplied: all but the input embedding. Attention adds 2 T D forward per layer and token, causal."""
+"""Parameters that are multiplied: all but the input embedding. Causal attention adds 2 T D forward a layer and
+token."""
 CONFIG = Config(VOCAB, 384, 6, 6, 2, 64, 1024, LENGTH, Rotary(64, 500_000.0), tied=False, eps=1e-5)
 
 
@@ -151,7 +152,8 @@ def main() -> None:
         rows = race(runners, pairs=options.pairs)
         peak = matmul_peak(torch.bfloat16 if "bf16" in setting else torch.float32)
         print(
-            f"\n| {setting} | tokens/s | x transformers (range) | of the matmul peak ({peak:.0f} GFLOP/s) |\n| --- | --- | --- | --- |"
+            f"\n| {setting} | tokens/s | x transformers (range) | of the matmul peak ({peak:.0f} GFLOP/s) |\n"
+            "| --- | --- | --- | --- |"
         )
         for row in rows:
             share = flops / row.seconds / 1e9 / peak
@@ -161,7 +163,8 @@ def main() -> None:
     finals = {name: everything[name] for name in chosen if name in everything}
     if len(finals) > 1:
         print(
-            "\n| our defaults against transformers' defaults | tokens/s | x (range) | loss after as many steps |\n| --- | --- | --- | --- |"
+            "\n| our defaults against transformers' defaults | tokens/s | x (range) | loss after as many steps |\n"
+            "| --- | --- | --- | --- |"
         )
         rows = race(finals, pairs=options.pairs)
         same = min(len(runner.losses) for runner in finals.values())

@@ -184,8 +184,11 @@ class Callback(Protocol):
 class Probe(Protocol):
     """Numbers or texts now and then (evaluation, samples): must leave the model and every random state as they were."""
 
-    name: str
-    every: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def every(self) -> int: ...
 
     def measure(self, model: Any, step: int) -> Mapping[str, float]: ...
 

@@ -304,5 +304,7 @@ def prepare(threads: int, offline: bool = False) -> None:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if threads or "OMP_NUM_THREADS" not in os.environ:  # torch alone counts physical cores, and leaves half of a small box idle
+    if (
+        threads or "OMP_NUM_THREADS" not in os.environ
+    ):  # torch alone counts physical cores, and leaves half of a small box idle
         os.environ["OMP_NUM_THREADS"] = str(threads or usable_cores())

@@ -157,8 +157,8 @@ class SightBatch:
 
     def to(self, device: torch.device | str) -> SightBatch:
         """The same batch on another device."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.targets, self.images))
-        return SightBatch(*moved, self.counted)
+        tokens, targets, images = (t.to(device, non_blocking=True) for t in (self.tokens, self.targets, self.images))
+        return SightBatch(tokens, targets, images, self.counted)
 
 
 @dataclass(frozen=True)

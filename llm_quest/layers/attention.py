@@ -153,7 +153,7 @@ def sunk_attention(
     dropout: float = 0.0,
 ) -> Float[Tensor, "B T H dv"]:
     """Through the kernel, with a key and a value of zeros at the end and the sink in that column of a float mask."""
-    batch, length, heads, _ = q.shape
+    length, heads = q.shape[1:3]
     keys = k.shape[1]
     seen = mask_of(visible, q, k)
     mask = q.new_zeros(seen.shape[0], 1, length, keys).masked_fill(~seen[:, None], float("-inf"))

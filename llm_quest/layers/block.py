@@ -51,5 +51,5 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope, wanted: int | None = None) -> Float[Tensor, "B N D"]:
-        """wanted: only so many first positions are read by what follows, so the feed-forward layer works on them alone."""
+        """wanted: only so many first positions are read by what follows: the feed-forward layer works on them alone."""
         return self.ffn(self.mixer(x, scope)[:, :wanted], scope)

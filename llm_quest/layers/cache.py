@@ -79,12 +79,11 @@ class Cache:
 
 @dataclass(frozen=True)
 class Filing:
-    """One pass's dealings with a shelf. rows (B*T,): where each token goes in the flattened (B * (slots+1)) cache;
-    before, after (B, slots+1): positions lying in the slots before and after the pass; start: the common slot of a
-    plain pass's first token, where it is known; fresh: nothing lay there before; whole: rows 0..n without gap or
-    padding."""
+    """One pass's dealings with a shelf. slot (B,T): where each token goes; before, after (B, slots+1): positions lying
+    in the slots before and after the pass; start: the common slot of a plain pass's first token, where it is known;
+    fresh: nothing lay there before; whole: rows 0..n without gap or padding."""
 
-    rows: Tensor
+    slot: Tensor
     before: Tensor
     after: Tensor
     start: int | None
@@ -128,8 +127,7 @@ class Shelf:
         if ring:
             latest = positions.amax(dim=1)
             self.highest = latest if self.highest is None else torch.maximum(self.highest, latest)
-        offsets = torch.arange(0, slot.shape[0] * (self.slots + 1), self.slots + 1, device=slot.device)
-        return Filing((slot + offsets[:, None]).flatten(), before, self.positions, start, fresh, self.whole, reach)
+        return Filing(slot, before, self.positions, start, fresh, self.whole, reach)
 
     def rewind(self, to: Sequence[int]) -> None:
         if self.positions is not None:
@@ -189,14 +187,15 @@ class SlotCache:
     def write(self, filing: Filing, new: dict[str, Tensor]) -> None:
         """Copy each token's row to its slot: by a slice where the slots are one common run, else by index."""
         for name, tensor in new.items():
-            batch, length = tensor.shape[:2]
+            length = tensor.shape[1]
             if name not in self.tensors:
-                self.tensors[name] = tensor.new_zeros(batch, self.slots + 1, *tensor.shape[2:])
+                self.tensors[name] = room(tensor, self.slots + 1)
             kept = self.tensors[name]
             if filing.start is not None and filing.start + length <= self.slots:
                 kept[:, filing.start + 1 : filing.start + 1 + length] = tensor
             else:
-                kept.flatten(0, 1).index_copy_(0, filing.rows, tensor.to(kept.dtype).flatten(0, 1))
+                row = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+                kept.index_put_((row, filing.slot), tensor.to(kept.dtype))
 
     def read(self, scope: Scope, filing: Filing) -> tuple[dict[str, Tensor], Sight]:
         """The filled slots and their mask; none is needed where one new token closes rows without gap or padding."""
@@ -219,8 +218,9 @@ class SlotCache:
                 if back > 0 and highest - self.slots >= max(back - self.window + 1, 0):
                     needed = highest - back + 1
                     raise ValueError(
-                        f"a windowed cache with {self.slots - self.window} slots of slack has overwritten what position "
-                        f"{back} looks back at: make it with slack={needed} (new_cache(batch, capacity, slack))"
+                        f"a windowed cache with {self.slots - self.window} slots of slack has overwritten what "
+                        f"position {back} looks back at: make it with slack={needed} "
+                        "(new_cache(batch, capacity, slack))"
                     )
         return list(to)
 
@@ -228,13 +228,28 @@ class SlotCache:
         """The shelf forgets the positions; what lies in their slots is never seen again."""
 
     def repeat(self, n: int) -> None:
-        self.tensors = {name: kept.repeat_interleave(n, dim=0) for name, kept in self.tensors.items()}
+        for name, kept in self.tensors.items():
+            self.tensors[name] = by_head(by_head(kept).repeat_interleave(n, dim=0))
 
     def keep(self, rows: Tensor) -> None:
-        self.tensors = {name: kept[rows.to(kept.device)] for name, kept in self.tensors.items()}
+        for name, kept in self.tensors.items():
+            self.tensors[name] = by_head(by_head(kept).index_select(0, rows.to(kept.device)))
 
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in self.tensors.values())
+
+
+def room(like: Tensor, slots: int) -> Tensor:
+    """Zeros (B,slots,...) for tensors like this (B,T,...). Keys and values (B,T,G,d) lie in memory head by head: a step
+    of decoding then reads each head's slots in one run (twice as fast at batch 32 in bfloat16)."""
+    batch, _, *rest = like.shape
+    shape = (batch, rest[0], slots, rest[1]) if len(rest) == 2 else (batch, slots, *rest)
+    return by_head(like.new_zeros(shape))
+
+
+def by_head(x: Tensor) -> Tensor:
+    """(B,S,G,d) seen as (B,G,S,d), and the other way round; what has no heads as it is."""
+    return x.transpose(1, 2) if x.dim() == 4 else x
 
 
 def known_reach(scope: Scope) -> int | None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from llm_quest.layers.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -38,7 +38,8 @@ def page_of(config: Any) -> Page:
         if isinstance(config, page.Config):
             return page
     raise UsageError(
-        f"{type(config).__name__} is no page's config; pages: {', '.join(page.name for page in (*PAGES, *VISION_PAGES))}"
+        f"{type(config).__name__} is no page's config; "
+        f"pages: {', '.join(page.name for page in (*PAGES, *VISION_PAGES))}"
     )
 
 

@@ -31,8 +31,19 @@ from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import OffsetRMSNorm
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Middle, Names, Page, Published, Rows, need, only, per_expert, per_layer
-from llm_quest.models.page import publish_rotary, read_rotary
+from llm_quest.models.page import (
+    Middle,
+    Names,
+    Page,
+    Published,
+    Rows,
+    need,
+    only,
+    per_expert,
+    per_layer,
+    publish_rotary,
+    read_rotary,
+)
 
 
 @dataclass(frozen=True)

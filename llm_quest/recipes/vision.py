@@ -163,7 +163,7 @@ def blocks(model: Any) -> list[nn.Module]:
 def optimizer(config: Course, job: Job) -> torch.optim.Optimizer:
     """AdamW or Muon over what is trained; Muon is told which rows are matrices of their own."""
     part = config.optimizer
-    common = {"lr": part.lr, "betas": part.betas, "eps": part.eps, "weight_decay": part.weight_decay}
+    common: dict[str, Any] = {"lr": part.lr, "betas": part.betas, "eps": part.eps, "weight_decay": part.weight_decay}
     if part.name == "adamw":
         return adamw(job.model, **common)
     return muon(job.model, splits=job.model.row_splits(), by_adamw=job.by_adamw, momentum=part.momentum, **common)

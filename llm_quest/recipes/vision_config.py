@@ -17,21 +17,26 @@ class Course(Strict):
     """How a run goes on, whatever it learns."""
 
     seed: Few = Field(
-        0, description="decides first values, order of the images and their variation, each by a stream of its own"
+        default=0,
+        description="decides first values, order of the images and their variation, each by a stream of its own",
     )
-    steps: Count = Field(1000, description="optimiser steps of the whole run")
+    steps: Count = Field(default=1000, description="optimiser steps of the whole run")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
-    clip: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest gradient norm; null: any")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
-    compile: bool = Field(False, description="compile the model; repays itself in long runs")
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="how processes started by torchrun share the work")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: Few = Field(0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS")
+    clip: Annotated[float, Field(gt=0)] | None = Field(default=1.0, description="largest gradient norm; null: any")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 where the hardware has it"
+    )
+    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="how processes started by torchrun share the work"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: Few = Field(default=0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS")
     checkpoint: Checkpoint = Checkpoint()
-    log_every: Count = Field(10, description="steps")
+    log_every: Count = Field(default=10, description="steps")
     max_time: str | None = Field(
-        None, pattern=r"^\d+(\.\d+)?[smh]$", description="like 90s, 30m or 2h: then it saves and ends"
+        default=None, pattern=r"^\d+(\.\d+)?[smh]$", description="like 90s, 30m or 2h: then it saves and ends"
     )
     tensorboard: bool = False
 
@@ -54,8 +59,8 @@ class Course(Strict):
 class ImageRows(Strict):
     """The images of one optimiser step, over all processes."""
 
-    rows: Count = Field(128, description="images in a step")
-    micro_rows: Count | None = Field(None, description="images at once on each process; null: all")
+    rows: Count = Field(default=128, description="images in a step")
+    micro_rows: Count | None = Field(default=None, description="images at once on each process; null: all")
 
     @model_validator(mode="after")
     def micro_fits(self) -> ImageRows:
@@ -67,19 +72,21 @@ class ImageRows(Strict):
 class SightRows(ImageRows):
     """The same, with the room for image and text."""
 
-    rows: Count = Field(64, description="images in a step")
-    turns: Count | None = Field(None, description="questions of an image in one row at most; null: all that fit")
-    length: int = Field(256, ge=8, description="tokens in a row: an image's patches and what is said about it")
+    rows: Count = Field(default=64, description="images in a step")
+    turns: Count | None = Field(
+        default=None, description="questions of an image in one row at most; null: all that fit"
+    )
+    length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and what is said about it")
 
 
 class Vary(Strict):
     """Random variation of training images; 0 and false: none."""
 
-    turn: float = Field(0.0, ge=0, le=180, description="degrees")
-    zoom: float = Field(0.0, ge=0, lt=1, description="part of the size")
-    shift: float = Field(0.0, ge=0, lt=1, description="part of the side")
-    flip: bool = Field(False, description="left and right")
-    erase: float = Field(0.0, ge=0, lt=1, description="a square of this part of the side")
+    turn: float = Field(default=0.0, ge=0, le=180, description="degrees")
+    zoom: float = Field(default=0.0, ge=0, lt=1, description="part of the size")
+    shift: float = Field(default=0.0, ge=0, lt=1, description="part of the side")
+    flip: bool = Field(default=False, description="left and right")
+    erase: float = Field(default=0.0, ge=0, lt=1, description="a square of this part of the side")
 
 
 Part = Annotated[float, Field(gt=0, lt=0.9)]
@@ -90,14 +97,16 @@ class Images(Strict):
     """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per
     channel."""
 
-    source: Literal["digits", "folder", "cifar10"] = Field("digits", description="digits come with scikit-learn")
-    folder: str | None = Field(
-        None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
+    source: Literal["digits", "folder", "cifar10"] = Field(
+        default="digits", description="digits come with scikit-learn"
     )
-    size: Count = Field(8, description="pixels of a side")
+    folder: str | None = Field(
+        default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
+    )
+    size: Count = Field(default=8, description="pixels of a side")
     mean: Numbers = (0.5, 0.5, 0.5)
     std: Numbers = (0.5, 0.5, 0.5)
-    held_out: Part = Field(0.2, description="the part that is never trained on; cifar10 has its own")
+    held_out: Part = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
     vary: Vary = Vary()
 
     @model_validator(mode="after")
@@ -111,14 +120,16 @@ class Eyes(Strict):
     """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made
     anew."""
 
-    patch: Count = Field(2, description="pixels of a patch's side")
+    patch: Count = Field(default=2, description="pixels of a patch's side")
     width: Count = 64
     layers: Count = 3
     heads: Count = 4
     hidden: Count = 128
-    dropout: float = Field(0.0, ge=0, lt=1)
-    preset: str | None = Field(None, description="a published size instead, with random weights: vit-base-patch16-224")
-    load: str | None = Field(None, description="a Hugging Face folder, hub id or run folder")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    preset: str | None = Field(
+        default=None, description="a published size instead, with random weights: vit-base-patch16-224"
+    )
+    load: str | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
 
     @model_validator(mode="after")
     def one_of_two(self) -> Eyes:
@@ -130,7 +141,7 @@ class Eyes(Strict):
 class Score(Strict):
     """When the held-out images are looked at. Nothing is chosen by what is seen there."""
 
-    every: Few = Field(0, description="steps; 0: only at the end")
+    every: Few = Field(default=0, description="steps; 0: only at the end")
 
 
 class Vit(Course):
@@ -140,17 +151,21 @@ class Vit(Course):
     images: Images = Images()
     model: Eyes = Eyes()
     batch: ImageRows = ImageRows()
-    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
+    smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
     evaluate: Score = Score()
 
 
 class Sights(Strict):
     """Rendered scenes of shapes, or a JSONL file of yours."""
 
-    source: Literal["scenes", "jsonl"] = Field("scenes", description="scenes are drawn as they are needed")
-    file: str | None = Field(None, description="of jsonl: lines with image and caption, or image, question and answer")
-    size: Count = Field(48, description="pixels of a side")
-    held_out: Part = Field(0.1, description="of a JSONL file's images; of scenes, every fifth combination is held out")
+    source: Literal["scenes", "jsonl"] = Field(default="scenes", description="scenes are drawn as they are needed")
+    file: str | None = Field(
+        default=None, description="of jsonl: lines with image and caption, or image, question and answer"
+    )
+    size: Count = Field(default=48, description="pixels of a side")
+    held_out: Part = Field(
+        default=0.1, description="of a JSONL file's images; of scenes, every fifth combination is held out"
+    )
 
     @model_validator(mode="after")
     def file_given(self) -> Sights:
@@ -162,13 +177,13 @@ class Sights(Strict):
 class Tower(Strict):
     """The image encoder: your own numbers, or one to go on from (a ViT, a CLIP tower). depth: null: all its blocks."""
 
-    patch: Count = Field(8, description="pixels of a patch's side")
+    patch: Count = Field(default=8, description="pixels of a patch's side")
     width: Count = 128
     layers: Count = 4
     heads: Count = 4
     hidden: Count = 512
-    depth: Count | None = Field(None, description="after how many blocks the patches are taken; null: all")
-    load: str | None = Field(None, description="a Hugging Face folder or run folder")
+    depth: Count | None = Field(default=None, description="after how many blocks the patches are taken; null: all")
+    load: str | None = Field(default=None, description="a Hugging Face folder or run folder")
 
 
 class Speaker(Strict):
@@ -178,14 +193,14 @@ class Speaker(Strict):
     layers: Count = 3
     heads: Count = 4
     hidden: Count = 384
-    vocab: int = Field(400, ge=280, description="tokens of the tokenizer to train, the placeholder among them")
-    load: str | None = Field(None, description="a Hugging Face folder or run folder, with its tokenizer")
+    vocab: int = Field(default=400, ge=280, description="tokens of the tokenizer to train, the placeholder among them")
+    load: str | None = Field(default=None, description="a Hugging Face folder or run folder, with its tokenizer")
 
 
 class Answers(Score):
     """Held-out sights asked about, each question alone, answered greedily and compared word for word."""
 
-    sights: Count = Field(64, description="held-out images looked at")
+    sights: Count = Field(default=64, description="held-out images looked at")
 
 
 class Vlm(Course):
@@ -196,7 +211,11 @@ class Vlm(Course):
     tower: Tower = Tower()
     adapter: Literal["mlp", "linear"] = "mlp"
     decoder: Speaker = Speaker()
-    load: str | None = Field(None, description="a whole vision-language model to go on from (LLaVA's layout, or a run)")
-    trained: tuple[Literal["tower", "adapter", "decoder"], ...] = Field(("tower", "adapter", "decoder"), min_length=1)
+    load: str | None = Field(
+        default=None, description="a whole vision-language model to go on from (LLaVA's layout, or a run)"
+    )
+    trained: tuple[Literal["tower", "adapter", "decoder"], ...] = Field(
+        default=("tower", "adapter", "decoder"), min_length=1
+    )
     batch: SightRows = SightRows()
     evaluate: Answers = Answers()

@@ -99,7 +99,7 @@ def statistics(config: Vlm) -> Preprocess:
                 return load_preprocess(where)
             except DataError:
                 size = load_config(where).image
-                return Preprocess(size, **CLIP_STATISTICS) if config.load else Preprocess(size)
+                return Preprocess(size, **CLIP_STATISTICS) if config.load else Preprocess(size)  # type: ignore[arg-type]
     return Preprocess(config.sights.size)
 
 
@@ -138,12 +138,12 @@ def words(config: Vlm, sights: Sights) -> Tokenizer:
 def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> VisionLanguage:
     """Loaded whole; or put together from parts, each loaded or built with first values."""
     if config.load is not None:
-        model = load(config.load, dtype="float32")
-        if not isinstance(model, VisionLanguage):
+        loaded: Any = load(config.load, dtype="float32")
+        if not isinstance(loaded, VisionLanguage):
             raise UsageError(
                 f"load={config.load} is no vision-language model; set tower.load or decoder.load to begin with a part"
             )
-        return model
+        return loaded
     tower = load(config.tower.load, dtype="float32") if config.tower.load else None
     decoder = load(config.decoder.load, dtype="float32") if config.decoder.load else None
     vision = tower.config if tower is not None else new_tower(config, preprocess)
@@ -152,7 +152,7 @@ def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> Vi
         text = replace(text, vocab=tokenizer.vocab_size)
     depth = config.tower.depth or vision.layers
     numbers = Config(vision, text, tokenizer.id(PLACEHOLDER), depth, mlp=config.adapter == "mlp")
-    model: VisionLanguage = build(numbers, seed=seeds.stream(config.seed, "init"))  # type: ignore[assignment]
+    model: Any = build(numbers, seed=seeds.stream(config.seed, "init"))
     if tower is not None:
         put(model.tower, tower)
     if decoder is not None:
@@ -229,7 +229,7 @@ class Answering:
         if room < 1:
             raise UsageError("a question leaves no room for its answer: set a larger batch.length")
         said = generate(
-            model.looking(images),
+            model.looking(images),  # type: ignore[arg-type]
             prompts,
             max_new_tokens=min(longest, room),
             temperature=0.0,

@@ -24,8 +24,8 @@ STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 
 @pytest.fixture(params=TINY)
 def model(request) -> Decoder:
-    """Every family, with weights large enough that tokens matter; in float64, so that a DeltaNet's chunks and single steps
-    agree to the last digit that is compared."""
+    """Every family, with weights large enough that tokens matter; in float64, so that a DeltaNet's chunks and single
+    steps agree to the last digit that is compared."""
     return loud(build(request.param, seed=1, dtype="float64"))
 
 
