@@ -6,6 +6,7 @@ for one short answer. Later calls of the same shapes find the step again, as lon
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
@@ -26,10 +27,15 @@ BUCKET = 64
 def compiled_step(model: Decoder) -> Step:
     """The model's compiled step. It takes the model as an argument, so that the table here keeps no model alive."""
     if model not in STEPS:
-        STEPS[model] = torch.compile(  # type: ignore[call-overload]
-            decode_step, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=SHAPES_PER_MODEL
-        )
+        STEPS[model] = torch.compile(decode_step, fullgraph=True, dynamic=False, **own_count())  # type: ignore[call-overload]
     return STEPS[model]
+
+
+def own_count() -> dict[str, int | bool]:
+    """Count each model's shapes apart, where this torch can (2.13); before, all models share one count of eight."""
+    wanted: dict[str, int | bool] = {"isolate_recompiles": True, "recompile_limit": SHAPES_PER_MODEL}
+    known = inspect.signature(torch.compile).parameters
+    return {name: value for name, value in wanted.items() if name in known}
 
 
 def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
