@@ -23,7 +23,7 @@ from llm_quest.models.build import page_of, preset, presets
 from llm_quest.models.page import Page
 from llm_quest.report.words import aligned, size
 
-CODE = ("Config", "block", "assemble", "initialize")
+CODE = ("Config", "block", "assemble")
 COLOURS = {"heading": "\033[1m", "gone": "\033[31m", "new": "\033[32m", "same": "", "faint": "\033[2m"}
 Line = tuple[str, str]
 

@@ -4,7 +4,7 @@ seed decides it on any machine, whatever else has drawn random numbers."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ def materialize(
                 made[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
     return model
+
+
+def fill_by_depth_(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """GPT-2's rule, which its descendants kept: N(0, 0.02^2), and what writes into the stream smaller by sqrt(2
+    layers), so that the sum of all branches keeps its size."""
+    layers: Any = model.config.layers  # type: ignore[union-attr]
+    fill_(model, std=0.02, out_std=0.02 / (2 * layers) ** 0.5, generator=generator)
 
 
 def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,14 +27,24 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.latent_attention import LatentAttention
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token import Lookahead
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary, YaRN, temperature
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_expert, publish_rotary, read_rotary
+from llm_quest.models.page import (
+    Names,
+    Page,
+    Published,
+    expert_names,
+    need,
+    only,
+    publish_rotary,
+    read_rotary,
+    swiglu_names,
+)
 
 
 @dataclass(frozen=True)
@@ -142,12 +151,6 @@ def assemble(config: Config) -> Decoder:
     )
 
 
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
-
-
 def names(config: Config) -> Names:
     """Our parameters and their published names. The lookahead modules are published as further layers."""
     table: dict[str, Published] = {
@@ -184,20 +187,10 @@ def layer_names(config: Config, ours: str, theirs: str, *, sparse: bool) -> dict
     table[f"{ours}mixer.norm.weight"] = f"{theirs}input_layernorm.weight"
     table[f"{ours}ffn.norm.weight"] = f"{theirs}post_attention_layernorm.weight"
     if not sparse:
-        return table | swiglu(ffn, mlp)
-    gate_up = Rows(mlp + "experts.{e}.gate_proj.weight", mlp + "experts.{e}.up_proj.weight")
-    table[f"{ffn}router.weight"] = f"{mlp}gate.weight"
+        return table | swiglu_names(ffn, mlp)
+    table |= expert_names(ffn, mlp, config.experts)
     table[f"{ffn}router.bias"] = f"{mlp}gate.e_score_correction_bias"
-    table[f"{ffn}experts.gate_up"] = per_expert(gate_up, config.experts)
-    table[f"{ffn}experts.down"] = per_expert(mlp + "experts.{e}.down_proj.weight", config.experts)
-    return table | (swiglu(f"{ffn}shared.", f"{mlp}shared_experts.") if config.shared else {})
-
-
-def swiglu(ours: str, theirs: str) -> dict[str, Published]:
-    return {
-        f"{ours}gate_up.weight": Rows(f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
-        f"{ours}down.weight": f"{theirs}down_proj.weight",
-    }
+    return table | (swiglu_names(f"{ffn}shared.", f"{mlp}shared_experts.") if config.shared else {})
 
 
 def read(published: Mapping[str, Any]) -> Config:
@@ -358,7 +351,7 @@ PAGE = Page(
     architecture="DeepseekV3ForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

@@ -21,15 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from llm_quest.contracts import Card, Preset
 from llm_quest.layers.attention import GroupedQueryAttention, explicit_attention, fused_attention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP, gelu_tanh
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.norm import OffsetRMSNorm
 from llm_quest.layers.rotary import Linear, Rotary
 from llm_quest.models.decoder import Decoder
@@ -97,12 +95,6 @@ def assemble(config: Config) -> Decoder:
         norm=OffsetRMSNorm(config.width, config.eps),
         head=Unembed(config.width, config.vocab, tied=embed.token, cap=config.final_cap),
     )
-
-
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
@@ -238,7 +230,7 @@ PAGE = Page(
     architecture="Gemma3ForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

@@ -17,15 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from llm_quest.contracts import Card, Preset
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import LearnedPositions
 from llm_quest.layers.feed_forward import MLP, gelu_tanh
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.decoder import Decoder
@@ -76,12 +74,6 @@ def assemble(config: Config) -> Decoder:
         norm=LayerNorm(config.width, config.eps),
         head=Unembed(config.width, config.vocab, tied=embed.token),
     )
-
-
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
@@ -146,7 +138,7 @@ PAGE = Page(
     architecture="GPT2LMHeadModel",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

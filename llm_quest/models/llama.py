@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.nn import functional as F
 
 from llm_quest.contracts import Card, Preset
@@ -27,7 +26,7 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Llama3, Rotary
 from llm_quest.models.decoder import Decoder
@@ -81,12 +80,6 @@ def assemble(config: Config) -> Decoder:
         norm=RMSNorm(config.width, config.eps),
         head=Unembed(config.width, config.vocab, tied=embed.token if config.tied else None),
     )
-
-
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
@@ -168,7 +161,7 @@ PAGE = Page(
     architecture="LlamaForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,7 +26,7 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
@@ -37,12 +36,13 @@ from llm_quest.models.page import (
     Page,
     Published,
     Rows,
+    expert_names,
     need,
     only,
-    per_expert,
     per_layer,
     publish_rotary,
     read_rotary,
+    swiglu_names,
 )
 
 
@@ -131,12 +131,6 @@ def assemble(config: Config) -> Decoder:
     )
 
 
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
-
-
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
     layer = "model.layers.{i}."
@@ -151,19 +145,11 @@ def names(config: Config) -> Names:
     if not config.tied:
         table["head.weight"] = "lm_head.weight"
     sinks = {"blocks.{i}.mixer.layer.sink": f"{layer}self_attn.attention_sink_bias"}
-    dense: dict[str, Published] = {
-        "blocks.{i}.ffn.layer.gate_up.weight": Rows(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
-        "blocks.{i}.ffn.layer.down.weight": f"{layer}mlp.down_proj.weight",
-    }
-    gate_up = Rows(layer + "mlp.experts.{e}.gate_proj.weight", layer + "mlp.experts.{e}.up_proj.weight")
-    sparse: dict[str, Published] = {
-        "blocks.{i}.ffn.layer.router.weight": f"{layer}mlp.gate.weight",
-        "blocks.{i}.ffn.layer.router.bias": f"{layer}mlp.gate.e_score_correction_bias",
-        "blocks.{i}.ffn.layer.experts.gate_up": per_expert(gate_up, config.experts),
-        "blocks.{i}.ffn.layer.experts.down": per_expert(layer + "mlp.experts.{e}.down_proj.weight", config.experts),
-    }
+    ffn, mlp = "blocks.{i}.ffn.layer.", f"{layer}mlp."
+    bias = {f"{ffn}router.bias": f"{mlp}gate.e_score_correction_bias"}
+    dense, sparse = swiglu_names(ffn, mlp), expert_names(ffn, mlp, config.experts) | bias
     windowed = [i for i, window in enumerate(config.windows) if window is not None]
-    kinds = [[i for i, dense in enumerate(config.dense) if dense is wanted] for wanted in (True, False)]
+    kinds = [[i for i, is_dense in enumerate(config.dense) if is_dense is wanted] for wanted in (True, False)]
     written = per_layer(table, config.layers) | per_layer(sinks, windowed)
     return written | per_layer(dense, kinds[0]) | per_layer(sparse, kinds[1])
 
@@ -321,7 +307,7 @@ PAGE = Page(
     architecture="MiMoV2FlashForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

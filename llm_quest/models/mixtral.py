@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.nn import functional as F
 
 from llm_quest.contracts import Card, Preset
@@ -22,7 +21,7 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
@@ -91,12 +90,6 @@ def assemble(config: Config) -> Decoder:
         norm=RMSNorm(config.width, config.eps),
         head=Unembed(config.width, config.vocab, tied=embed.token if config.tied else None),
     )
-
-
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def names(config: Config) -> Names:
@@ -178,7 +171,7 @@ PAGE = Page(
     architecture="MixtralForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

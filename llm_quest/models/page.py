@@ -144,6 +144,24 @@ def number(name: str, layer: int) -> str:
     return name.replace("{i}", str(layer))
 
 
+def swiglu_names(ours: str, theirs: str) -> dict[str, Published]:
+    """A gated feed-forward layer's, as all but Mixtral publish it."""
+    return {
+        f"{ours}gate_up.weight": Rows(f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
+        f"{ours}down.weight": f"{theirs}down_proj.weight",
+    }
+
+
+def expert_names(ours: str, theirs: str, experts: int) -> dict[str, Published]:
+    """A router's and its experts', likewise."""
+    one = theirs + "experts.{e}."
+    return {
+        f"{ours}router.weight": f"{theirs}gate.weight",
+        f"{ours}experts.gate_up": per_expert(Rows(f"{one}gate_proj.weight", f"{one}up_proj.weight"), experts),
+        f"{ours}experts.down": per_expert(f"{one}down_proj.weight", experts),
+    }
+
+
 def need(published: Mapping[str, Any], field: str) -> Any:
     """A field that has no default."""
     if published.get(field) is None:

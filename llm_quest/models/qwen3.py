@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +24,7 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
@@ -35,12 +34,13 @@ from llm_quest.models.page import (
     Page,
     Published,
     Rows,
+    expert_names,
     need,
     only,
-    per_expert,
     per_layer,
     publish_rotary,
     read_rotary,
+    swiglu_names,
 )
 
 
@@ -115,12 +115,6 @@ def assemble(config: Config) -> Decoder:
     )
 
 
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
-
-
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
     layer = "model.layers.{i}."
@@ -139,25 +133,12 @@ def names(config: Config) -> Names:
     if config.attention_bias:
         table["blocks.{i}.mixer.layer.qkv.bias"] = Rows(*(f"{layer}self_attn.{part}_proj.bias" for part in "qkv"))
         table["blocks.{i}.mixer.layer.out.bias"] = f"{layer}self_attn.o_proj.bias"
-    dense: dict[str, Published] = {
-        "blocks.{i}.ffn.layer.gate_up.weight": Rows(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight"),
-        "blocks.{i}.ffn.layer.down.weight": f"{layer}mlp.down_proj.weight",
-    }
+    ffn, mlp = "blocks.{i}.ffn.layer.", f"{layer}mlp."
     sparse_layers = config.sparse.layers if config.sparse else ()
     dense_layers = [i for i in range(config.layers) if i not in sparse_layers]
-    sparse = expert_names(config.sparse.experts) if config.sparse else {}
+    sparse = expert_names(ffn, mlp, config.sparse.experts) if config.sparse else {}
+    dense = swiglu_names(ffn, mlp)
     return per_layer(table, config.layers) | per_layer(dense, dense_layers) | per_layer(sparse, sparse_layers)
-
-
-def expert_names(experts: int) -> Names:
-    """A sparse layer's."""
-    moe = "model.layers.{i}.mlp."
-    gate_up = Rows(moe + "experts.{e}.gate_proj.weight", moe + "experts.{e}.up_proj.weight")
-    return {
-        "blocks.{i}.ffn.layer.router.weight": f"{moe}gate.weight",
-        "blocks.{i}.ffn.layer.experts.gate_up": per_expert(gate_up, experts),
-        "blocks.{i}.ffn.layer.experts.down": per_expert(moe + "experts.{e}.down_proj.weight", experts),
-    }
 
 
 def read(published: Mapping[str, Any]) -> Config:
@@ -248,7 +229,7 @@ PAGE = Page(
     architecture="Qwen3ForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +25,7 @@ from llm_quest.layers.delta_net import FlatInputs, GatedDeltaNet, WovenInputs
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import OffsetRMSNorm
 from llm_quest.layers.rotary import Rotary
@@ -37,12 +36,13 @@ from llm_quest.models.page import (
     Page,
     Published,
     Rows,
+    expert_names,
     need,
     only,
-    per_expert,
     per_layer,
     publish_rotary,
     read_rotary,
+    swiglu_names,
 )
 
 
@@ -152,12 +152,6 @@ def assemble(config: Config) -> Decoder:
     )
 
 
-def initialize(model: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers), so that the sum of all branches keeps its
-    size."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
-
-
 def names(config: Config) -> Names:
     """Our parameters and their published names."""
     layer = "model.layers.{i}."
@@ -207,21 +201,11 @@ def delta_names(delta: Delta) -> dict[str, Published]:
 def ffn_names(config: Config) -> dict[str, Published]:
     ours, theirs = "blocks.{i}.ffn.layer.", "model.layers.{i}.mlp."
     if config.sparse is None:
-        return swiglu(ours, theirs)
-    gate_up = Rows(theirs + "experts.{e}.gate_proj.weight", theirs + "experts.{e}.up_proj.weight")
+        return swiglu_names(ours, theirs)
     return {
-        f"{ours}router.weight": f"{theirs}gate.weight",
-        f"{ours}experts.gate_up": per_expert(gate_up, config.sparse.experts),
-        f"{ours}experts.down": per_expert(theirs + "experts.{e}.down_proj.weight", config.sparse.experts),
-        **swiglu(f"{ours}shared.", f"{theirs}shared_expert."),
+        **expert_names(ours, theirs, config.sparse.experts),
+        **swiglu_names(f"{ours}shared.", f"{theirs}shared_expert."),
         f"{ours}shared_gate.weight": f"{theirs}shared_expert_gate.weight",
-    }
-
-
-def swiglu(ours: str, theirs: str) -> dict[str, Published]:
-    return {
-        f"{ours}gate_up.weight": Rows(f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
-        f"{ours}down.weight": f"{theirs}down_proj.weight",
     }
 
 
@@ -378,7 +362,7 @@ PAGE = Page(
     architecture="Qwen3NextForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=initialize,
+    initialize=fill_by_depth_,
     names=names,
     read=read,
     publish=publish,

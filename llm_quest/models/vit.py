@@ -25,7 +25,7 @@ from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.patches import ImageEmbedding, resized_positions
 from llm_quest.layers.rotary import NoRotary
@@ -93,11 +93,6 @@ def assemble(config: Config) -> ImageEncoder:
         norm=LayerNorm(config.width, config.eps),
         head=nn.Linear(config.width, config.classes),
     )
-
-
-def initialize(model: ImageEncoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers)."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
 
 
 def resized(model: ImageEncoder, image: int) -> ImageEncoder:
@@ -221,7 +216,7 @@ PAGE = Page(
     architecture="ViTForImageClassification",
     Config=Config,
     assemble=assemble,  # type: ignore[arg-type]
-    initialize=initialize,  # type: ignore[arg-type]
+    initialize=fill_by_depth_,  # type: ignore[arg-type]
     names=names,
     read=read,
     publish=publish,
