@@ -24,9 +24,9 @@ _DOORS = {
     "build": "llm_quest.models.build",
     "presets": "llm_quest.models.build",
     "preset": "llm_quest.models.build",
-    "generate": "llm_quest.generate.generate",
-    "Completion": "llm_quest.generate.generate",
-    "Sampling": "llm_quest.generate.sampling",
+    "generate": "llm_quest.generation.generate",
+    "Completion": "llm_quest.generation.generate",
+    "Sampling": "llm_quest.generation.sampling",
     "Scope": "llm_quest.scope",
     "Tokenizer": "llm_quest.data.tokenizer",
 }

@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 
 from tests.shapes import check_shapes
 
-CHECKED = ("layers", "models", "generate", "objectives", "techniques", "hub")
+CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
 install_import_hook([f"llm_quest.{room}" for room in CHECKED], f"{check_shapes.__module__}.{check_shapes.__qualname__}")
 
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from llm_quest.cli.screen import clean, show_json
 from llm_quest.cli.template import Messages, render
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.generate.generate import complete, stream
-from llm_quest.generate.sampling import Sampling
-from llm_quest.generate.until import Until
+from llm_quest.generation.generate import complete, stream
+from llm_quest.generation.sampling import Sampling
+from llm_quest.generation.until import Until
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.choices import precision

@@ -22,7 +22,7 @@ from llm_quest.cli.machine import doctor
 from llm_quest.cli.planning import Plan, plan
 from llm_quest.cli.training import conclude, sizes, understood, work
 from llm_quest.errors import UsageError
-from llm_quest.generate.generate import generate
+from llm_quest.generation.generate import generate
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import differences, gather, resolve

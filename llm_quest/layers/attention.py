@@ -213,18 +213,17 @@ class GroupedQueryAttention(nn.Module):
         self.rotary, self.window, self.dropout, self.gated = rotary, window, dropout, gated
         self.scale = head_width**-0.5 if scale is None else scale
         self.attend = attend
-        self.q_norm, self.k_norm, self.v_norm = (
-            q_norm or nn.Identity(),
-            k_norm or nn.Identity(),
-            v_norm or nn.Identity(),
-        )
+        self.q_norm = q_norm or nn.Identity()
+        self.k_norm = k_norm or nn.Identity()
+        self.v_norm = v_norm or nn.Identity()
         self.sink = nn.Parameter(torch.zeros(heads)) if sinks else None
         queries = heads * head_width * (2 if gated else 1)
         self.qkv = Projections(width, q=queries, k=groups * head_width, v=groups * self.value_width, bias=bias)
         self.out = nn.Linear(heads * self.value_width, width, bias=out_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
-        q, k, v = (part.unflatten(-1, (heads, -1)) for part, heads in zip(self.qkv(x), self.head_counts, strict=True))
+        heads = (self.heads, self.groups, self.groups)
+        q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(self.qkv(x), heads, strict=True))
         q, gate = q.chunk(2, dim=-1) if self.gated else (q, None)
         q, k, v = self.rotary(self.q_norm(q), scope), self.rotary(self.k_norm(k), scope), self.v_norm(v)
         if scope.memory is None:
@@ -235,11 +234,6 @@ class GroupedQueryAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = self.attend(q, k, v, visible, scale=self.scale, dropout=dropout, sink=self.sink)
         return self.out((mixed if gate is None else mixed * gate.sigmoid()).flatten(2))
-
-    @property
-    def head_counts(self) -> tuple[int, int, int]:
-        """Heads of q, k and v."""
-        return self.heads, self.groups, self.groups
 
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> SlotCache:
         return SlotCache(capacity, self.window, slack)

@@ -79,10 +79,11 @@ class Cache:
 
 @dataclass(frozen=True)
 class Filing:
-    """One pass's dealings with a shelf. slot (B,T): where each token goes; before, after (B, slots+1): positions lying
-    in the slots before and after the pass; start: the common slot of a plain pass's first token, where it is known;
-    fresh: nothing lay there before; whole: rows 0..n without gap or padding."""
+    """One pass's dealings with a shelf. row (B,1), slot (B,T): where each token goes; before, after (B, slots+1):
+    positions lying in the slots before and after the pass; start: the common slot of a plain pass's first token, where
+    it is known; fresh: nothing lay there before; whole: rows 0..n without gap or padding."""
 
+    row: Tensor
     slot: Tensor
     before: Tensor
     after: Tensor
@@ -127,7 +128,8 @@ class Shelf:
         if ring:
             latest = positions.amax(dim=1)
             self.highest = latest if self.highest is None else torch.maximum(self.highest, latest)
-        return Filing(slot, before, self.positions, start, fresh, self.whole, reach)
+        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        return Filing(row, slot, before, self.positions, start, fresh, self.whole, reach)
 
     def rewind(self, to: Sequence[int]) -> None:
         if self.positions is not None:
@@ -194,8 +196,7 @@ class SlotCache:
             if filing.start is not None and filing.start + length <= self.slots:
                 kept[:, filing.start + 1 : filing.start + 1 + length] = tensor
             else:
-                row = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
-                kept.index_put_((row, filing.slot), tensor.to(kept.dtype))
+                kept.index_put_((filing.row, filing.slot), tensor.to(kept.dtype))
 
     def read(self, scope: Scope, filing: Filing) -> tuple[dict[str, Tensor], Sight]:
         """The filled slots and their mask; none is needed where one new token closes rows without gap or padding."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llm_quest.contracts import Loss
-from llm_quest.objectives.cross_entropy import IGNORE, cross_entropy
+from llm_quest.data.batch import IGNORE
+from llm_quest.objectives.cross_entropy import cross_entropy
 
 if TYPE_CHECKING:
     from llm_quest.data.sights import SightBatch

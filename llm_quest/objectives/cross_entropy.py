@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from llm_quest.data.batch import IGNORE
 from llm_quest.errors import UsageError
 
-IGNORE = -100
 ROWS = 256
 LARGE = 64 * 2**20
 

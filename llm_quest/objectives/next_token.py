@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_quest.contracts import Loss
+from llm_quest.data.batch import IGNORE, TokenBatch
 from llm_quest.errors import UsageError
 from llm_quest.layers.moe import Routing
 from llm_quest.layers.multi_token import ahead, positions_ahead
-from llm_quest.objectives.cross_entropy import FORMS, IGNORE, cross_entropy
+from llm_quest.objectives.cross_entropy import FORMS, cross_entropy
 from llm_quest.objectives.routing import METRICS, TERMS, note_loads
 from llm_quest.scope import Scope
-
-if TYPE_CHECKING:
-    from llm_quest.data.batch import TokenBatch
 
 
 class NextToken(nn.Module):
@@ -51,7 +49,7 @@ class NextToken(nn.Module):
         total = self.cross_entropy(h, batch.targets)
         count = (batch.targets != IGNORE).sum(dtype=torch.float32)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
-        total = total + self.multi_token(h, batch, scope, count, metrics)
+        total = total + self.multi_token(h, batch, scope, metrics)
         routings: list[Routing] = records.get("routing", [])
         if routings:
             total = total + self.balance(routings, count, metrics)
@@ -63,7 +61,7 @@ class NextToken(nn.Module):
         return cross_entropy(h.flatten(0, 1), head.weight, targets.flatten(), self.form, head.cap)
 
     def multi_token(
-        self, h: Tensor, batch: TokenBatch, scope: Scope, count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]
+        self, h: Tensor, batch: TokenBatch, scope: Scope, metrics: dict[str, tuple[Tensor, Tensor]]
     ) -> Tensor:
         """lambda / K times the sum of the lookahead modules' losses."""
         total, modules = h.new_zeros((), dtype=torch.float32), self.model.lookahead

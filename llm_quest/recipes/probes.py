@@ -13,7 +13,7 @@ import torch
 from llm_quest.data.held_out import HeldOut, eval_batches
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import Tokens
-from llm_quest.generate.generate import generate
+from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextToken
 

@@ -19,7 +19,7 @@ from llm_quest.data.scenes import Turn, score
 from llm_quest.data.sights import Captions, Scenes, SightFeed, Sights, Writer
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from llm_quest.errors import DataError, UsageError
-from llm_quest.generate.generate import generate
+from llm_quest.generation.generate import generate
 from llm_quest.hub.files import load, load_preprocess, load_tokenizer
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models import clip, llama

@@ -10,9 +10,9 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.generate.generate import complete, generate, stream
-from llm_quest.generate.sampling import Sampling
-from llm_quest.generate.until import Completion, Until
+from llm_quest.generation.generate import complete, generate, stream
+from llm_quest.generation.sampling import Sampling
+from llm_quest.generation.until import Completion, Until
 from llm_quest.models import PAGES
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder

@@ -12,10 +12,10 @@ from typing import Literal
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generate.decoding import Decoding
-from llm_quest.generate.sampling import Sampling, row_uniforms
-from llm_quest.generate.text import Streams
-from llm_quest.generate.until import Completion, Made, Row, Until
+from llm_quest.generation.decoding import Decoding
+from llm_quest.generation.sampling import Sampling, row_uniforms
+from llm_quest.generation.text import Streams
+from llm_quest.generation.until import Completion, Made, Row, Until
 from llm_quest.models.decoder import Decoder
 
 Prompts = Sequence[Sequence[int]] | Tensor

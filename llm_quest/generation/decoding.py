@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.generate.compiled import compiled_step, rounded_up
-from llm_quest.generate.sampling import Sampling, seen_tokens
+from llm_quest.generation.compiled import compiled_step, rounded_up
+from llm_quest.generation.sampling import Sampling, seen_tokens
 from llm_quest.layers.cache import Cache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llm_quest.errors import UsageError
-from llm_quest.generate.text import Streams, Text
+from llm_quest.generation.text import Streams, Text
 
 Finished = Literal["eos", "stop", "length"]
 

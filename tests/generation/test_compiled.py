@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from llm_quest.generate.compiled import rounded_up
+from llm_quest.generation.compiled import rounded_up
 from llm_quest.models import PAGES
 
 FAMILIES = [
@@ -16,8 +16,8 @@ FAMILIES = [
 
 
 def counted(backend: str, *names: str) -> dict:
-    """What tests/generate/compiled_steps.py prints."""
-    command = [sys.executable, "-m", "tests.generate.compiled_steps", backend, *names]
+    """What tests/generation/compiled_steps.py prints."""
+    command = [sys.executable, "-m", "tests.generation.compiled_steps", backend, *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.generate.text import Text
+from llm_quest.generation.text import Text
 
 
 class Letters:

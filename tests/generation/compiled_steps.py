@@ -12,7 +12,7 @@ import weakref
 import torch
 from torch._dynamo.utils import counters
 
-from llm_quest.generate.generate import generate
+from llm_quest.generation.generate import generate
 from llm_quest.models.build import build
 
 RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generate.sampling import Sampling, inverse_cdf, row_uniforms
+from llm_quest.generation.sampling import Sampling, inverse_cdf, row_uniforms
 
 FILTERS = list(product((None, 1, 3, 8), (None, 0.3, 0.8, 1.0), (None, 0.0, 0.2, 0.6), (0.5, 1.0, 3.0)))
 
