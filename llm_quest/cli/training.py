@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from llm_quest.cli.machine import doctor
 from llm_quest.cli.planning import Plan, Work, plan
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.disk import replace_json
 from llm_quest.errors import UsageError
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
@@ -25,7 +25,6 @@ from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
 from llm_quest.recipes.yaml import Mistake, Settings
-from llm_quest.train.checkpoint import replace_text
 from llm_quest.train.parallel import pick_device
 
 Say = Callable[[str], None]
@@ -128,7 +127,7 @@ def conclude(folder: Path, foreseen: Plan | None, say: Say) -> None:
     from llm_quest.report.page import report
 
     if foreseen is not None:
-        replace_text(folder / "plan.json", json.dumps(foreseen.as_json(), indent=1) + "\n")
+        replace_json(folder / "plan.json", foreseen.as_json())
     say(f"report: {report([folder])}")
 
 

@@ -29,6 +29,7 @@ from filelock import FileLock
 from llm_quest.data.documents import Document
 from llm_quest.data.split import Split
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.disk import sha256, sync
 from llm_quest.errors import DataError, ResourceError
 
 FORMAT = 1
@@ -146,7 +147,7 @@ def open_tokens(folder: str | Path, *, verify: Literal["full", "size"] = "full")
             raise DataError(f"{file} is missing; prepare the data again")
         if (size := file.stat().st_size) != facts["size"]:
             raise DataError(f"{file} has {size} bytes, its manifest says {facts['size']}; prepare the data again")
-        if verify == "full" and _digest(file) != facts["sha256"]:
+        if verify == "full" and sha256(file) != facts["sha256"]:
             raise DataError(f"{file} has changed since it was written (sha256 differs); prepare the data again")
     train, val = (_open(folder, name, manifest, verify) for name in SPLITS)
     return TokenFolder(folder, manifest, train, val)
@@ -171,7 +172,7 @@ def _write(parts: Split, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
             "corpus": parts.corpus.as_json(),
             "python": platform.python_version(),
             "files": {
-                file.name: {"size": file.stat().st_size, "sha256": _digest(file)} for file in sorted(stage.glob("*.*"))
+                file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(stage.glob("*.*"))
             },
         }
         (stage / "manifest.json").write_text(
@@ -179,9 +180,9 @@ def _write(parts: Split, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
         )
         for file in stage.iterdir():
             if file.is_file():
-                _sync(file)
+                sync(file)
         os.rename(stage, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return open_tokens(folder, verify="size")
@@ -251,16 +252,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _key(parts: Split, tokenizer: Tokenizer) -> str:
     sides = [[document.hash for document in side] for side in (parts.train, parts.val)]
     return hashlib.sha256(json.dumps([FORMAT, tokenizer.hash, sides]).encode()).hexdigest()[:32]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

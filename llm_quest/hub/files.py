@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llm_quest.disk import replace_json, write_json, write_text
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub import memory
 from llm_quest.hub.config import DTYPES, read_json, stored_dtype, write_config, write_generation
 from llm_quest.hub.fetch import find, offline
 from llm_quest.hub.names import places
 from llm_quest.hub.readme import Readme
-from llm_quest.hub.staging import replace_json, staged, write_json, write_text
+from llm_quest.hub.staging import staged
 from llm_quest.hub.survey import Source, Survey, common_dtype, survey
 from llm_quest.hub.tensors import not_finite, read_into, write
 from llm_quest.layers.initialize import materialize

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from llm_quest.disk import sync
 from llm_quest.errors import ResourceError, UsageError
 
 
@@ -71,34 +70,3 @@ def put_in_place(stage: Path, target: Path) -> None:
         raise
     shutil.rmtree(old, ignore_errors=True)
     sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or a folder's entries, durable (not every system lets folders be opened)."""
-    with contextlib.suppress(PermissionError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_text(file: Path, text: str) -> None:
-    """A new file; mode by umask."""
-    with file.open("x", encoding="utf-8") as handle:
-        handle.write(text)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def replace_json(file: Path, content: dict[str, Any]) -> None:
-    """A file that is replaced in one step; a link there is replaced, not followed."""
-    stage = file.with_name(f".tmp-{file.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        write_json(stage, content)
-        sync(stage)
-        os.replace(stage, file)
-    finally:
-        stage.unlink(missing_ok=True)

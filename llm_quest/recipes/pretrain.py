@@ -8,7 +8,6 @@ The same command again goes on where the folder stands, and ends with the bits o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from llm_quest.contracts import Callback, Probe
 from llm_quest.data.baselines import baselines
 from llm_quest.data.packing import PackedFeed
+from llm_quest.disk import replace_json
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.files import load, write_model_json
 from llm_quest.models.build import build, count_parameters, page_of
@@ -37,12 +37,12 @@ from llm_quest.recipes.probes import Evaluation, Writing
 from llm_quest.recipes.sizes import model_config
 from llm_quest.recipes.text import Text, ready
 from llm_quest.recipes.yaml import Settings
-from llm_quest.train.checkpoint import listed, replace_text
+from llm_quest.train.checkpoint import listed
 from llm_quest.train.log import Board, Display, display
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import adamw, muon
 from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
+from llm_quest.train.run import Run, finite
 from llm_quest.train.schedule import schedule
 from llm_quest.train.settings import Result
 from llm_quest.train.settings import Settings as LoopSettings
@@ -320,7 +320,7 @@ def describe(folder: Path, model: Decoder, text: Text) -> None:
     """What generating, exporting and the report need beside the checkpoints."""
     write_model_json(folder, model)
     text.tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
-    write_json(folder / "data.json", text.facts)
+    replace_json(folder / "data.json", text.facts)
 
 
 def concluded(
@@ -341,7 +341,7 @@ def concluded(
         baselines=compared(text, say) if wanted else {},
     )
     if parallel.leader:
-        write_json(folder / "summary.json", outcome.as_json())
+        replace_json(folder / "summary.json", finite(outcome.as_json()))
     return outcome
 
 
@@ -352,7 +352,3 @@ def compared(text: Text, say: Say) -> dict[str, float]:
         return {}
     say("counting and compressing the same text, to compare")
     return {one.name: one.bits_per_byte for one in baselines(parts.train, parts.val, tokenizer=text.tokenizer)}
-
-
-def write_json(file: Path, value: Any) -> None:
-    replace_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

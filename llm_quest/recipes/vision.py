@@ -12,9 +12,9 @@ from torch import nn
 
 from llm_quest.contracts import Feed, Probe
 from llm_quest.data.images import Preprocess
+from llm_quest.disk import replace_json
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.files import write_model_json
-from llm_quest.hub.staging import replace_json
 from llm_quest.models.build import count_parameters, page_of
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
@@ -25,7 +25,7 @@ from llm_quest.train.log import Board, display
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import adamw, muon
 from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
+from llm_quest.train.run import Run, finite
 from llm_quest.train.schedule import schedule
 from llm_quest.train.settings import Settings
 
@@ -151,7 +151,7 @@ def carried_out(
         scores=scores,
     )
     if parallel.leader:
-        replace_json(folder / "summary.json", outcome.as_json())
+        replace_json(folder / "summary.json", finite(outcome.as_json()))
     return outcome
 
 

@@ -3,13 +3,12 @@ nothing is fetched, nothing is run (no script at all), and what is shown of mode
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llm_quest.disk import replace_text
 from llm_quest.errors import UsageError
 from llm_quest.report.chapter import Row, baselines, chapter, reached_bits, standing, tiles
 from llm_quest.report.plots import Curve, bars, curves
@@ -34,23 +33,8 @@ def report(runs: Sequence[Path | str], *, out: Path | str | None = None) -> Path
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{target.parent} is no folder; choose another --out") from None
-    replace(target, text)
+    replace_text(target, text.encode("utf-8", "replace").decode())
     return target
-
-
-def replace(target: Path, text: str) -> None:
-    """The whole page or the old one, never half of it. The mode is what a new file of this user gets."""
-    handle, staged = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(staged, 0o666 & ~mask)
-        os.replace(staged, target)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
 
 
 def page(records: Sequence[Record]) -> str:

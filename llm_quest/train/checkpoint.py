@@ -13,7 +13,6 @@ anywhere.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm_quest.disk import replace_text, sha256, sync, write_text
 from llm_quest.errors import BusyError, DataError, ResourceError
 
 MODEL, OPTIM, STATE, MANIFEST, LATEST = (
@@ -84,7 +84,7 @@ def write(root: Path, checkpoint: Checkpoint) -> Path:
 
 def _fill(staged: Path, checkpoint: Checkpoint) -> None:
     """Every file synced, the manifest last."""
-    _write_text(staged / STATE, json.dumps(checkpoint.state))
+    write_text(staged / STATE, json.dumps(checkpoint.state))
     mode = (staged / STATE).stat().st_mode & 0o777
     save_file(dict(checkpoint.model), staged / MODEL, metadata={"format": "pt"})
     save_file(dict(checkpoint.optim), staged / OPTIM, metadata={"format": "pt"})
@@ -97,7 +97,7 @@ def _fill(staged: Path, checkpoint: Checkpoint) -> None:
         for name in (MODEL, OPTIM, STATE)
     }
     manifest = {"format": 1, "step": checkpoint.step, "identity": dict(checkpoint.identity), "files": files}
-    _write_text(staged / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(staged / MANIFEST, json.dumps(manifest, indent=1))
     sync(staged)
 
 
@@ -193,39 +193,3 @@ def is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     return any(f"os error {number})" in str(error) for number in FULL)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """A small file replaced as a whole: readers see the old text or the new one."""
-    temp = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        _write_text(temp, text)
-        os.replace(temp, path)
-    except OSError:
-        temp.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or a folder (where the system can open one)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from llm_quest.disk import replace_text, sync
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
@@ -78,8 +79,8 @@ class Run:
             for name in ("metrics.jsonl", "events.jsonl"):
                 require_regular(self.folder / name)
             files.sweep(self.checkpoints)
-            files.replace_text(self.folder / "config.yaml", self.config)
-            files.replace_text(self.folder / "env.json", json.dumps(self.env, indent=1) + "\n")
+            replace_text(self.folder / "config.yaml", self.config)
+            replace_text(self.folder / "env.json", json.dumps(self.env, indent=1) + "\n")
         except BaseException as error:
             self._lock.release()
             if files.is_full(error):
@@ -138,7 +139,7 @@ class Run:
             kept = [
                 line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step
             ]
-            files.replace_text(path, "".join(line + "\n" for line in kept))
+            replace_text(path, "".join(line + "\n" for line in kept))
 
     def row(self, row: Mapping[str, Any]) -> None:
         """One line of metrics. NaN and infinities, which JSON has not, are null and named under `nonfinite`."""
@@ -162,7 +163,7 @@ class Run:
     def write(self, checkpoint: Checkpoint, keep: int, every: int, best: int | None) -> Path:
         """Commit a checkpoint, and only then let older ones go."""
         if (self.folder / "metrics.jsonl").exists():
-            files.sync(self.folder / "metrics.jsonl")
+            sync(self.folder / "metrics.jsonl")
         folder = files.write(self.checkpoints, checkpoint)
         files.retain(self.checkpoints, keep, every, () if best is None else (best,))
         return folder
@@ -171,7 +172,7 @@ class Run:
         """crash.json: why a guard stopped the run."""
         path = self.folder / "crash.json"
         if self.leader:
-            files.replace_text(path, json.dumps(finite(report), indent=1) + "\n")
+            replace_text(path, json.dumps(finite(report), indent=1) + "\n")
         return path
 
 

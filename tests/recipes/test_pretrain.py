@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from llm_quest.disk import sha256
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.recipes.config import resolve
 from llm_quest.recipes.pretrain import Outcome, pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.yaml import merge, read
-from llm_quest.train.checkpoint import sha256
 
 WORDS = [
     "the",
