@@ -26,8 +26,9 @@ from llm_quest.generation.generate import generate
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import differences, gather, resolve
-from llm_quest.recipes.pretrain import Outcome
-from llm_quest.recipes.pretrain_config import FREE, Pretrain
+from llm_quest.recipes.course import Outcome
+from llm_quest.recipes.parts import FREE
+from llm_quest.recipes.pretrain_config import Pretrain
 
 Say = Callable[[str], None]
 

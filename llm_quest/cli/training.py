@@ -16,9 +16,10 @@ from llm_quest.disk import replace_json
 from llm_quest.errors import UsageError
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
+from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.parts import TokenizerPart
-from llm_quest.recipes.pretrain import Outcome, pretrain
-from llm_quest.recipes.pretrain_config import PRECISIONS, Pretrain
+from llm_quest.recipes.pretrain import pretrain
+from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.sizes import model_config
 from llm_quest.recipes.text import loaded
 from llm_quest.recipes.vision_config import Vit, Vlm
@@ -149,7 +150,7 @@ def work(config: Pretrain, numbers: Any) -> Work:
         steps=config.steps,
         micro_rows=micro_rows(config),
         optimizer=config.optimizer.name,
-        precision=precision(PRECISIONS.get(config.precision, config.precision), device).value,
+        precision=precision(config.precision, device).value,
         checkpointing=config.activation_checkpointing,
         keep=config.checkpoint.keep,
         device=str(device),

@@ -20,10 +20,14 @@ class Choice(Generic[Thing]):
     why: str
 
 
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+"""Other names of the same things."""
+
+
 def precision(name: str, device: torch.device) -> Choice[str]:
     """fp32 or bf16 (autocast, with masters in float32): auto takes bf16 where the hardware multiplies it faster."""
     if name != "auto":
-        return Choice(name, "asked for")
+        return Choice(PRECISIONS.get(name, name), "asked for")
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
         why = (

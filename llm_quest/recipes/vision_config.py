@@ -7,53 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llm_quest.recipes.config import Strict
-from llm_quest.recipes.parts import Checkpoint, Count, Few, Optimizer, Schedule
-
-FREE = ("device", "threads", "parallel", "checkpoint", "tensorboard", "max_time", "log_every", "evaluate")
-"""What may differ when a run is resumed: how it is run and watched, not what it computes."""
-
-
-class Course(Strict):
-    """How a run goes on, whatever it learns."""
-
-    seed: Few = Field(
-        default=0,
-        description="decides first values, order of the images and their variation, each by a stream of its own",
-    )
-    steps: Count = Field(default=1000, description="optimiser steps of the whole run")
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    clip: Annotated[float, Field(gt=0)] | None = Field(default=1.0, description="largest gradient norm; null: any")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 where the hardware has it"
-    )
-    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp", description="how processes started by torchrun share the work"
-    )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
-    threads: Few = Field(default=0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS")
-    checkpoint: Checkpoint = Checkpoint()
-    log_every: Count = Field(default=10, description="steps")
-    max_time: str | None = Field(
-        default=None, pattern=r"^\d+(\.\d+)?[smh]$", description="like 90s, 30m or 2h: then it saves and ends"
-    )
-    tensorboard: bool = False
-
-    @model_validator(mode="after")
-    def warmup_fits(self) -> Course:
-        if self.schedule.warmup > self.steps:
-            raise ValueError(f"schedule.warmup {self.schedule.warmup} is longer than the run of {self.steps} steps")
-        return self
-
-    @property
-    def seconds(self) -> float | None:
-        """`max_time` in seconds."""
-        return (
-            None
-            if self.max_time is None
-            else float(self.max_time[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.max_time[-1]]
-        )
+from llm_quest.recipes.parts import Count, Course, Few
 
 
 class ImageRows(Strict):
@@ -148,6 +102,7 @@ class Vit(Course):
     """Images in, a classifier out."""
 
     recipe: Literal["vit"]
+    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
     images: Images = Images()
     model: Eyes = Eyes()
     batch: ImageRows = ImageRows()
@@ -207,6 +162,7 @@ class Vlm(Course):
     """Images and words in, a vision-language model out."""
 
     recipe: Literal["vlm"]
+    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
     sights: Sights = Sights()
     tower: Tower = Tower()
     adapter: Literal["mlp", "linear"] = "mlp"

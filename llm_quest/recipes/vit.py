@@ -20,7 +20,8 @@ from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassification
 from llm_quest.recipes import seeds
-from llm_quest.recipes.vision import Job, Outcome, Say, carried_out, prepared
+from llm_quest.recipes.course import Outcome, company
+from llm_quest.recipes.vision import Job, Say, carried_out
 from llm_quest.recipes.vision_config import Images, Vit
 from llm_quest.recipes.yaml import Settings
 from llm_quest.train.parallel import Parallel
@@ -33,13 +34,9 @@ def train_vit(
     quiet: bool = False, say: Say = print,
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-
-    def run(parallel: Parallel) -> Outcome:
+    with company(config, config.batch.rows) as parallel:
         tell = say if parallel.leader else lambda text: None
-        job = assembled(config, parallel, tell)
-        return carried_out(job, config, out, resume, env or {}, quiet, tell, parallel)
-
-    return prepared(config, config.batch, run)
+        return carried_out(assembled(config, parallel, tell), config, out, resume, env or {}, quiet, tell, parallel)
 
 
 def assembled(config: Vit, parallel: Parallel, say: Say) -> Job:

@@ -29,7 +29,8 @@ from llm_quest.models.generation import GenerationDefaults
 from llm_quest.models.vision_language import Config
 from llm_quest.objectives.captioning import Captioning
 from llm_quest.recipes import seeds
-from llm_quest.recipes.vision import Job, Outcome, Say, carried_out, prepared
+from llm_quest.recipes.course import Outcome, company
+from llm_quest.recipes.vision import Job, Say, carried_out
 from llm_quest.recipes.vision_config import Vlm
 from llm_quest.recipes.yaml import Settings
 from llm_quest.train.parallel import Parallel
@@ -44,8 +45,7 @@ def train_vlm(
     quiet: bool = False, say: Say = print,
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-
-    def run(parallel: Parallel) -> Outcome:
+    with company(config, config.batch.rows) as parallel:
         tell = say if parallel.leader else lambda text: None
         job, tokenizer = assembled(config, parallel, tell)
         if parallel.leader:
@@ -54,8 +54,6 @@ def train_vlm(
         if parallel.leader:
             tokenizer.save(out / "tokenizer", model_max_length=job.model.config.context)
         return outcome
-
-    return prepared(config, config.batch, run)
 
 
 def check_folder(out: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from llm_quest.errors import UsageError
 from llm_quest.recipes.config import as_yaml, differences, find, gather, recipe_names, resolve
-from llm_quest.recipes.pretrain_config import FREE, Pretrain
+from llm_quest.recipes.parts import FREE
+from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.yaml import merge, read
 
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"
@@ -59,9 +60,9 @@ def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines() -> None:
     text += "batch:\n  rows: x\n  lenght: 8\noptimizer: {lr: 0}\n"
     lines = told(text)
     assert [line.split(": ")[:2] for line in lines] == [
+        ["my.yaml:8", "optimizer.lr"],
         ["my.yaml:6", "batch.rows"],
         ["my.yaml:7", "batch.lenght"],
-        ["my.yaml:8", "optimizer.lr"],
         ["my.yaml:2", "step"],
     ]
 
@@ -83,7 +84,7 @@ def test_differences_name_what_changed_but_for_what_is_free() -> None:
     other = resolve(
         Pretrain, merge(read(GOOD, "b"), ["optimizer.lr=0.5", "device=cpu", "checkpoint.every=7", "batch.length=9"])
     )
-    assert differences(config, other, FREE) == ["batch.length: 256 -> 9", "optimizer.lr: 0.001 -> 0.5"]
+    assert differences(config, other, FREE) == ["optimizer.lr: 0.001 -> 0.5", "batch.length: 256 -> 9"]
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest(tmp_path: Path) -> None:

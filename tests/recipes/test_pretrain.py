@@ -15,7 +15,8 @@ from llm_quest.disk import sha256
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.recipes.config import resolve
-from llm_quest.recipes.pretrain import Outcome, pretrain
+from llm_quest.recipes.course import Outcome
+from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.yaml import merge, read
 

@@ -1,0 +1,153 @@
+"""How a run goes on, whatever it learns: what all recipes have in common around `train.loop.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_quest.disk import replace_json
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.recipes import seeds
+from llm_quest.recipes.config import differences, gather, resolve
+from llm_quest.recipes.parts import FREE, Course
+from llm_quest.recipes.parts import Optimizer as OptimizerPart
+from llm_quest.train.checkpoint import listed
+from llm_quest.train.log import Board, Display, display
+from llm_quest.train.optimizers import adamw, muon
+from llm_quest.train.parallel import Parallel
+from llm_quest.train.run import finite
+from llm_quest.train.settings import Result, Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and what it reached. baselines: bits per byte of other methods on the same held-out bytes."""
+
+    run: str
+    status: str
+    step: int
+    steps: int
+    exit_code: int
+    parameters: int
+    seconds: float
+    tokens_per_second: float
+    metrics: Mapping[str, Any]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What was measured on held-out data, by name."""
+        return {name[5:]: value for name, value in self.metrics.items() if name.startswith("eval/")}
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"metrics": finite(self.metrics), "scores": finite(self.scores)}
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        told = [
+            f"{self.status} at step {self.step} of {self.steps}, {self.parameters:,} parameters, "
+            f"{self.seconds:.0f} s: {self.run}"
+        ]
+        if self.scores:
+            told.append("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items()))
+        if self.baselines:
+            told.append("others, bits per byte: " + ", ".join(f"{name} {b:.3f}" for name, b in self.baselines.items()))
+        if self.status != "finished":
+            told.append(f"go on with: quest train {self.run}")
+        return told
+
+
+@contextmanager
+def company(config: Course, rows: int) -> Iterator[Parallel]:
+    """Threads, device and the other processes, for as long as a run takes. rows: of one step, over all of them."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    parallel = Parallel.from_environment(config.device, config.parallel)
+    try:
+        if rows % parallel.world:
+            raise UsageError(f"batch.rows {rows} can't be shared by {parallel.world} processes; make it a multiple")
+        yield parallel
+    finally:
+        parallel.close()
+
+
+def require_same_run(config: Course, folder: Path) -> None:
+    """A folder that holds something else, or a run of other settings, is left alone."""
+    old = folder / "config.yaml"
+    if not old.is_file():
+        if folder.is_dir() and any(entry.name != "run.lock" for entry in folder.iterdir()):
+            raise UsageError(f"{folder} is not empty and no run; choose another --out")
+    elif listed(folder / "checkpoints"):
+        settings = gather(str(old))
+        if settings.tree.get("recipe") != config.recipe:
+            other = settings.tree.get("recipe")
+            raise BusyError(f"{folder} holds a run of another recipe ({other}); choose another --out")
+        changed = differences(resolve(type(config), settings), config, FREE)
+        if changed:
+            listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
+            raise BusyError(
+                f"{folder} holds a run of other settings ({listing}).\n"
+                f"Go on with its own (quest train {folder}) or choose another --out"
+            )
+
+
+def optimizer(part: OptimizerPart, model: Any, by_adamw: Sequence[str] = ("embed.", "head.")) -> torch.optim.Optimizer:
+    """AdamW or Muon over what is trained; Muon is told which rows are matrices of their own, and what is AdamW's."""
+    common: dict[str, Any] = {"lr": part.lr, "betas": part.betas, "eps": part.eps, "weight_decay": part.weight_decay}
+    if part.name == "adamw":
+        return adamw(model, **common)
+    return muon(model, splits=model.row_splits(), by_adamw=by_adamw, momentum=part.momentum, **common)
+
+
+def loop_settings(config: Course, *, expected_loss: float | None = None) -> Settings:
+    """The engine's view of the config, whose `auto`s are decided."""
+    return Settings(
+        steps=config.steps,
+        clip=config.clip,
+        log_every=config.log_every,
+        save_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+        precision=config.precision,
+        compile=bool(config.compile),
+        max_time=config.seconds,
+        seed=seeds.stream(config.seed, "dropout"),
+        expected_loss=expected_loss,
+    )
+
+
+def shown(config: Course, folder: Path, parallel: Parallel, quiet: bool) -> Display:
+    """The progress display, TensorBoard beside it if asked for."""
+    screen = display(parallel.rank, quiet=quiet)
+    return Board(folder / "tensorboard", screen) if config.tensorboard and parallel.leader else screen
+
+
+def ended(
+    config: Course,
+    folder: Path,
+    result: Result,
+    parameters: int,
+    *,
+    leader: bool,
+    baselines: Mapping[str, float] | None = None,
+) -> Outcome:
+    """The outcome, left in the run folder as summary.json."""
+    outcome = Outcome(
+        run=str(folder),
+        status=result.status,
+        step=result.step,
+        steps=config.steps,
+        exit_code=result.exit_code,
+        parameters=parameters,
+        seconds=result.seconds,
+        tokens_per_second=result.tokens_per_second,
+        metrics=dict(result.metrics),
+        baselines=baselines or {},
+    )
+    if leader:
+        replace_json(folder / "summary.json", outcome.as_json())
+    return outcome

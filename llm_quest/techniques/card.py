@@ -1,0 +1,56 @@
+"""A model's card, kept true: which techniques made it what it is, in order, and how to write that down and repeat it.
+
+A technique edits a model that may still be without memory (the meta device), so that loading is: assemble the page,
+repeat the card, give memory, read the numbers. A module that wraps another one keeps it as its `base`; `plain` is the
+name a parameter had before it was wrapped, which is the name the published table knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any, TypeVar
+
+from llm_quest.contracts import Technique
+from llm_quest.errors import DataError
+
+Model = TypeVar("Model", bound=Any)
+
+
+def applied(model: Model, technique: Technique) -> Model:
+    """The model, with the technique noted on its card. The last line of every technique."""
+    model.card = replace(model.card, techniques=(*model.card.techniques, technique))
+    return model
+
+
+def refuse_twice(model: Any, technique: Technique) -> None:
+    """ValueError if one of its kind was applied before: a second one would change the model in silence."""
+    if any(type(before) is type(technique) for before in model.card.techniques):
+        raise ValueError(f"{type(technique).__name__} was applied to this model already; it is applied once")
+
+
+def written(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The card's techniques as JSON, each under its name in the table."""
+    called = {kind: name for name, kind in table.items()}
+    return [{"name": called[type(one)], **asdict(one)} for one in techniques]  # type: ignore[call-overload]
+
+
+def read(listed: Sequence[Mapping[str, Any]], table: Mapping[str, type]) -> list[Technique]:
+    """The inverse of `written`. DataError for a technique or an option that this version does not know."""
+    return [one(entry, table) for entry in listed]
+
+
+def one(entry: Mapping[str, Any], table: Mapping[str, type]) -> Technique:
+    name = str(entry.get("name"))
+    if name not in table:
+        raise DataError(f"the model was made with a technique called {name!r}; known: {', '.join(table)}")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key != "name"}
+    unknown = set(options) - {field.name for field in fields(table[name])}
+    if unknown:
+        raise DataError(f"the technique {name!r} has no option {', '.join(sorted(unknown))}")
+    technique: Technique = table[name](**options)
+    return technique
+
+
+def plain(name: str) -> str:
+    """A parameter's name as if nothing were wrapped."""
+    return ".".join(part for part in name.split(".") if part != "base")
