@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -130,9 +130,14 @@ class Technique(Protocol):
 
     Laws (every technique on every page): a technique that is `neutral_at_birth` moves no logit; all survive a save and
     a load (the card replays them); all leave the decoder's laws standing, or refuse with a ValueError that says why.
+
+    published: the page's config and published tensors alone are the edited model (YaRN changes the config's rotary, and
+    any reader computes it): such a one is noted when a folder is read, not called again. One that is not (LoRA, DyT)
+    makes the saved folder ours alone: config.json then says so, and transformers refuses it.
     """
 
-    neutral_at_birth: bool
+    neutral_at_birth: ClassVar[bool]
+    published: ClassVar[bool]
 
     def __call__(self, model: Any) -> Any: ...
 
@@ -175,6 +180,7 @@ class Feed(Protocol):
         """Go on from a bookmark; raises ValueError if it belongs to other data."""
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Runs after every optimiser step (QK-Clip, expert-bias balancing). May edit the model; deterministic."""
 

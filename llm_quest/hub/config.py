@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 from llm_quest.hub.tensors import TORCH, parse_json, regular_size
 from llm_quest.models import PAGES, VISION_PAGES
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.models.page import Page
+from llm_quest.techniques import TECHNIQUES
+from llm_quest.techniques.card import is_published, written
 
 LARGEST = 2**24
+OURS = "llm_quest"
 
 
 def read_json(file: Path, limit: int = 16_000_000) -> dict[str, Any]:
@@ -120,6 +124,31 @@ def write_config(
     ids = {} if generation is None else write_ids(generation)
     head = {"architectures": [page.architecture], "model_type": page.model_type, "dtype": name, "torch_dtype": name}
     return head | page.publish(model.config) | ids
+
+
+def carded(config: dict[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
+    """config.json with the model's techniques. Where the published part alone is not the model, it is wrapped up whole
+    under a model_type that nobody else computes, so that no other reader takes the part for the whole."""
+    if not techniques:
+        return config
+    card: dict[str, Any] = {"techniques": written(techniques, TECHNIQUES)}
+    if is_published(techniques):
+        return config | {OURS: card}
+    return {"architectures": [], "model_type": OURS, "dtype": config["dtype"], OURS: card | {"base": config}}
+
+
+def uncarded(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The inverse: the published config, and the techniques still as JSON."""
+    card = config.get(OURS) or {}
+    base = card.get("base") if isinstance(card, Mapping) else None
+    if config.get("model_type") == OURS and not isinstance(base, Mapping):
+        raise DataError(f"config.json: model_type is {OURS!r}, but there is no {OURS}.base to say what was edited")
+    listed = card.get("techniques") or [] if isinstance(card, Mapping) else None
+    if not isinstance(listed, list) or not all(isinstance(one, Mapping) for one in listed):
+        raise DataError(f"config.json: {OURS}.techniques is no list of techniques")
+    whole = dict(base) if isinstance(base, Mapping) else dict(config)
+    whole.pop(OURS, None)
+    return whole, listed
 
 
 def read_generation(published: Mapping[str, Any], advice: Mapping[str, Any]) -> GenerationDefaults:

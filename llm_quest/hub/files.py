@@ -19,17 +19,19 @@ from torch import Tensor
 from llm_quest.disk import replace_json, write_json, write_text
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub import memory
-from llm_quest.hub.config import DTYPES, read_json, stored_dtype, write_config, write_generation
+from llm_quest.hub.config import DTYPES, carded, read_json, stored_dtype, write_config, write_generation
 from llm_quest.hub.fetch import find, offline
-from llm_quest.hub.names import places
+from llm_quest.hub.names import added, places, published_names
 from llm_quest.hub.readme import Readme
 from llm_quest.hub.staging import staged
-from llm_quest.hub.survey import Source, Survey, common_dtype, survey
+from llm_quest.hub.survey import ADDED, Source, Survey, common_dtype, survey
 from llm_quest.hub.tensors import not_finite, read_into, write
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
+from llm_quest.techniques import TECHNIQUES
+from llm_quest.techniques.card import written
 
 if TYPE_CHECKING:
     from llm_quest.data.images import Preprocess
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 READERS = 2
 WRITTEN = re.compile(
     r"(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|README\.md"
-    r"|model(-\d+-of-\d+)?\.safetensors|chat_template\.jinja|vocab\.json|merges\.txt"
+    r"|techniques\.safetensors|model(-\d+-of-\d+)?\.safetensors|chat_template\.jinja|vocab\.json|merges\.txt"
 )
 
 
@@ -118,6 +120,7 @@ def save(
     """A Hugging Face folder: config.json (old and new spelling), model.safetensors or shards with their index,
     generation_config.json, the tokenizer's files, preprocessor_config.json (preprocess: how its images are made),
     README.md. A tied head is left out. generation None: the model's own, else the tokenizer's ids.
+    What techniques added goes to techniques.safetensors, the card to config.json (`hub.config.carded`).
 
     Raises UsageError for a folder that is not empty (overwrite=True replaces a saved model, and nothing else), for a
     model whose weights have no published form, for token ids beyond the vocabulary; ResourceError where the disk is
@@ -127,15 +130,18 @@ def save(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config.vocab)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    table = places(model, page.names(model.config))
-    tensors = {name: place.view(parameters[place.parameter]) for name, place in table.items()}
-    tensors |= {copy: tensors[original] for copy, original in page.copies(model.config).items()}
-    total = sum(map(nbytes, tensors.values()))
+    names, techniques = page.names(model.config), model.card.techniques
+    ours = added(model, names) if techniques else set()
+    table = places(model, published_names(model, names))
+    stored = {name: place.view(parameters[place.parameter]) for name, place in table.items()}
+    extra, tensors = {n: t for n, t in stored.items() if n in ours}, {n: t for n, t in stored.items() if n not in ours}
+    tensors |= {copy: tensors[one] for copy, one in page.copies(model.config).items() if one in tensors}
+    total = sum(map(nbytes, stored.values()))
     dtype = max(tensors.values(), key=nbytes).dtype
     with staged(
         folder, overwrite=overwrite, ours=lambda name: bool(WRITTEN.fullmatch(name)), needed=total + 2**20
     ) as stage:
-        write_json(stage / "config.json", write_config(model, page, generation, dtype))
+        write_json(stage / "config.json", carded(write_config(model, page, generation, dtype), techniques))
         write_json(stage / "generation_config.json", write_generation(generation or GenerationDefaults()))
         write_text(stage / "README.md", (readme or Readme()).render(model, page))
         if tokenizer is not None:
@@ -143,6 +149,8 @@ def save(
         if preprocess is not None:
             write_json(stage / "preprocessor_config.json", preprocess.publish())
         write_weights(stage, tensors, parse_size(max_shard_size))
+        if extra:
+            write(stage / ADDED, extra)
     return Path(folder)
 
 
@@ -204,7 +212,8 @@ def write_model_json(run: str | Path, model: Decoder) -> None:
     page = page_of(model.config)
     config = {"model_type": page.model_type, "architectures": [page.architecture]} | page.publish(model.config)
     generation = write_generation(model.generation or GenerationDefaults())
-    content = {"page": page.name, "config": config, "techniques": [], "generation": generation}
+    techniques = written(model.card.techniques, TECHNIQUES)
+    content = {"page": page.name, "config": config, "techniques": techniques, "generation": generation}
     replace_json(Path(run) / "model.json", content)
 
 

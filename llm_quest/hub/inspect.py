@@ -23,6 +23,7 @@ from llm_quest.hub.tensors import TORCH
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
+from llm_quest.techniques.card import is_published
 
 NAMES = {theirs: name for name, theirs in TORCH.items()}
 
@@ -190,6 +191,11 @@ def verify(where: str | Path, *, seed: int = 0) -> Verification:
         raise UsageError(f"{where} is a run of ours, which transformers cannot read: export it, then verify the export")
     transformers = import_transformers()
     ours = load(found.folder, dtype="float32")
+    if not is_published(ours.card.techniques):
+        made = ", ".join(type(technique).__name__ for technique in ours.card.techniques)
+        raise UsageError(
+            f"{where} was made with {made}, which transformers does not compute: there is no one to compare"
+        )
     read = transformers.AutoModelForCausalLM.from_pretrained
     theirs, info = read(found.folder, dtype=torch.float32, output_loading_info=True)
     tokens = random_tokens(ours, rows=2, seed=seed)

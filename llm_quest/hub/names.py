@@ -20,13 +20,14 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.moe import Experts
 from llm_quest.layers.projections import Projections
 from llm_quest.models.page import Middle, Names, Published, Rows, Shaped, Stack, Transposed
+from llm_quest.techniques.card import plain
 
 View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a published tensor lies with us: `view(parameter)` shares our memory and has the published shape."""
+    """Where a stored tensor lies with us: `view(parameter)` shares our memory and has the published shape."""
 
     parameter: str
     view: View
@@ -35,13 +36,13 @@ class Place:
 def places(model: nn.Module, table: Names) -> dict[str, Place]:
     """Published name -> its place in this model. A tied matrix appears once, under the name its first user gives it.
 
-    Raises UsageError where model and table do not cover each other (an adapter that was not merged)."""
+    Raises UsageError where model and table do not cover each other (a model edited without a technique)."""
     ours = dict(model.named_parameters())
     strangers = [*(ours.keys() - table.keys()), *(table.keys() - ours.keys())]
     if strangers:
         raise UsageError(
             f"this model's weights have no published form: {folded(strangers)} not in its page's table; "
-            "merge or remove the techniques applied to it first"
+            "merge or remove what was put on by hand; a technique would stand on the model's card"
         )
     stacked = stacks(model)
     found = {name: Place(path, view) for path in ours for name, view in views(table[path], stacked.get(path, ()))}
@@ -86,6 +87,19 @@ def stacks(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if isinstance(module, Experts):
             found[f"{path}.gate_up"] = (module.down.shape[2],) * 2
     return found
+
+
+def published_names(model: nn.Module, table: Names) -> Names:
+    """The page's table, for the model as the techniques on its card left it: what they wrapped is published under the
+    name it had before; what they added has no published name and stands under ours."""
+    if not model.card.techniques:  # type: ignore[union-attr]
+        return table
+    return {name: table.get(plain(name), name) for name, _ in model.named_parameters()}
+
+
+def added(model: nn.Module, table: Names) -> set[str]:
+    """The parameters that only techniques know."""
+    return {name for name, _ in model.named_parameters() if plain(name) not in table}
 
 
 def own_names(model: nn.Module) -> Names:

@@ -11,6 +11,7 @@ import yaml
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.page import Page
+from llm_quest.techniques.card import is_published
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,33 @@ class Readme:
         known = {"license": self.license, "base_model": self.base_model, "language": self.language}
         head: dict[str, Any] = {name: value for name, value in known.items() if value}
         head |= {"datasets": list(self.datasets)} if self.datasets else {}
-        head |= {"library_name": "transformers", "pipeline_tag": page.task}
+        whole = is_published(model.card.techniques)
+        head |= {"library_name": "transformers" if whole else "llm-quest", "pipeline_tag": page.task}
         head["tags"] = ["llm-quest", page.model_type]
         size = f"{count_parameters(model):,} parameters"
         parts = [
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
             f"# {self.title or f'{page.name}-style, {size}'}",
             self.summary or f"A {page.architecture} of {size}, trained and exported with LLM Quest.",
-            f"## Use\n\n```python\nfrom transformers import {AUTO[page.task]}\n\n"
-            f'model = {AUTO[page.task]}.from_pretrained("path/to/this/folder")\n```',
+            "## Use\n\n```python\n" + (used(page) if whole else used_here(model)) + "\n```",
             numbers("Shape", page.publish(model.config)),
             numbers("Results", self.results),
             "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def used(page: Page) -> str:
+    """How transformers loads it."""
+    auto = AUTO[page.task]
+    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("path/to/this/folder")'
+
+
+def used_here(model: Decoder) -> str:
+    """How this package loads it, and why others do not."""
+    made = ", ".join(type(technique).__name__ for technique in model.card.techniques)
+    why = f"# made with {made}: the published tensors alone are not this model"
+    return f'import llm_quest as quest\n\nmodel = quest.load("path/to/this/folder")  {why}'
 
 
 AUTO = {

@@ -7,7 +7,7 @@ shapes come from the files' headers and from a model assembled on the meta devic
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
-from llm_quest.hub.config import page_for, read_config, read_generation, read_json
+from llm_quest.hub.config import page_for, read_config, read_generation, read_json, uncarded
 from llm_quest.hub.fetch import Found
-from llm_quest.hub.names import Place, folded, own_names, places, resolve
+from llm_quest.hub.names import Place, folded, own_names, places, published_names, resolve
 from llm_quest.hub.pickled import read_pickled
-from llm_quest.hub.tensors import TORCH, Stored, read_header
+from llm_quest.hub.tensors import TORCH, WHOLE, Stored, read_header
 from llm_quest.layers.head import Unembed
-from llm_quest.models.build import skeleton
+from llm_quest.models.build import Unfilled, skeleton
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.page import Page
+from llm_quest.techniques import TECHNIQUES
+from llm_quest.techniques.card import read, replayed
 
 HEAD = "lm_head.weight"
+ADDED = "techniques.safetensors"
 Source = Stored | Tensor
 
 
@@ -36,7 +40,7 @@ Source = Stored | Tensor
 class Survey:
     """What was found. sources: published name -> where its numbers are. model: on the meta device; None if the config
     is unusable. places: name in the files -> its place in the model. twins: tensors stored twice, (copy, original).
-    problems forbid loading; notes do not."""
+    techniques: what its card says was done to it. problems forbid loading; notes do not."""
 
     found: Found
     published: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +50,7 @@ class Survey:
     sources: dict[str, Source] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     twins: tuple[tuple[str, str], ...] = ()
+    techniques: Sequence[Technique] = ()
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -67,18 +72,22 @@ def read_settings(seen: Survey) -> None:
     if seen.found.run is not None:
         ours = read_json(seen.found.run / "model.json")
         seen.published, advice = ours.get("config") or {}, ours.get("generation") or {}
-        if ours.get("techniques"):
-            raise DataError(f"model.json: techniques {ours['techniques']} are not known to this version")
+        listed = ours.get("techniques") or []
     else:
-        seen.published = read_json(seen.found.folder / "config.json")
+        seen.published, listed = uncarded(read_json(seen.found.folder / "config.json"))
         advice_file = seen.found.folder / "generation_config.json"
         advice = read_json(advice_file) if advice_file.exists() else {}
     seen.generation = read_generation(seen.published, advice)
+    seen.techniques = read(listed, TECHNIQUES)
+    if listed:
+        seen.notes.append(f"techniques, in order: {', '.join(str(one['name']) for one in listed)}")
 
 
 def read_sources(seen: Survey, allow_pickle: bool) -> None:
-    """Single file, or shards with their index; pickled ones only if allowed."""
+    """Single file, or shards with their index; pickled ones only if allowed. What techniques added lies beside them."""
     folder = seen.found.folder
+    if (folder / ADDED).exists():
+        seen.sources.update(read_header(folder / ADDED))
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         seen.sources.update(read_header(single))
@@ -147,8 +156,16 @@ def assemble(seen: Survey) -> None:
         raise DataError(f"config.json: {config.layers:,} layers, but the files hold only {len(seen.sources)} tensors")
     try:
         seen.model = skeleton(config if seen.found.run is not None else seen.page.settle(config, seen.sources))
+        seen.model = repeated(seen.model, seen.techniques)
     except (ValueError, RuntimeError, ArithmeticError) as error:
+        seen.model = None
         raise DataError(f"config.json: no model can be made of it: {str(error).splitlines()[0]}") from None
+
+
+def repeated(model: Decoder, techniques: Sequence[Technique]) -> Decoder:
+    """The card, done again on a model without memory."""
+    with torch.device("meta"), Unfilled():
+        return replayed(model, techniques)
 
 
 def match_names(seen: Survey) -> None:
@@ -156,7 +173,8 @@ def match_names(seen: Survey) -> None:
     if seen.model is None or seen.page is None:
         return
     ours = seen.found.run is not None
-    table = places(seen.model, own_names(seen.model) if ours else seen.page.names(seen.model.config))
+    names = own_names(seen.model) if ours else published_names(seen.model, seen.page.names(seen.model.config))
+    table = places(seen.model, names)
     named = {resolve(name, seen.sources, seen.page.optional_prefix): place for name, place in table.items()}
     missing = [name for name in named if name not in seen.sources]
     seen.places = {name: place for name, place in named.items() if name in seen.sources}
@@ -201,7 +219,10 @@ def check_shapes(seen: Survey) -> None:
         source = seen.sources[name]
         if tuple(source.shape) != expected:
             seen.problems.append(f"mis-shaped: {name} is {tuple(source.shape)}, config.json makes it {expected}")
-    seen.problems += wrong_kinds(seen.sources[name] for name in shapes)
+    numbers = {name for name, place in seen.places.items() if not parameters[place.parameter].is_floating_point()}
+    seen.problems += wrong_kinds(seen.sources[name] for name in shapes if name not in numbers)
+    if odd := [name for name in numbers if seen.sources[name].dtype not in WHOLE]:
+        seen.problems.append(f"stored as floats, but whole numbers were expected: {folded(odd)}")
 
 
 def wrong_kinds(sources: Iterable[Source]) -> list[str]:
@@ -234,6 +255,7 @@ def largest_token(file: Path) -> int:
 
 
 def common_dtype(sources: Mapping[str, Source]) -> torch.dtype:
-    """The dtype of the largest tensor."""
-    largest = max(sources.values(), key=lambda source: source.nbytes)
+    """The dtype of the largest tensor of plain floats."""
+    floats = [source for source in sources.values() if isinstance(source, Tensor) or source.dtype in TORCH]
+    largest = max(floats, key=lambda source: source.nbytes)
     return largest.dtype if isinstance(largest, Tensor) else TORCH[largest.dtype]

@@ -89,7 +89,7 @@ def read_into(stored: Stored, out: Tensor) -> int:
     """Copy a stored tensor into `out` (any device, dtype and strides, the stored shape); returns how many of its
     numbers are not finite. Plain host memory of the stored dtype is read into directly, anything else by way of a small
     buffer."""
-    dtype = TORCH[stored.dtype]
+    dtype = (TORCH | WHOLE)[stored.dtype]
     direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
     bad, buffer = 0, None
     with torch.no_grad(), stored.file.open("rb", buffering=0) as handle:
@@ -208,7 +208,8 @@ TORCH: dict[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-SAFE = {theirs: name for name, theirs in TORCH.items()}
+WHOLE: dict[str, torch.dtype] = {"I8": torch.int8}
+SAFE = {theirs: name for name, theirs in (TORCH | WHOLE).items()}
 BITS = {name: dtype.itemsize * 8 for name, dtype in TORCH.items()} | {
     **dict.fromkeys(("I64", "U64", "C64"), 64),
     **dict.fromkeys(("I32", "U32"), 32),

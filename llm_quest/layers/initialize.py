@@ -27,12 +27,14 @@ def materialize(
     dtype: torch.dtype,
     empty: Callable[..., Tensor] = torch.empty,
 ) -> Model:
-    """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one."""
+    """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one, and whole
+    numbers stay whole."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
-                memory = empty(parameter.shape, device=device, dtype=dtype)
+                kind = dtype if parameter.is_floating_point() else parameter.dtype
+                memory = empty(parameter.shape, device=device, dtype=kind)
                 made[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
     return model

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llm_quest.recipes.config import Strict
+from llm_quest.recipes.techniques import Entry
 
 Count = Annotated[int, Field(ge=1)]
 Few = Annotated[int, Field(ge=0)]
@@ -141,6 +142,9 @@ class Course(Strict):
     steps: Count = Field(default=1000, description="optimiser steps of the whole run")
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    techniques: tuple[Entry, ...] = Field(
+        default=(), description="edits of the model, in order: names, or {name: lora, rank: 8}"
+    )
     clip: Annotated[float, Field(gt=0)] | None = Field(default=1.0, description="largest gradient norm; null: any")
     precision: Literal["auto", "fp32", "bf16", "float32", "bfloat16"] = Field(
         default="auto", description="auto: bf16 where the hardware has it"

@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.checkpoint import checkpoint
-
 from llm_quest.contracts import Callback, Probe
 from llm_quest.data.baselines import baselines
 from llm_quest.data.packing import PackedFeed
@@ -33,8 +30,10 @@ from llm_quest.recipes.course import Outcome, company, ended, loop_settings, opt
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.probes import Evaluation, Writing
 from llm_quest.recipes.sizes import model_config
+from llm_quest.recipes.techniques import applied_all
 from llm_quest.recipes.text import Text, ready
 from llm_quest.recipes.yaml import Settings
+from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.log import Display
 from llm_quest.train.loop import train
 from llm_quest.train.parallel import Parallel
@@ -91,10 +90,11 @@ def run_it(
     """The recipe itself."""
     text = ready(config.data, config.tokenizer, parallel, say)
     model = first_model(config, settings, text)
+    riding = applied_all(config.techniques, model, say)
     config = decided(config, model, parallel, say)
     require_same_run(config, folder)
     if config.activation_checkpointing:
-        recompute(model)
+        model = Checkpointing()(model)
     objective = parallel.place(NextToken(model), list(model.blocks))
     micro_rows = at_once(config, parallel)
     feed = PackedFeed(
@@ -125,7 +125,7 @@ def run_it(
             run,
             parallel=parallel,
             probes=list(probes(config, text, run, micro_rows)),
-            callbacks=callbacks,
+            callbacks=[*riding, *callbacks],
             display=screen,
         )
         return concluded(config, folder, model, text, result, parallel, say)
@@ -166,20 +166,6 @@ def decided(config: Pretrain, model: Decoder, parallel: Parallel, say: Say) -> P
 
 def ranks(parallel: Parallel) -> str:
     return f", {parallel.world} processes by {parallel.kind}" if parallel.world > 1 else ""
-
-
-def recompute(model: Decoder) -> None:
-    """Activation checkpointing: each block's inside is forgotten and computed again on the way back. No name
-    changes."""
-    for block in model.blocks:
-        block.forward = again(block.forward)
-
-
-def again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def recomputed(*inputs: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
-
-    return recomputed
 
 
 def at_once(config: Pretrain, parallel: Parallel) -> int:

@@ -18,6 +18,7 @@ from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml
 from llm_quest.recipes.course import Outcome, ended, loop_settings, optimizer, require_same_run, shown
 from llm_quest.recipes.parts import Course
+from llm_quest.recipes.techniques import applied_all
 from llm_quest.train.loop import train
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
@@ -56,6 +57,7 @@ def carried_out(
     """The loop over an assembled job, in a run folder."""
     chosen = precision(config.precision, parallel.device)
     config = config.model_copy(update={"precision": chosen.value})
+    riding = applied_all(config.techniques, job.model, say)
     parameters = count_parameters(job.model)
     say(f"model: {page_of(job.model.config).name}-style, {parameters:,} parameters, on {parallel.device}")
     say(f"precision: {chosen.value} ({chosen.why}); compiled: {'yes' if config.compile else 'no'}")
@@ -82,6 +84,7 @@ def carried_out(
             run,
             parallel=parallel,
             probes=[job.probe],
+            callbacks=riding,
             display=shown(config, folder, parallel, quiet),
         )
     return ended(config, folder, result, parameters, leader=parallel.leader)

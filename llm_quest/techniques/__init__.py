@@ -1,8 +1,18 @@
 """Second floor: edits of a finished model, each a frozen dataclass that you call: `model = LoRA(rank=8)(model)`.
 
-`TECHNIQUES` lists those that stand on a model's card, under the names that recipes and saved models use. A new one is
-its file and one line here; the grid law (tests/laws/test_techniques.py) then runs it on every page."""
+`TECHNIQUES` lists those that are part of what a model is: they stand on its card, under the names that recipes and
+saved models use. `IN_TRAINING` lists those that act while a run lasts and leave nothing but weights behind: no card, no
+file. A recipe names either: it is called with the model if it can be called, and rides along as a callback if it has
+`after_step`. A new one is its file, one line here and one example in the grid law (tests/laws/test_techniques.py),
+which runs it on every page."""
 
 from __future__ import annotations
 
+from llm_quest.techniques.checkpointing import Checkpointing
+from llm_quest.techniques.expert_bias import BalanceExperts
+
 TECHNIQUES: dict[str, type] = {}
+IN_TRAINING: dict[str, type] = {
+    "balance_experts": BalanceExperts,
+    "checkpointing": Checkpointing,
+}

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
+from torch import nn
+
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 
@@ -49,6 +51,25 @@ def one(entry: Mapping[str, Any], table: Mapping[str, type]) -> Technique:
         raise DataError(f"the technique {name!r} has no option {', '.join(sorted(unknown))}")
     technique: Technique = table[name](**options)
     return technique
+
+
+def replayed(model: Model, techniques: Iterable[Technique]) -> Model:
+    """A model fresh from its page, as it was when this card was written. What the config says already (`published`) is
+    noted, not done again."""
+    for technique in techniques:
+        model = applied(model, technique) if technique.published else technique(model)
+    return model
+
+
+def is_published(techniques: Iterable[Technique]) -> bool:
+    """Are the page's own config and tensors all there is to say about this model?"""
+    return all(technique.published for technique in techniques)
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Another module in the place of the one at this path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def plain(name: str) -> str:

@@ -1,0 +1,79 @@
+"""The key `techniques` of every recipe: `techniques: [lora]`, or `[{name: lora, rank: 8}, checkpointing]`, in the order
+in which they are applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from llm_quest.contracts import Callback
+from llm_quest.recipes.config import nearest
+from llm_quest.techniques import IN_TRAINING, TECHNIQUES
+
+Say = Callable[[str], None]
+
+
+def understood(given: Any) -> dict[str, Any]:
+    """One entry with all its options written out; ValueError in words for a name, option or value that is not known."""
+    if isinstance(given, str):
+        given = {"name": given}
+    if not isinstance(given, Mapping) or "name" not in given:
+        raise ValueError(f"{given!r} is no technique: write its name, or {{name: lora, rank: 8}}")
+    known, name = KNOWN(), str(given["name"])
+    if name not in known:
+        raise ValueError(f"no technique is called {name!r}{nearest(name, list(known))}; known: {', '.join(known)}")
+    options = {key: value for key, value in given.items() if key != "name"}
+    allowed = [field.name for field in fields(known[name])]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"{name} has no option {key!r}{nearest(str(key), allowed)}; it has {listed(allowed)}")
+    try:
+        made: Any = TypeAdapter(known[name]).validate_python(options)
+    except ValidationError as error:
+        raise ValueError("; ".join(f"{name}: {problem(one)}" for one in error.errors())) from None
+    return {"name": name, **asdict(made)}
+
+
+def problem(found: Any) -> str:
+    """One of pydantic's findings, about one option."""
+    if found["type"] == "value_error":
+        return str(found["ctx"]["error"])
+    return f"{'.'.join(map(str, found['loc']))}: {found['input']!r}: {found['msg'].lower()}"
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def KNOWN() -> dict[str, type]:
+    """What a recipe may name."""
+    return TECHNIQUES | IN_TRAINING
+
+
+Entry = Annotated[dict[str, Any], BeforeValidator(understood)]
+
+
+def applied_all(entries: Sequence[Mapping[str, Any]], model: Any, say: Say) -> list[Callback]:
+    """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
+    step."""
+    callbacks: list[Callback] = []
+    for entry in entries:
+        options = {key: value for key, value in entry.items() if key != "name"}
+        one: Any = TypeAdapter(KNOWN()[entry["name"]]).validate_python(options)
+        if callable(one):
+            edited = one(model)
+            assert edited is model, "a recipe's techniques edit in place"
+        if isinstance(one, Callback):
+            callbacks.append(one)
+        say(f"technique: {entry['name']}{told(model)}")
+    return callbacks
+
+
+def told(model: Any) -> str:
+    """How much of the model is trained now, where that is not all of it."""
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    return "" if learned == whole else f"; {learned:,} of {whole:,} parameters are trained ({learned / whole:.3%})"

@@ -1,0 +1,47 @@
+"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): what happens inside a block is forgotten after the
+forward pass and computed again on the way back: the memory of one block instead of all, for about a third more time.
+
+It changes no value, no gradient and no name, so it is no part of what a model is: nothing on the card, nothing saved.
+Commonly got wrong: dropout must fall the same way the second time (torch keeps the random state of each block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from llm_quest.layers.block import Block
+
+Model = TypeVar("Model", bound=Any)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Every block is computed twice in training; a pass without gradients is as it was."""
+
+    neutral_at_birth: ClassVar[bool] = True
+    published: ClassVar[bool] = True
+
+    def __call__(self, model: Model) -> Model:
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        if any(isinstance(block.forward, Again) for block in blocks):
+            raise ValueError("activation checkpointing was applied to this model already; it is applied once")
+        for block in blocks:
+            block.forward = Again(block.forward)  # type: ignore[assignment, method-assign]
+        return model
+
+
+class Again:
+    """The same function, that remembers its inputs alone."""
+
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*inputs)
+        return checkpoint(self.forward, *inputs, use_reentrant=False)
