@@ -1,0 +1,24 @@
+"""A tokenizer of single characters, for tasks with small alphabets: every digit and letter a token of its own."""
+
+from __future__ import annotations
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from llm_quest.data.tokenizer import END_OF_TEXT, Tokenizer
+from llm_quest.errors import UsageError
+
+PAD, UNKNOWN = "<|pad|>", "<|unknown|>"
+
+
+def character_tokenizer(alphabet: str) -> Tokenizer:
+    """Ids: end of text 0, padding 1, unknown 2, then the characters in order of their code points."""
+    if not alphabet:
+        raise UsageError("an alphabet has at least one character")
+    specials = [END_OF_TEXT, PAD, UNKNOWN]
+    vocabulary = {token: number for number, token in enumerate([*specials, *sorted(set(alphabet))])}
+    engine = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    engine.decoder = decoders.Fuse()
+    engine.add_special_tokens(specials)
+    return Tokenizer(engine, ends=(END_OF_TEXT,), begin=END_OF_TEXT, pad=PAD, unknown=UNKNOWN)

@@ -1,0 +1,43 @@
+"""Problems whose answers a program can check. A task is a pure function: the same seed and index give the same problem
+on every machine, and which split a problem belongs to is decided by its content.
+
+`TASKS` lists them by the names recipes use. A new task is its file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from llm_quest.data.problems.addition import Addition
+from llm_quest.data.problems.chained import Chained
+from llm_quest.data.problems.countdown import Countdown
+from llm_quest.data.problems.problem import Drawn, Problem, Task, demonstration, draw
+from llm_quest.data.problems.strings import Reverse, Sort
+from llm_quest.errors import UsageError
+
+__all__ = ["TASKS", "Drawn", "Problem", "Task", "demonstration", "draw", "task"]
+
+TASKS: dict[str, Any] = {
+    "reverse": Reverse,
+    "sort": Sort,
+    "addition": Addition,
+    "chained": Chained,
+    "countdown": Countdown,
+}
+
+
+def task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task of that name, with its options. UsageError for a name or an option that does not exist."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"no task is called {name!r}{hint}; known: {', '.join(TASKS)}, or a GSM8K file (*.jsonl)")
+    known = {field.name for field in fields(TASKS[name])}
+    if unknown := set(options or {}) - known:
+        raise UsageError(
+            f"the task {name} has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}"
+        )
+    made: Task = TASKS[name](**(options or {}))
+    return made

@@ -1,0 +1,72 @@
+"""Chained arithmetic modulo a prime, with a scratchpad whose every step a program can check: outcome against process
+supervision, and a knob for difficulty (the length of the chain)."""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llm_quest.data.problems.problem import Problem
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+STEP_END, ANSWER = ";", "#"
+
+
+@dataclass(frozen=True)
+class Chained:
+    """`3*4+5%7:` is worked from left to right: `3*4=5;5+5=3;#3`. shortest, longest: operations in the chain. noise: how
+    often the teacher gets a step wrong, and goes on from there."""
+
+    shortest: int = 2
+    longest: int = 5
+    modulus: int = 11
+    noise: float = 0.0
+    name: str = "chained"
+
+    @property
+    def alphabet(self) -> str:
+        return "0123456789+-*%:=;#"
+
+    def problem(self, chance: random.Random) -> Problem:
+        length = chance.randint(self.shortest, self.longest)
+        first = chance.randrange(self.modulus)
+        chain = [(chance.choice("+-*"), chance.randrange(1, self.modulus)) for _ in range(length)]
+        text = f"{first}" + "".join(f"{sign}{number}" for sign, number in chain)
+        steps = worked(first, chain, self.modulus)
+        answer = steps[-1].rpartition("=")[2]
+        return Problem(
+            f"{text}%{self.modulus}:", answer, "chained", f"{text}%{self.modulus}", (self.modulus,), tuple(steps)
+        )
+
+    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
+        steps, value = [], problem.steps[0][: leading_digits(problem.steps[0])]
+        for right in problem.steps:
+            left = right.partition("=")[0]
+            sign, number = operation(left[leading_digits(left) :])
+            result = OPERATIONS[sign](int(value), number) % self.modulus
+            if chance.random() < self.noise:
+                result = (result + chance.randrange(1, self.modulus)) % self.modulus
+            steps.append(f"{value}{sign}{number}={result}")
+            value = str(result)
+        return "".join(f"{step}{STEP_END}" for step in steps) + f"{ANSWER}{value}"
+
+
+def worked(first: int, chain: Sequence[tuple[str, int]], modulus: int) -> list[str]:
+    """The right steps: `3*4=5`, `5+5=3`."""
+    steps, value = [], first
+    for sign, number in chain:
+        result = OPERATIONS[sign](value, number) % modulus
+        steps.append(f"{value}{sign}{number}={result}")
+        value = result
+    return steps
+
+
+def leading_digits(text: str) -> int:
+    return len(text) - len(text.lstrip("0123456789"))
+
+
+def operation(text: str) -> tuple[str, int]:
+    """`*4` as its sign and its number."""
+    return text[0], int(text[1:])

@@ -1,0 +1,57 @@
+"""GSM8K (Cobbe et al. 2021, arXiv:2110.14168): grade-school word problems whose worked answers end in `#### 72`.
+
+A file of JSON lines with `question` and `answer` (as published), from disk or from the hub. The published test file is
+for testing: whoever chooses a checkpoint by it has trained on it; `held_out` cuts a validation part from training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from llm_quest.data.problems.problem import Problem
+from llm_quest.errors import DataError
+
+MARK = "####"
+CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+def read_gsm8k(file: str | Path) -> list[Problem]:
+    """Every problem of a file. DataError names the line that cannot be used."""
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"there is no file {file}; give GSM8K's JSON lines (question, answer)")
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            problems.append(one(line, f"{file}:{number}"))
+    if not problems:
+        raise DataError(f"{file} holds no problems")
+    return problems
+
+
+def one(line: str, place: str) -> Problem:
+    try:
+        row = json.loads(line)
+        question, worked = row["question"], row["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
+    reasoning, mark, answer = worked.rpartition(MARK)
+    if not mark:
+        raise DataError(f"{place}: the answer has no {MARK} before its number")
+    steps = tuple(line for line in CALCULATOR.sub("", reasoning).strip().splitlines() if line)
+    return Problem(question, answer.strip().replace(",", ""), "gsm8k", question, steps=steps)
+
+
+def demonstration_of(problem: Problem) -> str:
+    """The worked answer without the calculator's annotations."""
+    return "\n".join([*problem.steps, f"{MARK} {problem.answer}"])
+
+
+def held_out(problems: list[Problem], share: float = 0.05) -> tuple[list[Problem], list[Problem]]:
+    """Training and validation parts, by the hash of the question: no seed, and the same for everybody."""
+    limit = int(share * 2**32)
+    kept = [int.from_bytes(hashlib.sha256(p.key.encode()).digest()[:4], "big") >= limit for p in problems]
+    train = [problem for problem, stays in zip(problems, kept, strict=True) if stays]
+    return train, [problem for problem, stays in zip(problems, kept, strict=True) if not stays]

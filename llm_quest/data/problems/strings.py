@@ -1,0 +1,55 @@
+"""Reverse and sort a word: fast tasks for tests, with one right answer."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+
+from llm_quest.data.problems.problem import Problem
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """`reverse(abc)=` is `cba`. shortest, longest: letters of the word; letters: how many different ones."""
+
+    shortest: int = 3
+    longest: int = 8
+    letters: int = 10
+    name: str = "reverse"
+
+    @property
+    def alphabet(self) -> str:
+        return "".join(sorted({*self.name, *"()=", *string.ascii_lowercase[: self.letters]}))
+
+    def problem(self, chance: random.Random) -> Problem:
+        word = drawn_word(chance, self.shortest, self.longest, self.letters)
+        return Problem(f"{self.name}({word})=", word[::-1], "exact", word)
+
+    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
+        return problem.answer
+
+
+@dataclass(frozen=True)
+class Sort:
+    """`sort(bca)=` is `abc`."""
+
+    shortest: int = 3
+    longest: int = 8
+    letters: int = 10
+    name: str = "sort"
+
+    @property
+    def alphabet(self) -> str:
+        return "".join(sorted({*self.name, *"()=", *string.ascii_lowercase[: self.letters]}))
+
+    def problem(self, chance: random.Random) -> Problem:
+        word = drawn_word(chance, self.shortest, self.longest, self.letters)
+        return Problem(f"{self.name}({word})=", "".join(sorted(word)), "exact", word)
+
+    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
+        return problem.answer
+
+
+def drawn_word(chance: random.Random, shortest: int, longest: int, letters: int) -> str:
+    return "".join(chance.choices(string.ascii_lowercase[:letters], k=chance.randint(shortest, longest)))

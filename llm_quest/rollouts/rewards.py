@@ -1,0 +1,88 @@
+"""Rewards: a group of samples of one prompt in, one number each out; NaN where none can be given.
+
+`Correct` is the verifier's word. `RandomReward` and `FormatOnly` are the controls without which a curve proves nothing:
+some models improve under any reward (arXiv:2506.10947). `Guarded` stands around a reward that somebody else wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llm_quest.contracts import Reward
+from llm_quest.data.problems.problem import chance
+from llm_quest.errors import UsageError
+from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.verifiers import UNSCORABLE, verify, well_formed
+
+
+@dataclass(frozen=True)
+class Correct:
+    """1 for a right answer, else 0. An answer cut off by the length is wrong, whatever it looks like: 12 of 123."""
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        return [verdict(sample) for sample in group]
+
+
+def verdict(sample: Sample) -> float:
+    """Right, wrong or unscorable."""
+    found = verify(sample.problem, sample.text)
+    return found if sample.finished != "length" or math.isnan(found) else 0.0
+
+
+@dataclass(frozen=True)
+class FormatOnly:
+    """1 for anything in the form of an answer: a control."""
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        return [float(sample.finished != "length" and well_formed(sample.problem, sample.text)) for sample in group]
+
+
+@dataclass(frozen=True)
+class RandomReward:
+    """1 or 0 by the toss of a coin that knows the seed and the sample, not its worth: a control."""
+
+    seed: int = 0
+    share: float = 0.5
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        tosses = (chance("random reward", self.seed, number, s.prompt, s.tokens) for number, s in enumerate(group))
+        return [float(toss.random() < self.share) for toss in tosses]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The sum of rewards, each times its weight; unscorable where one of them is. Keep a format's weight small beside
+    correctness: a weak model parks at it."""
+
+    parts: tuple[tuple[Reward, float], ...]
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        columns = [[weight * value for value in reward(group)] for reward, weight in self.parts]
+        return [sum(row) for row in zip(*columns, strict=True)]
+
+
+@dataclass
+class Guarded:
+    """A reward that may fail. Raises inside it make the group unscorable; they are counted, with the first message
+    kept. A wrong number of values, or values that are no numbers, is the author's mistake: UsageError."""
+
+    reward: Reward
+    name: str = "reward"
+    failures: int = 0
+    first: str = field(default="")
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        try:
+            given = list(self.reward(group))
+        except Exception as error:  # whatever somebody else's code raises: counted, and told
+            self.failures += 1
+            self.first = self.first or f"{type(error).__name__}: {error}"
+            return [UNSCORABLE] * len(group)
+        if len(given) != len(group):
+            raise UsageError(f"{self.name} returned {len(given)} values for a group of {len(group)}: give one each")
+        try:
+            values = [UNSCORABLE if value is None else float(value) for value in given]
+        except (TypeError, ValueError):
+            raise UsageError(f"{self.name} returned {given!r}: give numbers, NaN for what can't be scored") from None
+        return [value if math.isfinite(value) else UNSCORABLE for value in values]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from llm_quest.data.problems import Problem
+from llm_quest.errors import UsageError
+from llm_quest.rollouts.rewards import Correct, FormatOnly, Guarded, RandomReward, Weighted
+from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.worker import Worker, math_verify
+
+PROBLEM = Problem("47+85=", "132", "number", "")
+
+
+def sample(text: str, finished: str = "eos", problem: Problem = PROBLEM) -> Sample:
+    tokens = tuple(map(ord, text))
+    return Sample((1, 2), tokens, (-0.5,) * len(tokens), finished, text, problem)  # type: ignore[arg-type]
+
+
+GROUP = [sample("132"), sample("131"), sample("x"), sample("132", "length")]
+
+
+def test_correct_pays_for_the_right_answer_that_was_finished() -> None:
+    assert Correct()(GROUP) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_controls_do_not_know_what_is_right() -> None:
+    assert FormatOnly()(GROUP) == [1.0, 1.0, 0.0, 0.0]
+    many = [sample(str(number)) for number in range(400)]
+    tossed = RandomReward(seed=3)(many)
+    assert tossed == RandomReward(seed=3)(many) != RandomReward(seed=4)(many)
+    assert 160 < sum(tossed) < 240
+
+
+def test_weights_add_and_an_unscorable_part_makes_the_whole_unscorable() -> None:
+    assert Weighted(((Correct(), 1.0), (FormatOnly(), 0.1)))(GROUP) == [1.1, 0.1, 0.0, 0.0]
+    unknown = sample("5", problem=Problem("", "unknown", "number", ""))
+    values = Weighted(((Correct(), 1.0), (FormatOnly(), 0.1)))([GROUP[0], unknown])
+    assert values[0] == 1.1
+    assert math.isnan(values[1])
+
+
+def test_a_reward_that_raises_is_unscorable_and_counted_with_its_message() -> None:
+    def broken(group: object) -> list[float]:
+        raise KeyError("gold")
+
+    guarded = Guarded(broken)  # type: ignore[arg-type]
+    assert all(math.isnan(value) for value in guarded(GROUP))
+    assert (guarded.failures, guarded.first) == (1, "KeyError: 'gold'")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [([1.0], "1 values for a group of 4"), (["a"] * 4, "give numbers"), ([[1]] * 4, "give numbers")]
+)
+def test_a_reward_of_the_wrong_shape_is_its_authors_mistake(given: list[object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Guarded(lambda group: given)(GROUP)  # type: ignore[arg-type, return-value]
+
+
+def test_values_that_are_not_finite_are_unscorable_and_nothing_is_zero_in_silence() -> None:
+    values = Guarded(lambda group: [None, math.inf, math.nan, 1])(GROUP)  # type: ignore[arg-type, return-value, list-item]
+    assert [math.isnan(value) for value in values] == [True, True, True, False]
+
+
+def hanging(problem: Problem, text: str) -> float:
+    if text == "hang":
+        time.sleep(1000)
+    if text == "raise":
+        raise ValueError(text)
+    return float(text == problem.answer)
+
+
+def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_judged() -> None:
+    with Worker(hanging, seconds=0.2) as worker:
+        assert worker(PROBLEM, "132") == 1.0
+        assert math.isnan(worker(PROBLEM, "hang"))
+        assert math.isnan(worker(PROBLEM, "raise"))
+        assert worker(PROBLEM, "131") == 0.0
+        assert worker.failures == 2
+
+
+def test_math_verify_judges_latex_and_an_unreadable_gold_is_unscorable() -> None:
+    half = Problem("", r"\frac{1}{2}", "fraction", "")
+    assert math_verify(half, r"so it is $\frac{2}{4}$") == 1.0
+    assert math_verify(half, r"$\frac{2}{3}$") == 0.0
+    assert math.isnan(math_verify(Problem("", "", "fraction", ""), "$1$"))

@@ -1,0 +1,108 @@
+"""Right, wrong, unscorable; and the list of answers that earned something somewhere and must earn nothing here
+(alignment.md 8.3)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_quest.data.problems import Problem
+from llm_quest.rollouts.verifiers import CHECKS, FORMS, fraction, number, steps_right, tally, verify, well_formed
+
+COUNTDOWN = Problem("3 7 25 make 46:", "46", "expression", "", (3, 7, 25))
+CHAIN = Problem("3*4+5%7:", "3", "chained", "", (7,), ("3*4=5", "5+5=3"))
+NUMBER = Problem("47+85=", "132", "number", "")
+WORD = Problem("reverse(abc)=", "cba", "exact", "")
+SCHOOL = Problem("How many?", "72", "gsm8k", "")
+TAGS = Problem("How much?", "3/4", "tagged", "")
+EVERY = {"exact": WORD, "number": NUMBER, "fraction": Problem("", "3/4", "fraction", ""), "expression": COUNTDOWN}
+EVERY |= {"chained": CHAIN, "gsm8k": SCHOOL, "tagged": TAGS}
+
+
+@pytest.mark.parametrize(
+    ("problem", "text", "right"),
+    [
+        (WORD, "cba", True), (WORD, "cba\n", True), (WORD, "abc", False), (WORD, "cba cba", False),
+        (NUMBER, "132", True), (NUMBER, " 132", True), (NUMBER, "132.0", True), (NUMBER, "133", False),
+        (NUMBER, "-132", False), (NUMBER, "1320", False), (NUMBER, "13", False),
+        (COUNTDOWN, "25+3*7", True), (COUNTDOWN, "7*3+25", True), (COUNTDOWN, "(25+(3*7))", True),
+        (COUNTDOWN, "46", False), (COUNTDOWN, "25+7*3*1", False), (COUNTDOWN, "25+21", False),
+        (COUNTDOWN, "7+7+7+25", False), (COUNTDOWN, "257*3", False),
+        (COUNTDOWN, "25+3*7+3-3", False), (COUNTDOWN, "25+3*7=46", False),
+        (CHAIN, "3*4=5;5+5=3;#3", True), (CHAIN, "#3", True), (CHAIN, "3*4=1;1+5=6;#3", True),
+        (CHAIN, "3*4=5;5+5=3;#4", False), (CHAIN, "3*4=5;5+5=3", False), (CHAIN, "3*4=5;5+5=3;#3;", False),
+        (SCHOOL, "48/2=24\n48+24=72\n#### 72", True), (SCHOOL, "#### $72", True), (SCHOOL, "#### 72.00", True),
+        (SCHOOL, "72", False), (SCHOOL, "#### 72 #### 71", False), (SCHOOL, "#### 71\n#### 72", False),
+        (SCHOOL, "#### 72 apples", False),
+        (TAGS, "<think>a</think><answer>3/4</answer>", True), (TAGS, "<think>a</think>\n<answer>0.75</answer>\n", True),
+        (TAGS, "<think>a</think><answer>6/8</answer>", True), (TAGS, "<answer>3/4</answer>", False),
+    ],
+)  # fmt: skip
+def test_right_and_wrong(problem: Problem, text: str, right: bool) -> None:
+    assert verify(problem, text) == float(right)
+
+
+HOSTILE = [
+    "", " ", "\n\n", "<think></think><answer></answer>", "<think> </think><answer>3/4</answer>", "</answer>",
+    "<think>a<think>b</think></think><answer>3/4</answer>", "<answer>3/4</answer><think>a</think>",
+    "<think>a</think><answer>3/4</answer><answer>1</answer>", "<think>a</think><answer>1</answer><answer>3/4</answer>",
+    "<think>3/4</think>", "<think>a</think><answer>3/4", "<THINK>a</THINK><ANSWER>3/4</ANSWER>",
+    "<think>a</think><answer>3/4</answer> and more", "0123456789", "0 1 2 3 4 5 6 7 8 9", "9**9**9**9", "(" * 10**6,
+    "9" * 10**5, "__import__('os').system('true')", "1/0", "1e999", "nan", "inf", "-inf", "0x10", "1_000", "0072",
+    "000", "+-+-1", "７２", "¾", "1\u200b32", "c\u200bba", "257+3", "25+25-3-1", "7*7-3", "12", "1", "72 72", "#### ",
+    "####72####", "#### 7 2", "#", ";;;#3", "#3#3", "3*4=5;;#3", "a;#3", "\ufffd\ufffd", "#### 72\x00", "46\u0661",
+    "reverse(abc)=cba", "47+85=132", "The answer is 72", "cba cba", "CBA",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_answer_is_wrong_and_nothing_else(name: str, text: str) -> None:
+    assert verify(EVERY[name], text) == 0.0
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@given(text=st.text(max_size=200))
+def test_no_text_raises(name: str, text: str) -> None:
+    assert verify(EVERY[name], text) in (0.0, 1.0)
+    assert well_formed(EVERY[name], text) in (True, False)
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "exact"])
+def test_a_gold_answer_that_cannot_be_read_is_unscorable_not_wrong(name: str) -> None:
+    assert math.isnan(verify(Problem("", "unknown", name, "", (1,), ("1+1=2",)), "#### 5"))
+
+
+def test_every_check_has_a_form_and_right_answers_have_it() -> None:
+    assert set(CHECKS) == set(FORMS)
+    good = {"exact": "cba", "number": "132", "fraction": "3/4", "expression": "25+3*7", "chained": "3*4=5;5+5=3;#3"}
+    good |= {"gsm8k": "a\n#### 72", "tagged": "<think>a</think><answer>3/4</answer>"}
+    for name, text in good.items():
+        assert verify(EVERY[name], text) == 1.0
+        assert well_formed(EVERY[name], text)
+        assert not well_formed(EVERY[name], "?")
+
+
+@pytest.mark.parametrize("text", ["1,25", "12,3456", ",5", "5,", "1.", ".5", "--1", "1e3", "½", "1 000"])
+def test_what_is_no_number(text: str) -> None:
+    assert number(text) is None
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert number("1,250,000.50") == fraction("2500001/2") == 1250000.5
+    assert number("-0") == 0
+    assert fraction("3/0") is None
+
+
+def test_steps_are_judged_one_by_one_with_the_place_where_each_ends() -> None:
+    assert steps_right(CHAIN, "3*4=5;5+5=3;#3") == [(6, 1.0), (12, 1.0), (14, 1.0)]
+    assert steps_right(CHAIN, "3*4=1;5+5=3;#3") == [(6, 0.0), (12, 1.0), (14, 1.0)]
+    assert steps_right(CHAIN, "3*4=5;5+5=3;1+1=2;#3") == [(6, 1.0), (12, 1.0), (18, 0.0), (20, 1.0)]
+    assert steps_right(CHAIN, "") == []
+
+
+def test_the_tally_keeps_three_outcomes_apart() -> None:
+    assert tally([1.0, 0.0, math.nan, 1.0]) == {"right": 2, "wrong": 1, "unscorable": 1}
