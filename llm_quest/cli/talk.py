@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from llm_quest.cli.screen import clean, show_json
-from llm_quest.cli.template import Messages, render
+from llm_quest.data.chat import Chat
+from llm_quest.data.template import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import complete, stream
@@ -183,7 +184,7 @@ class Templated:
     """Messages with roles, laid out by the folder's template."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None):
-        self.tokenizer, self.system = tokenizer, system
+        self.chat, self.system = Chat(tokenizer), system
         self.forget()
 
     def forget(self) -> None:
@@ -197,7 +198,7 @@ class Templated:
 
     def tokens(self, room: int, say: Say) -> list[int]:
         """The prompt; the oldest question and answer are forgotten where it is too long."""
-        tokens = laid_out(self.tokenizer, self.messages)
+        tokens = self.chat.prompt(self.messages)
         while len(tokens) > room:
             first = 1 if self.system else 0
             if len(self.messages) - first < 3:
@@ -206,29 +207,5 @@ class Templated:
                 )
             del self.messages[first : first + 2]
             say("(the oldest question and its answer no longer fit and are forgotten)")
-            tokens = laid_out(self.tokenizer, self.messages)
+            tokens = self.chat.prompt(self.messages)
         return tokens
-
-
-def laid_out(tokenizer: Tokenizer, messages: Messages) -> list[int]:
-    """The template's control tokens are control tokens; the same words typed by somebody are text.
-
-    So where a message spells one, the template is rendered around marks, and each message is encoded by itself."""
-    names = {key: name[0] if isinstance(name, list) else name for key, name in tokenizer.names.items() if name}
-    spelled = any(token in message["content"] for message in messages for token in tokenizer.special_tokens)
-    if not spelled:
-        return tokenizer.encode(
-            render(str(tokenizer.chat_template), messages, special=names), special=True, template=False
-        )
-    marked = [{**message, "content": f"\ue000{number}\ue001"} for number, message in enumerate(messages)]
-    tokens, text = [], render(str(tokenizer.chat_template), marked, special=names)
-    for number, message in enumerate(messages):
-        before, mark, text = text.partition(f"\ue000{number}\ue001")
-        if not mark:
-            raise UsageError(
-                "a message spells a control token, which this template changes; rephrase it, or use --no-template"
-            )
-        tokens += tokenizer.encode(before, special=True, template=False) + tokenizer.encode(
-            message["content"], template=False
-        )
-    return tokens + tokenizer.encode(text, special=True, template=False)

@@ -96,8 +96,8 @@ def read(
 
 def read_text(file: str | Path, ledger: Ledger, *, separator: str | None = None) -> Iterator[Document]:
     """A UTF-8 text file: one document, or several between separators (line ends around a separator belong to it)."""
-    file = _regular(Path(file))
-    text = _decoded(_bytes(file), file)
+    file = regular(Path(file))
+    text = decoded(content_of(file), file)
     line = 1
     for part in [text] if separator is None else text.split(separator):
         body = part if separator is None else part.strip("\r\n")
@@ -112,14 +112,14 @@ def read_text(file: str | Path, ledger: Ledger, *, separator: str | None = None)
 
 def read_json_lines(file: str | Path, ledger: Ledger, *, column: str = "text") -> Iterator[Document]:
     """One JSON object per line (also .gz), the text under `column`. A line that is not so stops with file and line."""
-    file = _regular(Path(file))
-    with _opened(file) as lines:
+    file = regular(Path(file))
+    with opened(file) as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     ledger.drop("blank line", len(line))
                     continue
-                text = _text_of(_record(line, file, number), column, file, number)
+                text = _text_of(record_of(line, file, number), column, file, number)
                 if text.strip():
                     ledger.keep(len(text.encode()))
                     yield Document(text, str(file), number)
@@ -180,7 +180,7 @@ def _size(entry: Path) -> int:
 
 
 def _unreadable(file: Path) -> str | None:
-    content = _bytes(file)
+    content = content_of(file)
     if b"\0" in content:
         return "binary"
     try:
@@ -190,7 +190,7 @@ def _unreadable(file: Path) -> str | None:
     return None
 
 
-def _regular(file: Path) -> Path:
+def regular(file: Path) -> Path:
     if not file.exists():
         raise DataError(f"{file} does not exist")
     if not file.is_file():
@@ -198,21 +198,21 @@ def _regular(file: Path) -> Path:
     return file
 
 
-def _bytes(file: Path) -> bytes:
+def content_of(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _opened(file: Path) -> gzip.GzipFile | IO[bytes]:
+def opened(file: Path) -> gzip.GzipFile | IO[bytes]:
     try:
         return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _decoded(content: bytes, file: Path, first: int = 1) -> str:
+def decoded(content: bytes, file: Path, first: int = 1) -> str:
     """UTF-8 with or without a byte-order mark. first: the number of the first line, for the message."""
     if b"\0" in content:
         line = first + content.count(b"\n", 0, content.index(b"\0"))
@@ -227,9 +227,9 @@ def _decoded(content: bytes, file: Path, first: int = 1) -> str:
         ) from None
 
 
-def _record(line: bytes, file: Path, number: int) -> dict[str, Any]:
+def record_of(line: bytes, file: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(_decoded(line, file, number))
+        record = json.loads(decoded(line, file, number))
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{file}:{number} is not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):

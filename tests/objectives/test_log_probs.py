@@ -41,7 +41,7 @@ def test_each_target_is_scored_where_it_is_predicted(at_once, monkeypatch):
     """Against a loop over positions, one prefix at a time (P5)."""
     monkeypatch.setattr(log_probs, "LARGE", at_once)
     model = build("llama3.2-tiny", seed=1)
-    tokens = torch.randint(0, 100, (2, 7), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(1))
     targets = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
     targets[0, :3] = -100
     got = token_log_probs(model, TokenBatch(tokens, targets), 1.3).detach()

@@ -1,0 +1,111 @@
+"""Rows of every form become one form, mistakes stop with file and line, and a question stays on one side."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm_quest.data.conversations import Conversation, conversations, held_apart
+from llm_quest.data.documents import Ledger
+from llm_quest.data.records import Record, read_records
+from llm_quest.errors import DataError
+
+ASKED = (("user", "2+2?"), ("assistant", "4"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        {"prompt": "2+2?", "completion": "4"},
+        {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "4"}]},
+        {"instruction": "2+2?", "input": "", "output": "4"},
+        {"instruction": "2+2?", "output": "4", "chosen": "ignored"},
+        {"question": "2+2?", "answer": "4"},
+    ],
+)
+def test_every_form_of_row_is_one_conversation(row):
+    assert conversations([Record(row, "f:1")], Ledger())[0].messages == ASKED
+
+
+def test_an_alpaca_rows_input_stands_below_its_instruction():
+    found = conversations([Record({"instruction": "Add.", "input": "2, 2", "output": "4"}, "f:1")], Ledger())
+    assert found[0].prompt == [{"role": "user", "content": "Add.\n\n2, 2"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "x"}, "keys text; expected"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "the roles are user; expected"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "the roles are assistant"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
+            "message 2 has the role 'tool'",
+        ),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 needs 'role' and 'content'"),
+        ({"messages": "hello"}, "messages are a str"),
+        ({"messages": []}, "the roles are \\(none\\)"),
+        ({"prompt": "a", "completion": 4}, "'completion' is a int"),
+        ({"prompt": [{"role": "user", "content": "a"}] * 2, "completion": "b"}, "the roles are user, user, assistant"),
+    ],
+)
+def test_a_row_that_is_wrong_stops_with_file_and_line(row, said):
+    with pytest.raises(DataError, match=f"^f:7.*{said}"):
+        conversations([Record(row, "f:7")], Ledger())
+
+
+def test_an_empty_answer_is_dropped_and_counted():
+    ledger = Ledger()
+    rows = [Record({"prompt": "a", "completion": text}, "f") for text in ("", " \n", "b")]
+    assert len(conversations(rows, ledger)) == 1
+    assert ledger.dropped["empty answer"][0] == 2
+
+
+def test_rows_of_a_list_carry_their_lines(tmp_path: Path):
+    file = tmp_path / "rows.json"
+    file.write_text('[\n {"a": 1},\n\n {"a":\n 2},\n {"a": 3} ]\n')
+    assert [record.where.rsplit(":", 1)[1] for record in read_records(file)] == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '[\n{"a": 1}\n{"a": 2}]', ":2: after this object"),
+        ("a.json", '[\n{"a": 1},\n{"a": oops}]', ":3 is not JSON"),
+        ("a.json", '{"a": 1}', "does not begin with"),
+        ("a.json", "[1]", ":1 holds a int"),
+        ("a.json", '[{"a": 1}', ":1: after this object"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.jsonl", '{"a": 1}\n\nnope\n', ":3 is not JSON"),
+        ("a.csv", "a,b\n1,2\n3\n", ":3 has another number of cells"),
+        ("a.txt", "hello", "rows are read from"),
+    ],
+)
+def test_a_broken_file_stops_with_its_line(tmp_path: Path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_records(tmp_path / name)
+
+
+def test_a_table_and_json_lines_give_the_same_rows(tmp_path: Path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"two\nlines"\tx\n')
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "two\nlines", "label": "x"}))
+    assert read_records(tmp_path / "a.tsv")[0].row == read_records(tmp_path / "a.jsonl")[0].row
+
+
+def test_the_same_question_is_never_on_both_sides_whatever_its_order():
+    items = [Conversation((("user", f"Q {n % 40}"), ("assistant", str(n)))) for n in range(120)]
+    items += [Conversation((("user", f"  q\n{n}"), ("assistant", "again"))) for n in range(40)]
+    train, held = held_apart(items, 0.2)
+    assert len(train) + len(held) == 160
+    assert 32 <= len(held) <= 36
+    asked = [{" ".join(one.prompt[0]["content"].lower().split()) for one in side} for side in (train, held)]
+    assert not asked[0] & asked[1]
+    assert set(held_apart(items[::-1], 0.2)[1]) == set(held)
+
+
+def test_rows_of_one_question_cannot_be_split():
+    with pytest.raises(DataError, match="1 different questions are too few"):
+        held_apart([Conversation((("user", "a"), ("assistant", str(n)))) for n in range(9)], 0.1)
