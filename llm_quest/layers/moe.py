@@ -45,12 +45,12 @@ class Routing(NamedTuple):
 
 class SoftmaxRouter(nn.Module):
     """Mixtral's and Qwen3's: softmax over all experts, the K largest, weights renormalised to sum 1 if
-    `renormalize`."""
+    `renormalize`. balance: the coefficient of the load-balancing loss that its family is trained with, for recipes."""
 
-    def __init__(self, width: int, experts: int, *, top: int, renormalize: bool):
+    def __init__(self, width: int, experts: int, *, top: int, renormalize: bool, balance: float = 0.001):
         super().__init__()
         check_top(top, experts)
-        self.top, self.renormalize = top, renormalize
+        self.top, self.renormalize, self.balance = top, renormalize, balance
         self.weight = nn.Parameter(torch.empty(experts, width))
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

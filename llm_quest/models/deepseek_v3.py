@@ -51,7 +51,8 @@ from llm_quest.models.page import (
 class Config:
     """V3's numbers. q_rank, kv_rank: the latents; nope, rope, value: widths of a head's parts; dense: how many first
     layers are dense, of width hidden; expert_hidden: an expert's width; shared: how many experts' widths the shared one
-    has; lookahead: how many multi-token prediction modules stand behind the model."""
+    has; the experts lie in expert_groups, of which a token may use top_groups; lookahead: how many multi-token
+    prediction modules stand behind the model."""
 
     vocab: int
     width: int
@@ -68,7 +69,7 @@ class Config:
     top: int
     expert_hidden: int
     shared: int
-    groups: int
+    expert_groups: int
     top_groups: int
     expert_scale: float
     context: int
@@ -119,7 +120,7 @@ def feed_forward(config: Config, layer: int) -> nn.Module:
         config.width,
         config.experts,
         top=config.top,
-        groups=config.groups,
+        groups=config.expert_groups,
         top_groups=config.top_groups,
         renormalize=config.renormalize,
         scale=config.expert_scale,
@@ -217,7 +218,7 @@ def read(published: Mapping[str, Any]) -> Config:
         top=need(published, "num_experts_per_tok"),
         expert_hidden=need(published, "moe_intermediate_size"),
         shared=published.get("n_shared_experts") or 0,
-        groups=published.get("n_group") or 1,
+        expert_groups=published.get("n_group") or 1,
         top_groups=published.get("topk_group") or 1,
         expert_scale=float(published.get("routed_scaling_factor") or 1.0),
         context=published.get("max_position_embeddings", 4096),
@@ -249,7 +250,7 @@ def publish(config: Config) -> dict[str, Any]:
         "num_experts_per_tok": config.top,
         "moe_intermediate_size": config.expert_hidden,
         "n_shared_experts": config.shared,
-        "n_group": config.groups,
+        "n_group": config.expert_groups,
         "topk_group": config.top_groups,
         "routed_scaling_factor": config.expert_scale,
         "scoring_func": "sigmoid",
@@ -286,7 +287,15 @@ def published_size(**changes: Any) -> Config:
     """V3 itself, or another model of the same code by what differs."""
     yarn = YaRN(40.0, original=4096, mscale=1.0, mscale_all_dim=1.0)
     attention = {"heads": 128, "q_rank": 1536, "kv_rank": 512, "nope": 128, "rope": 64, "value": 128}
-    mixture = {"dense": 3, "experts": 256, "top": 8, "expert_hidden": 2048, "shared": 1, "groups": 8, "top_groups": 4}
+    mixture = {
+        "dense": 3,
+        "experts": 256,
+        "top": 8,
+        "expert_hidden": 2048,
+        "shared": 1,
+        "expert_groups": 8,
+        "top_groups": 4,
+    }
     rest = {"vocab": 129_280, "width": 7168, "layers": 61, "hidden": 18_432, "expert_scale": 2.5, "context": 163_840}
     rotary = Rotary(64, 10_000.0, yarn, interleaved=True)
     return Config(**{**attention, **mixture, **rest, "rotary": rotary, **changes})
@@ -304,7 +313,7 @@ MOONLIGHT = published_size(
     top=6,
     expert_hidden=1408,
     shared=2,
-    groups=1,
+    expert_groups=1,
     top_groups=1,
     expert_scale=2.446,
     context=8192,
@@ -316,7 +325,7 @@ KIMI_K2 = published_size(
     heads=64,
     dense=1,
     experts=384,
-    groups=1,
+    expert_groups=1,
     top_groups=1,
     expert_scale=2.827,
     context=131_072,
@@ -338,7 +347,7 @@ TINY = Config(
     top=3,
     expert_hidden=32,
     shared=1,
-    groups=4,
+    expert_groups=4,
     top_groups=2,
     expert_scale=2.5,
     context=256,

@@ -72,7 +72,7 @@ def block(config: Config, layer: int) -> Block:
         rotary=config.rotary,
         window=config.window,
     )
-    router = SoftmaxRouter(config.width, config.experts, top=config.top, renormalize=True)
+    router = SoftmaxRouter(config.width, config.experts, top=config.top, renormalize=True, balance=config.balance)
     experts = Experts(config.experts, config.width, config.hidden, F.silu)
     return Block(
         mixer=Sublayer(RMSNorm(config.width, config.eps), attention),

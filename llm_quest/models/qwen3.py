@@ -99,7 +99,9 @@ def feed_forward(config: Config, layer: int) -> nn.Module:
     sparse = config.sparse
     if sparse is None or layer not in sparse.layers:
         return GatedMLP(config.width, config.hidden, F.silu)
-    router = SoftmaxRouter(config.width, sparse.experts, top=sparse.top, renormalize=sparse.renormalize)
+    router = SoftmaxRouter(
+        config.width, sparse.experts, top=sparse.top, renormalize=sparse.renormalize, balance=sparse.balance
+    )
     return MixtureOfExperts(router, Experts(sparse.experts, config.width, sparse.hidden, F.silu))
 
 

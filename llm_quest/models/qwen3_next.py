@@ -133,7 +133,9 @@ def feed_forward(config: Config) -> nn.Module:
     if sparse is None:
         return GatedMLP(config.width, config.hidden, F.silu)
     return MixtureOfExperts(
-        SoftmaxRouter(config.width, sparse.experts, top=sparse.top, renormalize=sparse.renormalize),
+        SoftmaxRouter(
+            config.width, sparse.experts, top=sparse.top, renormalize=sparse.renormalize, balance=sparse.balance
+        ),
         Experts(sparse.experts, config.width, sparse.hidden, F.silu),
         shared=GatedMLP(config.width, sparse.shared, F.silu),
         shared_gate=nn.Linear(config.width, 1, bias=False),

@@ -24,7 +24,8 @@ class NextToken(nn.Module):
     form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and device.
     router: names in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens.
     lookahead: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k
-    of module k's loss, all over the main loss's count, as the paper divides.
+    of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out (evaluation).
+    What is added to the main loss stands among the metrics, and then the main loss itself, as "next_token".
 
     Splitting a batch adds exactly, but for the router's terms: they are products of averages over the micro-batch."""
 
@@ -49,11 +50,19 @@ class NextToken(nn.Module):
         total = self.cross_entropy(h, batch.targets)
         count = (batch.targets != IGNORE).sum(dtype=torch.float32)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
-        total = total + self.multi_token(h, batch, scope, metrics)
+        if self.adds:
+            metrics["next_token"] = (total.detach(), count)
+        if self.lookahead:
+            total = total + self.multi_token(h, batch, scope, metrics)
         routings: list[Routing] = records.get("routing", [])
         if routings:
             total = total + self.balance(routings, count, metrics)
         return Loss(total, count, metrics)
+
+    @property
+    def adds(self) -> bool:
+        """Is anything added to the main loss?"""
+        return bool(self.router) or (self.lookahead > 0 and len(self.model.lookahead) > 0)
 
     def cross_entropy(self, h: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of these hidden states (B,T,D) and targets (B,T)."""
@@ -80,8 +89,9 @@ class NextToken(nn.Module):
             note_loads(routings)
         for name, measure in METRICS.items():
             metrics[name] = (measure(routings).detach() * count, count)
-        terms = [coefficient * TERMS[name](routings) for name, coefficient in self.router.items()]
-        return sum(terms, start=count.new_zeros(())) * count
+        terms = {name: TERMS[name](routings) for name in self.router}
+        metrics |= {name: (term.detach() * count, count) for name, term in terms.items()}
+        return sum((self.router[name] * term for name, term in terms.items()), start=count.new_zeros(())) * count
 
 
 def scope_of(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> Scope:

@@ -8,7 +8,6 @@ The same command again goes on where the folder stands, and ends with the bits o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from llm_quest.hub.files import load, write_model_json
 from llm_quest.models.build import build, count_parameters, page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
-from llm_quest.objectives.next_token import NextToken
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import compiling, precision
 from llm_quest.recipes.config import as_yaml
@@ -95,7 +93,7 @@ def run_it(
     require_same_run(config, folder)
     if config.activation_checkpointing:
         model = Checkpointing()(model)
-    objective = parallel.place(NextToken(model), list(model.blocks))
+    objective = parallel.place(config.parts.objective(model), list(model.blocks))
     micro_rows = at_once(config, parallel)
     feed = PackedFeed(
         text.folder.train,
@@ -121,11 +119,11 @@ def run_it(
             feed,
             optimizer(config.optimizer, model),
             schedule(config.steps, **config.schedule.model_dump()),
-            loop_settings(config, expected_loss=None if config.model.load else math.log(model.config.vocab)),
+            loop_settings(config, expected_loss=None if config.model.load else config.parts.first_loss(model)),
             run,
             parallel=parallel,
             probes=list(probes(config, text, run, micro_rows)),
-            callbacks=[*riding, *callbacks],
+            callbacks=[*config.parts.callbacks(), *riding, *callbacks],
             display=screen,
         )
         return concluded(config, folder, model, text, result, parallel, say)
@@ -161,7 +159,8 @@ def decided(config: Pretrain, model: Decoder, parallel: Parallel, say: Say) -> P
     graph = compiling(config.compile, parallel.device, flops)
     say(f"model: {page_of(model.config).name}-style, {parameters:,} parameters, on {parallel.device}" + ranks(parallel))
     say(f"precision: {number.value} ({number.why}); compiled: {'yes' if graph.value else 'no'} ({graph.why})")
-    return config.model_copy(update={"precision": number.value, "compile": graph.value})
+    parts = vars(config.parts.decided(model))
+    return config.model_copy(update={"precision": number.value, "compile": graph.value, **parts})
 
 
 def ranks(parallel: Parallel) -> str:

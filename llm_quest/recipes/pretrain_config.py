@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from llm_quest.recipes.mixture import Parts, Router
 from llm_quest.recipes.parts import Batch, Course, Data, Evaluate, Model, Samples, TokenizerPart
 
 
@@ -20,5 +21,22 @@ class Pretrain(Course):
     activation_checkpointing: bool = Field(
         default=False, description="compute each block twice instead of remembering it"
     )
+    router: Router | None = Field(
+        default=None, description="losses of a mixture of experts; null: what the model's routers are trained with"
+    )
+    balance: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="step of the bias that evens the experts' load; null: 0.001 if there is one",
+    )
+    lookahead: float | None = Field(
+        default=None, gt=0, description="weight of the multi-token modules' loss; null: 0.3 if there are any"
+    )
     evaluate: Evaluate = Evaluate()
     samples: Samples = Samples()
+
+    @property
+    def parts(self) -> Parts:
+        """What is trained beside the next token."""
+        return Parts(self.router, self.balance, self.lookahead)

@@ -36,7 +36,7 @@ class Evaluation:
 @torch.no_grad()
 def held_out_loss(model: Decoder, batches: HeldOut) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte of a model on held-out batches."""
-    objective, device = NextToken(model), next(model.parameters()).device
+    objective, device = NextToken(model, lookahead=0.0), next(model.parameters()).device
     nats = math.fsum(float(objective(batch.to(device)).total) for batch in batches)
     loss = nats / batches.num_targets
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": batches.bits_per_byte(nats)}

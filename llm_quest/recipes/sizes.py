@@ -2,14 +2,15 @@
 
 Numbers that follow from others need not be given: `vocab` is the tokenizer's, `groups` are as many as `heads`,
 `head_width` is width / heads, `context` is the length of the training rows, `tied` is true. Rotary settings are given
-as published configs spell them: `rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`.
+as published configs spell them: `rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a config
+(Qwen3's `sparse`, Qwen3-Next's `delta`) is a group of keys; a pattern of layers (`windows`) is a list.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.rotary import Rotary
@@ -27,7 +28,10 @@ DERIVED: dict[str, Callable[[Sizes], Any]] = {
     "head_width": lambda sizes: sizes["width"] // sizes["heads"],
     "tied": lambda sizes: True,
     "rotary": lambda sizes: {},
+    "local_rotary": lambda sizes: {},
 }
+ZERO = ("lookahead", "dense", "shared")
+"""Numbers of which none is a number too."""
 
 
 def model_config(part: Model, settings: Settings, *, vocab: int, context: int) -> Any:
@@ -44,12 +48,13 @@ def model_config(part: Model, settings: Settings, *, vocab: int, context: int) -
     if mistakes:
         raise mistaken(mistakes)
     if base is not None:
-        return completed(page, {**shallow(base), **part.sizes, "vocab": vocab}, settings)
+        sizes = {**shallow(base), **part.sizes, "vocab": vocab}
+        return completed(page, fitting(page, sizes, base, settings), settings, base)
     sizes = {"vocab": vocab, "context": context, **part.sizes}
     for key, derive in DERIVED.items():
         if key in numbers(page) and key not in sizes:
             sizes[key] = derive(sizes)
-    return completed(page, sizes, settings)
+    return completed(page, fitting(page, sizes, None, settings), settings, None)
 
 
 def named(name: str, settings: Settings) -> Page:
@@ -70,7 +75,7 @@ def check(page: Page, part: Model, base: Any) -> Iterator[tuple[str, str]]:
             yield key, "the tokenizer decides it; set tokenizer.vocab"
         elif key not in fields:
             yield key, f"unknown number{nearest(key, list(fields))}; {page.name} has: {', '.join(fields)}"
-        elif wrong := misfit(value, fields[key]):
+        elif wrong := misfit(value, fields[key], least=0 if key in ZERO else 1):
             yield key, wrong
     if base is None:
         given = {*part.sizes, *DERIVED, "vocab", "context"}
@@ -79,27 +84,54 @@ def check(page: Page, part: Model, base: Any) -> Iterator[tuple[str, str]]:
                 yield key, f"missing; {page.name} needs {words(fields[key])}"
 
 
-def misfit(value: Any, kind: Any) -> str | None:
+def misfit(value: Any, kind: Any, least: int = 1) -> str | None:
     """Why a value is not of a field's kind; None if it is."""
+    if value is None and type(None) in get_args(kind):
+        return None
+    if (part := part_of(kind)) is not None:
+        return misfit_inside(value, part)
     if kind is Rotary:
         good = isinstance(value, dict)
+    elif get_origin(kind) is tuple:
+        good = isinstance(value, list) and len(value) > 0
     elif kind is float:
         good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
     elif kind is bool:
         good = isinstance(value, bool)
     else:
-        good = kind is not int or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+        good = kind is not int or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
     return None if good else f"{value!r} is not {words(kind)}"
 
 
+def misfit_inside(value: Any, part: type) -> str | None:
+    """The same for a part of a config, given as a group of keys."""
+    kinds = get_type_hints(part)
+    if not isinstance(value, dict):
+        return f"{value!r} is not {words(part)}"
+    for key, inner in value.items():
+        if key not in kinds:
+            return f"unknown number {key!r}{nearest(key, list(kinds))}; there are: {', '.join(kinds)}"
+        if wrong := misfit(inner, kinds[key]):
+            return f"{key}: {wrong}"
+    return None
+
+
+def part_of(kind: Any) -> type | None:
+    """The part of a config that a field holds, where it holds one."""
+    parts = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one) and one is not Rotary]
+    return parts[0] if parts else None  # type: ignore[return-value]
+
+
 def words(kind: Any) -> str:
+    if (part := part_of(kind)) is not None:
+        return f"a group of keys ({', '.join(get_type_hints(part))})"
     told = {
         int: "a whole number > 0",
         float: "a number >= 0",
         bool: "true or false",
         Rotary: "a group of keys (rope_theta, rope_type, ...)",
     }
-    return told.get(kind, str(kind))
+    return "a list, one entry per layer" if get_origin(kind) is tuple else told.get(kind, str(kind))
 
 
 def numbers(page: Page) -> dict[str, Any]:
@@ -112,27 +144,49 @@ def shallow(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def completed(page: Page, sizes: dict[str, Any], settings: Settings) -> Any:
+def fitting(page: Page, sizes: Sizes, base: Any, settings: Settings) -> dict[str, Any]:
+    """The numbers with lists as tuples, and groups of keys as the parts they stand for."""
+    kinds, fitted = numbers(page), dict(sizes)
+    for key, value in sizes.items():
+        part = part_of(kinds[key])
+        if isinstance(value, list):
+            fitted[key] = tuple(value)
+        elif part is not None and isinstance(value, dict):
+            inside = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+            before = None if base is None else getattr(base, key)
+            known = {} if before is None else shallow(before)
+            needed = [one.name for one in dataclasses.fields(part) if one.default is dataclasses.MISSING]  # type: ignore[arg-type]
+            if missing := [name for name in needed if name not in {**known, **inside}]:
+                what = f"missing in it: {', '.join(missing)}"
+                raise mistaken([Mistake(settings.place(("model", "sizes", key)), f"model.sizes.{key}", what)])
+            fitted[key] = part(**{**known, **inside})
+    return fitted
+
+
+def completed(page: Page, sizes: dict[str, Any], settings: Settings, base: Any) -> Any:
     """The config itself, and the rules that its numbers keep among themselves."""
     where = settings.place(("model", "sizes"))
-    if sizes["heads"] % sizes.get("groups", 1):
-        what = f"heads {sizes['heads']} must be a multiple of groups {sizes['groups']}"
-        raise mistaken([Mistake(where, "model.sizes.groups", what)])
-    if "head_width" not in numbers(page) and sizes["width"] % sizes["heads"]:
+    for key in ("groups", "local_groups"):
+        if sizes["heads"] % sizes.get(key, 1):
+            what = f"heads {sizes['heads']} must be a multiple of {key} {sizes[key]}"
+            raise mistaken([Mistake(where, f"model.sizes.{key}", what)])
+    if not {"head_width", "nope"} & set(numbers(page)) and sizes["width"] % sizes["heads"]:
         what = f"width {sizes['width']} must be a multiple of heads {sizes['heads']}"
         raise mistaken([Mistake(where, "model.sizes.width", what)])
-    if sizes.get("head_width", 2) % 2:
-        what = f"head_width {sizes['head_width']} must be even: rotary positions turn pairs"
-        raise mistaken([Mistake(where, "model.sizes.head_width", what)])
-    turned = {key: rotary(key, sizes, settings) for key, kind in numbers(page).items() if kind is Rotary}
+    for key in ("head_width", "rope"):
+        if sizes.get(key, 2) % 2:
+            what = f"{key} {sizes[key]} must be even: rotary positions turn pairs"
+            raise mistaken([Mistake(where, f"model.sizes.{key}", what)])
+    turned = {key: rotary(key, sizes, settings, base) for key, kind in numbers(page).items() if kind is Rotary}
     return page.Config(**{**sizes, **turned})
 
 
-def rotary(key: str, sizes: Sizes, settings: Settings) -> Rotary:
+def rotary(key: str, sizes: Sizes, settings: Settings, base: Any) -> Rotary:
     """A field's rotary positions, from the published spelling or a preset's."""
     given = sizes[key]
+    before: Rotary | None = None if base is None else getattr(base, key)
     if isinstance(given, Rotary):
-        return dataclasses.replace(given, width=sizes["head_width"])
+        return dataclasses.replace(given, width=rotated(sizes, {}, before, base))
     where, path = settings.place(("model", "sizes", key)), f"model.sizes.{key}"
     unknown = [
         f"unknown key {name!r}{nearest(name, ROPE)}; known: {', '.join(ROPE)}" for name in given if name not in ROPE
@@ -140,12 +194,23 @@ def rotary(key: str, sizes: Sizes, settings: Settings) -> Rotary:
     if unknown:
         raise mistaken([Mistake(where, path, what) for what in unknown])
     try:
-        return read_rotary({"rope_parameters": given, "max_position_embeddings": sizes["context"]}, sizes["head_width"])
+        width = rotated(sizes, given, before, base)
+        read = read_rotary({"rope_parameters": given, "max_position_embeddings": sizes["context"]}, width)
+        return dataclasses.replace(read, interleaved=before is not None and before.interleaved)
     except (TypeError, ValueError) as error:
         raise mistaken([Mistake(where, path, str(error).removeprefix("config.json: "))]) from None
 
 
+def rotated(sizes: Sizes, given: Sizes, before: Rotary | None, base: Any) -> int:
+    """How much of a head is rotated: what is said, else as large a part as in the preset, else all of it."""
+    if "rope" in sizes:
+        return int(sizes["rope"])
+    if "partial_rotary_factor" in given or before is None:
+        return int(sizes["head_width"] * given.get("partial_rotary_factor", 1.0))
+    return max(2, before.width * sizes["head_width"] // base.head_width // 2 * 2)
+
+
 ROPE = (
     "rope_theta", "rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
 )  # fmt: skip

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm_quest.layers.moe import SigmoidRouter
 
@@ -29,10 +30,17 @@ class BalanceExperts:
                 load = router.load
                 if distributed.is_available() and distributed.is_initialized():
                     distributed.all_reduce(load)
-                router.bias.add_(torch.sign(load.mean() - load), alpha=self.rate)
+                router.bias.add_(laid_out(torch.sign(load.mean() - load), router.bias), alpha=self.rate)
                 router.load = None
 
 
 def routers(model: nn.Module) -> list[SigmoidRouter]:
     """The routers whose load is balanced by a bias."""
     return [module for module in model.modules() if isinstance(module, SigmoidRouter)]
+
+
+def laid_out(full: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process holds in full, in the parts that `like` is sharded into (FSDP2)."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

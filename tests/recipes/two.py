@@ -1,0 +1,41 @@
+"""A pretraining run by two processes, each forked from one that has torch and has not used it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.recipes.two", "llm_quest.recipes.pretrain"])
+
+
+def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
+    """Both must end well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [processes.Process(target=child, args=(base, list(pairs), str(out), rank, port)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+
+
+def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    from llm_quest.recipes.config import resolve
+    from llm_quest.recipes.pretrain import pretrain
+    from llm_quest.recipes.pretrain_config import Pretrain
+    from llm_quest.recipes.yaml import merge, read
+
+    torch.set_num_threads(1)
+    settings = merge(read(base, "base.yaml"), pairs)
+    sys.exit(pretrain(resolve(Pretrain, settings), settings, Path(out), quiet=True).exit_code)
