@@ -163,18 +163,31 @@ def chat(
 def evaluate(
     model: ModelPath,
     data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
-    tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens; 0: all.")] = 0,
+    tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens (0: all); of an answer: at most.")] = 0,
+    task: Annotated[str, typer.Option(help="Problems to solve: countdown, addition:digits=3, a GSM8K file.")] = "",
+    problems: Annotated[int, typer.Option(min=1, help="With --task: how many.")] = 200,
+    samples: Annotated[int, typer.Option(min=0, help="With --task: so many of each, for mean@k and pass@k.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --samples.")] = 1.0,
+    part: Annotated[str, typer.Option(help="With --task: train, validation, test.")] = "test",
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    seed: Seed = 0,
     threads: Threads = 0,
     offline: Offline = False,
 ) -> None:
-    """Perplexity and bits per byte on text, beside n-gram and compressor baselines on the same bytes."""
+    """On text: perplexity and bits per byte beside n-gram and compressor baselines on the same bytes. On problems
+    (--task): greedy accuracy with its interval, mean@k and pass@k."""
+    prepare(threads, offline)
+    if task:
+        from llm_quest.cli.problems import Exam, examine
+
+        exam = Exam(task, part, problems, samples, temperature, tokens or 64, seed)
+        show(examine(model, exam, device=device, dtype=dtype, say=voice(quiet)), json)
+        return
     from llm_quest.cli.judge import judge
 
-    prepare(threads, offline)
     show(judge(model, data, tokens=tokens or None, device=device, dtype=dtype, say=voice(quiet)), json)
 
 

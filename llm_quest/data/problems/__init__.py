@@ -13,11 +13,11 @@ from typing import Any
 from llm_quest.data.problems.addition import Addition
 from llm_quest.data.problems.chained import Chained
 from llm_quest.data.problems.countdown import Countdown
-from llm_quest.data.problems.problem import Drawn, Problem, Task, demonstration, draw
+from llm_quest.data.problems.problem import PARTS, Drawn, Part, Problem, Task, demonstration, draw
 from llm_quest.data.problems.strings import Reverse, Sort
 from llm_quest.errors import UsageError
 
-__all__ = ["TASKS", "Drawn", "Problem", "Task", "demonstration", "draw", "task"]
+__all__ = ["PARTS", "TASKS", "Drawn", "Part", "Problem", "Task", "demonstration", "draw", "task"]
 
 TASKS: dict[str, Any] = {
     "reverse": Reverse,
