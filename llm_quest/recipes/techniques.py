@@ -10,8 +10,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from llm_quest.contracts import Callback
+from llm_quest.errors import UsageError
 from llm_quest.recipes.config import nearest
 from llm_quest.techniques import IN_TRAINING, TECHNIQUES
+from llm_quest.techniques.lora import matched
+from llm_quest.techniques.targets import counted
 
 Say = Callable[[str], None]
 
@@ -64,7 +67,10 @@ def applied_all(entries: Sequence[Mapping[str, Any]], model: Any, say: Say) -> l
         options = {key: value for key, value in entry.items() if key != "name"}
         one: Any = TypeAdapter(KNOWN()[entry["name"]]).validate_python(options)
         if callable(one):
-            edited = one(model)
+            try:
+                edited = one(model)
+            except ValueError as error:
+                raise UsageError(f"technique {entry['name']}: {error}") from None
             assert edited is model, "a recipe's techniques edit in place"
         if isinstance(one, Callback):
             callbacks.append(one)
@@ -73,7 +79,11 @@ def applied_all(entries: Sequence[Mapping[str, Any]], model: Any, say: Say) -> l
 
 
 def told(model: Any) -> str:
-    """How much of the model is trained now, where that is not all of it."""
+    """Which matrices have adapters, and how much of the model is trained now, where that is not all of it."""
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
-    return "" if learned == whole else f"; {learned:,} of {whole:,} parameters are trained ({learned / whole:.3%})"
+    found = matched(model)
+    where = f" of {counted(found)} ({len(found)} matrices)" if found else ""
+    return where + (
+        f"; {learned:,} of {whole:,} numbers are trained ({learned / whole:.3%})" if learned < whole else ""
+    )

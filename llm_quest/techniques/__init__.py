@@ -10,8 +10,15 @@ from __future__ import annotations
 
 from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.techniques.expert_bias import BalanceExperts
+from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 
-TECHNIQUES: dict[str, type] = {}
+TECHNIQUES: dict[str, type] = {
+    "lora": LoRA,
+    "rslora": RsLoRA,
+    "dora": DoRA,
+    "lora_xs": LoRAXS,
+    "tiny_lora": TinyLoRA,
+}
 IN_TRAINING: dict[str, type] = {
     "balance_experts": BalanceExperts,
     "checkpointing": Checkpointing,

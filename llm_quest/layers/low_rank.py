@@ -1,0 +1,212 @@
+"""Low-rank edits of a matrix: W' = W + scale * B core(A), with A (r,in), B (out,r), and nothing between them (LoRA), a
+square matrix (LoRA-XS) or a few mixed ones (TinyLoRA). W itself stays as it is, as `base`.
+
+What is wrapped keeps its interface: `weight` is the effective matrix (MLA multiplies by it directly), `parts` are where
+they were. `on` False: the model without its adapters, in the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_quest.layers.moe import Experts
+from llm_quest.layers.projections import Projections
+
+
+class LowRank(nn.Module):
+    """The edit of one matrix (out,in), or of a stack of them (E,out,in). core: what lies between A and B, acting on the
+    last dimension."""
+
+    def __init__(
+        self, A: nn.Parameter, B: nn.Parameter, *, scale: float, core: nn.Module | None = None, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.A, self.B, self.scale = A, B, scale
+        self.core = core or nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], plain: Float[Tensor, "*batch out"], weight: Tensor
+    ) -> Float[Tensor, "*batch out"]:
+        """plain: W x. Dropout acts on x, on its way through the adapter alone."""
+        return plain + self.update(self.dropout(x))
+
+    def update(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return F.linear(self.scale * self.core(F.linear(x, self.A)), self.B)
+
+    def delta(self) -> Float[Tensor, "*stack out in"]:
+        return self.scale * (self.B @ self.core(self.A.mT).mT)
+
+    def edited(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+        return weight + self.delta()
+
+
+class Directed(nn.Module):
+    """DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5): W' = m (W + delta) / |W + delta|, row by row: direction and
+    magnitude are learned apart.
+
+    The norm is a constant for the gradient (section 4.3). It is of each *output* row, though the paper's "column" may
+    read otherwise."""
+
+    def __init__(self, low: LowRank, magnitude: nn.Parameter):
+        super().__init__()
+        self.low, self.magnitude = low, magnitude
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], plain: Float[Tensor, "*batch out"], weight: Tensor
+    ) -> Float[Tensor, "*batch out"]:
+        gain = self.gain(weight).to(plain.dtype)
+        dropped = self.low.dropout(x)
+        if dropped is x:
+            return gain * (plain + self.low.update(x))
+        return plain + (gain - 1) * F.linear(dropped, weight) + gain * self.low.update(dropped)
+
+    def gain(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
+        with torch.no_grad():
+            norm = row_norms(self.low.edited(weight))
+        return self.magnitude / norm
+
+    def edited(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+        return self.gain(weight)[..., None] * self.low.edited(weight)
+
+
+def row_norms(weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
+    """In at least float32."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=-1).to(weight.dtype)
+
+
+class Square(nn.Module):
+    """LoRA-XS's core: h R^T, R (r,r), or one for each matrix of a stack."""
+
+    def __init__(self, R: nn.Parameter):
+        super().__init__()
+        self.R = R
+
+    def forward(self, h: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
+        return h @ self.R.mT
+
+
+class Mixed(nn.Module):
+    """TinyLoRA's core: h R^T with R = sum_u v_u P_u; P (u,r,r) fixed and random, v (u) learned, perhaps by many
+    matrices together."""
+
+    def __init__(self, P: nn.Parameter, v: nn.Parameter):
+        super().__init__()
+        self.P, self.v = P, v
+
+    def forward(self, h: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
+        return h @ torch.einsum("u,u...->...", self.v, self.P).mT
+
+
+class Adapted(nn.Module):
+    """A linear layer and the edit of its matrix."""
+
+    def __init__(self, base: nn.Linear, edit: nn.Module):
+        super().__init__()
+        self.base, self.edit, self.on = base, edit, True
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if not self.on:
+            return self.base(x)
+        y = self.edit(x, F.linear(x, self.base.weight), self.base.weight)
+        return y if self.base.bias is None else y + self.base.bias
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The effective matrix."""
+        return self.edit.edited(self.base.weight) if self.on else self.base.weight  # type: ignore[operator, no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+class AdaptedProjections(nn.Module):
+    """Stacked projections, of which some parts are edited, each by itself."""
+
+    def __init__(self, base: Projections, edits: Mapping[str, nn.Module]):
+        super().__init__()
+        self.base, self.edits, self.on = base, nn.ModuleDict(edits), True
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> tuple[Tensor, ...]:
+        if not self.on:
+            return self.base(x)
+        sizes = list(self.parts.values())
+        outs, weights = F.linear(x, self.base.weight).split(sizes, dim=-1), self.base.weight.split(sizes)
+        edited = (
+            self.edits[name](x, out, weight) if name in self.edits else out
+            for name, out, weight in zip(self.parts, outs, weights, strict=True)
+        )
+        if self.base.bias is None:
+            return tuple(edited)
+        return tuple(out + bias for out, bias in zip(edited, self.base.bias.split(sizes), strict=True))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.base.parts
+
+    def rows(self, name: str) -> slice:
+        """The rows of one part."""
+        return self.base.rows(name)
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The effective matrix."""
+        return stacked(self.base.weight, self.parts, self.edits) if self.on else self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+class AdaptedExperts(nn.Module):
+    """Experts whose matrices are edited as they are used: the edit is worked out for all experts, the work is done as
+    before. So dropout, which is of x, has no place here."""
+
+    def __init__(self, base: Experts, edits: Mapping[str, nn.Module]):
+        super().__init__()
+        self.base, self.edits, self.on = base, nn.ModuleDict(edits), True
+
+    def forward(self, x: Float[Tensor, "N D"], experts: Tensor, weights: Tensor) -> Float[Tensor, "N D"]:
+        work = self.base.work or self.base.fastest(x.dtype)
+        return work(x, self.gate_up, self.down, experts, weights, self.base.inner)
+
+    @property
+    def gate_up(self) -> Float[Tensor, "E F2 D"]:
+        weight = self.base.gate_up
+        return stacked(weight, expert_parts(self.base), self.edits) if self.on else weight
+
+    @property
+    def down(self) -> Float[Tensor, "E D F"]:
+        return stacked(self.base.down, {"down": self.base.down.shape[1]}, self.edits) if self.on else self.base.down
+
+
+def expert_parts(experts: Experts) -> dict[str, int]:
+    """The rows of `gate_up`: gate and up, or up alone where there is no gate."""
+    rows, hidden = experts.gate_up.shape[1], experts.down.shape[2]
+    return {"up": rows} if rows == hidden else {"gate": hidden, "up": hidden}
+
+
+def stacked(weight: Tensor, parts: Mapping[str, int], edits: nn.ModuleDict) -> Tensor:
+    """The matrix whose rows (last dimension but one) are these parts, those that have an edit edited."""
+    if not any(name in edits for name in parts):
+        return weight
+    pieces = zip(parts, weight.split(list(parts.values()), dim=-2), strict=True)
+    return torch.cat([edits[name].edited(piece) if name in edits else piece for name, piece in pieces], dim=-2)  # type: ignore[operator]
+
+
+Wrapper = Adapted | AdaptedProjections | AdaptedExperts
+
+
+def wrappers(model: nn.Module) -> dict[str, Wrapper]:
+    """Every adapted layer of a model, by its path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Wrapper)}
+
+
+def edits_of(wrapper: Wrapper) -> Iterable[nn.Module]:
+    return (wrapper.edit,) if isinstance(wrapper, Adapted) else wrapper.edits.values()

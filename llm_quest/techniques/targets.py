@@ -1,0 +1,108 @@
+"""Which matrices an adapter edits, by the short names that published models use too: q, k, v, out, gate, up, down, ...
+
+Every matrix inside the blocks has an address, `blocks.0.mixer.layer.qkv.q`: the layer's path and, where a layer stacks
+several, the part. A target is the end of an address (`q`, `experts.gate`), or `all`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.head import Unembed
+from llm_quest.layers.low_rank import Adapted, AdaptedExperts, AdaptedProjections, expert_parts
+from llm_quest.layers.moe import Experts
+from llm_quest.layers.projections import Projections
+from llm_quest.techniques.card import put
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One matrix that can be edited: weight (out,in), or (E,out,in) for all experts. part: of a layer that stacks
+    several, else empty."""
+
+    path: str
+    part: str
+    weight: Tensor
+
+    @property
+    def address(self) -> str:
+        return f"{self.path}.{self.part}" if self.part else self.path
+
+    @property
+    def short(self) -> str:
+        return self.address.rsplit(".", 1)[-1]
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every matrix within the blocks of this model, but for those with one output (a gate) and for routers, which are
+    no linear layers. Embeddings and heads stand outside: losses read their matrix directly, and a tied one serves
+    twice."""
+    for path, module in model.named_modules():
+        if "blocks" not in path.split(".") or isinstance(module, Unembed):
+            continue
+        if isinstance(module, Projections):
+            for part in module.parts:
+                yield Site(path, part, module.weight.detach()[module.rows(part)])
+        elif isinstance(module, nn.Linear) and module.out_features > 1:
+            yield Site(path, "", module.weight.detach())
+        elif isinstance(module, Experts):
+            parts = expert_parts(module)
+            for part, piece in zip(parts, module.gate_up.detach().split(list(parts.values()), dim=1), strict=True):
+                yield Site(path, part, piece)
+            yield Site(path, "down", module.down.detach())
+
+
+def chosen(model: nn.Module, targets: Sequence[str]) -> list[Site]:
+    """The sites that the targets name. UsageError for a target that names nothing, with what there is."""
+    every = list(sites(model))
+    for target in targets:
+        if target in ("head", "embed", "token", "position"):
+            raise UsageError(
+                f"{target!r} is not adapted: losses read that matrix directly, and a tied one serves twice; "
+                f"choose among {short_names(every)}"
+            )
+        if not any(fits(site, target) for site in every):
+            raise UsageError(f"no matrix of this model is called {target!r}; there are {short_names(every)}, or all")
+    return [site for site in every if any(fits(site, target) for target in targets)]
+
+
+def fits(site: Site, target: str) -> bool:
+    return target == "all" or site.address == target or site.address.endswith(f".{target}")
+
+
+def short_names(found: Sequence[Site]) -> str:
+    return ", ".join(dict.fromkeys(site.short for site in found)) or "none that was not adapted before"
+
+
+def counted(addresses: Sequence[str]) -> str:
+    """'q, k, v in 12 layers': addresses for the screen."""
+    shorts = dict.fromkeys(address.rsplit(".", 1)[-1] for address in addresses)
+    layers = {re.sub(r"^(.*?blocks\.\d+)\..*$", r"\1", address) for address in addresses}
+    return f"{', '.join(shorts)} in {len(layers)} layers"
+
+
+def wrap(model: nn.Module, edits: Mapping[Site, nn.Module]) -> None:
+    """Put the edits around the layers they are for."""
+    by_path: dict[str, dict[str, nn.Module]] = {}
+    for site, edit in edits.items():
+        by_path.setdefault(site.path, {})[site.part] = edit
+    for path, parts in by_path.items():
+        layer = model.get_submodule(path)
+        put(model, path, WRAPPERS[kind_of(layer)](layer, parts))
+
+
+def kind_of(layer: nn.Module) -> type:
+    return next(kind for kind in WRAPPERS if isinstance(layer, kind))
+
+
+WRAPPERS: dict[type, Callable[[Any, dict[str, nn.Module]], nn.Module]] = {
+    Projections: AdaptedProjections,
+    Experts: AdaptedExperts,
+    nn.Linear: lambda layer, parts: Adapted(layer, parts[""]),
+}

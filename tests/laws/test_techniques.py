@@ -1,0 +1,157 @@
+"""The promises of `contracts.Technique`: every technique on every page, in float64 and with every tensor random.
+
+A technique may refuse a page; then the pair stands in `REFUSED`, and its reason is a property of the mathematics."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llm_quest as quest
+from llm_quest.data.batch import TokenBatch
+from llm_quest.models.decoder import Decoder
+from llm_quest.objectives.next_token import NextToken
+from llm_quest.scope import Scope
+from llm_quest.techniques import IN_TRAINING, TECHNIQUES
+from llm_quest.techniques.card import read, written
+from llm_quest.techniques.checkpointing import Checkpointing
+from llm_quest.techniques.expert_bias import BalanceExperts
+from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
+from tests.laws.subjects import TINY, own, random_tokens, shared
+
+EXAMPLES: dict[str, Any] = {
+    "lora": LoRA(rank=2),
+    "rslora": RsLoRA(rank=2),
+    "dora": DoRA(rank=2),
+    "lora_xs": LoRAXS(rank=2),
+    "tiny_lora": TinyLoRA(u=5, tying=0.5),
+    "balance_experts": BalanceExperts(),
+    "checkpointing": Checkpointing(),
+}
+REFUSED: dict[tuple[str, str], str] = {}
+"""(technique, preset) -> the reason, as the error says it."""
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+CALLED = [name for name in EXAMPLES if callable(EXAMPLES[name])]
+GRID = [(name, page) for name in CALLED for page in TINY if (name, page) not in REFUSED]
+grid = pytest.mark.parametrize(("name", "page"), GRID)
+saved_grid = pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if pair[0] in TECHNIQUES])
+
+
+@functools.cache
+def edited(name: str, page: str) -> Decoder:
+    """A model after the technique, with what it learns moved away from its first values."""
+    model = EXAMPLES[name](own(page))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def logits_of(model: Decoder, tokens: Tensor, scope: Scope | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(tokens, scope)
+
+
+def test_every_technique_has_an_example_here():
+    assert set(EXAMPLES) == set(TECHNIQUES | IN_TRAINING)
+    for name, example in EXAMPLES.items():
+        assert type(example) is (TECHNIQUES | IN_TRAINING)[name]
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name in TECHNIQUES])
+def test_a_card_survives_json(name: str):
+    listed = json.loads(json.dumps(written([EXAMPLES[name]], TECHNIQUES)))
+    assert read(listed, TECHNIQUES) == [EXAMPLES[name]]
+    assert {"name", *(field.name for field in fields(EXAMPLES[name]))} == set(listed[0])
+
+
+@pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if EXAMPLES[pair[0]].neutral_at_birth])
+def test_a_neutral_technique_moves_no_logit_at_birth(name: str, page: str):
+    tokens = random_tokens(shared(page), 2, 11)
+    born = EXAMPLES[name](own(page))
+    torch.testing.assert_close(logits_of(born, tokens), shared(page)(tokens), **EXACT)
+
+
+@saved_grid
+def test_what_is_saved_loads_with_the_same_logits_and_card(name: str, page: str, tmp_path: Path):
+    model = edited(name, page)
+    again = quest.load(quest.save(model, tmp_path / "model"))
+    tokens = random_tokens(model, 2, 9)
+    torch.testing.assert_close(logits_of(again, tokens), logits_of(model, tokens), **EXACT)
+    assert again.card == model.card
+    learned = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learned == {path for path, parameter in again.named_parameters() if parameter.requires_grad}
+
+
+@grid
+def test_a_second_application_is_refused(name: str, page: str):
+    with pytest.raises(ValueError, match="already"):
+        EXAMPLES[name](copy.deepcopy(edited(name, page)))
+
+
+@grid
+def test_a_later_token_changes_no_earlier_logit(name: str, page: str):
+    model = edited(name, page)
+    tokens = random_tokens(model, 2, 12)
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % model.config.vocab
+    before, after = logits_of(model, tokens), logits_of(model, changed)
+    torch.testing.assert_close(after[:, :7], before[:, :7], **EXACT)
+    assert (after[:, 7] - before[:, 7]).abs().max() > 1e-3
+
+
+@grid
+def test_cached_equals_uncached(name: str, page: str):
+    model = edited(name, page)
+    tokens = random_tokens(model, 2, 13)
+    cache, parts, start = model.new_cache(2, 13), [], 0
+    for length in (6, 1, 1, 5):
+        part = tokens[:, start : start + length]
+        parts.append(logits_of(model, part, Scope.plain(part, cache=cache, start=start)))
+        start += length
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, tokens), **EXACT)
+
+
+@grid
+def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(name: str, page: str):
+    model = edited(name, page)
+    first, second = random_tokens(model, 1, 5, seed=5), random_tokens(model, 1, 7, seed=7)
+    alone = torch.cat([logits_of(model, first), logits_of(model, second)], dim=1)
+    gap = torch.full((1, 2), -1)
+    positions = torch.cat([gap, torch.arange(5)[None], torch.arange(7)[None]], dim=1)
+    segments = torch.cat([gap, torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 7, dtype=torch.int64)], dim=1)
+    packed = torch.cat([gap.abs(), first, second], dim=1)
+    together = logits_of(model, packed, Scope(positions, segments=segments))[:, 2:]
+    torch.testing.assert_close(together, alone, **EXACT)
+    padded = logits_of(model, packed[:, :7], Scope(positions[:, :7]))[:, 2:]
+    torch.testing.assert_close(padded, alone[:, :5], **EXACT)
+
+
+@grid
+def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
+    model = copy.deepcopy(edited(name, page)).train()
+    tokens = random_tokens(model, 3, 14)
+    NextToken(model)(TokenBatch(tokens[:, :-1], tokens[:, 1:])).total.backward()
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, path
+            assert parameter.grad.isfinite().all(), path
+            assert parameter.grad.abs().max() > 1e-9, path
+
+
+@pytest.mark.parametrize(("name", "page"), list(REFUSED) or [pytest.param("", "", id="none refuses")])
+def test_a_refusal_gives_its_reason(name: str, page: str):
+    if name:
+        with pytest.raises(ValueError, match=REFUSED[name, page]):
+            EXAMPLES[name](own(page))
