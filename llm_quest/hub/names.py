@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llm_quest.errors import UsageError
 from llm_quest.layers.moe import Experts
 from llm_quest.layers.projections import Projections
-from llm_quest.models.page import Middle, Names, Published, Rows, Shaped, Stack, Transposed
+from llm_quest.models.page import Names, Published, Rows, Shaped, Stack, Transposed
 from llm_quest.techniques.card import plain
 
 View = Callable[[Tensor], Tensor]
@@ -57,8 +57,6 @@ def views(published: Published, sizes: tuple[int, ...]) -> Iterator[tuple[str, V
             yield published, lambda parameter: parameter
         case Transposed(name=name):
             yield name, lambda parameter: parameter.mT
-        case Middle(name=name):
-            yield name, lambda parameter: parameter.unsqueeze(1)
         case Shaped(name=name, shape=shape):
             yield name, lambda parameter: parameter.view(shape)
         case Rows(names=names):

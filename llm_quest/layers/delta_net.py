@@ -187,7 +187,7 @@ class GatedDeltaNet(nn.Module):
         self.key_width, self.value_width, self.kernel = key_width, value_width, kernel
         sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
         self.inputs = inputs(width, **sizes)
-        self.conv = nn.Parameter(torch.empty(2 * key_heads * key_width + value_heads * value_width, kernel))
+        self.conv = nn.Parameter(torch.empty(2 * key_heads * key_width + value_heads * value_width, 1, kernel))
         self.A_log = nn.Parameter(torch.empty(value_heads))
         self.dt_bias = nn.Parameter(torch.empty(value_heads))
         self.norm = RMSNorm(value_width, eps)
@@ -236,7 +236,7 @@ class GatedDeltaNet(nn.Module):
     def convolve(self, columns: Float[Tensor, "B P C"], segments: Int[Tensor, "B T"] | None) -> Float[Tensor, "B T C"]:
         """SiLU of a causal convolution, each channel alone, that does not reach across documents."""
         length = columns.shape[1] - self.kernel + 1
-        taps = self.conv.to(columns.dtype)
+        taps = self.conv[:, 0].to(columns.dtype)
         y = columns[:, self.kernel - 1 :] * taps[:, -1]
         for back in range(1, self.kernel):
             shifted = columns[:, self.kernel - 1 - back : self.kernel - 1 - back + length]

@@ -238,6 +238,11 @@ class Experts(nn.Module):
         work = self.work or self.fastest(x.dtype)
         return work(x, self.gate_up, self.down, experts, weights, self.inner)
 
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Each expert's matrices: gate and up apart, and down."""
+        rows, hidden = self.gate_up.shape[1], self.down.shape[2]
+        return {"gate_up": (hidden,) * (rows // hidden), "down": (self.down.shape[1],)}
+
     def fastest(self, dtype: torch.dtype) -> Work:
         """The grouped kernel knows no float64, and rows must be multiples of 16 bytes."""
         rows = [self.gate_up.shape[2], self.down.shape[2]]

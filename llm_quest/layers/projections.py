@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class Stacked(Protocol):
+    """A layer whose parameters are several matrices stacked by rows."""
+
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Parameter -> how many rows each of its matrices has. A further dimension in front (experts) is not rows."""
 
 
 class Projections(nn.Linear):
@@ -26,8 +36,11 @@ class Projections(nn.Linear):
             start += size
         raise ValueError(f"no part {name!r} here: it has {', '.join(self.parts)}")
 
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": tuple(self.parts.values())}
+
 
 def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
-    found = ((path, module) for path, module in model.named_modules() if isinstance(module, Projections))
-    return {f"{path}.weight": tuple(module.parts.values()) for path, module in found}
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, Stacked))
+    return {f"{path}.{name}": rows for path, module in found for name, rows in module.stacks().items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import Card
 from llm_quest.layers.cache import Cache
-from llm_quest.layers.projections import Projections
+from llm_quest.layers.projections import row_splits
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.scope import Scope
 
@@ -70,5 +70,4 @@ class Decoder(nn.Module):
     def row_splits(self) -> dict[str, tuple[int, ...]]:
         """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each
         alone)."""
-        named = self.named_modules()
-        return {f"{path}.weight": tuple(m.parts.values()) for path, m in named if isinstance(m, Projections)}
+        return row_splits(self)

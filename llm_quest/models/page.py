@@ -37,13 +37,6 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class Middle:
-    """Stored with a middle dimension of size 1 that ours leaves out: (C,1,K) for our (C,K)."""
-
-    name: str
-
-
-@dataclass(frozen=True)
 class Stack:
     """Our parameter is these, stacked along a new first dimension: one entry per expert."""
 
@@ -58,7 +51,7 @@ class Shaped:
     shape: tuple[int, ...]
 
 
-Published = str | Rows | Transposed | Middle | Shaped | Stack
+Published = str | Rows | Transposed | Shaped | Stack
 Names = Mapping[str, Published]
 
 
@@ -122,8 +115,6 @@ def renamed(theirs: Published, rename: Callable[[str], str]) -> Published:
             return Stack(tuple(renamed(entry, rename) for entry in entries))  # type: ignore[misc]
         case Transposed(name=name):
             return Transposed(rename(name))
-        case Middle(name=name):
-            return Middle(rename(name))
         case Shaped(name=name, shape=shape):
             return Shaped(rename(name), shape)
     return rename(theirs)

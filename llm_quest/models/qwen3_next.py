@@ -31,7 +31,6 @@ from llm_quest.layers.norm import OffsetRMSNorm
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.page import (
-    Middle,
     Names,
     Page,
     Published,
@@ -192,7 +191,7 @@ def delta_names(delta: Delta) -> dict[str, Published]:
     }
     return {
         **(woven if delta.woven else flat),
-        f"{ours}conv": Middle(f"{theirs}conv1d.weight"),
+        f"{ours}conv": f"{theirs}conv1d.weight",
         f"{ours}A_log": f"{theirs}A_log",
         f"{ours}dt_bias": f"{theirs}dt_bias",
         f"{ours}norm.weight": f"{theirs}norm.weight",

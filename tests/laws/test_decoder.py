@@ -224,7 +224,7 @@ def test_every_part_of_a_stacked_projection_receives_a_gradient(name: str):
     for path, sizes in model.row_splits().items():
         if path.startswith("lookahead."):
             continue  # not in this loss; the law above reaches them
-        for part in gradients[path].split(sizes):
+        for part in gradients[path].split(sizes, dim=-2):
             assert part.abs().max() > 1e-8, path
 
 

@@ -8,6 +8,7 @@ import torch
 from llm_quest.errors import UsageError
 from llm_quest.models import PAGES
 from llm_quest.models.build import build, count_parameters, page_of, preset, presets, skeleton
+from llm_quest.train.optimizers import muon, orthogonal
 
 PUBLISHED = [preset for page in PAGES for preset in page.presets if preset.parameters is not None]
 COUNTS = {
@@ -81,5 +82,25 @@ def test_row_splits_name_every_stacked_matrix():
     assert splits["blocks.0.mixer.layer.qkv.weight"] == (64, 32, 32)
     assert splits["blocks.1.ffn.layer.gate_up.weight"] == (96, 96)
     shapes = dict(model.named_parameters())
-    assert all(sum(rows) == shapes[path].shape[0] for path, rows in splits.items())
+    assert all(sum(rows) == shapes[path].shape[-2] for path, rows in splits.items())
     assert isinstance(shapes["norm.weight"], torch.nn.Parameter)
+
+
+def test_muon_turns_each_experts_gate_up_and_down_by_itself():
+    """And a convolution is no matrix: its channels know nothing of each other."""
+    model = build("qwen3-next-tiny").train()
+    assert model.row_splits()["blocks.0.ffn.layer.experts.gate_up"] == (32, 32)
+    assert model.row_splits()["blocks.0.ffn.layer.experts.down"] == (48,)
+    experts = model.blocks[0].ffn.layer.experts
+    model(torch.arange(64)[None]).square().mean().backward()
+    before = {name: p.detach().clone() for name, p in experts.named_parameters()}
+    optimizer = muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, splits=model.row_splits())
+    optimizer.step()
+    gate_up, down = experts.gate_up.grad, experts.down.grad
+    alone = {
+        "gate_up": torch.stack([torch.cat([orthogonal(part) for part in one.chunk(2)]) for one in gate_up]),
+        "down": torch.stack([orthogonal(one) for one in down]),
+    }
+    for name, p in experts.named_parameters():
+        torch.testing.assert_close(before[name] - p.detach(), alone[name], atol=6e-2, rtol=0)
+    assert "momentum" not in optimizer.state[model.blocks[0].mixer.layer.conv]
