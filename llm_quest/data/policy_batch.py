@@ -91,13 +91,19 @@ def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None) -> Polic
     )
 
 
-def micro_batches(rows: Sequence[PolicyRow], budget: int, notes: Notes | None = None) -> list[PolicyBatch]:
-    """Rows of like length together, so that little is padding; no batch reads more than `budget` tokens, padding
-    included (but for a row that alone is longer). The notes travel with the first."""
-    batches: list[list[PolicyRow]] = []
+def grouped(rows: Sequence[PolicyRow], budget: int) -> list[list[PolicyRow]]:
+    """Longest first (equal ones in their order), so that rows of like length stand together and little is padding; no
+    group reads more than `budget` tokens, padding included, but for a row that alone is longer."""
+    groups: list[list[PolicyRow]] = []
     for row in sorted(rows, key=lambda row: -row.length):
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].length <= budget:
-            batches[-1].append(row)
+        if groups and (len(groups[-1]) + 1) * groups[-1][0].length <= budget:
+            groups[-1].append(row)
         else:
-            batches.append([row])
-    return [policy_batch(some, None if number else notes) for number, some in enumerate(batches or [[]])]
+            groups.append([row])
+    return groups
+
+
+def micro_batches(rows: Sequence[PolicyRow], budget: int, notes: Notes | None = None) -> list[PolicyBatch]:
+    """A batch of each group. The notes travel with the first, of which there is always one."""
+    groups = grouped(rows, budget) or [[]]
+    return [policy_batch(some, None if number else notes) for number, some in enumerate(groups)]

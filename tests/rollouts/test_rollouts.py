@@ -1,0 +1,375 @@
+"""Rollouts: the policy that samples is the policy that is scored, to 1e-5, on every page; and what is learned from."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_quest.data.policy_batch import IGNORE
+from llm_quest.errors import DataError, UsageError
+from llm_quest.models import PAGES
+from llm_quest.models.build import build, preset
+from llm_quest.models.decoder import Decoder
+from llm_quest.objectives.log_probs import token_log_probs
+from llm_quest.objectives.policy_gradient import PolicyGradient
+from llm_quest.objectives.surrogates import VARIANTS
+from llm_quest.rollouts.advantages import ESTIMATORS
+from llm_quest.rollouts.rollouts import Plan, Rollouts
+from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.scoring import Judge, Scoring, overlong
+from llm_quest.rollouts.writer import Question, Writer
+
+TINY = [one.name for page in PAGES for one in page.presets if one.name.endswith("-tiny")]
+NAN = float("nan")
+
+
+class Words:
+    """Ids as text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def ask(index: int) -> Question:
+    """Ragged prompts: 3, 7, 4, 1, ... tokens."""
+    length = (3, 7, 4, 1)[index % 4]
+    return Question(tuple((13 * index + 5 * place) % 90 + 1 for place in range(length)), index)
+
+
+def even(group: Sequence[Sample]) -> list[float]:
+    """1 for an even first token."""
+    return [float(sample.tokens[0] % 2 == 0) for sample in group]
+
+
+def rollouts(policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options) -> Rollouts:
+    scoring = options.pop("scoring", None) or Scoring(judges=(Judge("even", reward),))
+    others = {name: options.pop(name) for name in ("reference", "score", "ask") if name in options}
+    writer = Writer(tokenizer=Words(), eos=(7, 9), new_tokens=new_tokens, temperature=temperature)
+    plan = Plan(**{"prompts": 4, "group": 4, "seed": 3} | options)
+    return Rollouts(policy, others.pop("ask", ask), writer, scoring, plan, **others)
+
+
+def log_ratios(policy: Decoder, batches: Sequence, temperature: float) -> Tensor:
+    with torch.no_grad():
+        gaps = [token_log_probs(policy, batch, temperature) - batch.sampled for batch in batches]
+    return torch.cat([gap[batch.learn] for gap, batch in zip(gaps, batches, strict=True)])
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+@pytest.mark.parametrize("name", TINY)
+def test_the_ratio_is_one_before_the_first_update(name: str, temperature: float):
+    """Ragged prompts, one prefill per group, rows that leave, a cache against a whole pass (P1 to P6, P8)."""
+    policy = build(name, seed=1)
+    policy.head.weight.data *= 3
+    feed = rollouts(
+        policy, temperature=temperature, micro_tokens=60, scoring=Scoring(judges=(Judge("even", even),), keep_flat=True)
+    )
+    batches = feed.at(0)
+    assert len(batches) > 1
+    gaps = log_ratios(policy, batches, temperature)
+    assert len(gaps) > 50
+    assert gaps.abs().max() < 1e-5
+    assert min(float(batch.sampled.min()) for batch in batches) < -1
+
+
+def test_the_ratio_is_one_with_dropout_configured_and_every_mode_is_restored():
+    policy = build(dataclasses.replace(preset("gpt2-tiny").config, dropout=0.3), seed=1).train()
+    policy.blocks[0].eval()
+    modes = [module.training for module in policy.modules()]
+    feed = rollouts(policy)
+    batches = feed.at(0)
+    assert [module.training for module in policy.modules()] == modes
+    objective = PolicyGradient(policy)
+    for batch in batches:
+        objective(batch)
+    assert objective.extremes.log().abs().max() < 1e-5
+
+
+def test_temperature_counts():
+    """Scored at 1, what was sampled at 0.6 has another ratio: the test above can fail."""
+    policy = build("llama3.2-tiny", seed=1)
+    policy.head.weight.data *= 3
+    assert log_ratios(policy, rollouts(policy, temperature=0.6).at(0), 1.0).abs().max() > 0.1
+
+
+def test_what_is_trained_on_is_what_was_sampled():
+    """Token for token: the prompt, the completion with the eos that ended it, and nothing where a prompt stands."""
+    seen: list = []
+    feed = rollouts(build("llama3.2-tiny", seed=1), new_tokens=30)
+    feed.seen = lambda groups, rewards: seen.extend(sample for group in groups for sample in group)
+    batches = feed.at(0)
+    learned = {}
+    for batch in batches:
+        for tokens, targets, sampled in zip(batch.tokens, batch.targets, batch.sampled, strict=True):
+            at = (targets != IGNORE).nonzero()[:, 0]
+            prompt = tuple(tokens[: at[0] + 1].tolist())
+            learned[prompt, tuple(targets[at].tolist())] = tuple(sampled[at].tolist())
+            assert tokens[at[1:]].tolist() == targets[at[:-1]].tolist()
+    for sample in seen:
+        found = learned.get((sample.prompt, sample.tokens))
+        assert found is None or found == sample.logprobs
+        assert (sample.tokens[-1] in (7, 9)) == (sample.finished == "eos")
+        assert not {"7", "9"} & set(sample.text.split())
+    assert len(learned) > 8
+    assert {sample.finished for sample in seen} == {"eos", "length"}
+
+
+def test_prompts_that_hold_an_eos_are_read_whole():
+    policy = build("llama3.2-tiny", seed=1)
+    feed = rollouts(policy, ask=lambda index: Question((7, 5, 9, 4 + index)))
+    assert log_ratios(policy, feed.at(0), 1.0).abs().max() < 1e-5
+
+
+def test_old_log_probs_are_stored_once_and_the_second_update_has_a_ratio():
+    policy = build("llama3.2-tiny", seed=1)
+    feed = rollouts(policy, updates=2)
+    first = feed.at(0)
+    assert log_ratios(policy, first, 1.0).abs().max() < 1e-5
+    with torch.no_grad():
+        policy.head.weight.add_(
+            0.01 * torch.randn(policy.head.weight.shape, generator=torch.Generator().manual_seed(0))
+        )
+    second = feed.at(1)
+    torch.testing.assert_close([b.sampled for b in first], [b.sampled for b in second], rtol=0, atol=0)
+    assert log_ratios(policy, second, 1.0).abs().max() > 1e-3
+    assert log_ratios(policy, feed.at(2), 1.0).abs().max() < 1e-5
+
+
+def test_minibatches_part_the_rows_and_every_pass_deals_anew():
+    feed = rollouts(build("llama3.2-tiny", seed=1), prompts=6, updates=2, minibatches=3)
+
+    def dealt(step: int) -> list[tuple[int, ...]]:
+        feed.at(step)
+        return [row.prompt + row.tokens for row in feed.minibatch(step % 6)]
+
+    passes = [[dealt(step) for step in (0, 1, 2)], [dealt(step) for step in (3, 4, 5)]]
+    everything = sorted(row.prompt + row.tokens for row in feed.rollout.rows)
+    for one in passes:
+        assert sorted(row for part in one for row in part) == everything
+        assert max(map(len, one)) - min(map(len, one)) <= 1
+    assert passes[0] != passes[1]
+
+
+def test_a_rollout_is_a_function_of_seed_step_and_weights():
+    def rows(seed: int, step: int) -> list:
+        feed = rollouts(build("llama3.2-tiny", seed=1), seed=seed)
+        feed.asked = 4 * step
+        feed.at(step)
+        return [row.tokens for row in feed.rollout.rows]
+
+    assert rows(3, 0) == rows(3, 0)
+    assert rows(3, 0) != rows(4, 0)
+    assert rows(3, 0) != rows(3, 1)
+
+
+def test_the_bookmark_goes_on_in_the_middle_of_a_rollout():
+    import json
+
+    policy = build("llama3.2-tiny", seed=1)
+    reference = build("llama3.2-tiny", seed=2)
+
+    def made() -> Rollouts:
+        return rollouts(policy, updates=2, minibatches=2, reference=lambda batch: token_log_probs(reference, batch))
+
+    straight = made()
+    steps = [straight.at(step) for step in range(6)]
+    for stop in (0, 1, 3):
+        before = made()
+        for step in range(stop + 1):
+            before.at(step)
+        after = made()
+        after.resume(json.loads(json.dumps(before.bookmark())))
+        for step in range(stop + 1, 6):
+            for got, wanted in zip(after.at(step), steps[step], strict=True):
+                for name in ("tokens", "targets", "advantages", "sampled", "reference"):
+                    assert torch.equal(getattr(got, name), getattr(wanted, name))
+    with pytest.raises(ValueError, match="updates"):
+        rollouts(policy, updates=3).resume(straight.bookmark())
+
+
+# ------------------------------------------------------------------------------------------ what is learned from
+
+
+def judged_by_question(table: dict[int, list[float]]) -> Callable:
+    return lambda group: table[group[0].problem]
+
+
+def learned(feed: Rollouts) -> dict[int, list[float]]:
+    """Question -> advantages of the samples that are learned from."""
+    questions = {ask(index).prompt: index for index in range(100)}
+    feed.at(0)
+    found: dict[int, list[float]] = {}
+    for row in feed.rollout.rows:
+        found.setdefault(questions[row.prompt], []).append(float(row.advantages[0]))
+    return found
+
+
+MIXED, WRONG, RIGHT = [1.0, 0, 0, 0], [0.0] * 4, [1.0] * 4
+
+
+def test_groups_without_spread_are_gone_before_the_backward():
+    policy = build("llama3.2-tiny", seed=1)
+    feed = rollouts(policy, reward=judged_by_question({0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}))
+    assert set(learned(feed)) == {0, 3}
+    notes = feed.at(0)[0].notes
+    assert notes["flat"] == (2, 4)
+    assert notes["reward"] == (6, 16)
+    assert notes["rows_kept"] == (8, 16)
+    keep = Scoring(judges=(Judge("r", judged_by_question({0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED})),), keep_flat=True)
+    assert set(learned(rollouts(policy, scoring=keep))) == {0, 1, 2, 3}
+
+
+def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn():
+    feed = rollouts(build("llama3.2-tiny", seed=1), reward=lambda group: WRONG)
+    (batch,) = feed.at(0)
+    assert not batch.learn.any()
+    assert batch.notes["flat"] == (4, 4)
+    assert float(PolicyGradient(feed.policy)(batch).count) == 0
+
+
+def test_dynamic_sampling_draws_until_enough_groups_are_mixed():
+    table = {i: MIXED if i in (1, 6, 9, 10, 11) else WRONG for i in range(12)}
+    feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), draws=5)
+    assert set(learned(feed)) == {1, 6, 9, 10}
+    assert feed.rollout.notes["draws"] == (3, 1)
+    assert feed.rollout.notes["flat"] == (7, 12)
+    assert feed.asked == 12
+    few = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), draws=2)
+    assert set(learned(few)) == {1, 6}
+
+
+def test_dynamic_sampling_judges_raw_correctness_and_not_what_shapes_it():
+    """All wrong, but of different lengths and formats: filtered (P23)."""
+    shaped = Scoring(judges=(Judge("right", lambda group: WRONG), Judge("format", even, 0.1)), budget=8, overlong=6)
+    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=shaped, draws=2)
+    feed.at(0)
+    assert feed.rollout.rows == []
+    assert feed.rollout.notes["flat"] == (8, 8)
+
+
+def test_the_unscorable_is_not_learned_from_and_counted():
+    table = {0: [1.0, NAN, 0, 0], 1: [NAN] * 4, 2: [NAN, NAN, NAN, 1.0], 3: WRONG}
+    feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table))
+    found = learned(feed)
+    assert set(found) == {0}
+    assert found[0] == pytest.approx([1.154501, -0.577250, -0.577250])
+    assert feed.rollout.notes["unscorable"] == (8, 16)
+    assert feed.rollout.notes["reward"] == (2, 8)
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(15, 0), (16, 0), (17, -0.25), (18, -0.5), (20, -1), (21, -1)])
+def test_overlong_punishment(length: int, penalty: float):
+    assert overlong(length, 20, 4) == penalty
+
+
+def test_what_the_budget_cut_can_be_left_out_of_batch_and_statistics():
+    scoring = Scoring(judges=(Judge("even", even),), filter_truncated=True)
+    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring, new_tokens=30, prompts=8)
+    feed.at(0)
+    assert feed.rollout.rows
+    assert all(row.tokens[-1] in (7, 9) for row in feed.rollout.rows)
+
+
+def test_kl_in_the_reward_moves_the_baseline_too():
+    policy, other = build("llama3.2-tiny", seed=1), build("llama3.2-tiny", seed=2)
+    seen: list = []
+    scoring = Scoring(judges=(Judge("even", even),), estimator=ESTIMATORS["mean"])
+    feed = rollouts(policy, scoring=scoring, kl_in_reward=0.5, reference=lambda batch: token_log_probs(other, batch))
+    feed.seen = lambda groups, rewards: seen.extend(groups)
+    (batch,) = feed.at(0)
+    assert batch.reference is None
+    for group in seen:
+        rewards = []
+        for sample in group:
+            with torch.no_grad():
+                logits = other(torch.tensor([sample.prompt + sample.tokens]))[0, len(sample.prompt) - 1 : -1]
+            theirs = logits.log_softmax(-1)[range(len(sample.tokens)), list(sample.tokens)].sum().item()
+            rewards.append(float(sample.tokens[0] % 2 == 0) - 0.5 * (sum(sample.logprobs) - theirs))
+        rows = {row.tokens: row.advantages[0] for row in feed.rollout.rows if row.prompt == group[0].prompt}
+        for sample, reward in zip(group, rewards, strict=True):
+            assert rows[sample.tokens] == pytest.approx(reward - sum(rewards) / 4, abs=1e-4)
+
+
+def test_process_supervision_gives_every_step_its_own_advantage():
+    scoring = Scoring(
+        judges=(Judge("even", even),),
+        steps=lambda sample: [(0, float(sample.tokens[0] % 2)), (len(sample.tokens) - 1, 1.0)],
+    )
+    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring)
+    feed.at(0)
+    several = [row for row in feed.rollout.rows if len(row.tokens) > 2]
+    assert several
+    for row in several:
+        assert len(set(row.advantages[1:].tolist())) == 1
+    assert any(row.advantages[0] != row.advantages[1] for row in several)
+
+
+def test_rescored_rows_carry_both_log_probabilities():
+    policy = build("llama3.2-tiny", seed=1)
+    feed = rollouts(policy, rescore=True, score=lambda batch: token_log_probs(policy, batch))
+    (batch,) = feed.at(0)
+    torch.testing.assert_close(batch.old, batch.sampled, atol=1e-5, rtol=0)
+    assert not torch.equal(batch.old, batch.sampled)
+
+
+# ------------------------------------------------------------------------------------------ mistakes
+
+
+def test_prompts_that_leave_no_room_are_passed_over_and_at_last_an_error():
+    policy = build("llama3.2-tiny", seed=1)
+    long = tuple(range(1, 90)) * (policy.config.context // 80)
+    feed = rollouts(policy, ask=lambda index: Question(long if index % 2 else (1, 2, index)))
+    feed.at(0)
+    assert feed.asked == 7
+    with pytest.raises(DataError, match="no room"):
+        rollouts(policy, ask=lambda index: Question(long)).at(0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"), [(lambda group: [1.0], "4 samples"), (lambda group: [float("inf")] * 4, "infinite")]
+)
+def test_a_reward_that_returns_nonsense_is_named(reward: Callable, told: str):
+    with pytest.raises(DataError, match=f"even.*{told}"):
+        rollouts(build("llama3.2-tiny", seed=1), reward=reward).at(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"group": 1}, "siblings"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"kl_in_reward": 0.1}, "reference"),
+        ({"rescore": True}, "scorer"),
+        ({"draws": 2, "scoring": Scoring(judges=(Judge("even", even),), keep_flat=True)}, "keep_flat"),
+    ],
+)
+def test_plans_without_sense_are_refused(options: dict, told: str):
+    with pytest.raises(UsageError, match=told):
+        rollouts(build("llama3.2-tiny", seed=1), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"judges": ()}, "no reward"),
+        ({"overlong": 9, "budget": 8}, "fewer tokens"),
+        ({"separately": True}, "no effect"),
+        ({"steps": lambda sample: [], "overlong": 2, "budget": 8}, "no effect"),
+    ],
+)
+def test_scoring_without_sense_is_refused(options: dict, told: str):
+    with pytest.raises(UsageError, match=told):
+        Scoring(**{"judges": (Judge("even", even),)} | options)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+def test_a_step_on_a_rollout_moves_the_policy_even_at_a_tiny_rate(name: str):
+    policy = build("llama3.2-tiny", seed=1)
+    objective = PolicyGradient(policy, VARIANTS[name].surrogate, count=VARIANTS[name].count)
+    before = policy.head.weight.detach().clone()
+    losses = [objective(batch) for batch in rollouts(policy).at(0)]
+    sum(loss.total / loss.count for loss in losses).backward()
+    torch.optim.AdamW(policy.parameters(), lr=1e-6).step()
+    assert not torch.equal(before, policy.head.weight)
