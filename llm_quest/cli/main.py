@@ -3,10 +3,11 @@ runs."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -165,10 +166,11 @@ def evaluate(
     data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
     tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens (0: all); of an answer: at most.")] = 0,
     task: Annotated[str, typer.Option(help="Problems to solve: countdown, addition:digits=3, a GSM8K file.")] = "",
-    problems: Annotated[int, typer.Option(min=1, help="With --task: how many.")] = 200,
+    problems: Annotated[int, typer.Option(min=1, help="With --task, --harness: how many.")] = 200,
     samples: Annotated[int, typer.Option(min=0, help="With --task: so many of each, for mean@k and pass@k.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --samples.")] = 1.0,
     part: Annotated[str, typer.Option(help="With --task: train, validation, test.")] = "test",
+    harness: Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-eval, with commas: hellaswag,arc_easy.")] = "",
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -180,6 +182,10 @@ def evaluate(
     """On text: perplexity and bits per byte beside n-gram and compressor baselines on the same bytes. On problems
     (--task): greedy accuracy with its interval, mean@k and pass@k."""
     prepare(threads, offline)
+    if harness:
+        judged = optional("llm_quest.cli.harness", "lm_eval", "harness").judged
+        show(judged(model, harness.split(","), limit=problems, device=device, dtype=dtype, say=voice(quiet)), json)
+        return
     if task:
         from llm_quest.cli.problems import Exam, examine
 
@@ -305,6 +311,15 @@ def data(
     from llm_quest.cli.sources import ledger_of, listed
 
     show(listed() if source is None else ledger_of(source, column=column, separator=separator), json)
+
+
+def optional(file: str, package: str, extra: str) -> Any:
+    """A file of ours that needs a package which is not always there; MissingError says how to get it."""
+    from llm_quest.errors import MissingError
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingError(f"{package} is not installed: pip install 'llm-quest[{extra}]'")
+    return importlib.import_module(file)
 
 
 def usable_cores() -> int:
