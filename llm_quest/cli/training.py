@@ -20,8 +20,10 @@ from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
+from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
 from llm_quest.recipes.text import loaded
+from llm_quest.recipes.tuning_config import Sft
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
@@ -37,6 +39,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "pretrain": (Pretrain, pretrain),
     "vit": (Vit, train_vit),
     "vlm": (Vlm, train_vlm),
+    "sft": (Sft, train_sft),
 }
 """What `recipe:` may say: the schema of its settings, and what runs them."""
 
@@ -136,7 +139,7 @@ def foresee(recipe: str, pairs: Sequence[str], *, measure: bool, say: Say) -> Pl
     """What a recipe would cost on this machine."""
     settings, config, _ = understood(recipe, pairs)
     if not isinstance(config, Pretrain):
-        raise UsageError(f"only text runs are planned; {recipe} trains on images: try it with steps=20")
+        raise UsageError(f"only pretraining is planned; try {recipe} with steps=20")
     return plan(work(config, sizes(config, settings)), measure=measure, say=say)
 
 

@@ -100,23 +100,23 @@ def topics() -> Iterator[Document]:
 def docstrings() -> Iterator[Document]:
     """One document per module: its docstring, then each class and function with its signature and docstring. Modules
     are parsed, never imported."""
-    for file, name in _modules():
+    for file, name in modules():
         if text := signatures(file.read_bytes(), name):
             yield Document(text, f"docstrings:{name}")
 
 
 def source() -> Iterator[Document]:
     """One document per module of the standard library: its source as it stands on disk."""
-    for file, name in _modules():
+    for file, name in modules():
         yield Document(_source(file), f"source:{name}")
 
 
 def signatures(source: bytes, name: str) -> str:
     """The docstrings of a module's source, each below its name and signature; empty if it has none. The source is
     parsed, not run."""
-    with _collector_paused(), warnings.catch_warnings():
+    with collector_paused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
-        pieces = list(_documented(ast.parse(source), name))
+        pieces = list(documented(ast.parse(source), name))
     return "".join(f"{piece}\n\n" for piece in pieces)
 
 
@@ -160,7 +160,7 @@ def _sha256(documents: tuple[Document, ...]) -> str:
     return hashlib.sha256("".join(document.hash for document in documents).encode()).hexdigest()
 
 
-def _modules() -> list[tuple[Path, str]]:
+def modules() -> list[tuple[Path, str]]:
     """Files of the standard library and their module names, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [(file, file.relative_to(root)) for file in root.rglob("*.py")]
@@ -175,7 +175,7 @@ def _source(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-def _documented(node: ast.AST, name: str) -> Iterator[str]:
+def documented(node: ast.AST, name: str) -> Iterator[str]:
     """'name(signature)', a blank line, the docstring, for the node and everything named below it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
@@ -186,11 +186,11 @@ def _documented(node: ast.AST, name: str) -> Iterator[str]:
             yield f"{name}{arguments}\n\n{inspect.cleandoc(text)}"
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _documented(child, f"{name}.{child.name}")
+                yield from documented(child, f"{name}.{child.name}")
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Parsing is four times as fast without the garbage collector: a tree is many small objects, and all of them
     live."""
     running = gc.isenabled()

@@ -57,9 +57,6 @@ def test_tags_that_leave_the_end_outside_do_not_leave_it_unlearned():
 
 
 def test_a_template_without_ends_is_given_one_or_refused():
-    bare = (
-        "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content | trim }}{% endgeneration %}\n{% endfor %}"
-    )
     bare = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"  # fmt: skip # noqa: E501
     once = Conversation((("user", "2+2?"), ("assistant", "four")))
     assert learned(Chat(tokenizer(), bare), once) == ["four<|endoftext|>"]

@@ -1,0 +1,143 @@
+"""What the recipes have in common that go on from a model: it is opened with its tokenizer, conversations are read and
+held apart, and the loop runs in a run folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llm_quest.contracts import Callback, Feed, Probe
+from llm_quest.data.chat import Chat, Example
+from llm_quest.data.documents import Ledger
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.disk import replace_json
+from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.files import load, load_tokenizer, write_model_json
+from llm_quest.models.build import count_parameters, page_of
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.generation import GenerationDefaults
+from llm_quest.recipes.choices import precision
+from llm_quest.recipes.config import as_yaml
+from llm_quest.recipes.course import Outcome, ended, loop_settings, optimizer, require_same_run, shown
+from llm_quest.recipes.parts import Course
+from llm_quest.recipes.techniques import applied_all
+from llm_quest.recipes.tuning_config import Said, Start
+from llm_quest.train.loop import train
+from llm_quest.train.parallel import Parallel
+from llm_quest.train.run import Run
+from llm_quest.train.schedule import schedule
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe has assembled. probes: made when the run folder is there. facts: what the report tells about the
+    data. identity: name -> hash of what a run may not change."""
+
+    objective: nn.Module
+    feed: Feed
+    probes: Callable[[Run], Sequence[Probe]]
+    tokenizer: Tokenizer
+    facts: Mapping[str, Any]
+    identity: Mapping[str, str]
+    callbacks: Sequence[Callback] = field(default=())
+
+    @property
+    def model(self) -> Any:
+        return self.objective.model
+
+
+def opened(part: Start) -> tuple[Decoder, Tokenizer]:
+    """The model in float32, ready to be trained, and its tokenizer."""
+    if part.load.startswith("runs/") and not Path(part.load).is_dir():
+        raise UsageError(f"there is no run {part.load}: train one first (quest quickstart), or give model.load=FOLDER")
+    model = load(part.load, dtype="float32")
+    if not isinstance(model, Decoder):
+        raise UsageError(f"model.load must name a language model; {part.load} is a {page_of(model.config).name}")
+    tokenizer = load_tokenizer(part.load)
+    if tokenizer.vocab_size > model.config.vocab:
+        raise DataError(f"{part.load} knows {model.config.vocab} tokens and its tokenizer has {tokenizer.vocab_size}")
+    return model, tokenizer
+
+
+def template_of(part: Said) -> str | None:
+    """The text of the template file, where one is named."""
+    if part.template is None:
+        return None
+    try:
+        return Path(part.template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data.template {part.template} cannot be read: {error}") from None
+
+
+def require_room(length: int, model: Decoder) -> None:
+    """Rows no longer than what the model can see."""
+    if length > model.config.context:
+        raise UsageError(f"batch.length {length} is longer than the model's context of {model.config.context}")
+
+
+def remember_ends(model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    """The model's own files say what ends an answer: the tokens that did in training, and the tokenizer's ends."""
+    ends = {int(one.ids[one.last[1] - 1]) for one in examples} | set(tokenizer.eos_ids)
+    model.generation = GenerationDefaults(bos=tokenizer.bos_id, eos=tuple(sorted(ends)), pad=tokenizer.pad_id)
+
+
+def told(part: Said, chat: Chat, ledger: Ledger, train: int, held: int, say: Say) -> dict[str, Any]:
+    """What the report tells about the rows, and a line for the screen."""
+    dropped = {reason: count for reason, (count, _) in sorted(ledger.dropped.items())}
+    lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
+    say(f"rows: {train:,} to train on, {held:,} held out{lost}")
+    facts = {"source": part.source, "train_rows": train, "held_out_rows": held, "dropped": dropped}
+    facts |= {"notes": list(ledger.notes), "chat_template": chat.template, "tokenizer_sha256": chat.tokenizer.hash}
+    return facts | ({"python": platform.python_version()} if part.source == "builtin" else {})
+
+
+def carried_out(
+    job: Job, config: Course, folder: Path, resume: str, env: Mapping[str, Any], quiet: bool, say: Say,
+    parallel: Parallel,
+) -> Outcome:  # fmt: skip
+    """The loop over an assembled job, in a run folder."""
+    chosen = precision(config.precision, parallel.device)
+    config = config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
+    parameters = count_parameters(job.model)
+    say(f"model: {page_of(job.model.config).name}-style, {parameters:,} parameters, on {parallel.device}")
+    say(f"precision: {chosen.value} ({chosen.why}); compiled: {'yes' if config.compile else 'no'}")
+    require_same_run(config, folder)
+    parallel.place(job.objective, list(job.model.blocks))
+    identity = {"tokenizer": job.tokenizer.hash, **job.identity}
+    with Run(
+        folder,
+        config=as_yaml(config),
+        env={**env, "hashes": identity},
+        identity=identity,
+        resume=resume,
+        leader=parallel.leader,
+    ) as run:
+        if parallel.leader:
+            write_model_json(folder, job.model)
+            job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.context)
+            replace_json(folder / "data.json", dict(job.facts))
+        result = train(
+            job.objective,
+            job.feed,
+            optimizer(config.optimizer, job.model),
+            schedule(config.steps, **config.schedule.model_dump()),
+            loop_settings(config),
+            run,
+            parallel=parallel,
+            callbacks=job.callbacks,
+            probes=job.probes(run),
+            display=shown(config, folder, parallel, quiet),
+        )
+    return ended(config, folder, result, parameters, leader=parallel.leader)
+
+
+def edited(config: Course, model: Decoder, say: Say) -> list[Callback]:
+    """The recipe's techniques, applied; those that ride along."""
+    return applied_all(config.techniques, model, say)

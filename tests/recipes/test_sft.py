@@ -1,0 +1,113 @@
+"""Fine-tuning on conversations, real and tiny: it learns the answers, resumes with the same bits, and what it leaves
+talks, here and in transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_quest.cli.exporting import export
+from llm_quest.data.chat import Chat
+from llm_quest.errors import DataError, UsageError
+from llm_quest.generation.generate import generate
+from llm_quest.hub.files import load, load_tokenizer
+from llm_quest.recipes.sft import train_sft
+from llm_quest.recipes.tuning_config import Sft
+from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
+
+RECIPE = """
+recipe: sft
+data: {held_out: 0.1}
+batch: {rows: 4, length: 48}
+steps: 60
+evaluate: {every: 30}
+samples: {every: 30, number: 2, tokens: 6}
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answer is the word that was asked for."""
+    asked = [{"prompt": f"say {word} {other}", "completion": word} for word in WORDS for other in WORDS]
+    asked += [{"prompt": "too long " * 40, "completion": "never"}, {"prompt": "say", "completion": ""}]
+    return written(tmp_path_factory.mktemp("rows") / "rows.jsonl", asked)
+
+
+@pytest.fixture(scope="module")
+def tuned(start: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    started(Sft, train_sft, RECIPE, out, f"model.load={start}", f"data.source={rows}")
+    return out
+
+
+def test_held_out_answers_are_learned_and_everything_is_left_in_the_folder(tuned: Path):
+    last = metrics(tuned)[-1]
+    assert last["eval/loss"] < 0.3
+    assert last["eval/perplexity"] == pytest.approx(torch.tensor(last["eval/loss"]).exp().item())
+    facts = json.loads((tuned / "data.json").read_text())
+    assert facts["dropped"] == {"empty answer": 1, "longer than a row of 48 tokens": 1}
+    assert (facts["train_rows"], facts["held_out_rows"]) == (90, 10)
+    told = json.loads((tuned / "samples" / "step-00000060.json").read_text())["samples"]
+    assert [one["text"] for one in told] == [one["wanted"] for one in told]
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(tuned: Path, start: Path, rows: Path, tmp_path):
+    pairs = [f"model.load={start}", f"data.source={rows}", "checkpoint.every=30", "checkpoint.keep=9"]
+    out = tmp_path / "again"
+    started(Sft, train_sft, RECIPE, out, *pairs)
+    shutil.rmtree(out / "checkpoints" / "step-00000060")
+    started(Sft, train_sft, RECIPE, out, *pairs)
+    assert weights(out, 60) == weights(tuned, 60)
+    assert [row["step"] for row in metrics(out)] == list(range(1, 61))
+
+
+def test_the_split_into_micro_batches_changes_nothing(tuned: Path, start: Path, rows: Path, tmp_path):
+    pairs = [f"model.load={start}", f"data.source={rows}", "batch.micro_rows=1", "steps=2"]
+    started(Sft, train_sft, RECIPE, tmp_path / "split", *pairs)
+    pairs[2] = "batch.micro_rows=4"
+    started(Sft, train_sft, RECIPE, tmp_path / "whole", *pairs)
+    split, whole = metrics(tmp_path / "split")[0], metrics(tmp_path / "whole")[0]
+    for key in ("loss", "grad_norm", "count"):
+        assert split[key] == pytest.approx(whole[key], rel=1e-6)
+
+
+def test_the_run_answers_and_stops_by_its_own_end(tuned: Path):
+    model, tokenizer = load(tuned), load_tokenizer(tuned)
+    prompt = Chat(tokenizer).prompt([{"role": "user", "content": "say moon cat"}])
+    done = generate(model, [prompt], max_new_tokens=20, temperature=0.0, tokenizer=tokenizer)[0]
+    assert done.text == "moon"
+    assert done.tokens[-1] == tokenizer.id("<|im_end|>")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
+    export(tuned, tmp_path / "out")
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say star dog"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    said = model.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert tokenizer.decode(said) == "star<|im_end|>"
+
+
+def test_dropped_rows_are_said_and_mistakes_are_told(start: Path, rows: Path, tmp_path: Path):
+    said: list[str] = []
+    pairs = [f"model.load={start}", f"data.source={rows}", "steps=2"]
+    started(Sft, train_sft, RECIPE, tmp_path / "a", *pairs, say=said.append)
+    assert any("dropped, empty answer: 1; dropped, longer than a row of 48 tokens: 1" in line for line in said)
+    with pytest.raises(UsageError, match="there is no run runs/nothing: train one first"):
+        started(Sft, train_sft, RECIPE, tmp_path / "b", "model.load=runs/nothing", f"data.source={rows}")
+    with pytest.raises(UsageError, match=r"batch\.length 4096 is longer than the model's context of 256"):
+        started(Sft, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4096")
+    with pytest.raises(DataError, match="no conversation fits into 4 tokens"):
+        started(Sft, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4")

@@ -1,0 +1,53 @@
+"""What the tests of fine-tuning recipes go on from: a tiny model folder with a tokenizer, and rows with a rule in
+them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_quest.data.tokenizer import train_bpe
+from llm_quest.hub.files import save
+from llm_quest.models.build import build, preset
+from llm_quest.recipes.config import resolve
+from llm_quest.recipes.course import Outcome
+from llm_quest.recipes.yaml import merge, read
+
+WORDS = ["red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "tree"]
+
+COMMON = """
+schedule: {warmup: 2}
+precision: fp32
+log_every: 1
+optimizer: {name: muon, lr: 2e-2, weight_decay: 0.0}
+"""
+
+
+def base(folder: Path, page: str = "llama3.2-tiny", **sizes: Any) -> Path:
+    """An untrained model with a tokenizer of our own."""
+    tokenizer = train_bpe([" ".join(WORDS) + " user assistant\nsay word\n"] * 9, 330)
+    config = dataclasses.replace(preset(page).config, vocab=tokenizer.vocab_size, **sizes)
+    return save(build(config, seed=1), folder, tokenizer=tokenizer)
+
+
+def written(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def started(
+    schema: type[Any], recipe: Callable[..., Outcome], text: str, out: Path, *pairs: str, say: Any = lambda line: None
+) -> Outcome:
+    settings = merge(read(text + COMMON, "recipe.yaml"), list(pairs))
+    return recipe(resolve(schema, settings), settings, out, quiet=True, say=say)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path, step: int) -> bytes:
+    return (out / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
