@@ -199,6 +199,13 @@ class Probe(Protocol):
     def measure(self, model: Any, step: int) -> Mapping[str, float]: ...
 
 
+class Watcher(Protocol):
+    """Reads every row of metrics that is written and gives advice in words. GuardStop ends a run that cannot come to
+    anything. Every process watches the same sums, so all of them stop together."""
+
+    def watch(self, row: Mapping[str, Any]) -> Sequence[str]: ...
+
+
 class Reward(Protocol):
     """`reward(group of samples of one prompt) -> one number each`; NaN means unscorable and stays out of the
     statistics."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from llm_quest.contracts import Callback, Feed, Probe
+from llm_quest.contracts import Callback, Feed, Probe, Watcher
 from llm_quest.train.log import Display, Silent
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
@@ -36,14 +36,15 @@ def train(
     parallel: Parallel | None = None,
     callbacks: Sequence[Callback] = (),
     probes: Sequence[Probe] = (),
+    watchers: Sequence[Watcher] = (),
     display: Display | None = None,
 ) -> Result:
     """Train `objective.model` until `settings.steps` steps are done, going on from the run's checkpoint if it has one.
 
     The objective has been through `parallel.place` (one process on the CPU needs no `parallel`). run: entered; None
     writes nothing. callbacks: after every update, with the number of steps done. probes: at multiples of `every`, and
-    at the end. GuardStop: numbers that stay non-finite. ResourceError: memory or disk. ValueError: a checkpoint of
-    something else."""
+    at the end. watchers: read each row of metrics and advise. GuardStop: numbers that stay non-finite, or what a
+    watcher saw. ResourceError: memory or disk. ValueError: a checkpoint of something else."""
     parallel = parallel or Parallel()
     session = Session(objective, feed, optimizer, settings, run, parallel, display or Silent())
     with Signals(ECHO if parallel.world > 1 else 0.0) as signals, session:
@@ -51,6 +52,6 @@ def train(
             numbers = session.gradients(signals)
             session.update(numbers, schedule, callbacks)
             session.measure(probes)
-            session.log(numbers)
+            session.log(numbers, watchers)
             session.save()
         return session.result()

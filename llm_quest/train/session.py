@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import TracebackType
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from llm_quest.contracts import Callback, Feed, Probe
+from llm_quest.contracts import Callback, Feed, Probe, Watcher
 from llm_quest.errors import GuardStop, ResourceError, UsageError
 from llm_quest.train import checkpoint as files
 from llm_quest.train import snapshot, step
@@ -174,8 +174,8 @@ class Session:
                 found = probe.measure(self.model, self.moment.step)
                 self.measured |= {f"{probe.name}/{name}": value for name, value in found.items()}
 
-    def log(self, numbers: step.Numbers) -> None:
-        """A row of metrics, if it is time for one or there is something to tell."""
+    def log(self, numbers: step.Numbers, watchers: Sequence[Watcher] = ()) -> None:
+        """A row of metrics, if it is time for one or there is something to tell; and what the watchers say to it."""
         moment, before = self.moment, self.logged
         told = self.measured or self.over or moment.step == 1
         if not told and moment.step % self.settings.log_every:
@@ -193,6 +193,20 @@ class Session:
             self.display.row(row)
             if self.run is not None:
                 self.run.row(row)
+        for watcher in watchers:
+            self._heed(watcher, row)
+
+    def _heed(self, watcher: Watcher, row: Mapping[str, Any]) -> None:
+        """Advice becomes an event; a stop leaves a crash.json first."""
+        try:
+            for advice in watcher.watch(row):
+                self.event("advice", step=self.moment.step, message=advice)
+        except GuardStop as stop:
+            report = {"step": self.moment.step, "reason": str(stop), "last_row": self.moment.latest}
+            if self.run is not None:
+                self.run.crash(report)
+            self.event("guard stop", **report)
+            raise
 
     def save(self) -> None:
         """A checkpoint, if one is due or wished for; and word of the one that has been written meanwhile."""
