@@ -1,8 +1,8 @@
 """Load a model from a published folder, the hub, or a run of ours; save one so that transformers and vLLM load it.
 
-Loading: survey the folder, stop with one error that lists everything wrong, else give the model memory and read each
-tensor into its place. Saving: write a staged folder, then one rename, so that a half-written model is never there under
-its name.
+Loading: survey the folder, stop with one error that lists everything wrong, else let each parameter lie in its file
+where it can (`mapped`), give the others memory and read each tensor into its place. Saving: write a staged folder,
+then one rename, so that a half-written model is never there under its name.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub import memory
 from llm_quest.hub.config import DTYPES, carded, read_json, stored_dtype, write_config, write_generation
 from llm_quest.hub.fetch import find, offline
+from llm_quest.hub.mapped import lying
 from llm_quest.hub.names import added, places, published_names
 from llm_quest.hub.readme import Readme
 from llm_quest.hub.staging import staged
@@ -55,9 +56,10 @@ def load(
     """A Decoder in eval mode, with `model.generation` as published.
 
     where: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, or a hub id.
-    dtype None: as config.json says, else as the weights are stored. Raises DataError listing *all* that is wrong
-    (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a config no page computes), MissingError
-    offline."""
+    dtype None: as config.json says, else as the weights are stored. On the host and in the stored dtype weights are
+    mapped, not read: replace or delete their file as you like, but don't cut it short in place. Raises DataError
+    listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a config no page
+    computes), MissingError offline."""
     device, wanted = usable_device(device), parse_dtype(dtype)
     found = find(where, revision=revision, allow_pickle=allow_pickle)
     seen = survey(found, allow_pickle=allow_pickle)
@@ -66,22 +68,28 @@ def load(
     stop_at(seen.problems, found.name)
     assert seen.model is not None
     dtype = wanted or stored_dtype(seen.published) or common_dtype(seen.sources)
-    materialize(seen.model, device, dtype, memory.empty)
-    stop_at(read_all(seen), found.name)
+    there = lying(dict(seen.model.named_parameters()), seen.places, seen.sources, dtype) if device.type == "cpu" else {}
+    materialize(seen.model, device, dtype, memory.empty, there)
+    stop_at(read_all(seen, there), found.name)
     seen.model.generation = seen.generation
     return seen.model.eval()
 
 
-def read_all(seen: Survey) -> list[str]:
+def read_all(seen: Survey, there: Mapping[str, Tensor]) -> list[str]:
     """Every tensor into its place, and what only the numbers can tell: which are not finite, which second copies
-    differ.
+    differ. there: parameters that lie in their files.
 
     Two at once: one reads while the other checks; both are out of Python's hands."""
     assert seen.model is not None
     parameters = {name: parameter.detach() for name, parameter in seen.model.named_parameters()}
     targets = {name: place.view(parameters[place.parameter]) for name, place in seen.places.items()}
+
+    def read(name: str) -> int:
+        lies = seen.places[name].parameter in there
+        return not_finite(targets[name]) if lies else read_one(seen.sources[name], targets[name])
+
     with ThreadPoolExecutor(max_workers=READERS) as pool:
-        bad = list(pool.map(lambda name: read_one(seen.sources[name], targets[name]), targets))
+        bad = list(pool.map(read, targets))
     problems = [f"not finite: {name} ({count:,} numbers)" for name, count in zip(targets, bad, strict=True) if count]
     for copy, original in seen.twins:
         again = torch.empty_like(targets[original])

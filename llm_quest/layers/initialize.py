@@ -3,7 +3,7 @@ seed decides it on any machine, whatever else has drawn random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -26,15 +26,19 @@ def materialize(
     device: torch.device | str,
     dtype: torch.dtype,
     empty: Callable[..., Tensor] = torch.empty,
+    given: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one, and whole
-    numbers stay whole."""
+    numbers stay whole. given: those (by name) that have some already."""
+    named = dict(model.named_parameters())
+    have = {id(named[path]): tensor for path, tensor in (given or {}).items()}
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in made:
                 kind = dtype if parameter.is_floating_point() else parameter.dtype
-                memory = empty(parameter.shape, device=device, dtype=kind)
+                memory = have.get(id(parameter))
+                memory = empty(parameter.shape, device=device, dtype=kind) if memory is None else memory
                 made[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
     return model

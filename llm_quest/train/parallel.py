@@ -63,11 +63,13 @@ class Parallel:
         return Share(self.rank, self.world)
 
     def place(self, objective: nn.Module, blocks: Sequence[nn.Module] = ()) -> nn.Module:
-        """To the device, equal everywhere, and for FSDP2 sharded: each of `blocks` by itself, the rest with the
-        objective.
+        """To the device, laid out row by row (a loaded matrix may be a turned view of its file), equal everywhere, and
+        for FSDP2 sharded: each of `blocks` by itself, the rest with the objective.
 
         In place; call it before the optimiser is made, for sharding replaces the parameters."""
         objective.to(self.device)
+        for parameter in objective.parameters():
+            parameter.data = parameter.data.contiguous()
         if self.kind == "single":
             return objective
         for tensor in [*objective.parameters(), *objective.buffers()]:

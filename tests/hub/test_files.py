@@ -177,10 +177,12 @@ def test_a_loaded_model_is_in_eval_mode_tied_and_ready_to_be_trained(gpt2):
     torch.optim.AdamW(model.parameters(), fused=True).step()
 
 
-def test_nothing_is_tied_to_the_file_after_loading(llama):
+def test_a_file_replaced_or_deleted_after_loading_changes_nothing(llama, gpt2):
     model = load(llama)
     before = our_logits(model)
-    os.truncate(llama / "model.safetensors", 0)
+    os.replace(gpt2 / "model.safetensors", llama / "model.safetensors")
+    assert torch.equal(our_logits(model), before)
+    shutil.rmtree(llama)
     assert torch.equal(our_logits(model), before)
 
 

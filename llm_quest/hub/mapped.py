@@ -1,0 +1,84 @@
+"""Weights that stay where they are: a parameter may lie in its file, mapped copy-on-write, instead of being read.
+
+      file   | header | down | gate | up | k | o | q | v | ...        gate_up = [gate; up] lies there as we need it,
+                               \________/                             qkv = [q; k; v] does not, and is read
+
+It can where the file holds its numbers in our order and dtype: alone, several published tensors one behind the other,
+or turned (then the parameter is a transposed view). Whoever writes to it, an optimiser say, writes to memory of this
+process; the file never changes. `tensors.read_into` is the definition, and what everything else goes through.
+
+A file that is *replaced* by renaming another over it (as `save` does) or deleted lives on under the mapping. But one
+that is cut short in place takes the numbers away, and reading them ends the process (SIGBUS): true of every program
+that maps safetensors files. Windows lets nobody rename over a mapped file; there nothing is mapped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llm_quest.errors import DataError
+from llm_quest.hub.names import Place
+from llm_quest.hub.tensors import TORCH, Stored
+
+MAPS = os.name == "posix"
+
+
+def lying(
+    parameters: Mapping[str, nn.Parameter],
+    places: Mapping[str, Place],
+    sources: Mapping[str, object],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Those parameters that can lie in their files, as tensors over the mapped files. sources: stored name -> where its
+    numbers are."""
+    parts: dict[str, list[tuple[Stored, Place]]] = defaultdict(list)
+    for name, place in places.items():
+        source = sources[name]
+        if MAPS and isinstance(source, Stored) and TORCH.get(source.dtype) == dtype:
+            parts[place.parameter].append((source, place))
+    maps = {file: mapping(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
+    made = {path: over(parameters[path], found, maps) for path, found in parts.items()}
+    return {path: tensor for path, tensor in made.items() if tensor is not None}
+
+
+def mapping(file: Path) -> mmap.mmap:
+    """All of a file; who writes to it writes to a copy of that page."""
+    with file.open("rb") as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def over(
+    parameter: nn.Parameter, parts: Sequence[tuple[Stored, Place]], maps: Mapping[Path, mmap.mmap]
+) -> Tensor | None:
+    """The parameter as a tensor over its file; None where the file holds it in another order."""
+    first = min((stored for stored, _ in parts), key=lambda stored: stored.start)
+    dtype = TORCH[first.dtype]
+    nbytes = sum(stored.nbytes for stored, _ in parts if stored.file == first.file)
+    if nbytes != parameter.numel() * dtype.itemsize or not nbytes or first.start % dtype.itemsize:
+        return None
+    if len(maps[first.file]) < first.start + nbytes:
+        raise DataError(f"{first.file.name}: became shorter while it was read; load it again once nobody writes to it")
+    memory = torch.frombuffer(maps[first.file], dtype=dtype, count=parameter.numel(), offset=first.start)
+    laid = laid_out(memory, parameter, turned=any(not place.view(parameter).is_contiguous() for _, place in parts))
+    begin = memory.data_ptr() - first.start
+    return laid if all(as_stored(place.view(laid), begin + stored.start) for stored, place in parts) else None
+
+
+def laid_out(memory: Tensor, parameter: nn.Parameter, *, turned: bool) -> Tensor:
+    """Flat memory in the parameter's shape; turned: its last two dimensions lie the other way round."""
+    if not turned:
+        return memory.view(parameter.shape)
+    *outer, rows, columns = parameter.shape
+    return memory.view(*outer, columns, rows).mT
+
+
+def as_stored(view: Tensor, address: int) -> bool:
+    """Does this view of the parameter read the numbers from there on, in their order?"""
+    return view.is_contiguous() and view.data_ptr() == address
