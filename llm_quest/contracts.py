@@ -94,9 +94,10 @@ class Mixer(Protocol):
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> MixerCache:
         """An empty cache for `batch` rows and positions below `capacity`, able to take back up to `slack` positions."""
 
-    def rescale_logits_(self, gamma: Tensor) -> None:
-        """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged. A mixer
-        where that has no effect raises ValueError and says why."""
+    def rescale_logits_(self, gamma: Tensor, shared: str = "query") -> None:
+        """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged; a gamma of
+        1 leaves its head bit by bit. shared: a name in `layers.attention.SHARING`, for heads that share a key. A mixer
+        where rescaling has no effect raises ValueError and says why."""
 
 
 @runtime_checkable
@@ -182,9 +183,10 @@ class Feed(Protocol):
 
 @runtime_checkable
 class Callback(Protocol):
-    """Runs after every optimiser step (QK-Clip, expert-bias balancing). May edit the model; deterministic."""
+    """Runs after every optimiser step (QK-Clip, expert-bias balancing). May edit the model; deterministic. Numbers that
+    it returns (floats, or scalar tensors, read only when a row is due) go to the metrics log."""
 
-    def after_step(self, model: Any, step: int) -> None: ...
+    def after_step(self, model: Any, step: int) -> Mapping[str, Any] | None: ...
 
 
 class Probe(Protocol):

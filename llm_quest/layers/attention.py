@@ -7,7 +7,8 @@ arXiv:2305.13245): query head h reads key/value head h // (H/G).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.cache import SlotCache
-from llm_quest.layers.projections import Projections
+from llm_quest.layers.projections import Projections, require_own, scale_rows_
 from llm_quest.scope import Band, Plain, Scope, Sight
 
 Visible = Bool[Tensor, "B T S"] | Plain | Band
@@ -48,13 +49,26 @@ def explicit_attention(
     sink: Float[Tensor, " H"] | None = None,
     cap: float | None = None,
 ) -> Float[Tensor, "B T H dv"]:
-    """softmax(q k^T * scale, over the visible keys) v, softmax in at least float32: the definition, with every score in
-    memory.
+    """softmax(q k^T * scale, over the visible keys) v: the definition, with every score in memory."""
+    weights = attention_weights(q, k, visible, scale=scale, sink=sink, cap=cap).to(v.dtype)
+    weights = F.dropout(weights, dropout, training=dropout > 0)
+    return torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(q.shape[2] // k.shape[2], dim=2))
+
+
+def attention_weights(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B S G d"],
+    visible: Visible,
+    *,
+    scale: float,
+    sink: Float[Tensor, " H"] | None = None,
+    cap: float | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """How each query shares its attention out, softmax in at least float32.
 
     cap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a hidden key would get -cap instead
     of nothing). sink: one more logit per head that takes weight and brings no value (gpt-oss, MiMo)."""
-    groups = q.shape[2] // k.shape[2]
-    k_BSHd, v_BSHd = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    k_BSHd = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k_BSHd) * scale
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
@@ -63,11 +77,18 @@ def explicit_attention(
     if sink is not None:
         drain = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, drain), dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)[
-        ..., : k.shape[1]
-    ]
-    weights = F.dropout(weights, dropout, training=dropout > 0)
-    return torch.einsum("bhts,bshd->bthd", weights, v_BSHd)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., : k.shape[1]]
+
+
+def capped(cap: float) -> Attend:
+    """The explicit form with capped scores; the fused kernel knows no cap."""
+    return partial(explicit_attention, cap=cap)
+
+
+def cap_of(attend: Attend) -> float | None:
+    """The cap that `capped` gave, None for other forms."""
+    return attend.keywords.get("cap") if isinstance(attend, partial) else None
 
 
 def mask_of(visible: Visible, q: Tensor, k: Tensor) -> Bool[Tensor, "batch T S"]:
@@ -172,6 +193,51 @@ def sunk_attention(
     return out.transpose(1, 2)
 
 
+class Meeting(NamedTuple):
+    """Queries (B,T,H,d) and keys (B,S,G,d) as they meet in a mixer, and what bears on their scores: what is shown to
+    its watchers."""
+
+    q: Tensor
+    k: Tensor
+    visible: Sight
+    scale: float
+    sink: Tensor | None
+    cap: float | None
+
+
+class Watch(Protocol):
+    """A module in a mixer's `watchers`: it looks and changes nothing (taps, QK-Clip's measure)."""
+
+    def __call__(self, meeting: Meeting, scope: Scope) -> None: ...
+
+
+Sharing = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""gamma (H,), how many groups -> factors of q (H,) and of k (G,): who gives way where heads share a key."""
+
+
+def by_query(gamma: Float[Tensor, " H"], groups: int) -> tuple[Float[Tensor, " H"], Float[Tensor, " G"]]:
+    """q of each head by gamma, the shared k stays: no head is moved by another's gamma (Kimi K2's way with MLA's shared
+    rotary key)."""
+    return gamma, gamma.new_ones(groups)
+
+
+def by_group(gamma: Float[Tensor, " H"], groups: int) -> tuple[Float[Tensor, " H"], Float[Tensor, " G"]]:
+    """Megatron's: the group's smallest gamma for all its heads, half on q and half on k. Heads are moved that needed
+    not be."""
+    root = gamma.unflatten(0, (groups, -1)).amin(dim=1).sqrt()
+    return root.repeat_interleave(gamma.shape[0] // groups), root
+
+
+def by_both(gamma: Float[Tensor, " H"], groups: int) -> tuple[Float[Tensor, " H"], Float[Tensor, " G"]]:
+    """k by the root of the group's smallest gamma, q of each head by what is then left of its own: the logits of
+    `by_query`, reached from both sides."""
+    root = gamma.unflatten(0, (groups, -1)).amin(dim=1).sqrt()
+    return gamma / root.repeat_interleave(gamma.shape[0] // groups), root
+
+
+SHARING: dict[str, Sharing] = {"query": by_query, "group": by_group, "both": by_both}
+
+
 class GroupedQueryAttention(nn.Module):
     """H query heads share G key/value heads (G = H: multi-head attention; G = 1: multi-query).
 
@@ -180,7 +246,7 @@ class GroupedQueryAttention(nn.Module):
     act on each head before the rotation; v_norm on each value head. scale: of the scores, head_width^-0.5 unless given.
     value_width: of a value head, head_width unless given. gated: the output times sigmoid of a gate, made beside the
     query (arXiv:2505.06708). sinks: a learned logit per head that takes weight and brings nothing. attend: fused, or
-    the explicit definition."""
+    the explicit definition. Techniques put watchers beside it, which look on."""
 
     def __init__(
         self,
@@ -217,6 +283,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = k_norm or nn.Identity()
         self.v_norm = v_norm or nn.Identity()
         self.sink = nn.Parameter(torch.zeros(heads)) if sinks else None
+        self.watchers = nn.ModuleList()
         queries = heads * head_width * (2 if gated else 1)
         self.qkv = Projections(width, q=queries, k=groups * head_width, v=groups * self.value_width, bias=bias)
         self.out = nn.Linear(heads * self.value_width, width, bias=out_bias)
@@ -231,6 +298,8 @@ class GroupedQueryAttention(nn.Module):
         else:
             seen, visible = scope.memory.extend(scope, k=k, v=v)
             k, v = seen["k"], seen["v"]
+        for watch in self.watchers:
+            watch(Meeting(q, k, visible, self.scale, self.sink, cap_of(self.attend)), scope)
         dropout = self.dropout if self.training else 0.0
         mixed = self.attend(q, k, v, visible, scale=self.scale, dropout=dropout, sink=self.sink)
         return self.out((mixed if gate is None else mixed * gate.sigmoid()).flatten(2))
@@ -238,22 +307,22 @@ class GroupedQueryAttention(nn.Module):
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> SlotCache:
         return SlotCache(capacity, self.window, slack)
 
-    def rescale_logits_(self, gamma: Float[Tensor, " H"]) -> None:
-        """q of each head by sqrt(gamma), k likewise where every head has its own; where a group shares k, q alone by
-        gamma."""
+    def rescale_logits_(self, gamma: Float[Tensor, " H"], shared: str = "query") -> None:
+        """q and k of each head by sqrt(gamma), biases too; where a group shares k, as `SHARING` names it. A gate's and
+        the values' rows stay."""
         if not isinstance(self.q_norm, nn.Identity):
             raise ValueError(
                 "rescaling has no effect on this mixer: its queries are normalised after projection; "
                 "remove the technique or the q/k norm"
             )
-        own_keys = self.heads == self.groups
-        parts = {"q": gamma.sqrt(), "k": gamma.sqrt()} if own_keys else {"q": gamma}
-        with torch.no_grad():
-            for name, factor in parts.items():
-                for tensor in (self.qkv.weight, self.qkv.bias):
-                    if tensor is not None:
-                        rows = tensor[self.qkv.rows(name)].unflatten(0, (self.heads, -1))[:, : self.head_width]
-                        rows.mul_(factor.view(-1, *[1] * (rows.dim() - 1)))
+        require_own(self.qkv)
+        q, k = (gamma.sqrt(), gamma.sqrt()) if self.heads == self.groups else SHARING[shared](gamma, self.groups)
+        gate = [q.new_ones(self.heads, self.head_width)] if self.gated else []
+        rows = [torch.cat((q[:, None].expand(-1, self.head_width), *gate), dim=1).flatten()]
+        rows += [k.repeat_interleave(self.head_width), q.new_ones(self.groups * self.value_width)]
+        for tensor in (self.qkv.weight, self.qkv.bias):
+            if tensor is not None:
+                scale_rows_(tensor, torch.cat(rows))
 
     def fill_(self, generator: torch.Generator | None) -> None:
         """A sink starts at 0: one more key that scores nothing."""

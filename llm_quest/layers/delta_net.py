@@ -254,7 +254,7 @@ class GatedDeltaNet(nn.Module):
         """A state and the last columns: the same size however long the text."""
         return StateCache()
 
-    def rescale_logits_(self, gamma: Tensor) -> None:
+    def rescale_logits_(self, gamma: Tensor, shared: str = "query") -> None:
         raise ValueError("Gated DeltaNet has no attention logits to rescale: its keys are normalised; leave it out")
 
     def fill_(self, generator: torch.Generator | None) -> None:

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_quest.layers.attention import Attend, fused_attention
+from llm_quest.layers.attention import Attend, Meeting, cap_of, fused_attention
 from llm_quest.layers.cache import SlotCache
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.projections import Projections
+from llm_quest.layers.projections import Projections, require_own, scale_rows_
 from llm_quest.scope import Scope, Sight
 
 EPS = 1e-6
@@ -51,6 +51,7 @@ class LatentAttention(nn.Module):
         self.heads, self.kv_rank, self.nope, self.rope, self.value = heads, kv_rank, nope, rope, value
         self.rotary, self.scale = rotary, scale
         self.attend: Attend = fused_attention
+        self.watchers = nn.ModuleList()
         if q_rank is None:
             self.q_down, self.q_norm = nn.Identity(), nn.Identity()
         else:
@@ -75,7 +76,7 @@ class LatentAttention(nn.Module):
             seen, visible = scope.memory.extend(scope, latent=remembered)
             remembered = seen["latent"]
         form = self.absorbed if self.absorbing_pays(q.shape[1], remembered.shape[1]) else self.expanded
-        return self.out(form(q_nope, q_rope, remembered, visible).flatten(2))
+        return self.out(form(q_nope, q_rope, remembered, visible, scope).flatten(2))
 
     def absorbing_pays(self, queries: int, keys: int) -> bool:
         """Fewer multiplications? Expanding costs each remembered token once, absorbing makes each score and sum
@@ -90,12 +91,13 @@ class LatentAttention(nn.Module):
         q_rope: Float[Tensor, "B T H r"],
         remembered: Float[Tensor, "B S c"],
         visible: Sight,
+        scope: Scope,
     ) -> Float[Tensor, "B T H v"]:
         """Every head's own keys and values."""
         c, k_rope = remembered.split([self.kv_rank, self.rope], dim=-1)
         k_nope, v = self.kv_up(c).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)), dim=-1)
-        return self.attend(torch.cat((q_nope, q_rope), dim=-1), k, v, visible, scale=self.scale)
+        return self.meet(torch.cat((q_nope, q_rope), dim=-1), k, v, visible, scope)
 
     def absorbed(
         self,
@@ -103,25 +105,32 @@ class LatentAttention(nn.Module):
         q_rope: Float[Tensor, "B T H r"],
         remembered: Float[Tensor, "B S c"],
         visible: Sight,
+        scope: Scope,
     ) -> Float[Tensor, "B T H v"]:
         """Attention over the latents themselves: one key/value head for all."""
         up = self.kv_up.weight.unflatten(0, (self.heads, -1)).to(q_nope.dtype)
         W_uk, W_uv = up.split([self.nope, self.value], dim=1)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, W_uk), q_rope), dim=-1)
         k = remembered[:, :, None]
-        mixed = self.attend(q, k, k[..., : self.kv_rank], visible, scale=self.scale)
+        mixed = self.meet(q, k, k[..., : self.kv_rank], visible, scope)
         return torch.einsum("bthc,hvc->bthv", mixed, W_uv)
+
+    def meet(self, q: Tensor, k: Tensor, v: Tensor, visible: Sight, scope: Scope) -> Tensor:
+        """Attention, under the eyes of the watchers; both forms have the same scores."""
+        for watch in self.watchers:
+            watch(Meeting(q, k, visible, self.scale, None, cap_of(self.attend)), scope)
+        return self.attend(q, k, v, visible, scale=self.scale)
 
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> SlotCache:
         """kv_rank + rope numbers per token, for all heads together."""
         return SlotCache(capacity, None, slack)
 
-    def rescale_logits_(self, gamma: Float[Tensor, " H"]) -> None:
+    def rescale_logits_(self, gamma: Float[Tensor, " H"], shared: str = "query") -> None:
         """Kimi K2's rule (arXiv:2507.20534): the unrotated parts of q and k by sqrt(gamma) each; of the rotated parts q
-        alone by gamma, since all heads share that key."""
-        with torch.no_grad():
-            q = self.q_up.weight.unflatten(0, (self.heads, -1))
-            k = self.kv_up.weight.unflatten(0, (self.heads, -1))
-            q[:, : self.nope].mul_(gamma.sqrt()[:, None, None])
-            q[:, self.nope :].mul_(gamma[:, None, None])
-            k[:, : self.nope].mul_(gamma.sqrt()[:, None, None])
+        alone by gamma, since all heads share that key. No other key is shared, so `shared` has nothing to decide."""
+        require_own(self.q_up, self.kv_up)
+        root = gamma.sqrt()[:, None]
+        q = torch.cat((root.expand(-1, self.nope), gamma[:, None].expand(-1, self.rope)), dim=1)
+        k = torch.cat((root.expand(-1, self.nope), torch.ones_like(root).expand(-1, self.value)), dim=1)
+        scale_rows_(self.q_up.weight, q.flatten())
+        scale_rows_(self.kv_up.weight, k.flatten())

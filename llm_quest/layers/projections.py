@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 
 @runtime_checkable
@@ -44,3 +47,24 @@ def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
     found = ((path, module) for path, module in model.named_modules() if isinstance(module, Stacked))
     return {f"{path}.{name}": rows for path, module in found for name, rows in module.stacks().items()}
+
+
+@torch.no_grad()
+def scale_rows_(weight: Tensor, factor: Float[Tensor, " rows"]) -> None:
+    """Each row of a matrix (or entry of a bias) times its factor, in place, sharded or not. A factor of 1 leaves its
+    row bit by bit."""
+    factor = factor.to(device=weight.device, dtype=weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        factor = DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    weight.mul_(factor)
+
+
+def require_own(*projections: nn.Module) -> None:
+    """ValueError if one of them has been wrapped: its rows are then not all that makes its output."""
+    for projection in projections:
+        if not isinstance(projection, nn.Linear):
+            raise ValueError(
+                f"rescaling acts on a projection's own weights, and {type(projection).__name__} stands in its place: "
+                "merge the adapter first, or leave the rescaling out"
+            )

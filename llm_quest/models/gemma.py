@@ -18,11 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from llm_quest.contracts import Card, Preset
-from llm_quest.layers.attention import GroupedQueryAttention, explicit_attention, fused_attention
+from llm_quest.layers.attention import GroupedQueryAttention, capped, fused_attention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP, gelu_tanh
@@ -64,7 +63,6 @@ class Config:
 def block(config: Config, layer: int) -> Block:
     """One layer, local or global: attention, then GeGLU, a norm on either side of each."""
     window = config.windows[layer]
-    capped = partial(explicit_attention, cap=config.attention_cap)
     attention = GroupedQueryAttention(
         config.width,
         heads=config.heads,
@@ -75,7 +73,7 @@ def block(config: Config, layer: int) -> Block:
         q_norm=OffsetRMSNorm(config.head_width, config.eps) if config.qk_norm else None,
         k_norm=OffsetRMSNorm(config.head_width, config.eps) if config.qk_norm else None,
         scale=config.scalar**-0.5,
-        attend=fused_attention if config.attention_cap is None else capped,
+        attend=fused_attention if config.attention_cap is None else capped(config.attention_cap),
     )
     mlp = GatedMLP(config.width, config.hidden, gelu_tanh)
     norm, post_norm, ffn_norm, ffn_post_norm = (OffsetRMSNorm(config.width, config.eps) for _ in range(4))

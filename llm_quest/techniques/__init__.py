@@ -11,6 +11,7 @@ from __future__ import annotations
 from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.techniques.expert_bias import BalanceExperts
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
+from llm_quest.techniques.qk_clip import QKClip
 
 TECHNIQUES: dict[str, type] = {
     "lora": LoRA,
@@ -22,4 +23,5 @@ TECHNIQUES: dict[str, type] = {
 IN_TRAINING: dict[str, type] = {
     "balance_experts": BalanceExperts,
     "checkpointing": Checkpointing,
+    "qk_clip": QKClip,
 }

@@ -70,6 +70,7 @@ class Session:
         self.signal = 0
         self.saved, self.saved_step, self.wanted = "", -1, False
         self.measured: dict[str, Any] = {}
+        self.told: dict[str, Any] = {}
 
     @property
     def over(self) -> bool:
@@ -139,11 +140,12 @@ class Session:
             self._stop(refused)
         self.moment.step += 1
         self.optimizer.zero_grad(set_to_none=True)
+        self.told = {}
         if refused:
             self.event("skipped", step=self.moment.step, message=refused)
         else:
             for callback in callbacks:
-                callback.after_step(self.model, self.moment.step)
+                self.told |= callback.after_step(self.model, self.moment.step) or {}
         self.moment.tokens += numbers.tokens
         self.moment.busy += time.perf_counter() - self.clock
         self._decide(numbers)
@@ -177,15 +179,16 @@ class Session:
     def log(self, numbers: step.Numbers, watchers: Sequence[Watcher] = ()) -> None:
         """A row of metrics, if it is time for one or there is something to tell; and what the watchers say to it."""
         moment, before = self.moment, self.logged
-        told = self.measured or self.over or moment.step == 1
-        if not told and moment.step % self.settings.log_every:
+        due = self.measured or self.over or moment.step == 1
+        if not due and moment.step % self.settings.log_every:
             return
         seconds = moment.busy - before.busy
+        told = {name: float(value) for name, value in self.told.items()}
         row = {
             "step": moment.step, "tokens": moment.tokens, "loss": numbers.loss, **numbers.metrics,
             "grad_norm": numbers.norm, "lr": self.optimizer.param_groups[0]["lr"], "count": numbers.count,
             "tokens_per_second": (moment.tokens - before.tokens) / seconds if seconds else 0.0,
-            "seconds": moment.busy, "skipped": self.guard.skipped, "empty": self.guard.empty, **self.measured,
+            "seconds": moment.busy, "skipped": self.guard.skipped, "empty": self.guard.empty, **told, **self.measured,
         }  # fmt: skip
         moment.latest = moment.latest | finite(row)
         self.logged = Moment(**vars(moment))

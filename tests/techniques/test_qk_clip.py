@@ -1,0 +1,243 @@
+"""QK-Clip: after the clip the largest logit is tau, for every way that heads, keys and biases are arranged; what need
+not move does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm_quest.contracts import Card
+from llm_quest.data.batch import TokenBatch
+from llm_quest.errors import UsageError
+from llm_quest.layers.attention import GroupedQueryAttention, Meeting, explicit_attention
+from llm_quest.layers.latent_attention import LatentAttention
+from llm_quest.layers.norm import RMSNorm
+from llm_quest.layers.rotary import Rotary
+from llm_quest.models.build import build
+from llm_quest.objectives.next_token import NextToken
+from llm_quest.scope import Band, Plain, Scope
+from llm_quest.techniques.qk_clip import LargestLogit, QKClip, largest_logits
+
+TAU = 0.5
+
+
+class One(nn.Module):
+    """A model that is one mixer, so that what it reads does not change when it is clipped."""
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.card = Card("one", None)
+        self.mixer = mixer
+
+
+def grouped(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
+    sizes = {"heads": heads, "groups": groups, "head_width": 8, "rotary": Rotary(8, 10_000.0)}
+    return GroupedQueryAttention(24, **(sizes | more)).to(dtype)
+
+
+def latent(q_rank: int | None, dtype: torch.dtype) -> nn.Module:
+    sizes = {"heads": 4, "q_rank": q_rank, "kv_rank": 12, "nope": 6, "rope": 4, "value": 5}
+    return LatentAttention(24, **sizes, rotary=Rotary(4, 10_000.0), scale=0.3, bias=True).to(dtype)
+
+
+MIXERS = {
+    "MHA": lambda dtype: grouped(4, 4, dtype),
+    "MHA with biases": lambda dtype: grouped(4, 4, dtype, bias=True),
+    "GQA, gated, biases": lambda dtype: grouped(6, 2, dtype, bias=True, gated=True),
+    "MQA, window": lambda dtype: grouped(4, 1, dtype, window=3, value_width=5),
+    "MLA": lambda dtype: latent(10, dtype),
+    "MLA without q_rank": lambda dtype: latent(None, dtype),
+}
+everybody = pytest.mark.parametrize("name", MIXERS)
+
+
+def one(name: str, dtype: torch.dtype = torch.float64) -> tuple[One, Tensor]:
+    """The mixer with all tensors random (the last head's queries small) and what it reads."""
+    generator = torch.Generator().manual_seed(0)
+    mixer = MIXERS[name](dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+        q = mixer.qkv.weight[mixer.qkv.rows("q")] if isinstance(mixer, GroupedQueryAttention) else mixer.q_up.weight
+        q[-q.shape[0] // mixer.heads :] *= 1e-3
+        if isinstance(mixer, GroupedQueryAttention) and mixer.qkv.bias is not None:
+            q = mixer.qkv.bias[mixer.qkv.rows("q")]
+            q[-q.shape[0] // mixer.heads :] *= 1e-3
+    return One(mixer.train()), torch.randn(2, 70, 24, generator=generator, dtype=dtype)
+
+
+def measured(model: One, x: Tensor) -> Tensor:
+    """S of a training pass, taken away."""
+    model.mixer(x, Scope.plain(x[..., 0]))
+    return model.mixer.watchers[0].take()
+
+
+def clipped(model: One, x: Tensor, clip: QKClip) -> Tensor:
+    model.mixer(x, Scope.plain(x[..., 0]))
+    clip.after_step(model, 1)
+    return measured(model, x)
+
+
+@everybody
+@pytest.mark.parametrize("clip", [QKClip(TAU), QKClip(TAU, heads="layer"), QKClip(TAU, magnitude=True)], ids=str)
+def test_after_the_clip_the_largest_logit_is_tau(name: str, clip: QKClip):
+    model, x = one(name)
+    clip(model)
+    before = measured(model, x)
+    assert before.max() > 2 * TAU
+    after = clipped(model, x, clip)
+    assert after.max() <= TAU * (1 + 1e-6)
+    if clip.heads == "each":
+        torch.testing.assert_close(after, before.clamp(max=TAU), rtol=1e-9, atol=0)
+    else:
+        torch.testing.assert_close(after, before * (TAU / before.max()), rtol=1e-9, atol=0)
+    torch.testing.assert_close(clipped(model, x, clip), after, rtol=1e-9, atol=0)
+
+
+@everybody
+def test_in_float32_the_bound_holds_to_one_in_a_million(name: str):
+    model, x = one(name, torch.float32)
+    clip = QKClip(TAU)
+    clip(model)
+    assert clipped(model, x, clip).max() <= TAU * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shared", ["query", "group", "both"])
+def test_the_three_ways_to_share_a_key(shared: str):
+    model, x = one("GQA, gated, biases")
+    clip = QKClip(TAU, shared=shared)
+    clip(model)
+    before = measured(model, x)
+    after = clipped(model, x, clip)
+    own = before.clamp(max=TAU)
+    groups = (before * (TAU / before.view(2, 3).amax(1).clamp(min=TAU)).repeat_interleave(3)).clamp(max=TAU)
+    torch.testing.assert_close(after, groups if shared == "group" else own, rtol=1e-9, atol=0)
+
+
+@everybody
+def test_heads_below_tau_and_all_values_stay_bit_by_bit(name: str):
+    model, x = one(name)
+    clip = QKClip(TAU)
+    clip(model)
+    heads: list[Tensor] = []
+    attend = model.mixer.attend
+    model.mixer.attend = lambda *args, **options: heads.append(attend(*args, **options)) or heads[-1]
+    before = measured(model, x)
+    clipped(model, x, clip)
+    stays = (before <= TAU).nonzero()[:, 0].tolist()
+    assert stays == [model.mixer.heads - 1]
+    assert torch.equal(heads[-1][:, :, stays], heads[0][:, :, stays])
+    assert not torch.equal(heads[-1][:, :, 0], heads[0][:, :, 0])
+    assert torch.equal(heads[-1][:, 0], heads[0][:, 0]), "the first token sees its own value alone, whatever the logits"
+
+
+def test_mlas_shared_rotary_key_stays():
+    model, x = one("MLA")
+    clip = QKClip(TAU)
+    clip(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    clipped(model, x, clip)
+    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert moved == ["mixer.q_up.weight", "mixer.kv_up.weight"]
+
+
+def by_definition(meeting: Meeting, scope: Scope) -> Tensor:
+    q, k = meeting.q, meeting.k.repeat_interleave(meeting.q.shape[2] // meeting.k.shape[2], dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * meeting.scale
+    seen = scope.sees(scope.positions, scope.segments, 5 if isinstance(meeting.visible, Band) else None)
+    seen = torch.ones_like(seen) if meeting.visible is Plain.ALL else seen
+    real = (scope.positions >= 0)[:, None, :, None]
+    return scores.masked_fill(~(seen[:, None] & real), float("-inf")).amax(dim=(0, 2, 3))
+
+
+@pytest.mark.parametrize("kind", ["causal", "band", "all", "padding and documents"])
+def test_only_visible_keys_of_real_queries_count(kind: str, generator):
+    q = torch.randn(3, 150, 4, 6, generator=generator, dtype=torch.float64)
+    k = torch.randn(3, 150, 2, 6, generator=generator, dtype=torch.float64)
+    scope = Scope.plain(q[:, :, 0, 0])
+    visible = {"causal": Plain.CAUSAL, "band": Band(5), "all": Plain.ALL}.get(kind)
+    if visible is None:
+        places = torch.arange(150).expand(3, -1).clone()
+        places[0, :9] = -1
+        k[0, :9] *= 50  # the padding's keys and queries are large
+        q[0, :9] *= 50
+        scope = Scope(places, segments=torch.arange(150).expand(3, -1) // 40)
+        visible = scope.visible()
+    meeting = Meeting(q, k, visible, 0.4, None, None)
+    torch.testing.assert_close(largest_logits(meeting, scope, False), by_definition(meeting, scope))
+
+
+def test_negative_logits_clip_nothing_and_bring_no_nan():
+    S = torch.tensor([-3.0, 0.0, 50.0, 400.0, float("-inf"), float("nan")])
+    assert QKClip().gamma(S).tolist() == [1.0, 1.0, 1.0, 0.25, 1.0, 1.0]
+
+
+def test_measured_in_training_only_in_both_forms_and_over_micro_batches():
+    model = build("gpt2-tiny").double()
+    QKClip()(model)
+    watches = [block.mixer.layer.watchers[0] for block in model.blocks]
+    tokens = [torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    model(tokens[0])
+    assert all(watch.seen is None for watch in watches)
+    model.train()
+    alone = []
+    for part in tokens:
+        model(part)
+        alone.append([watch.take() for watch in watches])
+    for part in tokens:
+        model(part)
+    both = [watch.take() for watch in watches]
+    for i, seen in enumerate(both):
+        assert torch.equal(seen, torch.maximum(alone[0][i], alone[1][i]))
+    for block in model.blocks:
+        block.mixer.layer.attend = explicit_attention
+    model(tokens[0])
+    for i, watch in enumerate(watches):
+        torch.testing.assert_close(watch.take(), alone[0][i])
+
+
+def test_the_largest_logit_goes_to_the_log_and_gradients_are_untouched():
+    plain, model = build("llama3.2-tiny").train(), build("llama3.2-tiny").train()
+    clip = QKClip(tau=1e-3)
+    clip(model)
+    tokens = torch.randint(97, (2, 9))
+    batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
+    for one_of_two in (plain, model):
+        NextToken(one_of_two)(batch).total.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    told = clip.after_step(model, 1)
+    assert told is not None
+    assert float(told["max_logit"]) > 1e-3
+    assert clip.after_step(model, 2) is None, "nothing was measured since"
+
+
+@pytest.mark.parametrize("name", ["qwen3-tiny", "gemma3-tiny", "qwen3-next-tiny"])
+def test_under_q_and_k_norm_it_is_refused_with_the_reason(name: str):
+    with pytest.raises(UsageError, match="queries are normalised after projection; remove the technique"):
+        QKClip()(build(name))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UsageError, match="tau is 0"):
+        QKClip(tau=0)
+    with pytest.raises(UsageError, match="known: query, group, both"):
+        QKClip(shared="mean")
+    with pytest.raises(UsageError, match="known: each, layer"):
+        QKClip(heads="all")
+    with pytest.raises(ValueError, match="applied once"):
+        QKClip()(QKClip(tau=3)(build("gpt2-tiny")))
+    model = build("gpt2-tiny")
+    model.blocks[0].mixer.layer.qkv = nn.Sequential(model.blocks[0].mixer.layer.qkv)
+    with pytest.raises(UsageError, match="merge the adapter first"):
+        QKClip()(model)
+    with pytest.raises(UsageError, match="this model has none"):
+        QKClip()(One(RMSNorm(4, 1e-6)))
+
+
+def test_a_watch_is_no_parameter():
+    model = build("gpt2-tiny")
+    names = list(model.state_dict())
+    assert list(QKClip()(model).state_dict()) == names
+    assert sum(isinstance(module, LargestLogit) for module in model.modules()) == 2
