@@ -96,12 +96,16 @@ def refusals(published: Mapping[str, Any]) -> list[str]:
     return found
 
 
+MAY_BE_NONE = ("lookahead", "dense", "shared")
+
+
 def implausible(config: Any) -> list[str]:
-    """Sizes must be positive whole numbers, the rest finite."""
+    """Sizes must be positive whole numbers (of some parts there may be none), the rest finite."""
     found = []
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
-        if kind in ("int", int) and (type(value) is not int or not 0 < value <= LARGEST):
+        least = 0 if field.name in MAY_BE_NONE else 1
+        if kind in ("int", int) and (type(value) is not int or not least <= value <= LARGEST):
             found.append(f"config.json: {field.name} is {value!r}; a positive whole number was expected")
         elif kind in ("float", float) and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
             found.append(f"config.json: {field.name} is {value!r}; a finite number was expected")

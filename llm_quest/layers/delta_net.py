@@ -195,10 +195,11 @@ class GatedDeltaNet(nn.Module):
         self.rule: Rule | None = None
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
-        order = None if scope.is_plain else (scope.positions < 0).to(torch.int8).argsort(dim=1, stable=True)
-        x = x if order is None else x.gather(1, order[..., None].expand_as(x))
-        y = self.mix(x, scope, order)
-        return y if order is None else torch.empty_like(y).scatter(1, order[..., None].expand_as(y), y)
+        if scope.is_plain:
+            return self.mix(x, scope, None)
+        order, back = scope.once("padding last", lambda: padding_last(scope.positions))
+        y = self.mix(x.gather(1, order[..., None].expand_as(x)), scope, order)
+        return y.gather(1, back[..., None].expand_as(y))
 
     def mix(self, x: Float[Tensor, "B T D"], scope: Scope, order: Int[Tensor, "B T"] | None) -> Float[Tensor, "B T D"]:
         """The layer on rows whose padding stands at the end."""
@@ -263,6 +264,12 @@ class GatedDeltaNet(nn.Module):
         with torch.no_grad():
             self.A_log.uniform_(1e-3, 16, generator=generator).log_()
             self.dt_bias.fill_(1.0)
+
+
+def padding_last(positions: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """The order in which real tokens come first, and the way back. (Gathered, not scattered: see docs/LOG.md.)"""
+    order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)
+    return order, order.argsort(dim=1)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -6,15 +6,16 @@
 - Value heads (128) are narrower than query heads (192) and are scaled by 0.707 before they are remembered.
 - Only the first third of a head is rotated.
 - DeepSeek's router without groups and without a shared expert; the first layer is dense.
+- Behind the model, three small modules that predict further tokens: windowed and dense, a third of a billion each.
 
 Commonly got wrong: the released `sliding_window_size: 128` counts *previous* tokens, the token itself comes on top;
-layer 0 is global although the pattern says every sixth.
+layer 0 is global although the pattern says every sixth. config.json does not say how many modules the files hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.head import Unembed
 from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
+from llm_quest.layers.multi_token import Lookahead
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.decoder import Decoder
@@ -49,7 +51,8 @@ from llm_quest.models.page import (
 @dataclass(frozen=True)
 class Config:
     """windows: per layer, how many tokens it sees, itself included; None: all. groups, local_groups: key/value heads of
-    global and windowed layers; dense: per layer, whether its feed-forward layer is dense, of width hidden."""
+    global and windowed layers; dense: per layer, whether its feed-forward layer is dense, of width hidden; lookahead:
+    how many multi-token prediction modules stand behind the model."""
 
     vocab: int
     width: int
@@ -72,10 +75,16 @@ class Config:
     renormalize: bool = True
     tied: bool = False
     eps: float = 1e-5
+    lookahead: int = 0
 
     @property
     def layers(self) -> int:
         return len(self.windows)
+
+    @property
+    def window(self) -> int | None:
+        """Of the windowed layers."""
+        return next((window for window in self.windows if window is not None), None)
 
 
 class Scaled(nn.Module):
@@ -91,8 +100,15 @@ class Scaled(nn.Module):
 
 def block(config: Config, layer: int) -> Block:
     """One layer, global or windowed: attention, then SwiGLU (the first) or the experts."""
-    window = config.windows[layer]
-    attention = GroupedQueryAttention(
+    return Block(
+        mixer=Sublayer(RMSNorm(config.width, config.eps), attention(config, config.windows[layer])),
+        ffn=Sublayer(RMSNorm(config.width, config.eps), feed_forward(config, layer)),
+    )
+
+
+def attention(config: Config, window: int | None) -> GroupedQueryAttention:
+    """Global or windowed."""
+    return GroupedQueryAttention(
         config.width,
         heads=config.heads,
         groups=config.groups if window is None else config.local_groups,
@@ -102,10 +118,6 @@ def block(config: Config, layer: int) -> Block:
         window=window,
         v_norm=Scaled(config.value_scale),
         sinks=window is not None,
-    )
-    return Block(
-        mixer=Sublayer(RMSNorm(config.width, config.eps), attention),
-        ffn=Sublayer(RMSNorm(config.width, config.eps), feed_forward(config, layer)),
     )
 
 
@@ -119,6 +131,21 @@ def feed_forward(config: Config, layer: int) -> nn.Module:
     return MixtureOfExperts(router, Experts(config.experts, config.width, config.expert_hidden, F.silu))
 
 
+def lookahead(config: Config) -> Lookahead:
+    """A module that predicts one token further: its block is windowed and dense."""
+    if config.window is None:
+        raise ValueError("multi-token modules are windowed, but no layer says how wide: give one of `windows` a number")
+    embed_norm, hidden_norm, mixer_norm, ffn_norm, norm = (RMSNorm(config.width, config.eps) for _ in range(5))
+    dense = GatedMLP(config.width, config.hidden, F.silu)
+    return Lookahead(
+        embed_norm=embed_norm,
+        hidden_norm=hidden_norm,
+        join=nn.Linear(2 * config.width, config.width, bias=False),
+        block=Block(Sublayer(mixer_norm, attention(config, config.window)), Sublayer(ffn_norm, dense)),
+        norm=norm,
+    )
+
+
 def assemble(config: Config) -> Decoder:
     """The model, without first values."""
     embed = TokenEmbedding(config.vocab, config.width)
@@ -128,6 +155,7 @@ def assemble(config: Config) -> Decoder:
         blocks=[block(config, layer) for layer in range(config.layers)],
         norm=RMSNorm(config.width, config.eps),
         head=Unembed(config.width, config.vocab, tied=embed.token if config.tied else None),
+        lookahead=[lookahead(config) for _ in range(config.lookahead)],
     )
 
 
@@ -151,7 +179,31 @@ def names(config: Config) -> Names:
     windowed = [i for i, window in enumerate(config.windows) if window is not None]
     kinds = [[i for i, is_dense in enumerate(config.dense) if is_dense is wanted] for wanted in (True, False)]
     written = per_layer(table, config.layers) | per_layer(sinks, windowed)
-    return written | per_layer(dense, kinds[0]) | per_layer(sparse, kinds[1])
+    written |= per_layer(dense, kinds[0]) | per_layer(sparse, kinds[1])
+    return written | per_layer(lookahead_names(), config.lookahead)
+
+
+def lookahead_names() -> dict[str, Published]:
+    """A multi-token prediction module's."""
+    ours, theirs = "lookahead.{i}.", "model.mtp.layers.{i}."
+    norms = {"embed_norm": "enorm", "hidden_norm": "hnorm", "norm": "final_layernorm"}
+    norms |= {"block.mixer.norm": "input_layernorm", "block.ffn.norm": "pre_mlp_layernorm"}
+    attention, dense = f"{ours}block.mixer.layer.", swiglu_names(f"{ours}block.ffn.layer.", f"{theirs}mlp.")
+    return {f"{ours}{a}.weight": f"{theirs}{b}.weight" for a, b in norms.items()} | {
+        f"{ours}join.weight": f"{theirs}eh_proj.weight",
+        f"{attention}qkv.weight": Rows(*(f"{theirs}self_attn.{part}_proj.weight" for part in "qkv")),
+        f"{attention}out.weight": f"{theirs}self_attn.o_proj.weight",
+        f"{attention}sink": f"{theirs}self_attn.attention_sink_bias",
+        **dense,
+    }
+
+
+def settle(config: Config, stored: Collection[str]) -> Config:
+    """As many lookahead modules as the files hold."""
+    held = 0
+    while f"model.mtp.layers.{held}.eh_proj.weight" in stored:
+        held += 1
+    return replace(config, lookahead=held)
 
 
 def read(published: Mapping[str, Any]) -> Config:
@@ -192,6 +244,7 @@ def read(published: Mapping[str, Any]) -> Config:
         renormalize=published.get("norm_topk_prob", True),
         tied=published.get("tie_word_embeddings", False),
         eps=published.get("layernorm_epsilon") or published.get("rms_norm_eps", 1e-5),
+        lookahead=published.get("num_nextn_predict_layers") or 0,
     )
 
 
@@ -253,6 +306,7 @@ def publish(config: Config) -> dict[str, Any]:
         "layernorm_epsilon": config.eps,
         "rms_norm_eps": config.eps,
         "hidden_act": "silu",
+        "num_nextn_predict_layers": config.lookahead,
     }
 
 
@@ -311,11 +365,11 @@ PAGE = Page(
     names=names,
     read=read,
     publish=publish,
-    ignore=(r"model\.mtp\..*",),
+    settle=settle,
     presets=(
         Preset(
             "mimo-v2-flash", RELEASED, 308_778_780_864, "XiaomiMiMo/MiMo-V2-Flash", "without MTP", (151_645, 151_643)
         ),
-        Preset("mimo-tiny", TINY),
+        Preset("mimo-tiny", replace(TINY, lookahead=1)),
     ),
 )

@@ -3,6 +3,7 @@ randomised."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -146,6 +147,69 @@ def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_pat
             k - 1, theirs[:, :width], torch.arange(k, row.shape[1])[None], None, input_ids=row[:, k:]
         )
         torch.testing.assert_close(h[:, :width], theirs, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_released_layout(tmp_path):
+    """The layout is the released files' (model.mtp.layers.K), as serving engines read it; transformers has the layer
+    but not the module, so the module is put together from its layer here."""
+    from safetensors.torch import load_file, save_file
+    from transformers.models.mimo_v2_flash import modeling_mimo_v2_flash as theirs
+
+    from llm_quest.layers.multi_token import ahead, positions_ahead
+    from tests.oracles import randomize_
+
+    oracle, settings = ORACLES["mimo_v2_flash"](), copy.deepcopy(ORACLES["mimo_v2_flash"]().config)
+    settings.layer_types, settings.mlp_layer_types = ["sliding_attention"], ["dense"]
+    layers = [randomize_(theirs.MiMoV2FlashDecoderLayer(settings, 0), seed=20 + k).eval() for k in range(2)]
+    extra = {
+        name: torch.randn(2, 64, generator=torch.Generator().manual_seed(3)) for name in ("enorm", "hnorm", "final")
+    }
+    join = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(4)) / 11
+    folder = save_published(oracle, tmp_path / "main")
+    tensors = load_file(folder / "model.safetensors")
+    for k, layer in enumerate(layers):
+        prefix = f"model.mtp.layers.{k}."
+        for name, tensor in layer.state_dict().items():
+            name = name.replace("post_attention_layernorm", "pre_mlp_layernorm")
+            tensors[prefix + name.replace("self_attn.sinks", "self_attn.attention_sink_bias")] = tensor.clone()
+        tensors[f"{prefix}eh_proj.weight"] = join[k].clone()
+        named = {"enorm": "enorm", "hnorm": "hnorm", "final": "final_layernorm"}
+        tensors |= {f"{prefix}{name}.weight": extra[part][k].clone() for part, name in named.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = load(folder)
+    assert len(model.lookahead) == model.config.lookahead == 2
+
+    row = tokens(2, 30)
+    scope, h = Scope.plain(row), model.hidden(row)
+    before = oracle.model(row, use_cache=False).last_hidden_state
+    for k, module in enumerate(model.lookahead, start=1):
+        further = Scope(positions_ahead(scope, k))
+        h = module(h, model.embed(ahead(row, k, 0), further), further)
+        width = row.shape[1] - k
+        embedded = oracle.get_input_embeddings()(row[:, k:])
+        normed = [rms(part, extra[name][k - 1]) for part, name in ((embedded, "enorm"), (before[:, :width], "hnorm"))]
+        x = torch.cat(normed, dim=-1) @ join[k - 1].mT
+        places = torch.arange(k, row.shape[1])[None]
+        away = torch.arange(width)[:, None] - torch.arange(width)
+        hidden = torch.zeros(width, width).masked_fill((away < 0) | (away >= 5), torch.finfo(torch.float32).min)
+        turned = oracle.model.rotary_emb(x, places, "sliding_attention")
+        x = layers[k - 1](x, attention_mask=hidden[None, None], position_embeddings=turned)
+        before = rms(x, extra["final"][k - 1])
+        torch.testing.assert_close(h[:, :width], before, atol=1e-5, rtol=1e-4)
+
+    save(model, tmp_path / "out")
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    _, info = type(oracle).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The norms of MiMo's modules, written out."""
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
 
 
 def published_names(prefix: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
