@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-# torch's own default counts physical cores, and leaves half of a small machine idle
-torch.set_num_threads(os.cpu_count() or 1)
+# torch's own default counts physical cores, and leaves half of a small machine idle; on a busy one, one thread a
+# contestant (OMP_NUM_THREADS=1) is fairer: two that wait for each other are slowed without measure
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

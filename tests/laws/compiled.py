@@ -10,11 +10,15 @@ import sys
 import torch
 
 from llm_quest.layers.cache import Cache
+from llm_quest.layers.delta_net import GatedDeltaNet
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from tests.laws.subjects import own, random_tokens
 
 ATOL = 2e-5
+REORDERED = 2e-4
+"""Inductor adds in another order. In a DeltaNet's float32 recurrence that shows: over 64 steps of qwen3-next-tiny eager
+logits end up to 1.4e-4 from float64's, compiled ones 0.6e-4, and the two 0.8e-4 apart."""
 LENGTHS = (9, 6)
 
 
@@ -35,7 +39,8 @@ def main(backend: str, *names: str) -> None:
 def judge(backend: str, name: str) -> None:
     torch.compiler.reset()
     model = own(name, torch.float32).requires_grad_(False)
-    decode(model, backend)
+    hybrid = any(isinstance(module, GatedDeltaNet) for module in model.modules())
+    decode(model, backend, REORDERED if hybrid and backend == "inductor" else ATOL)
     if backend != "inductor":  # generating code takes seconds a graph: only the step that decoding lives on
         whole_rows(model, backend)
         padded_and_packed_rows(model, backend)
@@ -63,7 +68,7 @@ def padded_and_packed_rows(model: Decoder, backend: str) -> None:
         torch.testing.assert_close(compiled(tokens, positions, documents)[positions >= 0], expected, atol=ATOL, rtol=0)
 
 
-def decode(model: Decoder, backend: str) -> None:
+def decode(model: Decoder, backend: str, atol: float) -> None:
     """A ragged prefill in eager mode, then 64 compiled steps: one graph, never compiled again, the eager logits. A
     model with a short context starts again with another prompt and another cache: still the one graph."""
     room = min(9 + 64, model.config.context)
@@ -81,7 +86,7 @@ def decode(model: Decoder, backend: str) -> None:
         positions = torch.tensor(LENGTHS)[:, None] + offset
         now = tokens.gather(1, positions)
         expected = step(now, positions, eager_cache)
-        torch.testing.assert_close(compiled(now, positions, compiled_cache), expected, atol=ATOL, rtol=0)
+        torch.testing.assert_close(compiled(now, positions, compiled_cache), expected, atol=atol, rtol=0)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs == 1, f"64 decode steps made {graphs} graphs"
 
