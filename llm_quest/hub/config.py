@@ -20,9 +20,15 @@ from llm_quest.models.generation import GenerationDefaults
 from llm_quest.models.page import Page
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.card import is_published, written
+from llm_quest.techniques.score_head import ScoreHead
 
 LARGEST = 2**24
 OURS = "llm_quest"
+SCORED = {
+    f"{family}ForCausalLM": f"{family}ForSequenceClassification"
+    for family in ("Llama", "Mixtral", "Qwen3", "DeepseekV3")
+} | {"GPT2LMHeadModel": "GPT2ForSequenceClassification", "Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
+"""transformers' classes with a score head, by the class with a head of tokens."""
 
 
 def read_json(file: Path, limit: int = 16_000_000) -> dict[str, Any]:
@@ -138,7 +144,20 @@ def carded(config: dict[str, Any], techniques: Sequence[Technique]) -> dict[str,
     card: dict[str, Any] = {"techniques": written(techniques, TECHNIQUES)}
     if is_published(techniques):
         return config | {OURS: card}
+    if scored := as_classifier(config, techniques):
+        return config | scored | {OURS: card}
     return {"architectures": [], "model_type": OURS, "dtype": config["dtype"], OURS: card | {"base": config}}
+
+
+def as_classifier(config: Mapping[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
+    """What transformers' ForSequenceClassification reads, where a score head is all that was changed; else nothing."""
+    heads = [one for one in techniques if isinstance(one, ScoreHead)]
+    known = SCORED.get(config["architectures"][0])
+    if known is None or len(heads) != 1 or not is_published([one for one in techniques if one is not heads[0]]):
+        return {}
+    names = heads[0].labels or tuple(f"LABEL_{i}" for i in range(heads[0].outputs))
+    told = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {"architectures": [known], "num_labels": heads[0].outputs, **told}
 
 
 def uncarded(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:

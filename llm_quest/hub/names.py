@@ -21,6 +21,10 @@ from llm_quest.layers.moe import Experts
 from llm_quest.layers.projections import Projections
 from llm_quest.models.page import Names, Published, Rows, Shaped, Stack, Transposed
 from llm_quest.techniques.card import plain
+from llm_quest.techniques.score_head import score_head
+
+HEAD, SCORE = "head.weight", "score.weight"
+"""A score head's tensor, as we and as transformers call it."""
 
 View = Callable[[Tensor], Tensor]
 
@@ -92,7 +96,8 @@ def published_names(model: nn.Module, table: Names) -> Names:
     name it had before; what they added has no published name and stands under ours."""
     if not model.card.techniques:  # type: ignore[union-attr]
         return table
-    return {name: table.get(plain(name), name) for name, _ in model.named_parameters()}
+    found = {name: table.get(plain(name), name) for name, _ in model.named_parameters()}
+    return found | ({HEAD: SCORE} if score_head(model) is not None else {})
 
 
 def added(model: nn.Module, table: Names) -> set[str]:

@@ -12,6 +12,7 @@ from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.techniques.expert_bias import BalanceExperts
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.qk_clip import QKClip
+from llm_quest.techniques.score_head import ScoreHead
 
 TECHNIQUES: dict[str, type] = {
     "lora": LoRA,
@@ -19,6 +20,7 @@ TECHNIQUES: dict[str, type] = {
     "dora": DoRA,
     "lora_xs": LoRAXS,
     "tiny_lora": TinyLoRA,
+    "score_head": ScoreHead,
 }
 IN_TRAINING: dict[str, type] = {
     "balance_experts": BalanceExperts,

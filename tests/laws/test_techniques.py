@@ -26,6 +26,7 @@ from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.techniques.expert_bias import BalanceExperts
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.qk_clip import QKClip
+from llm_quest.techniques.score_head import ScoreHead
 from tests.laws.subjects import TINY, own, random_tokens, shared
 
 EXAMPLES: dict[str, Any] = {
@@ -34,6 +35,7 @@ EXAMPLES: dict[str, Any] = {
     "dora": DoRA(rank=2),
     "lora_xs": LoRAXS(rank=2),
     "tiny_lora": TinyLoRA(u=5, tying=0.5),
+    "score_head": ScoreHead(3, labels=("a", "b", "c")),
     "balance_experts": BalanceExperts(),
     "checkpointing": Checkpointing(),
     "qk_clip": QKClip(),
@@ -147,7 +149,8 @@ def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(nam
 def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
     model = copy.deepcopy(edited(name, page)).train()
     tokens = random_tokens(model, 3, 14)
-    NextToken(model)(TokenBatch(tokens[:, :-1], tokens[:, 1:])).total.backward()
+    targets = tokens[:, 1:] % model.head.weight.shape[0]
+    NextToken(model)(TokenBatch(tokens[:, :-1], targets)).total.backward()
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, path

@@ -1,0 +1,88 @@
+"""Reward models: which of two answers is better, by Bradley and Terry (InstructGPT, arXiv:2203.02155).
+
+      loss = -log sigma(r_better - r_worse - margin) + center (r_better + r_worse)^2
+
+r is one number read at the answer's end. margin: Llama 2 (arXiv:2307.09288). center: takes away the constant that the
+loss cannot see (arXiv:2312.09244).
+
+Commonly got wrong: the score is read at padding, or at the token before the end, which most answers share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from llm_quest.contracts import Loss
+from llm_quest.data.pairs import AnswerBatch
+from llm_quest.errors import UsageError
+from llm_quest.scope import Scope
+
+
+class RewardLoss(nn.Module):
+    """`RewardLoss(model)(batch) -> Loss`: count = elements. model: its head gives one number (the technique
+    score_head). Dropout is off, as in every pass that scores."""
+
+    def __init__(self, model: nn.Module, *, center: float = 0.0):
+        super().__init__()
+        self.model: Any = model
+        self.center = center
+
+    def forward(self, batch: AnswerBatch) -> Loss:
+        if self.model.training:
+            self.model.eval()
+        r = last_outputs(self.model, batch.tokens, batch.positions)[:, 0]
+        better, worse = r[batch.better], r[batch.worse]
+        w = batch.weights.to(r.dtype)
+        each = bradley_terry(better, worse, batch.margins.to(r.dtype)) + self.center * (better + worse) ** 2
+        told = {
+            "rewards/accuracy": (better > worse).to(r.dtype),
+            "rewards/margin": (better - worse).detach(),
+            "rewards/mean": ((better + worse) / 2).detach(),
+        }
+        return Loss((w * each).sum(), w.sum().float(), {name: ((w * x).sum(), w.sum()) for name, x in told.items()})
+
+
+def bradley_terry(better: Tensor, worse: Tensor, margins: Tensor) -> Tensor:
+    """The loss of each comparison."""
+    return -logsigmoid(better - worse - margins)
+
+
+def last_outputs(model: Any, tokens: Int[Tensor, "R T"], positions: Int[Tensor, "R T"]) -> Float[Tensor, "R N"]:
+    """What the head gives at each row's last real token, at least float32: wherever the padding stands."""
+    h = model.hidden(tokens, Scope(positions))
+    last = positions.argmax(dim=1)
+    out = model.head(h[torch.arange(len(h), device=h.device), last])
+    return out if out.dtype == torch.float64 else out.float()
+
+
+@torch.no_grad()
+def scores(model: Any, rows: Sequence[Sequence[int]], at_once: int = 16) -> Float[Tensor, " R"]:
+    """The reward of each row of ids (question, answer and its end), on the host; rows of like length together."""
+    if model.head.weight.shape[0] != 1:
+        raise UsageError(
+            f"a reward is one number, this model's head gives {model.head.weight.shape[0]}; train a reward model"
+        )
+    found = torch.zeros(len(rows))
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    for first in range(0, len(order), at_once):
+        numbers = order[first : first + at_once]
+        tokens, positions = padded([rows[number] for number in numbers])
+        place = model.head.weight.device
+        found[numbers] = last_outputs(model, tokens.to(place), positions.to(place))[:, 0].float().cpu()
+    return found
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """tokens, positions (R,T)."""
+    shape = (len(rows), max(map(len, rows)))
+    tokens, positions = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    for r, row in enumerate(rows):
+        tokens[r, : len(row)], positions[r, : len(row)] = row, np.arange(len(row))
+    return torch.from_numpy(tokens), torch.from_numpy(positions)

@@ -1,0 +1,51 @@
+"""ScoreHead: the head that names tokens is replaced by one that gives a few numbers: classes, or one reward.
+
+      out = h W^T, no bias      (transformers' ForSequenceClassification: the same tensor, called score.weight)
+
+It is read at a row's last real token, the first that has seen everything. Not neutral: its numbers are no logits of
+tokens. A tied embedding keeps its own matrix.
+
+Commonly got wrong: first values as large as the stream's make the first losses those of a confident guess; here they
+are small, and a fresh head's loss is near ln N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.head import Unembed
+from llm_quest.techniques.card import applied, refuse_twice
+
+Model = TypeVar("Model", bound=Any)
+
+
+@dataclass(frozen=True)
+class ScoreHead:
+    """outputs: how many numbers. labels: what they are called, for classes. std: of the first values."""
+
+    outputs: int = 1
+    labels: tuple[str, ...] = ()
+    std: float = 0.02
+    seed: int = 0
+    neutral_at_birth: ClassVar[bool] = False
+    published: ClassVar[bool] = False
+
+    def __call__(self, model: Model) -> Model:
+        refuse_twice(model, self)
+        if self.outputs < 1 or (self.labels and len(self.labels) != self.outputs):
+            raise UsageError(f"outputs is {self.outputs} and there are {len(self.labels)} labels; one each is needed")
+        before = model.head.weight
+        head = Unembed(model.config.width, self.outputs)
+        nn.init.normal_(head.weight, std=self.std, generator=torch.Generator().manual_seed(self.seed))
+        model.head = head.to(device=before.device, dtype=before.dtype)
+        return applied(model, self)
+
+
+def score_head(model: Any) -> ScoreHead | None:
+    """The one on the model's card."""
+    return next((one for one in model.card.techniques if isinstance(one, ScoreHead)), None)
