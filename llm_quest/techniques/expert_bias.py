@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm_quest.layers.moe import SigmoidRouter
 
@@ -28,7 +27,7 @@ class BalanceExperts:
         for router in routers(model):
             if router.load is not None:
                 load = router.load
-                if distributed.is_available() and distributed.is_initialized():
+                if several():
                     distributed.all_reduce(load)
                 router.bias.add_(laid_out(torch.sign(load.mean() - load), router.bias), alpha=self.rate)
                 router.load = None
@@ -41,6 +40,15 @@ def routers(model: nn.Module) -> list[SigmoidRouter]:
 
 def laid_out(full: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process holds in full, in the parts that `like` is sharded into (FSDP2)."""
+    if not several():
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor  # a second to import, which every load would pay
+
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def several() -> bool:
+    """Is this process one of several?"""
+    return distributed.is_available() and distributed.is_initialized()

@@ -493,6 +493,8 @@ def test_loading_needs_hardly_more_memory_than_the_weights(tmp_path):
 import sys, llm_quest as q, llm_quest.hub.files
 def status(field): return int(next(l for l in open("/proc/self/status") if l.startswith(field)).split()[1]) * 1024
 before = status("VmRSS"); model = q.load(sys.argv[1]); print(status("VmHWM") - before)
+slow = {"torch.distributed.tensor", "torch._dynamo", "sympy", "tokenizers", "huggingface_hub"} & set(sys.modules)
+assert not slow, f"loading a folder imports {slow}: a second or more"
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "m"], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1.2 * (tmp_path / "m" / "model.safetensors").stat().st_size + 12e6
