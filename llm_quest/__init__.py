@@ -6,6 +6,7 @@
     logits = model(tokens)                                  # (B,T,V)
     out = quest.generate(model, [[1, 2, 3], [4]], max_new_tokens=32, temperature=0.0)
     quest.save(model, "folder")                             # Hugging Face layout out
+    quest.load_adapter(model, "adapter")                    # PEFT's format in; quest.save_adapter out
     quest.presets()                                         # names
 
 The names are fetched when first used, so that `import llm_quest` alone does not import torch.
@@ -21,6 +22,8 @@ __version__ = "0.1.0"
 _DOORS = {
     "load": "llm_quest.hub.files",
     "save": "llm_quest.hub.files",
+    "load_adapter": "llm_quest.hub.adapters",
+    "save_adapter": "llm_quest.hub.peft",
     "build": "llm_quest.models.build",
     "presets": "llm_quest.models.build",
     "preset": "llm_quest.models.build",

@@ -6,8 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.errors import DataError
-from llm_quest.hub.files import load, load_tokenizer, save
+from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.files import load, load_tokenizer, parse_dtype, save
+from llm_quest.hub.peft import save_adapter
+from llm_quest.layers.low_rank import wrappers
+from llm_quest.recipes.yaml import read_file
+from llm_quest.techniques.card import is_published
+from llm_quest.techniques.lora import merge, require_adapters
 
 
 @dataclass(frozen=True)
@@ -19,25 +24,75 @@ class Exported:
     parameters: int
     dtype: str
     files: dict[str, int]
+    advice: str
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
         told = [f"{self.folder}: {self.parameters:,} parameters in {self.dtype}, from {self.run}"]
-        return (
-            told
-            + [f"  {size:>14,} bytes  {name}" for name, size in self.files.items()]
-            + [f"check it against transformers: quest verify {self.folder}"]
-        )
+        told += [f"  {size:>14,} bytes  {name}" for name, size in self.files.items()]
+        return [*told, self.advice]
 
 
-def export(run: Path, folder: Path, *, dtype: str = "float32", overwrite: bool = False) -> Exported:
-    """Write the Hugging Face layout, tokenizer included."""
+def export(
+    run: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    merged: bool = False,
+    adapter: bool = False,
+) -> Exported:
+    """Write the Hugging Face layout, tokenizer included. Of an adapted model: merged into one, or the adapter alone."""
+    if merged and adapter:
+        raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
     if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
         raise DataError(f"{run} is no run folder (it has no model.json); give the folder that quest train wrote")
+    if merged or adapter:
+        return exported_adapter(run, folder, dtype, overwrite, merged)
     model = load(run, dtype=dtype)
+    if wrappers(model):
+        raise UsageError(
+            f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
+            "--adapter the adapter alone for PEFT"
+        )
     save(model, folder, tokenizer=load_tokenizer(run), overwrite=overwrite)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return finding(run, folder, model, dtype, checked(model, folder))
+
+
+def exported_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> Exported:
+    """Merged in float32, whatever is written."""
+    model = load(run, dtype="float32")
+    require_adapters(model)
+    kind = parse_dtype(dtype)
+    if merged:
+        merge(model)
+        save(model.to(kind), folder, tokenizer=load_tokenizer(run), overwrite=overwrite)
+        return finding(run, folder, model, dtype, checked(model, folder))
+    base = base_of(run)
+    save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)
+    return finding(run, folder, model, dtype, f"an adapter of {base or 'a model that only this run has'}")
+
+
+def checked(model: Any, folder: Path) -> str:
+    """What to do with the folder next."""
+    if is_published(model.card.techniques):
+        return f"check it against transformers: quest verify {folder}"
+    return f"made with techniques that transformers does not compute; here: quest generate {folder}"
+
+
+def base_of(run: Path) -> str | None:
+    """The model that a run began with, if it was loaded."""
+    config = run / "config.yaml"
+    model = read_file(config).tree.get("model") if config.is_file() else None
+    where = model.get("load") if isinstance(model, dict) else None
+    return str(Path(where).resolve()) if where is not None and Path(where).is_dir() else where
+
+
+def finding(run: Path, folder: Path, model: Any, dtype: str, advice: str) -> Exported:
+    """What lies in the folder now."""
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-    return Exported(str(run), str(folder), parameters, dtype, files)
+    adapter = (folder / "adapter_config.json").exists()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not adapter)
+    return Exported(str(run), str(folder), parameters, dtype, files, advice)

@@ -271,12 +271,16 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where to write the Hugging Face layout.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of an adapted model: the whole, the adapter worked in.")
+    ] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Of an adapted model: the adapter, for PEFT.")] = False,
     json: Json = False,
 ) -> None:
     """Write a run's model as a folder that transformers and vLLM load."""
     from llm_quest.cli.exporting import export as exported
 
-    show(exported(run, folder, dtype=dtype, overwrite=overwrite), json)
+    show(exported(run, folder, dtype=dtype, overwrite=overwrite, merged=merge, adapter=adapter), json)
 
 
 @app.command()

@@ -19,8 +19,9 @@ from torch import Tensor
 from llm_quest.disk import replace_json, write_json, write_text
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub import memory
+from llm_quest.hub.adapters import load_adapter, underneath
 from llm_quest.hub.config import DTYPES, carded, read_json, stored_dtype, write_config, write_generation
-from llm_quest.hub.fetch import find, offline
+from llm_quest.hub.fetch import Found, find, offline
 from llm_quest.hub.mapped import lying
 from llm_quest.hub.names import added, places, published_names
 from llm_quest.hub.readme import Readme
@@ -55,12 +56,14 @@ def load(
 ) -> Decoder:
     """A Decoder in eval mode, with `model.generation` as published.
 
-    where: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, or a hub id.
-    dtype None: as config.json says, else as the weights are stored. On the host and in the stored dtype weights are
-    mapped, not read: replace or delete their file as you like, but don't cut it short in place. Raises DataError
-    listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a config no page
-    computes), MissingError offline."""
+    where: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a PEFT
+    adapter (with the base that it names), or a hub id. dtype None: as config.json says, else as the weights are stored.
+    On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like, but
+    don't cut it short in place. Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped,
+    non-finite tensors; damaged files; a config no page computes), MissingError offline."""
     device, wanted = usable_device(device), parse_dtype(dtype)
+    if (base := underneath(where)) is not None:
+        return load_adapter(load(base, device=device, dtype=wanted, allow_pickle=allow_pickle), where).eval()
     found = find(where, revision=revision, allow_pickle=allow_pickle)
     seen = survey(found, allow_pickle=allow_pickle)
     if found.from_hub and not seen.sources and not allow_pickle:
@@ -196,7 +199,10 @@ def load_tokenizer(where: str | Path, *, revision: str | None = None) -> Tokeniz
     """The tokenizer of a published folder, a run, or a hub id. DataError where there is none."""
     from llm_quest.data.tokenizer import Tokenizer
 
-    found = find(where, revision=revision)
+    base = underneath(where)
+    if base is not None and not (Path(where).expanduser() / "tokenizer.json").exists():
+        return load_tokenizer(base)
+    found = Found(Path(where), str(where)) if base is not None else find(where, revision=revision)
     homes = [found.folder] if found.run is None else [found.run, found.run / "tokenizer", found.folder]
     for home in homes:
         if (home / "tokenizer.json").exists() or (home / "vocab.json").exists():
