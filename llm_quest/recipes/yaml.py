@@ -144,9 +144,10 @@ def too_many(node: yaml.Node) -> str | None:
 
 
 def visit(node: yaml.Node, path: Path, settings: Settings) -> None:
-    """Note the line of every key, and every key that stands twice."""
+    """Note the line of every key and list entry, and every key that stands twice."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            settings.places[(*path, str(index))] = f"{settings.name}:{item.start_mark.line + 1}"
             visit(item, (*path, str(index)), settings)
     if not isinstance(node, yaml.MappingNode):
         return

@@ -1,0 +1,127 @@
+"""The key `techniques` of a recipe: understood at the door, applied, saved, resumed to the bit, exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llm_quest as quest
+from llm_quest.cli.exporting import export
+from llm_quest.errors import UsageError
+from llm_quest.recipes.config import as_yaml, resolve
+from llm_quest.recipes.pretrain_config import Pretrain
+from llm_quest.recipes.yaml import merge, read
+from llm_quest.techniques.lora import LoRA, adapters_off, matched
+from tests.oracles import transformers
+from tests.recipes.test_config import GOOD, told
+from tests.recipes.test_pretrain import CtrlC, run, weights
+
+
+def understood(*pairs: str) -> Pretrain:
+    return resolve(Pretrain, merge(read(GOOD, "my.yaml"), pairs))
+
+
+def test_names_and_options_are_understood_and_written_out_whole() -> None:
+    config = understood("techniques=[lora, {name: dora, rank: 2, targets: [q, v]}, checkpointing]")
+    assert [entry["name"] for entry in config.techniques] == ["lora", "dora", "checkpointing"]
+    assert config.techniques[0] == {
+        "name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("all",), "seed": 0,
+    }  # fmt: skip
+    assert config.techniques[1]["targets"] == ("q", "v")
+    again = resolve(Pretrain, read(as_yaml(config), "written.yaml"))
+    assert as_yaml(again) == as_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("techniques=[lroa]", "no technique is called 'lroa', did you mean 'lora'?; known: lora, rslora"),
+        ("techniques=[{rank: 8}]", "is no technique: write its name, or {name: lora, rank: 8}"),
+        ("techniques=[{name: lora, rnak: 8}]", "lora has no option 'rnak', did you mean 'rank'?; it has rank, alpha"),
+        ("techniques=[{name: lora, rank: many}]", "lora: rank: 'many': input should be a valid integer"),
+        ("techniques=[{name: lora, targets: 3}]", "lora: targets: 3: input should be a valid tuple"),
+        ("techniques=lora", "'lora' is not a list"),
+    ],
+)
+def test_a_wrong_technique_is_told_with_its_place_and_what_is_allowed(pair: str, said: str) -> None:
+    lines = told(GOOD, pair)
+    assert any(f"argument {pair!r}: techniques" in line and said in line for line in lines), lines
+
+
+def test_the_line_of_a_file_is_named() -> None:
+    assert told(GOOD + "techniques:\n  - lora\n  - name: dora\n    rnk: 2\n")[0].startswith(
+        "my.yaml:6: techniques.1: dora"
+    )
+
+
+def adapted(text: Path, out: Path, *pairs: str, **more: Any) -> Any:
+    return run(text, out, "techniques=[{name: lora, rank: 2, targets: [q, v]}]", "optimizer.name=adamw", *pairs, **more)
+
+
+def test_lora_trains_its_own_numbers_alone_and_says_what_it_matched(text: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    adapted(text, tmp_path / "run", say=said.append)
+    model = quest.load(tmp_path / "run")
+    assert model.card.techniques == (LoRA(rank=2, targets=("q", "v")),)
+    assert any("technique: lora of q, v in 2 layers (4 matrices)" in line and "are trained" in line for line in said), (
+        said
+    )
+    tokens = torch.arange(20)[None]
+    with adapters_off(model):
+        before = model(tokens)
+    assert (model(tokens) - before).abs().max() > 1e-3
+    assert all(p.requires_grad == (".edits." in name) for name, p in model.named_parameters())
+
+
+def test_an_interrupted_run_with_an_adapter_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
+    adapted(text, tmp_path / "straight")
+    assert adapted(text, tmp_path / "twice", callbacks=(CtrlC(4),)).status == "interrupted"
+    assert adapted(text, tmp_path / "twice").step == 8
+    assert weights(tmp_path / "twice") == weights(tmp_path / "straight")
+
+
+def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: Path) -> None:
+    adapted(text, tmp_path / "run", "steps=4")
+    model, tokens = quest.load(tmp_path / "run"), torch.arange(20)[None]
+    with pytest.raises(UsageError, match=r"--merge writes the whole model .* --adapter the adapter alone"):
+        export(tmp_path / "run", tmp_path / "undecided")
+    whole = export(tmp_path / "run", tmp_path / "whole", merged=True)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(merged(tokens).logits, model(tokens), rtol=1e-4, atol=2e-5)
+    assert whole.parameters == merged.num_parameters()
+    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    started = quest.load_adapter(bare(model), tmp_path / "adapter")
+    torch.testing.assert_close(started(tokens), model(tokens))
+    with pytest.raises(UsageError, match="give one of them"):
+        export(tmp_path / "run", tmp_path / "both", merged=True, adapter=True)
+
+
+def bare(model: Any) -> Any:
+    """The model that was adapted."""
+    plain = quest.build(model.config)
+    held = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items() if ".edits." not in name}
+    plain.load_state_dict(held)
+    return plain
+
+
+def test_training_goes_on_from_an_adapted_run_and_adapts_it_no_second_time(text: Path, tmp_path: Path) -> None:
+    adapted(text, tmp_path / "first", "steps=2")
+    on = ["model={load: " + str(tmp_path / "first") + "}", f"tokenizer.load={tmp_path / 'first'}", "steps=2"]
+    run(text, tmp_path / "second", *on)
+    assert matched(quest.load(tmp_path / "second")) == matched(quest.load(tmp_path / "first"))
+    with pytest.raises(UsageError, match=r"technique lora: this model has an adapter already"):
+        adapted(text, tmp_path / "third", *on)
+
+
+def test_transformers_refuses_a_folder_whose_published_part_is_not_the_model(tmp_path: Path) -> None:
+    model = LoRA(rank=2)(quest.build("llama3.2-tiny"))
+    folder = quest.save(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="model type `llm_quest`"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config) == {"model_type", "architectures", "dtype", "llm_quest"}
+    assert "quest.load" in (folder / "README.md").read_text()
