@@ -9,7 +9,6 @@ which runs it on every page."""
 from __future__ import annotations
 
 from llm_quest.techniques.checkpointing import Checkpointing
-from llm_quest.techniques.expert_bias import BalanceExperts
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.score_head import ScoreHead
@@ -23,7 +22,6 @@ TECHNIQUES: dict[str, type] = {
     "score_head": ScoreHead,
 }
 IN_TRAINING: dict[str, type] = {
-    "balance_experts": BalanceExperts,
     "checkpointing": Checkpointing,
     "qk_clip": QKClip,
 }

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from llm_quest.errors import UsageError
 from llm_quest.layers.block import Block
 
 Model = TypeVar("Model", bound=Any)
@@ -29,7 +30,7 @@ class Checkpointing:
     def __call__(self, model: Model) -> Model:
         blocks = [module for module in model.modules() if isinstance(module, Block)]
         if any(isinstance(block.forward, Again) for block in blocks):
-            raise ValueError("activation checkpointing was applied to this model already; it is applied once")
+            raise UsageError("activation checkpointing was applied to this model already; it is applied once")
         for block in blocks:
             block.forward = Again(block.forward)  # type: ignore[assignment, method-assign]
         return model

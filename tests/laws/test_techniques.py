@@ -23,7 +23,6 @@ from llm_quest.scope import Scope
 from llm_quest.techniques import IN_TRAINING, TECHNIQUES
 from llm_quest.techniques.card import read, written
 from llm_quest.techniques.checkpointing import Checkpointing
-from llm_quest.techniques.expert_bias import BalanceExperts
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.score_head import ScoreHead
@@ -36,7 +35,6 @@ EXAMPLES: dict[str, Any] = {
     "lora_xs": LoRAXS(rank=2),
     "tiny_lora": TinyLoRA(u=5, tying=0.5),
     "score_head": ScoreHead(3, labels=("a", "b", "c")),
-    "balance_experts": BalanceExperts(),
     "checkpointing": Checkpointing(),
     "qk_clip": QKClip(),
 }
