@@ -297,6 +297,31 @@ def report(
 
 
 @app.command()
+def papers(json: Json = False) -> None:
+    """Papers with a claim, the experiment that tests it here, and the verdict."""
+    from llm_quest.cli.library import shelf
+
+    prepare(0)
+    show(shelf(), json)
+
+
+@app.command()
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="A name from `quest papers`.")],
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="How many; the verdict rests on them.")] = 3,
+    jobs: Annotated[int, typer.Option(min=0, help="Measurements at once; 0: one per core.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where the card goes (default: docs/papers).")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a paper's measurements again and draw its card. What was measured is kept: an interrupted run goes on."""
+    from llm_quest.cli.library import again
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    show(again(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), say=voice(quiet)), json)
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """This machine: python, torch, cores, memory, devices, and what to mend."""
     from llm_quest.cli.machine import doctor as examined

@@ -1,0 +1,24 @@
+"""Roof: one file per paper: its claim, the experiment that tests it beside a control, the verdict that the numbers
+give. `quest papers` lists them, `quest reproduce NAME` makes the measurements again and draws the card.
+
+A new paper is its file and one name here. They are imported when asked for: each brings models and training along."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from llm_quest.errors import UsageError
+from llm_quest.papers.paper import Paper
+
+PAPERS: tuple[str, ...] = ("muon", "expert_bias")
+
+
+def paper(name: str) -> Paper:
+    """The paper of that name. UsageError names the nearest."""
+    if name not in PAPERS:
+        near = difflib.get_close_matches(name, PAPERS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"no paper is called {name!r}{hint}; known: {', '.join(PAPERS)}")
+    found: Paper = importlib.import_module(f"llm_quest.papers.{name}").PAPER
+    return found

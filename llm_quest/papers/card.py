@@ -1,0 +1,120 @@
+"""A paper's card: what was claimed, what was done, what came out, on one page with its picture."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.disk import write_text
+from llm_quest.papers.paper import Paper, Results, Verdict
+
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `quest reproduce` shows."""
+
+    paper: Paper
+    results: Results
+    verdict: Verdict
+    file: Path
+
+    def as_json(self) -> dict[str, Any]:
+        numbers = {
+            arm: {number: self.results.values(arm, number) for number in numbers_of(self.results, arm)}
+            for arm in self.results.arms
+        }
+        return {
+            "paper": self.paper.name, "outcome": self.verdict.outcome, "words": self.verdict.words,
+            "numbers": numbers, "card": str(self.file),
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        told = [f"{self.paper.title} (arXiv:{self.paper.arxiv})", self.paper.claim, ""]
+        return [*told, *table(self.results), "", str(self.verdict), f"card: {self.file}"]
+
+
+def draw(paper: Paper, results: Results, out: Path) -> Card:
+    """The verdict, the picture and the page."""
+    verdict = paper.judge(results)
+    picture(paper, results, out / f"{paper.name}.svg")
+    file = out / f"{paper.name}.md"
+    write_text(file, page(paper, results, verdict))
+    return Card(paper, results, verdict, file)
+
+
+def page(paper: Paper, results: Results, verdict: Verdict) -> str:
+    """The card as Markdown."""
+    seeds = len(next(iter(results.arms.values())))
+    parts = [
+        f"# {paper.title}\n\n[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})",
+        f"**Claim.** {paper.claim}",
+        f"**Experiment.** {paper.experiment}",
+        f'**Confirmed if** {paper.confirms}\n**Refuted if** {paper.refutes}\nAnything between is "no effect seen".',
+        f"## Verdict: {verdict.outcome}\n\n{verdict.words}",
+        f"![{paper.picture.y} against {paper.picture.x}]({paper.name}.svg)",
+        "\n".join(table(results)),
+        f"Means over {seeds} seeds with 95 % intervals. Made on {datetime.date.today().isoformat()} by "
+        f"`quest reproduce {paper.name} --seeds {seeds}`; all numbers are in [{paper.name}.json]({paper.name}.json).",
+    ]
+    return "\n\n".join([*parts, *([paper.notes] if paper.notes else [])]) + "\n"
+
+
+def table(results: Results) -> list[str]:
+    """Arms by numbers, in Markdown."""
+    names = list(dict.fromkeys(name for arm in results.arms for name in numbers_of(results, arm)))
+    rows = [["", *names], ["---"] * (len(names) + 1)]
+    for arm in results.arms:
+        own = numbers_of(results, arm)
+        rows.append([arm, *(str(results.span(arm, name)) if name in own else "" for name in names)])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def numbers_of(results: Results, arm: str) -> Sequence[str]:
+    return list(next(iter(results.arms[arm].values())).numbers)
+
+
+def picture(paper: Paper, results: Results, file: Path) -> None:
+    """Every arm's curves in its colour: each seed faint, their mean strong."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": paper.name, "svg.fonttype": "none", "font.size": 10}):
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (arm, seeds) in enumerate(results.arms.items()):
+            lines = [measured.curve for measured in seeds.values() if measured.curve]
+            for line in lines:
+                axes.plot(*zip(*line, strict=True), color=COLOURS[number % len(COLOURS)], linewidth=0.7, alpha=0.35)
+            if lines:
+                axes.plot(*mean(lines), color=COLOURS[number % len(COLOURS)], linewidth=2, label=arm)
+        axes.set_xlabel(paper.picture.x)
+        axes.set_ylabel(paper.picture.y)
+        if paper.picture.log:
+            axes.set_yscale("log")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.legend(frameon=False)
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def mean(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """The mean curve, as far as all of them go and are finite."""
+    length = min(len(line) for line in lines)
+    columns = [[line[place] for line in lines] for place in range(length)]
+    points = [(column[0][0], sum(y for _, y in column) / len(column)) for column in columns]
+    shown = [(x, y) for x, y in points if math.isfinite(y)]
+    return [x for x, _ in shown], [y for _, y in shown]
+
+
+def recorded(docs: Path, name: str) -> str:
+    """The outcome on a card that was drawn before; empty where there is none."""
+    file = docs / f"{name}.md"
+    if not file.is_file():
+        return ""
+    found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("## Verdict: ")]
+    return found[0].removeprefix("## Verdict: ") if found else ""

@@ -1,0 +1,107 @@
+"""Making a paper's measurements: every arm with every seed, side by side on the cores, each kept as soon as it is made.
+
+      docs/papers/  NAME.json (what was measured)  NAME.svg  NAME.md (the card)
+
+The same command again measures only what is missing, as long as the experiment's code is what it was."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import inspect
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_quest.disk import replace_json
+from llm_quest.papers import lab, paper
+from llm_quest.papers.paper import Measured, Paper, Results
+
+Say = Callable[[str], None]
+Piece = tuple[str, int]
+
+
+def reproduce(name: str, *, seeds: int, out: Path, jobs: int, say: Say) -> Results:
+    """All measurements of a paper, in `out`/NAME.json."""
+    chosen = paper(name)
+    file = out / f"{name}.json"
+    results = kept(file, chosen)
+    wanted = [(arm, seed) for seed in range(1, seeds + 1) for arm in chosen.arms]
+    missing = [(arm, seed) for arm, seed in wanted if seed not in results.arms.get(arm, {})]
+    if len(missing) < len(wanted):
+        say(f"{len(wanted) - len(missing)} of {len(wanted)} measurements are there already: {file}")
+    began = time.monotonic()
+    for number, ((arm, seed), measured) in enumerate(made(name, missing, jobs), 1):
+        results.add(arm, seed, measured)
+        keep(file, chosen, results)
+        left = (time.monotonic() - began) / number * (len(missing) - number)
+        told = ", ".join(f"{key} {value:.4g}" for key, value in measured.numbers.items())
+        say(f"[{number}/{len(missing)}] {arm}, seed {seed}: {told}   ({left:.0f} s left)")
+    return Results({arm: {s: results.arms[arm][s] for s in range(1, seeds + 1)} for arm in chosen.arms})
+
+
+def made(name: str, pieces: Iterable[Piece], jobs: int) -> Iterator[tuple[Piece, Measured]]:
+    """In whatever order they are done, each in a process with one thread: the same bits however many run at once."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        asked = {pool.submit(measure, name, arm, seed): (arm, seed) for arm, seed in pieces}
+        for done in concurrent.futures.as_completed(asked):
+            yield asked[done], done.result()
+
+
+def measure(name: str, arm: str, seed: int) -> Measured:
+    """One arm with one seed."""
+    torch.set_num_threads(1)
+    return paper(name).arms[arm](seed)
+
+
+def fingerprint(chosen: Paper) -> str:
+    """Of the code that measures: a paper's own file and the lab."""
+    own = inspect.getmodule(chosen.judge)
+    assert own is not None, "a judge is a function of the paper's file"
+    return hashlib.sha256((inspect.getsource(own) + inspect.getsource(lab)).encode()).hexdigest()[:16]
+
+
+def kept(file: Path, chosen: Paper) -> Results:
+    """What was measured before by the same code."""
+    results = Results()
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for arm, seeds in (content["arms"] if content["code"] == fingerprint(chosen) else {}).items():
+            for seed, measured in seeds.items():
+                results.add(arm, int(seed), Measured(numbers_of(measured["numbers"]), pairs_of(measured["curve"])))
+    return results
+
+
+def keep(file: Path, chosen: Paper, results: Results) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arms = {
+        arm: {
+            str(seed): {
+                "numbers": {key: finite(value) for key, value in measured.numbers.items()},
+                "curve": [[x, finite(round(y, 5))] for x, y in measured.curve],
+            }
+            for seed, measured in sorted(seeds.items())
+        }
+        for arm, seeds in results.arms.items()
+    }
+    replace_json(file, {"paper": chosen.name, "code": fingerprint(chosen), "torch": torch.__version__, "arms": arms})
+
+
+def finite(value: float) -> float | str:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else str(value)
+
+
+def numbers_of(read: dict[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in read.items()}
+
+
+def pairs_of(read: list[list[Any]]) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in read]

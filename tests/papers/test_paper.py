@@ -1,0 +1,101 @@
+"""The frame of papers: statistics by hand, a verdict that can go three ways, measurements that survive a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llm_quest.errors import UsageError
+from llm_quest.papers import PAPERS, paper
+from llm_quest.papers.card import draw, recorded, table
+from llm_quest.papers.lab import steps_to
+from llm_quest.papers.paper import Measured, Results, Span, judged, span
+from llm_quest.papers.reproduce import keep, kept
+
+
+def results(**arms: list[float]) -> Results:
+    found = Results()
+    for arm, values in arms.items():
+        for seed, value in enumerate(values, 1):
+            found.add(arm, seed, Measured({"loss": value}, [(0.0, value), (1.0, value / 2)]))
+    return found
+
+
+def test_the_interval_is_students() -> None:
+    three = span([1.0, 2.0, 3.0])
+    assert three.mean == 2.0
+    assert three.half == pytest.approx(4.303 * 1.0 / math.sqrt(3), abs=1e-3)
+    assert span([5.0]) == Span(5.0, math.inf)
+    assert str(Span(0.5, 0.012)) == "0.5 ± 0.012"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = results(arm=[1.1, 5.1, 9.1], control=[1.0, 5.0, 9.0])
+    assert found.difference("arm", "control", "loss").mean == pytest.approx(0.1)
+    assert found.difference("arm", "control", "loss").half < 1e-9
+    assert found.span("arm", "loss").half > 5
+
+
+@pytest.mark.parametrize(
+    ("effect", "outcome"),
+    [
+        (Span(-1, 0.5), "confirmed"), (Span(1, 0.5), "refuted"), (Span(-1, 2), "no effect seen"),
+        (Span(-1, math.inf), "no effect seen"),
+    ],
+)  # fmt: skip
+def test_a_verdict_can_go_three_ways(effect: Span, outcome: str) -> None:
+    assert judged(effect, "", wanted="negative").outcome == outcome
+
+
+def test_steps_to_a_level() -> None:
+    curve = [(float(step), 10.0 - step) for step in range(10)]
+    assert steps_to(curve, 5.0, window=1) == 5.0
+    assert steps_to(curve, 5.0, window=3) == 6.0
+    assert steps_to(curve, -1.0) == 9.0
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_paper_says_what_it_claims_and_judges_by_its_own_numbers(name: str) -> None:
+    found = paper(name)
+    assert found.name == name
+    assert all((found.title, found.arxiv, found.claim, found.experiment, found.confirms, found.refutes))
+    assert len(found.arms) >= 2
+    assert found.minutes <= 60
+
+
+def test_measurements_are_kept_and_those_of_other_code_are_not(tmp_path: Path) -> None:
+    chosen, found = paper("muon"), results(AdamW=[4.0], Muon=[3.9])
+    found.add("AdamW", 2, Measured({"loss": math.inf}, [(1.0, math.nan)]))
+    keep(tmp_path / "muon.json", chosen, found)
+    again = kept(tmp_path / "muon.json", chosen)
+    assert again.arms["AdamW"][1] == found.arms["AdamW"][1]
+    assert again.arms["AdamW"][2].numbers == {"loss": math.inf}
+    assert math.isnan(again.arms["AdamW"][2].curve[0][1])
+    content = json.loads((tmp_path / "muon.json").read_text())
+    (tmp_path / "muon.json").write_text(json.dumps(content | {"code": "another"}))
+    assert kept(tmp_path / "muon.json", chosen).arms == {}
+
+
+def test_the_card_holds_the_verdict_the_picture_and_the_table(tmp_path: Path) -> None:
+    found = results(AdamW=[4.0, 4.1, 4.2], Muon=[3.9, 4.0, 4.1])
+    chosen = replace(
+        paper("muon"), judge=lambda r: judged(r.difference("Muon", "AdamW", "loss"), "by a tenth", wanted="negative")
+    )
+    card = draw(chosen, found, tmp_path)
+    page = card.file.read_text()
+    assert "## Verdict: confirmed" in page
+    assert "by a tenth" in page
+    assert "![training loss against step](muon.svg)" in page
+    assert (tmp_path / "muon.svg").read_text().lstrip().startswith("<?xml")
+    assert recorded(tmp_path, "muon") == "confirmed"
+    assert recorded(tmp_path, "yarn") == ""
+    assert table(found)[2].startswith("| AdamW | 4.1 ± 0.25 |")
+
+
+def test_a_paper_that_is_not_there_is_told_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'muon'"):
+        paper("moun")
