@@ -85,7 +85,7 @@ class NextToken(nn.Module):
 
     def balance(self, routings: list[Routing], count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """The router's terms; the loads are noted for whoever balances after the step."""
-        if self.training:
+        if self.model.training:
             note_loads(routings)
         for name, measure in METRICS.items():
             metrics[name] = (measure(routings).detach() * count, count)

@@ -10,13 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llm_quest.data.held_out import HeldOut
+from llm_quest.data.tokens import Tokens
 from llm_quest.errors import UsageError
 from llm_quest.models import PAGES
 from llm_quest.models.build import build
 from llm_quest.recipes.config import as_yaml, resolve
 from llm_quest.recipes.mixture import Parts, Router
 from llm_quest.recipes.pretrain_config import Pretrain
+from llm_quest.recipes.probes import held_out_loss
 from llm_quest.recipes.yaml import read
+from llm_quest.techniques.expert_bias import routers
 from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights
 from tests.recipes.two import by_two
 
@@ -109,6 +113,17 @@ def test_two_processes_balance_by_the_load_of_both(text: Path, tmp_path: Path, e
             torch.testing.assert_close(two[name], one[name], atol=1e-7, rtol=0)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert b["next_token"] == pytest.approx(a["next_token"], abs=1e-4)
+
+
+def test_the_held_out_loss_is_the_next_tokens_alone_and_notes_no_load(text: Path, tmp_path: Path):
+    model = build("deepseek-v3-tiny")
+    drawn = torch.randint(2, 97, (60,), generator=torch.Generator().manual_seed(0))
+    held_out = HeldOut(Tokens.of([drawn.tolist()], vocab_size=97, start=0, end=1), length=61, micro_rows=1)
+    losses = held_out_loss(model, held_out)
+    row = torch.tensor([0, *drawn.tolist(), 1])
+    expected = torch.nn.functional.cross_entropy(model(row[None, :-1])[0], row[1:])
+    assert losses["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert all(router.load is None for router in routers(model))
 
 
 def saved(out: Path, step: int) -> Path:
