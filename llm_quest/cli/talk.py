@@ -18,6 +18,7 @@ from llm_quest.generation.until import Until
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.choices import precision
+from llm_quest.techniques.score_head import score_head
 from llm_quest.train.parallel import pick_device
 
 Say = Callable[[str], None]
@@ -64,6 +65,8 @@ def opened(where: str, device: str, dtype: str, say: Say) -> tuple[Decoder, Toke
     if kind not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"--dtype {dtype!r} is not known; give auto, float32, bfloat16 or float16")
     model, tokenizer = load(where, device=place, dtype=kind), load_tokenizer(where)
+    if (head := score_head(model)) is not None:
+        raise UsageError(f"{where} gives {head.outputs} numbers and no text: it is a reward model or a classifier")
     say(f"{where}: {model.card.page}, {sum(p.numel() for p in model.parameters()):,} parameters, {kind} on {place}")
     return model, tokenizer
 

@@ -17,13 +17,15 @@ from llm_quest.errors import UsageError
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
 from llm_quest.recipes.course import Outcome
+from llm_quest.recipes.dpo import train_dpo
 from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
+from llm_quest.recipes.reward import train_reward
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
 from llm_quest.recipes.text import loaded
-from llm_quest.recipes.tuning_config import Sft
+from llm_quest.recipes.tuning_config import Dpo, Reward, Sft
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
@@ -40,6 +42,8 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "vit": (Vit, train_vit),
     "vlm": (Vlm, train_vlm),
     "sft": (Sft, train_sft),
+    "reward": (Reward, train_reward),
+    "dpo": (Dpo, train_dpo),
 }
 """What `recipe:` may say: the schema of its settings, and what runs them."""
 

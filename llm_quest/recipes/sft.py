@@ -55,7 +55,7 @@ def assembled(config: Sft, parallel: Parallel, say: Say) -> Job:
     model, tokenizer = opened(config.model)
     require_room(config.batch.length, model)
     talk = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length)
-    remember_ends(model, tokenizer, talk.train.examples)
+    remember_ends(model, tokenizer, (one.ids[one.last[1] - 1] for one in talk.train.examples))
     micro_rows = at_once(config, parallel)
     feed = InstructionFeed(
         talk.train,

@@ -4,7 +4,7 @@ held apart, and the loop runs in a run folder."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from llm_quest.contracts import Callback, Feed, Probe
-from llm_quest.data.chat import Chat, Example
+from llm_quest.data.chat import Chat
 from llm_quest.data.documents import Ledger
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.disk import replace_json
@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Job:
     """What a recipe has assembled. probes: made when the run folder is there. facts: what the report tells about the
-    data. identity: name -> hash of what a run may not change."""
+    data. identity: name -> hash of what a run may not change. ready: called once the run folder is there."""
 
     objective: nn.Module
     feed: Feed
@@ -47,6 +47,7 @@ class Job:
     facts: Mapping[str, Any]
     identity: Mapping[str, str]
     callbacks: Sequence[Callback] = field(default=())
+    ready: Callable[[Run], None] = lambda run: None
 
     @property
     def model(self) -> Any:
@@ -56,7 +57,8 @@ class Job:
 def opened(part: Start) -> tuple[Decoder, Tokenizer]:
     """The model in float32, ready to be trained, and its tokenizer."""
     if part.load.startswith("runs/") and not Path(part.load).is_dir():
-        raise UsageError(f"there is no run {part.load}: train one first (quest quickstart), or give model.load=FOLDER")
+        made = "quest quickstart" if part.load.endswith("quickstart") else f"quest train sft --out {part.load}"
+        raise UsageError(f"there is no run {part.load}: train one first ({made}), or give model.load=FOLDER")
     model = load(part.load, dtype="float32")
     if not isinstance(model, Decoder):
         raise UsageError(f"model.load must name a language model; {part.load} is a {page_of(model.config).name}")
@@ -82,10 +84,10 @@ def require_room(length: int, model: Decoder) -> None:
         raise UsageError(f"batch.length {length} is longer than the model's context of {model.config.context}")
 
 
-def remember_ends(model: Decoder, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+def remember_ends(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
     """The model's own files say what ends an answer: the tokens that did in training, and the tokenizer's ends."""
-    ends = {int(one.ids[one.last[1] - 1]) for one in examples} | set(tokenizer.eos_ids)
-    model.generation = GenerationDefaults(bos=tokenizer.bos_id, eos=tuple(sorted(ends)), pad=tokenizer.pad_id)
+    known = {int(end) for end in ends} | set(tokenizer.eos_ids)
+    model.generation = GenerationDefaults(bos=tokenizer.bos_id, eos=tuple(sorted(known)), pad=tokenizer.pad_id)
 
 
 def told(part: Said, chat: Chat, ledger: Ledger, train: int, held: int, say: Say) -> dict[str, Any]:
@@ -123,6 +125,7 @@ def carried_out(
             write_model_json(folder, job.model)
             job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.context)
             replace_json(folder / "data.json", dict(job.facts))
+        job.ready(run)
         result = train(
             job.objective,
             job.feed,

@@ -1,13 +1,13 @@
-"""The settings of the recipes that go on from a model: what they have in common, and `sft`."""
+"""The settings of the recipes that go on from a model: `sft`, `reward`, `dpo`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm_quest.recipes.config import Strict
-from llm_quest.recipes.parts import Batch, Count, Course, Few
+from llm_quest.recipes.parts import Batch, Count, Course, Few, Rate
 
 
 class Start(Strict):
@@ -53,3 +53,71 @@ class Sft(Course):
     batch: Batch = Field(default_factory=Batch)
     evaluate: Looking = Looking()
     samples: Questions = Questions()
+
+
+class Preferred(Said):
+    """Preferences: a question, the better answer and the worse one."""
+
+    flipped: float = Field(
+        default=0.0, ge=0, lt=0.5, description="turn round this part of the training pairs, to see what noise does"
+    )
+
+
+class PairRows(Strict):
+    """The pairs of one optimiser step, over all processes."""
+
+    rows: Count = Field(default=16, description="pairs in a step")
+    micro_rows: Count | None = Field(
+        default=None, description="pairs at once on each process; null: as many as fit 8,192 tokens"
+    )
+    length: int = Field(default=256, ge=4, description="tokens of a question with an answer, at most")
+
+    @model_validator(mode="after")
+    def micro_fits(self) -> PairRows:
+        if self.micro_rows is not None and self.rows % self.micro_rows:
+            raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
+        return self
+
+
+class Reward(Course):
+    """A model and preferences in, a model that gives an answer one number out."""
+
+    recipe: Literal["reward"]
+    model: Start
+    data: Preferred = Preferred()
+    batch: PairRows = PairRows()
+    center: float = Field(default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2")
+    evaluate: Looking = Looking()
+
+
+class Sync(Strict):
+    """TR-DPO: the reference follows the policy."""
+
+    every: Count = Field(default=512, description="steps")
+    mix: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="of the policy; the rest stays the reference"
+    )
+
+
+class Dpo(Course):
+    """A model that answers and preferences in, a model that prefers out."""
+
+    recipe: Literal["dpo"]
+    model: Start
+    data: Preferred = Preferred()
+    batch: PairRows = PairRows()
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge"] = "dpo"
+    beta: Rate = Field(default=0.1, description="how strongly the policy is held to the reference")
+    flips: float = Field(default=0.0, ge=0, lt=0.5, description="cdpo and robust: the part of wrong labels")
+    per_token: bool = Field(default=False, description="means over tokens in place of sums, as TRL has it for ipo")
+    reference: Literal["cached", "adapters_off"] = Field(
+        default="cached", description="computed once and kept, or at every step with the adapters off"
+    )
+    sync: Sync | None = Field(default=None, description="null: the reference stays")
+    evaluate: Looking = Looking()
+
+    @model_validator(mode="after")
+    def one_reference(self) -> Dpo:
+        if self.sync is not None and self.reference != "cached":
+            raise ValueError("sync makes a reference of its own, so reference: adapters_off would have no effect")
+        return self

@@ -1,0 +1,136 @@
+"""The reference that preference learning is held to: log-probabilities computed once and kept in the run folder, or a
+copy of the model that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm_quest.data.pairs import AnswerBatch, PairFeed, by_length, compared, hash_of
+from llm_quest.data.preferences import Rated
+from llm_quest.disk import sync
+from llm_quest.errors import DataError
+from llm_quest.objectives.preference import answer_log_probs
+from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import undisturbed
+from llm_quest.train.step import autocast
+
+Say = Callable[[str], None]
+FILE = "reference.safetensors"
+AT_ONCE = 8
+
+
+def known(
+    model: nn.Module, pairs: Sequence[Rated], folder: Path, parallel: Parallel, precision: str, say: Say
+) -> list[np.ndarray]:
+    """The model's log-probability of each answer, as it is now: from the run folder if they were computed for this
+    model, these pairs and this precision; else computed, and kept there."""
+    told = {"model": weights_hash(model), "pairs": hash_of(pairs), "precision": precision}
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    found = kept(folder / FILE, key) if parallel.leader else None
+    if parallel.leader and found is None:
+        say(f"reference: log-probabilities of {sum(len(one.answers) for one in pairs):,} answers, once")
+        with parallel.gathered(model), undisturbed(model), autocast(precision, parallel.device):
+            found = computed(model, pairs, parallel.device)
+        keep(folder / FILE, {"log_probs": torch.from_numpy(np.concatenate(found))}, {"key": key})
+    flat = parallel.broadcast(None if found is None else np.concatenate(found))
+    ends = np.cumsum([len(one.answers) for one in pairs])[:-1]
+    return np.split(flat, ends)
+
+
+def computed(model: nn.Module, pairs: Sequence[Rated], device: torch.device) -> list[np.ndarray]:
+    """In float32, answers of like length together."""
+    found: list[np.ndarray] = [np.empty(0)] * len(pairs)
+    for numbers in by_length(pairs, AT_ONCE):
+        some = [pairs[n] for n in numbers]
+        flat = answer_log_probs(model, compared(some).to(device)).float().cpu().numpy()
+        parts = np.split(flat, np.cumsum([len(one.answers) for one in some])[:-1])
+        for n, part in zip(numbers, parts, strict=True):
+            found[n] = part
+    return found
+
+
+def kept(file: Path, key: str) -> list[np.ndarray] | None:
+    """What the file holds, if it is of this key."""
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="np") as held:
+        return [held.get_tensor("log_probs")] if (held.metadata() or {}).get("key") == key else None
+
+
+def keep(file: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
+    """Whole or not at all."""
+    staged = file.with_name(f".tmp-{file.name}")
+    save_file(tensors, staged, metadata=told)
+    sync(staged)
+    staged.replace(file)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 of every parameter."""
+    told = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        told.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+    return told.hexdigest()
+
+
+class Moving:
+    """A reference of its own: every `every` steps it becomes mix x policy + (1 - mix) x reference. It is the feed too,
+    for what the reference is belongs to where a run stands: the bookmark names the file it was kept in.
+
+    keep: so many files stay, one for each checkpoint and one more."""
+
+    def __init__(
+        self, feed: PairFeed, model: nn.Module, folder: Path, *, every: int, mix: float, keep: int, leader: bool
+    ):
+        self.feed, self.folder, self.every, self.mix = feed, folder / "reference", every, mix
+        self.files, self.leader, self.synced = keep + 1, leader, 0
+        self.model = deepcopy(model).eval().requires_grad_(False)
+
+    def __call__(self, batch: AnswerBatch) -> Tensor:
+        """The reference's log-probability of each row."""
+        return answer_log_probs(self.model, batch)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        if step % self.every == 0:
+            self.synced = step
+            for mine, policy in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.lerp_(policy.to(mine), self.mix)
+
+    def at(self, step: int) -> list[AnswerBatch]:
+        return self.feed.at(step)
+
+    def bookmark(self) -> dict[str, Any]:
+        """Asked for when a checkpoint is made: the reference is kept beside it."""
+        if self.leader and self.synced and not self.place(self.synced).exists():
+            self.folder.mkdir(exist_ok=True)
+            keep(self.place(self.synced), dict(self.model.named_parameters()), {"step": str(self.synced)})
+            for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.files]:
+                old.unlink()
+        return self.feed.bookmark() | {"reference": self.synced}
+
+    def resume(self, bookmark: dict[str, Any]) -> None:
+        self.feed.resume(bookmark)
+        self.synced = int(bookmark.get("reference", 0))
+        if self.synced:
+            file = self.place(self.synced)
+            if not file.is_file():
+                raise DataError(f"{file} is not there, without which this run cannot go on; start a new one")
+            with torch.no_grad():
+                saved = load_file(file)
+                for name, mine in self.model.named_parameters():
+                    mine.copy_(saved[name])
+
+    def place(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"
