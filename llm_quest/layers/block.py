@@ -38,7 +38,7 @@ class Sublayer(nn.Module):
         self.post_norm = post_norm or nn.Identity()
         self.residual = residual or Add()
 
-    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T *streams D"], scope: Scope) -> Float[Tensor, "B T *streams D"]:
         return self.residual(x, lambda y: self.post_norm(self.dropout(self.layer(self.norm(y), scope))))
 
 
@@ -50,6 +50,8 @@ class Block(nn.Module):
         self.mixer = mixer
         self.ffn = ffn
 
-    def forward(self, x: Float[Tensor, "B T D"], scope: Scope, wanted: int | None = None) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B T *streams D"], scope: Scope, wanted: int | None = None
+    ) -> Float[Tensor, "B N *streams D"]:
         """wanted: only so many first positions are read by what follows: the feed-forward layer works on them alone."""
         return self.ffn(self.mixer(x, scope)[:, :wanted], scope)

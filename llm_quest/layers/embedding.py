@@ -24,6 +24,24 @@ class TokenEmbedding(nn.Module):
         return scope.fill(x)
 
 
+class LearnedScale(nn.Module):
+    """What an embedding gives times one learned number."""
+
+    def __init__(self, base: nn.Module, scale: nn.Parameter):
+        super().__init__()
+        self.base = base
+        self.scale = scale
+
+    @property
+    def token(self) -> nn.Embedding:
+        """The table within."""
+        return self.base.token  # type: ignore[return-value]
+
+    def forward(self, tokens: Int[Tensor, "B T"], scope: Scope) -> Float[Tensor, "B T D"]:
+        x = self.base(tokens, scope)
+        return x * self.scale.to(x.dtype)
+
+
 class LearnedPositions(nn.Module):
     """token(t) + position(p): GPT-2's. Padding (p = -1) reads position 0: nobody looks at it.
 

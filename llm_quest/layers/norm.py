@@ -55,3 +55,26 @@ class LayerNorm(nn.Module):
         fine = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(fine), self.bias.to(fine)
         return F.layer_norm(x.to(fine), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+class DynamicTanh(nn.Module):
+    """y = weight * tanh(alpha x) + bias (DyT, Zhu et al. 2025, arXiv:2503.10622, eq. 1), in a norm's place: one learned
+    scalar alpha, and no number of a token depends on another. start: alpha's first value."""
+
+    def __init__(self, width: int, start: float, *, bias: bool):
+        super().__init__()
+        self.start = start
+        self.alpha = nn.Parameter(torch.full((), start))
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (x.to(wide) * self.alpha.to(wide)).tanh() * self.weight.to(wide)
+        return (y if self.bias is None else y + self.bias.to(wide)).to(x.dtype)
+
+    def fill_(self, generator: torch.Generator | None) -> None:
+        nn.init.constant_(self.alpha, self.start)
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)

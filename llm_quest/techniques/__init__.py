@@ -9,9 +9,15 @@ which runs it on every page."""
 from __future__ import annotations
 
 from llm_quest.techniques.checkpointing import Checkpointing
+from llm_quest.techniques.dynamic_tanh import DyT
+from llm_quest.techniques.hyper_connections import HyperConnections
+from llm_quest.techniques.length import LengthExtension
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
+from llm_quest.techniques.multi_token import MultiToken
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.score_head import ScoreHead
+from llm_quest.techniques.softcap import SoftCap
+from llm_quest.techniques.taps import Taps
 
 TECHNIQUES: dict[str, type] = {
     "lora": LoRA,
@@ -20,8 +26,14 @@ TECHNIQUES: dict[str, type] = {
     "lora_xs": LoRAXS,
     "tiny_lora": TinyLoRA,
     "score_head": ScoreHead,
+    "hyper_connections": HyperConnections,
+    "multi_token": MultiToken,
+    "length": LengthExtension,
+    "softcap": SoftCap,
+    "dyt": DyT,
 }
 IN_TRAINING: dict[str, type] = {
     "checkpointing": Checkpointing,
     "qk_clip": QKClip,
+    "taps": Taps,
 }

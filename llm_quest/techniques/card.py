@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
+from llm_quest.layers.initialize import fill_, materialize
 
 Model = TypeVar("Model", bound=Any)
 
@@ -70,6 +72,18 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Another module in the place of the one at this path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def furnished(part: nn.Module, model: Any, seed: int = 0) -> nn.Module:
+    """A new part (made on the meta device) with memory and dtype like the model's, and first values from a seed; as it
+    is where the model has no memory either."""
+    like = next(model.parameters())
+    if like.device.type == "meta":
+        return part
+    materialize(part, "cpu", torch.promote_types(like.dtype, torch.float32))
+    writes = 0.02 / (2 * model.config.layers) ** 0.5
+    fill_(part, std=0.02, out_std=writes, generator=torch.Generator().manual_seed(seed))
+    return part.to(like).train(model.training)
 
 
 def plain(name: str) -> str:

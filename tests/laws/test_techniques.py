@@ -23,9 +23,15 @@ from llm_quest.scope import Scope
 from llm_quest.techniques import IN_TRAINING, TECHNIQUES
 from llm_quest.techniques.card import read, written
 from llm_quest.techniques.checkpointing import Checkpointing
+from llm_quest.techniques.dynamic_tanh import DyT
+from llm_quest.techniques.hyper_connections import HyperConnections
+from llm_quest.techniques.length import LengthExtension
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
+from llm_quest.techniques.multi_token import MultiToken
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.score_head import ScoreHead
+from llm_quest.techniques.softcap import SoftCap
+from llm_quest.techniques.taps import Taps
 from tests.laws.subjects import TINY, own, random_tokens, shared
 
 EXAMPLES: dict[str, Any] = {
@@ -35,12 +41,23 @@ EXAMPLES: dict[str, Any] = {
     "lora_xs": LoRAXS(rank=2),
     "tiny_lora": TinyLoRA(u=5, tying=0.5),
     "score_head": ScoreHead(3, labels=("a", "b", "c")),
+    "hyper_connections": HyperConnections(streams=3),
+    "multi_token": MultiToken(),
+    "length": LengthExtension(factor=4.0),
+    "softcap": SoftCap(attention=2.0, final=3.0),
+    "dyt": DyT(form="llama"),
     "checkpointing": Checkpointing(),
     "qk_clip": QKClip(),
+    "taps": Taps(),
 }
+STRETCHED = "defined on the frequencies it was first trained with"
 NORMED = "its queries are normalised after projection"
 REFUSED: dict[tuple[str, str], str] = {
-    ("qk_clip", page): NORMED for page in TINY if page.startswith(("qwen3", "gemma3"))
+    **{("qk_clip", page): NORMED for page in TINY if page.startswith(("qwen3", "gemma3"))},
+    **{("length", page): STRETCHED for page in ("llama3.2-tiny", "gemma3-tiny", "deepseek-v3-tiny")},
+    ("length", "gpt2-tiny"): "positions are learned vectors, one for each",
+    ("multi_token", "deepseek-v3-tiny"): "has 2 lookahead modules already",
+    ("softcap", "gemma2-tiny"): "capped at .* already",
 }
 """(technique, preset) -> the reason, as the error says it."""
 

@@ -1,0 +1,87 @@
+"""Dynamic Tanh in place of every norm of the stream (Zhu et al. 2025, arXiv:2503.10622): before and after each layer
+and at the end. Norms inside a layer (q/k norm, MLA's latents, the DeltaNet's) belong to that layer and stay.
+
+The LLaMA form (their section 5 and appendix): no bias; a larger alpha before attention than elsewhere, both smaller
+the wider the model; a learned number after the embedding, sqrt(D) at first, without which large models do not converge;
+an output matrix of its own.
+
+Commonly got wrong: alpha is one number for a layer, not one per feature. It is another model, to be trained from the
+start: a trained model's logits are lost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.embedding import LearnedScale, TokenEmbedding
+from llm_quest.layers.norm import DynamicTanh, LayerNorm, OffsetRMSNorm, RMSNorm
+from llm_quest.techniques.card import Model, applied, furnished, put, refuse_twice
+
+Norm = RMSNorm | OffsetRMSNorm | LayerNorm
+BY_WIDTH = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
+"""The paper's table for the LLaMA form: width -> alpha before attention, alpha elsewhere. The nearest width counts."""
+
+
+@dataclass(frozen=True)
+class DyT:
+    """form: plain or llama. alpha: the first value of every alpha, attention_alpha: of those before attention; None: as
+    the paper has it (plain: 0.5 for both)."""
+
+    form: str = "plain"
+    alpha: float | None = None
+    attention_alpha: float | None = None
+    neutral_at_birth: ClassVar[bool] = False
+    published: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.form not in ("plain", "llama"):
+            raise UsageError(f"no form of DyT is called {self.form!r}; known: plain, llama")
+        if any(value is not None and not value > 0 for value in (self.alpha, self.attention_alpha)):
+            raise UsageError(f"alpha {self.alpha}, attention_alpha {self.attention_alpha}: both must be above 0")
+
+    def __call__(self, model: Model) -> Model:
+        refuse_twice(model, self)
+        before_attention, elsewhere = self.alphas(model.config.width)
+        norms = {path: norm for path, norm in model.named_modules() if in_stream(path, norm)}
+        for path, norm in norms.items():
+            start = before_attention if path.endswith("mixer.norm") else elsewhere
+            put(model, path, furnished(self.tanh(norm.weight.shape[0], start), model))
+        if self.form == "llama":
+            scale_embedding(model)
+            untie(model)
+        return applied(model, self)
+
+    def alphas(self, width: int) -> tuple[float, float]:
+        """First values before attention and elsewhere."""
+        nearest = min(BY_WIDTH, key=lambda known: abs(math.log(known / width)))
+        attention, other = BY_WIDTH[nearest] if self.form == "llama" else (0.5, 0.5)
+        given = self.alpha if self.attention_alpha is None else self.attention_alpha
+        return (attention if given is None else given), (other if self.alpha is None else self.alpha)
+
+    def tanh(self, width: int, start: float) -> nn.Module:
+        with torch.device("meta"):
+            return DynamicTanh(width, start, bias=self.form == "plain")
+
+
+def in_stream(path: str, module: nn.Module) -> bool:
+    """A norm of the stream, not of a layer's inside."""
+    return isinstance(module, Norm) and ".layer." not in path
+
+
+def scale_embedding(model: Any) -> None:
+    """The learned number after the embedding, such that what leaves it is sqrt(D) times the table's vectors."""
+    fixed = model.embed.scale if isinstance(model.embed, TokenEmbedding) else 1.0
+    start = next(model.parameters()).new_full((), model.config.width**0.5 / fixed)
+    model.embed = LearnedScale(model.embed, nn.Parameter(start))
+
+
+def untie(model: Any) -> None:
+    """An output matrix of its own, with the numbers it had."""
+    if model.head.weight is model.embed.token.weight:
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())

@@ -1,0 +1,50 @@
+"""Logit soft-capping on any model (Gemma 2, arXiv:2408.00118): attention scores and final logits s become
+cap * tanh(s / cap): bounded by the cap, and nearly themselves where they are small.
+
+Commonly got wrong: the attention cap comes before the mask; after it, a hidden key would get -cap instead of nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.attention import cap_of, capped
+from llm_quest.techniques.attending import attending
+from llm_quest.techniques.card import Model, applied, refuse_twice
+
+
+@dataclass(frozen=True)
+class SoftCap:
+    """attention: cap of the scores, final: of the logits; None: not capped. Gemma 2's numbers."""
+
+    attention: float | None = 50.0
+    final: float | None = 30.0
+    neutral_at_birth: ClassVar[bool] = False
+    published: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        caps = [cap for cap in (self.attention, self.final) if cap is not None]
+        if not caps or min(caps) <= 0:
+            raise UsageError(f"caps {self.attention} and {self.final}: give at least one, above 0")
+
+    def __call__(self, model: Model) -> Model:
+        refuse_twice(model, self)
+        if self.final is not None:
+            if model.head.cap is not None:
+                raise UsageError(f"the model's logits are capped at {model.head.cap} already: set final to null")
+            model.head.cap = self.final
+        if self.attention is not None:
+            mixers = attending(model, self)
+            if before := next((cap for mixer in mixers if (cap := cap_of(mixer.attend)) is not None), None):
+                raise UsageError(f"the model's scores are capped at {before} already: set attention to null")
+            for mixer in mixers:
+                mixer.attend = capped(self.attention)
+            warnings.warn(
+                "softcap: attention runs in its explicit form, with every score in memory: the fused kernel knows no "
+                "cap",
+                stacklevel=2,
+            )
+        return applied(model, self)
