@@ -32,7 +32,7 @@ class MultiToken:
 
     def __call__(self, model: Model) -> Model:
         if len(model.lookahead):
-            raise ValueError(f"this model has {len(model.lookahead)} lookahead modules already")
+            raise ValueError(f"this model has lookahead modules already ({len(model.lookahead)}): train those")
         for k in range(self.depth):
             model.lookahead.append(furnished(lookahead(model.config), model, self.seed + k))
         return applied(model, self)

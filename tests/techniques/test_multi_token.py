@@ -10,11 +10,12 @@ from llm_quest.data.batch import TokenBatch
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build
 from llm_quest.objectives.next_token import NextToken
+from llm_quest.scope import Scope
 from llm_quest.techniques.multi_token import MultiToken
 from tests.laws.subjects import TINY, own, random_tokens, randomize_
 
 
-@pytest.mark.parametrize("page", [page for page in TINY if page != "deepseek-v3-tiny"])
+@pytest.mark.parametrize("page", [page for page in TINY if page not in ("deepseek-v3-tiny", "mimo-tiny")])
 def test_it_is_the_pages_own_last_layer(page: str):
     model = MultiToken(2)(build(page))
     last = model.blocks[-1]
@@ -37,8 +38,6 @@ def test_the_loss_pairs_each_state_with_the_token_two_further_on():
     scope_tokens = inputs[:, 1:]
     embedded = model.embed.token(scope_tokens) + model.embed.position(torch.arange(1, 11))
     pair = torch.cat((module.embed_norm(embedded), module.hidden_norm(h)), dim=-1)
-    from llm_quest.scope import Scope
-
     scope = Scope(torch.arange(1, 11).expand(2, -1))
     logits = model.head(module.norm(module.block(module.join(pair), scope)))
     expected = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum")
@@ -66,5 +65,5 @@ def test_it_learns():
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="at least one module"):
         MultiToken(0)
-    with pytest.raises(ValueError, match="has 2 lookahead modules already"):
+    with pytest.raises(ValueError, match=r"has lookahead modules already \(2\): train those"):
         MultiToken()(build("deepseek-v3-tiny"))

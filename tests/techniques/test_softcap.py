@@ -44,7 +44,7 @@ def test_mistakes_are_named():
         SoftCap(None, None)
     with pytest.raises(UsageError, match="give at least one, above 0"):
         SoftCap(-1.0)
-    with pytest.raises(UsageError, match="logits are capped at 3.0 already: set final to null"):
+    with pytest.raises(UsageError, match=r"logits are capped at 3.0 already: set final to null"):
         SoftCap()(build("gemma2-tiny"))
-    with pytest.raises(UsageError, match="scores are capped at 2.0 already: set attention to null"):
+    with pytest.raises(UsageError, match=r"scores are capped at 2.0 already: set attention to null"):
         SoftCap(final=None)(build("gemma2-tiny"))
