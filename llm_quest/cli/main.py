@@ -253,6 +253,28 @@ def inspect(
     show(inspected(folder), json)
 
 
+@app.command("inspect-batch")
+def inspect_batch(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
+    pairs: Pairs = None,
+    step: Annotated[int, typer.Option(min=0, help="The optimiser step, counted from 0.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Show so many rows.")] = 4,
+    json: Json = False,
+    quiet: Quiet = False,
+    threads: Threads = 0,
+    offline: Offline = False,
+) -> None:
+    """What a step trains on, token by token: what is learned (in green), positions, documents."""
+    from llm_quest.cli.batches import look
+
+    prepare(threads, offline)
+    shown = look(recipe, pairs or [], step=step, rows=rows, say=voice(quiet))
+    if json or not sys.stdout.isatty():
+        show(shown, json)
+    else:  # the colours are ours; the text between them is cleaned already
+        print("\n".join(shown.lines(colour=True)))
+
+
 @app.command()
 def verify(
     folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, threads: Threads = 0

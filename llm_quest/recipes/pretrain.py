@@ -94,15 +94,7 @@ def run_it(
     if config.activation_checkpointing:
         model = Checkpointing()(model)
     objective = parallel.place(config.parts.objective(model), list(model.blocks))
-    micro_rows = at_once(config, parallel)
-    feed = PackedFeed(
-        text.folder.train,
-        length=config.batch.length,
-        rows=config.batch.rows,
-        micro_rows=micro_rows,
-        seed=seeds.stream(config.seed, "order"),
-        share=parallel.share,
-    )
+    micro_rows, feed = at_once(config, parallel), feed_of(config, text, parallel)
     identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash}
     with Run(
         folder,
@@ -127,6 +119,18 @@ def run_it(
             display=screen,
         )
         return concluded(config, folder, model, text, result, parallel, say)
+
+
+def feed_of(config: Pretrain, text: Text, parallel: Parallel) -> PackedFeed:
+    """This process's rows."""
+    return PackedFeed(
+        text.folder.train,
+        length=config.batch.length,
+        rows=config.batch.rows,
+        micro_rows=at_once(config, parallel),
+        seed=seeds.stream(config.seed, "order"),
+        share=parallel.share,
+    )
 
 
 def first_model(config: Pretrain, settings: Settings, text: Text) -> Decoder:
