@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llm_quest.cli.talk import opened
-from llm_quest.data.problems import PARTS, Part, Problem, draw, task
+from llm_quest.data.problems import PARTS, Part, Problem, draw, spelled
 from llm_quest.data.problems.gsm8k import read_gsm8k
 from llm_quest.errors import UsageError
 from llm_quest.rollouts.evaluation import Accuracy, evaluate_problems
@@ -52,17 +52,5 @@ def chosen(exam: Exam) -> Sequence[Problem]:
     if exam.part not in PARTS:
         raise UsageError(f"no part is called {exam.part!r}; known: {', '.join(PARTS)}")
     part: Part = exam.part  # type: ignore[assignment]
-    name, _, options = exam.task.partition(":")
-    made = task(name, dict(option(pair) for pair in options.split(",") if pair))
+    made = spelled(exam.task)
     return [draw(made, part, index, exam.seed) for index in range(exam.number)]
-
-
-def option(pair: str) -> tuple[str, object]:
-    """`count=4` as a name and its value."""
-    name, equals, value = pair.partition("=")
-    if not equals:
-        raise UsageError(f"{pair!r} is no option; write name=value, like countdown:count=4")
-    try:
-        return name, int(value) if value.isdigit() else float(value)
-    except ValueError:
-        raise UsageError(f"{pair!r}: a task's options are numbers") from None

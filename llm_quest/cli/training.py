@@ -18,6 +18,8 @@ from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
 from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.dpo import train_dpo
+from llm_quest.recipes.grpo import train_grpo
+from llm_quest.recipes.grpo_config import Grpo
 from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
@@ -44,6 +46,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "sft": (Sft, train_sft),
     "reward": (Reward, train_reward),
     "dpo": (Dpo, train_dpo),
+    "grpo": (Grpo, train_grpo),
 }
 """What `recipe:` may say: the schema of its settings, and what runs them."""
 

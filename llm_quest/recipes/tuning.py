@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from llm_quest.contracts import Callback, Feed, Probe
+from llm_quest.contracts import Callback, Feed, Probe, Watcher
 from llm_quest.data.chat import Chat
 from llm_quest.data.documents import Ledger
 from llm_quest.data.tokenizer import Tokenizer
@@ -48,6 +48,7 @@ class Job:
     identity: Mapping[str, str]
     callbacks: Sequence[Callback] = field(default=())
     ready: Callable[[Run], None] = lambda run: None
+    watchers: Sequence[Watcher] = field(default=())
 
     @property
     def model(self) -> Any:
@@ -136,6 +137,7 @@ def carried_out(
             parallel=parallel,
             callbacks=job.callbacks,
             probes=job.probes(run),
+            watchers=job.watchers,
             display=shown(config, folder, parallel, quiet),
         )
     return ended(config, folder, result, parameters, leader=parallel.leader)

@@ -41,3 +41,20 @@ def task(name: str, options: Mapping[str, Any] | None = None) -> Task:
         )
     made: Task = TASKS[name](**(options or {}))
     return made
+
+
+def spelled(text: str) -> Task:
+    """A task as people write it: its name, with options after a colon (countdown:count=4,largest=9)."""
+    name, _, options = text.partition(":")
+    return task(name, dict(option(pair) for pair in options.split(",") if pair))
+
+
+def option(pair: str) -> tuple[str, int | float]:
+    """`count=4` as a name and its value."""
+    name, equals, value = pair.partition("=")
+    if not equals:
+        raise UsageError(f"{pair!r} is no option; write name=value, like countdown:count=4")
+    try:
+        return name, int(value) if value.isdigit() else float(value)
+    except ValueError:
+        raise UsageError(f"{pair!r}: a task's options are numbers") from None

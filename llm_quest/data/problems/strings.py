@@ -11,11 +11,13 @@ from llm_quest.data.problems.problem import Problem
 
 @dataclass(frozen=True)
 class Reverse:
-    """`reverse(abc)=` is `cba`. shortest, longest: letters of the word; letters: how many different ones."""
+    """`reverse(abc)=` is `cba`. shortest, longest: letters of the word; letters: how many different ones. noise: how
+    often the teacher copies the word as it stands."""
 
     shortest: int = 3
     longest: int = 8
     letters: int = 10
+    noise: float = 0.0
     name: str = "reverse"
 
     @property
@@ -27,7 +29,7 @@ class Reverse:
         return Problem(f"{self.name}({word})=", word[::-1], "exact", word)
 
     def demonstrate(self, problem: Problem, chance: random.Random) -> str:
-        return problem.answer
+        return problem.answer[::-1] if self.noise and chance.random() < self.noise else problem.answer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""`quest train grpo`, real and tiny: it learns from a true reward and not from a random one, resumes in the middle of a
+rollout with the same bits, and refuses what has no effect."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_quest.data.alphabet import character_tokenizer
+from llm_quest.data.demonstrations import DemonstrationFeed
+from llm_quest.data.problems import spelled
+from llm_quest.errors import DataError, GuardStop, UsageError
+from llm_quest.hub.files import load
+from llm_quest.objectives.surrogates import VARIANTS
+from llm_quest.recipes.config import resolve
+from llm_quest.recipes.grpo import train_grpo
+from llm_quest.recipes.grpo_config import Grpo
+from llm_quest.recipes.yaml import merge, read
+from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.steps import step_rewards
+from tests.recipes.tuned import metrics, weights
+
+RECIPE = """
+recipe: grpo
+task: reverse:shortest=3,longest=3,letters=8,noise=0.5
+model: {page: llama, sizes: {width: 48, layers: 2, heads: 2, groups: 2, hidden: 96}}
+warmup: {rows: 48, lr: 5e-3, until: 0.3}
+rollout: {prompts: 16, group: 8, new_tokens: 5}
+steps: 4
+optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0}
+schedule: {shape: constant, warmup: 0}
+evaluate: {every: 0, problems: 40}
+checkpoint: {every: 0, keep: 9}
+precision: fp32
+log_every: 1
+"""
+
+
+def started(out: Path, *pairs: str, say=lambda line: None):
+    settings = merge(read(RECIPE, "recipe.yaml"), list(pairs))
+    return train_grpo(resolve(Grpo, settings), settings, out, quiet=True, say=say)
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose teacher copied half of the words where it should have reversed them."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    started(out, "steps=1")
+    return out / "warmup"
+
+
+def from_(warm: Path, *pairs: str) -> list[str]:
+    return ["model=null", f"model.load={warm}", "warmup=null", *pairs]
+
+
+def rewards(out: Path) -> list[float]:
+    return [row["reward"] for row in metrics(out)]
+
+
+def test_the_reward_rises_and_not_by_chance(warm: Path, tmp_path: Path):
+    """Held-out accuracy rises with it; under a reward that knows nothing, neither does."""
+    said: list[str] = []
+    started(tmp_path / "true", *from_(warm, "steps=40"), say=said.append)
+    told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
+    found = rewards(tmp_path / "true")
+    assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
+    assert told[1] - told[0] >= 0.2
+    started(tmp_path / "random", *from_(warm, "steps=40", "rewards=[{name: random}]"), say=said.append)
+    told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
+    assert told[3] - told[2] < 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_runs_with_updates_minibatches_and_a_reference(variant: str, warm: Path, tmp_path: Path):
+    pairs = ["rollout.updates=2", "rollout.minibatches=2", "kl.beta=0.01", f"variant={variant}"]
+    started(tmp_path / "run", *from_(warm, *pairs))
+    rows = metrics(tmp_path / "run")
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["log_ratio"] < 1e-5 < rows[1]["log_ratio"]
+    assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
+
+
+def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, tmp_path: Path):
+    pairs = from_(warm, "rollout.updates=2", "rollout.minibatches=2", "kl.beta=0.01", "checkpoint.every=1", "steps=6")
+    started(tmp_path / "straight", *pairs)
+    for stopped in (2, 4):
+        out = tmp_path / f"stopped-{stopped}"
+        shutil.copytree(tmp_path / "straight", out)
+        for step in range(stopped + 1, 7):
+            shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+        started(out, *pairs)
+        assert weights(out, 6) == weights(tmp_path / "straight", 6)
+    assert [row["step"] for row in metrics(out)] == list(range(1, 7))
+
+
+def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        started(tmp_path / name, *from_(warm, "steps=3"))
+    assert weights(tmp_path / "one", 3) == weights(tmp_path / "two", 3)
+
+
+def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    started(out, *from_(warm, "techniques=[{name: lora, rank: 4}]", "kl.beta=0.1", "kl.estimator=unbiased"))
+    rows = metrics(out)
+    assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
+    before, after = load(warm), load(out)
+    trained = dict(after.named_parameters())
+    frozen = [name for name in dict(before.named_parameters()) if name in trained]
+    assert frozen
+    assert all(torch.equal(dict(before.named_parameters())[name], trained[name]) for name in frozen)
+
+
+def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
+    pairs = [
+        "task=chained:shortest=1,longest=2,modulus=5",
+        "rollout.new_tokens=20",
+        "process=true",
+        "variant=gspo_token",
+    ]
+    started(tmp_path / "run", *pairs, "steps=2")
+    assert all(row["length"] > 0 for row in metrics(tmp_path / "run"))
+
+
+def test_a_step_ends_at_its_token_and_the_last_one_at_the_end_of_text():
+    task = spelled("chained:shortest=2,longest=2")
+    tokenizer = character_tokenizer(task.alphabet)
+    problem = DemonstrationFeed(task, tokenizer, rows=1).problems(0, 0)
+    text = ";".join(problem.steps) + f";#{problem.answer}"
+    tokens = (*tokenizer.encode(text, template=False), tokenizer.end_id)
+    sample = Sample((0,), tokens, (0.0,) * len(tokens), "eos", text, problem)
+    first = len(problem.steps[0])
+    assert step_rewards(tokenizer, sample) == [(first, 1.0), (text.index("#") - 1, 1.0), (len(tokens) - 1, 1.0)]
+    cut = Sample((0,), tokens[:-1], (0.0,) * (len(tokens) - 1), "length", text, problem)
+    assert step_rewards(tokenizer, cut)[-1] == (len(tokens) - 2, 0.0)
+    nothing = Sample((0,), (tokenizer.end_id,), (0.0,), "eos", "", problem)
+    assert step_rewards(tokenizer, nothing) == [(0, 0.0)]
+
+
+def test_a_file_of_problems_is_asked_in_a_new_order_every_epoch(warm: Path, tmp_path: Path):
+    file = tmp_path / "gsm.jsonl"
+    rows = [{"question": "abcde"[i % 5] * (1 + i // 5), "answer": f"{i} #### {i}"} for i in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    started(tmp_path / "run", *from_(warm, f"task={file}", "steps=1"))
+    assert metrics(tmp_path / "run")[-1]["flat"] == 1
+
+
+def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
+    pairs = from_(warm, "task=reverse:shortest=30,longest=40", "patience=3", "steps=50")
+    with pytest.raises(GuardStop, match="cannot learn"):
+        started(tmp_path / "run", *pairs)
+    assert json.loads((tmp_path / "run" / "crash.json").read_text())["step"] <= 6
+
+
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        (["kl.beta=0.1", "kl.estimator=k1"], "expected gradient of 0"),
+        (["kl.beta=0.1", "kl.place=reward"], "k1"),
+        (["kl.beta=0"], "kl.beta"),
+        (["rollout.top_k=20"], "another distribution"),
+        (["variant=sapo", "surrogate.high=0.3"], "no effect on sapo"),
+        (["variant=reinforce", "surrogate.low=0.3"], "no numbers"),
+        (["separately=true"], "no effect"),
+        (["process=true", "variant=gspo"], "gspo_token"),
+        (["process=true", "advantages=mean"], "no effect"),
+        (["warmup=null"], "fresh model"),
+        (["rewards=[{name: model}]"], "needs its folder"),
+        (["rewards=[{name: correct, load: x}]"], "no effect"),
+        (["rollout.group=0"], "whole number"),
+        (["variant=gropo"], "did you mean 'grpo'"),
+    ],
+)
+def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str], told: str):
+    with pytest.raises(UsageError, match=told):
+        resolve(Grpo, merge(read(RECIPE, "recipe.yaml"), pairs))
+
+
+def test_mistakes_that_only_the_run_can_see(warm: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="siblings"):
+        started(tmp_path / "a", *from_(warm, "rollout.group=1"))
+    with pytest.raises(UsageError, match="no task is called 'revers', did you mean 'reverse'"):
+        started(tmp_path / "b", *from_(warm, "task=revers"))
+    with pytest.raises(DataError, match="there is no file"):
+        started(tmp_path / "c", *from_(warm, "task=nothing.jsonl"))
+    with pytest.raises(DataError, match="no room"):
+        started(tmp_path / "d", *from_(warm, "rollout.new_tokens=1000", "evaluate.problems=1"))
+    with pytest.raises(UsageError, match="warmup has no effect"):
+        started(tmp_path / "e", "model=null", f"model.load={warm}")
