@@ -155,7 +155,8 @@ def assemble(seen: Survey) -> None:
     if config.layers > len(seen.sources):
         raise DataError(f"config.json: {config.layers:,} layers, but the files hold only {len(seen.sources)} tensors")
     try:
-        seen.model = skeleton(config if seen.found.run is not None else seen.page.settle(config, seen.sources))
+        exact = seen.found.run is not None or seen.techniques  # our own words, which need no settling
+        seen.model = skeleton(config if exact else seen.page.settle(config, seen.sources))
         seen.model = repeated(seen.model, seen.techniques)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         seen.model = None

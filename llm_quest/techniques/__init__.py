@@ -11,6 +11,7 @@ from __future__ import annotations
 from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
+from llm_quest.techniques.int8 import Int8Weights
 from llm_quest.techniques.length import LengthExtension
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.multi_token import MultiToken
@@ -25,6 +26,7 @@ TECHNIQUES: dict[str, type] = {
     "dora": DoRA,
     "lora_xs": LoRAXS,
     "tiny_lora": TinyLoRA,
+    "int8": Int8Weights,
     "score_head": ScoreHead,
     "hyper_connections": HyperConnections,
     "multi_token": MultiToken,

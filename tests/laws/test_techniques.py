@@ -25,6 +25,7 @@ from llm_quest.techniques.card import read, written
 from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
+from llm_quest.techniques.int8 import Int8Weights
 from llm_quest.techniques.length import LengthExtension
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.multi_token import MultiToken
@@ -40,6 +41,7 @@ EXAMPLES: dict[str, Any] = {
     "dora": DoRA(rank=2),
     "lora_xs": LoRAXS(rank=2),
     "tiny_lora": TinyLoRA(u=5, tying=0.5),
+    "int8": Int8Weights(),
     "score_head": ScoreHead(3, labels=("a", "b", "c")),
     "hyper_connections": HyperConnections(streams=3),
     "multi_token": MultiToken(),
@@ -60,6 +62,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("softcap", "gemma2-tiny"): "capped at .* already",
 }
 """(technique, preset) -> the reason, as the error says it."""
+
+NOT_TRAINED = {"int8"}
+"""For inference alone: whole numbers have no gradient."""
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 CALLED = [name for name in EXAMPLES if callable(EXAMPLES[name])]
@@ -163,6 +168,9 @@ def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(nam
 @grid
 def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
     model = copy.deepcopy(edited(name, page)).train()
+    if name in NOT_TRAINED:
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        return
     tokens = random_tokens(model, 3, 14)
     targets = tokens[:, 1:] % model.head.weight.shape[0]
     NextToken(model)(TokenBatch(tokens[:, :-1], targets)).total.backward()

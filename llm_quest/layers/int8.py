@@ -1,0 +1,151 @@
+"""Matrices as whole numbers of eight bits and one scale a row: W ~ scale * q, |q| <= 127.
+
+Decoding one token reads every weight once, and the memory's speed is the limit: a quarter of float32's bytes is up to
+four times the tokens. Activations stay floats (weight-only): nothing is calibrated.
+
+`plainly` is the definition. `packed` is the same through PyTorch's kernel for few rows on a CPU, which rounds x and the
+result to bfloat16; scales are chosen among bfloat16's numbers, so that they lose nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from jaxtyping import Int8 as Bytes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_quest.layers.moe import Inner
+
+FEW = 8
+"""Up to so many rows of x the kernel is faster than widening the matrix once."""
+LANES = 32
+"""The kernel reads rows in pieces of its vectors' width and does not look where they end: in torch 2.13, a width
+that is no multiple of 16 gives wrong numbers or ends the process."""
+
+
+def quantized(
+    weight: Float[Tensor, "*stack out in"],
+) -> tuple[Bytes[Tensor, "*stack out in"], Float[Tensor, "*stack out"]]:
+    """q and scale, row by row: the largest number of a row becomes 127 (give or take the rounding of the scale)."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    scale = (wide.abs().amax(dim=-1) / 127).clamp(min=1e-30).to(torch.bfloat16).to(weight.dtype)
+    q = (wide / scale[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return q, scale
+
+
+def plainly(
+    x: Float[Tensor, "N in"], q: Bytes[Tensor, "out in"], scale: Float[Tensor, " out"]
+) -> Float[Tensor, "N out"]:
+    """The definition."""
+    return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
+
+
+def packed(
+    x: Float[Tensor, "N in"], q: Bytes[Tensor, "out in"], scale: Float[Tensor, " out"]
+) -> Float[Tensor, "N out"]:
+    """The same in bfloat16, without widening the matrix. Rows of a multiple of LANES."""
+    assert q.shape[1] % LANES == 0, "the kernel would read beyond the rows"
+    half = torch.bfloat16
+    return torch.ops.aten._weight_int8pack_mm(x.to(half), q, scale.to(half)).to(x.dtype)
+
+
+def product(x: Float[Tensor, "*batch in"], q: Bytes[Tensor, "out in"], scale: Float[Tensor, " out"]) -> Tensor:
+    """x W^T, in the faster form for this many rows; float64 is for proofs, and takes the definition."""
+    flat = x.reshape(-1, x.shape[-1])
+    few = flat.shape[0] <= FEW and x.dtype != torch.float64
+    fits = x.device.type == "cpu" and q.shape[1] % LANES == 0 and q.is_contiguous()
+    return (packed if few and fits else plainly)(flat, q, scale).view(*x.shape[:-1], q.shape[0])
+
+
+class Int8(nn.Module):
+    """A matrix (out,in), or a stack of them. Both tensors are parameters, so that they are saved and loaded like any
+    other; neither is trained."""
+
+    def __init__(self, weight: Float[Tensor, "*stack out in"]):
+        super().__init__()
+        q, scale = quantized(weight) if weight.device.type != "meta" else unfilled(weight)
+        self.q = nn.Parameter(q, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return product(x, self.q, self.scale)
+
+    @property
+    def weight(self) -> Float[Tensor, "*stack out in"]:
+        """As floats."""
+        return self.q.to(self.scale.dtype) * self.scale[..., None]
+
+
+def unfilled(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[:-1])
+
+
+class Int8Linear(nn.Module):
+    """In the place of a linear layer. cap: of a head whose logits are capped."""
+
+    def __init__(self, matrix: Int8, bias: nn.Parameter | None, cap: float | None = None):
+        super().__init__()
+        self.matrix, self.bias, self.cap = matrix, bias, cap
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        y = self.matrix(x)
+        y = y if self.bias is None else y + self.bias
+        return y if self.cap is None else self.cap * torch.tanh(y / self.cap)
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        return self.matrix.weight
+
+
+class Int8Projections(nn.Module):
+    """In the place of stacked projections."""
+
+    def __init__(self, matrix: Int8, bias: nn.Parameter | None, parts: Mapping[str, int]):
+        super().__init__()
+        self.matrix, self.bias, self.parts = matrix, bias, dict(parts)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> tuple[Tensor, ...]:
+        y = self.matrix(x)
+        return (y if self.bias is None else y + self.bias).split(list(self.parts.values()), dim=-1)
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        return self.matrix.weight
+
+
+class Int8Embedding(nn.Module):
+    """In the place of an embedding that a head is tied to: one matrix, whose rows are looked up."""
+
+    def __init__(self, matrix: Int8):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        rows = self.matrix.q[tokens].to(self.matrix.scale.dtype)
+        return rows * self.matrix.scale[tokens][..., None]
+
+    @property
+    def weight(self) -> Float[Tensor, "V D"]:
+        return self.matrix.weight
+
+
+class Int8Experts(nn.Module):
+    """In the place of experts: each works on its tokens, and those without tokens are not read."""
+
+    def __init__(self, gate_up: Int8, down: Int8, inner: Inner):
+        super().__init__()
+        self.gate_up, self.down, self.inner = gate_up, down, inner
+
+    def forward(self, x: Float[Tensor, "N D"], experts: Tensor, weights: Tensor) -> Float[Tensor, "N D"]:
+        out = torch.zeros_like(x)
+        for expert in range(self.down.q.shape[0]):
+            token, slot = torch.where(experts == expert)
+            if not token.numel():
+                continue
+            h = self.inner(product(x[token], self.gate_up.q[expert], self.gate_up.scale[expert]))
+            y = product(h, self.down.q[expert], self.down.scale[expert])
+            out = out.index_add(0, token, (y * weights[token, slot, None].to(y.dtype)).to(out.dtype))
+        return out
