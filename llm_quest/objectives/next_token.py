@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ from llm_quest.objectives.routing import METRICS, TERMS, note_loads
 from llm_quest.scope import Scope
 
 
+class Beside(Protocol):
+    """A module that adds to the main loss, from what the head reads: h (B,T,D), targets (B,T), head -> a sum and how
+    many things were summed. It is added times `weight`, and reported as `name`."""
+
+    name: str
+    weight: float
+
+    def __call__(self, h: Tensor, targets: Tensor, head: Any) -> tuple[Tensor, Tensor]: ...
+
+
 class NextToken(nn.Module):
     """`NextToken(model)(batch) -> Loss`: total in nats, count = learned tokens.
 
@@ -25,12 +35,20 @@ class NextToken(nn.Module):
     router: names in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens.
     lookahead: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k
     of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out (evaluation).
+    beside: further terms (`number_token.NumberToken`); their sums are divided by the main loss's count too, so that a
+    batch's halves add up.
     What is added to the main loss stands among the metrics, and then the main loss itself, as "next_token".
 
     Splitting a batch adds exactly, but for the router's terms: they are products of averages over the micro-batch."""
 
     def __init__(
-        self, model: nn.Module, *, form: str = "auto", router: Mapping[str, float] | None = None, lookahead: float = 0.3
+        self,
+        model: nn.Module,
+        *,
+        form: str = "auto",
+        router: Mapping[str, float] | None = None,
+        lookahead: float = 0.3,
+        beside: Sequence[Beside] = (),
     ):
         super().__init__()
         if form not in ("auto", *FORMS):
@@ -42,6 +60,7 @@ class NextToken(nn.Module):
         self.form = form
         self.router = dict(router or {})
         self.lookahead = lookahead
+        self.beside = nn.ModuleList(beside)  # type: ignore[arg-type]
 
     def forward(self, batch: TokenBatch) -> Loss:
         records: dict[str, list[Any]] = {}
@@ -52,6 +71,10 @@ class NextToken(nn.Module):
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         if self.adds:
             metrics["next_token"] = (total.detach(), count)
+        for term in self.beside:
+            added, counted = term(h, batch.targets, self.model.head)
+            metrics[term.name] = (added.detach(), counted)  # type: ignore[index]
+            total = total + term.weight * added  # type: ignore[operator]
         if self.lookahead:
             total = total + self.multi_token(h, batch, scope, metrics)
         routings: list[Routing] = records.get("routing", [])
@@ -62,7 +85,7 @@ class NextToken(nn.Module):
     @property
     def adds(self) -> bool:
         """Is anything added to the main loss?"""
-        return bool(self.router) or (self.lookahead > 0 and len(self.model.lookahead) > 0)
+        return bool(self.router) or len(self.beside) > 0 or (self.lookahead > 0 and len(self.model.lookahead) > 0)
 
     def cross_entropy(self, h: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of these hidden states (B,T,D) and targets (B,T)."""

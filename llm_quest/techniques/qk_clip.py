@@ -68,14 +68,17 @@ class QKClip:
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> Mapping[str, Any] | None:
         """Clip, and forget what was measured. The number for the log is the largest logit before the clip."""
-        largest = []
-        for mixer in attending(model, self):
-            for watch in mixer.watchers:
-                if isinstance(watch, LargestLogit) and watch.seen is not None:
-                    S = over_all_processes(watch.take())
-                    mixer.rescale_logits_(self.gamma(S), self.shared)
-                    largest.append(S.amax())
-        return {"max_logit": torch.stack(largest).amax()} if largest else None
+        watched = [(mixer, watch) for mixer in attending(model, self) for watch in mixer.watchers]
+        seen = [(mixer, watch.take()) for mixer, watch in watched if isinstance(watch, LargestLogit) and watch.looked]
+        if not seen:
+            return None
+        sizes = [S.shape[0] for _, S in seen]
+        largest = over_all_processes(torch.cat([S for _, S in seen])).split(sizes)
+        max_logit = float(torch.cat(largest).amax())
+        if max_logit > self.tau:
+            for (mixer, _), S in zip(seen, largest, strict=True):
+                mixer.rescale_logits_(self.gamma(S), self.shared)
+        return {"max_logit": max_logit}
 
     def gamma(self, S: Float[Tensor, " H"]) -> Float[Tensor, " H"]:
         """tau / S where S exceeds tau, else exactly 1."""
@@ -96,6 +99,11 @@ class LargestLogit(nn.Module):
         if self.training:
             now = largest_logits(meeting, scope, self.magnitude)
             self.seen = now if self.seen is None else torch.maximum(self.seen, now)
+
+    @property
+    def looked(self) -> bool:
+        """Was there a training pass?"""
+        return self.seen is not None
 
     def take(self) -> Float[Tensor, " H"]:
         """What was seen, once."""

@@ -1,0 +1,99 @@
+"""Reinforced Attention Learning (arXiv:2602.04884): attention as a policy of its own. Where an answer was better than
+its group, the places its tokens looked at are kept; where it was worse, they are left:
+
+      L = sum_t A_t JSD(p_t || p_old_t)        p_t(j) = mean over heads of the attention of token t to j < t
+
+p_t leaves the token itself out and sums to 1 again. JSD is the Jensen-Shannon divergence, 0 to ln 2.
+
+Commonly got wrong: at p = p_old it has neither value nor gradient, so it acts from the second update of a batch on; the
+diagonal must go before the row is renormalised; the fused kernel gives no weights away (`techniques.taps` works them
+out in the layer that is asked).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm_quest.contracts import Loss
+from llm_quest.data.policy_batch import PolicyBatch
+from llm_quest.errors import UsageError
+from llm_quest.scope import Scope
+
+
+def looks(weights: Float[Tensor, "B H T T"]) -> Float[Tensor, "B T T"]:
+    """Where each token looks: mean over heads, itself left out, summing to 1 again. The first token of a row sees only
+    itself: its row is 0."""
+    seen = weights.mean(dim=1)
+    others = seen.masked_fill(torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device), 0.0)
+    return others / others.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(others.dtype).tiny)
+
+
+def jensen_shannon(p: Float[Tensor, "*rows S"], q: Float[Tensor, "*rows S"]) -> Float[Tensor, "*rows"]:
+    """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats. Where p is 0 it adds nothing, and no NaN to the
+    gradient."""
+    m = (p + q) / 2
+    return (relative_entropy(p, m) + relative_entropy(q, m)) / 2
+
+
+def relative_entropy(p: Tensor, m: Tensor) -> Tensor:
+    tiny = torch.finfo(p.dtype).tiny
+    return (p * (p.clamp(min=tiny).log() - m.clamp(min=tiny).log())).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class LookedBatch:
+    """Rows that a policy wrote, and where their tokens looked when they were written: old (B,T,T), what `looks` gave
+    then."""
+
+    rows: PolicyBatch
+    old: Float[Tensor, "B T T"]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows.num_tokens
+
+    def to(self, device: torch.device | str) -> LookedBatch:
+        return LookedBatch(self.rows.to(device), self.old.to(device))
+
+
+class AttentionDivergence(nn.Module):
+    """`AttentionDivergence(model)(batch) -> Loss`: the sum over learned tokens of A_t JSD_t, count = learned tokens.
+    Added, times lambda, to a policy gradient over the same tokens. The model has one tap (`techniques.taps.Taps`).
+
+    metrics: divergence, the mean JSD."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, batch: LookedBatch) -> Loss:
+        if self.model.training:
+            self.model.eval()
+        now = looks_of(self.model, batch.rows.tokens)
+        return attention_divergence(now, batch.old, batch.rows)
+
+
+def attention_divergence(now: Float[Tensor, "B T T"], old: Float[Tensor, "B T T"], rows: PolicyBatch) -> Loss:
+    """The loss of given looks."""
+    learn = rows.learn
+    count = learn.sum(dtype=torch.float32)
+    each = torch.where(learn, jensen_shannon(now, old), 0.0)
+    return Loss((rows.advantages * each).sum(), count, {"divergence": (each.detach().sum(), count)})
+
+
+def looks_of(model: Any, tokens: Tensor) -> Float[Tensor, "B T T"]:
+    """Where the tokens of plain rows look, at the model's tap."""
+    records: dict[str, list[Any]] = {}
+    model.hidden(tokens, Scope.plain(tokens, records=records))
+    tapped = records.get("attention", [])
+    if len(tapped) != 1:
+        raise UsageError(
+            f"the model has {len(tapped)} attention taps; this needs one, on the layer whose attention is learned: "
+            "Taps((-1,))(model)"
+        )
+    return looks(tapped[0].weights)

@@ -1,0 +1,116 @@
+"""Reinforced attention learning's divergence: the published vector, no force at the old policy, sums that add up."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llm_quest.data.policy_batch import PolicyBatch
+from llm_quest.errors import UsageError
+from llm_quest.models.build import build
+from llm_quest.objectives.attention_divergence import (
+    AttentionDivergence,
+    LookedBatch,
+    jensen_shannon,
+    looks,
+    looks_of,
+)
+from llm_quest.techniques.taps import Taps
+
+
+def test_the_token_itself_is_left_out_and_the_rest_sums_to_1():
+    weights = torch.zeros(1, 1, 4, 4)
+    weights[0, 0, 3] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    weights[0, 0, 0, 0] = 1.0
+    torch.testing.assert_close(looks(weights)[0, 3], torch.tensor([1 / 6, 1 / 3, 1 / 2, 0.0]))
+    assert looks(weights)[0, 0].tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+def test_vector_ral_1():
+    z = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
+    q = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    value = jensen_shannon(z.softmax(-1), q)
+    value.backward()
+    assert value.item() == pytest.approx(0.066414, abs=1e-6)
+    torch.testing.assert_close(
+        z.grad, torch.tensor([0.072565, -0.009962, -0.062603], dtype=torch.float64), atol=1e-6, rtol=0
+    )
+
+
+def test_its_bounds_and_no_nan_where_a_key_is_hidden():
+    p = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    q = torch.tensor([[0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(jensen_shannon(p, q), torch.tensor([math.log(2), 0.0], dtype=torch.float64))
+    scores = torch.tensor([0.3, -0.2, float("-inf")], dtype=torch.float64).requires_grad_()
+    jensen_shannon(scores.softmax(-1), torch.tensor([0.2, 0.8, 0.0], dtype=torch.float64)).backward()
+    assert scores.grad.isfinite().all()
+
+
+def case(rows: int = 3):
+    model = Taps()(build("llama3.2-tiny").double()).eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(97, (rows, 8), generator=generator)
+    targets = tokens.roll(-1, 1).clone()
+    targets[:, :3] = -100
+    advantages = torch.randn(rows, 1, generator=generator).expand(-1, 8).contiguous()
+    batch = PolicyBatch(tokens, targets, advantages, torch.zeros(rows, 8), num_tokens=8 * rows)
+    return model, LookedBatch(batch, looks_of(model, tokens).detach())
+
+
+def moved(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return other
+
+
+def test_at_the_old_policy_there_is_neither_value_nor_gradient():
+    model, batch = case()
+    loss = AttentionDivergence(model)(batch)
+    loss.total.backward()
+    assert loss.total.item() == 0.0
+    assert loss.count == 15
+    assert all(p.grad is None or p.grad.abs().max() < 1e-12 for p in model.parameters())
+
+
+def test_halves_add_up_and_the_advantage_decides_the_direction():
+    model, batch = case()
+    objective = AttentionDivergence(moved(model))
+    loss = objective(batch)
+    total, count = loss.metrics["divergence"]
+    assert 0 < total / count < math.log(2)
+    parts = [objective(LookedBatch(part(batch.rows, s), batch.old[s])) for s in (slice(0, 1), slice(1, 3))]
+    torch.testing.assert_close(parts[0].total + parts[1].total, loss.total)
+    assert parts[0].count + parts[1].count == loss.count
+    kept = replace(batch.rows, advantages=torch.ones(3, 8))
+    torch.testing.assert_close(objective(LookedBatch(kept, batch.old)).total, total)
+    left = replace(batch.rows, advantages=-torch.ones(3, 8))
+    torch.testing.assert_close(objective(LookedBatch(left, batch.old)).total, -total)
+
+
+def part(rows: PolicyBatch, some: slice) -> PolicyBatch:
+    return PolicyBatch(rows.tokens[some], rows.targets[some], rows.advantages[some], rows.sampled[some])
+
+
+def test_a_step_along_it_brings_the_attention_back():
+    model, batch = case()
+    objective = AttentionDivergence(moved(model))
+    batch = LookedBatch(replace(batch.rows, advantages=torch.ones(3, 8)), batch.old)
+    before = objective(batch)
+    before.total.backward()
+    with torch.no_grad():
+        for parameter in objective.model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad / (parameter.grad.norm() + 1e-12)
+    assert objective(batch).total < before.total
+
+
+def test_a_model_without_a_tap_is_told_so():
+    _, batch = case()
+    with pytest.raises(UsageError, match=r"0 attention taps; this needs one.*Taps\(\(-1,\)\)"):
+        AttentionDivergence(build("llama3.2-tiny"))(batch)
