@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from benchmarks.cache import THEORY
 from llm_quest.cli.catalog import models, show
-from llm_quest.cli.costs import flops_per_token
+from llm_quest.cli.costs import cache_bytes, flops_per_token
 from llm_quest.cli.drawing import which
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models import PAGES, VISION_PAGES
@@ -32,6 +33,14 @@ def test_the_cache_is_what_a_real_model_holds(name):
     with torch.no_grad():
         model(tokens, Scope.plain(tokens, cache=cache))
     assert portrait.cache_total == cache.nbytes()
+
+
+@pytest.mark.parametrize("theory", THEORY, ids=lambda theory: theory.preset)
+def test_a_published_sizes_cache_holds_what_its_paper_says(theory):
+    """576 numbers per token and layer in DeepSeek-V3; windows and states that do not grow."""
+    growing, fixed, total = cache_bytes(preset(theory.preset).config, 2048)
+    assert (growing, fixed) == (theory.per_token, theory.fixed)
+    assert total == fixed + growing * (2048 + 1), "and one spare slot"
 
 
 @pytest.mark.parametrize("name", TINY)
