@@ -9,8 +9,12 @@ its key, and corrects it towards its value:
 corrections depend on each other through a unit lower-triangular matrix, which one triangular solve inverts (eq. 8-10
 there):
 
-      L = strict_lower(beta k k^T D)    [U W] = (I + L)^-1 [beta v, beta e^G k]    v' = U - W S
-      o = e^G q S + lower(q k^T D) v'   S <- e^G_end S + (e^(G_end - G) k)^T v'     D_ij = e^(G_i - G_j), G = cumsum(g)
+      L = strict_lower(beta k k^T D)        v' = (I + L)^-1 beta (v - e^G k S)
+      o = e^G q S + lower(q k^T D) v'       S <- e^G_end S + (e^(G_end - G) k)^T v'
+      D_ij = e^(G_i - G_j), G = cumsum(g)
+
+Differs: the paper solves for all chunks at once, before any state is known, with the columns beta v and beta e^G k side
+by side; one chunk after another has half the columns.
 
 Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and poisons the gradients unless it is masked *before*
 the exponential; everything here runs in float32; the norm comes before the output gate; padding must neither fade nor
@@ -75,57 +79,66 @@ def chunked(
     size: int = CHUNK,
 ) -> tuple[Float[Tensor, "B T H dv"], Float[Tensor, "B H dk dv"]]:
     """The same, `size` tokens at a time. Rows are filled up with tokens that neither fade nor write."""
-    length = q.shape[1]
+    batch, length, heads = q.shape[:3]
     missing = -length % size
-    q, k, v, g, beta = (cut(F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing)), size) for part in (q, k, v, g, beta))
-    same = None if segments is None else boundaries(cut_row(segments, missing, size))
+    q, k, v, g, beta = (cut(part, missing, size) for part in (q, k, v, g, beta))
     G = g.cumsum(dim=-1)
     lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    same = None if segments is None else boundaries(cut_row(segments, missing, size), heads)
     kept = lower if same is None else lower & same.pairs
     D = (G[..., :, None] - G[..., None, :]).masked_fill(~kept, float("-inf")).exp()
-    k_beta = k * beta[..., None]
-    L = (k_beta @ k.transpose(-1, -2) * D).tril(-1)
-    from_start = G.exp() if same is None else G.exp() * same.entered
-    right = torch.cat((v * beta[..., None], k_beta * from_start[..., None]), dim=-1)
-    solved = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True)
-    U, W = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    inside = q @ k.transpose(-1, -2) * D
-    q_start = q * from_start[..., None]
-    k_end = k * D[..., -1, :, None]
-    outputs = []
-    for n in range(q.shape[2]):
-        corrected = U[:, :, n] - W[:, :, n] @ state
-        outputs.append(q_start[:, :, n] @ state + inside[:, :, n] @ corrected)
-        state = state * from_start[:, :, n, -1, None, None] + k_end[:, :, n].transpose(-1, -2) @ corrected
-        if same is not None:
-            state = state * same.continues[:, :, n, None, None]
-    return torch.stack(outputs, dim=2).flatten(2, 3).transpose(1, 2)[:, :length], state
+    from_start, to_end = G.exp(), D[..., -1, :]
+    if same is not None:
+        from_start, to_end = from_start * same.entered, to_end * same.continues[..., None]
+    fade = from_start[..., -1] if same is None else from_start[..., -1] * same.continues
+    parts = (
+        (k @ k.mT) * (D * beta[..., None]),
+        v * beta[..., None],
+        k * (beta * from_start)[..., None],
+        (q @ k.mT) * D,
+        q * from_start[..., None],
+        (k * to_end[..., None]).mT,
+        fade[..., None, None],
+    )
+    outputs, S = [], state.flatten(0, 1)
+    # unbind, not an index: the backward of `part[n]` builds a gradient of the full size for every chunk
+    for L, v_in, k_in, inside, q_in, k_end, end in zip(*(part.unbind() for part in parts), strict=True):
+        wanted = torch.baddbmm(v_in, k_in, S, alpha=-1)
+        corrected = torch.linalg.solve_triangular(L, wanted, upper=False, unitriangular=True)
+        outputs.append(torch.baddbmm(q_in @ S, inside, corrected))
+        S = torch.baddbmm(S * end, k_end, corrected)
+    o = torch.stack(outputs).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return o[:, :length], S.unflatten(0, (batch, heads))
 
 
 class Boundaries(NamedTuple):
-    """Where documents meet: pairs (B,1,N,C,C) in one document; entered (B,1,N,C): in the document the chunk began with;
-    continues (B,1,N): the next chunk begins in the document this one ended with."""
+    """Where documents meet, for N chunks of R = B H rows: pairs (N,R,C,C) in one document; entered (N,R,C): in the
+    document the chunk began with; continues (N,R): the next chunk begins in the document this one ended with."""
 
-    pairs: Bool[Tensor, "B 1 N C C"]
-    entered: Bool[Tensor, "B 1 N C"]
-    continues: Bool[Tensor, "B 1 N"]
-
-
-def boundaries(segments: Int[Tensor, "B N C"]) -> Boundaries:
-    pairs = segments[..., :, None] == segments[..., None, :]
-    continues = torch.cat((segments[:, :-1, -1] == segments[:, 1:, 0], torch.ones_like(segments[:, -1:, 0]) > 0), dim=1)
-    return Boundaries(pairs[:, None], (segments == segments[..., :1])[:, None], continues[:, None])
+    pairs: Bool[Tensor, "N R C C"]
+    entered: Bool[Tensor, "N R C"]
+    continues: Bool[Tensor, "N R"]
 
 
-def cut_row(segments: Int[Tensor, "B T"], missing: int, size: int) -> Int[Tensor, "B N C"]:
+def boundaries(segments: Int[Tensor, "N B C"], heads: int) -> Boundaries:
+    following = torch.cat((segments[1:, :, 0], segments[-1:, :, -1]))
+    found = Boundaries(
+        segments[..., :, None] == segments[..., None, :], segments == segments[..., :1], segments[..., -1] == following
+    )
+    return Boundaries(*(part.repeat_interleave(heads, dim=1) for part in found))
+
+
+def cut_row(segments: Int[Tensor, "B T"], missing: int, size: int) -> Int[Tensor, "N B C"]:
     """Filling belongs to the last token's document."""
     filled = torch.cat((segments, segments[:, -1:].expand(-1, missing)), dim=1)
-    return filled.unflatten(1, (-1, size))
+    return filled.unflatten(1, (-1, size)).transpose(0, 1)
 
 
-def cut(x: Tensor, size: int) -> Tensor:
-    """(B,T,H,...) -> (B,H,N,C,...)."""
-    return x.unflatten(1, (-1, size)).movedim(3, 1).contiguous()
+def cut(x: Tensor, missing: int, size: int) -> Tensor:
+    """(B,T,H,...) -> (N,R,C,...), R = B H. Rows are filled up with zeros."""
+    filled = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
+    chunks = filled.unflatten(1, (-1, size))
+    return chunks.permute(1, 0, 3, 2, *range(4, chunks.dim())).flatten(1, 2).contiguous()
 
 
 class FlatInputs(nn.Module):
