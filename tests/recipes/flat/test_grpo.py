@@ -1,0 +1,103 @@
+"""The flat file against the house: log-probabilities, advantages, loss, gradients and what several updates make of the
+weights, on the same samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llm_quest.data.policy_batch import PolicyRow, policy_batch
+from llm_quest.layers.rotary import Rotary
+from llm_quest.models import llama
+from llm_quest.models.build import build
+from llm_quest.objectives.divergence import KL
+from llm_quest.objectives.log_probs import token_log_probs
+from llm_quest.objectives.policy_gradient import PolicyGradient
+from llm_quest.objectives.surrogates import Clipped
+from llm_quest.recipes.flat import grpo as flat
+from llm_quest.rollouts.advantages import standard
+from tests.recipes.flat import test_pretrain as shared
+
+PROMPTS = [flat.ids("abc>"), flat.ids("hgfe>")]
+RIGHT, COPIED = [*flat.ids("cba"), flat.END], [*flat.ids("efgh"), flat.END]
+COMPLETIONS = [RIGHT, flat.ids("cbabcb"), [flat.END], [*flat.ids("a"), flat.END]]
+COMPLETIONS += [COPIED, COPIED, COPIED, flat.ids("efghef")]
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+SETTINGS = flat.Settings(group=4, updates=3, rate=3e-2, clip=0.05, beta=0.3)
+
+
+def pair(monkeypatch: pytest.MonkeyPatch):
+    """The house's model and the flat file's, with the same weights."""
+    config = flat.Config(vocab=len(flat.SIGNS), width=32, layers=2, heads=4, groups=2, head_width=8, hidden=48)
+    monkeypatch.setattr(shared, "CONFIG", config)
+    house = build(llama.Config(config.vocab, 32, 2, 4, 2, 8, 48, 16, Rotary(8, config.theta), True), seed=5)
+    return house, shared.as_flat(house)
+
+
+def rows(old: torch.Tensor, reference: torch.Tensor | None) -> list[PolicyRow]:
+    worth, made = standard(REWARDS).flatten(), []
+    for i, tokens in enumerate(COMPLETIONS):
+        prompt = PROMPTS[i // 4]
+        place = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
+        other = None if reference is None else reference[i, place].numpy()
+        each = np.full(len(tokens), worth[i].item(), np.float32)
+        made.append(PolicyRow(tuple(prompt), tuple(tokens), each, old[i, place].numpy(), None, other))
+    return made
+
+
+def test_advantages_are_the_houses() -> None:
+    torch.testing.assert_close(flat.advantages(REWARDS), standard(REWARDS), rtol=0, atol=1e-6)
+    same = torch.full((1, 4), 0.7)
+    assert flat.advantages(same).tolist() == standard(same).tolist() == [[0.0] * 4]
+
+
+def test_updates_on_one_rollout_are_the_houses(monkeypatch: pytest.MonkeyPatch) -> None:
+    house, plain = pair(monkeypatch)
+    prompts = [PROMPTS[i // 4] for i in range(8)]
+    batch = flat.laid_out(prompts, COMPLETIONS, flat.advantages(REWARDS).flatten())
+    with torch.no_grad():
+        first = flat.Llama(shared.CONFIG)
+        first.load_state_dict(plain.state_dict())
+        first.norm.weight.mul_(1.1)
+        old = flat.log_probs(plain, batch.inputs, batch.targets)
+        reference = flat.log_probs(first, batch.inputs, batch.targets)
+        ours = policy_batch(rows(old, reference))
+        torch.testing.assert_close(ours.tokens * (ours.targets >= 0), batch.inputs * (batch.learn > 0), rtol=0, atol=0)
+        scored = token_log_probs(house, ours)
+        torch.testing.assert_close(scored, old * batch.learn, rtol=0, atol=2e-6)
+
+    objective = PolicyGradient(house, Clipped(SETTINGS.clip, SETTINGS.clip), kl=KL(0.3, "k3"))
+    optimizer = torch.optim.AdamW(house.parameters(), lr=SETTINGS.rate, weight_decay=0.0)
+    expected = []
+    for _ in range(SETTINGS.updates):
+        loss = objective(ours)
+        mean = loss.total / loss.count
+        mean.backward()
+        torch.nn.utils.clip_grad_norm_(house.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(mean.item())
+    own = torch.optim.AdamW(plain.parameters(), lr=SETTINGS.rate, weight_decay=0.0)
+    losses = flat.learn_from(plain, first, own, batch, SETTINGS)
+    assert losses == pytest.approx(expected, abs=2e-5)
+    assert len({round(loss, 3) for loss in losses}) == 3, "the updates differ, so clipping and ratio were at work"
+
+
+def test_rewards_ask_for_the_whole_answer_and_its_end() -> None:
+    prompt = flat.ids("abc>")
+    assert flat.reward(prompt, [*flat.ids("cba"), flat.END]) == 1.0
+    for wrong in ([*flat.ids("abc"), 0], flat.ids("cba"), [*flat.ids("cbaa"), 0], [0], []):
+        assert flat.reward(prompt, wrong) == 0.0
+
+
+def test_samples_end_at_their_first_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plain = pair(monkeypatch)
+    made = flat.sample(plain, PROMPTS[0], flat.Settings(group=64), torch.Generator().manual_seed(0))
+    assert all(flat.END not in row[:-1] for row in made)
+    assert {len(row) for row in made} > {1, 6}
+
+
+def test_it_learns_what_the_teacher_did_not_show() -> None:
+    before, after = flat.main(steps=12, warmup=250)
+    assert after > before + 0.15
