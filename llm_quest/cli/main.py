@@ -160,6 +160,22 @@ def chat(
     converse(model, manner, system=system, template=template, device=device, dtype=dtype, say=voice(quiet))
 
 
+@app.command()
+def classify(
+    model: ModelPath,
+    text: Annotated[str, typer.Argument(help="The text; - reads stdin.")],
+    json: Json = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+    offline: Offline = False,
+) -> None:
+    """What a classifier takes a text for, and how sure it is."""
+    from llm_quest.cli.classifying import classify as classified
+
+    prepare(threads, offline)
+    show(classified(model, sys.stdin.read() if text == "-" else text, device=device), json)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelPath,

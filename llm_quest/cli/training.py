@@ -15,6 +15,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.disk import replace_json
 from llm_quest.errors import UsageError
 from llm_quest.recipes.choices import precision
+from llm_quest.recipes.classify import train_classify
 from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
 from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.dpo import train_dpo
@@ -27,7 +28,7 @@ from llm_quest.recipes.reward import train_reward
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
 from llm_quest.recipes.text import loaded
-from llm_quest.recipes.tuning_config import Dpo, Reward, Sft
+from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
@@ -47,6 +48,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "reward": (Reward, train_reward),
     "dpo": (Dpo, train_dpo),
     "grpo": (Grpo, train_grpo),
+    "classify": (Classify, train_classify),
 }
 """What `recipe:` may say: the schema of its settings, and what runs them."""
 

@@ -12,21 +12,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.contracts import Share
 from llm_quest.data.batch import IGNORE, TokenBatch
-from llm_quest.data.instructions import require_same
-from llm_quest.data.packing import shuffled
 from llm_quest.data.preferences import Rated
-from llm_quest.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -83,56 +78,29 @@ def compared(elements: Sequence[Rated], reference: Sequence[np.ndarray] | None =
     return AnswerBatch(told[0], told[1], told[2], better, worse, weights.float(), margins.float(), known)
 
 
-class PairFeed:
-    """A `contracts.Feed` over rated answers, in another order each epoch.
+class Pairs:
+    """A `by_length.Source` of rated answers. reference: see `compared`; may be set when it is known."""
 
-    rows: elements of the global batch. micro_rows: at most so many in a micro-batch, which holds elements of like
-    length. Rank r has the r-th of `world` equal runs of a step's elements. reference: see `compared`; may be set when
-    it is known."""
-
-    def __init__(self, elements: Sequence[Rated], *, rows: int, micro_rows: int, seed: int, share: Share = Share()):
-        if rows % share.world:
-            raise UsageError(f"{rows} rows cannot be shared by {share.world} processes; make rows a multiple of that")
-        self.elements, self.rows, self.micro_rows, self.seed, self.share = elements, rows, micro_rows, seed, share
+    def __init__(self, elements: Sequence[Rated]):
+        self.elements = elements
         self.reference: Sequence[np.ndarray] | None = None
-        self.hash = hash_of(elements)
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: shuffled(len(elements), seed, epoch))
 
-    def at(self, step: int) -> list[AnswerBatch]:
-        """This rank's micro-batches of optimiser step `step`."""
-        mine = self.rows // self.share.world
-        first = step * self.rows + self.share.rank * mine
-        places = (divmod(number, len(self.elements)) for number in range(first, first + mine))
-        chosen = sorted((int(self._epoch(epoch)[place]) for epoch, place in places), key=self._size)
-        return [self.batch(chosen[at : at + self.micro_rows]) for at in range(0, mine, self.micro_rows)]
+    def __len__(self) -> int:
+        return len(self.elements)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of all ids and margins."""
+        told = hashlib.sha256()
+        for one in self.elements:
+            told.update(repr((one.margin, len(one.prompt), *map(len, one.answers))).encode())
+            told.update(one.prompt.tobytes() + b"".join(answer.tobytes() for answer in one.answers))
+        return told.hexdigest()
+
+    def size(self, number: int) -> int:
+        return self.elements[number].size
 
     def batch(self, numbers: Sequence[int]) -> AnswerBatch:
         """These elements."""
         known = None if self.reference is None else [self.reference[number] for number in numbers]
         return compared([self.elements[number] for number in numbers], known)
-
-    def bookmark(self) -> dict[str, Any]:
-        """What the order depends on."""
-        return {"feed": "pairs", "data": self.hash, "rows": self.rows, "seed": self.seed}
-
-    def resume(self, bookmark: dict[str, Any]) -> None:
-        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
-        require_same(bookmark, self.bookmark())
-
-    def _size(self, number: int) -> tuple[int, int]:
-        return self.elements[number].size, number
-
-
-def hash_of(elements: Sequence[Rated]) -> str:
-    """sha256 of all ids and margins."""
-    told = hashlib.sha256()
-    for one in elements:
-        told.update(repr((one.margin, len(one.prompt), *map(len, one.answers))).encode())
-        told.update(one.prompt.tobytes() + b"".join(answer.tobytes() for answer in one.answers))
-    return told.hexdigest()
-
-
-def by_length(elements: Sequence[Rated], at_once: int) -> list[list[int]]:
-    """Numbers of all elements, those of like length together: for passes in which order is nothing."""
-    order = sorted(range(len(elements)), key=lambda number: (elements[number].size, number))
-    return [order[at : at + at_once] for at in range(0, len(order), at_once)]

@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from llm_quest.contracts import Loss
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.errors import UsageError
-from llm_quest.scope import Scope
+from llm_quest.objectives.last_outputs import last_outputs, padded
 
 
 class RewardLoss(nn.Module):
@@ -54,14 +53,6 @@ def bradley_terry(better: Tensor, worse: Tensor, margins: Tensor) -> Tensor:
     return -logsigmoid(better - worse - margins)
 
 
-def last_outputs(model: Any, tokens: Int[Tensor, "R T"], positions: Int[Tensor, "R T"]) -> Float[Tensor, "R N"]:
-    """What the head gives at each row's last real token, at least float32: wherever the padding stands."""
-    h = model.hidden(tokens, Scope(positions))
-    last = positions.argmax(dim=1)
-    out = model.head(h[torch.arange(len(h), device=h.device), last])
-    return out if out.dtype == torch.float64 else out.float()
-
-
 @torch.no_grad()
 def scores(model: Any, rows: Sequence[Sequence[int]], at_once: int = 16) -> Float[Tensor, " R"]:
     """The reward of each row of ids (question, answer and its end), on the host; rows of like length together."""
@@ -77,12 +68,3 @@ def scores(model: Any, rows: Sequence[Sequence[int]], at_once: int = 16) -> Floa
         place = model.head.weight.device
         found[numbers] = last_outputs(model, tokens.to(place), positions.to(place))[:, 0].float().cpu()
     return found
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """tokens, positions (R,T)."""
-    shape = (len(rows), max(map(len, rows)))
-    tokens, positions = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-    for r, row in enumerate(rows):
-        tokens[r, : len(row)], positions[r, : len(row)] = row, np.arange(len(row))
-    return torch.from_numpy(tokens), torch.from_numpy(positions)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from llm_quest.contracts import Callback, Feed
@@ -70,24 +69,23 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
     elif config.reference == "adapters_off":
         require_adapters(model)
         objective.reference = lambda batch: without_adapters(model, batch)
-    held: list[np.ndarray] = []
 
     def ready(run: Run) -> None:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
         comparable; of the training pairs where nothing else computes them."""
         kind = precision(config.precision, parallel.device).value
-        mine = [] if objective.reference is not None else list(packed.elements)
+        mine = [] if objective.reference is not None else list(pairs.train)
         found = known(model, [*mine, *pairs.held], run.folder, parallel, kind, say)
-        packed.reference, held[:] = found[: len(mine)] or None, found[len(mine) :]
+        packed.source.reference, probe.pairs.reference = found[: len(mine)] or None, found[len(mine) :]
 
     def rewards(model: Any, batch: AnswerBatch) -> Tensor:
         assert batch.reference is not None, "the probe gives it"
         return config.beta * (answer_log_probs(model, batch) - batch.reference)
 
-    probe = HeldPairs(pairs.held, config.evaluate.every, rewards, lambda: held)
+    probe = HeldPairs(pairs.held, config.evaluate.every, rewards)
     facts = told(config.data, pairs.chat, pairs.ledger, len(pairs.train), len(pairs.held), say)
     riding: list[Callback] = list(callbacks)
-    return Job(objective, feed, lambda run: [probe], tokenizer, facts, {"data": packed.hash}, riding, ready)
+    return Job(objective, feed, lambda run: [probe], tokenizer, facts, {"data": packed.source.hash}, riding, ready)
 
 
 def without_adapters(model: Any, batch: AnswerBatch) -> Tensor:

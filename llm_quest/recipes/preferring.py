@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_quest.data.by_length import ByLengthFeed, all_of
 from llm_quest.data.chat import Chat
 from llm_quest.data.conversations import held_apart
 from llm_quest.data.documents import Ledger
 from llm_quest.data.packing import shuffled
-from llm_quest.data.pairs import AnswerBatch, PairFeed, by_length, compared
+from llm_quest.data.pairs import AnswerBatch, Pairs
 from llm_quest.data.preferences import Preference, Rated, preferences, rated
 from llm_quest.data.questions import preferences as builtin
 from llm_quest.data.questions import rows
@@ -54,9 +55,9 @@ def turned_round(pairs: Sequence[Preference], part: float, seed: int) -> list[Pr
     return [replace(one, answers=one.answers[::-1]) if n in turned else one for n, one in enumerate(pairs)]
 
 
-def feed_of(config: Reward | Dpo, judged: Judged, parallel: Parallel) -> PairFeed:
-    return PairFeed(
-        judged.train,
+def feed_of(config: Reward | Dpo, judged: Judged, parallel: Parallel) -> ByLengthFeed[Pairs]:
+    return ByLengthFeed(
+        Pairs(judged.train),
         rows=config.batch.rows,
         micro_rows=at_once(config.batch, judged.train, parallel),
         seed=seeds.stream(config.seed, "order"),
@@ -87,20 +88,18 @@ class HeldPairs:
         pairs: Sequence[Rated],
         every: int,
         rewards: Callable[[Any, AnswerBatch], Tensor],
-        reference: Callable[[], Sequence[np.ndarray] | None] = lambda: None,
         at_once: int = 16,
     ):
-        self.pairs, self.every, self.rewards, self.reference, self.at_once = pairs, every, rewards, reference, at_once
+        self.pairs, self.every, self.rewards, self.at_once = Pairs(pairs), every, rewards, at_once
 
     @torch.no_grad()
     def measure(self, model: Any, step: int) -> Mapping[str, float]:
-        device, known = next(model.parameters()).device, self.reference()
+        device = next(model.parameters()).device
         scored: list[tuple[float, float, int, int]] = []
-        for numbers in by_length(self.pairs, self.at_once):
-            chosen = [self.pairs[n] for n in numbers]
-            batch = compared(chosen, None if known is None else [known[n] for n in numbers])
+        for numbers in all_of(self.pairs, self.at_once):
+            batch = self.pairs.batch(numbers)
             r = self.rewards(model, batch.to(device)).double().cpu().numpy()
-            sizes = [len(answer) for one in chosen for answer in one.answers]
+            sizes = [len(answer) for n in numbers for answer in self.pairs.elements[n].answers]
             scored += [
                 (r[b], r[w], sizes[b], sizes[w])
                 for b, w in zip(batch.better.tolist(), batch.worse.tolist(), strict=True)

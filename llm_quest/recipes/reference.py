@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm_quest.data.pairs import AnswerBatch, PairFeed, by_length, compared, hash_of
+from llm_quest.data.by_length import ByLengthFeed, all_of
+from llm_quest.data.pairs import AnswerBatch, Pairs
 from llm_quest.data.preferences import Rated
 from llm_quest.disk import sync
 from llm_quest.errors import DataError
@@ -35,7 +36,7 @@ def known(
 ) -> list[np.ndarray]:
     """The model's log-probability of each answer, as it is now: from the run folder if they were computed for this
     model, these pairs and this precision; else computed, and kept there."""
-    told = {"model": weights_hash(model), "pairs": hash_of(pairs), "precision": precision}
+    told = {"model": weights_hash(model), "pairs": Pairs(pairs).hash, "precision": precision}
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     found = kept(folder / FILE, key) if parallel.leader else None
     if parallel.leader and found is None:
@@ -51,10 +52,10 @@ def known(
 def computed(model: nn.Module, pairs: Sequence[Rated], device: torch.device) -> list[np.ndarray]:
     """In float32, answers of like length together."""
     found: list[np.ndarray] = [np.empty(0)] * len(pairs)
-    for numbers in by_length(pairs, AT_ONCE):
-        some = [pairs[n] for n in numbers]
-        flat = answer_log_probs(model, compared(some).to(device)).float().cpu().numpy()
-        parts = np.split(flat, np.cumsum([len(one.answers) for one in some])[:-1])
+    source = Pairs(pairs)
+    for numbers in all_of(source, AT_ONCE):
+        flat = answer_log_probs(model, source.batch(numbers).to(device)).float().cpu().numpy()
+        parts = np.split(flat, np.cumsum([len(pairs[n].answers) for n in numbers])[:-1])
         for n, part in zip(numbers, parts, strict=True):
             found[n] = part
     return found
@@ -91,7 +92,15 @@ class Moving:
     keep: so many files stay, one for each checkpoint and one more."""
 
     def __init__(
-        self, feed: PairFeed, model: nn.Module, folder: Path, *, every: int, mix: float, keep: int, leader: bool
+        self,
+        feed: ByLengthFeed[Pairs],
+        model: nn.Module,
+        folder: Path,
+        *,
+        every: int,
+        mix: float,
+        keep: int,
+        leader: bool,
     ):
         self.feed, self.folder, self.every, self.mix = feed, folder / "reference", every, mix
         self.files, self.leader, self.synced = keep + 1, leader, 0

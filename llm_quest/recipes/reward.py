@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llm_quest.data.chat import Chat
 from llm_quest.data.pairs import AnswerBatch
-from llm_quest.objectives.reward_model import RewardLoss, last_outputs
+from llm_quest.objectives.last_outputs import last_outputs
+from llm_quest.objectives.reward_model import RewardLoss
 from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.preferring import HeldPairs, feed_of, prepared
@@ -46,7 +47,7 @@ def assembled(config: Reward, parallel: Parallel, say: Say) -> Job:
     probe = HeldPairs(pairs.held, config.evaluate.every, rewards)
     return Job(
         RewardLoss(model, center=config.center), feed, lambda run: [probe], tokenizer, facts,
-        {"data": feed.hash}, callbacks,
+        {"data": feed.source.hash}, callbacks,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The settings of the recipes that go on from a model: `sft`, `reward`, `dpo`."""
+"""The settings of the recipes that go on from a model: `sft`, `reward`, `dpo`, `classify`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,45 @@ class Reward(Course):
     batch: PairRows = PairRows()
     center: float = Field(default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2")
     evaluate: Looking = Looking()
+
+
+class Texts(Strict):
+    """Texts with labels."""
+
+    source: str = Field(
+        default="builtin", min_length=1, description="builtin, or a .csv, .tsv, .json or .jsonl file of rows"
+    )
+    text: str = Field(default="text", min_length=1, description="the column that holds the text")
+    label: str = Field(default="label", min_length=1, description="the column that holds its label")
+    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the texts that is never trained on")
+    limit: Count | None = Field(default=None, description="use so many rows; null: all")
+
+
+class TextRows(PairRows):
+    """The texts of one optimiser step, over all processes."""
+
+    rows: Count = Field(default=32, description="texts in a step")
+    length: int = Field(default=128, ge=1, description="tokens of a text that are read, at most")
+
+
+class Classify(Course):
+    """A model and labelled texts in, a classifier out."""
+
+    recipe: Literal["classify"]
+    model: Start
+    data: Texts = Texts()
+    batch: TextRows = TextRows()
+    train: Literal["all", "last_block", "head"] = Field(
+        default="all", description="what learns: everything, the last block with the last norm and the head, the head"
+    )
+    smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
+    evaluate: Looking = Looking()
+
+    @model_validator(mode="after")
+    def one_choice_of_what_learns(self) -> Classify:
+        if self.techniques and self.train != "all":
+            raise ValueError(f"techniques say what learns, so train: {self.train} would have no effect; take one away")
+        return self
 
 
 class Sync(Strict):

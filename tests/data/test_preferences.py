@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from llm_quest.contracts import Share
+from llm_quest.data.by_length import ByLengthFeed
 from llm_quest.data.chat import Chat
 from llm_quest.data.documents import Ledger
-from llm_quest.data.pairs import PairFeed, compared
+from llm_quest.data.pairs import Pairs, compared
 from llm_quest.data.preferences import Rated, preferences, rated
 from llm_quest.data.records import Record
 from llm_quest.data.tokenizer import train_bpe
@@ -123,9 +124,10 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
     reference = [np.array([n, -n], dtype=np.float32) for n in range(20)]
 
     def seen(micro: int, world: int) -> list[tuple[int, float]]:
-        feeds = [PairFeed(many, rows=4, micro_rows=micro, seed=1, share=Share(rank, world)) for rank in range(world)]
+        shares = [Share(rank, world) for rank in range(world)]
+        feeds = [ByLengthFeed(Pairs(many), rows=4, micro_rows=micro, seed=1, share=share) for share in shares]
         for feed in feeds:
-            feed.reference = reference
+            feed.source.reference = reference
         batches = [batch for feed in feeds for batch in feed.at(7)]
         return sorted(
             (int(batch.targets[row][batch.targets[row] >= 0][0]), float(batch.reference[row]))
@@ -135,6 +137,6 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
 
     assert seen(4, 1) == seen(1, 1) == seen(2, 2)
     assert all(number == -known for number, known in seen(4, 1))
-    epoch = [batch for step in range(5) for batch in PairFeed(many, rows=4, micro_rows=4, seed=1).at(step)]
+    epoch = [batch for step in range(5) for batch in ByLengthFeed(Pairs(many), rows=4, micro_rows=4, seed=1).at(step)]
     asked = torch.cat([batch.targets[batch.worse].max(dim=1).values for batch in epoch])
     assert sorted(asked.tolist()) == list(range(20))

@@ -9,7 +9,8 @@ import torch
 
 from llm_quest.data.pairs import compared
 from llm_quest.errors import UsageError
-from llm_quest.objectives.reward_model import RewardLoss, bradley_terry, last_outputs, scores
+from llm_quest.objectives.last_outputs import last_outputs
+from llm_quest.objectives.reward_model import RewardLoss, bradley_terry, scores
 from llm_quest.techniques.score_head import ScoreHead
 from tests.objectives.rated import Scoring, elements, gradients, tiny, trainer, trl_inputs
 

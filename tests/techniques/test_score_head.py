@@ -15,7 +15,7 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.config import SCORED
 from llm_quest.models.build import build, page_of
 from llm_quest.models.generation import GenerationDefaults
-from llm_quest.objectives.reward_model import last_outputs
+from llm_quest.objectives.last_outputs import last_outputs
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.score_head import ScoreHead, score_head
 from tests.objectives.rated import tiny
