@@ -4,7 +4,6 @@ A technique may refuse a page; then the pair stands in `REFUSED`, and its reason
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 from dataclasses import fields
@@ -66,6 +65,7 @@ REFUSED: dict[tuple[str, str], str] = {
 NOT_TRAINED = {"int8"}
 """For inference alone: whole numbers have no gradient."""
 
+LENGTH = 12
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 CALLED = [name for name in EXAMPLES if callable(EXAMPLES[name])]
 GRID = [(name, page) for name in CALLED for page in TINY if (name, page) not in REFUSED]
@@ -90,6 +90,23 @@ def logits_of(model: Decoder, tokens: Tensor, scope: Scope | None = None) -> Ten
         return model(tokens, scope)
 
 
+@functools.cache
+def tokens_of(page: str) -> Tensor:
+    return random_tokens(shared(page), 2, LENGTH)
+
+
+@functools.cache
+def before(page: str) -> Tensor:
+    """The page's logits."""
+    return logits_of(shared(page), tokens_of(page))
+
+
+@functools.cache
+def after(name: str, page: str) -> Tensor:
+    """The edited model's."""
+    return logits_of(edited(name, page), tokens_of(page))
+
+
 def test_every_technique_has_an_example_here():
     assert set(EXAMPLES) == set(TECHNIQUES | IN_TRAINING)
     for name, example in EXAMPLES.items():
@@ -105,60 +122,58 @@ def test_a_card_survives_json(name: str):
 
 @pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if EXAMPLES[pair[0]].neutral_at_birth])
 def test_a_neutral_technique_moves_no_logit_at_birth(name: str, page: str):
-    tokens = random_tokens(shared(page), 2, 11)
-    born = EXAMPLES[name](own(page))
-    torch.testing.assert_close(logits_of(born, tokens), shared(page)(tokens), **EXACT)
+    torch.testing.assert_close(logits_of(EXAMPLES[name](own(page)), tokens_of(page)), before(page), **EXACT)
 
 
 @saved_grid
 def test_what_is_saved_loads_with_the_same_logits_and_card(name: str, page: str, tmp_path: Path):
     model = edited(name, page)
     again = quest.load(quest.save(model, tmp_path / "model"))
-    tokens = random_tokens(model, 2, 9)
-    torch.testing.assert_close(logits_of(again, tokens), logits_of(model, tokens), **EXACT)
+    torch.testing.assert_close(logits_of(again, tokens_of(page)), after(name, page), **EXACT)
     assert again.card == model.card
     learned = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
     assert learned == {path for path, parameter in again.named_parameters() if parameter.requires_grad}
 
 
 @grid
-def test_a_second_application_is_refused(name: str, page: str):
+def test_a_second_application_is_refused_before_anything_changes(name: str, page: str):
+    model = edited(name, page)
+    card, modules = model.card, [id(module) for module in model.modules()]
     with pytest.raises(ValueError, match="already"):
-        EXAMPLES[name](copy.deepcopy(edited(name, page)))
+        EXAMPLES[name](model)
+    assert (model.card, [id(module) for module in model.modules()]) == (card, modules)
 
 
 @grid
 def test_a_later_token_changes_no_earlier_logit(name: str, page: str):
-    model = edited(name, page)
-    tokens = random_tokens(model, 2, 12)
+    tokens = tokens_of(page)
     changed = tokens.clone()
-    changed[:, 7:] = (changed[:, 7:] + 1) % model.config.vocab
-    before, after = logits_of(model, tokens), logits_of(model, changed)
-    torch.testing.assert_close(after[:, :7], before[:, :7], **EXACT)
-    assert (after[:, 7] - before[:, 7]).abs().max() > 1e-3
+    changed[:, 7:] = (changed[:, 7:] + 1) % shared(page).config.vocab
+    other = logits_of(edited(name, page), changed)
+    torch.testing.assert_close(other[:, :7], after(name, page)[:, :7], **EXACT)
+    assert (other[:, 7] - after(name, page)[:, 7]).abs().max() > 1e-3
 
 
 @grid
 def test_cached_equals_uncached(name: str, page: str):
-    model = edited(name, page)
-    tokens = random_tokens(model, 2, 13)
-    cache, parts, start = model.new_cache(2, 13), [], 0
-    for length in (6, 1, 1, 5):
+    model, tokens = edited(name, page), tokens_of(page)
+    cache, parts, start = model.new_cache(2, LENGTH), [], 0
+    for length in (7, 1, 4):
         part = tokens[:, start : start + length]
         parts.append(logits_of(model, part, Scope.plain(part, cache=cache, start=start)))
         start += length
-    torch.testing.assert_close(torch.cat(parts, dim=1), logits_of(model, tokens), **EXACT)
+    torch.testing.assert_close(torch.cat(parts, dim=1), after(name, page), **EXACT)
 
 
 @grid
 def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(name: str, page: str):
-    model = edited(name, page)
-    first, second = random_tokens(model, 1, 5, seed=5), random_tokens(model, 1, 7, seed=7)
-    alone = torch.cat([logits_of(model, first), logits_of(model, second)], dim=1)
+    """By the law above, a document's logits are those of any row that begins with it."""
+    model, tokens = edited(name, page), tokens_of(page)
+    alone = torch.cat([after(name, page)[:1, :5], after(name, page)[1:, :7]], dim=1)
     gap = torch.full((1, 2), -1)
     positions = torch.cat([gap, torch.arange(5)[None], torch.arange(7)[None]], dim=1)
     segments = torch.cat([gap, torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 7, dtype=torch.int64)], dim=1)
-    packed = torch.cat([gap.abs(), first, second], dim=1)
+    packed = torch.cat([gap.abs(), tokens[:1, :5], tokens[1:, :7]], dim=1)
     together = logits_of(model, packed, Scope(positions, segments=segments))[:, 2:]
     torch.testing.assert_close(together, alone, **EXACT)
     padded = logits_of(model, packed[:, :7], Scope(positions[:, :7]))[:, 2:]
@@ -167,18 +182,17 @@ def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(nam
 
 @grid
 def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
-    model = copy.deepcopy(edited(name, page)).train()
+    model = edited(name, page)
+    learned = {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
     if name in NOT_TRAINED:
-        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not learned
         return
     tokens = random_tokens(model, 3, 14)
     targets = tokens[:, 1:] % model.head.weight.shape[0]
-    NextToken(model)(TokenBatch(tokens[:, :-1], targets)).total.backward()
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, path
-            assert parameter.grad.isfinite().all(), path
-            assert parameter.grad.abs().max() > 1e-9, path
+    total = NextToken(model)(TokenBatch(tokens[:, :-1], targets)).total
+    for path, gradient in zip(learned, torch.autograd.grad(total, list(learned.values())), strict=True):
+        assert gradient.isfinite().all(), path
+        assert gradient.abs().max() > 1e-9, path
 
 
 @pytest.mark.parametrize(("name", "page"), list(REFUSED) or [pytest.param("", "", id="none refuses")])
