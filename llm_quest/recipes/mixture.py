@@ -8,6 +8,7 @@ within sequences; routers that choose by softmax (Mixtral, Qwen3) by the load-ba
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.moe import SigmoidRouter, SoftmaxRouter
 from llm_quest.models.build import page_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import Beside, NextToken
 from llm_quest.recipes.config import Strict
 from llm_quest.techniques.expert_bias import BalanceExperts
 
@@ -63,7 +64,7 @@ class Parts:
         if self.lookahead is not None and not len(model.lookahead):
             raise UsageError(
                 f"lookahead has no effect: this {page} model has no multi-token modules; {BUILDERS} build them with "
-                "model.sizes.lookahead=1"
+                "model.sizes.lookahead=1, the technique multi_token adds them to any"
             )
         router = (self.router or Router()) if by_softmax or by_bias else None
         if router is not None:
@@ -76,9 +77,10 @@ class Parts:
             LOOKAHEAD if self.lookahead is None and len(model.lookahead) else self.lookahead,
         )
 
-    def objective(self, model: Decoder) -> NextToken:
-        """Next-token prediction with what the parts add."""
-        return NextToken(model, router=self.router.terms if self.router else {}, lookahead=self.lookahead or 0.0)
+    def objective(self, model: Decoder, beside: Sequence[Beside] = ()) -> NextToken:
+        """Next-token prediction with what the parts add, and further terms."""
+        router = self.router.terms if self.router else {}
+        return NextToken(model, router=router, lookahead=self.lookahead or 0.0, beside=beside)
 
     def callbacks(self) -> list[Callback]:
         """The balancing step, where there is one."""

@@ -25,6 +25,7 @@ from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import compiling, precision
 from llm_quest.recipes.config import as_yaml
 from llm_quest.recipes.course import Outcome, company, ended, loop_settings, optimizer, require_same_run, shown
+from llm_quest.recipes.numbers import beside
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.probes import Evaluation, Writing
 from llm_quest.recipes.sizes import model_config
@@ -93,7 +94,8 @@ def run_it(
     require_same_run(config, folder)
     if config.activation_checkpointing:
         model = Checkpointing()(model)
-    objective = parallel.place(config.parts.objective(model), list(model.blocks))
+    terms = beside(config.number_token, text.tokenizer, model)
+    objective = parallel.place(config.parts.objective(model, terms), list(model.blocks))
     micro_rows, feed = at_once(config, parallel), feed_of(config, text, parallel)
     identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash}
     with Run(

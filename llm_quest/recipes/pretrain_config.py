@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from llm_quest.recipes.mixture import Parts, Router
+from llm_quest.recipes.numbers import Numbers
 from llm_quest.recipes.parts import Batch, Course, Data, Evaluate, Model, Samples, TokenizerPart
 
 
@@ -32,6 +33,9 @@ class Pretrain(Course):
     )
     lookahead: float | None = Field(
         default=None, gt=0, description="weight of the multi-token modules' loss; null: 0.3 if there are any"
+    )
+    number_token: Numbers | None = Field(
+        default=None, description="how far off a number is counts too (weight, distance, multi_digit); null: no"
     )
     evaluate: Evaluate = Evaluate()
     samples: Samples = Samples()

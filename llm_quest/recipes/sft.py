@@ -22,6 +22,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextToken
 from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
+from llm_quest.recipes.numbers import beside
 from llm_quest.recipes.pretrain import AT_ONCE
 from llm_quest.recipes.tuning import (
     Job,
@@ -72,7 +73,7 @@ def assembled(config: Sft, parallel: Parallel, say: Say) -> Job:
         return [AnswerLoss(talk.held, config.evaluate.every, micro_rows), *asked]
 
     return Job(
-        NextToken(model), feed, probes, tokenizer, facts,
+        NextToken(model, beside=beside(config.number_token, tokenizer, model)), feed, probes, tokenizer, facts,
         {"data": talk.train.hash}, edited(config, model, say),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llm_quest.recipes.config import Strict
+from llm_quest.recipes.numbers import Numbers
 from llm_quest.recipes.parts import Batch, Count, Course, Few, Rate
 
 
@@ -51,6 +52,9 @@ class Sft(Course):
     model: Start
     data: Said = Said()
     batch: Batch = Field(default_factory=Batch)
+    number_token: Numbers | None = Field(
+        default=None, description="how far off a number is counts too (weight, distance, multi_digit); null: no"
+    )
     evaluate: Looking = Looking()
     samples: Questions = Questions()
 

@@ -18,7 +18,7 @@ from llm_quest.recipes.yaml import merge, read
 from llm_quest.techniques.lora import LoRA, adapters_off, matched
 from tests.oracles import transformers
 from tests.recipes.test_config import GOOD, told
-from tests.recipes.test_pretrain import CtrlC, run, weights
+from tests.recipes.test_pretrain import CtrlC, rows, run, weights
 
 
 def understood(*pairs: str) -> Pretrain:
@@ -50,6 +50,24 @@ def test_names_and_options_are_understood_and_written_out_whole() -> None:
 def test_a_wrong_technique_is_told_with_its_place_and_what_is_allowed(pair: str, said: str) -> None:
     lines = told(GOOD, pair)
     assert any(f"argument {pair!r}: techniques" in line and said in line for line in lines), lines
+
+
+def test_the_largest_logit_and_the_number_loss_are_logged_and_streams_resume(text: Path, tmp_path: Path) -> None:
+    pairs = ("techniques=[qk_clip, {name: hyper_connections, streams: 2}, multi_token]", "number_token={weight: 0.5}")
+    lines: list[str] = []
+    run(text, tmp_path / "whole", *pairs, say=lines.append)
+    assert [line.split(";")[0] for line in lines if line.startswith("technique")] == [
+        "technique: qk_clip", "technique: hyper_connections", "technique: multi_token",
+    ]  # fmt: skip
+    for row in rows(tmp_path / "whole"):
+        assert row["max_logit"] > 0
+        assert row["lookahead_1"] > 0
+        assert "number_token" in row
+    run(text, tmp_path / "cut", *pairs, callbacks=(CtrlC(4),))
+    run(text, tmp_path / "cut", *pairs)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    model = quest.load(tmp_path / "whole")
+    assert [type(technique).__name__ for technique in model.card.techniques] == ["HyperConnections", "MultiToken"]
 
 
 def test_the_line_of_a_file_is_named() -> None:
