@@ -288,7 +288,8 @@ class GroupedQueryAttention(nn.Module):
         self.qkv = Projections(width, q=queries, k=groups * head_width, v=groups * self.value_width, bias=bias)
         self.out = nn.Linear(heads * self.value_width, width, bias=out_bias)
 
-    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope, wanted: int | None = None) -> Float[Tensor, "B N D"]:
+        """wanted: only so many first positions ask (N of T; there is no cache then); all are looked at."""
         heads = (self.heads, self.groups, self.groups)
         q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(self.qkv(x), heads, strict=True))
         q, gate = q.chunk(2, dim=-1) if self.gated else (q, None)
@@ -298,6 +299,9 @@ class GroupedQueryAttention(nn.Module):
         else:
             seen, visible = scope.memory.extend(scope, k=k, v=v)
             k, v = seen["k"], seen["v"]
+        if wanted is not None and visible is not Plain.ALL:
+            visible = mask_of(visible, q, k)[:, :wanted].expand(q.shape[0], -1, -1)
+        q, gate = q[:, :wanted], None if gate is None else gate[:, :wanted]
         for watch in self.watchers:
             watch(Meeting(q, k, visible, self.scale, self.sink, cap_of(self.attend)), scope)
         dropout = self.dropout if self.training else 0.0

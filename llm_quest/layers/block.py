@@ -41,6 +41,16 @@ class Sublayer(nn.Module):
     def forward(self, x: Float[Tensor, "B T *streams D"], scope: Scope) -> Float[Tensor, "B T *streams D"]:
         return self.residual(x, lambda y: self.post_norm(self.dropout(self.layer(self.norm(y), scope))))
 
+    def first(self, x: Float[Tensor, "B T *streams D"], scope: Scope, wanted: int) -> Float[Tensor, "B N *streams D"]:
+        """The same for so many first positions alone, of a mixer: it looks at all of them and answers for these. (Where
+        the residual mixes streams before the norm, all are worked out.)"""
+        if not isinstance(self.residual, Add):
+            return self(x, scope)[:, :wanted]
+        seen = self.norm(x)
+        return self.residual(
+            x[:, :wanted], lambda y: self.post_norm(self.dropout(self.layer(seen, scope, wanted=wanted)))
+        )
+
 
 class Block(nn.Module):
     """A mixer moves information between positions, then a feed-forward layer works on each position."""
@@ -53,5 +63,5 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T *streams D"], scope: Scope, wanted: int | None = None
     ) -> Float[Tensor, "B N *streams D"]:
-        """wanted: only so many first positions are read by what follows: the feed-forward layer works on them alone."""
-        return self.ffn(self.mixer(x, scope)[:, :wanted], scope)
+        """wanted: only so many first positions are read by what follows; no others are worked out."""
+        return self.ffn(self.mixer(x, scope) if wanted is None else self.mixer.first(x, scope, wanted), scope)

@@ -17,7 +17,7 @@ from llm_quest.scope import Scope
 
 class ImageEncoder(nn.Module):
     """`model(images (B,C,H,W)) -> (B,V)` = head(hidden(images)[:, 0]): what the head makes of the class token, the only
-    one that the last block's MLP is then run on. Every patch sees every patch; no cache.
+    one that asks in the last block and that its MLP is run on. Every patch sees every patch; no cache.
 
     embed(images) -> (B,N+1,D), the class token first. enter: before the blocks (CLIP normalises there). Images are as
     `data.images` prepares them: numbers with the statistics this model was trained with."""

@@ -178,6 +178,16 @@ def test_dropout_acts_in_training_only(generator: torch.Generator):
     assert torch.equal(layer.eval()(x, scope), layer(x, scope))
 
 
+@pytest.mark.parametrize("kind", ["causal", "window", "all", "padded"])
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_the_first_positions_alone_are_answered_as_among_all(kind: str, wanted: int, generator: torch.Generator):
+    layer = mixer(6, 2, gated=True, window=2 if kind == "window" else None)
+    x = torch.randn(2, 5, 12, generator=generator).double()
+    positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, -1, 2, 3]])
+    scope = Scope(positions, ahead=True) if kind == "padded" else Scope.plain(x, ahead=kind == "all")
+    torch.testing.assert_close(layer(x, scope, wanted), layer(x, scope)[:, :wanted], atol=1e-6, rtol=0)
+
+
 def test_heads_that_cannot_be_shared_evenly_are_refused():
     with pytest.raises(ValueError, match="6 query heads cannot share 4 key/value heads evenly"):
         GroupedQueryAttention(12, heads=6, groups=4, head_width=2, rotary=NoRotary())
