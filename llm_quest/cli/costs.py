@@ -17,6 +17,7 @@ from llm_quest.cli.drawing import block_lines
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import skeleton
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.fusion import VisionLanguage
 from llm_quest.scope import Scope
 
 FAR = 2**18
@@ -91,6 +92,21 @@ def cache_bytes(config: Any, context: int) -> tuple[int, int, int]:
         at_context, once, twice = (ghost.cache(capacity) for capacity in (context, FAR, 2 * FAR))
     growing = (twice - once) // FAR
     return growing, once - growing * (FAR + 1), at_context
+
+
+def image_flops(config: Any) -> tuple[int, int]:
+    """(products with weights, products of patches with patches) of reading one image, forward: an image encoder with
+    its classifier; of a vision-language model the encoder and the adapter, which is before the decoder reads
+    anything."""
+    with FakeTensorMode():
+        model: Any = materialize(skeleton(config).eval(), "cpu", torch.bfloat16)
+        seen = config.vision if isinstance(model, VisionLanguage) else config
+        images = torch.zeros(1, seen.channels, seen.image, seen.image, dtype=torch.bfloat16)
+        with FlopCounterMode(display=False, custom_mapping=formulas()) as counter, torch.no_grad():
+            model.see(images) if isinstance(model, VisionLanguage) else model(images)
+    counts = counter.get_flop_counts()["Global"]
+    weights = sum(count for op, count in counts.items() if str(op) in WITH_WEIGHTS)
+    return weights, sum(counts.values()) - weights
 
 
 def flops_per_token(config: Any, length: int) -> tuple[int, int]:

@@ -7,31 +7,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Add, Sublayer
+from llm_quest.layers.patches import ImageEmbedding
 from llm_quest.layers.projections import Projections
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.fusion import VisionLanguage
+from llm_quest.models.image_encoder import ImageEncoder
 
 
-def picture(model: Decoder) -> list[str]:
+def picture(model: Decoder | ImageEncoder | VisionLanguage) -> list[str]:
     """The model from top to bottom: the stream on the left, every branch leaving it at ┣ and joining it again at ⊕.
     Blocks that are alike are drawn once."""
-    drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe(model.embed)}", "  │"]
-    kinds: dict[tuple[str, ...], list[int]] = {}
-    for layer, block in enumerate(model.blocks):
-        kinds.setdefault(tuple(block_lines(block)), []).append(layer)
-    for lines, layers in kinds.items():
-        drawn += [f"  ┢━ {which(layers)} ━━━", *(f"  {line}" for line in lines), "  ┡━━━", "  │"]
+    if isinstance(model, VisionLanguage):
+        return two_pictures(model)
+    if isinstance(model, ImageEncoder):
+        head = [] if isinstance(model.head, nn.Identity) else ["  │", f"  ├── head   {describe(model.head)}"]
+        told = "  logits (B,V)" if head else "  the class token's vector (B,D)"
+        return [*encoded(model, len(model.blocks)), f"  ├── norm   {describe(model.norm)}", *head, "  │", told]
+    drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe(model.embed)}", "  │", *stack(model.blocks)]
     tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
     head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"
     head += ", the embedding itself" if tied else ", a matrix of its own"
     return [*drawn, f"  ├── norm   {describe(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
+
+
+def two_pictures(model: VisionLanguage) -> list[str]:
+    """What an image goes through, and the decoder that is shown it."""
+    depth, adapter = model.config.depth, type(model.adapter).__name__
+    seen = encoded(model.tower, depth)
+    told = f"  ├── adapter  {adapter}"
+    inside = [f"  │          {line}" for line in wiring(model.adapter)]
+    end = [f"  {model.config.image_tokens} vectors, in place of as many placeholders", ""]
+    return [*seen, told, *inside, "  │", *end, *picture(model.decoder)]
+
+
+def encoded(model: ImageEncoder, depth: int) -> list[str]:
+    """An image encoder down to its block number `depth`."""
+    drawn = ["  images (B,C,H,W)", "  │", f"  ├── embed  {describe(model.embed)}"]
+    if not isinstance(model.enter, nn.Identity):
+        drawn += ["  │", f"  ├── enter  {describe(model.enter)}"]
+    return [*drawn, "  │", *stack(model.blocks[:depth])]
+
+
+def stack(blocks: Iterable[nn.Module]) -> list[str]:
+    """Blocks in order, those that are alike drawn once."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for layer, block in enumerate(blocks):
+        kinds.setdefault(tuple(block_lines(block)), []).append(layer)
+    drawn = []
+    for lines, layers in kinds.items():
+        drawn += [f"  ┢━ {which(layers)} ━━━", *(f"  {line}" for line in lines), "  ┡━━━", "  │"]
+    return drawn
 
 
 def which(layers: Sequence[int]) -> str:
@@ -73,6 +106,11 @@ def describe(layer: nn.Module) -> str:
         )
         looks = "" if layer.window is None else f", looks back {layer.window:,} tokens"
         return f"{kind}: {shared} of {layer.head_width}{looks}"
+    if isinstance(layer, ImageEmbedding):
+        side, pixels = layer.patches.side, f"{layer.patches.in_features:,} → {layer.patches.out_features:,}"
+        return (
+            f"{kind}: patches of {side} × {side} pixels, {pixels}; one more token; {len(layer.positions):,} positions"
+        )
     own = (
         layer.named_children() if any(isinstance(table, nn.Embedding) for table in layer.children()) else [("", layer)]
     )

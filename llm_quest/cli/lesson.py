@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm_quest.cli.catalog import READ_LENGTH, Portrait, configured, show, source_docstring
+from llm_quest.cli.catalog import ALL_PAGES, READ_LENGTH, Portrait, configured, show, source_docstring
 from llm_quest.contracts import Preset
 from llm_quest.errors import UsageError
-from llm_quest.models import PAGES
 from llm_quest.models.build import page_of, preset, presets
 from llm_quest.models.page import Page
 from llm_quest.report.words import aligned, size
@@ -120,7 +119,7 @@ def diff(a: str, b: str) -> Lesson:
 
 def page_called(name: str) -> Page:
     """The page of that name, or the page of a preset."""
-    for page in PAGES:
+    for page in ALL_PAGES:
         if page.name == name:
             return page
     return page_of(configured(name)[1])
@@ -147,6 +146,9 @@ def numbers(left: str, right: str) -> tuple[tuple[str, str, str], ...]:
     rows = [(field, told(a.numbers.get(field, "-")), told(b.numbers.get(field, "-"))) for field in fields]
     rows.append(("parameters", f"{a.parameters:,}", f"{b.parameters:,}"))
     rows += [(f"  {part}", share(a, part), share(b, part)) for part in dict.fromkeys([*a.parts, *b.parts])]
+    if a.image_tokens or b.image_tokens:
+        rows.append(("tokens of an image", f"{a.image_tokens:,}", f"{b.image_tokens:,}"))
+        rows.append(("GFLOPs of reading an image", f"{a.flops_image / 1e9:.4g}", f"{b.flops_image / 1e9:.4g}"))
     rows.append(("cache bytes per token (bfloat16)", f"{a.cache_per_token:,}", f"{b.cache_per_token:,}"))
     rows.append((f"cache at {context:,} tokens", size(a.cache_total), size(b.cache_total)))
     rows.append((f"GFLOPs per token at {context:,} tokens", f"{a.flops / 1e9:.4g}", f"{b.flops / 1e9:.4g}"))
@@ -188,8 +190,10 @@ def described(layers: dict[str, str]) -> list[str]:
 
 
 def source(page: Page, name: str) -> list[str]:
-    """The lines of one definition in a page's file."""
+    """The lines of one definition in a page's file; none where it has none (a page made of two others has no block)."""
     module = inspect.getmodule(page.assemble)
+    if name not in vars(module):
+        return []
     return inspect.getsource(vars(module)[name]).splitlines()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cache import THEORY
+import llm_quest as quest
 from llm_quest.cli.catalog import models, show
 from llm_quest.cli.costs import cache_bytes, flops_per_token
 from llm_quest.cli.drawing import which
@@ -49,6 +50,41 @@ def test_every_preset_is_drawn_with_its_blocks(name):
     assert "tokens (B,T)" in drawn
     assert "logits (B,T,V)" in drawn
     assert "Identity" not in drawn
+
+
+def test_an_image_encoder_is_drawn_and_counted_by_the_image():
+    portrait = show("vit-base-patch16-224")
+    drawn = "\n".join(portrait.lines())
+    assert "images (B,C,H,W)" in drawn
+    assert "blocks 0 to 11, 12 alike" in drawn
+    assert "197 tokens, everyone sees everyone, nothing is cached" in drawn
+    assert (portrait.cache_total, portrait.image_tokens) == (0, 197)
+    assert sum(portrait.parts.values()) == portrait.parameters == 86_567_656
+    # patches and 11 blocks of 197 tokens; in the last block only the class token asks and is worked on
+    width, tokens = 768, 197
+    weights = 196 * width * width + 11 * 12 * width**2 * tokens
+    last = 3 * width**2 * tokens + 9 * width**2 + 1000 * width
+    pairs = 2 * width * (11 * tokens * tokens + tokens)
+    assert portrait.flops_image == pytest.approx(2 * (weights + last + pairs), rel=1e-3)
+
+
+def test_a_vision_language_model_is_an_encoder_an_adapter_and_a_decoder():
+    portrait = show("llava-1.5-7b")
+    drawn = "\n".join(portrait.lines())
+    assert "23 alike" in drawn
+    assert "576 vectors, in place of as many placeholders" in drawn
+    assert portrait.parts["image encoder"] == 303_507_456
+    assert portrait.parts["adapter"] == 1024 * 4096 + 4096 * 4096 + 2 * 4096
+    assert sum(portrait.parts.values()) == portrait.parameters == 7_063_427_072
+    assert portrait.cache_per_token == 32 * 2 * 4096 * 2
+    assert portrait.image_tokens == 576
+    assert json.loads(json.dumps(portrait.as_json()))["flops_image"] > 3.8e11
+
+
+@pytest.mark.parametrize("name", ["vit-tiny", "clip-tiny", "llava-tiny"])
+def test_a_folder_that_reads_images_is_drawn(name, tmp_path):
+    saved = quest.save(build(name), tmp_path / "model")
+    assert show(str(saved)).parameters == show(name).parameters
 
 
 def test_the_published_numbers_of_llama_3_2_1b():

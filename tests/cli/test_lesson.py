@@ -95,3 +95,12 @@ def test_a_first_sentence_ends_at_its_full_stop():
         """y = a.b, eq. 3 (Ba et al. 2016). Then more."""
 
     assert first_sentence(thing) == "y = a.b, eq. 3 (Ba et al. 2016)"
+
+
+def test_from_gpt2_to_vit_and_from_vit_to_a_model_that_talks_about_images():
+    seeing = diff("gpt2", "vit")
+    assert "ImageEmbedding" in seeing.coming
+    assert "A word is a square of the image" in "\n".join(seeing.words)
+    rows = {name: (a, b) for name, a, b in diff("vit", "vision_language").numbers}
+    assert rows["tokens of an image"] == ("197", "576")
+    assert rows["cache bytes per token (bfloat16)"] == ("0", "524,288")
