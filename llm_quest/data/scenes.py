@@ -128,7 +128,8 @@ def layout(random: np.random.Generator, scene: Scene) -> list[list[Place]]:
 
 def apart(first: Sequence[Place], second: Sequence[Place], *, axis: int) -> bool:
     """Does one group end before the other begins? axis: 0 across, 1 down."""
-    begin, end = zip(*((min(p[axis] - p[2] for p in g), max(p[axis] + p[2] for p in g)) for g in (first, second)))
+    begin = [min(place[axis] - place[2] for place in group) for group in (first, second)]
+    end = [max(place[axis] + place[2] for place in group) for group in (first, second)]
     return end[0] < begin[1] or end[1] < begin[0]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.data.scenes import COLOURS, NUMBERS, SHAPES, Group, Scene, pixels, scene, score
+from llm_quest.data.scenes import COLOURS, NUMBERS, SHAPES, Group, Scene, apart, layout, pixels, scene, score
 
 indices = st.integers(0, 10_000)
 SCENE = Scene(Group(2, "red", "circle"), Group(1, "blue", "square"), "left of", key=5)
@@ -90,6 +90,19 @@ def test_what_is_drawn_is_what_the_words_say(index: int):
     assert (len(first), len(second)) == (drawn.first.number, drawn.second.number)
     axis = 1 if drawn.relation == "left of" else 0
     assert max(place[axis] for place in first) < 48 < min(place[axis] for place in second)
+
+
+@given(indices)
+def test_no_picture_has_two_true_captions(index: int):
+    one = scene(2, index)
+    lying = layout(np.random.Generator(np.random.Philox(key=one.key)), one)
+    assert apart(*lying, axis=0) == (one.relation == "left of")
+    assert apart(*lying, axis=1) == (one.relation == "above")
+
+
+def test_many_of_a_shape_are_spelled_as_they_are():
+    assert Group(2, "red", "cross").words == "two red crosses"
+    assert Group(1, "red", "cross").words == "one red cross"
 
 
 def test_shapes_differ_and_pictures_vary():
