@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.cache import THEORY
 import llm_quest as quest
+from benchmarks.cache import THEORY
 from llm_quest.cli.catalog import models, show
 from llm_quest.cli.costs import cache_bytes, flops_per_token
 from llm_quest.cli.drawing import which
