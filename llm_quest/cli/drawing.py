@@ -28,9 +28,12 @@ def picture(model: Decoder | ImageEncoder | VisionLanguage) -> list[str]:
     if isinstance(model, VisionLanguage):
         return two_pictures(model)
     if isinstance(model, ImageEncoder):
-        head = [] if isinstance(model.head, nn.Identity) else ["  │", f"  ├── head   {describe(model.head)}"]
-        told = "  logits (B,V)" if head else "  the class token's vector (B,D)"
-        return [*encoded(model, len(model.blocks)), f"  ├── norm   {describe(model.norm)}", *head, "  │", told]
+        end = ["  logits (B,V)"]
+        if isinstance(model.head, nn.Identity):
+            end = ["  the class token's vector (B,D)"]
+        else:
+            end = [f"  ├── head   {describe(model.head)}", "  │", *end]
+        return [*encoded(model, len(model.blocks)), f"  ├── norm   {describe(model.norm)}", "  │", *end]
     drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe(model.embed)}", "  │", *stack(model.blocks)]
     tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
     head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from llm_quest.contracts import Share
 from llm_quest.data.images import Preprocess, image_files, stacked
-from llm_quest.data.packing import shuffled
+from llm_quest.data.packing import shuffled, uniforms
 from llm_quest.errors import DataError, MissingError, UsageError
 
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -237,9 +237,3 @@ class ImageFeed:
         """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
         if changed := [key for key, value in self.bookmark().items() if bookmark.get(key) != value]:
             raise DataError(f"the checkpoint belongs to other images: {', '.join(changed)} differ; start a new run")
-
-
-def uniforms(seed: int, number: int) -> np.ndarray:
-    """8 float32 in 0..1 that depend on seed and number alone (Philox, a counter-based generator)."""
-    raw = np.random.Philox(key=seed % 2**64, counter=number).random_raw(8)
-    return ((raw >> np.uint64(40)) * 2.0**-24).astype(np.float32)

@@ -138,6 +138,12 @@ def shuffled(number: int, *key: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
+def uniforms(seed: int, number: int) -> np.ndarray:
+    """8 float32 in 0..1 that depend on seed and number alone (Philox, a counter-based generator)."""
+    raw = np.random.Philox(key=seed % 2**64, counter=number).random_raw(8)
+    return ((raw >> np.uint64(40)) * 2.0**-24).astype(np.float32)
+
+
 def _mixed(bits: Any) -> Any:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

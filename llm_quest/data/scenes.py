@@ -34,6 +34,8 @@ SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = {"left of": ("left", "right"), "above": ("above", "below")}
 FINER = 4  # drawn so many times larger, then reduced: soft edges
 BACKGROUND = (18, 18, 24)
+STATISTICS = {"mean": tuple(part / 255 for part in BACKGROUND), "std": (0.25, 0.25, 0.25)}
+"""How a model of its own is shown scenes: where there is nothing it sees 0."""
 
 
 @dataclass(frozen=True)

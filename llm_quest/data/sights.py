@@ -25,7 +25,7 @@ from llm_quest.contracts import Share
 from llm_quest.data import scenes
 from llm_quest.data.batch import IGNORE
 from llm_quest.data.images import Preprocess, open_image
-from llm_quest.data.packing import shuffled
+from llm_quest.data.packing import shuffled, uniforms
 from llm_quest.data.scenes import Turn
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -213,9 +213,11 @@ class Writer:
 class SightFeed:
     """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come.
 
-    turns: so many of them at most; None: all that fit. Commonly got wrong: of several turns in a row the later ones can
-    be copied from the earlier ("how many red circles" tells the circles' colour), and the model learns to read, not to
-    see."""
+    turns: so many of them at most; None: all that fit. captions: in this part of the rows the caption comes first,
+    where there is one: it tells everything, and without many of them the rest is hardly learned.
+
+    Commonly got wrong: of several turns in a row the later ones can be copied from the earlier ("how many red circles"
+    tells the circles' colour), and the model learns to read, not to see."""
 
     def __init__(
         self,
@@ -227,12 +229,13 @@ class SightFeed:
         micro_rows: int,
         seed: int,
         turns: int | None = None,
+        captions: float = 0.0,
         share: Share | None = None,
     ):
         share = share or Share()
         if rows % share.world:
             raise UsageError(f"{rows} rows cannot be shared by {share.world} processes; make rows a multiple of that")
-        self.turns = turns
+        self.turns, self.captions = turns, captions
         self.sights, self.writer, self.preprocess = sights, writer, preprocess
         self.rows, self.micro_rows, self.seed, self.share = rows, micro_rows, seed, share
 
@@ -246,13 +249,20 @@ class SightFeed:
     def batch(self, numbers: range) -> SightBatch:
         """Rows by their number since the beginning of training."""
         sights = [self.sights.train(number, self.seed) for number in numbers]
-        orders = [shuffled(len(sight.turns), self.seed, number) for number, sight in zip(numbers, sights, strict=True)]
-        orders = [order[: self.turns] for order in orders]
+        orders = [self.order(sight, number)[: self.turns] for number, sight in zip(numbers, sights, strict=True)]
         return self.writer.batch(sights, orders, self.preprocess)
+
+    def order(self, sight: Sight, number: int) -> np.ndarray:
+        """In which order the turns of row `number` come."""
+        order = shuffled(len(sight.turns), self.seed, number)
+        if uniforms(self.seed, number)[0] >= self.captions:
+            return order
+        return np.array(sorted(order, key=lambda turn: sight.turns[turn].kind != "caption"))
 
     def bookmark(self) -> dict[str, Any]:
         """What the rows depend on. There is no state: the step says where the feed stands."""
-        return {"feed": "sights", "data": self.sights.hash, "rows": self.rows, "seed": self.seed, "turns": self.turns}
+        told = {"turns": self.turns, "captions": self.captions}
+        return {"feed": "sights", "data": self.sights.hash, "rows": self.rows, "seed": self.seed, **told}
 
     def resume(self, bookmark: dict[str, Any]) -> None:
         """Nothing to restore; DataError if the bookmark is of other data or another order of it."""

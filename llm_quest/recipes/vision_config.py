@@ -30,6 +30,9 @@ class SightRows(ImageRows):
     turns: Count | None = Field(
         default=None, description="questions of an image in one row at most; null: all that fit"
     )
+    captions: float = Field(
+        default=0.0, ge=0, le=1, description="in this part of the rows the caption comes first, where there is one"
+    )
     length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and what is said about it")
 
 
@@ -138,6 +141,7 @@ class Tower(Strict):
     heads: Count = 4
     hidden: Count = 512
     depth: Count | None = Field(default=None, description="after how many blocks the patches are taken; null: all")
+    keep_class: bool = Field(default=False, description="is the class token shown to the decoder too?")
     load: str | None = Field(default=None, description="a Hugging Face folder or run folder")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from llm_quest.data.images import CLIP_STATISTICS, Preprocess
-from llm_quest.data.scenes import Turn, score
+from llm_quest.data.scenes import STATISTICS, Turn, score
 from llm_quest.data.sights import Captions, Scenes, SightFeed, Sights, Writer
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from llm_quest.errors import DataError, UsageError
@@ -26,6 +26,7 @@ from llm_quest.models import clip, llama
 from llm_quest.models.build import build
 from llm_quest.models.fusion import VisionLanguage
 from llm_quest.models.generation import GenerationDefaults
+from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.vision_language import Config
 from llm_quest.objectives.captioning import Captioning
 from llm_quest.recipes import seeds
@@ -37,7 +38,7 @@ from llm_quest.train.parallel import Parallel
 
 PLACEHOLDER = "<image>"
 AT_ONCE = 64
-BY_ADAMW = ("tower.embed.", "decoder.embed.", "decoder.head.")
+BY_ADAMW = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 
 
 def train_vlm(
@@ -82,6 +83,7 @@ def assembled(config: Vlm, parallel: Parallel, say: Say) -> tuple[Job, Tokenizer
         micro_rows=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world),
         seed=seeds.stream(config.seed, "order"),
         turns=config.batch.turns,
+        captions=config.batch.captions,
         share=parallel.share,
     )
     probe = Answering(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every)
@@ -90,7 +92,8 @@ def assembled(config: Vlm, parallel: Parallel, say: Say) -> tuple[Job, Tokenizer
 
 
 def statistics(config: Vlm) -> Preprocess:
-    """How images are made: as the loaded model or tower wants them, otherwise scaled to -1..1."""
+    """How images are made: as the loaded model or tower wants them; scenes so that nothing is 0; others scaled to
+    -1..1."""
     for where in (config.load, config.tower.load):
         if where is not None:
             try:
@@ -98,7 +101,8 @@ def statistics(config: Vlm) -> Preprocess:
             except DataError:
                 size = load_config(where).image
                 return Preprocess(size, **CLIP_STATISTICS) if config.load else Preprocess(size)  # type: ignore[arg-type]
-    return Preprocess(config.sights.size)
+    told: dict[str, Any] = STATISTICS if config.sights.source == "scenes" else {}
+    return Preprocess(config.sights.size, **told)
 
 
 def load_config(where: str) -> Any:
@@ -149,10 +153,15 @@ def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> Vi
     if tokenizer.vocab_size > text.vocab:
         text = replace(text, vocab=tokenizer.vocab_size)
     depth = config.tower.depth or vision.layers
-    numbers = Config(vision, text, tokenizer.id(PLACEHOLDER), depth, mlp=config.adapter == "mlp")
-    model: Any = build(numbers, seed=seeds.stream(config.seed, "init"))
+    numbers = Config(
+        vision, text, tokenizer.id(PLACEHOLDER), depth, config.adapter == "mlp", keep_class=config.tower.keep_class
+    )
+    seed = seeds.stream(config.seed, "init")
+    model: Any = build(numbers, seed=seed)
     if tower is not None:
         put(model.tower, tower)
+    else:
+        place(model.tower, seed)
     if decoder is not None:
         put(model.decoder, decoder)
     return model
@@ -186,6 +195,13 @@ def new_decoder(config: Vlm, tokenizer: Tokenizer) -> llama.Config:
         rotary,
         tied=True,
     )
+
+
+@torch.no_grad()
+def place(tower: ImageEncoder, seed: int) -> None:
+    """Positions N(0,1), as large as what the first norm makes of a patch. Commonly got wrong: at CLIP's 0.02, right for
+    its millions of steps, a tower from scratch sees for thousands of steps what there is but not where."""
+    nn.init.normal_(tower.embed.positions, generator=torch.Generator().manual_seed(seed + 1))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from llm_quest.contracts import Share
-from llm_quest.data.classes import Augment, ImageFeed, Labelled, cifar10, digits, folder, split, uniforms
+from llm_quest.data.classes import Augment, ImageFeed, Labelled, cifar10, digits, folder, split
 from llm_quest.data.images import Preprocess
+from llm_quest.data.packing import uniforms
 from llm_quest.errors import DataError, MissingError, UsageError
 
 RANDOM = np.random.default_rng(0)
