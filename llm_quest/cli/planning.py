@@ -1,7 +1,7 @@
 """What a run will cost before it starts: `quest plan`. Counts are made, not guessed, on a model without memory:
 
 - FLOPs: PyTorch's counter over one forward pass, three times that for training (backward costs twice the forward
-  pass).
+  pass; once, where the matrices are frozen and an adapter learns).
 - Activations: the bytes that a forward pass of the real modules hands to autograd, counted tensor by tensor, weights
   left out; under bfloat16 autocast that includes the cast copies of the weights. With activation checkpointing: one
   stream of width D per block, and one block in full.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from llm_quest.models.build import build, count_parameters, page_of, skeleton
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.cross_entropy import LARGE, ROWS
 from llm_quest.objectives.next_token import NextToken
+from llm_quest.recipes.techniques import applied_all
 from llm_quest.report.words import aligned, duration, quantity, size
 from llm_quest.scope import Scope
 from llm_quest.train.optimizers import adamw, muon
@@ -48,7 +49,8 @@ class Work:
     processes.
 
     config: a page's. optimizer: adamw | muon. precision: fp32 | bf16 (autocast over float32 masters). keep:
-    checkpoints that lie on disk at once. checkpointing: activations are computed again in the backward pass."""
+    checkpoints that lie on disk at once. checkpointing: activations are computed again in the backward pass.
+    techniques: entries of a recipe's `techniques`."""
 
     config: Any
     rows: int
@@ -61,6 +63,7 @@ class Work:
     keep: int = 2
     world: int = 1
     device: str = "cpu"
+    techniques: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("rows", "length", "steps", "world"):
@@ -74,6 +77,11 @@ class Work:
             raise UsageError(f"no optimizer is called {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"no precision is called {self.precision!r}; known: fp32, bf16")
+
+    def edited(self, model: Decoder) -> Decoder:
+        """The model after the techniques."""
+        applied_all(self.techniques, model, lambda text: None)
+        return model
 
     @property
     def at_once(self) -> int:
@@ -140,9 +148,10 @@ class Plan:
 
 def plan(work: Work, *, measure: bool = True, say: Callable[[str], None] = lambda text: None) -> Plan:
     """The cost of a piece of work on this machine. measure: time real steps, unless the model would not fit."""
-    model = skeleton(work.config)
+    model = work.edited(skeleton(work.config))
     parameters = count_parameters(model)
-    per_token = 3 * sum(flops_per_token(work.config, work.length))
+    passes = 3 if learned(model) > parameters // 2 else 2
+    per_token = passes * sum(flops_per_token(work.config, work.length))
     tokens_per_step = work.rows * work.length
     memory = memory_by_kind(work, model)
     available = psutil.virtual_memory().available
@@ -182,7 +191,7 @@ def plan(work: Work, *, measure: bool = True, say: Callable[[str], None] = lambd
 
 def memory_by_kind(work: Work, model: Decoder) -> dict[str, int]:
     """Bytes on one process while a micro-batch goes backward. model: on the meta device."""
-    parameters = count_parameters(model)
+    parameters, trained = count_parameters(model), [one for one in model.named_parameters() if one[1].requires_grad]
     rows = work.at_once * work.length
     vocab, width = model.head.weight.shape  # type: ignore[union-attr, misc]
     held = 8 if work.precision == "fp32" else 10
@@ -190,11 +199,16 @@ def memory_by_kind(work: Work, model: Decoder) -> dict[str, int]:
     logits = ROWS * vocab * (held + 2) + 4 * (vocab + rows) * width if chunked else rows * vocab * held
     return {
         "weights": parameters * MASTER,
-        "gradients": parameters * MASTER,
-        "optimizer": sum(OPTIMIZERS[work.optimizer](name, p) * p.numel() for name, p in model.named_parameters()),
+        "gradients": learned(model) * MASTER,
+        "optimizer": sum(OPTIMIZERS[work.optimizer](name, p) * p.numel() for name, p in trained),
         "activations": activation_bytes(work),
         "loss": logits,
     }
+
+
+def learned(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 OPTIMIZERS: dict[str, Callable[[str, Tensor], int]] = {
@@ -206,7 +220,7 @@ OPTIMIZERS: dict[str, Callable[[str, Tensor], int]] = {
 def activation_bytes(work: Work) -> int:
     """What one micro-batch leaves for the backward pass, packed documents included."""
     with FakeTensorMode():
-        model = page_of(work.config).assemble(work.config).train()
+        model = work.edited(page_of(work.config).assemble(work.config)).train()
         tokens = torch.zeros(work.at_once, work.length, dtype=torch.int64)
         whole = kept_for_backward(model, tokens, work.precision == "bf16")
     if not work.checkpointing:
@@ -239,7 +253,7 @@ def timed_step(work: Work) -> float:
     """Seconds of one optimiser step: micro-batches and the update are timed apart, medians of three after one to warm
     up."""
     device = torch.device(work.device)
-    model = build(work.config, device=device).train()
+    model = work.edited(build(work.config, device=device)).train()
     objective = NextToken(model)
     optimizer = adamw(model, lr=0.0) if work.optimizer == "adamw" else muon(model, lr=0.0, splits=model.row_splits())
     batch = random_batch(work).to(device)

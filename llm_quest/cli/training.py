@@ -166,6 +166,7 @@ def work(config: Pretrain, numbers: Any) -> Work:
         checkpointing=config.activation_checkpointing,
         keep=config.checkpoint.keep,
         device=str(device),
+        techniques=config.techniques,
     )
 
 

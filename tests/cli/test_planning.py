@@ -12,6 +12,7 @@ from llm_quest.cli import planning
 from llm_quest.cli.planning import Work, activation_bytes, kept_for_backward, memory_by_kind, plan, timed_step, warnings
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset, skeleton
+from llm_quest.recipes.techniques import understood
 from llm_quest.train.optimizers import adamw, muon
 
 LLAMA, GPT2 = preset("llama3.2-tiny").config, preset("gpt2-tiny").config
@@ -25,6 +26,18 @@ def test_activations_counted_without_memory_are_those_of_the_real_model(config, 
     tokens = torch.zeros(work.at_once, work.length, dtype=torch.int64)
     real = kept_for_backward(build(config).train(), tokens, precision == "bf16")
     assert activation_bytes(work) == real > 0
+
+
+@pytest.mark.parametrize("technique", ["lora", "tiny_lora", "dora"])
+def test_of_an_adapted_model_the_adapter_alone_is_remembered(technique):
+    work = dataclasses.replace(WORK, techniques=(understood(technique),))
+    model = work.edited(build(LLAMA)).train()
+    tokens = torch.zeros(work.at_once, work.length, dtype=torch.int64)
+    assert activation_bytes(work) == kept_for_backward(model, tokens, False) > 0
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = memory_by_kind(work, work.edited(skeleton(LLAMA)))
+    assert (memory["gradients"], memory["optimizer"]) == (4 * learned, 8 * learned)
+    assert timed_step(work) > 0
 
 
 def test_activations_grow_with_the_rows_at_once_and_not_with_the_rows():
