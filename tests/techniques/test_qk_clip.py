@@ -132,6 +132,19 @@ def test_heads_below_tau_and_all_values_stay_bit_by_bit(name: str):
     assert torch.equal(heads[-1][:, 0], heads[0][:, 0]), "the first token sees its own value alone, whatever the logits"
 
 
+def test_a_gate_made_beside_the_query_stays():
+    model, x = one("GQA, gated, biases")
+    clip = QKClip(TAU)
+    clip(model)
+    qkv, heads = model.mixer.qkv, model.mixer.heads
+    before = [part[qkv.rows("q")].unflatten(0, (heads, 2, -1)).clone() for part in (qkv.weight, qkv.bias)]
+    clipped(model, x, clip)
+    for part, old in zip((qkv.weight, qkv.bias), before, strict=True):
+        now = part[qkv.rows("q")].unflatten(0, (heads, 2, -1))
+        assert torch.equal(now[:, 1], old[:, 1])
+        assert not torch.equal(now[:, 0], old[:, 0])
+
+
 def test_mlas_shared_rotary_key_stays():
     model, x = one("MLA")
     clip = QKClip(TAU)
