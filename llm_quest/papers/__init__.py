@@ -11,7 +11,17 @@ import importlib
 from llm_quest.errors import UsageError
 from llm_quest.papers.paper import Paper
 
-PAPERS: tuple[str, ...] = ("muon", "expert_bias")
+PAPERS: tuple[str, ...] = (
+    "muon",
+    "qk_clip",
+    "dyt",
+    "hyper_connections",
+    "yarn",
+    "multi_token",
+    "expert_bias",
+    "number_token",
+    "lora",
+)
 
 
 def paper(name: str) -> Paper:

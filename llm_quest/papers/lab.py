@@ -4,12 +4,15 @@ few hundred steps, and the house's own loop."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llm_quest.contracts import Callback, Feed
@@ -47,11 +50,30 @@ class Text:
 
 
 @functools.cache
-def text() -> Text:
-    """Python's manual and docstrings, as 1,024 tokens."""
-    parts = split(gather("builtin:topics,docstrings"), held_out=0.05)
-    tokenizer = train_bpe((document.text for document in parts.train), VOCAB)
+def text(source: str = "builtin:topics,docstrings") -> Text:
+    """Python's manual and docstrings (or another part of what it brings), in the manual's 1,024 tokens."""
+    parts = split(gather(source), held_out=0.05)
+    own = source == "builtin:topics,docstrings"
+    tokenizer = train_bpe((document.text for document in parts.train), VOCAB) if own else text().tokenizer
     return Text(prepare(parts, tokenizer, default_cache()), tokenizer)
+
+
+def remembered(name: str, seed: int, config: Any, make: Callable[[], Decoder]) -> Decoder:
+    """The model that `make` trains: once for each name, seed and config, for arms that begin at the same one."""
+    folder = default_cache().parent / "lab"
+    file = folder / f"{name}-{seed}-{hashlib.sha256(repr(config).encode()).hexdigest()[:12]}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            made = make()
+            unfinished = file.with_suffix(".part")
+            save_file({path: tensor.detach() for path, tensor in made.named_parameters()}, unfinished)
+            unfinished.replace(file)
+    model = build(config)
+    with torch.no_grad():
+        for path, tensor in load_file(file).items():
+            model.get_parameter(path).copy_(tensor)
+    return model.train()
 
 
 def small_llama(*, width: int = 128, layers: int = 4, context: int = LENGTH, vocab: int = VOCAB) -> llama.Config:

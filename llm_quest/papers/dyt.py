@@ -1,0 +1,52 @@
+"""Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622) in place of RMSNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llm_quest.objectives.next_token import NextToken
+from llm_quest.papers.lab import fresh, held_out_loss, small_llama, text, trained
+from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
+from llm_quest.techniques.dynamic_tanh import DyT
+from llm_quest.train.optimizers import adamw
+
+STEPS, RATE, MARGIN = 250, 3e-3, 0.03
+
+
+def arm(technique: DyT | None) -> Callable[[int], Measured]:
+    def run(seed: int) -> Measured:
+        model: Any = fresh(small_llama(), seed)
+        model = model if technique is None else technique(model).train()
+        trace = trained(NextToken(model), text().feed(seed), adamw(model, lr=RATE), steps=STEPS, seed=seed)
+        return Measured({"held-out loss": held_out_loss(model, text().held_out())}, trace.losses)
+
+    return run
+
+
+ARMS = {"RMSNorm": arm(None), "DyT": arm(DyT()), "DyT, LLaMA form": arm(DyT(form="llama"))}
+
+
+def judge(results: Results) -> Verdict:
+    plain, llama = (results.difference(name, "RMSNorm", "held-out loss") for name in ("DyT", "DyT, LLaMA form"))
+    words = f"against RMSNorm the held-out loss changes by {plain} nats with DyT and by {llama} in its LLaMA form"
+    if llama.mean + llama.half < MARGIN:
+        return Verdict("confirmed", words)
+    return Verdict("refuted" if llama.mean - llama.half > MARGIN else "no effect seen", words)
+
+
+PAPER = Paper(
+    name="dyt",
+    title="Transformers without Normalization",
+    arxiv="2503.10622",
+    claim="tanh(alpha x) in place of every norm matches or exceeds the normalised model.",
+    experiment=f"A 0.9M-parameter Llama, {STEPS} steps of 2,048 tokens on Python's manual, AdamW at {RATE:g}, the "
+    "same data order. Control: RMSNorm.",
+    confirms=f"the LLaMA form's held-out loss is at most {MARGIN} nats above RMSNorm's (upper end).",
+    refutes=f"it is more than {MARGIN} above (lower end).",
+    arms=ARMS,
+    judge=judge,
+    picture=Picture("step", "training loss"),
+    minutes=9,
+    notes="A later study (arXiv:2604.23434) reports that DyT helps where data are scarce and hurts where they are not.",
+)

@@ -1,0 +1,56 @@
+"""Hyper-connections (Zhu et al. 2024, arXiv:2409.19606) and their manifold-constrained form (mHC, arXiv:2512.24880)
+against plain residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llm_quest.objectives.next_token import NextToken
+from llm_quest.papers.lab import fresh, held_out_loss, small_llama, text, trained
+from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict, judged
+from llm_quest.techniques.hyper_connections import HyperConnections
+from llm_quest.train.optimizers import adamw
+
+STEPS, RATE, DEPTHS = 150, 3e-3, (3, 9)
+
+
+def arm(depth: int, technique: HyperConnections | None) -> Callable[[int], Measured]:
+    def run(seed: int) -> Measured:
+        model: Any = fresh(small_llama(width=64, layers=depth), seed)
+        model = model if technique is None else technique(model).train()
+        trace = trained(NextToken(model), text().feed(seed), adamw(model, lr=RATE), steps=STEPS, seed=seed)
+        return Measured({"held-out loss": held_out_loss(model, text().held_out())}, trace.losses)
+
+    return run
+
+
+KINDS = {"residual": None, "HC": HyperConnections(2, "dynamic"), "mHC": HyperConnections(2, "manifold")}
+ARMS = {f"{name}, {depth} layers": arm(depth, kind) for depth in DEPTHS for name, kind in KINDS.items()}
+
+
+def judge(results: Results) -> Verdict:
+    deep = DEPTHS[-1]
+    gains = {
+        (name, depth): results.difference(f"{name}, {depth} layers", f"residual, {depth} layers", "held-out loss")
+        for name in ("HC", "mHC")
+        for depth in DEPTHS
+    }
+    told = "; ".join(f"{name} at {depth} layers {gain}" for (name, depth), gain in gains.items())
+    return judged(gains["mHC", deep], f"change of the held-out loss against residuals, nats: {told}", wanted="negative")
+
+
+PAPER = Paper(
+    name="hyper_connections",
+    title="mHC: Manifold-Constrained Hyper-Connections",
+    arxiv="2512.24880",
+    claim="Several streams with learned, doubly stochastic mixing lower the loss, and more so in deeper models.",
+    experiment=f"Llamas of width 64 with {DEPTHS[0]} and {DEPTHS[1]} layers, two streams, {STEPS} steps of 2,048 "
+    "tokens on Python's documentation, AdamW. Control: plain residuals at the same depth.",
+    confirms=f"mHC's held-out loss at {DEPTHS[1]} layers lies below the plain model's (95 % interval).",
+    refutes="it lies above, likewise.",
+    arms=ARMS,
+    judge=judge,
+    picture=Picture("step", "training loss"),
+    minutes=14,
+)
