@@ -32,6 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same res
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network (HF_HUB_OFFLINE=1).")]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")]
+Image = Annotated[str | None, typer.Option(help="An image's file, for a model that looks (quest train vlm).")]
 Pairs = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top, dotted: optimizer.lr=1e-3.")
 ]
@@ -120,6 +121,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
     slide: Annotated[bool, typer.Option("--slide", help="Go on beyond the context, forgetting the oldest.")] = False,
+    image: Image = None,
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -134,6 +136,11 @@ def generate(
     prepare(threads, offline)
     manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed)
     text = sys.stdin.read() if prompt == "-" else prompt
+    if image is not None:
+        from llm_quest.cli.looking import describe
+
+        describe(model, image, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
+        return
     go_on(model, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
 
 
@@ -145,6 +152,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = 0.95,
     template: Annotated[bool, typer.Option("--template/--no-template", help="Use the folder's chat template.")] = True,
+    image: Image = None,
     quiet: Quiet = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -156,23 +164,33 @@ def chat(
     from llm_quest.cli.talk import Manner, converse
 
     prepare(threads, offline)
-    manner = Manner(tokens, temperature, None, top_p, None, 1.0, (), True, seed)
+    manner = Manner(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
+    if image is not None:
+        from llm_quest.cli.looking import converse_about
+
+        converse_about(model, image, manner, system=system, device=device, dtype=dtype, say=voice(quiet))
+        return
     converse(model, manner, system=system, template=template, device=device, dtype=dtype, say=voice(quiet))
 
 
 @app.command()
 def classify(
     model: ModelPath,
-    text: Annotated[str, typer.Argument(help="The text; - reads stdin.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT|IMAGE", help="The text (- reads stdin), or an image's file.")],
     json: Json = False,
     device: Device = "auto",
     threads: Threads = 0,
     offline: Offline = False,
 ) -> None:
-    """What a classifier takes a text for, and how sure it is."""
+    """What a classifier takes a text or an image for, and how sure it is."""
+    prepare(threads, offline)
+    from llm_quest.cli.looking import classify_image, is_image
+
+    if is_image(text):
+        show(classify_image(model, text, device=device), json)
+        return
     from llm_quest.cli.classifying import classify as classified
 
-    prepare(threads, offline)
     show(classified(model, sys.stdin.read() if text == "-" else text, device=device), json)
 
 
@@ -196,7 +214,8 @@ def evaluate(
     offline: Offline = False,
 ) -> None:
     """On text: perplexity and bits per byte beside n-gram and compressor baselines on the same bytes. On problems
-    (--task): greedy accuracy with its interval, mean@k and pass@k."""
+    (--task): greedy accuracy with its interval, mean@k and pass@k. A run that looks (vit, vlm): its score on the images
+    it held out."""
     prepare(threads, offline)
     if harness:
         judged = optional("llm_quest.cli.harness", "lm_eval", "harness").judged
@@ -209,7 +228,11 @@ def evaluate(
         show(examine(model, exam, device=device, dtype=dtype, say=voice(quiet)), json)
         return
     from llm_quest.cli.judge import judge
+    from llm_quest.cli.looking import looked
 
+    if not data and (marks := looked(model, device=device, say=voice(quiet))) is not None:
+        show(marks, json)
+        return
     show(judge(model, data, tokens=tokens or None, device=device, dtype=dtype, say=voice(quiet)), json)
 
 
