@@ -33,6 +33,8 @@ DELTA, MOE, LATENT = (
 VIT, LLAVA = "tests/models/test_vit.py", "tests/models/test_vision_language.py"
 HELD_OUT = "tests/recipes/test_mixture.py -k held_out"
 
+CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
+
 MUTATIONS = (
     Mutation("Gemma: norms scale by weight, not 1 + weight", "layers/norm.py", "1 + self.weight.to(wide)", "self.weight.to(wide)", GEMMA),
     Mutation("Gemma: embedding not scaled", "models/gemma.py", "config.width, scale=config.width**0.5)", "config.width)", GEMMA),
@@ -124,4 +126,24 @@ MUTATIONS = (
     Mutation("LLaVA: the last layer instead of the one before", "models/fusion.py", "self.tower.stream(images, self.config.depth)", "self.tower.stream(images)", LLAVA),
     Mutation("LLaVA: class token shown, the last patch not", "models/fusion.py", "seen if self.config.keep_class else seen[:, 1:]", "seen if self.config.keep_class else seen[:, :-1]", LLAVA),
     Mutation("LLaVA: tanh GELU in the adapter", "layers/adapter.py", "F.gelu(self.up(x))", 'F.gelu(self.up(x), approximate="tanh")', LLAVA),
+    # Fine-tuning and preferences (alignment.md, section 2)
+    Mutation("what somebody types is read as a control token", "data/chat.py", 'self.spelled.sub(guard, message["content"].replace(GUARD, ""))', 'message["content"]', CHAT),
+    Mutation("prompt and answer are encoded as one text", "data/chat.py", "for start, upto, mine in ((at, begin, False), (begin, end, True)):", "for start, upto, mine in ((at, end, True),):", CHAT),
+    Mutation("the answer's end is not learned", "data/chat.py", "return len(answer.rstrip()) if self.closed(answer.rstrip()) else len(answer)", "return len(answer.rstrip()) - len(self.spelled.findall(answer)[-1]) if self.closed(answer.rstrip()) else len(answer)", CHAT),
+    Mutation("targets are not shifted against what is learned", "data/instructions.py", "np.where(learned[1 : size + 1], ids[1 : size + 1], IGNORE)", "np.where(learned[:size], ids[1 : size + 1], IGNORE)", "tests/data/test_instructions.py"),
+    Mutation("packed conversations count positions on", "data/instructions.py", "ids[:size], np.arange(size), segment", "ids[:size], np.arange(at, at + size), segment", "tests/data/test_instructions.py"),
+    Mutation("the same question with another answer is held out", "data/conversations.py", "groups[question_hash(item.prompt)].append(number)", "groups[str(number)].append(number)", "tests/data/test_conversations.py"),
+    Mutation("an answer is cut to fit, not its question", "data/preferences.py", "kept.append(Rated(prompt[-room:], answers, one.margin, one.where))", "kept.append(Rated(prompt, tuple(a[: length - len(prompt)] for a in answers), one.margin, one.where))", "tests/data/test_preferences.py"),
+    Mutation("log-probabilities ignore the temperature", "objectives/log_probs.py", "z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature", "z = z if cap is None else cap * torch.tanh(z / cap)", "tests/objectives/test_log_probs.py"),
+    Mutation("the chunked gradient forgets the temperature", "objectives/log_probs.py", "    g /= temperature\n", "", "tests/objectives/test_log_probs.py"),
+    Mutation("DPO: means over tokens in place of sums", "objectives/preference.py", "return token_log_probs(model, batch.rows).sum(dim=1)", "return token_log_probs(model, batch.rows).sum(dim=1) / (batch.targets != IGNORE).sum(dim=1)", PREFERENCE),
+    Mutation("DPO: rewards logged without beta", "objectives/preference.py", "now.detach(), self.beta * gained.detach()", "now.detach(), gained.detach()", PREFERENCE),
+    Mutation("DPO: dropout stays on", "objectives/preference.py", "    if model.training:\n        model.eval()\n", "", PREFERENCE),
+    Mutation("cDPO is computed as robust DPO", "objectives/preference.py", '"cdpo": Form(cdpo, flips=True)', '"cdpo": Form(robust, flips=True)', PREFERENCE),
+    Mutation("flips accepted and never read", "objectives/preference.py", "if not LOSSES[loss].flips and flips:", "if False:", PREFERENCE),
+    Mutation("K ranked answers weigh as many pairs", "data/pairs.py", "2 / (K * (K - 1))", "1.0", "tests/objectives/test_reward_model.py"),
+    Mutation("the reward is read at the last column, padding or not", "objectives/last_outputs.py", "last = positions.argmax(dim=1)", "last = torch.full_like(positions[:, 0], -1)", "tests/objectives/test_reward_model.py"),
+    Mutation("the reward ignores the margin", "objectives/reward_model.py", "-logsigmoid(better - worse - margins)", "-logsigmoid(better - worse)", "tests/objectives/test_reward_model.py"),
+    Mutation("a resumed run forgets its moving reference", "recipes/reference.py", "mine.copy_(saved[name])", "pass", "tests/recipes/test_preferring.py -k resumed"),
+    Mutation("macro F1 weighed by how common a class is", "recipes/classify.py", "float(np.mean([f1(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from llm_quest.generation.generate import generate
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.tuning_config import Sft
+from llm_quest.techniques.card import plain
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
 RECIPE = """
@@ -98,6 +99,21 @@ def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
     )
     said = model.generate(**asked, max_new_tokens=20, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert tokenizer.decode(said) == "star<|im_end|>"
+
+
+def test_with_lora_only_adapters_learn_and_the_run_still_talks(start: Path, rows: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    pairs = [f"model.load={start}", f"data.source={rows}", "techniques=[{name: lora, rank: 4}]", "steps=12"]
+    started(Sft, train_sft, RECIPE, out, *pairs, "optimizer.name=adamw", "samples.every=0")
+    told = metrics(out)
+    assert told[-1]["loss"] < told[0]["loss"] - 0.2
+    before, after = load(start), load(out)
+    for name, parameter in before.named_parameters():
+        wrapped = {plain(n): p for n, p in after.named_parameters() if "lora" not in n.lower()}
+        assert torch.equal(parameter, wrapped[name]), name
+    assert Chat(load_tokenizer(out)).prompt([{"role": "user", "content": "say"}])
+    assert after.generation is not None
+    assert load_tokenizer(out).id("<|im_end|>") in after.generation.eos
 
 
 def test_dropped_rows_are_said_and_mistakes_are_told(start: Path, rows: Path, tmp_path: Path):
