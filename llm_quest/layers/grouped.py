@@ -1,14 +1,18 @@
-"""One matrix product for many experts: rows sorted by expert, each run of rows times its expert's matrix.
+"""One matrix product for many experts: rows sorted by expert, each run of rows times its expert's matrix; and the way
+of the tokens there and back.
 
-PyTorch's `grouped_mm` does the work. It is wrapped as an operator of ours because its shape rule for compiled code
-knows bfloat16 only, while the kernel itself takes float32 too; so that eager and compiled code run the same kernel,
-forward and backward.
+PyTorch's `grouped_mm` does the work. It is wrapped as operators of ours because its shape rule for compiled code knows
+bfloat16 only, while the kernel itself takes float32 too; so that eager and compiled code run the same kernel, forward
+and backward. Going there and coming back are each other's transpose, and neither adds into a place twice: no order of
+additions is left to chance, on any device.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 
@@ -35,15 +39,71 @@ def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
 
 
-def remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+class GroupedLinear(Function):
+    """x (N,I), weight (E,O,I), ends (E,) -> x W_e^T (N,O). The weight's gradient is made in the weight's own layout: as
+    the transpose of the other one it would be copied once more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return grouped_product(x, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, ends = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        return grouped_product(gradient, weight, ends), grouped_outer(gradient, x.contiguous(), ends), None
 
 
-def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, weight, ends = ctx.saved_tensors
-    gradient = gradient.contiguous()
-    dx = grouped_product(gradient, weight.transpose(1, 2), ends)
-    return dx, grouped_outer(x.contiguous(), gradient, ends), None
+class Sorting(NamedTuple):
+    """Where N tokens with K experts each stand among N K rows sorted by expert. order: sorted row -> row (token K +
+    k); back: its inverse; ends (E,): where each expert's rows end; top: K."""
+
+    order: Int[Tensor, " NK"]
+    back: Int[Tensor, " NK"]
+    ends: Int[Tensor, " E"]
+    top: int
+
+    @classmethod
+    def of(cls, experts: Int[Tensor, "N K"], num_experts: int) -> Self:
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        counts = flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
+        back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+        return cls(order, back, counts.cumsum(0).to(torch.int32), experts.shape[1])
+
+    def spread(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "NK D"]:
+        """Each token's row, to each of its experts."""
+        return Spread.apply(x, self.order, self.back, self.top)  # type: ignore[no-any-return, no-untyped-call]
+
+    def collect(self, y: Float[Tensor, "NK D"]) -> Float[Tensor, "N D"]:
+        """The sum of what a token's experts made, in the token's own order."""
+        return Collect.apply(y, self.order, self.back, self.top)  # type: ignore[no-any-return, no-untyped-call]
 
 
-grouped_product.register_autograd(backward, setup_context=remember)
+class Spread(Function):
+    """(N,D) -> (N K,D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, top: int) -> Tensor:
+        ctx.save_for_backward(order, back)
+        ctx.top = top
+        return x.index_select(0, order // top)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return Collect.apply(gradients[0], *ctx.saved_tensors, ctx.top), None, None, None  # type: ignore[no-untyped-call]
+
+
+class Collect(Function):
+    """(N K,D) -> (N,D)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, back: Tensor, top: int) -> Tensor:
+        ctx.save_for_backward(order, back)
+        ctx.top = top
+        return y.index_select(0, back).unflatten(0, (-1, top)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return Spread.apply(gradients[0], *ctx.saved_tensors, ctx.top), None, None, None  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.grouped import grouped_product
+from llm_quest.layers.grouped import GroupedLinear, Sorting
 from llm_quest.scope import Scope
 
 
@@ -200,19 +200,14 @@ def grouped(
     inner: Inner,
 ) -> Float[Tensor, "N D"]:
     """The same, tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order, so a
-    row does not depend on its neighbours."""
+    row does not depend on its neighbours. Weights multiply the hidden layer, which is narrower than the output."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    top, flat = experts.shape[1], experts.flatten()
-    order = flat.argsort(stable=True)
-    counts = flat.new_zeros(gate_up.shape[0])
-    ends = counts.scatter_add(0, flat, torch.ones_like(flat)).cumsum(0).to(torch.int32)
-    h = inner(grouped_product(x[order // top], gate_up.transpose(1, 2), ends))
-    y_sorted = grouped_product(h, down.transpose(1, 2), ends)
-    back = torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
-    y = y_sorted[back].unflatten(0, (-1, top))
-    return (y * weights[..., None].to(y.dtype)).sum(dim=1)
+    sorting = Sorting.of(experts, gate_up.shape[0])
+    h = inner(GroupedLinear.apply(sorting.spread(x), gate_up, sorting.ends))  # type: ignore[no-untyped-call]
+    h = h * weights.flatten().index_select(0, sorting.order)[:, None].to(h.dtype)
+    return sorting.collect(GroupedLinear.apply(h, down, sorting.ends))  # type: ignore[no-untyped-call]
 
 
 class Experts(nn.Module):
