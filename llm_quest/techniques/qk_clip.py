@@ -26,7 +26,7 @@ from llm_quest.scope import Band, Plain, Scope, Sight
 from llm_quest.techniques.attending import attending
 from llm_quest.techniques.card import Model
 
-BLOCK, SCORES = 64, 2**19
+BLOCK, SCORES = 128, 2**20
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def largest_logits(meeting: Meeting, scope: Scope, magnitude: bool) -> Float[Ten
     if `magnitude`): a block of queries at a time, with the keys it can reach, and few rows, so that the scores stay in
     the processor's cache."""
     (batch, length, heads, _), (keys, groups) = meeting.q.shape, meeting.k.shape[1:3]
-    q_BGrTd = meeting.q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-    k_BGdS = meeting.k.permute(0, 2, 3, 1)
+    q_BGrTd = meeting.q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+    k_BGdS = meeting.k.transpose(1, 2).contiguous().mT
     some = max(1, SCORES // (heads * BLOCK * keys))
     largest = meeting.q.new_full((groups, heads // groups), float("-inf"))
     for rows in (slice(first, first + some) for first in range(0, batch, some)):

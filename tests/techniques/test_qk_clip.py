@@ -169,7 +169,7 @@ def test_only_visible_keys_of_real_queries_count(kind: str, generator):
     q = torch.randn(3, 150, 4, 6, generator=generator, dtype=torch.float64)
     k = torch.randn(3, 150, 2, 6, generator=generator, dtype=torch.float64)
     scope = Scope.plain(q[:, :, 0, 0])
-    k[0, 60] = 9 * q[0, 64, ::2]  # the farthest key that the first query of a block of 64 sees through a window of 5
+    k[0, 124] = 9 * q[0, 128, ::2]  # the farthest key that the first query of a block of 128 sees through a window of 5
     visible = {"causal": Plain.CAUSAL, "band": Band(5), "all": Plain.ALL}.get(kind)
     if visible is None:
         places = torch.arange(150).expand(3, -1).clone()
