@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.cache import SlotCache
+from llm_quest.layers.linear import Linear
 from llm_quest.layers.projections import Projections, require_own, scale_rows_
 from llm_quest.scope import Band, Plain, Scope, Sight
 
@@ -286,7 +287,7 @@ class GroupedQueryAttention(nn.Module):
         self.watchers = nn.ModuleList()
         queries = heads * head_width * (2 if gated else 1)
         self.qkv = Projections(width, q=queries, k=groups * head_width, v=groups * self.value_width, bias=bias)
-        self.out = nn.Linear(heads * self.value_width, width, bias=out_bias)
+        self.out = Linear(heads * self.value_width, width, bias=out_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope, wanted: int | None = None) -> Float[Tensor, "B N D"]:
         """wanted: only so many first positions ask (N of T; there is no cache then); all are looked at."""

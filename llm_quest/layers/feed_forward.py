@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.linear import Linear
 from llm_quest.layers.projections import Projections
 from llm_quest.scope import Scope
 
@@ -30,8 +31,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], *, bias: bool):
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(width, hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.up = Linear(width, hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
         return self.down(self.activation(self.up(x)))
@@ -44,7 +45,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.activation = activation
         self.gate_up = Projections(width, gate=hidden, up=hidden, bias=bias)
-        self.down = nn.Linear(hidden, width, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
         gate, up = self.gate_up(x)

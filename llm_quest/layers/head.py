@@ -6,8 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llm_quest.layers.linear import Linear
 
-class Unembed(nn.Linear):
+
+class Unembed(Linear):
     """logits = x W^T, no bias; with a cap, cap * tanh(logits / cap). Tied: W is the token embedding itself, one
     parameter with two uses."""
 

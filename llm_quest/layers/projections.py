@@ -7,7 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+
+from llm_quest.layers.linear import Linear
 
 
 @runtime_checkable
@@ -18,7 +19,7 @@ class Stacked(Protocol):
         """Parameter -> how many rows each of its matrices has. A further dimension in front (experts) is not rows."""
 
 
-class Projections(nn.Linear):
+class Projections(Linear):
     """`Projections(D, q=.., k=.., v=..)(x)` is the tuple (q, k, v). The rows of `weight` are the parts in that order.
 
     Whoever needs one of the parts (renaming tables, LoRA targets, Muon, QK-Clip) finds its rows by name in `parts`."""
@@ -53,6 +54,8 @@ def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def scale_rows_(weight: Tensor, factor: Float[Tensor, " rows"]) -> None:
     """Each row of a matrix (or entry of a bias) times its factor, in place, sharded or not. A factor of 1 leaves its
     row bit by bit."""
+    from torch.distributed.tensor import DTensor, Replicate  # a second to import, which every load would pay
+
     factor = factor.to(device=weight.device, dtype=weight.dtype).view(-1, *[1] * (weight.dim() - 1))
     if isinstance(weight, DTensor):
         mesh = weight.device_mesh
