@@ -21,6 +21,8 @@ from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.dpo import train_dpo
 from llm_quest.recipes.grpo import train_grpo
 from llm_quest.recipes.grpo_config import Grpo
+from llm_quest.recipes.iterative import train_iterative
+from llm_quest.recipes.iterative_config import Iterative
 from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
@@ -49,6 +51,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "dpo": (Dpo, train_dpo),
     "grpo": (Grpo, train_grpo),
     "classify": (Classify, train_classify),
+    "iterative": (Iterative, train_iterative),
 }
 """What `recipe:` may say: the schema of its settings, and what runs them."""
 

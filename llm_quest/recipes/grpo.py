@@ -25,9 +25,11 @@ from llm_quest.data.problems.problem import chance
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.disk import replace_text
 from llm_quest.errors import UsageError
+from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradient
+from llm_quest.objectives.reward_model import scores
 from llm_quest.objectives.surrogates import VARIANTS
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
@@ -43,10 +45,12 @@ from llm_quest.rollouts.advantages import ESTIMATORS
 from llm_quest.rollouts.doctor import Doctor
 from llm_quest.rollouts.rewards import Correct, FormatOnly, RandomReward
 from llm_quest.rollouts.rollouts import Plan, Rollouts, Scorer
+from llm_quest.rollouts.scored import Scored
 from llm_quest.rollouts.scoring import Judge, Scoring
 from llm_quest.rollouts.steps import step_rewards
 from llm_quest.rollouts.writer import Question, Writer
 from llm_quest.techniques.lora import adapters_off, is_adapter
+from llm_quest.techniques.score_head import score_head
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
 from llm_quest.train.step import autocast
@@ -179,17 +183,11 @@ def rollouts(
 ) -> Rollouts:  # fmt: skip
     """The feed."""
     part = config.rollout
-    own = model.generation.eos if model.generation is not None else ()
-    writer = Writer(
-        tokenizer=tokenizer,
-        eos=tuple(sorted({*own, *tokenizer.eos_ids})),
-        new_tokens=part.new_tokens,
-        temperature=part.temperature,
-        within=partial(autocast, config.precision, parallel.device),
-        at_once=part.at_once,
-    )
+    writer = writer_of(config, model, tokenizer, parallel)
     scoring = Scoring(
-        judges=tuple(Judge(one.name, rewarding(config, one, model), one.weight) for one in config.rewards),
+        judges=tuple(
+            Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in config.rewards
+        ),
         estimator=ESTIMATORS[config.advantages or VARIANTS[config.variant].advantages],
         separately=config.separately,
         budget=part.new_tokens,
@@ -218,6 +216,19 @@ def rollouts(
     return Rollouts(model, ask, writer, scoring, plan, reference=reference, score=score)
 
 
+def writer_of(config: Grpo, model: Decoder, tokenizer: Tokenizer, parallel: Parallel) -> Writer:
+    """Samples as they are scored: same temperature, same precision; ends at every end that the model knows."""
+    own = model.generation.eos if model.generation is not None else ()
+    return Writer(
+        tokenizer=tokenizer,
+        eos=tuple(sorted({*own, *tokenizer.eos_ids})),
+        new_tokens=config.rollout.new_tokens,
+        temperature=config.rollout.temperature,
+        within=partial(autocast, precision(config.precision, parallel.device).value, parallel.device),
+        at_once=config.rollout.at_once,
+    )
+
+
 def scorer(model: Decoder, config: Grpo, *, off: bool = False) -> Scorer:
     """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
 
@@ -228,12 +239,22 @@ def scorer(model: Decoder, config: Grpo, *, off: bool = False) -> Scorer:
     return score
 
 
-def rewarding(config: Grpo, one: Named, model: Decoder) -> Reward:
-    return REWARDS[one.name](config, one)
+def rewarding(config: Grpo, one: Named, tokenizer: Tokenizer, parallel: Parallel) -> Reward:
+    return judge_called(str(one.load), tokenizer, parallel) if one.name == "model" else REWARDS[one.name](config)
 
 
-REWARDS: dict[str, Callable[[Grpo, Named], Reward]] = {
-    "correct": lambda config, one: Correct(),
-    "format": lambda config, one: FormatOnly(),
-    "random": lambda config, one: RandomReward(seeds.stream(config.seed, "random reward")),
+def judge_called(where: str, tokenizer: Tokenizer, parallel: Parallel) -> Reward:
+    """A reward model that reads the policy's ids."""
+    judge = load(where, dtype="float32").to(parallel.device)
+    if score_head(judge) is None:
+        raise UsageError(f"{where} is no reward model; train one (quest train reward)")
+    if load_tokenizer(where).hash != tokenizer.hash:
+        raise UsageError(f"{where} has another tokenizer than the policy: it would read other ids than were sampled")
+    return Scored(partial(scores, judge))
+
+
+REWARDS: dict[str, Callable[[Grpo], Reward]] = {
+    "correct": lambda config: Correct(),
+    "format": lambda config: FormatOnly(),
+    "random": lambda config: RandomReward(seeds.stream(config.seed, "random reward")),
 }

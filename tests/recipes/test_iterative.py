@@ -1,0 +1,77 @@
+"""Iterative GRPO, tiny: every stage is a run, the judge learns from the newest policy and from a tenth of the past, and
+the whole goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llm_quest.errors import UsageError
+from llm_quest.hub.files import load
+from llm_quest.recipes.config import resolve
+from llm_quest.recipes.iterative import train_iterative
+from llm_quest.recipes.iterative_config import Iterative
+from llm_quest.recipes.yaml import merge, read
+from llm_quest.techniques.score_head import score_head
+from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401
+from tests.recipes.tuned import metrics, weights
+
+ITERATIVE = (
+    RECIPE.replace("recipe: grpo", "recipe: iterative")
+    + """
+iterations: 2
+kl: {beta: 0.05, estimator: k2}
+judge: {steps: 12, rows: 10, questions: 24}
+"""
+)
+
+
+def iterated(out: Path, *pairs: str) -> list[str]:
+    settings, said = merge(read(ITERATIVE, "recipe.yaml"), list(pairs)), []
+    train_iterative(resolve(Iterative, settings), settings, out, quiet=True, say=said.append)
+    return said
+
+
+@pytest.fixture(scope="module")
+def done(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:  # noqa: F811
+    out = tmp_path_factory.mktemp("runs") / "iterative"
+    return out, iterated(out, *from_(warm, "steps=2"))
+
+
+def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
+    out, said = done
+    told = [line for line in said if line.startswith("judge")]
+    assert [line.split(":")[0] for line in told] == ["judge 0", "judge 1", "judge 2"]
+    counts = [len(json.loads((out / f"iteration-{i}" / "comparisons.json").read_text())) for i in range(3)]
+    assert f"{counts[2]} new comparisons, {counts[0] + counts[1]} earlier ones" in told[2]
+    judges = [load(out / f"iteration-{i}" / "judge") for i in range(3)]
+    assert all(score_head(judge) is not None for judge in judges)
+    rows = [metrics(out / f"iteration-{i}" / "policy") for i in (1, 2)]
+    assert all(first["kl"] < 1e-6 < last["kl"] for first, last in rows), "the reference is the iteration's own start"
+    assert all("reward_model" in row and "reward" in row for both in rows for row in both)
+
+
+def test_the_whole_goes_on_where_it_was_interrupted(done: tuple[Path, list[str]], warm: Path):  # noqa: F811
+    out = done[0]
+    before = weights(out / "iteration-2" / "policy", 2), weights(out / "iteration-2" / "judge", 12)
+    shutil.rmtree(out / "iteration-2")
+    shutil.rmtree(out / "iteration-1" / "judge" / "checkpoints")
+    iterated(out, *from_(warm, "steps=2"))
+    assert (weights(out / "iteration-2" / "policy", 2), weights(out / "iteration-2" / "judge", 12)) == before
+
+
+def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], warm: Path, tmp_path: Path):  # noqa: F811
+    judge = done[0] / "iteration-0" / "judge"
+    started(tmp_path / "run", *from_(warm, "steps=2", f"rewards=[{{name: model, load: {judge}}}]"))
+    assert metrics(tmp_path / "run")[-1]["rows_kept"] == 1
+    with pytest.raises(UsageError, match="no reward model"):
+        started(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
+
+
+@pytest.mark.parametrize("pairs", [["rewards=[{name: random}]"], ["process=true"]])
+def test_settings_without_effect_are_refused(pairs: list[str]):
+    with pytest.raises(UsageError, match="no effect"):
+        resolve(Iterative, merge(read(ITERATIVE, "recipe.yaml"), pairs))
