@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from llm_quest.contracts import Reward
-from llm_quest.data.pairs import AnswerBatch, compared, hash_of
+from llm_quest.data.pairs import AnswerBatch, Pairs, compared
 from llm_quest.data.preferences import Rated
 from llm_quest.data.problems.problem import chance
 from llm_quest.errors import DataError
@@ -71,7 +71,7 @@ class ReplayFeed:
         return chance(name, self.seed, step).choices(some, k=number) if number else []
 
     def bookmark(self) -> dict[str, Any]:
-        data = hash_of([*self.new, *self.history])
+        data = Pairs([*self.new, *self.history]).hash
         return {"feed": "replay", "data": data, "rows": self.rows, "old": self.old, "seed": self.seed}
 
     def resume(self, bookmark: dict[str, Any]) -> None:
