@@ -92,7 +92,7 @@ def test_together_they_move_no_logit_at_birth_train_and_survive_a_save(pair: str
     torch.testing.assert_close(torch.cat((first, rest), dim=1), model(tokens), **EXACT)
 
 
-@pytest.mark.parametrize("page", ["gpt2-tiny", "llama3.2-tiny", "deepseek-v3-tiny"])
+@pytest.mark.parametrize("page", ["gpt2-tiny", "llama3.2-tiny"])
 def test_qk_clip_with_muon_is_muonclip(page: str):
     """At a rate that makes the logits grow without it, they stay near tau with it: a step's growth above it at most."""
     tau, largest = 0.1, {}

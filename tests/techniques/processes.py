@@ -26,10 +26,8 @@ from llm_quest.techniques.taps import Taps
 from tests.laws.subjects import own, random_tokens
 
 COMPILED: dict[str, tuple[Any, ...]] = {
-    "QK-Clip, DyT, lookahead": (QKClip(), DyT(form="llama"), MultiToken()),
-    "caps, taps, mHC": (SoftCap(), Taps(), HyperConnections(2, "manifold")),
-    "mHC-lite": (HyperConnections(3, "lite"),),
-    "hyper-connections": (HyperConnections(2),),
+    "QK-Clip, DyT, lookahead, hyper-connections": (QKClip(), DyT(form="llama"), MultiToken(), HyperConnections(2)),
+    "caps, taps, mHC-lite": (SoftCap(), Taps(), HyperConnections(2, "lite")),
 }
 
 

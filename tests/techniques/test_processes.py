@@ -18,7 +18,7 @@ def said(*command: str) -> list[str]:
 
 
 def test_a_training_pass_is_one_graph_with_the_eager_loss():
-    names = ["QK-Clip, DyT, lookahead", "caps, taps, mHC", "mHC-lite", "hyper-connections"]
+    names = ["QK-Clip, DyT, lookahead, hyper-connections", "caps, taps, mHC-lite"]
     assert said("-m", "tests.techniques.processes", "compiled") == names
 
 
