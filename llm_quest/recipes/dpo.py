@@ -3,7 +3,7 @@ less, without a reward model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from llm_quest.contracts import Callback, Feed
 from llm_quest.data.chat import Chat
 from llm_quest.data.pairs import AnswerBatch
+from llm_quest.errors import UsageError
 from llm_quest.objectives.preference import PreferenceLoss, answer_log_probs
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
@@ -33,7 +34,6 @@ from llm_quest.recipes.tuning_config import Dpo
 from llm_quest.recipes.yaml import Settings
 from llm_quest.techniques.lora import adapters_off, require_adapters
 from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
 
 
 def train_dpo(
@@ -61,6 +61,10 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
     packed = feed_of(config, pairs, parallel)
     feed: Feed = packed
     if config.sync is not None:
+        if parallel.kind == "fsdp":
+            raise UsageError(
+                "sync keeps a whole copy of the model on each process: set parallel=ddp, or leave sync out"
+            )
         moving = Moving(
             packed, model.to(parallel.device), out,
             every=config.sync.every, mix=config.sync.mix, keep=config.checkpoint.keep, leader=parallel.leader,
@@ -70,13 +74,15 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
         require_adapters(model)
         objective.reference = lambda batch: without_adapters(model, batch)
 
-    def ready(run: Run) -> None:
+    def before() -> Callable[[Path], None]:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
         comparable; of the training pairs where nothing else computes them."""
         kind = precision(config.precision, parallel.device).value
         mine = [] if objective.reference is not None else list(pairs.train)
-        found = known(model, [*mine, *pairs.held], run.folder, parallel, kind, say)
-        packed.source.reference, probe.pairs.reference = found[: len(mine)] or None, found[len(mine) :]
+        found = known(model, [*mine, *pairs.held], out, parallel, kind, say)
+        packed.source.reference = found.log_probs[: len(mine)] or None
+        probe.pairs.reference = found.log_probs[len(mine) :]
+        return found.keep
 
     def rewards(model: Any, batch: AnswerBatch) -> Tensor:
         assert batch.reference is not None, "the probe gives it"
@@ -85,7 +91,7 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
     probe = HeldPairs(pairs.held, config.evaluate.every, rewards)
     facts = told(config.data, pairs.chat, pairs.ledger, len(pairs.train), len(pairs.held), say)
     riding: list[Callback] = list(callbacks)
-    return Job(objective, feed, lambda run: [probe], tokenizer, facts, {"data": packed.source.hash}, riding, ready)
+    return Job(objective, feed, lambda run: [probe], tokenizer, facts, {"data": packed.source.hash}, riding, before)
 
 
 def without_adapters(model: Any, batch: AnswerBatch) -> Tensor:

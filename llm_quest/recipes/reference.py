@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,36 @@ FILE = "reference.safetensors"
 AT_ONCE = 8
 
 
+@dataclass(frozen=True)
+class Known:
+    """log_probs: of each pair, a number for each answer. key: what they were computed from. fresh: not on disk yet."""
+
+    log_probs: list[np.ndarray]
+    key: str
+    fresh: bool
+
+    def keep(self, folder: Path) -> None:
+        """In the run folder, for the next start."""
+        if self.fresh:
+            keep(folder / FILE, {"log_probs": torch.from_numpy(np.concatenate(self.log_probs))}, {"key": self.key})
+
+
 def known(
     model: nn.Module, pairs: Sequence[Rated], folder: Path, parallel: Parallel, precision: str, say: Say
-) -> list[np.ndarray]:
-    """The model's log-probability of each answer, as it is now: from the run folder if they were computed for this
-    model, these pairs and this precision; else computed, and kept there."""
+) -> Known:
+    """The log-probability that a model gives each answer, as it is now: from the run folder if they were computed for
+    this model, these pairs and this precision; else computed. Before the model is shared out: a part of it cannot be
+    called alone."""
     told = {"model": weights_hash(model), "pairs": Pairs(pairs).hash, "precision": precision}
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    found = kept(folder / FILE, key) if parallel.leader else None
-    if parallel.leader and found is None:
+    flat = parallel.broadcast(kept(folder / FILE, key) if parallel.leader else None)
+    fresh = flat is None
+    if fresh:
         say(f"reference: log-probabilities of {sum(len(one.answers) for one in pairs):,} answers, once")
-        with parallel.gathered(model), undisturbed(model), autocast(precision, parallel.device):
-            found = computed(model, pairs, parallel.device)
-        keep(folder / FILE, {"log_probs": torch.from_numpy(np.concatenate(found))}, {"key": key})
-    flat = parallel.broadcast(None if found is None else np.concatenate(found))
+        with undisturbed(model), autocast(precision, parallel.device):
+            flat = np.concatenate(computed(model.to(parallel.device), pairs, parallel.device))
     ends = np.cumsum([len(one.answers) for one in pairs])[:-1]
-    return np.split(flat, ends)
+    return Known(np.split(flat, ends), key, fresh)
 
 
 def computed(model: nn.Module, pairs: Sequence[Rated], device: torch.device) -> list[np.ndarray]:
@@ -61,12 +76,12 @@ def computed(model: nn.Module, pairs: Sequence[Rated], device: torch.device) -> 
     return found
 
 
-def kept(file: Path, key: str) -> list[np.ndarray] | None:
+def kept(file: Path, key: str) -> np.ndarray | None:
     """What the file holds, if it is of this key."""
     if not file.is_file():
         return None
     with safe_open(file, framework="np") as held:
-        return [held.get_tensor("log_probs")] if (held.metadata() or {}).get("key") == key else None
+        return held.get_tensor("log_probs") if (held.metadata() or {}).get("key") == key else None  # type: ignore[no-any-return]
 
 
 def keep(file: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:

@@ -38,7 +38,8 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Job:
     """What a recipe has assembled. probes: made when the run folder is there. facts: what the report tells about the
-    data. identity: name -> hash of what a run may not change. ready: called once the run folder is there."""
+    data. identity: name -> hash of what a run may not change. before: the work to be done while the model is whole;
+    what it returns is called with the run folder, once that is there."""
 
     objective: nn.Module
     feed: Feed
@@ -47,7 +48,7 @@ class Job:
     facts: Mapping[str, Any]
     identity: Mapping[str, str]
     callbacks: Sequence[Callback] = field(default=())
-    ready: Callable[[Run], None] = lambda run: None
+    before: Callable[[], Callable[[Path], None]] = lambda: lambda folder: None
     watchers: Sequence[Watcher] = field(default=())
 
     @property
@@ -96,6 +97,8 @@ def told(part: Said, chat: Chat, ledger: Ledger, train: int, held: int, say: Say
     dropped = {reason: count for reason, (count, _) in sorted(ledger.dropped.items())}
     lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
     say(f"rows: {train:,} to train on, {held:,} held out{lost}")
+    for note in ledger.notes:
+        say(note)
     facts = {"source": part.source, "train_rows": train, "held_out_rows": held, "dropped": dropped}
     facts |= {"notes": list(ledger.notes), "chat_template": chat.template, "tokenizer_sha256": chat.tokenizer.hash}
     return facts | ({"python": platform.python_version()} if part.source == "builtin" else {})
@@ -112,6 +115,7 @@ def carried_out(
     say(f"model: {page_of(job.model.config).name}-style, {parameters:,} parameters, on {parallel.device}")
     say(f"precision: {chosen.value} ({chosen.why}); compiled: {'yes' if config.compile else 'no'}")
     require_same_run(config, folder)
+    keep = job.before()
     parallel.place(job.objective, list(job.model.blocks))
     identity = {"tokenizer": job.tokenizer.hash, **job.identity}
     with Run(
@@ -126,7 +130,7 @@ def carried_out(
             write_model_json(folder, job.model)
             job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.context)
             replace_json(folder / "data.json", dict(job.facts))
-        job.ready(run)
+            keep(folder)
         result = train(
             job.objective,
             job.feed,
