@@ -35,6 +35,8 @@ HELD_OUT = "tests/recipes/test_mixture.py -k held_out"
 
 CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
 
+LORA = "tests/techniques/test_lora.py"
+
 MUTATIONS = (
     Mutation("Gemma: norms scale by weight, not 1 + weight", "layers/norm.py", "1 + self.weight.to(wide)", "self.weight.to(wide)", GEMMA),
     Mutation("Gemma: embedding not scaled", "models/gemma.py", "config.width, scale=config.width**0.5)", "config.width)", GEMMA),
@@ -147,4 +149,15 @@ MUTATIONS = (
     Mutation("the reward ignores the margin", "objectives/reward_model.py", "-logsigmoid(better - worse - margins)", "-logsigmoid(better - worse)", "tests/objectives/test_reward_model.py"),
     Mutation("a resumed run forgets its moving reference", "recipes/reference.py", "mine.copy_(saved[name])", "pass", "tests/recipes/test_preferring.py -k resumed"),
     Mutation("macro F1 weighed by how common a class is", "recipes/classify.py", "float(np.mean([f1(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
+    # Adapters and int8 (architectures.md 4.7)
+    Mutation("adapter: rsLoRA scaled by 1/r", "techniques/lora.py", "self.alpha / math.sqrt(self.rank)", "self.alpha / self.rank", LORA),
+    Mutation("adapter: dropout on the base's input too", "layers/low_rank.py", "return plain + self.update(self.dropout(x))", "return self.dropout(plain) + self.update(self.dropout(x))", LORA),
+    Mutation("adapter: DoRA's norm of columns", "layers/low_rank.py", ".norm(dim=-1).to(weight.dtype)", ".norm(dim=-2).mean().expand(weight.shape[:-1]).to(weight.dtype)", LORA),
+    Mutation("adapter: DoRA's norm has a gradient", "layers/low_rank.py", "        with torch.no_grad():\n            norm = row_norms", "        if True:\n            norm = row_norms", "tests/hub/test_adapters.py -k dora-llama"),
+    Mutation("adapter: unmerging subtracts nothing", "techniques/lora.py", 'setattr(wrapper.base, name, record.originals[f"{path}.{name}"])', "pass", LORA),
+    Mutation("adapter: off, its matrix is still the edited one", "layers/low_rank.py", "return self.edit.edited(self.base.weight) if self.on else self.base.weight", "return self.edit.edited(self.base.weight)", "tests/techniques/test_lora.py -k off_everywhere"),
+    Mutation("adapter: the base goes on learning", "techniques/lora.py", "    model.requires_grad_(False)\n    wrap", "    wrap", LORA),
+    Mutation("adapter: parts of a published matrix share B's columns", "hub/peft.py", "        column += one.A.shape[0]\n", "", "tests/hub/test_adapters.py -k gives_the_same_logits_in_peft"),
+    Mutation("int8: one scale for the whole matrix", "layers/int8.py", "wide.abs().amax(dim=-1) / 127", "wide.abs().amax().expand(wide.shape[:-1]) / 127", "tests/techniques/test_int8.py"),
+    Mutation("a saved technique is taken for the plain model", "hub/config.py", "    if is_published(techniques):", "    if True:", "tests/recipes/test_techniques.py -k transformers"),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.low_rank import Adapted, AdaptedExperts, AdaptedProjections, Directed, LowRank, wrappers
 from llm_quest.layers.moe import grouped, loop
 from llm_quest.layers.projections import Projections
+from llm_quest.scope import Scope
 from llm_quest.techniques.lora import (
     DoRA,
     LoRA,
@@ -143,6 +144,21 @@ def test_without_its_adapters_it_is_the_model_before_to_the_bit(kind: str):
     with pytest.raises(RuntimeError), adapters_off(model):
         raise RuntimeError
     assert all(wrapper.on for wrapper in wrappers(model).values())
+
+
+def test_off_everywhere_also_where_a_matrix_is_read_and_not_called():
+    """MLA's absorbed form multiplies by the matrix itself: few queries and a long memory."""
+    model, plain = trained("lora", "deepseek-v3-tiny"), shared("deepseek-v3-tiny")
+    tokens = random_tokens(model, 1, 40)
+
+    def last(one: Any) -> torch.Tensor:
+        cache = one.new_cache(1, 40)
+        one(tokens[:, :39], Scope.plain(tokens[:, :39], cache=cache))
+        return one(tokens[:, 39:], Scope.plain(tokens[:, 39:], cache=cache, start=39))
+
+    with adapters_off(model):
+        torch.testing.assert_close(last(model), last(plain), **EXACT)
+    torch.testing.assert_close(last(model), model(tokens)[:, 39:], **EXACT)
 
 
 def test_each_expert_has_an_adapter_of_its_own_in_both_forms_of_the_work():
