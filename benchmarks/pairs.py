@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-# torch's own default counts physical cores, and leaves half of a small machine idle; on a busy one, one thread a
-# contestant (OMP_NUM_THREADS=1) is fairer: two that wait for each other are slowed without measure
+# torch's own default counts physical cores, and leaves half of a small machine idle; on a busy one, one thread
+# (OMP_NUM_THREADS=1) is fairer: two that wait for each other are slowed without measure, and one has a clock of its own
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
+clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def race(contestants: Mapping[str, Callable[[], object]], *, pairs: int = 5, war
     for round_ in range(pairs):
         order = list(contestants) if round_ % 2 == 0 else list(contestants)[::-1]
         for name in order:
-            start = time.perf_counter()
+            start = clock()
             contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     reference = seconds[next(iter(contestants))]
     rows = []
     for name, mine in seconds.items():

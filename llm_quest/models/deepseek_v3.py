@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import Card, Preset
+from llm_quest.errors import DataError
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
@@ -200,7 +201,7 @@ def read(published: Mapping[str, Any]) -> Config:
     only(published, "scoring_func", "sigmoid")
     only(published, "topk_method", "noaux_tc")
     only(published, "moe_layer_freq", 1)
-    rope = need(published, "qk_rope_head_dim")
+    rope, dense = need(published, "qk_rope_head_dim"), dense_layers(published)
     rotary = read_rotary(published, rope)
     return Config(
         vocab=need(published, "vocab_size"),
@@ -212,7 +213,7 @@ def read(published: Mapping[str, Any]) -> Config:
         nope=need(published, "qk_nope_head_dim"),
         rope=rope,
         value=need(published, "v_head_dim"),
-        dense=published.get("first_k_dense_replace", 3),
+        dense=dense,
         hidden=need(published, "intermediate_size"),
         experts=need(published, "n_routed_experts"),
         top=need(published, "num_experts_per_tok"),
@@ -229,6 +230,14 @@ def read(published: Mapping[str, Any]) -> Config:
         attention_bias=published.get("attention_bias", False),
         lookahead=published.get("num_nextn_predict_layers") or 0,
     )
+
+
+def dense_layers(published: Mapping[str, Any]) -> int:
+    """How many first layers are dense: no more than there are."""
+    dense, layers = published.get("first_k_dense_replace", 3), need(published, "num_hidden_layers")
+    if type(dense) is not int or not 0 <= dense <= layers:
+        raise DataError(f"config.json: first_k_dense_replace is {dense!r}; it counts dense layers: 0 to {layers}")
+    return dense
 
 
 def publish(config: Config) -> dict[str, Any]:

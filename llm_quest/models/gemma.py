@@ -30,7 +30,19 @@ from llm_quest.layers.initialize import fill_by_depth_
 from llm_quest.layers.norm import OffsetRMSNorm
 from llm_quest.layers.rotary import Linear, Rotary
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Names, Page, Published, Rows, need, only, per_layer, publish_rotary, read_rotary
+from llm_quest.models.page import (
+    Names,
+    Page,
+    Published,
+    Rows,
+    each_layer,
+    need,
+    only,
+    per_layer,
+    publish_rotary,
+    read_rotary,
+    window_of,
+)
 
 
 @dataclass(frozen=True)
@@ -130,10 +142,10 @@ def read(published: Mapping[str, Any]) -> Config:
     only(published, "attention_bias", False)
     layers, pattern = need(published, "num_hidden_layers"), 6 if three else 2
     pattern = published.get("sliding_window_pattern") or published.get("_sliding_window_pattern") or pattern
-    kinds = published.get("layer_types") or [
+    kinds = each_layer(published, "layer_types", layers, "full_attention", "sliding_attention") or [
         "full_attention" if (layer + 1) % pattern == 0 else "sliding_attention" for layer in range(layers)
     ]
-    window, head_width = published.get("sliding_window", 4096), published.get("head_dim", 256)
+    window, head_width = window_of(published, "sliding_window", 4096), published.get("head_dim", 256)
     local = nested(published, "sliding_attention") | {"rope_scaling": None} if three else published
     if three and "rope_theta" not in (local.get("rope_parameters") or {}):
         local = {"rope_theta": published.get("rope_local_base_freq", 10_000.0)}

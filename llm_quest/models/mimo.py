@@ -38,6 +38,7 @@ from llm_quest.models.page import (
     Page,
     Published,
     Rows,
+    each_layer,
     expert_names,
     need,
     only,
@@ -209,6 +210,9 @@ def settle(config: Config, stored: Collection[str]) -> Config:
 def read(published: Mapping[str, Any]) -> Config:
     """From the contents of config.json, with the hub's names first and transformers' second."""
     only(published, "hidden_act", "silu")
+    only(published, "scoring_func", "sigmoid")
+    only(published, "n_group", 1, None)
+    only(published, "topk_group", 1, None)
     layers = need(published, "num_hidden_layers")
     windows, head_width = read_windows(published, layers), published.get("head_dim") or need(published, "swa_head_dim")
     rope = published.get("rope_parameters") or {}
@@ -219,8 +223,8 @@ def read(published: Mapping[str, Any]) -> Config:
     full = {**published, "rope_parameters": rope["full_attention"]} if "full_attention" in rope else published
     local = {"rope_parameters": rope.get("sliding_attention"), "rope_theta": published.get("swa_rope_theta", 10_000.0)}
     groups = need(published, "num_key_value_heads")
-    dense = [not sparse for sparse in published.get("moe_layer_freq") or []]
-    kinds = published.get("mlp_layer_types") or []
+    dense = [not sparse for sparse in each_layer(published, "moe_layer_freq", layers, 0, 1) or []]
+    kinds = each_layer(published, "mlp_layer_types", layers, "dense", "sparse") or []
     dense = dense or [kind == "dense" for kind in kinds] or [i == 0 for i in range(layers)]
     return Config(
         vocab=need(published, "vocab_size"),
@@ -252,11 +256,13 @@ def read_windows(published: Mapping[str, Any], layers: int) -> tuple[int | None,
     """hybrid_layer_pattern (1: windowed) with sliding_window_size, which leaves the token itself out; or layer_types
     with sliding_window, which counts it."""
     previous = published.get("sliding_window_size")
-    window = published.get("sliding_window") or (None if previous is None else previous + 1)
-    kinds = published.get("layer_types") or [
+    window = published.get("sliding_window") if previous is None else previous + 1
+    kinds = each_layer(published, "layer_types", layers, "full_attention", "sliding_attention") or [
         "full_attention" if i == 0 or (i + 1) % 6 == 0 else "sliding" for i in range(layers)
     ]
-    windowed = published.get("hybrid_layer_pattern") or [kind != "full_attention" for kind in kinds]
+    windowed = each_layer(published, "hybrid_layer_pattern", layers, 0, 1) or [
+        kind != "full_attention" for kind in kinds
+    ]
     return tuple(window or 129 if local else None for local in windowed)
 
 

@@ -168,6 +168,28 @@ def only(published: Mapping[str, Any], field: str, *allowed: Any) -> None:
         raise DataError(f"config.json: {field} is {published[field]!r}; this page computes {choices} only")
 
 
+def each_layer(published: Mapping[str, Any], field: str, layers: int, *kinds: Any) -> list[Any] | None:
+    """A field that says one of these kinds for every layer; None where it is absent."""
+    listed = published.get(field)
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or len(listed) != layers:
+        count = len(listed) if isinstance(listed, list) else repr(listed)
+        raise DataError(f"config.json: {field} has {count} entries for {layers} layers; it must say one for each")
+    for kind in listed:
+        if kind not in kinds:
+            raise DataError(f"config.json: {field} names {kind!r}; known: {', '.join(map(str, kinds))}")
+    return listed
+
+
+def window_of(published: Mapping[str, Any], field: str, default: int) -> int:
+    """How many tokens a windowed layer sees, itself included."""
+    window = published.get(field, default)
+    if type(window) is not int or window < 1:
+        raise DataError(f"config.json: {field} is {window!r}; a windowed layer sees at least itself: 1 or more")
+    return window
+
+
 def read_rotary(published: Mapping[str, Any], width: int, theta: float = 10000.0, context: int | None = None) -> Rotary:
     """Both generations: `rope_parameters` (transformers 5), else top-level `rope_theta` and `rope_scaling`."""
     rope = dict(published.get("rope_parameters") or published.get("rope_scaling") or {})

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import Card, Preset
+from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
@@ -170,6 +171,8 @@ def read(published: Mapping[str, Any]) -> Config:
 def read_sparse(published: Mapping[str, Any]) -> Sparse:
     """Layer i is sparse iff it is not named as dense and (i+1) divides by the step."""
     step, dense = published.get("decoder_sparse_step", 1), published.get("mlp_only_layers") or ()
+    if type(step) is not int or step < 1:
+        raise DataError(f"config.json: decoder_sparse_step is {step!r}; every so many layers are sparse: 1 or more")
     return Sparse(
         experts=published.get("num_experts") or published.get("num_local_experts", 128),
         top=published.get("num_experts_per_tok", 8),

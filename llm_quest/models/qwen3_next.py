@@ -35,6 +35,7 @@ from llm_quest.models.page import (
     Page,
     Published,
     Rows,
+    each_layer,
     expert_names,
     need,
     only,
@@ -219,7 +220,7 @@ def read(published: Mapping[str, Any]) -> Config:
     only({"mlp_only_layers": tuple(published.get("mlp_only_layers") or ())}, "mlp_only_layers", ())
     kind, layers = published.get("model_type", ""), need(published, "num_hidden_layers")
     every, head_width = published.get("full_attention_interval", 4), published.get("head_dim", 256)
-    kinds = published.get("layer_types")
+    kinds = each_layer(published, "layer_types", layers, "full_attention", "linear_attention")
     rope = published.get("rope_parameters") or {}
     fraction = rope.get("partial_rotary_factor") or published.get("partial_rotary_factor", 0.25)
     sparse = kind == "qwen3_next" or "moe" in kind

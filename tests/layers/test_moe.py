@@ -115,6 +115,13 @@ def test_balancing_losses_at_their_known_points():
     assert routing_entropy([even]).item() == pytest.approx(math.log(4))
 
 
+def test_padding_is_no_load():
+    layer = filled(MixtureOfExperts(SoftmaxRouter(8, 4, top=2, renormalize=True), Experts(4, 8, 8, F.silu)))
+    records: dict = {}
+    layer(torch.randn(1, 4, 8, generator=seeded()), Scope(torch.tensor([[-1, -1, 0, 1]]), records=records))
+    assert records["routing"][0].load().sum() == 2 * 2
+
+
 def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():
     logits = torch.randn(6, 5, generator=seeded(), requires_grad=True)
     real = torch.ones(6, dtype=torch.bool)

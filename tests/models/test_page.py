@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from llm_quest.errors import DataError
 from llm_quest.layers.rotary import NTK, Linear, Llama3, Rotary, Scaling, YaRN
 from llm_quest.models import PAGES, gpt2, llama
-from llm_quest.models.build import preset, skeleton
+from llm_quest.models.build import page_of, preset, skeleton
 from llm_quest.models.page import Rows, Transposed, per_layer, read_rotary
 
 EVERY_PRESET = [(page, size) for page in PAGES for size in page.presets]
@@ -145,3 +146,43 @@ def test_a_layers_number_is_written_into_every_kind_of_entry():
         "c.0": Transposed("t.0"),
         "c.1": Transposed("t.1"),
     }
+
+
+def test_mimos_released_words_are_read_and_its_window_leaves_the_token_itself_out():
+    """The hub's config.json names patterns and counts in its own way; both spellings may stand there."""
+    page = page_of(preset("mimo-tiny").config)
+    published = {"model_type": "mimo_v2_flash", **page.publish(preset("mimo-tiny").config)}
+    for name in ("layer_types", "mlp_layer_types", "rope_parameters", "rope_scaling", "head_dim", "rms_norm_eps"):
+        published.pop(name, None)
+    published |= {"sliding_window": 128, "sliding_window_size": 128, "hybrid_layer_pattern": [0, 1, 0, 1]}
+    config = page.read(published)
+    assert config.windows == (None, 129, None, 129)
+    assert config.local_rotary.theta == 10_000.0
+    assert config.rotary.width == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen3-next-tiny", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 4 layers"),
+        ("gemma3-tiny", {"layer_types": ["spam"] * 4}, "layer_types names 'spam'; known: full_attention, sliding"),
+        ("gemma3-tiny", {"sliding_window": 0}, "sliding_window is 0; a windowed layer sees at least itself"),
+        ("mimo-tiny", {"hybrid_layer_pattern": [0, 1]}, "hybrid_layer_pattern has 2 entries for 4 layers"),
+        ("mimo-tiny", {"moe_layer_freq": [0, 2, 1, 1]}, "moe_layer_freq names 2; known: 0, 1"),
+        ("mimo-tiny", {"n_group": 2}, "n_group is 2; this page computes 1"),
+        ("mimo-tiny", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("qwen3-moe-tiny", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; every so many"),
+        (
+            "deepseek-v3-tiny",
+            {"first_k_dense_replace": 9},
+            "first_k_dense_replace is 9; it counts dense",
+        ),
+        ("deepseek-v3-tiny", {"qk_rope_head_dim": 7}, "rotary width 7 is not a positive even number"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused_by_name(name, change, message):
+    config = preset(name).config
+    page = page_of(config)
+    published = {"model_type": page.model_type, **page.publish(config)}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        page.read(published | change)
