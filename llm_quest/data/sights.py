@@ -25,7 +25,7 @@ from llm_quest.contracts import Share
 from llm_quest.data import scenes
 from llm_quest.data.batch import IGNORE
 from llm_quest.data.images import Preprocess, open_image
-from llm_quest.data.packing import shuffled, uniforms
+from llm_quest.data.packing import shuffled
 from llm_quest.data.scenes import Turn
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -213,8 +213,8 @@ class Writer:
 class SightFeed:
     """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come.
 
-    turns: so many of them at most; None: all that fit. captions: in this part of the rows the caption comes first,
-    where there is one: it tells everything, and without many of them the rest is hardly learned.
+    turns: so many of them at most; None: all that fit. captions: in so many first steps the caption comes first, where
+    there is one: it tells everything, and captions are hardly learned among questions.
 
     Commonly got wrong: of several turns in a row the later ones can be copied from the earlier ("how many red circles"
     tells the circles' colour), and the model learns to read, not to see."""
@@ -229,7 +229,7 @@ class SightFeed:
         micro_rows: int,
         seed: int,
         turns: int | None = None,
-        captions: float = 0.0,
+        captions: int = 0,
         share: Share | None = None,
     ):
         share = share or Share()
@@ -255,7 +255,7 @@ class SightFeed:
     def order(self, sight: Sight, number: int) -> np.ndarray:
         """In which order the turns of row `number` come."""
         order = shuffled(len(sight.turns), self.seed, number)
-        if uniforms(self.seed, number)[0] >= self.captions:
+        if number >= self.captions * self.rows:
             return order
         return np.array(sorted(order, key=lambda turn: sight.turns[turn].kind != "caption"))
 

@@ -30,9 +30,7 @@ class SightRows(ImageRows):
     turns: Count | None = Field(
         default=None, description="questions of an image in one row at most; null: all that fit"
     )
-    captions: float = Field(
-        default=0.0, ge=0, le=1, description="in this part of the rows the caption comes first, where there is one"
-    )
+    captions: Few = Field(default=0, description="in so many first steps the caption comes first, where there is one")
     length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and what is said about it")
 
 

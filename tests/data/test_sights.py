@@ -126,3 +126,15 @@ def test_one_turn_a_row_leaves_nothing_to_copy_from():
     assert ((batch.targets == TOKENIZER.end_id).sum(dim=1) == 1).all()
     (several,) = feed().at(2)
     assert (several.targets == TOKENIZER.end_id).sum() > 6
+
+
+def test_captions_come_first_in_so_many_steps_and_questions_after_them():
+    learning, question = feed(turns=1, captions=2), TOKENIZER.encode("describe:", template=False)
+    start = len(WRITER.start)
+    asked = [
+        [row[start : start + len(question)].tolist() == question for row in batch.tokens]
+        for step in range(8)
+        for batch in learning.at(step)
+    ]
+    assert all(all(rows) for rows in asked[:2])
+    assert not all(all(rows) for rows in asked[2:])
