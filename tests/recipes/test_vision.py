@@ -152,3 +152,17 @@ def test_captions_of_ones_own_are_trained_on(tmp_path: Path):
         "sights.held_out=0.3",
     )
     assert set(outcome.scores) == {"caption"}
+
+
+def test_cifar_10_as_it_is_distributed_is_trained_on(tmp_path: Path):
+    folder, random = tmp_path / "cifar-10-batches-bin", np.random.default_rng(0)
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        records = random.integers(0, 256, (4, 3073)).astype(np.uint8)
+        records[:, 0] %= 10
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    small = ["model.width=16", "model.heads=2", "model.layers=1", "model.hidden=32", "batch.rows=4", "precision=fp32"]
+    settings = gather("cifar10", [*small, f"images.folder={tmp_path}", "steps=2", "schedule.warmup=1"])
+    outcome = train_vit(resolve(Vit, settings), settings, tmp_path / "run", quiet=True, say=lambda text: None)
+    assert outcome.status == "finished"
+    assert quest.load(tmp_path / "run").config.labels[0] == "airplane"
