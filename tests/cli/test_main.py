@@ -17,6 +17,9 @@ from llm_quest.cli.door import guarded, verdict
 from llm_quest.cli.main import app
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
 
+pytestmark = pytest.mark.xdist_group("main")
+"""One worker makes what these tests share, once."""
+
 Street = Callable[..., subprocess.CompletedProcess[str]]
 QUEST = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
 TINY = [

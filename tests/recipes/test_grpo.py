@@ -24,6 +24,9 @@ from llm_quest.rollouts.sample import Sample
 from llm_quest.rollouts.steps import step_rewards
 from tests.recipes.tuned import metrics, weights
 
+pytestmark = pytest.mark.xdist_group("grpo")
+"""One worker makes what these tests share, once."""
+
 RECIPE = """
 recipe: grpo
 task: reverse:shortest=3,longest=3,letters=8,noise=0.5

@@ -19,6 +19,9 @@ from llm_quest.techniques.score_head import score_head
 from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401
 from tests.recipes.tuned import metrics, weights
 
+pytestmark = pytest.mark.xdist_group("iterative")
+"""One worker makes what these tests share, once."""
+
 ITERATIVE = (
     RECIPE.replace("recipe: grpo", "recipe: iterative")
     + """

@@ -21,6 +21,9 @@ from llm_quest.recipes.reward import train_reward
 from llm_quest.recipes.tuning_config import Dpo, Reward
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
+pytestmark = pytest.mark.xdist_group("preferring")
+"""One worker makes what these tests share, once."""
+
 REWARD = """
 recipe: reward
 batch: {rows: 4, length: 40}

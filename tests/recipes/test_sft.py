@@ -21,6 +21,9 @@ from llm_quest.recipes.tuning_config import Sft
 from llm_quest.techniques.card import plain
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
+pytestmark = pytest.mark.xdist_group("sft")
+"""One worker makes what these tests share, once."""
+
 RECIPE = """
 recipe: sft
 data: {held_out: 0.1}

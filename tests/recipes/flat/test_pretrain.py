@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,9 +120,13 @@ def test_every_step_loses_what_the_assembled_recipe_loses() -> None:
         torch.testing.assert_close(weight, plain.get_parameter(name), rtol=0, atol=2e-4, msg=name)
 
 
-def test_it_learns_a_file_and_writes(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_learns_a_file_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = flat.Config(width=48, layers=2, heads=2, groups=1, head_width=24, hidden=96)
+    monkeypatch.setattr(flat, "Config", lambda: small)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
-    flat.main(str(tmp_path / "text.txt"), steps=8)
+    flat.main(str(tmp_path / "text.txt"), steps=12)
     told = capsys.readouterr().out
     first = float(told.split("step    0")[1].split()[0])
     last = float(told.split("held out: ")[1].split()[0])
