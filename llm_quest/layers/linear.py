@@ -19,11 +19,12 @@ NONE = range(0)
 
 
 class Linear(nn.Linear):
-    """nn.Linear; where no gradient is wanted, the quicker order for few rows."""
+    """nn.Linear; where no gradient is wanted, the quicker order for few rows. Under autocast the dtypes here are not
+    those of the product: the other order would leave columns that the next layer copies its weights for."""
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         alike = x.dtype == self.weight.dtype and self.weight.is_contiguous() and not torch.is_grad_enabled()
-        few = alike and x.shape[:-1].numel() in FEW.get(x.dtype, NONE)
+        few = alike and x.shape[:-1].numel() in FEW.get(x.dtype, NONE) and not torch.is_autocast_enabled(x.device.type)
         return (few_rows if few else F.linear)(x, self.weight, self.bias)
 
 

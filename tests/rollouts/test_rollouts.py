@@ -87,6 +87,16 @@ def test_the_ratio_is_one_with_dropout_configured_and_every_mode_is_restored():
     assert objective.extremes.log().abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+def test_the_objective_scores_at_the_temperature_that_was_sampled_at(temperature: float):
+    policy = build("llama3.2-tiny", seed=1)
+    policy.head.weight.data *= 3
+    objective = PolicyGradient(policy, temperature=temperature)
+    for batch in rollouts(policy, temperature=temperature).at(0):
+        objective(batch)
+    assert objective.extremes.log().abs().max() < 1e-5
+
+
 def test_temperature_counts():
     """Scored at 1, what was sampled at 0.6 has another ratio: the test above can fail."""
     policy = build("llama3.2-tiny", seed=1)
