@@ -150,6 +150,7 @@ MUTATIONS = (
     Mutation("the reward ignores the margin", "objectives/reward_model.py", "-logsigmoid(better - worse - margins)", "-logsigmoid(better - worse)", "tests/objectives/test_reward_model.py"),
     Mutation("a resumed run forgets its moving reference", "recipes/reference.py", "mine.copy_(saved[name])", "pass", "tests/recipes/test_preferring.py -k resumed"),
     Mutation("macro F1 weighed by how common a class is", "recipes/classify.py", "float(np.mean([f1(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
+    Mutation("warm-up: Ctrl-C ends a chunk and not the warm-up", "recipes/warmup.py", 'done.status == "interrupted"', 'done.status == "never"', "tests/recipes/test_grpo.py -k warm_up_stops"),
     # Adapters and int8 (architectures.md 4.7)
     Mutation("adapter: rsLoRA scaled by 1/r", "techniques/lora.py", "self.alpha / math.sqrt(self.rank)", "self.alpha / self.rank", LORA),
     Mutation("adapter: dropout on the base's input too", "layers/low_rank.py", "return plain + self.update(self.dropout(x))", "return self.dropout(plain) + self.update(self.dropout(x))", LORA),

@@ -49,7 +49,7 @@ def warmed(
     problems = [draw(task, "validation", index) for index in range(PROBLEMS)]
     share, step = 0.0, 0
     while step < part.steps and share < part.until:
-        step = min(step + CHUNK, part.steps)
+        step = min((step // CHUNK + 1) * CHUNK, part.steps)
         with Run(folder, identity={"tokenizer": tokenizer.hash}) as run:
             write_model_json(folder, model)
             tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
@@ -62,10 +62,15 @@ def warmed(
                 run,
                 parallel=parallel,
             )
+        step = done.step
+        if done.status == "interrupted":
+            say(f"Interrupted; the warm-up is saved at step {step}. quest train {folder.parent} goes on with it.")
+            raise KeyboardInterrupt
+        if step % CHUNK and step < part.steps:
+            continue  # an interrupted warm-up goes on; it is looked at where it would have been
         model.eval()
         share = evaluate_problems(
             model, tokenizer, problems, samples=SAMPLES, max_new_tokens=config.rollout.new_tokens
         ).mean
-        step = done.step
     say(f"warm-up: {step} steps on demonstrations; {share:.0%} of samples are right")
     return model, tokenizer

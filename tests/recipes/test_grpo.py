@@ -3,8 +3,12 @@ rollout with the same bits, and refuses what has no effect."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,16 +16,19 @@ import torch
 
 from llm_quest.data.alphabet import character_tokenizer
 from llm_quest.data.demonstrations import DemonstrationFeed
-from llm_quest.data.problems import spelled
+from llm_quest.data.problems import Problem, spelled
+from llm_quest.data.problems.strings import Reverse
 from llm_quest.errors import DataError, GuardStop, UsageError
 from llm_quest.hub.files import load
 from llm_quest.objectives.surrogates import VARIANTS
 from llm_quest.recipes.config import resolve
 from llm_quest.recipes.grpo import train_grpo
 from llm_quest.recipes.grpo_config import Grpo
+from llm_quest.recipes.warmup import warmed
 from llm_quest.recipes.yaml import merge, read
 from llm_quest.rollouts.sample import Sample
 from llm_quest.rollouts.steps import step_rewards
+from llm_quest.train.parallel import Parallel
 from tests.recipes.tuned import metrics, weights
 
 pytestmark = pytest.mark.xdist_group("grpo")
@@ -194,3 +201,34 @@ def test_mistakes_that_only_the_run_can_see(warm: Path, tmp_path: Path):
         started(tmp_path / "d", *from_(warm, "rollout.new_tokens=1000", "evaluate.problems=1"))
     with pytest.raises(UsageError, match="warmup has no effect"):
         started(tmp_path / "e", "model=null", f"model.load={warm}")
+
+
+class Interrupting(Reverse):
+    """Ctrl-C while the rows of step 31 are drawn, four a step."""
+
+    __qualname__ = "Reverse"
+    drawn = itertools.count()
+
+    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
+        if next(self.drawn) == 30 * 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().demonstrate(problem, chance)
+
+
+def test_an_interrupted_warm_up_stops_and_goes_on_to_the_same_bits(tmp_path: Path):
+    settings = merge(read(RECIPE, "recipe.yaml"), ["warmup={rows: 4, steps: 60, until: 1.0}"])
+    config = resolve(Grpo, settings)
+
+    def warm_up(task: Reverse, name: str) -> list[str]:
+        said: list[str] = []
+        try:
+            warmed(config, config.warmup, settings, task, tmp_path / name, Parallel(), said.append)
+        except KeyboardInterrupt:
+            said.append("stopped")
+        return said
+
+    said = warm_up(Interrupting(3, 3, 8, 0.5), "halved")
+    assert said[1:] == ["stopped"]
+    assert f"saved at step 31. quest train {tmp_path} goes on" in said[0]
+    assert warm_up(Reverse(3, 3, 8, 0.5), "halved") == warm_up(Reverse(3, 3, 8, 0.5), "whole")
+    assert weights(tmp_path / "halved", 60) == weights(tmp_path / "whole", 60)
