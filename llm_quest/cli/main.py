@@ -71,7 +71,8 @@ def quickstart(
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
-    """The offline tour: text, tokenizer, training, resuming, generating, exporting, report. Four minutes."""
+    """The offline tour: text, tokenizer, pretraining, resuming, fine-tuning, DPO, a conversation, GRPO, exporting,
+    reports. About six minutes on two cores."""
     from llm_quest.cli.tour import tour
 
     prepare(threads)
