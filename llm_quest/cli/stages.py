@@ -32,8 +32,6 @@ from llm_quest.train.parallel import pick_device
 
 Say = Callable[[str], None]
 
-CHANGES: dict[str, tuple[str, ...]] = {"sft": (), "dpo": ("optimizer.lr=2e-4",), "grpo": ()}
-"""Beside the recipe's own settings: a model as small as the tour's takes a higher rate."""
 ASKED = 2
 ANSWER = 64
 ROWS = 8
@@ -72,7 +70,7 @@ class Guide:
         return understood(recipe, self.given(recipe, pairs))[1]
 
     def given(self, recipe: str, pairs: Sequence[str]) -> list[str]:
-        return [f"seed={self.seed}", f"device={self.device}", *CHANGES[recipe], *pairs, *self.changes.get(recipe, ())]
+        return [f"seed={self.seed}", f"device={self.device}", *pairs, *self.changes.get(recipe, ())]
 
     def train(self, recipe: str, *pairs: str) -> Path:
         """The recipe in its sub-folder, with a report; which folder that is. KeyboardInterrupt if it was stopped."""
