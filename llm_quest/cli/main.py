@@ -123,6 +123,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
     slide: Annotated[bool, typer.Option("--slide", help="Go on beyond the context, forgetting the oldest.")] = False,
     image: Image = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL|mtp|ngram", help="Speculative decoding: a smaller model, own modules, or the text itself."
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -137,6 +143,15 @@ def generate(
     prepare(threads, offline)
     manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed)
     text = sys.stdin.read() if prompt == "-" else prompt
+    if draft is not None:
+        from llm_quest.cli.drafting import go_on_drafting
+
+        if image is not None:
+            from llm_quest.errors import UsageError
+
+            raise UsageError("--draft guesses text and does not see --image: leave one of them out")
+        go_on_drafting(model, draft, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
+        return
     if image is not None:
         from llm_quest.cli.looking import describe
 

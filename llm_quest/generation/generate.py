@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llm_quest.errors import UsageError
 from llm_quest.generation.decoding import Decoding
+from llm_quest.generation.pace import Tally
 from llm_quest.generation.sampling import Sampling, row_uniforms
+from llm_quest.generation.speculative import Draft, Speculation, drafter_of, speculate
 from llm_quest.generation.text import Streams
 from llm_quest.generation.until import Completion, Made, Row, Until
 from llm_quest.models.decoder import Decoder
@@ -38,12 +40,15 @@ def generate(
     tokenizer: Streams | None = None,
     beyond: Literal["stop", "slide"] = "stop",
     compile: bool = False,
+    draft: Draft | None = None,
 ) -> list[Completion]:
     """`n` completions of each prompt (a list of token ids; lengths may differ), those of one prompt side by side.
 
     temperature ... repetition_penalty: see `Sampling`. seed: with it, the prompt and its number among equal prompts,
     a row's text is decided, whoever its neighbours are. eos: ends a row; None: the model's own; (): nothing does.
-    stop, beyond: see `Until`. compile: a compiled decode step (slow once, then faster)."""
+    stop, beyond: see `Until`. compile: a compiled decode step (slow once, then faster).
+    draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same law in fewer passes
+    (greedy: the same text)."""
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -54,7 +59,7 @@ def generate(
         tokenizer=tokenizer,
         beyond=beyond,
     )
-    return complete(model, prompts, sampling, until, n=n, seed=seed, compile=compile)
+    return complete(model, prompts, sampling, until, n=n, seed=seed, compile=compile, draft=draft)
 
 
 def complete(
@@ -66,10 +71,12 @@ def complete(
     n: int = 1,
     seed: int = 0,
     compile: bool = False,
+    draft: Draft | None = None,
+    tally: Tally | None = None,
 ) -> list[Completion]:
-    """`generate` with its choices as the two objects they are."""
+    """`generate` with its choices as the two objects they are. tally: counts what speculation did."""
     rows: dict[int, list[Made]] = {}
-    for made in stream(model, prompts, sampling, until, n=n, seed=seed, compile=compile):
+    for made in stream(model, prompts, sampling, until, n=n, seed=seed, compile=compile, draft=draft, tally=tally):
         rows.setdefault(made.row, []).append(made)
     return [completion(rows[number], with_text=until.tokenizer is not None) for number in sorted(rows)]
 
@@ -90,6 +97,8 @@ def stream(
     n: int = 1,
     seed: int = 0,
     compile: bool = False,
+    draft: Draft | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[Made]:
     """The tokens of all rows as they are made, step by step; row r is sample r % n of prompt r // n. Mistakes raise
     here, not at the first token."""
@@ -103,7 +112,19 @@ def stream(
     if not read:
         return iter(())
     rows = [Row(number, read[number // n], until, context) for number in range(len(read) * n)]
-    return write(Decoding(model, sampling, uniforms, compile=compile), rows, n)
+    if draft is None:
+        return write(Decoding(model, sampling, uniforms, compile=compile), rows, n)
+    if compile and len(rows) > 1:
+        raise UsageError("with a draft the compiled step serves one row: leave compile out, or give one prompt")
+    apart = [
+        row_uniforms(read, n, until.max_new_tokens, (seed, purpose)).to(uniforms.device)
+        for purpose in ("guess", "accept")
+    ]
+    drafter = drafter_of(draft, model, sampling, compile=compile)
+    numbers = (apart[0], apart[1], uniforms)
+    return speculate(
+        Speculation(model, drafter, sampling, numbers, Tally() if tally is None else tally, compile=compile), rows, n
+    )
 
 
 def write(decoding: Decoding, rows: Sequence[Row], n: int) -> Iterator[Made]:

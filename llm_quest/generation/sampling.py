@@ -135,9 +135,12 @@ def inverse_cdf(weights: Float[Tensor, "B K"], uniforms: Float[Tensor, " B"]) ->
     return (running <= bound).sum(dim=-1, keepdim=True)
 
 
-def row_uniforms(prompts: Sequence[Sequence[int]], copies: int, length: int, seed: int) -> Float[Tensor, "R length"]:
-    """The random numbers of `copies` rows per prompt, on the host. A row's stream is named by the seed, its prompt
-    and which copy of that prompt it is, so its text is the same alone, in any batch and in any order."""
+def row_uniforms(
+    prompts: Sequence[Sequence[int]], copies: int, length: int, seed: int | tuple[int, str]
+) -> Float[Tensor, "R length"]:
+    """The random numbers of `copies` rows per prompt, on the host. A row's stream is named by the seed (perhaps with
+    what the numbers are for), its prompt and which copy of that prompt it is, so its text is the same alone, in any
+    batch and in any order."""
     streams, copy = [], Counter[tuple[int, ...]]()
     for prompt in prompts:
         for _ in range(copies):

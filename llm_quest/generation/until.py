@@ -96,7 +96,7 @@ class Row:
         return Made(self.number, token, logprob, piece, finished)
 
     def finished(self) -> Finished | None:
-        made = len(self.history) - self.prompt_length
+        made = self.made
         if self.text and self.text.stopped:
             return "stop"
         for stop in self.until.stop_tokens:
@@ -110,9 +110,14 @@ class Row:
         return self.history[self.start :]
 
     @property
+    def made(self) -> int:
+        """How many tokens were drawn."""
+        return len(self.history) - self.prompt_length
+
+    @property
     def tokens_left(self) -> int:
         """How many tokens may still be drawn."""
-        return self.until.max_new_tokens - (len(self.history) - self.prompt_length)
+        return self.until.max_new_tokens - self.made
 
     def slide(self) -> bool:
         """Forget the oldest tokens if the window has no room left; True if it did."""

@@ -135,7 +135,8 @@ class Shelf:
         if self.positions is not None:
             limit = torch.tensor(list(to), device=self.positions.device)[:, None]
             self.positions = torch.where(self.positions >= limit, -1, self.positions)
-            self.whole = False
+            self.whole = self.whole and len(set(to)) == 1
+            self.run = min(self.run, *to)
             if self.highest is not None:
                 self.highest = torch.where(limit[:, 0] == 0, -1, self.highest)
 

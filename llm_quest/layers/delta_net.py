@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.projections import Projections
-from llm_quest.layers.state import StateCache
+from llm_quest.layers.state import Moment, StateCache
 from llm_quest.scope import Scope
 
 CHUNK = 64
@@ -228,15 +228,41 @@ class GatedDeltaNet(nn.Module):
         if real is not None:
             beta, g = beta * real[..., None], g * real[..., None]
         q, k = (self.spread(unit(part.to(wide).unflatten(-1, (self.key_heads, -1)))) for part in (q, k))
+        stepping = scope.memory is not None and 0 < scope.memory.slack >= x.shape[1] - 1
         rule = self.rule or (recurrent if x.shape[1] == 1 else chunked)
         with torch.autocast(x.device.type, enabled=False):
             v_heads = v.to(wide).unflatten(-1, (self.value_heads, -1))
-            o, state = rule(q * self.key_width**-0.5, k, v_heads, g, beta, state, segments)
+            parts = (q * self.key_width**-0.5, k, v_heads, g, beta)
+            o, states = step_by_step(*parts, state) if stepping else one(rule(*parts, state, segments))
         if scope.memory is not None:
             count = None if real is None else real.sum(dim=1)
-            scope.memory.put(state=state, columns=last(columns, self.kernel - 1, count))
+            scope.memory.put(state=states[-1], columns=last(columns, self.kernel - 1, count))
+            if scope.memory.slack:
+                scope.memory.walked(self.moments(scope, order, states, columns, count))
         gated = self.norm(o) * F.silu(z.unflatten(-1, (self.value_heads, -1)).to(wide))
         return self.out(gated.flatten(2).to(x.dtype))
+
+    def moments(
+        self,
+        scope: Scope,
+        order: Int[Tensor, "B T"] | None,
+        states: list[Tensor],
+        columns: Float[Tensor, "B P C"],
+        count: Int[Tensor, " B"] | None,
+    ) -> list[Moment]:
+        """Where every row stood after each state of this pass: after every token, or at its end alone."""
+        positions = scope.positions if order is None else scope.positions.gather(1, order)
+        stood = scope.memory.trail[-1].ends if scope.memory.trail else torch.zeros_like(positions[:, 0])
+        ends = torch.maximum((positions + 1).cummax(dim=1).values, stood[:, None])
+        if len(states) < positions.shape[1]:
+            return [Moment(ends[:, -1], scope.memory.tensors)]
+        before = self.kernel - 1
+        moments = []
+        for t, state in enumerate(states, start=1):
+            until = columns[:, : before + t] if count is None else columns
+            latest = last(until, before, None if count is None else count.clamp(max=t))
+            moments.append(Moment(ends[:, t - 1], {"state": state, "columns": latest}))
+        return moments
 
     def remembered(self, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
         """The columns before this pass's first token (B,kernel-1,channels) and the state; zeros at the beginning."""
@@ -265,8 +291,8 @@ class GatedDeltaNet(nn.Module):
         return x.repeat_interleave(self.value_heads // self.key_heads, dim=2)
 
     def new_cache(self, batch: int, capacity: int, slack: int = 0) -> StateCache:
-        """A state and the last columns: the same size however long the text."""
-        return StateCache()
+        """A state and the last columns: the same size however long the text, times the tokens it can take back."""
+        return StateCache(slack)
 
     def rescale_logits_(self, gamma: Tensor, shared: str = "query") -> None:
         raise ValueError("Gated DeltaNet has no attention logits to rescale: its keys are normalised; leave it out")
@@ -283,6 +309,29 @@ def padding_last(positions: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int
     """The order in which real tokens come first, and the way back. (Gathered, not scattered: see docs/LOG.md.)"""
     order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)
     return order, order.argsort(dim=1)
+
+
+def step_by_step(
+    q: Float[Tensor, "B T H dk"],
+    k: Float[Tensor, "B T H dk"],
+    v: Float[Tensor, "B T H dv"],
+    g: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H dk dv"],
+) -> tuple[Float[Tensor, "B T H dv"], list[Float[Tensor, "B H dk dv"]]]:
+    """`recurrent`, with the state after every token."""
+    outputs, states = [], []
+    for t in range(q.shape[1]):
+        now = slice(t, t + 1)
+        o, state = recurrent(q[:, now], k[:, now], v[:, now], g[:, now], beta[:, now], state)
+        outputs.append(o)
+        states.append(state)
+    return torch.cat(outputs, dim=1), states
+
+
+def one(done: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Only the last state is known."""
+    return done[0], [done[1]]
 
 
 def unit(x: Tensor) -> Tensor:
