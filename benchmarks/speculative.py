@@ -1,10 +1,10 @@
-"""Speculative decoding at batch 1 against plain decoding and transformers' assisted generation, in turn, in one process.
+"""Speculative decoding at batch 1 against plain decoding and transformers' assisted generation, in turn, one process.
 
 TARGET and DRAFT are Hugging Face folders with one tokenizer. Where they are absent, both are trained into runs/ on the
 built-in corpus first (about 3 and 7 minutes on two cores). mtp: the target again, with multi-token modules.
 
 python -m benchmarks.speculative [--target FOLDER] [--draft FOLDER] [--mtp FOLDER] [--new 128] [--pairs 5]
-    [--temperature 0] [--compile] [--poor]
+    [--temperature 0] [--poor]
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,16 +59,15 @@ def quest_(*words: str) -> None:
 class Writer:
     """All prompts, one after another, in one manner; counts what speculation did."""
 
-    def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling, until: Until, *, compile: bool):
-        self.model, self.prompts, self.sampling, self.until, self.compile = model, prompts, sampling, until, compile
+    def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling, until: Until):
+        self.model, self.prompts, self.sampling, self.until = model, prompts, sampling, until
         self.tallies: dict[str, Tally] = {}
 
     def by(self, name: str, draft: Draft | None) -> Callable[[], list[list[int]]]:
         def write() -> list[list[int]]:
             self.tallies[name] = tally = Tally()
             rows = [
-                complete(self.model, [one], self.sampling, self.until, compile=self.compile, draft=draft, tally=tally)
-                for one in self.prompts
+                complete(self.model, [one], self.sampling, self.until, draft=draft, tally=tally) for one in self.prompts
             ]
             return [row[0].tokens for row in rows]
 
@@ -106,7 +104,6 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--poor", action="store_true", help="a draft with random weights instead")
     options = parser.parse_args()
     trained(options.target, options.draft)
@@ -114,17 +111,17 @@ def main() -> None:
     if options.poor:
         draft = build(draft.config, seed=3).eval()
     prompts = [load_tokenizer(str(options.target)).encode(text) for text in PROMPTS]
-    sampling, until = Sampling(temperature=options.temperature), Until(max_new_tokens=options.new)
-    writer = Writer(model, prompts, sampling, replace(until, eos=()), compile=options.compile)
+    sampling, until = Sampling(temperature=options.temperature), Until(max_new_tokens=options.new, eos=())
+    writer = Writer(model, prompts, sampling, until)
     racing = {"plain": writer.by("plain", None), "draft model": writer.by("draft model", draft)}
     if not options.poor:
         racing["ngram"] = writer.by("ngram", "ngram")
         racing |= theirs(options.target, options.draft, prompts, options.new, options.temperature)
     if options.mtp is not None:
-        ahead = Writer(quest.load(str(options.mtp)), prompts, sampling, until, compile=options.compile)
+        ahead = Writer(quest.load(str(options.mtp)), prompts, sampling, until)
         writer.tallies = ahead.tallies
         racing |= {"plain, of the model with modules": ahead.by("-", None), "mtp": ahead.by("mtp", "mtp")}
-    if options.temperature == 0 and not options.compile:
+    if options.temperature == 0:
         plain = racing["plain"]()
         for name in set(racing) & {"draft model", "ngram", "transformers, plain"}:
             same = sum(a == b for a, b in zip(racing[name](), plain, strict=True))

@@ -15,11 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generation.compiled import compiled_step, rounded_up
 from llm_quest.generation.decoding import left_padded
 from llm_quest.generation.sampling import Sampling, inverse_cdf
 from llm_quest.layers.cache import Cache
-from llm_quest.layers.state import StateCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
@@ -56,19 +54,16 @@ class Drafter(Protocol):
     `keep` acts on rows alone."""
 
     steady: bool
-    reads_hidden: bool
     most: int
     cost: float
-    """A draft step in passes of the target, counted in weights; for what must not depend on the clock."""
+    """A draft step in passes of the target, counted and not timed; for what must not depend on the clock."""
 
     def begin(self, windows: Sequence[Sequence[int]], n: int, capacity: int) -> None:
         """Read the windows but for their last tokens; each serves n rows side by side."""
 
     def propose(self, task: Task, goes_on: GoesOn) -> Drafts: ...
 
-    def settle(
-        self, hidden: Float[Tensor, "B T D"] | None, texts: Sequence[Sequence[int]], taken: Sequence[int]
-    ) -> None:
+    def settle(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
         """The target read T columns (hidden: what its head saw) and each row became `texts`, by taken[b] tokens."""
 
     def keep(self, rows: Tensor) -> None: ...
@@ -113,10 +108,9 @@ class ModelDrafter:
     what is missing is read with the first step."""
 
     steady = True
-    reads_hidden = False
     most = MOST
 
-    def __init__(self, draft: Decoder, target: Decoder, sampling: Sampling, *, compile: bool):
+    def __init__(self, draft: Decoder, target: Decoder, sampling: Sampling):
         if draft.config.vocab != target.config.vocab:
             raise UsageError(
                 f"the draft knows {draft.config.vocab} tokens, the model {target.config.vocab}: a draft must have "
@@ -127,15 +121,12 @@ class ModelDrafter:
         self.model = draft
         self.sampling = sampling
         self.device = next(draft.parameters()).device
-        self.wants_step = compile
-        self.cost = weights(draft) / weights(target)
+        self.cost = counted(weights(draft), weights(target), len(draft.blocks), len(target.blocks))
 
     @torch.inference_mode()
     def begin(self, windows: Sequence[Sequence[int]], n: int, capacity: int) -> None:
         capacity = min(capacity, self.model.config.context)
-        self.cache = self.model.new_cache(len(windows), rounded_up(capacity) if self.wants_step else capacity, MOST + 1)
-        recurrent = any(isinstance(part, StateCache) for part in self.cache.layers)
-        self.step = compiled_step(self.model) if self.wants_step and not recurrent else None
+        self.cache = self.model.new_cache(len(windows), capacity, MOST + 1)
         read = [list(window[:-1])[: self.model.config.context] for window in windows]
         read_into(self.model, read, [0] * len(windows), self.cache, self.device)
         self.known = [len(part) for part in read for _ in range(n)]
@@ -159,22 +150,10 @@ class ModelDrafter:
 
     def read(self, fed: Sequence[Sequence[int]]) -> Float[Tensor, "B V"]:
         """Read these tokens behind what is known; logits after each row's last."""
-        if self.step is None or max(map(len, fed)) > 2:
-            return self.model.head(read_into(self.model, fed, self.known, self.cache, self.device)[:, -1])
-        starts = list(self.known)
-        for behind in range(max(map(len, fed)) - 1, -1, -1):
-            tokens = [part[-1 - behind] if len(part) > behind else 0 for part in fed]
-            places = [
-                at + len(part) - 1 - behind if len(part) > behind else -1 for at, part in zip(starts, fed, strict=True)
-            ]
-            at, there = (torch.tensor(values, device=self.device)[:, None] for values in (tokens, places))
-            logits = self.step(self.model, at, there, self.cache)
-        return logits
+        return self.model.head(read_into(self.model, fed, self.known, self.cache, self.device)[:, -1])
 
     @torch.inference_mode()
-    def settle(
-        self, hidden: Float[Tensor, "B T D"] | None, texts: Sequence[Sequence[int]], taken: Sequence[int]
-    ) -> None:
+    def settle(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
         to = [min(known, len(text) - 1) for known, text in zip(self.known, texts, strict=True)]
         if to != self.known:
             self.known = self.cache.rewind(to)
@@ -203,7 +182,6 @@ class TextDrafter:
     `sizes` that occurred before speaks. Free, and right where texts repeat: code, quotations, summaries."""
 
     steady = True
-    reads_hidden = False
     most = 2 * MOST
     cost = 0.0
     sizes = (4, 3, 2)
@@ -235,9 +213,7 @@ class TextDrafter:
             followers.guessed.clear()
         return Drafts(tokens, None, confidence)
 
-    def settle(
-        self, hidden: Float[Tensor, "B T D"] | None, texts: Sequence[Sequence[int]], taken: Sequence[int]
-    ) -> None:
+    def settle(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
         """Texts are read when they are next asked for."""
 
     def keep(self, rows: Tensor) -> None:
@@ -282,13 +258,13 @@ class LookaheadDrafter:
 
           known to the target   a b c            d is drawn, not yet read
           module 1 reads          b c d          predicts e'        from h(a) h(b) h(c), each verified
-          module 2 reads            c d e'       predicts f'        e' is a guess: rewound and read again when known
+          module 2 reads            c d e'       predicts f'        e' is a guess: read again when it is known
 
     So each cycle begins with what the target has verified: every module reads the tokens taken since, then the guesses
-    of the modules before it."""
+    of the modules before it. Entries made from guesses need not be taken back: nobody sees a later position than its
+    own, and by then the entry has been written again."""
 
     steady = False
-    reads_hidden = True
 
     def __init__(self, target: Decoder, sampling: Sampling):
         if not len(target.lookahead):
@@ -301,7 +277,8 @@ class LookaheadDrafter:
         self.device = next(target.parameters()).device
         self.most = len(target.lookahead)
         own = sum(p.numel() for p in target.lookahead.parameters()) / self.most
-        self.cost = (own + target.head.weight.numel()) / weights(target)  # type: ignore[operator, union-attr]
+        own += target.head.weight.numel()  # type: ignore[operator, union-attr]
+        self.cost = counted(own, weights(target), 1, len(target.blocks))
 
     @torch.inference_mode()
     def begin(self, windows: Sequence[Sequence[int]], n: int, capacity: int) -> None:
@@ -315,11 +292,8 @@ class LookaheadDrafter:
         self.before: list[Tensor] = [like.new_zeros(rows, 1, self.model.config.width)] * self.most  # type: ignore[operator]
         self.unread: Unread | None = None
 
-    def settle(
-        self, hidden: Float[Tensor, "B T D"] | None, texts: Sequence[Sequence[int]], taken: Sequence[int]
-    ) -> None:
+    def settle(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
         """Keep what the target's head read at the tokens that were taken, for the next guess."""
-        assert hidden is not None, "lookahead modules read the target's hidden states"
         length = max(taken)
         if not length:
             return
@@ -355,8 +329,6 @@ class LookaheadDrafter:
             tokens = torch.cat((tokens, guess), dim=1)
             positions = torch.cat((positions, torch.where(guesses, place + k, -1)), dim=1)
         self.unread = None
-        for cache in self.caches[1:]:
-            cache.rewind(lengths)
         return drawing.drafts()
 
     def keep(self, rows: Tensor) -> None:
@@ -389,6 +361,11 @@ class Unread(NamedTuple):
 def column(x: Float[Tensor, "B T D"], at: Int[Tensor, " B"]) -> Float[Tensor, "B 1 D"]:
     """One column of each row."""
     return x.gather(1, at[:, None, None].expand(-1, 1, x.shape[2]))
+
+
+def counted(weights: float, of_weights: float, depth: int, of_depth: int) -> float:
+    """What one pass costs in passes of another: half by the weights read, half by the layers called."""
+    return (weights / of_weights + depth / of_depth) / 2
 
 
 def weights(model: Decoder) -> int:

@@ -79,7 +79,7 @@ class Pace:
             self.recent.clear()
         self.cycles += 1
         if self.cycles <= len(FIRST):
-            return min(max(FIRST[self.cycles - 1], not self.timed), self.most)
+            return min(FIRST[self.cycles - 1] if self.timed else 1, self.most)
         if not self.timed:
             return self.most
         if self.resting > 0:

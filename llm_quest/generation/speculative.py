@@ -29,7 +29,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generation.compiled import compiled_step, rounded_up
 from llm_quest.generation.drafters import (
     Drafter,
     Drafts,
@@ -41,13 +40,12 @@ from llm_quest.generation.drafters import (
 from llm_quest.generation.pace import Pace, Tally, least_acceptance
 from llm_quest.generation.sampling import Sampling, inverse_cdf, seen_tokens
 from llm_quest.generation.until import Made, Row
-from llm_quest.layers.state import StateCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
 Draft = Decoder | str
 """A smaller model, or "mtp" or "ngram"."""
-EVIDENCE = 16
+EVIDENCE = 8
 """A sampled row judges its drafter once, by its first tokens: the clock and the neighbours, which could change its
 text, are not asked."""
 
@@ -65,10 +63,10 @@ def residual(p: Float[Tensor, "*batch V"], q: Float[Tensor, "*batch V"]) -> Floa
     return torch.where(total > 0, left / total.clamp(min=torch.finfo(p.dtype).tiny), p)
 
 
-def drafter_of(draft: Draft, model: Decoder, sampling: Sampling, *, compile: bool) -> Drafter:
+def drafter_of(draft: Draft, model: Decoder, sampling: Sampling) -> Drafter:
     """What `draft=` means."""
     if isinstance(draft, Decoder):
-        return ModelDrafter(draft, model, sampling, compile=compile)
+        return ModelDrafter(draft, model, sampling)
     if draft == "mtp":
         return LookaheadDrafter(model, sampling)
     if draft == "ngram":
@@ -182,17 +180,14 @@ def marked(seen: Tensor, guess: Int[Tensor, " B"]) -> Tensor:
 class Target:
     """The model's side: its cache, which rows sit in it, and one pass over what is unread and guessed."""
 
-    def __init__(self, model: Decoder, *, compile: bool):
+    def __init__(self, model: Decoder):
         self.model = model
         self.device = next(model.parameters()).device
-        self.wants_step = compile
 
     @torch.inference_mode()
     def begin(self, windows: Sequence[Sequence[int]], n: int, capacity: int, slack: int) -> Tensor:
         """Read all but each window's last token, padding at the end; what the head would read."""
-        self.cache = self.model.new_cache(len(windows), rounded_up(capacity) if self.wants_step else capacity, slack)
-        recurrent = any(isinstance(part, StateCache) for part in self.cache.layers)
-        self.step = compiled_step(self.model) if self.wants_step and not recurrent else None
+        self.cache = self.model.new_cache(len(windows), capacity, slack)
         self.stands = [len(window) - 1 for window in windows for _ in range(n)]
         longest = max(len(window) for window in windows) - 1
         if longest == 0:
@@ -216,17 +211,11 @@ class Target:
         return self.model.hidden(tokens.to(self.device), scope)
 
     @torch.inference_mode()
-    def read(self, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> tuple[Tensor | None, Tensor]:
-        """What the head reads, and the logits, at each row's unread tokens and the guesses behind; hidden is None where
-        the compiled step, which only gives logits, was enough."""
+    def read(self, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """What the head reads, and the logits, at each row's last token and the guesses behind it."""
         fed = [list(text[stand:]) + list(guess) for text, stand, guess in zip(texts, self.stands, guesses, strict=True)]
         behind = [len(text) - stand for text, stand in zip(texts, self.stands, strict=True)]
         width = max(map(len, fed))
-        if self.step is not None and width == 1:
-            tokens, places = (torch.tensor(part, device=self.device) for part in ([row[0] for row in fed], self.stands))
-            logits = self.step(self.model, tokens[:, None], places[:, None], self.cache)[:, None]
-            self.stands = [stand + 1 for stand in self.stands]
-            return None, logits
         hidden = self.hidden(fed, self.stands, width)
         self.stands = [stand + len(part) for stand, part in zip(self.stands, fed, strict=True)]
         if max(behind) > 1:  # a cache that went further back than asked: the tokens read again are not judged
@@ -257,11 +246,9 @@ class Speculation:
         sampling: Sampling,
         uniforms: tuple[Float[Tensor, "R S"], Float[Tensor, "R S"], Float[Tensor, "R S"]],
         tally: Tally,
-        *,
-        compile: bool = False,
     ):
         self.model, self.drafter, self.sampling, self.tally = model, drafter, sampling, tally
-        self.target = Target(model, compile=compile and not drafter.reads_hidden)
+        self.target = Target(model)
         self.guess_uniforms, accept, draw = uniforms
         self.judge = Judge(sampling, accept, draw)
         self.pace = Pace(drafter.most, timed=sampling.greedy)
@@ -369,7 +356,7 @@ class Speculation:
             self.rows = [self.rows[seat] for seat in stay]
             self.target.keep(index)
             self.drafter.keep(index)
-            self.hidden = None if self.hidden is None else self.hidden[index]
+            self.hidden = self.hidden[index]
         self.target.settle(self.texts())
         self.drafter.settle(self.hidden, self.texts(), taken)
 
