@@ -127,6 +127,23 @@ def test_rows_are_taken_back_to_places_of_their_own(name: str):
 
 
 @everybody
+def test_a_row_that_stood_still_is_taken_back_to_where_it_stands_while_another_goes_back(name: str):
+    """The trail of a running state: each token's state is kept, and idling leaves none that is wrong."""
+    model = shared(name)
+    tokens = random_tokens(model, 2, 16)
+    cache = model.new_cache(2, 16, slack=3)
+    feed(model, cache, tokens[:, :6], 0)
+    for at in range(6, 13):
+        positions = torch.tensor([[at], [-1]])
+        model(tokens[:, at : at + 1], Scope(positions, cache=cache))
+    assert cache.rewind([11, 6]) == [11, 6]
+    positions = torch.tensor([[11, 12], [6, 7]])
+    logits = model(tokens.gather(1, positions), Scope(positions, cache=cache))
+    torch.testing.assert_close(logits[0], model(tokens[:1, :13])[0, 11:], **EXACT)
+    torch.testing.assert_close(logits[1], model(tokens[1:, :8])[0, 6:], **EXACT)
+
+
+@everybody
 def test_a_mark_changes_nothing_that_is_read(name: str):
     model = shared(name)
     tokens = random_tokens(model, 2, 12)
