@@ -62,7 +62,7 @@ class MixerCache(Protocol):
 
     def mark(self, at: Sequence[int]) -> None:
         """Row b will not be taken back below position at[b]. Call it while every row stands at at[b]: a recurrent state
-        takes its snapshot there."""
+        takes its snapshot there. (Made with slack, it also keeps the state after each of the last tokens.)"""
 
     def stand(self, to: Sequence[int]) -> list[int]:
         """For each row the latest position <= to[b] to which this cache can go back; ValueError where it cannot at

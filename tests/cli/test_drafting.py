@@ -1,0 +1,49 @@
+"""`quest generate --draft`: the same greedy text, what it brought, and a draft that reads other tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import llm_quest as quest
+from llm_quest.cli.drafting import drafter, go_on_drafting
+from llm_quest.cli.talk import Manner, opened
+from llm_quest.data.alphabet import character_tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.generation.generate import generate
+from llm_quest.models.build import build, preset
+
+MANNER = Manner(12, 0.0, None, None, None, 1.0, (), False, 0)
+
+
+def saved(folder: Path, name: str, alphabet: str, seed: int) -> str:
+    tokenizer = character_tokenizer(alphabet)
+    config = replace(preset("llama3.2-tiny").config, vocab=tokenizer.vocab_size)
+    quest.save(build(config, seed=seed), folder / name, tokenizer=tokenizer)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("kind", ["model", "ngram"])
+def test_a_drafted_text_is_the_plain_one_and_its_gain_is_told(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = saved(tmp_path, "target", "abcdefgh ", 0)
+    draft = saved(tmp_path, "draft", "abcdefgh ", 1) if kind == "model" else kind
+    go_on_drafting(target, draft, "abc abc", MANNER, device="cpu", dtype="float32", as_json=True, say=lambda text: None)
+    told = json.loads(capsys.readouterr().out)
+    model, tokenizer = opened(target, "cpu", "float32", lambda text: None)
+    ids = tokenizer.encode("abc abc") or [tokenizer.start_id]
+    (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos=tokenizer.eos_ids)
+    assert told["tokens"] == plain.tokens
+    assert 0.0 <= told["draft"]["acceptance"] <= 1.0
+    assert told["draft"]["speed_up"] > 0
+
+
+def test_a_draft_with_another_tokenizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    target, other = saved(tmp_path, "target", "abcd", 0), saved(tmp_path, "other", "abcx", 0)
+    model, tokenizer = opened(target, "cpu", "float32", lambda text: None)
+    with pytest.raises(UsageError, match=r"another tokenizer than .*--draft ngram"):
+        drafter(other, model, tokenizer, target, "cpu", "float32", lambda text: None)
