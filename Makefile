@@ -7,7 +7,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 .PHONY: quickstart test lint bench-peers bench install install-test clean help
 
 help:
-	@echo "make quickstart   set up and run the offline tour (about six minutes on a laptop)"
+	@echo "make quickstart   set up and run the offline tour (about five minutes on a laptop)"
 	@echo "make test         set up and run the whole suite"
 	@echo "make lint         formatter, linter, type checker"
 	@echo "make bench        the benchmarks against the peers (long; wants a quiet machine)"

@@ -72,7 +72,7 @@ def quickstart(
     threads: Threads = 0,
 ) -> None:
     """The offline tour: text, tokenizer, pretraining, resuming, fine-tuning, DPO, a conversation, GRPO, exporting,
-    reports. About six minutes on two cores."""
+    reports. About five minutes on two cores."""
     from llm_quest.cli.tour import tour
 
     prepare(threads)

@@ -1,4 +1,4 @@
-"""`quest quickstart`: the whole way once, offline, in about six minutes, told in plain sentences.
+"""`quest quickstart`: the whole way once, offline, in about five minutes, told in plain sentences.
 
 Text -> tokenizer -> pretraining -> an interruption, and going on -> fine-tuning -> preferences -> a conversation ->
 reasoning by rewards -> the Hugging Face layout and back -> reports.
