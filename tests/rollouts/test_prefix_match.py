@@ -1,0 +1,79 @@
+"""RPT-1, and the ways in which one might be paid for nothing."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import decoders
+
+from llm_quest.data.alphabet import character_tokenizer
+from llm_quest.data.token_bytes import byte_letters, token_bytes
+from llm_quest.data.tokenizer import END_OF_TEXT, train_bpe
+from llm_quest.errors import UsageError
+from llm_quest.rollouts.prefix_match import Continuation, PrefixMatch, answer_of, boundaries, prefix_match
+from llm_quest.rollouts.sample import Sample
+
+CAFE = (b" caf", b"\xc3", b"\xa9", b" is")
+
+
+def sample(text: str, finished: str = "eos") -> Sample:
+    return Sample((1,), (2,), (0.0,), finished, text, Continuation("un", CAFE))  # type: ignore[arg-type]
+
+
+def test_vector_rpt_1():
+    assert boundaries(CAFE) == {4, 5, 6, 9}
+    right = {" caf", " café", " café is"}
+    for text in [*right, " ca", " café i", "caf", "", " cafe", " caf ", " café is it"]:
+        assert prefix_match(text.encode(), CAFE) == float(text in right), text
+    assert prefix_match(b" caf\xc3", CAFE) == 1, "a boundary, though no text ends there"
+
+
+def test_bytes_come_from_the_vocabulary_where_a_character_is_split():
+    tokenizer = train_bpe([" caf is caf is caf"] * 9, 300)
+    ids = tokenizer.encode(" café is 日本", template=False)
+    pieces = token_bytes(tokenizer, ids)
+    assert b"".join(pieces) == " café is 日本".encode()
+    assert b"\xc3" in pieces
+    assert [len(piece) for piece in pieces] != [len(tokenizer.decode([i]).encode()) for i in ids]
+    assert sorted(byte_letters().values()) == list(range(256))
+
+
+def test_characters_and_control_tokens_have_their_bytes_too():
+    tokenizer = character_tokenizer("aé=")
+    ids = tokenizer.encode("é=a", template=False)
+    assert token_bytes(tokenizer, [*ids, tokenizer.id(END_OF_TEXT)]) == [b"\xc3\xa9", b"=", b"a", b""]
+    with pytest.raises(UsageError, match="no id of this tokenizer"):
+        token_bytes(tokenizer, [99])
+    tokenizer.engine.decoder = decoders.Metaspace()
+    with pytest.raises(UsageError, match="decoder Metaspace"):
+        token_bytes(tokenizer, ids)
+
+
+def test_the_next_document_is_no_part_of_the_truth():
+    assert boundaries((b"a", b"", b"b")) == {1}
+    assert prefix_match(b"ab", (b"a", b"", b"b")) == 0
+    assert prefix_match(b"", (b"", b"b")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "worth"),
+    [
+        ("<think>x</think><answer> caf</answer>", 1.0),
+        ("<think></think><answer> café is</answer>", 1.0),
+        ("<think>x</think><answer>caf</answer>", 0.0),
+        ("<think>x</think><answer> caf\n</answer>", 0.0),
+        ("<think>x</think><answer></answer>", 0.0),
+        ("<think>x</think><answer> </answer>", 0.0),
+        ("<think>x</think><answer> caf</answer><answer> café</answer>", 0.0),
+        ("<think>x</think><answer>no</answer> <answer> caf</answer>", 0.0),
+        ("<answer> caf</answer>", 0.0),
+        (" caf", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_only_the_one_answer_counts_and_to_the_letter(text: str, worth: float):
+    assert PrefixMatch()([sample(text), sample(text, "length")]) == [worth, 0.0]
+
+
+def test_tags_inside_are_refused():
+    assert answer_of("<think>a</think><answer>b</think></answer>") is None
+    assert answer_of("<think><answer>a</think><answer>b</answer>") is None
