@@ -11,8 +11,8 @@ from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict, j
 from llm_quest.train.optimizers import adamw, muon
 
 STEPS = 300
-RATES = {"AdamW": 3e-3, "Muon": 3e-3}
-"""The best of several for each, on seed 0, which is not among those reported."""
+RATES = {"AdamW": 1e-3, "Muon": 3e-3}
+"""On seed 0, not among those reported, AdamW was worse at 3e-3 than at 1e-3; a sweep for both is still to do."""
 
 
 def arm(optimizer: Callable[[Decoder, float], object], name: str) -> Callable[[int], Measured]:
@@ -50,7 +50,7 @@ PAPER = Paper(
     arxiv="2502.16982",
     claim="Orthogonalised momentum reaches a loss in fewer steps than AdamW: about half the compute at scale.",
     experiment=f"A 0.9M-parameter Llama, {STEPS} steps of 2,048 tokens on Python's documentation, the same data order "
-    "and first values for both, each optimiser at the best of its own learning rates. Control: AdamW.",
+    "and first values for both, each optimiser at a rate of its own. Control: AdamW.",
     confirms="Muon's held-out loss lies below AdamW's, the 95 % interval of the paired difference below zero.",
     refutes="It lies above, likewise.",
     arms=ARMS,
