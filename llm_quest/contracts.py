@@ -184,9 +184,15 @@ class Feed(Protocol):
 @runtime_checkable
 class Callback(Protocol):
     """Runs after every optimiser step (QK-Clip, expert-bias balancing). May edit the model; deterministic. Numbers that
-    it returns (floats, or scalar tensors, read only when a row is due) go to the metrics log."""
+    it returns (floats, or scalar tensors, read only when a row is due) go to the metrics log.
+
+    Law: what the passes of a refused step left behind has no part in any later step. (No checkpoint holds it, so a
+    resumed run would be another.)"""
 
     def after_step(self, model: Any, step: int) -> Mapping[str, Any] | None: ...
+
+    def after_refusal(self, model: Any) -> None:
+        """The step changed nothing (a loss that is not finite, no target): forget what its passes left."""
 
 
 class Probe(Protocol):

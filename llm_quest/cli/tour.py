@@ -101,6 +101,9 @@ class Interruption:
             self.done = True
             os.kill(os.getpid(), signal.SIGINT)
 
+    def after_refusal(self, model: Any) -> None:
+        """Nothing was left."""
+
 
 def tour(
     out: Path, *, seed: int = 0, device: str = "auto", pairs: Sequence[str] = (),

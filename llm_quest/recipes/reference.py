@@ -132,6 +132,9 @@ class Moving:
             for mine, policy in zip(self.model.parameters(), model.parameters(), strict=True):
                 mine.lerp_(policy.to(mine), self.mix)
 
+    def after_refusal(self, model: nn.Module) -> None:
+        """Nothing was left."""
+
     def at(self, step: int) -> list[AnswerBatch]:
         return self.feed.at(step)
 

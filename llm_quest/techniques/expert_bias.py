@@ -3,7 +3,8 @@ expert's bias rises by `rate` if it received fewer tokens than the mean and fall
 experts and weighs nothing, so balance costs the loss no gradient.
 
 Commonly got wrong: it happens once per optimiser step, over the whole step's tokens on all ranks; never in evaluation,
-never during a forward pass, which activation checkpointing repeats; the bias stays float32.
+never during a forward pass, which activation checkpointing repeats; the load of a step that was refused is not carried
+into the next; the bias stays float32.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class BalanceExperts:
                     distributed.all_reduce(load)
                 router.bias.add_(laid_out(torch.sign(load.mean() - load), router.bias), alpha=self.rate)
                 router.load = None
+
+    def after_refusal(self, model: nn.Module) -> None:
+        for router in routers(model):
+            router.load = None
 
 
 def routers(model: nn.Module) -> list[SigmoidRouter]:

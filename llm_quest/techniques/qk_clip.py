@@ -80,6 +80,13 @@ class QKClip:
                 mixer.rescale_logits_(self.gamma(S), self.shared)
         return {"max_logit": max_logit}
 
+    def after_refusal(self, model: nn.Module) -> None:
+        """A logit that is not finite would hide every later one."""
+        for mixer in attending(model, self):
+            for watch in mixer.watchers:
+                if isinstance(watch, LargestLogit):
+                    watch.seen = None
+
     def gamma(self, S: Float[Tensor, " H"]) -> Float[Tensor, " H"]:
         """tau / S where S exceeds tau, else exactly 1."""
         S = S if self.heads == "each" else S.amax().expand_as(S)

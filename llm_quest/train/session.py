@@ -143,8 +143,10 @@ class Session:
         self.told = {}
         if refused:
             self.event("skipped", step=self.moment.step, message=refused)
-        else:
-            for callback in callbacks:
+        for callback in callbacks:
+            if refused:
+                callback.after_refusal(self.model)
+            else:
                 self.told |= callback.after_step(self.model, self.moment.step) or {}
         self.moment.tokens += numbers.tokens
         self.moment.busy += time.perf_counter() - self.clock

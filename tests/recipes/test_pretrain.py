@@ -62,6 +62,9 @@ class CtrlC:
         if step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
+    def after_refusal(self, model: torch.nn.Module) -> None:
+        pass
+
 
 def test_a_run_learns_and_leaves_a_folder_with_everything(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

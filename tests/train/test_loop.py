@@ -123,6 +123,9 @@ class Calls:
         self.at.append(step)
         model.calls += 1
 
+    def after_refusal(self, model):
+        self.at.append(None)
+
 
 def test_callbacks_run_after_every_update_and_may_edit_the_model():
     made, calls = objective(), Calls()
@@ -170,7 +173,7 @@ def test_a_nan_is_skipped_counted_shown_and_null_in_the_log(tmp_path):
     with Run(tmp_path / "run") as run:
         result = go(8, run, made=trapped(), feed=Poisoned({3, 4}), callbacks=[calls], show=show)
     assert result.metrics["skipped"] == 2
-    assert calls.at == [1, 2, 3, 6, 7, 8]
+    assert calls.at == [1, 2, 3, None, None, 6, 7, 8]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] is None for row in rows] == [False, False, False, True, True, False, False, False]
     assert rows[3]["nonfinite"] == ["loss", "grad_norm"]
