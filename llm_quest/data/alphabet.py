@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
@@ -11,14 +14,15 @@ from llm_quest.errors import UsageError
 PAD, UNKNOWN = "<|pad|>", "<|unknown|>"
 
 
-def character_tokenizer(alphabet: str) -> Tokenizer:
-    """Ids: end of text 0, padding 1, unknown 2, then the characters in order of their code points."""
+def character_tokenizer(alphabet: str, words: Sequence[str] = ()) -> Tokenizer:
+    """Ids: end of text 0, padding 1, unknown 2, then the characters in order of their code points, then the words, each
+    of which is one token (and text like any other)."""
     if not alphabet:
         raise UsageError("an alphabet has at least one character")
     specials = [END_OF_TEXT, PAD, UNKNOWN]
-    vocabulary = {token: number for number, token in enumerate([*specials, *sorted(set(alphabet))])}
+    vocabulary = {token: number for number, token in enumerate([*specials, *sorted(set(alphabet)), *words])}
     engine = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    engine.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, words), r"[\s\S]"])), "isolated")
     engine.decoder = decoders.Fuse()
     engine.add_special_tokens(specials)
     return Tokenizer(engine, ends=(END_OF_TEXT,), begin=END_OF_TEXT, pad=PAD, unknown=UNKNOWN)

@@ -1,21 +1,15 @@
 """`quest train grpo`: a model, problems that can be checked -> a model that solves more of them.
 
-      questions -> samples -> rewards -> advantages -> policy gradient, with held-out accuracy before, during and after
-
-The reference of a KL term is the model as it began: a frozen copy, or with LoRA the same memory with the adapters off.
+questions -> samples -> rewards -> advantages -> policy gradient, with held-out accuracy before, during and after
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llm_quest.contracts import Probe, Reward
 from llm_quest.data.chat import Chat
@@ -27,33 +21,26 @@ from llm_quest.disk import replace_text
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.policy_gradient import PolicyGradient
 from llm_quest.objectives.reward_model import scores
-from llm_quest.objectives.surrogates import VARIANTS
 from llm_quest.recipes import seeds
-from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml
 from llm_quest.recipes.course import Outcome, company, require_same_run
 from llm_quest.recipes.grpo_config import Grpo, Named
+from llm_quest.recipes.policy import decided, learner
 from llm_quest.recipes.policy_probes import Extremes, HeldOut
-from llm_quest.recipes.tuning import Job, Say, carried_out, edited, opened
+from llm_quest.recipes.tuning import Job, Say, carried_out, opened
 from llm_quest.recipes.tuning_config import Start
 from llm_quest.recipes.warmup import warmed
 from llm_quest.recipes.yaml import Settings
-from llm_quest.rollouts.advantages import ESTIMATORS
 from llm_quest.rollouts.doctor import Doctor
 from llm_quest.rollouts.rewards import Correct, FormatOnly, RandomReward
-from llm_quest.rollouts.rollouts import Plan, Rollouts, Scorer
 from llm_quest.rollouts.scored import Scored
-from llm_quest.rollouts.scoring import Judge, Scoring
+from llm_quest.rollouts.scoring import Judge
 from llm_quest.rollouts.steps import step_rewards
-from llm_quest.rollouts.writer import Question, Writer
-from llm_quest.techniques.lora import adapters_off, is_adapter
+from llm_quest.rollouts.writer import Question
 from llm_quest.techniques.score_head import score_head
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
-from llm_quest.train.step import autocast
 
 Encode = Callable[[str], list[int]]
 
@@ -66,10 +53,7 @@ def train_grpo(
     with company(config, config.rollout.prompts) as parallel:
         if parallel.world > 1:
             raise UsageError("grpo runs in one process: a rollout is sampled where it is learned from; drop torchrun")
-        chosen = precision(config.precision, parallel.device)
-        if config.precision == "auto" and config.variant.startswith("gspo"):
-            chosen = replace(chosen, value="fp32")  # its clip range is finer than bfloat16's rounding
-        config = config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
+        config = decided(config, parallel)
         require_same_run(config, out)
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "config.yaml", as_yaml(config))
@@ -96,23 +80,16 @@ def assembled(config: Grpo, settings: Settings, out: Path, parallel: Parallel, s
     model, tokenizer = begun(config, settings, out, parallel, say)
     model.to(parallel.device)
     encode = asking(config, tokenizer)
-    first = copy.deepcopy(model).requires_grad_(False) if config.kl is not None else None
-    adapted_before = any(map(is_adapter, model.card.techniques))
-    riding = edited(config, model, say)
-    objective = PolicyGradient(
-        model,
-        config.chosen_surrogate(),
-        count=(count := config.count or VARIANTS[config.variant].count),
-        horizon=config.rollout.new_tokens if count == "horizon" else None,
-        temperature=config.rollout.temperature,
-        kl=config.kl_term(),
-        entropy=config.entropy,
-        correction=config.sampler_correction(),
-        stale=config.stale,
-    )
-    light = any(map(is_adapter, model.card.techniques)) and not adapted_before
-    reference = None if first is None else scorer(model, config, off=True) if light else scorer(first, config)
-    feed = rollouts(config, model, tokenizer, encode, problems, reference, parallel)
+
+    def ask(index: int) -> Question:
+        problem = problems.train(index)
+        return Question(tuple(encode(problem.prompt)), problem)
+
+    judges = [Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in config.rewards]
+    steps = partial(step_rewards, tokenizer) if config.process else None
+    made = learner(
+        config, model, tokenizer, ask, judges, parallel, say, separately=config.separately, steps=steps
+    )  # fmt: skip
     held = HeldOut(
         problems.held_out, tokenizer, encode, config.evaluate.every, config.rollout.new_tokens,
         config.evaluate.samples, config.rollout.temperature, seeds.stream(config.seed, "evaluation"),
@@ -120,11 +97,11 @@ def assembled(config: Grpo, settings: Settings, out: Path, parallel: Parallel, s
 
     def probes(run: Run) -> Sequence[Probe]:
         held.folder = run.samples if run.leader else None
-        return [held, Extremes(objective, config.log_every)]
+        return [held, Extremes(made.objective, config.log_every)]
 
     facts = {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash}
     job = Job(
-        objective, feed, probes, tokenizer, facts, {"task": problems.identity}, riding,
+        made.objective, made.feed, probes, tokenizer, facts, {"task": problems.identity}, made.riding,
         watchers=[Doctor(config.patience)],
     )  # fmt: skip
     return Made(job, held)
@@ -175,68 +152,6 @@ def asking(config: Grpo, tokenizer: Tokenizer) -> Encode:
         return lambda text: [tokenizer.start_id, *tokenizer.encode(text, template=False)]
     chat = Chat(tokenizer)
     return lambda text: chat.prompt([{"role": "user", "content": text}])
-
-
-def rollouts(
-    config: Grpo, model: Decoder, tokenizer: Tokenizer, encode: Encode, problems: Posed, reference: Scorer | None,
-    parallel: Parallel,
-) -> Rollouts:  # fmt: skip
-    """The feed."""
-    part = config.rollout
-    writer = writer_of(config, model, tokenizer, parallel)
-    scoring = Scoring(
-        judges=tuple(
-            Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in config.rewards
-        ),
-        estimator=ESTIMATORS[config.advantages or VARIANTS[config.variant].advantages],
-        separately=config.separately,
-        budget=part.new_tokens,
-        overlong=part.overlong,
-        filter_truncated=part.filter_truncated,
-        steps=partial(step_rewards, tokenizer) if config.process else None,
-        keep_flat=part.keep_flat,
-    )
-    plan = Plan(
-        prompts=part.prompts,
-        group=part.group,
-        updates=part.updates,
-        minibatches=part.minibatches,
-        draws=config.draws,
-        micro_tokens=part.micro_tokens,
-        kl_in_reward=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
-        rescore=config.correction is not None,
-        seed=seeds.stream(config.seed, "sampling"),
-    )
-
-    def ask(index: int) -> Question:
-        problem = problems.train(index)
-        return Question(tuple(encode(problem.prompt)), problem)
-
-    score = scorer(model, config) if plan.rescore else None
-    return Rollouts(model, ask, writer, scoring, plan, reference=reference, score=score)
-
-
-def writer_of(config: Grpo, model: Decoder, tokenizer: Tokenizer, parallel: Parallel) -> Writer:
-    """Samples as they are scored: same temperature, same precision; ends at every end that the model knows."""
-    own = model.generation.eos if model.generation is not None else ()
-    return Writer(
-        tokenizer=tokenizer,
-        eos=tuple(sorted({*own, *tokenizer.eos_ids})),
-        new_tokens=config.rollout.new_tokens,
-        temperature=config.rollout.temperature,
-        within=partial(autocast, precision(config.precision, parallel.device).value, parallel.device),
-        at_once=config.rollout.at_once,
-    )
-
-
-def scorer(model: Decoder, config: Grpo, *, off: bool = False) -> Scorer:
-    """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
-
-    def score(batch: Any) -> torch.Tensor:
-        with adapters_off(model) if off else nullcontext():
-            return token_log_probs(model, batch, config.rollout.temperature)
-
-    return score
 
 
 def rewarding(config: Grpo, one: Named, tokenizer: Tokenizer, parallel: Parallel) -> Reward:

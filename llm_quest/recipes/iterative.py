@@ -27,10 +27,11 @@ from llm_quest.objectives.reward_model import RewardLoss
 from llm_quest.recipes import seeds
 from llm_quest.recipes.config import as_yaml
 from llm_quest.recipes.course import Outcome, company, require_same_run
-from llm_quest.recipes.grpo import Say, asking, begun, posed, train_grpo, writer_of
+from llm_quest.recipes.grpo import Say, asking, begun, posed, train_grpo
 from llm_quest.recipes.grpo_config import Grpo, Named
 from llm_quest.recipes.iterative_config import Iterative
 from llm_quest.recipes.parts import Model
+from llm_quest.recipes.policy import writer_of
 from llm_quest.recipes.yaml import Settings
 from llm_quest.rollouts.rewards import Correct
 from llm_quest.rollouts.scored import ReplayFeed, comparisons

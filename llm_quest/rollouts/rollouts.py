@@ -33,6 +33,8 @@ Ask = Callable[[int], Question]
 """Question number i of an endless list."""
 Scorer = Callable[[PolicyBatch], Tensor]
 """A batch -> log-probabilities (B,T) of its targets."""
+Seen = Callable[[Sequence[Sequence[Sample]], Tensor], None]
+"""Groups and their rewards (R,P,G)."""
 
 PATIENCE = 1000
 
@@ -86,7 +88,7 @@ class Rollouts:
         *,
         reference: Scorer | None = None,
         score: Scorer | None = None,
-        seen: Callable[[Sequence[Sequence[Sample]], Tensor], None] | None = None,
+        seen: Seen | None = None,
     ):
         require_sense(plan, scoring, reference, score)
         self.policy, self.ask, self.writer, self.scoring, self.plan = policy, ask, writer, scoring, plan

@@ -16,12 +16,14 @@ STEP_END, ANSWER = ";", "#"
 
 @dataclass(frozen=True)
 class Chained:
-    """`3*4+5%7:` is worked from left to right: `3*4=5;5+5=3;#3`. shortest, longest: operations in the chain. noise: how
-    often the teacher gets a step wrong, and goes on from there."""
+    """`3*4+5%7:` is worked from left to right: `3*4=5;5+5=3;#3`. shortest, longest: operations in the chain. largest:
+    of the numbers in it, 0: any below the modulus. noise: how often the teacher gets a step wrong, and goes on from
+    there."""
 
     shortest: int = 2
     longest: int = 5
     modulus: int = 11
+    largest: int = 0
     noise: float = 0.0
     name: str = "chained"
 
@@ -31,8 +33,9 @@ class Chained:
 
     def problem(self, chance: random.Random) -> Problem:
         length = chance.randint(self.shortest, self.longest)
-        first = chance.randrange(self.modulus)
-        chain = [(chance.choice("+-*"), chance.randrange(1, self.modulus)) for _ in range(length)]
+        top = self.largest + 1 if self.largest else self.modulus
+        first = chance.randrange(1 if self.largest else 0, top)
+        chain = [(chance.choice("+-*"), chance.randrange(1, top)) for _ in range(length)]
         text = f"{first}" + "".join(f"{sign}{number}" for sign, number in chain)
         steps = worked(first, chain, self.modulus)
         answer = steps[-1].rpartition("=")[2]
