@@ -213,8 +213,15 @@ def read(published: Mapping[str, Any]) -> Config:
     only(published, "scoring_func", "sigmoid")
     only(published, "n_group", 1, None)
     only(published, "topk_group", 1, None)
+    only(published, "attention_bias", False, None)
+    only(published, "add_swa_attention_sink_bias", True, None)
+    only(published, "add_full_attention_sink_bias", False, None)
     layers = need(published, "num_hidden_layers")
     windows, head_width = read_windows(published, layers), published.get("head_dim") or need(published, "swa_head_dim")
+    heads, value_width = need(published, "num_attention_heads"), published.get("v_head_dim") or head_width
+    only(published, "swa_num_attention_heads", heads, None)
+    only(published, "swa_head_dim", head_width, None)
+    only(published, "swa_v_head_dim", value_width, None)
     rope = published.get("rope_parameters") or {}
     fraction = published.get("partial_rotary_factor") or rope.get("full_attention", rope).get(
         "partial_rotary_factor", 0.334
@@ -229,11 +236,11 @@ def read(published: Mapping[str, Any]) -> Config:
     return Config(
         vocab=need(published, "vocab_size"),
         width=need(published, "hidden_size"),
-        heads=need(published, "num_attention_heads"),
+        heads=heads,
         groups=groups,
         local_groups=published.get("swa_num_key_value_heads") or 2 * groups,
         head_width=head_width,
-        value_width=published.get("v_head_dim") or head_width,
+        value_width=value_width,
         value_scale=published.get("attention_value_scale", 0.707),
         windows=windows,
         dense=tuple(dense),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm_quest.layers.attention import Attend, GroupedQueryAttention, explicit_attention, fused_attention
 from llm_quest.layers.rotary import NoRotary, Rotary
-from llm_quest.scope import Plain, Scope
+from llm_quest.scope import Band, Plain, Scope
 
 both = pytest.mark.parametrize("attend", [explicit_attention, fused_attention], ids=["explicit", "fused"])
 
@@ -55,6 +55,17 @@ def test_plain_markers_mean_what_their_masks_say(attend: Attend, generator: torc
     torch.testing.assert_close(attend(q, k, v, Plain.CAUSAL, scale=0.4), attend(q, k, v, causal, scale=0.4))
     everything = torch.ones_like(causal)
     torch.testing.assert_close(attend(q, k, v, Plain.ALL, scale=0.4), attend(q, k, v, everything, scale=0.4))
+
+
+@both
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_band_means_what_its_mask_says_also_across_its_blocks(attend: Attend, sink: bool, generator: torch.Generator):
+    q, k, v = qkv(generator, 4, 2, 150, keys=150)
+    drain = torch.randn(4, generator=generator, dtype=q.dtype) if sink else None
+    for window in (1, 3, 64, 70):
+        seen = torch.ones(2, 150, 150, dtype=torch.bool).tril().triu(1 - window)
+        expected = explicit_attention(q, k, v, seen, scale=0.4, sink=drain)
+        torch.testing.assert_close(attend(q, k, v, Band(window), scale=0.4, sink=drain), expected)
 
 
 @both

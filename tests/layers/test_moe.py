@@ -122,6 +122,41 @@ def test_padding_is_no_load():
     assert records["routing"][0].load().sum() == 2 * 2
 
 
+def test_routing_is_worked_out_in_float32_also_for_bfloat16_and_under_autocast():
+    """Two experts whose scores differ by less than a bfloat16's step keep their order and their weights."""
+    x = torch.randn(64, 16, generator=seeded()).bfloat16()
+    for router in (SoftmaxRouter(16, 6, top=2, renormalize=True), SigmoidRouter(16, 6, top=2)):
+        filled(router).to(torch.bfloat16)
+        scores, logits, _, weights = router(x)
+        assert scores.dtype == logits.dtype == weights.dtype == torch.float32
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(64), atol=1e-6, rtol=0)
+    exact = x.float() @ router.weight.float().T
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.float()):
+            torch.testing.assert_close(router(given)[1], exact, atol=1e-5, rtol=1e-5)
+
+
+def test_losses_leave_padding_out_and_count_each_sequence_alone():
+    """Two rows of three tokens, the last of each padding: as if the padding were not there, and not its scores."""
+    logits = torch.randn(2, 3, 4, generator=seeded())
+    logits[:, 2] = 9 * torch.eye(4)[:2]
+    experts = logits.topk(2, dim=-1).indices
+    real = torch.tensor([True, True, False])
+
+    def of(rows: list[int], tokens: int) -> Routing:
+        z, e = logits[rows, :tokens].flatten(0, 1), experts[rows, :tokens].flatten(0, 1)
+        return Routing(z.sigmoid(), z, e, z.sigmoid().gather(1, e), real[:tokens].repeat(len(rows)), None, len(rows))
+
+    for loss in (load_balancing, z_loss, sequence_balancing):
+        torch.testing.assert_close(loss([of([0, 1], 3)]), loss([of([0, 1], 2)]))
+    each = [sequence_balancing([of([row], 2)]) for row in (0, 1)]
+    torch.testing.assert_close(sequence_balancing([of([0, 1], 2)]), (each[0] + each[1]) / 2)
+    torch.testing.assert_close(sequence_balancing([of([0], 2), of([1], 2)]), each[0] + each[1])
+    chosen, s = experts[0, :2], logits[0, :2].sigmoid()
+    f = torch.bincount(chosen.flatten(), minlength=4) * 4 / (2 * 2)
+    torch.testing.assert_close(each[0], (f * (s / s.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
+
+
 def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():
     logits = torch.randn(6, 5, generator=seeded(), requires_grad=True)
     real = torch.ones(6, dtype=torch.bool)

@@ -162,9 +162,8 @@ def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_relea
     oracle, settings = ORACLES["mimo_v2_flash"](), copy.deepcopy(ORACLES["mimo_v2_flash"]().config)
     settings.layer_types, settings.mlp_layer_types = ["sliding_attention"], ["dense"]
     layers = [randomize_(theirs.MiMoV2FlashDecoderLayer(settings, 0), seed=20 + k).eval() for k in range(2)]
-    extra = {
-        name: torch.randn(2, 64, generator=torch.Generator().manual_seed(3)) for name in ("enorm", "hnorm", "final")
-    }
+    drawn = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(3))
+    extra = dict(zip(("enorm", "hnorm", "final"), drawn, strict=True))
     join = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(4)) / 11
     folder = save_published(oracle, tmp_path / "main")
     tensors = load_file(folder / "model.safetensors")

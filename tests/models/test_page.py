@@ -155,9 +155,14 @@ def test_mimos_released_words_are_read_and_its_window_leaves_the_token_itself_ou
     for name in ("layer_types", "mlp_layer_types", "rope_parameters", "rope_scaling", "head_dim", "rms_norm_eps"):
         published.pop(name, None)
     published |= {"sliding_window": 128, "sliding_window_size": 128, "hybrid_layer_pattern": [0, 1, 0, 1]}
+    published |= {"moe_layer_freq": [0, 0, 1, 0], "swa_num_key_value_heads": 8, "swa_rope_theta": 20_000.0}
+    published |= {"layernorm_epsilon": 1e-4, "attention_value_scale": 0.5}
     config = page.read(published)
     assert config.windows == (None, 129, None, 129)
-    assert config.local_rotary.theta == 10_000.0
+    assert config.dense == (True, True, False, True)
+    assert (config.groups, config.local_groups) == (2, 8)
+    assert (config.rotary.theta, config.local_rotary.theta) == (5_000_000.0, 20_000.0)
+    assert (config.eps, config.value_scale) == (1e-4, 0.5)
     assert config.rotary.width == 8
 
 
@@ -171,6 +176,9 @@ def test_mimos_released_words_are_read_and_its_window_leaves_the_token_itself_ou
         ("mimo-tiny", {"moe_layer_freq": [0, 2, 1, 1]}, "moe_layer_freq names 2; known: 0, 1"),
         ("mimo-tiny", {"n_group": 2}, "n_group is 2; this page computes 1"),
         ("mimo-tiny", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("mimo-tiny", {"add_full_attention_sink_bias": True}, "add_full_attention_sink_bias is True; this page"),
+        ("mimo-tiny", {"attention_bias": True}, "attention_bias is True; this page computes False"),
+        ("mimo-tiny", {"swa_head_dim": 32}, "swa_head_dim is 32; this page computes 24"),
         ("qwen3-moe-tiny", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; every so many"),
         (
             "deepseek-v3-tiny",

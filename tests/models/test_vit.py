@@ -111,10 +111,11 @@ def test_what_is_published_is_read_back_as_it_was(page: Any):
     )
 
 
-def test_eps_is_1e_minus_12_where_the_config_is_silent():
-    published = vit.publish(preset("vit-tiny").config)
+@pytest.mark.parametrize(("page", "eps"), [(vit, 1e-12), (clip, 1e-5)], ids=["vit", "clip"])
+def test_where_the_config_is_silent_eps_is_the_familys(page: Any, eps: float):
+    published = page.publish(preset(f"{page.PAGE.name}-tiny").config)
     del published["layer_norm_eps"]
-    assert vit.read(published).eps == 1e-12
+    assert page.read(published).eps == eps
 
 
 @pytest.mark.parametrize(
