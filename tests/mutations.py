@@ -197,6 +197,12 @@ MUTATIONS = (
     Mutation("captions: questions are learned too", "data/sights.py", "learned + [False] * len(question) + [True] * len(answer)", "learned + [True] * len(question) + [True] * len(answer)", "tests/data/test_sights.py"),
     Mutation("captions: the answer's end is not learned", "data/sights.py", 'answer = [*self.tokenizer.encode(f" {turn.answer}", template=False), self.tokenizer.end_id]', 'answer = self.tokenizer.encode(f" {turn.answer}", template=False)', "tests/data/test_sights.py"),
     Mutation("captions: one image's vectors for another's row", "data/sights.py", "images = preprocess.normalized(np.stack([sight.pixels for sight in sights]))", "images = preprocess.normalized(np.stack([sight.pixels for sight in reversed(sights)]))", "tests/data/test_sights.py"),
+    Mutation("a refused step's expert loads count in the next", "techniques/expert_bias.py", "    def after_refusal(self, model: nn.Module) -> None:\n        for router in routers(model):\n            router.load = None", "    def after_refusal(self, model: nn.Module) -> None:\n        pass", "tests/laws/test_callbacks.py"),
+    Mutation("a refused step's largest logits clip the next", "techniques/qk_clip.py", "                    watch.seen = None", "                    pass", "tests/laws/test_callbacks.py"),
+    Mutation("nobody is told that a step was refused", "train/session.py", "callback.after_refusal(self.model)", "pass", "tests/laws/test_callbacks.py"),
+    Mutation("a plan takes checkpointed activations for whole ones", "cli/planning_images.py", "kept = counted(job.objective, batch, bf16).kept + cost.largest", "pass", "tests/cli/test_planning_images.py -k checkpointed"),
+    Mutation("a plan of images forgets its techniques", "cli/planning_images.py", "    applied_all(entries, job.model, say)\n", "", "tests/cli/test_planning_images.py -k adapter"),
+    Mutation("a recipe that looks accepts activation_checkpointing and never reads it", "recipes/vision.py", "    if config.activation_checkpointing:", "    if False:", "tests/recipes/test_vision.py -k checkpointed"),
     # Fine-tuning and preferences (alignment.md, section 2)
     Mutation("what somebody types is read as a control token", "data/chat.py", 'self.spelled.sub(guard, message["content"].replace(GUARD, ""))', 'message["content"]', CHAT),
     Mutation("prompt and answer are encoded as one text", "data/chat.py", "for start, upto, mine in ((at, begin, False), (begin, end, True)):", "for start, upto, mine in ((at, end, True),):", CHAT),

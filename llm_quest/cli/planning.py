@@ -35,6 +35,7 @@ from llm_quest.objectives.next_token import NextToken
 from llm_quest.recipes.techniques import applied_all
 from llm_quest.report.words import aligned, duration, quantity, size
 from llm_quest.scope import Scope
+from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.optimizers import adamw, muon
 
 MASTER = 4
@@ -158,7 +159,8 @@ def plan(work: Work, *, measure: bool = True, say: Callable[[str], None] = lambd
     fits = sum(memory.values()) < SPARE_MEMORY * available
     dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
     peak = matmul_peak(2048, dtype, work.device)
-    predicted = per_token * tokens_per_step / work.world / (REACHED * peak * 1e9)
+    again = per_token / passes if work.checkpointing else 0
+    predicted = (per_token + again) * tokens_per_step / work.world / (REACHED * peak * 1e9)
     if measure and fits:
         say(f"timing {STEPS} real steps of {parameters:,} parameters")
     step_seconds = timed_step(work) if measure and fits else predicted
@@ -254,6 +256,8 @@ def timed_step(work: Work) -> float:
     up."""
     device = torch.device(work.device)
     model = work.edited(build(work.config, device=device)).train()
+    if work.checkpointing:
+        Checkpointing()(model)
     objective = NextToken(model)
     optimizer = adamw(model, lr=0.0) if work.optimizer == "adamw" else muon(model, lr=0.0, splits=model.row_splits())
     batch = random_batch(work).to(device)

@@ -1,8 +1,11 @@
 """What a run that looks will cost before it starts: `quest plan vit`, `quest plan vlm`. The recipe is assembled as for
-training (it reads its images), and one micro-batch of it is counted and timed; nothing is written.
+training (it reads its images), its techniques are applied, and one micro-batch of it is counted and timed; nothing is
+written.
 
-FLOPs by PyTorch's counter over a forward pass, three times that for training; activations: the bytes that this pass
-hands to autograd, each storage once, parameters left out (`planning` says the same of text)."""
+FLOPs by PyTorch's counter over a forward and a backward pass, so that what is frozen costs no gradient; an attention
+kernel's backward pass counts twice its forward pass. Activations: the bytes that the forward pass hands to autograd,
+each storage once, parameters left out; with activation checkpointing what a pass then keeps, and the largest block in
+full, which costs one forward pass more."""
 
 from __future__ import annotations
 
@@ -16,17 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_quest.cli.costs import formulas
+from llm_quest.cli.costs import Shape, attention_kernel, formulas
 from llm_quest.cli.machine import matmul_peak
 from llm_quest.cli.planning import MASTER, REACHED, SPARE_MEMORY, STEPS, advance, clocked
+from llm_quest.layers.block import Block
 from llm_quest.models.build import page_of
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import optimizer
+from llm_quest.recipes.techniques import applied_all, parted
 from llm_quest.recipes.vision import Job
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import assembled as assembled_vit
 from llm_quest.recipes.vlm import assembled as assembled_vlm
 from llm_quest.report.words import aligned, duration, size
+from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.parallel import Parallel, pick_device
 
 
@@ -75,26 +81,36 @@ class ImagePlan:
         ]
         told = aligned(facts)
         if self.memory_total > SPARE_MEMORY * self.memory_available:
-            told.append("warning: more memory is needed than there is: fewer images at once (batch.micro_rows)")
+            told.append(
+                "warning: more memory is needed than there is: fewer images at once (batch.micro_rows), or "
+                "activation_checkpointing=true"
+            )
         return told
 
 
 def plan_images(config: Vit | Vlm, *, measure: bool, say: Callable[[str], None]) -> ImagePlan:
     """The cost of a recipe on this machine. measure: time real steps."""
     device, parallel = pick_device(config.device), Parallel()
-    job = assembled_vlm(config, parallel, say)[0] if isinstance(config, Vlm) else assembled_vit(config, parallel, say)
+    job = assembled_vlm(config, parallel, say) if isinstance(config, Vlm) else assembled_vit(config, parallel, say)
+    entries, checkpointed = parted(config.techniques, config.activation_checkpointing)
+    applied_all(entries, job.model, say)
     model, bf16 = job.model.to(device).train(), precision(config.precision, device).value == "bf16"
     batch: Any = job.feed.at(0)[0].to(device)
     rows, counts = batch.images.shape[0], [parameter.numel() for parameter in model.parameters()]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward, kept = counted(job.objective, batch, bf16)
+    cost = counted(job.objective, batch, bf16)
+    kept = cost.kept
+    if checkpointed:
+        Checkpointing()(model)
+        kept = counted(job.objective, batch, bf16).kept + cost.largest
     stepper = optimizer(config.optimizer, model, job.by_adamw)
     if measure:
         say(f"timing {STEPS} real steps of {sum(counts):,} parameters")
     peak = matmul_peak(2048, torch.bfloat16 if bf16 else torch.float32, str(device))
     micro_batches = -(-config.batch.rows // rows)
     took = timed(job, stepper, batch, micro_batches, bf16) if measure else None
-    step = 3 * forward * micro_batches / (REACHED * peak * 1e9) if took is None else took
+    done = cost.flops + cost.forward * checkpointed
+    step = done * micro_batches / (REACHED * peak * 1e9) if took is None else took
     memory = {
         "weights": MASTER * sum(counts),
         "gradients": MASTER * sum(parameter.numel() for parameter in learned),
@@ -108,8 +124,8 @@ def plan_images(config: Vit | Vlm, *, measure: bool, say: Callable[[str], None])
         learned=sum(parameter.numel() for parameter in learned),
         images_per_step=config.batch.rows,
         steps=config.steps,
-        flops_per_image=3 * forward // rows,
-        flops=3.0 * forward * micro_batches * config.steps,
+        flops_per_image=cost.flops // rows,
+        flops=float(cost.flops * micro_batches * config.steps),
         memory=memory,
         memory_total=sum(memory.values()),
         memory_available=psutil.virtual_memory().available,
@@ -123,23 +139,56 @@ def plan_images(config: Vit | Vlm, *, measure: bool, say: Callable[[str], None])
     )
 
 
-def counted(objective: nn.Module, batch: Any, bf16: bool) -> tuple[int, int]:
-    """FLOPs of a micro-batch's forward pass, and the bytes it keeps for the backward pass."""
+@dataclass(frozen=True)
+class Cost:
+    """Of one micro-batch. flops: forward and backward; forward: alone. kept: bytes that the forward pass hands to
+    autograd; largest: the most that one block hands to it."""
+
+    flops: int
+    forward: int
+    kept: int
+    largest: int
+
+
+def counted(objective: nn.Module, batch: Any, bf16: bool) -> Cost:
+    """Counted on the pass itself; no gradient stays."""
     own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-    kept: dict[int, Any] = {}
+    kept: dict[int, tuple[Any, int | None]] = {}
+    inside: list[int] = []
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            kept.setdefault(storage.data_ptr(), (storage, inside[-1] if inside else None))
         return tensor
 
+    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    marks = [block.register_forward_pre_hook(lambda *_, n=n: inside.append(n)) for n, block in enumerate(blocks)]
+    marks += [block.register_forward_hook(lambda *_: inside.clear()) for block in blocks]
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    with counter, hooks, torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-        loss = objective(batch)
-    del loss
-    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+    counter = FlopCounterMode(display=False, custom_mapping=formulas() | BACKWARD)
+    with counter, torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+        with hooks:
+            loss = objective(batch)
+        forward = counter.get_total_flops()
+        loss.total.backward()
+    for mark in marks:
+        mark.remove()
+    objective.zero_grad()
+    sizes = [0] * max(1, len(blocks))
+    for storage, block in kept.values():
+        if block is not None:
+            sizes[block] += storage.nbytes()
+    whole = sum(storage.nbytes() for storage, _ in kept.values())
+    return Cost(counter.get_total_flops(), forward, whole, max(sizes))
+
+
+def attention_backward(g: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
+    """Twice `attention_kernel`, as every product's backward pass."""
+    return 2 * attention_kernel(q, k, v)
+
+
+BACKWARD = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
 
 
 def held(model: nn.Module, name: str, by_adamw: Any) -> int:

@@ -30,6 +30,7 @@ from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.reward import train_reward
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
+from llm_quest.recipes.techniques import parted
 from llm_quest.recipes.text import loaded
 from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
 from llm_quest.recipes.vision_config import Vit, Vlm
@@ -161,6 +162,7 @@ def foresee(recipe: str, pairs: Sequence[str], *, measure: bool, say: Say) -> Pl
 def work(config: Pretrain, numbers: Any) -> Work:
     """The recipe as planning sees it."""
     device = pick_device(config.device)
+    techniques, checkpointing = parted(config.techniques, config.activation_checkpointing)
     return Work(
         numbers,
         rows=config.batch.rows,
@@ -169,10 +171,10 @@ def work(config: Pretrain, numbers: Any) -> Work:
         micro_rows=micro_rows(config),
         optimizer=config.optimizer.name,
         precision=precision(config.precision, device).value,
-        checkpointing=config.activation_checkpointing,
+        checkpointing=checkpointing,
         keep=config.checkpoint.keep,
         device=str(device),
-        techniques=config.techniques,
+        techniques=techniques,
     )
 
 

@@ -59,6 +59,13 @@ def KNOWN() -> dict[str, type]:
 Entry = Annotated[dict[str, Any], BeforeValidator(understood)]
 
 
+def parted(entries: Sequence[Mapping[str, Any]], checkpointing: bool) -> tuple[tuple[Mapping[str, Any], ...], bool]:
+    """The entries without activation checkpointing, and whether it was among them or asked for by its own key: plans
+    count first what is remembered without it."""
+    others = tuple(entry for entry in entries if entry["name"] != "checkpointing")
+    return others, checkpointing or len(others) < len(entries)
+
+
 def applied_all(entries: Sequence[Mapping[str, Any]], model: Any, say: Say) -> list[Callback]:
     """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
     step."""

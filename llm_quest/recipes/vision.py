@@ -11,14 +11,16 @@ from torch import nn
 
 from llm_quest.contracts import Feed, Probe
 from llm_quest.data.images import Preprocess
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.disk import replace_json
 from llm_quest.hub.files import write_model_json
 from llm_quest.models.build import count_parameters, page_of
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml
 from llm_quest.recipes.course import Outcome, ended, loop_settings, optimizer, require_same_run, shown
-from llm_quest.recipes.parts import Course
 from llm_quest.recipes.techniques import applied_all
+from llm_quest.recipes.vision_config import Looking
+from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.loop import train
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
@@ -29,15 +31,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a recipe has assembled. identity: name -> hash of what a run may not change; by_adamw: what Muon leaves to
-    AdamW."""
+    """What a recipe has assembled. identity: name -> hash of what a run may not change; facts: about the images, for
+    the report; by_adamw: what Muon leaves to AdamW; tokenizer: of a model that speaks."""
 
     objective: nn.Module
     feed: Feed
     probe: Probe
     preprocess: Preprocess
     identity: Mapping[str, str]
+    facts: Mapping[str, Any]
     by_adamw: Sequence[str] = ("embed.", "head.")
+    tokenizer: Tokenizer | None = None
 
     @property
     def model(self) -> Any:
@@ -46,7 +50,7 @@ class Job:
 
 def carried_out(
     job: Job,
-    config: Course,
+    config: Looking,
     folder: Path,
     resume: str,
     env: Mapping[str, Any],
@@ -62,6 +66,8 @@ def carried_out(
     say(f"model: {page_of(job.model.config).name}-style, {parameters:,} parameters, on {parallel.device}")
     say(f"precision: {chosen.value} ({chosen.why}); compiled: {'yes' if config.compile else 'no'}")
     require_same_run(config, folder)
+    if config.activation_checkpointing:
+        Checkpointing()(job.model)
     parallel.place(job.objective, blocks(job.model))
     identity = dict(job.identity)
     with Run(
@@ -73,8 +79,7 @@ def carried_out(
         leader=parallel.leader,
     ) as run:
         if parallel.leader:
-            write_model_json(folder, job.model)
-            replace_json(folder / "preprocessor_config.json", job.preprocess.publish())
+            describe(folder, job)
         result = train(
             job.objective,
             job.feed,
@@ -88,6 +93,15 @@ def carried_out(
             display=shown(config, folder, parallel, quiet),
         )
     return ended(config, folder, result, parameters, leader=parallel.leader)
+
+
+def describe(folder: Path, job: Job) -> None:
+    """What loading, exporting and the report need beside the checkpoints."""
+    write_model_json(folder, job.model)
+    replace_json(folder / "preprocessor_config.json", job.preprocess.publish())
+    replace_json(folder / "data.json", dict(job.facts))
+    if job.tokenizer is not None:
+        job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.context)
 
 
 def blocks(model: Any) -> list[nn.Module]:

@@ -99,11 +99,19 @@ class Score(Strict):
     every: Few = Field(default=0, description="steps; 0: only at the end")
 
 
-class Vit(Course):
+class Looking(Course):
+    """A run whose model looks."""
+
+    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
+    activation_checkpointing: bool = Field(
+        default=False, description="compute each block twice instead of remembering it"
+    )
+
+
+class Vit(Looking):
     """Images in, a classifier out."""
 
     recipe: Literal["vit"]
-    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
     images: Images = Images()
     model: Eyes = Eyes()
     batch: ImageRows = ImageRows()
@@ -160,11 +168,10 @@ class Answers(Score):
     sights: Count = Field(default=64, description="held-out images looked at")
 
 
-class Vlm(Course):
+class Vlm(Looking):
     """Images and words in, a vision-language model out."""
 
     recipe: Literal["vlm"]
-    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
     sights: Sights = Sights()
     tower: Tower = Tower()
     adapter: Literal["mlp", "linear"] = "mlp"

@@ -55,7 +55,11 @@ def assembled(config: Vit, parallel: Parallel, say: Say) -> Job:
     )
     objective = ImageClassification(first_model(config, sides.train), smoothing=config.smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
-    return Job(objective, feed, Accuracy(sides.held_out, preprocess, config.evaluate.every), preprocess, identity)
+    facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.images.folder or config.images.source}}
+    facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(sides.train.names)}
+    return Job(
+        objective, feed, Accuracy(sides.held_out, preprocess, config.evaluate.every), preprocess, identity, facts
+    )
 
 
 def read_images(part: Images, preprocess: Preprocess) -> Sides:

@@ -5,6 +5,7 @@ it is right word for word."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -48,22 +49,12 @@ def train_vlm(
     """Run the recipe in a folder. Every process of a torchrun calls this."""
     with company(config, config.batch.rows) as parallel:
         tell = say if parallel.leader else lambda text: None
-        job, tokenizer = assembled(config, parallel, tell)
-        if parallel.leader:
-            check_folder(out)
-        outcome = carried_out(job, config, out, resume, env or {}, quiet, tell, parallel)
-        if parallel.leader:
-            tokenizer.save(out / "tokenizer", model_max_length=job.model.config.context)
-        return outcome
+        job = assembled(config, parallel, tell, out / "samples" if parallel.leader else None)
+        return carried_out(job, config, out, resume, env or {}, quiet, tell, parallel)
 
 
-def check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is no folder; choose another --out")
-
-
-def assembled(config: Vlm, parallel: Parallel, say: Say) -> tuple[Job, Tokenizer]:
-    """Data, tokenizer, model, objective and feed."""
+def assembled(config: Vlm, parallel: Parallel, say: Say, samples: Path | None = None) -> Job:
+    """Data, tokenizer, model, objective and feed. samples: where some answers are kept."""
     preprocess = statistics(config)
     sights = read_sights(config, preprocess)
     tokenizer = words(config, sights)
@@ -86,9 +77,10 @@ def assembled(config: Vlm, parallel: Parallel, say: Say) -> tuple[Job, Tokenizer
         captions=config.batch.captions,
         share=parallel.share,
     )
-    probe = Answering(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every)
+    probe = Answering(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every, samples)
     identity = {"sights": sights.hash, "tokenizer": tokenizer.hash}
-    return Job(Captioning(model), feed, probe, preprocess, identity, BY_ADAMW), tokenizer
+    facts = {"corpus": {"name": config.sights.file or config.sights.source}}
+    return Job(Captioning(model), feed, probe, preprocess, identity, facts, BY_ADAMW, tokenizer)
 
 
 def statistics(config: Vlm) -> Preprocess:
@@ -216,22 +208,26 @@ def put(part: nn.Module, trained: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Answering:
-    """Exact match on held-out sights: the share of answers that are right word for word, by kind of question."""
+    """Exact match on held-out sights: the share of answers that are right word for word, by kind of question. The
+    answers about the first sight are kept in `samples`, if that is a folder."""
 
     sights: Sights
     writer: Writer
     preprocess: Preprocess
     number: int
     every: int
+    samples: Path | None = None
     name: str = "eval"
 
     def measure(self, model: VisionLanguage, step: int) -> Mapping[str, float]:
         asked = [(sight, turn) for sight in map(self.sights.held_out, range(self.number)) for turn in sight.turns]
+        parts = [asked[first : first + AT_ONCE] for first in range(0, len(asked), AT_ONCE)]
+        said = [answer for part in parts for answer in self.answers(model, part)]
         right: dict[str, list[float]] = defaultdict(list)
-        for first in range(0, len(asked), AT_ONCE):
-            part = asked[first : first + AT_ONCE]
-            for answer, (_, turn) in zip(self.answers(model, part), part, strict=True):
-                right[turn.kind].append(score(answer, turn))
+        for answer, (_, turn) in zip(said, asked, strict=True):
+            right[turn.kind].append(score(answer, turn))
+        if self.samples is not None:
+            keep(self.samples, step, [turn for _, turn in asked[: len(asked[0][0].turns)]], said)
         return {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
 
     def answers(self, model: VisionLanguage, asked: list[tuple[Any, Turn]]) -> list[str]:
@@ -251,3 +247,13 @@ class Answering:
         )
         ends = set(self.writer.tokenizer.eos_ids)
         return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in said]
+
+
+def keep(folder: Path, step: int, asked: list[Turn], said: list[str]) -> None:
+    """What the model said to these questions, for the report."""
+    told = [
+        {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
+        for turn, answer in zip(asked, said, strict=False)
+    ]
+    content = json.dumps({"step": step, "samples": told}, ensure_ascii=False, indent=1)
+    (folder / f"step-{step:08d}.json").write_text(content + "\n", encoding="utf-8")

@@ -103,7 +103,7 @@ def sentence(record: Record) -> str:
         else " waits for its first step"
     )
     if tokens := record.last("tokens"):
-        told += f" on {quantity(tokens)} tokens"
+        told += f" on {quantity(tokens)} {record.counted}"
     if source := (record.data.get("corpus") or {}).get("name"):
         told += f" of {source}"
     if seconds := record.last("seconds"):
@@ -150,14 +150,18 @@ def tiles(record: Record) -> Iterator[Tile]:
         )
     if (loss := record.last("loss")) is not None:
         held = record.last("eval/loss")
-        yield Tile("training loss", f"{loss:.3f}", f"held-out {held:.3f}" if held is not None else "nats per token")
+        per = f"nats per {record.counted.removesuffix('s')}"
+        yield Tile("training loss", f"{loss:.3f}", f"held-out {held:.3f}" if held is not None else per)
+    for name, (_, values) in record.scores.items():
+        best = f"largest {max(values):.3f}, of {len(values)}" if len(values) > 1 else ""
+        yield Tile(f"held-out {name}", f"{values[-1]:.3f}", best)
     if parameters := parameters_of(record):
         yield Tile("parameters", quantity(parameters), f"{parameters:,}" if parameters >= 1e6 else "")
     if tokens := record.last("tokens"):
         ratio = f"{tokens / parameters:.3g} per parameter" if parameters else ""
-        yield Tile("tokens read", quantity(tokens), ratio)
+        yield Tile(f"{record.counted} read", quantity(tokens), ratio)
     if speed := median_speed(record):
-        yield Tile("tokens per second", f"{speed:,.0f}", "median over the run")
+        yield Tile(f"{record.counted} per second", f"{speed:,.0f}", "median over the run")
     if seconds := record.last("seconds"):
         yield Tile("time in steps", duration(seconds), f"{record.step:,} steps")
     resumed = sum(event.get("event") == "resumed" for event in record.events)
@@ -183,7 +187,8 @@ def stories(record: Record) -> Iterator[Story]:
             if len(told) > SHOWN_SAMPLES
             else range(len(told))
         )
-        yield Story(prompt, tuple(told[i] for i in chosen), tuple(one for i, one in enumerate(told) if i not in chosen))
+        rest = tuple(one for i, one in enumerate(told) if i not in chosen)
+        yield Story(prompt, tuple(told[i] for i in chosen), rest)
 
 
 def ledger_rows(record: Record) -> Iterator[Row]:
@@ -191,6 +196,8 @@ def ledger_rows(record: Record) -> Iterator[Row]:
     for key, name in (("train", "trained on"), ("val", "held out")):
         if f"{key}_bytes" in record.data:
             yield name, *(counted(record.data.get(f"{key}_{what}")) for what in ("documents", "bytes", "tokens"))
+        if f"{key}_images" in record.data:
+            yield name, f"{counted(record.data[f'{key}_images'])} images", "", ""
     ledger = (record.data.get("corpus") or {}).get("ledger") or {}
     if kept := ledger.get("kept"):
         yield "kept of the source", counted(kept.get("documents")), counted(kept.get("bytes")), ""

@@ -70,7 +70,8 @@ def pictures(records: Sequence[Record]) -> Iterator[tuple[str, str, bool]]:
     ]
     if alone:
         losses.append(line(records[0], "eval/loss", 1, dots=True, name="held-out"))
-    yield "Loss", curves("loss", losses, unit="nats per token", wide=True), True
+    counted = records[0].counted
+    yield "Loss", curves("loss", losses, unit=f"nats per {counted.removesuffix('s')}", wide=True), True
     known = [baselines(record) for record in records if baselines(record)]
     best = min(known[0].items(), key=lambda one: one[1]) if known and all(one == known[0] for one in known) else None
     bits = [
@@ -78,12 +79,23 @@ def pictures(records: Sequence[Record]) -> Iterator[tuple[str, str, bool]]:
         for number, record in enumerate(records)
     ]
     yield "Held-out bits per byte", curves("held-out bits per byte", bits, unit="bits", level=best), False
+    yield "Held-out scores", curves("held-out scores", list(score_lines(records))), False
     yield "Learning rate", curves("learning rate", [line(r, "lr", n) for n, r in enumerate(records)]), False
     norms = [line(record, "grad_norm", number, rough=True) for number, record in enumerate(records)]
     yield "Gradient norm", curves("gradient norm", norms, log=True), False
     speeds = [line(record, "tokens_per_second", number, rough=True) for number, record in enumerate(records)]
-    yield "Tokens per second", curves("tokens per second", speeds), False
+    yield f"{counted.capitalize()} per second", curves(f"{counted} per second", speeds), False
     yield "Against counting and compressing the same bytes", against(records), True
+
+
+def score_lines(records: Sequence[Record]) -> Iterator[Curve]:
+    """A run's accuracies, a line each; of several runs the first of each, in the run's colour."""
+    for number, record in enumerate(records):
+        for place, (name, (steps, values)) in enumerate(record.scores.items()):
+            if len(records) == 1:
+                yield Curve(name, steps, values, place, dots=True)
+            elif place == 0:
+                yield Curve(f"{record.name}: {name}", steps, values, number, dots=True)
 
 
 def line(record: Record, key: str, number: int, *, rough: bool = False, dots: bool = False, name: str = "") -> Curve:

@@ -26,15 +26,17 @@ from llm_quest.errors import DataError
 LARGEST = 64 * 2**20
 SECRET = re.compile(r"TOKEN$|_KEY$|^KEY$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 HIDDEN = "(not shown)"
+TOLD_ELSEWHERE = ("eval/loss", "eval/bits_per_byte")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model wrote after `step` steps."""
+    """What the model wrote after `step` steps. wanted: the right answer, where there is one."""
 
     step: int
     prompt: str
     text: str
+    wanted: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,19 @@ class Record:
         """The newest finite value of a column."""
         values = [value for value in self.series(key)[1] if math.isfinite(value)]
         return values[-1] if values else None
+
+    @property
+    def counted(self) -> str:
+        """What its rows count as tokens: `images`, in runs that only look."""
+        return str(self.data.get("counted") or "tokens")
+
+    @property
+    def scores(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Name -> (steps, values) of what was measured on held-out data and lies between 0 and 1 (accuracies); losses
+        are told elsewhere."""
+        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("eval/"))
+        found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in TOLD_ELSEWHERE}
+        return {name: (at, values) for name, (at, values) in found.items() if all(0 <= value <= 1 for value in values)}
 
     @property
     def step(self) -> int:
@@ -137,7 +152,7 @@ def samples_of(folder: Path) -> Iterator[Sample]:
         held = object_of(file)
         entries = [entry for entry in held.get("samples", []) if isinstance(entry, dict)]
         yield from (
-            Sample(int(held.get("step", 0)), str(entry.get("prompt", "")), str(entry.get("text", "")))
+            Sample(int(held.get("step", 0)), *(str(entry.get(key) or "") for key in ("prompt", "text", "wanted")))
             for entry in entries
         )
 

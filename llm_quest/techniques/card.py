@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from llm_quest.contracts import Technique
-from llm_quest.errors import DataError
+from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.initialize import fill_, materialize
+from llm_quest.models.decoder import Decoder
 
 Model = TypeVar("Model", bound=Any)
 
@@ -30,6 +31,14 @@ def refuse_twice(model: Any, technique: Technique) -> None:
     """ValueError if one of its kind was applied before: a second one would change the model in silence."""
     if any(type(before) is type(technique) for before in model.card.techniques):
         raise ValueError(f"{type(technique).__name__} was applied to this model already; it is applied once")
+
+
+def require_decoder(model: Any, technique: Any) -> None:
+    """UsageError for a model that only looks, or looks and speaks: its stream and head are not a decoder's."""
+    if not isinstance(model, Decoder):
+        raise UsageError(
+            f"{type(technique).__name__} edits language models; this is a {model.card.page} model: leave it out"
+        )
 
 
 def written(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ from torch import nn
 from llm_quest.errors import UsageError
 from llm_quest.layers.embedding import LearnedScale, TokenEmbedding
 from llm_quest.layers.norm import DynamicTanh, LayerNorm, OffsetRMSNorm, RMSNorm
-from llm_quest.techniques.card import Model, applied, furnished, put, refuse_twice
+from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.techniques.card import Model, applied, furnished, put, refuse_twice, require_decoder
 
 Norm = RMSNorm | OffsetRMSNorm | LayerNorm
 BY_WIDTH = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
@@ -47,6 +48,8 @@ class DyT:
 
     def __call__(self, model: Model) -> Model:
         refuse_twice(model, self)
+        if self.form == "llama" or not isinstance(model, ImageEncoder):
+            require_decoder(model, self)
         before_attention, elsewhere = self.alphas(model.config.width)
         norms = {path: norm for path, norm in model.named_modules() if in_stream(path, norm)}
         for path, norm in norms.items():

@@ -13,7 +13,7 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.block import Add
 from llm_quest.layers.hyper_connections import WEIGHTS, Collapse, Copies, HyperConnection, Mean
 from llm_quest.models.build import Unfilled
-from llm_quest.techniques.card import Model, applied, furnished, refuse_twice
+from llm_quest.techniques.card import Model, applied, furnished, refuse_twice, require_decoder
 
 MOST = {"lite": 6}
 
@@ -37,6 +37,7 @@ class HyperConnections:
             raise UsageError(f"{self.streams} streams; {self.form} hyper-connections take 1 to {most}{why}")
 
     def __call__(self, model: Model) -> Model:
+        require_decoder(model, self)
         refuse_twice(model, self)
         sublayers = [sublayer for block in model.blocks for sublayer in (block.mixer, block.ffn)]
         for index, sublayer in enumerate(sublayers):

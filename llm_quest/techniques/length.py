@@ -20,7 +20,7 @@ from llm_quest.layers.latent_attention import LatentAttention
 from llm_quest.layers.rotary import NTK, Linear, Rotary, Scaling, YaRN
 from llm_quest.models.build import page_of, skeleton
 from llm_quest.techniques.attending import attending
-from llm_quest.techniques.card import Model, applied, refuse_twice
+from llm_quest.techniques.card import Model, applied, refuse_twice, require_decoder
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class LengthExtension:
             raise UsageError(f"original has no effect with kind {self.kind!r}: leave it out")
 
     def __call__(self, model: Model) -> Model:
+        require_decoder(model, self)
         refuse_twice(model, self)
         config = self.stretched(model.config, attending(model, self)[0])
         reference = dict(skeleton(config).named_modules())

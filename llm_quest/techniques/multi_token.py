@@ -14,7 +14,7 @@ from torch import nn
 from llm_quest.errors import UsageError
 from llm_quest.layers.multi_token import Lookahead
 from llm_quest.models.build import Unfilled, skeleton
-from llm_quest.techniques.card import Model, applied, furnished
+from llm_quest.techniques.card import Model, applied, furnished, require_decoder
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class MultiToken:
             raise UsageError(f"depth {self.depth}: at least one module is added")
 
     def __call__(self, model: Model) -> Model:
+        require_decoder(model, self)
         if len(model.lookahead):
             raise ValueError(f"this model has lookahead modules already ({len(model.lookahead)}): train those")
         for k in range(self.depth):

@@ -19,7 +19,7 @@ from torch import nn
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.head import Unembed
-from llm_quest.techniques.card import applied, refuse_twice
+from llm_quest.techniques.card import applied, refuse_twice, require_decoder
 
 Model = TypeVar("Model", bound=Any)
 
@@ -36,6 +36,7 @@ class ScoreHead:
     published: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
+        require_decoder(model, self)
         refuse_twice(model, self)
         if self.outputs < 1 or (self.labels and len(self.labels) != self.outputs):
             raise UsageError(f"outputs is {self.outputs} and there are {len(self.labels)} labels; one each is needed")

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.attention import cap_of, capped
+from llm_quest.layers.head import Unembed
 from llm_quest.techniques.attending import attending
 from llm_quest.techniques.card import Model, applied, refuse_twice
 
@@ -33,6 +34,8 @@ class SoftCap:
     def __call__(self, model: Model) -> Model:
         refuse_twice(model, self)
         if self.final is not None:
+            if not isinstance(model.head, Unembed):
+                raise UsageError("the logits of classes are not capped: set final to null")
             if model.head.cap is not None:
                 raise UsageError(f"the model's logits are capped at {model.head.cap} already: set final to null")
             model.head.cap = self.final

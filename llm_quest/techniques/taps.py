@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.attention import Meeting, attention_weights
+from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.scope import Scope
 from llm_quest.techniques.attending import Attention
-from llm_quest.techniques.card import Model
+from llm_quest.techniques.card import Model, require_decoder
 
 NAME = "attention"
 
@@ -35,6 +36,8 @@ class Taps:
     published: ClassVar[bool] = True
 
     def __call__(self, model: Model) -> Model:
+        if not isinstance(model, ImageEncoder):
+            require_decoder(model, self)
         depth = len(model.blocks)
         if not self.layers or not all(-depth <= layer < depth for layer in self.layers):
             raise UsageError(f"taps on layers {self.layers}: this model has layers 0 to {depth - 1}")

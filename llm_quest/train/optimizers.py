@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
+from llm_quest.errors import UsageError
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 Splits = Mapping[str, Sequence[int]]
 
@@ -181,10 +183,10 @@ def groups_of(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: flo
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is learned, by name; tied weights once. ValueError if nothing is."""
+    """What is learned, by name; tied weights once. UsageError if nothing is."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
-        raise ValueError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
+        raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
     return named
 
 

@@ -10,7 +10,7 @@ import torch
 
 from llm_quest.cli.planning_images import ImagePlan, plan_images
 from llm_quest.cli.training import foresee
-from llm_quest.errors import MissingError
+from llm_quest.errors import MissingError, UsageError
 from llm_quest.recipes.config import gather, resolve
 from llm_quest.recipes.course import optimizer
 from llm_quest.recipes.vision_config import Vlm
@@ -30,7 +30,8 @@ def test_a_vits_plan_by_hand(tmp_path: Path):
     patches, width, hidden, tokens = 4, 16, 32, 5
     products = patches * 16 * width + 3 * width * width * tokens + width * width + 2 * width * hidden + width * 2
     pairs_of_tokens = 2 * tokens * width
-    assert found.flops_per_image == 6 * (products + pairs_of_tokens)
+    no_gradient_of_pixels = 2 * patches * 16 * width
+    assert found.flops_per_image == 6 * (products + pairs_of_tokens) - no_gradient_of_pixels
     assert found.flops == found.flops_per_image * 16 * 10
     assert found.memory_total == sum(found.memory.values())
     assert found.checkpoint_bytes == found.memory["weights"] + found.memory["optimizer"]
@@ -42,7 +43,7 @@ def test_a_vlms_plan_holds_what_its_optimizer_holds():
     settings = gather("vlm", [*SMALL_VLM, "trained=[adapter,decoder]"])
     config = resolve(Vlm, settings)
     found = plan_images(config, measure=True, say=quiet)
-    job = assembled(config, Parallel(), quiet)[0]
+    job = assembled(config, Parallel(), quiet)
     stepper = optimizer(config.optimizer, job.model, job.by_adamw)
     loss = job.objective(job.feed.at(0)[0])
     loss.total.backward()
@@ -52,6 +53,37 @@ def test_a_vlms_plan_holds_what_its_optimizer_holds():
     assert found.learned < found.parameters
     assert found.measured
     assert found.seconds == pytest.approx(config.steps * found.step_seconds)
+
+
+def seen_plan(*pairs: str) -> ImagePlan:
+    sizes = ("tower.layers=3", "decoder.layers=3", "batch.rows=4")
+    return plan_images(resolve(Vlm, gather("vlm", [*SMALL_VLM, *sizes, *pairs])), measure=False, say=quiet)
+
+
+def test_checkpointed_activations_are_planned_whichever_way_they_are_asked_for():
+    plain, key, entry = (
+        seen_plan(*pairs) for pairs in ((), ("activation_checkpointing=true",), ("techniques=[checkpointing]",))
+    )
+    assert key.memory == entry.memory
+    assert key.memory["activations"] < 0.8 * plain.memory["activations"]
+    assert {**key.memory, "activations": 0} == {**plain.memory, "activations": 0}
+    assert key.flops == plain.flops, "the second forward pass is no work on the data"
+
+
+def test_an_adapter_and_frozen_parts_are_planned_as_they_are_trained():
+    whole, adapter, frozen = (
+        seen_plan(),
+        seen_plan("techniques=[{name: lora, rank: 1}]"),
+        seen_plan("trained=[adapter]"),
+    )
+    assert adapter.learned < whole.learned / 2
+    assert adapter.memory["gradients"] == 4 * adapter.learned
+    assert frozen.flops_per_image < adapter.flops_per_image < whole.flops_per_image
+
+
+def test_a_technique_that_does_not_fit_is_refused_before_it_is_planned():
+    with pytest.raises(UsageError, match="technique hyper_connections: HyperConnections edits language models"):
+        seen_plan("techniques=[hyper_connections]")
 
 
 def test_a_plan_of_images_that_are_not_there_says_what_to_do(tmp_path: Path):

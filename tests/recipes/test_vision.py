@@ -22,6 +22,8 @@ from llm_quest.recipes.config import gather, resolve
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
+from llm_quest.report.page import report
+from tests.recipes.two import recipe_by_two
 
 SMALL_VIT = [
     "images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch=4",
@@ -86,6 +88,75 @@ def test_a_run_goes_on_with_the_bits_of_one_that_was_never_interrupted(tmp_path:
         quest.load(tmp_path / "whole").parameters(), quest.load(tmp_path / "halved").parameters(), strict=True
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("recipe", ["vit", "vlm"])
+def test_two_processes_that_go_on_lose_what_one_loses(tmp_path: Path, recipe: str):
+    """The ViT by ddp in one go; the VLM by fsdp, stopped after step 2 as if killed while step 3 was on its way."""
+    two_classes(tmp_path / "images")
+    small = [*SMALL_VIT, f"images.folder={tmp_path / 'images'}"] if recipe == "vit" else SMALL_VLM
+    pairs = [*small, "steps=4", "checkpoint.every=2", "log_every=1", "schedule.warmup=1"]
+    pairs += ["optimizer.name=adamw", "optimizer.lr=1e-4"]
+    (vit_run if recipe == "vit" else vlm_run)(tmp_path, "one", *pairs)
+    both = [*pairs, f"parallel={'ddp' if recipe == 'vit' else 'fsdp'}"]
+    recipe_by_two(recipe, both, tmp_path / "two")
+    if recipe == "vlm":
+        (tmp_path / "two" / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
+        recipe_by_two(recipe, both, tmp_path / "two")
+    one, two = (rows(tmp_path / name) for name in ("one", "two"))
+    assert [row["step"] for row in two] == [1, 2, 3, 4]
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert mine["tokens"] == theirs["tokens"]
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", ["vit", "vlm"])
+def test_checkpointed_activations_give_the_same_bits(tmp_path: Path, recipe: str):
+    two_classes(tmp_path / "images")
+    run = vit_run if recipe == "vit" else vlm_run
+    for name in ("false", "true"):
+        run(tmp_path, name, "steps=2", f"activation_checkpointing={name}")
+    for a, b in zip(*(quest.load(tmp_path / name).parameters() for name in ("false", "true")), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UsageError, match="applied to this model already"):
+        run(tmp_path, "twice", "steps=2", "activation_checkpointing=true", "techniques=[checkpointing]")
+
+
+@pytest.mark.parametrize(
+    ("technique", "message"),
+    [
+        ("hyper_connections", "HyperConnections edits language models; this is a {} model"),
+        ("multi_token", "MultiToken edits language models; this is a {} model"),
+        ("score_head", "ScoreHead edits language models; this is a {} model"),
+        ("length", "LengthExtension edits language models; this is a {} model"),
+        ("{name: dyt, form: llama}", "DyT edits language models; this is a {} model"),
+    ],
+)
+def test_techniques_that_need_a_decoder_are_refused_by_name(tmp_path: Path, technique: str, message: str):
+    two_classes(tmp_path / "images")
+    for run, page in ((vit_run, "vit"), (vlm_run, "vision_language")):
+        with pytest.raises(UsageError, match=message.format(page)):
+            run(tmp_path, "run", "steps=1", "schedule.warmup=1", f"techniques=[{technique}]")
+    with pytest.raises(UsageError, match="logits of classes are not capped: set final to null"):
+        vit_run(tmp_path, "run", "steps=1", "schedule.warmup=1", "techniques=[softcap]")
+    with pytest.raises(UsageError, match="no trainable parameter: every one is frozen"):
+        vit_run(tmp_path, "other", "steps=1", "schedule.warmup=1", "techniques=[int8]")
+
+
+def test_the_report_tells_what_was_seen_and_said(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    vit_run(tmp_path, "looks", "steps=2")
+    vlm_run(tmp_path, "speaks", "steps=2")
+    looks, speaks = (report([tmp_path / name]).read_text(encoding="utf-8") for name in ("looks", "speaks"))
+    for told in ("on 32 images of", "held-out accuracy", "nats per image", "images read"):
+        assert told in looks, told
+    assert "tokens" not in looks.split("Settings")[0].split("</style>")[1]
+    for told in ("held-out caption", "held-out relation", "wanted: ", "describe:"):
+        assert told in speaks, told
 
 
 def test_a_folder_of_other_settings_is_left_alone(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""A pretraining run by two processes, each forked from one that has torch and has not used it."""
+"""A run by two processes, each forked from one that has torch and has not used it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.recipes.two", "llm_quest.recipes.pretrain"])
+processes.set_forkserver_preload(["tests.recipes.two", "llm_quest.recipes.pretrain", "llm_quest.recipes.vlm"])
 
 
 def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
-    """Both must end well."""
+    """A pretraining, of a base in YAML. Both must end well."""
+    together(child, base, pairs, out)
+
+
+def recipe_by_two(recipe: str, pairs: Sequence[str], out: Path) -> None:
+    """Any recipe, by its name. Both must end well."""
+    together(recipe_child, recipe, pairs, out)
+
+
+def together(target: Callable[..., None], base: str, pairs: Sequence[str], out: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    both = [processes.Process(target=child, args=(base, list(pairs), str(out), rank, port)) for rank in range(2)]
+    both = [processes.Process(target=target, args=(base, list(pairs), str(out), rank, port)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -27,15 +36,27 @@ def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
 
 
 def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch
-
+    join(rank, port)
     from llm_quest.recipes.config import resolve
     from llm_quest.recipes.pretrain import pretrain
     from llm_quest.recipes.pretrain_config import Pretrain
     from llm_quest.recipes.yaml import merge, read
 
-    torch.set_num_threads(1)
     settings = merge(read(base, "base.yaml"), pairs)
     sys.exit(pretrain(resolve(Pretrain, settings), settings, Path(out), quiet=True).exit_code)
+
+
+def recipe_child(recipe: str, pairs: list[str], out: str, rank: int, port: int) -> None:
+    join(rank, port)
+    from llm_quest.cli.training import understood
+
+    settings, config, run = understood(recipe, pairs)
+    sys.exit(run(config, settings, Path(out), quiet=True).exit_code)
+
+
+def join(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    torch.set_num_threads(1)
