@@ -16,9 +16,12 @@ from llm_quest.scope import Scope
 from tests.laws.subjects import own, random_tokens
 
 ATOL = 2e-5
-REORDERED = 2e-4
-"""Inductor adds in another order. In a DeltaNet's float32 recurrence that shows: over 64 steps of qwen3-next-tiny eager
-logits end up to 1.4e-4 from float64's, compiled ones 0.6e-4, and the two 0.8e-4 apart."""
+WIDE = 1e-7
+"""Of a DeltaNet's generated code, which is judged in float64; what is left is one rounding of float32's cosines.
+
+In float32 no number says whether it is right. A head of the DeltaNet whose query meets no key it holds gives an o near
+0, and the norm after it divides o, rounding and all, by rms(o): at step 60 of qwen3-next-tiny rms(o) is 0.004 in block
+1, what comes in 9e-7 off goes out 5.6e-5 off, and eager logits end 1.2e-4 from the exact ones, compiled ones 0.7e-4."""
 LENGTHS = (9, 6)
 
 
@@ -39,8 +42,10 @@ def main(backend: str, *names: str) -> None:
 def judge(backend: str, name: str) -> None:
     torch.compiler.reset()
     model = own(name, torch.float32).requires_grad_(False)
-    hybrid = any(isinstance(module, GatedDeltaNet) for module in model.modules())
-    decode(model, backend, REORDERED if hybrid and backend == "inductor" else ATOL)
+    if backend == "inductor" and any(isinstance(module, GatedDeltaNet) for module in model.modules()):
+        decode(own(name, torch.float64).requires_grad_(False), backend, WIDE)
+        return
+    decode(model, backend, ATOL)
     if backend != "inductor":  # generating code takes seconds a graph: only the step that decoding lives on
         whole_rows(model, backend)
         padded_and_packed_rows(model, backend)
