@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_quest.data.batch import IGNORE
+from llm_quest.data.prefix import Prefix, laid
 
 Notes = Mapping[str, tuple[float, float]]
 """Name -> (sum, count): numbers that are known on the host, to be reported with the step."""
@@ -40,7 +41,7 @@ class PolicyBatch:
     """As in `TokenBatch`, `targets[b, t]` is predicted *at* t, and every other tensor stands where its target stands.
 
     Padding is on the right, where a causal pass never looks back at it: the rows are plain, and no kernel needs a
-    mask.
+    mask. Or the rows share their prompts (`Prefix`) and say their positions; num_tokens is what plain rows would hold.
 
         tokens      p0  p1  a   b   .        prompt p0 p1, completion a b </s>
         targets      .  a   b  </s> .        . is -100
@@ -53,9 +54,10 @@ class PolicyBatch:
     sampled: Float[Tensor, "B T"]
     old: Float[Tensor, "B T"] | None = None
     reference: Float[Tensor, "B T"] | None = None
+    positions: Int[Tensor, "B T"] | None = None
+    prefix: Prefix | None = None
     num_tokens: int = 0
     notes: Notes = field(default_factory=dict)
-    positions: ClassVar[None] = None
     segments: ClassVar[None] = None
 
     @property
@@ -64,46 +66,76 @@ class PolicyBatch:
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: thing.to(device) for name, thing in named.items() if isinstance(thing, Tensor)}
+        moved: dict[str, Any] = {
+            name: thing.to(device) for name, thing in named.items() if isinstance(thing, Tensor | Prefix)
+        }
         return replace(self, **moved)
 
 
-def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None) -> PolicyBatch:
-    """Rows side by side, on the host. No rows: one token with nothing to learn, to carry the notes."""
-    length = max((row.length for row in rows), default=1)
-    shape = (max(len(rows), 1), length)
-    tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE)
+def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None, *, shared: bool = False) -> PolicyBatch:
+    """Rows side by side, on the host; shared: equal prompts are read once. No rows: one token with nothing to learn, to
+    carry the notes."""
+    made = laid([(row.prompt, row.tokens[:-1]) for row in rows] or [((0,), ())], shared=shared)
+    targets = np.full(made.tokens.shape, IGNORE)
     more = [name for name in ("old", "reference") if rows and getattr(rows[0], name) is not None]
-    values: dict[str, Any] = {name: np.zeros(shape, np.float32) for name in ("advantages", "sampled", *more)}
-    for number, row in enumerate(rows):
-        first = len(row.prompt) - 1
-        tokens[number, : row.length] = (row.prompt + row.tokens)[:-1]
-        targets[number, first : row.length] = row.tokens
+    values: dict[str, Any] = {name: np.zeros(targets.shape, np.float32) for name in ("advantages", "sampled", *more)}
+    for number, (row, first) in enumerate(zip(rows, made.firsts, strict=False)):
+        place = slice(first, first + len(row.tokens))
+        targets[number, place] = row.tokens
         for name, value in values.items():
-            value[number, first : row.length] = getattr(row, name)
+            value[number, place] = getattr(row, name)
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values.items()}
     return PolicyBatch(
-        torch.from_numpy(tokens),
+        torch.from_numpy(made.tokens),
         torch.from_numpy(targets),
+        positions=None if made.prefix is None else torch.from_numpy(made.positions),
+        prefix=made.prefix,
         num_tokens=sum(row.length for row in rows),
         notes=dict(notes or {}),
         **tensors,
     )
 
 
-def grouped(rows: Sequence[PolicyRow], budget: int) -> list[list[PolicyRow]]:
-    """Longest first (equal ones in their order), so that rows of like length stand together and little is padding; no
-    group reads more than `budget` tokens, padding included, but for a row that alone is longer."""
+def alone(rows: Sequence[PolicyRow]) -> int:
+    """Tokens that a pass reads, padding included: every row in full."""
+    return len(rows) * max(row.length for row in rows)
+
+
+def together(rows: Sequence[PolicyRow]) -> int:
+    """The same where every prompt is read once, and of each row what it adds."""
+    prompts = {row.prompt for row in rows}
+    return len(rows) * max(len(row.tokens) for row in rows) + len(prompts) * (max(map(len, prompts)) - 1)
+
+
+def grouped(
+    rows: Sequence[PolicyRow],
+    budget: int,
+    cost: Callable[[Sequence[PolicyRow]], int] = alone,
+    size: Callable[[PolicyRow], int] = lambda row: row.length,
+) -> list[list[PolicyRow]]:
+    """The longest first (equal ones in their order), so that rows of like size stand together and little is padding; no
+    group costs more than `budget`, but for a row that alone does."""
     groups: list[list[PolicyRow]] = []
-    for row in sorted(rows, key=lambda row: -row.length):
-        if groups and (len(groups[-1]) + 1) * groups[-1][0].length <= budget:
+    for row in sorted(rows, key=lambda row: -size(row)):
+        if groups and cost([*groups[-1], row]) <= budget:
             groups[-1].append(row)
         else:
             groups.append([row])
     return groups
 
 
-def micro_batches(rows: Sequence[PolicyRow], budget: int, notes: Notes | None = None) -> list[PolicyBatch]:
+def parted(rows: Sequence[PolicyRow], budget: int, *, share: bool) -> tuple[list[list[PolicyRow]], bool]:
+    """Groups for micro-batches, and whether they share their prompts: where that may be and reads fewer tokens."""
+    plain = grouped(rows, budget)
+    if not share:
+        return plain, False
+    shared = grouped(rows, budget, together, lambda row: len(row.tokens))
+    return (shared, True) if sum(map(together, shared)) < sum(map(alone, plain)) else (plain, False)
+
+
+def micro_batches(
+    rows: Sequence[PolicyRow], budget: int, notes: Notes | None = None, *, share: bool = False
+) -> list[PolicyBatch]:
     """A batch of each group. The notes travel with the first, of which there is always one."""
-    groups = grouped(rows, budget) or [[]]
-    return [policy_batch(some, None if number else notes) for number, some in enumerate(groups)]
+    groups, shared = parted(rows, budget, share=share)
+    return [policy_batch(some, None if number else notes, shared=shared) for number, some in enumerate(groups or [[]])]

@@ -6,8 +6,9 @@ Nothing here knows when a text ends. One small read per step is all that the hos
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +20,9 @@ from llm_quest.layers.cache import Cache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Drawn(NamedTuple):
     """A token of the row with this number."""
@@ -26,6 +30,19 @@ class Drawn(NamedTuple):
     row: int
     token: int
     logprob: float
+
+
+def unlearned(method: Callable[Concatenate[Decoding, P], T]) -> Callable[Concatenate[Decoding, P], T]:
+    """Nothing is learned from what happens here: inference mode. Not so under autocast, where that mode makes the casts
+    of all weights anew in every step, and no_grad keeps them (1,024 to 4,096, 64 rows: 2.8 ms against 1.0)."""
+
+    @wraps(method)
+    def quiet(self: Decoding, *arguments: P.args, **options: P.kwargs) -> T:
+        autocast = torch.is_autocast_enabled(self.uniforms.device.type)
+        with torch.no_grad() if autocast else torch.inference_mode():
+            return method(self, *arguments, **options)
+
+    return quiet
 
 
 class Decoding:
@@ -45,7 +62,7 @@ class Decoding:
         self.step = compiled_step(model) if compile else None
         self.seats = list(range(uniforms.shape[0]))
 
-    @torch.inference_mode()
+    @unlearned
     def fill(self, windows: Sequence[Sequence[int]], *, capacity: int) -> None:
         """Prefill a window for every seat; where seats are n times as many as windows, n side by side share one."""
         n = len(self.seats) // len(windows)
@@ -64,7 +81,7 @@ class Decoding:
         penalized = self.sampling.repetition_penalty != 1
         self.seen = seen_tokens(histories, self.logits.shape[-1], self.uniforms.device) if penalized else None
 
-    @torch.inference_mode()
+    @unlearned
     def draw(self, at: int) -> list[Drawn]:
         """Every seat's token number `at`, on the host."""
         self.tokens, logprobs = self.sampling.draw(self.logits, self.uniforms[:, at], self.seen)
@@ -76,7 +93,7 @@ class Decoding:
             raise ValueError("the model's logits are not finite, so no token can be drawn: look for NaN in its weights")
         return drawn
 
-    @torch.inference_mode()
+    @unlearned
     def feed(self) -> None:
         """Every row reads the token it drew last."""
         if self.step is not None:
@@ -89,7 +106,7 @@ class Decoding:
             scope = Scope(self.positions, cache=self.cache, reach=reach, plain=reach == min(self.lengths))
             self.logits = self.model(self.tokens[:, None], scope)[:, -1]
 
-    @torch.inference_mode()
+    @unlearned
     def keep(self, rows: Collection[int]) -> None:
         """Only these rows go on."""
         if len(rows) == self.active:
@@ -107,7 +124,6 @@ class Decoding:
         self.seen = None if self.seen is None else self.seen[index]
 
 
-@torch.inference_mode()
 def prefill(
     model: Decoder, windows: Sequence[Sequence[int]], cache: Cache, device: torch.device
 ) -> Float[Tensor, "B V"]:

@@ -93,9 +93,9 @@ class Sampling:
             top, tokens = logits.max(dim=-1)
             return tokens, top - logits.logsumexp(dim=-1)
         kept, names = self.narrow(logits)
-        weights = (kept - kept.amax(dim=-1, keepdim=True)).exp()
+        weights = kept.exp()
         choice = inverse_cdf(weights, uniforms)
-        logprobs = kept.gather(-1, choice)[:, 0] - kept.logsumexp(dim=-1)
+        logprobs = kept.gather(-1, choice)[:, 0] - weights.sum(dim=-1).log()
         return (choice if names is None else names.gather(-1, choice))[:, 0], logprobs
 
     def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
@@ -105,10 +105,10 @@ class Sampling:
         return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
 
     def narrow(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tempered logits after the filters, -inf for what they drop: the whole row with None, or the most probable
-        first with the tokens they belong to."""
+        """Tempered logits after the filters, 0 for the most probable and -inf for what they drop: the whole row with
+        None, or the most probable first with the tokens they belong to."""
         logits = logits - logits.amax(dim=-1, keepdim=True).detach()  # so that a tiny temperature cannot overflow
-        logits, tokens = self.most_probable(logits / self.temperature)
+        logits, tokens = self.most_probable(logits if self.temperature == 1 else logits / self.temperature)
         if self.top_p is not None and self.top_p < 1:
             p = logits.detach().softmax(dim=-1)
             logits = logits.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, NEVER)
@@ -132,7 +132,7 @@ def inverse_cdf(weights: Float[Tensor, "B K"], uniforms: Float[Tensor, " B"]) ->
     running = weights.cumsum(dim=-1)
     total = running[:, -1:]
     bound = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return (running <= bound).sum(dim=-1, keepdim=True)
+    return torch.searchsorted(running, bound, right=True).clamp(max=weights.shape[-1] - 1)  # beyond: the total is NaN
 
 
 def row_uniforms(

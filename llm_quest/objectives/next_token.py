@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import Loss
 from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.prefix import Prefix
 from llm_quest.errors import UsageError
 from llm_quest.layers.moe import Routing
 from llm_quest.layers.multi_token import ahead, positions_ahead
@@ -122,3 +123,16 @@ def scope_of(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> 
     if batch.positions is None:
         return Scope.plain(batch.tokens, records=records)
     return Scope(batch.positions, segments=batch.segments, records=records)
+
+
+def hidden_of(model: Any, batch: Any) -> Tensor:
+    """What the head reads at a batch's tokens (B,T,D). Beginnings that rows share are read once, into a cache, from
+    which every row goes on: the same numbers, and the same gradients, as if each were read in full."""
+    prefix: Prefix | None = batch.prefix
+    if prefix is None:
+        return model.hidden(batch.tokens, scope_of(batch))  # type: ignore[no-any-return]
+    cache = model.new_cache(prefix.tokens.shape[0], prefix.reach)
+    model.hidden(prefix.tokens, Scope(prefix.positions, cache=cache, reach=prefix.tokens.shape[1]))
+    cache.keep(prefix.of)
+    scope = Scope(batch.positions, cache=cache, reach=prefix.reach)
+    return model.hidden(batch.tokens, scope)  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ from llm_quest.errors import UsageError
 from llm_quest.objectives.divergence import KL, k3
 from llm_quest.objectives.entropy import entropies_of
 from llm_quest.objectives.log_probs import log_probs_of
-from llm_quest.objectives.next_token import scope_of
+from llm_quest.objectives.next_token import hidden_of
 from llm_quest.objectives.surrogates import VARIANTS, Surrogate, Terms, sequence_mean
 
 Weights = Callable[[Bool[Tensor, "B T"]], Float[Tensor, "B T"]]
@@ -98,7 +98,7 @@ class PolicyGradient(nn.Module):
     def forward(self, batch: PolicyBatch) -> Loss:
         if self.model.training:
             self.model.eval()
-        h = self.model.hidden(batch.tokens, scope_of(batch))  # type: ignore[arg-type]
+        h = hidden_of(self.model, batch)
         log_p = log_probs_of(self.model, h, batch.targets, self.temperature)
         entropies = entropies_of(self.model, h, batch.targets, self.temperature) if self.entropy else None
         return self.loss(log_p, batch, entropies)

@@ -103,6 +103,8 @@ def objective_of(config: Policy, model: Decoder) -> PolicyGradient:
 
 
 def plan_of(config: Policy) -> Plan:
+    """Prompts are shared through a cache, which a checkpointed block must not file in twice, and whose shapes a
+    compiled step would follow with ever new graphs."""
     part = config.rollout
     return Plan(
         prompts=part.prompts,
@@ -111,6 +113,7 @@ def plan_of(config: Policy) -> Plan:
         minibatches=part.minibatches,
         draws=config.draws,
         micro_tokens=part.micro_tokens,
+        share_prompts=not config.compile and all(one["name"] != "checkpointing" for one in config.techniques),
         kl_in_reward=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
         rescore=config.correction is not None,
         seed=seeds.stream(config.seed, "sampling"),

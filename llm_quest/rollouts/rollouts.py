@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quest.data.policy_batch import Notes, PolicyBatch, PolicyRow, grouped, micro_batches, policy_batch
+from llm_quest.data.policy_batch import Notes, PolicyBatch, PolicyRow, micro_batches, parted, policy_batch
 from llm_quest.data.problems.problem import chance
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
@@ -44,15 +44,17 @@ class Plan:
     """prompts, group: how many questions a rollout holds, and samples of each. updates, minibatches: passes over the
     rows, and parts of each pass; their product is the optimiser steps per rollout. draws: dynamic sampling, at most so
     many rounds of questions until `prompts` groups are mixed (1: take what comes). micro_tokens: what a micro-batch
-    reads at most. kl_in_reward: beta of k1, taken off the reward. rescore: the trainer scores the samples again before
-    the first update, for corrections that compare it with the sampler."""
+    reads at most. share_prompts: a prompt is read once for all of its samples, where that reads fewer tokens.
+    kl_in_reward: beta of k1, taken off the reward. rescore: the trainer scores the samples again before the first
+    update, for corrections that compare it with the sampler."""
 
     prompts: int = 8
     group: int = 8
     updates: int = 1
     minibatches: int = 1
     draws: int = 1
-    micro_tokens: int = 8192
+    micro_tokens: int = 4096
+    share_prompts: bool = True
     kl_in_reward: float = 0.0
     rescore: bool = False
     seed: int = 0
@@ -103,7 +105,8 @@ class Rollouts:
         if self.rollout is None or self.rollout.number != number:
             self.rollout = self.write(number)
         self.last = step
-        return micro_batches(self.minibatch(inner), self.plan.micro_tokens, self.rollout.notes)
+        plan = self.plan
+        return micro_batches(self.minibatch(inner), plan.micro_tokens, self.rollout.notes, share=plan.share_prompts)
 
     def minibatch(self, inner: int) -> list[PolicyRow]:
         """Every pass deals all rows out anew."""
@@ -180,14 +183,16 @@ class Rollouts:
     def scored(self, rows: Sequence[PolicyRow], score: Scorer | None) -> list[np.ndarray]:
         """Log-probabilities of every row's tokens, in the rows' order."""
         assert score is not None
-        order = sorted(range(len(rows)), key=lambda place: -rows[place].length)
         found = [np.zeros(0, np.float32)] * len(rows)
-        device, places = next(self.policy.parameters()).device, iter(order)
+        device = next(self.policy.parameters()).device
+        place = {id(row): number for number, row in enumerate(rows)}
+        groups, shared = parted(rows, self.plan.micro_tokens, share=self.plan.share_prompts)
         with torch.no_grad(), evaluating(self.policy), self.writer.within():
-            for some in grouped(rows, self.plan.micro_tokens):
-                values = score(policy_batch(some).to(device)).float().cpu().numpy()
-                for row, value in zip(some, values, strict=True):
-                    found[next(places)] = value[len(row.prompt) - 1 : row.length].copy()
+            for some in groups:
+                batch = policy_batch(some, shared=shared)
+                values = score(batch.to(device)).float().cpu()
+                for row, value, learn in zip(some, values, batch.learn, strict=True):
+                    found[place[id(row)]] = value[learn].numpy()
         return found
 
     def noted(self, groups: Sequence[Sequence[Sample]], rewards: Tensor) -> dict[str, tuple[float, float]]:

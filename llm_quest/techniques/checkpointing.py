@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.block import Block
+from llm_quest.scope import Scope
 
 Model = TypeVar("Model", bound=Any)
 
@@ -43,6 +44,6 @@ class Again:
         self.forward = forward
 
     def __call__(self, *inputs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.forward(*inputs)
+        if not torch.is_grad_enabled() or any(isinstance(one, Scope) and one.cache is not None for one in inputs):
+            return self.forward(*inputs)  # what is filed in a cache must not be filed twice
         return checkpoint(self.forward, *inputs, use_reentrant=False)

@@ -1,0 +1,79 @@
+"""Beginnings that several rows share, read once: a group of samples of one question, two answers to compare.
+
+    plain    p0 p1 p2 a b        shared    beginnings   p0 p1        rows   p2 a b     each goes on from
+             p0 p1 p2 c d                                                   p2 c d     its beginning (of)
+
+The last token of the prompt stands in every row, because it is there that the first token of the answer is foretold.
+What a mixer keeps of the beginning (its cache) is handed to every row, and the gradients of all rows meet in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llm_quest.data.batch import IGNORE, TokenBatch
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """tokens, positions (P,L): beginnings, padded on the right. of (R,): which of them row r goes on from. reach: one
+    more than the largest position that any row holds."""
+
+    tokens: Int[Tensor, "P L"]
+    positions: Int[Tensor, "P L"]
+    of: Int[Tensor, " R"]
+    reach: int
+
+    def to(self, device: torch.device | str) -> Prefix:
+        return Prefix(self.tokens.to(device), self.positions.to(device), self.of.to(device), self.reach)
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Rows (R,T) on the host, as arrays: tokens and positions (-1 for padding), what each begins at, and what they go
+    on from."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    firsts: list[int]
+    prefix: Prefix | None
+
+
+def laid(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, shared: bool) -> Laid:
+    """Rows (prompt, what follows it), padded on the right. firsts: the column of each row's last prompt token. shared:
+    as far as there is something to share; a single token stands in every row anyway."""
+    if not shared or all(len(prompt) == 1 for prompt, _ in rows):
+        tokens, positions = padded([[*prompt, *rest] for prompt, rest in rows], [0] * len(rows))
+        return Laid(tokens, positions, [len(prompt) - 1 for prompt, _ in rows], None)
+    known: dict[tuple[int, ...], int] = {}
+    of = [known.setdefault(tuple(prompt[:-1]), len(known)) for prompt, _ in rows]
+    starts = [len(prompt) - 1 for prompt, _ in rows]
+    tokens, positions = padded([[prompt[-1], *rest] for prompt, rest in rows], starts)
+    before, places = (torch.from_numpy(x) for x in padded(list(known), [0] * len(known)))
+    prefix = Prefix(before, places, torch.tensor(of), int(positions.max()) + 1)
+    return Laid(tokens, positions, [0] * len(rows), prefix)
+
+
+def padded(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and positions (R,T); row r counts from starts[r]."""
+    shape = (len(rows), max(map(len, rows)))
+    tokens, positions = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens[r, : len(row)], positions[r, : len(row)] = row, np.arange(start, start + len(row))
+    return tokens, positions
+
+
+def whole(batch: TokenBatch) -> TokenBatch:
+    """The rows with their beginnings in front of them, each read in full."""
+    prefix = batch.prefix
+    if prefix is None or batch.positions is None:
+        return batch
+    ignored = torch.full_like(prefix.tokens, IGNORE)
+    parts = [(prefix.tokens, batch.tokens), (ignored, batch.targets), (prefix.positions, batch.positions)]
+    tokens, targets, positions = (torch.cat([before[prefix.of], own], dim=1) for before, own in parts)
+    return TokenBatch(tokens, targets, positions)
