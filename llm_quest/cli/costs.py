@@ -3,8 +3,6 @@ forward pass, cache bytes by really making a cache and filing a token."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,30 +15,11 @@ from llm_quest.cli.drawing import block_lines
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import skeleton
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.flops import formulas
 from llm_quest.models.fusion import VisionLanguage
 from llm_quest.scope import Scope
 
 FAR = 2**18
-Shape = Sequence[int]
-
-
-def grouped_product(x: Shape, weights: Shape, *rest: Any, **options: Any) -> int:
-    """x (N,K) by one of the matrices (E,K,M), each row by its own: 2 N K M."""
-    return 2 * math.prod(x) * weights[-1]
-
-
-def attention_kernel(q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
-    """q (B,H,T,d), k (B,G,S,d), v (B,G,S,dv): 2 B H T S (d + dv): all pairs, those that a mask hides too."""
-    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
-
-
-def formulas() -> dict[Any, Any]:
-    """Products that PyTorch's counter does not know, the experts' grouped one among them."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    known = {torch.ops.aten._grouped_mm: grouped_product, kernel: attention_kernel}
-    ours = getattr(torch.ops.llm_quest, "grouped_product", None)
-    return known if ours is None else known | {ours: grouped_product}
-
 
 WITH_WEIGHTS = ("aten.mm", "aten.addmm", "aten._grouped_mm", "llm_quest.grouped_product")
 """Products of tokens with weights; all others are of tokens with tokens."""

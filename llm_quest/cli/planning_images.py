@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm_quest.cli.costs import Shape, attention_kernel, formulas
 from llm_quest.cli.machine import matmul_peak
 from llm_quest.cli.planning import MASTER, REACHED, SPARE_MEMORY, STEPS, advance, clocked
 from llm_quest.layers.block import Block
 from llm_quest.models.build import page_of
+from llm_quest.models.flops import Shape, attention_kernel, formulas
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import optimizer
 from llm_quest.recipes.techniques import applied_all, parted

@@ -28,6 +28,9 @@ from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.reward import train_reward
+from llm_quest.recipes.rpt import train_rpt
+from llm_quest.recipes.rpt_config import Rpt, RptControl
+from llm_quest.recipes.rpt_control import train_rpt_control
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
 from llm_quest.recipes.techniques import parted
@@ -54,6 +57,8 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "grpo": (Grpo, train_grpo),
     "classify": (Classify, train_classify),
     "iterative": (Iterative, train_iterative),
+    "rpt": (Rpt, train_rpt),
+    "rpt_control": (RptControl, train_rpt_control),
 }
 """What `recipe:` may say: the schema of its settings, and what runs them."""
 

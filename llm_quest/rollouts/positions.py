@@ -10,7 +10,7 @@ the two agree."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_quest.data.problems.problem import HELD_OUT
+from llm_quest.data.problems.problem import HELD_OUT, chance
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.writer import evaluating
 
 TOP = 16
+AT_ONCE = 4096
 THRESHOLDS = (0.5, 1.0, 1.5)
 """Easy, medium and hard begin here (RPT), in nats. The paper's sets are nested: hard is in medium too."""
 
@@ -49,21 +50,51 @@ def top_entropy(
 
 @torch.no_grad()
 def positions(
-    proxy: Decoder, documents: Sequence[Sequence[int]], *, above: float = THRESHOLDS[0], renormalised: bool = True
+    proxy: Decoder,
+    documents: Sequence[Sequence[int]],
+    *,
+    above: float = THRESHOLDS[0],
+    top: int = TOP,
+    renormalised: bool = True,
 ) -> list[Position]:
-    """Every place whose next token the proxy finds harder than `above`. A document's first token is never asked for."""
-    found, device = [], next(proxy.parameters()).device
+    """Every place whose next token the proxy finds harder than `above`, in the order of the documents. A document's
+    first token is never asked for."""
+    found: list[list[Position]] = [[] for _ in documents]
+    device = next(proxy.parameters()).device
     with evaluating(proxy):
-        for number, ids in enumerate(documents):
-            if len(ids) > proxy.config.context:
-                raise UsageError(f"document {number} has {len(ids)} tokens and the proxy sees {proxy.config.context}")
-            if len(ids) < 2:
-                continue
-            logits = proxy(torch.tensor([list(ids[:-1])], device=device))[0]
-            for place, entropy in enumerate(top_entropy(logits, renormalised=renormalised).tolist(), start=1):
-                if entropy > above:
-                    found.append(Position(number, place, entropy))
-    return found
+        for numbers in like_length(documents, proxy.config.context):
+            rows = torch.zeros(len(numbers), len(documents[numbers[0]]) - 1, dtype=torch.int64)
+            for row, number in zip(rows, numbers, strict=True):
+                row[: len(documents[number]) - 1] = torch.tensor(list(documents[number][:-1]))
+            entropies = top_entropy(proxy(rows.to(device)), top, renormalised=renormalised).cpu()
+            for row, number in zip(entropies, numbers, strict=True):
+                told = enumerate(row[: len(documents[number]) - 1].tolist(), start=1)
+                found[number] = [Position(number, place, entropy) for place, entropy in told if entropy > above]
+    return [position for some in found for position in some]
+
+
+def like_length(documents: Sequence[Sequence[int]], context: int) -> Iterator[list[int]]:
+    """Numbers of documents with anything to foretell, longest first, as many together as make a fair-sized pass;
+    padding on the right is never looked back at."""
+    for number, ids in enumerate(documents):
+        if len(ids) - 1 > context:
+            raise UsageError(f"document {number} has {len(ids)} tokens and the proxy sees {context}")
+    some: list[int] = []
+    for number in sorted(range(len(documents)), key=lambda number: -len(documents[number])):
+        if len(documents[number]) < 2:
+            break
+        if some and (len(some) + 1) * len(documents[some[0]]) > AT_ONCE:
+            yield some
+            some = []
+        some.append(number)
+    if some:
+        yield some
+
+
+def thinned(found: Sequence[Position], number: int, seed: int) -> list[Position]:
+    """At most `number` of the positions, drawn evenly, in their order; the seed decides which."""
+    picked = chance("positions", seed).sample(range(len(found)), min(number, len(found)))
+    return [found[place] for place in sorted(picked)]
 
 
 def bucket(entropy: float, thresholds: Sequence[float] = THRESHOLDS) -> int:

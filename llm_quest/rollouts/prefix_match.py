@@ -49,11 +49,26 @@ def answer_of(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """The reward of a group whose problem is a `Continuation`. Cut off by the length is wrong, as everywhere."""
+    """The reward of a group whose problem is a `Continuation`. Cut off by the length is wrong, as everywhere. opening:
+    what of the answer's form the prompt has begun already, and nothing else of the prompt is ever read."""
+
+    opening: str = ""
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
         return [self.of(sample) for sample in group]
 
     def of(self, sample: Sample) -> float:
-        answer = None if sample.truncated else answer_of(sample.text)
+        answer = self.said(sample)
         return 0.0 if answer is None else prefix_match(answer.encode(), sample.problem.truth)
+
+    def said(self, sample: Sample) -> str | None:
+        """The prediction; None where there is none to be read."""
+        return None if sample.truncated else answer_of(self.opening + sample.text)
+
+
+@dataclass(frozen=True)
+class Answered(PrefixMatch):
+    """1 for any prediction in the right form: a control."""
+
+    def of(self, sample: Sample) -> float:
+        return float(self.said(sample) is not None)

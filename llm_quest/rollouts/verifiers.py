@@ -110,6 +110,12 @@ def steps_right(problem: Problem, text: str) -> list[tuple[int, float]]:
     return ends
 
 
+def marked(problem: Problem, text: str) -> float:
+    """Exactly one `#`, and after it the answer and nothing else; what stands before is not judged."""
+    before, _, after = text.strip(" \t\n").partition(ANSWER)
+    return RIGHT if before and after == problem.answer else WRONG
+
+
 def gsm8k(problem: Problem, text: str) -> float:
     """Exactly one `####`, and after it the number and nothing else."""
     gold = number(problem.answer)
@@ -131,6 +137,7 @@ CHECKS: dict[str, Check] = {
     "fraction": rational,
     "expression": expression,
     "chained": chained,
+    "marked": marked,
     "gsm8k": gsm8k,
     "tagged": tagged,
 }
@@ -161,6 +168,7 @@ FORMS: dict[str, Callable[[str], bool]] = {
     "fraction": lambda text: fraction(text) is not None,
     "expression": worked_form,
     "chained": chained_form,
+    "marked": lambda text: text.count(ANSWER) == 1 and text.index(ANSWER) > 0 and text.partition(ANSWER)[2].isalnum(),
     "gsm8k": lambda text: text.count(MARK) == 1 and number(text.partition(MARK)[2].strip(" \t\n$")) is not None,
     "tagged": lambda text: TAGGED.fullmatch(text) is not None,
 }

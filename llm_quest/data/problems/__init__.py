@@ -14,6 +14,7 @@ from llm_quest.data.problems.addition import Addition
 from llm_quest.data.problems.chained import Chained
 from llm_quest.data.problems.countdown import Countdown
 from llm_quest.data.problems.problem import PARTS, Drawn, Part, Problem, Task, demonstration, draw
+from llm_quest.data.problems.registers import Registers
 from llm_quest.data.problems.strings import Reverse, Sort
 from llm_quest.errors import UsageError
 
@@ -25,6 +26,7 @@ TASKS: dict[str, Any] = {
     "addition": Addition,
     "chained": Chained,
     "countdown": Countdown,
+    "registers": Registers,
 }
 
 

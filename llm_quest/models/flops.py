@@ -1,0 +1,76 @@
+"""What passes over rows cost, counted on the model itself by PyTorch's counter: products with weights, which grow with
+the tokens, and products of tokens with tokens, which grow with their pairs.
+
+      a row of T tokens, forward   a T + b T^2       backward: twice that       a token at place t, cached   a + b t
+
+a and b are found from two lengths; a kernel that skips what a mask hides is counted as if it did not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm_quest.models.decoder import Decoder
+
+Shape = Sequence[int]
+SHORT, LONG = 64, 128
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs: a per token and b per pair of tokens."""
+
+    token: float
+    pair: float
+
+    def forward(self, length: int) -> float:
+        return self.token * length + self.pair * length**2
+
+    def training(self, length: int) -> float:
+        """Forward and backward."""
+        return 3 * self.forward(length)
+
+    def decoding(self, before: int, tokens: int) -> float:
+        """One after another behind `before` tokens, with a cache. The last token drawn is never read."""
+        read = max(tokens - 1, 0)
+        return self.token * read + self.pair * (read * before + read * (read + 1) / 2)
+
+
+def cost_of(model: Decoder) -> Cost:
+    """Of this model, with whatever techniques it carries."""
+    length = min(LONG, model.config.context)
+    half = min(SHORT, length // 2)
+    whole, part = counted(model, length), counted(model, half)
+    pair = (whole / length - part / half) / (length - half)
+    return Cost(whole / length - pair * length, pair)
+
+
+def counted(model: Decoder, length: int) -> float:
+    """FLOPs of one row, forward."""
+    row = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False, custom_mapping=formulas()) as counter, torch.no_grad():
+        model(row)
+    return float(counter.get_total_flops())
+
+
+def grouped_product(x: Shape, weights: Shape, *rest: Any, **options: Any) -> int:
+    """x (N,K) by one of the matrices (E,K,M), each row by its own: 2 N K M."""
+    return 2 * math.prod(x) * weights[-1]
+
+
+def attention_kernel(q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
+    """q (B,H,T,d), k (B,G,S,d), v (B,G,S,dv): 2 B H T S (d + dv): all pairs, those that a mask hides too."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def formulas() -> dict[Any, Any]:
+    """Products that PyTorch's counter does not know, the experts' grouped one among them."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    known = {torch.ops.aten._grouped_mm: grouped_product, kernel: attention_kernel}
+    ours = getattr(torch.ops.llm_quest, "grouped_product", None)
+    return known if ours is None else known | {ours: grouped_product}
