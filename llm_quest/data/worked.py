@@ -48,7 +48,7 @@ def thought_of(task: Task, problem: Problem, index: int, seed: int) -> tuple[str
 
 
 class ThinkingFeed:
-    """`rows` demonstrations in each step, of the first `examples` problems again and again: what the teacher thinks before
+    """`rows` demonstrations in each step, of the first `examples` problems again and again: a teacher's thought before
     the answer. A quarter as many are of other places, where nothing is thought, and again as many rows are plain
     documents, so that reading is not forgotten."""
 

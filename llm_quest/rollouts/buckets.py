@@ -60,7 +60,7 @@ class Bucket:
 
     def line(self) -> str:
         return (
-            f"{self.name:<18}{self.count:>6,}   plain {self.plain}   thought {self.thought}   "
+            f"{self.name:<8}{self.count:>6,}   plain {self.plain}   thought {self.thought}   "
             f"no answer {self.unread:.1%}, {self.tokens:.1f} tokens"
         )
 
@@ -76,7 +76,7 @@ class Table:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        return [one.line() for one in (*self.buckets, *self.nested)]
+        return [one.line() for one in self.buckets]
 
     def numbers(self) -> dict[str, float]:
         """For a row of metrics."""
@@ -104,14 +104,13 @@ class Foretelling:
         with evaluating(model), torch.no_grad():
             plain = self.read(model)
             samples = self.thought(model)
-        found = []
-        for one, right, sample in zip(self.positions, plain, samples, strict=True):
-            said = self.reward.said(sample)
-            truth = sample.problem.truth
-            worth = said is not None and prefix_match(said.encode(), truth) == 1
-            several = said is not None and len(said.encode()) > len(truth[0])
-            found.append(Foretold(one, right, worth, said, sample.text, len(sample.tokens), several))
-        return found
+        return [self.judged(*one) for one in zip(self.positions, plain, samples, strict=True)]
+
+    def judged(self, position: Position, plain: bool, sample: Sample) -> Foretold:
+        said, truth = self.reward.said(sample), sample.problem.truth
+        right = said is not None and prefix_match(said.encode(), truth) == 1
+        several = said is not None and len(said.encode()) > len(truth[0])
+        return Foretold(position, plain, right, said, sample.text, len(sample.tokens), several)
 
     def read(self, model: Decoder) -> list[bool]:
         """Is the likeliest next token the true one? One pass for all places of a document."""

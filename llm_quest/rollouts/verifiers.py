@@ -111,9 +111,9 @@ def steps_right(problem: Problem, text: str) -> list[tuple[int, float]]:
 
 
 def marked(problem: Problem, text: str) -> float:
-    """Exactly one `#`, and after it the answer and nothing else; what stands before is not judged."""
-    before, _, after = text.strip(" \t\n").partition(ANSWER)
-    return RIGHT if before and after == problem.answer else WRONG
+    """Something, exactly one `#`, and after it the right number and nothing else; what stands before is not judged."""
+    before, _, after = text.partition(ANSWER)
+    return judged(number(after) if before.strip(" \t\n") else None, number(problem.answer))
 
 
 def gsm8k(problem: Problem, text: str) -> float:
@@ -168,7 +168,7 @@ FORMS: dict[str, Callable[[str], bool]] = {
     "fraction": lambda text: fraction(text) is not None,
     "expression": worked_form,
     "chained": chained_form,
-    "marked": lambda text: text.count(ANSWER) == 1 and text.index(ANSWER) > 0 and text.partition(ANSWER)[2].isalnum(),
+    "marked": lambda text: text.find(ANSWER) > 0 and number(text.partition(ANSWER)[2]) is not None,
     "gsm8k": lambda text: text.count(MARK) == 1 and number(text.partition(MARK)[2].strip(" \t\n$")) is not None,
     "tagged": lambda text: TAGGED.fullmatch(text) is not None,
 }

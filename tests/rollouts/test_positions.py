@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build
-from llm_quest.rollouts.positions import bucket, is_held_out, positions, top_entropy
+from llm_quest.rollouts.positions import Position, bucket, is_held_out, like_length, positions, thinned, top_entropy
 
 
 def H(p: list[float], **options: bool) -> float:
@@ -41,8 +42,9 @@ def test_a_position_is_judged_by_what_stands_before_it():
     alone = model(torch.tensor([ids[:2]]))[0, -1]
     assert found[1].entropy == pytest.approx(top_entropy(alone).item(), abs=1e-5)
     assert positions(model, [ids], above=math.log(16) + 1e-3) == []
+    assert positions(model, [[1] * (model.config.context + 1)], above=-1.0), "the last token is only foretold"
     with pytest.raises(UsageError, match="the proxy sees"):
-        positions(model, [[1] * (model.config.context + 1)])
+        positions(model, [[1] * (model.config.context + 2)])
 
 
 def test_buckets_are_disjoint_and_a_document_is_on_one_side():
@@ -50,3 +52,24 @@ def test_buckets_are_disjoint_and_a_document_is_on_one_side():
     share = sum(is_held_out([n, 7]) for n in range(2000)) / 2000
     assert 0.07 < share < 0.14
     assert is_held_out((3, 7)) == is_held_out([3, 7])
+
+
+def test_documents_of_all_lengths_are_read_together_as_each_alone():
+    """Padding on the right moves no entropy, and the places come in the documents' order."""
+    model = build("llama3.2-tiny", seed=3)
+    documents = [[(7 * n + 3 * k) % 90 for k in range(n)] for n in (3, 40, 1, 17, 2, 9)]
+    together = positions(model, documents, above=-1.0)
+    alone = [replace(p, document=n) for n, ids in enumerate(documents) for p in positions(model, [ids], above=-1.0)]
+    assert [(p.document, p.place) for p in together] == [(p.document, p.place) for p in alone]
+    assert [p.entropy for p in together] == pytest.approx([p.entropy for p in alone], abs=1e-5)
+    assert list(like_length(documents, 64)) == [[1, 3, 5, 0, 4]]
+    assert [len(some) for some in like_length([[1] * 1000] * 9, 1000)] == [4, 4, 1]
+
+
+def test_thinning_is_even_and_the_seed_decides():
+    found = [Position(n, 1, 1.0) for n in range(100)]
+    some = thinned(found, 10, 1)
+    assert len(some) == 10
+    assert some == sorted(some, key=lambda one: one.document) == thinned(found, 10, 1)
+    assert some != thinned(found, 10, 2)
+    assert thinned(found[:3], 10, 1) == found[:3]

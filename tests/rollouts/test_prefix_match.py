@@ -9,7 +9,7 @@ from llm_quest.data.alphabet import character_tokenizer
 from llm_quest.data.token_bytes import byte_letters, token_bytes
 from llm_quest.data.tokenizer import END_OF_TEXT, train_bpe
 from llm_quest.errors import UsageError
-from llm_quest.rollouts.prefix_match import Continuation, PrefixMatch, answer_of, boundaries, prefix_match
+from llm_quest.rollouts.prefix_match import Answered, Continuation, PrefixMatch, answer_of, boundaries, prefix_match
 from llm_quest.rollouts.sample import Sample
 
 CAFE = (b" caf", b"\xc3", b"\xa9", b" is")
@@ -77,3 +77,17 @@ def test_only_the_one_answer_counts_and_to_the_letter(text: str, worth: float):
 def test_tags_inside_are_refused():
     assert answer_of("<think>a</think><answer>b</think></answer>") is None
     assert answer_of("<think><answer>a</think><answer>b</answer>") is None
+
+
+def test_what_the_prompt_has_opened_is_not_asked_for_again():
+    reward = PrefixMatch("<think>")
+    texts = ["x</think><answer> caf</answer>", "<think>x</think><answer> caf</answer>", "<answer> caf</answer>"]
+    assert reward([sample(text) for text in texts]) == [1.0, 0.0, 0.0]
+    assert PrefixMatch()([sample(texts[0])]) == [0.0], "nothing else of the prompt is read (P31)"
+    assert [reward.said(sample(text)) for text in texts] == [" caf", None, None]
+
+
+def test_the_control_pays_for_any_answer():
+    texts = ["<think>x</think><answer>no</answer>", "<think>x</think> caf", "<think></think><answer></answer>"]
+    assert Answered()([sample(text) for text in texts]) == [1.0, 0.0, 1.0]
+    assert Answered()([sample(texts[0], "length")]) == [0.0]

@@ -20,6 +20,7 @@ SCHOOL = Problem("How many?", "72", "gsm8k", "")
 TAGS = Problem("How much?", "3/4", "tagged", "")
 EVERY = {"exact": WORD, "number": NUMBER, "fraction": Problem("", "3/4", "fraction", ""), "expression": COUNTDOWN}
 EVERY |= {"chained": CHAIN, "gsm8k": SCHOOL, "tagged": TAGS}
+EVERY |= {"marked": (REGISTERS := Problem("a2b*3:", "6", "marked", "", (7, 2), ("a2", "b*3=6")))}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,8 @@ EVERY |= {"chained": CHAIN, "gsm8k": SCHOOL, "tagged": TAGS}
         (COUNTDOWN, "25+3*7+3-3", False), (COUNTDOWN, "25+3*7=46", False),
         (CHAIN, "3*4=5;5+5=3;#3", True), (CHAIN, "#3", True), (CHAIN, "3*4=1;1+5=6;#3", True),
         (CHAIN, "3*4=5;5+5=3;#4", False), (CHAIN, "3*4=5;5+5=3", False), (CHAIN, "3*4=5;5+5=3;#3;", False),
+        (REGISTERS, "a2b*3=6#6", True), (REGISTERS, "a2b*3=1#6", True), (REGISTERS, "#6", False),
+        (REGISTERS, "a2b*3=6", False), (REGISTERS, "a2b*3=6#6#6", False), (REGISTERS, "a2b*3=6#61", False),
         (SCHOOL, "48/2=24\n48+24=72\n#### 72", True), (SCHOOL, "#### $72", True), (SCHOOL, "#### 72.00", True),
         (SCHOOL, "72", False), (SCHOOL, "#### 72 #### 71", False), (SCHOOL, "#### 71\n#### 72", False),
         (SCHOOL, "#### 72 apples", False),
@@ -79,7 +82,7 @@ def test_a_gold_answer_that_cannot_be_read_is_unscorable_not_wrong(name: str) ->
 def test_every_check_has_a_form_and_right_answers_have_it() -> None:
     assert set(CHECKS) == set(FORMS)
     good = {"exact": "cba", "number": "132", "fraction": "3/4", "expression": "25+3*7", "chained": "3*4=5;5+5=3;#3"}
-    good |= {"gsm8k": "a\n#### 72", "tagged": "<think>a</think><answer>3/4</answer>"}
+    good |= {"marked": "a2b*3=6#6", "gsm8k": "a\n#### 72", "tagged": "<think>a</think><answer>3/4</answer>"}
     for name, text in good.items():
         assert verify(EVERY[name], text) == 1.0
         assert well_formed(EVERY[name], text)
