@@ -18,7 +18,6 @@ from llm_quest.generation.generate import complete
 from llm_quest.generation.sampling import Sampling
 from llm_quest.generation.until import Until
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import scope_of
 from llm_quest.rollouts.foretelling import Asking
 from llm_quest.rollouts.measures import Interval, wilson
 from llm_quest.rollouts.positions import THRESHOLDS, Position, bucket
@@ -124,7 +123,7 @@ class Foretelling:
             some = numbers[start : start + ROWS_AT_ONCE]
             batch = whole_rows([self.documents[number] for number in some]).to(device)
             with self.writer.within():
-                likeliest = model(batch.tokens, scope_of(batch)).argmax(dim=-1)
+                likeliest = model(batch.tokens).argmax(dim=-1)
             hits = (likeliest == batch.targets).cpu()
             for row, number in enumerate(some):
                 right |= {(number, place): bool(hits[row, place - 1]) for place in places[number]}
