@@ -92,7 +92,9 @@ def furnished(part: nn.Module, model: Any, seed: int = 0) -> nn.Module:
     materialize(part, "cpu", torch.promote_types(like.dtype, torch.float32))
     writes = 0.02 / (2 * model.config.layers) ** 0.5
     fill_(part, std=0.02, out_std=writes, generator=torch.Generator().manual_seed(seed))
-    return part.to(like).train(model.training)
+    part.train(model.training)
+    alike = all((own.device, own.dtype) == (like.device, like.dtype) for own in part.parameters())
+    return part if alike else part.to(like)  # tensors that only pretend (`quest plan`) cannot be moved
 
 
 def plain(name: str) -> str:

@@ -40,6 +40,12 @@ def test_of_an_adapted_model_the_adapter_alone_is_remembered(technique):
     assert timed_step(work) > 0
 
 
+def test_added_modules_keep_activations_too():
+    """Made without memory inside the plan's pretence, where no tensor can be moved."""
+    work = dataclasses.replace(WORK, techniques=(understood("multi_token"),))
+    assert activation_bytes(work) >= activation_bytes(WORK)
+
+
 def test_activations_grow_with_the_rows_at_once_and_not_with_the_rows():
     one, two, more = (
         activation_bytes(dataclasses.replace(WORK, micro_rows=n, rows=r)) for n, r in ((2, 8), (4, 8), (4, 32))
