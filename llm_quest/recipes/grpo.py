@@ -1,7 +1,8 @@
 """`quest train grpo`: a model, problems that can be checked -> a model that solves more of them.
 
-questions -> samples -> rewards -> advantages -> policy gradient, with held-out accuracy before, during and after
-"""
+      questions -> samples -> rewards -> advantages -> policy gradient, with held-out accuracy before, during and after
+
+How a policy learns from its samples is in `recipes/policy.py`; here is what it is asked, and who judges."""
 
 from __future__ import annotations
 

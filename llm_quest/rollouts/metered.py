@@ -1,8 +1,9 @@
 """Rollouts that count what they cost, so that something else can be given as much.
 
-sampling   a prompt once for its group, then token after token with a cache
-training   three forward passes' worth for each row that is learned from; padding is not counted
-"""
+      sampling   a prompt once for its group, then token after token with a cache
+      training   three forward passes' worth of each row that is learned from, its prompt included: what it costs alone
+
+Padding is not counted, and prompts that are read once for their group are not cheaper in this bill."""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_quest.data.batch import IGNORE
-from llm_quest.data.policy_batch import PolicyBatch
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
 from llm_quest.models.flops import Cost
 from llm_quest.rollouts.rollouts import Rollouts
 from llm_quest.rollouts.sample import Sample
@@ -37,16 +37,8 @@ class Meter:
                 self.flops += self.cost.decoding(before, len(sample.tokens))
                 self.flops += self.scorings * self.cost.forward(before + len(sample.tokens) - 1)
 
-    def trained(self, batches: Sequence[PolicyBatch]) -> None:
-        for batch in batches:
-            self.flops += sum(self.cost.training(length) for length in lengths(batch) if length)
-
-
-def lengths(batch: PolicyBatch) -> list[int]:
-    """Of each row up to its last target, padding left out."""
-    learned = batch.targets != IGNORE
-    found: list[int] = (learned.shape[1] - learned.flip(1).int().argmax(dim=1)).mul(learned.any(dim=1)).tolist()
-    return found
+    def trained(self, rows: Sequence[PolicyRow]) -> None:
+        self.flops += sum(self.cost.training(row.length) for row in rows)
 
 
 class Metered:
@@ -57,7 +49,7 @@ class Metered:
 
     def at(self, step: int) -> list[PolicyBatch]:
         batches = self.rollouts.at(step)
-        self.meter.trained(batches)
+        self.meter.trained(self.rollouts.minibatch(step % self.rollouts.plan.steps))
         notes = {**batches[0].notes, "teraflops": (self.meter.flops / TERA, 1.0)}
         return [replace(batches[0], notes=notes), *batches[1:]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llm_quest.data.policy_batch import PolicyRow, policy_batch
+from llm_quest.data.policy_batch import PolicyRow
 from llm_quest.models.flops import Cost
-from llm_quest.rollouts.metered import Meter, lengths
+from llm_quest.rollouts.metered import Meter
 from llm_quest.rollouts.sample import Sample
 
 COST = Cost(token=100.0, pair=0.0)
@@ -26,12 +26,10 @@ def test_a_prompt_is_read_once_for_its_group_and_the_last_token_never():
     assert scored.flops == 100 * (4 + 2) + 2 * 100 * (6 + 4)
 
 
-def test_training_is_three_passes_over_what_is_learned_from_padding_left_out():
+def test_training_is_three_passes_over_each_row_alone():
     value = np.ones(2, np.float32)
     rows = [PolicyRow((1, 2, 3), (4, 5), value, value), PolicyRow((1,), (4, 5), value, value)]
-    batch = policy_batch(rows)
-    assert lengths(batch) == [4, 2]
-    assert lengths(policy_batch([])) == [0]
     meter = Meter(COST)
-    meter.trained([batch, policy_batch([])])
+    meter.trained(rows)
+    meter.trained([])
     assert meter.flops == 3 * 100 * (4 + 2)
