@@ -39,6 +39,7 @@ HUB_WORDS = "tests/models/test_page.py -k mimos_released"
 CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
 
 LORA = "tests/techniques/test_lora.py"
+RPT, RPT_ASK = "tests/recipes/test_rpt.py", "tests/rollouts/test_foretelling.py"
 
 MUTATIONS = (
     Mutation("Gemma: norms scale by weight, not 1 + weight", "layers/norm.py", "1 + self.weight.to(wide)", "self.weight.to(wide)", GEMMA),
@@ -235,4 +236,22 @@ MUTATIONS = (
     Mutation("adapter: parts of a published matrix share B's columns", "hub/peft.py", "        column += one.A.shape[0]\n", "", "tests/hub/test_adapters.py -k gives_the_same_logits_in_peft"),
     Mutation("int8: one scale for the whole matrix", "layers/int8.py", "wide.abs().amax(dim=-1) / 127", "wide.abs().amax().expand(wide.shape[:-1]) / 127", "tests/techniques/test_int8.py"),
     Mutation("a saved technique is taken for the plain model", "hub/config.py", "    if is_published(techniques):", "    if True:", "tests/recipes/test_techniques.py -k transformers"),
+    Mutation("RPT: the text is encoded anew", "rollouts/foretelling.py", "prompt = (self.start, *self.before, *map(int, ids[1:place]), *self.after)", "prompt = (self.start, *self.before, *map(int, sorted(ids[1:place])), *self.after)", RPT_ASK),
+    Mutation("RPT: the next token stands in the question", "rollouts/foretelling.py", "*map(int, ids[1:place]), *self.after)", "*map(int, ids[1 : place + 1]), *self.after)", RPT_ASK),
+    Mutation("RPT: places inside a character are asked for", "rollouts/foretelling.py", 'return "" if any(whole(text[:end]) for end in boundaries(truth)) else INSIDE', 'return ""', RPT_ASK),
+    Mutation("RPT: the document's end is asked for", "rollouts/foretelling.py", "return END\n", 'return ""\n', RPT_ASK),
+    Mutation("RPT: the reward wants the opened tag again", "rollouts/prefix_match.py", "answer_of(self.opening + sample.text)", "answer_of(sample.text)", "tests/rollouts/test_prefix_match.py"),
+    Mutation("RPT: read straight off one place too late", "rollouts/buckets.py", "bool(hits[row, place - 1])", "bool(hits[row, min(place, hits.shape[1] - 1)])", "tests/rollouts/test_buckets.py"),
+    Mutation("RPT: thinking is sampled where it is measured", "rollouts/buckets.py", "Sampling(temperature=0.0)", "Sampling(temperature=1.0)", "tests/rollouts/test_buckets.py"),
+    Mutation("RPT: a nested set is its bucket alone", "rollouts/buckets.py", "if at >= number", "if at == number", "tests/rollouts/test_buckets.py"),
+    Mutation("RPT: padding is a place", "rollouts/positions.py", "row[: len(documents[number]) - 1].tolist(), start=1)", "row.tolist(), start=1)", "tests/rollouts/test_positions.py"),
+    Mutation("RPT: a prompt is billed once per sample", "rollouts/metered.py", "self.flops += self.cost.decoding(before, len(sample.tokens))", "self.flops += self.cost.decoding(before, len(sample.tokens)) + self.cost.forward(before)", "tests/rollouts/test_metered.py"),
+    Mutation("RPT: training is billed as one pass", "models/flops.py", "return 3 * self.forward(length)", "return self.forward(length)", "tests/models/test_flops.py tests/rollouts/test_metered.py"),
+    Mutation("RPT: the bill begins anew on resuming", "rollouts/metered.py", 'self.meter.flops = bookmark["flops"]', "self.meter.flops = 0.0", RPT),
+    Mutation("RPT: places are searched at every start", "recipes/rpt_text.py", "if (found := kept(folder, key)) is not None:", "if (found := kept(folder, key)) is None and found:", RPT),
+    Mutation("RPT: held-out documents are training documents", "recipes/rpt_text.py", 'worked(task, "validation", HELD_OUT, stream)', 'worked(task, "train", HELD_OUT, stream)', RPT),
+    Mutation("RPT's control gets a step less", "recipes/rpt_control.py", "while spent.at(steps) < teraflops * TERA:", "while spent.at(steps + 1) < teraflops * TERA:", RPT),
+    Mutation("RPT's control learns every token for `selected`", "data/whole.py", "np.arange(1, end + 1) if learn is None else", "np.arange(1, end + 1) if True else", "tests/data/test_worked.py"),
+    Mutation("RPT: the proxy is the model after the thoughts", "recipes/rpt_start.py", "    proxy = copy.deepcopy(model)\n    thinks(config, part, model, tokenizer, out / \"warmup\", parallel, say)", "    thinks(config, part, model, tokenizer, out / \"warmup\", parallel, say)\n    proxy = copy.deepcopy(model)", RPT),
+    Mutation("marked: the first of two answers counts", "rollouts/verifiers.py", "judged(number(after) if before", 'judged(number(after.partition(ANSWER)[0]) if before', "tests/rollouts/test_verifiers.py -k 'right or hostile'"),
 )  # fmt: skip

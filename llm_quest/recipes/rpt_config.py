@@ -38,11 +38,14 @@ class Passages(Data):
         return self.documents or 8000
 
     @model_validator(mode="after")
-    def documents_of_a_task(self) -> Passages:
-        if self.documents is not None and not self.task:
+    def keys_of_the_source(self) -> Passages:
+        if not self.task and self.documents is not None:
             raise ValueError(
-                f"data.documents has no effect on {self.source}, which has the documents it has; leave out"
+                f"data.documents has no effect on {self.source}, whose documents are what they are: leave out"
             )
+        for name in ("column", "separator", "held_out") if self.task else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
         return self
 
 
@@ -126,6 +129,10 @@ class Rpt(Policy):
             )
         if not fresh and self.schooling is not None:
             raise ValueError("schooling has no effect on a model that is loaded; leave it out (schooling=null)")
+        if fresh and (self.ask.before or self.ask.after != THINK):
+            raise ValueError(
+                "a fresh model is taught to think behind the text alone; leave ask.before and ask.after out"
+            )
         if any(tag in self.ask.after.removesuffix(THINK) for tag in (THINK, THOUGHT, SAY, SAID)):
             raise ValueError(f"ask.after may end with {THINK} and hold no other tag of the answer's form")
         return self

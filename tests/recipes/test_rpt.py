@@ -14,6 +14,7 @@ from llm_quest.recipes.config import resolve
 from llm_quest.recipes.rpt import train_rpt
 from llm_quest.recipes.rpt_config import Rpt, RptControl
 from llm_quest.recipes.rpt_control import train_rpt_control
+from llm_quest.recipes.rpt_text import problems_of
 from llm_quest.recipes.yaml import merge, read
 from tests.recipes.tuned import metrics, weights
 
@@ -91,6 +92,14 @@ def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[s
     assert load(out).config.vocab == load(out / "base").config.vocab
 
 
+def test_no_held_out_document_is_learned_from():
+    config = resolve(Rpt, merge(read(RECIPE, "recipe.yaml"), []))
+    train, held = problems_of(config.data, config.seed)
+    assert train
+    assert held
+    assert not {one.key for one in train} & {one.key for one in held}
+
+
 def test_a_resumed_run_has_the_same_bits_the_same_places_and_the_same_bill(
     done: tuple[Path, list[str]], tmp_path: Path
 ):
@@ -163,7 +172,9 @@ def test_a_text_file_is_read_in_the_models_own_ids(done: tuple[Path, list[str]],
         (["data.source=builtin", "data.documents=null"], "only a task's documents"),
         (["data.source=builtin"], "data.documents has no effect on builtin"),
         (["model=null", "model.load=x"], "schooling has no effect"),
-        (["ask.after=<answer>"], "no other tag"),
+        (["data.held_out=0.2"], "data.held_out has no effect on a task"),
+        (["ask.before=Think."], "leave ask.before and ask.after out"),
+        (["model=null", "model.load=x", "schooling=null", "ask.after=<answer>"], "no other tag"),
         (["reward=prefx"], "did you mean 'prefix'"),
         (["select.above=-1"], "select.above"),
         (["rollout.top_p=0.9"], "another distribution"),
