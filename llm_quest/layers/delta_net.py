@@ -5,16 +5,13 @@ its key, and corrects it towards its value:
 
       S <- e^g S          error = v - S^T k          S <- S + k (beta error)^T          o = S^T q
 
-`recurrent` is that definition, one token after another. `chunked` does 64 tokens at a time: inside a chunk the
-corrections depend on each other through a unit lower-triangular matrix, which one triangular solve inverts (eq. 8-10
-there):
+`recurrent` is that definition, one token after another. `chunked` does 32 tokens at a time: inside a chunk the
+corrections depend on each other through a unit lower-triangular matrix, which one triangular solve inverts before any
+state is known (eq. 8-10 there):
 
-      L = strict_lower(beta k k^T D)        v' = (I + L)^-1 beta (v - e^G k S)
-      o = e^G q S + lower(q k^T D) v'       S <- e^G_end S + (e^(G_end - G) k)^T v'
+      L = strict_lower(beta k k^T D)        A = (I + L)^-1 diag(beta)       U = A v       W = A (e^G k)
+      v' = U - W S      o = e^G q S + lower(q k^T D) v'      S <- e^G_end S + (e^(G_end - G) k)^T v'
       D_ij = e^(G_i - G_j), G = cumsum(g)
-
-Differs: the paper solves for all chunks at once, before any state is known, with the columns beta v and beta e^G k side
-by side; one chunk after another has half the columns.
 
 Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and poisons the gradients unless it is masked *before*
 the exponential; everything here runs in float32; the norm comes before the output gate; padding must neither fade nor
@@ -35,7 +32,8 @@ from llm_quest.layers.projections import Projections
 from llm_quest.layers.state import Moment, StateCache
 from llm_quest.scope import Scope
 
-CHUNK = 64
+CHUNK = 32
+TOGETHER = 4
 
 
 class Rule(Protocol):
@@ -78,37 +76,54 @@ def chunked(
     segments: Int[Tensor, "B T"] | None = None,
     size: int = CHUNK,
 ) -> tuple[Float[Tensor, "B T H dv"], Float[Tensor, "B H dk dv"]]:
-    """The same, `size` tokens at a time. Rows are filled up with tokens that neither fade nor write."""
+    """The same, `size` tokens at a time. Rows are filled up with tokens that neither fade nor write. So many chunks are
+    prepared at once as leave what is made of them in the processor's cache until it is used."""
     batch, length, heads = q.shape[:3]
     missing = -length % size
-    q, k, v, g, beta = (cut(part, missing, size) for part in (q, k, v, g, beta))
+    parts = [filled(part, missing).split(TOGETHER * size, dim=1) for part in (q, k, v, g, beta)]
+    if segments is not None:
+        parts += [part.split(TOGETHER) for part in boundaries(cut_row(segments, missing, size), heads)]
+    outputs, S = [], state.flatten(0, 1)
+    for now in zip(*parts, strict=True):
+        made = prepared(*(cut(part, size) for part in now[:5]), Boundaries(*now[5:]) if segments is not None else None)
+        # unbind, not an index: the backward of `part[n]` builds a gradient of the full size for every chunk
+        for U, W, inside, q_in, k_end, fade in zip(*(part.unbind() for part in made), strict=True):
+            corrected = torch.baddbmm(U, W, S, alpha=-1)
+            outputs.append((q_in @ S).baddbmm_(inside, corrected))
+            S = (S * fade).baddbmm_(k_end, corrected)
+    o = torch.stack(outputs).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    return o[:, :length], S.unflatten(0, (batch, heads))
+
+
+def prepared(
+    q: Float[Tensor, "N R C dk"],
+    k: Float[Tensor, "N R C dk"],
+    v: Float[Tensor, "N R C dv"],
+    g: Float[Tensor, "N R C"],
+    beta: Float[Tensor, "N R C"],
+    same: Boundaries | None,
+) -> tuple[Tensor, ...]:
+    """What N chunks of R rows need of each other before any state is known: U, W, lower(q k^T D), e^G q,
+    (e^(G_end - G) k)^T, e^G_end."""
     G = g.cumsum(dim=-1)
-    lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    same = None if segments is None else boundaries(cut_row(segments, missing, size), heads)
+    lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     kept = lower if same is None else lower & same.pairs
-    D = (G[..., :, None] - G[..., None, :]).masked_fill(~kept, float("-inf")).exp()
+    D = (G[..., :, None] - G[..., None, :]).masked_fill_(~kept, float("-inf")).exp_()
     from_start, to_end = G.exp(), D[..., -1, :]
+    fade = from_start[..., -1:, None]
     if same is not None:
         from_start, to_end = from_start * same.entered, to_end * same.continues[..., None]
-    fade = from_start[..., -1] if same is None else from_start[..., -1] * same.continues
-    parts = (
-        (k @ k.mT) * (D * beta[..., None]),
-        v * beta[..., None],
-        k * (beta * from_start)[..., None],
+        fade = from_start[..., -1:, None] * same.continues[..., None, None]
+    L = (k @ k.mT) * (D * beta[..., None])
+    A = torch.linalg.solve_triangular(L, torch.diag_embed(beta), upper=False, unitriangular=True)
+    return (
+        A @ v,
+        (A * from_start[..., None, :]) @ k,
         (q @ k.mT) * D,
         q * from_start[..., None],
         (k * to_end[..., None]).mT,
-        fade[..., None, None],
+        fade,
     )
-    outputs, S = [], state.flatten(0, 1)
-    # unbind, not an index: the backward of `part[n]` builds a gradient of the full size for every chunk
-    for L, v_in, k_in, inside, q_in, k_end, end in zip(*(part.unbind() for part in parts), strict=True):
-        wanted = torch.baddbmm(v_in, k_in, S, alpha=-1)
-        corrected = torch.linalg.solve_triangular(L, wanted, upper=False, unitriangular=True)
-        outputs.append(torch.baddbmm(q_in @ S, inside, corrected))
-        S = torch.baddbmm(S * end, k_end, corrected)
-    o = torch.stack(outputs).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    return o[:, :length], S.unflatten(0, (batch, heads))
 
 
 class Boundaries(NamedTuple):
@@ -134,10 +149,14 @@ def cut_row(segments: Int[Tensor, "B T"], missing: int, size: int) -> Int[Tensor
     return filled.unflatten(1, (-1, size)).transpose(0, 1)
 
 
-def cut(x: Tensor, missing: int, size: int) -> Tensor:
-    """(B,T,H,...) -> (N,R,C,...), R = B H. Rows are filled up with zeros."""
-    filled = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
-    chunks = filled.unflatten(1, (-1, size))
+def filled(x: Float[Tensor, "B T *rest"], missing: int) -> Float[Tensor, "B P *rest"]:
+    """Rows filled up with zeros."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x
+
+
+def cut(x: Float[Tensor, "B T H *rest"], size: int) -> Float[Tensor, "N R C *rest"]:
+    """R = B H rows of N chunks of C tokens."""
+    chunks = x.unflatten(1, (-1, size))
     return chunks.permute(1, 0, 3, 2, *range(4, chunks.dim())).flatten(1, 2).contiguous()
 
 
@@ -336,7 +355,7 @@ def one(done: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 def unit(x: Tensor) -> Tensor:
     """x / sqrt(sum x^2 + 1e-6) over the head."""
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
+    return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + 1e-6)
 
 
 def follow(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
