@@ -124,7 +124,7 @@ MUTATIONS = (
     Mutation("MiMo: modules are global", "models/mimo.py", "attention(config, config.window)), Sublayer", "attention(config, config.window + 100)), Sublayer", MIMO),
     Mutation("LatentMoE: shared expert left out", "layers/moe.py", "self.down(mixed).view_as(x) + self.shared(x, scope)", "self.down(mixed).view_as(x) + 0 * self.shared(x, scope)", MOE),
     Mutation("LatentMoE: ReLU instead of its square", "layers/moe.py", "return F.relu(h).square()", "return F.relu(h)", MOE),
-    Mutation("grouped experts: sum in the sorted order", "layers/grouped.py", "y.index_select(0, back).unflatten", "y.unflatten", MOE),
+    Mutation("grouped experts: sum in the sorted order", "layers/grouped.py", "F.embedding_bag(back.unflatten(0, (-1, top)), y", "F.embedding_bag(order.unflatten(0, (-1, top)), y", MOE),
     Mutation("grouped experts: weights in the tokens' order", "layers/moe.py", "weights.flatten().index_select(0, sorting.order)", "weights.flatten()", MOE),
     Mutation("ViT: tanh GELU", "models/vit.py", "MLP(config.width, config.hidden, F.gelu, bias=True)", 'MLP(config.width, config.hidden, lambda x: F.gelu(x, approximate="tanh"), bias=True)', VIT),
     Mutation("ViT: eps 1e-6 where the config is silent", "models/vit.py", 'published.get("layer_norm_eps", 1e-12)', 'published.get("layer_norm_eps", 1e-6)', VIT),

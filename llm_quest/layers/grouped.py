@@ -96,13 +96,13 @@ class Spread(Function):
 
 
 class Collect(Function):
-    """(N K,D) -> (N,D)."""
+    """(N K,D) -> (N,D). Gathered and summed in one pass: the sum is embedding_bag's, each token a bag of its K rows."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, back: Tensor, top: int) -> Tensor:
         ctx.save_for_backward(order, back)
         ctx.top = top
-        return y.index_select(0, back).unflatten(0, (-1, top)).sum(dim=1)
+        return F.embedding_bag(back.unflatten(0, (-1, top)), y, mode="sum")
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
