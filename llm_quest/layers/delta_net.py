@@ -85,7 +85,8 @@ def chunked(
         parts += [part.split(TOGETHER) for part in boundaries(cut_row(segments, missing, size), heads)]
     outputs, S = [], state.flatten(0, 1)
     for now in zip(*parts, strict=True):
-        made = prepared(*(cut(part, size) for part in now[:5]), Boundaries(*now[5:]) if segments is not None else None)
+        chunks = [cut(part, size) for part in now[:5]]
+        made = prepared(*chunks, same=Boundaries(*now[5:]) if segments is not None else None)
         # unbind, not an index: the backward of `part[n]` builds a gradient of the full size for every chunk
         for U, W, inside, q_in, k_end, fade in zip(*(part.unbind() for part in made), strict=True):
             corrected = torch.baddbmm(U, W, S, alpha=-1)
@@ -101,6 +102,7 @@ def prepared(
     v: Float[Tensor, "N R C dv"],
     g: Float[Tensor, "N R C"],
     beta: Float[Tensor, "N R C"],
+    *,
     same: Boundaries | None,
 ) -> tuple[Tensor, ...]:
     """What N chunks of R rows need of each other before any state is known: U, W, lower(q k^T D), e^G q,
