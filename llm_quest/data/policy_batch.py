@@ -21,7 +21,8 @@ Notes = Mapping[str, tuple[float, float]]
 @dataclass(frozen=True)
 class PolicyRow:
     """One sample, ready to learn from. advantages, sampled and the others are arrays (float32), one number per token
-    of `tokens`, the completion. old: scored again by the trainer; reference: by the reference policy."""
+    of `tokens`, the completion. old: scored again by the trainer; reference: by the reference policy. looks (tokens,
+    length): where the place that predicts each token looked when it was written."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -29,6 +30,7 @@ class PolicyRow:
     sampled: np.ndarray
     old: np.ndarray | None = None
     reference: np.ndarray | None = None
+    looks: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -54,6 +56,7 @@ class PolicyBatch:
     sampled: Float[Tensor, "B T"]
     old: Float[Tensor, "B T"] | None = None
     reference: Float[Tensor, "B T"] | None = None
+    looks: Float[Tensor, "B T T"] | None = None
     positions: Int[Tensor, "B T"] | None = None
     prefix: Prefix | None = None
     num_tokens: int = 0
@@ -75,6 +78,7 @@ class PolicyBatch:
 def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None, *, shared: bool = False) -> PolicyBatch:
     """Rows side by side, on the host; shared: equal prompts are read once. No rows: one token with nothing to learn, to
     carry the notes."""
+    assert not shared or all(row.looks is None for row in rows), "looks go over whole rows"
     made = laid([(row.prompt, row.tokens[:-1]) for row in rows] or [((0,), ())], shared=shared)
     targets = np.full(made.tokens.shape, IGNORE)
     more = [name for name in ("old", "reference") if rows and getattr(rows[0], name) is not None]
@@ -84,6 +88,8 @@ def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None, *, share
         targets[number, place] = row.tokens
         for name, value in values.items():
             value[number, place] = getattr(row, name)
+    if rows and rows[0].looks is not None:
+        values["looks"] = looks_laid(rows, made.firsts, made.tokens.shape[1])
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values.items()}
     return PolicyBatch(
         torch.from_numpy(made.tokens),
@@ -94,6 +100,15 @@ def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None, *, share
         notes=dict(notes or {}),
         **tensors,
     )
+
+
+def looks_laid(rows: Sequence[PolicyRow], firsts: Sequence[int], width: int) -> np.ndarray:
+    """Each row's looks (B,T,T), where its targets stand."""
+    laid_out = np.zeros((len(rows), width, width), np.float32)
+    for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+        assert row.looks is not None, "all rows have looks or none has"
+        laid_out[number, first : first + len(row.tokens), : row.length] = row.looks
+    return laid_out
 
 
 def alone(rows: Sequence[PolicyRow]) -> int:

@@ -28,7 +28,7 @@ from llm_quest.scope import Scope
 def looks(weights: Float[Tensor, "B H T T"]) -> Float[Tensor, "B T T"]:
     """Where each token looks: mean over heads, itself left out, summing to 1 again. The first token of a row sees only
     itself: its row is 0."""
-    seen = weights.mean(dim=1)
+    seen = weights.to(torch.promote_types(weights.dtype, torch.float32)).mean(dim=1)
     others = seen.masked_fill(torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device), 0.0)
     return others / others.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(others.dtype).tiny)
 
@@ -90,6 +90,11 @@ def looks_of(model: Any, tokens: Tensor) -> Float[Tensor, "B T T"]:
     """Where the tokens of plain rows look, at the model's tap."""
     records: dict[str, list[Any]] = {}
     model.hidden(tokens, Scope.plain(tokens, records=records))
+    return looks_in(records)
+
+
+def looks_in(records: dict[str, list[Any]]) -> Float[Tensor, "B T T"]:
+    """What the one tap of a pass recorded."""
     tapped = records.get("attention", [])
     if len(tapped) != 1:
         raise UsageError(

@@ -125,12 +125,14 @@ def scope_of(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> 
     return Scope(batch.positions, segments=batch.segments, records=records)
 
 
-def hidden_of(model: Any, batch: Any) -> Tensor:
+def hidden_of(model: Any, batch: Any, records: dict[str, list[Any]] | None = None) -> Tensor:
     """What the head reads at a batch's tokens (B,T,D). Beginnings that rows share are read once, into a cache, from
-    which every row goes on: the same numbers, and the same gradients, as if each were read in full."""
+    which every row goes on: the same numbers, and the same gradients, as if each were read in full. records: of plain
+    rows, what `Scope.records` is."""
     prefix: Prefix | None = batch.prefix
     if prefix is None:
-        return model.hidden(batch.tokens, scope_of(batch))  # type: ignore[no-any-return]
+        return model.hidden(batch.tokens, scope_of(batch, records))  # type: ignore[no-any-return]
+    assert records is None, "rows that share their beginnings leave no record of them"
     cache = model.new_cache(prefix.tokens.shape[0], prefix.reach)
     model.hidden(prefix.tokens, Scope(prefix.positions, cache=cache, reach=prefix.tokens.shape[1]))
     cache.keep(prefix.of)

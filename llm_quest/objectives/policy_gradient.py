@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llm_quest.contracts import Loss
 from llm_quest.data.policy_batch import PolicyBatch
 from llm_quest.errors import UsageError
+from llm_quest.objectives.attention_divergence import jensen_shannon, looks_in
 from llm_quest.objectives.divergence import KL, k3
 from llm_quest.objectives.entropy import entropies_of
 from llm_quest.objectives.log_probs import log_probs_of
@@ -69,8 +70,9 @@ class PolicyGradient(nn.Module):
 
     count: what the loss is divided by (`COUNTS`); horizon: the constant length that count "horizon" multiplies by.
     temperature: what the samples were drawn at. stale: delta of the off-policy sequence mask. entropy: coefficient of
-    the bonus. The policy is put into evaluation mode and stays there: dropout between sampling and scoring makes the
-    ratio wrong, and a backward that computes a block again must find the mode of the forward.
+    the bonus. looking: lambda of Reinforced Attention Learning (`attention_divergence`), for batches that hold looks
+    and a model with one tap. The policy is put into evaluation mode and stays there: dropout between sampling and
+    scoring makes the ratio wrong, and a backward that computes a block again must find the mode of the forward.
 
     metrics: ratio (before clipping), log_ratio (mean of its absolute value), clipped, kl (k3), and the batch's notes.
     `extremes` holds the smallest and largest ratio since it was last reset."""
@@ -85,6 +87,7 @@ class PolicyGradient(nn.Module):
         temperature: float = 1.0,
         kl: KL | None = None,
         entropy: float = 0.0,
+        looking: float = 0.0,
         correction: Correction | None = None,
         stale: float | None = None,
     ):
@@ -92,19 +95,29 @@ class PolicyGradient(nn.Module):
         require_sense(count, horizon, entropy, temperature)
         self.model: Any = model
         self.surrogate, self.count, self.horizon, self.temperature = surrogate, count, horizon, temperature
+        self.looking = looking
         self.kl, self.entropy, self.correction, self.stale = kl, entropy, correction, stale
         self.extremes = torch.ones(2)
 
     def forward(self, batch: PolicyBatch) -> Loss:
         if self.model.training:
             self.model.eval()
-        h = hidden_of(self.model, batch)
+        records: dict[str, list[Any]] | None = {} if self.looking and batch.looks is not None else None
+        h = hidden_of(self.model, batch, records)
         log_p = log_probs_of(self.model, h, batch.targets, self.temperature)
         entropies = entropies_of(self.model, h, batch.targets, self.temperature) if self.entropy else None
-        return self.loss(log_p, batch, entropies)
+        looks = None if records is None else looks_in(records)
+        return self.loss(log_p, batch, entropies, looks)
 
-    def loss(self, log_p: Float[Tensor, "B T"], batch: PolicyBatch, entropies: Tensor | None = None) -> Loss:
-        """The loss of given log-probabilities (and entropies, where there is a bonus)."""
+    def loss(
+        self,
+        log_p: Float[Tensor, "B T"],
+        batch: PolicyBatch,
+        entropies: Tensor | None = None,
+        looks: Float[Tensor, "B T T"] | None = None,
+    ) -> Loss:
+        """The loss of given log-probabilities (and entropies, where there is a bonus; and looks, where they are
+        learned)."""
         learn = batch.learn
         old = batch.sampled if batch.old is None else batch.old
         terms = Terms(log_p, (log_p - old) * learn, batch.advantages, learn)
@@ -114,9 +127,13 @@ class PolicyGradient(nn.Module):
             per_token = per_token + self.kl(log_p, need(batch.reference), terms.log_ratio)
         if entropies is not None:
             per_token = per_token - self.entropy * entropies
+        left = None if looks is None or batch.looks is None else jensen_shannon(looks, batch.looks)
+        if left is not None:
+            per_token = per_token + self.looking * batch.advantages * left
         w = WEIGHTS[self.count](learn)
         total = torch.where(learn, per_token * w, 0.0).sum()
-        return Loss(total, self.counted(learn), self.metrics(terms, held, batch, entropies))
+        more = {} if left is None else {"attention_divergence": left}
+        return Loss(total, self.counted(learn), self.metrics(terms, held, batch, entropies, more))
 
     def weights(self, terms: Terms, batch: PolicyBatch) -> Tensor:
         """What corrects for samples of another policy; the count stays what it was."""
@@ -142,7 +159,7 @@ class PolicyGradient(nn.Module):
 
     @torch.no_grad()
     def metrics(
-        self, terms: Terms, held: Tensor, batch: PolicyBatch, entropies: Tensor | None
+        self, terms: Terms, held: Tensor, batch: PolicyBatch, entropies: Tensor | None, more: dict[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         learn = terms.learn
         tokens = learn.sum(dtype=torch.float32)
@@ -153,7 +170,7 @@ class PolicyGradient(nn.Module):
                 torch.maximum(self.extremes[1].to(ratio), ratio.max()),
             ]
         )
-        summed = {"ratio": ratio, "log_ratio": terms.log_ratio.abs(), "clipped": held.float()}
+        summed = {"ratio": ratio, "log_ratio": terms.log_ratio.abs(), "clipped": held.float(), **more}
         if batch.reference is not None:
             summed["kl"] = k3(terms.log_p, batch.reference, terms.log_ratio)
         if entropies is not None:

@@ -16,7 +16,9 @@ import torch
 
 from llm_quest.contracts import Callback
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
+from llm_quest.objectives.attention_divergence import looks_of
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradient
 from llm_quest.objectives.surrogates import VARIANTS
@@ -29,6 +31,7 @@ from llm_quest.rollouts.rollouts import Ask, Plan, Rollouts, Scorer, Seen
 from llm_quest.rollouts.scoring import Judge, Scoring, Steps
 from llm_quest.rollouts.writer import Writer
 from llm_quest.techniques.lora import adapters_off, is_adapter
+from llm_quest.techniques.taps import Taps
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.step import autocast
 
@@ -82,9 +85,12 @@ def learner(
         steps=steps,
         keep_flat=config.rollout.keep_flat,
     )
+    if config.attention:
+        tapped(model)
     writer, plan = writer_of(config, model, tokenizer, parallel), plan_of(config)
     score = scorer(model, config) if plan.rescore else None
-    feed = Rollouts(model, ask, writer, scoring, plan, reference=reference, score=score, seen=seen)
+    look = looker(model) if config.attention else None
+    feed = Rollouts(model, ask, writer, scoring, plan, reference=reference, score=score, look=look, seen=seen)
     return Learner(objective_of(config, model), feed, riding)
 
 
@@ -97,14 +103,15 @@ def objective_of(config: Policy, model: Decoder) -> PolicyGradient:
         temperature=config.rollout.temperature,
         kl=config.kl_term(),
         entropy=config.entropy,
+        looking=config.attention,
         correction=config.sampler_correction(),
         stale=config.stale,
     )
 
 
 def plan_of(config: Policy) -> Plan:
-    """Prompts are shared through a cache, which a checkpointed block must not file in twice, and whose shapes a
-    compiled step would follow with ever new graphs."""
+    """Prompts are shared through a cache, which a checkpointed block must not file in twice, whose shapes a compiled
+    step would follow with ever new graphs, and which leaves no whole rows of attention to learn."""
     part = config.rollout
     return Plan(
         prompts=part.prompts,
@@ -113,11 +120,16 @@ def plan_of(config: Policy) -> Plan:
         minibatches=part.minibatches,
         draws=config.draws,
         micro_tokens=part.micro_tokens,
-        share_prompts=not config.compile and all(one["name"] != "checkpointing" for one in config.techniques),
+        share_prompts=shares_prompts(config),
         kl_in_reward=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
         rescore=config.correction is not None,
         seed=seeds.stream(config.seed, "sampling"),
     )
+
+
+def shares_prompts(config: Policy) -> bool:
+    checkpointed = any(one["name"] == "checkpointing" for one in config.techniques)
+    return not (config.compile or config.attention or checkpointed)
 
 
 def writer_of(config: Policy, model: Decoder, tokenizer: Tokenizer, parallel: Parallel) -> Writer:
@@ -131,6 +143,18 @@ def writer_of(config: Policy, model: Decoder, tokenizer: Tokenizer, parallel: Pa
         within=partial(autocast, precision(config.precision, parallel.device).value, parallel.device),
         at_once=config.rollout.at_once,
     )
+
+
+def tapped(model: Decoder) -> None:
+    """One tap, on the last layer, whose attention is learned."""
+    try:
+        Taps((-1,))(model)
+    except ValueError as error:
+        raise UsageError(f"attention cannot be learned on this model: {error}") from None
+
+
+def looker(model: Decoder) -> Scorer:
+    return lambda batch: looks_of(model, batch.tokens)
 
 
 def scorer(model: Decoder, config: Policy, *, off: bool = False) -> Scorer:

@@ -92,11 +92,32 @@ class Policy(Course):
     correction: Sampler | None = None
     stale: Rate | None = Field(default=None, description="off-policy sequence mask: nats a token")
     entropy: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
+    attention: float = Field(
+        default=0.0,
+        ge=0,
+        description="Reinforced Attention Learning: weight of the last layer's",
+    )
     patience: Count = Field(default=30, description="steps after which a run that cannot learn is stopped")
 
     @model_validator(mode="after")
     def numbers_of_the_variant(self) -> Policy:
         self.chosen_surrogate()
+        return self
+
+    @model_validator(mode="after")
+    def attention_can_be_learned(self) -> Policy:
+        if not self.attention:
+            return self
+        if self.rollout.updates * self.rollout.minibatches == 1:
+            raise ValueError(
+                "attention has no effect where a rollout is learned from once: the policy does not "
+                "differ from itself; set rollout.updates or rollout.minibatches to 2 or more, or leave it out"
+            )
+        named = {one["name"] for one in self.techniques} & {"taps", "checkpointing"}
+        if named:
+            raise ValueError(f"attention taps the last layer, which {named.pop()} disturbs: leave one out")
+        if self.compile is True:
+            raise ValueError("attention is read beside the pass, which a compiled pass cannot do: set compile=false")
         return self
 
     def chosen_surrogate(self) -> Surrogate:

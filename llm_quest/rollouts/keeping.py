@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_quest.data.policy_batch import PolicyRow
 
-ARRAYS = ("advantages", "sampled", "old", "reference")
+ARRAYS = ("advantages", "sampled", "old", "reference", "looks")
 
 
 def kept(row: PolicyRow) -> dict[str, Any]:
@@ -21,4 +21,6 @@ def kept(row: PolicyRow) -> dict[str, Any]:
 
 def taken(saved: Mapping[str, Any]) -> PolicyRow:
     arrays = {name: np.frombuffer(base64.b64decode(saved[name]), np.float32) for name in ARRAYS if name in saved}
+    if "looks" in arrays:  # a row of the matrix for each token
+        arrays["looks"] = arrays["looks"].reshape(len(saved["tokens"]), -1)
     return PolicyRow(tuple(saved["prompt"]), tuple(saved["tokens"]), **arrays)

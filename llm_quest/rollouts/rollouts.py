@@ -32,7 +32,7 @@ from llm_quest.rollouts.writer import Question, Writer, evaluating
 Ask = Callable[[int], Question]
 """Question number i of an endless list."""
 Scorer = Callable[[PolicyBatch], Tensor]
-"""A batch -> log-probabilities (B,T) of its targets."""
+"""A batch -> log-probabilities (B,T) of its targets, or one row of numbers (B,T,T) for each."""
 Seen = Callable[[Sequence[Sequence[Sample]], Tensor], None]
 """Groups and their rewards (R,P,G)."""
 
@@ -77,8 +77,9 @@ class Rollouts:
     """`Rollouts(policy, ask, writer, scoring, plan).at(step) -> micro-batches`.
 
     reference: scores a batch under the reference policy; needed by a KL term and by nothing else. score: under the
-    policy itself (for plan.rescore). seen: called with the groups of every rollout and their rewards, for whoever
-    wants to look (reports, a reward model's data)."""
+    policy itself (for plan.rescore). look: where its tokens look, kept with the rows (plan.share_prompts off). seen:
+    called with the groups of every rollout and their rewards, for whoever wants to look (reports, a reward model's
+    data)."""
 
     def __init__(
         self,
@@ -90,11 +91,12 @@ class Rollouts:
         *,
         reference: Scorer | None = None,
         score: Scorer | None = None,
+        look: Scorer | None = None,
         seen: Seen | None = None,
     ):
         require_sense(plan, scoring, reference, score)
         self.policy, self.ask, self.writer, self.scoring, self.plan = policy, ask, writer, scoring, plan
-        self.reference, self.score, self.seen = reference, score, seen
+        self.reference, self.score, self.look, self.seen = reference, score, look, seen
         self.asked = 0
         self.last = -1
         self.rollout: Rollout | None = None
@@ -140,6 +142,9 @@ class Rollouts:
         if self.reference is not None and not self.plan.kl_in_reward:
             theirs = self.scored(rows, self.reference)
             rows = [replace(row, reference=other) for row, other in zip(rows, theirs, strict=True)]
+        if self.look is not None:
+            looked = zip(rows, self.scored(rows, self.look), strict=True)
+            rows = [replace(row, looks=looks[:, : row.length]) for row, looks in looked]
         clock.append(time.perf_counter())
         seconds = {"seconds_sampling": (clock[1] - clock[0], 1.0), "seconds_scoring": (clock[2] - clock[1], 1.0)}
         return Rollout(number, rows, {**notes, "rows_kept": (len(rows), total(groups)), **seconds})

@@ -19,6 +19,7 @@ from llm_quest.objectives.attention_divergence import (
     looks,
     looks_of,
 )
+from llm_quest.objectives.policy_gradient import PolicyGradient
 from llm_quest.techniques.taps import Taps
 
 
@@ -108,6 +109,31 @@ def test_a_step_along_it_brings_the_attention_back():
             if parameter.grad is not None:
                 parameter -= 0.05 * parameter.grad / (parameter.grad.norm() + 1e-12)
     assert objective(batch).total < before.total
+
+
+@pytest.mark.parametrize("count", ["tokens", "sequences"])
+def test_in_a_policy_gradient_it_is_added_times_lambda_and_weighed_as_the_tokens_are(count: str):
+    model, given = case()
+    policy, batch = moved(model), replace(given.rows, looks=given.old)
+    plain = PolicyGradient(policy, count=count)(batch)
+    loss = PolicyGradient(policy, count=count, looking=0.5)(batch)
+    each = jensen_shannon(looks_of(policy, batch.tokens), given.old) * batch.advantages * batch.learn
+    own = each.sum() if count == "tokens" else (each.sum(dim=1) / batch.learn.sum(dim=1)).sum()
+    torch.testing.assert_close(loss.total, plain.total + 0.5 * own)
+    torch.testing.assert_close(loss.count, plain.count)
+    assert loss.metrics["attention_divergence"][0] > 0
+    assert torch.equal(PolicyGradient(policy, count=count, looking=0.0)(batch).total, plain.total)
+
+
+def test_vector_ral_1_in_a_policy_gradient():
+    """One learned token whose advantage is 2: the surrogate gives -2 (ratio 1), attention 0.5 x 2 x 0.066414."""
+    targets = torch.tensor([[-100, -100, 5]])
+    now, old = torch.zeros(2, 1, 3, 3)
+    now[0, 2], old[0, 2] = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    sampled = torch.full((1, 3), -0.7)
+    batch = PolicyBatch(torch.zeros(1, 3, dtype=torch.int64), targets, torch.full((1, 3), 2.0), sampled, looks=old)
+    loss = PolicyGradient(build("llama3.2-tiny"), count="tokens", looking=0.5).loss(sampled, batch, looks=now)
+    assert loss.total.item() == pytest.approx(-2.0 + 0.066414, abs=1e-6)
 
 
 def test_a_model_without_a_tap_is_told_so():

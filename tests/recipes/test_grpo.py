@@ -107,6 +107,25 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
     assert [row["step"] for row in metrics(out)] == list(range(1, 7))
 
 
+def test_attention_is_learned_beside_the_tokens_and_a_resumed_run_has_the_same_bits(warm: Path, tmp_path: Path):
+    """At the first update of a rollout the policy is the old one: no divergence, and the step of the plain run."""
+    pairs = from_(warm, "rollout.updates=2", "checkpoint.every=1", "steps=4")
+    started(tmp_path / "plain", *pairs, "attention=0")
+    started(tmp_path / "looking", *pairs, "attention=4.0")
+    rows = metrics(tmp_path / "looking")
+    assert rows[0]["attention_divergence"] < 1e-7 < 1e-5 < rows[1]["attention_divergence"]
+    one, two = (metrics(tmp_path / name) for name in ("plain", "looking"))
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-6)
+    assert "attention_divergence" not in one[1]
+    assert weights(tmp_path / "looking", 4) != weights(tmp_path / "plain", 4)
+    out = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "looking", out)
+    for step in (2, 3, 4):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    started(out, *pairs, "attention=4.0")
+    assert weights(out, 4) == weights(tmp_path / "looking", 4)
+
+
 def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):
     for name in ("one", "two"):
         started(tmp_path / name, *from_(warm, "steps=3"))
@@ -182,6 +201,9 @@ def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
         (["rewards=[{name: model}]"], "needs its folder"),
         (["rewards=[{name: correct, load: x}]"], "no effect"),
         (["rollout.group=0"], "whole number"),
+        (["attention=0.5"], "differ from itself"),
+        (["attention=0.5", "rollout.updates=2", "techniques=[taps]"], "taps disturbs"),
+        (["attention=0.5", "rollout.updates=2", "compile=true"], "compile=false"),
         (["variant=gropo"], "did you mean 'grpo'"),
     ],
 )
