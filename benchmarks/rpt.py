@@ -10,16 +10,17 @@
     python -m benchmarks.rpt runs/rpt-1 runs/rpt-2 runs/rpt-3 --out docs/rpt.svg
 
 A table of held-out accuracies by bucket (mean over seeds and its 95 % interval, Student's t), and the curves of the
-hard bucket over what was spent."""
+hard bucket over what was spent. Runs of the last two kinds may be missing."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_quest.papers.paper import span
+from llm_quest.papers.paper import Span, span
 
 BUCKETS = ("trivial", "easy", "medium", "hard")
 ARMS = (
@@ -52,12 +53,16 @@ def table(runs: Sequence[str]) -> Iterator[str]:
         there = [run + suffix for run in runs if Path(run + suffix, "foretold.json").is_file()]
         if len(there) == len(runs):
             spans = [span([share(run, when, kind, bucket) for run in there]) for bucket in BUCKETS]
-            yield f"| {name} | {' | '.join(f'{one.mean:.3f} ± {one.half:.3f}' for one in spans)} |"
+            yield f"| {name} | {' | '.join(map(shown, spans))} |"
     gains = [share(run, "after", "thought", "hard") - share(f"{run}-control", "after", "plain", "hard") for run in runs]
     yield f"\nRPT (after thinking) less its control (straight off), hard, paired by seed: {span(gains)}"
     for run in runs:
         told = [f"{name}: {share(run + suffix, when, kind, 'hard'):.3f}" for name, suffix, when, kind in ARMS[:5]]
         yield f"{run}, hard: {'; '.join(told)}"
+
+
+def shown(one: Span) -> str:
+    return f"{one.mean:.3f}" + (f" ± {one.half:.3f}" if math.isfinite(one.half) else "")
 
 
 def points(run: str, number: str) -> list[tuple[float, float]]:
@@ -73,9 +78,10 @@ def draw(runs: Sequence[str], file: str) -> None:
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.add_subplot()
         for name, suffix, number, colour in CURVES:
-            for place, run in enumerate(runs):
-                when, kind = ("before", number.partition("_")[0])
-                line = [(0.0, share(run, when, kind, "hard")), *points(run + suffix, number)]
+            there = [run for run in runs if Path(run + suffix, "metrics.jsonl").is_file()]
+            for place, run in enumerate(there):
+                began = (0.0, share(run, "before", number.partition("_")[0], "hard"))
+                line = [began, *points(run + suffix, number)]
                 axes.plot(*zip(*line, strict=True), color=colour, alpha=0.8, label=None if place else name)
         axes.set_xlabel("teraflops spent after the start")
         axes.set_ylabel("hard places foretold, held out")
