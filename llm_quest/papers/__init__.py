@@ -21,6 +21,12 @@ PAPERS: tuple[str, ...] = (
     "expert_bias",
     "number_token",
     "lora",
+    "noisy_teacher",
+    "reverse",
+    "variants",
+    "process",
+    "label_noise",
+    "overoptimization",
 )
 
 

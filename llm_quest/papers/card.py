@@ -92,7 +92,8 @@ def picture(paper: Paper, results: Results, file: Path) -> None:
             for line in lines:
                 axes.plot(*zip(*line, strict=True), color=COLOURS[number % len(COLOURS)], linewidth=0.7, alpha=0.35)
             if lines:
-                axes.plot(*mean(lines), color=COLOURS[number % len(COLOURS)], linewidth=2, label=arm)
+                style = "-" if number < len(COLOURS) else "--"
+                axes.plot(*mean(lines), style, color=COLOURS[number % len(COLOURS)], linewidth=2, label=arm)
         axes.set_xlabel(paper.picture.x)
         axes.set_ylabel(paper.picture.y)
         if paper.picture.log:

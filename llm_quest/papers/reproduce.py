@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import importlib
 import inspect
 import json
 import math
 import multiprocessing
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,11 +22,12 @@ from typing import Any
 import torch
 
 from llm_quest.disk import replace_json
-from llm_quest.papers import lab, paper
+from llm_quest.papers import paper
 from llm_quest.papers.paper import Measured, Paper, Results
 
 Say = Callable[[str], None]
 Piece = tuple[str, int]
+BENCH = re.compile(r"^from llm_quest\.papers\.(\w+) import", re.MULTILINE)
 
 
 def reproduce(name: str, *, seeds: int, out: Path, jobs: int, say: Say) -> Results:
@@ -62,10 +65,15 @@ def measure(name: str, arm: str, seed: int) -> Measured:
 
 
 def fingerprint(chosen: Paper) -> str:
-    """Of the code that measures: a paper's own file and the lab."""
+    """Of the code that measures: a paper's own file and the benches of this room that it imports."""
     own = inspect.getmodule(chosen.judge)
     assert own is not None, "a judge is a function of the paper's file"
-    return hashlib.sha256((inspect.getsource(own) + inspect.getsource(lab)).encode()).hexdigest()[:16]
+    source = inspect.getsource(own)
+    benches = sorted(set(BENCH.findall(source)) - {"paper"})
+    whole = source + "".join(
+        inspect.getsource(importlib.import_module(f"llm_quest.papers.{bench}")) for bench in benches
+    )
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def kept(file: Path, chosen: Paper) -> Results:

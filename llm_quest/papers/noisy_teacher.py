@@ -1,0 +1,41 @@
+"""Reinforcement learning from verifiable rewards (DeepSeek-R1, arXiv:2501.12948) where the teacher is wrong half of the
+time: imitation converges to the teacher, a verifier does not."""
+
+from __future__ import annotations
+
+from llm_quest.data.problems.addition import Addition
+from llm_quest.papers.paper import Paper, Picture, Results, Verdict
+from llm_quest.papers.school import School, ahead, arms
+
+SCHOOL = School(
+    name="noisy_teacher", task=Addition(digits=2, noise=0.5), width=96, layers=2, lessons=700, rate=2e-3,
+    prompts=64, new_tokens=5, steps=120, every=15,
+)  # fmt: skip
+RATE, POINTS = 3e-4, 0.15
+ARMS = arms(SCHOOL, RATE)
+
+
+def judge(results: Results) -> Verdict:
+    return ahead(results, "greedy", POINTS)
+
+
+PAPER = Paper(
+    name="noisy_teacher",
+    title="DeepSeek-R1: rewards that can be verified, and a teacher who is often wrong",
+    arxiv="2501.12948",
+    claim="Rewards that a program checks take a policy past the demonstrations it began with; more of the same "
+    "demonstrations do not.",
+    experiment="Sums of numbers of one and two digits. The teacher forgets to carry in half of his answers. A Llama "
+    f"of {SCHOOL.width} x {SCHOOL.layers} learns from him for {SCHOOL.lessons} steps of 64 rows; then every arm has "
+    f"{SCHOOL.steps} steps of {SCHOOL.rows} rows at {RATE:g}: GRPO on {SCHOOL.prompts} questions x {SCHOOL.group} "
+    "samples; more of the teacher (the control); the beginner's own right samples out of as many; GRPO on the toss "
+    f"of a coin; GRPO on the form of the answer. Held out: {SCHOOL.finals} sums that no step has seen, answered "
+    f"greedily; mean@8 and pass@8 of {SCHOOL.exam} of them.",
+    confirms=f"GRPO's greedy accuracy is {POINTS:.0%} or more above that of more teaching and the 95 % interval of "
+    "the paired difference lies above zero, as do those to the coin and to the form.",
+    refutes="It lies below that of more teaching, likewise.",
+    arms=ARMS,
+    judge=judge,
+    picture=Picture("step", "held-out greedy accuracy"),
+    minutes=8,
+)
