@@ -11,7 +11,7 @@ from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.train.optimizers import adamw
 
-STEPS, RATE, MARGIN = 250, 3e-3, 0.03
+STEPS, RATE, MARGIN = 250, 2e-3, 0.03
 
 
 def arm(technique: DyT | None) -> Callable[[int], Measured]:

@@ -14,7 +14,7 @@ from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
 from llm_quest.techniques.expert_bias import BalanceExperts
 from llm_quest.train.optimizers import adamw
 
-STEPS, RATE, TAIL = 300, 3e-3, 10
+STEPS, RATE, TAIL = 300, 2e-3, 10
 VIOLATION = "max_violation"
 COST = 0.02
 """Nats of held-out loss that count as a cost."""

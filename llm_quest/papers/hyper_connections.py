@@ -12,7 +12,7 @@ from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict, j
 from llm_quest.techniques.hyper_connections import HyperConnections
 from llm_quest.train.optimizers import adamw
 
-STEPS, RATE, DEPTHS = 150, 3e-3, (3, 9)
+STEPS, RATE, DEPTHS = 150, 2e-3, (3, 9)
 
 
 def arm(depth: int, technique: HyperConnections | None) -> Callable[[int], Measured]:

@@ -23,7 +23,7 @@ def base(seed: int) -> Decoder:
 
     def make() -> Decoder:
         model = fresh(small_llama(), seed)
-        trained(NextToken(model), text().feed(seed), adamw(model, lr=3e-3), steps=BASE_STEPS, seed=seed)
+        trained(NextToken(model), text().feed(seed), adamw(model, lr=2e-3), steps=BASE_STEPS, seed=seed)
         return model
 
     return remembered("lora-base", seed, small_llama(), make)
@@ -44,7 +44,7 @@ def arm(technique: Technique | None, rate: float) -> Callable[[int], Measured]:
 
 
 ARMS = {
-    "full": arm(None, 1e-3),
+    "full": arm(None, 2e-3),
     "LoRA, rank 8": arm(LoRA(rank=8), 5e-3),
     "LoRA, rank 1": arm(LoRA(rank=1), 5e-3),
     "TinyLoRA": arm(TinyLoRA(), 2e-2),

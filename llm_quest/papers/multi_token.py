@@ -17,7 +17,7 @@ from llm_quest.scope import Scope
 from llm_quest.techniques.multi_token import MultiToken
 from llm_quest.train.optimizers import adamw
 
-STEPS, RATE, WEIGHT, COST, WANTED = 300, 3e-3, 0.3, 0.03, 0.3
+STEPS, RATE, WEIGHT, COST, WANTED = 300, 2e-3, 0.3, 0.03, 0.3
 
 
 def arm(depth: int) -> Callable[[int], Measured]:

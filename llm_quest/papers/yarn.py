@@ -20,7 +20,7 @@ from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
 from llm_quest.techniques.length import LengthExtension
 from llm_quest.train.optimizers import adamw
 
-SHORT, FACTOR, STEPS, ROWS, RATE = 64, 4, 700, 32, 3e-3
+SHORT, FACTOR, STEPS, ROWS, RATE = 64, 4, 700, 32, 2e-3
 LONG = SHORT * FACTOR
 ALPHABET = 64
 """How many different tokens a text that is to be repeated is made of."""
