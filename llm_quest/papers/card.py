@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.disk import write_text
+from llm_quest.disk import replace_text
 from llm_quest.papers.paper import Paper, Results, Verdict
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
@@ -44,7 +44,7 @@ def draw(paper: Paper, results: Results, out: Path) -> Card:
     verdict = paper.judge(results)
     picture(paper, results, out / f"{paper.name}.svg")
     file = out / f"{paper.name}.md"
-    write_text(file, page(paper, results, verdict))
+    replace_text(file, page(paper, results, verdict))
     return Card(paper, results, verdict, file)
 
 

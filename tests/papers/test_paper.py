@@ -86,6 +86,7 @@ def test_the_card_holds_the_verdict_the_picture_and_the_table(tmp_path: Path) ->
         paper("muon"), judge=lambda r: judged(r.difference("Muon", "AdamW", "loss"), "by a tenth", wanted="negative")
     )
     card = draw(chosen, found, tmp_path)
+    assert draw(chosen, found, tmp_path).file == card.file, "a card is drawn again by the same command"
     page = card.file.read_text()
     assert "## Verdict: confirmed" in page
     assert "by a tenth" in page
