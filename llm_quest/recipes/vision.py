@@ -24,7 +24,7 @@ from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.loop import train
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
-from llm_quest.train.schedule import schedule
+from llm_quest.train.schedule import schedule, slowed
 
 Say = Callable[[str], None]
 
@@ -32,7 +32,8 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Job:
     """What a recipe has assembled. identity: name -> hash of what a run may not change; facts: about the images, for
-    the report; by_adamw: what Muon leaves to AdamW; tokenizer: of a model that speaks."""
+    the report; by_adamw: what Muon leaves to AdamW; tokenizer: of a model that speaks;
+    slower: from this step on so much of the rate is left."""
 
     objective: nn.Module
     feed: Feed
@@ -42,6 +43,7 @@ class Job:
     facts: Mapping[str, Any]
     by_adamw: Sequence[str] = ("embed.", "head.")
     tokenizer: Tokenizer | None = None
+    slower: tuple[int, float] = (0, 1.0)
 
     @property
     def model(self) -> Any:
@@ -84,7 +86,7 @@ def carried_out(
             job.objective,
             job.feed,
             optimizer(config.optimizer, job.model, job.by_adamw),
-            schedule(config.steps, **config.schedule.model_dump()),
+            slowed(schedule(config.steps, **config.schedule.model_dump()), *job.slower),
             loop_settings(config),
             run,
             parallel=parallel,

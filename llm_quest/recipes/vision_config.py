@@ -183,4 +183,7 @@ class Vlm(Looking):
         default=("tower", "adapter", "decoder"), min_length=1
     )
     batch: SightRows = SightRows()
+    questions_rate: float = Field(
+        default=1.0, gt=0, le=1, description="of the rate, how much is left after the first batch.captions steps"
+    )
     evaluate: Answers = Answers()

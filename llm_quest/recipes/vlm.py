@@ -80,7 +80,8 @@ def assembled(config: Vlm, parallel: Parallel, say: Say, samples: Path | None = 
     probe = Answering(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every, samples)
     identity = {"sights": sights.hash, "tokenizer": tokenizer.hash}
     facts = {"corpus": {"name": config.sights.file or config.sights.source}}
-    return Job(Captioning(model), feed, probe, preprocess, identity, facts, BY_ADAMW, tokenizer)
+    slower = (config.batch.captions, config.questions_rate)
+    return Job(Captioning(model), feed, probe, preprocess, identity, facts, BY_ADAMW, tokenizer, slower)
 
 
 def statistics(config: Vlm) -> Preprocess:

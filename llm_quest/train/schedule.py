@@ -42,6 +42,11 @@ def schedule(
     return multiplier
 
 
+def slowed(rate: Schedule, after: int, factor: float) -> Schedule:
+    """The same, times `factor` from step `after` on."""
+    return lambda step: rate(step) * (factor if step >= after else 1.0)
+
+
 def cosine(done: float, decay_fraction: float) -> float:
     """Half a cosine from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * done))

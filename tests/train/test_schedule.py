@@ -1,6 +1,6 @@
 import pytest
 
-from llm_quest.train.schedule import SHAPES, schedule
+from llm_quest.train.schedule import SHAPES, schedule, slowed
 
 
 def test_every_shape_warms_up_to_one_and_ends_at_its_floor():
@@ -16,6 +16,13 @@ def test_the_shapes_in_the_middle_are_as_on_the_blackboard():
     assert schedule(100)(25) == pytest.approx(0.8535534)
     assert schedule(100, shape="linear")(25) == pytest.approx(0.75)
     assert [schedule(100, shape="wsd")(step) for step in (0, 79, 80, 90, 95)] == pytest.approx([1, 1, 1, 0.5, 0.25])
+
+
+def test_a_slowed_rate_is_the_same_until_its_step_and_a_part_of_it_from_there_on():
+    plain = schedule(100, shape="wsd")
+    rate = slowed(plain, 40, 0.3)
+    assert [rate(step) for step in (0, 39)] == [1, 1]
+    assert [rate(step) for step in (40, 79, 90)] == pytest.approx([0.3, 0.3, 0.15])
 
 
 def test_no_warm_up_starts_at_the_peak_and_all_warm_up_is_allowed():
