@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_an_arm_measures_the_same_bits_again_and_other_seeds_other_bits(
     first, again, other = measure("muon", "Muon", 1), measure("muon", "Muon", 1), measure("muon", "Muon", 2)
     assert first == again
     assert first.numbers["held-out loss"] != other.numbers["held-out loss"]
-    assert 5 < first.numbers["held-out loss"] < 8
+    assert 0 < first.numbers["held-out loss"] < math.log(VOCAB), "three steps have taught something"
 
 
 def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
