@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from llm_quest.data.prefix import Prefix
 
 IGNORE = -100
 
@@ -21,8 +18,7 @@ class TokenBatch:
     learned.
 
     positions (B,T): -1 for padding; None means plain rows that count from zero. segments (B,T): which of a packed row's
-    documents a token belongs to; None means one document per row. prefix: beginnings that rows go on from (then
-    positions are given, and there are no segments).
+    documents a token belongs to; None means one document per row. prefix: none is shared (as in `PolicyBatch`).
 
         tokens      <s>  a   b   <s>  c   <s>        two documents, "a b" and "c", and the beginning of a third
         targets      a   b  </s>  c  </s>  d         the last target is the true next token, in the next row
@@ -34,8 +30,8 @@ class TokenBatch:
     targets: Int[Tensor, "B T"]
     positions: Int[Tensor, "B T"] | None = None
     segments: Int[Tensor, "B T"] | None = None
-    prefix: Prefix | None = None
     counted: int | None = field(default=None, repr=False, compare=False)
+    prefix: ClassVar[None] = None
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +51,6 @@ class TokenBatch:
             move(self.targets),
             None if self.positions is None else move(self.positions),
             None if self.segments is None else move(self.segments),
-            None if self.prefix is None else self.prefix.to(device),
             self.num_tokens,
         )
 

@@ -1,4 +1,4 @@
-"""Beginnings that several rows share, read once: a group of samples of one question, two answers to compare.
+"""Beginnings that several rows share, read once: the prompt of a group of samples.
 
     plain    p0 p1 p2 a b        shared    beginnings   p0 p1        rows   p2 a b     each goes on from
              p0 p1 p2 c d                                                   p2 c d     its beginning (of)
@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-from llm_quest.data.batch import IGNORE, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,3 @@ def padded(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.nda
     for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
         tokens[r, : len(row)], positions[r, : len(row)] = row, np.arange(start, start + len(row))
     return tokens, positions
-
-
-def whole(batch: TokenBatch) -> TokenBatch:
-    """The rows with their beginnings in front of them, each read in full."""
-    prefix = batch.prefix
-    if prefix is None or batch.positions is None:
-        return batch
-    ignored = torch.full_like(prefix.tokens, IGNORE)
-    parts = [(prefix.tokens, batch.tokens), (ignored, batch.targets), (prefix.positions, batch.positions)]
-    tokens, targets, positions = (torch.cat([before[prefix.of], own], dim=1) for before, own in parts)
-    return TokenBatch(tokens, targets, positions)

@@ -22,8 +22,6 @@ from llm_quest.scope import Band, Plain, Scope, Sight
 
 Visible = Bool[Tensor, "B T S"] | Plain | Band
 
-SHORT = 160
-
 
 class Attend(Protocol):
     """q (B,T,H,d), k (B,S,G,d), v (B,S,G,dv), who sees whom -> (B,T,H,dv)."""
@@ -118,10 +116,6 @@ def fused_attention(
 
     The kernel knows no sink: it becomes one more key, of zeros, whose score is the sink itself, with a value of
     zeros."""
-    if slow_way_back(q, k):
-        with torch.autocast(q.device.type, enabled=False):
-            wide = (q.float(), k.float(), v.float())
-            return fused_attention(*wide, visible, scale=scale, dropout=dropout, sink=sink).to(q.dtype)
     if isinstance(visible, Band):
         return banded_attention(q, k, v, visible.window, scale=scale, dropout=dropout, sink=sink)
     if sink is not None:
@@ -145,13 +139,6 @@ def fused_attention(
         enable_gqa=groups != heads,
     )
     return out.transpose(1, 2)
-
-
-def slow_way_back(q: Tensor, k: Tensor) -> bool:
-    """On a processor the kernel's backward pass in 16 bits repacks every head of every row: with few keys it takes two
-    to ten times as long as in float32 (docs/LOG.md, 2026-11-24), from 200 keys on less."""
-    short = k.shape[1] <= SHORT and q.dtype in (torch.bfloat16, torch.float16) and q.device.type == "cpu"
-    return short and q.requires_grad and torch.is_grad_enabled()
 
 
 def banded_attention(

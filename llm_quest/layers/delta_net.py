@@ -147,8 +147,8 @@ def boundaries(segments: Int[Tensor, "N B C"], heads: int) -> Boundaries:
 
 def cut_row(segments: Int[Tensor, "B T"], missing: int, size: int) -> Int[Tensor, "N B C"]:
     """Filling belongs to the last token's document."""
-    filled = torch.cat((segments, segments[:, -1:].expand(-1, missing)), dim=1)
-    return filled.unflatten(1, (-1, size)).transpose(0, 1)
+    row = torch.cat((segments, segments[:, -1:].expand(-1, missing)), dim=1)
+    return row.unflatten(1, (-1, size)).transpose(0, 1)
 
 
 def filled(x: Float[Tensor, "B T *rest"], missing: int) -> Float[Tensor, "B P *rest"]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_quest.disk import replace_json
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.probes import keep_samples
 from llm_quest.rollouts.buckets import Foretelling, Foretold, Table, tabled
 
 TABLES = "foretold.json"
@@ -34,8 +35,7 @@ class ByBucket:
         table = tabled(found)
         if self.samples is not None:
             told = [self.shown(one) for one in found[:: max(1, len(found) // SHOWN)]]
-            content = json.dumps({"step": step, "samples": told}, ensure_ascii=False, indent=1)
-            (self.samples / f"step-{step:08d}.json").write_text(content + "\n", encoding="utf-8")
+            keep_samples(self.samples, step, told)
         thought = sum(one.thought for one in found) / len(found)
         return {**table.numbers(), "accuracy": thought, "unread": sum(one.said is None for one in found) / len(found)}
 

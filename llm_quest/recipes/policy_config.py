@@ -95,7 +95,7 @@ class Policy(Course):
     attention: float = Field(
         default=0.0,
         ge=0,
-        description="Reinforced Attention Learning: weight of the last layer's",
+        description="weight of Reinforced Attention Learning: where the last layer looks is learned too",
     )
     patience: Count = Field(default=30, description="steps after which a run that cannot learn is stopped")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.policy_gradient import PolicyGradient
+from llm_quest.recipes.probes import keep_samples
 from llm_quest.rollouts.evaluation import Accuracy, evaluate_problems
 
 
@@ -36,8 +36,7 @@ class HeldOut:
         found = self.accuracy(model)
         if self.folder is not None:
             told = [{"prompt": p, "text": text, "wanted": answer} for p, text, answer, _ in found.examples]
-            content = json.dumps({"step": step, "samples": told}, ensure_ascii=False, indent=1)
-            (self.folder / f"step-{step:08d}.json").write_text(content + "\n", encoding="utf-8")
+            keep_samples(self.folder, step, told)
         passes = {f"pass@{k}": value for k, value in found.passes.items()}
         mean = {f"mean@{found.samples}": found.mean} if found.samples else {}
         return {"accuracy": found.greedy.share, "length": found.tokens, **mean, **passes}

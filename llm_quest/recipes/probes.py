@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm_quest.data.held_out import HeldOut, eval_batches
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import Tokens
+from llm_quest.disk import replace_json
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextToken
@@ -70,6 +71,11 @@ class Writing:
         )
         if self.folder is not None:
             told = [{"prompt": prompt, "text": one.text} for prompt, one in zip(self.prompts, done, strict=True)]
-            content = json.dumps({"step": step, "samples": told}, ensure_ascii=False, indent=1)
-            (self.folder / f"step-{step:08d}.json").write_text(content + "\n", encoding="utf-8")
+            keep_samples(self.folder, step, told)
         return {}
+
+
+def keep_samples(folder: Path, step: int, told: Sequence[Mapping[str, Any]]) -> None:
+    """What was written after `step` steps, for the report: prompt and text of each, and what was wanted, if that is
+    known."""
+    replace_json(folder / f"step-{step:08d}.json", {"step": step, "samples": list(told)})

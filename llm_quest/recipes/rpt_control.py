@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from llm_quest.recipes.config import as_yaml, gather, resolve
 from llm_quest.recipes.course import Outcome, company, require_same_run
 from llm_quest.recipes.foretold import TABLES, ByBucket
 from llm_quest.recipes.policy import Say
-from llm_quest.recipes.rpt import foretelling
+from llm_quest.recipes.rpt import Made, foretelling
 from llm_quest.recipes.rpt_config import Rpt, RptControl
 from llm_quest.recipes.rpt_start import start_of
 from llm_quest.recipes.rpt_text import Passage, Places, kept, passage
@@ -69,14 +68,6 @@ def compared_with(run: str) -> tuple[Rpt, float]:
     if told.get("status") != "finished":
         raise UsageError(f"{run} is not finished, so what it takes is not known: quest train {run}")
     return resolve(Rpt, found), float(told["metrics"]["teraflops"])
-
-
-@dataclass(frozen=True)
-class Made:
-    """The recipe's job, and the eye it keeps on the RPT run's held-out places."""
-
-    job: Job
-    eye: ByBucket
 
 
 def assembled(

@@ -3,7 +3,6 @@ conversations share rows and do not see one another."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.numbers import beside
 from llm_quest.recipes.pretrain import AT_ONCE
+from llm_quest.recipes.probes import keep_samples
 from llm_quest.recipes.tuning import (
     Job,
     Say,
@@ -154,6 +154,5 @@ class Answering:
                 {"prompt": one.prompt[-1]["content"], "text": written.text, "wanted": one.answer}
                 for (one, _), written in zip(asked, done, strict=True)
             ]
-            content = json.dumps({"step": step, "samples": told}, ensure_ascii=False, indent=1)
-            (self.folder / f"step-{step:08d}.json").write_text(content + "\n", encoding="utf-8")
+            keep_samples(self.folder, step, told)
         return {}

@@ -19,7 +19,7 @@ from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml
 from llm_quest.recipes.course import Outcome, ended, loop_settings, optimizer, require_same_run, shown
 from llm_quest.recipes.techniques import applied_all
-from llm_quest.recipes.vision_config import Looking
+from llm_quest.recipes.vision_config import Vision
 from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.loop import train
 from llm_quest.train.parallel import Parallel
@@ -52,7 +52,7 @@ class Job:
 
 def carried_out(
     job: Job,
-    config: Looking,
+    config: Vision,
     folder: Path,
     resume: str,
     env: Mapping[str, Any],

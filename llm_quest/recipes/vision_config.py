@@ -99,8 +99,8 @@ class Score(Strict):
     every: Few = Field(default=0, description="steps; 0: only at the end")
 
 
-class Looking(Course):
-    """A run whose model looks."""
+class Vision(Course):
+    """What a run on images has beside the course of every run."""
 
     compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
     activation_checkpointing: bool = Field(
@@ -108,7 +108,7 @@ class Looking(Course):
     )
 
 
-class Vit(Looking):
+class Vit(Vision):
     """Images in, a classifier out."""
 
     recipe: Literal["vit"]
@@ -168,7 +168,7 @@ class Answers(Score):
     sights: Count = Field(default=64, description="held-out images looked at")
 
 
-class Vlm(Looking):
+class Vlm(Vision):
     """Images and words in, a vision-language model out."""
 
     recipe: Literal["vlm"]

@@ -5,7 +5,6 @@ it is right word for word."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from llm_quest.models.vision_language import Config
 from llm_quest.objectives.captioning import Captioning
 from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
+from llm_quest.recipes.probes import keep_samples
 from llm_quest.recipes.vision import Job, Say, carried_out
 from llm_quest.recipes.vision_config import Vlm
 from llm_quest.recipes.yaml import Settings
@@ -228,7 +228,12 @@ class Answering:
         for answer, (_, turn) in zip(said, asked, strict=True):
             right[turn.kind].append(score(answer, turn))
         if self.samples is not None:
-            keep(self.samples, step, [turn for _, turn in asked[: len(asked[0][0].turns)]], said)
+            first = asked[: len(asked[0][0].turns)]
+            told = [
+                {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
+                for (_, turn), answer in zip(first, said[: len(first)], strict=True)
+            ]
+            keep_samples(self.samples, step, told)
         return {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
 
     def answers(self, model: VisionLanguage, asked: list[tuple[Any, Turn]]) -> list[str]:
@@ -248,13 +253,3 @@ class Answering:
         )
         ends = set(self.writer.tokenizer.eos_ids)
         return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in said]
-
-
-def keep(folder: Path, step: int, asked: list[Turn], said: list[str]) -> None:
-    """What the model said to these questions, for the report."""
-    told = [
-        {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
-        for turn, answer in zip(asked, said, strict=False)
-    ]
-    content = json.dumps({"step": step, "samples": told}, ensure_ascii=False, indent=1)
-    (folder / f"step-{step:08d}.json").write_text(content + "\n", encoding="utf-8")

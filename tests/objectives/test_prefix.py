@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.data.batch import IGNORE, TokenBatch
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, micro_batches, parted, policy_batch, together
-from llm_quest.data.prefix import laid, whole
+from llm_quest.data.prefix import laid
 from llm_quest.models import PAGES
 from llm_quest.models.build import build
 from llm_quest.objectives.divergence import KL
@@ -79,13 +78,6 @@ def test_laid_out_by_hand():
     assert made.prefix.tokens.tolist() == [[1, 2], [0, 0]]
     assert made.prefix.positions.tolist() == [[0, 1], [-1, -1]]
     assert (made.prefix.of.tolist(), made.prefix.reach) == ([0, 1, 0], 5)
-    batch = TokenBatch(
-        torch.from_numpy(made.tokens), torch.tensor([[7, 8, IGNORE], [9, IGNORE, IGNORE], [6, IGNORE, IGNORE]]),
-        torch.from_numpy(made.positions), prefix=made.prefix,
-    )  # fmt: skip
-    assert whole(batch).tokens.tolist() == [[1, 2, 3, 7, 8], [0, 0, 4, 9, 0], [1, 2, 3, 6, 0]]
-    assert whole(batch).positions.tolist() == [[0, 1, 2, 3, 4], [-1, -1, 0, 1, -1], [0, 1, 2, 3, -1]]
-    assert whole(batch).targets[1].tolist() == [IGNORE, IGNORE, 9, IGNORE, IGNORE]
 
 
 def test_prompts_are_shared_where_that_reads_fewer_tokens_and_never_otherwise():
