@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from llm_quest.data.problems import Problem
 from llm_quest.rollouts.verifiers import CHECKS, FORMS, fraction, number, steps_right, tally, verify, well_formed
+from tests.rollouts.hostile import HOSTILE
 
 COUNTDOWN = Problem("3 7 25 make 46:", "46", "expression", "", (3, 7, 25))
 CHAIN = Problem("3*4+5%7:", "3", "chained", "", (7,), ("3*4=5", "5+5=3"))
@@ -48,23 +50,21 @@ def test_right_and_wrong(problem: Problem, text: str, right: bool) -> None:
     assert verify(problem, text) == float(right)
 
 
-HOSTILE = [
-    "", " ", "\n\n", "<think></think><answer></answer>", "<think> </think><answer>3/4</answer>", "</answer>",
-    "<think>a<think>b</think></think><answer>3/4</answer>", "<answer>3/4</answer><think>a</think>",
-    "<think>a</think><answer>3/4</answer><answer>1</answer>", "<think>a</think><answer>1</answer><answer>3/4</answer>",
-    "<think>3/4</think>", "<think>a</think><answer>3/4", "<THINK>a</THINK><ANSWER>3/4</ANSWER>",
-    "<think>a</think><answer>3/4</answer> and more", "0123456789", "0 1 2 3 4 5 6 7 8 9", "9**9**9**9", "(" * 10**6,
-    "9" * 10**5, "__import__('os').system('true')", "1/0", "1e999", "nan", "inf", "-inf", "0x10", "1_000", "0072",
-    "000", "+-+-1", "７２", "¾", "1\u200b32", "c\u200bba", "257+3", "25+25-3-1", "7*7-3", "12", "1", "72 72", "#### ",
-    "####72####", "#### 7 2", "#", ";;;#3", "#3#3", "3*4=5;;#3", "a;#3", "\ufffd\ufffd", "#### 72\x00", "46\u0661",
-    "reverse(abc)=cba", "47+85=132", "The answer is 72", "cba cba", "CBA",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_answer_is_wrong_and_nothing_else(name: str, text: str) -> None:
     assert verify(EVERY[name], text) == 0.0
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_no_hostile_answer_takes_long(name: str) -> None:
+    def seconds(text: str) -> float:
+        start = time.process_time()
+        verify(EVERY[name], text)
+        return time.process_time() - start
+
+    slowest = max(HOSTILE, key=seconds)
+    assert min(seconds(slowest) for _ in range(3)) < 0.05, slowest[:40]
 
 
 @pytest.mark.parametrize("name", CHECKS)
