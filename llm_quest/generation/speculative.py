@@ -22,45 +22,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generation.drafters import (
-    Drafter,
-    Drafts,
-    LookaheadDrafter,
-    ModelDrafter,
-    Task,
-    TextDrafter,
-)
+from llm_quest.generation.draft_model import ModelDrafter
+from llm_quest.generation.draft_modules import LookaheadDrafter
+from llm_quest.generation.draft_text import TextDrafter
+from llm_quest.generation.drafters import Drafter, Drafts, Task
+from llm_quest.generation.judge import Judge, Verdict
 from llm_quest.generation.pace import Pace, Tally, least_acceptance
-from llm_quest.generation.sampling import Sampling, inverse_cdf, seen_tokens
+from llm_quest.generation.sampling import Sampling, seen_tokens
+from llm_quest.generation.target import Target
 from llm_quest.generation.until import Made, Row
 from llm_quest.models.decoder import Decoder
-from llm_quest.scope import Scope
 
 Draft = Decoder | str
 """A smaller model, or "mtp" or "ngram"."""
 EVIDENCE = 8
 """A sampled row judges its drafter once, by its first tokens: the clock and the neighbours, which could change its
 text, are not asked."""
-
-
-def acceptance(p: Float[Tensor, "*batch"], q: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """min(1, p/q), of a token that was drawn from q, so q > 0."""
-    return (p / q).clamp(max=1)
-
-
-def residual(p: Float[Tensor, "*batch V"], q: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
-    """What is drawn from after a rejection: max(p - q, 0), normalised. Where p and q are the same, nothing can be
-    rejected but by rounding: then p."""
-    left = (p - q).clamp(min=0)
-    total = left.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, left / total.clamp(min=torch.finfo(p.dtype).tiny), p)
 
 
 def drafter_of(draft: Draft, model: Decoder, sampling: Sampling) -> Drafter:
@@ -72,168 +55,6 @@ def drafter_of(draft: Draft, model: Decoder, sampling: Sampling) -> Drafter:
     if draft == "ngram":
         return TextDrafter()
     raise UsageError(f"draft is {draft!r}: give a smaller model, 'mtp' (the model's own modules) or 'ngram'")
-
-
-class Verdict(NamedTuple):
-    """Per row the tokens that now follow, and their log-probabilities under p; accepted: how many were guesses."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    accepted: list[int]
-
-
-class Judge:
-    """Holds the guesses against the target. accept, draw: (R, steps) uniforms, one of each for every place of a row."""
-
-    def __init__(self, sampling: Sampling, accept: Float[Tensor, "R S"], draw: Float[Tensor, "R S"]):
-        self.sampling = sampling
-        self.accept, self.draw = accept, draw
-
-    def __call__(
-        self,
-        logits: Float[Tensor, "B T V"],
-        drafts: Drafts,
-        rows: Sequence[int],
-        made: Sequence[int],
-        seen: Tensor | None,
-    ) -> Verdict:
-        """rows, made: which row sits where, and how many tokens it has."""
-        width = logits.shape[1]
-        guesses = torch.tensor([(list(part) + [-1] * width)[:width] for part in drafts.tokens], device=logits.device)
-        ahead = None if seen is None else seen_ahead(seen, guesses)
-        if self.sampling.greedy:
-            return self.greedily(self.sampling.penalize(logits.float(), ahead), guesses)
-        places = torch.tensor(list(made), device=logits.device)[:, None] + torch.arange(width, device=logits.device)
-        places = places.clamp(max=self.draw.shape[1] - 1)
-        u, r = (part[list(rows)].gather(1, places) for part in (self.accept, self.draw))
-        log_p = self.sampling.distribution(logits, ahead)
-        return self.by_chance(log_p, guesses, drafts.q, u, r)
-
-    def greedily(self, logits: Float[Tensor, "B T V"], guesses: Int[Tensor, "B T"]) -> Verdict:
-        top, best = logits.max(dim=-1)
-        accepted = (guesses == best).int().cumprod(dim=1).sum(dim=1).tolist()
-        logprobs = top - logits.logsumexp(dim=-1)
-        width = best.shape[1]
-        ends = [min(n + 1, width) for n in accepted]
-        return Verdict(
-            [row[:end] for row, end in zip(best.tolist(), ends, strict=True)],
-            [row[:end] for row, end in zip(logprobs.tolist(), ends, strict=True)],
-            accepted,
-        )
-
-    def by_chance(
-        self,
-        log_p: Float[Tensor, "B T V"],
-        guesses: Int[Tensor, "B T"],
-        q: Float[Tensor, "B m V"] | None,
-        u: Float[Tensor, "B T"],
-        r: Float[Tensor, "B T"],
-    ) -> Verdict:
-        width, guessed = guesses.shape[1], guesses >= 0
-        q = self.aligned(q, guesses, log_p)
-        at = guesses.clamp(min=0)[..., None]
-        log_px = log_p.gather(-1, at)[..., 0]
-        qx = torch.where(guessed, q.gather(-1, at)[..., 0], 1)
-        accepted = (guessed & (u < acceptance(log_px.exp(), qx))).int().cumprod(dim=1).sum(dim=1)
-        end = accepted.clamp(max=width - 1)[:, None]
-        last = end[..., None].expand(-1, 1, log_p.shape[-1])
-        p_end, q_end = log_p.gather(1, last)[:, 0].exp(), q.gather(1, last)[:, 0]
-        weights = torch.where(guessed.gather(1, end), residual(p_end, q_end), p_end)
-        drawn = inverse_cdf(weights, r.gather(1, end)[:, 0])
-        log_drawn = log_p.gather(1, last)[:, 0].gather(-1, drawn)
-        host = zip(
-            guesses.tolist(), log_px.tolist(), drawn.tolist(), log_drawn.tolist(), accepted.tolist(), strict=True
-        )
-        tokens, logprobs = [], []
-        for row, logs, token, log, n in host:
-            tokens.append(row[:n] + (token if n < width else []))
-            logprobs.append(logs[:n] + (log if n < width else []))
-        return Verdict(tokens, logprobs, accepted.tolist())
-
-    def aligned(self, q: Tensor | None, guesses: Int[Tensor, "B T"], log_p: Float[Tensor, "B T V"]) -> Tensor:
-        """q (B,T,V): point masses written out, columns without a guess as they come."""
-        if q is None:
-            return torch.zeros_like(log_p).scatter(-1, guesses.clamp(min=0)[..., None], 1.0)
-        missing = guesses.shape[1] - q.shape[1]
-        return (
-            q[:, : guesses.shape[1]]
-            if missing <= 0
-            else torch.cat((q, q.new_zeros(q.shape[0], missing, q.shape[2])), 1)
-        )
-
-
-def seen_ahead(seen: Tensor, guesses: Int[Tensor, "B T"]) -> Tensor:
-    """(B,T,V): what each column has seen, the guesses before it included."""
-    columns, now = [seen], seen
-    for guess in guesses[:, :-1].unbind(dim=1):
-        now = now.scatter(1, guess.clamp(min=0)[:, None], True) if bool((guess >= 0).all()) else marked(now, guess)
-        columns.append(now)
-    return torch.stack(columns, dim=1)
-
-
-def marked(seen: Tensor, guess: Int[Tensor, " B"]) -> Tensor:
-    """The same with each row's guess, where it has one."""
-    new = seen.scatter(1, guess.clamp(min=0)[:, None], True)
-    return torch.where((guess >= 0)[:, None], new, seen)
-
-
-class Target:
-    """The model's side: its cache, which rows sit in it, and one pass over what is unread and guessed."""
-
-    def __init__(self, model: Decoder):
-        self.model = model
-        self.device = next(model.parameters()).device
-
-    @torch.inference_mode()
-    def begin(self, windows: Sequence[Sequence[int]], n: int, capacity: int, slack: int) -> Tensor:
-        """Read all but each window's last token, padding at the end; what the head would read."""
-        self.cache = self.model.new_cache(len(windows), capacity, slack)
-        self.stands = [len(window) - 1 for window in windows for _ in range(n)]
-        longest = max(len(window) for window in windows) - 1
-        if longest == 0:
-            hidden = torch.zeros(len(windows), 0, self.model.config.width, device=self.device)
-        else:
-            hidden = self.hidden([window[:-1] for window in windows], [0] * len(windows), longest)
-        if n > 1:
-            self.cache.repeat(n)
-            hidden = hidden.repeat_interleave(n, dim=0)
-        return hidden
-
-    def hidden(self, fed: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Float[Tensor, "B T D"]:
-        tokens = torch.tensor([list(part) + [0] * (width - len(part)) for part in fed])
-        positions = [
-            [*range(start, start + len(part)), *[-1] * (width - len(part))]
-            for start, part in zip(starts, fed, strict=True)
-        ]
-        reach = max(start + len(part) for start, part in zip(starts, fed, strict=True) if part)
-        alike = len(set(starts)) == 1 and all(len(part) == width for part in fed)
-        scope = Scope(torch.tensor(positions).to(self.device), cache=self.cache, reach=reach, plain=alike)
-        return self.model.hidden(tokens.to(self.device), scope)
-
-    @torch.inference_mode()
-    def read(self, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """What the head reads, and the logits, at each row's last token and the guesses behind it."""
-        fed = [list(text[stand:]) + list(guess) for text, stand, guess in zip(texts, self.stands, guesses, strict=True)]
-        behind = [len(text) - stand for text, stand in zip(texts, self.stands, strict=True)]
-        width = max(map(len, fed))
-        hidden = self.hidden(fed, self.stands, width)
-        self.stands = [stand + len(part) for stand, part in zip(self.stands, fed, strict=True)]
-        if max(behind) > 1:  # a cache that went further back than asked: the tokens read again are not judged
-            index = torch.tensor(behind, device=self.device)[:, None] - 1
-            index = (index + torch.arange(width, device=self.device)).clamp(max=width - 1)
-            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))[:, : max(map(len, guesses)) + 1]
-        return hidden, self.model.head(hidden)
-
-    @torch.inference_mode()
-    def settle(self, texts: Sequence[Sequence[int]]) -> None:
-        """Each row's last token is unread, and what was guessed wrongly is taken back."""
-        to = [min(stand, len(text) - 1) for stand, text in zip(self.stands, texts, strict=True)]
-        if to != self.stands:
-            self.stands = self.cache.rewind(to)
-
-    def keep(self, rows: Tensor) -> None:
-        self.cache.keep(rows)
-        self.stands = [self.stands[row] for row in rows.tolist()]
 
 
 class Speculation:

@@ -13,11 +13,15 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generation.drafters import Drafts, Followers, LookaheadDrafter, ModelDrafter, Task
+from llm_quest.generation.draft_model import ModelDrafter
+from llm_quest.generation.draft_modules import LookaheadDrafter
+from llm_quest.generation.draft_text import Followers
+from llm_quest.generation.drafters import Drafts, Task
 from llm_quest.generation.generate import complete, generate, stream
+from llm_quest.generation.judge import Judge, acceptance, residual
 from llm_quest.generation.pace import Pace, Tally, least_acceptance
 from llm_quest.generation.sampling import Sampling, inverse_cdf
-from llm_quest.generation.speculative import Judge, Target, acceptance, residual
+from llm_quest.generation.target import Target
 from llm_quest.generation.until import Until
 from llm_quest.models import PAGES
 from llm_quest.models.build import build, preset
