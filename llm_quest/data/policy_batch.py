@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llm_quest.contracts import Share
 from llm_quest.data.batch import IGNORE
 from llm_quest.data.prefix import Prefix, laid
 
@@ -75,20 +76,27 @@ class PolicyBatch:
         return replace(self, **moved)
 
 
+def nothing(*more: str) -> PolicyRow:
+    """A row with nothing to learn, which says as much (old, reference, looks) as those that have. It carries notes, and
+    stands in where a process has less to do than the others."""
+    none = np.zeros(0, np.float32)
+    values: dict[str, Any] = {name: none.reshape(0, 0) if name == "looks" else none for name in more}
+    return PolicyRow((0,), (), none, none, **values)
+
+
 def policy_batch(rows: Sequence[PolicyRow], notes: Notes | None = None, *, shared: bool = False) -> PolicyBatch:
-    """Rows side by side, on the host; shared: equal prompts are read once. No rows: one token with nothing to learn, to
-    carry the notes."""
+    """Rows side by side, on the host; shared: equal prompts are read once."""
     assert not shared or all(row.looks is None for row in rows), "looks go over whole rows"
-    made = laid([(row.prompt, row.tokens[:-1]) for row in rows] or [((0,), ())], shared=shared)
+    made = laid([(row.prompt, row.tokens[:-1]) for row in rows], shared=shared)
     targets = np.full(made.tokens.shape, IGNORE)
-    more = [name for name in ("old", "reference") if rows and getattr(rows[0], name) is not None]
+    more = [name for name in ("old", "reference") if getattr(rows[0], name) is not None]
     values: dict[str, Any] = {name: np.zeros(targets.shape, np.float32) for name in ("advantages", "sampled", *more)}
-    for number, (row, first) in enumerate(zip(rows, made.firsts, strict=False)):
+    for number, (row, first) in enumerate(zip(rows, made.firsts, strict=True)):
         place = slice(first, first + len(row.tokens))
         targets[number, place] = row.tokens
         for name, value in values.items():
             value[number, place] = getattr(row, name)
-    if rows and rows[0].looks is not None:
+    if rows[0].looks is not None:
         values["looks"] = looks_laid(rows, made.firsts, made.tokens.shape[1])
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values.items()}
     return PolicyBatch(
@@ -149,8 +157,21 @@ def parted(rows: Sequence[PolicyRow], budget: int, *, share: bool) -> tuple[list
 
 
 def micro_batches(
-    rows: Sequence[PolicyRow], budget: int, notes: Notes | None = None, *, share: bool = False
+    rows: Sequence[PolicyRow],
+    budget: int,
+    notes: Notes | None = None,
+    *,
+    share: bool = False,
+    part: Share = Share(),
+    idle: PolicyRow | None = None,
 ) -> list[PolicyBatch]:
-    """A batch of each group. The notes travel with the first, of which there is always one."""
+    """A batch of each group, dealt out to `part.world` processes, who all get equally many: `idle` is for those who
+    come away empty. The notes travel with the first batch of the first process; the others' have the same names and no
+    weight."""
     groups, shared = parted(rows, budget, share=share)
-    return [policy_batch(some, None if number else notes, shared=shared) for number, some in enumerate(groups or [[]])]
+    mine = groups[part.rank :: part.world]
+    turns = max(1, -(-len(groups) // part.world))
+    batches = [policy_batch(some, shared=shared) for some in mine]
+    batches += [policy_batch([idle or nothing()])] * (turns - len(mine))
+    told = dict(notes or {}) if part.rank == 0 else dict.fromkeys(notes or {}, (0.0, 0.0))
+    return [replace(batches[0], notes=told), *batches[1:]]

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from llm_quest.disk import replace_json
+from llm_quest.disk import replace_json, replace_text
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.recipes import seeds
-from llm_quest.recipes.config import differences, gather, resolve
+from llm_quest.recipes.config import as_yaml, differences, gather, resolve
 from llm_quest.recipes.parts import FREE, Course
 from llm_quest.recipes.parts import Optimizer as OptimizerPart
 from llm_quest.train.checkpoint import listed
@@ -94,6 +94,16 @@ def require_same_run(config: Course, folder: Path) -> None:
                 f"{folder} holds a run of other settings ({listing}).\n"
                 f"Go on with its own (quest train {folder}) or choose another --out"
             )
+
+
+def founded(config: Course, folder: Path, parallel: Parallel) -> None:
+    """The run's folder with its config, for recipes that write into it before their run begins. All look before the
+    leader writes."""
+    require_same_run(config, folder)
+    parallel.gather(None)
+    if parallel.leader:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "config.yaml", as_yaml(config))
 
 
 def optimizer(part: OptimizerPart, model: Any, by_adamw: Sequence[str] = ("embed.", "head.")) -> torch.optim.Optimizer:

@@ -18,16 +18,14 @@ from llm_quest.data.problems import Drawn, Problem, draw, spelled
 from llm_quest.data.problems.gsm8k import held_out, read_gsm8k
 from llm_quest.data.problems.problem import chance
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.disk import replace_text
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import scores
 from llm_quest.recipes import seeds
-from llm_quest.recipes.config import as_yaml
-from llm_quest.recipes.course import Outcome, company, require_same_run
+from llm_quest.recipes.course import Outcome, company, founded
 from llm_quest.recipes.grpo_config import Grpo, Named
-from llm_quest.recipes.policy import decided, learner
+from llm_quest.recipes.policy import decided, learner, require_whole
 from llm_quest.recipes.policy_probes import Extremes, HeldOut
 from llm_quest.recipes.tuning import Job, Say, carried_out, opened
 from llm_quest.recipes.tuning_config import Start
@@ -52,18 +50,16 @@ def train_grpo(
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder."""
     with company(config, config.rollout.prompts) as parallel:
-        if parallel.world > 1:
-            raise UsageError("grpo runs in one process: a rollout is sampled where it is learned from; drop torchrun")
+        require_whole(config, parallel)
         config = decided(config, parallel)
-        require_same_run(config, out)
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "config.yaml", as_yaml(config))
-        made = assembled(config, settings, out, parallel, say)
+        founded(config, out, parallel)
+        tell = say if parallel.leader else lambda line: None
+        made = assembled(config, settings, out, parallel, tell)
         before = made.held.accuracy(made.job.model)
-        say(f"held out, before: accuracy {before.greedy}")
-        outcome = carried_out(made.job, config, out, resume, env or {}, quiet, say, parallel)
+        tell(f"held out, before: accuracy {before.greedy}")
+        outcome = carried_out(made.job, config, out, resume, env or {}, quiet, tell, parallel)
         if outcome.status == "finished":
-            say(f"held out, after:  accuracy {made.held.accuracy(made.job.model.eval()).greedy}")
+            tell(f"held out, after:  accuracy {made.held.accuracy(made.job.model.eval()).greedy}")
         return outcome
 
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from llm_quest.data.preferences import Rated
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.disk import replace_json, replace_text
+from llm_quest.disk import replace_json
+from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardLoss
 from llm_quest.recipes import seeds
-from llm_quest.recipes.config import as_yaml
-from llm_quest.recipes.course import Outcome, company, require_same_run
+from llm_quest.recipes.course import Outcome, company, founded
 from llm_quest.recipes.grpo import Say, asking, begun, posed, train_grpo
 from llm_quest.recipes.grpo_config import Grpo, Named
 from llm_quest.recipes.iterative_config import Iterative
@@ -50,9 +50,9 @@ def train_iterative(
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder; the outcome is that of the last policy."""
     with company(config, config.rollout.prompts) as parallel:
-        require_same_run(config, out)
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "config.yaml", as_yaml(config))
+        if parallel.world > 1:
+            raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
+        founded(config, out, parallel)
         begun(config, settings, out, parallel, say)
         policy = config.model.load or str(out / "warmup")
         judge, outcome = config.judge.load, None

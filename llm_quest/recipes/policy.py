@@ -47,6 +47,14 @@ def decided(config: Settings, parallel: Parallel) -> Settings:
     return config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
 
 
+def require_whole(config: Policy, parallel: Parallel) -> None:
+    """The policy samples token by token, every process at its own pace: it has to be whole in each of them."""
+    if parallel.kind == "fsdp":
+        raise UsageError(
+            f"{config.recipe} samples from the whole model in every process, which FSDP2 takes apart: set parallel=ddp"
+        )
+
+
 @dataclass(frozen=True)
 class Learner:
     """What is optimised, on which rows, and the techniques that ride along."""
@@ -90,7 +98,10 @@ def learner(
     writer, plan = writer_of(config, model, tokenizer, parallel), plan_of(config)
     score = scorer(model, config) if plan.rescore else None
     look = looker(model) if config.attention else None
-    feed = Rollouts(model, ask, writer, scoring, plan, reference=reference, score=score, look=look, seen=seen)
+    feed = Rollouts(
+        model, ask, writer, scoring, plan, reference=reference, score=score, look=look, seen=seen,
+        share=parallel.share, gather=parallel.gather,
+    )  # fmt: skip
     return Learner(objective_of(config, model), feed, riding)
 
 

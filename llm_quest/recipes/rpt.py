@@ -18,15 +18,12 @@ from typing import Any
 from llm_quest.contracts import Probe, Reward
 from llm_quest.data.packing import shuffled
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.disk import replace_text
-from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import Cost, cost_of
 from llm_quest.recipes import seeds
-from llm_quest.recipes.config import as_yaml
-from llm_quest.recipes.course import Outcome, company, require_same_run
+from llm_quest.recipes.course import Outcome, company, founded
 from llm_quest.recipes.foretold import TABLES, ByBucket
-from llm_quest.recipes.policy import Learner, Say, decided, learner, writer_of
+from llm_quest.recipes.policy import Learner, Say, decided, learner, require_whole, writer_of
 from llm_quest.recipes.policy_probes import Extremes
 from llm_quest.recipes.rpt_config import Rpt
 from llm_quest.recipes.rpt_start import Begun, begun
@@ -51,17 +48,15 @@ def train_rpt(
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder. Beside the run: positions.json, foretold.json; a fresh model's base/ and warmup/."""
     with company(config, config.rollout.prompts) as parallel:
-        if parallel.world > 1:
-            raise UsageError("rpt runs in one process: a rollout is sampled where it is learned from; drop torchrun")
+        require_whole(config, parallel)
         config = decided(config, parallel)
-        require_same_run(config, out)
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "config.yaml", as_yaml(config))
-        made = assembled(config, settings, out, parallel, say)
-        made.eye.show("before", say)
-        outcome = carried_out(made.job, config, out, resume, env or {}, quiet, say, parallel)
+        founded(config, out, parallel)
+        tell = say if parallel.leader else lambda line: None
+        made = assembled(config, settings, out, parallel, tell)
+        made.eye.show("before", tell)
+        outcome = carried_out(made.job, config, out, resume, env or {}, quiet, tell, parallel)
         if outcome.status == "finished":
-            made.eye.show("after", say)
+            made.eye.show("after", tell)
         return outcome
 
 
@@ -78,7 +73,8 @@ def assembled(config: Rpt, settings: Settings, out: Path, parallel: Parallel, sa
     start = begun(config, settings, out, parallel, say)
     text = passage(config, start.tokenizer, start.model.config.context, parallel, say)
     reading = cost_of(start.proxy)
-    found = places(config, start.proxy, sum(reading.forward(len(ids) - 1) for ids in text.train), text, out)
+    flops = sum(reading.forward(len(ids) - 1) for ids in text.train)
+    found = parallel.broadcast(places(config, start.proxy, flops, text, out) if parallel.leader else None)
     say(f"places: {len(found.train):,} to think about, {len(found.held_out):,} held out{lost(found)}")
     cost = cost_of(start.model)
     made, meter = rollouts(config, start, text, found, cost, parallel, say)

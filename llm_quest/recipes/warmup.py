@@ -86,9 +86,10 @@ def schooled(
     share, step = 0.0, 0
     while step < pace.steps and share < pace.until:
         step = min((step // every + 1) * every, pace.steps)
-        with Run(folder, identity={"tokenizer": tokenizer.hash}) as run:
-            write_model_json(folder, model)
-            tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
+        with Run(folder, identity={"tokenizer": tokenizer.hash}, leader=parallel.leader) as run:
+            if parallel.leader:
+                write_model_json(folder, model)
+                tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
             done = train(
                 objective,
                 feed,

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quest.data.policy_batch import Notes, PolicyBatch, PolicyRow, micro_batches, parted, policy_batch
+from llm_quest.contracts import Share
+from llm_quest.data.policy_batch import (
+    Notes,
+    PolicyBatch,
+    PolicyRow,
+    micro_batches,
+    nothing,
+    parted,
+    policy_batch,
+)
 from llm_quest.data.problems.problem import chance
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
@@ -35,6 +44,8 @@ Scorer = Callable[[PolicyBatch], Tensor]
 """A batch -> log-probabilities (B,T) of its targets, or one row of numbers (B,T,T) for each."""
 Seen = Callable[[Sequence[Sequence[Sample]], Tensor], None]
 """Groups and their rewards (R,P,G)."""
+Gather = Callable[[Any], list[Any]]
+"""One process's thing -> everybody's, in the order of ranks."""
 
 PATIENCE = 1000
 
@@ -79,7 +90,7 @@ class Rollouts:
     reference: scores a batch under the reference policy; needed by a KL term and by nothing else. score: under the
     policy itself (for plan.rescore). look: where its tokens look, kept with the rows (plan.share_prompts off). seen:
     called with the groups of every rollout and their rewards, for whoever wants to look (reports, a reward model's
-    data)."""
+    data). share, gather: this process's part of the work, and how it hears of the others'."""
 
     def __init__(
         self,
@@ -93,10 +104,17 @@ class Rollouts:
         score: Scorer | None = None,
         look: Scorer | None = None,
         seen: Seen | None = None,
+        share: Share = Share(),
+        gather: Gather = lambda thing: [thing],
     ):
         require_sense(plan, scoring, reference, score)
         self.policy, self.ask, self.writer, self.scoring, self.plan = policy, ask, writer, scoring, plan
         self.reference, self.score, self.look, self.seen = reference, score, look, seen
+        if plan.prompts % share.world:
+            raise UsageError(
+                f"{plan.prompts} prompts cannot be shared by {share.world} processes; make them a multiple of that"
+            )
+        self.share, self.gather = share, gather
         self.asked = 0
         self.last = -1
         self.rollout: Rollout | None = None
@@ -107,8 +125,20 @@ class Rollouts:
         if self.rollout is None or self.rollout.number != number:
             self.rollout = self.write(number)
         self.last = step
-        plan = self.plan
-        return micro_batches(self.minibatch(inner), plan.micro_tokens, self.rollout.notes, share=plan.share_prompts)
+        return micro_batches(
+            self.minibatch(inner), self.plan.micro_tokens, self.rollout.notes,
+            share=self.plan.share_prompts, part=self.share, idle=self.idle,
+        )  # fmt: skip
+
+    @property
+    def idle(self) -> PolicyRow:
+        """A row with nothing to learn, as complete as the others are."""
+        there = {
+            "old": self.plan.rescore,
+            "reference": self.reference is not None and not self.plan.kl_in_reward,
+            "looks": self.look is not None,
+        }
+        return nothing(*(name for name, said in there.items() if said))
 
     def minibatch(self, inner: int) -> list[PolicyRow]:
         """Every pass deals all rows out anew."""
@@ -156,10 +186,7 @@ class Rollouts:
         everything: list[list[Sample]] = []
         judged: list[Tensor] = []
         for round_ in range(plan.draws):
-            some = self.writer(
-                self.policy, self.questions(), plan.group, chance(plan.seed, "write", number, round_).getrandbits(62)
-            )
-            rewards = self.scoring.judged(some)
+            some, rewards = self.sampled(chance(plan.seed, "write", number, round_).getrandbits(62))
             everything, judged = everything + some, [*judged, rewards]
             keep = [True] * len(some) if plan.draws == 1 else self.scoring.mixed(rewards)
             groups += [group for group, stays in zip(some, keep, strict=True) if stays]
@@ -168,6 +195,16 @@ class Rollouts:
                 break
         notes = self.noted(everything, torch.cat(judged, dim=1)) | {"draws": (round_ + 1.0, 1.0)}
         return groups[: plan.prompts], torch.cat(found, dim=1)[:, : plan.prompts], notes
+
+    def sampled(self, seed: int) -> tuple[list[list[Sample]], Tensor]:
+        """One round: groups and rewards (R,P,G) of the next questions, each process writing its part. (As `at_once`
+        does, the place of its first question is added to the seed: equal questions get different answers.)"""
+        questions = self.questions()
+        each = len(questions) // self.share.world
+        first = self.share.rank * each
+        mine = self.writer(self.policy, questions[first : first + each], self.plan.group, seed + first)
+        parts = self.gather((mine, self.scoring.judged(mine)))
+        return [group for groups, _ in parts for group in groups], torch.cat([rewards for _, rewards in parts], dim=1)
 
     def questions(self) -> list[Question]:
         """The next ones that leave room for an answer."""
@@ -186,19 +223,20 @@ class Rollouts:
         return found
 
     def scored(self, rows: Sequence[PolicyRow], score: Scorer | None) -> list[np.ndarray]:
-        """Log-probabilities of every row's tokens, in the rows' order."""
+        """Log-probabilities of every row's tokens, in the rows' order; each process scores its part."""
         assert score is not None
-        found = [np.zeros(0, np.float32)] * len(rows)
+        found: dict[int, np.ndarray] = {}
         device = next(self.policy.parameters()).device
         place = {id(row): number for number, row in enumerate(rows)}
         groups, shared = parted(rows, self.plan.micro_tokens, share=self.plan.share_prompts)
         with torch.no_grad(), evaluating(self.policy), self.writer.within():
-            for some in groups:
+            for some in groups[self.share.rank :: self.share.world]:
                 batch = policy_batch(some, shared=shared)
                 values = score(batch.to(device)).float().cpu()
                 for row, value, learn in zip(some, values, batch.learn, strict=True):
                     found[place[id(row)]] = value[learn].numpy()
-        return found
+        everything = {number: value for part in self.gather(found) for number, value in part.items()}
+        return [everything[number] for number in range(len(rows))]
 
     def noted(self, groups: Sequence[Sequence[Sample]], rewards: Tensor) -> dict[str, tuple[float, float]]:
         """What was seen, as (sum, count) pairs."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, micro_batches, policy_batch
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, micro_batches, nothing, policy_batch
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset
 from llm_quest.objectives.divergence import KL
@@ -310,9 +310,10 @@ def test_the_entropy_bonus_has_the_gradient_of_the_entropy():
 
 
 def test_nothing_to_learn_is_a_zero_that_can_go_backward():
-    made = PolicyGradient(build("llama3.2-tiny"), kl=None)
-    loss = made(policy_batch([], {"reward": (3.0, 4.0)}))
+    made = PolicyGradient(build("llama3.2-tiny"), kl=KL(0.1))
+    loss = made(policy_batch([nothing("old", "reference")], {"reward": (3.0, 4.0)}))
     loss.total.backward()
+    assert all(p.grad is not None for p in made.parameters()), "several processes wait for every gradient"
     assert (loss.total.item(), loss.count.item()) == (0, 0)
     assert [float(x) for x in loss.metrics["reward"]] == [3, 4]
 

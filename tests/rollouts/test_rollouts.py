@@ -1,17 +1,24 @@
 """Rollouts: the policy that samples is the policy that is scored, to 1e-5, on every page; and what is learned from."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.data.policy_batch import IGNORE
+from llm_quest.contracts import Share
+from llm_quest.data.policy_batch import IGNORE, PolicyBatch
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models import PAGES
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
+from llm_quest.objectives.divergence import KL
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradient
 from llm_quest.objectives.surrogates import VARIANTS
@@ -45,8 +52,9 @@ def even(group: Sequence[Sample]) -> list[float]:
 
 def rollouts(policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options) -> Rollouts:
     scoring = options.pop("scoring", None) or Scoring(judges=(Judge("even", reward),))
-    others = {name: options.pop(name) for name in ("reference", "score", "ask") if name in options}
-    writer = Writer(tokenizer=Words(), eos=(7, 9), new_tokens=new_tokens, temperature=temperature)
+    others = {name: options.pop(name) for name in ("reference", "score", "ask", "share", "gather") if name in options}
+    at_once = options.pop("at_once", 0)
+    writer = Writer(tokenizer=Words(), eos=(7, 9), new_tokens=new_tokens, temperature=temperature, at_once=at_once)
     plan = Plan(**{"prompts": 4, "group": 4, "seed": 3} | options)
     return Rollouts(policy, others.pop("ask", ask), writer, scoring, plan, **others)
 
@@ -229,6 +237,76 @@ def test_groups_without_spread_are_gone_before_the_backward():
     assert notes["rows_kept"] == (8, 16)
     keep = Scoring(judges=(Judge("r", judged_by_question({0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED})),), keep_flat=True)
     assert set(learned(rollouts(policy, scoring=keep))) == {0, 1, 2, 3}
+
+
+def company(world: int, made: Callable[..., Rollouts], steps: int) -> list[tuple[Rollouts, list[list[PolicyBatch]]]]:
+    """So many processes as threads, each with rollouts and a policy of its own; their batches of so many steps."""
+    desk: list[Any] = [None] * world
+    barrier = threading.Barrier(world, timeout=60)
+
+    def work(rank: int) -> tuple[Rollouts, list[list[PolicyBatch]]]:
+        def gather(thing: Any) -> list[Any]:
+            desk[rank] = thing
+            barrier.wait()
+            told = list(desk)
+            barrier.wait()
+            return told
+
+        feed = made(share=Share(rank, world), gather=gather)
+        return feed, [feed.at(step) for step in range(steps)]
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(work, range(world)))
+
+
+def test_several_processes_share_one_rollout():
+    """Two know the rows that one has which samples half at a time; each learns from its part, and together from all."""
+    table = {i: MIXED if i % 3 else WRONG for i in range(40)}
+
+    def made(at_once: int = 0, **more: Any) -> Rollouts:
+        policy = build("llama3.2-tiny", seed=1)
+        options = {"reference": partial(token_log_probs, build("llama3.2-tiny", seed=2)), "minibatches": 2, "draws": 3}
+        return rollouts(
+            policy, reward=judged_by_question(table), at_once=at_once, micro_tokens=40, **options, **more
+        )  # fmt: skip
+
+    one = made(at_once=8)
+    alone = [one.at(step) for step in range(2)]
+    both = company(2, made, 2)
+    for feed, _ in both:
+        assert feed.asked == one.asked
+        for mine, theirs in zip(feed.rollout.rows, one.rollout.rows, strict=True):
+            assert (mine.prompt, mine.tokens) == (theirs.prompt, theirs.tokens)
+            np.testing.assert_allclose(mine.reference, theirs.reference, atol=1e-5)
+            np.testing.assert_array_equal(mine.advantages, theirs.advantages)
+    for step in range(2):
+        parts = [batches[step] for _, batches in both]
+        assert len(parts[0]) == len(parts[1]), "DDP waits for as many backward passes from everybody"
+        assert sum(b.num_tokens for part in parts for b in part) == sum(b.num_tokens for b in alone[step])
+        losses = [[PolicyGradient(one.policy, kl=KL(0.1))(b) for b in part] for part in (*parts, alone[step])]
+        sums = [sum(float(loss.total.detach()) for loss in part) for part in losses]
+        assert sums[0] + sums[1] == pytest.approx(sums[2], abs=1e-5)
+        assert len({frozenset(loss.metrics) for part in losses[:2] for loss in part[:1]}) == 1
+        told = [part[0].metrics["reward"] for part in losses]
+        assert [float(a + b) for a, b in zip(told[0], told[1], strict=True)] == [float(a) for a in told[2]]
+
+
+def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
+    """One group of four rows in one micro-batch, and two processes."""
+    reward = judged_by_question({0: MIXED, 1: WRONG, 2: WRONG, 3: WRONG})
+    reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
+
+    def made(**more: Any) -> Rollouts:
+        return rollouts(build("llama3.2-tiny", seed=1), reward=reward, reference=reference, micro_tokens=999, **more)
+
+    (_, [[full]]), (feed, [[empty]]) = company(2, made, 1)
+    assert full.learn.any()
+    assert not empty.learn.any()
+    loss = PolicyGradient(feed.policy, kl=KL(0.1))(empty)
+    assert {"kl", "reward"} <= set(loss.metrics)
+    assert float(loss.metrics["reward"][1]) == 0
+    with pytest.raises(UsageError, match="4 prompts cannot be shared by 3 processes"):
+        made(share=Share(0, 3))
 
 
 def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn():
