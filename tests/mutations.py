@@ -37,6 +37,7 @@ SUMMED = "tests/layers/test_attention.py"
 HUB_WORDS = "tests/models/test_page.py -k mimos_released"
 
 CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
+SHARED, INSPECT = "tests/objectives/test_prefix.py -k question", "tests/cli/test_batches.py"
 
 LORA = "tests/techniques/test_lora.py"
 RPT, RPT_ASK = "tests/recipes/test_rpt.py", "tests/rollouts/test_foretelling.py"
@@ -217,11 +218,18 @@ MUTATIONS = (
     Mutation("an answer is cut to fit, not its question", "data/preferences.py", "kept.append(Rated(prompt[-room:], answers, one.margin, one.where))", "kept.append(Rated(prompt, tuple(a[: length - len(prompt)] for a in answers), one.margin, one.where))", "tests/data/test_preferences.py"),
     Mutation("log-probabilities ignore the temperature", "objectives/log_probs.py", "z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature", "z = z if cap is None else cap * torch.tanh(z / cap)", "tests/objectives/test_log_probs.py"),
     Mutation("the chunked gradient forgets the temperature", "objectives/log_probs.py", "    g /= temperature\n", "", "tests/objectives/test_log_probs.py"),
-    Mutation("DPO: means over tokens in place of sums", "objectives/preference.py", "return token_log_probs(model, batch.rows).sum(dim=1)", "return token_log_probs(model, batch.rows).sum(dim=1) / (batch.targets != IGNORE).sum(dim=1)", PREFERENCE),
+    Mutation("DPO: means over tokens in place of sums", "objectives/preference.py", "log_probs_of(model, hidden_of(model, batch), batch.targets).sum(dim=1)", "log_probs_of(model, hidden_of(model, batch), batch.targets).sum(dim=1) / (batch.targets != IGNORE).sum(dim=1)", PREFERENCE),
     Mutation("DPO: rewards logged without beta", "objectives/preference.py", "now.detach(), self.beta * gained.detach()", "now.detach(), gained.detach()", PREFERENCE),
     Mutation("DPO: dropout stays on", "objectives/preference.py", "    if model.training:\n        model.eval()\n", "", PREFERENCE),
     Mutation("cDPO is computed as robust DPO", "objectives/preference.py", '"cdpo": Form(cdpo, flips=True)', '"cdpo": Form(robust, flips=True)', PREFERENCE),
     Mutation("flips accepted and never read", "objectives/preference.py", "if not LOSSES[loss].flips and flips:", "if False:", PREFERENCE),
+    Mutation("DPO: all answers go on from the first question", "data/prefix.py", "torch.tensor(of)", "torch.tensor(of) * 0", SHARED),
+    Mutation("DPO: a question is shared where rows in full are less to read", "data/pairs.py", "shared = shared and together(elements) < alone(elements)", "shared = shared", SHARED),
+    Mutation("DPO: shared rows are counted as they are laid", "data/pairs.py", "counted=sum(len(prompt) + len(answer) for prompt, answer in rows),", "", SHARED),
+    Mutation("DPO: a checkpointed model reads questions into a cache", "recipes/tuning.py", ' and all(one["name"] != "checkpointing" for one in config.techniques)', "", "tests/recipes/test_preferring.py -k question_is_read"),
+    Mutation("inspect-batch: shared rows are shown without their question", "data/pairs.py", "        if self.prefix is None:\n            return TokenBatch", "        if True:\n            return TokenBatch", INSPECT),
+    Mutation("inspect-batch: a label is another row's", "cli/batches.py", "labels[number]", "labels[number - 1]", INSPECT),
+    Mutation("inspect-batch: the head is shown to read one token early", "cli/batches.py", "at == p.positions[-1]", "at == p.positions[-2]", INSPECT),
     Mutation("K ranked answers weigh as many pairs", "data/pairs.py", "2 / (K * (K - 1))", "1.0", "tests/objectives/test_reward_model.py"),
     Mutation("the reward is read at the last column, padding or not", "objectives/last_outputs.py", "last = positions.argmax(dim=1)", "last = torch.full_like(positions[:, 0], -1)", "tests/objectives/test_reward_model.py"),
     Mutation("the reward ignores the margin", "objectives/reward_model.py", "-logsigmoid(better - worse - margins)", "-logsigmoid(better - worse)", "tests/objectives/test_reward_model.py"),

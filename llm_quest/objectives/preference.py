@@ -23,7 +23,8 @@ from llm_quest.contracts import Loss
 from llm_quest.data.batch import IGNORE
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.log_probs import token_log_probs
+from llm_quest.objectives.log_probs import log_probs_of
+from llm_quest.objectives.next_token import hidden_of
 
 Reference = Callable[[AnswerBatch], Tensor]
 
@@ -89,7 +90,7 @@ def answer_log_probs(model: Any, batch: AnswerBatch) -> Float[Tensor, " R"]:
     """log p(answer | question), the sum over its tokens, without dropout."""
     if model.training:
         model.eval()
-    return token_log_probs(model, batch.rows).sum(dim=1)
+    return log_probs_of(model, hidden_of(model, batch), batch.targets).sum(dim=1)
 
 
 class Form(NamedTuple):

@@ -24,6 +24,7 @@ from llm_quest.recipes.tuning import (
     Say,
     carried_out,
     edited,
+    may_share,
     opened,
     remember_ends,
     require_room,
@@ -59,6 +60,7 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
         model, loss=config.loss, beta=config.beta, flips=config.flips, per_token=config.per_token
     )
     packed = feed_of(config, pairs, parallel)
+    packed.source.shared = share = may_share(config) and parallel.world == 1
     feed: Feed = packed
     if config.sync is not None:
         if parallel.kind == "fsdp":
@@ -79,7 +81,7 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
         comparable; of the training pairs where nothing else computes them."""
         kind = precision(config.precision, parallel.device).value
         mine = [] if objective.reference is not None else list(pairs.train)
-        found = known(model, [*mine, *pairs.held], out, parallel, kind, say)
+        found = known(model, [*mine, *pairs.held], out, parallel, kind, say, share=share)
         packed.source.reference = found.log_probs[: len(mine)] or None
         probe.pairs.reference = found.log_probs[len(mine) :]
         return found.keep

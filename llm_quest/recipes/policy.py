@@ -25,7 +25,7 @@ from llm_quest.objectives.surrogates import VARIANTS
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.policy_config import Policy
-from llm_quest.recipes.tuning import edited
+from llm_quest.recipes.tuning import edited, may_share
 from llm_quest.rollouts.advantages import ESTIMATORS
 from llm_quest.rollouts.rollouts import Ask, Plan, Rollouts, Scorer, Seen
 from llm_quest.rollouts.scoring import Judge, Scoring, Steps
@@ -121,8 +121,7 @@ def objective_of(config: Policy, model: Decoder) -> PolicyGradient:
 
 
 def plan_of(config: Policy) -> Plan:
-    """Prompts are shared through a cache, which a checkpointed block must not file in twice, whose shapes a compiled
-    step would follow with ever new graphs, and which leaves no whole rows of attention to learn."""
+    """Prompts that are shared leave no whole rows of attention to learn."""
     part = config.rollout
     return Plan(
         prompts=part.prompts,
@@ -131,16 +130,11 @@ def plan_of(config: Policy) -> Plan:
         minibatches=part.minibatches,
         draws=config.draws,
         micro_tokens=part.micro_tokens,
-        share_prompts=shares_prompts(config),
+        share_prompts=may_share(config) and not config.attention,
         kl_in_reward=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
         rescore=config.correction is not None,
         seed=seeds.stream(config.seed, "sampling"),
     )
-
-
-def shares_prompts(config: Policy) -> bool:
-    checkpointed = any(one["name"] == "checkpointing" for one in config.techniques)
-    return not (config.compile or config.attention or checkpointed)
 
 
 def writer_of(config: Policy, model: Decoder, tokenizer: Tokenizer, parallel: Parallel) -> Writer:

@@ -47,11 +47,12 @@ class Known:
 
 
 def known(
-    model: nn.Module, pairs: Sequence[Rated], folder: Path, parallel: Parallel, precision: str, say: Say
-) -> Known:
+    model: nn.Module, pairs: Sequence[Rated], folder: Path, parallel: Parallel, precision: str, say: Say,
+    *, share: bool = False,
+) -> Known:  # fmt: skip
     """The log-probability that a model gives each answer, as it is now: from the run folder if they were computed for
-    this model, these pairs and this precision; else computed. Before the model is shared out: a part of it cannot be
-    called alone."""
+    this model, these pairs and this precision; else computed, each question once if they share it. Before the model is
+    shared out: a part of it cannot be called alone."""
     told = {"model": weights_hash(model), "pairs": Pairs(pairs).hash, "precision": precision}
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     flat = parallel.broadcast(kept(folder / FILE, key) if parallel.leader else None)
@@ -59,15 +60,15 @@ def known(
     if fresh:
         say(f"reference: log-probabilities of {sum(len(one.answers) for one in pairs):,} answers, once")
         with undisturbed(model), autocast(precision, parallel.device):
-            flat = np.concatenate(computed(model.to(parallel.device), pairs, parallel.device))
+            flat = np.concatenate(computed(model.to(parallel.device), Pairs(pairs, shared=share), parallel.device))
     ends = np.cumsum([len(one.answers) for one in pairs])[:-1]
     return Known(np.split(flat, ends), key, fresh)
 
 
-def computed(model: nn.Module, pairs: Sequence[Rated], device: torch.device) -> list[np.ndarray]:
+def computed(model: nn.Module, source: Pairs, device: torch.device) -> list[np.ndarray]:
     """In float32, answers of like length together."""
+    pairs = source.elements
     found: list[np.ndarray] = [np.empty(0)] * len(pairs)
-    source = Pairs(pairs)
     for numbers in all_of(source, AT_ONCE):
         flat = answer_log_probs(model, source.batch(numbers).to(device)).float().cpu().numpy()
         parts = np.split(flat, np.cumsum([len(pairs[n].answers) for n in numbers])[:-1])

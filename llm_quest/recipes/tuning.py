@@ -147,6 +147,12 @@ def carried_out(
     return ended(config, folder, result, parameters, leader=parallel.leader)
 
 
+def may_share(config: Course) -> bool:
+    """May rows share a beginning? It is read into a cache, in which a checkpointed block must not file twice, and whose
+    shapes a compiled step would follow with ever new graphs."""
+    return config.compile is not True and all(one["name"] != "checkpointing" for one in config.techniques)
+
+
 def edited(config: Course, model: Decoder, say: Say) -> list[Callback]:
     """The recipe's techniques, applied; those that ride along."""
     return applied_all(config.techniques, model, say)

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_quest.data.pairs import compared
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, micro_batches, parted, policy_batch, together
+from llm_quest.data.preferences import Rated
 from llm_quest.data.prefix import laid
 from llm_quest.models import PAGES
 from llm_quest.models.build import build
 from llm_quest.objectives.divergence import KL
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradient
+from llm_quest.objectives.preference import PreferenceLoss
 from llm_quest.techniques.checkpointing import Checkpointing
 
 TINY = [one.name for page in PAGES for one in page.presets if one.name.endswith("-tiny")]
@@ -104,3 +107,45 @@ def test_micro_batches_of_shared_prompts_add_up():
     assert all(batch.prefix is not None for batch in batches)
     assert sum(batch.num_tokens for batch in batches) == sum(row.length for row in long)
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+
+
+RATED = [
+    Rated(np.arange(1, 10), (np.array([5, 2, 7]), np.array([4, 4]))),
+    Rated(np.array([8]), (np.array([6, 6, 6, 6, 1, 2]), np.array([3]), np.array([9, 9]))),
+    Rated(np.arange(1, 10), (np.array([11]), np.array([12, 13, 14]))),
+]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_answers_that_share_their_question_have_the_same_loss_and_gradient(name: str):
+    made = PreferenceLoss(build(name, seed=1).double(), beta=0.3)
+    known = [np.linspace(-9, -5, len(one.answers)) for one in RATED]
+    batches = [compared(RATED, known, shared=shared) for shared in (False, True)]
+    losses = [made(batch) for batch in batches]
+    gradients = [torch.autograd.grad(loss.total, learned(made.model), allow_unused=True) for loss in losses]
+    torch.testing.assert_close(losses[1].total, losses[0].total, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)
+    assert batches[1].num_tokens == batches[0].num_tokens == int((batches[0].positions >= 0).sum())
+
+
+def test_a_question_is_laid_once_for_all_of_its_answers_where_that_is_less_to_read():
+    shared = compared(RATED, shared=True)
+    assert shared.prefix is not None
+    assert shared.prefix.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8], [0] * 8]
+    assert shared.prefix.of.tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert shared.tokens[:4].tolist() == [
+        [9, 5, 2, 0, 0, 0],
+        [9, 4, 0, 0, 0, 0],
+        [8, 6, 6, 6, 6, 1],
+        [8, 0, 0, 0, 0, 0],
+    ]
+    assert shared.targets[1].tolist() == [4, 4, -100, -100, -100, -100]
+    again = shared.rows
+    whole = [row[places >= 0].tolist() for row, places in zip(again.tokens, again.positions, strict=True)]
+    assert whole[0] == [*range(1, 10), 5, 2]
+    assert again.targets[0].tolist() == [-100] * 8 + [5, 2, 7, -100, -100, -100]
+    one = [Rated(np.array([1, 2]), (np.arange(1, 9), np.arange(2, 10)))]
+    assert compared(one, shared=True).prefix is not None
+    short, long = (np.array([1]), np.array([2])), (np.arange(1, 9), np.arange(2, 10))
+    apart = [Rated(np.array([1, 2]), long), Rated(np.array([1, 3, 4, 4, 4]), short)]
+    assert compared(apart, shared=True).prefix is None

@@ -15,11 +15,14 @@ from llm_quest.data.preferences import Preference
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load
 from llm_quest.objectives.reward_model import scores
-from llm_quest.recipes.dpo import train_dpo
+from llm_quest.recipes.config import resolve
+from llm_quest.recipes.dpo import assembled, train_dpo
 from llm_quest.recipes.preferring import judged, turned_round
 from llm_quest.recipes.reward import train_reward
 from llm_quest.recipes.tuning_config import Dpo, Reward
-from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
+from llm_quest.recipes.yaml import merge, read
+from llm_quest.train.parallel import Parallel
+from tests.recipes.tuned import COMMON, WORDS, base, metrics, started, weights, written
 
 pytestmark = pytest.mark.xdist_group("preferring")
 """One worker makes what these tests share, once."""
@@ -108,6 +111,20 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(recipe, op
     started(schema, run, text, out, *options)
     assert weights(out, 16) == straight
     assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in told]
+
+
+def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_the_losses_are_the_same(
+    pairs: list[str], tmp_path: Path
+):
+    losses = []
+    for techniques, shared in (([], True), (["techniques=[checkpointing]"], False)):
+        options = [*pairs, *techniques, "steps=4", "evaluate.every=0", "optimizer={name: adamw, lr: 1e-3}"]
+        config = resolve(Dpo, merge(read(DPO + COMMON, "recipe.yaml"), options))
+        batch = assembled(config, tmp_path, Parallel(), lambda line: None).feed.at(0)[0]
+        assert (batch.prefix is not None) == shared
+        started(Dpo, train_dpo, DPO, tmp_path / str(shared), *options)
+        losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: Path):
