@@ -1,10 +1,11 @@
 """`quest inspect-batch RECIPE`: what a step's batch holds, token by token: what is read and what is learned, at which
-position, in which document. Look before you train."""
+position, in which document; or, of texts with labels, at which token the head reads the label. Look before you
+train."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from llm_quest.cli.screen import clean
 from llm_quest.cli.training import understood
 from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.labelled import LabelBatch
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.recipes import dpo, pretrain, reward, sft
+from llm_quest.recipes import classify, dpo, pretrain, reward, sft
 from llm_quest.recipes.course import company
 from llm_quest.recipes.parts import Course
 from llm_quest.recipes.pretrain_config import Pretrain
-from llm_quest.recipes.tuning_config import Dpo, Reward, Sft
+from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
 from llm_quest.train.parallel import Parallel
 
 LEARNED, PLAIN = "\x1b[1;32m", "\x1b[0m"
@@ -30,8 +32,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Piece:
-    """One document of one row. learned: of each id, whether the model is to write it; the last id may be a target
-    alone."""
+    """One document of one row. learned: of each id, whether the model is to write it (or, of a text with a label,
+    whether its head is read there); the last id may be a target alone."""
 
     row: int
     document: int
@@ -42,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """A step's rows. kinds: what each row is called."""
+    """A step's rows. kinds: what each row is called. verb: what is done at marked tokens."""
 
     step: int
     length: int
@@ -51,6 +53,7 @@ class Shown:
     pieces: tuple[Piece, ...]
     tokenizer: Tokenizer
     kinds: tuple[str, ...]
+    verb: str = "learned"
 
     def as_json(self) -> dict[str, Any]:
         told = [
@@ -59,7 +62,7 @@ class Shown:
                 "kind": self.kinds[piece.row],
                 "document": piece.document,
                 "tokens": [
-                    {"id": i, "text": self.text([i]), "position": p, "learned": mine}
+                    {"id": i, "text": self.text([i]), "position": p, self.verb: mine}
                     for i, p, mine in zip(piece.ids, piece.positions, piece.learned, strict=True)
                 ],
             }
@@ -71,7 +74,7 @@ class Shown:
         learned = sum(sum(piece.learned) for piece in self.pieces)
         told = [
             f"step {self.step}: {self.rows} rows of {self.length} tokens, {self.padding} of them padding; "
-            f"{learned} learned, {'in green' if colour else 'between [[ and ]]'}"
+            f"{learned} {self.verb}, {'in green' if colour else 'between [[ and ]]'}"
         ]
         for piece in self.pieces:
             where = f"{piece.positions[0]}..{piece.positions[-1]}"
@@ -98,35 +101,46 @@ def look(recipe: str, pairs: Sequence[str], *, step: int, rows: int, say: Say) -
     """The first rows of a step's batch, as the recipe would train on it."""
     config: Course = understood(recipe, pairs)[1]
     with company(config, 0) as parallel:
-        batch, tokenizer = first_batch(config, parallel, step, say)
+        batch, tokenizer, labels = first_batch(config, parallel, step, say)
     kinds = [""] * len(batch.tokens)
+    if isinstance(batch, LabelBatch):
+        kinds = [f", label {labels[number]}" for number in batch.labels.tolist()]
+        batch = TokenBatch(batch.tokens, torch.full_like(batch.tokens, IGNORE), batch.positions)
     if isinstance(batch, AnswerBatch):
         for better, worse in zip(batch.better.tolist(), batch.worse.tolist(), strict=True):
             kinds[better] = kinds[better] or " (better)"
             kinds[worse] = " (worse)"
         batch = batch.rows
     batch = batch.rows(0, min(rows, len(batch.tokens)))
-    return shown(batch, tokenizer, step, kinds)
+    return shown(batch, tokenizer, step, kinds, "read" if isinstance(config, Reward | Classify) else "learned")
 
 
-def first_batch(config: Course, parallel: Parallel, step: int, say: Say) -> tuple[TokenBatch | AnswerBatch, Tokenizer]:
-    """From the recipe's own feed."""
+def first_batch(
+    config: Course, parallel: Parallel, step: int, say: Say
+) -> tuple[TokenBatch | AnswerBatch | LabelBatch, Tokenizer, Sequence[str]]:
+    """From the recipe's own feed. The last are the names of the labels, where there are some."""
+    labels: Sequence[str] = ()
     if isinstance(config, Pretrain):
         text = pretrain.ready(config.data, config.tokenizer, parallel, say)
         feed: Any = pretrain.feed_of(config, text, parallel)
-        return feed.at(step)[0], text.tokenizer
+        return feed.at(step)[0], text.tokenizer, labels
     if isinstance(config, Sft):
         job = sft.assembled(config, parallel, say)
     elif isinstance(config, Reward):
         job = reward.assembled(config, parallel, say)
     elif isinstance(config, Dpo):
         job = dpo.assembled(config, Path(), parallel, say)
+    elif isinstance(config, Classify):
+        job = classify.assembled(config, parallel, say)
+        labels = job.facts["labels"]
     else:
-        raise UsageError(f"inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, not of {config.recipe}")
-    return job.feed.at(step)[0], job.tokenizer  # type: ignore[return-value]
+        raise UsageError(
+            f"inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, classify, not of {config.recipe}"
+        )
+    return job.feed.at(step)[0], job.tokenizer, labels  # type: ignore[return-value]
 
 
-def shown(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: Sequence[str]) -> Shown:
+def shown(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: Sequence[str], verb: str) -> Shown:
     tokens = batch.tokens
     positions = torch.arange(tokens.shape[1]).expand_as(tokens) if batch.positions is None else batch.positions
     segments = torch.zeros_like(tokens) if batch.segments is None else batch.segments
@@ -135,8 +149,10 @@ def shown(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: Sequence[st
         for row in range(len(tokens))
         for piece in pieces(row, tokens[row], batch.targets[row], positions[row], segments[row])
     )
+    if verb == "read":
+        found = tuple(replace(p, learned=tuple(at == p.positions[-1] for at in p.positions)) for p in found)
     padding = int((positions < 0).sum())
-    return Shown(step, tokens.shape[1], len(tokens), padding, found, tokenizer, tuple(kinds))
+    return Shown(step, tokens.shape[1], len(tokens), padding, found, tokenizer, tuple(kinds), verb)
 
 
 def pieces(

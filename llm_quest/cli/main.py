@@ -319,7 +319,7 @@ def inspect_batch(
     threads: Threads = 0,
     offline: Offline = False,
 ) -> None:
-    """What a step trains on, token by token: what is learned (in green), positions, documents."""
+    """What a step trains on, token by token: what is learned, or read by the head (in green), positions, documents."""
     from llm_quest.cli.batches import look
 
     prepare(threads, offline)

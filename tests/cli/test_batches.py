@@ -13,7 +13,9 @@ from tests.recipes.tuned import base, written
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("look")
     rows = [
-        {"prompt": f"say {word} \x1b[31m", "completion": word, "chosen": word, "rejected": "no"} for word in "abcdefgh"
+        {"prompt": f"say {word} \x1b[31m", "completion": word, "chosen": word, "rejected": "no", "text": f"say {word}"}
+        | {"label": "early" if word < "e" else "late"}
+        for word in "abcdefgh"
     ]
     start = base(folder / "model")
     return [f"model.load={start}", f"data.source={written(folder / 'rows.jsonl', rows)}", "batch.length=64"]
@@ -39,11 +41,31 @@ def test_json_tells_every_token_with_position_and_document(pairs: list[str]):
     assert not any(one["learned"] for one in tokens[:-2])
 
 
-@pytest.mark.parametrize("recipe", ["dpo", "reward"])
-def test_preferences_say_which_row_is_the_better(pairs: list[str], recipe: str):
-    lines = look(recipe, pairs, step=0, rows=2, say=print).lines()
+def test_preferences_say_which_row_is_the_better_and_that_both_answers_are_learned(pairs: list[str]):
+    lines = look("dpo", pairs, step=0, rows=2, say=print).lines()
     assert "(better)" in lines[1]
+    assert "say " in lines[2]
     assert "[[no<|im_end|>]]" in lines[2]
+    assert ", positions 0.." in lines[2]
+
+
+def test_a_reward_is_read_at_the_answers_end(pairs: list[str]):
+    lines = look("reward", pairs, step=0, rows=2, say=print).lines()
+    assert "2 read, between [[ and ]]" in lines[0]
+    assert "(worse)" in lines[2]
+    assert "no[[<|im_end|>]]" in lines[2]
+
+
+def test_a_text_says_its_label_and_is_read_at_its_last_token(pairs: list[str]):
+    found = look("classify", pairs, step=0, rows=4, say=print)
+    lines = found.lines()
+    assert "4 read, between [[ and ]]" in lines[0]
+    for line in lines[1:]:
+        word = line[-3]
+        assert f"label {'early' if word < 'e' else 'late'}," in line
+        assert line.endswith(f"positions 0..1: say[[ {word}]]")
+    tokens = found.as_json()["documents"][0]["tokens"]
+    assert [one["read"] for one in tokens] == [False] * (len(tokens) - 1) + [True]
 
 
 def test_a_recipe_without_rows_of_tokens_is_refused():
