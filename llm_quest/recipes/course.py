@@ -20,7 +20,7 @@ from llm_quest.train.checkpoint import listed
 from llm_quest.train.log import Board, Display, display
 from llm_quest.train.optimizers import adamw, muon
 from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import finite
+from llm_quest.train.run import Run, finite
 from llm_quest.train.settings import Result, Settings
 
 
@@ -104,6 +104,20 @@ def founded(config: Course, folder: Path, parallel: Parallel) -> None:
     if parallel.leader:
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "config.yaml", as_yaml(config))
+
+
+def folder_of(
+    config: Course, folder: Path, parallel: Parallel, identity: Mapping[str, str], env: Mapping[str, Any], resume: str
+) -> Run:
+    """The run's folder, to be entered. identity: name -> hash of what a resumed run may not change."""
+    return Run(
+        folder,
+        config=as_yaml(config),
+        env={**env, "hashes": dict(identity)},
+        identity=identity,
+        resume=resume,
+        leader=parallel.leader,
+    )
 
 
 def optimizer(part: OptimizerPart, model: Any, by_adamw: Sequence[str] = ("embed.", "head.")) -> torch.optim.Optimizer:

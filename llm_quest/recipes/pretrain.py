@@ -23,8 +23,16 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import compiling, precision
-from llm_quest.recipes.config import as_yaml
-from llm_quest.recipes.course import Outcome, company, ended, loop_settings, optimizer, require_same_run, shown
+from llm_quest.recipes.course import (
+    Outcome,
+    company,
+    ended,
+    folder_of,
+    loop_settings,
+    optimizer,
+    require_same_run,
+    shown,
+)
 from llm_quest.recipes.numbers import beside
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.probes import Evaluation, Writing
@@ -98,14 +106,7 @@ def run_it(
     objective = parallel.place(config.parts.objective(model, terms), list(model.blocks))
     micro_rows, feed = at_once(config, parallel), feed_of(config, text, parallel)
     identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash}
-    with Run(
-        folder,
-        config=as_yaml(config),
-        env={**env, "hashes": identity},
-        identity=identity,
-        resume=resume,
-        leader=parallel.leader,
-    ) as run:
+    with folder_of(config, folder, parallel, identity, env, resume) as run:
         if parallel.leader:
             describe(folder, model, text)
         result = train(

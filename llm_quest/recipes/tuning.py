@@ -22,8 +22,7 @@ from llm_quest.models.build import count_parameters, page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.recipes.choices import precision
-from llm_quest.recipes.config import as_yaml
-from llm_quest.recipes.course import Outcome, ended, loop_settings, optimizer, require_same_run, shown
+from llm_quest.recipes.course import Outcome, ended, folder_of, loop_settings, optimizer, require_same_run, shown
 from llm_quest.recipes.parts import Course
 from llm_quest.recipes.techniques import applied_all
 from llm_quest.recipes.tuning_config import Said, Start
@@ -118,14 +117,7 @@ def carried_out(
     keep = job.before()
     parallel.place(job.objective, list(job.model.blocks))
     identity = {"tokenizer": job.tokenizer.hash, **job.identity}
-    with Run(
-        folder,
-        config=as_yaml(config),
-        env={**env, "hashes": identity},
-        identity=identity,
-        resume=resume,
-        leader=parallel.leader,
-    ) as run:
+    with folder_of(config, folder, parallel, identity, env, resume) as run:
         if parallel.leader:
             write_model_json(folder, job.model)
             job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.context)

@@ -16,14 +16,12 @@ from llm_quest.disk import replace_json
 from llm_quest.hub.files import write_model_json
 from llm_quest.models.build import count_parameters, page_of
 from llm_quest.recipes.choices import precision
-from llm_quest.recipes.config import as_yaml
-from llm_quest.recipes.course import Outcome, ended, loop_settings, optimizer, require_same_run, shown
+from llm_quest.recipes.course import Outcome, ended, folder_of, loop_settings, optimizer, require_same_run, shown
 from llm_quest.recipes.techniques import applied_all
 from llm_quest.recipes.vision_config import Vision
 from llm_quest.techniques.checkpointing import Checkpointing
 from llm_quest.train.loop import train
 from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
 from llm_quest.train.schedule import schedule, slowed
 
 Say = Callable[[str], None]
@@ -71,15 +69,7 @@ def carried_out(
     if config.activation_checkpointing:
         Checkpointing()(job.model)
     parallel.place(job.objective, blocks(job.model))
-    identity = dict(job.identity)
-    with Run(
-        folder,
-        config=as_yaml(config),
-        env={**env, "hashes": identity},
-        identity=identity,
-        resume=resume,
-        leader=parallel.leader,
-    ) as run:
+    with folder_of(config, folder, parallel, job.identity, env, resume) as run:
         if parallel.leader:
             describe(folder, job)
         result = train(
