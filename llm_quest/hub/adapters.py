@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.config import read_json
 from llm_quest.hub.names import folded
-from llm_quest.hub.peft import CONFIG, ROOT, WEIGHTS, Pair, Place, edits, places_of
-from llm_quest.hub.tensors import TORCH, read_header, read_into
+from llm_quest.hub.peft import CONFIG, ROOT, WEIGHTS, Pair, Place, edits, places_of, read_tensors
+from llm_quest.hub.tiny_lora import TINY, load_tiny
 from llm_quest.layers.low_rank import Directed
 from llm_quest.techniques.lora import DoRA, LoRA, RsLoRA
-from llm_quest.techniques.targets import chosen
+from llm_quest.techniques.targets import targets_of
 
 ENDINGS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
-    """The model, adapted as PEFT saved it: LoRA, rsLoRA or DoRA, ready to be trained on, merged or saved.
+    """The model, adapted as PEFT saved it: LoRA, rsLoRA, DoRA or TinyLoRA, ready to be trained on, merged or saved.
 
     Raises DataError for what is damaged, of another base or of a kind that is not computed here; UsageError where the
     model has an adapter already."""
     folder = Path(folder)
-    config, pairs = read_config(folder / CONFIG), read_pairs(folder / WEIGHTS)
+    config = read_config(folder / CONFIG)
+    if config["peft_type"] == TINY:
+        return load_tiny(model, folder, config)
+    pairs = read_pairs(folder / WEIGHTS)
     where = places_of(model.config)
     by_module: dict[str, dict[str, Place]] = {}
     for address, place in where.items():
@@ -55,8 +58,10 @@ def read_config(file: Path) -> dict[str, Any]:
         raise DataError(f"{file.parent} holds no adapter: it has no {file.name}")
     config = read_json(file)
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise DataError(f"{file}: peft_type is {kind!r}; LORA is read here (with use_rslora or use_dora), merge others")
+    if kind not in ("LORA", TINY):
+        raise DataError(
+            f"{file}: peft_type is {kind!r}; LORA (with use_rslora or use_dora) and {TINY} are read here, merge others"
+        )
     if type(config.get("r")) is not int or config["r"] < 1:
         raise DataError(f"{file}: r is {config.get('r')!r}; a positive whole number was expected")
     odd = [name for name, plain in PLAIN.items() if config.get(name, plain) not in (plain, None, False)]
@@ -79,21 +84,10 @@ PLAIN: dict[str, Any] = {
 
 def read_pairs(file: Path) -> dict[str, Pair]:
     """Published module -> its tensors."""
-    if not file.exists():
-        raise DataError(f"{file.parent} has no {file.name}; save the adapter with safe_serialization=True")
     found: dict[str, dict[str, Tensor]] = {}
-    unknown, bad = [], []
-    for name, stored in read_header(file).items():
+    for name, tensor in read_tensors(file, lambda name: name.startswith(ROOT) and split(name)[1] in ENDINGS).items():
         module, ending = split(name)
-        if not name.startswith(ROOT) or ending not in ENDINGS or stored.dtype not in TORCH:
-            unknown.append(name)
-            continue
-        tensor = torch.empty(stored.shape, dtype=TORCH[stored.dtype])
-        bad += [name] if read_into(stored, tensor) else []
         found.setdefault(module, {})[ENDINGS[ending]] = tensor
-    if unknown or bad or not found:
-        what = f"not finite: {folded(bad)}" if bad else f"not read here: {folded(unknown) or 'it is empty'}"
-        raise DataError(f"{file}: {what}; only adapters of linear layers are")
     halves = [module for module, pair in found.items() if not {"A", "B"} <= set(pair)]
     if halves:
         raise DataError(f"{file}: lora_A or lora_B is missing of {folded(halves)}")
@@ -133,12 +127,6 @@ def apart(pair: Pair, places: Mapping[str, Place], rank: int, module: str) -> di
 
 def rows(pair: Pair, A: Tensor, B: Tensor, place: Place) -> Pair:
     return Pair(A, B[place.rows], None if pair.magnitude is None else pair.magnitude[place.rows])
-
-
-def targets_of(model: nn.Module, addresses: set[str]) -> tuple[str, ...]:
-    """Short names where they say it all, else the addresses."""
-    short = tuple(dict.fromkeys(address.rsplit(".", 1)[-1] for address in sorted(addresses)))
-    return short if {site.address for site in chosen(model, short)} == addresses else tuple(sorted(addresses))
 
 
 def technique_of(config: Mapping[str, Any], targets: Sequence[str]) -> LoRA | RsLoRA | DoRA:

@@ -10,7 +10,7 @@ has one matrix and we edit its parts apart (GPT-2's c_attn), A's are stacked and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.disk import write_json
-from llm_quest.errors import UsageError
+from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.names import folded
 from llm_quest.hub.staging import staged
-from llm_quest.hub.tensors import write
+from llm_quest.hub.tensors import TORCH, read_header, read_into, write
 from llm_quest.layers.low_rank import Adapted, AdaptedProjections, Directed, LowRank, row_norms
 from llm_quest.layers.projections import Projections
 from llm_quest.models import PAGES
@@ -80,6 +81,25 @@ def place(name: str, site: Site, stack: nn.Module | None = None) -> Place:
     if isinstance(stack, Projections):
         return Place(module, stack.rows(site.part), stack.out_features, width)
     return Place(module, slice(0, rows), rows, width)
+
+
+def read_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Every tensor of an adapter's file, by name. DataError where there is none, for names that are not known and for
+    numbers that are not finite."""
+    if not file.exists():
+        raise DataError(f"{file.parent} has no {file.name}; save the adapter with safe_serialization=True")
+    header = read_header(file)
+    unknown = [name for name, stored in header.items() if not known(name) or stored.dtype not in TORCH]
+    found = {
+        name: torch.empty(stored.shape, dtype=TORCH[stored.dtype])
+        for name, stored in header.items()
+        if name not in unknown
+    }
+    bad = [name for name, tensor in found.items() if read_into(header[name], tensor)]
+    if unknown or bad or not found:
+        what = f"not finite: {folded(bad)}" if bad else f"not read here: {folded(unknown) or 'it is empty'}"
+        raise DataError(f"{file}: {what}; only adapters of linear layers are")
+    return found
 
 
 def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:

@@ -138,20 +138,27 @@ class TinyLoRA:
         return adapted(model, self, self.edits)
 
     def edits(self, sites: Sequence[Site]) -> Iterator[nn.Module]:
-        groups = max(1, round(len(sites) * (1 - self.tying)))
-        size = max(1, len(sites) // groups)
         learned: dict[int, nn.Parameter] = {}
         for index, site in enumerate(sites):
-            group = min(index // size, groups - 1)
+            group = self.group(index, len(sites))
             v = learned.setdefault(group, nn.Parameter(site.weight.new_zeros(self.u)))
-            generator = torch.Generator().manual_seed(self.seed + index)
             U, S, Vh = directions(site, self.rank)
             root = S.sqrt()
-            shape = (self.u, *site.weight.shape[:-2], self.rank, self.rank)
-            P = drawn(site.weight, shape, lambda t, g=generator: t.normal_(std=self.rank**-0.5, generator=g))
+            P = self.projections(site.weight, index)
             yield LowRank(
                 frozen(root[..., None] * Vh), frozen(U * root[..., None, :]), scale=1.0, core=Mixed(frozen(P), v)
             )
+
+    def group(self, index: int, count: int) -> int:
+        """Whose vector matrix number `index` of `count` reads."""
+        groups = max(1, round(count * (1 - self.tying)))
+        return min(index // max(1, count // groups), groups - 1)
+
+    def projections(self, weight: Tensor, index: int) -> Tensor:
+        """P of matrix number `index`, (u,r,r)."""
+        generator = torch.Generator().manual_seed(self.seed + index)
+        shape = (self.u, *weight.shape[:-2], self.rank, self.rank)
+        return drawn(weight, shape, lambda t: t.normal_(std=self.rank**-0.5, generator=generator))
 
 
 def thin(sites: Sequence[Site], numbers: LoRA | RsLoRA | DoRA, scale: float) -> Iterator[LowRank]:

@@ -72,6 +72,12 @@ def chosen(model: nn.Module, targets: Sequence[str]) -> list[Site]:
     return [site for site in every if any(fits(site, target) for target in targets)]
 
 
+def targets_of(model: nn.Module, addresses: set[str]) -> tuple[str, ...]:
+    """Short names where they say it all, else the addresses."""
+    short = tuple(dict.fromkeys(address.rsplit(".", 1)[-1] for address in sorted(addresses)))
+    return short if {site.address for site in chosen(model, short)} == addresses else tuple(sorted(addresses))
+
+
 def fits(site: Site, target: str) -> bool:
     return target == "all" or site.address == target or site.address.endswith(f".{target}")
 

@@ -183,6 +183,69 @@ def test_tiny_lora_equals_pefts_with_pefts_own_projections(bases):
         torch.testing.assert_close(mine.grad, their.grad, **CLOSE)
 
 
+def tiny(base: Path, folder: Path, name: str = "llama", **more: Any) -> Any:
+    """PEFT's TinyLoRA of a base, stirred and saved."""
+    targets = {"llama": ["q_proj", "v_proj", "up_proj", "down_proj"], "gpt2": ["c_fc"]}[name]
+    numbers = {"r": 2, "u": 5, "target_modules": targets, "projection_seed": 7, "fan_in_fan_out": name == "gpt2"}
+    other = peft.get_peft_model(theirs(base), peft.TinyLoraConfig(**(numbers | more)))
+    stir(other)
+    other.save_pretrained(folder)
+    return other.eval()
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("tying", [0.0, 0.6, 1.0])
+def test_pefts_tiny_lora_gives_the_same_outputs_and_gradients_here(bases, tmp_path, tying: float, name: str):
+    other = tiny(bases[name], tmp_path / "adapter", name, weight_tying=tying)
+    ours = quest.load(tmp_path / "adapter", dtype="float64")
+    (technique,) = ours.card.techniques
+    assert (technique.rank, technique.u, technique.tying, technique.seed) == (2, 5, tying, 7)
+    logits, expected = ours(tokens()), other(tokens()).logits
+    assert (expected - quest.load(bases[name], dtype="float64")(tokens())).abs().max() > 1e-2
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    learn(logits)
+    learn(expected)
+    mine = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    their = other.base_model.tinylora_v["default"]
+    assert len(mine) == len(their)
+    for number, parameter in enumerate(mine):
+        torch.testing.assert_close(parameter.grad, their[str(number)].grad, **CLOSE)
+    quest.save(ours, tmp_path / "ours")
+    torch.testing.assert_close(quest.load(tmp_path / "ours", dtype="float64")(tokens()), logits, **CLOSE)
+    quest.save_adapter(ours, tmp_path / "as lora", base=str(bases[name]))
+    read = peft.PeftModel.from_pretrained(theirs(bases[name]), tmp_path / "as lora").eval()
+    torch.testing.assert_close(read(tokens()).logits, logits, rtol=RTOL, atol=ATOL)
+
+
+def test_a_tiny_lora_whose_vectors_cannot_be_placed_is_refused(bases, tmp_path):
+    tiny(bases["llama"], folder := tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    held = safetensors.torch.load_file(file)
+    first, second = [name for name in sorted(held) if name.endswith("tinylora_P")][:2]
+
+    def refused(said: str, **changes: Tensor | None) -> None:
+        safetensors.torch.save_file({n: t for n, t in (held | changes).items() if t is not None}, file)
+        with pytest.raises(DataError, match=said):
+            quest.load_adapter(model := quest.load(bases["llama"]), folder)
+        assert not wrappers(model)
+
+    refused("not those of seed 7 at place", **{first: held[second], second: held[first]})
+    refused("save_projection=True", **{first: None})
+    refused("7 vectors; 8 of u 5", **{"base_model.tinylora_v.3": None})
+    refused("another size: tinylora_P", **{first: held[first][:3].clone()})
+    refused("not read here: base_model.x", **{"base_model.x": held[first].clone()})
+    safetensors.torch.save_file(held, file)
+    rewrite(folder, tinylora_dropout=0.1)
+    with pytest.raises(DataError, match="tinylora_dropout"):
+        quest.load(folder)
+    rewrite(folder, tinylora_dropout=0.0, u="five")
+    with pytest.raises(DataError, match="u 'five'"):
+        quest.load(folder)
+    tiny(bases["gpt2"], tmp_path / "parts", "gpt2", target_modules=["c_attn"])
+    with pytest.raises(DataError, match="edited here in parts"):
+        quest.load(tmp_path / "parts")
+
+
 def adapter(bases, tmp_path: Path) -> Path:
     ours = LoRA(rank=2, targets=("q",))(quest.load(bases["llama"]))
     return quest.save_adapter(ours, tmp_path / "adapter", base=str(bases["llama"]))
