@@ -3,7 +3,8 @@ every recipe runs without a file; results compare between runs with one Python v
 
       {"prompt": "What does textwrap.dedent(text) do?", "completion": "Remove any common leading whitespace from ..."}
 
-A rejected answer is that of the module's next function: as well written, and wrong. The three kinds of built-in text
+Preferred is one whole sentence: the rejected answer is cut off, or runs on into another function's. (The right answer
+against another function's takes knowledge that a small model lacks: docs/LOG.md.) The three kinds of built-in text
 (help, docstrings, source) are what the classifier tells apart."""
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from llm_quest.data.corpus import BUILTIN, collector_paused, documented, modules
+from llm_quest.data.problems.problem import chance
 from llm_quest.data.records import Record, read_records
 from llm_quest.errors import UsageError
 
 SHORTEST, LONGEST = 15, 160
+FEWEST, RUN_ON = 5, 1 / 3
 PIECE = 200
 PIECES = 400
 
@@ -48,12 +51,21 @@ def answers() -> Iterator[Record]:
 
 
 def preferences() -> Iterator[Record]:
-    """Questions with the right answer and a wrong one."""
+    """Questions with an answer that is one whole sentence, and one that is less or more than that."""
     for module, said in described():
         for (head, text), (_, other) in itertools.pairwise([*said, *said[:1]]):
-            if text != other:
-                row = {"prompt": question(head), "chosen": text, "rejected": other}
+            if len(text.split()) >= FEWEST:
+                row = {"prompt": question(head), "chosen": text, "rejected": worse(head, text, other)}
                 yield Record(row, f"builtin:{module}")
+
+
+def worse(head: str, text: str, other: str) -> str:
+    """The answer with another function's behind it, or without its last words (two at least go, two stay); which, the
+    question alone decides."""
+    drawn, words = chance("worse", head), text.split()
+    if drawn.random() < RUN_ON:
+        return f"{text} {other}"
+    return " ".join(words[: drawn.randrange(2, len(words) - 1)]).rstrip(".,;:")
 
 
 def kinds() -> Iterator[Record]:
