@@ -38,8 +38,10 @@ HUB_WORDS = "tests/models/test_page.py -k mimos_released"
 
 CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
 SHARED, INSPECT = "tests/objectives/test_prefix.py -k question", "tests/cli/test_batches.py"
+PLANNED = "tests/cli/test_planning_tuning.py"
 
 LORA = "tests/techniques/test_lora.py"
+MATCH = "tests/rollouts/test_prefix_match.py"
 RPT, RPT_ASK = "tests/recipes/test_rpt.py", "tests/rollouts/test_foretelling.py"
 
 MUTATIONS = (
@@ -205,7 +207,7 @@ MUTATIONS = (
     Mutation("a refused step's expert loads count in the next", "techniques/expert_bias.py", "    def after_refusal(self, model: nn.Module) -> None:\n        for router in routers(model):\n            router.load = None", "    def after_refusal(self, model: nn.Module) -> None:\n        pass", "tests/laws/test_callbacks.py"),
     Mutation("a refused step's largest logits clip the next", "techniques/qk_clip.py", "                    watch.seen = None", "                    pass", "tests/laws/test_callbacks.py"),
     Mutation("nobody is told that a step was refused", "train/session.py", "callback.after_refusal(self.model)", "pass", "tests/laws/test_callbacks.py"),
-    Mutation("a plan takes checkpointed activations for whole ones", "cli/planning_images.py", "kept = counted(job.objective, batch, bf16).kept + cost.largest", "pass", "tests/cli/test_planning_images.py -k checkpointed"),
+    Mutation("a plan takes checkpointed activations for whole ones", "cli/planning_images.py", "kept = counted(job.objective, batch, device, bf16).kept + cost.largest", "pass", "tests/cli/test_planning_images.py -k checkpointed"),
     Mutation("a plan of images forgets its techniques", "cli/planning_images.py", "    applied_all(entries, job.model, say)\n", "", "tests/cli/test_planning_images.py -k adapter"),
     Mutation("a recipe that looks accepts activation_checkpointing and never reads it", "recipes/vision.py", "    if config.activation_checkpointing:", "    if False:", "tests/recipes/test_vision.py -k checkpointed"),
     # Fine-tuning and preferences (alignment.md, section 2)
@@ -227,6 +229,10 @@ MUTATIONS = (
     Mutation("DPO: a question is shared where rows in full are less to read", "data/pairs.py", "shared = shared and together(elements) < alone(elements)", "shared = shared", SHARED),
     Mutation("DPO: shared rows are counted as they are laid", "data/pairs.py", "counted=sum(len(prompt) + len(answer) for prompt, answer in rows),", "", SHARED),
     Mutation("DPO: a checkpointed model reads questions into a cache", "recipes/tuning.py", ' and all(one["name"] != "checkpointing" for one in config.techniques)', "", "tests/recipes/test_preferring.py -k question_is_read"),
+    Mutation("plan: a moving reference's pass is taken for the policy's", "cli/planning_tuning.py", 'return a_pair / 2 * float', 'return a_pair * float', PLANNED),
+    Mutation("plan: only the reference of training pairs is paid for", "cli/planning_tuning.py", 'job.facts["held_out_rows"] + job.facts["train_rows"]', 'job.facts["train_rows"]', PLANNED),
+    Mutation("plan: what is frozen has an optimizer", "cli/planning_tuning.py", "if parameter.requires_grad}", "if True}", PLANNED),
+    Mutation("plan: checkpointing forgets the block that is made again", "cli/planning_tuning.py", "cost = replace(cost, kept=cost.kept + largest)", "pass", PLANNED),
     Mutation("inspect-batch: shared rows are shown without their question", "data/pairs.py", "        if self.prefix is None:\n            return TokenBatch", "        if True:\n            return TokenBatch", INSPECT),
     Mutation("inspect-batch: a label is another row's", "cli/batches.py", "labels[number]", "labels[number - 1]", INSPECT),
     Mutation("inspect-batch: the head is shown to read one token early", "cli/batches.py", "at == p.positions[-1]", "at == p.positions[-2]", INSPECT),
@@ -266,5 +272,20 @@ MUTATIONS = (
     Mutation("RPT's control gets a step less", "recipes/rpt_control.py", "while spent.at(steps) < teraflops * TERA:", "while spent.at(steps + 1) < teraflops * TERA:", RPT),
     Mutation("RPT's control learns every token for `selected`", "data/whole.py", "np.arange(1, end + 1) if learn is None else", "np.arange(1, end + 1) if True else", "tests/data/test_worked.py"),
     Mutation("RPT: the proxy is the model after the thoughts", "recipes/rpt_start.py", "    proxy = copy.deepcopy(model)\n    thinks(config, part, model, tokenizer, out / \"warmup\", parallel, say)", "    thinks(config, part, model, tokenizer, out / \"warmup\", parallel, say)\n    proxy = copy.deepcopy(model)", RPT),
-    Mutation("marked: the first of two answers counts", "rollouts/verifiers.py", "judged(number(after) if before", 'judged(number(after.partition(ANSWER)[0]) if before', "tests/rollouts/test_verifiers.py -k 'right or hostile'"),
+    Mutation("RPT: any beginning of the truth is right", "rollouts/prefix_match.py", "and len(predicted) in boundaries(truth)", "and len(predicted) > 0", MATCH),
+    Mutation("RPT: an answer is searched for among others", "rollouts/prefix_match.py", "ANSWERED.fullmatch(text)", "ANSWERED.search(text)", MATCH),
+    Mutation("RPT: an answer cut off by the length is paid", "rollouts/prefix_match.py", "None if sample.truncated else answer_of", "answer_of", MATCH),
+    Mutation("RPT: the entropy of 16 tokens that do not sum to one", "rollouts/positions.py", "if renormalised else best", "if not renormalised else best", "tests/rollouts/test_positions.py"),
+    Mutation("RPT: a place at a threshold is the harder one's", "rollouts/positions.py", "sum(entropy > threshold", "sum(entropy >= threshold", "tests/rollouts/test_positions.py"),
+    Mutation("RPT: places are thinned alike for every seed", "rollouts/positions.py", 'chance("positions", seed)', 'chance("positions")', "tests/rollouts/test_positions.py"),
+    Mutation("RPT: the instruction takes no room", "rollouts/foretelling.py", "room = context - new_tokens - asking.around", "room = context - new_tokens", RPT_ASK),
+    Mutation("RPT: the pieces of a long document have no start", "rollouts/foretelling.py", "[[start, *body[at : at + length - 1]] for", "[body[at : at + length - 1] for", RPT_ASK),
+    Mutation("RPT: each bucket draws from all of them", "rollouts/buckets.py", "if bucket(one.entropy) == at]", "if at >= 0]", "tests/rollouts/test_buckets.py"),
+    Mutation("RPT: one true token counts as several", "rollouts/buckets.py", "len(said.encode()) > len(truth[0])", "len(said.encode()) >= len(truth[0])", "tests/rollouts/test_buckets.py"),
+    Mutation("RPT: finding the places is free", "recipes/rpt.py", "flops=found.flops)", "flops=0.0)", RPT),
+    Mutation("RPT: the reference's pass is free", "recipes/rpt.py", "scorings=(config.kl is not None) +", "scorings=", RPT),
+    Mutation("RPT: the same places in the same order every epoch", "recipes/rpt.py", "dealt(len(found), seed, epoch)", "dealt(len(found), seed, 0)", RPT),
+    Mutation("RPT: only hard places are held out", "recipes/rpt_text.py", "hard(proxy, text.held_out, part, EVERYTHING)", "hard(proxy, text.held_out, part, part.above)", RPT),
+    Mutation("RPT's control begins before the thoughts", "recipes/rpt_start.py", 'str(out / "warmup")', 'str(out / "base")', RPT),
+    Mutation("marked: the first of two answers counts", "rollouts/verifiers.py", "judged(number(after) if before", 'judged(number(after.partition(ANSWER)[0]) if before', "tests/rollouts/test_verifiers.py -k right_and_wrong"),
 )  # fmt: skip

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 
+from llm_quest.data.problems import spelled
+from llm_quest.data.worked import as_document, worked, worked_tokenizer
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.files import load
+from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.recipes.config import resolve
-from llm_quest.recipes.rpt import train_rpt
+from llm_quest.recipes.rpt import asked, train_rpt
 from llm_quest.recipes.rpt_config import Rpt, RptControl
 from llm_quest.recipes.rpt_control import train_rpt_control
-from llm_quest.recipes.rpt_text import problems_of
+from llm_quest.recipes.rpt_text import Passage, places, problems_of
 from llm_quest.recipes.yaml import merge, read
+from llm_quest.rollouts.foretelling import asking_of
+from llm_quest.rollouts.positions import Position, positions
 from tests.recipes.tuned import metrics, weights
 
 pytestmark = pytest.mark.xdist_group("rpt")
@@ -90,6 +95,40 @@ def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[s
     assert any(row["grad_norm"] > 0 for row in rows), "some group was mixed, so the bits below mean something"
     assert {"eval/plain_hard", "eval/thought_hard", "eval/accuracy", "eval/unread"} <= set(rows[-1])
     assert load(out).config.vocab == load(out / "base").config.vocab
+
+
+def test_a_reference_is_paid_for(done: tuple[Path, list[str]], tmp_path: Path):
+    started(tmp_path / "run", *from_(done[0], "kl={beta: 0.1}", "steps=1"))
+    first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
+    assert first["length"] == other["length"], "the same samples"
+    assert other["teraflops"] > first["teraflops"]
+
+
+def test_held_out_places_are_hard_and_easy_ones_and_learned_from_are_hard_ones(
+    done: tuple[Path, list[str]], tmp_path: Path
+):
+    task, proxy, tokenizer = spelled("registers:longest=2"), load(done[0] / "base"), load_tokenizer(done[0] / "base")
+    documents = [as_document(one, tokenizer) for one in worked(task, "train", 12)]
+    asking = asking_of(tokenizer, documents, before="", after="<think>", ahead=1)
+    text = Passage(documents[:6], documents[6:], asking)
+    middle = statistics.median(one.entropy for one in positions(proxy, documents, above=-1.0))
+    config = resolve(Rpt, merge(read(RECIPE, "recipe.yaml"), [f"select.above={middle}"]))
+    found = places(config, proxy, 0.0, text, tmp_path)
+    assert min(one.entropy for one in found.train) > middle
+    assert min(one.entropy for one in found.held_out) < middle < max(one.entropy for one in found.held_out)
+
+
+def test_every_place_is_asked_for_once_an_epoch_in_an_order_of_its_own():
+    task = spelled("registers:longest=2")
+    tokenizer = worked_tokenizer(task)
+    documents = [as_document(one, tokenizer) for one in worked(task, "train", 6)]
+    text = Passage(documents, [], asking_of(tokenizer, documents, before="", after="<think>", ahead=1))
+    found = [Position(n, place, 1.0) for n, ids in enumerate(documents) for place in (1, len(ids) - 2)]
+    every = {text.asking.question(documents[one.document], one.place) for one in found}
+    orders = [[asked(text, found, 7, epoch * 12 + n) for n in range(12)] for epoch in (0, 1)]
+    assert [set(order) for order in orders] == [every, every]
+    assert orders[0] != orders[1]
+    assert orders[0] != [asked(text, found, 8, n) for n in range(12)]
 
 
 def test_no_held_out_document_is_learned_from():

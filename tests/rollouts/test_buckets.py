@@ -52,9 +52,10 @@ def looked():
     task = spelled("registers:longest=3")
     tokenizer = worked_tokenizer(task)
     model = build(llama.Config(tokenizer.vocab_size, 32, 1, 2, 2, 16, 64, 64, Rotary(16, 1e4), True), seed=3)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     documents = [as_document(one, tokenizer) for one in worked(task, "validation", 12)]
     places = [Position(n, place, 1.0) for n, ids in enumerate(documents) for place in range(1, len(ids) - 1)]
     asking = asking_of(tokenizer, documents, before="", after="<think>", ahead=3)

@@ -65,6 +65,8 @@ def test_the_next_document_is_no_part_of_the_truth():
         ("<think>x</think><answer> </answer>", 0.0),
         ("<think>x</think><answer> caf</answer><answer> café</answer>", 0.0),
         ("<think>x</think><answer>no</answer> <answer> caf</answer>", 0.0),
+        ("So: <think>x</think><answer> caf</answer>", 0.0),
+        ("<think>x</think><answer> caf</answer>.", 0.0),
         ("<answer> caf</answer>", 0.0),
         (" caf", 0.0),
         ("", 0.0),
