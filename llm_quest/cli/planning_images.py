@@ -2,32 +2,26 @@
 training (it reads its images), its techniques are applied, and one micro-batch of it is counted and timed; nothing is
 written.
 
-FLOPs by PyTorch's counter over a forward and a backward pass, so that what is frozen costs no gradient; an attention
-kernel's backward pass counts twice its forward pass. Activations: the bytes that the forward pass hands to autograd,
-each storage once, parameters left out; with activation checkpointing what a pass then keeps, and the largest block in
-full, which costs one forward pass more."""
+With activation checkpointing memory is what a pass then keeps, and the largest block in full, which costs one forward
+pass more."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
+from llm_quest.cli.counting import counted, timed
 from llm_quest.cli.machine import matmul_peak
-from llm_quest.cli.planning import MASTER, REACHED, SPARE_MEMORY, STEPS, advance, clocked
-from llm_quest.layers.block import Block
+from llm_quest.cli.planning import MASTER, REACHED, SPARE_MEMORY, STEPS
 from llm_quest.models.build import page_of
-from llm_quest.models.flops import Shape, attention_kernel, formulas
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import optimizer
 from llm_quest.recipes.techniques import applied_all, parted
-from llm_quest.recipes.vision import Job
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import assembled as assembled_vit
 from llm_quest.recipes.vlm import assembled as assembled_vlm
@@ -98,17 +92,17 @@ def plan_images(config: Vit | Vlm, *, measure: bool, say: Callable[[str], None])
     batch: Any = job.feed.at(0)[0].to(device)
     rows, counts = batch.images.shape[0], [parameter.numel() for parameter in model.parameters()]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    cost = counted(job.objective, batch, bf16)
+    cost = counted(job.objective, batch, device, bf16)
     kept = cost.kept
     if checkpointed:
         Checkpointing()(model)
-        kept = counted(job.objective, batch, bf16).kept + cost.largest
+        kept = counted(job.objective, batch, device, bf16).kept + cost.largest
     stepper = optimizer(config.optimizer, model, job.by_adamw)
     if measure:
         say(f"timing {STEPS} real steps of {sum(counts):,} parameters")
     peak = matmul_peak(2048, torch.bfloat16 if bf16 else torch.float32, str(device))
     micro_batches = -(-config.batch.rows // rows)
-    took = timed(job, stepper, batch, micro_batches, bf16) if measure else None
+    took = timed(job.objective, stepper, batch, device, bf16).of(micro_batches) if measure else None
     done = cost.flops + cost.forward * checkpointed
     step = done * micro_batches / (REACHED * peak * 1e9) if took is None else took
     memory = {
@@ -139,58 +133,6 @@ def plan_images(config: Vit | Vlm, *, measure: bool, say: Callable[[str], None])
     )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Of one micro-batch. flops: forward and backward; forward: alone. kept: bytes that the forward pass hands to
-    autograd; largest: the most that one block hands to it."""
-
-    flops: int
-    forward: int
-    kept: int
-    largest: int
-
-
-def counted(objective: nn.Module, batch: Any, bf16: bool) -> Cost:
-    """Counted on the pass itself; no gradient stays."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-    kept: dict[int, tuple[Any, int | None]] = {}
-    inside: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept.setdefault(storage.data_ptr(), (storage, inside[-1] if inside else None))
-        return tensor
-
-    blocks = [module for module in objective.modules() if isinstance(module, Block)]
-    marks = [block.register_forward_pre_hook(lambda *_, n=n: inside.append(n)) for n, block in enumerate(blocks)]
-    marks += [block.register_forward_hook(lambda *_: inside.clear()) for block in blocks]
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    counter = FlopCounterMode(display=False, custom_mapping=formulas() | BACKWARD)
-    with counter, torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
-        with hooks:
-            loss = objective(batch)
-        forward = counter.get_total_flops()
-        loss.total.backward()
-    for mark in marks:
-        mark.remove()
-    objective.zero_grad()
-    sizes = [0] * max(1, len(blocks))
-    for storage, block in kept.values():
-        if block is not None:
-            sizes[block] += storage.nbytes()
-    whole = sum(storage.nbytes() for storage, _ in kept.values())
-    return Cost(counter.get_total_flops(), forward, whole, max(sizes))
-
-
-def attention_backward(g: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
-    """Twice `attention_kernel`, as every product's backward pass."""
-    return 2 * attention_kernel(q, k, v)
-
-
-BACKWARD = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
-
-
 def held(model: nn.Module, name: str, by_adamw: Any) -> int:
     """Bytes of the optimiser's state: two numbers for each learned one, one where Muon turns a matrix."""
     numbers = 0
@@ -198,19 +140,3 @@ def held(model: nn.Module, name: str, by_adamw: Any) -> int:
         matrix = name == "muon" and parameter.ndim == 2 and not path.startswith(tuple(by_adamw))
         numbers += parameter.numel() * (1 if matrix else 2) * parameter.requires_grad
     return numbers * MASTER
-
-
-def timed(job: Job, stepper: torch.optim.Optimizer, batch: Any, micro_batches: int, bf16: bool) -> float:
-    """Seconds of an optimiser step: micro-batch and update timed apart, medians of three after one to warm up."""
-    device = batch.images.device
-
-    def backward() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = job.objective(batch)
-        (loss.total / loss.count).backward()
-
-    micro, update = [], []
-    for _ in range(1 + STEPS):
-        micro.append(clocked(backward, device))
-        update.append(clocked(lambda: advance(job.model, stepper), device))
-    return micro_batches * statistics.median(micro[1:]) + statistics.median(update[1:])

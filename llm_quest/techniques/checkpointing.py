@@ -7,7 +7,8 @@ Commonly got wrong: dropout must fall the same way the second time (torch keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -35,6 +36,19 @@ class Checkpointing:
         for block in blocks:
             block.forward = Again(block.forward)  # type: ignore[assignment, method-assign]
         return model
+
+
+@contextmanager
+def checkpointing_off(model: Any) -> Iterator[None]:
+    """Inside: every block is computed once, and remembered."""
+    held = {block: block.forward for block in model.modules() if isinstance(block.forward, Again)}
+    for block, again in held.items():
+        block.forward = again.forward
+    try:
+        yield
+    finally:
+        for block, again in held.items():
+            block.forward = again
 
 
 class Again:
