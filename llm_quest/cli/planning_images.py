@@ -21,7 +21,7 @@ from llm_quest.cli.planning import MASTER, REACHED, SPARE_MEMORY, STEPS
 from llm_quest.models.build import page_of
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import optimizer
-from llm_quest.recipes.techniques import applied_all, parted
+from llm_quest.recipes.techniques import applied_all, without_checkpointing
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import assembled as assembled_vit
 from llm_quest.recipes.vlm import assembled as assembled_vlm
@@ -86,7 +86,7 @@ def plan_images(config: Vit | Vlm, *, measure: bool, say: Callable[[str], None])
     """The cost of a recipe on this machine. measure: time real steps."""
     device, parallel = pick_device(config.device), Parallel()
     job = assembled_vlm(config, parallel, say) if isinstance(config, Vlm) else assembled_vit(config, parallel, say)
-    entries, checkpointed = parted(config.techniques, config.activation_checkpointing)
+    entries, checkpointed = without_checkpointing(config.techniques, config.activation_checkpointing)
     applied_all(entries, job.model, say)
     model, bf16 = job.model.to(device).train(), precision(config.precision, device).value == "bf16"
     batch: Any = job.feed.at(0)[0].to(device)

@@ -24,7 +24,7 @@ from llm_quest.recipes import classify, dpo, reward, sft
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import optimizer
 from llm_quest.recipes.reference import Moving
-from llm_quest.recipes.techniques import parted
+from llm_quest.recipes.techniques import without_checkpointing
 from llm_quest.recipes.tuning import Job
 from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
 from llm_quest.report.words import aligned, duration, quantity, size
@@ -165,7 +165,7 @@ def looked_at(job: Job, steps: int) -> tuple[Any, float]:
 def counted_whole(config: Tuning, job: Job, batch: Any, device: torch.device, bf16: bool) -> Cost:
     """One micro-batch. A checkpointed model keeps what it keeps, and the largest block in full on the way back."""
     cost = counted(job.objective, batch, device, bf16)
-    if parted(config.techniques, False)[1]:
+    if without_checkpointing(config.techniques, False)[1]:
         with checkpointing_off(job.model):
             largest = counted(job.objective, batch, device, bf16).largest
         cost = replace(cost, kept=cost.kept + largest)

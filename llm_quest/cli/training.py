@@ -34,7 +34,7 @@ from llm_quest.recipes.rpt_config import Rpt, RptControl
 from llm_quest.recipes.rpt_control import train_rpt_control
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
-from llm_quest.recipes.techniques import parted
+from llm_quest.recipes.techniques import without_checkpointing
 from llm_quest.recipes.text import loaded
 from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
 from llm_quest.recipes.vision_config import Vit, Vlm
@@ -170,7 +170,7 @@ def foresee(recipe: str, pairs: Sequence[str], *, measure: bool, say: Say) -> Pl
 def work(config: Pretrain, numbers: Any) -> Work:
     """The recipe as planning sees it."""
     device = pick_device(config.device)
-    techniques, checkpointing = parted(config.techniques, config.activation_checkpointing)
+    techniques, checkpointing = without_checkpointing(config.techniques, config.activation_checkpointing)
     return Work(
         numbers,
         rows=config.batch.rows,

@@ -23,9 +23,9 @@ from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import scores
 from llm_quest.recipes import seeds
-from llm_quest.recipes.course import Outcome, company, founded
+from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.grpo_config import Grpo, Named
-from llm_quest.recipes.policy import decided, learner, require_whole
+from llm_quest.recipes.policy import entered, learner
 from llm_quest.recipes.policy_probes import Extremes, HeldOut
 from llm_quest.recipes.tuning import Job, Say, carried_out, opened
 from llm_quest.recipes.tuning_config import Start
@@ -49,11 +49,7 @@ def train_grpo(
     quiet: bool = False, say: Say = print,
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder."""
-    with company(config, config.rollout.prompts) as parallel:
-        require_whole(config, parallel)
-        config = decided(config, parallel)
-        founded(config, out, parallel)
-        tell = say if parallel.leader else lambda line: None
+    with entered(config, out, say) as (config, parallel, tell):
         made = assembled(config, settings, out, parallel, tell)
         before = made.held.accuracy(made.job.model)
         tell(f"held out, before: accuracy {before.greedy}")

@@ -6,10 +6,11 @@ off."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from llm_quest.objectives.policy_gradient import PolicyGradient
 from llm_quest.objectives.surrogates import VARIANTS
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
+from llm_quest.recipes.course import company, founded
 from llm_quest.recipes.policy_config import Policy
 from llm_quest.recipes.tuning import edited, may_share
 from llm_quest.rollouts.advantages import ESTIMATORS
@@ -45,6 +47,17 @@ def decided(config: Settings, parallel: Parallel) -> Settings:
     if config.precision == "auto" and config.variant.startswith("gspo"):
         chosen = replace(chosen, value="fp32")  # its clip range is finer than bfloat16's rounding
     return config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
+
+
+@contextmanager
+def entered(config: Settings, out: Path, say: Say) -> Iterator[tuple[Settings, Parallel, Say]]:
+    """The processes of a run that writes into its folder before it begins, the config with what `auto` means here, and
+    who speaks: the leader alone."""
+    with company(config, config.rollout.prompts) as parallel:
+        require_whole(config, parallel)
+        config = decided(config, parallel)
+        founded(config, out, parallel)
+        yield config, parallel, say if parallel.leader else lambda line: None
 
 
 def require_whole(config: Policy, parallel: Parallel) -> None:

@@ -21,9 +21,9 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import Cost, cost_of
 from llm_quest.recipes import seeds
-from llm_quest.recipes.course import Outcome, company, founded
+from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.foretold import TABLES, ByBucket
-from llm_quest.recipes.policy import Learner, Say, decided, learner, require_whole, writer_of
+from llm_quest.recipes.policy import Learner, Say, entered, learner, writer_of
 from llm_quest.recipes.policy_probes import Extremes
 from llm_quest.recipes.rpt_config import Rpt
 from llm_quest.recipes.rpt_start import Begun, begun
@@ -47,11 +47,7 @@ def train_rpt(
     quiet: bool = False, say: Say = print,
 ) -> Outcome:  # fmt: skip
     """Run the recipe in a folder. Beside the run: positions.json, foretold.json; a fresh model's base/ and warmup/."""
-    with company(config, config.rollout.prompts) as parallel:
-        require_whole(config, parallel)
-        config = decided(config, parallel)
-        founded(config, out, parallel)
-        tell = say if parallel.leader else lambda line: None
+    with entered(config, out, say) as (config, parallel, tell):
         made = assembled(config, settings, out, parallel, tell)
         made.eye.show("before", tell)
         outcome = carried_out(made.job, config, out, resume, env or {}, quiet, tell, parallel)

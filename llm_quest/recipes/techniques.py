@@ -59,7 +59,9 @@ def KNOWN() -> dict[str, type]:
 Entry = Annotated[dict[str, Any], BeforeValidator(understood)]
 
 
-def parted(entries: Sequence[Mapping[str, Any]], checkpointing: bool) -> tuple[tuple[Mapping[str, Any], ...], bool]:
+def without_checkpointing(
+    entries: Sequence[Mapping[str, Any]], checkpointing: bool
+) -> tuple[tuple[Mapping[str, Any], ...], bool]:
     """The entries without activation checkpointing, and whether it was among them or asked for by its own key: plans
     count first what is remembered without it."""
     others = tuple(entry for entry in entries if entry["name"] != "checkpointing")
