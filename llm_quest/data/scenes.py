@@ -2,9 +2,13 @@
 
 A scene shows two groups, each so many of one colour and shape, one beside or above the other, never both at once:
 
-      two red circles left of one blue square           how many red circles? two
+      two red circles left of one blue square           how many circles? two
                                                         what colour are the squares? blue
-                                                        where are the blue squares? right
+                                                        where are the blue things? right
+
+A question names a group by its colour, by its shape or by both, as the scene's key decides, and always so that one
+group is meant. Commonly got wrong: where every question names the colour, 92 of 100 are answered by looking for it
+alone, and a small model hardly ever learns to look for a shape.
 
 Scene number i of a seed is a pure function of (seed, i). What is held out is *combinations* (both groups and how they
 stand), chosen by their hash: no held-out combination is ever trained on, under any seed, and every word of it is.
@@ -50,9 +54,11 @@ class Group:
     def words(self) -> str:
         return f"{NUMBERS[self.number - 1]} {self.colour} {self.shape if self.number == 1 else self.shapes}"
 
-    @property
-    def kind(self) -> str:
-        return f"{self.colour} {self.shapes}"
+    def told_from(self, other: Group) -> list[str]:
+        """Names, many times, that mean this group and not the other."""
+        names = [f"{self.colour} {self.shapes}"]
+        names += [f"{self.colour} things"] if self.colour != other.colour else []
+        return names + ([self.shapes] if self.shape != other.shape else [])
 
     @property
     def shapes(self) -> str:
@@ -94,11 +100,16 @@ class Scene:
         the shapes differ."""
         groups = (self.first, self.second)
         asked = [Turn("caption", "describe:", self.caption)]
-        asked += [Turn("count", f"how many {group.kind}?", NUMBERS[group.number - 1]) for group in groups]
+        asked += [Turn("count", f"how many {self.name(group)}?", NUMBERS[group.number - 1]) for group in groups]
         if self.first.shape != self.second.shape:
             asked += [Turn("colour", f"what colour are the {group.shapes}?", group.colour) for group in groups]
         sides = zip(groups, RELATIONS[self.relation], strict=True)
-        return asked + [Turn("relation", f"where are the {group.kind}?", side) for group, side in sides]
+        return asked + [Turn("relation", f"where are the {self.name(group)}?", side) for group, side in sides]
+
+    def name(self, group: Group) -> str:
+        """What the questions call this group."""
+        names = group.told_from(self.second if group is self.first else self.first)
+        return names[self.key % len(names)]
 
     def draw(self, size: int) -> Image.Image:
         """The picture, size x size pixels."""

@@ -62,7 +62,7 @@ class Scenes:
 
     def __init__(self, size: int):
         self.size = size
-        self.hash = hashlib.sha256(f"scenes 2, {size} pixels".encode()).hexdigest()
+        self.hash = hashlib.sha256(f"scenes 3, {size} pixels".encode()).hexdigest()
 
     def train(self, number: int, seed: int) -> Sight:
         return self.sight(scenes.scene(seed, number))

@@ -27,6 +27,7 @@ PAPERS: tuple[str, ...] = (
     "process",
     "label_noise",
     "overoptimization",
+    "countdown",
 )
 
 

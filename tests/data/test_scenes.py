@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,9 +15,15 @@ indices = st.integers(0, 10_000)
 SCENE = Scene(Group(2, "red", "circle"), Group(1, "blue", "square"), "left of", key=5)
 
 
+def told(key: int, scene: Scene = SCENE) -> list[tuple[str, str]]:
+    return [(turn.question, turn.answer) for turn in replace(scene, key=key).turns]
+
+
 def test_a_scene_in_words():
+    """By colour and shape, by colour, by shape, as the key says."""
     assert SCENE.caption == "two red circles left of one blue square"
-    assert [(turn.question, turn.answer) for turn in SCENE.turns] == [
+    both, colours, shapes = (told(key) for key in (0, 1, 2))
+    assert both == [
         ("describe:", "two red circles left of one blue square"),
         ("how many red circles?", "two"),
         ("how many blue squares?", "one"),
@@ -24,6 +32,18 @@ def test_a_scene_in_words():
         ("where are the red circles?", "left"),
         ("where are the blue squares?", "right"),
     ]
+    assert colours == [
+        (q.replace("red circles", "red things").replace("blue squares", "blue things"), a) for q, a in both
+    ]
+    assert shapes == [(q.replace("red circles", "circles").replace("blue squares", "squares"), a) for q, a in both]
+
+
+def test_a_name_that_fits_both_groups_is_never_used():
+    """Alike in colour they are told apart by shape, alike in shape by colour."""
+    alike = Scene(Group(2, "red", "circle"), Group(1, "red", "square"), "above")
+    assert {told(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many circles?"}
+    alike = Scene(Group(2, "red", "circle"), Group(1, "blue", "circle"), "above")
+    assert {told(key, alike)[1][0] for key in range(6)} == {"how many red circles?", "how many red things?"}
 
 
 @given(indices, indices, st.booleans())

@@ -12,6 +12,7 @@ import pytest
 from llm_quest.data.problems.chained import Chained
 from llm_quest.data.problems.strings import Reverse
 from llm_quest.papers import (
+    countdown,
     lab,
     label_noise,
     noisy_teacher,
@@ -144,6 +145,23 @@ def far(grpo: float, teacher: float = 0.5, coin: float = 0.1) -> Results:
 def test_ahead_by_so_many_points_and_of_rewards_that_know_nothing(results: Results, outcome: str) -> None:
     assert ahead(results, "greedy", 0.15).outcome == outcome
     assert noisy_teacher.judge(results).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("one", "eight", "outcome"),
+    [(0.5, 0.6, "confirmed"), (0.5, 0.9, "refuted"), (0.3, 0.6, "no effect seen"), (0.5, 0.8, "no effect seen")],
+)
+def test_likelier_in_one_try_and_rarer_in_eight(one: float, eight: float, outcome: str) -> None:
+    found = Results()
+    for seed, noise in enumerate((0.0, 0.01, -0.01), 1):
+        for arm in countdown.ARMS:
+            first = {"greedy": 0.5, "mean@8": 0.3, "pass@8": 0.8}
+            found.add(
+                arm,
+                seed,
+                Measured(first | {"mean@8": one + noise, "pass@8": eight - noise} if arm == "GRPO" else first),
+            )
+    assert countdown.judge(found).outcome == outcome
 
 
 @pytest.mark.parametrize(
