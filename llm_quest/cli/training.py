@@ -12,6 +12,7 @@ from typing import Any
 from llm_quest.cli.machine import doctor
 from llm_quest.cli.planning import Plan, Work, plan
 from llm_quest.cli.planning_images import ImagePlan, plan_images
+from llm_quest.cli.planning_policy import PolicyPlan, plan_policy
 from llm_quest.cli.planning_tuning import TuningPlan, plan_tuning
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.disk import replace_json
@@ -155,13 +156,17 @@ def conclude(folder: Path, foreseen: Plan | None, say: Say) -> None:
     say(f"report: {report([folder])}")
 
 
-def foresee(recipe: str, pairs: Sequence[str], *, measure: bool, say: Say) -> Plan | ImagePlan | TuningPlan:
+def foresee(
+    recipe: str, pairs: Sequence[str], *, measure: bool, say: Say
+) -> Plan | ImagePlan | TuningPlan | PolicyPlan:
     """What a recipe would cost on this machine."""
     settings, config, _ = understood(recipe, pairs)
     if isinstance(config, Vit | Vlm):
         return plan_images(config, measure=measure, say=say)
     if isinstance(config, Sft | Reward | Dpo | Classify):
         return plan_tuning(config, measure=measure, say=say)
+    if isinstance(config, Grpo):
+        return plan_policy(config, settings, measure=measure, say=say)
     if not isinstance(config, Pretrain):
         raise UsageError(f"runs of {config.recipe} are not planned; try {recipe} with steps=20")
     return plan(work(config, sizes(config, settings)), measure=measure, say=say)

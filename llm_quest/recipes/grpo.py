@@ -73,15 +73,11 @@ def assembled(config: Grpo, settings: Settings, out: Path, parallel: Parallel, s
     model, tokenizer = begun(config, settings, out, parallel, say)
     model.to(parallel.device)
     encode = asking(config, tokenizer)
-
-    def ask(index: int) -> Question:
-        problem = problems.train(index)
-        return Question(tuple(encode(problem.prompt)), problem)
-
     judges = [Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in config.rewards]
     steps = partial(step_rewards, tokenizer) if config.process else None
     made = learner(
-        config, model, tokenizer, ask, judges, parallel, say, separately=config.separately, steps=steps
+        config, model, tokenizer, partial(question, problems, encode), judges, parallel, say,
+        separately=config.separately, steps=steps,
     )  # fmt: skip
     held = HeldOut(
         problems.held_out, tokenizer, encode, config.evaluate.every, config.rollout.new_tokens,
@@ -145,6 +141,12 @@ def asking(config: Grpo, tokenizer: Tokenizer) -> Encode:
         return lambda text: [tokenizer.start_id, *tokenizer.encode(text, template=False)]
     chat = Chat(tokenizer)
     return lambda text: chat.prompt([{"role": "user", "content": text}])
+
+
+def question(problems: Posed, encode: Encode, index: int) -> Question:
+    """Number `index` of those to learn from."""
+    problem = problems.train(index)
+    return Question(tuple(encode(problem.prompt)), problem)
 
 
 def rewarding(config: Grpo, one: Named, tokenizer: Tokenizer, parallel: Parallel) -> Reward:

@@ -12,7 +12,6 @@ from llm_quest.cli.costs import flops_per_token
 from llm_quest.cli.counting import counted
 from llm_quest.cli.planning_tuning import TuningPlan, looked_at
 from llm_quest.cli.training import foresee
-from llm_quest.errors import UsageError
 from llm_quest.hub.files import load
 from llm_quest.recipes import dpo, sft
 from llm_quest.recipes.config import gather, resolve
@@ -100,9 +99,3 @@ def test_a_frozen_body_costs_no_gradient(pairs: list[str]):
     whole, head = planned("classify", pairs), planned("classify", pairs, "train=head")
     assert head.flops_per_token == pytest.approx(whole.flops_per_token / 3, rel=0.1)
     assert head.learned == 2 * load(pairs[0].partition("=")[2]).config.width
-
-
-def test_what_learns_from_its_own_samples_is_not_planned():
-    with pytest.raises(UsageError, match="runs of grpo are not planned; try grpo with steps=20"):
-        foresee("grpo", [], measure=False, say=quiet)
-    assert torch.is_grad_enabled()
