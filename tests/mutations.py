@@ -227,6 +227,7 @@ MUTATIONS = (
     Mutation("flips accepted and never read", "objectives/preference.py", "if not LOSSES[loss].flips and flips:", "if False:", PREFERENCE),
     Mutation("DPO: all answers go on from the first question", "data/prefix.py", "torch.tensor(of)", "torch.tensor(of) * 0", SHARED),
     Mutation("DPO: a question is shared where rows in full are less to read", "data/pairs.py", "shared = shared and together(elements) < alone(elements)", "shared = shared", SHARED),
+    Mutation("DPO: questions are shared under FSDP2", "recipes/dpo.py", ' and parallel.kind != "fsdp"', "", "tests/recipes/test_preferring.py -k two_processes"),
     Mutation("DPO: shared rows are counted as they are laid", "data/pairs.py", "counted=sum(len(prompt) + len(answer) for prompt, answer in rows),", "", SHARED),
     Mutation("DPO: a checkpointed model reads questions into a cache", "recipes/tuning.py", ' and all(one["name"] != "checkpointing" for one in config.techniques)', "", "tests/recipes/test_preferring.py -k question_is_read"),
     Mutation("plan: groups without news are left out of a policy's step", "cli/planning_policy.py", '{"keep_flat": True}', '{}', "tests/cli/test_planning_policy.py"),

@@ -60,7 +60,9 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
         model, loss=config.loss, beta=config.beta, flips=config.flips, per_token=config.per_token
     )
     packed = feed_of(config, pairs, parallel)
-    packed.source.shared = share = may_share(config) and parallel.world == 1
+    packed.source.shared = share = (
+        may_share(config) and parallel.kind != "fsdp"
+    )  # a block is sharded again after its first pass
     feed: Feed = packed
     if config.sync is not None:
         if parallel.kind == "fsdp":

@@ -15,7 +15,7 @@ from llm_quest.data.preferences import Preference
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load
 from llm_quest.objectives.reward_model import scores
-from llm_quest.recipes.config import resolve
+from llm_quest.recipes.config import gather, resolve
 from llm_quest.recipes.dpo import assembled, train_dpo
 from llm_quest.recipes.preferring import judged, turned_round
 from llm_quest.recipes.reward import train_reward
@@ -23,6 +23,7 @@ from llm_quest.recipes.tuning_config import Dpo, Reward
 from llm_quest.recipes.yaml import merge, read
 from llm_quest.train.parallel import Parallel
 from tests.recipes.tuned import COMMON, WORDS, base, metrics, started, weights, written
+from tests.recipes.two import recipe_by_two
 
 pytestmark = pytest.mark.xdist_group("preferring")
 """One worker makes what these tests share, once."""
@@ -125,6 +126,18 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
         started(Dpo, train_dpo, DPO, tmp_path / str(shared), *options)
         losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_prefer_what_one_does(engine: str, pairs: list[str], tmp_path: Path):
+    rest = [*pairs, "steps=3", "batch={rows: 4, length: 40}", "precision=fp32", "log_every=1", "schedule.warmup=1"]
+    rest += ["optimizer={name: adamw, lr: 1e-3}", "evaluate.every=0", "device=cpu"]
+    recipe_by_two("dpo", [*rest, f"parallel={engine}"], tmp_path / "two")
+    settings = gather("dpo", rest)
+    train_dpo(resolve(Dpo, settings), settings, tmp_path / "one", quiet=True, say=lambda line: None)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: Path):
