@@ -60,9 +60,8 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
         model, loss=config.loss, beta=config.beta, flips=config.flips, per_token=config.per_token
     )
     packed = feed_of(config, pairs, parallel)
-    packed.source.shared = share = (
-        may_share(config) and parallel.kind != "fsdp"
-    )  # a block is sharded again after its first pass
+    share = may_share(config) and parallel.kind != "fsdp"  # which shards a block again after its first pass
+    packed.source.shared = share
     feed: Feed = packed
     if config.sync is not None:
         if parallel.kind == "fsdp":
