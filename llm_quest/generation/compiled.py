@@ -1,34 +1,40 @@
-"""One decode step as one compiled graph: every shape constant, every position a tensor, the cache seen at full
-length.
+"""Decoding as compiled graphs: every shape constant, every position a tensor, the cache seen at full length.
 
-Compiling costs 5 to 30 seconds per model, batch size and (rounded) capacity, so it pays for rollouts and serving, not
-for one short answer. Later calls of the same shapes find the step again, as long as the model lives."""
+Compiling costs 5 to 30 seconds per model, batch size, number of columns and (rounded) capacity, so it pays for rollouts
+and serving, not for one short answer. Later calls of the same shapes find the graph again, as long as the model
+lives."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from llm_quest.layers.cache import Cache
+from llm_quest.layers.state import StateCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
-Step = Callable[[Decoder, Tensor, Tensor, Cache], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
 
-STEPS: WeakKeyDictionary[Decoder, Step] = WeakKeyDictionary()
+GRAPHS: WeakKeyDictionary[Decoder, dict[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
 SHAPES_PER_MODEL = 64
 BUCKET = 64
+WIDTHS = (1, 3, 5, 9, 17)
+"""A pass that checks guesses has one of these numbers of columns; those without a token are padding."""
 
 
-def compiled_step(model: Decoder) -> Step:
-    """The model's compiled step. It takes the model as an argument, so that the table here keeps no model alive."""
-    if model not in STEPS:
-        STEPS[model] = torch.compile(decode_step, fullgraph=True, dynamic=False, **own_count())  # type: ignore[call-overload]
-    return STEPS[model]
+def compiled(function: F, model: Decoder) -> F:
+    """`function`, compiled for this model. It takes the model as its first argument, so that the table here keeps no
+    model alive."""
+    graphs = GRAPHS.setdefault(model, {})
+    if function not in graphs:
+        graphs[function] = torch.compile(function, fullgraph=True, dynamic=False, **own_count())  # type: ignore[call-overload]
+    return graphs[function]  # type: ignore[return-value]
 
 
 def own_count() -> dict[str, int | bool]:
@@ -43,6 +49,23 @@ def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache)
     return model(tokens, Scope(positions, cache=cache))[:, -1]
 
 
+def check_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    """What the head reads (R,W,D) and logits (R,W,V) after each of several tokens; -1: padding."""
+    hidden = model.hidden(tokens, Scope(positions, cache=cache))
+    return hidden, model.head(hidden)
+
+
+def leaves_trail(cache: Cache) -> bool:
+    """Recurrent layers leave a trail that grows with every pass, and another length would be another graph: such a
+    cache is rewound after each pass, also to where it stands."""
+    return any(isinstance(layer, StateCache) for layer in cache.layers)
+
+
 def rounded_up(capacity: int) -> int:
     """To the next multiple of BUCKET: calls of nearly the same length share one compiled step."""
     return -(-capacity // BUCKET) * BUCKET
+
+
+def wide_enough(columns: int, widths: Sequence[int] = WIDTHS) -> int | None:
+    """The narrowest compiled pass that takes so many columns; None: there is none."""
+    return next((width for width in widths if width >= columns), None)

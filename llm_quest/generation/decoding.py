@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.generation.compiled import compiled_step, rounded_up
+from llm_quest.generation.compiled import compiled, decode_step, rounded_up
 from llm_quest.generation.sampling import Sampling, seen_tokens
 from llm_quest.layers.cache import Cache
 from llm_quest.models.decoder import Decoder
@@ -59,7 +59,7 @@ class Decoding:
         self.model = model
         self.sampling = sampling
         self.uniforms = uniforms
-        self.step = compiled_step(model) if compile else None
+        self.step = compiled(decode_step, model) if compile else None
         self.seats = list(range(uniforms.shape[0]))
 
     @unlearned
@@ -137,9 +137,10 @@ def prefill(
     return model.head(model.hidden(tokens, scope)[:, -1])
 
 
-def left_padded(windows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Tokens and positions, on the host. On the left, so that every row's last token stands in the last column."""
-    length = max(len(window) for window in windows)
+def left_padded(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Tokens and positions, on the host, at least `width` columns. On the left, so that every row's last token stands
+    in the last column."""
+    length = max(width, *(len(window) for window in windows))
     tokens = [[0] * (length - len(window)) + list(window) for window in windows]
     positions = [[-1] * (length - len(window)) + list(range(len(window))) for window in windows]
     return torch.tensor(tokens), torch.tensor(positions)

@@ -16,6 +16,7 @@ class TextDrafter:
 
     steady = True
     most = 2 * MOST
+    stride = 1
     cost = 0.0
     sizes = (4, 3, 2)
 

@@ -51,6 +51,8 @@ class Drafter(Protocol):
 
     steady: bool
     most: int
+    stride: int
+    """So many tokens are drafted before the host is asked whether to go on."""
     cost: float
     """A draft step in passes of the target, counted and not timed; for what must not depend on the clock."""
 
@@ -65,43 +67,76 @@ class Drafter(Protocol):
     def keep(self, rows: Tensor) -> None: ...
 
 
-class Draw:
-    """How a drafter draws: as the target does, greedily or from the same filtered distribution."""
+class Drawn(NamedTuple):
+    """One token of every row; how sure the drafter was of it; q, what it was drawn from (None: greedily)."""
 
-    def __init__(self, sampling: Sampling, task: Task):
-        self.sampling = sampling
+    tokens: Int[Tensor, " B"]
+    sure: Float[Tensor, " B"]
+    q: Float[Tensor, "B V"] | None
+
+
+def drawn(
+    sampling: Sampling, logits: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"], seen: Bool[Tensor, "B V"] | None
+) -> Drawn:
+    """As the target draws: greedily, or from the same filtered distribution."""
+    if sampling.greedy:
+        logits = sampling.penalize(logits.float(), seen)
+        top, tokens = logits.max(dim=-1)
+        return Drawn(tokens, (top - logits.logsumexp(dim=-1)).exp(), None)
+    q = sampling.distribution(logits, seen).exp()
+    tokens = inverse_cdf(q, uniforms)
+    return Drawn(tokens[:, 0], q.gather(-1, tokens)[:, 0], q)
+
+
+def together(made: Sequence[Drawn]) -> tuple[Int[Tensor, "B c"], Float[Tensor, "B c"], Float[Tensor, "B c V"] | None]:
+    """One column for each."""
+    q = [each.q for each in made if each.q is not None]
+    tokens, sure = (torch.stack(part, dim=1) for part in ([d.tokens for d in made], [d.sure for d in made]))
+    return tokens, sure, torch.stack(q, dim=1) if q else None
+
+
+class Notes:
+    """What was drawn so far, on the host, and what the penalty falls on by now."""
+
+    def __init__(self, task: Task):
         self.task = task
         self.seen = None if task.seen is None else task.seen.clone()
         self.q: list[Tensor] = []
         self.tokens: list[list[int]] = [[] for _ in task.texts]
         self.confidence: list[list[float]] = [[] for _ in task.texts]
 
-    def draw(self, logits: Float[Tensor, "B V"], rows: Sequence[int]) -> Int[Tensor, " B"]:
-        """The next token of all rows, noted for these."""
-        if self.sampling.greedy:
-            logits = self.sampling.penalize(logits.float(), self.seen)
-            top, tokens = logits.max(dim=-1)
-            sure = (top - logits.logsumexp(dim=-1)).exp()
-        else:
-            q = self.sampling.distribution(logits, self.seen).exp()
-            tokens = inverse_cdf(q, self.task.uniforms[:, len(self.q)])[:, 0]
-            sure = q.gather(-1, tokens[:, None])[:, 0]
-            self.q.append(q)
+    @property
+    def steps(self) -> int:
+        """How many tokens the rows that draw have."""
+        return max(map(len, self.tokens))
+
+    def add(
+        self,
+        tokens: Int[Tensor, "B c"],
+        sure: Float[Tensor, "B c"],
+        q: Float[Tensor, "B c V"] | None,
+        wanted: Sequence[int],
+    ) -> list[list[int]]:
+        """Note these for the rows that still want some, and return them all."""
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        host, sureness = tokens.tolist(), sure.tolist()
-        for row in rows:
-            self.tokens[row].append(host[row])
-            self.confidence[row].append(sureness[row])
-        return tokens
+            self.seen.scatter_(1, tokens, True)
+        if q is not None:
+            self.q.append(q)
+        host = tokens.tolist()
+        for row, (new, sureness) in enumerate(zip(host, sure.tolist(), strict=True)):
+            space = max(wanted[row] - len(self.tokens[row]), 0)
+            self.tokens[row] += new[:space]
+            self.confidence[row] += sureness[:space]
+        return host
 
     def drafts(self) -> Drafts:
-        return Drafts(self.tokens, torch.stack(self.q, dim=1) if self.q else None, self.confidence)
+        return Drafts(self.tokens, torch.cat(self.q, dim=1) if self.q else None, self.confidence)
 
 
-def counted(weights: float, of_weights: float, depth: int, of_depth: int) -> float:
-    """What one pass costs in passes of another: half by the weights read, half by the layers called."""
-    return (weights / of_weights + depth / of_depth) / 2
+def counted(weights: float, of_weights: float, depth: int, of_depth: int, *, compiled: bool = False) -> float:
+    """What one pass costs in passes of another: half by the weights read, half by the layers called; compiled, by the
+    weights alone."""
+    return weights / of_weights if compiled else (weights / of_weights + depth / of_depth) / 2
 
 
 def weights(model: Decoder) -> int:

@@ -46,7 +46,7 @@ def generate(
 
     temperature ... repetition_penalty: see `Sampling`. seed: with it, the prompt and its number among equal prompts,
     a row's text is decided, whoever its neighbours are. eos: ends a row; None: the model's own; (): nothing does.
-    stop, beyond: see `Until`. compile: a compiled decode step (slow once, then faster); not with a draft.
+    stop, beyond: see `Until`. compile: compiled passes, with a draft too (slow once, then faster).
     draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same law in fewer passes
     (greedy: the same text)."""
     sampling = Sampling(
@@ -114,15 +114,13 @@ def stream(
     rows = [Row(number, read[number // n], until, context) for number in range(len(read) * n)]
     if draft is None:
         return write(Decoding(model, sampling, uniforms, compile=compile), rows, n)
-    if compile:
-        raise UsageError("the compiled step reads one token, and a draft is checked several at a time: leave one out")
     apart = [
         row_uniforms(read, n, until.max_new_tokens, (seed, purpose)).to(uniforms.device)
         for purpose in ("guess", "accept")
     ]
-    drafter = drafter_of(draft, model, sampling)
-    numbers = (apart[0], apart[1], uniforms)
-    return speculate(Speculation(model, drafter, sampling, numbers, Tally() if tally is None else tally), rows, n)
+    drafter = drafter_of(draft, model, sampling, compile=compile)
+    numbers, tally = (apart[0], apart[1], uniforms), Tally() if tally is None else tally
+    return speculate(Speculation(model, drafter, sampling, numbers, tally, compile=compile), rows, n)
 
 
 def write(decoding: Decoding, rows: Sequence[Row], n: int) -> Iterator[Made]:

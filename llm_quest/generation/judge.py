@@ -56,6 +56,8 @@ class Judge:
     ) -> Verdict:
         """rows, made: which row sits where, and how many tokens it has."""
         width = logits.shape[1]
+        if drafts.longest == 0:
+            return self.plainly(logits[:, 0], rows, made, seen)
         guesses = torch.tensor([(list(part) + [-1] * width)[:width] for part in drafts.tokens], device=logits.device)
         ahead = None if seen is None else seen_ahead(seen, guesses)
         if self.sampling.greedy:
@@ -65,6 +67,20 @@ class Judge:
         u, r = (part[list(rows)].gather(1, places) for part in (self.accept, self.draw))
         log_p = self.sampling.distribution(logits, ahead)
         return self.by_chance(log_p, guesses, drafts.q, u, r)
+
+    def plainly(
+        self, logits: Float[Tensor, "B V"], rows: Sequence[int], made: Sequence[int], seen: Tensor | None
+    ) -> Verdict:
+        """Nothing was guessed, so nothing is judged: what `greedily` and `by_chance` come to."""
+        if self.sampling.greedy:
+            logits = self.sampling.penalize(logits.float(), seen)
+            top, tokens = logits.max(dim=-1)
+            logprobs = top - logits.logsumexp(dim=-1)
+        else:
+            log_p = self.sampling.distribution(logits, seen)
+            drawn = inverse_cdf(log_p.exp(), self.draw[list(rows), list(made)])
+            tokens, logprobs = drawn[:, 0], log_p.gather(-1, drawn)[:, 0]
+        return Verdict([[token] for token in tokens.tolist()], [[log] for log in logprobs.tolist()], [0] * len(rows))
 
     def greedily(self, logits: Float[Tensor, "B T V"], guesses: Int[Tensor, "B T"]) -> Verdict:
         top, best = logits.max(dim=-1)

@@ -5,28 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_quest.generation.compiled import check_step, compiled, leaves_trail, rounded_up, wide_enough
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
 
 class Target:
-    """The model's side: its cache, which rows sit in it, and one pass over what is unread and guessed."""
+    """Its cache, where each row stands in it, and the pass. A row without a text has left, and what it reads is
+    padding.
 
-    def __init__(self, model: Decoder):
+    compile: passes have one of a few widths, each one compiled graph."""
+
+    def __init__(self, model: Decoder, *, compile: bool = False):
         self.model = model
         self.device = next(model.parameters()).device
+        self.step = compiled(check_step, model) if compile else None
 
     @torch.inference_mode()
     def begin(self, windows: Sequence[Sequence[int]], n: int, capacity: int, slack: int) -> Tensor:
         """Read all but each window's last token, padding at the end; what the head would read."""
-        self.cache = self.model.new_cache(len(windows), capacity, slack)
+        self.cache = self.model.new_cache(len(windows), rounded_up(capacity) if self.step else capacity, slack)
         self.stands = [len(window) - 1 for window in windows for _ in range(n)]
         longest = max(len(window) for window in windows) - 1
         if longest == 0:
-            hidden = torch.zeros(len(windows), 0, self.model.config.width, device=self.device)
+            hidden = self.model.head.weight.new_zeros(len(windows), 0, self.model.config.width)  # type: ignore[operator, union-attr]
         else:
             hidden = self.hidden([window[:-1] for window in windows], [0] * len(windows), longest)
         if n > 1:
@@ -35,37 +40,57 @@ class Target:
         return hidden
 
     def hidden(self, fed: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Float[Tensor, "B T D"]:
-        tokens = torch.tensor([list(part) + [0] * (width - len(part)) for part in fed])
-        positions = [
-            [*range(start, start + len(part)), *[-1] * (width - len(part))]
-            for start, part in zip(starts, fed, strict=True)
-        ]
+        tokens, positions = right_padded(fed, starts, width, self.device)
         reach = max(start + len(part) for start, part in zip(starts, fed, strict=True) if part)
         alike = len(set(starts)) == 1 and all(len(part) == width for part in fed)
-        scope = Scope(torch.tensor(positions).to(self.device), cache=self.cache, reach=reach, plain=alike)
-        return self.model.hidden(tokens.to(self.device), scope)
+        return self.model.hidden(tokens, Scope(positions, cache=self.cache, reach=reach, plain=alike))
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """What the head reads, and the logits, at each row's last token and the guesses behind it."""
-        fed = [list(text[stand:]) + list(guess) for text, stand, guess in zip(texts, self.stands, guesses, strict=True)]
+        fed = [[*text[stand:], *guess] for text, stand, guess in zip(texts, self.stands, guesses, strict=True)]
         behind = [len(text) - stand for text, stand in zip(texts, self.stands, strict=True)]
-        width = max(map(len, fed))
-        hidden = self.hidden(fed, self.stands, width)
+        hidden, logits = self.checked(fed, max(map(len, fed)))
         self.stands = [stand + len(part) for stand, part in zip(self.stands, fed, strict=True)]
         if max(behind) > 1:  # a cache that went further back than asked: the tokens read again are not judged
-            index = torch.tensor(behind, device=self.device)[:, None] - 1
-            index = (index + torch.arange(width, device=self.device)).clamp(max=width - 1)
-            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))[:, : max(map(len, guesses)) + 1]
-        return hidden, self.model.head(hidden)
+            hidden, logits = (from_column(x, behind) for x in (hidden, logits))
+        width = max(map(len, guesses)) + 1
+        return hidden[:, :width], logits[:, :width]
+
+    def checked(self, fed: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+        """One pass, of at least `width` columns."""
+        columns = wide_enough(width) if self.step else None
+        if self.step is None or columns is None:
+            hidden = self.hidden(fed, self.stands, width)
+            return hidden, self.model.head(hidden)
+        return self.step(self.model, *right_padded(fed, self.stands, columns, self.device), self.cache)
 
     @torch.inference_mode()
     def settle(self, texts: Sequence[Sequence[int]]) -> None:
         """Each row's last token is unread, and what was guessed wrongly is taken back."""
-        to = [min(stand, len(text) - 1) for stand, text in zip(self.stands, texts, strict=True)]
-        if to != self.stands:
+        to = [min(stand, max(len(text) - 1, 0)) for stand, text in zip(self.stands, texts, strict=True)]
+        if to != self.stands or (self.step and leaves_trail(self.cache)):
             self.stands = self.cache.rewind(to)
 
     def keep(self, rows: Tensor) -> None:
         self.cache.keep(rows)
         self.stands = [self.stands[row] for row in rows.tolist()]
+
+
+def right_padded(
+    fed: Sequence[Sequence[int]], starts: Sequence[int], width: int, device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Tokens and positions of each row's tokens from its place on, padding at the end."""
+    tokens, positions = [], []
+    for start, part in zip(starts, fed, strict=True):
+        padding = width - len(part)
+        tokens.append([*part, *[0] * padding])
+        positions.append([*range(start, start + len(part)), *[-1] * padding])
+    return torch.tensor(tokens).to(device), torch.tensor(positions).to(device)
+
+
+def from_column(x: Float[Tensor, "B T D"], behind: Sequence[int]) -> Float[Tensor, "B T D"]:
+    """Every row from its behind[b]-th column on; the last column again at the end."""
+    index = torch.tensor([max(each, 1) for each in behind], device=x.device)[:, None] - 1
+    index = (index + torch.arange(x.shape[1], device=x.device)).clamp(max=x.shape[1] - 1)
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -35,5 +35,5 @@ def few_rows(
     """What F.linear gives. A single row is taken twice: with one column the product falls back to the slow order."""
     rows = x.reshape(-1, x.shape[-1])
     columns = rows.expand(2, -1).T if rows.shape[0] == 1 else rows.T
-    y = (weight @ columns)[:, : rows.shape[0]].T
+    y = (weight @ columns)[:, : rows.shape[0]].T.contiguous()  # what follows is slow on rows that lie as columns
     return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], -1)

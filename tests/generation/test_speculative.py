@@ -227,7 +227,7 @@ def test_a_draft_that_is_the_model_is_always_accepted(name, sampling):
     """So p and q are filtered alike."""
     model, tally = target(name, "float64"), Tally()
     complete(model, RAGGED, sampling, Until(max_new_tokens=14), draft=model, tally=tally)
-    assert tally.accepted == tally.tested > 20
+    assert tally.accepted == tally.tested >= 16, "a draft as large as its target is given up after the first trial"
 
 
 @pytest.mark.parametrize("kind", DRAFTS)
@@ -390,7 +390,7 @@ def test_a_draft_that_never_agrees_rests_longer_and_longer():
         steps = pace.begin(1)
         if steps:
             done = 1
-            while done < steps and pace.goes_on([pace.chance(0.3) ** done]):
+            while done < steps and pace.goes_on([pace.chance(0.3) ** done], done + 1):
                 done += 1
             pace.learn(0.3, False)
             steps = done
@@ -405,7 +405,7 @@ def test_the_lookahead_follows_the_acceptance():
         pace = Pace(8, timed=True)
         for cycle in range(100):
             most, steps = pace.begin(1), 0
-            while steps < most and (steps == 0 or pace.goes_on([pace.chance(0.5) ** steps])):
+            while steps < most and (steps == 0 or pace.goes_on([pace.chance(0.5) ** steps], steps + 1)):
                 steps += 1
             for number in range(steps):
                 pace.learn(0.5, accepted or (number == 0 and cycle % 2 == 0))
@@ -440,5 +440,3 @@ def test_a_draft_of_another_vocabulary_is_refused_with_a_reason():
     other = build(dataclasses.replace(preset("llama3.2-tiny").config, vocab=96), seed=0)
     with pytest.raises(UsageError, match="the draft knows 96 tokens, the model 97"):
         stream(model, [[1]], Sampling(), Until(max_new_tokens=4), draft=other)
-    with pytest.raises(UsageError, match="the compiled step reads one token"):
-        generate(model, [[1]], max_new_tokens=4, draft="ngram", compile=True)

@@ -1,0 +1,130 @@
+"""Run by test_compiled_speculation.py in a process of its own, without the import hook that checks shapes: prints what
+it found. `python -m tests.generation.compiled_speculation BACKEND`"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+
+import torch
+from torch._dynamo.utils import counters
+
+from llm_quest.generation.draft_modules import LookaheadDrafter
+from llm_quest.generation.drafters import Task
+from llm_quest.generation.generate import complete, generate
+from llm_quest.generation.pace import Tally
+from llm_quest.generation.sampling import Sampling
+from llm_quest.generation.target import Target
+from llm_quest.generation.until import Until
+from llm_quest.models.build import build
+from llm_quest.models.decoder import Decoder
+from llm_quest.techniques.multi_token import MultiToken
+
+RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
+GREEDY = Sampling(temperature=0.0)
+
+
+def target(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A model with lookahead modules and weights large enough that tokens matter."""
+    model, generator = build(name, seed=1), torch.Generator().manual_seed(0)
+    model = model if len(model.lookahead) else MultiToken(2)(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5 * 1.5, generator=generator)
+    return model.to(dtype).eval()
+
+
+def disturbed(model: Decoder) -> Decoder:
+    draft, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return draft
+
+
+def same_texts(model: Decoder, draft: Decoder | str, prompts: list[list[int]], **choice: object) -> bool:
+    """Drafted in compiled passes against plain and eager."""
+    plain = generate(model, prompts, temperature=0.0, **choice)
+    fast = generate(model, prompts, temperature=0.0, draft=draft, compile=True, **choice)
+    close = all(
+        abs(a - b) < 1e-4 for x, y in zip(plain, fast, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)
+    )
+    return close and [(row.tokens, row.finished) for row in plain] == [(row.tokens, row.finished) for row in fast]
+
+
+def texts() -> dict[str, bool]:
+    llama, gemma, qwen = target("llama3.2-tiny"), target("gemma3-tiny"), target("qwen3.5-tiny")
+    draft, found = disturbed(llama), {}
+    for kind in ("model", "mtp", "ngram"):
+        found[f"llama, {kind}"] = same_texts(llama, draft if kind == "model" else kind, RAGGED, max_new_tokens=40)
+        eos = {"max_new_tokens": 40, "eos": list(range(0, 97, 11))}
+        found[f"llama, {kind}, eos"] = same_texts(llama, draft if kind == "model" else kind, RAGGED, **eos)
+    found["gemma, a ring, mtp"] = same_texts(gemma, "mtp", RAGGED, max_new_tokens=40)
+    found["qwen, recurrent, mtp"] = same_texts(qwen, "mtp", RAGGED, max_new_tokens=24)
+    return found
+
+
+def ends() -> dict[str, bool]:
+    """A draft that is never wrong runs up to the last place of the context, and not beyond."""
+    model = target("gpt2-tiny")
+    context = model.config.context
+    prompts = [list(range(context - 3)), list(range(context - 9)), list(range(context - 30))]
+    return {beyond: same_texts(model, model, prompts, max_new_tokens=40, beyond=beyond) for beyond in ("stop", "slide")}
+
+
+def judged() -> dict[str, list[int]]:
+    """The model as its own draft, in float64: every guess that is tested is accepted."""
+    model, found = target("llama3.2-tiny", torch.float64), {}
+    for name, sampling in {"greedy": GREEDY, "sampled": Sampling(top_p=0.9, repetition_penalty=1.2)}.items():
+        tally = Tally()
+        complete(model, RAGGED, sampling, Until(max_new_tokens=24), draft=model, compile=True, tally=tally)
+        found[name] = [tally.accepted, tally.tested]
+    return found
+
+
+def modules() -> list[bool]:
+    """What compiled modules guess is what eager ones do, over cycles with rejections and a rest."""
+    model = target("llama3.2-tiny", torch.float64)
+    sides, drafters = (
+        [Target(model) for _ in range(2)],
+        [LookaheadDrafter(model, GREEDY, compile=compile) for compile in (False, True)],
+    )
+    texts, same = [list(prompt) for prompt in RAGGED], []
+    for side, drafter in zip(sides, drafters, strict=True):
+        hidden = side.begin(texts, 1, 50, slack=5)
+        drafter.begin(texts, 1, 50)
+        drafter.settle(hidden, texts, [len(text) - 1 for text in texts])
+    for cycle, taken in enumerate([[1, 3, 2], [2, 1, 3], [3, 3, 1], [1, 1, 1], [2, 1, 3], [1, 2, 1]]):
+        task = Task(texts, [2] * 3, torch.zeros(3, 8), None)
+        both = [] if cycle in (2, 3) else [drafter.propose(task, lambda confidence: True) for drafter in drafters]
+        same += [both[0].tokens == both[1].tokens] if both else []
+        after = [[*text, *[31, 32, 33][: count - 1], 60 + count] for text, count in zip(texts, taken, strict=True)]
+        for side, drafter in zip(sides, drafters, strict=True):
+            hidden, _ = side.read(texts, [text[len(old) :] for text, old in zip(after, texts, strict=True)])
+            side.settle(after)
+            drafter.settle(hidden, after, taken)
+        texts = after
+    return same
+
+
+def graphs() -> list[int]:
+    """Graphs that many calls of one shape made, and how many more the same calls made again."""
+    model, counts = target("llama3.2-tiny"), []
+    draft = disturbed(model)
+    for _ in range(3):
+        before = counters["stats"]["unique_graphs"]
+        for seed in range(3):
+            generate(model, RAGGED, max_new_tokens=40, draft=draft, compile=True, seed=seed, eos=[seed])
+        counts.append(counters["stats"]["unique_graphs"] - before)
+    return counts
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "inductor":
+        torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
+    found = {"texts": texts(), "ends": ends(), "judged": judged(), "modules": modules(), "graphs": graphs()}
+    print(json.dumps(found | {"breaks": len(counters["graph_break"])}))

@@ -1,0 +1,31 @@
+"""Compiled speculation is the eager one: same texts, same guesses, few graphs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from llm_quest.generation.compiled import WIDTHS, wide_enough
+
+
+def test_compiled_passes_write_and_guess_what_eager_ones_do():
+    """Ragged rows that end early, a ring, a recurrent layer, the end of the context, every drafter."""
+    command = [sys.executable, "-m", "tests.generation.compiled_speculation", "eager"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found["texts"].values()), found["texts"]
+    assert all(found["ends"].values()), found["ends"]
+    for accepted, tested in found["judged"].values():
+        assert accepted == tested > 10
+    assert all(found["modules"]), found["modules"]
+    assert found["graphs"][0] <= len(WIDTHS) + 1, "a pass per width and one lookahead"
+    assert found["graphs"][2] == 0, "later calls of the same shapes find them again"
+    assert found["breaks"] == 0
+
+
+def test_a_pass_takes_the_narrowest_width_that_holds_its_columns():
+    assert [wide_enough(columns) for columns in (1, 2, 3, 4, 9, 10, 17, 18)] == [1, 3, 3, 5, 9, 17, 17, None]
