@@ -1,16 +1,19 @@
 """Speculative decoding at batch 1 against plain decoding and transformers' assisted generation, in turn, one process.
 
 TARGET and DRAFT are Hugging Face folders with one tokenizer. Where they are absent, both are trained into runs/ on the
-built-in corpus first (about 3 and 7 minutes on two cores). mtp: the target again, with multi-token modules.
+built-in corpus first (minutes, and an hour on two cores). A target with multi-token modules drafts with them too, and
+transformers gets it without.
 
-python -m benchmarks.speculative [--target FOLDER] [--draft FOLDER] [--mtp FOLDER] [--new 128] [--pairs 5]
-    [--temperature 0] [--poor]
+python -m benchmarks.speculative [--target FOLDER] [--draft FOLDER] [--new 128] [--pairs 5] [--temperature 0]
+    [--dtype float32] [--draft-dtype DTYPE] [--compile] [--poor]
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,9 +49,11 @@ def trained(target: Path, draft: Path) -> None:
         quest_("train", "quickstart", "--out", str(run / "spec-draft"), *QUIET)
         quest_("export", str(run / "spec-draft"), str(draft))
     if not target.is_dir():
-        schedule = ["schedule.shape=linear", "schedule.warmup=8", "schedule.floor=0.01", "optimizer.lr=3e-3"]
-        size = ["batch.rows=8", "batch.length=256", "steps=130", SIZES, f"tokenizer.load={draft}"]
-        quest_("train", "pretrain", "--out", str(run / "spec-target"), *size, *schedule, *QUIET)
+        schedule = ["schedule.shape=linear", "schedule.warmup=40", "schedule.floor=0.01"]
+        muon = ["optimizer.name=muon", "optimizer.lr=1.5e-3", "techniques=[{name: multi_token, depth: 2}]"]
+        size = ["batch.rows=8", "batch.length=256", "steps=900", SIZES, f"tokenizer.load={draft}"]
+        fast = ["precision=bf16", "compile=true"]
+        quest_("train", "pretrain", "--out", str(run / "spec-target"), *size, *schedule, *muon, *fast, *QUIET)
         quest_("export", str(run / "spec-target"), str(target))
 
 
@@ -59,28 +64,42 @@ def quest_(*words: str) -> None:
 class Writer:
     """All prompts, one after another, in one manner; counts what speculation did."""
 
-    def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling, until: Until):
-        self.model, self.prompts, self.sampling, self.until = model, prompts, sampling, until
+    def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling, until: Until, compile: bool):
+        self.model, self.prompts, self.sampling, self.until, self.compile = model, prompts, sampling, until, compile
         self.tallies: dict[str, Tally] = {}
 
     def by(self, name: str, draft: Draft | None) -> Callable[[], list[list[int]]]:
         def write() -> list[list[int]]:
             self.tallies[name] = tally = Tally()
             rows = [
-                complete(self.model, [one], self.sampling, self.until, draft=draft, tally=tally) for one in self.prompts
+                complete(self.model, [one], self.sampling, self.until, draft=draft, compile=self.compile, tally=tally)
+                for one in self.prompts
             ]
             return [row[0].tokens for row in rows]
 
         return write
 
 
-def theirs(target: Path, draft: Path, prompts: list[list[int]], new: int, temperature: float) -> dict[str, Callable]:
+def without_modules(model: Decoder, folder: Path, to: Path) -> Path:
+    """The same model as transformers can read it: its published weights alone, beside the folder's tokenizer."""
+    plain = build(model.config, seed=0)
+    plain.load_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith("lookahead.")}
+    )
+    quest.save(plain.eval(), str(to))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(folder / name, to / name)
+    return to
+
+
+def theirs(
+    target: Path, draft: Path, prompts: list[list[int]], new: int, temperature: float, dtype: torch.dtype
+) -> dict[str, Callable]:
     """transformers, plain and assisted, with its own defaults for the assistant's schedule."""
     import transformers
 
     model, assistant = (
-        transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
-        for where in (target, draft)
+        transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype).eval() for where in (target, draft)
     )
     manner = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     length = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "eos_token_id": None, **manner}
@@ -100,33 +119,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=Path, default=Path("runs/spec-target-hf"))
     parser.add_argument("--draft", type=Path, default=Path("runs/spec-draft-hf"))
-    parser.add_argument("--mtp", type=Path)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--poor", action="store_true", help="a draft with random weights instead")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models")
+    parser.add_argument("--draft-dtype", choices=("float32", "bfloat16"), help="our draft in another")
+    parser.add_argument("--compile", action="store_true", help="our passes compiled, plain and drafting")
+    parser.add_argument("--poor", action="store_true", help="a draft with random weights, and nothing else")
     options = parser.parse_args()
     trained(options.target, options.draft)
-    model, draft = quest.load(str(options.target)), quest.load(str(options.draft))
+    dtype = getattr(torch, options.dtype)
+    model, draft = quest.load(str(options.target)).to(dtype), quest.load(str(options.draft))
     if options.poor:
         draft = build(draft.config, seed=3).eval()
+    draft = draft.to(getattr(torch, options.draft_dtype or options.dtype))
     prompts = [load_tokenizer(str(options.target)).encode(text) for text in PROMPTS]
     sampling, until = Sampling(temperature=options.temperature), Until(max_new_tokens=options.new, eos=())
-    writer = Writer(model, prompts, sampling, until)
+    writer = Writer(model, prompts, sampling, until, options.compile)
     racing = {"plain": writer.by("plain", None), "draft model": writer.by("draft model", draft)}
-    if not options.poor:
-        racing["ngram"] = writer.by("ngram", "ngram")
-        racing |= theirs(options.target, options.draft, prompts, options.new, options.temperature)
-    if options.mtp is not None:
-        ahead = Writer(quest.load(str(options.mtp)), prompts, sampling, until)
-        writer.tallies = ahead.tallies
-        racing |= {"plain, of the model with modules": ahead.by("-", None), "mtp": ahead.by("mtp", "mtp")}
-    if options.temperature == 0:
-        plain = racing["plain"]()
-        for name in set(racing) & {"draft model", "ngram", "transformers, plain"}:
-            same = sum(a == b for a, b in zip(racing[name](), plain, strict=True))
-            print(f"{name}: {same} of {len(plain)} texts are the plain ones token for token")
-    rows = race(racing, pairs=options.pairs)
+    with tempfile.TemporaryDirectory() as room:
+        if not options.poor:
+            racing["ngram"] = writer.by("ngram", "ngram")
+            if len(model.lookahead):
+                racing["mtp"] = writer.by("mtp", "mtp")
+            readable = without_modules(model, options.target, Path(room))
+            racing |= theirs(readable, options.draft, prompts, options.new, options.temperature, dtype)
+        if options.temperature == 0:
+            plain = racing["plain"]()
+            for name in [name for name in racing if name not in ("plain", "transformers, assisted")]:
+                same = sum(a == b for a, b in zip(racing[name](), plain, strict=True))
+                print(f"{name}: {same} of {len(plain)} texts are the plain ones token for token")
+        rows = race(racing, pairs=options.pairs, warm_up=2 if options.compile else 1)
     print(table(rows, options.new * len(prompts), "tokens/s"))
     for name, tally in writer.tallies.items():
         if tally.passes:

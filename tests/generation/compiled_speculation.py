@@ -11,6 +11,7 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 
+from llm_quest.generation.draft_model import ModelDrafter
 from llm_quest.generation.draft_modules import LookaheadDrafter
 from llm_quest.generation.drafters import Task
 from llm_quest.generation.generate import complete, generate
@@ -76,6 +77,21 @@ def ends() -> dict[str, bool]:
     return {beyond: same_texts(model, model, prompts, max_new_tokens=40, beyond=beyond) for beyond in ("stop", "slide")}
 
 
+def last_place() -> list[bool]:
+    """A lookahead of several tokens where one is wanted: the others are not read, for they have no place."""
+    model = target("gpt2-tiny")
+    text = [number % 97 for number in range(model.config.context - 1)]
+    drafters = [ModelDrafter(model, model, GREEDY, compile=compile) for compile in (False, True)]
+    found = []
+    for length in (len(text), len(text) - 1, len(text) - 2):
+        task = Task([text[:length]], [len(text) + 2 - length], torch.zeros(1, 8), None)
+        for drafter in drafters:
+            drafter.begin([text[:length]], 1, model.config.context)
+        eager, fast = (drafter.propose(task, lambda confidence: True).tokens for drafter in drafters)
+        found.append(eager == fast and drafters[0].known == drafters[1].known)
+    return found
+
+
 def judged() -> dict[str, list[int]]:
     """The model as its own draft, in float64: every guess that is tested is accepted."""
     model, found = target("llama3.2-tiny", torch.float64), {}
@@ -126,5 +142,12 @@ def graphs() -> list[int]:
 if __name__ == "__main__":
     if sys.argv[1] != "inductor":
         torch.compile = functools.partial(torch.compile, backend=sys.argv[1])
-    found = {"texts": texts(), "ends": ends(), "judged": judged(), "modules": modules(), "graphs": graphs()}
+    found = {
+        "texts": texts(),
+        "ends": ends(),
+        "last_place": last_place(),
+        "judged": judged(),
+        "modules": modules(),
+        "graphs": graphs(),
+    }
     print(json.dumps(found | {"breaks": len(counters["graph_break"])}))

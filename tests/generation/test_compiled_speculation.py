@@ -19,6 +19,7 @@ def test_compiled_passes_write_and_guess_what_eager_ones_do():
     found = json.loads(done.stdout.splitlines()[-1])
     assert all(found["texts"].values()), found["texts"]
     assert all(found["ends"].values()), found["ends"]
+    assert all(found["last_place"]), found["last_place"]
     for accepted, tested in found["judged"].values():
         assert accepted == tested > 10
     assert all(found["modules"]), found["modules"]

@@ -272,6 +272,55 @@ def test_a_draft_with_a_shorter_context_falls_silent_at_its_end():
     assert tokens_of(generate(model, prompts, max_new_tokens=30, temperature=0.0, draft=draft)) == tokens_of(plain)
 
 
+def test_a_draft_with_a_shorter_context_is_right_up_to_its_last_place_and_not_asked_beyond():
+    """The model itself, as if it had been made for 20 positions: all it says is accepted."""
+    model, tally = target("llama3.2-tiny"), Tally()
+    config = dataclasses.replace(preset("llama3.2-tiny").config, context=20)
+    draft = MultiToken(2)(build(config, seed=2)).eval()
+    draft.load_state_dict(model.state_dict())
+    prompts = [[1, 2, 3], list(range(1, 17)), list(range(1, 19)), list(range(1, 20))]
+    plain = generate(model, prompts, max_new_tokens=30, temperature=0.0)
+    rows = complete(model, prompts, Sampling(temperature=0.0), Until(max_new_tokens=30), draft=draft, tally=tally)
+    assert tokens_of(rows) == tokens_of(plain)
+    for text, said in [
+        (prompts[1], 5),
+        (prompts[2], 3),
+        (prompts[3], 2),
+        ([*prompts[3], 7], 1),
+        ([*prompts[3], 7, 8], 0),
+    ]:
+        drafter = ModelDrafter(draft, model, Sampling(temperature=0.0))
+        drafter.begin([text], 1, 64)
+        task = Task([text], [8], torch.zeros(1, 8), None)
+        assert len(drafter.propose(task, lambda confidence: True).tokens[0]) == said, (
+            "the last token it reads is its 20th"
+        )
+
+
+@pytest.mark.parametrize("beyond", ["stop", "slide"])
+def test_a_sampled_row_ends_with_the_context_alone_and_among_neighbours(beyond):
+    model = target("gpt2-tiny", "float64")
+    context = model.config.context
+    prompts = [list(range(context - 3)), list(range(context - 12)), [7, 3]]
+    choice = {"max_new_tokens": 30, "seed": 3, "beyond": beyond, "draft": disturbed(model, by=0.01)}
+    rows = generate(model, prompts, **choice)
+    assert tokens_of(rows) == [tokens_of(generate(model, [prompt], **choice))[0] for prompt in prompts]
+    lengths = [3, 12, 30] if beyond == "stop" else [30] * 3
+    assert [len(row.tokens) for row in rows] == lengths
+
+
+def test_a_row_with_less_room_than_its_neighbours_reads_no_guess_beyond_its_context():
+    """It writes what it would write anyway, and its neighbours look further ahead."""
+    model = target("llama3.2-tiny", "float64")
+    context, sampling = model.config.context, Sampling(temperature=1e-6)
+    (text,) = generate(model, [[5]], max_new_tokens=context - 1, temperature=0.0)
+    prompts, tally = [text.tokens[: context - 6], text.tokens[: context // 2]], Tally()
+    until = Until(max_new_tokens=24, beyond="slide")
+    rows = complete(model, prompts, sampling, until, draft="ngram", tally=tally)
+    assert tally.accepted > 8
+    assert tokens_of(rows) == tokens_of(complete(model, prompts, sampling, until))
+
+
 def test_a_group_shares_a_prefill_on_both_sides():
     model = target("qwen3.5-tiny", "float64")
     draft = disturbed(model)
