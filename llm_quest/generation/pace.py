@@ -22,9 +22,9 @@ FIRST = (3, 0, 2, 0)
 """The first cycles look so far ahead, so that passes of several widths have been timed."""
 FIRST_COMPILED = (4, 4, 0, 0)
 REST, LONGEST_REST = 8, 512
-RECENT, HOPELESS = 8, 2
+RECENT, HOPELESS = 8, 3
 """The rate is that of the last cycles that drafted. That it does not pay, all of them together can say; or as few as
-two in which nothing was accepted."""
+three in which nothing was accepted."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Pace:
             return 0
         if self.hopeless() or (len(self.recent) == RECENT and not self.pays()):
             self.resting = self.rest
-            self.rest = min(4 * self.rest, LONGEST_REST)
+            self.rest = min(2 * self.rest, LONGEST_REST)
             while len(self.recent) >= HOPELESS:  # after the rest one more cycle decides anew
                 self.recent.popleft()
             return 0
