@@ -215,7 +215,7 @@ def evaluate(
     model: ModelPath,
     data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
     tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens (0: all); of an answer: at most.")] = 0,
-    task: Annotated[str, typer.Option(help="Problems to solve: countdown, addition:digits=3, a GSM8K file.")] = "",
+    task: Annotated[str, typer.Option(help="Problems to solve: countdown, addition:digits=3, gsm8k or its file.")] = "",
     problems: Annotated[int, typer.Option(min=1, help="With --task, --harness: how many.")] = 200,
     samples: Annotated[int, typer.Option(min=0, help="With --task: so many of each, for mean@k and pass@k.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --samples.")] = 1.0,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from llm_quest.cli.talk import opened
 from llm_quest.data.problems import PARTS, Part, Problem, draw, spelled
-from llm_quest.data.problems.gsm8k import read_gsm8k
 from llm_quest.errors import UsageError
+from llm_quest.hub.gsm8k import gsm8k, is_gsm8k
 from llm_quest.rollouts.evaluation import Accuracy, evaluate_problems
 
 Say = Callable[[str], None]
@@ -16,8 +16,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exam:
-    """task: a name, with options after a colon (countdown:count=4,largest=9), or a GSM8K file. part: of a task's
-    problems; number: how many; samples: of each, for pass@k."""
+    """task: a name, with options after a colon (countdown:count=4,largest=9), gsm8k (the hub's), or a file of it.
+    part: of the problems; number: how many; samples: of each, for pass@k."""
 
     task: str
     part: str = "test"
@@ -46,11 +46,11 @@ def examine(where: str, exam: Exam, *, device: str, dtype: str, say: Say) -> Acc
 
 
 def chosen(exam: Exam) -> Sequence[Problem]:
-    """A file's first problems, or a task's."""
-    if exam.task.endswith(".jsonl"):
-        return read_gsm8k(exam.task)[: exam.number]
+    """GSM8K's first problems, or a task's."""
     if exam.part not in PARTS:
         raise UsageError(f"no part is called {exam.part!r}; known: {', '.join(PARTS)}")
+    if is_gsm8k(exam.task):
+        return gsm8k(exam.task, exam.part)[: exam.number]
     part: Part = exam.part  # type: ignore[assignment]
     made = spelled(exam.task)
     return [draw(made, part, index, exam.seed) for index in range(exam.number)]

@@ -15,11 +15,11 @@ from typing import Any
 from llm_quest.contracts import Probe, Reward
 from llm_quest.data.chat import Chat
 from llm_quest.data.problems import Drawn, Problem, draw, spelled
-from llm_quest.data.problems.gsm8k import held_out, read_gsm8k
 from llm_quest.data.problems.problem import chance
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer
+from llm_quest.hub.gsm8k import gsm8k, is_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import scores
 from llm_quest.recipes import seeds
@@ -106,14 +106,12 @@ class Posed:
 
 
 def posed(config: Grpo) -> Posed:
-    """A task's own splits, or a GSM8K file: its training part in a new order every epoch, a part of it held out."""
+    """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
     seed, number = seeds.stream(config.seed, "order"), config.evaluate.problems
-    if not config.task.endswith(".jsonl"):
+    if not is_gsm8k(config.task):
         task = spelled(config.task)
         return Posed(partial(Drawn(task), seed), [draw(task, "validation", i, seed) for i in range(number)], repr(task))
-    learned, held = held_out(read_gsm8k(config.task))
-    if not learned or not held:
-        raise UsageError(f"{config.task} holds too few problems to keep some of them out of training")
+    learned, held = (gsm8k(config.task, part) for part in ("train", "validation"))
     return Posed(partial(in_turn, learned, seed), held[:number], f"{config.task}: {len(learned)}")
 
 
@@ -129,7 +127,7 @@ def begun(config: Grpo, settings: Settings, out: Path, parallel: Parallel, say: 
     """The model that is loaded, or a fresh one that has been warmed up."""
     if config.model.load is not None:
         return opened(Start(load=config.model.load))
-    if config.task.endswith(".jsonl"):
+    if is_gsm8k(config.task):
         raise UsageError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")
     assert config.warmup is not None
     return warmed(config, config.warmup, settings, spelled(config.task), out / "warmup", parallel, say)

@@ -51,7 +51,9 @@ class Grpo(Policy):
     """A model and problems that can be checked in, a model that solves more of them out."""
 
     recipe: Literal["grpo"]
-    task: str = Field(default="reverse", min_length=1, description="a task, options after a colon; or a GSM8K .jsonl")
+    task: str = Field(
+        default="reverse", min_length=1, description="a task, options after a colon; or gsm8k, or its .jsonl"
+    )
     chat: bool = Field(default=False, description="ask through the model's chat template")
     model: Model
     warmup: Warmup | None = Field(default=None, description="for a fresh model: demonstrations first")

@@ -1,7 +1,8 @@
 """GSM8K (Cobbe et al. 2021, arXiv:2110.14168): grade-school word problems whose worked answers end in `#### 72`.
 
-A file of JSON lines with `question` and `answer` (as published), from disk or from the hub. The published test file is
-for testing: whoever chooses a checkpoint by it has trained on it; `held_out` cuts a validation part from training."""
+A file of JSON lines with `question` and `answer` (as published); `hub.gsm8k` reads the hub's as well. The published
+test file is for testing: whoever chooses a checkpoint by it has trained on it; `held_out` cuts a validation part from
+training."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError
@@ -34,8 +36,16 @@ def read_gsm8k(file: str | Path) -> list[Problem]:
 def one(line: str, place: str) -> Problem:
     try:
         row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
+    return made(row, place)
+
+
+def made(row: Any, place: str) -> Problem:
+    """The problem of a row with question and answer."""
+    try:
         question, worked = row["question"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
     reasoning, mark, answer = worked.rpartition(MARK)
     if not mark:

@@ -1,0 +1,59 @@
+"""GSM8K where it is kept: a file of JSON lines here, or `openai/gsm8k` on the hub, whose files are parquet.
+
+The hub's test file is for testing; `train` and `validation` are two parts of its training file, by the questions'
+hashes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llm_quest.data.problems.gsm8k import held_out, made, read_gsm8k
+from llm_quest.data.problems.problem import Problem
+from llm_quest.errors import DataError, MissingError
+
+NAME = "openai/gsm8k"
+FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
+
+
+def is_gsm8k(task: str) -> bool:
+    """Does a task's name mean GSM8K: a file of it, or the one of the hub?"""
+    return task == "gsm8k" or task.endswith(".jsonl")
+
+
+def gsm8k(task: str, part: str) -> list[Problem]:
+    """part: train, validation or test. A file is what it is: its test part is all of it."""
+    found = read_gsm8k(task) if task != "gsm8k" else from_hub("test" if part == "test" else "train")
+    if part == "test":
+        return found
+    learned, held = held_out(found)
+    if not learned or not held:
+        raise DataError(f"{task} holds too few problems to keep some of them out of training")
+    return learned if part == "train" else held
+
+
+def from_hub(part: str) -> list[Problem]:
+    """A published file, from the local cache or downloaded (HF_HOME and HF_HUB_OFFLINE are honoured)."""
+    file = downloaded(FILES[part])
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingError(
+            "the hub's GSM8K is a parquet file: pip install 'llm-quest[parquet]', or give a file of JSON lines"
+        ) from None
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    return [made(row, f"{NAME}, {part}, row {number}") for number, row in enumerate(rows)]
+
+
+def downloaded(file: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        off = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else str(error).splitlines()[0][:100]
+        raise MissingError(
+            f"{NAME} lacks {file} in the local cache and cannot be fetched ({off}): run `hf download --repo-type "
+            f"dataset {NAME}` where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
+        ) from None
