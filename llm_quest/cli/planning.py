@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ MASTER = 4
 REACHED = 0.5
 STEPS = 3
 SPARE_MEMORY = 0.9
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,58 @@ class Work:
         return math.ceil(self.rows / self.world / self.at_once)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """memory: bytes by kind on one process. step_seconds: measured if `measured`, else predicted from `peak_gflops`.
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What every plan tells of the machine. memory: bytes by kind on one process."""
+
+    memory: dict[str, int]
+    memory_available: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    precision: str
+    peak_gflops: float
+
+    @property
+    def memory_total(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_total <= SPARE_MEMORY * self.memory_available
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"memory_total": self.memory_total}
+
+    def needs(self) -> list[tuple[str, str]]:
+        """For the screen."""
+        return [
+            *((f"memory: {kind}", size(held)) for kind, held in self.memory.items()),
+            ("memory: together", f"{size(self.memory_total)} of {size(self.memory_available)} available now"),
+            ("a checkpoint", f"{size(self.checkpoint_bytes)}; {size(self.disk_bytes)} on disk at most"),
+            ("matrix products", f"{self.peak_gflops:,.0f} GFLOP/s in {self.precision}, measured on 2048 x 2048"),
+        ]
+
+    def warned(self, remedy: str) -> list[str]:
+        """A line where it does not fit."""
+        return [] if self.fits else [f"warning: more memory is needed than there is: {remedy}"]
+
+
+def footprint(memory: dict[str, int], *, keep: int, bf16: bool, device: torch.device | str) -> dict[str, Any]:
+    """A `Footprint`'s fields. keep: checkpoints that lie on disk at once, beside one that is being written."""
+    saved = memory["weights"] + memory["optimizer"]
+    return {
+        "memory": memory,
+        "memory_available": psutil.virtual_memory().available,
+        "checkpoint_bytes": saved,
+        "disk_bytes": saved * (keep + 1),
+        "precision": "bf16" if bf16 else "fp32",
+        "peak_gflops": matmul_peak(2048, torch.bfloat16 if bf16 else torch.float32, str(device)),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Footprint):
+    """step_seconds: measured if `measured`, else predicted from `peak_gflops`.
     utilization: FLOPs of a step per second and process, as a share of the peak. warnings: what will not fit, and what
     to do."""
 
@@ -111,22 +161,12 @@ class Plan:
     flops_per_token: int
     flops_per_step: int
     flops: float
-    memory: dict[str, int]
-    memory_total: int
-    memory_available: int
-    checkpoint_bytes: int
-    disk_bytes: int
-    precision: str
-    peak_gflops: float
     measured: bool
     step_seconds: float
     tokens_per_second: float
     utilization: float
     seconds: float
     warnings: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         how = f"{STEPS} real steps timed" if self.measured else f"predicted at {REACHED:.0%} of the matrix-product peak"
@@ -137,10 +177,7 @@ class Plan:
             ("model", f"{self.model}, {self.parameters:,} parameters"),
             ("work", f"{work}, {self.tokens_per_parameter:.3g} per parameter"),
             ("FLOPs", f"{a_token}, {a_step}, {self.flops:.3g} in all"),
-            *((f"memory: {kind}", size(held)) for kind, held in self.memory.items()),
-            ("memory: together", f"{size(self.memory_total)} of {size(self.memory_available)} available now"),
-            ("a checkpoint", f"{size(self.checkpoint_bytes)}; {size(self.disk_bytes)} on disk at most"),
-            ("matrix products", f"{self.peak_gflops:,.0f} GFLOP/s in {self.precision}, measured on 2048 x 2048"),
+            *self.needs(),
             ("a step", f"{self.step_seconds:.3g} s, {speed} ({how})"),
             ("the run", duration(self.seconds)),
         ]
@@ -155,16 +192,14 @@ def plan(work: Work, *, measure: bool = True, say: Callable[[str], None] = lambd
     per_token = passes * sum(flops_per_token(work.config, work.length))
     tokens_per_step = work.rows * work.length
     memory = memory_by_kind(work, model)
-    available = psutil.virtual_memory().available
+    machine = footprint(memory, keep=work.keep, bf16=work.precision == "bf16", device=work.device)
+    available, peak = machine["memory_available"], machine["peak_gflops"]
     fits = sum(memory.values()) < SPARE_MEMORY * available
-    dtype = torch.bfloat16 if work.precision == "bf16" else torch.float32
-    peak = matmul_peak(2048, dtype, work.device)
     again = per_token / passes if work.checkpointing else 0
     predicted = (per_token + again) * tokens_per_step / work.world / (REACHED * peak * 1e9)
     if measure and fits:
         say(f"timing {STEPS} real steps of {parameters:,} parameters")
     step_seconds = timed_step(work) if measure and fits else predicted
-    saved = parameters * MASTER + memory["optimizer"]
     return Plan(
         model=page_of(work.config).name,
         parameters=parameters,
@@ -175,48 +210,45 @@ def plan(work: Work, *, measure: bool = True, say: Callable[[str], None] = lambd
         flops_per_token=per_token,
         flops_per_step=per_token * tokens_per_step,
         flops=float(per_token * tokens_per_step * work.steps),
-        memory=memory,
-        memory_total=sum(memory.values()),
-        memory_available=available,
-        checkpoint_bytes=saved,
-        disk_bytes=saved * (work.keep + 1),
-        precision=work.precision,
-        peak_gflops=peak,
         measured=measure and fits,
         step_seconds=step_seconds,
         tokens_per_second=tokens_per_step / step_seconds,
         utilization=per_token * tokens_per_step / work.world / step_seconds / 1e9 / peak,
         seconds=step_seconds * work.steps,
         warnings=tuple(warnings(work, memory, available)),
+        **machine,
     )
 
 
 def memory_by_kind(work: Work, model: Decoder) -> dict[str, int]:
     """Bytes on one process while a micro-batch goes backward. model: on the meta device."""
-    parameters, trained = count_parameters(model), [one for one in model.named_parameters() if one[1].requires_grad]
     rows = work.at_once * work.length
     vocab, width = model.head.weight.shape  # type: ignore[union-attr, misc]
     held = 8 if work.precision == "fp32" else 10
     chunked = rows * vocab * 4 > LARGE
     logits = ROWS * vocab * (held + 2) + 4 * (vocab + rows) * width if chunked else rows * vocab * held
+    return {**of_parameters(model, work.optimizer), "activations": activation_bytes(work), "loss": logits}
+
+
+def of_parameters(model: nn.Module, optimizer: str, by_adamw: Sequence[str] = ("embed.", "head.")) -> dict[str, int]:
+    """Bytes of the weights, of the gradients, and of the optimiser's state: two numbers for each that learns, one where
+    Muon turns a matrix."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    turned = [
+        p.numel()
+        for name, p in trained.items()
+        if optimizer == "muon" and p.ndim == 2 and not name.startswith(tuple(by_adamw))
+    ]
     return {
-        "weights": parameters * MASTER,
-        "gradients": learned(model) * MASTER,
-        "optimizer": sum(OPTIMIZERS[work.optimizer](name, p) * p.numel() for name, p in trained),
-        "activations": activation_bytes(work),
-        "loss": logits,
+        "weights": MASTER * sum(p.numel() for p in model.parameters()),
+        "gradients": MASTER * learned(model),
+        "optimizer": MASTER * (2 * learned(model) - sum(turned)),
     }
 
 
 def learned(model: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-OPTIMIZERS: dict[str, Callable[[str, Tensor], int]] = {
-    "adamw": lambda name, p: 8,
-    "muon": lambda name, p: 4 if p.ndim == 2 and not name.startswith(("embed.", "head.")) else 8,
-}
 
 
 def activation_bytes(work: Work) -> int:

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from llm_quest.cli.counting import counted
-from llm_quest.cli.machine import matmul_peak
-from llm_quest.cli.planning import MASTER, OPTIMIZERS, SPARE_MEMORY, advance, clocked
+from llm_quest.cli.planning import MASTER, Footprint, advance, clocked, footprint, of_parameters
 from llm_quest.data.alphabet import character_tokenizer
-from llm_quest.data.problems import spelled
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.models.build import page_of
@@ -28,14 +25,14 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import cost_of
 from llm_quest.recipes import seeds
 from llm_quest.recipes.course import optimizer
-from llm_quest.recipes.grpo import asking, posed, question, rewarding
+from llm_quest.recipes.grpo import asking, posed, question, rewarding, warmable
 from llm_quest.recipes.grpo_config import Grpo
 from llm_quest.recipes.policy import Learner, decided, learner
 from llm_quest.recipes.tuning import opened
 from llm_quest.recipes.tuning_config import Start
 from llm_quest.recipes.warmup import newborn
 from llm_quest.recipes.yaml import Settings
-from llm_quest.report.words import aligned, duration, size
+from llm_quest.report.words import aligned, duration
 from llm_quest.rollouts.metered import Meter, Metered
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.rollouts.scoring import Judge
@@ -48,8 +45,8 @@ Say = Callable[[str], None]
 ROLLOUTS = 2
 
 
-@dataclass(frozen=True)
-class PolicyPlan:
+@dataclass(frozen=True, kw_only=True)
+class PolicyPlan(Footprint):
     """sampling, scoring, training: seconds of an optimiser step, measured; where a rollout serves several steps, its
     share. flops: of the run. length: tokens of an answer, on average. memory: bytes by kind, the cache while sampling
     and the activations while learning."""
@@ -62,21 +59,11 @@ class PolicyPlan:
     length: float
     steps: int
     flops: float
-    memory: dict[str, int]
-    memory_total: int
-    memory_available: int
-    checkpoint_bytes: int
-    disk_bytes: int
-    precision: str
-    peak_gflops: float
     sampling: float
     scoring: float
     training: float
     step_seconds: float
     seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         a_step, split = self.flops / self.steps, f"sampling {self.sampling:.3g}, scoring {self.scoring:.3g}"
@@ -86,20 +73,11 @@ class PolicyPlan:
             ("model", f"{self.model}, {self.parameters:,} parameters, {self.learned:,} of them trained"),
             ("work", f"{self.steps:,} steps; a rollout is {rollout}"),
             ("FLOPs", f"{a_step / 1e9:,.4g} G a step, {self.flops:.3g} in all"),
-            *((f"memory: {kind}", size(held)) for kind, held in self.memory.items()),
-            ("memory: together", f"{size(self.memory_total)} of {size(self.memory_available)} available now"),
-            ("a checkpoint", f"{size(self.checkpoint_bytes)}; {size(self.disk_bytes)} on disk at most"),
-            ("matrix products", f"{self.peak_gflops:,.0f} GFLOP/s in {self.precision}, measured on 2048 x 2048"),
+            *self.needs(),
             ("a step", f"{self.step_seconds:.3g} s: {split}, training {self.training:.3g}; {share}"),
             ("the run", f"{duration(self.seconds)}, without a warm-up and without looking at held-out problems"),
         ]
-        told = aligned(facts)
-        if self.memory_total > SPARE_MEMORY * self.memory_available:
-            told.append(
-                "warning: more memory is needed than there is: fewer tokens at once (rollout.micro_tokens), or a "
-                "smaller group"
-            )
-        return told
+        return aligned(facts) + self.warned("fewer tokens at once (rollout.micro_tokens), or a smaller group")
 
 
 def plan_policy(config: Grpo, settings: Settings, *, measure: bool, say: Say) -> PolicyPlan:
@@ -114,10 +92,8 @@ def plan_policy(config: Grpo, settings: Settings, *, measure: bool, say: Say) ->
     made.feed.seen = meter.sampled
     say(f"timing {ROLLOUTS} real rollouts, and the steps that learn from them")
     times, largest, length = timed(config, made, Metered(made.feed, meter), device)
-    cost = counted(made.objective, largest.to(device), device, config.precision == "bf16")
-    memory = memory_by_kind(config, made, cost.kept)
-    saved, step = memory["weights"] + memory["optimizer"], sum(times)
-    bf16 = config.precision == "bf16"
+    bf16, step = config.precision == "bf16", sum(times)
+    memory = memory_by_kind(config, made, counted(made.objective, largest.to(device), device, bf16).kept)
     return PolicyPlan(
         model=page_of(model.config).name,
         parameters=memory["weights"] // MASTER,
@@ -127,18 +103,12 @@ def plan_policy(config: Grpo, settings: Settings, *, measure: bool, say: Say) ->
         length=length,
         steps=config.steps,
         flops=meter.flops / (1 + ROLLOUTS) / made.feed.plan.steps * config.steps,
-        memory=memory,
-        memory_total=sum(memory.values()),
-        memory_available=psutil.virtual_memory().available,
-        checkpoint_bytes=saved,
-        disk_bytes=saved * (config.checkpoint.keep + 1),
-        precision=config.precision,
-        peak_gflops=matmul_peak(2048, torch.bfloat16 if bf16 else torch.float32, str(device)),
         sampling=times[0],
         scoring=times[1],
         training=times[2],
         step_seconds=step,
         seconds=step * config.steps,
+        **footprint(memory, keep=config.checkpoint.keep, bf16=bf16, device=device),
     )
 
 
@@ -146,7 +116,7 @@ def beginner(config: Grpo, settings: Settings) -> tuple[Decoder, Tokenizer]:
     """The model that the run begins with, or, fresh, one that has not been warmed up."""
     if config.model.load is not None:
         return opened(Start(load=config.model.load))
-    tokenizer = character_tokenizer(spelled(config.task).alphabet)
+    tokenizer = character_tokenizer(warmable(config).alphabet)
     return newborn(config.model, settings, tokenizer, config.seed), tokenizer
 
 
@@ -195,20 +165,16 @@ def timed(
 
 def memory_by_kind(config: Grpo, made: Learner, kept: int) -> dict[str, int]:
     model, rollout = made.objective.model, made.feed.rollout
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = MASTER * sum(parameter.numel() for parameter in model.parameters())
     longest = max((len(row.prompt) for row in rollout.rows), default=0) if rollout is not None else 0
     capacity = longest + config.rollout.new_tokens
     rows = config.rollout.at_once or config.rollout.prompts * config.rollout.group
     memory = {
-        "weights": weights,
-        "gradients": MASTER * sum(parameter.numel() for parameter in trained.values()),
-        "optimizer": sum(OPTIMIZERS[config.optimizer.name](name, p) * p.numel() for name, p in trained.items()),
+        **of_parameters(model, config.optimizer.name),
         "activations": kept,
         "cache": rows * row_of_cache(config, model, capacity),
     }
     own = config.kl is not None and not any(map(is_adapter, model.card.techniques))
-    return memory | ({"reference": weights} if own else {})
+    return memory | ({"reference": memory["weights"]} if own else {})
 
 
 @torch.no_grad()

@@ -8,16 +8,14 @@ run the reference's log-probabilities are planned too: one forward pass over eve
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from llm_quest.cli.counting import Cost, counted, timed
-from llm_quest.cli.machine import matmul_peak
-from llm_quest.cli.planning import MASTER, OPTIMIZERS, REACHED, SPARE_MEMORY, STEPS, clocked
+from llm_quest.cli.planning import MASTER, REACHED, STEPS, Footprint, clocked, footprint, of_parameters
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.models.build import page_of
 from llm_quest.recipes import classify, dpo, reward, sft
@@ -27,7 +25,7 @@ from llm_quest.recipes.reference import Moving
 from llm_quest.recipes.techniques import without_checkpointing
 from llm_quest.recipes.tuning import Job
 from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
-from llm_quest.report.words import aligned, duration, quantity, size
+from llm_quest.report.words import aligned, duration, quantity
 from llm_quest.techniques.checkpointing import checkpointing_off
 from llm_quest.train.parallel import Parallel, pick_device
 
@@ -38,8 +36,8 @@ LOOKED_AT = 8
 """So many steps tell how long rows are."""
 
 
-@dataclass(frozen=True)
-class TuningPlan:
+@dataclass(frozen=True, kw_only=True)
+class TuningPlan(Footprint):
     """things: what a row of the batch is. epochs: how often each is seen. memory: bytes by kind while the largest
     micro-batch goes backward. once_flops, once_seconds: before the first step. step_seconds: measured if `measured`,
     else predicted from `peak_gflops`."""
@@ -55,20 +53,10 @@ class TuningPlan:
     flops_per_token: float
     flops: float
     once_flops: float
-    memory: dict[str, int]
-    memory_total: int
-    memory_available: int
-    checkpoint_bytes: int
-    disk_bytes: int
-    precision: str
-    peak_gflops: float
     measured: bool
     step_seconds: float
     once_seconds: float
     seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         how = f"{STEPS} real steps timed" if self.measured else f"predicted at {REACHED:.0%} of the matrix-product peak"
@@ -87,20 +75,11 @@ class TuningPlan:
                 f"{self.flops_per_token / 1e6:,.4g} M a token, {a_step / 1e9:,.4g} G a step, {self.flops:.3g} in all",
             ),
             *([("before: the reference", once)] if self.once_flops else []),
-            *((f"memory: {kind}", size(held)) for kind, held in self.memory.items()),
-            ("memory: together", f"{size(self.memory_total)} of {size(self.memory_available)} available now"),
-            ("a checkpoint", f"{size(self.checkpoint_bytes)}; {size(self.disk_bytes)} on disk at most"),
-            ("matrix products", f"{self.peak_gflops:,.0f} GFLOP/s in {self.precision}, measured on 2048 x 2048"),
+            *self.needs(),
             ("a step", f"{self.step_seconds:.3g} s, {speed} ({how})"),
             ("the run", duration(self.seconds)),
         ]
-        told = aligned(facts)
-        if self.memory_total > SPARE_MEMORY * self.memory_available:
-            told.append(
-                "warning: more memory is needed than there is: fewer rows at once (batch.micro_rows), or "
-                "techniques=[checkpointing]"
-            )
-        return told
+        return aligned(facts) + self.warned("fewer rows at once (batch.micro_rows), or techniques=[checkpointing]")
 
 
 def plan_tuning(config: Tuning, *, measure: bool, say: Say) -> TuningPlan:
@@ -115,17 +94,13 @@ def plan_tuning(config: Tuning, *, measure: bool, say: Say) -> TuningPlan:
     once = once_flops(config, job, cost.forward / largest.num_tokens * tokens / rows)
     if measure:
         say(f"timing {STEPS} real steps on {largest.num_tokens:,} tokens")
-    stepper, peak = (
-        optimizer(config.optimizer, model),
-        matmul_peak(2048, torch.bfloat16 if bf16 else torch.float32, str(device)),
-    )
-    rate = REACHED * peak * 1e9
+    stepper, memory = optimizer(config.optimizer, model), memory_by_kind(config, job, cost)
+    machine = footprint(memory, keep=config.checkpoint.keep, bf16=bf16, device=device)
+    rate = REACHED * machine["peak_gflops"] * 1e9
     step = each * tokens / rate
     if measure:
         took = timed(job.objective, stepper, batch, device, bf16)
         step, rate = took.of(tokens / largest.num_tokens), cost.forward / forward_seconds(job, batch, device, bf16)
-    memory = memory_by_kind(config, job, cost)
-    saved = memory["weights"] + memory["optimizer"]
     return TuningPlan(
         model=page_of(model.config).name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -138,17 +113,11 @@ def plan_tuning(config: Tuning, *, measure: bool, say: Say) -> TuningPlan:
         flops_per_token=each,
         flops=each * tokens * config.steps + once,
         once_flops=once,
-        memory=memory,
-        memory_total=sum(memory.values()),
-        memory_available=psutil.virtual_memory().available,
-        checkpoint_bytes=saved,
-        disk_bytes=saved * (config.checkpoint.keep + 1),
-        precision="bf16" if bf16 else "fp32",
-        peak_gflops=peak,
         measured=measure,
         step_seconds=step,
         once_seconds=once / rate,
         seconds=step * config.steps + once / rate,
+        **machine,
     )
 
 
@@ -190,17 +159,8 @@ def once_flops(config: Tuning, job: Job, a_pair: float) -> float:
 
 
 def memory_by_kind(config: Tuning, job: Job, cost: Cost) -> dict[str, int]:
-    parameters = dict(job.model.named_parameters())
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    weights = MASTER * sum(parameter.numel() for parameter in parameters.values())
-    held = sum(OPTIMIZERS[config.optimizer.name](name, p) * p.numel() for name, p in trained.items())
-    memory = {
-        "weights": weights,
-        "gradients": MASTER * sum(parameter.numel() for parameter in trained.values()),
-        "optimizer": held,
-        "activations": cost.kept,
-    }
-    return memory | ({"reference": weights} if isinstance(job.feed, Moving) else {})
+    memory = {**of_parameters(job.model, config.optimizer.name), "activations": cost.kept}
+    return memory | ({"reference": memory["weights"]} if isinstance(job.feed, Moving) else {})
 
 
 def feed_of(job: Job) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llm_quest.data.batch import IGNORE, TokenBatch
 from llm_quest.data.preferences import Rated
-from llm_quest.data.prefix import Prefix, laid
+from llm_quest.data.prefix import Prefix, alone, laid, together
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def compared(
 ) -> AnswerBatch:
     """These elements as a batch. reference: of each element, a number for each answer. shared: a question is read once
     for all of its answers, where that reads fewer tokens."""
-    shared = shared and together(elements) < alone(elements)
     rows = [(one.prompt.tolist(), answer.tolist()) for one in elements for answer in one.answers]
+    in_full, in_part = ([(prompt, len(answer) - less) for prompt, answer in rows] for less in (0, 1))
+    shared = shared and together(in_part) < alone(in_full)
     made = laid([(prompt, answer[:-1] if shared else answer) for prompt, answer in rows], shared=shared)
     targets = np.full(made.tokens.shape, IGNORE, dtype=np.int64)
     for r, ((_, answer), begin) in enumerate(zip(rows, made.firsts, strict=True)):
@@ -95,18 +96,6 @@ def compared(
         told[0], told[1], told[2], better, worse, weights.float(), margins.float(), known, made.prefix,
         counted=sum(len(prompt) + len(answer) for prompt, answer in rows),
     )  # fmt: skip
-
-
-def alone(elements: Sequence[Rated]) -> int:
-    """Tokens that a pass reads, padding included, where every row is read in full."""
-    return sum(len(one.answers) for one in elements) * max(one.size for one in elements)
-
-
-def together(elements: Sequence[Rated]) -> int:
-    """The same where every question is read once."""
-    questions = {tuple(one.prompt.tolist()) for one in elements}
-    answers = [len(answer) for one in elements for answer in one.answers]
-    return len(answers) * max(answers) + len(questions) * max(len(question) - 1 for question in questions)
 
 
 class Pairs:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm_quest.contracts import Share
 from llm_quest.data.batch import IGNORE
-from llm_quest.data.prefix import Prefix, laid
+from llm_quest.data.prefix import Prefix, alone, laid, together
 
 Notes = Mapping[str, tuple[float, float]]
 """Name -> (sum, count): numbers that are known on the host, to be reported with the step."""
@@ -119,21 +119,20 @@ def looks_laid(rows: Sequence[PolicyRow], firsts: Sequence[int], width: int) -> 
     return laid_out
 
 
-def alone(rows: Sequence[PolicyRow]) -> int:
+def in_full(rows: Sequence[PolicyRow]) -> int:
     """Tokens that a pass reads, padding included: every row in full."""
-    return len(rows) * max(row.length for row in rows)
+    return alone([(row.prompt, len(row.tokens) - 1) for row in rows])
 
 
-def together(rows: Sequence[PolicyRow]) -> int:
-    """The same where every prompt is read once, and of each row what it adds."""
-    prompts = {row.prompt for row in rows}
-    return len(rows) * max(len(row.tokens) for row in rows) + len(prompts) * (max(map(len, prompts)) - 1)
+def in_part(rows: Sequence[PolicyRow]) -> int:
+    """The same where every prompt is read once."""
+    return together([(row.prompt, len(row.tokens) - 1) for row in rows])
 
 
 def grouped(
     rows: Sequence[PolicyRow],
     budget: int,
-    cost: Callable[[Sequence[PolicyRow]], int] = alone,
+    cost: Callable[[Sequence[PolicyRow]], int] = in_full,
     size: Callable[[PolicyRow], int] = lambda row: row.length,
 ) -> list[list[PolicyRow]]:
     """The longest first (equal ones in their order), so that rows of like size stand together and little is padding; no
@@ -152,8 +151,8 @@ def parted(rows: Sequence[PolicyRow], budget: int, *, share: bool) -> tuple[list
     plain = grouped(rows, budget)
     if not share:
         return plain, False
-    shared = grouped(rows, budget, together, lambda row: len(row.tokens))
-    return (shared, True) if sum(map(together, shared)) < sum(map(alone, plain)) else (plain, False)
+    shared = grouped(rows, budget, in_part, lambda row: len(row.tokens))
+    return (shared, True) if sum(map(in_part, shared)) < sum(map(in_full, plain)) else (plain, False)
 
 
 def micro_batches(

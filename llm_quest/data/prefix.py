@@ -1,4 +1,4 @@
-"""Beginnings that several rows share, read once: the prompt of a group of samples.
+"""Beginnings that several rows share, read once: the prompt of a group of samples, the question of two answers.
 
     plain    p0 p1 p2 a b        shared    beginnings   p0 p1        rows   p2 a b     each goes on from
              p0 p1 p2 c d                                                   p2 c d     its beginning (of)
@@ -55,6 +55,17 @@ def laid(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, shared: bool) -
     before, places = (torch.from_numpy(x) for x in padded(list(known), [0] * len(known)))
     prefix = Prefix(before, places, torch.tensor(of), int(positions.max()) + 1)
     return Laid(tokens, positions, [0] * len(rows), prefix)
+
+
+def alone(rows: Sequence[tuple[Sequence[int], int]]) -> int:
+    """Tokens that a pass reads, padding included, over rows that are read in full: (prompt, how many follow it)."""
+    return len(rows) * max(len(prompt) + more for prompt, more in rows)
+
+
+def together(rows: Sequence[tuple[Sequence[int], int]]) -> int:
+    """The same where every prompt is read once, and of each row what it adds."""
+    prompts = {tuple(prompt) for prompt, _ in rows}
+    return len(rows) * (1 + max(more for _, more in rows)) + len(prompts) * (max(map(len, prompts)) - 1)
 
 
 def padded(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

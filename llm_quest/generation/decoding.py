@@ -144,3 +144,22 @@ def left_padded(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[T
     tokens = [[0] * (length - len(window)) + list(window) for window in windows]
     positions = [[-1] * (length - len(window)) + list(range(len(window))) for window in windows]
     return torch.tensor(tokens), torch.tensor(positions)
+
+
+def right_padded(
+    fed: Sequence[Sequence[int]], starts: Sequence[int], width: int, device: torch.device
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Tokens and positions of each row's tokens from its place on, padding at the end."""
+    tokens, positions = [], []
+    for start, part in zip(starts, fed, strict=True):
+        padding = width - len(part)
+        tokens.append([*part, *[0] * padding])
+        positions.append([*range(start, start + len(part)), *[-1] * padding])
+    return torch.tensor(tokens).to(device), torch.tensor(positions).to(device)
+
+
+def going_on(fed: Sequence[Sequence[int]], starts: Sequence[int], positions: Int[Tensor, "B T"], cache: Cache) -> Scope:
+    """The scope of a pass that reads each row's tokens (perhaps none) from its place on."""
+    reach = max(start + len(part) for start, part in zip(starts, fed, strict=True) if part)
+    alike = len({(start, len(part)) for start, part in zip(starts, fed, strict=True)}) == 1
+    return Scope(positions, cache=cache, reach=reach, plain=alike)

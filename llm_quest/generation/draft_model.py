@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm_quest.errors import UsageError
 from llm_quest.generation.compiled import compiled, leaves_trail, rounded_up
-from llm_quest.generation.decoding import left_padded
+from llm_quest.generation.decoding import going_on, left_padded
 from llm_quest.generation.drafters import MOST, Drafts, GoesOn, Notes, Task, counted, drawn, together, weights
 from llm_quest.generation.sampling import Sampling
 from llm_quest.layers.cache import Cache
@@ -152,7 +152,4 @@ def read_into(
         return torch.zeros(len(fed), 1, model.config.width, device=device)
     tokens, positions = left_padded(fed)
     positions = torch.where(positions < 0, -1, positions + torch.tensor(list(starts))[:, None])
-    reach = max(start + len(part) for start, part in zip(starts, fed, strict=True) if part)
-    alike = len({(start, len(part)) for start, part in zip(starts, fed, strict=True)}) == 1
-    scope = Scope(positions.to(device), cache=cache, reach=reach, plain=alike)
-    return model.hidden(tokens.to(device), scope)
+    return model.hidden(tokens.to(device), going_on(fed, starts, positions.to(device), cache))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llm_quest.errors import UsageError
 from llm_quest.generation.compiled import compiled, rounded_up
+from llm_quest.generation.decoding import right_padded
 from llm_quest.generation.drafters import MOST, Drafts, GoesOn, Notes, Task, counted, drawn, together, weights
 from llm_quest.generation.sampling import Sampling
 from llm_quest.layers.cache import Cache
@@ -97,13 +98,9 @@ class LookaheadDrafter:
         length = max(taken)
         if not length:
             return
-        tokens, positions = [], []
-        for text, count in zip(texts, taken, strict=True):
-            start, padding = len(text) - count, length - count
-            tokens.append([*text[start:], *[0] * padding])
-            positions.append([*range(start, len(text)), *[-1] * padding])
-        places = (torch.tensor(part).to(self.device) for part in (tokens, positions))
-        self.unread.append(Reading(hidden[:, :length], *places))
+        starts = [len(text) - count for text, count in zip(texts, taken, strict=True)]
+        fed = [text[start:] for text, start in zip(texts, starts, strict=True)]
+        self.unread.append(Reading(hidden[:, :length], *right_padded(fed, starts, length, self.device)))
 
     def taken_since(self) -> Reading:
         """All that was verified since the last guess."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from llm_quest.generation.compiled import check_step, compiled, leaves_trail, rounded_up, wide_enough
+from llm_quest.generation.decoding import going_on, right_padded
 from llm_quest.models.decoder import Decoder
-from llm_quest.scope import Scope
 
 
 class Target:
@@ -41,9 +41,7 @@ class Target:
 
     def hidden(self, fed: Sequence[Sequence[int]], starts: Sequence[int], width: int) -> Float[Tensor, "B T D"]:
         tokens, positions = right_padded(fed, starts, width, self.device)
-        reach = max(start + len(part) for start, part in zip(starts, fed, strict=True) if part)
-        alike = len(set(starts)) == 1 and all(len(part) == width for part in fed)
-        return self.model.hidden(tokens, Scope(positions, cache=self.cache, reach=reach, plain=alike))
+        return self.model.hidden(tokens, going_on(fed, starts, positions, self.cache))
 
     @torch.inference_mode()
     def read(self, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -75,18 +73,6 @@ class Target:
     def keep(self, rows: Tensor) -> None:
         self.cache.keep(rows)
         self.stands = [self.stands[row] for row in rows.tolist()]
-
-
-def right_padded(
-    fed: Sequence[Sequence[int]], starts: Sequence[int], width: int, device: torch.device
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Tokens and positions of each row's tokens from its place on, padding at the end."""
-    tokens, positions = [], []
-    for start, part in zip(starts, fed, strict=True):
-        padding = width - len(part)
-        tokens.append([*part, *[0] * padding])
-        positions.append([*range(start, start + len(part)), *[-1] * padding])
-    return torch.tensor(tokens).to(device), torch.tensor(positions).to(device)
 
 
 def from_column(x: Float[Tensor, "B T D"], behind: Sequence[int]) -> Float[Tensor, "B T D"]:

@@ -91,17 +91,19 @@ def fetch(name: str, patterns: list[str], revision: str | None) -> Path:
         raise offline(name, "config.json", str(error)) from None
 
 
+def unreached(reason: str) -> str:
+    """Why the hub gave nothing."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    return f"the hub cannot be reached ({(reason or 'no network').splitlines()[0][:100]})"
+
+
 def offline(name: str, file: str, reason: str) -> MissingError:
     """What to say when the network is needed and not there."""
-    off = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    why = (
-        "HF_HUB_OFFLINE is set"
-        if off
-        else f"the hub cannot be reached ({(reason or 'no network').splitlines()[0][:100]})"
-    )
     return MissingError(
-        f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while {why}"
-        f"{preset_hint(name)}; run `hf download {name}` where there is a network (same HF_HOME), or give a folder"
+        f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while "
+        f"{unreached(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same HF_HOME), "
+        "or give a folder"
     )
 
 

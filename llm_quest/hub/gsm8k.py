@@ -5,12 +5,12 @@ hashes."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from llm_quest.data.problems.gsm8k import held_out, made, read_gsm8k
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError, MissingError
+from llm_quest.hub.fetch import unreached
 
 NAME = "openai/gsm8k"
 FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
@@ -23,13 +23,18 @@ def is_gsm8k(task: str) -> bool:
 
 def gsm8k(task: str, part: str) -> list[Problem]:
     """part: train, validation or test. A file is what it is: its test part is all of it."""
-    found = read_gsm8k(task) if task != "gsm8k" else from_hub("test" if part == "test" else "train")
     if part == "test":
-        return found
-    learned, held = held_out(found)
+        return from_hub(part) if task == "gsm8k" else read_gsm8k(task)
+    learned, held = learned_and_held(task)
+    return learned if part == "train" else held
+
+
+def learned_and_held(task: str) -> tuple[list[Problem], list[Problem]]:
+    """What is trained on, and what is kept out of it for validation."""
+    learned, held = held_out(from_hub("train") if task == "gsm8k" else read_gsm8k(task))
     if not learned or not held:
         raise DataError(f"{task} holds too few problems to keep some of them out of training")
-    return learned if part == "train" else held
+    return learned, held
 
 
 def from_hub(part: str) -> list[Problem]:
@@ -52,8 +57,7 @@ def downloaded(file: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        off = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else str(error).splitlines()[0][:100]
         raise MissingError(
-            f"{NAME} lacks {file} in the local cache and cannot be fetched ({off}): run `hf download --repo-type "
+            f"{NAME} lacks {file} in the local cache while {unreached(str(error))}: run `hf download --repo-type "
             f"dataset {NAME}` where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
         ) from None

@@ -14,12 +14,12 @@ from typing import Any
 
 from llm_quest.contracts import Probe, Reward
 from llm_quest.data.chat import Chat
-from llm_quest.data.problems import Drawn, Problem, draw, spelled
+from llm_quest.data.problems import Drawn, Problem, Task, draw, spelled
 from llm_quest.data.problems.problem import chance
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer
-from llm_quest.hub.gsm8k import gsm8k, is_gsm8k
+from llm_quest.hub.gsm8k import is_gsm8k, learned_and_held
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import scores
 from llm_quest.recipes import seeds
@@ -111,7 +111,7 @@ def posed(config: Grpo) -> Posed:
     if not is_gsm8k(config.task):
         task = spelled(config.task)
         return Posed(partial(Drawn(task), seed), [draw(task, "validation", i, seed) for i in range(number)], repr(task))
-    learned, held = (gsm8k(config.task, part) for part in ("train", "validation"))
+    learned, held = learned_and_held(config.task)
     return Posed(partial(in_turn, learned, seed), held[:number], f"{config.task}: {len(learned)}")
 
 
@@ -127,10 +127,15 @@ def begun(config: Grpo, settings: Settings, out: Path, parallel: Parallel, say: 
     """The model that is loaded, or a fresh one that has been warmed up."""
     if config.model.load is not None:
         return opened(Start(load=config.model.load))
+    assert config.warmup is not None
+    return warmed(config, config.warmup, settings, warmable(config), out / "warmup", parallel, say)
+
+
+def warmable(config: Grpo) -> Task:
+    """The task that a fresh model is warmed up on."""
     if is_gsm8k(config.task):
         raise UsageError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")
-    assert config.warmup is not None
-    return warmed(config, config.warmup, settings, spelled(config.task), out / "warmup", parallel, say)
+    return spelled(config.task)
 
 
 def asking(config: Grpo, tokenizer: Tokenizer) -> Encode:

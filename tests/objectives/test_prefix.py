@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.data.pairs import compared
-from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, micro_batches, parted, policy_batch, together
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, in_part, micro_batches, parted, policy_batch
 from llm_quest.data.preferences import Rated
 from llm_quest.data.prefix import laid
 from llm_quest.models import PAGES
@@ -91,7 +91,7 @@ def test_prompts_are_shared_where_that_reads_fewer_tokens_and_never_otherwise():
     assert not parted(apart, 4096, share=True)[1]
     for budget in (1, 60, 200):
         groups, shared = parted(long, budget, share=True)
-        assert all(together(group) <= budget or len(group) == 1 for group in groups) or not shared
+        assert all(in_part(group) <= budget or len(group) == 1 for group in groups) or not shared
         assert sorted(id(row) for group in groups for row in group) == sorted(map(id, long))
 
 

@@ -35,7 +35,9 @@ def task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"no task is called {name!r}{hint}; known: {', '.join(TASKS)}, or a GSM8K file (*.jsonl)")
+        raise UsageError(
+            f"no task is called {name!r}{hint}; known: {', '.join(TASKS)}, gsm8k, or a file of it (*.jsonl)"
+        )
     known = {field.name for field in fields(TASKS[name])}
     if unknown := set(options or {}) - known:
         raise UsageError(
