@@ -1,5 +1,7 @@
-"""Reinforcement learning from verifiable rewards (DeepSeek-R1, arXiv:2501.12948) where the teacher is wrong half of the
-time: imitation converges to the teacher, a verifier does not."""
+"""Reinforcement learning from verifiable rewards (DeepSeek-R1, arXiv:2501.12948) where the teacher is often wrong:
+imitation converges to the teacher, a verifier does not.
+
+He forgets to carry in eight of ten sums. Half of the sums have nothing to carry, so 41 % of his answers are wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from llm_quest.papers.paper import Paper, Picture, Results, Verdict
 from llm_quest.papers.school import School, ahead, arms
 
 SCHOOL = School(
-    name="noisy_teacher", task=Addition(digits=2, noise=0.5), width=96, layers=2, lessons=700, rate=2e-3,
+    name="noisy_teacher", task=Addition(digits=2, noise=0.8), width=96, layers=2, lessons=700, rate=2e-3,
     prompts=64, new_tokens=5, steps=120, every=15,
 )  # fmt: skip
 RATE, POINTS = 3e-4, 0.15
@@ -25,7 +27,8 @@ PAPER = Paper(
     arxiv="2501.12948",
     claim="Rewards that a program checks take a policy past the demonstrations it began with; more of the same "
     "demonstrations do not.",
-    experiment="Sums of numbers of one and two digits. The teacher forgets to carry in half of his answers. A Llama "
+    experiment="Sums of numbers of one and two digits. The teacher forgets to carry in eight of ten, which "
+    "makes 41 % of his answers wrong. A Llama "
     f"of {SCHOOL.width} x {SCHOOL.layers} learns from him for {SCHOOL.lessons} steps of 64 rows; then every arm has "
     f"{SCHOOL.steps} steps of {SCHOOL.rows} rows at {RATE:g}: GRPO on {SCHOOL.prompts} questions x {SCHOOL.group} "
     "samples; more of the teacher (the control); the beginner's own right samples out of as many; GRPO on the toss "
