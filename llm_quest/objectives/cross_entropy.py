@@ -7,7 +7,7 @@ form takes a few rows at a time, adds their part of both gradients during the fo
       z = x W^T          g = softmax(z) - onehot(t)          dx = g W          dW += g^T x
 
 three matrix products, as many as the plain form, and never more than `rows` x V numbers. Capped logits c tanh(z/c)
-multiply g by the slope 1 - tanh(z/c)^2.
+multiply g by the slope 1 - tanh(z/c)^2. (`in_pieces` does this for any loss of the logits: distillation is another.)
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ROWS = 256
 LARGE = 64 * 2**20
 
 Form = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+Judge = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""Logits of these rows, in float32 or wider -> the sum of their losses and, if wanted, its gradient in the logits."""
 
 
 def cross_entropy(
@@ -74,37 +76,54 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        W = weight.to(dtype)
-        dx = torch.empty_like(x) if wants_x else None
-        dW = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        total = x.new_zeros((), dtype=torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            for first in range(0, x.shape[0], ROWS):
-                rows = slice(first, first + ROWS)
-                x_rows, t = x[rows].to(dtype), targets[rows]
-                logits = F.linear(x_rows, W).float()
-                bent = None if cap is None else torch.tanh(logits / cap)
-                log_p = (logits if cap is None or bent is None else cap * bent).log_softmax(dim=-1)
-                total += F.nll_loss(log_p, t, ignore_index=IGNORE, reduction="sum")
-                if wants_x or wants_weight:
-                    g = gradient_(log_p, t)
-                    g = (g if bent is None else g * (1 - bent**2)).to(dtype)
-                    if dx is not None:
-                        dx[rows] = g @ W
-                    if dW is not None:
-                        add_product_(dW, g, x_rows)
-        ctx.gradients, ctx.weight_dtype = (dx, dW), weight.dtype
+        def judge(logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
+            log_p, t = logits.log_softmax(dim=-1), targets[rows]
+            loss = F.nll_loss(log_p, t, ignore_index=IGNORE, reduction="sum")
+            return loss, gradient_(log_p, t) if wanted else None
+
+        total, ctx.gradients = in_pieces(x, weight, cap, judge, ctx.needs_input_grad[:2])
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        assert ctx.gradients is not None, "the chunked form goes backward once: its gradients are scaled in place"
-        (dx, dW), ctx.gradients = ctx.gradients, None
-        (scale,) = upstream
-        dx = None if dx is None else dx.mul_(scale)
-        return dx, None if dW is None else dW.mul_(scale).to(ctx.weight_dtype), None, None
+        return *scaled(ctx, *upstream), None, None
+
+
+def in_pieces(
+    x: Tensor, weight: Tensor, cap: float | None, judge: Judge, wants: tuple[bool, bool]
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The sum of what `judge` says of the head's logits, ROWS at a time, and its gradients in x and weight, where they
+    are wanted. Sums are in float32 or wider."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    W = weight.to(dtype)
+    dx = torch.empty_like(x) if wants[0] else None
+    dW = torch.zeros_like(weight, dtype=wide) if wants[1] else None
+    total = x.new_zeros((), dtype=wide)
+    with torch.autocast(x.device.type, enabled=False):
+        for first in range(0, x.shape[0], ROWS):
+            rows = slice(first, first + ROWS)
+            x_rows = x[rows].to(dtype)
+            logits = F.linear(x_rows, W).to(wide)
+            bent = None if cap is None else torch.tanh(logits / cap)
+            loss, g = judge(logits if cap is None or bent is None else cap * bent, rows, any(wants))
+            total += loss
+            if g is not None:
+                g = (g if bent is None else g * (1 - bent**2)).to(dtype)
+                if dx is not None:
+                    dx[rows] = g @ W
+                if dW is not None:
+                    add_product_(dW, g, x_rows)
+    return total, (dx, dW)
+
+
+def scaled(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that `in_pieces` made, times what comes from above."""
+    assert ctx.gradients is not None, "the chunked form goes backward once: its gradients are scaled in place"
+    (dx, dW), ctx.gradients = ctx.gradients, None
+    dx = None if dx is None else dx.mul_(scale)
+    return dx, None if dW is None else dW.mul_(scale).to(ctx.weight_dtype)
 
 
 def gradient_(log_p: Tensor, targets: Tensor) -> Tensor:

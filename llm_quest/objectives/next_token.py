@@ -20,13 +20,15 @@ from llm_quest.scope import Scope
 
 
 class Beside(Protocol):
-    """A module that adds to the main loss, from what the head reads: h (B,T,D), targets (B,T), head -> a sum and how
-    many things were summed. It is added times `weight`, and reported as `name`."""
+    """A module that adds to the main loss, from what the head reads: h (B,T,D), the batch, head -> a sum and how many
+    things were summed. It is added times `weight`, and reported as `name`. replaces: the part of the main loss whose
+    place it takes."""
 
     name: str
     weight: float
+    replaces: float
 
-    def __call__(self, h: Tensor, targets: Tensor, head: Any) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, h: Tensor, batch: TokenBatch, head: Any) -> tuple[Tensor, Tensor]: ...
 
 
 class NextToken(nn.Module):
@@ -36,8 +38,8 @@ class NextToken(nn.Module):
     router: names in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens.
     lookahead: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k
     of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out (evaluation).
-    beside: further terms (`number_token.NumberToken`); their sums are divided by the main loss's count too, so that a
-    batch's halves add up.
+    beside: further terms (`number_token.NumberToken`, `distillation.Distillation`); their sums are divided by the main
+    loss's count too, so that a batch's halves add up.
     What is added to the main loss stands among the metrics, and then the main loss itself, as "next_token".
 
     Splitting a batch adds exactly, but for the router's terms: they are products of averages over the micro-batch."""
@@ -62,18 +64,24 @@ class NextToken(nn.Module):
         self.router = dict(router or {})
         self.lookahead = lookahead
         self.beside = nn.ModuleList(beside)  # type: ignore[arg-type]
+        self.own = 1.0 - sum(term.replaces for term in beside)
+        if self.own < 0:
+            raise UsageError(
+                f"the terms beside the main loss take its place {1 - self.own:g} times; lower their weights"
+            )
 
     def forward(self, batch: TokenBatch) -> Loss:
         records: dict[str, list[Any]] = {}
         scope = scope_of(batch, records)
         h = self.model.hidden(batch.tokens, scope)
-        total = self.cross_entropy(h, batch.targets)
+        main = self.main(h, batch.targets)
         count = (batch.targets != IGNORE).sum(dtype=torch.float32)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         if self.adds:
-            metrics["next_token"] = (total.detach(), count)
+            metrics["next_token"] = (main.detach(), count)
+        total = self.own * main
         for term in self.beside:
-            added, counted = term(h, batch.targets, self.model.head)
+            added, counted = term(h, batch, self.model.head)
             metrics[term.name] = (added.detach(), counted)  # type: ignore[index]
             total = total + term.weight * added  # type: ignore[operator]
         if self.lookahead:
@@ -87,6 +95,11 @@ class NextToken(nn.Module):
     def adds(self) -> bool:
         """Is anything added to the main loss?"""
         return bool(self.router) or len(self.beside) > 0 or (self.lookahead > 0 and len(self.model.lookahead) > 0)
+
+    def main(self, h: Tensor, targets: Tensor) -> Tensor:
+        """The main loss; where something else stands in its place it is looked at and not learned."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.own > 0):
+            return self.cross_entropy(h, targets)
 
     def cross_entropy(self, h: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of these hidden states (B,T,D) and targets (B,T)."""

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.data.batch import TokenBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 
@@ -48,7 +49,7 @@ class NumberToken(nn.Module):
     """A term beside next-token prediction. values (V,): what each token is worth as a number, NaN for those that are
     none (`number_values`); V is the model's vocabulary. weight: lambda. distance: a name in DISTANCES."""
 
-    name = "number_token"
+    name, replaces = "number_token", 0.0
 
     def __init__(self, values: Float[Tensor, " V"], *, weight: float = 0.3, distance: str = "was"):
         super().__init__()
@@ -62,12 +63,12 @@ class NumberToken(nn.Module):
         self.register_buffer("values", values[ids].float(), persistent=False)
         self.register_buffer("worth", values.float(), persistent=False)
 
-    def forward(self, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], head: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Float[Tensor, "B T D"], batch: TokenBatch, head: Any) -> tuple[Tensor, Tensor]:
         """The summed distance over number targets, and how many there are."""
         if head.weight.shape[0] != self.vocab:
             raise UsageError(f"the values are of {self.vocab} tokens, the model has {head.weight.shape[0]}")
         logits = F.linear(h, head.weight[self.ids])
-        return self.summed(logits if head.cap is None else head.cap * torch.tanh(logits / head.cap), targets)
+        return self.summed(logits if head.cap is None else head.cap * torch.tanh(logits / head.cap), batch.targets)
 
     def summed(self, logits: Float[Tensor, "B T K"], targets: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """From the logits of the number tokens."""

@@ -21,6 +21,7 @@ from llm_quest.hub.files import load, write_model_json
 from llm_quest.models.build import build, count_parameters, page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
+from llm_quest.objectives.next_token import Beside
 from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import compiling, precision
 from llm_quest.recipes.course import (
@@ -37,6 +38,7 @@ from llm_quest.recipes.numbers import beside
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.probes import Evaluation, Writing
 from llm_quest.recipes.sizes import model_config
+from llm_quest.recipes.teaching import taught, teachers_hash
 from llm_quest.recipes.techniques import applied_all
 from llm_quest.recipes.text import Text, ready
 from llm_quest.recipes.yaml import Settings
@@ -102,10 +104,12 @@ def run_it(
     require_same_run(config, folder)
     if config.activation_checkpointing:
         model = Checkpointing()(model)
-    terms = beside(config.number_token, text.tokenizer, model)
+    lessons = taught(config, text.tokenizer, parallel, say)
+    terms: list[Beside] = [*beside(config.number_token, text.tokenizer, model), *lessons]
     objective = parallel.place(config.parts.objective(model, terms), list(model.blocks))
     micro_rows, feed = at_once(config, parallel), feed_of(config, text, parallel)
-    identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash}
+    identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash, **teachers_hash(lessons)}
+    random_first = config.model.load is None and not lessons
     with folder_of(config, folder, parallel, identity, env, resume) as run:
         if parallel.leader:
             describe(folder, model, text)
@@ -114,7 +118,7 @@ def run_it(
             feed,
             optimizer(config.optimizer, model),
             schedule(config.steps, **config.schedule.model_dump()),
-            loop_settings(config, expected_loss=None if config.model.load else config.parts.first_loss(model)),
+            loop_settings(config, expected_loss=config.parts.first_loss(model) if random_first else None),
             run,
             parallel=parallel,
             probes=list(probes(config, text, run, micro_rows)),

@@ -9,6 +9,7 @@ from pydantic import Field
 from llm_quest.recipes.mixture import Parts, Router
 from llm_quest.recipes.numbers import Numbers
 from llm_quest.recipes.parts import Batch, Course, Data, Evaluate, Model, Samples, TokenizerPart
+from llm_quest.recipes.teaching import Teaching
 
 
 class Pretrain(Course):
@@ -36,6 +37,9 @@ class Pretrain(Course):
     )
     number_token: Numbers | None = Field(
         default=None, description="how far off a number is counts too (weight, distance, multi_digit); null: no"
+    )
+    teacher: Teaching | None = Field(
+        default=None, description="a model to learn from (load, weight, beta, temperature, dtype); null: none"
     )
     evaluate: Evaluate = Evaluate()
     samples: Samples = Samples()

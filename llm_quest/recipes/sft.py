@@ -18,12 +18,13 @@ from llm_quest.data.instructions import InstructionFeed, Rows, fitting
 from llm_quest.data.questions import answers, rows
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import Beside, NextToken
 from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.numbers import beside
 from llm_quest.recipes.pretrain import AT_ONCE
 from llm_quest.recipes.probes import keep_samples
+from llm_quest.recipes.teaching import taught, teachers_hash
 from llm_quest.recipes.tuning import (
     Job,
     Say,
@@ -68,13 +69,16 @@ def assembled(config: Sft, parallel: Parallel, say: Say) -> Job:
     facts = told(config.data, talk.chat, talk.ledger, len(talk.train.examples), len(talk.held.examples), say)
     say(f"learned: {talk.train.num_targets:,} tokens of answers, in {len(talk.train):,} rows an epoch")
 
+    lessons = taught(config, tokenizer, parallel, say)
+    terms: list[Beside] = [*beside(config.number_token, tokenizer, model), *lessons]
+
     def probes(run: Run) -> list[Any]:
         asked = [Answering(talk, config.samples.number, config, run)] if config.samples.every else []
         return [AnswerLoss(talk.held, config.evaluate.every, micro_rows), *asked]
 
     return Job(
-        NextToken(model, beside=beside(config.number_token, tokenizer, model)), feed, probes, tokenizer, facts,
-        {"data": talk.train.hash}, edited(config, model, say),
+        NextToken(model, beside=terms), feed, probes, tokenizer, facts,
+        {"data": talk.train.hash, **teachers_hash(lessons)}, edited(config, model, say),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from llm_quest.recipes.config import Strict
 from llm_quest.recipes.numbers import Numbers
 from llm_quest.recipes.parts import Batch, Count, Course, Few, Rate
+from llm_quest.recipes.teaching import Teaching
 
 
 class Start(Strict):
@@ -54,6 +55,9 @@ class Sft(Course):
     batch: Batch = Field(default_factory=Batch)
     number_token: Numbers | None = Field(
         default=None, description="how far off a number is counts too (weight, distance, multi_digit); null: no"
+    )
+    teacher: Teaching | None = Field(
+        default=None, description="a model to learn from (load, weight, beta, temperature, dtype); null: none"
     )
     evaluate: Looking = Looking()
     samples: Questions = Questions()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from llm_quest.data.batch import TokenBatch
 from llm_quest.models.build import build
+from llm_quest.objectives.distillation import Distillation
 from llm_quest.objectives.next_token import NextToken
 from llm_quest.objectives.number_token import NumberToken
 from llm_quest.techniques.dynamic_tanh import DyT
@@ -36,11 +37,12 @@ def compiled() -> None:
     warnings.simplefilter("ignore")
     values = torch.full((97,), float("nan"))
     values[3:13] = torch.arange(10.0)
+    teacher = build("gpt2-tiny", seed=1).eval()
     for name, techniques in COMPILED.items():
         model: Any = build("llama3.2-tiny").train()
         for technique in techniques:
             model = technique(model)
-        objective = NextToken(model, beside=[NumberToken(values)])
+        objective = NextToken(model, beside=[NumberToken(values), Distillation(teacher, weight=0.5, beta=0.5)])
         tokens = random_tokens(model, 2, 18)
         batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
         torch.compiler.reset()
