@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llm_quest.cli.screen import clean, show_json
-from llm_quest.cli.talk import Manner, Say, fits, opened, put
+from llm_quest.cli.talk import Manner, Say, fits, opened, put, require_compiler
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import complete, stream
@@ -43,22 +43,30 @@ class Gain:
 def go_on_drafting(
     where: str, drafted: str, prompt: str, manner: Manner, *, device: str, dtype: str, as_json: bool, say: Say
 ) -> None:
-    """Print the continuation, then what the draft brought; with as_json everything at its end."""
+    """Print the continuation, then what the draft brought; with as_json everything at its end. Compiled, the text is
+    made once unseen, so that no compiling is in the speeds."""
     model, tokenizer = opened(where, device, dtype, say)
     draft = drafter(drafted, model, tokenizer, where, device, dtype, say)
     tokens = tokenizer.encode(prompt) or [tokenizer.start_id]
     fits(tokens, model, manner.slide)
     sampling, until, tally = manner.sampling, manner.until(model, tokenizer), Tally()
-    plain = plain_speed(model, tokens, sampling, until, manner.seed)
+    if manner.compile:
+        require_compiler(next(model.parameters()).device, say)
+        complete(model, [tokens], sampling, until, seed=manner.seed, compile=True, draft=draft)
+    plain = plain_speed(model, tokens, sampling, until, manner)
     started = time.perf_counter()
     if as_json:
-        done = complete(model, [tokens], sampling, until, seed=manner.seed, draft=draft, tally=tally)[0]
+        done = complete(
+            model, [tokens], sampling, until, seed=manner.seed, compile=manner.compile, draft=draft, tally=tally
+        )[0]
         gained = gain(tally, len(done.tokens), time.perf_counter() - started, plain)
         show_json(report(prompt, done, gained))
         return
     put(prompt)
     written = 0
-    for made in stream(model, [tokens], sampling, until, seed=manner.seed, draft=draft, tally=tally):
+    for made in stream(
+        model, [tokens], sampling, until, seed=manner.seed, compile=manner.compile, draft=draft, tally=tally
+    ):
         written += 1
         put(made.text)
     put("\n")
@@ -82,12 +90,13 @@ def drafter(drafted: str, model: Decoder, tokenizer: Tokenizer, where: str, devi
     return draft
 
 
-def plain_speed(model: Decoder, tokens: list[int], sampling: Sampling, until: Until, seed: int) -> float:
+def plain_speed(model: Decoder, tokens: list[int], sampling: Sampling, until: Until, manner: Manner) -> float:
     """Tokens per second of plain decoding, after a few to warm up."""
-    complete(model, [tokens], sampling, replace(until, max_new_tokens=min(4, until.max_new_tokens)), seed=seed)
-    started = time.perf_counter()
     few = replace(until, max_new_tokens=min(PLAIN, until.max_new_tokens))
-    done = complete(model, [tokens], sampling, few, seed=seed)[0]
+    warm = few if manner.compile else replace(until, max_new_tokens=min(4, until.max_new_tokens))
+    complete(model, [tokens], sampling, warm, seed=manner.seed, compile=manner.compile)
+    started = time.perf_counter()
+    done = complete(model, [tokens], sampling, few, seed=manner.seed, compile=manner.compile)[0]
     return len(done.tokens) / (time.perf_counter() - started)
 
 

@@ -123,6 +123,8 @@ def describe(
 def stays(manner: Manner) -> None:
     if manner.slide:
         raise UsageError("--slide would leave the image behind; leave one of --slide and --image out")
+    if manner.compile:
+        raise UsageError("--compile is for models that read text: leave one of --compile and --image out")
 
 
 def converse_about(

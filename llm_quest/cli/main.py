@@ -129,6 +129,7 @@ def generate(
             metavar="MODEL|mtp|ngram", help="Speculative decoding: a smaller model, own modules, or the text itself."
         ),
     ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compiled passes: slow to begin, then faster.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     device: Device = "auto",
@@ -141,7 +142,8 @@ def generate(
     from llm_quest.cli.talk import Manner, go_on
 
     prepare(threads, offline)
-    manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed)
+    stops = tuple(stop or ())
+    manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, stops, slide, seed, compile)
     text = sys.stdin.read() if prompt == "-" else prompt
     if draft is not None:
         from llm_quest.cli.drafting import go_on_drafting

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import torch
+
 from llm_quest.cli.screen import clean, show_json
 from llm_quest.data.chat import Chat
 from llm_quest.data.template import Messages
@@ -17,7 +19,7 @@ from llm_quest.generation.sampling import Sampling
 from llm_quest.generation.until import Until
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.choices import precision
+from llm_quest.recipes.choices import compiler, precision
 from llm_quest.techniques.score_head import score_head
 from llm_quest.train.parallel import pick_device
 
@@ -26,7 +28,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Manner:
-    """How to write: at most so many tokens, drawn so, ending there."""
+    """How to write: at most so many tokens, drawn so, ending there. compile: by compiled passes, which take a while to
+    make and then are faster."""
 
     tokens: int
     temperature: float
@@ -37,6 +40,7 @@ class Manner:
     stop: tuple[str, ...]
     slide: bool
     seed: int
+    compile: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -78,14 +82,23 @@ def go_on(where: str, prompt: str, manner: Manner, *, device: str, dtype: str, a
     tokens = tokenizer.encode(prompt) or [tokenizer.start_id]
     fits(tokens, model, manner.slide)
     until = manner.until(model, tokenizer)
+    if manner.compile:
+        require_compiler(next(model.parameters()).device, say)
     if as_json:
-        done = complete(model, [tokens], sampling, until, seed=manner.seed)[0]
+        done = complete(model, [tokens], sampling, until, seed=manner.seed, compile=manner.compile)[0]
         show_json({"prompt": prompt, **asdict(done)})
         return
     put(prompt)
-    for piece in written(model, tokens, sampling, until, manner.seed):
+    for piece in written(model, tokens, sampling, until, manner.seed, compile=manner.compile):
         put(piece)
     put("\n")
+
+
+def require_compiler(device: torch.device, say: Say) -> None:
+    """UsageError where nothing is there that could compile for the CPU."""
+    if device.type == "cpu" and not compiler():
+        raise UsageError("--compile needs a C++ compiler, and none was found: install g++ or clang, or leave it out")
+    say("compiling: half a minute or so before the text begins")
 
 
 def fits(tokens: list[int], model: Decoder, slide: bool) -> None:
@@ -96,9 +109,11 @@ def fits(tokens: list[int], model: Decoder, slide: bool) -> None:
         )
 
 
-def written(model: Decoder, tokens: list[int], sampling: Sampling, until: Until, seed: int) -> Iterator[str]:
+def written(
+    model: Decoder, tokens: list[int], sampling: Sampling, until: Until, seed: int, *, compile: bool = False
+) -> Iterator[str]:
     """The pieces of text as they become certain."""
-    for made in stream(model, [tokens], sampling, until, seed=seed):
+    for made in stream(model, [tokens], sampling, until, seed=seed, compile=compile):
         yield made.text
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import llm_quest as quest
+from llm_quest.cli import talk
 from llm_quest.cli.drafting import drafter, go_on_drafting
 from llm_quest.cli.talk import Manner, opened
 from llm_quest.data.alphabet import character_tokenizer
@@ -47,3 +50,24 @@ def test_a_draft_with_another_tokenizer_is_refused_with_the_remedy(tmp_path: Pat
     model, tokenizer = opened(target, "cpu", "float32", lambda text: None)
     with pytest.raises(UsageError, match=r"another tokenizer than .*--draft ngram"):
         drafter(other, model, tokenizer, target, "cpu", "float32", lambda text: None)
+
+
+def test_without_a_compiler_compile_is_refused_before_the_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = saved(tmp_path, "target", "abcd", 0)
+    monkeypatch.setattr(talk, "compiler", lambda: None)
+    with pytest.raises(UsageError, match=r"needs a C\+\+ compiler.*install g\+\+"):
+        talk.go_on(
+            target, "ab", replace(MANNER, compile=True), device="cpu", dtype="float32", as_json=True,
+            say=lambda text: None,
+        )  # fmt: skip
+
+
+def test_compiled_passes_write_the_plain_text(tmp_path: Path) -> None:
+    target = saved(tmp_path, "target", "abcdefgh ", 0)
+    model, tokenizer = opened(target, "cpu", "float32", lambda text: None)
+    ids = tokenizer.encode("abc abc") or [tokenizer.start_id]
+    (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos=tokenizer.eos_ids)
+    words = ["generate", target, "-p", "abc abc", "-n", "12", "--temperature", "0", "--compile", "--json", "--quiet"]
+    street = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
+    done = subprocess.run([*street, *words], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["tokens"] == plain.tokens
