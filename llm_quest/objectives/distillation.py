@@ -11,7 +11,7 @@ It is one more term of next-token prediction, and takes the place of as much of 
 their gradient
 
       dD/dz = (q - p) / temperature                             beta = 0
-      dD/dz = q (a - sum q a) / temperature                     a = log q - log p, between: (1 - beta) (log q - log m)
+      dD/dz = q (a - sum q a) / temperature                     a = log q - log p; between: (1 - beta) (log q - log m)
 
 a few rows at a time, as the cross-entropy's (`cross_entropy.in_pieces`).
 
@@ -116,9 +116,8 @@ class Pieces(torch.autograd.Function):
             theirs = F.linear(y[rows].to(dtype), W).to(logits.dtype)
             theirs = theirs if own_cap is None else own_cap * torch.tanh(theirs / own_cap)
             log_q, log_p = log_softmax(logits, temperature), log_softmax(theirs, temperature)
-            each = torch.where(learn[rows], between(log_p, log_q, beta), 0.0)
-            g = slope(log_p, log_q, beta) * (learn[rows, None] / temperature) if wanted else None
-            return each.sum(), g
+            each, g = between(log_p, log_q, beta)
+            return torch.where(learn[rows], each, 0.0).sum(), g.mul_(learn[rows, None] / temperature)
 
         total, ctx.gradients = in_pieces(x, weight, cap, judge, ctx.needs_input_grad[:2])
         ctx.weight_dtype = weight.dtype
@@ -133,37 +132,30 @@ def divergence(
     student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"], beta: float = 0.0, temperature: float = 1.0
 ) -> Float[Tensor, "*n"]:
     """The definition, from both models' logits."""
-    return between(log_softmax(teacher, temperature), log_softmax(student, temperature), beta)
+    return between(log_softmax(teacher, temperature), log_softmax(student, temperature), beta)[0]
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return (logits / temperature).log_softmax(dim=-1)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(dim=-1)
 
 
-def between(log_p: Float[Tensor, "*n V"], log_q: Float[Tensor, "*n V"], beta: float) -> Float[Tensor, "*n"]:
-    """From the teacher's p and the student's q."""
-    if beta == 0:
-        return relative_entropy(log_p, log_q)
-    if beta == 1:
-        return relative_entropy(log_q, log_p)
-    log_m = mixture(log_p, log_q, beta)
-    return beta * relative_entropy(log_p, log_m) + (1 - beta) * relative_entropy(log_q, log_m)
-
-
-def slope(log_p: Float[Tensor, "*n V"], log_q: Float[Tensor, "*n V"], beta: float) -> Float[Tensor, "*n V"]:
-    """The gradient of `between` in the logits of q."""
+def between(
+    log_p: Float[Tensor, "*n V"], log_q: Float[Tensor, "*n V"], beta: float
+) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
+    """From the teacher's p and the student's q: how far apart they are, and the gradient in the logits of q (of which
+    sum q a is the second divergence itself)."""
     q = log_q.exp()
     if beta == 0:
-        return q - log_p.exp()
-    a = log_q - log_p if beta == 1 else (1 - beta) * (log_q - mixture(log_p, log_q, beta))
-    return q * (a - (q * a).sum(dim=-1, keepdim=True))
+        p = log_p.exp()
+        return inner(p, log_p - log_q), q - p
+    log_m = log_p if beta == 1 else torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    a = log_q - log_m
+    of_q = inner(q, a)
+    g = q * (a - of_q[..., None])
+    if beta == 1:
+        return of_q, g
+    return beta * inner(log_p.exp(), log_p - log_m) + (1 - beta) * of_q, (1 - beta) * g
 
 
-def mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """log m."""
-    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-
-
-def relative_entropy(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b)."""
-    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
+def inner(weights: Float[Tensor, "*n V"], values: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
+    return torch.linalg.vecdot(weights, values)

@@ -14,9 +14,10 @@ from llm_quest.errors import BusyError, UsageError
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.tuning_config import Sft
 from tests.recipes.test_config import GOOD, told
-from tests.recipes.test_pretrain import CtrlC, rows, run, weights
+from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights
 from tests.recipes.test_sft import RECIPE, WORDS
 from tests.recipes.tuned import base, metrics, started, written
+from tests.recipes.two import by_two
 
 SMALL = ("model={preset: gpt2-tiny}", "samples.every=0", "evaluate.baselines=false")
 
@@ -42,6 +43,17 @@ def test_a_draft_learns_from_its_target_and_resumes_to_the_bit(text: Path, targe
     run(text, tmp_path / "cut", *pairs, callbacks=(CtrlC(7),))
     run(text, tmp_path / "cut", *pairs)
     assert weights(tmp_path / "cut", 20) == weights(tmp_path / "whole", 20)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(engine: str, text: Path, target: Path, tmp_path: Path) -> None:
+    """Each holds the teacher whole, outside of what the engine shares."""
+    pairs = (*SMALL, f"teacher.load={target}", "steps=2", "evaluate.every=0")
+    run(text, tmp_path / "one", *pairs)
+    by_two(BASE, [f"data.source={text}", *pairs, f"parallel={engine}"], tmp_path / "two")
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for name in ("loss", "next_token", "distillation", "count"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 def test_the_checkpoint_is_the_students_alone_and_held_out_loss_is_plain(text, target: Path, tmp_path: Path) -> None:
