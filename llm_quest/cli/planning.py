@@ -7,6 +7,7 @@
   stream of width D per block, and one block in full.
 - Loss: 2 float32 logits per token and vocabulary entry (the logits and their softmax; 2.5 from bfloat16) for all rows
   at once, or for 256 rows and the head's gradient where the chunked form is used.
+- A teacher: its weights, its forward pass, and the student's head once more for the divergence, 256 rows at once.
 - Time: a few real steps of the real model, or the machine's matrix-product rate and the share of it that training
   reaches."""
 
@@ -31,6 +32,7 @@ from llm_quest.errors import UsageError
 from llm_quest.models.build import build, count_parameters, page_of, skeleton
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.cross_entropy import LARGE, ROWS
+from llm_quest.objectives.distillation import Distillation
 from llm_quest.objectives.next_token import NextToken
 from llm_quest.recipes.techniques import applied_all
 from llm_quest.report.words import aligned, duration, quantity, size
@@ -52,7 +54,7 @@ class Work:
 
     config: a page's. optimizer: adamw | muon. precision: fp32 | bf16 (autocast over float32 masters). keep:
     checkpoints that lie on disk at once. checkpointing: activations are computed again in the backward pass.
-    techniques: entries of a recipe's `techniques`."""
+    techniques: entries of a recipe's `techniques`. teacher: the term beside the loss, with a real teacher."""
 
     config: Any
     rows: int
@@ -66,6 +68,7 @@ class Work:
     world: int = 1
     device: str = "cpu"
     techniques: tuple[Mapping[str, Any], ...] = ()
+    teacher: Distillation | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "length", "steps", "world"):
@@ -189,13 +192,14 @@ def plan(work: Work, *, measure: bool = True, say: Callable[[str], None] = lambd
     model = work.edited(skeleton(work.config))
     parameters = count_parameters(model)
     passes = 3 if learned(model) > parameters // 2 else 2
-    per_token = passes * sum(flops_per_token(work.config, work.length))
+    forward = sum(flops_per_token(work.config, work.length))
+    per_token = passes * forward + taught_flops(work)
     tokens_per_step = work.rows * work.length
     memory = memory_by_kind(work, model)
     machine = footprint(memory, keep=work.keep, bf16=work.precision == "bf16", device=work.device)
     available, peak = machine["memory_available"], machine["peak_gflops"]
     fits = sum(memory.values()) < SPARE_MEMORY * available
-    again = per_token / passes if work.checkpointing else 0
+    again = forward if work.checkpointing else 0
     predicted = (per_token + again) * tokens_per_step / work.world / (REACHED * peak * 1e9)
     if measure and fits:
         say(f"timing {STEPS} real steps of {parameters:,} parameters")
@@ -227,7 +231,33 @@ def memory_by_kind(work: Work, model: Decoder) -> dict[str, int]:
     held = 8 if work.precision == "fp32" else 10
     chunked = rows * vocab * 4 > LARGE
     logits = ROWS * vocab * (held + 2) + 4 * (vocab + rows) * width if chunked else rows * vocab * held
-    return {**of_parameters(model, work.optimizer), "activations": activation_bytes(work), "loss": logits}
+    resting = of_parameters(model, work.optimizer) | teacher_bytes(work.teacher)
+    return {**resting, "activations": activation_bytes(work), "loss": logits + taught_bytes(work, vocab, width)}
+
+
+def teacher_bytes(term: Distillation | None) -> dict[str, int]:
+    """The teacher's weights."""
+    return {} if term is None else {"teacher": sum(p.nbytes for p in term.teacher.model.parameters())}
+
+
+def taught_bytes(work: Work, vocab: int, width: int) -> int:
+    """The divergence: eight tensors of 256 rows (eleven where there is a mixture), measured; the head's gradient; what
+    both heads read."""
+    if work.teacher is None:
+        return 0
+    rows, tensors = work.at_once * work.length, 8 if work.teacher.beta in (0, 1) else 11
+    read = width + work.teacher.teacher.model.config.width
+    return 4 * (min(ROWS, rows) * vocab * tensors + vocab * width + rows * read)
+
+
+def taught_flops(work: Work) -> int:
+    """What a teacher adds for each token: its forward pass, and the student's head for a second loss; of two that are
+    learned forward and backward, of a cross-entropy that is only looked at forward."""
+    if work.teacher is None:
+        return 0
+    head = 2 * work.config.vocab * work.config.width
+    again = head if work.teacher.weight == 1 else 3 * head
+    return again + sum(flops_per_token(work.teacher.teacher.model.config, work.length))
 
 
 def of_parameters(model: nn.Module, optimizer: str, by_adamw: Sequence[str] = ("embed.", "head.")) -> dict[str, int]:
@@ -290,7 +320,7 @@ def timed_step(work: Work) -> float:
     model = work.edited(build(work.config, device=device)).train()
     if work.checkpointing:
         Checkpointing()(model)
-    objective = NextToken(model)
+    objective = NextToken(model, beside=[work.teacher] if work.teacher else [])
     optimizer = adamw(model, lr=0.0) if work.optimizer == "adamw" else muon(model, lr=0.0, splits=model.row_splits())
     batch = random_batch(work).to(device)
     micro, update = [], []
@@ -337,7 +367,7 @@ def warnings(work: Work, memory: dict[str, int], available: int) -> list[str]:
     total = sum(memory.values())
     if work.device != "cpu" or total < SPARE_MEMORY * available:
         return []
-    resting = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    resting = sum(memory.get(kind, 0) for kind in ("weights", "gradients", "optimizer", "teacher"))
     if resting > available:
         remedy = "take a smaller model, or share it between processes (fsdp)"
         return [f"weights, gradients and optimizer need {size(resting)}, {size(available)} are available: {remedy}"]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from llm_quest.cli.counting import Cost, counted, timed
-from llm_quest.cli.planning import MASTER, REACHED, STEPS, Footprint, clocked, footprint, of_parameters
+from llm_quest.cli.planning import MASTER, REACHED, STEPS, Footprint, clocked, footprint, of_parameters, teacher_bytes
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.models.build import page_of
+from llm_quest.objectives.distillation import Distillation
 from llm_quest.recipes import classify, dpo, reward, sft
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import optimizer
@@ -160,6 +161,7 @@ def once_flops(config: Tuning, job: Job, a_pair: float) -> float:
 
 def memory_by_kind(config: Tuning, job: Job, cost: Cost) -> dict[str, int]:
     memory = {**of_parameters(job.model, config.optimizer.name), "activations": cost.kept}
+    memory |= teacher_bytes(next((one for one in job.objective.modules() if isinstance(one, Distillation)), None))
     return memory | ({"reference": memory["weights"]} if isinstance(job.feed, Moving) else {})
 
 

@@ -35,6 +35,7 @@ from llm_quest.recipes.rpt_config import Rpt, RptControl
 from llm_quest.recipes.rpt_control import train_rpt_control
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.sizes import model_config
+from llm_quest.recipes.teaching import lesson
 from llm_quest.recipes.techniques import without_checkpointing
 from llm_quest.recipes.text import loaded
 from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
@@ -188,6 +189,7 @@ def work(config: Pretrain, numbers: Any) -> Work:
         keep=config.checkpoint.keep,
         device=str(device),
         techniques=techniques,
+        teacher=lesson(config.teacher, config, numbers.vocab, device) if config.teacher else None,
     )
 
 

@@ -112,11 +112,12 @@ class Pieces(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else y.dtype
         W = own.to(dtype)
 
+        def theirs(rows: slice, wide: torch.dtype) -> Tensor:
+            logits = F.linear(y[rows].to(dtype), W).to(wide)
+            return log_softmax(logits if own_cap is None else own_cap * torch.tanh(logits / own_cap), temperature)
+
         def judge(logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
-            theirs = F.linear(y[rows].to(dtype), W).to(logits.dtype)
-            theirs = theirs if own_cap is None else own_cap * torch.tanh(theirs / own_cap)
-            log_q, log_p = log_softmax(logits, temperature), log_softmax(theirs, temperature)
-            each, g = between(log_p, log_q, beta)
+            each, g = between(theirs(rows, logits.dtype), log_softmax(logits, temperature), beta)
             return torch.where(learn[rows], each, 0.0).sum(), g.mul_(learn[rows, None] / temperature)
 
         total, ctx.gradients = in_pieces(x, weight, cap, judge, ctx.needs_input_grad[:2])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from llm_quest.data.tokenizer import Tokenizer
@@ -45,30 +46,34 @@ class Teaching(Strict):
 
 def taught(config: Pretrain | Sft, tokenizer: Tokenizer, parallel: Parallel, say: Say) -> list[Distillation]:
     """The term, if there is a teacher, which every process holds whole."""
-    part = config.teacher
-    if part is None:
+    if config.teacher is None:
         return []
-    model = teacher(part, precision(config.precision, parallel.device).value, str(parallel.device))
-    require_same_tokenizer(part.load, tokenizer, config.model.load)
+    term, where = lesson(config.teacher, config, tokenizer.vocab_size, parallel.device), config.teacher.load
+    require_same_tokenizer(where, tokenizer, config.model.load)
+    model = term.teacher.model
+    held = str(next(model.parameters()).dtype).removeprefix("torch.")
+    say(f"teacher: {where}, {page_of(model.config).name}-style, {count_parameters(model):,} parameters, {held}")
+    return [term]
+
+
+def lesson(part: Teaching, config: Pretrain | Sft, ids: int, device: torch.device) -> Distillation:
+    """The term itself. ids: how many tokens the tokenizer has."""
+    where = part.load
+    if where.startswith("runs/") and not Path(where).is_dir():
+        raise UsageError(f"there is no run {where}: train the teacher first, or give teacher.load=FOLDER")
+    auto = "bfloat16" if precision(config.precision, device).value == "bf16" else "float32"
+    model = load(where, device=device, dtype=auto if part.dtype == "auto" else part.dtype)
+    if not isinstance(model, Decoder):
+        raise UsageError(f"teacher.load must name a language model; {where} is a {page_of(model.config).name}")
+    if model.config.vocab < ids:
+        remedy = "" if config.model.load else f": set tokenizer.load={where}"
+        raise UsageError(f"the teacher {where} knows {model.config.vocab} tokens, this run has {ids}{remedy}")
     if config.batch.length > model.config.context:
         raise UsageError(
             f"batch.length {config.batch.length} is longer than the context of {model.config.context} of the teacher "
-            f"{part.load}; shorten the rows, or take another teacher"
+            f"{where}; shorten the rows, or take another teacher"
         )
-    held = str(next(model.parameters()).dtype).removeprefix("torch.")
-    say(f"teacher: {part.load}, {page_of(model.config).name}-style, {count_parameters(model):,} parameters, {held}")
-    return [distillation(part, model, tokenizer.vocab_size)]
-
-
-def teacher(part: Teaching, number: str, device: str) -> Decoder:
-    """number: the run's precision."""
-    if part.load.startswith("runs/") and not Path(part.load).is_dir():
-        raise UsageError(f"there is no run {part.load}: train the teacher first, or give teacher.load=FOLDER")
-    auto = "bfloat16" if number == "bf16" else "float32"
-    model = load(part.load, device=device, dtype=auto if part.dtype == "auto" else part.dtype)
-    if not isinstance(model, Decoder):
-        raise UsageError(f"teacher.load must name a language model; {part.load} is a {page_of(model.config).name}")
-    return model
+    return Distillation(model, weight=part.weight, beta=part.beta, temperature=part.temperature, ids=ids)
 
 
 def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) -> None:
@@ -81,10 +86,6 @@ def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) 
             f"the teacher {where} has another tokenizer (of {theirs.vocab_size} tokens) than {start or 'this run'} "
             f"(of {tokenizer.vocab_size}), so its probabilities are of other tokens: {remedy}"
         )
-
-
-def distillation(part: Teaching, model: Decoder, ids: int) -> Distillation:
-    return Distillation(model, weight=part.weight, beta=part.beta, temperature=part.temperature, ids=ids)
 
 
 def teachers_hash(lessons: Sequence[Distillation]) -> dict[str, str]:

@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from llm_quest.cli import planning
-from llm_quest.cli.planning import Work, activation_bytes, kept_for_backward, memory_by_kind, plan, timed_step, warnings
+from llm_quest.cli.counting import counted
+from llm_quest.cli.planning import (
+    Work,
+    activation_bytes,
+    kept_for_backward,
+    memory_by_kind,
+    plan,
+    random_batch,
+    timed_step,
+    warnings,
+)
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset, skeleton
+from llm_quest.objectives.distillation import Distillation
+from llm_quest.objectives.next_token import NextToken
 from llm_quest.recipes.techniques import understood
 from llm_quest.train.optimizers import adamw, muon
 
@@ -92,6 +104,22 @@ def test_real_steps_are_timed_when_asked():
 def test_timing_works_for_every_optimizer_and_precision():
     for optimizer in planning.OPTIMIZERS:
         assert timed_step(dataclasses.replace(WORK, optimizer=optimizer, precision="bf16")) > 0
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_teacher_is_planned_as_it_is_paid_for(weight):
+    """Its weights, its forward pass and the head's products; counted on the pass itself."""
+    teacher = build(dataclasses.replace(GPT2, layers=4)).eval()
+    taught = dataclasses.replace(WORK, micro_rows=8, teacher=Distillation(teacher, weight=weight))
+    objective = NextToken(build(LLAMA).train(), beside=[taught.teacher])
+    cost = counted(objective, random_batch(taught), torch.device("cpu"), bf16=False)
+    found, alone = plan(taught, measure=False), plan(WORK, measure=False)
+    assert found.flops_per_step == pytest.approx(cost.flops, rel=0.02)
+    assert found.flops_per_step > 1.3 * alone.flops_per_step
+    assert found.memory["teacher"] == sum(4 * p.numel() for p in teacher.parameters())
+    assert found.memory["loss"] > alone.memory["loss"]
+    assert found.checkpoint_bytes == alone.checkpoint_bytes
+    assert timed_step(taught) > 0
 
 
 def test_more_processes_share_the_rows():

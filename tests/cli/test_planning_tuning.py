@@ -82,6 +82,14 @@ def test_the_reference_is_paid_once_and_of_held_out_pairs_alone_where_a_model_fo
     assert "before: the reference" in "\n".join(cached.lines())
 
 
+def test_a_teachers_weights_and_forward_pass_are_planned(pairs: list[str]):
+    teacher = next(pair for pair in pairs if pair.startswith("model.load=")).removeprefix("model.load=")
+    alone, taught = planned("sft", pairs), planned("sft", pairs, f"teacher.load={teacher}")
+    assert taught.memory["teacher"] == alone.memory["weights"] == taught.memory["weights"]
+    assert taught.flops_per_token == pytest.approx(4 / 3 * alone.flops_per_token, rel=0.2)
+    assert taught.flops_per_token > 4 / 3 * alone.flops_per_token
+
+
 def test_an_adapter_and_checkpointing_are_planned_as_they_are_trained(pairs: list[str]):
     plain, adapted, again = (
         planned("sft", pairs, *more) for more in ((), ("techniques=[lora]",), ("techniques=[checkpointing]",))
