@@ -41,6 +41,7 @@ SHARED, INSPECT = "tests/objectives/test_prefix.py -k question", "tests/cli/test
 PLANNED = "tests/cli/test_planning_tuning.py"
 
 LORA = "tests/techniques/test_lora.py"
+TAUGHT, TEACHING = "tests/objectives/test_distillation.py", "tests/recipes/test_teaching.py -k not processes"
 MATCH = "tests/rollouts/test_prefix_match.py"
 RPT, RPT_ASK = "tests/recipes/test_rpt.py", "tests/rollouts/test_foretelling.py"
 
@@ -292,4 +293,31 @@ MUTATIONS = (
     Mutation("RPT: only hard places are held out", "recipes/rpt_text.py", "hard(proxy, text.held_out, part, EVERYTHING)", "hard(proxy, text.held_out, part, part.above)", RPT),
     Mutation("RPT's control begins before the thoughts", "recipes/rpt_start.py", 'str(out / "warmup")', 'str(out / "base")', RPT),
     Mutation("marked: the first of two answers counts", "rollouts/verifiers.py", "judged(number(after) if before", 'judged(number(after.partition(ANSWER)[0]) if before', "tests/rollouts/test_verifiers.py -k right_and_wrong"),
+    Mutation("distillation: KL the other way round", "objectives/distillation.py", "return inner(p, log_p - log_q), q - p", "return inner(q, log_q - log_p), q - p", TAUGHT),
+    Mutation("distillation: the mixture's weights swapped", "objectives/distillation.py", "log_p + math.log(beta), log_q + math.log1p(-beta)", "log_p + math.log1p(-beta), log_q + math.log(beta)", TAUGHT),
+    Mutation("distillation: both halves of JSD weigh the same", "objectives/distillation.py", "return beta * inner(log_p.exp(), log_p - log_m) + (1 - beta) * of_q, (1 - beta) * g", "return 0.5 * inner(log_p.exp(), log_p - log_m) + 0.5 * of_q, 0.5 * g", TAUGHT),
+    Mutation("distillation: the slope is not centred", "objectives/distillation.py", "g = q * (a - of_q[..., None])", "g = q * a", TAUGHT),
+    Mutation("distillation: the teacher keeps temperature 1", "objectives/distillation.py", "torch.tanh(logits / own_cap), temperature)", "torch.tanh(logits / own_cap), 1.0)", TAUGHT),
+    Mutation("distillation: the gradient forgets the temperature", "objectives/distillation.py", "g.mul_(learn[rows, None] / temperature)", "g.mul_(learn[rows, None])", TAUGHT),
+    Mutation("distillation: times temperature squared (Hinton), which GKD has not", "objectives/distillation.py", "log_softmax(student, temperature), beta)[0]", "log_softmax(student, temperature), beta)[0] * temperature**2", TAUGHT),
+    Mutation("distillation: the teacher's cap forgotten", "objectives/distillation.py", "logits if own_cap is None else own_cap * torch.tanh(logits / own_cap)", "logits", TAUGHT),
+    Mutation("distillation: rows that are not learned count", "objectives/distillation.py", "torch.where(learn[rows], each, 0.0).sum()", "each.sum()", TAUGHT),
+    Mutation("distillation: rows that are not learned have a gradient", "objectives/distillation.py", "g.mul_(learn[rows, None] / temperature)", "g.div_(temperature)", TAUGHT),
+    Mutation("distillation: every piece reads the teacher's first rows", "objectives/distillation.py", "F.linear(y[rows].to(dtype), W)", "F.linear(y[: len(y[rows])].to(dtype), W)", TAUGHT),
+    Mutation("distillation: divided by its own micro-batch", "objectives/distillation.py", "return total, learn.sum(dtype=torch.float32)", "return total / learn.sum().clamp(min=1), learn.sum(dtype=torch.float32)", TAUGHT),
+    Mutation("distillation: the teacher reads packed rows as one document", "objectives/distillation.py", "self.model.hidden(batch.tokens, scope_of(batch))", "self.model.hidden(batch.tokens)", TAUGHT),
+    Mutation("distillation: the student's padding is in its distribution", "objectives/distillation.py", "weight = head.weight if len(head.weight) == self.ids else head.weight[: self.ids]", "weight, seen = head.weight, (y, F.pad(seen[1], (0, 0, 0, len(head.weight) - self.ids)), *seen[2:])", TAUGHT),
+    Mutation("distillation: a padded student of weight 1 is taken", "objectives/distillation.py", "if vocab > self.ids and self.weight == 1:", "if vocab > self.ids and self.weight > 1:", TAUGHT),
+    Mutation("distillation: the teacher is a part of the objective", "objectives/distillation.py", "self.teacher, self.weight, self.replaces = Teacher(teacher), weight, weight", "self.part, self.teacher, self.weight, self.replaces = teacher, Teacher(teacher), weight, weight", TAUGHT),
+    Mutation("distillation: the teacher's pass is kept for a gradient", "objectives/distillation.py", "    @torch.no_grad()\n    def hidden", "    def hidden", TAUGHT),
+    Mutation("distillation: a teacher in training mode is taken", "objectives/distillation.py", "if teacher.training:", "if teacher.training is None:", TAUGHT),
+    Mutation("distillation: nothing is taken from the cross-entropy", "objectives/next_token.py", "total = self.own * main", "total = 1.0 * main", TAUGHT),
+    Mutation("distillation: a cross-entropy that is only looked at is learned", "objectives/next_token.py", "total = self.own * main", "total = (self.own or 1e-3) * main", TAUGHT),
+    Mutation("distillation: the first loss is expected to be ln V", "recipes/pretrain.py", "config.model.load is None and not lessons", "config.model.load is None", TEACHING),
+    Mutation("distillation: a run goes on under another teacher of the same name", "recipes/pretrain.py", ", **teachers_hash(lessons)}", "}", TEACHING),
+    Mutation("distillation: vocabularies of one size are one", "recipes/teaching.py", "if theirs.hash != tokenizer.hash:", "if theirs.vocab_size != tokenizer.vocab_size:", TEACHING),
+    Mutation("distillation: a teacher that sees less than a row", "recipes/teaching.py", "if config.batch.length > model.config.context:", "if config.batch.length > 10 * model.config.context:", TEACHING),
+    Mutation("distillation: fine-tuning forgets its teacher", "recipes/sft.py", "tokenizer, model), *lessons]", "tokenizer, model)]", TEACHING),
+    Mutation("distillation: the plan takes the teacher for free", "cli/planning.py", "per_token = passes * forward + taught_flops(work)", "per_token = passes * forward", "tests/cli/test_planning.py -k teacher"),
+    Mutation("distillation: plan: the teacher's forward pass left out", "cli/planning.py", "return again + sum(flops_per_token(work.teacher.teacher.model.config, work.length))", "return again", "tests/cli/test_planning.py -k teacher"),
 )  # fmt: skip

@@ -48,8 +48,9 @@ def taught(config: Pretrain | Sft, tokenizer: Tokenizer, parallel: Parallel, say
     """The term, if there is a teacher, which every process holds whole."""
     if config.teacher is None:
         return []
-    term, where = lesson(config.teacher, config, tokenizer.vocab_size, parallel.device), config.teacher.load
+    where = config.teacher.load
     require_same_tokenizer(where, tokenizer, config.model.load)
+    term = lesson(config.teacher, config, tokenizer.vocab_size, parallel.device)
     model = term.teacher.model
     held = str(next(model.parameters()).dtype).removeprefix("torch.")
     say(f"teacher: {where}, {page_of(model.config).name}-style, {count_parameters(model):,} parameters, {held}")
@@ -59,8 +60,7 @@ def taught(config: Pretrain | Sft, tokenizer: Tokenizer, parallel: Parallel, say
 def lesson(part: Teaching, config: Pretrain | Sft, ids: int, device: torch.device) -> Distillation:
     """The term itself. ids: how many tokens the tokenizer has."""
     where = part.load
-    if where.startswith("runs/") and not Path(where).is_dir():
-        raise UsageError(f"there is no run {where}: train the teacher first, or give teacher.load=FOLDER")
+    require_run(where)
     auto = "bfloat16" if precision(config.precision, device).value == "bf16" else "float32"
     model = load(where, device=device, dtype=auto if part.dtype == "auto" else part.dtype)
     if not isinstance(model, Decoder):
@@ -79,6 +79,7 @@ def lesson(part: Teaching, config: Pretrain | Sft, ids: int, device: torch.devic
 def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) -> None:
     """What a teacher says of token 17 is of use where 17 is the same token. start: the model that a run goes on
     from."""
+    require_run(where)
     theirs = load_tokenizer(where)
     if theirs.hash != tokenizer.hash:
         remedy = f"set tokenizer.load={where}" if start is None else "go on from a model trained with that one"
@@ -86,6 +87,11 @@ def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) 
             f"the teacher {where} has another tokenizer (of {theirs.vocab_size} tokens) than {start or 'this run'} "
             f"(of {tokenizer.vocab_size}), so its probabilities are of other tokens: {remedy}"
         )
+
+
+def require_run(where: str) -> None:
+    if where.startswith("runs/") and not Path(where).is_dir():
+        raise UsageError(f"there is no run {where}: train the teacher first, or give teacher.load=FOLDER")
 
 
 def teachers_hash(lessons: Sequence[Distillation]) -> dict[str, str]:

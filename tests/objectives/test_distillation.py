@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl.experimental.gkd import GKDTrainer
 
 from llm_quest.data.batch import IGNORE, TokenBatch
@@ -105,6 +106,27 @@ def test_in_pieces_it_is_the_definition_in_value_and_gradient(beta: float, caps:
     assert found[1][1][~at["learn"]].abs().max() == 0
 
 
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, Tensor):
+                self.numbers = max(self.numbers, one.numel())
+        return made
+
+
+def test_logits_of_all_rows_are_never_there_at_once():
+    at = factors(torch.float32)
+    for form, most in ((whole, len(at["x"]) * 61), (pieces, ROWS * 61)):
+        with Largest() as largest:
+            form(at, (None, 3.0), 0.5, 0.8).backward()
+        assert largest.numbers == most
+
+
 def test_under_autocast_both_models_products_are_in_bfloat16_and_sums_in_float32():
     at = factors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -198,6 +220,7 @@ def test_the_teacher_is_nowhere_among_what_is_trained_saved_or_set_to_training(g
     assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
     assert set(objective.state_dict()) == {f"model.{name}" for name in student.state_dict()}
     assert not any(module.training for module in teacher.modules())
+    assert not objective.beside[0].teacher.hidden(batch(generator)).requires_grad
     objective(batch(generator)).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     for name, tensor in teacher.state_dict().items():

@@ -91,6 +91,9 @@ def test_what_does_not_fit_is_refused_with_a_remedy(text: Path, target: Path, tm
     ) as no:
         run(text, tmp_path / "a", *SMALL, f"teacher.load={target}", "tokenizer.vocab=310")
     assert str(no.value).endswith(f"set tokenizer.load={target}")
+    (text / "00.txt").write_text("zebras zigzag, zithers buzz. " * 99)
+    with pytest.raises(UsageError, match=r"another tokenizer .*of 300 tokens.* than this run .*of 300"):
+        run(text, tmp_path / "d", *SMALL, f"teacher.load={target}")
     run(text, tmp_path / "short", *SMALL, "steps=1", "schedule.warmup=0", "evaluate.every=0")
     with pytest.raises(UsageError, match=r"batch\.length 65 is longer than the context of 64 of the teacher .*short"):
         run(text, tmp_path / "b", f"teacher.load={tmp_path / 'short'}", "batch.length=65")
