@@ -1,5 +1,5 @@
 """Demonstrations of a task as a feed: what a teacher would answer, learned with its end. Row i of step s is problem
-number s x rows + i: no data set, no epoch."""
+number s x rows + i: no data set, no epoch. Or a teacher has so many `examples` to show, and they come again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from llm_quest.data.tokenizer import Tokenizer
 
 
 class DemonstrationFeed:
-    """`rows` problems of the training split in each step; only the answer and its end are learned."""
+    """`rows` problems of the training split in each step; only the answer and its end are learned. examples: the first
+    so many, again and again; None: all."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, *, rows: int, seed: int = 0):
-        self.task, self.tokenizer, self.rows, self.seed = task, tokenizer, rows, seed
+    def __init__(self, task: Task, tokenizer: Tokenizer, *, rows: int, seed: int = 0, examples: int | None = None):
+        self.task, self.tokenizer, self.rows, self.seed, self.examples = task, tokenizer, rows, seed, examples
         self.problems = Drawn(task)
 
     def at(self, step: int) -> list[TokenBatch]:
@@ -24,6 +25,7 @@ class DemonstrationFeed:
 
     def row(self, index: int) -> tuple[list[int], list[int]]:
         """Prompt and answer as ids, apart: a token never spans both."""
+        index = index % self.examples if self.examples else index
         problem = self.problems(self.seed, index)
         answer = demonstration(self.task, problem, index, self.seed)
         tokenizer = self.tokenizer
@@ -31,7 +33,8 @@ class DemonstrationFeed:
         return prompt, [*tokenizer.encode(answer, template=False), tokenizer.end_id]
 
     def bookmark(self) -> dict[str, Any]:
-        return {"task": repr(self.task), "rows": self.rows, "seed": self.seed}
+        known = {"task": repr(self.task), "rows": self.rows, "seed": self.seed}
+        return known | ({"examples": self.examples} if self.examples else {})
 
     def resume(self, bookmark: dict[str, Any]) -> None:
         if bookmark != self.bookmark():

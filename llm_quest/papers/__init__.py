@@ -28,6 +28,7 @@ PAPERS: tuple[str, ...] = (
     "label_noise",
     "overoptimization",
     "countdown",
+    "memorizes",
 )
 
 

@@ -45,7 +45,7 @@ HEAD = 16
 @dataclass(frozen=True, kw_only=True)
 class School:
     """name: of the experiment. lessons, rate: steps of imitation before anything else, 64 rows each, and their learning
-    rate. prompts, group: a step's questions and samples of each; every arm learns from as many rows in a step, or asks
+    rate. examples: demonstrations that the teacher has, shown again and again; None: never one twice. prompts, group: a step's questions and samples of each; every arm learns from as many rows in a step, or asks
     for as many. steps: of every arm. every: steps between two points of the curve. exam: problems asked for one;
     finals: at the end."""
 
@@ -55,6 +55,7 @@ class School:
     layers: int = 3
     lessons: int
     rate: float = 1e-3
+    examples: int | None = None
     prompts: int = 16
     group: int = 8
     new_tokens: int
@@ -79,6 +80,11 @@ class School:
     def writer(self) -> Writer:
         return Writer(tokenizer=self.tokenizer, eos=tuple(self.tokenizer.eos_ids), new_tokens=self.new_tokens)
 
+    def demonstrations(self, seed: int, rows: int, *, more: bool = False) -> DemonstrationFeed:
+        """What the teacher shows. more: after the lessons, on problems that come next if he has them."""
+        first = seed + 1_000 if more and self.examples is None else seed
+        return DemonstrationFeed(self.task, self.tokenizer, rows=rows, seed=first, examples=self.examples)
+
     def question(self, seed: int, index: int) -> Question:
         """Number `index` of the training split."""
         problem = Drawn(self.task)(seed, index)
@@ -87,12 +93,12 @@ class School:
 
 def beginner(school: School, seed: int) -> Decoder:
     """The model that all arms of this seed begin with."""
-    lessons = hashlib.sha256(repr((school.task, school.lessons, school.rate)).encode()).hexdigest()[:8]
+    told = (school.task, school.lessons, school.rate, *([school.examples] if school.examples else []))
+    lessons = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
 
     def taught() -> Decoder:
         model = fresh(school.config(), seed)
-        feed = DemonstrationFeed(school.task, school.tokenizer, rows=64, seed=seed)
-        run(NextToken(model), feed, school.rate, steps=school.lessons, seed=seed, warmup=50)
+        run(NextToken(model), school.demonstrations(seed, 64), school.rate, steps=school.lessons, seed=seed, warmup=50)
         return model
 
     return remembered(f"{school.name}-{lessons}", seed, school.config(), taught)
@@ -128,10 +134,10 @@ def by_rewards(
 
 
 def by_teacher(school: School, *, rate: float) -> Callable[[int], Measured]:
-    """An arm: more of the same teacher, on problems that come next."""
+    """An arm: more of the same teacher, on problems that come next (or on his few again)."""
 
     def arm(seed: int) -> Measured:
-        feed = DemonstrationFeed(school.task, school.tokenizer, rows=school.rows, seed=seed + 1_000)
+        feed = school.demonstrations(seed, school.rows, more=True)
         return examined(school, NextToken(beginner(school, seed)), feed, rate, seed)
 
     return arm

@@ -15,6 +15,7 @@ from llm_quest.papers import (
     countdown,
     lab,
     label_noise,
+    memorizes,
     noisy_teacher,
     overoptimization,
     paper,
@@ -162,6 +163,31 @@ def test_likelier_in_one_try_and_rarer_in_eight(one: float, eight: float, outcom
                 Measured(first | {"mean@8": one + noise, "pass@8": eight - noise} if arm == "GRPO" else first),
             )
     assert countdown.judge(found).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("grpo", "teacher", "outcome"),
+    [(0.5, 0.2, "confirmed"), (0.5, 0.4, "no effect seen"), (0.2, 0.0, "no effect seen"), (0.3, 0.4, "refuted")],
+)
+def test_rewards_go_on_where_a_few_demonstrations_are_learned_by_heart(
+    grpo: float, teacher: float, outcome: str
+) -> None:
+    means = {"the beginner": 0.3, "GRPO": grpo, "more of the teacher": teacher, "rejection fine-tuning": 0.4}
+    means |= {"random reward": 0.0}
+    found = Results()
+    for seed, noise in enumerate((0.0, 0.01, -0.01), 1):
+        for arm, mean in means.items():
+            found.add(arm, seed, Measured({"mean@8": mean + noise * (arm == "GRPO"), "greedy": 0.1}))
+    assert memorizes.judge(found).outcome == outcome
+
+
+def test_a_teacher_with_few_examples_shows_them_again() -> None:
+    few = replace(TINY, examples=6)
+    feed, later, endless = few.demonstrations(3, 4), few.demonstrations(3, 4, more=True), TINY.demonstrations(3, 4)
+    assert [feed.row(6 + number) for number in range(6)] == [later.row(number) for number in range(6)]
+    assert endless.row(6) != endless.row(0)
+    assert endless.row(0) != TINY.demonstrations(3, 4, more=True).row(0)
+    assert feed.bookmark() != endless.bookmark()
 
 
 @pytest.mark.parametrize(
