@@ -320,4 +320,5 @@ MUTATIONS = (
     Mutation("distillation: fine-tuning forgets its teacher", "recipes/sft.py", "tokenizer, model), *lessons]", "tokenizer, model)]", TEACHING),
     Mutation("distillation: the plan takes the teacher for free", "cli/planning.py", "per_token = passes * forward + taught_flops(work)", "per_token = passes * forward", "tests/cli/test_planning.py -k teacher"),
     Mutation("distillation: plan: the teacher's forward pass left out", "cli/planning.py", "return again + sum(flops_per_token(work.teacher.teacher.model.config, work.length))", "return again", "tests/cli/test_planning.py -k teacher"),
+    Mutation("distillation: of vocabularies padded alike the padding is not learned", "recipes/teaching.py", "counted = vocab if vocab == model.config.vocab else ids", "counted = ids", TEACHING),
 )  # fmt: skip

@@ -332,9 +332,8 @@ def timed_step(work: Work) -> float:
 
 def random_batch(work: Work) -> TokenBatch:
     """One micro-batch of random tokens, packed as a feed packs documents: two of them in a row."""
-    drawn = torch.randint(
-        0, work.config.vocab, (work.at_once, work.length + 1), generator=torch.Generator().manual_seed(0)
-    )
+    known = work.config.vocab if work.teacher is None else work.teacher.ids
+    drawn = torch.randint(0, known, (work.at_once, work.length + 1), generator=torch.Generator().manual_seed(0))
     half = work.length // 2
     positions = torch.cat((torch.arange(half), torch.arange(work.length - half))).expand(work.at_once, -1)
     segments = (torch.arange(work.length) >= half).long().expand(work.at_once, -1)

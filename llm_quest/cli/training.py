@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_quest.cli.machine import doctor
 from llm_quest.cli.planning import Plan, Work, plan
 from llm_quest.cli.planning_images import ImagePlan, plan_images
 from llm_quest.cli.planning_policy import PolicyPlan, plan_policy
 from llm_quest.cli.planning_tuning import TuningPlan, plan_tuning
-from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.tokens import open_tokens
 from llm_quest.disk import replace_json
 from llm_quest.errors import UsageError
+from llm_quest.objectives.distillation import Distillation
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.classify import train_classify
 from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
@@ -26,7 +29,6 @@ from llm_quest.recipes.grpo import train_grpo
 from llm_quest.recipes.grpo_config import Grpo
 from llm_quest.recipes.iterative import train_iterative
 from llm_quest.recipes.iterative_config import Iterative
-from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.reward import train_reward
@@ -189,8 +191,15 @@ def work(config: Pretrain, numbers: Any) -> Work:
         keep=config.checkpoint.keep,
         device=str(device),
         techniques=techniques,
-        teacher=lesson(config.teacher, config, numbers.vocab, device) if config.teacher else None,
+        teacher=teacher(config, numbers.vocab, device),
     )
+
+
+def teacher(config: Pretrain, vocab: int, device: torch.device) -> Distillation | None:
+    """The term that a teacher brings, where there is one."""
+    if config.teacher is None:
+        return None
+    return lesson(config.teacher, config, ids=vocabulary(config), vocab=vocab, device=device)
 
 
 def micro_rows(config: Pretrain) -> int:
@@ -207,9 +216,12 @@ def sizes(config: Pretrain, settings: Settings) -> Any:
         from llm_quest.hub.files import load
 
         return load(config.model.load, dtype="float32").config
-    return model_config(config.model, settings, vocab=vocabulary(config.tokenizer), context=config.batch.length)
+    return model_config(config.model, settings, vocab=vocabulary(config), context=config.batch.length)
 
 
-def vocabulary(part: TokenizerPart) -> int:
-    tokenizer: Tokenizer | None = loaded(part.load) if part.load is not None else None
-    return part.vocab if tokenizer is None else tokenizer.vocab_size
+def vocabulary(config: Pretrain) -> int:
+    """How many tokens the tokenizer has, or will have."""
+    if (Path(config.data.source) / "manifest.json").is_file():
+        return int(open_tokens(config.data.source, verify="size").manifest["vocab_size"])
+    part = config.tokenizer
+    return part.vocab if part.load is None else loaded(part.load).vocab_size

@@ -55,8 +55,8 @@ class Teacher:
 class Distillation(nn.Module):
     """A term beside next-token prediction. teacher: in evaluation mode, on the student's device; under autocast it
     computes as the student does. weight: of the divergence; what is missing to 1 stays with the main loss. ids: how
-    many token ids there are (`tokenizer.vocab_size`): what either vocabulary has beyond, padding, stays out of both
-    distributions."""
+    many token ids count (`tokenizer.vocab_size`): what either vocabulary has beyond, padding, stays out of both
+    distributions. None: all of the teacher's."""
 
     name = "distillation"
 
@@ -92,11 +92,11 @@ class Distillation(nn.Module):
 
     def require_vocab(self, vocab: int) -> None:
         if vocab < self.ids:
-            raise UsageError(f"the teacher's tokenizer has {self.ids} tokens, the model knows {vocab}")
+            raise UsageError(f"the teacher speaks of {self.ids} tokens, the model knows {vocab}")
         if vocab > self.ids and self.weight == 1:
             raise UsageError(
-                f"the model has {vocab - self.ids} tokens beyond the tokenizer's {self.ids}, of which a teacher says "
-                "nothing: give it a weight below 1, so that the main loss teaches their absence"
+                f"the model's vocabulary is padded with {vocab - self.ids} ids of which the teacher says nothing: give "
+                "the teacher a weight below 1, so that the cross-entropy teaches that they never come"
             )
 
 

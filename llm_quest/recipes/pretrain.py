@@ -104,7 +104,7 @@ def run_it(
     require_same_run(config, folder)
     if config.activation_checkpointing:
         model = Checkpointing()(model)
-    lessons = taught(config, text.tokenizer, parallel, say)
+    lessons = taught(config, text.tokenizer, model.config.vocab, parallel, say)
     terms: list[Beside] = [*beside(config.number_token, text.tokenizer, model), *lessons]
     objective = parallel.place(config.parts.objective(model, terms), list(model.blocks))
     micro_rows, feed = at_once(config, parallel), feed_of(config, text, parallel)

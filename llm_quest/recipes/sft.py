@@ -69,7 +69,7 @@ def assembled(config: Sft, parallel: Parallel, say: Say) -> Job:
     facts = told(config.data, talk.chat, talk.ledger, len(talk.train.examples), len(talk.held.examples), say)
     say(f"learned: {talk.train.num_targets:,} tokens of answers, in {len(talk.train):,} rows an epoch")
 
-    lessons = taught(config, tokenizer, parallel, say)
+    lessons = taught(config, tokenizer, model.config.vocab, parallel, say)
     terms: list[Beside] = [*beside(config.number_token, tokenizer, model), *lessons]
 
     def probes(run: Run) -> list[Any]:

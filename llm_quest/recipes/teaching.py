@@ -44,21 +44,24 @@ class Teaching(Strict):
     )
 
 
-def taught(config: Pretrain | Sft, tokenizer: Tokenizer, parallel: Parallel, say: Say) -> list[Distillation]:
-    """The term, if there is a teacher, which every process holds whole."""
+def taught(
+    config: Pretrain | Sft, tokenizer: Tokenizer, vocab: int, parallel: Parallel, say: Say
+) -> list[Distillation]:
+    """The term, if there is a teacher, which every process holds whole. vocab: the model's."""
     if config.teacher is None:
         return []
     where = config.teacher.load
     require_same_tokenizer(where, tokenizer, config.model.load)
-    term = lesson(config.teacher, config, tokenizer.vocab_size, parallel.device)
+    term = lesson(config.teacher, config, ids=tokenizer.vocab_size, vocab=vocab, device=parallel.device)
     model = term.teacher.model
     held = str(next(model.parameters()).dtype).removeprefix("torch.")
     say(f"teacher: {where}, {page_of(model.config).name}-style, {count_parameters(model):,} parameters, {held}")
     return [term]
 
 
-def lesson(part: Teaching, config: Pretrain | Sft, ids: int, device: torch.device) -> Distillation:
-    """The term itself. ids: how many tokens the tokenizer has."""
+def lesson(part: Teaching, config: Pretrain | Sft, *, ids: int, vocab: int, device: torch.device) -> Distillation:
+    """The term itself. ids: how many tokens the tokenizer has; vocab: how many the model knows. A teacher whose
+    vocabulary is padded as the model's is has learned that padding never comes, and teaches it."""
     where = part.load
     require_run(where)
     auto = "bfloat16" if precision(config.precision, device).value == "bf16" else "float32"
@@ -73,7 +76,10 @@ def lesson(part: Teaching, config: Pretrain | Sft, ids: int, device: torch.devic
             f"batch.length {config.batch.length} is longer than the context of {model.config.context} of the teacher "
             f"{where}; shorten the rows, or take another teacher"
         )
-    return Distillation(model, weight=part.weight, beta=part.beta, temperature=part.temperature, ids=ids)
+    counted = vocab if vocab == model.config.vocab else ids
+    term = Distillation(model, weight=part.weight, beta=part.beta, temperature=part.temperature, ids=counted)
+    term.require_vocab(vocab)
+    return term
 
 
 def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) -> None:

@@ -261,7 +261,7 @@ def test_mistakes_are_named(generator: torch.Generator):
     with pytest.raises(UsageError, match=r"take its place 1\.5 times"):
         NextToken(model(), beside=[Distillation(teacher, weight=0.75), Distillation(teacher, weight=0.75)])
     few = TokenBatch(some.tokens % 50, some.targets.clamp(max=49))
-    with pytest.raises(UsageError, match="has 97 tokens, the model knows 50"):
+    with pytest.raises(UsageError, match="speaks of 97 tokens, the model knows 50"):
         NextToken(model(vocab=50), beside=[Distillation(teacher)])(few)
-    with pytest.raises(UsageError, match="3 tokens beyond the tokenizer's 97, of which a teacher says nothing"):
+    with pytest.raises(UsageError, match="padded with 3 ids of which the teacher says nothing"):
         NextToken(model(vocab=100), beside=[Distillation(teacher)])(some)

@@ -3,14 +3,19 @@ refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 import llm_quest as quest
+from llm_quest.cli.planning import Plan
+from llm_quest.cli.training import foresee
 from llm_quest.disk import sha256
 from llm_quest.errors import BusyError, UsageError
+from llm_quest.hub.files import load_tokenizer, save
+from llm_quest.models.build import build, preset
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.tuning_config import Sft
 from tests.recipes.test_config import GOOD, told
@@ -85,6 +90,17 @@ def test_a_run_does_not_go_on_under_another_teacher_of_the_same_name(text, targe
         run(text, tmp_path / "run", *pairs, "teacher.beta=1")
 
 
+def test_a_plan_knows_the_tokens_of_a_folder_that_was_prepared(target: Path) -> None:
+    """Not the size that a tokenizer would be trained with; so it does not take the teacher for one of another's."""
+    source = json.loads((target / "data.json").read_text())["folder"]
+    pairs = [f"data.source={source}", "model={preset: gpt2-tiny}", f"teacher.load={target}"]
+    found = foresee("pretrain", [*pairs, "batch.length=32"], measure=False, say=lambda line: None)
+    assert isinstance(found, Plan)
+    assert found.memory["teacher"] > 0
+    with pytest.raises(UsageError, match=r"knows 300 tokens, this run has 4096: set tokenizer\.load="):
+        foresee("pretrain", [*pairs[1:], "batch.length=32"], measure=False, say=lambda line: None)
+
+
 def test_what_does_not_fit_is_refused_with_a_remedy(text: Path, target: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"target has another tokenizer \(of \d+ tokens\) than this run \(of 310\)"
@@ -129,3 +145,24 @@ def test_conversations_are_learned_from_a_teacher_too(tmp_path: Path) -> None:
     started(Sft, train_sft, RECIPE, tmp_path / "split", *split)
     last, other = metrics(tmp_path / "run")[-1], metrics(tmp_path / "split")[-1]
     assert last["distillation"] == pytest.approx(other["distillation"], rel=1e-3)
+
+
+def padded(folder: Path, start: Path, by: int) -> Path:
+    """Another model of the same tokenizer, whose vocabulary is padded."""
+    tokenizer = load_tokenizer(start)
+    config = dataclasses.replace(preset("gpt2-tiny").config, vocab=tokenizer.vocab_size + by)
+    return save(build(config, seed=len(folder.name)), folder, tokenizer=tokenizer)
+
+
+def test_padding_counts_where_both_have_it_and_else_asks_for_some_cross_entropy(tmp_path: Path) -> None:
+    asked = [{"prompt": f"say {word} {other}", "completion": word} for word in WORDS for other in WORDS[:2]]
+    start, model = base(tmp_path / "start"), padded(tmp_path / "model", tmp_path / "start", 6)
+    pairs = [f"model.load={model}", f"data.source={written(tmp_path / 'rows.jsonl', asked)}", "steps=2"]
+    pairs += ["evaluate.every=0", "samples.every=0"]
+    for name, by, weight in (("alike", 6, 1.0), ("wider", 9, 0.9), ("narrower", 0, 0.9)):
+        teacher = padded(tmp_path / f"teacher {name}", start, by)
+        given = [*pairs, f"teacher={{load: '{teacher}', weight: {weight}}}"]
+        started(Sft, train_sft, RECIPE, tmp_path / name, *given)
+        assert metrics(tmp_path / name)[-1]["distillation"] > 0
+    with pytest.raises(UsageError, match="with 6 ids of which the teacher says nothing: give"):
+        started(Sft, train_sft, RECIPE, tmp_path / "no", *pairs, f"teacher.load={teacher}")
