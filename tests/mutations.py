@@ -42,6 +42,7 @@ PLANNED = "tests/cli/test_planning_tuning.py"
 
 LORA = "tests/techniques/test_lora.py"
 TAUGHT, TEACHING = "tests/objectives/test_distillation.py", "tests/recipes/test_teaching.py -k not processes"
+WRITING = "tests/cli/test_writing.py"
 MATCH = "tests/rollouts/test_prefix_match.py"
 RPT, RPT_ASK = "tests/recipes/test_rpt.py", "tests/rollouts/test_foretelling.py"
 
@@ -321,4 +322,18 @@ MUTATIONS = (
     Mutation("distillation: the plan takes the teacher for free", "cli/planning.py", "per_token = passes * forward + taught_flops(work)", "per_token = passes * forward", "tests/cli/test_planning.py -k teacher"),
     Mutation("distillation: plan: the teacher's forward pass left out", "cli/planning.py", "return again + sum(flops_per_token(work.teacher.teacher.model.config, work.length))", "return again", "tests/cli/test_planning.py -k teacher"),
     Mutation("distillation: of vocabularies padded alike the padding is not learned", "recipes/teaching.py", "counted = vocab if vocab == model.config.vocab else ids", "counted = ids", TEACHING),
+    # Texts for a file of prompts
+    Mutation("prompts: an equal prompt gets the first one's text again", "cli/writing.py", 'which=[work.which[row] for row in some]', 'which=[0 for _ in some]', WRITING),
+    Mutation('prompts: equal prompts are counted within their batch', "cli/writing.py", ', which=[work.which[row] for row in some]', '', WRITING),
+    Mutation('prompts: text is the continuation alone', "cli/writing.py", '"text": prompt + completion', '"text": completion', WRITING),
+    Mutation('prompts: what is there is written again', "cli/writing.py", 'if row not in known]', 'if row is not known]', WRITING),
+    Mutation('prompts: a file goes on under other weights', "cli/writing.py", '"weights": weights_hash(model), ', '', WRITING),
+    Mutation('prompts: a file goes on with other prompts', "cli/writing.py", ', "prompts": told.hexdigest()}', '}', WRITING),
+    Mutation('prompts: prompts without room are left out in silence', "cli/writing.py", 'left = len(asked) - len(fit)', 'left = 0', WRITING),
+    Mutation('prompts: --out without --prompts does nothing', "cli/writing.py", '{**needed, **file_only}.items()', 'file_only.items()', WRITING),
+    Mutation('prompts: half a row stays in the file', "cli/rows_file.py", 'if len(whole) < len(content):', 'if not content:', WRITING),
+    Mutation('prompts: rows stay as they were made', "cli/rows_file.py", 'if list(rows) != sorted(rows):', 'if not rows:', WRITING),
+    Mutation('prompts: a finished file is written anew', "cli/rows_file.py", 'if list(rows) != sorted(rows):', 'if rows:', WRITING),
+    Mutation('prompts: a file of unknown making is written to', "cli/rows_file.py", 'if not self.beside.is_file():', 'if self.beside.is_dir():', WRITING),
+    Mutation('prompts: two processes write one file', "cli/rows_file.py", '        lock.acquire()\n', '        pass\n', WRITING),
 )  # fmt: skip

@@ -113,7 +113,10 @@ def train(
 @app.command()
 def generate(
     model: ModelPath,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from; - reads stdin.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to go on from; - reads stdin.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Many: a line each, or the key `prompt` of JSON lines.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: a row for each, such as texts.jsonl.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --prompts: texts at once (default: 32).")] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
@@ -138,12 +141,20 @@ def generate(
     threads: Threads = 0,
     offline: Offline = False,
 ) -> None:
-    """Go on from a prompt; the text appears as it is made."""
-    from llm_quest.cli.talk import Manner, go_on
-
+    """Go on from a prompt; the text appears as it is made. Or from every prompt of a file (--prompts, --out): the same
+    command again goes on with the rows that are missing."""
     prepare(threads, offline)
+    from llm_quest.cli.talk import Manner, go_on
+    from llm_quest.cli.writing import require_fitting, write_texts
+
+    alone = {"--prompt": prompt, "--draft": draft, "--image": image}
+    require_fitting(prompts, alone, {"--out": out}, {"--batch": batch})
     stops = tuple(stop or ())
     manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, stops, slide, seed, compile)
+    if prompts is not None and out is not None:
+        show(write_texts(model, prompts, out, manner, batch=batch, device=device, dtype=dtype, say=voice(quiet)), json)
+        return
+    assert prompt is not None, "require_fitting asked for it"
     text = sys.stdin.read() if prompt == "-" else prompt
     if draft is not None:
         from llm_quest.cli.drafting import go_on_drafting

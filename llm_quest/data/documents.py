@@ -119,7 +119,7 @@ def read_json_lines(file: str | Path, ledger: Ledger, *, column: str = "text") -
                 if not line.strip():
                     ledger.drop("blank line", len(line))
                     continue
-                text = _text_of(record_of(line, file, number), column, file, number)
+                text = text_of(record_of(line, file, number), column, f"{file}:{number}")
                 if text.strip():
                     ledger.keep(len(text.encode()))
                     yield Document(text, str(file), number)
@@ -237,14 +237,15 @@ def record_of(line: bytes, file: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _text_of(record: dict[str, Any], column: str, file: Path, number: int) -> str:
+def text_of(record: dict[str, Any], column: str, where: str) -> str:
+    """What a row holds under `column`, if it is text. where: file:line, for the message."""
     if column not in record:
-        raise DataError(f"{file}:{number} has no {column!r}; it has {', '.join(map(repr, record)) or 'nothing'}")
+        raise DataError(f"{where} has no {column!r}; it has {', '.join(map(repr, record)) or 'nothing'}")
     text = record[column]
     if not isinstance(text, str):
-        raise DataError(f"{file}:{number}: {column!r} is a {type(text).__name__}, expected a string")
+        raise DataError(f"{where}: {column!r} is a {type(text).__name__}, expected a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{file}:{number}: {column!r} holds half a surrogate pair at character {error.start}") from None
+        raise DataError(f"{where}: {column!r} holds half a surrogate pair at character {error.start}") from None
     return text

@@ -73,10 +73,13 @@ def complete(
     compile: bool = False,
     draft: Draft | None = None,
     tally: Tally | None = None,
+    which: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """`generate` with its choices as the two objects they are. tally: counts what speculation did."""
+    """`generate` with its choices as the two objects they are. tally: counts what speculation did. which: of prompts
+    that are a part of a longer list, how many equal ones came before each there; it gets the text it has there."""
     rows: dict[int, list[Made]] = {}
-    for made in stream(model, prompts, sampling, until, n=n, seed=seed, compile=compile, draft=draft, tally=tally):
+    choices = (model, prompts, sampling, until)
+    for made in stream(*choices, n=n, seed=seed, compile=compile, draft=draft, tally=tally, which=which):
         rows.setdefault(made.row, []).append(made)
     return [completion(rows[number], with_text=until.tokenizer is not None) for number in sorted(rows)]
 
@@ -99,6 +102,7 @@ def stream(
     compile: bool = False,
     draft: Draft | None = None,
     tally: Tally | None = None,
+    which: Sequence[int] | None = None,
 ) -> Iterator[Made]:
     """The tokens of all rows as they are made, step by step; row r is sample r % n of prompt r // n. Mistakes raise
     here, not at the first token."""
@@ -108,14 +112,14 @@ def stream(
         raise UsageError(f"n is {n}: ask for at least 1 completion of each prompt")
     context = model.config.context
     read = checked(prompts, model.config.vocab, None if until.beyond == "slide" else context)
-    uniforms = row_uniforms(read, n, until.max_new_tokens, seed).to(next(model.parameters()).device)
+    uniforms = row_uniforms(read, n, until.max_new_tokens, seed, which).to(next(model.parameters()).device)
     if not read:
         return iter(())
     rows = [Row(number, read[number // n], until, context) for number in range(len(read) * n)]
     if draft is None:
         return write(Decoding(model, sampling, uniforms, compile=compile), rows, n)
     apart = [
-        row_uniforms(read, n, until.max_new_tokens, (seed, purpose)).to(uniforms.device)
+        row_uniforms(read, n, until.max_new_tokens, (seed, purpose), which).to(uniforms.device)
         for purpose in ("guess", "accept")
     ]
     drafter = drafter_of(draft, model, sampling, compile=compile)

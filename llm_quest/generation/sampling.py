@@ -136,16 +136,21 @@ def inverse_cdf(weights: Float[Tensor, "B K"], uniforms: Float[Tensor, " B"]) ->
 
 
 def row_uniforms(
-    prompts: Sequence[Sequence[int]], copies: int, length: int, seed: int | tuple[int, str]
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    length: int,
+    seed: int | tuple[int, str],
+    which: Sequence[int] | None = None,
 ) -> Float[Tensor, "R length"]:
     """The random numbers of `copies` rows per prompt, on the host. A row's stream is named by the seed (perhaps with
     what the numbers are for), its prompt and which copy of that prompt it is, so its text is the same alone, in any
-    batch and in any order."""
-    streams, copy = [], Counter[tuple[int, ...]]()
-    for prompt in prompts:
-        for _ in range(copies):
-            name = repr((seed, tuple(prompt), copy[tuple(prompt)]))
-            copy[tuple(prompt)] += 1
+    batch and in any order. which: how many equal prompts came before each; None: they are counted here."""
+    streams, known = [], Counter[tuple[int, ...]]()
+    for place, prompt in enumerate(prompts):
+        before = known[tuple(prompt)] if which is None else which[place]
+        known[tuple(prompt)] += 1
+        for copy in range(before * copies, (before + 1) * copies):
+            name = repr((seed, tuple(prompt), copy))
             stream = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
             streams.append(torch.rand(length, generator=torch.Generator().manual_seed(stream)))
     return torch.stack(streams) if streams else torch.zeros(0, length)

@@ -96,6 +96,7 @@ def test_an_adapter_and_checkpointing_are_planned_as_they_are_trained(pairs: lis
     )
     assert adapted.learned < plain.learned / 2
     assert adapted.memory["gradients"] == 4 * adapted.learned
+    assert 0 < adapted.memory["optimizer"] <= 2 * adapted.memory["gradients"]
     assert adapted.flops_per_token < plain.flops_per_token < again.flops_per_token
     job = sft.assembled(resolve(Sft, gather("sft", [*pairs, "techniques=[checkpointing]"])), Parallel(), quiet)
     alone = counted(job.objective, looked_at(job, 20)[0], torch.device("cpu"), False).kept
