@@ -73,9 +73,9 @@ def quickstart(
 ) -> None:
     """The offline tour: text, tokenizer, pretraining, resuming, fine-tuning, DPO, a conversation, GRPO, exporting,
     reports. About five minutes on two cores."""
+    prepare(threads)
     from llm_quest.cli.tour import tour
 
-    prepare(threads)
     finding = tour(out, seed=seed, device=device, say=voice(quiet))
     show(finding, json)
     raise typer.Exit(finding.exit_code)
@@ -97,9 +97,9 @@ def train(
     offline: Offline = False,
 ) -> None:
     """Train by a recipe. Run the same command again to go on after an interruption."""
+    prepare(threads or 0, offline)
     from llm_quest.cli.training import start
 
-    prepare(threads or 0, offline)
     short = {"device": device, "precision": dtype, "seed": seed, "threads": threads}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
     outcome = start(
@@ -190,9 +190,9 @@ def chat(
     offline: Offline = False,
 ) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /quit or Ctrl-D leaves."""
+    prepare(threads, offline)
     from llm_quest.cli.talk import Manner, converse
 
-    prepare(threads, offline)
     manner = Manner(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
     if image is not None:
         from llm_quest.cli.looking import converse_about
@@ -304,9 +304,9 @@ def plan(
     offline: Offline = False,
 ) -> None:
     """What a run will cost before it starts: parameters, FLOPs, memory by kind, checkpoints, time."""
+    prepare(threads, offline)
     from llm_quest.cli.training import foresee
 
-    prepare(threads, offline)
     show(foresee(recipe, pairs or [], measure=measure, say=voice(quiet)), json)
 
 
@@ -315,9 +315,9 @@ def inspect(
     folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, offline: Offline = False
 ) -> None:
     """What a model folder holds, and everything that is wrong with it."""
+    prepare(0, offline)
     from llm_quest.hub.inspect import inspect as inspected
 
-    prepare(0, offline)
     show(inspected(folder), json)
 
 
@@ -333,9 +333,9 @@ def inspect_batch(
     offline: Offline = False,
 ) -> None:
     """What a step trains on, token by token: what is learned, or read by the head (in green), positions, documents."""
+    prepare(threads, offline)
     from llm_quest.cli.batches import look
 
-    prepare(threads, offline)
     shown = look(recipe, pairs or [], step=step, rows=rows, say=voice(quiet))
     if json or not sys.stdout.isatty():
         show(shown, json)
@@ -348,9 +348,9 @@ def verify(
     folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, threads: Threads = 0
 ) -> None:
     """Our logits and tokens against transformers' (which must be installed)."""
+    prepare(threads)
     from llm_quest.hub.inspect import verify as verified
 
-    prepare(threads)
     finding = verified(folder)
     show(finding, json)
 
@@ -389,9 +389,9 @@ def report(
 @app.command()
 def papers(json: Json = False) -> None:
     """Papers with a claim, the experiment that tests it here, and the verdict."""
+    prepare(0)
     from llm_quest.cli.library import shelf
 
-    prepare(0)
     show(shelf(), json)
 
 

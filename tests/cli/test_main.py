@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_quest.cli import main as cli
 from llm_quest.cli.door import guarded, verdict
 from llm_quest.cli.main import app
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
@@ -304,3 +307,20 @@ def test_a_bug_of_ours_leaves_its_traceback_in_a_file(
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "crash.txt" in said
+
+
+def test_threads_and_the_network_are_settled_before_a_command_imports_anything() -> None:
+    """torch reads OMP_NUM_THREADS once, when it is imported."""
+    commands = [one for one in ast.parse(inspect.getsource(cli)).body if isinstance(one, ast.FunctionDef)]
+    late = []
+    for command in commands:
+        prepared = [node.lineno for node in ast.walk(command) if names(node) == "prepare"]
+        imported = [node.lineno for node in ast.walk(command) if isinstance(node, ast.ImportFrom)]
+        if prepared and imported and min(imported) < min(prepared):
+            late.append(command.name)
+    assert not late
+
+
+def names(node: ast.AST) -> str:
+    """What is called, if a name is."""
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
