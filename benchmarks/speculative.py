@@ -43,18 +43,28 @@ QUIET = ["evaluate.every=0", "evaluate.baselines=false", "samples.every=0"]
 
 
 def trained(target: Path, draft: Path) -> None:
-    """Both models, with the draft's tokenizer, where they are not there yet."""
+    """Both models, with the first draft's tokenizer, where they are not there yet. The draft learns from the text, and
+    then what the target says about it (DistillSpec, arXiv:2310.08461)."""
     run = Path("runs")
-    if not draft.is_dir():
-        quest_("train", "quickstart", "--out", str(run / "spec-draft"), *QUIET)
-        quest_("export", str(run / "spec-draft"), str(draft))
+    first = draft.with_name(draft.name + "-untaught")
+    if not draft.is_dir() and not first.is_dir():
+        quest_("train", "quickstart", "--out", str(run / "spec-draft"), "steps=1500", *QUIET)
+        quest_("export", str(run / "spec-draft"), str(first))
     if not target.is_dir():
         schedule = ["schedule.shape=linear", "schedule.warmup=40", "schedule.floor=0.01"]
         muon = ["optimizer.name=muon", "optimizer.lr=1.5e-3", "techniques=[{name: multi_token, depth: 2}]"]
-        size = ["batch.rows=8", "batch.length=256", "steps=900", SIZES, f"tokenizer.load={draft}"]
+        read = f"tokenizer.load={first if first.is_dir() else draft}"
+        size = ["batch.rows=8", "batch.length=256", "steps=900", SIZES, read]
         fast = ["precision=bf16", "compile=true"]
         quest_("train", "pretrain", "--out", str(run / "spec-target"), *size, *schedule, *muon, *fast, *QUIET)
         quest_("export", str(run / "spec-target"), str(target))
+    if not draft.is_dir():
+        both = ["model=null", f"model.load={first}", f"tokenizer.load={first}", f"teacher.load={target}"]
+        adamw = ["optimizer.name=adamw", "optimizer.lr=1e-3", "optimizer.weight_decay=0"]
+        falling = ["schedule.shape=linear", "schedule.warmup=20", "schedule.floor=0.01"]
+        size = ["batch.rows=8", "batch.length=256", "steps=1000", "precision=bf16", "compile=true"]
+        quest_("train", "pretrain", "--out", str(run / "spec-draft-taught"), *both, *size, *adamw, *falling, *QUIET)
+        quest_("export", str(run / "spec-draft-taught"), str(draft))
 
 
 def quest_(*words: str) -> None:
