@@ -6,9 +6,9 @@ the checkpoints are safe, because one that is half-written has not yet got its n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -46,8 +46,13 @@ class Signals:
             self.save = True
         elif not self.stop:
             self.stop, self._since = number, time.monotonic()
-            sys.stderr.write(
-                f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n"
-            )
+            tell(f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n")
         elif time.monotonic() - self._since >= self.patience:
             os._exit(128 + number)
+
+
+def tell(text: str) -> None:
+    """To standard error, past Python's buffer: a handler may have come while a line was being written there, and that
+    buffer is not entered twice (RuntimeError: reentrant call)."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
