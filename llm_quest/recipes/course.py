@@ -76,6 +76,13 @@ def company(config: Course, rows: int) -> Iterator[Parallel]:
         parallel.close()
 
 
+def require_run(where: str, key: str, made: str) -> None:
+    """UsageError for a run that is not there, which would be looked for on the hub. key: of the recipe; made: the
+    command that trains one."""
+    if where.startswith("runs/") and not Path(where).is_dir():
+        raise UsageError(f"there is no run {where}: train one first ({made}), or give {key}=FOLDER")
+
+
 def require_same_run(config: Course, folder: Path) -> None:
     """A folder that holds something else, or a run of other settings, is left alone."""
     old = folder / "config.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -17,6 +16,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.distillation import Distillation
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import Strict
+from llm_quest.recipes.course import require_run
 from llm_quest.recipes.parts import Rate, Share
 from llm_quest.recipes.reference import weights_hash
 from llm_quest.train.parallel import Parallel
@@ -63,7 +63,7 @@ def lesson(part: Teaching, config: Pretrain | Sft, *, ids: int, vocab: int, devi
     """The term itself. ids: how many tokens the tokenizer has; vocab: how many the model knows. A teacher whose
     vocabulary is padded as the model's is has learned that padding never comes, and teaches it."""
     where = part.load
-    require_run(where)
+    require_run(where, "teacher.load", f"quest train pretrain --out {where}")
     auto = "bfloat16" if precision(config.precision, device).value == "bf16" else "float32"
     model = load(where, device=device, dtype=auto if part.dtype == "auto" else part.dtype)
     if not isinstance(model, Decoder):
@@ -85,7 +85,7 @@ def lesson(part: Teaching, config: Pretrain | Sft, *, ids: int, vocab: int, devi
 def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) -> None:
     """What a teacher says of token 17 is of use where 17 is the same token. start: the model that a run goes on
     from."""
-    require_run(where)
+    require_run(where, "teacher.load", f"quest train pretrain --out {where}")
     theirs = load_tokenizer(where)
     if theirs.hash != tokenizer.hash:
         remedy = f"set tokenizer.load={where}" if start is None else "go on from a model trained with that one"
@@ -93,11 +93,6 @@ def require_same_tokenizer(where: str, tokenizer: Tokenizer, start: str | None) 
             f"the teacher {where} has another tokenizer (of {theirs.vocab_size} tokens) than {start or 'this run'} "
             f"(of {tokenizer.vocab_size}), so its probabilities are of other tokens: {remedy}"
         )
-
-
-def require_run(where: str) -> None:
-    if where.startswith("runs/") and not Path(where).is_dir():
-        raise UsageError(f"there is no run {where}: train the teacher first, or give teacher.load=FOLDER")
 
 
 def teachers_hash(lessons: Sequence[Distillation]) -> dict[str, str]:

@@ -22,7 +22,16 @@ from llm_quest.models.build import count_parameters, page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.recipes.choices import precision
-from llm_quest.recipes.course import Outcome, ended, folder_of, loop_settings, optimizer, require_same_run, shown
+from llm_quest.recipes.course import (
+    Outcome,
+    ended,
+    folder_of,
+    loop_settings,
+    optimizer,
+    require_run,
+    require_same_run,
+    shown,
+)
 from llm_quest.recipes.parts import Course
 from llm_quest.recipes.techniques import applied_all
 from llm_quest.recipes.tuning_config import Said, Start
@@ -57,9 +66,8 @@ class Job:
 
 def opened(part: Start) -> tuple[Decoder, Tokenizer]:
     """The model in float32, ready to be trained, and its tokenizer."""
-    if part.load.startswith("runs/") and not Path(part.load).is_dir():
-        made = "quest quickstart" if part.load.endswith("quickstart") else f"quest train sft --out {part.load}"
-        raise UsageError(f"there is no run {part.load}: train one first ({made}), or give model.load=FOLDER")
+    made = "quest quickstart" if part.load.endswith("quickstart") else f"quest train sft --out {part.load}"
+    require_run(part.load, "model.load", made)
     model = load(part.load, dtype="float32")
     if not isinstance(model, Decoder):
         raise UsageError(f"model.load must name a language model; {part.load} is a {page_of(model.config).name}")
