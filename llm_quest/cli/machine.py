@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import psutil
 import torch
 
 from llm_quest import __version__
+from llm_quest.train.hardware import bf16_support, usable_cores
 
 # fmt: off
 PACKAGES = (
@@ -103,7 +103,7 @@ class Machine:
 def doctor(folder: str | Path = ".") -> Machine:
     """Examine this machine, and the disk and git checkout of `folder`. A few milliseconds once torch is loaded."""
     memory = psutil.virtual_memory()
-    fast, why = bf16_verdict()
+    fast, why = bf16_support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = Machine(
         quest=__version__,
         python=platform.python_version(),
@@ -165,17 +165,6 @@ def warnings(machine: Machine) -> Iterator[tuple[str, str]]:
         yield f"the hub cache {machine.hub_cache} cannot be written", "point HF_HOME to a folder that can"
 
 
-def bf16_verdict() -> tuple[bool, str]:
-    """Does this machine multiply bfloat16 faster than float32, and how do we know?"""
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return (major, minor) >= (8, 0), f"compute capability {major}.{minor}; 8.0 and later have it in hardware"
-    has = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in simd()]
-    return bool(
-        has
-    ), f"the processor has {' and '.join(has)}" if has else "the processor has neither avx512_bf16 nor amx_bf16"
-
-
 def simd() -> tuple[str, ...]:
     """What torch knows of the processor's vector units, the names as the kernel spells them."""
     found = torch.cpu.get_capabilities()
@@ -204,16 +193,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: affinity and the container's quota, not the machine's number."""
-    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            return max(1, min(allowed, round(int(quota) / int(period))))
-    return allowed
 
 
 def version_of(package: str) -> str | None:

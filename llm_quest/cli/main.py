@@ -406,6 +406,7 @@ def reproduce(
 ) -> None:
     """Make a paper's measurements again and draw its card. What was measured is kept: an interrupted run goes on."""
     from llm_quest.cli.library import again
+    from llm_quest.train.hardware import usable_cores
 
     os.environ["OMP_NUM_THREADS"] = "1"
     show(again(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), say=voice(quiet)), json)
@@ -441,13 +442,10 @@ def optional(file: str, package: str, extra: str) -> Any:
     return importlib.import_module(file)
 
 
-def usable_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def prepare(threads: int, offline: bool = False) -> None:
     """What has to be set before torch and the hub are imported."""
+    from llm_quest.train.hardware import usable_cores
+
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from llm_quest.train.hardware import bf16_support, usable_cores
+
 Thing = TypeVar("Thing")
 
 
@@ -28,22 +30,7 @@ def precision(name: str, device: torch.device) -> Choice[str]:
     """fp32 or bf16 (autocast, with masters in float32): auto takes bf16 where the hardware multiplies it faster."""
     if name != "auto":
         return Choice(PRECISIONS.get(name, name), "asked for")
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        why = (
-            "this GPU computes bfloat16 in hardware"
-            if fast
-            else "this GPU has no bfloat16 (compute capability below 8.0)"
-        )
-    elif device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        found = [word for word in ("amx_bf16", "avx512_bf16") if has.get(word)]
-        fast, why = (
-            bool(found),
-            f"this processor has {found[0]}" if found else "this processor multiplies bfloat16 no faster",
-        )
-    else:
-        fast, why = False, f"bfloat16 is not tried on {device.type} unless asked for"
+    fast, why = bf16_support(device)
     return Choice("bf16" if fast else "fp32", why)
 
 
@@ -57,7 +44,7 @@ def compiling(wanted: bool | str, device: torch.device, flops: float) -> Choice[
     on a machine."""
     if isinstance(wanted, bool):
         return Choice(wanted, "asked for")
-    rate = FLOPS_PER_CORE * (os.cpu_count() or 1) if device.type == "cpu" else FLOPS_GPU
+    rate = FLOPS_PER_CORE * usable_cores() if device.type == "cpu" else FLOPS_GPU
     seconds = flops / rate
     if device.type == "cpu" and not compiler():
         return Choice(False, "no C++ compiler was found (install g++ or clang to train faster)")

@@ -13,6 +13,7 @@ mixes them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from llm_quest.errors import UsageError
+from llm_quest.train.hardware import bf16_support
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 Splits = Mapping[str, Sequence[int]]
@@ -125,12 +127,21 @@ class Muon(Optimizer):
         p.add_(shard_like(update, p), alpha=-group["lr"])
 
 
-def orthogonal(gradient: Tensor, steps: int = 5, iterate: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonal(gradient: Tensor, steps: int = 5, iterate: torch.dtype | None = None) -> Tensor:
     """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). float32 or wider out.
 
-    The five steps need few bits and run in bfloat16, as published; two correct versions may differ by 2.5e-2."""
+    The five steps need few bits; iterate: their dtype. None: bfloat16, as published, where the hardware multiplies it,
+    float32 elsewhere. Two correct versions may differ by 2.5e-2."""
     rows, columns = gradient.shape[-2:]
+    iterate = iteration_dtype(gradient.device) if iterate is None else iterate
     return newton_schulz(gradient.to(iterate), steps).to(gradient.dtype) * (0.2 * math.sqrt(max(rows, columns)))
+
+
+@functools.cache
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """Of Newton-Schulz. Commonly got wrong: on a CPU without bfloat16 instructions a product in bfloat16 takes up to 80
+    times as long as one in float32."""
+    return torch.bfloat16 if bf16_support(device)[0] else torch.float32
 
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:

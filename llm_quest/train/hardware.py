@@ -1,0 +1,78 @@
+"""What this machine can do: the cores that a process may use, and where bfloat16 is fast.
+
+Importing this file does not import torch: the number of threads is decided before torch starts its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores this process may use: its affinity and every CPU quota of its control groups (versions 1 and 2), not the
+    machine's number. A quota of 2.5 cores counts as 2. root: the folder that holds `proc` and `sys`."""
+    return max(1, int(min([float(affinity()), *cpu_quotas(root)])))
+
+
+def affinity() -> int:
+    """Cores the scheduler may put this process on; all of them where the system does not say."""
+    with contextlib.suppress(AttributeError, OSError):  # macOS and Windows have no such call
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_quotas(root: Path) -> Iterator[float]:
+    """The quotas in cores, of this process's control group and of every group above it. Inside a container the path
+    may be the host's, of which only the top is mounted; folders that are not there are passed over."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(errors="replace").splitlines():
+            _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "none", "")
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            for mount in [""] if not controllers else dict.fromkeys((controllers, "cpu")):
+                top = root / "sys/fs/cgroup" / mount
+                group = top / path.strip("/")
+                for folder in (group, *group.parents):
+                    yield from quota_of(folder)
+                    if folder == top:
+                        break
+
+
+def quota_of(folder: Path) -> Iterator[float]:
+    """The quota in one control group's folder, if it has one: `cpu.max` (version 2) or `cpu.cfs_*_us` (version 1)."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (folder / "cpu.max").read_text().split()
+        yield int(quota) / int(period)  # "max" is no number: no quota
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota) > 0:  # -1: no quota
+            yield int(quota) / int(period)
+
+
+def bf16_support(device: torch.device) -> tuple[bool, str]:
+    """Does this device multiply bfloat16 in hardware, and how do we know? A CPU without it is up to 80 times slower in
+    bfloat16 than in float32. Two variables take the instructions away from a CPU that has them, and are respected:
+    ATEN_CPU_CAPABILITY (torch's own kernels) and ONEDNN_MAX_CPU_ISA (matrix products)."""
+    import torch
+
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return (major, minor) >= (8, 0), f"compute capability {major}.{minor}; 8.0 and later have it in hardware"
+    if device.type != "cpu":
+        return False, f"bfloat16 is not tried on {device.type} unless asked for"
+    has = [name for name in BF16_INSTRUCTIONS if torch.cpu.get_capabilities().get(name)]
+    if not has:
+        return False, "the processor has neither avx512_bf16 nor amx_bf16"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False, f"the processor has {' and '.join(has)}, which ATEN_CPU_CAPABILITY takes away"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False, f"the processor has {' and '.join(has)}, which ONEDNN_MAX_CPU_ISA takes away"
+    return True, f"the processor has {' and '.join(has)}"
