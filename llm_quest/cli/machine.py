@@ -39,6 +39,7 @@ VARIABLES = (
 # fmt: on
 SECRET = re.compile(r"TOKEN$|_KEY|^KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 CREDENTIALS_IN_URL = re.compile(r"//[^/@\s]+@")
+PACKAGE = Path(__file__).parents[1]
 LOW_DISK, LOW_MEMORY = 2e9, 1e9
 
 
@@ -74,7 +75,7 @@ class Machine:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        git = "not a git checkout"
+        git = "LLM Quest does not run from a git checkout"
         if self.git is not None:
             changed = ", with uncommitted changes" if self.git["changed"] else ""
             git = f"{self.git['commit'][:12]} on {self.git['branch']}{changed}"
@@ -101,7 +102,7 @@ class Machine:
 
 
 def doctor(folder: str | Path = ".") -> Machine:
-    """Examine this machine, and the disk and git checkout of `folder`. A few milliseconds once torch is loaded."""
+    """Examine this machine, and the disk that holds `folder`. A few milliseconds once torch is loaded."""
     memory = psutil.virtual_memory()
     fast, why = bf16_support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = Machine(
@@ -128,7 +129,7 @@ def doctor(folder: str | Path = ".") -> Machine:
             for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
         ),
         variables={name: told(name, os.environ[name]) for name in VARIABLES if name in os.environ},
-        git=git_state(existing(Path(folder))),
+        git=git_state(),
         warnings=(),
     )
     return Machine(**{**vars(found), "warnings": tuple(warnings(found))})
@@ -217,8 +218,14 @@ def told(name: str, value: str) -> str:
     return CREDENTIALS_IN_URL.sub("//(not shown)@", value)
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch, and whether anything is uncommitted; None outside a checkout or without git."""
+def git_state(root: Path = PACKAGE.parent) -> dict[str, Any] | None:
+    """Commit and branch of the checkout that this package runs from, and whether anything in it is uncommitted; None
+    where it is installed otherwise, or without git.
+
+    Commonly got wrong: git obeys the settings of the checkout it is asked about (`core.fsmonitor` and `filter.*.clean`
+    name programs to run), so it is never asked about a run folder or the working folder, which may be a stranger's."""
+    if not (root / ".git").exists():
+        return None
     said = []
     for question in (
         ("rev-parse", "HEAD"),
@@ -227,7 +234,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     ):
         try:
             asked = subprocess.run(
-                ["git", "-C", str(folder), *question], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(root), *question], capture_output=True, text=True, timeout=10, check=True
             )
         except (OSError, subprocess.SubprocessError):
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,45 @@ def test_each_ill_has_its_remedy(change, said, remedy):
 
 def test_outside_a_checkout_there_is_no_git_state(tmp_path):
     assert git_state(tmp_path) is None
+
+
+def checkout(folder: Path, *settings: tuple[str, str]) -> Path:
+    """A git checkout with one committed file, one change, and these settings."""
+    for command in (
+        ("init", "-q", "-b", "main"),
+        ("add", "."),
+        ("-c", "user.name=a", "-c", "user.email=a@example", "commit", "-qm", "first"),
+        *(("config", *setting) for setting in settings),
+    ):
+        subprocess.run(["git", "-C", str(folder), *command], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("setting", ["core.fsmonitor", "filter.x.clean"])
+def test_a_strangers_git_settings_run_nothing(tmp_path, monkeypatch, setting):
+    """The working folder and the run folder are a stranger's checkout whose settings name a program."""
+    witness = tmp_path / "it-ran"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".gitattributes").write_text("* filter=x\n")
+    (folder / "config.yaml").write_text("steps: 1\n")
+    checkout(folder, (setting, f"touch {witness}; cat"))
+    (folder / "config.yaml").write_text("steps: 2\n")
+    monkeypatch.chdir(folder)
+    doctor(folder)
+    doctor()
+    assert not witness.exists()
+    git_state(folder)
+    assert witness.exists(), "the trap does not work: git itself no longer obeys it"
+
+
+def test_the_packages_own_checkout_is_told(tmp_path):
+    (tmp_path / "a").write_text("1")
+    found = git_state(checkout(tmp_path))
+    assert found is not None
+    assert (len(found["commit"]), found["branch"], found["changed"]) == (40, "main", False)
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path) == found | {"changed": True}
 
 
 def test_a_folder_that_is_not_there_yet_has_a_disk(tmp_path):
