@@ -15,12 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
 
-from tests.shapes import check_shapes
+from tests.shapes import check_imports
 
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
-install_import_hook([f"llm_quest.{room}" for room in CHECKED], f"{check_shapes.__module__}.{check_shapes.__qualname__}")
+check_imports([f"llm_quest.{room}" for room in CHECKED])
 
 torch.set_num_threads(1)
 settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

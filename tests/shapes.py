@@ -1,30 +1,124 @@
-"""The type checker of the test run: beartype, asked about tensor annotations only. Protocols and names that are
-imported for the type checker alone need not be checkable while the program runs; shapes must be."""
+"""Shape annotations that are checked while the tests run, by jaxtyping and beartype, and tensor annotations only:
+protocols and names that are imported for the type checker alone need not be checkable while the program runs.
+
+The verdict depends on the shapes and dtypes of what is annotated and on nothing else, so each combination of them is
+checked once per function. A call like an earlier one pays for a look into a set."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jaxtyping
 from beartype import beartype
+from jaxtyping import install_import_hook, jaxtyped
+from torch import Tensor
 
 
-def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, raising where a tensor does not fit its annotation."""
-    twin = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
-    twin.__kwdefaults__, twin.__dict__ = function.__kwdefaults__, dict(function.__dict__)
-    twin.__qualname__, twin.__module__, twin.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    twin.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if is_shape(hint, function)}
-    return beartype(twin) if twin.__annotations__ else function
+def check_imports(packages: Sequence[str]) -> None:
+    """From here on, modules of these packages are imported with every function's shapes checked."""
+    jaxtyping.jaxtyped = wrap  # the decorator that jaxtyping's import hook writes above each function and class
+    install_import_hook(packages, None)
 
 
-def is_shape(hint: Any, function: Callable[..., Any]) -> bool:
-    """Does this annotation speak of a tensor's shape? Names not defined yet, or for the type checker alone, do not."""
+def wrap(*, typechecker: Any = None) -> Callable[[Any], Any]:
+    return check_shapes
+
+
+def check_shapes(wanted: Any) -> Any:
+    """The function, raising where a tensor does not fit its annotation; of a class, what `@dataclass` wrote."""
+    if isinstance(wanted, type):
+        if "__dataclass_fields__" in vars(wanted) and "__init__" in vars(wanted):
+            wanted.__init__ = check_shapes(wanted.__init__)
+        return wanted
+    if not isinstance(wanted, types.FunctionType) or not (checks := checks_of(wanted)).hints:
+        return wanted
+
+    @functools.wraps(wanted)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = checks.describe_arguments(args, kwargs)
+        if given not in checks.fitting:
+            checks.check_arguments(args, kwargs)
+            checks.fitting.add(given)
+        result = wanted(*args, **kwargs)
+        if checks.returns and (call := (given, describe(result))) not in checks.fitting:
+            checks.check_call(result, args, kwargs)
+            checks.fitting.add(call)
+        return result
+
+    return checked
+
+
+class Checks:
+    """The shape annotations of one function, and the descriptions of arguments and calls that fit them."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        hints = {name: meaning(hint, function) for name, hint in function.__annotations__.items()}
+        self.hints = {name: hint for name, hint in hints.items() if "jaxtyping" in f"{hint!r}"}
+        self.fitting: set[Hashable] = set()
+        if not self.hints:
+            return
+        self.returns = "return" in self.hints
+        parameters = inspect.signature(function).parameters.values()
+        hinted = [(place, one) for place, one in enumerate(parameters) if one.name in self.hints]
+        self.variadic = any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for _, one in hinted)
+        self.places = tuple(place for place, _ in hinted)
+        self.names = tuple(one.name for _, one in hinted)
+        self.parameters = [one.replace(annotation=self.hints.get(one.name, one.empty)) for one in parameters]
+        self.function = function
+
+    def describe_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+        if self.variadic:
+            return describe(args), describe(kwargs)
+        by_place = tuple([describe(args[place]) for place in self.places if place < len(args)])
+        if not kwargs:
+            return by_place
+        return by_place, tuple([(name, describe(kwargs[name])) for name in self.names if name in kwargs])
+
+    def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.replay(inspect.Signature.empty, None)(*args, **kwargs)
+
+    def check_call(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.replay(self.hints["return"], result)(*args, **kwargs)
+
+    def replay(self, returns: Any, result: Any) -> Callable[..., Any]:
+        """A function with the annotations, checked at every call, that has nothing to compute any more."""
+
+        @functools.wraps(self.function)
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            return result
+
+        replayed.__signature__ = inspect.Signature(self.parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        return jaxtyped(replayed, typechecker=beartype)
+
+
+CHECKS: dict[types.CodeType, Checks] = {}
+
+
+def checks_of(function: types.FunctionType) -> Checks:
+    """One for a function that is defined anew at every call of another."""
+    if function.__code__ not in CHECKS:
+        CHECKS[function.__code__] = Checks(function)
+    return CHECKS[function.__code__]
+
+
+def meaning(hint: Any, function: Callable[..., Any]) -> Any:
+    """Names not defined yet, or for the type checker alone, mean nothing here."""
     try:
-        meaning = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+        return eval(hint, function.__globals__) if isinstance(hint, str) else hint
     except NameError:
-        return False
-    return "jaxtyping" in f"{meaning!r}"
+        return None
+
+
+def describe(value: Any) -> Hashable:
+    """All that a shape annotation can ask about."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple([describe(one) for one in value])
+    if isinstance(value, dict):
+        return type(value), tuple([(name, describe(one)) for name, one in value.items()])
+    return type(value)
