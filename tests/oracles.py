@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
+from tests.later import Later
+
+transformers = Later("transformers")
 
 ATOL, RTOL = 2e-5, 1e-4  # architectures.md 0.2: tight yet never flaky for attention models in float32
 

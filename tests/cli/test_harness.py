@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 import llm_quest as quest
-from llm_quest.cli.harness import Harness, judged
 from llm_quest.data.alphabet import character_tokenizer
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models.build import build
 from llm_quest.models.llama import Config
+from tests.later import Later
 from tests.laws.subjects import randomize_
+
+if TYPE_CHECKING:
+    from llm_quest.cli.harness import Harness
+
+harnesses, lm_eval = Later("llm_quest.cli.harness"), Later("lm_eval.api.instance")
 
 TOKENIZER = character_tokenizer("abcdefghij \n")
 CONFIG = Config(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 64, 24, Rotary(8, 1e4), False)
@@ -23,11 +28,11 @@ CONFIG = Config(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 64, 24, Rotary(8, 1e4), Fa
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:
-    return Harness(randomize_(build(CONFIG)).eval(), TOKENIZER, rows=3)
+    return harnesses.Harness(randomize_(build(CONFIG)).eval(), TOKENIZER, rows=3)
 
 
-def asked(kind: str, *arguments: object) -> Instance:
-    return Instance(kind, {}, arguments, 0)  # type: ignore[arg-type]
+def asked(kind: str, *arguments: object) -> Any:
+    return lm_eval.Instance(kind, {}, arguments, 0)
 
 
 @torch.no_grad()
@@ -91,6 +96,8 @@ def test_a_task_runs_through_the_harness(tmp_path: Path) -> None:
         "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
-    scores = judged(str(tmp_path / "model"), [task], limit=None, device="cpu", dtype="float32", say=lambda text: None)
+    scores = harnesses.judged(
+        str(tmp_path / "model"), [task], limit=None, device="cpu", dtype="float32", say=lambda text: None
+    )
     assert 0.0 <= scores.tasks["letters"]["acc,none"] <= 1.0
     assert any(line.startswith("letters") for line in scores.lines())

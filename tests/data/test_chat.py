@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from llm_quest.data.chat import CHATML, HEADED, Chat, default_template
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 from llm_quest.errors import DataError
+from tests.later import Later
+
+transformers = Later("transformers")
 
 UNTAGGED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TALK = Conversation(
@@ -110,7 +112,7 @@ def test_transformers_reads_the_saved_template_and_gives_the_same_ids_and_spans(
     ours = tokenizer() if special is None else tokenizer(special_tokens=special)
     chat = Chat(ours)
     ours.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     told = theirs.apply_chat_template(TALK.plain, return_dict=True, return_assistant_tokens_mask=True)
     example = chat.examples([TALK])[0]
     size = len(example.ids)  # what follows the last answer is nobody's

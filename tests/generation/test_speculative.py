@@ -9,7 +9,6 @@ from collections import Counter
 
 import pytest
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 
 from llm_quest.errors import UsageError
@@ -28,6 +27,9 @@ from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from llm_quest.techniques.multi_token import MultiToken
+from tests.later import Later
+
+stats = Later("scipy.stats")
 
 TINY = [preset.name for page in PAGES for preset in page.presets if preset.name.endswith("-tiny")]
 KINDS = ["gpt2-tiny", "gemma3-tiny", "deepseek-v3-tiny", "qwen3.5-tiny"]
@@ -201,7 +203,7 @@ def test_twenty_thousand_samples_have_the_models_law(kind, samples):
     expected = exact[:, 0].double().exp()
     counts = Counter(tuple(row.tokens) for row in rows)
     observed = [counts[text] for text in texts]
-    assert chisquare(observed, (samples * expected / expected.sum()).tolist()).pvalue > 1e-3
+    assert stats.chisquare(observed, (samples * expected / expected.sum()).tolist()).pvalue > 1e-3
 
 
 def test_the_judge_alone_has_the_models_law_where_p_and_q_differ_much():
@@ -214,7 +216,7 @@ def test_the_judge_alone_has_the_models_law_where_p_and_q_differ_much():
     verdict = judge(logits, Drafts(guesses, q[:, None], []), range(20_000), [0] * 20_000, None)
     counts = Counter(row[0] for row in verdict.tokens)
     p = logits[0, 0].double().softmax(-1)
-    assert chisquare([counts[token] for token in range(5)], (20_000 * p).tolist()).pvalue > 1e-3
+    assert stats.chisquare([counts[token] for token in range(5)], (20_000 * p).tolist()).pvalue > 1e-3
     assert sum(verdict.accepted) / 20_000 == pytest.approx(float(torch.minimum(p, q[0]).sum()), abs=0.01)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import safetensors.torch
 import torch
@@ -18,8 +17,10 @@ import llm_quest as quest
 from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.low_rank import Adapted, Directed, edits_of, wrappers
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, matched, merge
+from tests.later import Later
 from tests.oracles import ATOL, RTOL, save_published, tiny_gpt2, tiny_llama, transformers
 
+peft = Later("peft")
 CLOSE = {"rtol": 0.0, "atol": 1e-6}
 BASES = {"llama": lambda: tiny_llama(attention_bias=True), "gpt2": tiny_gpt2}
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.deepseek_v4 import modeling_deepseek_v4 as theirs
 
 from llm_quest.layers.hyper_connections import (
     WEIGHTS,
@@ -20,6 +19,9 @@ from llm_quest.layers.hyper_connections import (
     Sinkhorn,
 )
 from llm_quest.layers.initialize import fill_, materialize
+from tests.later import Later
+
+theirs = Later("transformers.models.deepseek_v4.modeling_deepseek_v4")
 
 WIDTH = 12
 

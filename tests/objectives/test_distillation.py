@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from trl.experimental.gkd import GKDTrainer
 
 from llm_quest.data.batch import IGNORE, TokenBatch
 from llm_quest.errors import UsageError
@@ -20,6 +19,9 @@ from llm_quest.objectives.cross_entropy import ROWS
 from llm_quest.objectives.distillation import Distillation, Pieces, divergence
 from llm_quest.objectives.next_token import NextToken, scope_of
 from llm_quest.objectives.number_token import NumberToken
+from tests.later import Later
+
+gkd = Later("trl.experimental.gkd")
 
 BETAS = (0.0, 0.25, 0.5, 1.0)
 VOCAB = 97
@@ -61,7 +63,7 @@ def test_it_is_trls(beta: float, temperature: float, generator: torch.Generator)
     student, teacher = logits(generator)
     labels = torch.where(torch.arange(12) % 3 == 0, IGNORE, 1)
     ours = divergence(student, teacher, beta, temperature)[labels != IGNORE].sum()
-    theirs = GKDTrainer.generalized_jsd_loss(
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(
         student[None], teacher[None], labels[None], beta=beta, temperature=temperature, reduction="sum"
     )
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import scipy.stats
 import tokenizers
 import torch
-from ntloss import NTLoss, NTLossDotProduct
 from tokenizers import models
 from torch import Tensor
 
@@ -18,6 +16,9 @@ from llm_quest.errors import UsageError
 from llm_quest.models.build import build
 from llm_quest.objectives.next_token import NextToken
 from llm_quest.objectives.number_token import DISTANCES, NumberToken, number_values
+from tests.later import Later
+
+stats, ntloss = Later("scipy.stats"), Later("ntloss")
 
 WORDS = ["<pad>", "7", "a", "3", "0", "9", "1", "inf", "2", "nan", "8", "4", "6", "5", "12", "Ġ5", "▁6", "Ġ1984", "-1"]
 WORDS += ["1.5", "٣", "½", "5a", "e5"]
@@ -63,7 +64,7 @@ def case(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_it_equals_ntloss(distance: str, generator: torch.Generator):
     logits, targets = case(generator)
-    kind = NTLoss if distance == "was" else NTLossDotProduct
+    kind = ntloss.NTLoss if distance == "was" else ntloss.NTLossDotProduct
     theirs = kind(Theirs(), vocab_size=VOCAB, reweigh=False)
     ours = NumberToken(plain_values(), distance=distance)
     total, count = ours.summed(logits[..., ours.ids], targets)
@@ -78,7 +79,7 @@ def test_was_is_scipys_wasserstein_distance(generator: torch.Generator):
     for row, target in zip(logits.flatten(0, 1), targets.flatten().tolist(), strict=True):
         if target >= 0 and WORDS[target] in list("0123456789"):
             p = row[ours.ids].softmax(-1)
-            expected += scipy.stats.wasserstein_distance(ours.values.numpy(), [float(WORDS[target])], p.numpy(), [1.0])
+            expected += stats.wasserstein_distance(ours.values.numpy(), [float(WORDS[target])], p.numpy(), [1.0])
             found += 1
     assert count.item() == found
     assert total.item() == pytest.approx(expected, abs=1e-6)

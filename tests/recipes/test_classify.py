@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from llm_quest.cli.classifying import classify
 from llm_quest.cli.exporting import export
@@ -21,7 +20,10 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.recipes.classify import calibration_error, f1, measures, train_classify
 from llm_quest.recipes.tuning_config import Classify
+from tests.later import Later
 from tests.recipes.tuned import WORDS, base, started, weights
+
+transformers = Later("transformers")
 
 RECIPE = """
 recipe: classify
@@ -78,8 +80,8 @@ def test_it_tells_apart_what_it_was_taught(trained: Path):
 @pytest.mark.filterwarnings("ignore")
 def test_the_export_is_a_classifier_in_transformers(trained: Path, tmp_path: Path):
     export(trained, tmp_path / "out")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("say, blue 3", "a tree"):
         with torch.no_grad():
             p = model(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0].tolist()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_quest.cli.exporting import export
 from llm_quest.data.chat import Chat
@@ -19,7 +18,10 @@ from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.recipes.sft import train_sft
 from llm_quest.recipes.tuning_config import Sft
 from llm_quest.techniques.card import plain
+from tests.later import Later
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
+
+transformers = Later("transformers")
 
 pytestmark = pytest.mark.xdist_group("sft")
 """One worker makes what these tests share, once."""
@@ -96,7 +98,10 @@ def test_the_run_answers_and_stops_by_its_own_end(tuned: Path):
 @pytest.mark.filterwarnings("ignore")
 def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
     export(tuned, tmp_path / "out")
-    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "out")
+        for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "say star dog"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from x_transformers.x_transformers import DynamicTanh as Theirs
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.norm import DynamicTanh, LayerNorm, OffsetRMSNorm, RMSNorm
 from llm_quest.models.build import build
 from llm_quest.techniques.dynamic_tanh import DyT
+from tests.later import Later
 from tests.laws.subjects import TINY
 
+x_transformers = Later("x_transformers.x_transformers")
 
-def randomized(width: int, generator: torch.Generator) -> tuple[DynamicTanh, Theirs]:
-    ours, theirs = DynamicTanh(width, 0.5, bias=True), Theirs(width, init_alpha=0.5)
+
+def randomized(width: int, generator: torch.Generator) -> tuple[DynamicTanh, Any]:
+    ours, theirs = DynamicTanh(width, 0.5, bias=True), x_transformers.DynamicTanh(width, init_alpha=0.5)
     with torch.no_grad():
         for mine, other in ((ours.alpha, theirs.pre_tanh_scale), (ours.weight, theirs.gamma), (ours.bias, theirs.beta)):
             mine.copy_(torch.randn(mine.shape, generator=generator))

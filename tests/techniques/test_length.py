@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
@@ -15,7 +14,10 @@ from llm_quest.layers.rotary import NTK, Linear, Rotary, YaRN, plain_frequencies
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
 from llm_quest.techniques.length import LengthExtension
+from tests.later import Later
 from tests.laws.subjects import TINY, own, random_tokens, randomize_, shared
+
+transformers = Later("transformers")
 
 KINDS = ("yarn", "ntk", "linear")
 PLAIN = ("gemma2-tiny", "mixtral-tiny", "qwen3-tiny", "qwen3-next-tiny", "mimo-tiny")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
@@ -18,7 +17,10 @@ from llm_quest.models.generation import GenerationDefaults
 from llm_quest.objectives.last_outputs import last_outputs
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.score_head import ScoreHead, score_head
+from tests.later import Later
 from tests.objectives.rated import tiny
+
+transformers = Later("transformers")
 
 LABELS = ("no", "yes", "perhaps")
 PRESETS = ("llama3.2-tiny", "gpt2-tiny", "qwen3-tiny", "gemma3-tiny", "mixtral-tiny", "deepseek-v3-tiny")
@@ -33,7 +35,7 @@ def test_every_family_that_transformers_can_score_is_compared():
 def test_transformers_gives_the_same_scores(name: str, tmp_path: Path):
     model = ScoreHead(3, LABELS, std=1.0)(tiny(page=name, dtype=torch.float32))
     model.generation = GenerationDefaults(pad=0)
-    theirs = AutoModelForSequenceClassification.from_pretrained(quest.save(model, tmp_path / "out"))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(quest.save(model, tmp_path / "out"))
     assert [theirs.config.id2label[i] for i in range(3)] == list(LABELS)
     tokens = torch.randint(1, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(9).repeat(2, 1)
