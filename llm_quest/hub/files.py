@@ -27,13 +27,14 @@ from llm_quest.hub.names import added, places, published_names
 from llm_quest.hub.readme import Readme
 from llm_quest.hub.staging import staged
 from llm_quest.hub.survey import ADDED, Source, Survey, common_dtype, survey
-from llm_quest.hub.tensors import not_finite, read_into, write
+from llm_quest.hub.tensors import not_finite, read_into
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.card import written
+from llm_quest.tensor_files import nbytes, write_tensors
 
 if TYPE_CHECKING:
     from llm_quest.data.images import Preprocess
@@ -53,17 +54,22 @@ def load(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    aligned: bool = False,
 ) -> Decoder:
     """A Decoder in eval mode, with `model.generation` as published.
 
     where: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a PEFT
     adapter (with the base that it names), or a hub id. dtype None: as config.json says, else as the weights are stored.
     On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like, but
-    don't cut it short in place. Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped,
-    non-finite tensors; damaged files; a config no page computes), MissingError offline."""
+    don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
+    until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
+    Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
+    config no page computes), MissingError offline."""
     device, wanted = usable_device(device), parse_dtype(dtype)
     if (base := underneath(where)) is not None:
-        return load_adapter(load(base, device=device, dtype=wanted, allow_pickle=allow_pickle), where).eval()
+        return load_adapter(
+            load(base, device=device, dtype=wanted, allow_pickle=allow_pickle, aligned=aligned), where
+        ).eval()
     found = find(where, revision=revision, allow_pickle=allow_pickle)
     seen = survey(found, allow_pickle=allow_pickle)
     if found.from_hub and not seen.sources and not allow_pickle:
@@ -71,7 +77,9 @@ def load(
     stop_at(seen.problems, found.name)
     assert seen.model is not None
     dtype = wanted or stored_dtype(seen.published) or common_dtype(seen.sources)
-    there = lying(dict(seen.model.named_parameters()), seen.places, seen.sources, dtype) if device.type == "cpu" else {}
+    parameters = dict(seen.model.named_parameters())
+    on_host = device.type == "cpu"
+    there = lying(parameters, seen.places, seen.sources, dtype, aligned=aligned) if on_host else {}
     materialize(seen.model, device, dtype, memory.empty, there)
     stop_at(read_all(seen, there), found.name)
     seen.model.generation = seen.generation
@@ -161,7 +169,7 @@ def save(
             write_json(stage / "preprocessor_config.json", preprocess.publish())
         write_weights(stage, tensors, parse_size(max_shard_size))
         if extra:
-            write(stage / ADDED, extra)
+            write_tensors(stage / ADDED, extra)
     return Path(folder)
 
 
@@ -169,11 +177,11 @@ def write_weights(stage: Path, tensors: Mapping[str, Tensor], limit: int) -> Non
     """One file, or shards of at most `limit` bytes (a larger tensor has one to itself) and an index."""
     parts = list(shards(tensors, limit))
     if len(parts) == 1:
-        return write(stage / "model.safetensors", tensors)
+        return write_tensors(stage / "model.safetensors", tensors)
     weight_map: dict[str, str] = {}
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05}-of-{len(parts):05}.safetensors"
-        write(stage / file, {name: tensors[name] for name in part})
+        write_tensors(stage / file, {name: tensors[name] for name in part})
         weight_map |= dict.fromkeys(part, file)
     total = {
         "total_parameters": sum(t.numel() for t in tensors.values()),
@@ -266,7 +274,3 @@ def check_vocabulary(tokenizer: Tokenizer | None, rows: int) -> None:
         raise UsageError(
             f"the tokenizer has ids up to {largest}, the embedding only {rows} rows: they are not of one model"
         )
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

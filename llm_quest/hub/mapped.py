@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from llm_quest.errors import DataError
 from llm_quest.hub.names import Place
 from llm_quest.hub.tensors import TORCH, Stored
+from llm_quest.tensor_files import ALIGNMENT
 
 MAPS = os.name == "posix"
 
@@ -36,16 +37,18 @@ def lying(
     places: Mapping[str, Place],
     sources: Mapping[str, object],
     dtype: torch.dtype,
+    *,
+    aligned: bool = False,
 ) -> dict[str, Tensor]:
     """Those parameters that can lie in their files, as tensors over the mapped files. sources: stored name -> where its
-    numbers are."""
+    numbers are. aligned: only those in row order that begin at a multiple of 64 bytes."""
     parts: dict[str, list[tuple[Stored, Place]]] = defaultdict(list)
     for name, place in places.items():
         source = sources[name]
         if MAPS and isinstance(source, Stored) and TORCH.get(source.dtype) == dtype:
             parts[place.parameter].append((source, place))
     maps = {file: mapping(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
-    made = {path: over(parameters[path], found, maps) for path, found in parts.items()}
+    made = {path: over(parameters[path], found, maps, aligned) for path, found in parts.items()}
     return {path: tensor for path, tensor in made.items() if tensor is not None}
 
 
@@ -56,7 +59,7 @@ def mapping(file: Path) -> mmap.mmap:
 
 
 def over(
-    parameter: nn.Parameter, parts: Sequence[tuple[Stored, Place]], maps: Mapping[Path, mmap.mmap]
+    parameter: nn.Parameter, parts: Sequence[tuple[Stored, Place]], maps: Mapping[Path, mmap.mmap], aligned: bool
 ) -> Tensor | None:
     """The parameter as a tensor over its file; None where the file holds it in another order."""
     first = min((stored for stored, _ in parts), key=lambda stored: stored.start)
@@ -68,7 +71,7 @@ def over(
         raise DataError(f"{first.file.name}: became shorter while it was read; load it again once nobody writes to it")
     memory = torch.frombuffer(maps[first.file], dtype=dtype, count=parameter.numel(), offset=first.start)
     turned = any(not place.view(parameter).is_contiguous() for _, place in parts)
-    if turned and dtype != torch.float32:
+    if (turned and dtype != torch.float32) or (aligned and (turned or memory.data_ptr() % ALIGNMENT)):
         return None
     laid = laid_out(memory, parameter, turned=turned)
     begin = memory.data_ptr() - first.start

@@ -22,7 +22,7 @@ from llm_quest.disk import write_json
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.names import folded
 from llm_quest.hub.staging import staged
-from llm_quest.hub.tensors import TORCH, read_header, read_into, write
+from llm_quest.hub.tensors import TORCH, read_header, read_into
 from llm_quest.layers.low_rank import Adapted, AdaptedProjections, Directed, LowRank, row_norms
 from llm_quest.layers.projections import Projections
 from llm_quest.models import PAGES
@@ -30,6 +30,7 @@ from llm_quest.models.build import page_of, skeleton
 from llm_quest.models.page import Rows, Transposed
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, is_adapter, require_adapters
 from llm_quest.techniques.targets import Site, sites
+from llm_quest.tensor_files import write_tensors
 
 CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -113,7 +114,7 @@ def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, ove
     ours = {CONFIG, WEIGHTS}.__contains__
     with staged(folder, overwrite=overwrite, ours=ours, needed=size + 2**20) as stage:
         write_json(stage / CONFIG, config_of(model, pairs, base))
-        write(stage / WEIGHTS, tensors)
+        write_tensors(stage / WEIGHTS, tensors)
     return Path(folder)
 
 

@@ -1,5 +1,5 @@
-"""The safetensors format: 8 bytes length, a JSON header, then raw little-endian numbers; read and written one tensor at
-a time.
+"""The safetensors format: 8 bytes length, a JSON header, then raw little-endian numbers; read one tensor at a time
+(`tensor_files.py` writes it).
 
       | N (u64) | {"name": {"dtype": "F32", "shape": [2,3], "data_offsets": [0,24]}, ...} | data |
 
@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError
 from llm_quest.hub.memory import empty
+from llm_quest.tensor_files import raw_bytes
 
 HEADER_LIMIT = 10_000_000
 CHUNK = 8 << 20
-ALIGNED = 64  # bytes: a cache line, and the widest vector
 
 
 @dataclass(frozen=True)
@@ -142,34 +141,6 @@ def copy(source: Tensor, target: Tensor) -> None:
     (target.T if turned else target).copy_(source.T if turned else source)
 
 
-def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A new file (mode by umask), synced to disk; one tensor at a time is brought to the host."""
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # else as given: what we fuse lies together
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": SAFE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}  # type: ignore[dict-item]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNED)
-    with file.open("xb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            write_bytes(handle, tensors[name])
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def write_bytes(handle: BinaryIO, tensor: Tensor) -> None:
-    memory = tensor.detach().to("cpu").contiguous()
-    handle.write(raw_bytes(memory))
-
-
-def raw_bytes(memory: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the host."""
-    return memoryview(memory.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
 def regular_size(file: Path) -> int:
     """Its size in bytes. DataError if it is not there or is no regular file (a device or a pipe would never end)."""
     try:
@@ -214,7 +185,6 @@ TORCH: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 WHOLE: dict[str, torch.dtype] = {"I8": torch.int8}
-SAFE = {theirs: name for name, theirs in (TORCH | WHOLE).items()}
 BITS = {name: dtype.itemsize * 8 for name, dtype in TORCH.items()} | {
     **dict.fromkeys(("I64", "U64", "C64"), 64),
     **dict.fromkeys(("I32", "U32"), 32),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from llm_quest.contracts import Callback, Feed
@@ -28,6 +28,7 @@ from llm_quest.models import llama
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextToken
+from llm_quest.tensor_files import write_tensors
 from llm_quest.train.loop import train
 from llm_quest.train.schedule import schedule
 from llm_quest.train.settings import Settings
@@ -67,7 +68,8 @@ def remembered(name: str, seed: int, config: Any, make: Callable[[], Decoder]) -
         if not file.is_file():
             made = make()
             unfinished = file.with_suffix(".part")
-            save_file({path: tensor.detach() for path, tensor in made.named_parameters()}, unfinished)
+            unfinished.unlink(missing_ok=True)
+            write_tensors(unfinished, dict(made.named_parameters()))
             unfinished.replace(file)
     model = build(config)
     with torch.no_grad():

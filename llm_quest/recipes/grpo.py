@@ -158,7 +158,7 @@ def rewarding(config: Grpo, one: Named, tokenizer: Tokenizer, parallel: Parallel
 
 def judge_called(where: str, tokenizer: Tokenizer, parallel: Parallel) -> Reward:
     """A reward model that reads the policy's ids."""
-    judge = load(where, dtype="float32").to(parallel.device)
+    judge = load(where, dtype="float32", aligned=True).to(parallel.device)
     if score_head(judge) is None:
         raise UsageError(f"{where} is no reward model; train one (quest train reward)")
     if load_tokenizer(where).hash != tokenizer.hash:

@@ -111,13 +111,13 @@ def judged(
 
 def judge_of(where: str, seed: int) -> tuple[Decoder, Tokenizer]:
     """A reward model; a language model's head is replaced."""
-    model = load(where, dtype="float32")
+    model = load(where, dtype="float32", aligned=True)
     return (model if score_head(model) is not None else ScoreHead(1, seed=seed)(model)), load_tokenizer(where)
 
 
 def compared_by(config: Iterative, policy: str, number: int, parallel: Parallel) -> Sequence[Rated]:
     """What the policy writes now, better beside worse by the verifier's word."""
-    model, tokenizer = load(policy, dtype="float32").to(parallel.device), load_tokenizer(policy)
+    model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
     encode, problems = asking(config, tokenizer), posed(config)
     asked = [problems.train(10_000_000 * (number + 1) + index) for index in range(config.judge.questions)]
     questions = [Question(tuple(encode(problem.prompt)), problem) for problem in asked]

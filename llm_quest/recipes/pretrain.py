@@ -143,7 +143,7 @@ def feed_of(config: Pretrain, text: Text, parallel: Parallel) -> PackedFeed:
 def first_model(config: Pretrain, settings: Settings, text: Text) -> Decoder:
     """The model before the first step: loaded, or built with first values from its own stream of chance."""
     if config.model.load is not None:
-        model = load(config.model.load, dtype="float32")
+        model = load(config.model.load, dtype="float32", aligned=True)
         if model.config.vocab < text.tokenizer.vocab_size:
             raise UsageError(
                 f"{config.model.load} knows {model.config.vocab} tokens, its tokenizer {text.tokenizer.vocab_size}; "

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm_quest.data.by_length import ByLengthFeed, all_of
 from llm_quest.data.pairs import AnswerBatch, Pairs
 from llm_quest.data.preferences import Rated
-from llm_quest.disk import sync
 from llm_quest.errors import DataError
 from llm_quest.objectives.preference import answer_log_probs
+from llm_quest.tensor_files import write_tensors
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.state import undisturbed
 from llm_quest.train.step import autocast
@@ -88,8 +88,8 @@ def kept(file: Path, key: str) -> np.ndarray | None:
 def keep(file: Path, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
     """Whole or not at all."""
     staged = file.with_name(f".tmp-{file.name}")
-    save_file(tensors, staged, metadata=told)
-    sync(staged)
+    staged.unlink(missing_ok=True)
+    write_tensors(staged, tensors, told)
     staged.replace(file)
 
 

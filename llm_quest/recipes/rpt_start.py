@@ -51,7 +51,7 @@ def begun(config: Rpt, settings: Settings, out: Path, parallel: Parallel, say: S
     else:
         model, tokenizer, proxy = made(config, settings, out, parallel, say)
     if config.select.proxy is not None:
-        proxy = load(config.select.proxy, dtype="float32")
+        proxy = load(config.select.proxy, dtype="float32", aligned=True)
         if load_tokenizer(config.select.proxy).hash != tokenizer.hash:
             raise UsageError(
                 f"the proxy {config.select.proxy} has another tokenizer than the model: it reads other ids"

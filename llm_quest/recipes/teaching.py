@@ -65,7 +65,7 @@ def lesson(part: Teaching, config: Pretrain | Sft, *, ids: int, vocab: int, devi
     where = part.load
     require_run(where, "teacher.load", f"quest train pretrain --out {where}")
     auto = "bfloat16" if precision(config.precision, device).value == "bf16" else "float32"
-    model = load(where, device=device, dtype=auto if part.dtype == "auto" else part.dtype)
+    model = load(where, device=device, dtype=auto if part.dtype == "auto" else part.dtype, aligned=True)
     if not isinstance(model, Decoder):
         raise UsageError(f"teacher.load must name a language model; {where} is a {page_of(model.config).name}")
     if model.config.vocab < ids:

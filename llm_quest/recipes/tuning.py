@@ -68,7 +68,7 @@ def opened(part: Start) -> tuple[Decoder, Tokenizer]:
     """The model in float32, ready to be trained, and its tokenizer."""
     made = "quest quickstart" if part.load.endswith("quickstart") else f"quest train sft --out {part.load}"
     require_run(part.load, "model.load", made)
-    model = load(part.load, dtype="float32")
+    model = load(part.load, dtype="float32", aligned=True)
     if not isinstance(model, Decoder):
         raise UsageError(f"model.load must name a language model; {part.load} is a {page_of(model.config).name}")
     tokenizer = load_tokenizer(part.load)

@@ -83,7 +83,7 @@ def first_model(config: Vit, images: Labelled) -> ImageEncoder:
     channels, size = images.pixels.shape[1], images.pixels.shape[2]
     labels = () if config.images.source == "digits" else images.names
     if part.load is not None:
-        return fitted(load(part.load, dtype="float32"), images, labels, seed)  # type: ignore[arg-type]
+        return fitted(load(part.load, dtype="float32", aligned=True), images, labels, seed)  # type: ignore[arg-type]
     if part.preset is not None:
         base = preset(part.preset).config
         if not isinstance(base, vit.Config):

@@ -133,14 +133,14 @@ def words(config: Vlm, sights: Sights) -> Tokenizer:
 def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> VisionLanguage:
     """Loaded whole; or put together from parts, each loaded or built with first values."""
     if config.load is not None:
-        loaded: Any = load(config.load, dtype="float32")
+        loaded: Any = load(config.load, dtype="float32", aligned=True)
         if not isinstance(loaded, VisionLanguage):
             raise UsageError(
                 f"load={config.load} is no vision-language model; set tower.load or decoder.load to begin with a part"
             )
         return loaded
-    tower = load(config.tower.load, dtype="float32") if config.tower.load else None
-    decoder = load(config.decoder.load, dtype="float32") if config.decoder.load else None
+    tower = load(config.tower.load, dtype="float32", aligned=True) if config.tower.load else None
+    decoder = load(config.decoder.load, dtype="float32", aligned=True) if config.decoder.load else None
     vision = tower.config if tower is not None else new_tower(config, preprocess)
     text = decoder.config if decoder is not None else new_decoder(config, tokenizer)
     if tokenizer.vocab_size > text.vocab:

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llm_quest.disk import replace_text, sha256, sync, write_text
 from llm_quest.errors import BusyError, DataError, ResourceError
+from llm_quest.tensor_files import write_tensors
 
 MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json", "LATEST",
@@ -71,7 +71,7 @@ def write(root: Path, checkpoint: Checkpoint) -> Path:
         os.rename(staged, final)
         sync(root)
         replace_text(root.parent / LATEST, final.name + "\n")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         if not is_full(error):
             raise
@@ -86,12 +86,9 @@ def _fill(staged: Path, checkpoint: Checkpoint) -> None:
     """Every file synced, the manifest last."""
     write_text(staged / STATE, json.dumps(checkpoint.state))
     mode = (staged / STATE).stat().st_mode & 0o777
-    save_file(dict(checkpoint.model), staged / MODEL, metadata={"format": "pt"})
-    save_file(dict(checkpoint.optim), staged / OPTIM, metadata={"format": "pt"})
+    write_tensors(staged / MODEL, checkpoint.model)
+    write_tensors(staged / OPTIM, checkpoint.optim)
     os.chmod(staged, mode | (mode & 0o444) >> 2)
-    for name in (MODEL, OPTIM):
-        os.chmod(staged / name, mode)
-        sync(staged / name)
     files = {
         name: {"size": (staged / name).stat().st_size, "sha256": sha256(staged / name)}
         for name in (MODEL, OPTIM, STATE)

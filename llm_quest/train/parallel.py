@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llm_quest.contracts import Share
 from llm_quest.errors import MissingError, UsageError
+from llm_quest.tensor_files import align
 
 ENGINES = ("ddp", "fsdp")
 
@@ -63,13 +64,14 @@ class Parallel:
         return Share(self.rank, self.world)
 
     def place(self, objective: nn.Module, blocks: Sequence[nn.Module] = ()) -> nn.Module:
-        """To the device, laid out row by row (a loaded matrix may be a turned view of its file), equal everywhere, and
-        for FSDP2 sharded: each of `blocks` by itself, the rest with the objective.
+        """To the device, laid out row by row from a 64-byte boundary on (a loaded matrix may be a turned view of its
+        file, or begin anywhere in it), equal everywhere, and for FSDP2 sharded: each of `blocks` by itself, the rest
+        with the objective.
 
         In place; call it before the optimiser is made, for sharding replaces the parameters."""
         objective.to(self.device)
         for parameter in objective.parameters():
-            parameter.data = parameter.data.contiguous()
+            parameter.data = align(parameter.data)
         if self.kind == "single":
             return objective
         for tensor in [*objective.parameters(), *objective.buffers()]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from llm_quest.tensor_files import align
 from llm_quest.train.parallel import fill_, full, like
 
 BETWEEN = "|"
@@ -68,7 +69,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer, keep: bool) -> tuple
 def load_optimizer(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Into the optimiser. What has the parameter's shape is laid out as the parameter is."""
+    """Into the optimiser. What has the parameter's shape is laid out as the parameter is; what lies in a file, and
+    not on a 64-byte boundary, is copied."""
     named = dict(model.named_parameters())
     unknown = sorted({key.split(BETWEEN)[0] for key in [*tensors, *numbers]} - set(named))
     if unknown:
@@ -80,9 +82,9 @@ def load_optimizer(
         name, _, entry = key.partition(BETWEEN)
         p = named[name]
         if isinstance(value, Tensor) and value.shape == p.shape:
-            value = like(p, value)
+            value = like(p, align(value))
         elif isinstance(value, Tensor):
-            value = value.to(p.device)
+            value = align(value).to(p.device)
         optimizer.state[p][entry] = value
 
 

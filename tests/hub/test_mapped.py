@@ -74,8 +74,8 @@ def test_all_that_we_save_lies_in_its_file_also_what_we_fuse_and_what_is_publish
 
 def test_parts_that_lie_in_another_order_are_read(tmp_path, saved, monkeypatch):
     """Sorted by name, as transformers writes them: k, o, q, v apart, gate beside up."""
-    write = files.write
-    monkeypatch.setattr(files, "write", lambda file, tensors: write(file, dict(sorted(tensors.items()))))
+    write = files.write_tensors
+    monkeypatch.setattr(files, "write_tensors", lambda file, tensors: write(file, dict(sorted(tensors.items()))))
     folder = save(load(saved["llama3.2-tiny"]), tmp_path / "sorted")
     there = lying_in(folder)
     assert "blocks.0.mixer.layer.qkv.weight" not in there

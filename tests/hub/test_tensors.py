@@ -12,7 +12,8 @@ import torch
 
 from llm_quest.errors import DataError
 from llm_quest.hub import tensors
-from llm_quest.hub.tensors import read_header, read_into, write
+from llm_quest.hub.tensors import read_header, read_into
+from llm_quest.tensor_files import write_tensors
 
 
 def forge(file: Path, header: dict | str, data: bytes) -> Path:
@@ -38,7 +39,7 @@ def some(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 def test_what_we_write_the_library_reads(tmp_path):
     ours = some(torch.Generator().manual_seed(0))
-    write(tmp_path / "a.safetensors", ours)
+    write_tensors(tmp_path / "a.safetensors", ours)
     theirs = safetensors.torch.load_file(tmp_path / "a.safetensors")
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) and theirs[name].dtype == ours[name].dtype for name in ours)
@@ -65,12 +66,12 @@ def test_what_the_library_writes_we_read_into_any_strides_and_dtype(tmp_path, mo
 def test_numbers_that_are_not_finite_are_counted(tmp_path, bad):
     tensor = torch.ones(50, 3)
     tensor[7, 1] = tensor[49, 2] = bad
-    write(tmp_path / "a.safetensors", {"x": tensor})
+    write_tensors(tmp_path / "a.safetensors", {"x": tensor})
     assert read_into(read_header(tmp_path / "a.safetensors")["x"], torch.empty(50, 3)) == 2
 
 
 def test_large_finite_numbers_whose_sum_overflows_are_finite(tmp_path):
-    write(tmp_path / "a.safetensors", {"x": torch.full((9,), 3e38), "h": torch.full((9,), 6e4).half()})
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.full((9,), 3e38), "h": torch.full((9,), 6e4).half()})
     stored = read_header(tmp_path / "a.safetensors")
     assert read_into(stored["x"], torch.empty(9)) == 0
     assert read_into(stored["h"], torch.empty(9).half()) == 0
@@ -78,7 +79,7 @@ def test_large_finite_numbers_whose_sum_overflows_are_finite(tmp_path):
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_an_error_and_no_crash(tmp_path):
     file = tmp_path / "a.safetensors"
-    write(file, {"x": torch.ones(1000)})
+    write_tensors(file, {"x": torch.ones(1000)})
     stored = read_header(file)["x"]
     os.truncate(file, 500)
     with pytest.raises(DataError, match="became shorter"):

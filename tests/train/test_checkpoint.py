@@ -149,7 +149,7 @@ def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypa
 
     with Run(tmp_path / "run") as run:
         go(4, run, save_every=2)
-        monkeypatch.setattr(files, "save_file", lambda tensors, path, metadata: full(path))
+        monkeypatch.setattr(files, "write_tensors", lambda path, tensors: full(path))
         with pytest.raises(ResourceError, match="No space left on device"):
             go(8, run, save_every=2)
         assert go(8, run, save_every=2, on_disk_full="continue").step == 8
