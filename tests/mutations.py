@@ -43,6 +43,7 @@ PLANNED = "tests/cli/test_planning_tuning.py"
 LORA = "tests/techniques/test_lora.py"
 TAUGHT, TEACHING = "tests/objectives/test_distillation.py", "tests/recipes/test_teaching.py -k not processes"
 WRITING = "tests/cli/test_writing.py"
+ALIGNED = "tests/laws/test_alignment.py"
 MATCH = "tests/rollouts/test_prefix_match.py"
 RPT, RPT_ASK = "tests/recipes/test_rpt.py", "tests/rollouts/test_foretelling.py"
 
@@ -336,4 +337,13 @@ MUTATIONS = (
     Mutation('prompts: a finished file is written anew', "cli/rows_file.py", 'if list(rows) != sorted(rows):', 'if rows:', WRITING),
     Mutation('prompts: a file of unknown making is written to', "cli/rows_file.py", 'if not self.beside.is_file():', 'if self.beside.is_dir():', WRITING),
     Mutation('prompts: two processes write one file', "cli/rows_file.py", '        lock.acquire()\n', '        pass\n', WRITING),
+    Mutation('aligned: what lies off a boundary is not copied', 'tensor_files.py', 'return rows.clone() if on_host and rows.data_ptr() % ALIGNMENT else rows', 'return rows', ALIGNED),
+    Mutation('aligned: weights are mapped wherever they begin', 'hub/mapped.py', ' or memory.data_ptr() % ALIGNMENT', '', ALIGNED),
+    Mutation('aligned: turned weights stay turned', 'hub/mapped.py', '(turned or memory.data_ptr() % ALIGNMENT)', 'memory.data_ptr() % ALIGNMENT', ALIGNED),
+    Mutation('aligned: odd sizes are written between the others', 'tensor_files.py', '(nbytes(tensors[name]) % ALIGNMENT != 0, -tensors[name].element_size())', '-tensors[name].element_size()', ALIGNED),
+    Mutation('aligned: the header is padded to 8 bytes', 'tensor_files.py', '(-(8 + len(text)) % ALIGNMENT)', '(-(8 + len(text)) % 8)', ALIGNED),
+    Mutation('aligned: training begins where the file says', 'train/parallel.py', 'align(parameter.data)', 'parameter.data.contiguous()', ALIGNED),
+    Mutation('aligned: a resumed optimiser lies in its file', 'train/state.py', 'like(p, align(value))', 'like(p, value)', ALIGNED),
+    Mutation("aligned: an adapter's base is not", 'hub/files.py', 'allow_pickle=allow_pickle, aligned=aligned', 'allow_pickle=allow_pickle', ALIGNED),
+    Mutation('aligned: the model that a recipe tunes is not', 'recipes/tuning.py', ', aligned=True', '', ALIGNED),
 )  # fmt: skip
