@@ -6,6 +6,7 @@ any of them is; ordinary runs do not pay. Laws about `torch.compile` run in a pr
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,12 +19,19 @@ from hypothesis import HealthCheck, settings
 
 from tests.shapes import check_imports
 
+gc.disable()  # until the tests are collected: what they import stays
+
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
 check_imports([f"llm_quest.{room}" for room in CHECKED])
 
 torch.set_num_threads(1)
 settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a later collection need not walk through every imported library again
+    gc.enable()
 
 
 @pytest.fixture
