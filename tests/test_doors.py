@@ -235,3 +235,37 @@ def test_the_front_door_offers_what_it_promises():
         assert getattr(llm_quest, name) is not None
     with pytest.raises(AttributeError, match="llm_quest has no 'trainer'; it offers"):
         _ = llm_quest.trainer
+
+
+def spelled_out(node: ast.stmt) -> str:
+    """What a function does or a constant is, without its name and its words, where it is more than a line's worth."""
+    if isinstance(node, ast.FunctionDef):
+        body = node.body[1:] if isinstance(node.body[0], ast.Expr) else node.body
+        text = "\n".join(ast.unparse(one) for one in body)
+    else:
+        text = ast.unparse(node.value) if isinstance(node, ast.Assign | ast.AnnAssign) and node.value else ""
+    return text if len(text) > 70 else ""
+
+
+def local_names(module: ast.Module) -> set[str]:
+    """What a file defines: the same words mean something else in another file."""
+    named = {node.name for node in module.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assigned = [node.targets for node in module.body if isinstance(node, ast.Assign)]
+    return named | {target.id for targets in assigned for target in targets if isinstance(target, ast.Name)}
+
+
+def test_the_same_function_and_the_same_table_never_stand_twice():
+    """What is decided in two places is one day decided in two ways. The flat recipes repeat the package on purpose."""
+    seen: dict[str, str] = {}
+    for file in FILES:
+        for node in [] if "flat" in file.parts else tree(file).body:
+            used = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
+            if (text := spelled_out(node)) and not used & local_names(tree(file)):
+                here = f"{file.relative_to(HOUSE)}:{node.lineno}"
+                assert text not in seen, f"{here} repeats {seen[text]}"
+                seen[text] = here
+
+
+def test_the_cores_a_process_may_use_are_counted_in_one_place():
+    asked = {file for file in FILES for name, _ in called(file) if name == "os.sched_getaffinity"}
+    assert {file.name for file in asked} == {"hardware.py"}

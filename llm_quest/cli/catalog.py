@@ -19,7 +19,7 @@ from llm_quest.contracts import Preset
 from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.rotary import Rotary
 from llm_quest.models import PAGES, VISION_PAGES
-from llm_quest.models.build import count_parameters, page_of, preset, skeleton
+from llm_quest.models.build import DTYPES, count_parameters, page_of, preset, skeleton
 from llm_quest.models.fusion import VisionLanguage
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.page import Page
@@ -27,7 +27,7 @@ from llm_quest.report.words import aligned, size
 
 ALL_PAGES = (*PAGES, *VISION_PAGES)
 READ_LENGTH = 4096
-DTYPES = {"float32": 4, "bfloat16": 2}
+LOADED_AS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def show(name: str, *, context: int | None = None) -> Portrait:
         picture=tuple(picture(model)),
         parameters=parameters,
         parts=parameters_by_part(model),
-        load={dtype: parameters * width for dtype, width in DTYPES.items()},
+        load={name: parameters * DTYPES[name].itemsize for name in LOADED_AS},
         **costs(title, model, context),
     )
 

@@ -23,7 +23,6 @@ from llm_quest.errors import UsageError
 from llm_quest.models.build import page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import cost_of
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import optimizer
 from llm_quest.recipes.grpo import asking, posed, question, rewarding, warmable
 from llm_quest.recipes.grpo_config import Grpo
@@ -39,6 +38,7 @@ from llm_quest.rollouts.scoring import Judge
 from llm_quest.scope import Scope
 from llm_quest.techniques.lora import is_adapter
 from llm_quest.train.parallel import Parallel, pick_device
+from llm_quest.train.state import derive_seed
 from llm_quest.train.step import autocast
 
 Say = Callable[[str], None]
@@ -124,7 +124,7 @@ def learning(config: Grpo, model: Decoder, tokenizer: Tokenizer, parallel: Paral
     """Rollouts whose first reward is a coin's, all of whose rows are learned from; reward models are asked as they
     will be."""
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"keep_flat": True})})
-    judges = [Judge("random", RandomReward(seeds.stream(config.seed, "random reward")))]
+    judges = [Judge("random", RandomReward(derive_seed(config.seed, "random reward")))]
     asked = [one for one in config.rewards if one.name == "model"]
     judges += [Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in asked]
     ask = partial(question, posed(config), asking(config, tokenizer))

@@ -18,6 +18,7 @@ from llm_quest.generation.generate import complete, stream
 from llm_quest.generation.sampling import Sampling
 from llm_quest.generation.until import Until
 from llm_quest.hub.files import load, load_tokenizer
+from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.choices import compiler, precision
 from llm_quest.techniques.score_head import score_head
@@ -66,8 +67,8 @@ def opened(where: str, device: str, dtype: str, say: Say) -> tuple[Decoder, Toke
     kind = dtype
     if dtype == "auto":
         kind = "bfloat16" if place.type == "cuda" and precision("auto", place).value == "bf16" else "float32"
-    if kind not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype {dtype!r} is not known; give auto, float32, bfloat16 or float16")
+    if kind not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known; give auto, {', '.join(DTYPES)}")
     model, tokenizer = load(where, device=place, dtype=kind), load_tokenizer(where)
     if (head := score_head(model)) is not None:
         raise UsageError(f"{where} gives {head.outputs} numbers and no text: it is a reward model or a classifier")

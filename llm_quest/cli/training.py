@@ -204,10 +204,10 @@ def teacher(config: Pretrain, vocab: int, device: torch.device) -> Distillation 
 
 def micro_rows(config: Pretrain) -> int:
     """As the recipe chooses them on one process."""
-    from llm_quest.recipes.pretrain import at_once
+    from llm_quest.recipes.course import micro_rows_of
     from llm_quest.train.parallel import Parallel
 
-    return at_once(config, Parallel())
+    return micro_rows_of(config.batch, Parallel(), config.batch.length)
 
 
 def sizes(config: Pretrain, settings: Settings) -> Any:

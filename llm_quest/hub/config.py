@@ -13,8 +13,9 @@ import torch
 
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
-from llm_quest.hub.tensors import TORCH, parse_json, regular_size
+from llm_quest.hub.tensors import parse_json, regular_size
 from llm_quest.models import PAGES, VISION_PAGES
+from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.models.page import Page
@@ -202,4 +203,3 @@ def write_ids(generation: GenerationDefaults) -> dict[str, Any]:
 
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values()}

@@ -20,7 +20,7 @@ from llm_quest.disk import replace_json, write_json, write_text
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub import memory
 from llm_quest.hub.adapters import load_adapter, underneath
-from llm_quest.hub.config import DTYPES, carded, read_json, stored_dtype, write_config, write_generation
+from llm_quest.hub.config import carded, read_json, stored_dtype, write_config, write_generation
 from llm_quest.hub.fetch import Found, find, offline
 from llm_quest.hub.mapped import lying
 from llm_quest.hub.names import added, places, published_names
@@ -29,7 +29,7 @@ from llm_quest.hub.staging import staged
 from llm_quest.hub.survey import ADDED, Source, Survey, common_dtype, survey
 from llm_quest.hub.tensors import not_finite, read_into
 from llm_quest.layers.initialize import materialize
-from llm_quest.models.build import page_of
+from llm_quest.models.build import dtype_called, page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.techniques import TECHNIQUES
@@ -251,9 +251,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, torch.dtype) or dtype is None:
         return dtype
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return dtype_called(dtype)
 
 
 def parse_size(size: int | str) -> int:

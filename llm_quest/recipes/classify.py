@@ -19,14 +19,13 @@ from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassification
 from llm_quest.objectives.last_outputs import last_outputs
-from llm_quest.recipes import seeds
-from llm_quest.recipes.course import Outcome, company
-from llm_quest.recipes.pretrain import AT_ONCE
+from llm_quest.recipes.course import Outcome, company, micro_rows_of
 from llm_quest.recipes.tuning import Job, Say, carried_out, edited, opened, require_room
 from llm_quest.recipes.tuning_config import Classify
 from llm_quest.recipes.yaml import Settings
 from llm_quest.techniques.score_head import ScoreHead, score_head
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 BINS = 10
 
@@ -49,7 +48,7 @@ def assembled(config: Classify, parallel: Parallel, say: Say) -> Job:
     part = config.data
     texts = labelled(rows(part.source, kinds)[: part.limit], ledger, text=part.text, label=part.label)
     callbacks = edited(config, model, say)
-    names = headed(model, class_names(texts), seeds.stream(config.seed, "init"))
+    names = headed(model, class_names(texts), derive_seed(config.seed, "init"))
     learning(model, config.train)
     train, held = (
         as_labels(s, names, tokenizer, config.batch.length, ledger) for s in held_apart(texts, part.held_out)
@@ -57,8 +56,8 @@ def assembled(config: Classify, parallel: Parallel, say: Say) -> Job:
     feed = ByLengthFeed(
         train,
         rows=config.batch.rows,
-        micro_rows=at_once(config, parallel),
-        seed=seeds.stream(config.seed, "order"),
+        micro_rows=micro_rows_of(config.batch, parallel, config.batch.length),
+        seed=derive_seed(config.seed, "order"),
         share=parallel.share,
     )
     say(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
@@ -92,15 +91,6 @@ def learning(model: Decoder, what: str) -> None:
         model.requires_grad_(False)
         for part in parts[what]:
             part.requires_grad_(True)
-
-
-def at_once(config: Classify, parallel: Parallel) -> int:
-    """Texts of a micro-batch."""
-    mine = config.batch.rows // parallel.world
-    if config.batch.micro_rows is not None:
-        return min(config.batch.micro_rows, mine)
-    most = max(1, min(mine, AT_ONCE // config.batch.length))
-    return max(number for number in range(1, most + 1) if mine % number == 0)
 
 
 class HeldTexts:

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from llm_quest.disk import replace_json, replace_text
 from llm_quest.errors import BusyError, UsageError
-from llm_quest.recipes import seeds
 from llm_quest.recipes.config import as_yaml, differences, gather, resolve
 from llm_quest.recipes.parts import FREE, Course
 from llm_quest.recipes.parts import Optimizer as OptimizerPart
@@ -22,6 +21,7 @@ from llm_quest.train.optimizers import adamw, muon
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run, finite
 from llm_quest.train.settings import Result, Settings
+from llm_quest.train.state import derive_seed
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,29 @@ def company(config: Course, rows: int) -> Iterator[Parallel]:
         yield parallel
     finally:
         parallel.close()
+
+
+AT_ONCE = 8192
+"""Tokens of a micro-batch, where its rows are not given."""
+
+
+class Rows(Protocol):
+    """The rows of an optimiser step, over all processes, and those of a micro-batch, where they are given."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def micro_rows(self) -> int | None: ...
+
+
+def micro_rows_of(part: Rows, parallel: Parallel, length: int) -> int:
+    """Rows of a micro-batch: what was asked for, else the largest equal part of this process's rows within AT_ONCE
+    tokens. length: tokens of the longest row."""
+    mine = part.rows // parallel.world
+    if part.micro_rows is not None:
+        return min(part.micro_rows, mine)
+    most = max(1, min(mine, AT_ONCE // length))
+    return max(number for number in range(1, most + 1) if mine % number == 0)
 
 
 def require_run(where: str, key: str, made: str) -> None:
@@ -146,7 +169,7 @@ def loop_settings(config: Course, *, expected_loss: float | None = None) -> Sett
         precision=config.precision,
         compile=bool(config.compile),
         max_time=config.seconds,
-        seed=seeds.stream(config.seed, "dropout"),
+        seed=derive_seed(config.seed, "dropout"),
         expected_loss=expected_loss,
     )
 

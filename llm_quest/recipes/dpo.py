@@ -14,7 +14,6 @@ from llm_quest.data.chat import Chat
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.errors import UsageError
 from llm_quest.objectives.preference import PreferenceLoss, answer_log_probs
-from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.preferring import HeldPairs, feed_of, prepared
@@ -35,6 +34,7 @@ from llm_quest.recipes.tuning_config import Dpo
 from llm_quest.recipes.yaml import Settings
 from llm_quest.techniques.lora import adapters_off, require_adapters
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 
 def train_dpo(
@@ -52,7 +52,7 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
     """Model, pairs, reference, objective and feed."""
     model, tokenizer = opened(config.model)
     require_room(config.batch.length, model)
-    seed = seeds.stream(config.seed, "flips")
+    seed = derive_seed(config.seed, "flips")
     pairs = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length, seed)
     remember_ends(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
     callbacks = edited(config, model, say)

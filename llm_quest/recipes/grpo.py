@@ -22,7 +22,6 @@ from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.hub.gsm8k import is_gsm8k, learned_and_held
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import scores
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.grpo_config import Grpo, Named
 from llm_quest.recipes.policy import entered, learner
@@ -40,6 +39,7 @@ from llm_quest.rollouts.writer import Question
 from llm_quest.techniques.score_head import score_head
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
+from llm_quest.train.state import derive_seed
 
 Encode = Callable[[str], list[int]]
 
@@ -81,7 +81,7 @@ def assembled(config: Grpo, settings: Settings, out: Path, parallel: Parallel, s
     )  # fmt: skip
     held = HeldOut(
         problems.held_out, tokenizer, encode, config.evaluate.every, config.rollout.new_tokens,
-        config.evaluate.samples, config.rollout.temperature, seeds.stream(config.seed, "evaluation"),
+        config.evaluate.samples, config.rollout.temperature, derive_seed(config.seed, "evaluation"),
     )  # fmt: skip
 
     def probes(run: Run) -> Sequence[Probe]:
@@ -107,7 +107,7 @@ class Posed:
 
 def posed(config: Grpo) -> Posed:
     """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
-    seed, number = seeds.stream(config.seed, "order"), config.evaluate.problems
+    seed, number = derive_seed(config.seed, "order"), config.evaluate.problems
     if not is_gsm8k(config.task):
         task = spelled(config.task)
         return Posed(partial(Drawn(task), seed), [draw(task, "validation", i, seed) for i in range(number)], repr(task))
@@ -169,5 +169,5 @@ def judge_called(where: str, tokenizer: Tokenizer, parallel: Parallel) -> Reward
 REWARDS: dict[str, Callable[[Grpo], Reward]] = {
     "correct": lambda config: Correct(),
     "format": lambda config: FormatOnly(),
-    "random": lambda config: RandomReward(seeds.stream(config.seed, "random reward")),
+    "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
 }

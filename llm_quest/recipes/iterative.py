@@ -25,7 +25,6 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardLoss
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company, founded
 from llm_quest.recipes.grpo import Say, asking, begun, posed, train_grpo
 from llm_quest.recipes.grpo_config import Grpo, Named
@@ -42,6 +41,7 @@ from llm_quest.train.optimizers import adamw
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
 from llm_quest.train.settings import Settings as LoopSettings
+from llm_quest.train.state import derive_seed
 
 
 def train_iterative(
@@ -92,11 +92,9 @@ def judged(
     if not new and judge is not None:
         say(f"judge {number}: no question has both right and wrong answers any more; it stays what it was")
         return Path(judge)
-    model, tokenizer = judge_of(judge or policy, seeds.stream(config.seed, "judge"))
+    model, tokenizer = judge_of(judge or policy, derive_seed(config.seed, "judge"))
     objective = parallel.place(RewardLoss(model))
-    feed = ReplayFeed(
-        new, history, rows=part.rows, share=part.replay, seed=seeds.stream(config.seed, f"judge {number}")
-    )
+    feed = ReplayFeed(new, history, rows=part.rows, share=part.replay, seed=derive_seed(config.seed, f"judge {number}"))
     with Run(folder, identity={"tokenizer": tokenizer.hash}) as run:
         write_model_json(folder, model)
         tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
@@ -121,7 +119,7 @@ def compared_by(config: Iterative, policy: str, number: int, parallel: Parallel)
     encode, problems = asking(config, tokenizer), posed(config)
     asked = [problems.train(10_000_000 * (number + 1) + index) for index in range(config.judge.questions)]
     questions = [Question(tuple(encode(problem.prompt)), problem) for problem in asked]
-    seed = seeds.stream(config.seed, f"comparisons {number}")
+    seed = derive_seed(config.seed, f"comparisons {number}")
     groups = writer_of(config, model, tokenizer, parallel)(model, questions, config.rollout.group, seed)
     return comparisons(groups, Correct(), seed)
 

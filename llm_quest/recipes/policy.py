@@ -23,7 +23,6 @@ from llm_quest.objectives.attention_divergence import looks_of
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradient
 from llm_quest.objectives.surrogates import VARIANTS
-from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import company, founded
 from llm_quest.recipes.policy_config import Policy
@@ -35,6 +34,7 @@ from llm_quest.rollouts.writer import Writer
 from llm_quest.techniques.lora import adapters_off, is_adapter
 from llm_quest.techniques.taps import Taps
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 from llm_quest.train.step import autocast
 
 Say = Callable[[str], None]
@@ -146,7 +146,7 @@ def plan_of(config: Policy) -> Plan:
         share_prompts=may_share(config) and not config.attention,
         kl_in_reward=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
         rescore=config.correction is not None,
-        seed=seeds.stream(config.seed, "sampling"),
+        seed=derive_seed(config.seed, "sampling"),
     )
 
 

@@ -20,10 +20,10 @@ from llm_quest.data.pairs import AnswerBatch, Pairs
 from llm_quest.data.preferences import Preference, Rated, preferences, rated
 from llm_quest.data.questions import preferences as builtin
 from llm_quest.data.questions import rows
-from llm_quest.recipes import seeds
-from llm_quest.recipes.pretrain import AT_ONCE
-from llm_quest.recipes.tuning_config import Dpo, PairRows, Preferred, Reward
+from llm_quest.recipes.course import micro_rows_of
+from llm_quest.recipes.tuning_config import Dpo, Preferred, Reward
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 SAME_LENGTH = 0.1
 
@@ -59,20 +59,10 @@ def feed_of(config: Reward | Dpo, judged: Judged, parallel: Parallel) -> ByLengt
     return ByLengthFeed(
         Pairs(judged.train),
         rows=config.batch.rows,
-        micro_rows=at_once(config.batch, judged.train, parallel),
-        seed=seeds.stream(config.seed, "order"),
+        micro_rows=micro_rows_of(config.batch, parallel, max(len(one.answers) * one.size for one in judged.train)),
+        seed=derive_seed(config.seed, "order"),
         share=parallel.share,
     )
-
-
-def at_once(part: PairRows, pairs: Sequence[Rated], parallel: Parallel) -> int:
-    """Pairs of a micro-batch: what was asked for, else as many as fit AT_ONCE tokens when all are long."""
-    mine = part.rows // parallel.world
-    if part.micro_rows is not None:
-        return min(part.micro_rows, mine)
-    longest = max(len(one.answers) * one.size for one in pairs)
-    most = max(1, min(mine, AT_ONCE // longest))
-    return max(number for number in range(1, most + 1) if mine % number == 0)
 
 
 class HeldPairs:

@@ -22,7 +22,6 @@ from llm_quest.models.build import build, count_parameters, page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.objectives.next_token import Beside
-from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import compiling, precision
 from llm_quest.recipes.course import (
     Outcome,
@@ -30,6 +29,7 @@ from llm_quest.recipes.course import (
     ended,
     folder_of,
     loop_settings,
+    micro_rows_of,
     optimizer,
     require_same_run,
     shown,
@@ -49,10 +49,10 @@ from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
 from llm_quest.train.schedule import schedule
 from llm_quest.train.settings import Result
+from llm_quest.train.state import derive_seed
 
 Say = Callable[[str], None]
 
-AT_ONCE = 8192
 BASELINES_UP_TO = 20_000_000
 
 
@@ -107,7 +107,7 @@ def run_it(
     lessons = taught(config, text.tokenizer, model.config.vocab, parallel, say)
     terms: list[Beside] = [*beside(config.number_token, text.tokenizer, model), *lessons]
     objective = parallel.place(config.parts.objective(model, terms), list(model.blocks))
-    micro_rows, feed = at_once(config, parallel), feed_of(config, text, parallel)
+    micro_rows, feed = micro_rows_of(config.batch, parallel, config.batch.length), feed_of(config, text, parallel)
     identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash, **teachers_hash(lessons)}
     random_first = config.model.load is None and not lessons
     with folder_of(config, folder, parallel, identity, env, resume) as run:
@@ -134,8 +134,8 @@ def feed_of(config: Pretrain, text: Text, parallel: Parallel) -> PackedFeed:
         text.folder.train,
         length=config.batch.length,
         rows=config.batch.rows,
-        micro_rows=at_once(config, parallel),
-        seed=seeds.stream(config.seed, "order"),
+        micro_rows=micro_rows_of(config.batch, parallel, config.batch.length),
+        seed=derive_seed(config.seed, "order"),
         share=parallel.share,
     )
 
@@ -151,7 +151,7 @@ def first_model(config: Pretrain, settings: Settings, text: Text) -> Decoder:
             )
     else:
         numbers = model_config(config.model, settings, vocab=text.tokenizer.vocab_size, context=config.batch.length)
-        model = build(numbers, seed=seeds.stream(config.seed, "init"))
+        model = build(numbers, seed=derive_seed(config.seed, "init"))
     if config.batch.length > model.config.context:
         raise UsageError(
             f"batch.length {config.batch.length} is longer than the model's context of {model.config.context}"
@@ -178,16 +178,6 @@ def ranks(parallel: Parallel) -> str:
     return f", {parallel.world} processes by {parallel.kind}" if parallel.world > 1 else ""
 
 
-def at_once(config: Pretrain, parallel: Parallel) -> int:
-    """Rows of a micro-batch: what was asked for, else the largest equal part of this process's rows within AT_ONCE
-    tokens."""
-    mine = config.batch.rows // parallel.world
-    if config.batch.micro_rows is not None:
-        return min(config.batch.micro_rows, mine)
-    most = max(1, min(mine, AT_ONCE // config.batch.length))
-    return max(number for number in range(1, most + 1) if mine % number == 0)
-
-
 def probes(config: Pretrain, text: Text, run: Run, micro_rows: int) -> Iterator[Probe]:
     """Held-out loss and samples, as often as asked."""
     if text.folder.val.num_documents:
@@ -209,7 +199,7 @@ def probes(config: Pretrain, text: Text, run: Run, micro_rows: int) -> Iterator[
             part.every,
             part.tokens,
             part.temperature,
-            seeds.stream(config.seed, "sampling"),
+            derive_seed(config.seed, "sampling"),
         )
 
 

@@ -13,7 +13,6 @@ from llm_quest.data.chat import Chat
 from llm_quest.data.pairs import AnswerBatch
 from llm_quest.objectives.last_outputs import last_outputs
 from llm_quest.objectives.reward_model import RewardLoss
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.preferring import HeldPairs, feed_of, prepared
 from llm_quest.recipes.tuning import Job, Say, carried_out, edited, opened, require_room, template_of, told
@@ -21,6 +20,7 @@ from llm_quest.recipes.tuning_config import Reward
 from llm_quest.recipes.yaml import Settings
 from llm_quest.techniques.score_head import ScoreHead, score_head
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 
 def train_reward(
@@ -37,11 +37,11 @@ def assembled(config: Reward, parallel: Parallel, say: Say) -> Job:
     """Model, pairs, objective and feed."""
     model, tokenizer = opened(config.model)
     require_room(config.batch.length, model)
-    seed = seeds.stream(config.seed, "flips")
+    seed = derive_seed(config.seed, "flips")
     pairs = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length, seed)
     callbacks = edited(config, model, say)
     if score_head(model) is None:
-        ScoreHead(1, seed=seeds.stream(config.seed, "init"))(model)
+        ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)
     feed = feed_of(config, pairs, parallel)
     facts = told(config.data, pairs.chat, pairs.ledger, len(pairs.train), len(pairs.held), say)
     probe = HeldPairs(pairs.held, config.evaluate.every, rewards)

@@ -20,7 +20,6 @@ from llm_quest.data.packing import shuffled
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import Cost, cost_of
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome
 from llm_quest.recipes.foretold import TABLES, ByBucket
 from llm_quest.recipes.policy import Learner, Say, entered, learner, writer_of
@@ -40,6 +39,7 @@ from llm_quest.rollouts.scoring import Judge
 from llm_quest.rollouts.writer import Question
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
+from llm_quest.train.state import derive_seed
 
 
 def train_rpt(
@@ -99,7 +99,7 @@ def rollouts(
     config: Rpt, start: Begun, text: Passage, found: Places, cost: Cost, parallel: Parallel, say: Say
 ) -> tuple[Learner, Meter]:
     """Every place once per epoch, in an order of its own. The meter begins with what finding the places cost."""
-    ask = partial(asked, text, found.train, seeds.stream(config.seed, "order"))
+    ask = partial(asked, text, found.train, derive_seed(config.seed, "order"))
     meter = Meter(cost, scorings=(config.kl is not None) + (config.correction is not None), flops=found.flops)
     judges = [Judge(config.reward, REWARDS[config.reward](config))]
     made = learner(config, start.model, start.tokenizer, ask, judges, parallel, say, seen=meter.sampled)
@@ -129,5 +129,5 @@ def foretelling(
 REWARDS: dict[str, Callable[[Rpt], Reward]] = {
     "prefix": lambda config: PrefixMatch(config.ask.opening),
     "format": lambda config: Answered(config.ask.opening),
-    "random": lambda config: RandomReward(seeds.stream(config.seed, "random reward")),
+    "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
 }

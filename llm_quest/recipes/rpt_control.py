@@ -19,7 +19,6 @@ from llm_quest.disk import replace_text
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.flops import Cost, cost_of
 from llm_quest.objectives.next_token import NextToken
-from llm_quest.recipes import seeds
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.config import as_yaml, gather, resolve
 from llm_quest.recipes.course import Outcome, company, require_same_run
@@ -35,6 +34,7 @@ from llm_quest.recipes.yaml import Settings
 from llm_quest.rollouts.metered import TERA
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
+from llm_quest.train.state import derive_seed
 
 
 def train_rpt_control(
@@ -110,7 +110,7 @@ def documents(config: RptControl, text: Passage, found: Places, parallel: Parall
     return WholeFeed(
         [text.train[number] for number in numbers],
         rows=config.batch.rows,
-        seed=seeds.stream(config.seed, "order"),
+        seed=derive_seed(config.seed, "order"),
         learn=[places[number] for number in numbers] if config.targets == "selected" else None,
         micro_tokens=config.batch.micro_tokens,
         share=parallel.share,

@@ -16,7 +16,6 @@ from llm_quest.data.worked import ThinkingFeed, as_document, worked_tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.files import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes import seeds
 from llm_quest.recipes.policy import Say, writer_of
 from llm_quest.recipes.rpt_config import Rpt, Schooling
 from llm_quest.recipes.rpt_text import problems_of
@@ -27,6 +26,7 @@ from llm_quest.recipes.yaml import Settings
 from llm_quest.rollouts.foretelling import asking_of
 from llm_quest.rollouts.prefix_match import PrefixMatch
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def made(
     model = newborn(config.model, settings, tokenizer, config.seed)
     train, _ = problems_of(config.data, config.seed)
     documents = [as_document(problem, tokenizer) for problem in train]
-    reading = WholeFeed(documents, rows=part.read.rows, seed=seeds.stream(config.seed, "reading"))
+    reading = WholeFeed(documents, rows=part.read.rows, seed=derive_seed(config.seed, "reading"))
     pace = Pace(part.read.steps, part.read.lr)
     schooled(config, model, tokenizer, reading, pace, out / "base", parallel, say)
     say(f"read: {part.read.steps} steps on {len(documents):,} documents")
@@ -86,7 +86,7 @@ def thinks(
     task, (train, held) = spelled(config.data.source), problems_of(config.data, config.seed)
     feed = ThinkingFeed(
         task, train, tokenizer, examples=part.think.examples, rows=part.think.rows,
-        seed=seeds.stream(config.seed, "demonstrations"),
+        seed=derive_seed(config.seed, "demonstrations"),
     )  # fmt: skip
     some = [as_document(problem, tokenizer) for problem in held[:PROBLEMS]]
     ends = [len(ids) - 1 - len(problem.answer) for ids, problem in zip(some, held, strict=False)]

@@ -17,7 +17,6 @@ from llm_quest.data.worked import as_document, worked
 from llm_quest.disk import replace_json
 from llm_quest.errors import DataError
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes import seeds
 from llm_quest.recipes.parts import TokenizerPart
 from llm_quest.recipes.rpt_config import Passages, Rpt, Selection
 from llm_quest.recipes.text import Say, ready
@@ -25,6 +24,7 @@ from llm_quest.rollouts.buckets import evenly
 from llm_quest.rollouts.foretelling import Asking, asking_of, cut, room_for
 from llm_quest.rollouts.positions import Position, positions, thinned
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 Documents = list[list[int]]
 HELD_OUT = 2000
@@ -57,7 +57,7 @@ class Places:
 
 def problems_of(part: Passages, seed: int) -> tuple[list[Problem], list[Problem]]:
     """A task's problems to learn from, and held-out ones."""
-    task, stream = spelled(part.source), seeds.stream(seed, "documents")
+    task, stream = spelled(part.source), derive_seed(seed, "documents")
     return worked(task, "train", part.number, stream), worked(task, "validation", HELD_OUT, stream)
 
 
@@ -89,7 +89,7 @@ def places(config: Rpt, proxy: Decoder, cost: float, text: Passage, folder: Path
     key = {"documents": text.hash, "select": config.select.model_dump(mode="json"), "each": config.evaluate.each}
     if (found := kept(folder, key)) is not None:
         return found
-    part, seed = config.select, seeds.stream(config.seed, "positions")
+    part, seed = config.select, derive_seed(config.seed, "positions")
     train, lost = text.asking.askable(text.train, hard(proxy, text.train, part, part.above))
     held, _ = text.asking.askable(text.held_out, hard(proxy, text.held_out, part, EVERYTHING))
     train = train if part.number is None else thinned(train, part.number, seed)

@@ -19,10 +19,8 @@ from llm_quest.data.questions import answers, rows
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import Beside, NextToken
-from llm_quest.recipes import seeds
-from llm_quest.recipes.course import Outcome, company
+from llm_quest.recipes.course import Outcome, company, micro_rows_of
 from llm_quest.recipes.numbers import beside
-from llm_quest.recipes.pretrain import AT_ONCE
 from llm_quest.recipes.probes import keep_samples
 from llm_quest.recipes.teaching import taught, teachers_hash
 from llm_quest.recipes.tuning import (
@@ -40,6 +38,7 @@ from llm_quest.recipes.tuning_config import Said, Sft
 from llm_quest.recipes.yaml import Settings
 from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
+from llm_quest.train.state import derive_seed
 
 
 def train_sft(
@@ -58,12 +57,12 @@ def assembled(config: Sft, parallel: Parallel, say: Say) -> Job:
     require_room(config.batch.length, model)
     talk = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length)
     remember_ends(model, tokenizer, (one.ids[one.last[1] - 1] for one in talk.train.examples))
-    micro_rows = at_once(config, parallel)
+    micro_rows = micro_rows_of(config.batch, parallel, config.batch.length)
     feed = InstructionFeed(
         talk.train,
         rows=config.batch.rows,
         micro_rows=micro_rows,
-        seed=seeds.stream(config.seed, "order"),
+        seed=derive_seed(config.seed, "order"),
         share=parallel.share,
     )
     facts = told(config.data, talk.chat, talk.ledger, len(talk.train.examples), len(talk.held.examples), say)
@@ -102,15 +101,6 @@ def prepared(part: Said, chat: Chat, length: int) -> Talk:
     return Talk(chat, learned, looked_at, held, ledger)
 
 
-def at_once(config: Sft, parallel: Parallel) -> int:
-    """Rows of a micro-batch."""
-    mine = config.batch.rows // parallel.world
-    if config.batch.micro_rows is not None:
-        return min(config.batch.micro_rows, mine)
-    most = max(1, min(mine, AT_ONCE // config.batch.length))
-    return max(number for number in range(1, most + 1) if mine % number == 0)
-
-
 class AnswerLoss:
     """loss in nats per token of held-out answers, and its perplexity."""
 
@@ -137,7 +127,7 @@ class Answering:
     def __init__(self, talk: Talk, number: int, config: Sft, run: Run):
         self.every, self.part, self.tokenizer = config.samples.every, config.samples, talk.chat.tokenizer
         self.folder = run.samples if run.leader else None
-        self.seed = seeds.stream(config.seed, "sampling")
+        self.seed = derive_seed(config.seed, "sampling")
         self.questions = list(talk.questions[:number])
         self.prompts = talk.chat.prompts([one.prompt for one in self.questions])
 

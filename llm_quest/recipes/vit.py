@@ -19,12 +19,12 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassification
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.vision import Job, Say, carried_out
 from llm_quest.recipes.vision_config import Images, Vit
 from llm_quest.recipes.yaml import Settings
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 AT_ONCE = 256
 
@@ -49,7 +49,7 @@ def assembled(config: Vit, parallel: Parallel, say: Say) -> Job:
         preprocess,
         rows=config.batch.rows,
         micro_rows=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world),
-        seed=seeds.stream(config.seed, "order"),
+        seed=derive_seed(config.seed, "order"),
         augment=Augment(**config.images.vary.model_dump()),
         share=parallel.share,
     )
@@ -79,7 +79,7 @@ def read_images(part: Images, preprocess: Preprocess) -> Sides:
 
 def first_model(config: Vit, images: Labelled) -> ImageEncoder:
     """The model before the first step: loaded, or built with first values from its own stream of chance."""
-    part, seed = config.model, seeds.stream(config.seed, "init")
+    part, seed = config.model, derive_seed(config.seed, "init")
     channels, size = images.pixels.shape[1], images.pixels.shape[2]
     labels = () if config.images.source == "digits" else images.names
     if part.load is not None:

@@ -29,13 +29,13 @@ from llm_quest.models.generation import GenerationDefaults
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.vision_language import Config
 from llm_quest.objectives.captioning import Captioning
-from llm_quest.recipes import seeds
 from llm_quest.recipes.course import Outcome, company
 from llm_quest.recipes.probes import keep_samples
 from llm_quest.recipes.vision import Job, Say, carried_out
 from llm_quest.recipes.vision_config import Vlm
 from llm_quest.recipes.yaml import Settings
 from llm_quest.train.parallel import Parallel
+from llm_quest.train.state import derive_seed
 
 PLACEHOLDER = "<image>"
 AT_ONCE = 64
@@ -72,7 +72,7 @@ def assembled(config: Vlm, parallel: Parallel, say: Say, samples: Path | None = 
         preprocess,
         rows=config.batch.rows,
         micro_rows=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world),
-        seed=seeds.stream(config.seed, "order"),
+        seed=derive_seed(config.seed, "order"),
         turns=config.batch.turns,
         captions=config.batch.captions,
         share=parallel.share,
@@ -149,7 +149,7 @@ def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> Vi
     numbers = Config(
         vision, text, tokenizer.id(PLACEHOLDER), depth, config.adapter == "mlp", keep_class=config.tower.keep_class
     )
-    seed = seeds.stream(config.seed, "init")
+    seed = derive_seed(config.seed, "init")
     model: Any = build(numbers, seed=seed)
     if tower is not None:
         put(model.tower, tower)

@@ -17,7 +17,6 @@ from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation import GenerationDefaults
 from llm_quest.objectives.next_token import NextToken
-from llm_quest.recipes import seeds
 from llm_quest.recipes.grpo_config import Grpo, Warmup
 from llm_quest.recipes.parts import Course, Model
 from llm_quest.recipes.sizes import model_config
@@ -29,6 +28,7 @@ from llm_quest.train.parallel import Parallel
 from llm_quest.train.run import Run
 from llm_quest.train.schedule import schedule
 from llm_quest.train.settings import Settings
+from llm_quest.train.state import derive_seed
 
 Say = Callable[[str], None]
 
@@ -54,7 +54,7 @@ def warmed(
     already: read from its checkpoint."""
     tokenizer = character_tokenizer(task.alphabet)
     model = newborn(config.model, settings, tokenizer, config.seed)
-    feed = DemonstrationFeed(task, tokenizer, rows=part.rows, seed=seeds.stream(config.seed, "demonstrations"))
+    feed = DemonstrationFeed(task, tokenizer, rows=part.rows, seed=derive_seed(config.seed, "demonstrations"))
     problems = [draw(task, "validation", index) for index in range(PROBLEMS)]
 
     def share() -> float:
@@ -70,7 +70,7 @@ def warmed(
 def newborn(part: Model, settings: Given, tokenizer: Tokenizer, seed: int) -> Decoder:
     """A model of the recipe's sizes with first values."""
     numbers: Any = model_config(part, settings, vocab=tokenizer.vocab_size, context=CONTEXT)
-    model = build(numbers, seed=seeds.stream(seed, "init"))
+    model = build(numbers, seed=derive_seed(seed, "init"))
     model.generation = GenerationDefaults(bos=tokenizer.bos_id, eos=tuple(tokenizer.eos_ids), pad=tokenizer.pad_id)
     return model
 
@@ -95,7 +95,7 @@ def schooled(
                 feed,
                 adamw(model, lr=pace.lr, betas=(0.9, 0.95)),
                 schedule(pace.steps, shape="constant", warmup=min(CHUNK, pace.steps)),
-                Settings(steps=step, log_every=CHUNK, keep=1, seed=seeds.stream(config.seed, "dropout")),
+                Settings(steps=step, log_every=CHUNK, keep=1, seed=derive_seed(config.seed, "dropout")),
                 run,
                 parallel=parallel,
             )

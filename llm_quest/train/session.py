@@ -27,7 +27,7 @@ from llm_quest.train.saver import Saver
 from llm_quest.train.schedule import Schedule
 from llm_quest.train.settings import Result, Settings
 from llm_quest.train.signals import Signals
-from llm_quest.train.state import seed_all, stream, undisturbed
+from llm_quest.train.state import derive_seed, seed_all, undisturbed
 
 REMEDY = "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
 
@@ -105,7 +105,7 @@ class Session:
             for note in notes:
                 self.event("changed", message=note)
             return
-        seed_all(stream(self.settings.seed, "train", self.parallel.rank))
+        seed_all(derive_seed(self.settings.seed, "train", self.parallel.rank))
         if bad := next((found for found in self.parallel.gather(not_finite(self.model)) if found), ""):
             raise GuardStop(
                 f"{bad} is not finite before the first step: look at the initialisation or at the loaded weights"

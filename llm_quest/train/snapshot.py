@@ -56,7 +56,7 @@ def restore(session: Session, checkpoint: Checkpoint) -> list[str]:
     if same_world:
         state.restore_random(saved["random"][rank])
     else:
-        state.seed_all(state.stream(session.settings.seed, "train", rank, checkpoint.step))
+        state.seed_all(state.derive_seed(session.settings.seed, "train", rank, checkpoint.step))
     return [
         f"{name} was {before} and is {value}: the resumed run may differ from the straight one in its last bits"
         for name, value in place(session).items()

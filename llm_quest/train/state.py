@@ -98,8 +98,9 @@ def _copy(t: Tensor) -> Tensor:
     return t.to("cpu", copy=True).contiguous()
 
 
-def stream(seed: int, *names: object) -> int:
-    """A seed of its own for each consumer of randomness: adding one does not move the others."""
+def derive_seed(seed: int, *names: object) -> int:
+    """The seed of one consumer of randomness (`init`, `order`, `dropout`, `sampling`): 63 bits of sha256(seed/names).
+    Adding a consumer does not move the others."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -357,7 +357,7 @@ def test_places_that_hold_no_model_say_so(tmp_path, llama):
     (llama / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"no model\.safetensors"):
         load(llama)
-    with pytest.raises(UsageError, match="dtype 'float31' is unknown"):
+    with pytest.raises(UsageError, match="no dtype is called 'float31'"):
         load(llama, dtype="float31")
     with pytest.raises(UsageError, match="no revisions"):
         load(llama, revision="main")
