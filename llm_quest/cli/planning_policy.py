@@ -18,13 +18,14 @@ import torch
 from llm_quest.cli.counting import counted
 from llm_quest.cli.planning import MASTER, Footprint, advance, clocked, footprint, of_parameters
 from llm_quest.data.alphabet import character_tokenizer
+from llm_quest.data.problems import spelled
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.models.build import page_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import cost_of
 from llm_quest.recipes.course import optimizer
-from llm_quest.recipes.grpo import asking, posed, question, rewarding, warmable
+from llm_quest.recipes.grpo import asking, posed, question, rewarding
 from llm_quest.recipes.grpo_config import Grpo
 from llm_quest.recipes.policy import Learner, decided, learner
 from llm_quest.recipes.tuning import opened
@@ -116,7 +117,7 @@ def beginner(config: Grpo, settings: Settings) -> tuple[Decoder, Tokenizer]:
     """The model that the run begins with, or, fresh, one that has not been warmed up."""
     if config.model.load is not None:
         return opened(Start(load=config.model.load))
-    tokenizer = character_tokenizer(warmable(config).alphabet)
+    tokenizer = character_tokenizer(spelled(config.task).alphabet)
     return newborn(config.model, settings, tokenizer, config.seed), tokenizer
 
 

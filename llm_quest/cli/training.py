@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from llm_quest.cli.planning_tuning import TuningPlan, plan_tuning
 from llm_quest.data.tokens import open_tokens
 from llm_quest.disk import replace_json
 from llm_quest.errors import UsageError
+from llm_quest.models.build import skeleton
 from llm_quest.objectives.distillation import Distillation
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.classify import train_classify
-from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, resolve
-from llm_quest.recipes.course import Outcome
+from llm_quest.recipes.config import as_yaml, gather, mistaken, nearest, part_of, resolve
+from llm_quest.recipes.course import Outcome, require_context
 from llm_quest.recipes.dpo import train_dpo
 from llm_quest.recipes.grpo import train_grpo
 from llm_quest.recipes.grpo_config import Grpo
 from llm_quest.recipes.iterative import train_iterative
 from llm_quest.recipes.iterative_config import Iterative
+from llm_quest.recipes.parts import Batch, Model
 from llm_quest.recipes.pretrain import pretrain
 from llm_quest.recipes.pretrain_config import Pretrain
 from llm_quest.recipes.reward import train_reward
@@ -36,7 +38,7 @@ from llm_quest.recipes.rpt import train_rpt
 from llm_quest.recipes.rpt_config import Rpt, RptControl
 from llm_quest.recipes.rpt_control import train_rpt_control
 from llm_quest.recipes.sft import train_sft
-from llm_quest.recipes.sizes import model_config
+from llm_quest.recipes.sizes import model_config, size_mistakes
 from llm_quest.recipes.teaching import lesson
 from llm_quest.recipes.techniques import without_checkpointing
 from llm_quest.recipes.text import loaded
@@ -44,6 +46,7 @@ from llm_quest.recipes.tuning_config import Classify, Dpo, Reward, Sft
 from llm_quest.recipes.vision_config import Vit, Vlm
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
+from llm_quest.recipes.warmup import CONTEXT
 from llm_quest.recipes.yaml import Mistake, Settings
 from llm_quest.train.parallel import pick_device
 
@@ -96,7 +99,7 @@ def start(
     settings, config, run = understood(recipe, pairs)
     if dry_run:
         if isinstance(config, Pretrain):
-            sizes(config, settings)
+            require_fit(config, sizes(config, settings))
         return Checked(config)
     folder, resume = where(recipe, config, out, resume)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -117,7 +120,18 @@ def understood(recipe: str, pairs: Sequence[str]) -> tuple[Settings, Pretrain, C
         what = "missing" if kind is None else f"{kind!r} is no kind of recipe{nearest(str(kind), list(RECIPES))}"
         raise mistaken([Mistake(settings.place(("recipe",)), "recipe", f"{what}; known: {', '.join(RECIPES)}")])
     schema, run = RECIPES.get(str(kind), RECIPES["pretrain"])
-    return settings, resolve(schema, settings), run
+    return settings, resolve(schema, settings, size_mistakes_of(schema, settings)), run
+
+
+def size_mistakes_of(schema: Any, settings: Settings) -> list[Mistake]:
+    """Of a model that is to be built. Its tokenizer is not there yet, so a vocabulary of no consequence stands in."""
+    field = schema.model_fields.get("model")
+    if field is None or part_of(field.annotation) is not Model or settings.mistakes:
+        return []
+    batch = settings.tree.get("batch", {}) if "batch" in schema.model_fields else {}
+    length = batch.get("length", Batch().length) if isinstance(batch, dict) else CONTEXT
+    context = length if "batch" in schema.model_fields else CONTEXT
+    return size_mistakes(settings, vocab=512, context=context if type(context) is int else CONTEXT)
 
 
 def where(recipe: str, config: Pretrain, out: Path | None, resume: str) -> tuple[Path, str]:
@@ -217,6 +231,15 @@ def sizes(config: Pretrain, settings: Settings) -> Any:
 
         return load(config.model.load, dtype="float32").config
     return model_config(config.model, settings, vocab=vocabulary(config), context=config.batch.length)
+
+
+def require_fit(config: Pretrain, numbers: Any) -> None:
+    """What the run would refuse once the model is there: rows longer than its context, settings of parts that it does
+    not have."""
+    require_context(config.batch.length, numbers.context)
+    added = any(one["name"] == "multi_token" for one in config.techniques)
+    parts = replace(config.parts, lookahead=None) if added else config.parts
+    parts.decided(skeleton(numbers))
 
 
 def vocabulary(config: Pretrain) -> int:

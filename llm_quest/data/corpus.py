@@ -123,7 +123,8 @@ def signatures(source: bytes, name: str) -> str:
 BUILTIN: dict[str, Callable[[], Iterator[Document]]] = {"topics": topics, "docstrings": docstrings, "source": source}
 
 
-def _parts(name: str) -> list[str]:
+def builtin_parts(name: str) -> list[str]:
+    """The parts that `builtin` or `builtin:topics,source` names. UsageError for a part there is not."""
     if name == "builtin":
         return ["topics", "docstrings"]
     asked = [part.strip() for part in name.removeprefix("builtin:").split(",")]
@@ -136,7 +137,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _builtin(name: str, ledger: Ledger) -> Iterator[Document]:
-    for document in chain.from_iterable(BUILTIN[part]() for part in _parts(name)):
+    for document in chain.from_iterable(BUILTIN[part]() for part in builtin_parts(name)):
         if document.text.strip():
             ledger.keep(document.nbytes)
             yield document

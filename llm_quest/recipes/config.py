@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path as File
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -58,17 +58,48 @@ def find(recipe: str) -> File:
 
 def gather(recipe: str, pairs: Sequence[str] = ()) -> Settings:
     """The settings of a recipe with the pairs on top; mistakes are noted, not raised."""
-    return merge(read_file(find(recipe)), pairs)
+    settings = read_file(find(recipe))
+    own = settings.tree.get("model")
+    page = own.get("page") if isinstance(own, dict) else None
+    merge(settings, pairs)
+    give_way(settings, {tuple(pair.partition("=")[0].strip().split(".")) for pair in pairs}, page)
+    return settings
 
 
-def resolve(schema: type[Config], settings: Settings) -> Config:
-    """The typed config; UsageError with one line per mistake."""
+def give_way(settings: Settings, given: Collection[Path], page: Any) -> None:
+    """A model that is chosen on the command line (`model.preset=NAME`, `model.page=NAME`, `model.load=FOLDER`) takes
+    the place of the recipe's own, with what belongs to that one: its sizes, and for a model that is loaded the training
+    that a fresh one needs and a tokenizer. given: the keys on the command line, which stay; page: the recipe's own."""
+    model = settings.tree.get("model")
+    chosen = [key for key in ALTERNATIVES if ("model", key) in given and isinstance(model, dict) and model.get(key)]
+    if not isinstance(model, dict) or len(chosen) != 1:
+        return
+    for key in ALTERNATIVES:
+        if ("model", key) not in given:
+            model.pop(key, None)
+    sizes = model.get("sizes")
+    if isinstance(sizes, dict) and ("model", "sizes") not in given and (chosen != ["page"] or model["page"] != page):
+        model["sizes"] = {key: value for key, value in sizes.items() if ("model", "sizes", key) in given}
+    for key in ("warmup", "schooling", "tokenizer") if chosen == ["load"] else ():
+        if not any(path[0] == key for path in given):
+            settings.tree.pop(key, None)
+
+
+ALTERNATIVES = ("preset", "page", "load")
+"""What a model may come from; one of them is given."""
+
+
+def resolve(schema: type[Config], settings: Settings, more: Sequence[Mistake] = ()) -> Config:
+    """The typed config; UsageError with one line per mistake. more: mistakes that are not the schema's to find."""
     if settings.mistakes:
         raise mistaken(settings.mistakes)
     try:
-        return schema.model_validate(settings.tree)
+        config = schema.model_validate(settings.tree)
     except ValidationError as error:
-        raise mistaken(list(explain(error, schema, settings))) from None
+        raise mistaken([*explain(error, schema, settings), *more]) from None
+    if more:
+        raise mistaken(more)
+    return config
 
 
 def mistaken(mistakes: Sequence[Mistake]) -> UsageError:
@@ -136,14 +167,16 @@ def allowed(field: FieldInfo | None) -> str:
     """What a field takes, in words: the choices, or the type with its bounds, and what it is for."""
     if field is None:
         return "allowed here"
-    told = [
-        words(field.annotation),
-        *filter(None, (BOUNDS.get(type(bound).__name__, lambda b: "")(bound) for bound in field.metadata)),
-    ]
+    told = [words(field.annotation), *bounds(field.metadata)]
     return " ".join(told) + (f" ({field.description})" if field.description else "")
 
 
-BOUNDS = {
+def bounds(found: Iterable[Any]) -> list[str]:
+    """The bounds among what a type is annotated with, in words."""
+    return [BOUNDS[type(one).__name__](one) for one in found if type(one).__name__ in BOUNDS]
+
+
+BOUNDS: dict[str, Callable[[Any], str]] = {
     "Gt": lambda bound: f"> {bound.gt}",
     "Ge": lambda bound: f">= {bound.ge}",
     "Lt": lambda bound: f"< {bound.lt}",
@@ -161,6 +194,9 @@ def words(annotation: Any) -> str:
         return "one of " + ", ".join("true or false" if isinstance(x, bool) else str(x) for x in get_args(annotation))
     if annotation in KINDS:
         return KINDS[annotation]
+    if get_origin(annotation) is Annotated:
+        kind, *notes = get_args(annotation)
+        return " ".join([words(kind), *bounds(bound for note in notes for bound in getattr(note, "metadata", ()))])
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return f"a group of keys ({', '.join(annotation.model_fields)})"
     if get_origin(annotation) in (tuple, list):
@@ -179,7 +215,7 @@ def closest(finding: Any, field: FieldInfo | None) -> str:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """', did you mean ...?' where a known name is near."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f", did you mean {near[0]!r}?" if near else ""
 
 

@@ -106,6 +106,12 @@ def require_run(where: str, key: str, made: str) -> None:
         raise UsageError(f"there is no run {where}: train one first ({made}), or give {key}=FOLDER")
 
 
+def require_context(length: int, context: int) -> None:
+    """Rows no longer than what the model can see."""
+    if length > context:
+        raise UsageError(f"batch.length {length} is longer than the model's context of {context}; lower batch.length")
+
+
 def require_same_run(config: Course, folder: Path) -> None:
     """A folder that holds something else, or a run of other settings, is left alone."""
     old = folder / "config.yaml"

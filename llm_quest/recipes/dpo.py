@@ -12,7 +12,6 @@ from torch import Tensor
 from llm_quest.contracts import Callback, Feed
 from llm_quest.data.chat import Chat
 from llm_quest.data.pairs import AnswerBatch
-from llm_quest.errors import UsageError
 from llm_quest.objectives.preference import PreferenceLoss, answer_log_probs
 from llm_quest.recipes.choices import precision
 from llm_quest.recipes.course import Outcome, company
@@ -64,10 +63,6 @@ def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
     packed.source.shared = share
     feed: Feed = packed
     if config.sync is not None:
-        if parallel.kind == "fsdp":
-            raise UsageError(
-                "sync keeps a whole copy of the model on each process: set parallel=ddp, or leave sync out"
-            )
         moving = Moving(
             packed, model.to(parallel.device), out,
             every=config.sync.every, mix=config.sync.mix, keep=config.checkpoint.keep, leader=parallel.leader,

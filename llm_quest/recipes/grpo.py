@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_quest.contracts import Probe, Reward
 from llm_quest.data.chat import Chat
-from llm_quest.data.problems import Drawn, Problem, Task, draw, spelled
+from llm_quest.data.problems import Drawn, Problem, draw, spelled
 from llm_quest.data.problems.problem import chance
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
@@ -128,14 +128,7 @@ def begun(config: Grpo, settings: Settings, out: Path, parallel: Parallel, say: 
     if config.model.load is not None:
         return opened(Start(load=config.model.load))
     assert config.warmup is not None
-    return warmed(config, config.warmup, settings, warmable(config), out / "warmup", parallel, say)
-
-
-def warmable(config: Grpo) -> Task:
-    """The task that a fresh model is warmed up on."""
-    if is_gsm8k(config.task):
-        raise UsageError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")
-    return spelled(config.task)
+    return warmed(config, config.warmup, settings, spelled(config.task), out / "warmup", parallel, say)
 
 
 def asking(config: Grpo, tokenizer: Tokenizer) -> Encode:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from llm_quest.data.problems import spelled
+from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.recipes.config import Strict
 from llm_quest.recipes.parts import Count, Few, Model
 from llm_quest.recipes.policy_config import Policy
@@ -64,9 +66,22 @@ class Grpo(Policy):
     process: bool = Field(default=False, description="reward every step of the answer (chained)")
     evaluate: Held = Held()
 
+    @property
+    def by_steps(self) -> bool:
+        return self.process
+
+    @field_validator("task")
+    @classmethod
+    def known_task(cls, task: str) -> str:
+        if not is_gsm8k(task):
+            spelled(task)
+        return task
+
     @model_validator(mode="after")
     def whole(self) -> Grpo:
         fresh = self.model.load is None
+        if fresh and is_gsm8k(self.task):
+            raise ValueError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")
         if fresh and self.warmup is None:
             raise ValueError("a fresh model solves nothing that a reward could tell apart; give warmup={steps: 400}")
         if not fresh and self.warmup is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from llm_quest.data.corpus import builtin_parts
 from llm_quest.recipes.config import Strict
 from llm_quest.recipes.techniques import Entry
 
@@ -29,6 +30,13 @@ class Data(Strict):
     held_out: float = Field(
         default=0.05, gt=0, lt=0.5, description="the part of the documents that is never trained on"
     )
+
+    @field_validator("source")
+    @classmethod
+    def known_parts(cls, source: str) -> str:
+        if source.partition(":")[0] == "builtin":
+            builtin_parts(source)
+        return source
 
 
 class TokenizerPart(Strict):
@@ -155,7 +163,9 @@ class Course(Strict):
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how processes started by torchrun share the work"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1, mps"
+    )
     threads: Few = Field(default=0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS")
     checkpoint: Checkpoint = Checkpoint()
     log_every: Count = Field(default=10, description="steps")

@@ -54,18 +54,9 @@ def entered(config: Settings, out: Path, say: Say) -> Iterator[tuple[Settings, P
     """The processes of a run that writes into its folder before it begins, the config with what `auto` means here, and
     who speaks: the leader alone."""
     with company(config, config.rollout.prompts) as parallel:
-        require_whole(config, parallel)
         config = decided(config, parallel)
         founded(config, out, parallel)
         yield config, parallel, say if parallel.leader else lambda line: None
-
-
-def require_whole(config: Policy, parallel: Parallel) -> None:
-    """The policy samples token by token, every process at its own pace: it has to be whole in each of them."""
-    if parallel.kind == "fsdp":
-        raise UsageError(
-            f"{config.recipe} samples from the whole model in every process, which FSDP2 takes apart: set parallel=ddp"
-        )
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,36 @@ class Policy(Course):
     patience: Count = Field(default=30, description="steps after which a run that cannot learn is stopped")
 
     @model_validator(mode="after")
+    def whole_in_every_process(self) -> Policy:
+        """The policy samples token by token, every process at its own pace: it has to be whole in each of them."""
+        if self.parallel == "fsdp":
+            raise ValueError("a policy samples from the whole model, which FSDP2 takes apart: set parallel=ddp")
+        return self
+
+    @model_validator(mode="after")
+    def groups_and_budget(self) -> Policy:
+        part = self.rollout
+        if part.overlong and part.overlong >= part.new_tokens:
+            raise ValueError(
+                f"rollout.overlong is {part.overlong}: give fewer tokens than the budget of rollout.new_tokens "
+                f"{part.new_tokens}"
+            )
+        if self.draws > 1 and part.keep_flat:
+            raise ValueError(
+                "dynamic sampling (rollout.draws) leaves no group without spread to keep: leave rollout.keep_flat out"
+            )
+        if part.group < 2 and not self.by_steps:
+            raise ValueError(
+                "rollout.group is 1: a sample is judged beside its siblings; take at least 2 (one alone has no spread)"
+            )
+        return self
+
+    @property
+    def by_steps(self) -> bool:
+        """Is every step of an answer rewarded by itself?"""
+        return False
+
+    @model_validator(mode="after")
     def numbers_of_the_variant(self) -> Policy:
         self.chosen_surrogate()
         return self

@@ -31,6 +31,7 @@ from llm_quest.recipes.course import (
     loop_settings,
     micro_rows_of,
     optimizer,
+    require_context,
     require_same_run,
     shown,
 )
@@ -152,10 +153,7 @@ def first_model(config: Pretrain, settings: Settings, text: Text) -> Decoder:
     else:
         numbers = model_config(config.model, settings, vocab=text.tokenizer.vocab_size, context=config.batch.length)
         model = build(numbers, seed=derive_seed(config.seed, "init"))
-    if config.batch.length > model.config.context:
-        raise UsageError(
-            f"batch.length {config.batch.length} is longer than the model's context of {model.config.context}"
-        )
+    require_context(config.batch.length, model.config.context)
     model.generation = GenerationDefaults(
         bos=text.tokenizer.bos_id, eos=tuple(text.tokenizer.eos_ids), pad=text.tokenizer.pad_id
     )

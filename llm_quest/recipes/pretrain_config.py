@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm_quest.recipes.mixture import Parts, Router
 from llm_quest.recipes.numbers import Numbers
@@ -43,6 +43,15 @@ class Pretrain(Course):
     )
     evaluate: Evaluate = Evaluate()
     samples: Samples = Samples()
+
+    @model_validator(mode="before")
+    @classmethod
+    def tokenizer_of_the_model(cls, given: Any) -> Any:
+        """A model that is loaded brings its tokenizer."""
+        model = given.get("model") if isinstance(given, dict) else None
+        if isinstance(model, dict) and model.get("load") and "tokenizer" not in given:
+            return {**given, "tokenizer": {"load": model["load"]}}
+        return given
 
     @property
     def parts(self) -> Parts:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.data.problems import TASKS
+from llm_quest.data.problems import TASKS, spelled
 from llm_quest.data.worked import SAID, SAY, THINK, THOUGHT
 from llm_quest.recipes.config import Strict
 from llm_quest.recipes.parts import Count, Course, Data, Few, Model
@@ -39,6 +39,8 @@ class Passages(Data):
 
     @model_validator(mode="after")
     def keys_of_the_source(self) -> Passages:
+        if self.task:
+            spelled(self.source)
         if not self.task and self.documents is not None:
             raise ValueError(
                 f"data.documents has no effect on {self.source}, whose documents are what they are: leave out"

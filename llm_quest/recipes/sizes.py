@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.rotary import Rotary
@@ -35,26 +39,75 @@ ZERO = ("lookahead", "dense", "shared")
 
 
 def model_config(part: Model, settings: Settings, *, vocab: int, context: int) -> Any:
-    """The page's config of the model to build. vocab: the tokenizer's; context: the length of a row."""
-    try:
-        base = preset(part.preset).config if part.preset is not None else None
-    except UsageError as error:
-        raise mistaken([Mistake(settings.place(("model", "preset")), "model.preset", str(error))]) from None
-    page = page_of(base) if base is not None else named(part.page or "", settings)
-    mistakes = [
-        Mistake(settings.place(("model", "sizes", key)), f"model.sizes.{key}", what)
-        for key, what in check(page, part, base)
-    ]
-    if mistakes:
+    """The page's config of the model to build; UsageError with every mistake. vocab: the tokenizer's; context: the
+    length of a row."""
+    plan = planned(part, settings, vocab, context)
+    if mistakes := list(mistakes_in(plan, settings)):
         raise mistaken(mistakes)
-    if base is not None:
-        sizes = {**shallow(base), **part.sizes, "vocab": vocab}
-        return completed(page, fitting(page, sizes, base, settings), settings, base)
+    turned = {key: rotary(key, plan.sizes, plan.base) for key in rotaries(plan.page)}
+    return plan.page.Config(**{**fitting(plan), **turned})
+
+
+def size_mistakes(settings: Settings, *, vocab: int, context: int) -> list[Mistake]:
+    """What is wrong with the numbers under `model`, to be told with the schema's findings."""
+    try:
+        part = Model.model_validate(settings.tree.get("model"))
+        return [] if part.load is not None else list(mistakes_in(planned(part, settings, vocab, context), settings))
+    except ValidationError:  # the schema's to tell
+        return []
+    except Mistaken as error:
+        return [error.mistake]
+
+
+class Mistaken(UsageError):
+    """One mistake, raised because nothing can be said of what depends on it."""
+
+    def __init__(self, mistake: Mistake):
+        super().__init__(str(mistake))
+        self.mistake = mistake
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A page and the numbers for it. base: the preset's config they change; own: what was given."""
+
+    page: Page
+    base: Any
+    own: Sizes
+    sizes: Sizes
+
+
+def planned(part: Model, settings: Settings, vocab: int, context: int) -> Sized:
+    """The page, and its numbers with those that follow from others. A page without sizes takes those of its `-tiny`
+    preset."""
+    if part.preset is not None:
+        try:
+            base = preset(part.preset).config
+        except UsageError as error:
+            raise Mistaken(Mistake(settings.place(("model", "preset")), "model.preset", str(error))) from None
+        return Sized(page_of(base), base, part.sizes, {**shallow(base), **part.sizes, "vocab": vocab})
+    page = named(part.page or "", settings)
+    if not part.sizes:
+        base = next(one.config for one in page.presets if one.name.endswith("-tiny"))
+        return Sized(page, base, {}, {**shallow(base), "vocab": vocab, "context": context})
     sizes = {"vocab": vocab, "context": context, **part.sizes}
     for key, derive in DERIVED.items():
         if key in numbers(page) and key not in sizes:
-            sizes[key] = derive(sizes)
-    return completed(page, fitting(page, sizes, None, settings), settings, None)
+            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is missing or wrong
+                sizes[key] = derive(sizes)
+    return Sized(page, None, part.sizes, sizes)
+
+
+def mistakes_in(plan: Sized, settings: Settings) -> Iterator[Mistake]:
+    """Every number that is unknown, missing, of the wrong type or at odds with another."""
+    wrong = dict(check(plan))
+    found = [*wrong.items(), *(pair for pair in relations(plan) if pair[0] not in wrong)]
+    told = {key for key, _ in found}
+    for key in rotaries(plan.page):
+        if isinstance(plan.sizes.get(key), dict) and not told & {key, "head_width", "rope", "context"}:
+            found += [(key, what) for what in rotary_mistakes(key, plan)]
+    for key, what in found:
+        yield Mistake(settings.place(("model", "sizes", key)), f"model.sizes.{key}", what)
 
 
 def named(name: str, settings: Settings) -> Page:
@@ -64,24 +117,50 @@ def named(name: str, settings: Settings) -> Page:
             return page
     known = [page.name for page in PAGES]
     what = f"no page is called {name!r}{nearest(name, known)}; known: {', '.join(known)}"
-    raise mistaken([Mistake(settings.place(("model", "page")), "model.page", what)])
+    raise Mistaken(Mistake(settings.place(("model", "page")), "model.page", what))
 
 
-def check(page: Page, part: Model, base: Any) -> Iterator[tuple[str, str]]:
+def check(plan: Sized) -> Iterator[tuple[str, str]]:
     """Every number that is unknown, missing or of the wrong type."""
-    fields = numbers(page)
-    for key, value in part.sizes.items():
+    page, fields = plan.page, numbers(plan.page)
+    for key, value in plan.own.items():
         if key == "vocab":
             yield key, "the tokenizer decides it; set tokenizer.vocab"
         elif key not in fields:
             yield key, f"unknown number{nearest(key, list(fields))}; {page.name} has: {', '.join(fields)}"
         elif wrong := misfit(value, fields[key], least=0 if key in ZERO else 1):
             yield key, wrong
-    if base is None:
-        given = {*part.sizes, *DERIVED, "vocab", "context"}
+        elif missing := missing_inside(value, fields[key], None if plan.base is None else getattr(plan.base, key)):
+            yield key, f"missing in it: {', '.join(missing)}"
+    if plan.base is None:
+        given = {*plan.own, *DERIVED, "vocab", "context"}
         for key in [field.name for field in dataclasses.fields(page.Config) if field.default is dataclasses.MISSING]:
             if key not in given:
                 yield key, f"missing; {page.name} needs {words(fields[key])}"
+
+
+def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:
+    """What a part of a config, given as a group of keys, leaves out. before: the preset's."""
+    part = part_of(kind)
+    if part is None or not isinstance(value, dict):
+        return []
+    known = {**({} if before is None else shallow(before)), **value}
+    fields: Any = dataclasses.fields(part)  # type: ignore[arg-type]
+    return [one.name for one in fields if one.default is dataclasses.MISSING and one.name not in known]
+
+
+def relations(plan: Sized) -> Iterator[tuple[str, str]]:
+    """The rules that numbers keep among themselves."""
+    sizes = {key: value for key, value in plan.sizes.items() if type(value) is int and value > 0}
+    for key in ("groups", "local_groups"):
+        if {"heads", key} <= sizes.keys() and sizes["heads"] % sizes[key]:
+            yield key, f"heads {sizes['heads']} must be a multiple of {key} {sizes[key]}"
+    free = {"head_width", "nope"} & set(numbers(plan.page))
+    if not free and {"width", "heads"} <= sizes.keys() and sizes["width"] % sizes["heads"]:
+        yield "width", f"width {sizes['width']} must be a multiple of heads {sizes['heads']}"
+    for key in ("head_width", "rope"):
+        if sizes.get(key, 2) % 2:
+            yield key, f"{key} {sizes[key]} must be even: rotary positions turn pairs"
 
 
 def misfit(value: Any, kind: Any, least: int = 1) -> str | None:
@@ -144,61 +223,49 @@ def shallow(config: Any) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
-def fitting(page: Page, sizes: Sizes, base: Any, settings: Settings) -> dict[str, Any]:
+def fitting(plan: Sized) -> dict[str, Any]:
     """The numbers with lists as tuples, and groups of keys as the parts they stand for."""
-    kinds, fitted = numbers(page), dict(sizes)
-    for key, value in sizes.items():
+    kinds, fitted = numbers(plan.page), dict(plan.sizes)
+    for key, value in plan.sizes.items():
         part = part_of(kinds[key])
         if isinstance(value, list):
             fitted[key] = tuple(value)
         elif part is not None and isinstance(value, dict):
             inside = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
-            before = None if base is None else getattr(base, key)
-            known = {} if before is None else shallow(before)
-            needed = [one.name for one in dataclasses.fields(part) if one.default is dataclasses.MISSING]  # type: ignore[arg-type]
-            if missing := [name for name in needed if name not in {**known, **inside}]:
-                what = f"missing in it: {', '.join(missing)}"
-                raise mistaken([Mistake(settings.place(("model", "sizes", key)), f"model.sizes.{key}", what)])
-            fitted[key] = part(**{**known, **inside})
+            before = None if plan.base is None else getattr(plan.base, key)
+            fitted[key] = part(**{**({} if before is None else shallow(before)), **inside})
     return fitted
 
 
-def completed(page: Page, sizes: dict[str, Any], settings: Settings, base: Any) -> Any:
-    """The config itself, and the rules that its numbers keep among themselves."""
-    where = settings.place(("model", "sizes"))
-    for key in ("groups", "local_groups"):
-        if sizes["heads"] % sizes.get(key, 1):
-            what = f"heads {sizes['heads']} must be a multiple of {key} {sizes[key]}"
-            raise mistaken([Mistake(where, f"model.sizes.{key}", what)])
-    if not {"head_width", "nope"} & set(numbers(page)) and sizes["width"] % sizes["heads"]:
-        what = f"width {sizes['width']} must be a multiple of heads {sizes['heads']}"
-        raise mistaken([Mistake(where, "model.sizes.width", what)])
-    for key in ("head_width", "rope"):
-        if sizes.get(key, 2) % 2:
-            what = f"{key} {sizes[key]} must be even: rotary positions turn pairs"
-            raise mistaken([Mistake(where, f"model.sizes.{key}", what)])
-    turned = {key: rotary(key, sizes, settings, base) for key, kind in numbers(page).items() if kind is Rotary}
-    return page.Config(**{**sizes, **turned})
+def rotaries(page: Page) -> list[str]:
+    """The fields that hold rotary positions."""
+    return [key for key, kind in numbers(page).items() if kind is Rotary]
 
 
-def rotary(key: str, sizes: Sizes, settings: Settings, base: Any) -> Rotary:
+def rotary_mistakes(key: str, plan: Sized) -> list[str]:
+    """What is wrong with rotary settings."""
+    given = plan.sizes[key]
+    unknown = [name for name in given if name not in ROPE]
+    if unknown:
+        return [f"unknown key {name!r}{nearest(name, ROPE)}; known: {', '.join(ROPE)}" for name in unknown]
+    try:
+        rotary(key, plan.sizes, plan.base)
+    except KeyError:  # a number it follows from is missing, and told
+        return []
+    except (TypeError, ValueError) as error:
+        return [str(error).removeprefix("config.json: ")]
+    return []
+
+
+def rotary(key: str, sizes: Sizes, base: Any) -> Rotary:
     """A field's rotary positions, from the published spelling or a preset's."""
     given = sizes[key]
     before: Rotary | None = None if base is None else getattr(base, key)
     if isinstance(given, Rotary):
         return dataclasses.replace(given, width=rotated(sizes, {}, before, base))
-    where, path = settings.place(("model", "sizes", key)), f"model.sizes.{key}"
-    unknown = [
-        f"unknown key {name!r}{nearest(name, ROPE)}; known: {', '.join(ROPE)}" for name in given if name not in ROPE
-    ]
-    if unknown:
-        raise mistaken([Mistake(where, path, what) for what in unknown])
-    try:
-        width = rotated(sizes, given, before, base)
-        read = read_rotary({"rope_parameters": given, "max_position_embeddings": sizes["context"]}, width)
-        return dataclasses.replace(read, interleaved=before is not None and before.interleaved)
-    except (TypeError, ValueError) as error:
-        raise mistaken([Mistake(where, path, str(error).removeprefix("config.json: "))]) from None
+    width = rotated(sizes, given, before, base)
+    read = read_rotary({"rope_parameters": given, "max_position_embeddings": sizes["context"]}, width)
+    return dataclasses.replace(read, interleaved=before is not None and before.interleaved)
 
 
 def rotated(sizes: Sizes, given: Sizes, before: Rotary | None, base: Any) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from llm_quest.contracts import Callback
 from llm_quest.errors import UsageError
-from llm_quest.recipes.config import nearest
+from llm_quest.recipes.config import nearest, words
 from llm_quest.techniques import IN_TRAINING, TECHNIQUES
 from llm_quest.techniques.lora import matched
 from llm_quest.techniques.targets import counted
@@ -36,15 +36,16 @@ def understood(given: Any) -> dict[str, Any]:
     try:
         made: Any = TypeAdapter(known[name]).validate_python(options)
     except ValidationError as error:
-        raise ValueError("; ".join(f"{name}: {problem(one)}" for one in error.errors())) from None
+        raise ValueError("; ".join(f"{name}: {problem(one, known[name])}" for one in error.errors())) from None
     return {"name": name, **asdict(made)}
 
 
-def problem(found: Any) -> str:
-    """One of pydantic's findings, about one option."""
+def problem(found: Any, technique: type) -> str:
+    """One of pydantic's findings, about one option, in our words."""
     if found["type"] == "value_error":
         return str(found["ctx"]["error"])
-    return f"{'.'.join(map(str, found['loc']))}: {found['input']!r}: {found['msg'].lower()}"
+    kind = get_type_hints(technique, include_extras=True)[str(found["loc"][0])]
+    return f"{found['loc'][0]}: {found['input']!r} is not {words(kind)}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from llm_quest.recipes.course import (
     folder_of,
     loop_settings,
     optimizer,
+    require_context,
     require_run,
     require_same_run,
     shown,
@@ -89,8 +90,7 @@ def template_of(part: Said) -> str | None:
 
 def require_room(length: int, model: Decoder) -> None:
     """Rows no longer than what the model can see."""
-    if length > model.config.context:
-        raise UsageError(f"batch.length {length} is longer than the model's context of {model.config.context}")
+    require_context(length, model.config.context)
 
 
 def remember_ends(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]) -> None:

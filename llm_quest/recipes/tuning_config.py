@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from llm_quest.objectives.preference import require as require_preference_loss
 from llm_quest.recipes.config import Strict
 from llm_quest.recipes.numbers import Numbers
 from llm_quest.recipes.parts import Batch, Count, Course, Few, Rate
@@ -164,7 +165,16 @@ class Dpo(Course):
     evaluate: Looking = Looking()
 
     @model_validator(mode="after")
+    def flips_of_the_loss(self) -> Dpo:
+        require_preference_loss(self.loss, self.beta, self.flips)
+        return self
+
+    @model_validator(mode="after")
     def one_reference(self) -> Dpo:
+        if self.sync is not None and self.parallel == "fsdp":
+            raise ValueError(
+                "sync keeps a whole copy of the model on each process: set parallel=ddp, or leave sync out"
+            )
         if self.sync is not None and self.reference != "cached":
             raise ValueError("sync makes a reference of its own, so reference: adapters_off would have no effect")
         return self

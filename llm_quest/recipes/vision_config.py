@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from llm_quest.data.images import Preprocess
+from llm_quest.models import vit
+from llm_quest.models.build import preset
 from llm_quest.recipes.config import Strict
 from llm_quest.recipes.parts import Count, Course, Few
 
@@ -65,6 +68,11 @@ class Images(Strict):
     vary: Vary = Vary()
 
     @model_validator(mode="after")
+    def one_mean_and_std_per_channel(self) -> Images:
+        Preprocess(self.size, self.mean, self.std)
+        return self
+
+    @model_validator(mode="after")
     def folder_given(self) -> Images:
         if (self.folder is None) != (self.source == "digits"):
             raise ValueError(f"source {self.source} {'needs a folder' if self.folder is None else 'takes no folder'}")
@@ -117,6 +125,28 @@ class Vit(Vision):
     batch: ImageRows = ImageRows()
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
     evaluate: Score = Score()
+
+    @model_validator(mode="after")
+    def images_fit(self) -> Vit:
+        part, images = self.model, self.images
+        size, channels = images.size, len(images.mean)
+        native = {"digits": (8, 1), "cifar10": (32, 3)}.get(images.source, (size, channels))
+        if native != (size, channels):
+            raise ValueError(
+                f"{images.source} are {native[0]} pixels with {native[1]} channels: set images.size={native[0]} "
+                f"and {native[1]} numbers in images.mean and images.std"
+            )
+        if part.load is not None:
+            return self
+        sizes = part if part.preset is None else preset(part.preset).config
+        if not isinstance(sizes, Eyes | vit.Config):
+            raise ValueError(f"model.preset {part.preset} is no ViT; `quest models` lists those that are")
+        if size % sizes.patch or sizes.width % sizes.heads:
+            raise ValueError(
+                f"patch {sizes.patch} must divide images of {size} pixels, and heads {sizes.heads} must divide "
+                f"width {sizes.width}"
+            )
+        return self
 
 
 class Sights(Strict):
@@ -187,3 +217,17 @@ class Vlm(Vision):
         default=1.0, gt=0, le=1, description="of the rate, how much is left after the first batch.captions steps"
     )
     evaluate: Answers = Answers()
+
+    @model_validator(mode="after")
+    def parts_fit(self) -> Vlm:
+        eye, speaker, size = self.tower, self.decoder, self.sights.size
+        if self.load is None and eye.load is None and (size % eye.patch or eye.width % eye.heads):
+            raise ValueError(
+                f"tower.patch {eye.patch} must divide images of {size} pixels, and tower.heads {eye.heads} "
+                f"its width {eye.width}"
+            )
+        if self.load is None and speaker.load is None and speaker.width % (2 * speaker.heads):
+            raise ValueError(
+                f"decoder.width {speaker.width} must be an even number of times decoder.heads {speaker.heads}"
+            )
+        return self

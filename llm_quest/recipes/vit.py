@@ -64,13 +64,6 @@ def assembled(config: Vit, parallel: Parallel, say: Say) -> Job:
 
 def read_images(part: Images, preprocess: Preprocess) -> Sides:
     """The source's images, in two sides."""
-    channels = len(part.mean)
-    native = {"digits": (8, 1), "cifar10": (32, 3)}.get(part.source, (part.size, channels))
-    if native != (part.size, channels):
-        raise UsageError(
-            f"{part.source} are {native[0]} pixels with {native[1]} channels: set images.size={native[0]} "
-            f"and {native[1]} numbers in images.mean and images.std"
-        )
     if part.source == "digits":
         return split(digits(), part.held_out)
     assert part.folder is not None, "the config asks for a folder with every other source"
@@ -86,19 +79,13 @@ def first_model(config: Vit, images: Labelled) -> ImageEncoder:
         return fitted(load(part.load, dtype="float32", aligned=True), images, labels, seed)  # type: ignore[arg-type]
     if part.preset is not None:
         base = preset(part.preset).config
-        if not isinstance(base, vit.Config):
-            raise UsageError(f"model.preset {part.preset} is no ViT; `quest models` lists those that are")
+        assert isinstance(base, vit.Config), "the config refuses other presets"
         numbers = replace(
             base, image=size, channels=channels, classes=len(images.names), labels=labels, dropout=part.dropout
         )
     else:
         sizes = part.model_dump(exclude={"preset", "load"})
         numbers = vit.Config(image=size, channels=channels, classes=len(images.names), labels=labels, **sizes)
-    if size % numbers.patch or numbers.width % numbers.heads:
-        raise UsageError(
-            f"patch {numbers.patch} must divide images of {size} pixels, and heads {numbers.heads} must divide "
-            f"width {numbers.width}"
-        )
     return build(numbers, seed=seed)  # type: ignore[return-value]
 
 

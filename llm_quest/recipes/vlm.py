@@ -162,18 +162,11 @@ def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> Vi
 
 def new_tower(config: Vlm, preprocess: Preprocess) -> clip.Config:
     part, size = config.tower, preprocess.size
-    if size % part.patch or part.width % part.heads:
-        raise UsageError(
-            f"tower.patch {part.patch} must divide images of {size} pixels, and tower.heads {part.heads} "
-            f"its width {part.width}"
-        )
     return clip.Config(size, part.patch, len(preprocess.mean), part.width, part.layers, part.heads, part.hidden)
 
 
 def new_decoder(config: Vlm, tokenizer: Tokenizer) -> llama.Config:
     part = config.decoder
-    if part.width % (2 * part.heads):
-        raise UsageError(f"decoder.width {part.width} must be an even number of times decoder.heads {part.heads}")
     head = part.width // part.heads
     rotary = Rotary(head, 10_000.0)
     return llama.Config(

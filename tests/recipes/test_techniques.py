@@ -42,8 +42,8 @@ def test_names_and_options_are_understood_and_written_out_whole() -> None:
         ("techniques=[lroa]", "no technique is called 'lroa', did you mean 'lora'?; known: lora, rslora"),
         ("techniques=[{rank: 8}]", "is no technique: write its name, or {name: lora, rank: 8}"),
         ("techniques=[{name: lora, rnak: 8}]", "lora has no option 'rnak', did you mean 'rank'?; it has rank, alpha"),
-        ("techniques=[{name: lora, rank: many}]", "lora: rank: 'many': input should be a valid integer"),
-        ("techniques=[{name: lora, targets: 3}]", "lora: targets: 3: input should be a valid tuple"),
+        ("techniques=[{name: lora, rank: many}]", "lora: rank: 'many' is not a whole number"),
+        ("techniques=[{name: lora, targets: 3}]", "lora: targets: 3 is not a list (text)"),
         ("techniques=lora", "'lora' is not a list"),
     ],
 )

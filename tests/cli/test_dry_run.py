@@ -1,0 +1,156 @@
+"""What a run refuses by its settings alone, `--dry-run` refuses too, with every mistake in one round; and a model that
+is chosen on the command line takes the place of the recipe's own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+import pytest
+
+from llm_quest.cli.training import RECIPES, Checked, start, understood
+from llm_quest.errors import UsageError
+from llm_quest.recipes.config import Strict, allowed, gather, nearest, part_of, recipe_names
+from llm_quest.recipes.parts import Model
+
+
+def dry(recipe: str, *pairs: str) -> Checked:
+    checked = start(recipe, pairs, out=None, dry_run=True, say=lambda text: None)
+    assert isinstance(checked, Checked)
+    return checked
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pairs", "said"),
+    [
+        ("dpo", ["loss=dpo", "flips=0.1"], "flips 0.1 has no effect on dpo; take the loss cdpo or robust"),
+        ("dpo", ["loss=cdpo"], "cdpo needs flips"),
+        ("dpo", ["sync={every: 2}", "parallel=fsdp"], "sync keeps a whole copy"),
+        ("dpo", ["sync={every: 2}", "reference=adapters_off"], "sync makes a reference of its own"),
+        ("grpo", ["parallel=fsdp"], "set parallel=ddp"),
+        ("grpo", ["rollout.group=1"], "rollout.group is 1"),
+        ("grpo", ["rollout.overlong=8"], "rollout.overlong is 8: give fewer tokens than the budget"),
+        ("grpo", ["rollout.draws=2", "rollout.keep_flat=true"], "leave rollout.keep_flat out"),
+        ("grpo", ["variant=dapo", "rollout.keep_flat=true"], "leave rollout.keep_flat out"),
+        ("grpo", ["task=revers"], "no task is called 'revers', did you mean 'reverse'?"),
+        ("grpo", ["task=reverse:longst=3"], "the task reverse has no option longst"),
+        ("grpo", ["task=gsm8k"], "a fresh model cannot be warmed up on GSM8K"),
+        ("iterative", ["rollout.group=1"], "rollout.group is 1"),
+        ("rpt", ["data.source=registers:longst=3"], "the task registers has no option longst"),
+        ("rpt", ["rollout.group=1"], "rollout.group is 1"),
+        ("pretrain", ["data.source=builtin:topcs"], "did you mean builtin:topics?"),
+        ("pretrain", ["device=tpu"], "'tpu' is not text (auto, cpu, cuda, cuda:1, mps)"),
+        ("pretrain", ["router={}"], "router has no effect"),
+        ("pretrain", ["balance=0.1"], "balance has no effect"),
+        ("pretrain", ["lookahead=0.1"], "lookahead has no effect"),
+        ("pretrain", ["model.preset=llama3.2-tiny", "batch.length=4096"], "longer than the model's context"),
+        ("vit", ["images.size=9"], "digits are 8 pixels with 1 channels"),
+        ("vit", ["images.std=[0.1, 0.1]"], "1 or 3 channels"),
+        ("vit", ["model.patch=3"], "patch 3 must divide images of 8 pixels"),
+        ("vit", ["model.preset=llama3.2-tiny"], "is no ViT"),
+        ("vlm", ["tower.patch=7"], "tower.patch 7 must divide images of 48 pixels"),
+        ("vlm", ["decoder.heads=5"], "decoder.width 96 must be an even number of times"),
+        ("grpo", ["model.sizes.heads=5"], "heads 5 must be a multiple of groups 4"),
+        ("rpt", ["model.sizes.widht=5"], "did you mean 'width'?"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pairs: list[str], said: str):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        dry(recipe, *pairs)
+
+
+def test_what_is_right_passes():
+    for recipe in sorted(set(recipe_names()) - {"rpt_control"}):
+        assert dry(recipe).config.recipe in RECIPES
+    dry("pretrain", "lookahead=0.1", "techniques=[multi_token]")
+    dry("dpo", "loss=cdpo", "flips=0.1")
+    dry("grpo", "rollout.group=1", "process=true", "task=chained", "rollout.new_tokens=30")
+
+
+def keys_of(error: UsageError) -> list[str]:
+    """The key in each line of a message."""
+    return [found[1] for line in str(error).splitlines() if (found := re.search(r"['\d]: ([a-z_.]+): ", line))]
+
+
+def test_mistakes_in_sizes_are_told_with_all_the_others():
+    with pytest.raises(UsageError) as error:
+        dry(
+            "quickstart", "optimizer.lr=0", "model.sizes.widht=8", "model.sizes.layers=x", "model.sizes.heads=5",
+            "model.sizes.groups=2", "model.sizes.rotary={rope_thta: 1}",
+        )  # fmt: skip
+    keys = keys_of(error.value)
+    assert sorted(keys) == [
+        "model.sizes.groups", "model.sizes.layers", "model.sizes.rotary", "model.sizes.widht", "optimizer.lr",
+    ]  # fmt: skip
+
+
+def test_numbers_at_odds_are_told_with_numbers_that_are_missing():
+    with pytest.raises(UsageError) as error:
+        dry("quickstart", "model={page: llama, sizes: {heads: 4, groups: 3, head_width: 7, layers: 0}}")
+    keys = [key.removeprefix("model.sizes.") for key in keys_of(error.value)]
+    assert sorted(keys) == ["groups", "head_width", "hidden", "layers", "width"]
+
+
+def with_a_model() -> list[str]:
+    def field(recipe: str) -> Any:
+        return RECIPES[gather(recipe).tree["recipe"]][0].model_fields.get("model")
+
+    return [name for name in recipe_names() if (found := field(name)) and part_of(found.annotation) is Model]
+
+
+def test_there_are_recipes_that_build_models():
+    assert {"pretrain", "quickstart", "tiny", "grpo", "iterative", "rpt"} <= set(with_a_model())
+
+
+@pytest.mark.parametrize("recipe", with_a_model())
+def test_a_model_chosen_on_the_command_line_takes_the_place_of_the_recipes(recipe: str):
+    """preset, page and load work alone, and nothing of the recipe's own model is left."""
+    length = [] if recipe in ("grpo", "iterative", "rpt") else ["batch.length=32"]
+    model = dry(recipe, "model.preset=gpt2-tiny", *length).config.model
+    assert (model.preset, model.page, model.load, model.sizes) == ("gpt2-tiny", None, None, {})
+    model = dry(recipe, "model.page=gpt2", *length).config.model
+    assert (model.preset, model.page, model.load, model.sizes) == (None, "gpt2", None, {})
+    _, config, _ = understood(recipe, ["model.load=somewhere"])
+    assert (config.model.preset, config.model.page, config.model.load, config.model.sizes) == (
+        None, None, "somewhere", {},
+    )  # fmt: skip
+    assert not isinstance(part := getattr(config, "tokenizer", None), Strict) or part.load == "somewhere"
+
+
+def test_what_was_given_beside_the_model_stays():
+    config = dry("quickstart", "model.preset=gpt2-tiny", "model.sizes.layers=3", "batch.length=32").config
+    assert config.model.sizes == {"layers": 3}
+    assert dry("quickstart", "model.page=llama").config.model.sizes["width"] == 192
+    with pytest.raises(UsageError, match="warmup has no effect on a model that is loaded"):
+        understood("grpo", ["model.load=somewhere", "warmup.steps=3"])
+    with pytest.raises(UsageError, match="preset and page given"):
+        understood("quickstart", ["model.preset=gpt2-tiny", "model.page=gpt2"])
+
+
+def every_field(schema: type[Strict]) -> list[Any]:
+    found = []
+    for field in schema.model_fields.values():
+        found.append(field)
+        inner = [part for one in (field.annotation, *get_args(field.annotation)) if (part := part_of(one))]
+        found += [deeper for part in inner for deeper in every_field(part)]
+    return found
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_no_words_of_pydantic_stand_in_what_a_key_takes(recipe: str):
+    for field in every_field(RECIPES[recipe][0]):
+        said = allowed(field)
+        assert not re.search(r"annotation|required=|metadata|NoneType|<class|typing|Annotated|FieldInfo", said), said
+
+
+def test_a_limit_inside_a_choice_is_told():
+    with pytest.raises(UsageError, match=re.escape("-1 is not a number > 0 or null (largest gradient norm")):
+        understood("tiny", ["clip=-1"])
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("nothere", None), ("nothing", None), ("pretrian", "pretrain"), ("gpro", "grpo"), ("rewrad", "reward")],
+)
+def test_a_name_is_suggested_where_it_is_near(word: str, meant: str | None):
+    assert nearest(word, recipe_names()) == (f", did you mean {meant!r}?" if meant else "")
