@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from llm_quest.cli.door import guarded
-from llm_quest.cli.screen import show, show_json, show_lines, voice
+from llm_quest.cli.screen import open_streams, show, show_json, show_lines, voice
 
 app = typer.Typer(
     name="quest",
@@ -40,6 +40,7 @@ Pairs = Annotated[
 
 def main() -> None:
     """The entry point: ends the process with the exit code of what happened."""
+    open_streams()
     sys.exit(guarded(lambda: app(standalone_mode=True, prog_name="quest")))
 
 

@@ -6,12 +6,14 @@ rewrite one, and bidirectional overrides make text read as what it is not.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline
@@ -33,9 +35,38 @@ def clean(text: str) -> str:
     return UNSAFE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
+def open_streams() -> None:
+    """A stream that was closed before we began (`quest ... >&-`, a service without a console) is the null device, and a
+    character that a stream cannot encode is written as a question mark: neither ends a command."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+PLAINER = str.maketrans(
+    {"│": "|", "├": "|", "─": "-", "┃": "|", "┣": "|", "━": "-", "▶": ">", "◀": "<", "┢": "+", "┡": "+", "⊕": "+"}
+    | {"→": "->", "×": "x", "±": "+-", "·": "-", "é": "e", "…": "...", "≥": ">=", "≤": "<="}
+)
+"""What a picture is drawn with, for streams of few characters (LC_ALL=C, code page 1252)."""
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """The text with plainer characters where the stream cannot encode it, and question marks for the rest."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(PLAINER).encode(encoding, "replace").decode(encoding)
+    return text
+
+
 def say(text: str = "") -> None:
     """One line for people, on stderr."""
-    print(clean(text), file=sys.stderr, flush=True)
+    print(encodable(clean(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def silent(text: str = "") -> None:
@@ -58,16 +89,15 @@ def show(report: Report, as_json: bool) -> None:
 def show_lines(lines: Iterable[str]) -> None:
     """Lines on stdout."""
     for line in lines:
-        print(clean(line))
+        print(encodable(clean(line), sys.stdout))
     sys.stdout.flush()
 
 
 def show_json(value: Any) -> None:
     """One JSON document on stdout; a number that JSON does not have (NaN, infinity) is null."""
-    print(
-        json.dumps(plain(value), indent=2, ensure_ascii=False, default=str).encode("utf-8", "replace").decode("utf-8"),
-        flush=True,
-    )
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
+    text = json.dumps(plain(value), indent=2, ensure_ascii=not unicode, default=str)
+    print(text.encode("utf-8", "replace").decode("utf-8"), flush=True)
 
 
 def plain(value: Any) -> Any:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -40,3 +44,27 @@ def test_json_never_holds_what_json_does_not_have(capsys: pytest.CaptureFixture[
     told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert told == {"loss": None, "rows": [None, 1.5], "name": "a?b"}
     assert plain((1, "x", None)) == [1, "x", None]
+
+
+QUEST = (sys.executable, "-c", "from llm_quest.cli.main import main; main()")
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("stream", "words", "code"),
+    [(PLAIN, ["show", "gpt2-tiny"], 0), ({"PYTHONIOENCODING": "cp1252"}, ["papers"], 0), (PLAIN, ["show", "nö"], 2)],
+)
+def test_a_stream_of_few_characters_ends_no_command(stream: dict[str, str], words: list[str], code: int):
+    done = subprocess.run([*QUEST, *words], env={**os.environ, **stream}, capture_output=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert b"UnicodeEncodeError" not in done.stderr
+    if words == ["show", "gpt2-tiny"]:
+        assert b"|-> norm   LayerNorm 48 with bias" in done.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_closed_stream_ends_no_command(closed: str):
+    command = f"{shlex.join(QUEST)} show gpt2-tiny {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert b"Error" not in done.stderr
