@@ -14,6 +14,7 @@ from torch import nn
 
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Add, Sublayer
+from llm_quest.layers.multi_token import Lookahead
 from llm_quest.layers.patches import ImageEmbedding
 from llm_quest.layers.projections import Projections
 from llm_quest.layers.rotary import NoRotary
@@ -38,7 +39,35 @@ def picture(model: Decoder | ImageEncoder | VisionLanguage) -> list[str]:
     tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
     head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"
     head += ", the embedding itself" if tied else ", a matrix of its own"
-    return [*drawn, f"  ├── norm   {describe(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
+    drawn += [f"  ├── norm   {describe(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
+    return [*drawn, *multi_token_modules(model.lookahead)]
+
+
+def multi_token_modules(modules: Iterable[nn.Module]) -> list[str]:
+    """The multi-token modules in order, those that are alike drawn once. Each reads the vectors of the one before it
+    (the first: the model's) and the embedding of a token further on, and the model's head reads it."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for number, module in enumerate(modules, 1):
+        assert isinstance(module, Lookahead), "a decoder's multi-token modules are of one class"
+        norms = f"{describe(module.embed_norm)} of the embedding, {describe(module.hidden_norm)} of the vector"
+        lines = (
+            f"  ├── norm   {norms}",
+            f"  ├── join   {module.join.in_features:,} → {module.join.out_features:,}",
+            "  │",
+            "  ┢━ block ━━━",
+            *(f"  {line}" for line in block_lines(module.block)),
+            "  ┡━━━",
+            "  │",
+            f"  ├── norm   {describe(module.norm)}",
+            "  │",
+            "  the head, once more: logits (B,T,V) of a token further on",
+        )
+        kinds.setdefault(lines, []).append(number)
+    drawn = []
+    for lines, numbers in kinds.items():
+        name = which(numbers).replace("block", "multi-token module", 1)
+        drawn += ["", f"  {name}: the vector before the head and the embedding of a token further on", "  │", *lines]
+    return drawn
 
 
 def two_pictures(model: VisionLanguage) -> list[str]:

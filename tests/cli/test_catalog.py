@@ -157,3 +157,12 @@ def test_layers_that_are_alike_are_named_by_their_numbers():
     assert which(range(16)) == "blocks 0 to 15, 16 alike"
     assert which([0, 1, 3, 5, 6]) == "blocks 0 to 1, 3, 5 to 6, 5 alike"
     assert which(range(0, 20, 2)) == "blocks 0, 2, 4, 6, ..., 10 alike"
+
+
+def test_multi_token_modules_are_drawn_with_all_they_hold():
+    drawn = "\n".join(show("deepseek-v3-tiny").lines())
+    assert "multi-token modules 1 to 2, 2 alike" in drawn
+    assert "├── join   96 → 48" in drawn
+    assert drawn.count("MixtureOfExperts") == 2, "once in the blocks, once in the modules"
+    assert "multi-token module 1:" in "\n".join(show("mimo-tiny").lines())
+    assert "multi-token" not in "\n".join(show("llama3.2-tiny").lines())
