@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.disk import replace_json
 from llm_quest.papers import PAPERS, paper
-from llm_quest.papers.card import Card, draw, recorded
+from llm_quest.papers.card import VERDICTS, Card, draw, drawn, recorded
 from llm_quest.papers.reproduce import reproduce
 
 Say = Callable[[str], None]
@@ -17,7 +18,7 @@ DOCS = Path("docs/papers")
 
 @dataclass(frozen=True)
 class Entry:
-    """A paper on the shelf. verdict: from its card, where the project's docs are at hand."""
+    """A paper on the shelf. verdict: from its card."""
 
     name: str
     title: str
@@ -56,4 +57,7 @@ def again(name: str, *, seeds: int, out: Path | None, jobs: int, say: Say) -> Ca
     say(
         f"{chosen.title}: {len(chosen.arms)} arms, {seeds} seeds, about {chosen.minutes * seeds / 3 / jobs:.0f} minutes"
     )
-    return draw(chosen, reproduce(name, seeds=seeds, out=folder, jobs=jobs, say=say), folder)
+    card = draw(chosen, reproduce(name, seeds=seeds, out=folder, jobs=jobs, say=say), folder)
+    if folder.resolve() == VERDICTS.parents[2] / DOCS:  # the project's own docs: the package ships their outcomes
+        replace_json(VERDICTS, {name: verdict for name in sorted(PAPERS) if (verdict := drawn(folder, name))})
+    return card

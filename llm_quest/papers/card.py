@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,7 +113,17 @@ def mean(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], l
     return [x for x, _ in shown], [y for _, y in shown]
 
 
+VERDICTS = Path(__file__).with_name("verdicts.json")
+"""Name -> outcome of the cards in the project's docs/papers, which a wheel does not hold."""
+
+
 def recorded(docs: Path, name: str) -> str:
+    """The outcome on a card that was drawn in `docs`, else the one that comes with the package; empty where there is
+    none."""
+    return drawn(docs, name) or str(json.loads(VERDICTS.read_text(encoding="utf-8")).get(name, ""))
+
+
+def drawn(docs: Path, name: str) -> str:
     """The outcome on a card that was drawn before; empty where there is none."""
     file = docs / f"{name}.md"
     if not file.is_file():

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llm_quest.cli.library import shelf
 from llm_quest.errors import UsageError
 from llm_quest.papers import PAPERS, paper
-from llm_quest.papers.card import draw, recorded, table
+from llm_quest.papers.card import VERDICTS, draw, drawn, recorded, table
 from llm_quest.papers.lab import steps_to
 from llm_quest.papers.paper import Measured, Results, Span, judged, span
 from llm_quest.papers.reproduce import keep, kept
@@ -93,10 +94,25 @@ def test_the_card_holds_the_verdict_the_picture_and_the_table(tmp_path: Path) ->
     assert "![training loss against step](muon.svg)" in page
     assert (tmp_path / "muon.svg").read_text().lstrip().startswith("<?xml")
     assert recorded(tmp_path, "muon") == "confirmed"
-    assert recorded(tmp_path, "yarn") == ""
+    assert drawn(tmp_path, "yarn") == ""
     assert table(found)[2].startswith("| AdamW | 4.1 ± 0.25 |")
 
 
 def test_a_paper_that_is_not_there_is_told_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'muon'"):
         paper("moun")
+
+
+def test_the_packages_outcomes_are_those_of_the_cards_and_are_found_anywhere(tmp_path, monkeypatch):
+    docs = Path(__file__).parents[2] / "docs" / "papers"
+    shipped = json.loads(VERDICTS.read_text(encoding="utf-8"))
+    assert shipped == {name: found for name in PAPERS if (found := drawn(docs, name))}
+    monkeypatch.chdir(tmp_path)
+    found = {entry.name: entry.verdict for entry in shelf().entries}
+    assert found == {name: shipped.get(name, "") for name in PAPERS}
+    assert found["muon"] == "confirmed"
+
+
+def test_an_outcome_drawn_here_comes_before_the_packages(tmp_path):
+    (tmp_path / "muon.md").write_text("## Verdict: no effect seen\n")
+    assert recorded(tmp_path, "muon") == "no effect seen"
