@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from llm_quest.cli.planning_policy import PolicyPlan, plan_policy
 from llm_quest.cli.planning_tuning import TuningPlan, plan_tuning
 from llm_quest.data.tokens import open_tokens
 from llm_quest.disk import replace_json
-from llm_quest.errors import UsageError
+from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.models.build import skeleton
 from llm_quest.objectives.distillation import Distillation
 from llm_quest.recipes.choices import precision
@@ -106,10 +108,30 @@ def start(
     foreseen = None
     if isinstance(config, Pretrain) and alone and not (folder / "plan.json").exists():
         foreseen = plan(work(config, sizes(config, settings)), measure=config.steps >= WORTH_MEASURING, say=say)
-    outcome = run(config, settings, folder, resume=resume, env=doctor(folder).as_json(), quiet=quiet, say=say)
+    with removed_if_refused(folder):
+        outcome = run(config, settings, folder, resume=resume, env=doctor(folder).as_json(), quiet=quiet, say=say)
     if os.environ.get("RANK", "0") == "0":
         conclude(folder, foreseen, say)
     return outcome
+
+
+REFUSALS = (UsageError, DataError, MissingError)
+
+
+@contextmanager
+def removed_if_refused(folder: Path) -> Iterator[None]:
+    """A run that is refused leaves no new folder behind, unless something was learned in it by then (a warm-up)."""
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    except REFUSALS:
+        leader = os.environ.get("RANK", "0") == "0"
+        if leader and folder in new and not any(folder.rglob("step-*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new[1:]:
+                with suppress(OSError):  # something else is in it by now
+                    parent.rmdir()
+        raise
 
 
 def understood(recipe: str, pairs: Sequence[str]) -> tuple[Settings, Pretrain, Callable[..., Outcome]]:

@@ -4,12 +4,13 @@ is chosen on the command line takes the place of the recipe's own."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from llm_quest.cli.training import RECIPES, Checked, start, understood
-from llm_quest.errors import UsageError
+from llm_quest.cli.training import RECIPES, Checked, removed_if_refused, start, understood
+from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.recipes.config import Strict, allowed, gather, nearest, part_of, recipe_names
 from llm_quest.recipes.parts import Model
 
@@ -154,3 +155,42 @@ def test_a_limit_inside_a_choice_is_told():
 )
 def test_a_name_is_suggested_where_it_is_near(word: str, meant: str | None):
     assert nearest(word, recipe_names()) == (f", did you mean {meant!r}?" if meant else "")
+
+
+def refuse(recipe: str, *pairs: str, out: Path) -> None:
+    with pytest.raises((UsageError, DataError, MissingError)):
+        start(recipe, pairs, out=out, quiet=True, say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pairs"),
+    [
+        ("sft", ["model.load=runs/nothere"]),
+        ("grpo", ["model.load=nothere/nothere"]),
+        ("grpo", ["task=nothere.jsonl", "model.load=somewhere"]),
+        ("rpt", ["data.source=nothere.txt", "model.load=nothere/nothere"]),
+        ("pretrain", ["data.source=nothere.txt", "steps=5", "schedule.warmup=0"]),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(recipe: str, pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    refuse(recipe, *pairs, out=tmp_path / "runs" / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    refuse("grpo", "model.load=nothere/nothere", out=tmp_path / "run")
+    assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
+
+
+def test_what_was_learned_before_a_refusal_stays(tmp_path: Path):
+    def late() -> None:
+        with removed_if_refused(tmp_path / "run"):
+            (tmp_path / "run" / "warmup" / "checkpoints" / "step-00000010").mkdir(parents=True)
+            raise UsageError("too late")
+
+    with pytest.raises(UsageError):
+        late()
+    assert (tmp_path / "run").is_dir()
