@@ -223,7 +223,9 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Preset:
-    """A published size: the page's config and where it stands in the world. `parameters` counts tied weights once."""
+    """A published size. hub: the repository that these numbers are of. Not each can be read as it lies there: files in
+    fp8 are refused, and so are multimodal models of which the page is the language model (`notes` says which).
+    `parameters` counts tied weights once."""
 
     name: str
     config: Any

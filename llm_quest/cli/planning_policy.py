@@ -124,12 +124,11 @@ def beginner(config: Grpo, settings: Settings) -> tuple[Decoder, Tokenizer]:
 def learning(config: Grpo, model: Decoder, tokenizer: Tokenizer, parallel: Parallel, say: Say) -> Learner:
     """Rollouts whose first reward is a coin's, all of whose rows are learned from; reward models are asked as they
     will be."""
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"keep_flat": True})})
     judges = [Judge("random", RandomReward(derive_seed(config.seed, "random reward")))]
     asked = [one for one in config.rewards if one.name == "model"]
     judges += [Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in asked]
     ask = partial(question, posed(config), asking(config, tokenizer))
-    return learner(config, model, tokenizer, ask, judges, parallel, say)
+    return learner(config, model, tokenizer, ask, judges, parallel, say, read_all=True)
 
 
 def timed(

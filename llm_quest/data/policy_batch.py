@@ -45,6 +45,8 @@ class PolicyBatch:
 
     Padding is on the right, where a causal pass never looks back at it: the rows are plain, and no kernel needs a
     mask. Or the rows share their prompts (`Prefix`) and say their positions; num_tokens is what plain rows would hold.
+    zero_rows, zero_tokens: samples (and their completions' tokens) that are not among the rows, because their
+    advantage is 0, and that count in the loss's divisor.
 
         tokens      p0  p1  a   b   .        prompt p0 p1, completion a b </s>
         targets      .  a   b  </s> .        . is -100
@@ -61,6 +63,8 @@ class PolicyBatch:
     positions: Int[Tensor, "B T"] | None = None
     prefix: Prefix | None = None
     num_tokens: int = 0
+    zero_rows: int = 0
+    zero_tokens: int = 0
     notes: Notes = field(default_factory=dict)
     segments: ClassVar[None] = None
 
@@ -163,14 +167,17 @@ def micro_batches(
     share: bool = False,
     part: Share = Share(),
     idle: PolicyRow | None = None,
+    zero: Sequence[PolicyRow] = (),
 ) -> list[PolicyBatch]:
     """A batch of each group, dealt out to `part.world` processes, who all get equally many: `idle` is for those who
-    come away empty. The notes travel with the first batch of the first process; the others' have the same names and no
-    weight."""
+    come away empty. The notes and the count of the `zero` rows, which are not read, travel with the first batch of the
+    first process; the others' notes have the same names and no weight."""
     groups, shared = parted(rows, budget, share=share)
     mine = groups[part.rank :: part.world]
     turns = max(1, -(-len(groups) // part.world))
     batches = [policy_batch(some, shared=shared) for some in mine]
     batches += [policy_batch([idle or nothing()])] * (turns - len(mine))
     told = dict(notes or {}) if part.rank == 0 else dict.fromkeys(notes or {}, (0.0, 0.0))
-    return [replace(batches[0], notes=told), *batches[1:]]
+    counted = zero if part.rank == 0 else ()
+    first = replace(batches[0], notes=told, zero_rows=len(counted), zero_tokens=sum(len(row.tokens) for row in counted))
+    return [first, *batches[1:]]

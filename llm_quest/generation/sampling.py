@@ -34,7 +34,8 @@ class Sampling:
     also among equals). top_p: the fewest most probable that together reach p; the one that crosses p stays (Holtzman
     et al. 2020, arXiv:1904.09751). min_p: those at least p times as probable as the most probable (Nguyen et al.
     2024, arXiv:2407.01082). repetition_penalty: a positive logit of a token already in the prompt or the text is
-    divided by it, a negative one multiplied (Keskar et al. 2019, arXiv:1909.05858)."""
+    divided by it, a negative one multiplied: Hugging Face's form. CTRL's (Keskar et al. 2019, arXiv:1909.05858) divides
+    whatever the sign, and of generated tokens alone."""
 
     temperature: float = 1.0
     top_k: int | None = None

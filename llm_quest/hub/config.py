@@ -51,6 +51,15 @@ def page_for(published: Mapping[str, Any]) -> Page:
             return page
     known = [name for page in (*PAGES, *VISION_PAGES) for name in (page.model_type, *page.also)]
     near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.3)
+    parts = [
+        part for part in (published.get("text_config"), published.get("vision_config")) if isinstance(part, Mapping)
+    ]
+    inside = next((part["model_type"] for part in parts if part.get("model_type") in known), None)
+    if inside is not None:
+        raise DataError(
+            f"config.json: model_type {kind!r} is a model of several parts, of which only {inside!r} can be read: save "
+            "that part as a model of its own with transformers"
+        )
     hint = f"the nearest known is {near[0]!r}" if near else f"known: {', '.join(known)}"
     said = "config.json has no 'model_type'" if kind is None else f"config.json: model_type {kind!r} is unknown here"
     raise DataError(f"{said}; {hint}")
@@ -95,7 +104,8 @@ def refusals(published: Mapping[str, Any]) -> list[str]:
         method = published["quantization_config"]
         method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
         found.append(
-            f"config.json: the weights are quantised by {method}, only plain floats are read: use the original model"
+            f"config.json: the weights are quantised by {method}, only plain floats are read: take files in "
+            "bfloat16, or have them written so first"
         )
     for name, value in published.items():
         if type(value) is int and abs(value) > LARGEST and "theta" not in name:

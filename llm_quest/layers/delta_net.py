@@ -7,7 +7,7 @@ its key, and corrects it towards its value:
 
 `recurrent` is that definition, one token after another. `chunked` does 32 tokens at a time: inside a chunk the
 corrections depend on each other through a unit lower-triangular matrix, which one triangular solve inverts before any
-state is known (eq. 8-10 there):
+state is known (section 3.3 there; its eq. 6 to 9 are the same without the decay):
 
       L = strict_lower(beta k k^T D)        A = (I + L)^-1 diag(beta)       U = A v       W = A (e^G k)
       v' = U - W S      o = e^G q S + lower(q k^T D) v'      S <- e^G_end S + (e^(G_end - G) k)^T v'

@@ -12,7 +12,8 @@ is near the identity and `out` is 1.
 
 Commonly got wrong: `across` is not symmetric, so its direction matters (from j to k); it all happens in float32; the
 dynamic part must start at zero but its scale must not, or neither learns. Differs: plain streams are closed by their
-mean, not their sum: the norm that follows makes both one, and the mean moves no logit.
+mean, not their sum: the norm that follows makes both one, up to its eps (a DyT in its place would not), and the mean
+moves no logit.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ class Mix(Protocol):
 @dataclass(frozen=True)
 class Sinkhorn:
     """n^2 numbers: softmax of each row, then rows and columns normalised in turn; columns last, so that equal streams
-    stay what they are to the last bit, while their mean is kept as well as the rows have converged."""
+    stay what they are up to rounding, while their mean is kept as well as the rows have converged."""
 
     iterations: int = 20
     eps: float = 1e-12
@@ -204,8 +205,8 @@ class Sinkhorn:
 
 @dataclass(frozen=True)
 class Birkhoff:
-    """mHC-lite: n! numbers, the softmax weights of all permutations. Doubly stochastic to the last bit, without
-    iterations."""
+    """mHC-lite: n! numbers, the softmax weights of all permutations. Doubly stochastic up to the rounding
+    of the weights' sum (1e-7 in float32), without iterations."""
 
     def __call__(self, numbers: Float[Tensor, "B T m"], streams: int) -> Float[Tensor, "B T n n"]:
         order = torch.tensor(list(itertools.permutations(range(streams))), device=numbers.device)

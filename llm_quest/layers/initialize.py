@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from llm_quest.layers.moe import Experts
 from llm_quest.layers.norm import LayerNorm, OffsetRMSNorm, RMSNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,8 +46,9 @@ def materialize(
 
 
 def fill_by_depth_(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """GPT-2's rule, which its descendants kept: N(0, 0.02^2), and what writes into the stream smaller by sqrt(2
-    layers), so that the sum of all branches keeps its size."""
+    """GPT-2's rule: N(0, 0.02^2), and what writes into the stream, the experts' matrices too, smaller by sqrt(2
+    layers), so that the sum of all branches keeps its size. Differs: transformers initialises Llama, Gemma, Mixtral,
+    Qwen3 and DeepSeek with one std for all matrices; here every family has GPT-2's."""
     layers: Any = model.config.layers  # type: ignore[union-attr]
     fill_(model, std=0.02, out_std=0.02 / (2 * layers) ** 0.5, generator=generator)
 
@@ -55,7 +57,10 @@ def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Gene
     """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1
     (or the weight 0 of a norm that scales by 1 + weight)."""
     for path, module in model.named_modules():
-        if isinstance(module, FillsItself):
+        if isinstance(module, Experts):
+            nn.init.normal_(module.gate_up, std=std, generator=generator)
+            nn.init.normal_(module.down, std=out_std, generator=generator)
+        elif isinstance(module, FillsItself):
             module.fill_(generator)
         elif isinstance(module, nn.Linear | nn.Embedding):
             writes = path.rsplit(".", 1)[-1] in ("out", "down")

@@ -244,10 +244,6 @@ class Experts(nn.Module):
         aligned = all(row * dtype.itemsize % 16 == 0 and row % 8 == 0 for row in rows)
         return grouped if dtype != torch.float64 and aligned else loop
 
-    def fill_(self, generator: torch.Generator | None) -> None:
-        nn.init.normal_(self.gate_up, std=0.02, generator=generator)
-        nn.init.normal_(self.down, std=0.02, generator=generator)
-
 
 class MixtureOfExperts(nn.Module):
     """sum over the chosen of weight * expert(x), plus what all tokens share.

@@ -63,8 +63,8 @@ class ImageEmbedding(nn.Module):
 
 
 def resized_positions(positions: Float[Tensor, "T D"], side: int) -> Float[Tensor, "S D"]:
-    """The positions of a `side` x `side` grid, bicubic from those of another square grid; the class token's stays
-    (section 3.2).
+    """The positions of a `side` x `side` grid, from those of another square grid; the class token's stays. "2D
+    interpolation" (section 3.2) is bicubic in transformers and timm, as here; the paper's own code has it linear.
 
     Commonly got wrong: taking the first side^2 rows, which is another place of the image for all but the first row."""
     first, grid = positions[:1], positions[1:].float()

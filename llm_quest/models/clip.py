@@ -165,7 +165,7 @@ PAGE = Page(
             LARGE,
             303_507_456,
             "openai/clip-vit-large-patch14-336",
-            notes="the image tower alone",
+            notes="the image tower alone; within a whole CLIP",
         ),
         Preset("clip-tiny", Config(16, 4, 3, 48, 3, 4, 96)),
     ),

@@ -1,11 +1,12 @@
-"""DeepSeek-V3 and R1 (arXiv:2412.19437), also Moonlight and Kimi K2 (same code). What is new after Llama:
+"""DeepSeek-V3 and R1 (arXiv:2412.19437), also Moonlight and Kimi K2 (same code; Kimi K2's
+files name a model_type of their own, which is read, and written as deepseek_v3). What is new after Llama:
 
 - Multi-head latent attention: the cache holds one short vector per token and one rotary key, 576 numbers instead of
   40,960.
 - A head's query and key have a part without and a part with rotation; values are narrower.
 - Many small experts (256, eight a token) beside one that every token shares; the first layers are dense.
 - Routing by sigmoid, within the four best of eight groups; a bias chooses but does not weigh, and keeps the load even
-  without a loss that would pull at the model.
+  over batches; a small loss (alpha 0.0001) keeps single sequences from extremes (`objectives/routing.py`).
 - YaRN to 163,840 positions: its temperature is applied to the whole score instead of cos and sin.
 - Behind the model, modules that predict further tokens: a denser training signal, and a drafter for free.
 
@@ -367,6 +368,7 @@ PAGE = Page(
     name="deepseek_v3",
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
+    also=("kimi_k2",),
     Config=Config,
     assemble=assemble,
     initialize=fill_by_depth_,
@@ -378,10 +380,15 @@ PAGE = Page(
     ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     presets=(
         Preset(
-            "deepseek-v3", published_size(), 671_026_419_200, "deepseek-ai/DeepSeek-V3", "R1 has the same numbers", (1,)
+            "deepseek-v3",
+            published_size(),
+            671_026_419_200,
+            "deepseek-ai/DeepSeek-V3",
+            "R1 has the same numbers; in fp8",
+            (1,),
         ),
         Preset("moonlight-16b-a3b", MOONLIGHT, 15_960_110_208, "moonshotai/Moonlight-16B-A3B", eos=(163_585,)),
-        Preset("kimi-k2", KIMI_K2, 1_026_408_232_448, "moonshotai/Kimi-K2-Base", eos=(163_585,)),
+        Preset("kimi-k2", KIMI_K2, 1_026_408_232_448, "moonshotai/Kimi-K2-Base", "in fp8", (163_585,)),
         Preset("deepseek-v3-tiny", replace(TINY, lookahead=2)),
     ),
 )

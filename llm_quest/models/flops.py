@@ -3,7 +3,9 @@ the tokens, and products of tokens with tokens, which grow with their pairs.
 
       a row of T tokens, forward   a T + b T^2       backward: twice that       a token at place t, cached   a + b t
 
-a and b are found from two lengths; a kernel that skips what a mask hides is counted as if it did not."""
+a and b are found from two lengths, 64 and 128, and hold for plain attention. Too large beyond a window of 128 and more,
+which is whole at both lengths; too small for a cached step of latent attention (MLA), which costs more for each token
+in the cache than a pass over whole rows does. A kernel that skips what a mask hides is counted as if it did not."""
 
 from __future__ import annotations
 

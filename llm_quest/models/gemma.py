@@ -129,8 +129,8 @@ def names(config: Config) -> Names:
 
 
 def read(published: Mapping[str, Any]) -> Config:
-    """From the contents of config.json. Gemma 3's multimodal files leave fields out and rely on their class's
-    values."""
+    """From the contents of config.json. The `text_config` of Gemma 3's multimodal files leaves fields out and relies on
+    its class's values."""
     three = published.get("model_type") != "gemma2"
     published = {name: value for name, value in published.items() if value is not None}
     only(
@@ -222,7 +222,8 @@ def sized3(
     return Config(*sizes, windows, scalar, rotary, Rotary(head_width, 10_000.0), qk_norm=True)
 
 
-END = (1, 106)
+END = (1,)
+"""Of the base files; those tuned for chats end turns too: 107 of Gemma 2, 106 of Gemma 3."""
 TINY: dict[str, Any] = {
     "vocab": 97,
     "width": 48,
@@ -234,6 +235,7 @@ TINY: dict[str, Any] = {
     "scalar": 20.0,
 }
 
+MULTIMODAL = "text; within a multimodal model"
 PAGE = Page(
     name="gemma",
     model_type="gemma3_text",
@@ -246,11 +248,9 @@ PAGE = Page(
     publish=publish,
     also=("gemma2",),
     presets=(
-        Preset("gemma2-2b", sized2(2304, 26, 8, 4, 256, 9216, 256), 2_614_341_888, "google/gemma-2-2b", eos=(1, 107)),
-        Preset("gemma2-9b", sized2(3584, 42, 16, 8, 256, 14336, 256), 9_241_705_984, "google/gemma-2-9b", eos=(1, 107)),
-        Preset(
-            "gemma2-27b", sized2(4608, 46, 32, 16, 128, 36864, 144), 27_227_128_320, "google/gemma-2-27b", eos=(1, 107)
-        ),
+        Preset("gemma2-2b", sized2(2304, 26, 8, 4, 256, 9216, 256), 2_614_341_888, "google/gemma-2-2b", eos=END),
+        Preset("gemma2-9b", sized2(3584, 42, 16, 8, 256, 14336, 256), 9_241_705_984, "google/gemma-2-9b", eos=END),
+        Preset("gemma2-27b", sized2(4608, 46, 32, 16, 128, 36864, 144), 27_227_128_320, "google/gemma-2-27b", eos=END),
         Preset(
             "gemma3-270m", sized3(640, 18, 4, 1, 256, 2048, small=True), 268_098_176, "google/gemma-3-270m", eos=END
         ),
@@ -262,7 +262,7 @@ PAGE = Page(
             sized3(2560, 34, 8, 4, 256, 10240, small=False),
             3_880_263_168,
             "google/gemma-3-4b-pt",
-            "text",
+            MULTIMODAL,
             END,
         ),
         Preset(
@@ -270,7 +270,7 @@ PAGE = Page(
             sized3(3840, 48, 16, 8, 256, 15360, small=False),
             11_766_034_176,
             "google/gemma-3-12b-pt",
-            "text",
+            MULTIMODAL,
             END,
         ),
         Preset(
@@ -278,7 +278,7 @@ PAGE = Page(
             sized3(5376, 62, 32, 16, 128, 21504, small=False, scalar=168),
             27_009_346_304,
             "google/gemma-3-27b-pt",
-            "text",
+            MULTIMODAL,
             END,
         ),
         Preset(

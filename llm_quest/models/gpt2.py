@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_quest.contracts import Card, Preset
+from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import LearnedPositions
@@ -28,6 +29,8 @@ from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.page import Names, Page, Published, Transposed, need, only, per_layer
+
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ def read(published: Mapping[str, Any]) -> Config:
     only(published, "scale_attn_weights", True)
     only(published, "scale_attn_by_inverse_layer_idx", False)
     only(published, "tie_word_embeddings", True)
+    dropouts = {field: published.get(field, 0.1) for field in DROPOUTS}
+    if len(set(dropouts.values())) > 1:
+        told = ", ".join(f"{field} is {value}" for field, value in dropouts.items())
+        raise DataError(f"config.json: {told}; this page has one dropout for all three: set them alike")
     width = need(published, "n_embd")
     return Config(
         vocab=need(published, "vocab_size"),
@@ -114,13 +121,13 @@ def read(published: Mapping[str, Any]) -> Config:
         hidden=published.get("n_inner") or 4 * width,
         context=published.get("n_positions") or need(published, "n_ctx"),
         eps=published.get("layer_norm_epsilon", 1e-5),
-        dropout=published.get("resid_pdrop", 0.0),
+        dropout=dropouts["resid_pdrop"],
     )
 
 
 def publish(config: Config) -> dict[str, Any]:
     """The contents of config.json."""
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    dropouts = dict.fromkeys(DROPOUTS, config.dropout)
     sizes = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads, "n_inner": config.hidden}
     context = {"n_positions": config.context, "n_ctx": config.context}
     rest = {"layer_norm_epsilon": config.eps, "activation_function": "gelu_new", "tie_word_embeddings": True}

@@ -5,7 +5,7 @@
 - RMSNorm instead of LayerNorm: no mean, no bias.
 - Grouped queries: several query heads share one key/value head, so the cache is smaller by that factor.
 - A gated feed-forward layer (SwiGLU) instead of the MLP.
-- No biases anywhere; the head's width is a number of its own.
+- No biases anywhere. (The config has the head's width as a number of its own; in every Llama 3 it is width / heads.)
 - The small models tie the output matrix to the embedding, the large ones do not.
 
 Commonly got wrong: the stretch factor is 32 in Llama 3.2 but 8 in 3.1; eps is 1e-5; Meta's own files rotate

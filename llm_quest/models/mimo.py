@@ -381,7 +381,12 @@ PAGE = Page(
     settle=settle,
     presets=(
         Preset(
-            "mimo-v2-flash", RELEASED, 308_778_780_864, "XiaomiMiMo/MiMo-V2-Flash", "without MTP", (151_645, 151_643)
+            "mimo-v2-flash",
+            RELEASED,
+            308_778_780_864,
+            "XiaomiMiMo/MiMo-V2-Flash",
+            "without MTP; in fp8",
+            (151_645, 151_643),
         ),
         Preset("mimo-tiny", replace(TINY, lookahead=1)),
     ),

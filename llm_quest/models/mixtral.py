@@ -159,10 +159,10 @@ def publish(config: Config) -> dict[str, Any]:
     }
 
 
-def sized(vocab: int, width: int, layers: int, heads: int, hidden: int, context: int) -> Config:
-    """The two published sizes share experts, key/value heads, head width and base."""
+def sized(width: int, layers: int, heads: int, hidden: int, context: int, *, balance: float) -> Config:
+    """The two published sizes share vocabulary, experts, key/value heads, head width and base."""
     rotary = Rotary(128, 1_000_000.0)
-    return Config(vocab, width, layers, heads, 8, 128, hidden, 8, 2, context, rotary, balance=0.02)
+    return Config(32_000, width, layers, heads, 8, 128, hidden, 8, 2, context, rotary, balance=balance)
 
 
 PAGE = Page(
@@ -178,16 +178,16 @@ PAGE = Page(
     presets=(
         Preset(
             "mixtral-8x7b",
-            sized(32_000, 4096, 32, 32, 14_336, 32_768),
+            sized(4096, 32, 32, 14_336, 32_768, balance=0.02),
             46_702_792_704,
             "mistralai/Mixtral-8x7B-v0.1",
             eos=(2,),
         ),
         Preset(
             "mixtral-8x22b",
-            sized(32_768, 6144, 56, 48, 16_384, 65_536),
-            140_630_071_296,
-            "mistralai/Mixtral-8x22B-v0.3",
+            sized(6144, 56, 48, 16_384, 65_536, balance=0.001),
+            140_620_634_112,
+            "mistralai/Mixtral-8x22B-v0.1",
             eos=(2,),
         ),
         Preset("mixtral-tiny", Config(97, 48, 2, 4, 2, 16, 32, 4, 2, 256, Rotary(16, 1_000_000.0))),

@@ -1,7 +1,8 @@
 """What a family's page consists of, and the vocabulary of its two-way tables.
 
 A table of names maps each of our parameters to what the published files hold: a plain name, several matrices stacked by
-rows (`Rows`), or one stored the other way round (`Transposed`). `{i}` stands for the layer's number. Reading and
+rows (`Rows`), one stored the other way round (`Transposed`) or in another shape (`Shaped`), or several, one for each
+expert (`Stack`). `{i}` stands for the layer's number. Reading and
 writing both follow the one table (hub/), so that export then import is the identity by construction.
 """
 
@@ -63,10 +64,10 @@ class Page:
     numbers. assemble(config) -> Decoder (call it under `torch.device("meta")` to spend no memory); initialize(model,
     generator) fills it. names(config): our parameter names -> published ones. read(config.json's contents) -> Config,
     publish its inverse. ignore: published tensors that are not weights, as regular expressions. also: further
-    model_types read by this page (their `publish` says which one a config is). copies(config): published names that
-    hold another one's tensor again. settle(config, names in the files): the config that fits what is there, where files
-    may leave a part out. task: the hub's word for what it does. optional_prefix: a piece of the names that some files
-    leave out."""
+    model_types read by this page (`publish` says which one a config is, where that changes what is computed).
+    copies(config): published names that hold another one's tensor again. settle(config, names in the files): the config
+    that fits what is there, where files may leave a part out. task: the hub's word for what it does. optional_prefix: a
+    piece of the names that some files leave out."""
 
     name: str
     model_type: str

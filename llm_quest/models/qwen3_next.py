@@ -358,6 +358,7 @@ TINY: dict[str, Any] = {
 }
 END = (248_046, 248_044)
 
+MULTIMODAL = "text; within a multimodal model"
 PAGE = Page(
     name="qwen3_next",
     model_type="qwen3_next",
@@ -380,20 +381,35 @@ PAGE = Page(
             (151_645, 151_643),
         ),
         Preset(
-            "qwen3.5-0.8b", sized35(1024, 24, 8, 2, 3584, 16, tied=True), 752_393_024, "Qwen/Qwen3.5-0.8B", "text", END
+            "qwen3.5-0.8b",
+            sized35(1024, 24, 8, 2, 3584, 16, tied=True),
+            752_393_024,
+            "Qwen/Qwen3.5-0.8B",
+            MULTIMODAL,
+            END,
         ),
         Preset(
-            "qwen3.5-2b", sized35(2048, 24, 8, 2, 6144, 16, tied=True), 1_881_825_088, "Qwen/Qwen3.5-2B", "text", END
+            "qwen3.5-2b",
+            sized35(2048, 24, 8, 2, 6144, 16, tied=True),
+            1_881_825_088,
+            "Qwen/Qwen3.5-2B",
+            MULTIMODAL,
+            END,
         ),
         Preset(
-            "qwen3.5-4b", sized35(2560, 32, 16, 4, 9216, 32, tied=True), 4_205_751_296, "Qwen/Qwen3.5-4B", "text", END
+            "qwen3.5-4b",
+            sized35(2560, 32, 16, 4, 9216, 32, tied=True),
+            4_205_751_296,
+            "Qwen/Qwen3.5-4B",
+            MULTIMODAL,
+            END,
         ),
         Preset(
             "qwen3.5-9b",
             sized35(4096, 32, 16, 4, 12_288, 32, tied=False),
             8_953_803_264,
             "Qwen/Qwen3.5-9B",
-            "text",
+            MULTIMODAL,
             END,
         ),
         Preset(
@@ -401,7 +417,7 @@ PAGE = Page(
             sized35(5120, 64, 24, 4, 17_408, 48, tied=False),
             26_895_998_464,
             "Qwen/Qwen3.5-27B",
-            "text",
+            MULTIMODAL,
             END,
         ),
         Preset(
@@ -409,7 +425,7 @@ PAGE = Page(
             sized35(2048, 40, 16, 2, 0, 32, tied=False, sparse=Sparse(256, 8, 512, 512)),
             34_660_610_688,
             "Qwen/Qwen3.5-35B-A3B",
-            "text",
+            MULTIMODAL,
             END,
         ),
         Preset(

@@ -1,7 +1,7 @@
 """LLaVA (Liu et al. 2023, 2024, "Visual Instruction Tuning", arXiv:2304.08485, 2310.03744): a language model that is
 shown images.
 
-- An image encoder reads the image; its patches (not the class token) are taken before the last block or two,
+- An image encoder reads the image; its patches (not the class token) are taken before the last block,
   unnormalised.
 - An adapter, one matrix or two with a GELU between, turns each patch into a vector of the language model's width.
 - Early fusion: in the text, one placeholder token stands for every patch. Their embeddings are replaced by those

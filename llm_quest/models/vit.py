@@ -4,7 +4,8 @@ GPT-2:
 - A word is a square of the image: its pixels through one matrix, with a learned position.
 - A class token stands before the patches; what the last block makes of it is classified.
 - Everyone sees everyone: there is no order to predict in, so nothing is hidden and nothing is cached.
-- The GELU is the exact one (erf), and LayerNorm's eps is 1e-12.
+- The GELU is the exact one (erf), and LayerNorm's eps is 1e-12, as in Hugging Face's conversion, which is what is read
+  here. (Google's own code, in which these models were trained, has the tanh form and 1e-6.)
 
 Commonly got wrong: the statistics. These models were trained on images scaled to -1..1 (mean and deviation 0.5 in every
 channel), not normalised by ImageNet's; the wrong ones cost accuracy and raise nothing.

@@ -17,10 +17,10 @@ a few rows at a time, as the cross-entropy's (`cross_entropy.in_pieces`).
 
 Differs: Hinton multiplies the soft loss by temperature^2, so that its gradient keeps its size; GKD, TRL and we do not.
 
-Commonly got wrong: KL's direction (a draft for speculative decoding wants beta 0 or between, DistillSpec,
-arXiv:2310.08461); the between forms shrink towards either end, which are not their limits; vocabularies padded
-differently; a teacher with dropout, or one that the optimiser, the checkpoint and DDP take for a part of the student.
-"""
+Commonly got wrong: KL's direction (for drafts of speculative decoding the best depends on the task and on how tokens
+are drawn, DistillSpec, arXiv:2310.08461); the between forms shrink towards either end, which are not their limits;
+vocabularies padded differently; a teacher with dropout, or one that the optimiser, the checkpoint and DDP take for a
+part of the student."""
 
 from __future__ import annotations
 

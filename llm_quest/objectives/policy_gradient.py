@@ -68,11 +68,12 @@ def not_stale(terms: Terms, delta: float) -> Bool[Tensor, "B T"]:
 class PolicyGradient(nn.Module):
     """`PolicyGradient(model, surrogate, count=...)(batch) -> Loss`.
 
-    count: what the loss is divided by (`COUNTS`); horizon: the constant length that count "horizon" multiplies by.
-    temperature: what the samples were drawn at. stale: delta of the off-policy sequence mask. entropy: coefficient of
-    the bonus. looking: lambda of Reinforced Attention Learning (`attention_divergence`), for batches that hold looks
-    and a model with one tap. The policy is put into evaluation mode and stays there: dropout between sampling and
-    scoring makes the ratio wrong, and a backward that computes a block again must find the mode of the forward.
+    count: what the loss is divided by (`WEIGHTS`), samples without an advantage included; horizon: the constant length
+    that count "horizon" multiplies by. temperature: what the samples were drawn at. stale: delta of the off-policy
+    sequence mask. entropy: coefficient of the bonus. looking: lambda of Reinforced Attention Learning
+    (`attention_divergence`), for batches that hold looks and a model with one tap. The policy is put into evaluation
+    mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward that computes a
+    block again must find the mode of the forward.
 
     metrics: ratio (before clipping), log_ratio (mean of its absolute value), clipped, kl (k3), and the batch's notes.
     `extremes` holds the smallest and largest ratio since it was last reset."""
@@ -133,7 +134,7 @@ class PolicyGradient(nn.Module):
         w = WEIGHTS[self.count](learn)
         total = torch.where(learn, per_token * w, 0.0).sum()
         more = {} if left is None else {"attention_divergence": left}
-        return Loss(total, self.counted(learn), self.metrics(terms, held, batch, entropies, more))
+        return Loss(total, self.counted(batch), self.metrics(terms, held, batch, entropies, more))
 
     def weights(self, terms: Terms, batch: PolicyBatch) -> Tensor:
         """What corrects for samples of another policy; the count stays what it was."""
@@ -150,11 +151,16 @@ class PolicyGradient(nn.Module):
                 w = w * not_stale(terms._replace(log_ratio=(terms.log_p - batch.sampled) * terms.learn), self.stale)
         return w
 
-    def counted(self, learn: Bool[Tensor, "B T"]) -> Tensor:
-        """How many things were summed: tokens, or sequences that have any."""
+    def counted(self, batch: PolicyBatch) -> Tensor:
+        """How many things were summed: tokens, or sequences that have any, those that add 0 and were not read too."""
+        if batch.zero_rows and self.entropy:
+            raise UsageError(
+                f"{batch.zero_rows} samples without an advantage were left out of the batch, but the entropy bonus "
+                "acts on them: give the rollouts read_all=True"
+            )
         if self.count == "tokens":
-            return learn.sum(dtype=torch.float32)
-        rows = learn.any(dim=1).sum(dtype=torch.float32)
+            return batch.learn.sum(dtype=torch.float32) + batch.zero_tokens
+        rows = batch.learn.any(dim=1).sum(dtype=torch.float32) + batch.zero_rows
         return rows * self.horizon if self.horizon is not None else rows
 
     @torch.no_grad()

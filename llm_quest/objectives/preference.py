@@ -1,6 +1,6 @@
 """Preference optimisation: the DPO family (Rafailov et al. 2023, arXiv:2305.18290).
 
-      D = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]        loss = f(beta D)
+      D = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]        loss = f(D, beta)
 
 each log p the *sum* over the answer's tokens, its end included. The logged rewards are beta (log p - log p_ref).
 
@@ -34,7 +34,8 @@ class PreferenceLoss(nn.Module):
 
     loss: a name in LOSSES. beta: how far the policy may go from the reference. flips: the part of the pairs that are
     believed to be labelled the wrong way round (cdpo and robust need it, the others have no use for it). per_token:
-    means in place of sums (TRL does so for IPO; the papers do not). reference: computes the reference's log-probability
+    means in place of sums (for IPO TRL does so: its authors say that the paper's experiments had means, though its
+    equations have sums). reference: computes the reference's log-probability
     of each row where the batch does not carry it."""
 
     def __init__(
@@ -121,7 +122,8 @@ def ipo(D: Tensor, beta: float, flips: float) -> Tensor:
 
 
 def hinge(D: Tensor, beta: float, flips: float) -> Tensor:
-    """max(0, 1 - beta D) (SLiC, Zhao et al. 2023, arXiv:2305.10425)."""
+    """max(0, 1 - beta D): RSO's hinge (Liu et al. 2023, arXiv:2309.06657). SLiC-HF (Zhao et al. 2023, arXiv:2305.10425)
+    has it without a reference: max(0, delta - log p(chosen) + log p(rejected))."""
     return torch.relu(1 - beta * D)
 
 

@@ -28,16 +28,20 @@ def load_balancing(routings: Sequence[Routing]) -> Float[Tensor, ""]:
 
 def sequence_balancing(routings: Sequence[Routing]) -> Float[Tensor, ""]:
     """DeepSeek-V3's complementary loss (arXiv:2412.19437, eq. 17-20), mean over sequences, summed over layers: within
-    each sequence sum_e f_e P_e, f_e = E/(K T) times the tokens that chose e, P_e the mean of the scores normalised per
-    token. It is 1 at perfect balance."""
+    each sequence sum_e f_e P_e, f_e = E/(K T) times the tokens of whose scores e's is among the K largest, P_e the mean
+    of the scores normalised per token. At perfect balance each layer gives 1.
+
+    Commonly got wrong: eq. 18 counts the K largest *scores*, without the bias and without groups, and not the experts
+    that were chosen. So the loss sees the imbalance that the bias hides."""
     return torch.stack([sequence_term(routing) for routing in routings]).sum()
 
 
 def sequence_term(routing: Routing) -> Float[Tensor, ""]:
     experts, top = routing.scores.shape[1], routing.experts.shape[1]
+    largest = routing.scores.topk(top, dim=-1).indices
     real = routing.real.view(routing.rows, -1, 1).to(routing.scores.dtype)
     tokens = real.sum(dim=1).clamp(min=1)
-    chosen = torch.zeros_like(routing.scores).scatter(1, routing.experts, 1.0).view(routing.rows, -1, experts)
+    chosen = torch.zeros_like(routing.scores).scatter(1, largest, 1.0).view(routing.rows, -1, experts)
     f = (chosen * real).sum(dim=1) * experts / (top * tokens)
     share = (routing.scores / routing.scores.sum(dim=-1, keepdim=True)).view(routing.rows, -1, experts)
     P = (share * real).sum(dim=1) / tokens

@@ -4,10 +4,9 @@ bottom.
       rho_t = pi(o_t) / pi_old(o_t)            token level
       s = exp(mean_t log rho_t)                sequence level (GSPO): a geometric mean, so that length does not matter
 
-On-policy (rho = 1) all of them have the gradient A * grad log pi: a run whose every batch is fresh can't show any of
-them off. Commonly got wrong: max where min is due for A < 0, which leaves a live gradient where clipping should have
-taken it; a sequence ratio as a *product*, which no clip range fits.
-"""
+On-policy (rho = 1) all of them have the gradient A * grad log pi: on fresh batches the surrogates cannot be told apart
+(the variants can, by their divisors and advantages). Commonly got wrong: max where min is due for A < 0, which leaves a
+live gradient where clipping should have taken it; a sequence ratio as a *product*, which no clip range fits."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ class Terms(NamedTuple):
 
 Level = Callable[[Terms], Float[Tensor, "B T"]]
 Surrogate = Callable[[Terms], tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]]
-"""Terms -> what is maximised, and where the ratio was held back."""
+"""Terms -> what is maximised, and where the ratio was held: its clip, dual clip or delta took the gradient away (of
+CISPO: its cap or floor holds the weight)."""
 
 
 def token(terms: Terms) -> Tensor:
@@ -72,10 +72,13 @@ class Clipped:
     def __call__(self, terms: Terms) -> tuple[Tensor, Tensor]:
         rho, A = self.ratio(terms), terms.advantages
         free = rho if self.delta is None else rho.clamp(max=self.delta)
-        found = torch.minimum(free * A, rho.clamp(1 - self.low, 1 + self.high) * A)
+        clipped = rho.clamp(1 - self.low, 1 + self.high)
+        found = torch.minimum(free * A, clipped * A)
+        held = (torch.where(free * A <= clipped * A, free, clipped) != rho) & (A != 0)
         if self.dual is not None:
+            held = held | ((A < 0) & (found < self.dual * A))
             found = torch.where(A < 0, torch.maximum(found, self.dual * A), found)
-        return found, ((A > 0) & (rho > 1 + self.high)) | ((A < 0) & (rho < 1 - self.low))
+        return found, held
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class Soft:
 @dataclass(frozen=True)
 class Capped:
     """CISPO (MiniMax-M1, arXiv:2506.13585): sg[clip(rho, floor, cap)] A log pi. No token loses its gradient, only its
-    weight is held. cap is an absolute bound on rho, not a distance from 1."""
+    weight is held. cap is an absolute bound on rho, not a distance from 1; 5 is ScaleRL's (arXiv:2510.13786), for
+    MiniMax-M1 gives no number, and writes the bound as 1 + eps."""
 
     cap: float = 5.0
     floor: float = 0.0
@@ -115,7 +119,7 @@ class Unclipped:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method of the literature: its surrogate, what its loss is divided by (`policy_gradient.COUNTS`), and how its
+    """A method of the literature: its surrogate, what its loss is divided by (`policy_gradient.WEIGHTS`), and how its
     advantages are made (`rollouts.advantages.ESTIMATORS`)."""
 
     surrogate: Surrogate
@@ -124,12 +128,12 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "grpo": Variant(Clipped(0.2, 0.2), "sequences", "std"),  # arXiv:2402.03300
-    "dr_grpo": Variant(Clipped(0.2, 0.2), "horizon", "mean"),  # arXiv:2503.20783
+    "grpo": Variant(Clipped(0.2, 0.2), "sequences", "std"),  # arXiv:2402.03300; 0.2 is PPO's and TRL's, it names none
+    "dr_grpo": Variant(Clipped(0.2, 0.2), "horizon", "mean"),  # arXiv:2503.20783; likewise
     "dapo": Variant(Clipped(0.2, 0.28), "tokens", "std"),  # arXiv:2503.14476
     "gspo": Variant(Clipped(3e-4, 4e-4, ratio=sequence), "sequences", "std"),  # arXiv:2507.18071
     "gspo_token": Variant(Clipped(3e-4, 4e-4, ratio=sequence_token), "sequences", "std"),
     "sapo": Variant(Soft(1.0, 1.05), "sequences", "std"),  # arXiv:2511.20347
-    "cispo": Variant(Capped(5.0), "tokens", "std"),  # arXiv:2506.13585
+    "cispo": Variant(Capped(5.0), "tokens", "std"),  # arXiv:2506.13585, 2510.13786
     "reinforce": Variant(Unclipped(), "sums", "leave_one_out"),  # arXiv:2402.14740
 }

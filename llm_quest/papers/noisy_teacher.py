@@ -23,7 +23,7 @@ def judge(results: Results) -> Verdict:
 
 PAPER = Paper(
     name="noisy_teacher",
-    title="DeepSeek-R1: rewards that can be verified, and a teacher who is often wrong",
+    title="DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement Learning (a teacher often wrong)",
     arxiv="2501.12948",
     claim="Rewards that a program checks take a policy past the demonstrations it began with; more of the same "
     "demonstrations do not.",

@@ -84,7 +84,8 @@ def arm(*, gold: bool = False, trained_on: bool = False) -> Callable[[int], Meas
             curve += [(phase * STEPS + r["step"], r["exam/accuracy"]) for r in rows if "exam/accuracy" in r]
         last = asked(policy, seed, PHASES)
         gained = {} if gold else {"proxy gained": proxy(judge, last) - first}
-        return Measured({"gold at the end": worth(last), "best gold": max(y for _, y in curve), **gained}, curve)
+        greedy = {"greedy at the end": curve[-1][1], "best greedy": max(y for _, y in curve)}
+        return Measured({"samples right at the end": worth(last), **greedy, **gained}, curve)
 
     return measured
 
@@ -93,13 +94,15 @@ ARMS = {"fixed": arm(), "iterative": arm(trained_on=True), "gold reward": arm(go
 
 
 def judge(results: Results) -> Verdict:
-    """Over-optimised: the proxy rises while the gold falls from its best."""
-    ahead = results.difference("iterative", "fixed", "gold at the end")
+    """Over-optimised: the proxy rises while the gold falls. Samples are compared with samples, greedy answers with
+    greedy ones."""
+    ahead = results.difference("iterative", "fixed", "samples right at the end")
     proxy_up = results.span("fixed", "proxy gained")
     words = (
-        f"under the fixed judge the proxy gains {proxy_up} while the policy ends at a gold reward of "
-        f"{results.span('fixed', 'gold at the end')} after a best of {results.span('fixed', 'best gold')}; trained "
-        f"on, it ends at {results.span('iterative', 'gold at the end')}: {ahead} more"
+        f"under the fixed judge the proxy gains {proxy_up} while the gold of greedy answers goes from a best of "
+        f"{results.span('fixed', 'best greedy')} to {results.span('fixed', 'greedy at the end')}, of samples to "
+        f"{results.span('fixed', 'samples right at the end')}; trained on, samples end at "
+        f"{results.span('iterative', 'samples right at the end')}: {ahead} more"
     )
     if ahead.negative:
         return Verdict("refuted", words)
@@ -111,12 +114,14 @@ PAPER = Paper(
     title="Scaling Laws for Reward Model Overoptimization",
     arxiv="2210.10760",
     claim="A policy that is trained against a fixed reward model ends up better by the model's word and worse in "
-    "truth; one that is trained on with the policy's newest samples keeps it honest.",
+    "truth; one that is trained on with the policy's newest samples does not (Gao et al. do not test that; it is "
+    "DeepSeekMath's iterative GRPO, arXiv:2402.03300).",
     experiment="Words to reverse, so that the gold reward is known; the beginner of `quest reproduce reverse`. A "
     f"reward model learns from {QUESTIONS * PHASES} questions of {SCHOOL.group} samples labelled by the verifier: "
     f"all of them put to the beginner (fixed, the control), or {QUESTIONS} to the policy of each of {PHASES} phases, "
     f"a tenth of a batch replayed (iterative), {LESSONS} steps each time. Then GRPO on its scores, {PHASES} x "
-    f"{STEPS} steps of {SCHOOL.rows} samples at {RATE:g}, without KL. Gold: the share of samples that are right.",
+    f"{STEPS} steps of {SCHOOL.rows} samples at {RATE:g}, without KL. Gold: the share that is right, of "
+    "samples or of greedy answers.",
     confirms="the fixed judge's proxy gains and the iterative one's policy ends with more gold, both 95 % intervals "
     "above zero.",
     refutes="the iterative one's policy ends with less.",

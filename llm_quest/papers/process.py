@@ -31,7 +31,7 @@ def judge(results: Results) -> Verdict:
 
 PAPER = Paper(
     name="process",
-    title="DeepSeekMath: outcome and process supervision",
+    title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models (process supervision)",
     arxiv="2402.03300",
     claim="Rewards for every step teach more, from the same samples, than a reward for the answer.",
     experiment="Chains of two to four operations modulo 7, worked out step by step; a program checks every step, so "

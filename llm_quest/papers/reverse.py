@@ -27,8 +27,8 @@ PAPER = Paper(
     name="reverse",
     title="Spurious Rewards: Rethinking Training Signals in RLVR",
     arxiv="2506.10947",
-    claim="Reinforcement learning lifts accuracy even when the reward is the toss of a coin (found on Qwen2.5-Math, "
-    "and there alone).",
+    claim="Reinforcement learning lifts accuracy even when the reward is the toss of a coin (found on Qwen2.5 "
+    "models, not on Llama 3 and OLMo 2).",
     experiment="Words of 3 and 4 of 8 letters, to be reversed; the teacher copies half of them. A Llama of "
     f"{SCHOOL.width} x {SCHOOL.layers} learns from him for {SCHOOL.lessons} steps; then every arm has {SCHOOL.steps} "
     f"steps of {SCHOOL.rows} rows at {RATE:g}. Control: the beginner; beside it the same GRPO on the verifier's "

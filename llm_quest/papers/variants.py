@@ -32,7 +32,9 @@ PAPER = Paper(
     "same samples than GRPO's ratio of each token.",
     experiment=f"The words and the beginner of `quest reproduce reverse`; {SCHOOL.steps} rollouts of {SCHOOL.rows} "
     f"samples, each learned from in {MINIBATCHES} minibatches, at {RATE:g} for all; each variant with its own "
-    "published clip, divisor and advantages (DAPO draws until groups are mixed, so it asks for more samples). "
+    "divisor and advantages, and the clip of its paper or, where that gives no number, the usual one (GRPO and "
+    "Dr. GRPO 0.2 and 0.2, CISPO 5, which is ScaleRL's, arXiv:2510.13786). DAPO draws until groups are mixed, so it "
+    "asks for more samples. "
     "Control: GRPO.",
     confirms="GSPO's held-out accuracy is above GRPO's, the 95 % interval of the paired difference above zero.",
     refutes="it is below, likewise.",

@@ -80,8 +80,10 @@ def learner(
     separately: bool = False,
     steps: Steps | None = None,
     seen: Seen | None = None,
+    read_all: bool = False,
 ) -> Learner:
-    """From a model that stands on its device. judges, separately, steps: see `Scoring`."""
+    """From a model that stands on its device. judges, separately, steps: see `Scoring`. read_all: see `Rollouts`; an
+    entropy bonus wants it in any case."""
     first = copy.deepcopy(model).requires_grad_(False) if config.kl is not None else None
     adapted_before = any(map(is_adapter, model.card.techniques))
     riding = edited(config, model, say)
@@ -104,7 +106,7 @@ def learner(
     look = looker(model) if config.attention else None
     feed = Rollouts(
         model, ask, writer, scoring, plan, reference=reference, score=score, look=look, seen=seen,
-        share=parallel.share, gather=parallel.gather,
+        share=parallel.share, gather=parallel.gather, read_all=read_all or config.entropy > 0,
     )  # fmt: skip
     return Learner(objective_of(config, model), feed, riding)
 

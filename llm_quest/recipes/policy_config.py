@@ -32,7 +32,7 @@ class Rollout(Strict):
     )
     overlong: Few = Field(default=0, description="the last tokens of the budget cost more and more (DAPO); 0: none do")
     filter_truncated: bool = Field(default=False, description="what the budget cut is not learned from")
-    keep_flat: bool = Field(default=False, description="groups without spread stay in the batch")
+    keep_flat: bool = Field(default=True, description="groups without spread count in the loss's divisor")
     micro_tokens: Count = Field(default=4096, description="tokens in a micro-batch")
     at_once: Few = Field(default=0, description="rows sampled together; 0: all")
 

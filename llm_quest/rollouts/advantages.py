@@ -48,7 +48,8 @@ def leave_one_out(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
 
 def standard(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
     """(r - mean) / (std + eps) within each group (GRPO, arXiv:2402.03300): prompts weigh about 1 / sqrt(p (1 - p)).
-    The paper leaves the divisor of the variance open; here it is n - 1, as in TRL, verl and OpenRLHF."""
+    The paper leaves the divisor of the variance open; here it is n - 1, as in TRL, verl and OpenRLHF (`process` divides
+    by n)."""
     return mean_only(rewards) / (deviation(rewards, dim=1) + EPS)
 
 
@@ -72,10 +73,17 @@ def deviation(rewards: Tensor, dim: int) -> Tensor:
 
 
 def apart(rewards: Float[Tensor, "R P G"], weights: Sequence[float], estimator: Estimator) -> Float[Tensor, "P G"]:
-    """Several rewards, each made an advantage by itself and then added (GDPO, arXiv:2601.05242): a reward of small
-    scale is not drowned. A sample that one reward could not score gets 0."""
-    parts = [weight * estimator(reward) for weight, reward in zip(weights, rewards, strict=True)]
-    return torch.where(rewards.isnan().any(dim=0), 0.0, torch.stack(parts).sum(dim=0))
+    """GDPO (arXiv:2601.05242): several rewards, each made an advantage by itself, so that a reward of small scale is
+    not drowned; their weighted sum; and its normalisation over the whole batch, (A - mean) / (std + eps), so that the
+    size of a step does not grow with the number of rewards. A sample that one reward could not score is in no statistic
+    and gets 0. Differs: so does a group in which every reward is without spread, where the paper's form gives -mean of
+    the batch, which is rounding."""
+    parts = torch.stack([weight * estimator(reward) for weight, reward in zip(weights, rewards, strict=True)])
+    unknown = rewards.isnan().any(dim=0)
+    summed = parts.sum(dim=0).masked_fill(unknown, torch.nan)
+    normalised = (summed - summed.nanmean()) / (deviation(summed.reshape(1, -1), dim=1) + EPS)
+    silent = unknown | ~parts.any(dim=2).any(dim=0)[:, None]
+    return normalised.masked_fill(silent, 0.0)
 
 
 def process(
@@ -87,7 +95,8 @@ def process(
 
         o_1, steps end at tokens 2, 5, 8, normalised -.5 .5 1.5     A_1 = 1.5 1.5 1.5 | 2 2 2 | 1.5 1.5 1.5 | 0
 
-    Sums of centred rewards depend on how many steps there are: watch the number of steps per answer."""
+    ddof: the variance is divided by n - ddof; n by default, which the example above needs, while `standard` divides by
+    n - 1. Sums of centred rewards depend on how many steps there are: watch the number of steps per answer."""
     pooled = torch.tensor([r for output in steps for _, r in output if r == r], dtype=torch.float64)
     flat = pooled.numel() <= ddof or pooled.max() - pooled.min() <= SPREAD
     mean, std = (0.0, 1.0) if flat else (float(pooled.mean()), float(pooled.std(correction=ddof)))

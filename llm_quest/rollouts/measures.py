@@ -36,8 +36,8 @@ def wilson(right: int, count: int, z: float = Z95) -> Interval:
 
 def pass_at(k: int, samples: int, right: int) -> float:
     """1 - C(n-c, k) / C(n, k): the chance that one of k samples is right, unbiased from n >= k samples of which c were
-    right (Chen et al. 2021, arXiv:2107.03374, eq. 1). Commonly got wrong: 1 - (1 - c/n)^k, which is biased upwards for
-    no sample drawn twice."""
+    right (Chen et al. 2021, arXiv:2107.03374, eq. 1). Commonly got wrong: 1 - (1 - c/n)^k, which is biased
+    downwards: (1 - x)^k is convex, so its mean over the estimates c/n is too large."""
     if k > samples:
         raise UsageError(f"pass@{k} needs at least {k} samples of each problem; there are {samples}")
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

@@ -18,7 +18,8 @@ from llm_quest.rollouts.verifiers import UNSCORABLE, verify, well_formed
 
 @dataclass(frozen=True)
 class Correct:
-    """1 for a right answer, else 0. An answer cut off by the length is wrong, whatever it looks like: 12 of 123."""
+    """1 for a right answer, 0 for a wrong one, NaN where the verifier cannot say. An answer cut off by the length is
+    wrong, whatever it looks like: 12 of 123."""
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
         return [verdict(sample) for sample in group]

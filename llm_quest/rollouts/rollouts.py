@@ -5,8 +5,12 @@
 
 The rows of a step are a function of (seed, step) and the policy's weights: samplers keep no state. What is left of an
 unfinished rollout is in the bookmark, so a resumed run goes on with the same bits. No pass is run that is not needed:
-the old log-probabilities are those that were sampled, the reference is asked only where a KL term reads it, and rows
-without news are gone before anything is scored again.
+the old log-probabilities are those that were sampled, the reference is asked only where a KL term reads it, and a
+sample whose advantage is 0 is not read at all where nothing else acts on it: it counts in the loss's divisor alone.
+
+Commonly got wrong: groups without spread left out of the divisor too. GRPO's eq. 3 and Dr. GRPO average over all
+samples of all questions (TRL too), so that one mixed group among seven flat ones makes an eighth of a step.
+Differs: a step in which every advantage is 0 is skipped, while TRL's optimizer makes one with a gradient of 0.
 """
 
 from __future__ import annotations
@@ -90,7 +94,9 @@ class Rollouts:
     reference: scores a batch under the reference policy; needed by a KL term and by nothing else. score: under the
     policy itself (for plan.rescore). look: where its tokens look, kept with the rows (plan.share_prompts off). seen:
     called with the groups of every rollout and their rewards, for whoever wants to look (reports, a reward model's
-    data). share, gather: this process's part of the work, and how it hears of the others'."""
+    data). share, gather: this process's part of the work, and how it hears of the others'. read_all: samples whose
+    advantage is 0 are read too, for an objective with an entropy bonus (with a KL term in the loss they are in any
+    case)."""
 
     def __init__(
         self,
@@ -106,8 +112,9 @@ class Rollouts:
         seen: Seen | None = None,
         share: Share = Share(),
         gather: Gather = lambda thing: [thing],
+        read_all: bool = False,
     ):
-        require_sense(plan, scoring, reference, score)
+        require_sense(plan, reference, score, group=scoring.steps is None)
         self.policy, self.ask, self.writer, self.scoring, self.plan = policy, ask, writer, scoring, plan
         self.reference, self.score, self.look, self.seen = reference, score, look, seen
         if plan.prompts % share.world:
@@ -115,6 +122,7 @@ class Rollouts:
                 f"{plan.prompts} prompts cannot be shared by {share.world} processes; make them a multiple of that"
             )
         self.share, self.gather = share, gather
+        self.read_all = read_all or (reference is not None and not plan.kl_in_reward)
         self.asked = 0
         self.last = -1
         self.rollout: Rollout | None = None
@@ -125,10 +133,17 @@ class Rollouts:
         if self.rollout is None or self.rollout.number != number:
             self.rollout = self.write(number)
         self.last = step
+        rows = self.minibatch(inner)
+        read = self.read(rows)
+        zero = [row for row in rows if not row.advantages.any()] if read and not self.read_all else []
         return micro_batches(
-            self.minibatch(inner), self.plan.micro_tokens, self.rollout.notes,
-            share=self.plan.share_prompts, part=self.share, idle=self.idle,
+            read, self.plan.micro_tokens, self.rollout.notes,
+            share=self.plan.share_prompts, part=self.share, idle=self.idle, zero=zero,
         )  # fmt: skip
+
+    def read(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
+        """Those that a pass has to read: without a term that acts on all samples, those with an advantage."""
+        return [row for row in rows if self.read_all or row.advantages.any()]
 
     @property
     def idle(self) -> PolicyRow:
@@ -167,17 +182,26 @@ class Rollouts:
             for sample, each in zip(group, found, strict=True)
             if each is not None
         ]
-        if self.plan.rescore:
-            rows = [replace(row, old=old) for row, old in zip(rows, self.scored(rows, self.score), strict=True)]
-        if self.reference is not None and not self.plan.kl_in_reward:
-            theirs = self.scored(rows, self.reference)
-            rows = [replace(row, reference=other) for row, other in zip(rows, theirs, strict=True)]
-        if self.look is not None:
-            looked = zip(rows, self.scored(rows, self.look), strict=True)
-            rows = [replace(row, looks=looks[:, : row.length]) for row, looks in looked]
+        rows = self.completed(rows)
         clock.append(time.perf_counter())
         seconds = {"seconds_sampling": (clock[1] - clock[0], 1.0), "seconds_scoring": (clock[2] - clock[1], 1.0)}
-        return Rollout(number, rows, {**notes, "rows_kept": (len(rows), total(groups)), **seconds})
+        return Rollout(number, rows, {**notes, "rows_kept": (len(self.read(rows)), total(groups)), **seconds})
+
+    def completed(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
+        """The same rows in the same order; those that are read with what is scored on them."""
+        read = self.read(rows)
+        more: list[dict[str, Any]] = [{} for _ in read]
+        if self.plan.rescore:
+            for found, old in zip(more, self.scored(read, self.score), strict=True):
+                found["old"] = old
+        if self.reference is not None and not self.plan.kl_in_reward:
+            for found, other in zip(more, self.scored(read, self.reference), strict=True):
+                found["reference"] = other
+        if self.look is not None:
+            for row, found, looks in zip(read, more, self.scored(read, self.look), strict=True):
+                found["looks"] = looks[:, : row.length]
+        scored = {id(row): replace(row, **found) for row, found in zip(read, more, strict=True)}
+        return [scored.get(id(row), row) for row in rows]
 
     def drawn(self, number: int) -> tuple[list[list[Sample]], Tensor, dict[str, tuple[float, float]]]:
         """Groups and rewards (R,P,G), after as many rounds as dynamic sampling takes; and notes on all that was
@@ -277,8 +301,8 @@ class Rollouts:
             self.rollout = Rollout(held["number"], [taken(row) for row in held["rows"]], notes)
 
 
-def require_sense(plan: Plan, scoring: Scoring, reference: Scorer | None, score: Scorer | None) -> None:
-    if plan.group < 2 and scoring.steps is None:
+def require_sense(plan: Plan, reference: Scorer | None, score: Scorer | None, *, group: bool) -> None:
+    if plan.group < 2 and group:
         raise UsageError(
             f"group is {plan.group}: a sample is judged beside its siblings; take at least 2 (one alone has no spread)"
         )
@@ -286,8 +310,6 @@ def require_sense(plan: Plan, scoring: Scoring, reference: Scorer | None, score:
         raise UsageError("KL in the reward needs a reference policy")
     if plan.rescore and score is None:
         raise UsageError("rescoring needs the policy's scorer")
-    if plan.draws > 1 and scoring.keep_flat:
-        raise UsageError("dynamic sampling leaves no group without spread to keep: leave keep_flat out")
 
 
 def divergence(groups: Sequence[Sequence[Sample]], references: Sequence[np.ndarray]) -> Tensor:

@@ -38,10 +38,11 @@ class Judge:
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """judges: the first one says what is right. estimator: how rewards become advantages. separately: each reward is
-    made an advantage by itself and then they are added (GDPO). overlong, budget: the last `overlong` tokens of the
-    budget are penalised more and more (DAPO's soft punishment); 0: not. filter_truncated: what the budget cut is not
-    learned from. steps: process supervision in place of the outcome. keep_flat: groups without spread stay in the
-    batch, where they count, and where a KL term acts on them."""
+    made an advantage by itself, then they are added and normalised over the batch (GDPO). overlong, budget: the last
+    `overlong` tokens of the budget are penalised more and more (DAPO's soft punishment); 0: not. filter_truncated: what
+    the budget cut is not learned from. steps: process supervision in place of the outcome. keep_flat: groups without
+    spread count in the loss's divisor, and a KL term acts on them, as in GRPO, Dr. GRPO and TRL; off: they leave the
+    batch, and a step is the larger, the more of the groups are flat."""
 
     judges: tuple[Judge, ...]
     estimator: Estimator = ESTIMATORS["std"]
@@ -50,7 +51,7 @@ class Scoring:
     overlong: int = 0
     filter_truncated: bool = False
     steps: Steps | None = None
-    keep_flat: bool = False
+    keep_flat: bool = True
 
     def __post_init__(self) -> None:
         if not self.judges:

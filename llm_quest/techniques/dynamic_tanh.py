@@ -1,7 +1,7 @@
 """Dynamic Tanh in place of every norm of the stream (Zhu et al. 2025, arXiv:2503.10622): before and after each layer
 and at the end. Norms inside a layer (q/k norm, MLA's latents, the DeltaNet's) belong to that layer and stay.
 
-The LLaMA form (their section 5 and appendix): no bias; a larger alpha before attention than elsewhere, both smaller
+The LLaMA form (their section 7.2): no bias; a larger alpha before attention than elsewhere, both smaller
 the wider the model; a learned number after the embedding, sqrt(D) at first, without which large models do not converge;
 an output matrix of its own.
 

@@ -1,5 +1,6 @@
-"""Int8 weights for inference (Dettmers et al. 2022, arXiv:2208.07339, section 2.1, the row-wise absmax form): every
-matrix of the blocks and the head as whole numbers with one scale a row (`layers.int8`).
+"""Int8 weights for inference (Dettmers et al. 2022, arXiv:2208.07339) in the row-wise absmax form of Khudia
+et al. 2021, from which that paper's vector-wise form starts (section 3): every matrix of the blocks and the head as
+whole numbers with one scale a row (`layers.int8`).
 
 The edited model is another one, a little: W is rounded to 1/127 of each row's largest number. Norms, biases, routers,
 convolutions and position embeddings stay floats. Not for training: nothing learns afterwards.

@@ -67,6 +67,13 @@ def test_what_writes_into_the_stream_starts_smaller():
             assert matrix.weight.std().item() == pytest.approx(std, rel=0.1)
 
 
+def test_experts_write_into_the_stream_too():
+    """Two layers, four branches: 0.02 / sqrt(4)."""
+    for block in build("mixtral-tiny", seed=0).blocks:
+        assert block.ffn.layer.experts.gate_up.std().item() == pytest.approx(0.02, rel=0.1)
+        assert block.ffn.layer.experts.down.std().item() == pytest.approx(0.01, rel=0.1)
+
+
 def test_a_layer_without_known_first_values_is_an_error_and_not_garbage():
     with pytest.raises(AssertionError, match="no first values known for Conv1d"):
         fill_(nn.Sequential(nn.Conv1d(1, 1, 1)), std=0.02, out_std=0.02)

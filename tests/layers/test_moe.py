@@ -110,7 +110,7 @@ def test_balancing_losses_at_their_known_points():
     even = routed(router, torch.randn(8, 4), rows=2)._replace(experts=torch.tensor([[0, 1], [2, 3]] * 4))
     assert load_balancing([even, even]).item() == pytest.approx(2.0), "k, not 1, at uniform routing"
     assert z_loss([even]).item() == pytest.approx(math.log(4) ** 2)
-    assert sequence_balancing([even]).item() == pytest.approx(1.0)
+    assert sequence_balancing([even, even]).item() == pytest.approx(2.0), "1 for each layer"
     assert max_violation([even]).item() == pytest.approx(0.0)
     assert routing_entropy([even]).item() == pytest.approx(math.log(4))
 
@@ -152,9 +152,18 @@ def test_losses_leave_padding_out_and_count_each_sequence_alone():
     each = [sequence_balancing([of([row], 2)]) for row in (0, 1)]
     torch.testing.assert_close(sequence_balancing([of([0, 1], 2)]), (each[0] + each[1]) / 2)
     torch.testing.assert_close(sequence_balancing([of([0], 2), of([1], 2)]), each[0] + each[1])
-    chosen, s = experts[0, :2], logits[0, :2].sigmoid()
-    f = torch.bincount(chosen.flatten(), minlength=4) * 4 / (2 * 2)
+    s = logits[0, :2].sigmoid()
+    f = torch.bincount(s.topk(2, dim=-1).indices.flatten(), minlength=4) * 4 / (2 * 2)
     torch.testing.assert_close(each[0], (f * (s / s.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
+
+
+def test_the_complementary_loss_counts_the_largest_scores_and_not_what_the_bias_chose():
+    """Eq. 18: two tokens, both score (.8, .4, .2, .2), K = 1, E = 4: f = (4, 0, 0, 0), P = (.5, .25, .125, .125), so 2.
+    The bias chose an expert each, the last two; what was chosen has no part in it."""
+    s = torch.tensor([[0.8, 0.4, 0.2, 0.2]] * 2)
+    real = torch.ones(2, dtype=torch.bool)
+    routing = Routing(s, s.logit(), torch.tensor([[2], [3]]), torch.ones(2, 1), real, None, 1)
+    assert sequence_balancing([routing]).item() == pytest.approx(2.0)
 
 
 def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():

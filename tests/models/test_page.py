@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm_quest.errors import DataError
+from llm_quest.hub.config import page_for
 from llm_quest.layers.rotary import NTK, Linear, Llama3, Rotary, Scaling, YaRN
 from llm_quest.models import PAGES, gpt2, llama
 from llm_quest.models.build import page_of, preset, skeleton
@@ -194,3 +195,26 @@ def test_fields_that_contradict_each_other_are_refused_by_name(name, change, mes
     published = {"model_type": page.model_type, **page.publish(config)}
     with pytest.raises(ValueError, match=re.escape(message)):
         page.read(published | change)
+
+
+def test_kimi_k2s_model_type_is_deepseek_v3s_page():
+    """Its config.json names a model_type of its own for the same code."""
+    published = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    assert page_for(published).name == "deepseek_v3"
+
+
+def test_gpt2_reads_one_dropout_and_refuses_three():
+    sizes = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 4}
+    assert gpt2.read(sizes).dropout == 0.1, "transformers' default, where a file says nothing"
+    alike = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.3)
+    assert gpt2.read(sizes | alike).dropout == 0.3
+    with pytest.raises(DataError, match=r"attn_pdrop is 0\.0.*set them alike"):
+        gpt2.read(sizes | alike | {"attn_pdrop": 0.0})
+
+
+def test_numbers_that_differ_between_releases_are_the_published_ones():
+    assert [preset(f"mixtral-{size}").config.balance for size in ("8x7b", "8x22b")] == [0.02, 0.001]
+    assert preset("mixtral-8x22b").hub == "mistralai/Mixtral-8x22B-v0.1"
+    assert preset("mixtral-8x22b").config.vocab == 32_000, "v0.3 has 32,768"
+    for name in ("gemma2-2b", "gemma2-9b", "gemma2-27b", "gemma3-270m", "gemma3-1b", "gemma3-4b"):
+        assert preset(name).eos == (1,), "the base files: the end of a turn is the chat models'"

@@ -61,7 +61,20 @@ def test_where_the_ratio_was_held_is_reported():
     log_ratios = tokens(*map(math.log, (0.5, 1.0, 1.5)))
     terms = Terms(log_ratios, log_ratios, tokens(1, 1, 1), torch.ones(1, 3, dtype=torch.bool))
     assert Clipped(0.2, 0.28)(terms)[1].tolist() == [[False, False, True]]
-    assert Clipped(0.2, 0.28)(terms._replace(advantages=tokens(-1, -1, -1)))[1].tolist() == [[True, False, False]]
+    bad = terms._replace(advantages=tokens(-1, -1, -1))
+    assert Clipped(0.2, 0.28)(bad)[1].tolist() == [[True, False, False]]
+    assert Clipped(0.2, 0.28, dual=1.4)(bad)[1].tolist() == [[True, False, True]]
+    assert Clipped(0.2, 0.28, delta=1.4)(bad)[1].tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("options", [{}, {"dual": 3.0}, {"dual": 1.1}, {"delta": 4.0}, {"delta": 1.1}])
+@pytest.mark.parametrize("A", [-1.0, 1.0])
+def test_a_ratio_is_held_exactly_where_the_gradient_is_gone(options: dict, A: float):
+    surrogate, log_ratios = Clipped(0.2, 0.28, **options), tokens(*map(math.log, (0.5, 0.9, 1.05, 1.2, 1.5, 3.5, 5.0)))
+    slope = worked(surrogate, log_ratios, A)[1]
+    learn = torch.ones_like(log_ratios, dtype=torch.bool)
+    held = surrogate(Terms(log_ratios, log_ratios, torch.full_like(log_ratios, A), learn))[1]
+    assert held[0].tolist() == [one == 0 for one in slope]
 
 
 def test_the_sequence_ratio_is_a_geometric_mean():

@@ -211,6 +211,9 @@ def test_the_other_judges_read_paired_differences() -> None:
     assert label_noise.judge(made_up(noisy, "accuracy")).outcome == "no effect seen"
 
 
+GREEDY = {"greedy at the end": 0.3, "best greedy": 0.4}
+
+
 @pytest.mark.parametrize(
     ("proxy", "gold", "outcome"), [(1, 0.5, "confirmed"), (-1, 0.5, "no effect seen"), (1, 0, "refuted")]
 )
@@ -219,9 +222,13 @@ def test_over_optimised_is_a_proxy_that_rises_and_gold_that_the_trained_on_judge
 ) -> None:
     found = Results()
     for seed in (1, 2, 3):
-        found.add("fixed", seed, Measured({"gold at the end": 0.2, "best gold": 0.4, "proxy gained": proxy}))
-        found.add("iterative", seed, Measured({"gold at the end": gold, "best gold": 0.5, "proxy gained": 1}))
+        found.add("fixed", seed, Measured(GREEDY | {"samples right at the end": 0.2, "proxy gained": proxy}))
+        found.add("iterative", seed, Measured(GREEDY | {"samples right at the end": gold, "proxy gained": 1}))
     assert overoptimization.judge(found).outcome == outcome
+    assert (
+        "greedy answers goes from a best of 0.4 ± 0 to 0.3 ± 0, of samples to 0.2 ± 0"
+        in overoptimization.judge(found).words
+    )
 
 
 def test_a_change_of_the_bench_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:

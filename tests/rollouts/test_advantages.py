@@ -88,8 +88,33 @@ def test_two_rewards_made_advantages_apart_or_together():
     accuracy, form = rewards([1, 1, 0, 0]), rewards([0.1, 0, 0.1, 0])
     close(ESTIMATORS["std"](accuracy + form), [[0.947737, 0.775421, -0.775421, -0.947737]])
     both = torch.stack([accuracy, form])
-    close(apart(both, [1, 1], ESTIMATORS["std"]), [[1.730403, 0.001347, -0.001347, -1.730403]])
-    close(apart(both, [1, 0], ESTIMATORS["std"]), ESTIMATORS["std"](accuracy).tolist())
+    close(apart(both, [1, 1], ESTIMATORS["std"]), [[1.224658, 0.000954, -0.000954, -1.224658]])
+    close(apart(both, [1, 0], ESTIMATORS["std"]), ESTIMATORS["std"](accuracy).tolist(), 1e-4)
+
+
+def test_gdpo_normalises_the_sum_over_the_batch():
+    """r - mean, two groups of two: right +-1/2 in both, form +-1/2 in the first alone. Their sums, 1 -1 1/2 -1/2, have
+    mean 0 and variance (1 + 1 + 1/4 + 1/4) / 3 = 5/6; a third group, flat in both, counts as two zeros: 5/2 / 5 =
+    1/2."""
+    right, form = rewards([1, 0], [1, 0]), rewards([1, 0], [0, 0])
+    found = apart(torch.stack([right, form]), [1, 1], ESTIMATORS["mean"])
+    scale = 1 / ((5 / 6) ** 0.5 + 1e-4)
+    close(found, [[scale, -scale], [scale / 2, -scale / 2]])
+    right, form = rewards([1, 0], [1, 0], [1, 1]), rewards([1, 0], [0, 0], [0, 0])
+    scale = 1 / (0.5**0.5 + 1e-4)
+    close(
+        apart(torch.stack([right, form]), [1, 1], ESTIMATORS["mean"]),
+        [[scale, -scale], [scale / 2, -scale / 2], [0, 0]],
+    )
+
+
+def test_gdpo_leaves_the_unscorable_out_and_flat_groups_at_zero():
+    right, form = rewards([1, 0, 0], [1, 1, 1]), rewards([1, 0, NAN], [0, 0, 0])
+    found = apart(torch.stack([right, form]), [1, 1], ESTIMATORS["mean"])
+    assert found[0, 2] == 0
+    assert found[1].tolist() == [0, 0, 0], "exactly"
+    known = torch.tensor([2 / 3 + 1 / 2, -1 / 3 - 1 / 2, 0, 0, 0], dtype=torch.float64)
+    close(found[0, :2], ((known - known.mean()) / (known.std() + 1e-4))[:2].tolist())
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def even(group: Sequence[Sample]) -> list[float]:
 
 def rollouts(policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options) -> Rollouts:
     scoring = options.pop("scoring", None) or Scoring(judges=(Judge("even", reward),))
-    others = {name: options.pop(name) for name in ("reference", "score", "ask", "share", "gather") if name in options}
+    others = {
+        name: options.pop(name)
+        for name in ("reference", "score", "ask", "share", "gather", "read_all")
+        if name in options
+    }
     at_once = options.pop("at_once", 0)
     writer = Writer(tokenizer=Words(), eos=(7, 9), new_tokens=new_tokens, temperature=temperature, at_once=at_once)
     plan = Plan(**{"prompts": 4, "group": 4, "seed": 3} | options)
@@ -71,9 +75,7 @@ def test_the_ratio_is_one_before_the_first_update(name: str, temperature: float)
     """Ragged prompts, one prefill per group, rows that leave, a cache against a whole pass (P1 to P6, P8)."""
     policy = build(name, seed=1)
     policy.head.weight.data *= 3
-    feed = rollouts(
-        policy, temperature=temperature, micro_tokens=60, scoring=Scoring(judges=(Judge("even", even),), keep_flat=True)
-    )
+    feed = rollouts(policy, temperature=temperature, micro_tokens=60, read_all=True)
     batches = feed.at(0)
     assert len(batches) > 1
     gaps = log_ratios(policy, batches, temperature)
@@ -219,7 +221,7 @@ def learned(feed: Rollouts) -> dict[int, list[float]]:
     questions = {ask(index).prompt: index for index in range(100)}
     feed.at(0)
     found: dict[int, list[float]] = {}
-    for row in feed.rollout.rows:
+    for row in feed.read(feed.rollout.rows):
         found.setdefault(questions[row.prompt], []).append(float(row.advantages[0]))
     return found
 
@@ -227,16 +229,59 @@ def learned(feed: Rollouts) -> dict[int, list[float]]:
 MIXED, WRONG, RIGHT = [1.0, 0, 0, 0], [0.0] * 4, [1.0] * 4
 
 
-def test_groups_without_spread_are_gone_before_the_backward():
-    policy = build("llama3.2-tiny", seed=1)
-    feed = rollouts(policy, reward=judged_by_question({0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}))
+def test_groups_without_spread_are_not_read_and_count_in_the_divisor():
+    """Two of four groups are mixed: 8 of 16 samples are read, and the loss is divided by all 16 (DeepSeekMath, eq. 3);
+    dropped (keep_flat off), it would be divided by 8."""
+    policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
+    feed = rollouts(policy, reward=judged_by_question(table))
     assert set(learned(feed)) == {0, 3}
     notes = feed.at(0)[0].notes
     assert notes["flat"] == (2, 4)
     assert notes["reward"] == (6, 16)
     assert notes["rows_kept"] == (8, 16)
-    keep = Scoring(judges=(Judge("r", judged_by_question({0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED})),), keep_flat=True)
-    assert set(learned(rollouts(policy, scoring=keep))) == {0, 1, 2, 3}
+    everything = rollouts(policy, reward=judged_by_question(table), read_all=True)
+    assert set(learned(everything)) == {0, 1, 2, 3}
+    dropped = rollouts(policy, scoring=Scoring(judges=(Judge("r", judged_by_question(table)),), keep_flat=False))
+    losses = [summed(policy, some, count="sequences") for some in (feed, everything, dropped)]
+    assert [count for _, count in losses] == [16, 16, 8]
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-6)
+    tokens = sum(len(row.tokens) for row in everything.rollout.rows)
+    assert [summed(policy, some, count="tokens")[1] for some in (feed, everything)] == [tokens, tokens]
+    assert summed(policy, feed, count="horizon", horizon=8)[1] == 16 * 8, "Dr. GRPO's divisor is a constant"
+
+
+def summed(policy: Decoder, feed: Rollouts, **options: Any) -> tuple[float, float]:
+    """The loss of the first step: its sum, and what that is divided by."""
+    losses = [PolicyGradient(policy, **options)(batch) for batch in feed.at(0)]
+    return sum(float(loss.total.detach()) for loss in losses), sum(float(loss.count) for loss in losses)
+
+
+def test_a_term_that_acts_on_all_samples_has_them_all_read():
+    """A KL term in the loss reads flat groups too; an entropy bonus with samples left out is refused."""
+    policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
+    reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
+    feed = rollouts(policy, reward=judged_by_question(table), reference=reference)
+    assert set(learned(feed)) == {0, 1, 2, 3}
+    assert summed(policy, feed, kl=KL(0.1))[1] == 16
+    with pytest.raises(UsageError, match="read_all=True"):
+        summed(policy, rollouts(policy, reward=judged_by_question(table)), entropy=0.1)
+
+
+def test_a_step_without_any_advantage_has_nothing_to_learn():
+    policy = build("llama3.2-tiny", seed=1)
+    feed = rollouts(policy, reward=judged_by_question(dict.fromkeys(range(4), WRONG)))
+    assert summed(policy, feed) == (0, 0)
+
+
+def test_of_several_processes_one_counts_the_samples_that_nobody_reads():
+    table = {i: MIXED if i % 2 else WRONG for i in range(4)}
+
+    def made(**more: Any) -> Rollouts:
+        return rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), micro_tokens=40, **more)
+
+    counts = [batch.zero_rows for _, steps in company(2, made, 1) for batch in steps[0]]
+    assert sum(counts) == 8
+    assert counts[0] == 8
 
 
 def company(world: int, made: Callable[..., Rollouts], steps: int) -> list[tuple[Rollouts, list[list[PolicyBatch]]]]:
@@ -430,7 +475,6 @@ def test_a_reward_that_returns_nonsense_is_named(reward: Callable, told: str):
         ({"temperature": 0.0}, "above 0"),
         ({"kl_in_reward": 0.1}, "reference"),
         ({"rescore": True}, "scorer"),
-        ({"draws": 2, "scoring": Scoring(judges=(Judge("even", even),), keep_flat=True)}, "keep_flat"),
     ],
 )
 def test_plans_without_sense_are_refused(options: dict, told: str):

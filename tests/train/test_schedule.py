@@ -18,6 +18,14 @@ def test_the_shapes_in_the_middle_are_as_on_the_blackboard():
     assert [schedule(100, shape="wsd")(step) for step in (0, 79, 80, 90, 95)] == pytest.approx([1, 1, 1, 0.5, 0.25])
 
 
+def test_the_decay_is_a_part_of_the_whole_run_warm_up_included():
+    """1000 steps, the last fifth falls: from step 800, also after 400 steps of warm-up; never within the warm-up."""
+    rate = schedule(1000, warmup=400, shape="wsd", decay_fraction=0.2)
+    assert [rate(step) for step in (399, 799, 800, 900, 950)] == pytest.approx([1, 1, 1, 0.5, 0.25])
+    late = schedule(100, warmup=90, shape="wsd", decay_fraction=0.2)
+    assert [late(step) for step in (89, 90, 95)] == pytest.approx([1, 1, 0.5])
+
+
 def test_a_slowed_rate_is_the_same_until_its_step_and_a_part_of_it_from_there_on():
     plain = schedule(100, shape="wsd")
     rate = slowed(plain, 40, 0.3)

@@ -107,16 +107,15 @@ def loss_of(log_p: Tensor, batch: Batch, settings: Settings) -> Tensor:
 
 
 def laid_out(prompts: list[list[int]], completions: list[list[int]], worth: Tensor) -> Batch:
-    """Completions that taught something, side by side."""
-    kept = [i for i in range(len(prompts)) if worth[i] != 0]
-    rows = [prompts[i] + completions[i] for i in kept]
+    """Completions side by side. Those that teach nothing too: the loss is a mean over all of them (eq. 3)."""
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     length = max(map(len, rows))
     padded = torch.tensor([row + [END] * (length - len(row)) for row in rows])
     learn = torch.zeros(len(rows), length - 1)
-    for place, i in enumerate(kept):
-        learn[place, len(prompts[i]) - 1 : len(rows[place]) - 1] = 1.0
+    for place, prompt in enumerate(prompts):
+        learn[place, len(prompt) - 1 : len(rows[place]) - 1] = 1.0
     inputs, targets = padded[:, :-1], padded[:, 1:]
-    return Batch(inputs, targets, learn, worth[kept], torch.zeros(0))
+    return Batch(inputs, targets, learn, worth, torch.zeros(0))
 
 
 def update(model: Llama, optimizer: torch.optim.Optimizer, batch: Batch, settings: Settings) -> float:

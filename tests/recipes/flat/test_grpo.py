@@ -19,11 +19,12 @@ from llm_quest.recipes.flat import grpo as flat
 from llm_quest.rollouts.advantages import standard
 from tests.recipes.flat import test_pretrain as shared
 
-PROMPTS = [flat.ids("abc>"), flat.ids("hgfe>")]
+PROMPTS = [flat.ids("abc>"), flat.ids("hgfe>"), flat.ids("dea>")]
 RIGHT, COPIED = [*flat.ids("cba"), flat.END], [*flat.ids("efgh"), flat.END]
 COMPLETIONS = [RIGHT, flat.ids("cbabcb"), [flat.END], [*flat.ids("a"), flat.END]]
 COMPLETIONS += [COPIED, COPIED, COPIED, flat.ids("efghef")]
-REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+COMPLETIONS += [[flat.END], [*flat.ids("e"), flat.END], flat.ids("deadea"), [*flat.ids("da"), flat.END]]
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
 SETTINGS = flat.Settings(group=4, updates=3, rate=3e-2, clip=0.05, beta=0.3)
 
 
@@ -54,7 +55,7 @@ def test_advantages_are_the_houses() -> None:
 
 def test_updates_on_one_rollout_are_the_houses(monkeypatch: pytest.MonkeyPatch) -> None:
     house, plain = pair(monkeypatch)
-    prompts = [PROMPTS[i // 4] for i in range(8)]
+    prompts = [PROMPTS[i // 4] for i in range(12)]
     batch = flat.laid_out(prompts, COMPLETIONS, flat.advantages(REWARDS).flatten())
     with torch.no_grad():
         first = flat.Llama(shared.CONFIG)
