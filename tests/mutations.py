@@ -239,6 +239,7 @@ MUTATIONS = (
     Mutation("experts write as large as they read", "layers/initialize.py", "nn.init.normal_(module.down, std=out_std", "nn.init.normal_(module.down, std=std", "tests/layers/test_initialize.py"),
     Mutation("the decay is a part of what follows the warm-up", "train/schedule.py", "decay = min(1.0, decay_fraction * steps / rest)", "decay = decay_fraction", "tests/train/test_schedule.py"),
     Mutation("samples of flat groups do not count in the divisor", "objectives/policy_gradient.py", "sum(dtype=torch.float32) + batch.zero_rows", "sum(dtype=torch.float32)", "tests/rollouts/test_rollouts.py"),
+    Mutation("the meter bills samples that nobody reads", "rollouts/metered.py", "self.rollouts.read(self.rollouts.minibatch(step % self.rollouts.plan.steps))", "self.rollouts.minibatch(step % self.rollouts.plan.steps)", "tests/rollouts/test_metered.py"),
     Mutation("every process counts the samples that nobody reads", "data/policy_batch.py", "counted = zero if part.rank == 0 else ()", "counted = zero", "tests/rollouts/test_rollouts.py"),
     Mutation("plan: groups without news are left out of a policy's step", "cli/planning_policy.py", 'read_all=True', 'read_all=False', "tests/cli/test_planning_policy.py"),
     Mutation("plan: a rollout is billed to each of its steps", "cli/planning_policy.py", "/ made.feed.plan.steps * config.steps", "* config.steps", "tests/cli/test_planning_policy.py"),

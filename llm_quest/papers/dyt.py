@@ -48,7 +48,7 @@ PAPER = Paper(
     judge=judge,
     picture=Picture("step", "training loss"),
     minutes=9,
-    notes="A later study (arXiv:2604.23434) reports that DyT helps where data are scarce and hurts where they are "
-    "not, that the help vanishes as the model grows, and that a Llama collapses with DyT because of its SwiGLU: which is "
+    notes="A later study (arXiv:2604.23434) reports that DyT helps where data are scarce and hurts where they are not, "
+    "that the help vanishes as the model grows, and that a Llama collapses with DyT because of its SwiGLU: which is "
     "what this experiment, a Llama on scarce data, shows.",
 )

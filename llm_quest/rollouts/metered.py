@@ -49,7 +49,7 @@ class Metered:
 
     def at(self, step: int) -> list[PolicyBatch]:
         batches = self.rollouts.at(step)
-        self.meter.trained(self.rollouts.minibatch(step % self.rollouts.plan.steps))
+        self.meter.trained(self.rollouts.read(self.rollouts.minibatch(step % self.rollouts.plan.steps)))
         notes = {**batches[0].notes, "teraflops": (self.meter.flops / TERA, 1.0)}
         return [replace(batches[0], notes=notes), *batches[1:]]
 

@@ -244,6 +244,14 @@ def test_every_missing_and_refused_field_of_config_json_is_listed(llama):
 
 
 CONFIGS = {
+    "a part of several": (
+        {
+            "model_type": "gemma3",
+            "text_config": {"model_type": "gemma3_text"},
+            "vision_config": {"model_type": "siglip"},
+        },
+        "model_type 'gemma3' is a model of several parts, of which only 'gemma3_text' can be read",
+    ),
     "unknown family": ({"model_type": "lama"}, "model_type 'lama' is unknown here; the nearest known is 'llama'"),
     "no family": ({"model_type": None, "architectures": None}, "no 'model_type'"),
     "text for a size": ({"hidden_size": "64"}, "config.json"),

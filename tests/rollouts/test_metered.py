@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llm_quest.data.policy_batch import PolicyRow
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, policy_batch
 from llm_quest.models.flops import Cost
-from llm_quest.rollouts.metered import Meter
+from llm_quest.rollouts.metered import Meter, Metered
+from llm_quest.rollouts.rollouts import Plan, Rollouts
 from llm_quest.rollouts.sample import Sample
 
 COST = Cost(token=100.0, pair=0.0)
@@ -33,3 +34,26 @@ def test_training_is_three_passes_over_each_row_alone():
     meter.trained(rows)
     meter.trained([])
     assert meter.flops == 3 * 100 * (4 + 2)
+
+
+def test_samples_without_an_advantage_are_not_billed_for_training():
+    """Of three samples one has the advantage 0."""
+
+    class Fed:
+        """Rollouts whose rows are given."""
+
+        plan = Plan()
+
+        def at(self, step: int) -> list[PolicyBatch]:
+            return [policy_batch(self.read(self.minibatch(step)))]
+
+        def minibatch(self, inner: int) -> list[PolicyRow]:
+            one, none = np.ones(2, np.float32), np.zeros(2, np.float32)
+            return [PolicyRow((1, 2, 3), (4, 5), worth, none) for worth in (one, none, -one)]
+
+        read = Rollouts.read
+        read_all = False
+
+    meter = Meter(COST)
+    Metered(Fed(), meter).at(0)
+    assert meter.flops == 3 * 100 * (4 + 4)
