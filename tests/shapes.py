@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -52,6 +53,9 @@ def check_shapes(wanted: Any) -> Any:
     return checked
 
 
+HELD = threading.local()
+
+
 class Checks:
     """The shape annotations of one function, and the descriptions of arguments and calls that fit them."""
 
@@ -79,17 +83,29 @@ class Checks:
         return by_place, tuple([(name, describe(kwargs[name])) for name in self.names if name in kwargs])
 
     def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.replay(inspect.Signature.empty, None)(*args, **kwargs)
+        self.of_arguments(*args, **kwargs)
 
     def check_call(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.replay(self.hints["return"], result)(*args, **kwargs)
+        HELD.result = result
+        try:
+            self.of_calls(*args, **kwargs)
+        finally:
+            HELD.result = None
 
-    def replay(self, returns: Any, result: Any) -> Callable[..., Any]:
+    @functools.cached_property
+    def of_arguments(self) -> Callable[..., Any]:
+        return self.replay(inspect.Signature.empty)
+
+    @functools.cached_property
+    def of_calls(self) -> Callable[..., Any]:
+        return self.replay(self.hints["return"])
+
+    def replay(self, returns: Any) -> Callable[..., Any]:
         """A function with the annotations, checked at every call, that has nothing to compute any more."""
 
         @functools.wraps(self.function)
         def replayed(*args: Any, **kwargs: Any) -> Any:
-            return result
+            return getattr(HELD, "result", None)
 
         replayed.__signature__ = inspect.Signature(self.parameters, return_annotation=returns)  # type: ignore[attr-defined]
         return jaxtyped(replayed, typechecker=beartype)
