@@ -216,6 +216,7 @@ def closest(finding: Any, field: FieldInfo | None) -> str:
 def nearest(word: str, known: Sequence[str]) -> str:
     """', did you mean ...?' where a known name is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [name for name in known if sorted(name) == sorted(word)]  # two letters swapped in a short word
     return f", did you mean {near[0]!r}?" if near else ""
 
 

@@ -151,7 +151,14 @@ def test_a_limit_inside_a_choice_is_told():
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("nothere", None), ("nothing", None), ("pretrian", "pretrain"), ("gpro", "grpo"), ("rewrad", "reward")],
+    [
+        ("nothere", None),
+        ("nothing", None),
+        ("pretrian", "pretrain"),
+        ("gpro", "grpo"),
+        ("tyni", "tiny"),
+        ("rewrad", "reward"),
+    ],
 )
 def test_a_name_is_suggested_where_it_is_near(word: str, meant: str | None):
     assert nearest(word, recipe_names()) == (f", did you mean {meant!r}?" if meant else "")
