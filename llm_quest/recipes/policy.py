@@ -97,7 +97,7 @@ def learner(
         overlong=config.rollout.overlong,
         filter_truncated=config.rollout.filter_truncated,
         steps=steps,
-        keep_flat=config.rollout.keep_flat,
+        keep_flat=config.rollout.keep_flat is not False,
     )
     if config.attention:
         tapped(model)

@@ -32,7 +32,10 @@ class Rollout(Strict):
     )
     overlong: Few = Field(default=0, description="the last tokens of the budget cost more and more (DAPO); 0: none do")
     filter_truncated: bool = Field(default=False, description="what the budget cut is not learned from")
-    keep_flat: bool = Field(default=True, description="groups without spread count in the loss's divisor")
+    keep_flat: bool | None = Field(
+        default=None,
+        description="groups without spread count in the loss's divisor; null: they do, where there are any",
+    )
     micro_tokens: Count = Field(default=4096, description="tokens in a micro-batch")
     at_once: Few = Field(default=0, description="rows sampled together; 0: all")
 
