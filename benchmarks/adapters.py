@@ -17,9 +17,9 @@ import llm_quest as quest
 from benchmarks.generation import SHAPES
 from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.techniques.lora import DoRA, LoRA, TinyLoRA
-from llm_quest.train.optimizers import adamw
+from llm_quest.train.optimizers import make_adamw
 
 FORMS: dict[str, Callable[[Any], Any]] = {
     "all parameters": lambda model: model,
@@ -38,9 +38,9 @@ class Runner:
 
     def __init__(self, config: Any, form: Callable[[Any], Any], rows: int, length: int):
         model = form(quest.build(config)).train()
-        self.objective, self.optimizer = NextToken(model), adamw(model, lr=1e-4)
+        self.objective, self.optimizer = NextTokenLoss(model), make_adamw(model, lr=1e-4)
         self.learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        tokens = torch.randint(0, config.vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(0, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
         self.batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
 
     def __call__(self) -> None:

@@ -24,16 +24,16 @@ from benchmarks.pairs import race, table
 from benchmarks.training import CONFIG
 from llm_quest.data.tokenizer import Tokenizer, train_bpe
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.divergence import KL
+from llm_quest.objectives.kl_penalty import KLPenalty
 from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.policy_gradient import PolicyGradient
-from llm_quest.recipes.choices import precision
-from llm_quest.rollouts.rollouts import Plan, Rollouts
-from llm_quest.rollouts.scoring import Judge, Scoring
-from llm_quest.rollouts.writer import Question, Writer
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
+from llm_quest.recipes.auto import resolve_precision
+from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
+from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
+from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
+from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw
-from llm_quest.train.settings import Settings
+from llm_quest.train.optimizers import make_adamw
 from llm_quest.train.step import autocast
 
 PROMPTS, GROUP, NEW, BETA, LR = 8, 8, 64, 0.04, 1e-6
@@ -42,39 +42,46 @@ TEXTS = [SENTENCE.format(number)[: 40 + 3 * number] for number in range(PROMPTS)
 
 
 def tokenizer_of_its_own() -> Tokenizer:
-    from llm_quest.data.corpus import gather
+    from llm_quest.data.corpus import load_corpus
 
-    return train_bpe((document.text for document in gather("builtin:topics").documents), CONFIG.vocab)
+    return train_bpe((document.text for document in load_corpus("builtin:topics").documents), CONFIG.vocab_size)
 
 
 class Again:
     """The same eight prompts again and again."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self.prompts = [tuple(tokenizer.encode(text, template=False)) for text in TEXTS]
+        self.prompts = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
 
-    def __call__(self, index: int) -> Question:
-        return Question(self.prompts[index % PROMPTS])
+    def __call__(self, index: int) -> PolicyPrompt:
+        return PolicyPrompt(self.prompts[index % PROMPTS])
 
 
 def ours(model: Decoder, tokenizer: Tokenizer, kind: str, steps: int, split: dict[str, float]) -> Callable[[], None]:
     policy = copy.deepcopy(model)
     reference = copy.deepcopy(model).requires_grad_(False)
-    writer = Writer(
+    writer = Sampler(
         tokenizer=tokenizer,
-        eos=tuple(tokenizer.eos_ids),
-        new_tokens=NEW,
-        within=partial(autocast, kind, torch.device("cpu")),
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        max_new_tokens=NEW,
+        autocast_context=partial(autocast, kind, torch.device("cpu")),
     )
-    scoring = Scoring(judges=(Judge("even", lambda group: [float(len(s.text) % 2) for s in group]),), keep_flat=True)
-    plan = Plan(prompts=PROMPTS, group=GROUP)
-    feed = Rollouts(policy, Again(tokenizer), writer, scoring, plan, reference=partial(token_log_probs, reference))
-    objective = PolicyGradient(policy, kl=KL(BETA))
+    scoring = RewardPipeline(
+        rewards=(WeightedReward("even", lambda group: [float(len(s.text) % 2) for s in group]),),
+        keep_uniform_groups=True,
+    )
+    plan = RolloutPlan(prompts_per_rollout=PROMPTS, num_generations=GROUP)
+    feed = RolloutLoader(
+        policy, Again(tokenizer), writer, scoring, plan, reference_scorer=partial(token_log_probs, reference)
+    )
+    objective = PolicyGradientLoss(policy, kl=KLPenalty(BETA))
 
     def run() -> None:
         feed.rollout = None
-        optimizer = adamw(policy, lr=LR)
-        result = train(objective, feed, optimizer, lambda step: 1.0, Settings(steps=steps, precision=kind, log_every=1))
+        optimizer = make_adamw(policy, lr=LR)
+        result = train(
+            objective, feed, optimizer, lambda step: 1.0, TrainingArguments(steps=steps, precision=kind, log_every=1)
+        )
         split["sampling"] = result.metrics["seconds_sampling"]
         split["scoring"] = result.metrics["seconds_scoring"]
         split["training"] = result.metrics["seconds"] / steps - split["sampling"] - split["scoring"]
@@ -111,7 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    fast = precision("auto", torch.device("cpu"))
+    fast = resolve_precision("auto", torch.device("cpu"))
     tokenizer, model = tokenizer_of_its_own(), quest.build(CONFIG)
     splits: dict[str, dict[str, float]] = {"fp32": {}, fast.value: {}}
     with tempfile.TemporaryDirectory() as temporary:
@@ -121,7 +128,7 @@ def main() -> None:
         for kind, split in splits.items():
             contestants[f"ours, {kind}"] = ours(model, tokenizer, kind, given.steps, split)
         rows = race(contestants, pairs=given.pairs)
-    print(f"our default precision here: {fast.value} ({fast.why}); {torch.get_num_threads()} threads\n")
+    print(f"our default precision here: {fast.value} ({fast.reason}); {torch.get_num_threads()} threads\n")
     print(table(rows, given.steps, "GRPO steps/s"))
     for kind, split in splits.items():
         print(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm_quest.cli.costs import cache_bytes
+from llm_quest.cost.model_cost import cache_bytes
 from llm_quest.models.build import preset
 
 CONTEXT = 32_768

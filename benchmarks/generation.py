@@ -19,31 +19,37 @@ import torch
 
 import llm_quest as quest
 from benchmarks.pairs import Row, race, table
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import gpt2, llama
 
 PROMPT = 64
 NEW = {("11m", 1): 128, ("11m", 32): 96, ("124m", 1): 24, ("124m", 32): 24}
 SHAPES: dict[str, tuple[Any, Any]] = {
-    "11m": (llama, llama.Config(4096, 384, 6, 6, 2, 64, 1024, 1024, Rotary(64, 500_000.0), tied=False)),
+    "11m": (
+        llama,
+        llama.Config(4096, 384, 6, 6, 2, 64, 1024, 1024, RotaryEmbedding(64, 500_000.0), tie_word_embeddings=False),
+    ),
     "124m": (gpt2, gpt2.Config(50257, 768, 12, 12, 3072, 1024)),
-    "124m-llama": (llama, llama.Config(50257, 768, 12, 12, 12, 64, 2048, 1024, Rotary(64, 500_000.0), tied=True)),
+    "124m-llama": (
+        llama,
+        llama.Config(50257, 768, 12, 12, 12, 64, 2048, 1024, RotaryEmbedding(64, 500_000.0), tie_word_embeddings=True),
+    ),
 }
 
 
-def transformers_model(page: Any, config: Any, ours: torch.nn.Module, dtype: torch.dtype) -> Any:
+def transformers_model(family: Any, config: Any, ours: torch.nn.Module, dtype: torch.dtype) -> Any:
     """Their class with our weights, so that both compute the same thing."""
     import transformers
 
-    from llm_quest.models.page import Rows, Transposed
+    from llm_quest.models.family import ConcatRows, Transposed
 
-    published = {name: value for name, value in page.publish(config).items() if name != "rope_scaling"}
-    model_type = page.PAGE.model_type
+    published = {name: value for name, value in family.publish(config).items() if name != "rope_scaling"}
+    model_type = family.FAMILY.model_type
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **published))
     own = theirs.to(dtype).eval().state_dict()
-    for name, source in page.names(config).items():
+    for name, source in family.names(config).items():
         value = ours.get_parameter(name).detach()
-        if isinstance(source, Rows):
+        if isinstance(source, ConcatRows):
             for part, rows in zip(
                 source.names, value.split([own[part].shape[0] for part in source.names]), strict=True
             ):
@@ -56,11 +62,11 @@ def transformers_model(page: Any, config: Any, ours: torch.nn.Module, dtype: tor
 
 
 def contestants(
-    page: Any, config: Any, batch: int, dtype: torch.dtype, new: int, compiled: bool
+    family: Any, config: Any, batch: int, dtype: torch.dtype, new: int, compiled: bool
 ) -> dict[str, Callable]:
     ours = quest.build(config, dtype=dtype)
-    theirs = transformers_model(page, config, ours, dtype)
-    prompts = torch.randint(0, config.vocab, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    theirs = transformers_model(family, config, ours, dtype)
+    prompts = torch.randint(0, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(prompts)
     length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -68,11 +74,11 @@ def contestants(
         return theirs.generate(prompts, attention_mask=mask, **length)[:, PROMPT:].tolist()
 
     def eager() -> list[list[int]]:
-        rows = quest.generate(ours, prompts, max_new_tokens=new, temperature=0.0, eos=())
+        rows = quest.generate(ours, prompts, max_new_tokens=new, temperature=0.0, eos_token_id=())
         return [row.tokens for row in rows]
 
     def step() -> list[list[int]]:
-        rows = quest.generate(ours, prompts, max_new_tokens=new, temperature=0.0, eos=(), compile=True)
+        rows = quest.generate(ours, prompts, max_new_tokens=new, temperature=0.0, eos_token_id=(), compile=True)
         return [row.tokens for row in rows]
 
     if dtype == torch.float32:

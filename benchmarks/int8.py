@@ -14,8 +14,8 @@ import torch
 import llm_quest as quest
 from benchmarks.generation import PROMPT, SHAPES
 from benchmarks.pairs import race, table
-from llm_quest.cli.judge import texts
-from llm_quest.layers.int8 import FEW
+from llm_quest.cli.evaluate import load_eval_documents
+from llm_quest.layers.int8 import MAX_KERNEL_ROWS
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from llm_quest.techniques.int8 import Int8Weights
@@ -24,10 +24,10 @@ from llm_quest.techniques.int8 import Int8Weights
 def speeds(shape: str, pairs: int, new: int) -> None:
     config = SHAPES[shape][1]
     models = {"float32": quest.build(config), "int8 weights": Int8Weights()(quest.build(config))}
-    prompt = torch.randint(0, config.vocab, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(0, config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def decoding(model: Decoder):
-        return lambda: quest.generate(model, prompt, max_new_tokens=new, temperature=0.0, eos=())
+        return lambda: quest.generate(model, prompt, max_new_tokens=new, temperature=0.0, eos_token_id=())
 
     rows = race({name: decoding(model) for name, model in models.items()}, pairs=pairs)
     print(f"\n{shape}, batch 1, {PROMPT} tokens in, {new} out, {torch.get_num_threads()} threads\n")
@@ -41,25 +41,25 @@ def nats(model: Decoder, tokens: torch.Tensor, step: int) -> float:
     cache = model.new_cache(1, length)
     for start in range(0, length, step):
         part = tokens[:, start : min(start + step, length)]
-        logits = model(part, Scope.plain(part, cache=cache, start=start))
+        logits = model(part, Scope.unpadded(part, cache=cache, start=start))
         targets = tokens[0, start + 1 : start + 1 + part.shape[1]]
         total += float(-logits[0].double().log_softmax(-1).gather(1, targets[:, None]).sum())
     return total
 
 
 def perplexities(where: str, limit: int) -> None:
-    _, documents, name = texts(where, "")
+    _, documents, name = load_eval_documents(where, "")
     tokenizer, plain = quest.Tokenizer.load(f"{where}/tokenizer"), quest.load(where, dtype="float32")
     small = Int8Weights()(quest.load(where, dtype="float32"))
-    ids = [token for document in documents for token in [*tokenizer.encode(document.text), tokenizer.eos_ids[0]]][
+    ids = [token for document in documents for token in [*tokenizer.encode(document.text), tokenizer.eos_token_ids[0]]][
         :limit
     ]
-    width = plain.config.context
+    width = plain.config.max_position_embeddings
     rows = [torch.tensor([ids[start : start + width]]) for start in range(0, len(ids) - 1, width)]
     forms = {
         "float32": (plain, width),
         "int8, by the definition": (small, width),
-        f"int8, by the kernel ({FEW} tokens a pass)": (small, FEW),
+        f"int8, by the kernel ({MAX_KERNEL_ROWS} tokens a pass)": (small, MAX_KERNEL_ROWS),
     }
     print(f"\nperplexity on {len(ids):,} tokens of {name}\n\n| form | perplexity | to float32 |\n| --- | --- | --- |")
     first = None

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_quest.train.checkpoint import listed
+from llm_quest.train.checkpoint import list_checkpoints
 from tests.train.small import digest
 
 STEPS, PAUSE = 60, 0.02
@@ -39,7 +39,7 @@ def main() -> int:
         for number in range(args.kills):
             run = root / f"run-{number}"
             died, moment = kill(run, chance)
-            found_at = [int(path.name[5:]) for path in listed(run / "checkpoints")]
+            found_at = [int(path.name[5:]) for path in list_checkpoints(run / "checkpoints")]
             assert start(run).wait() == 0
             found = digest(last(run))
             killed, same = killed + died, same + (found == expected)
@@ -68,7 +68,7 @@ def kill(folder: Path, chance: random.Random) -> tuple[bool, float]:
 
 def last(folder: Path) -> Path:
     """The newest checkpoint of a run."""
-    return listed(folder / "checkpoints")[-1]
+    return list_checkpoints(folder / "checkpoints")[-1]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import llm_quest as quest
 from benchmarks.pairs import Row, race, table
-from llm_quest.layers.rotary import Llama3, Rotary
+from llm_quest.layers.rotary import Llama3Scaling, RotaryEmbedding
 from llm_quest.models.llama import Config
 
 CHILD = """
@@ -41,7 +41,7 @@ def status(field):
 if who == "ours":
     import llm_quest as quest
     load = quest.load
-    import llm_quest.hub.files
+    import llm_quest.hub.load_save
 else:
     import transformers
     from transformers import AutoConfig, GPT2LMHeadModel, LlamaForCausalLM
@@ -104,8 +104,12 @@ def times(folder: Path, pairs: int) -> dict[str, list[Row]]:
 
 def llama_124m() -> Config:
     """V 50257, D 768, 12 layers, 12 heads, F 2048, tied: 123.6M parameters."""
-    rotary = Rotary(64, 500_000.0, Llama3(32.0, low=1.0, high=4.0, original=8192))
-    return Config(50257, 768, 12, 12, 12, 64, 2048, 131_072, rotary, tied=True)
+    rotary = RotaryEmbedding(
+        64,
+        500_000.0,
+        Llama3Scaling(32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+    )
+    return Config(50257, 768, 12, 12, 12, 64, 2048, 131_072, rotary, tie_word_embeddings=True)
 
 
 def main() -> None:

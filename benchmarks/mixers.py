@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.pairs import race, table
-from llm_quest.layers.initialize import fill_
-from llm_quest.scope import Band, Scope
+from llm_quest.layers.initialize import init_normal_
+from llm_quest.scope import Scope, SlidingWindow
 
 
 def moe(pairs: int) -> None:
@@ -28,11 +28,11 @@ def moe(pairs: int) -> None:
     import transformers
 
     import llm_quest as quest
-    from llm_quest.layers.moe import Experts, grouped, loop
-    from llm_quest.layers.rotary import Rotary
-    from llm_quest.models.qwen3 import Config, Sparse, publish
+    from llm_quest.layers.moe import Experts, run_experts_for_loop, run_experts_grouped_mm
+    from llm_quest.layers.rotary import RotaryEmbedding
+    from llm_quest.models.qwen3 import Config, MoEConfig, publish
 
-    config = Config(512, 256, 2, 4, 2, 64, 512, 256, Rotary(64, 1e6), False, Sparse(64, 8, 128, (0, 1)))
+    config = Config(512, 256, 2, 4, 2, 64, 512, 256, RotaryEmbedding(64, 1e6), False, MoEConfig(64, 8, 128, (0, 1)))
     tokens = torch.randint(0, 512, (8, 257))
     published = {
         name: value for name, value in publish(config).items() if name not in ("rope_scaling", "num_local_experts")
@@ -48,14 +48,14 @@ def moe(pairs: int) -> None:
 
     contestants = {"transformers, its default experts": step(theirs, lambda t: theirs(t, use_cache=False).logits)}
     for name, work in {
-        "ours, grouped": grouped,
-        "ours, loop (unbind)": loop,
+        "ours, grouped": run_experts_grouped_mm,
+        "ours, loop (unbind)": run_experts_for_loop,
         "ours, loop that indexes": indexed_loop,
     }.items():
         model = quest.build(config).train()
         for module in model.modules():
             if isinstance(module, Experts):
-                module.work = work
+                module.run_experts = work
         contestants[name] = step(model, model)
     print("\n## Mixture of experts, training step\n\n" + table(race(contestants, pairs=pairs), 8 * 256, "tokens/s"))
 
@@ -75,7 +75,7 @@ def delta(pairs: int) -> None:
     """The delta rule alone: B 2, H 8, T 1024, d 64, forward and backward."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    from llm_quest.layers.delta_net import chunked, recurrent, unit
+    from llm_quest.layers.delta_net import chunk_gated_delta_rule, l2norm, recurrent_gated_delta_rule
 
     q, k, v = (torch.randn(2, 1024, 8, 64, requires_grad=True) for _ in range(3))
     g, beta = (-torch.rand(2, 1024, 8)).requires_grad_(), torch.rand(2, 1024, 8, requires_grad=True)
@@ -85,9 +85,13 @@ def delta(pairs: int) -> None:
         return torch_chunk_gated_delta_rule(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
 
     def ours(rule: Callable) -> Callable[[], torch.Tensor]:
-        return lambda: rule(unit(q) * 64**-0.5, unit(k), v, g, beta, state)[0]
+        return lambda: rule(l2norm(q) * 64**-0.5, l2norm(k), v, g, beta, state)[0]
 
-    forms = {"transformers, torch chunks": theirs, "ours, chunked": ours(chunked), "ours, recurrent": ours(recurrent)}
+    forms = {
+        "transformers, torch chunks": theirs,
+        "ours, chunked": ours(chunk_gated_delta_rule),
+        "ours, recurrent": ours(recurrent_gated_delta_rule),
+    }
     for title, backward in (("forward", False), ("forward and backward", True)):
 
         def run(form: Callable[[], torch.Tensor], backward: bool = backward) -> None:
@@ -104,21 +108,26 @@ def delta(pairs: int) -> None:
 def latent(pairs: int) -> None:
     """One decoding step of MLA at context 4096: absorbed against expanded (16 heads, ranks and widths of
     DeepSeek-V3)."""
-    from llm_quest.layers.cache import Cache
-    from llm_quest.layers.latent_attention import LatentAttention
-    from llm_quest.layers.rotary import Rotary
+    from llm_quest.layers.kv_cache import Cache
+    from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+    from llm_quest.layers.rotary import RotaryEmbedding
 
-    widths = {"heads": 16, "q_rank": 512, "kv_rank": 512, "nope": 128, "rope": 64, "value": 128}
-    mixer = LatentAttention(1024, **widths, rotary=Rotary(64, 1e4, interleaved=True), scale=192**-0.5).eval()
-    fill_(mixer, std=0.02, out_std=0.02)
+    widths = {
+        "num_attention_heads": 16, "q_lora_rank": 512, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    }  # fmt: skip
+    mixer = MultiHeadLatentAttention(
+        1024, **widths, rotary=RotaryEmbedding(64, 1e4, interleaved=True), scale=192**-0.5
+    ).eval()
+    init_normal_(mixer, std=0.02, out_std=0.02)
     x, context = torch.randn(1, 4096, 1024), 4096
     cache = Cache([mixer.new_cache(1, context + 1)], 1, context + 1)
-    mixer(x, Scope.plain(x[..., 0], cache=cache).at(0))
+    mixer(x, Scope.unpadded(x[..., 0], cache=cache).for_layer(0))
     token = torch.randn(1, 1, 1024)
 
     def decode(absorb: bool) -> None:
-        mixer.absorbing_pays = lambda queries, keys: absorb  # type: ignore[method-assign]
-        mixer(token, Scope.plain(token[..., 0], cache=cache, start=context).at(0))
+        mixer.is_absorbed_cheaper = lambda queries, keys: absorb  # type: ignore[method-assign]
+        mixer(token, Scope.unpadded(token[..., 0], cache=cache, start=context).for_layer(0))
 
     rows = race({"expanded": lambda: decode(False), "absorbed": lambda: decode(True)}, pairs=max(pairs, 9))
     print("\n## MLA, one decoding step at context 4096\n\n" + table(rows, 1, "steps/s"))
@@ -127,14 +136,14 @@ def latent(pairs: int) -> None:
 def window(pairs: int) -> None:
     """Prefill at T 4096 with a window of 256: blocks of the band against one kernel call under the full mask."""
     q, k, v = attention_inputs()
-    full = Scope(torch.arange(4096)[None]).visible(256)
+    full = Scope(torch.arange(4096)[None]).attention_mask(256)
     from llm_quest.layers.attention import fused_attention
 
     def run(visible: object) -> Callable[[], object]:
         return lambda: fused_attention(q, k, v, visible, scale=0.125)
 
     with torch.inference_mode():
-        rows = race({"full mask": run(full), "band": run(Band(256))}, pairs=pairs)
+        rows = race({"full mask": run(full), "band": run(SlidingWindow(256))}, pairs=pairs)
     print("\n## Sliding window, prefill at T 4096, W 256\n\n" + table(rows, 4096, "tokens/s"))
     extra = {}
     for form in ("full", "band"):
@@ -159,9 +168,9 @@ def peak_of(form: str) -> None:
     inputs = attention_inputs()
     small = [part[:, :128] for part in inputs]
     with torch.inference_mode():
-        fused_attention(*small, Band(64), scale=0.125)
+        fused_attention(*small, SlidingWindow(64), scale=0.125)
         before = fresh_peak()
-        visible = Band(256) if form == "band" else Scope(torch.arange(4096)[None]).visible(256)
+        visible = SlidingWindow(256) if form == "band" else Scope(torch.arange(4096)[None]).attention_mask(256)
         fused_attention(*inputs, visible, scale=0.125)
     print(json.dumps((peak_now() - before) / 1024))
 

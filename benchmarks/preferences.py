@@ -25,27 +25,27 @@ import llm_quest as quest
 from benchmarks.alignment import tokenizer_of_its_own
 from benchmarks.pairs import race, table
 from benchmarks.training import CONFIG
-from llm_quest.data.by_length import ByLengthFeed
-from llm_quest.data.pairs import Pairs
-from llm_quest.data.preferences import Rated
+from llm_quest.data.length_grouped import LengthGroupedLoader
+from llm_quest.data.preference_pairs import PreferenceDataset
+from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import PreferenceLoss
-from llm_quest.recipes.choices import precision
-from llm_quest.recipes.reference import computed
+from llm_quest.recipes.auto import resolve_precision
+from llm_quest.recipes.reference_model import compute_log_probs
+from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw
-from llm_quest.train.settings import Settings
+from llm_quest.train.optimizers import make_adamw
 
 ROWS, SHORTEST, LONGEST, BETA, LR, COUNT = 8, 56, 72, 0.1, 1e-6, 200
 
 
 def texts(tokenizer: Tokenizer) -> list[dict[str, str]]:
     """Pairs cut from Python's own help: no two alike."""
-    from llm_quest.data.corpus import gather
+    from llm_quest.data.corpus import load_corpus
 
     chance = random.Random(0)
-    ids = [i for document in gather("builtin:topics").documents for i in tokenizer.encode(document.text)]
+    ids = [i for document in load_corpus("builtin:topics").documents for i in tokenizer.encode(document.text)]
 
     def piece() -> str:
         start = chance.randrange(len(ids) - LONGEST)
@@ -54,17 +54,17 @@ def texts(tokenizer: Tokenizer) -> list[dict[str, str]]:
     return [{"prompt": piece(), "chosen": piece(), "rejected": piece()} for _ in range(COUNT)]
 
 
-def ours(model: Decoder, rows: list[Rated], kind: str, steps: int) -> Callable[[], None]:
+def ours(model: Decoder, rows: list[TokenizedPreference], kind: str, steps: int) -> Callable[[], None]:
     policy = copy.deepcopy(model)
-    source = Pairs(rows, shared=True)
+    source = PreferenceDataset(rows, share_prompts=True)
     with torch.no_grad():
-        source.reference = computed(policy, source, torch.device("cpu"))
+        source.reference_log_probs = compute_log_probs(policy, source, torch.device("cpu"))
     objective = PreferenceLoss(policy, beta=BETA)
 
     def run() -> None:
-        feed = ByLengthFeed(source, rows=ROWS, micro_rows=ROWS, seed=0)
-        settings = Settings(steps=steps, precision=kind, log_every=1)
-        train(objective, feed, adamw(policy, lr=LR), lambda step: 1.0, settings)
+        feed = LengthGroupedLoader(source, batch_size=ROWS, micro_batch_size=ROWS, seed=0)
+        settings = TrainingArguments(steps=steps, precision=kind, log_every=1)
+        train(objective, feed, make_adamw(policy, lr=LR), lambda step: 1.0, settings)
 
     return run
 
@@ -87,10 +87,10 @@ def trls(folder: Path, rows: list[dict[str, str]], steps: int, kind: str, *, pre
     )  # fmt: skip
 
 
-def ids_of(trainer: Any) -> list[Rated]:
+def ids_of(trainer: Any) -> list[TokenizedPreference]:
     """The very ids that TRL reads."""
     return [
-        Rated(np.array(row["prompt_ids"]), (np.array(row["chosen_ids"]), np.array(row["rejected_ids"])))
+        TokenizedPreference(np.array(row["prompt_ids"]), (np.array(row["chosen_ids"]), np.array(row["rejected_ids"])))
         for row in trainer.train_dataset
     ]
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--precomputed", action="store_true")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    fast = precision("auto", torch.device("cpu"))
+    fast = resolve_precision("auto", torch.device("cpu"))
     tokenizer, model = tokenizer_of_its_own(), quest.build(CONFIG)
     kinds = list(dict.fromkeys(["fp32", fast.value]))
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,7 +117,7 @@ def main() -> None:
         ids = ids_of(trainers[0])
         contestants |= {f"ours, {kind}": ours(model, ids, kind, given.steps) for kind in kinds}
         raced = race(contestants, pairs=given.pairs)
-    print(f"our default precision here: {fast.value} ({fast.why}); {torch.get_num_threads()} threads\n")
+    print(f"our default precision here: {fast.value} ({fast.reason}); {torch.get_num_threads()} threads\n")
     print(table(raced, given.steps, "DPO steps/s"))
 
 

@@ -16,27 +16,34 @@ from benchmarks.pairs import race
 from benchmarks.training import CONFIG
 from llm_quest.data.batch import TokenBatch
 from llm_quest.models.gpt2 import Config as GPT2
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.techniques.qk_clip import QKClip
-from llm_quest.train.optimizers import adamw
+from llm_quest.train.optimizers import make_adamw
 
 STEPS = 2
 TAU = 0.05
 SHAPES: dict[str, Any] = {
     "11m-llama": CONFIG,
-    "11m-gpt2": GPT2(vocab=4096, width=384, layers=6, heads=6, hidden=1536, context=1024),
+    "11m-gpt2": GPT2(
+        vocab_size=4096,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        max_position_embeddings=1024,
+    ),
 }
 
 
 class Runner:
-    """One contestant: `STEPS` optimiser steps a call."""
+    """One contestant: `TIMED_STEPS` optimiser steps a call."""
 
     def __init__(self, config: Any, clip: QKClip | None, *, rows: int, length: int, bf16: bool):
         model = quest.build(config).train()
         self.model = model if clip is None else clip(model)
         self.clip, self.bf16 = clip, bf16
-        self.objective, self.optimizer = NextToken(self.model), adamw(self.model, lr=1e-4)
-        tokens = torch.randint(0, config.vocab, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+        self.objective, self.optimizer = NextTokenLoss(self.model), make_adamw(self.model, lr=1e-4)
+        tokens = torch.randint(0, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
         self.batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
 
     def __call__(self) -> None:
@@ -48,7 +55,7 @@ class Runner:
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.clip is not None:
-                self.clip.after_step(self.model, step)
+                self.clip.on_step_end(self.model, step)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_quest.papers.paper import Span, span
+from llm_quest.papers.paper import MeanInterval, mean_interval
 
 BUCKETS = ("trivial", "easy", "medium", "hard")
 ARMS = (
@@ -52,17 +52,17 @@ def table(runs: Sequence[str]) -> Iterator[str]:
     for name, suffix, when, kind in ARMS:
         there = [run + suffix for run in runs if Path(run + suffix, "foretold.json").is_file()]
         if len(there) == len(runs):
-            spans = [span([share(run, when, kind, bucket) for run in there]) for bucket in BUCKETS]
+            spans = [mean_interval([share(run, when, kind, bucket) for run in there]) for bucket in BUCKETS]
             yield f"| {name} | {' | '.join(map(shown, spans))} |"
     gains = [share(run, "after", "thought", "hard") - share(f"{run}-control", "after", "plain", "hard") for run in runs]
-    yield f"\nRPT (after thinking) less its control (straight off), hard, paired by seed: {span(gains)}"
+    yield f"\nRPT (after thinking) less its control (straight off), hard, paired by seed: {mean_interval(gains)}"
     for run in runs:
         told = [f"{name}: {share(run + suffix, when, kind, 'hard'):.3f}" for name, suffix, when, kind in ARMS[:5]]
         yield f"{run}, hard: {'; '.join(told)}"
 
 
-def shown(one: Span) -> str:
-    return f"{one.mean:.3f}" + (f" ± {one.half:.3f}" if math.isfinite(one.half) else "")
+def shown(one: MeanInterval) -> str:
+    return f"{one.mean:.3f}" + (f" ± {one.half_width:.3f}" if math.isfinite(one.half_width) else "")
 
 
 def points(run: str, number: str) -> list[tuple[float, float]]:

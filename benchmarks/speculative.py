@@ -21,12 +21,12 @@ import torch
 
 import llm_quest as quest
 from benchmarks.pairs import race, table
-from llm_quest.generation.generate import complete
-from llm_quest.generation.pace import Tally
-from llm_quest.generation.sampling import Sampling
-from llm_quest.generation.speculative import Draft
-from llm_quest.generation.until import Until
-from llm_quest.hub.files import load_tokenizer
+from llm_quest.generation.generate import generate_completions
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.speculative.decode import DraftSource
+from llm_quest.generation.speculative.draft_length import SpeculationStats
+from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.hub.load_save import load_tokenizer
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 
@@ -38,7 +38,7 @@ PROMPTS = (
     "class Error(Exception):\n    ",
     "Raises ValueError if ",
 )
-SIZES = "model.sizes={width: 512, layers: 10, heads: 8, groups: 2, hidden: 1408, rotary: {rope_theta: 10000}}"
+SIZES = "model.sizes={hidden_size: 512, num_hidden_layers: 10, num_attention_heads: 8, num_key_value_heads: 2, intermediate_size: 1408, rotary: {rope_theta: 10000}}"
 QUIET = ["evaluate.every=0", "evaluate.baselines=false", "samples.every=0"]
 
 
@@ -74,15 +74,19 @@ def quest_(*words: str) -> None:
 class Writer:
     """All prompts, one after another, in one manner; counts what speculation did."""
 
-    def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling, until: Until, compile: bool):
+    def __init__(
+        self, model: Decoder, prompts: list[list[int]], sampling: SamplingParams, until: StoppingCriteria, compile: bool
+    ):
         self.model, self.prompts, self.sampling, self.until, self.compile = model, prompts, sampling, until, compile
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, SpeculationStats] = {}
 
-    def by(self, name: str, draft: Draft | None) -> Callable[[], list[list[int]]]:
+    def by(self, name: str, draft: DraftSource | None) -> Callable[[], list[list[int]]]:
         def write() -> list[list[int]]:
-            self.tallies[name] = tally = Tally()
+            self.tallies[name] = tally = SpeculationStats()
             rows = [
-                complete(self.model, [one], self.sampling, self.until, draft=draft, compile=self.compile, tally=tally)
+                generate_completions(
+                    self.model, [one], self.sampling, self.until, draft=draft, compile=self.compile, stats=tally
+                )
                 for one in self.prompts
             ]
             return [row[0].tokens for row in rows]
@@ -94,7 +98,7 @@ def without_modules(model: Decoder, folder: Path, to: Path) -> Path:
     """The same model as transformers can read it: its published weights alone, beside the folder's tokenizer."""
     plain = build(model.config, seed=0)
     plain.load_state_dict(
-        {name: value for name, value in model.state_dict().items() if not name.startswith("lookahead.")}
+        {name: value for name, value in model.state_dict().items() if not name.startswith("mtp_modules.")}
     )
     quest.save(plain.eval(), str(to))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -144,13 +148,16 @@ def main() -> None:
         draft = build(draft.config, seed=3).eval()
     draft = draft.to(getattr(torch, options.draft_dtype or options.dtype))
     prompts = [load_tokenizer(str(options.target)).encode(text) for text in PROMPTS]
-    sampling, until = Sampling(temperature=options.temperature), Until(max_new_tokens=options.new, eos=())
+    sampling, until = (
+        SamplingParams(temperature=options.temperature),
+        StoppingCriteria(max_new_tokens=options.new, eos_token_ids=()),
+    )
     writer = Writer(model, prompts, sampling, until, options.compile)
     racing = {"plain": writer.by("plain", None), "draft model": writer.by("draft model", draft)}
     with tempfile.TemporaryDirectory() as room:
         if not options.poor:
             racing["ngram"] = writer.by("ngram", "ngram")
-            if len(model.lookahead):
+            if len(model.mtp_modules):
                 racing["mtp"] = writer.by("mtp", "mtp")
             readable = without_modules(model, options.target, Path(room))
             racing |= theirs(readable, options.draft, prompts, options.new, options.temperature, dtype)
@@ -162,9 +169,9 @@ def main() -> None:
         rows = race(racing, pairs=options.pairs, warm_up=2 if options.compile else 1)
     print(table(rows, options.new * len(prompts), "tokens/s"))
     for name, tally in writer.tallies.items():
-        if tally.passes:
-            per_pass = tally.tokens / tally.passes
-            print(f"{name}: acceptance {tally.acceptance:.0%}, {per_pass:.2f} tokens per pass of the target")
+        if tally.num_passes:
+            per_pass = tally.num_generated_tokens / tally.num_passes
+            print(f"{name}: acceptance {tally.acceptance_rate:.0%}, {per_pass:.2f} tokens per pass of the target")
 
 
 if __name__ == "__main__":

@@ -20,19 +20,21 @@ from torch.nn import functional as F
 import llm_quest as quest
 from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.llama import Config, publish
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 
 VOCAB, LENGTH, BATCH, STEPS = 4096, 256, 8, 3
 MATRICES = 12_588_000 - VOCAB * 384
 """Parameters that are multiplied: all but the input embedding. Causal attention adds 2 T D forward a layer and
 token."""
-CONFIG = Config(VOCAB, 384, 6, 6, 2, 64, 1024, LENGTH, Rotary(64, 500_000.0), tied=False, eps=1e-5)
+CONFIG = Config(
+    VOCAB, 384, 6, 6, 2, 64, 1024, LENGTH, RotaryEmbedding(64, 500_000.0), tie_word_embeddings=False, rms_norm_eps=1e-5
+)
 
 
 def ours() -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    objective = NextToken(quest.build(CONFIG).train())
+    objective = NextTokenLoss(quest.build(CONFIG).train())
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         made = objective(TokenBatch(tokens[:, :-1], tokens[:, 1:], None, None))
@@ -96,7 +98,7 @@ def batches(seed: int = 0) -> Iterator[torch.Tensor]:
 
 
 class Runner:
-    """One contestant: `STEPS` optimiser steps a call."""
+    """One contestant: `TIMED_STEPS` optimiser steps a call."""
 
     def __init__(self, make: Callable[[], tuple], *, bf16: bool, compiled: bool):
         torch.manual_seed(0)

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llm_quest.data.problems import demonstration, draw, task
-from llm_quest.data.problems.gsm8k import demonstration_of, read_gsm8k
+from llm_quest.data.problems import draw_problem, make_task, teacher_demonstration
+from llm_quest.data.problems.gsm8k import gsm8k_demonstration, read_gsm8k
 from llm_quest.data.problems.problem import Problem
-from llm_quest.rollouts.verifiers import CHECKS, verify, well_formed
+from llm_quest.rollouts.verifiers import VERIFIERS, is_well_formed, verify_answer
 from tests.rollouts.hostile import HOSTILE
 
 COUNT, ROUNDS = 1000, 5
@@ -39,15 +39,15 @@ def answers(gsm8k: Path | None) -> dict[str, Answers]:
     ]
     if gsm8k is not None:
         problems = read_gsm8k(gsm8k)
-        right[f"worked answers of {gsm8k.name}"] = [(problem, demonstration_of(problem)) for problem in problems]
+        right[f"worked answers of {gsm8k.name}"] = [(problem, gsm8k_demonstration(problem)) for problem in problems]
         right["their numbers alone"] = [(Problem("", p.answer, "number", ""), p.answer) for p in problems]
     return {name: [*rows, *swapped(rows)] for name, rows in right.items()}
 
 
 def of_task(name: str) -> Answers:
-    made = task(name)
-    problems = [draw(made, "train", index) for index in range(COUNT)]
-    return [(problem, demonstration(made, problem, index)) for index, problem in enumerate(problems)]
+    made = make_task(name)
+    problems = [draw_problem(made, "train", index) for index in range(COUNT)]
+    return [(problem, teacher_demonstration(made, problem, index)) for index, problem in enumerate(problems)]
 
 
 def swapped(rows: Answers) -> Answers:
@@ -74,7 +74,7 @@ def slowest(check: str) -> tuple[float, str]:
         tries = []
         for _ in range(3):
             start = time.perf_counter()
-            verify(problem, text)
+            verify_answer(problem, text)
             tries.append(time.perf_counter() - start)
         return min(tries)
 
@@ -86,9 +86,9 @@ def peer() -> Judge | None:
         import math_verify  # noqa: F401
     except ImportError:
         return None
-    from llm_quest.rollouts.worker import math_verify as judge
+    from llm_quest.rollouts.verifier_process import verify_with_math_verify as verify_with_math_verify
 
-    return judge
+    return verify_with_math_verify
 
 
 def main() -> None:
@@ -97,15 +97,17 @@ def main() -> None:
     gsm8k = parser.parse_args().gsm8k
     print("| answers | verifier | judged, answers/s | form alone, answers/s | right |\n| --- | --- | --- | --- | --- |")
     for name, rows in answers(gsm8k).items():
-        right = sum(verify(problem, text) == 1.0 for problem, text in rows) / len(rows)
-        check = rows[0][0].check
-        print(f"| {name} | {check} | {rate(verify, rows):,.0f} | {rate(well_formed, rows):,.0f} | {right:.0%} |")
+        right = sum(verify_answer(problem, text) == 1.0 for problem, text in rows) / len(rows)
+        check = rows[0][0].verifier
+        print(
+            f"| {name} | {check} | {rate(verify_answer, rows):,.0f} | {rate(is_well_formed, rows):,.0f} | {right:.0%} |"
+        )
     judge = peer()
     if judge is not None and gsm8k is not None:
         few = [(p, text) for p, text in answers(gsm8k)["their numbers alone"][:200]]
         print(f"| their numbers alone | math-verify | {rate(judge, few):,.0f} | | |")
     print("\n| verifier | slowest hostile answer, ms | begins with |\n| --- | --- | --- |")
-    for name in CHECKS:
+    for name in VERIFIERS:
         seconds, text = slowest(name)
         print(f"| {name} | {1000 * seconds:.3f} | `{text}` |")
 

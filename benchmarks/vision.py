@@ -46,8 +46,8 @@ def contestants(config: vit.Config, batch: int, bf16: bool) -> dict[str, Callabl
     from transformers import ViTConfig, ViTForImageClassification
 
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, config.channels, config.image, config.image, generator=generator)
-    labels = torch.randint(config.classes, (batch,), generator=generator)
+    images = torch.randn(batch, config.num_channels, config.image_size, config.image_size, generator=generator)
+    labels = torch.randint(config.num_labels, (batch,), generator=generator)
     theirs = ViTForImageClassification(ViTConfig(**vit.publish(config))).float().train()
     ours = quest.build(config).train()
     steps = {

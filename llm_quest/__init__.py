@@ -19,28 +19,28 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_DOORS = {
-    "load": "llm_quest.hub.files",
-    "save": "llm_quest.hub.files",
-    "load_adapter": "llm_quest.hub.adapters",
-    "save_adapter": "llm_quest.hub.peft",
+_EXPORTS = {
+    "load": "llm_quest.hub.load_save",
+    "save": "llm_quest.hub.load_save",
+    "load_adapter": "llm_quest.hub.load_adapter",
+    "save_adapter": "llm_quest.hub.save_adapter",
     "build": "llm_quest.models.build",
     "presets": "llm_quest.models.build",
     "preset": "llm_quest.models.build",
     "generate": "llm_quest.generation.generate",
-    "Completion": "llm_quest.generation.generate",
-    "Sampling": "llm_quest.generation.sampling",
+    "Completion": "llm_quest.generation.stopping",
+    "SamplingParams": "llm_quest.generation.sampling",
     "Scope": "llm_quest.scope",
     "Tokenizer": "llm_quest.data.tokenizer",
 }
 
-__all__ = sorted(_DOORS)
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
+    if name not in _EXPORTS:
         raise AttributeError(f"llm_quest has no {name!r}; it offers {', '.join(__all__)}")
-    return getattr(importlib.import_module(_DOORS[name]), name)
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
 def __dir__() -> list[str]:

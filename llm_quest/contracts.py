@@ -35,46 +35,46 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelSpec:
     """What a model is made of, enough to build it again: the page's name, the numbers, the techniques applied in
     order."""
 
-    page: str
+    family: str
     config: Any
     techniques: tuple[Technique, ...] = ()
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of the work is mine: this process is number `rank` of `world`."""
+class DataShard:
+    """Which part of the work is mine: this process is number `rank` of `world_size`."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
 
-class MixerCache(Protocol):
+class LayerCache(Protocol):
     """What one mixer keeps between passes, for B rows.
 
     Laws: (1) after any sequence of passes a mixer reads from it what it would have seen in one pass; (2) a token
-    without a position leaves it unchanged; (3) `rewind(to)` after `stand(to) == to` equals never having seen the tokens
-    from `to` on; (4) `repeat`, `keep` act on rows alone.
+    without a position leaves it unchanged; (3) `rewind(positions)` after `latest_rewind(positions) == positions` equals
+    never having seen the tokens from `positions` on; (4) `batch_repeat_interleave`, `keep` act on rows alone.
     """
 
-    def mark(self, at: Sequence[int]) -> None:
+    def snapshot(self, positions: Sequence[int]) -> None:
         """Row b will not be taken back below position at[b]. Call it while every row stands at at[b]: a recurrent state
         takes its snapshot there. (Made with slack, it also keeps the state after each of the last tokens.)"""
 
-    def stand(self, to: Sequence[int]) -> list[int]:
+    def latest_rewind(self, positions: Sequence[int]) -> list[int]:
         """For each row the latest position <= to[b] to which this cache can go back; ValueError where it cannot at
         all."""
 
-    def rewind(self, to: Sequence[int]) -> None:
-        """Forget every position >= to[b] of row b. `to` must be what `stand` returned."""
+    def rewind(self, positions: Sequence[int]) -> None:
+        """Forget every position >= to[b] of row b. `positions` must be what `latest_rewind` returned."""
 
-    def repeat(self, n: int) -> None:
+    def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row n times, in place: rows 0,1 become 0,0,1,1 (a group after one prefill)."""
 
-    def keep(self, rows: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows stay (finished rows leave the batch)."""
 
     def nbytes(self) -> int:
@@ -86,18 +86,19 @@ class Mixer(Protocol):
     """A layer that moves information between positions: `mixer(x (B,T,D), scope) -> (B,T,D)`.
 
     Laws: a token whose position is -1 is a no-op (ignored as a key, neither decays nor writes a state); nothing outside
-    `scope.visible` is read.
+    `scope.attention_mask` is read.
     """
 
     def __call__(self, x: Tensor, scope: Scope) -> Tensor: ...
 
-    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> MixerCache:
-        """An empty cache for `batch` rows and positions below `capacity`, able to take back up to `slack` positions."""
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
+        """An empty cache for `batch` rows and positions below `capacity`, able to take back up to `max_rewind`
+        positions."""
 
-    def rescale_logits_(self, gamma: Tensor, shared: str = "query") -> None:
+    def rescale_logits_(self, gamma: Tensor, key_share: str = "query") -> None:
         """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged; a gamma of
-        1 leaves its head bit by bit. shared: a name in `layers.attention.SHARING`, for heads that share a key. A mixer
-        where rescaling has no effect raises ValueError and says why."""
+        1 leaves its head bit by bit. shared: a name in `layers.attention.KEY_SHARE_RULES`, for heads that share a key.
+        A mixer where rescaling has no effect raises ValueError and says why."""
 
 
 @runtime_checkable
@@ -112,33 +113,34 @@ class Decoder(Protocol):
     model's loss is near ln V.
     """
 
-    card: Card
+    spec: ModelSpec
 
     @property
     def config(self) -> Any: ...
 
-    def __call__(self, tokens: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T V"]: ...
+    def __call__(self, input_ids: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T V"]: ...
 
-    def hidden(self, tokens: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
+    def hidden_states(self, input_ids: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
         """What the head reads: the last block's output after the final norm."""
 
-    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> Any:
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> Any:
         """An empty `layers.cache.Cache` for `batch` rows and positions below `capacity`."""
 
 
 class Technique(Protocol):
     """A frozen dataclass; `technique(model) -> model` edits a finished model and returns it.
 
-    Laws (every technique on every page): a technique that is `neutral_at_birth` moves no logit; all survive a save and
-    a load (the card replays them); all leave the decoder's laws standing, or refuse with a ValueError that says why.
+    Laws (every technique on every page): a technique that is `is_identity_at_init` moves no logit; all survive a save
+    and a load (the card replays them); all leave the decoder's laws standing, or refuse with a ValueError that says
+    why.
 
     published: the page's config and published tensors alone are the edited model (YaRN changes the config's rotary, and
     any reader computes it): such a one is noted when a folder is read, not called again. One that is not (LoRA, DyT)
     makes the saved folder ours alone: config.json then says so, and transformers refuses it.
     """
 
-    neutral_at_birth: ClassVar[bool]
-    published: ClassVar[bool]
+    is_identity_at_init: ClassVar[bool]
+    exportable: ClassVar[bool]
 
     def __call__(self, model: Any) -> Any: ...
 
@@ -164,20 +166,20 @@ class Objective(Protocol):
     def __call__(self, batch: Any) -> Loss: ...
 
 
-class Feed(Protocol):
+class Loader(Protocol):
     """An endless stream of micro-batches with a bookmark.
 
     Law: the rows of a step are a pure function of (seed, step): the same for any number of ranks and any split into
     micro-batches. A feed with state of its own (rollouts) keeps it in the bookmark.
     """
 
-    def at(self, step: int) -> Sequence[Batch]:
+    def batches(self, step: int) -> Sequence[Batch]:
         """This rank's micro-batches of optimiser step `step` (counted from 0)."""
 
-    def bookmark(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """JSON-able; saved in every checkpoint."""
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a bookmark; raises ValueError if it belongs to other data."""
 
 
@@ -189,29 +191,29 @@ class Callback(Protocol):
     Law: what the passes of a refused step left behind has no part in any later step. (No checkpoint holds it, so a
     resumed run would be another.)"""
 
-    def after_step(self, model: Any, step: int) -> Mapping[str, Any] | None: ...
+    def on_step_end(self, model: Any, step: int) -> Mapping[str, Any] | None: ...
 
-    def after_refusal(self, model: Any) -> None:
+    def on_step_skipped(self, model: Any) -> None:
         """The step changed nothing (a loss that is not finite, no target): forget what its passes left."""
 
 
-class Probe(Protocol):
+class Evaluator(Protocol):
     """Numbers or texts now and then (evaluation, samples): must leave the model and every random state as they were."""
 
     @property
     def name(self) -> str: ...
 
     @property
-    def every(self) -> int: ...
+    def interval(self) -> int: ...
 
-    def measure(self, model: Any, step: int) -> Mapping[str, float]: ...
+    def evaluate(self, model: Any, step: int) -> Mapping[str, float]: ...
 
 
-class Watcher(Protocol):
+class MetricsCallback(Protocol):
     """Reads every row of metrics that is written and gives advice in words. GuardStop ends a run that cannot come to
     anything. Every process watches the same sums, so all of them stop together."""
 
-    def watch(self, row: Mapping[str, Any]) -> Sequence[str]: ...
+    def on_log(self, row: Mapping[str, Any]) -> Sequence[str]: ...
 
 
 class Reward(Protocol):
@@ -225,17 +227,17 @@ class Reward(Protocol):
 class Preset:
     """A published size. hub: the repository that these numbers are of. Not each can be read as it lies there: files in
     fp8 are refused, and so are multimodal models of which the page is the language model (`notes` says which).
-    `parameters` counts tied weights once."""
+    `num_parameters` counts tied weights once."""
 
     name: str
     config: Any
-    parameters: int | None = None
-    hub: str | None = None
+    num_parameters: int | None = None
+    hub_id: str | None = None
     notes: str = ""
-    eos: tuple[int, ...] = field(default=())
+    eos_token_ids: tuple[int, ...] = field(default=())
 
 
-def names(things: Iterable[Any]) -> str:
+def format_list(items: Iterable[Any]) -> str:
     """'a, b and c', for error messages."""
-    listed = [str(thing) for thing in things]
+    listed = [str(thing) for thing in items]
     return listed[0] if len(listed) == 1 else ", ".join(listed[:-1]) + " and " + listed[-1] if listed else "none"

@@ -19,26 +19,26 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from llm_quest.layers.cache import Cache
+    from llm_quest.layers.kv_cache import Cache
 
-Thing = TypeVar("Thing")
+Value = TypeVar("Value")
 
 
-class Plain(Enum):
+class CausalMask(Enum):
     """Masks that are known by construction, without looking at a tensor: the fused kernels run without one."""
 
     CAUSAL = "query i sees keys 0..i of as many keys as queries"
-    ALL = "every query sees every key"
+    FULL = "every query sees every key"
 
 
 @dataclass(frozen=True)
-class Band:
+class SlidingWindow:
     """Also known without looking: query i sees keys i-window+1..i of as many keys as queries."""
 
     window: int
 
 
-Sight = Tensor | Plain | Band
+MaskSpec = Tensor | CausalMask | SlidingWindow
 """Who sees whom: a mask (B,T,S), or how it is known."""
 
 
@@ -52,61 +52,68 @@ class Scope:
 
     def __init__(
         self,
-        positions: Tensor,
+        position_ids: Tensor,
         *,
-        segments: Tensor | None = None,
-        ahead: bool = False,
+        segment_ids: Tensor | None = None,
+        bidirectional: bool = False,
         cache: Cache | None = None,
         records: dict[str, list[Any]] | None = None,
-        reach: int | None = None,
-        plain: bool = False,
+        max_seq_len: int | None = None,
+        unpadded: bool = False,
     ):
-        if segments is not None and cache is not None:
+        if segment_ids is not None and cache is not None:
             raise ValueError("a cached pass reads one document per row: give segments or a cache, not both")
-        if cache is not None and cache.batch != positions.shape[0]:
+        if cache is not None and cache.batch_size != position_ids.shape[0]:
             raise ValueError(
-                f"this pass has {positions.shape[0]} rows, but the cache was made for {cache.batch}: "
+                f"this pass has {position_ids.shape[0]} rows, but the cache was made for {cache.batch_size}: "
                 "make another (new_cache(batch, capacity)), or bring it to size (cache.repeat, cache.keep)"
             )
-        self.positions = positions
-        self.segments = None if segments is None else torch.where(positions < 0, -1, segments)
-        self.ahead = ahead
+        self.position_ids = position_ids
+        self.segment_ids = None if segment_ids is None else torch.where(position_ids < 0, -1, segment_ids)
+        self.bidirectional = bidirectional
         self.cache = cache
         self.records = records
-        self.reach = reach
-        self.is_plain = plain and segments is None
-        self.layer: int | None = None
+        self.max_seq_len = max_seq_len
+        self.is_unpadded = unpadded and segment_ids is None
+        self.layer_idx: int | None = None
         self.given: tuple[Tensor, Tensor] | None = None
-        self._once: dict[Hashable, Any] = {}
+        self._cached_values: dict[Hashable, Any] = {}
 
     @classmethod
-    def plain(
+    def unpadded(
         cls,
-        tokens: Tensor,
+        input_ids: Tensor,
         *,
         cache: Cache | None = None,
         start: int = 0,
-        ahead: bool = False,
+        bidirectional: bool = False,
         records: dict[str, list[Any]] | None = None,
     ) -> Scope:
         """Every row is whole: tokens (B,T) stand at start, start+1, ... Known on the host, so nothing is masked in
         vain."""
-        batch, length = tokens.shape[:2]
-        row = torch.arange(start, start + length, device=tokens.device)
-        positions = row.expand(batch, length)
-        return cls(positions, ahead=ahead, cache=cache, records=records, reach=start + length, plain=True)
+        batch_size, length = input_ids.shape[:2]
+        row = torch.arange(start, start + length, device=input_ids.device)
+        positions = row.expand(batch_size, length)
+        return cls(
+            positions,
+            bidirectional=bidirectional,
+            cache=cache,
+            records=records,
+            max_seq_len=start + length,
+            unpadded=True,
+        )
 
-    def at(self, layer: int) -> Scope:
+    def for_layer(self, layer_idx: int) -> Scope:
         """The same pass as seen by one layer: its own part of the cache, its own name in the records."""
-        mine = object.__new__(Scope)
-        mine.__dict__.update(self.__dict__)
-        mine.layer = layer
-        return mine
+        scoped = object.__new__(Scope)
+        scoped.__dict__.update(self.__dict__)
+        scoped.layer_idx = layer_idx
+        return scoped
 
     def giving(self, where: Tensor, vectors: Tensor) -> Scope:
         """The same pass, in which the tokens at `where` (B,T) bool mean not themselves but these vectors (K,D), in
         reading order, K = how many tokens that are: what an image encoder saw."""
-        mine = self.at(self.layer)  # type: ignore[arg-type]
+        mine = self.for_layer(self.layer_idx)  # type: ignore[arg-type]
         mine.given = (where, vectors)
         return mine
 
@@ -118,37 +125,37 @@ class Scope:
         return x.masked_scatter(where[:, :, None], vectors.to(x.dtype))
 
     @property
-    def memory(self) -> Any:
+    def layer_cache(self) -> Any:
         """This layer's part of the cache; None without a cache."""
-        return None if self.cache is None or self.layer is None else self.cache.layers[self.layer]
+        return None if self.cache is None or self.layer_idx is None else self.cache.layers[self.layer_idx]
 
-    def once(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
+    def cached(self, key: Hashable, compute: Callable[[], Value]) -> Value:
         """The value of `make()`, worked out once per pass: rotary tables, masks, slots."""
-        if key not in self._once:
-            self._once[key] = make()
-        return self._once[key]
+        if key not in self._cached_values:
+            self._cached_values[key] = compute()
+        return self._cached_values[key]
 
-    def visible(self, window: int | None = None) -> Sight:
+    def attention_mask(self, window: int | None = None) -> MaskSpec:
         """Which tokens of this pass each of its tokens may look at: (B,T,T) bool, or how that is known without
         looking."""
-        length = self.positions.shape[1]
-        if self.is_plain and (window is None or window >= length):
-            return Plain.ALL if self.ahead or length == 1 else Plain.CAUSAL
-        if self.is_plain and window is not None and not self.ahead:
-            return Band(window)
-        return self.once(("visible", window), lambda: self.sees(self.positions, self.segments, window))
+        length = self.position_ids.shape[1]
+        if self.is_unpadded and (window is None or window >= length):
+            return CausalMask.FULL if self.bidirectional or length == 1 else CausalMask.CAUSAL
+        if self.is_unpadded and window is not None and not self.bidirectional:
+            return SlidingWindow(window)
+        return self.cached(("visible", window), lambda: self.build_mask(self.position_ids, self.segment_ids, window))
 
-    def sees(self, key_positions: Tensor, key_segments: Tensor | None, window: int | None) -> Tensor:
+    def build_mask(self, key_position_ids: Tensor, key_segment_ids: Tensor | None, window: int | None) -> Tensor:
         """The rule itself. key_positions (B,S) -> (B,T,S) bool. Padding sees padding, so that no row is empty."""
-        q, k = self.positions[:, :, None], key_positions[:, None, :]
-        seen = (q < 0) == (k < 0)
-        if not self.ahead:
-            seen = seen & (k <= q)
+        q, k = self.position_ids[:, :, None], key_position_ids[:, None, :]
+        allowed = (q < 0) == (k < 0)
+        if not self.bidirectional:
+            allowed = allowed & (k <= q)
         if window is not None:
-            seen = seen & (q - k < window)
-        if self.segments is not None and key_segments is not None:
-            seen = seen & (self.segments[:, :, None] == key_segments[:, None, :])
-        return seen
+            allowed = allowed & (q - k < window)
+        if self.segment_ids is not None and key_segment_ids is not None:
+            allowed = allowed & (self.segment_ids[:, :, None] == key_segment_ids[:, None, :])
+        return allowed
 
     def record(self, name: str, value: Any) -> None:
         """Leave a value for whoever asked (a router's loss, a tap's weights); nobody asked: nothing is kept."""

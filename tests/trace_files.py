@@ -96,9 +96,9 @@ def files_to_first_step() -> dict[str, str]:
 
 def files_of_a_rollout() -> dict[str, str]:
     """The same of the first rollout of `quest train grpo`: questions, samples, rewards, advantages, rows."""
-    from llm_quest.rollouts.rollouts import Rollouts
+    from llm_quest.rollouts.rollouts import RolloutLoader
 
-    trace, rollout = FileTrace(), Rollouts.at
+    trace, rollout = FileTrace(), RolloutLoader.batches
 
     def traced(rollouts: Any, step: int) -> Any:
         if trace.files:
@@ -109,12 +109,12 @@ def files_of_a_rollout() -> dict[str, str]:
         finally:
             trace.close()
 
-    Rollouts.at = traced  # type: ignore[method-assign]
+    RolloutLoader.batches = traced  # type: ignore[method-assign]
     try:
         with empty_folder():
             code = quest("train", "grpo", *GRPO, "--quiet", "--out", "run", "--device", "cpu")
     finally:
-        Rollouts.at = rollout  # type: ignore[method-assign]
+        RolloutLoader.batches = rollout  # type: ignore[method-assign]
     assert code == 0, f"quest train grpo ended with {code}"
     return trace.files
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_quest.cli.door import guarded
-from llm_quest.cli.screen import open_streams, show, show_json, show_lines, voice
+from llm_quest.cli.errors import run_with_exit_code
+from llm_quest.cli.output import open_streams, print_json, print_lines, print_result, status_printer
 
 app = typer.Typer(
     name="quest",
@@ -24,16 +24,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda[:n], mps, xpu.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask the network (HF_HUB_OFFLINE=1).")]
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")]
-Image = Annotated[str | None, typer.Option(help="An image's file, for a model that looks (quest train vlm).")]
-Pairs = Annotated[
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda[:n], mps, xpu.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS.")
+]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network (HF_HUB_OFFLINE=1).")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")
+]
+ImageOption = Annotated[str | None, typer.Option(help="An image's file, for a model that looks (quest train vlm).")]
+Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top, dotted: optimizer.lr=1e-3.")
 ]
 
@@ -41,10 +45,10 @@ Pairs = Annotated[
 def main() -> None:
     """The entry point: ends the process with the exit code of what happened."""
     open_streams()
-    sys.exit(guarded(lambda: app(standalone_mode=True, prog_name="quest")))
+    sys.exit(run_with_exit_code(lambda: app(standalone_mode=True, prog_name="quest")))
 
 
-def version(wanted: bool) -> None:
+def print_version(wanted: bool) -> None:
     if wanted:
         from llm_quest import __version__
 
@@ -53,9 +57,9 @@ def version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def root_options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Modern LLMs from scratch: train, generate, look inside. Exit codes: 0 done, 1 a bug, 2 usage, 3 data or model
@@ -66,26 +70,26 @@ def options(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
-    json: Json = False,
-    quiet: Quiet = False,
-    device: Device = "auto",
-    seed: Seed = 0,
-    threads: Threads = 0,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 0,
 ) -> None:
     """The offline tour: text, tokenizer, pretraining, resuming, fine-tuning, DPO, a conversation, GRPO, exporting,
     reports. About five minutes on two cores."""
-    prepare(threads)
-    from llm_quest.cli.tour import tour
+    set_environment(threads)
+    from llm_quest.cli.quickstart import run_quickstart
 
-    finding = tour(out, seed=seed, device=device, say=voice(quiet))
-    show(finding, json)
+    finding = run_quickstart(out, seed=seed, device=device, log=status_printer(quiet))
+    print_result(finding, json)
     raise typer.Exit(finding.exit_code)
 
 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN", help="A name, a YAML file, a run folder.")],
-    pairs: Pairs = None,
+    pairs: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
     resume: Annotated[str, typer.Option(help="auto (go on if there is something), never, or a run folder.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, print them, train nothing.")] = False,
@@ -93,27 +97,33 @@ def train(
     dtype: Annotated[str | None, typer.Option(help="Short for precision=...: auto, float32, bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for seed=...")] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="Short for threads=...")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    offline: Offline = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """Train by a recipe. Run the same command again to go on after an interruption."""
-    prepare(threads or 0, offline)
-    from llm_quest.cli.training import start
+    set_environment(threads or 0, offline)
+    from llm_quest.cli.train import start_training
 
     short = {"device": device, "precision": dtype, "seed": seed, "threads": threads}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    outcome = start(
-        recipe, [*(pairs or []), *given], out=out, resume=resume, dry_run=dry_run, quiet=quiet, say=voice(quiet)
+    outcome = start_training(
+        recipe,
+        [*(pairs or []), *given],
+        out=out,
+        resume=resume,
+        dry_run=dry_run,
+        quiet=quiet,
+        log=status_printer(quiet),
     )
     if os.environ.get("RANK", "0") == "0":
-        show(outcome, json)
+        print_result(outcome, json)
     raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
 def generate(
-    model: ModelPath,
+    model: ModelArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to go on from; - reads stdin.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Many: a line each, or the key `prompt` of JSON lines.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --prompts: a row for each, such as texts.jsonl.")] = None,
@@ -126,7 +136,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
     slide: Annotated[bool, typer.Option("--slide", help="Go on beyond the context, forgetting the oldest.")] = False,
-    image: Image = None,
+    image: ImageOption = None,
     draft: Annotated[
         str | None,
         typer.Option(
@@ -134,99 +144,108 @@ def generate(
         ),
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compiled passes: slow to begin, then faster.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    threads: Threads = 0,
-    offline: Offline = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
 ) -> None:
     """Go on from a prompt; the text appears as it is made. Or from every prompt of a file (--prompts, --out): the same
     command again goes on with the rows that are missing."""
-    prepare(threads, offline)
-    from llm_quest.cli.talk import Manner, go_on
-    from llm_quest.cli.writing import require_fitting, write_texts
+    set_environment(threads, offline)
+    from llm_quest.cli.batch_generate import check_prompt_options, generate_batch
+    from llm_quest.cli.chat import GenerationOptions, generate_text
 
     alone = {"--prompt": prompt, "--draft": draft, "--image": image}
-    require_fitting(prompts, alone, {"--out": out}, {"--batch": batch})
+    check_prompt_options(prompts, alone, {"--out": out}, {"--batch": batch})
     stops = tuple(stop or ())
-    manner = Manner(tokens, temperature, top_k, top_p, min_p, repetition_penalty, stops, slide, seed, compile)
+    manner = GenerationOptions(
+        tokens, temperature, top_k, top_p, min_p, repetition_penalty, stops, slide, seed, compile
+    )
     if prompts is not None and out is not None:
-        show(write_texts(model, prompts, out, manner, batch=batch, device=device, dtype=dtype, say=voice(quiet)), json)
+        print_result(
+            generate_batch(
+                model, prompts, out, manner, batch=batch, device=device, dtype=dtype, log=status_printer(quiet)
+            ),
+            json,
+        )
         return
     assert prompt is not None, "require_fitting asked for it"
     text = sys.stdin.read() if prompt == "-" else prompt
     if draft is not None:
-        from llm_quest.cli.drafting import go_on_drafting
+        from llm_quest.cli.speculative_generate import generate_speculative
 
         if image is not None:
             from llm_quest.errors import UsageError
 
             raise UsageError("--draft guesses text and does not see --image: leave one of them out")
-        go_on_drafting(model, draft, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
+        generate_speculative(
+            model, draft, text, manner, device=device, dtype=dtype, as_json=json, log=status_printer(quiet)
+        )
         return
     if image is not None:
-        from llm_quest.cli.looking import describe
+        from llm_quest.cli.vision import describe_image
 
-        describe(model, image, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
+        describe_image(model, image, text, manner, device=device, dtype=dtype, as_json=json, log=status_printer(quiet))
         return
-    go_on(model, text, manner, device=device, dtype=dtype, as_json=json, say=voice(quiet))
+    generate_text(model, text, manner, device=device, dtype=dtype, as_json=json, log=status_printer(quiet))
 
 
 @app.command()
 def chat(
-    model: ModelPath,
+    model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many tokens an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = 0.95,
     template: Annotated[bool, typer.Option("--template/--no-template", help="Use the folder's chat template.")] = True,
-    image: Image = None,
-    quiet: Quiet = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    threads: Threads = 0,
-    offline: Offline = False,
+    image: ImageOption = None,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
 ) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /quit or Ctrl-D leaves."""
-    prepare(threads, offline)
-    from llm_quest.cli.talk import Manner, converse
+    set_environment(threads, offline)
+    from llm_quest.cli.chat import GenerationOptions, run_chat
 
-    manner = Manner(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
+    manner = GenerationOptions(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
     if image is not None:
-        from llm_quest.cli.looking import converse_about
+        from llm_quest.cli.vision import chat_about_image
 
-        converse_about(model, image, manner, system=system, device=device, dtype=dtype, say=voice(quiet))
+        chat_about_image(model, image, manner, system=system, device=device, dtype=dtype, log=status_printer(quiet))
         return
-    converse(model, manner, system=system, template=template, device=device, dtype=dtype, say=voice(quiet))
+    run_chat(model, manner, system=system, template=template, device=device, dtype=dtype, log=status_printer(quiet))
 
 
 @app.command()
 def classify(
-    model: ModelPath,
+    model: ModelArgument,
     text: Annotated[str, typer.Argument(metavar="TEXT|IMAGE", help="The text (- reads stdin), or an image's file.")],
-    json: Json = False,
-    device: Device = "auto",
-    threads: Threads = 0,
-    offline: Offline = False,
+    json: JsonOption = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
 ) -> None:
     """What a classifier takes a text or an image for, and how sure it is."""
-    prepare(threads, offline)
-    from llm_quest.cli.looking import classify_image, is_image
+    set_environment(threads, offline)
+    from llm_quest.cli.vision import classify_image, is_image_path
 
-    if is_image(text):
-        show(classify_image(model, text, device=device), json)
+    if is_image_path(text):
+        print_result(classify_image(model, text, device=device), json)
         return
-    from llm_quest.cli.classifying import classify as classified
+    from llm_quest.cli.classify import classify_text as classify_text
 
-    show(classified(model, sys.stdin.read() if text == "-" else text, device=device), json)
+    print_result(classify_text(model, sys.stdin.read() if text == "-" else text, device=device), json)
 
 
 @app.command("eval")
 def evaluate(
-    model: ModelPath,
+    model: ModelArgument,
     data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
     tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens (0: all); of an answer: at most.")] = 0,
     task: Annotated[str, typer.Option(help="Problems to solve: countdown, addition:digits=3, gsm8k or its file.")] = "",
@@ -235,61 +254,69 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.01, help="With --samples.")] = 1.0,
     part: Annotated[str, typer.Option(help="With --task: train, validation, test.")] = "test",
     harness: Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-eval, with commas: hellaswag,arc_easy.")] = "",
-    json: Json = False,
-    quiet: Quiet = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    threads: Threads = 0,
-    offline: Offline = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
 ) -> None:
     """On text: perplexity and bits per byte beside n-gram and compressor baselines on the same bytes. On problems
     (--task): greedy accuracy with its interval, mean@k and pass@k. A run that looks (vit, vlm): its score on the images
     it held out."""
-    prepare(threads, offline)
+    set_environment(threads, offline)
     if harness:
-        judged = optional("llm_quest.cli.harness", "lm_eval", "harness").judged
-        show(judged(model, harness.split(","), limit=problems, device=device, dtype=dtype, say=voice(quiet)), json)
+        run_lm_eval = import_optional("llm_quest.eval.lm_eval_harness", "lm_eval", "harness").run_lm_eval
+        print_result(
+            run_lm_eval(
+                model, harness.split(","), limit=problems, device=device, dtype=dtype, log=status_printer(quiet)
+            ),
+            json,
+        )
         return
     if task:
-        from llm_quest.cli.problems import Exam, examine
+        from llm_quest.eval.tasks import ProblemEvalOptions, evaluate_on_problems
 
-        exam = Exam(task, part, problems, samples, temperature, tokens or 64, seed)
-        show(examine(model, exam, device=device, dtype=dtype, say=voice(quiet)), json)
+        exam = ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
+        print_result(evaluate_on_problems(model, exam, device=device, dtype=dtype, log=status_printer(quiet)), json)
         return
-    from llm_quest.cli.judge import judge
-    from llm_quest.cli.looking import looked
+    from llm_quest.cli.evaluate import evaluate_text
+    from llm_quest.cli.vision import evaluate_images
 
-    if not data and (marks := looked(model, device=device, say=voice(quiet))) is not None:
-        show(marks, json)
+    if not data and (marks := evaluate_images(model, device=device, log=status_printer(quiet))) is not None:
+        print_result(marks, json)
         return
-    show(judge(model, data, tokens=tokens or None, device=device, dtype=dtype, say=voice(quiet)), json)
+    print_result(
+        evaluate_text(model, data, max_tokens=tokens or None, device=device, dtype=dtype, log=status_printer(quiet)),
+        json,
+    )
 
 
 @app.command()
-def models(json: Json = False) -> None:
+def models(json: JsonOption = False) -> None:
     """The published sizes that can be built by name."""
-    from llm_quest.cli.catalog import models as listed
+    from llm_quest.cli.models import list_presets as list_presets
 
-    show(listed(), json)
+    print_result(list_presets(), json)
 
 
 @app.command("show")
-def show_model(name: Annotated[str, typer.Argument(help="A preset's name.")], json: Json = False) -> None:
+def show_model(name: Annotated[str, typer.Argument(help="A preset's name.")], json: JsonOption = False) -> None:
     """A model's blocks, its parameters by part, its cache and its cost."""
-    from llm_quest.cli.catalog import show as shown
+    from llm_quest.cli.models import make_model_card as make_model_card
 
-    show(shown(name), json)
+    print_result(make_model_card(name), json)
 
 
 @app.command()
-def diff(a: Annotated[str, typer.Argument(help="A page or preset.")], b: str, json: Json = False) -> None:
+def diff(a: Annotated[str, typer.Argument(help="A page or preset.")], b: str, json: JsonOption = False) -> None:
     """Two families compared: what is new, the numbers, the code."""
-    from llm_quest.cli.lesson import diff as compared
+    from llm_quest.cli.diff import diff_families as diff_families
 
-    lesson = compared(a, b)
+    lesson = diff_families(a, b)
     if json or not sys.stdout.isatty():
-        show(lesson, json)
+        print_result(lesson, json)
     else:  # our own source in our own colours: nothing in it to be cleaned
         print("\n".join(lesson.lines(colour=True)))
 
@@ -297,63 +324,65 @@ def diff(a: Annotated[str, typer.Argument(help="A page or preset.")], b: str, js
 @app.command()
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
-    pairs: Pairs = None,
+    pairs: Overrides = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time three real steps.")] = True,
-    json: Json = False,
-    quiet: Quiet = False,
-    threads: Threads = 0,
-    offline: Offline = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
 ) -> None:
     """What a run will cost before it starts: parameters, FLOPs, memory by kind, checkpoints, time."""
-    prepare(threads, offline)
-    from llm_quest.cli.training import foresee
+    set_environment(threads, offline)
+    from llm_quest.cli.train import plan_recipe
 
-    show(foresee(recipe, pairs or [], measure=measure, say=voice(quiet)), json)
+    print_result(plan_recipe(recipe, pairs or [], measure=measure, log=status_printer(quiet)), json)
 
 
 @app.command()
 def inspect(
-    folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, offline: Offline = False
+    folder: Annotated[str, typer.Argument(help="A model folder.")],
+    json: JsonOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """What a model folder holds, and everything that is wrong with it."""
-    prepare(0, offline)
-    from llm_quest.hub.inspect import inspect as inspected
+    set_environment(0, offline)
+    from llm_quest.hub.inspect import inspect_folder as inspected
 
-    show(inspected(folder), json)
+    print_result(inspected(folder), json)
 
 
 @app.command("inspect-batch")
 def inspect_batch(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
-    pairs: Pairs = None,
+    pairs: Overrides = None,
     step: Annotated[int, typer.Option(min=0, help="The optimiser step, counted from 0.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="Show so many rows.")] = 4,
-    json: Json = False,
-    quiet: Quiet = False,
-    threads: Threads = 0,
-    offline: Offline = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
 ) -> None:
     """What a step trains on, token by token: what is learned, or read by the head (in green), positions, documents."""
-    prepare(threads, offline)
-    from llm_quest.cli.batches import look
+    set_environment(threads, offline)
+    from llm_quest.cli.inspect_batch import load_batch_view
 
-    shown = look(recipe, pairs or [], step=step, rows=rows, say=voice(quiet))
+    shown = load_batch_view(recipe, pairs or [], step=step, rows=rows, log=status_printer(quiet))
     if json or not sys.stdout.isatty():
-        show(shown, json)
+        print_result(shown, json)
     else:  # the colours are ours; the text between them is cleaned already
         print("\n".join(shown.lines(colour=True)))
 
 
 @app.command()
 def verify(
-    folder: Annotated[str, typer.Argument(help="A model folder.")], json: Json = False, threads: Threads = 0
+    folder: Annotated[str, typer.Argument(help="A model folder.")], json: JsonOption = False, threads: ThreadsOption = 0
 ) -> None:
     """Our logits and tokens against transformers' (which must be installed)."""
-    prepare(threads)
-    from llm_quest.hub.inspect import verify as verified
+    set_environment(threads)
+    from llm_quest.hub.inspect import compare_with_transformers as verified
 
     finding = verified(folder)
-    show(finding, json)
+    print_result(finding, json)
 
 
 @app.command()
@@ -366,34 +395,34 @@ def export(
         bool, typer.Option("--merge", help="Of an adapted model: the whole, the adapter worked in.")
     ] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="Of an adapted model: the adapter, for PEFT.")] = False,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Write a run's model as a folder that transformers and vLLM load."""
-    from llm_quest.cli.exporting import export as exported
+    from llm_quest.cli.export import export_run as exported
 
-    show(exported(run, folder, dtype=dtype, overwrite=overwrite, merged=merge, adapter=adapter), json)
+    print_result(exported(run, folder, dtype=dtype, overwrite=overwrite, merged=merge, adapter=adapter), json)
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
     out: Annotated[Path | None, typer.Option(help="The page (default: report.html in the first run).")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """One self-contained page: curves, samples, data, cost, environment."""
-    from llm_quest.report.page import report as written
+    from llm_quest.report.page import write_report as write_report
 
-    page = written(runs, out=out)
-    show_json({"report": str(page)}) if json else show_lines([str(page)])
+    page = write_report(runs, out=out)
+    print_json({"report": str(page)}) if json else print_lines([str(page)])
 
 
 @app.command()
-def papers(json: Json = False) -> None:
+def papers(json: JsonOption = False) -> None:
     """Papers with a claim, the experiment that tests it here, and the verdict."""
-    prepare(0)
-    from llm_quest.cli.library import shelf
+    set_environment(0)
+    from llm_quest.cli.papers import list_papers
 
-    show(shelf(), json)
+    print_result(list_papers(), json)
 
 
 @app.command()
@@ -402,23 +431,25 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, max=10, help="How many; the verdict rests on them.")] = 3,
     jobs: Annotated[int, typer.Option(min=0, help="Measurements at once; 0: one per core.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where the card goes (default: docs/papers).")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make a paper's measurements again and draw its card. What was measured is kept: an interrupted run goes on."""
-    from llm_quest.cli.library import again
+    from llm_quest.cli.papers import reproduce_paper
     from llm_quest.train.hardware import usable_cores
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    show(again(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), say=voice(quiet)), json)
+    print_result(
+        reproduce_paper(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), log=status_printer(quiet)), json
+    )
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(json: JsonOption = False) -> None:
     """This machine: python, torch, cores, memory, devices, and what to mend."""
-    from llm_quest.cli.machine import doctor as examined
+    from llm_quest.cli.doctor import inspect_machine as inspect_machine
 
-    show(examined(), json)
+    print_result(inspect_machine(), json)
 
 
 @app.command()
@@ -426,15 +457,17 @@ def data(
     source: Annotated[str | None, typer.Argument(help="builtin[:parts], a file, a folder; without: a list.")] = None,
     column: Annotated[str, typer.Option(help="The key of a JSONL line that holds its text.")] = "text",
     separator: Annotated[str | None, typer.Option(help="Splits a text file into documents.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """What a data source holds: documents, bytes, and what was dropped and why."""
-    from llm_quest.cli.sources import ledger_of, listed
+    from llm_quest.cli.data import list_builtin_corpora, load_source
 
-    show(listed() if source is None else ledger_of(source, column=column, separator=separator), json)
+    print_result(
+        list_builtin_corpora() if source is None else load_source(source, column=column, separator=separator), json
+    )
 
 
-def optional(file: str, package: str, extra: str) -> Any:
+def import_optional(file: str, package: str, extra: str) -> Any:
     """A file of ours that needs a package which is not always there; MissingError says how to get it."""
     from llm_quest.errors import MissingError
 
@@ -443,7 +476,7 @@ def optional(file: str, package: str, extra: str) -> Any:
     return importlib.import_module(file)
 
 
-def prepare(threads: int, offline: bool = False) -> None:
+def set_environment(threads: int, offline: bool = False) -> None:
     """What has to be set before torch and the hub are imported."""
     from llm_quest.train.hardware import usable_cores
 

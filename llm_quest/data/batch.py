@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,20 @@ class TokenBatch:
         segments     0   0   0    1   1    2
     """
 
-    tokens: Int[Tensor, "B T"]
+    input_ids: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    positions: Int[Tensor, "B T"] | None = None
-    segments: Int[Tensor, "B T"] | None = None
-    counted: int | None = field(default=None, repr=False, compare=False)
+    position_ids: Int[Tensor, "B T"] | None = None
+    segment_ids: Int[Tensor, "B T"] | None = None
+    token_count: int | None = field(default=None, repr=False, compare=False)
     prefix: ClassVar[None] = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding. Known on the host after `to`, so that reading it there costs no device sync."""
-        if self.counted is not None:
-            return self.counted
-        return self.tokens.numel() if self.positions is None else int((self.positions >= 0).sum())
+        """Tokens that are not padding. Known on the host after `positions`, so that reading it there costs no device
+        sync."""
+        if self.token_count is not None:
+            return self.token_count
+        return self.input_ids.numel() if self.position_ids is None else int((self.position_ids >= 0).sum())
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device (from pinned memory, without waiting for the copy)."""
@@ -47,18 +48,18 @@ class TokenBatch:
             return tensor.to(device, non_blocking=True)
 
         return TokenBatch(
-            move(self.tokens),
+            move(self.input_ids),
             move(self.targets),
-            None if self.positions is None else move(self.positions),
-            None if self.segments is None else move(self.segments),
+            None if self.position_ids is None else move(self.position_ids),
+            None if self.segment_ids is None else move(self.segment_ids),
             self.num_tokens,
         )
 
-    def rows(self, start: int, stop: int) -> TokenBatch:
+    def slice_rows(self, start: int, stop: int) -> TokenBatch:
         """Rows start..stop-1 (views)."""
         return TokenBatch(
-            self.tokens[start:stop],
+            self.input_ids[start:stop],
             self.targets[start:stop],
-            None if self.positions is None else self.positions[start:stop],
-            None if self.segments is None else self.segments[start:stop],
+            None if self.position_ids is None else self.position_ids[start:stop],
+            None if self.segment_ids is None else self.segment_ids[start:stop],
         )

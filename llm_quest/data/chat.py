@@ -20,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.template import Job, Layout, Messages, render, render_all
+from llm_quest.data.template_sandbox import Messages, RenderedChat, RenderJob, render_batch, render_prompt
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
 
-GUARD = "\ufdd0"  # a noncharacter: it stands in no text
+ESCAPE_MARK = "\ufdd0"  # a noncharacter: it stands in no text
 
-CHATML = (
+CHATML_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + '<|im_end|>' }}"
     "{% endgeneration %}{% else %}{{ message['content'] | trim + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -34,7 +34,7 @@ CHATML = (
 )
 """For tokenizers that have its tokens, as ours do."""
 
-HEADED = (
+ALPACA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
     "{{ message['content'] | trim + '\\n\\n' }}{% elif message['role'] == 'user' %}"
     "{{ '### Instruction:\\n' + message['content'] | trim + '\\n\\n' }}{% else %}{{ '### Response:\\n' }}"
@@ -45,83 +45,97 @@ HEADED = (
 """For the others: Alpaca's headings (Taori et al. 2023), an end of text after each answer."""
 
 
-def default_template(tokenizer: Tokenizer) -> str:
+def default_chat_template(tokenizer: Tokenizer) -> str:
     """What a model without a chat template is given."""
-    return CHATML if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.special_tokens) else HEADED
+    return CHATML_TEMPLATE if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.special_tokens) else ALPACA_TEMPLATE
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class ChatExample:
     """ids of a whole conversation; learned: which of them the model is to write. The last of its learned ids ends its
     last answer. where: file:line."""
 
-    ids: np.ndarray
-    learned: np.ndarray
+    input_ids: np.ndarray
+    assistant_mask: np.ndarray
     where: str = ""
 
     @cached_property
-    def last(self) -> tuple[int, int]:
+    def last_answer_span(self) -> tuple[int, int]:
         """Where the last answer begins, and one past its end."""
-        end = int(np.flatnonzero(self.learned)[-1]) + 1
-        before = np.flatnonzero(~self.learned[:end])
+        end = int(np.flatnonzero(self.assistant_mask)[-1]) + 1
+        before = np.flatnonzero(~self.assistant_mask[:end])
         return (int(before[-1]) + 1 if len(before) else 0), end
 
 
-class Chat:
-    """`Chat(tokenizer)`: its own template, else the default one, which the tokenizer then keeps and saves."""
+class ChatTemplate:
+    """`ChatTemplate(tokenizer)`: its own template, else the default one, which the tokenizer then keeps and saves."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None):
-        tokenizer.chat_template = template or tokenizer.chat_template or default_template(tokenizer)
+        tokenizer.chat_template = template or tokenizer.chat_template or default_chat_template(tokenizer)
         self.tokenizer, self.template = tokenizer, tokenizer.chat_template
-        self.controls = tokenizer.special_tokens
-        self.names = {key: name[0] if isinstance(name, list) else name for key, name in tokenizer.names.items() if name}
-        words = "|".join(map(re.escape, sorted(self.controls, key=len, reverse=True)))
-        self.spelled = re.compile(f"(?:{words})(?!{GUARD})" if words else r"(?!)")
+        self.control_tokens = tokenizer.special_tokens
+        self.special_token_names = {
+            key: name[0] if isinstance(name, list) else name
+            for key, name in tokenizer.special_token_names.items()
+            if name
+        }
+        words = "|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))
+        self.control_pattern = re.compile(f"(?:{words})(?!{ESCAPE_MARK})" if words else r"(?!)")
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def encode_prompt(self, messages: Messages) -> list[int]:
         """The ids that ask for the assistant's next message."""
-        return self.encode(render(self.template, self.guarded(messages), special=self.names))
+        return self.encode(
+            render_prompt(self.template, self.escape_control_tokens(messages), special_tokens=self.special_token_names)
+        )
 
-    def prompts(self, many: Sequence[Messages]) -> list[list[int]]:
+    def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
         """The same of many conversations, by one process."""
-        jobs = [Job(self.guarded(messages), ask=True) for messages in many]
-        return [self.encode(one.text) for one in render_all(self.template, jobs, special=self.names)]
+        jobs = [
+            RenderJob(self.escape_control_tokens(messages), add_generation_prompt=True) for messages in conversations
+        ]
+        return [
+            self.encode(one.text) for one in render_batch(self.template, jobs, special_tokens=self.special_token_names)
+        ]
 
-    def examples(self, conversations: Sequence[Conversation]) -> list[Example]:
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[ChatExample]:
         """Each conversation, all its answers learned."""
         if not conversations:
             return []
-        laid_out = self.tagged if "generation" in self.tags() else self.found
+        render = self.render_with_generation_tags if "generation" in self.template_tags() else self.render_by_prefix
         return [
-            self.example(layout, one.where) for layout, one in zip(laid_out(conversations), conversations, strict=True)
+            self.encode_example(layout, one.where)
+            for layout, one in zip(render(conversations), conversations, strict=True)
         ]
 
-    def tags(self) -> set[str]:
+    def template_tags(self) -> set[str]:
         """The template's statements by their first word."""
         return set(re.findall(r"\{%[-+]?\s*(\w+)", self.template))
 
-    def tagged(self, conversations: Sequence[Conversation]) -> list[Layout]:
+    def render_with_generation_tags(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
         """The template itself says what the model writes."""
-        jobs = [Job(self.guarded(one.plain), ask=False, where=one.where) for one in conversations]
-        return render_all(self.template, jobs, special=self.names)
+        jobs = [
+            RenderJob(self.escape_control_tokens(one.message_dicts), add_generation_prompt=False, where=one.where)
+            for one in conversations
+        ]
+        return render_batch(self.template, jobs, special_tokens=self.special_token_names)
 
-    def found(self, conversations: Sequence[Conversation]) -> list[Layout]:
+    def render_by_prefix(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
         """The template does not say: an answer is what comes after the prompt that asks for it, up to where the text
         stands when it has been given."""
-        jobs = [job for one in conversations for job in self.steps(one)]
-        texts = iter(render_all(self.template, jobs, special=self.names))
-        return [self.between(one, texts) for one in conversations]
+        jobs = [job for one in conversations for job in self.prefix_jobs(one)]
+        texts = iter(render_batch(self.template, jobs, special_tokens=self.special_token_names))
+        return [self.locate_answers(one, texts) for one in conversations]
 
-    def steps(self, one: Conversation) -> Iterator[Job]:
+    def prefix_jobs(self, one: Conversation) -> Iterator[RenderJob]:
         """The whole, then before and after each answer."""
-        said = self.guarded(one.plain)
-        yield Job(said, ask=False, where=one.where)
-        for number, message in enumerate(said):
+        escaped = self.escape_control_tokens(one.message_dicts)
+        yield RenderJob(escaped, add_generation_prompt=False, where=one.where)
+        for number, message in enumerate(escaped):
             if message["role"] == "assistant":
-                yield Job(said[:number], ask=True, where=one.where)
-                yield Job(said[: number + 1], ask=False, where=one.where)
+                yield RenderJob(escaped[:number], add_generation_prompt=True, where=one.where)
+                yield RenderJob(escaped[: number + 1], add_generation_prompt=False, where=one.where)
 
-    def between(self, one: Conversation, texts: Iterator[Layout]) -> Layout:
+    def locate_answers(self, one: Conversation, texts: Iterator[RenderedChat]) -> RenderedChat:
         whole = next(texts).text
         spans = []
         for role, _ in one.messages:
@@ -134,73 +148,76 @@ class Chat:
                         "around the answer in it, or give rows of one answer each"
                     )
                 spans.append((len(before), len(after)))
-        return Layout(whole, tuple(spans))
+        return RenderedChat(whole, tuple(spans))
 
-    def example(self, layout: Layout, where: str) -> Example:
+    def encode_example(self, layout: RenderedChat, where: str) -> ChatExample:
         """Prompt and answers encoded apart, each answer with its end."""
         ids: list[int] = []
-        learned: list[bool] = []
+        assistant_mask: list[bool] = []
         at = 0
-        for begin, stop in layout.spans:
-            end = begin + self.ended(layout.text[begin:stop], layout.text[stop:])
-            for start, upto, mine in ((at, begin, False), (begin, end, True)):
+        for begin, stop in layout.answer_spans:
+            end = begin + self.answer_end(layout.text[begin:stop], layout.text[stop:])
+            for start, upto, is_answer in ((at, begin, False), (begin, end, True)):
                 piece = self.encode(layout.text[start:upto])
-                ids, learned = ids + piece, learned + [mine] * len(piece)
+                ids, assistant_mask = ids + piece, assistant_mask + [is_answer] * len(piece)
             at = end
-            if not self.closed(layout.text[begin:end]):
+            if not self.ends_with_control_token(layout.text[begin:end]):
                 if layout.text[end:].strip():
                     raise DataError(
                         f"{where}: this chat template does not end an answer with a control token, so the model could "
                         "not learn to stop; use one that does"
                     )
-                ids, learned = [*ids, self.tokenizer.end_id], [*learned, True]
-        if not layout.spans or not any(learned):
+                ids, assistant_mask = [*ids, self.tokenizer.eos_token_id], [*assistant_mask, True]
+        if not layout.answer_spans or not any(assistant_mask):
             raise DataError(f"{where}: this chat template writes no answer of the assistant")
-        return Example(np.array(ids, dtype=np.int64), np.array(learned), where)
+        return ChatExample(np.array(ids, dtype=np.int64), np.array(assistant_mask), where)
 
-    def ended(self, answer: str, rest: str) -> int:
+    def answer_end(self, answer: str, rest: str) -> int:
         """How much of an answer's text is learned: up to its end token, which the tags may have left outside, and not
         the line end after it."""
-        if not self.closed(answer.rstrip()) and (after := self.spelled.match(rest)):
+        if not self.ends_with_control_token(answer.rstrip()) and (after := self.control_pattern.match(rest)):
             return len(answer) + after.end()
-        return len(answer.rstrip()) if self.closed(answer.rstrip()) else len(answer)
+        return len(answer.rstrip()) if self.ends_with_control_token(answer.rstrip()) else len(answer)
 
-    def closed(self, answer: str) -> bool:
+    def ends_with_control_token(self, answer: str) -> bool:
         """Does it end with a control token?"""
-        return any(answer.endswith(control) for control in self.controls)
+        return any(answer.endswith(control) for control in self.control_tokens)
 
-    def guarded(self, messages: Messages) -> Messages:
+    def escape_control_tokens(self, messages: Messages) -> Messages:
         """Messages in which nothing spells a control token: its first character is followed by a mark, which
-        `encode` takes out again."""
+        `encode_prompt` takes out again."""
         return [
-            {**message, "content": self.spelled.sub(guard, message["content"].replace(GUARD, ""))}
+            {
+                **message,
+                "content": self.control_pattern.sub(escape_control, message["content"].replace(ESCAPE_MARK, "")),
+            }
             for message in messages
         ]
 
     def encode(self, text: str) -> list[int]:
         """The template's control tokens are control tokens; what was guarded is text."""
-        if GUARD not in text:
-            return self.tokenizer.encode(text, special=True, template=False)
+        if ESCAPE_MARK not in text:
+            return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
         ids: list[int] = []
-        for piece, control in segments(text, self.spelled):
-            ids += self.tokenizer.encode(piece.replace(GUARD, ""), template=False) if piece else []
-            ids += [self.tokenizer.id(control)] if control else []
+        for piece, control in split_at_controls(text, self.control_pattern):
+            ids += self.tokenizer.encode(piece.replace(ESCAPE_MARK, ""), add_special_tokens=False) if piece else []
+            ids += [self.tokenizer.token_to_id(control)] if control else []
         return ids
 
 
-class Segment(NamedTuple):
+class TextSegment(NamedTuple):
     text: str
-    control: str
+    control_token: str
 
 
-def segments(text: str, spelled: re.Pattern[str]) -> Iterator[Segment]:
+def split_at_controls(text: str, control_pattern: re.Pattern[str]) -> Iterator[TextSegment]:
     """The text between control tokens, each with the token that follows it."""
     at = 0
-    for match in spelled.finditer(text):
-        yield Segment(text[at : match.start()], match.group())
+    for match in control_pattern.finditer(text):
+        yield TextSegment(text[at : match.start()], match.group())
         at = match.end()
-    yield Segment(text[at:], "")
+    yield TextSegment(text[at:], "")
 
 
-def guard(match: re.Match[str]) -> str:
-    return match.group()[0] + GUARD + match.group()[1:]
+def escape_control(match: re.Match[str]) -> str:
+    return match.group()[0] + ESCAPE_MARK + match.group()[1:]

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from llm_quest.data.documents import Ledger
+from llm_quest.data.documents import DropReport
 from llm_quest.data.records import Record
-from llm_quest.data.template import Messages
+from llm_quest.data.template_sandbox import Messages
 from llm_quest.errors import DataError, UsageError
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Other names of the roles system, user and assistant."""
 
 
@@ -35,14 +35,14 @@ class Conversation:
     where: str = ""
 
     @property
-    def plain(self) -> Messages:
+    def message_dicts(self) -> Messages:
         """As templates take them."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
     @property
     def prompt(self) -> Messages:
         """All but the last answer."""
-        return self.plain[:-1]
+        return self.message_dicts[:-1]
 
     @property
     def answer(self) -> str:
@@ -55,37 +55,37 @@ class Conversation:
         return hashlib.sha256(repr(self.messages).encode()).hexdigest()
 
 
-def conversations(records: Iterable[Record], ledger: Ledger) -> list[Conversation]:
+def read_conversations(records: Iterable[Record], drop_report: DropReport) -> list[Conversation]:
     """What can be learned from; the ledger says what was dropped."""
     kept = []
     for record in records:
-        found = conversation(record)
+        found = parse_conversation(record)
         size = sum(len(content.encode()) for _, content in found.messages)
         if not found.answer.strip():
-            ledger.drop("empty answer", size)
+            drop_report.drop("empty answer", size)
         else:
-            ledger.keep(size)
+            drop_report.keep(size)
             kept.append(found)
     return kept
 
 
-def conversation(record: Record) -> Conversation:
+def parse_conversation(record: Record) -> Conversation:
     """One row, by the first of the forms whose keys it has."""
-    for keys, form in FORMS.items():
+    for keys, form in ROW_PARSERS.items():
         if all(key in record.row for key in keys):
             said = form(record)
-            require_order(said, record.where)
+            check_role_order(said, record.where)
             return Conversation(tuple(said), record.where)
-    known = "; ".join(", ".join(keys) for keys in FORMS)
+    known = "; ".join(", ".join(keys) for keys in ROW_PARSERS)
     raise DataError(
         f"{record.where} has the keys {', '.join(map(str, record.row)) or '(none)'}; "
         f"expected those of one form: {known}"
     )
 
 
-def require_order(said: Sequence[tuple[str, str]], where: str) -> None:
+def check_role_order(messages: Sequence[tuple[str, str]], where: str) -> None:
     """Perhaps a system message, then user and assistant in turn, the assistant last."""
-    roles = [role for role, _ in said]
+    roles = [role for role, _ in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or turns[-1] != "assistant":
         raise DataError(
@@ -94,7 +94,7 @@ def require_order(said: Sequence[tuple[str, str]], where: str) -> None:
         )
 
 
-def messages(value: Any, where: str, role: str = "role", content: str = "content") -> list[tuple[str, str]]:
+def parse_messages(value: Any, where: str, role: str = "role", content: str = "content") -> list[tuple[str, str]]:
     """A list of messages as (role, content), roles by their common names."""
     if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
         raise DataError(f"{where}: messages are a {type(value).__name__}, expected a list of objects")
@@ -104,14 +104,14 @@ def messages(value: Any, where: str, role: str = "role", content: str = "content
             raise DataError(
                 f"{where}: message {number} needs {role!r} and {content!r}, both text; it has {dict(one)!r:.80}"
             )
-        name = ROLES.get(one[role], one[role])
+        name = ROLE_ALIASES.get(one[role], one[role])
         if name not in ("system", "user", "assistant"):
             raise DataError(f"{where}: message {number} has the role {one[role]!r}; known: system, user, assistant")
         found.append((name, one[content]))
     return found
 
 
-def text(record: Record, key: str) -> str:
+def text_field(record: Record, key: str) -> str:
     """A value that has to be text."""
     value = record.row.get(key, "")
     if not isinstance(value, str):
@@ -119,49 +119,49 @@ def text(record: Record, key: str) -> str:
     return value
 
 
-def said(record: Record, key: str, role: str) -> list[tuple[str, str]]:
+def message_field(record: Record, key: str, role: str) -> list[tuple[str, str]]:
     """Text as one message of a role, or a list of messages."""
     value = record.row[key]
-    return messages(value, record.where) if isinstance(value, list) else [(role, text(record, key))]
+    return parse_messages(value, record.where) if isinstance(value, list) else [(role, text_field(record, key))]
 
 
-def asked(record: Record) -> list[tuple[str, str]]:
+def alpaca_prompt(record: Record) -> list[tuple[str, str]]:
     """An Alpaca row's instruction, with its input below it."""
-    task, given = text(record, "instruction").strip(), text(record, "input").strip()
+    task, given = text_field(record, "instruction").strip(), text_field(record, "input").strip()
     return [("user", f"{task}\n\n{given}" if given else task)]
 
 
-Form = Callable[[Record], list[tuple[str, str]]]
-FORMS: dict[tuple[str, ...], Form] = {
-    ("messages",): lambda record: messages(record.row["messages"], record.where),
-    ("conversations",): lambda record: messages(record.row["conversations"], record.where, "from", "value"),
-    ("prompt", "completion"): lambda record: said(record, "prompt", "user") + said(record, "completion", "assistant"),
-    ("instruction", "output"): lambda record: [*asked(record), ("assistant", text(record, "output"))],
+RowParser = Callable[[Record], list[tuple[str, str]]]
+ROW_PARSERS: dict[tuple[str, ...], RowParser] = {
+    ("messages",): lambda record: parse_messages(record.row["messages"], record.where),
+    ("conversations",): lambda record: parse_messages(record.row["conversations"], record.where, "from", "value"),
+    ("prompt", "completion"): lambda record: message_field(record, "prompt", "user") + message_field(record, "completion", "assistant"),
+    ("instruction", "output"): lambda record: [*alpaca_prompt(record), ("assistant", text_field(record, "output"))],
     ("question", "answer"): lambda record: [
-        ("user", text(record, "question")), ("assistant", text(record, "answer"))
+        ("user", text_field(record, "question")), ("assistant", text_field(record, "answer"))
     ],
 }  # fmt: skip
 
 
-class Asked(Protocol):
+class HasPrompt(Protocol):
     """Anything with a question."""
 
     @property
     def prompt(self) -> Messages: ...
 
 
-Item = TypeVar("Item", bound=Asked)
+Item = TypeVar("Item", bound=HasPrompt)
 
 
-def held_apart(items: Sequence[Item], part: float) -> tuple[list[Item], list[Item]]:
+def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
     """(to train on, held out): about `part` of the items, chosen by the hash of their question, so that the same
     question with other answers is never on both sides, no seed is needed, and a new row moves few others."""
-    if not 0 < part < 1:
-        raise UsageError(f"held_out is {part}; expected a part of the rows, above 0 and below 1")
+    if not 0 < fraction < 1:
+        raise UsageError(f"held_out is {fraction}; expected a part of the rows, above 0 and below 1")
     groups: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
-        groups[question_hash(item.prompt)].append(number)
-    wanted, chosen = max(1, round(part * len(items))), set[int]()
+        groups[prompt_hash(item.prompt)].append(number)
+    wanted, chosen = max(1, round(fraction * len(items))), set[int]()
     for _, numbers in sorted(groups.items()):
         if len(chosen) < wanted:
             chosen.update(numbers)
@@ -171,7 +171,7 @@ def held_apart(items: Sequence[Item], part: float) -> tuple[list[Item], list[Ite
     return train, [items[number] for number in sorted(chosen)]
 
 
-def question_hash(prompt: Messages) -> str:
+def prompt_hash(prompt: Messages) -> str:
     """sha256 of a question, whatever its spaces and capitals."""
     told = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in prompt)
     return hashlib.sha256(told.encode()).hexdigest()

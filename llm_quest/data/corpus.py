@@ -27,10 +27,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llm_quest.data.documents import TEXT_SUFFIXES, Document, Ledger, read
+from llm_quest.data.documents import TEXT_SUFFIXES, Document, DropReport, read_documents
 from llm_quest.errors import DataError, MissingError, UsageError
 
-LEFT_OUT = frozenset(
+EXCLUDED_FOLDERS = frozenset(
     ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data")
 )
 
@@ -42,7 +42,7 @@ class Corpus:
 
     name: str
     documents: tuple[Document, ...]
-    ledger: Ledger
+    drop_report: DropReport
     sha256: str
     python: str | None = None
 
@@ -52,7 +52,7 @@ class Corpus:
 
     def as_json(self) -> dict[str, Any]:
         facts = {"name": self.name, "sha256": self.sha256, "documents": len(self.documents), "bytes": self.nbytes}
-        return facts | {"python": self.python, "ledger": self.ledger.as_json()}
+        return facts | {"python": self.python, "ledger": self.drop_report.as_json()}
 
     def lines(self) -> list[str]:
         """For the screen."""
@@ -60,10 +60,10 @@ class Corpus:
         title = (
             f"{self.name}: {len(self.documents):,} documents, {self.nbytes:,} bytes, sha256 {self.sha256[:12]}{origin}"
         )
-        return [title, *self.ledger.lines()]
+        return [title, *self.drop_report.lines()]
 
 
-def gather(
+def load_corpus(
     source: str | Path,
     *,
     column: str = "text",
@@ -72,22 +72,22 @@ def gather(
 ) -> Corpus:
     """The documents of `builtin`, `builtin:PART[,PART]`, a text file, a JSON-lines file or a folder; each text once.
     DataError where nothing is left, with the ledger that says why."""
-    ledger = Ledger()
+    drop_report = DropReport()
     name = str(source)
     builtin = name == "builtin" or name.startswith("builtin:")
     found = (
-        _builtin(name, ledger)
+        _read_builtin(name, drop_report)
         if builtin
-        else read(source, ledger, column=column, separator=separator, suffixes=suffixes)
+        else read_documents(source, drop_report, column=column, separator=separator, suffixes=suffixes)
     )
-    documents = _once_each(found, ledger)
+    documents = _deduplicate(found, drop_report)
     if not documents:
-        raise DataError(f"{name} holds no text: " + ("; ".join(ledger.lines()[1:]) or "it is empty"))
+        raise DataError(f"{name} holds no text: " + ("; ".join(drop_report.lines()[1:]) or "it is empty"))
     python = platform.python_version() if builtin else None
-    return Corpus(name, documents, ledger, _sha256(documents), python)
+    return Corpus(name, documents, drop_report, _corpus_hash(documents), python)
 
 
-def topics() -> Iterator[Document]:
+def pydoc_topics() -> Iterator[Document]:
     """pydoc's help topics, by name."""
     try:
         from pydoc_data.topics import topics as texts
@@ -97,86 +97,94 @@ def topics() -> Iterator[Document]:
         yield Document(texts[name], f"pydoc_data.topics:{name}")
 
 
-def docstrings() -> Iterator[Document]:
+def stdlib_docstrings() -> Iterator[Document]:
     """One document per module: its docstring, then each class and function with its signature and docstring. Modules
     are parsed, never imported."""
-    for file, name in modules():
-        if text := signatures(file.read_bytes(), name):
+    for file, name in stdlib_modules():
+        if text := module_docstrings(file.read_bytes(), name):
             yield Document(text, f"docstrings:{name}")
 
 
-def source() -> Iterator[Document]:
+def stdlib_source() -> Iterator[Document]:
     """One document per module of the standard library: its source as it stands on disk."""
-    for file, name in modules():
-        yield Document(_source(file), f"source:{name}")
+    for file, name in stdlib_modules():
+        yield Document(_read_source(file), f"source:{name}")
 
 
-def signatures(source: bytes, name: str) -> str:
+def module_docstrings(source: bytes, name: str) -> str:
     """The docstrings of a module's source, each below its name and signature; empty if it has none. The source is
     parsed, not run."""
-    with collector_paused(), warnings.catch_warnings():
+    with pause_garbage_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
-        pieces = list(documented(ast.parse(source), name))
+        pieces = list(iter_docstrings(ast.parse(source), name))
     return "".join(f"{piece}\n\n" for piece in pieces)
 
 
-BUILTIN: dict[str, Callable[[], Iterator[Document]]] = {"topics": topics, "docstrings": docstrings, "source": source}
+BUILTIN_CORPORA: dict[str, Callable[[], Iterator[Document]]] = {
+    "topics": pydoc_topics,
+    "docstrings": stdlib_docstrings,
+    "source": stdlib_source,
+}
 
 
 def builtin_parts(name: str) -> list[str]:
-    """The parts that `builtin` or `builtin:topics,source` names. UsageError for a part there is not."""
+    """The parts that `builtin` or `builtin:pydoc_topics,source` names. UsageError for a part there is not."""
     if name == "builtin":
         return ["topics", "docstrings"]
     asked = [part.strip() for part in name.removeprefix("builtin:").split(",")]
     for part in asked:
-        if part not in BUILTIN:
-            near = get_close_matches(part, BUILTIN, n=1)
+        if part not in BUILTIN_CORPORA:
+            near = get_close_matches(part, BUILTIN_CORPORA, n=1)
             meant = f"; did you mean builtin:{near[0]}?" if near else ""
-            raise UsageError(f"{name}: the built-in corpus has no part {part!r}; it has {', '.join(BUILTIN)}{meant}")
+            raise UsageError(
+                f"{name}: the built-in corpus has no part {part!r}; it has {', '.join(BUILTIN_CORPORA)}{meant}"
+            )
     return list(dict.fromkeys(asked))
 
 
-def _builtin(name: str, ledger: Ledger) -> Iterator[Document]:
-    for document in chain.from_iterable(BUILTIN[part]() for part in builtin_parts(name)):
+def _read_builtin(name: str, drop_report: DropReport) -> Iterator[Document]:
+    for document in chain.from_iterable(BUILTIN_CORPORA[part]() for part in builtin_parts(name)):
         if document.text.strip():
-            ledger.keep(document.nbytes)
+            drop_report.keep(document.nbytes)
             yield document
         else:
-            ledger.drop("empty", document.nbytes)
+            drop_report.drop("empty", document.nbytes)
 
 
-def _once_each(documents: Iterator[Document], ledger: Ledger) -> tuple[Document, ...]:
+def _deduplicate(documents: Iterator[Document], drop_report: DropReport) -> tuple[Document, ...]:
     """The first of each text; a later copy moves from kept to dropped."""
     seen: dict[str, Document] = {}
     for document in documents:
         if document.hash in seen:
-            ledger.kept = [ledger.kept[0] - 1, ledger.kept[1] - document.nbytes]
-            ledger.drop("copy of another document", document.nbytes)
+            drop_report.kept = [drop_report.kept[0] - 1, drop_report.kept[1] - document.nbytes]
+            drop_report.drop("copy of another document", document.nbytes)
         else:
             seen[document.hash] = document
     return tuple(seen.values())
 
 
-def _sha256(documents: tuple[Document, ...]) -> str:
+def _corpus_hash(documents: tuple[Document, ...]) -> str:
     return hashlib.sha256("".join(document.hash for document in documents).encode()).hexdigest()
 
 
-def modules() -> list[tuple[Path, str]]:
+def stdlib_modules() -> list[tuple[Path, str]]:
     """Files of the standard library and their module names, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [(file, file.relative_to(root)) for file in root.rglob("*.py")]
-    wanted = [(f, p) for f, p in files if LEFT_OUT.isdisjoint(p.parts) and not p.name.startswith("_sysconfigdata")]
+    wanted = [
+        (f, p) for f, p in files if EXCLUDED_FOLDERS.isdisjoint(p.parts) and not p.name.startswith("_sysconfigdata")
+    ]
     if not wanted:
         raise MissingError(f"the standard library's source is not at {root}; use builtin:topics or your own text")
     named = [(file, ".".join(path.with_suffix("").parts).removesuffix(".__init__")) for file, path in wanted]
     return sorted(named, key=lambda pair: pair[1])
 
 
-def _source(file: Path) -> str:
+def _read_source(file: Path) -> str:
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-def documented(node: ast.AST, name: str) -> Iterator[str]:
+def iter_docstrings(node: ast.AST, name: str) -> Iterator[str]:
     """'name(signature)', a blank line, the docstring, for the node and everything named below it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
@@ -187,11 +195,11 @@ def documented(node: ast.AST, name: str) -> Iterator[str]:
             yield f"{name}{arguments}\n\n{inspect.cleandoc(text)}"
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from documented(child, f"{name}.{child.name}")
+                yield from iter_docstrings(child, f"{name}.{child.name}")
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def pause_garbage_collection() -> Iterator[None]:
     """Parsing is four times as fast without the garbage collector: a tree is many small objects, and all of them
     live."""
     running = gc.isenabled()

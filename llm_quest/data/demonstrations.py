@@ -7,47 +7,59 @@ from typing import Any
 
 import torch
 
-from llm_quest.data.batch import IGNORE, TokenBatch
-from llm_quest.data.problems import Drawn, Task, demonstration
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
+from llm_quest.data.problems import Task, TaskSplit, teacher_demonstration
 from llm_quest.data.tokenizer import Tokenizer
 
 
-class DemonstrationFeed:
+class DemonstrationLoader:
     """`rows` problems of the training split in each step; only the answer and its end are learned. examples: the first
     so many, again and again; None: all."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, *, rows: int, seed: int = 0, examples: int | None = None):
-        self.task, self.tokenizer, self.rows, self.seed, self.examples = task, tokenizer, rows, seed, examples
-        self.problems = Drawn(task)
+    def __init__(
+        self, task: Task, tokenizer: Tokenizer, *, batch_size: int, seed: int = 0, num_examples: int | None = None
+    ):
+        self.task, self.tokenizer, self.batch_size, self.seed, self.num_examples = (
+            task,
+            tokenizer,
+            batch_size,
+            seed,
+            num_examples,
+        )
+        self.problems = TaskSplit(task)
 
-    def at(self, step: int) -> list[TokenBatch]:
-        return [demonstrations([self.row(step * self.rows + number) for number in range(self.rows)])]
+    def batches(self, step: int) -> list[TokenBatch]:
+        return [
+            collate_demonstrations(
+                [self.encode_example(step * self.batch_size + number) for number in range(self.batch_size)]
+            )
+        ]
 
-    def row(self, index: int) -> tuple[list[int], list[int]]:
+    def encode_example(self, index: int) -> tuple[list[int], list[int]]:
         """Prompt and answer as ids, apart: a token never spans both."""
-        index = index % self.examples if self.examples else index
+        index = index % self.num_examples if self.num_examples else index
         problem = self.problems(self.seed, index)
-        answer = demonstration(self.task, problem, index, self.seed)
+        answer = teacher_demonstration(self.task, problem, index, self.seed)
         tokenizer = self.tokenizer
-        prompt = [tokenizer.start_id, *tokenizer.encode(problem.prompt, template=False)]
-        return prompt, [*tokenizer.encode(answer, template=False), tokenizer.end_id]
+        prompt = [tokenizer.start_token_id, *tokenizer.encode(problem.prompt, add_special_tokens=False)]
+        return prompt, [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
 
-    def bookmark(self) -> dict[str, Any]:
-        known = {"task": repr(self.task), "rows": self.rows, "seed": self.seed}
-        return known | ({"examples": self.examples} if self.examples else {})
+    def state_dict(self) -> dict[str, Any]:
+        known = {"task": repr(self.task), "rows": self.batch_size, "seed": self.seed}
+        return known | ({"examples": self.num_examples} if self.num_examples else {})
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
-        if bookmark != self.bookmark():
-            raise ValueError(f"the bookmark belongs to other demonstrations: {bookmark}")
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict != self.state_dict():
+            raise ValueError(f"the bookmark belongs to other demonstrations: {state_dict}")
 
 
-def demonstrations(rows: list[tuple[list[int], list[int]]]) -> TokenBatch:
+def collate_demonstrations(rows: list[tuple[list[int], list[int]]]) -> TokenBatch:
     """Padded on the right, where a causal pass never looks back: the rows are plain."""
     length = max(len(prompt) + len(answer) for prompt, answer in rows) - 1
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.full_like(tokens, IGNORE)
+    targets = torch.full_like(tokens, IGNORE_INDEX)
     for number, (prompt, answer) in enumerate(rows):
         end = len(prompt) + len(answer) - 1
         tokens[number, :end] = torch.tensor((prompt + answer)[:-1])
         targets[number, len(prompt) - 1 : end] = torch.tensor(answer)
-    return TokenBatch(tokens, targets, counted=sum(len(prompt) + len(answer) - 1 for prompt, answer in rows))
+    return TokenBatch(tokens, targets, token_count=sum(len(prompt) + len(answer) - 1 for prompt, answer in rows))

@@ -15,12 +15,27 @@ from typing import IO, Any
 
 from llm_quest.errors import DataError
 
-JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-PROSE = (".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
-SCRIPTS = (".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".lua", ".jl", ".r", ".sh", ".sql")
-COMPILED = (".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".scala", ".swift", ".hs", ".ml")
-MARKUP = (".html", ".css", ".toml", ".yaml", ".yml")
-TEXT_SUFFIXES = frozenset((*PROSE, *SCRIPTS, *COMPILED, *MARKUP))
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+PROSE_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
+SCRIPT_SUFFIXES = (".py", ".pyi", ".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".lua", ".jl", ".r", ".sh", ".sql")
+COMPILED_LANGUAGE_SUFFIXES = (
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".cu",
+    ".rs",
+    ".go",
+    ".java",
+    ".kt",
+    ".scala",
+    ".swift",
+    ".hs",
+    ".ml",
+)
+MARKUP_SUFFIXES = (".html", ".css", ".toml", ".yaml", ".yml")
+TEXT_SUFFIXES = frozenset((*PROSE_SUFFIXES, *SCRIPT_SUFFIXES, *COMPILED_LANGUAGE_SUFFIXES, *MARKUP_SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class Document:
 
 
 @dataclass
-class Ledger:
+class DropReport:
     """What was kept and what was dropped and why, in documents and bytes. Files that were never opened count their
     size."""
 
@@ -77,61 +92,61 @@ class Ledger:
         return [f"{name:<40} {count:>9,} documents {size:>14,} bytes" for name, (count, size) in rows] + self.notes
 
 
-def read(
-    where: str | Path,
-    ledger: Ledger,
+def read_documents(
+    path: str | Path,
+    drop_report: DropReport,
     *,
     column: str = "text",
     separator: str | None = None,
     suffixes: Collection[str] = TEXT_SUFFIXES,
 ) -> Iterator[Document]:
     """The documents of a folder, a JSON-lines file or a text file, each read as its own reader below says."""
-    where = Path(where)
-    if where.is_dir():
-        return read_folder(where, ledger, column=column, separator=separator, suffixes=suffixes)
-    if where.name.lower().endswith(JSON_LINES):
-        return read_json_lines(where, ledger, column=column)
-    return read_text(where, ledger, separator=separator)
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path, drop_report, column=column, separator=separator, suffixes=suffixes)
+    if path.name.lower().endswith(JSON_LINES_SUFFIXES):
+        return read_json_lines(path, drop_report, column=column)
+    return read_text(path, drop_report, separator=separator)
 
 
-def read_text(file: str | Path, ledger: Ledger, *, separator: str | None = None) -> Iterator[Document]:
+def read_text(file: str | Path, drop_report: DropReport, *, separator: str | None = None) -> Iterator[Document]:
     """A UTF-8 text file: one document, or several between separators (line ends around a separator belong to it)."""
-    file = regular(Path(file))
-    text = decoded(content_of(file), file)
+    file = require_regular_file(Path(file))
+    text = decode_utf8(read_file_bytes(file), file)
     line = 1
     for part in [text] if separator is None else text.split(separator):
         body = part if separator is None else part.strip("\r\n")
         before = len(part) - len(part.lstrip("\r\n")) if separator is not None else 0
         if body.strip():
-            ledger.keep(len(body.encode()))
+            drop_report.keep(len(body.encode()))
             yield Document(body, str(file), line + part.count("\n", 0, before))
         else:
-            ledger.drop("empty", len(part.encode()))
+            drop_report.drop("empty", len(part.encode()))
         line += part.count("\n") + (separator or "").count("\n")
 
 
-def read_json_lines(file: str | Path, ledger: Ledger, *, column: str = "text") -> Iterator[Document]:
+def read_json_lines(file: str | Path, drop_report: DropReport, *, column: str = "text") -> Iterator[Document]:
     """One JSON object per line (also .gz), the text under `column`. A line that is not so stops with file and line."""
-    file = regular(Path(file))
-    with opened(file) as lines:
+    file = require_regular_file(Path(file))
+    with open_maybe_gzip(file) as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
-                    ledger.drop("blank line", len(line))
+                    drop_report.drop("blank line", len(line))
                     continue
-                text = text_of(record_of(line, file, number), column, f"{file}:{number}")
+                text = text_column(parse_json_object(line, file, number), column, f"{file}:{number}")
                 if text.strip():
-                    ledger.keep(len(text.encode()))
+                    drop_report.keep(len(text.encode()))
                     yield Document(text, str(file), number)
                 else:
-                    ledger.drop("empty", len(text.encode()))
+                    drop_report.drop("empty", len(text.encode()))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{file} is not a whole gzip file ({error}); fetch it again") from error
 
 
 def read_folder(
     folder: str | Path,
-    ledger: Ledger,
+    drop_report: DropReport,
     *,
     column: str = "text",
     separator: str | None = None,
@@ -143,19 +158,19 @@ def read_folder(
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     wanted = {suffix.lower() for suffix in suffixes}
-    for file in _walk(folder, ledger):
-        is_lines = file.name.lower().endswith(JSON_LINES)
+    for file in _iter_files(folder, drop_report):
+        is_lines = file.name.lower().endswith(JSON_LINES_SUFFIXES)
         if not is_lines and file.suffix.lower() not in wanted:
-            ledger.drop(f"suffix {file.suffix or 'none'}", file.stat().st_size)
+            drop_report.drop(f"suffix {file.suffix or 'none'}", file.stat().st_size)
         elif is_lines:
-            yield from read_json_lines(file, ledger, column=column)
-        elif reason := _unreadable(file):
-            ledger.drop(reason, file.stat().st_size)
+            yield from read_json_lines(file, drop_report, column=column)
+        elif reason := _unreadable_reason(file):
+            drop_report.drop(reason, file.stat().st_size)
         else:
-            yield from read_text(file, ledger, separator=separator)
+            yield from read_text(file, drop_report, separator=separator)
 
 
-def _walk(folder: Path, ledger: Ledger, top: Path | None = None) -> Iterator[Path]:
+def _iter_files(folder: Path, drop_report: DropReport, top: Path | None = None) -> Iterator[Path]:
     """Regular files in sorted order; what is passed over goes into the ledger."""
     inside = (top or folder).resolve()
     try:
@@ -164,23 +179,23 @@ def _walk(folder: Path, ledger: Ledger, top: Path | None = None) -> Iterator[Pat
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in entries:
         if entry.name.startswith("."):
-            ledger.drop("hidden", _size(entry))
+            drop_report.drop("hidden", _file_size(entry))
         elif entry.is_symlink() and (entry.is_dir() or not entry.resolve().is_relative_to(inside)):
-            ledger.drop("link to a folder or out of it", 0)
+            drop_report.drop("link to a folder or out of it", 0)
         elif entry.is_dir():
-            yield from _walk(entry, ledger, top or folder)
+            yield from _iter_files(entry, drop_report, top or folder)
         elif entry.is_file():
             yield entry
         else:
-            ledger.drop("not a regular file", 0)
+            drop_report.drop("not a regular file", 0)
 
 
-def _size(entry: Path) -> int:
+def _file_size(entry: Path) -> int:
     return entry.stat().st_size if entry.is_file() else 0
 
 
-def _unreadable(file: Path) -> str | None:
-    content = content_of(file)
+def _unreadable_reason(file: Path) -> str | None:
+    content = read_file_bytes(file)
     if b"\0" in content:
         return "binary"
     try:
@@ -190,7 +205,7 @@ def _unreadable(file: Path) -> str | None:
     return None
 
 
-def regular(file: Path) -> Path:
+def require_regular_file(file: Path) -> Path:
     if not file.exists():
         raise DataError(f"{file} does not exist")
     if not file.is_file():
@@ -198,38 +213,38 @@ def regular(file: Path) -> Path:
     return file
 
 
-def content_of(file: Path) -> bytes:
+def read_file_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def opened(file: Path) -> gzip.GzipFile | IO[bytes]:
+def open_maybe_gzip(file: Path) -> gzip.GzipFile | IO[bytes]:
     try:
         return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def decoded(content: bytes, file: Path, first: int = 1) -> str:
+def decode_utf8(content: bytes, file: Path, first_line: int = 1) -> str:
     """UTF-8 with or without a byte-order mark. first: the number of the first line, for the message."""
     if b"\0" in content:
-        line = first + content.count(b"\n", 0, content.index(b"\0"))
+        line = first_line + content.count(b"\n", 0, content.index(b"\0"))
         raise DataError(f"{file}:{line} holds a zero byte: this is a binary file (or UTF-16), expected UTF-8 text")
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = first + content.count(b"\n", 0, error.start)
+        line = first_line + content.count(b"\n", 0, error.start)
         raise DataError(
             f"{file}:{line} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start}); "
             "convert it, for instance with `iconv -f LATIN1 -t UTF-8`"
         ) from None
 
 
-def record_of(line: bytes, file: Path, number: int) -> dict[str, Any]:
+def parse_json_object(line: bytes, file: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(decoded(line, file, number))
+        record = json.loads(decode_utf8(line, file, number))
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{file}:{number} is not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):
@@ -237,7 +252,7 @@ def record_of(line: bytes, file: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def text_of(record: dict[str, Any], column: str, where: str) -> str:
+def text_column(record: dict[str, Any], column: str, where: str) -> str:
     """What a row holds under `column`, if it is text. where: file:line, for the message."""
     if column not in record:
         raise DataError(f"{where} has no {column!r}; it has {', '.join(map(repr, record)) or 'nothing'}")

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from llm_quest.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
-MODES = {1: "L", 3: "RGB"}
-BRIGHTEST = 255.0
+PIL_MODES = {1: "L", 3: "RGB"}
+MAX_PIXEL_VALUE = 255.0
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class ImageProcessor:
     """An image as a model wants it: resized to `size` x `size` pixels, brightness 0..1, less `mean`, divided by `std`.
 
     mean, std: one number per channel (1: grey, 3: red, green, blue). crop: keep the shape, resize the shorter side and
@@ -40,7 +40,7 @@ class Preprocess:
     crop: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or len(self.mean) not in MODES or min(self.std) <= 0 or self.size < 1:
+        if len(self.mean) != len(self.std) or len(self.mean) not in PIL_MODES or min(self.std) <= 0 or self.size < 1:
             raise DataError(
                 f"images of size {self.size} with mean {self.mean} and deviation {self.std} cannot be made: give a "
                 "positive size and 1 or 3 channels, with deviations above 0"
@@ -49,19 +49,19 @@ class Preprocess:
             raise DataError(f"resampling {self.resample!r} is unknown; known: {', '.join(RESAMPLING.values())}")
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
-        return self.normalized(self.pixels(image)[None])[0]
+        return self.normalize(self.resize_to_pixels(image)[None])[0]
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
+    def resize_to_pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 (C,H,W), resized and nothing more."""
-        image = image.convert(MODES[len(self.mean)])
+        image = image.convert(PIL_MODES[len(self.mean)])
         method = Image.Resampling.BILINEAR if self.resample == "bilinear" else Image.Resampling.BICUBIC
         if self.crop:
-            image = self.middle(image, method)
+            image = self.center_crop(image, method)
         elif image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), method)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
-    def middle(self, image: Image.Image, method: Image.Resampling) -> Image.Image:
+    def center_crop(self, image: Image.Image, method: Image.Resampling) -> Image.Image:
         """The shorter side becomes `size`, then the square in the middle is cut out."""
         short, long = sorted(image.size)
         other = int(self.size * long / short)
@@ -70,12 +70,12 @@ class Preprocess:
         left, top = (image.size[0] - self.size) // 2, (image.size[1] - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
-    def normalized(self, pixels: np.ndarray) -> Float[Tensor, "B C H W"]:
+    def normalize(self, pixels: np.ndarray) -> Float[Tensor, "B C H W"]:
         """From uint8 (B,C,H,W) to what the model reads."""
         mean, std = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (self.mean, self.std))
-        return torch.from_numpy((pixels.astype(np.float32) / BRIGHTEST - mean) / std)
+        return torch.from_numpy((pixels.astype(np.float32) / MAX_PIXEL_VALUE - mean) / std)
 
-    def publish(self) -> dict[str, Any]:
+    def to_preprocessor_config(self) -> dict[str, Any]:
         """The contents of preprocessor_config.json."""
         number = next(number for number, name in RESAMPLING.items() if name == self.resample)
         square = {"height": self.size, "width": self.size}
@@ -85,7 +85,7 @@ class Preprocess:
             shape |= {"do_convert_rgb": True, "image_processor_type": "CLIPImageProcessor"}
         steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
         numbers = {"image_mean": list(self.mean), "image_std": list(self.std)}
-        return {**shape, **steps, **numbers, "resample": number, "rescale_factor": 1 / BRIGHTEST}
+        return {**shape, **steps, **numbers, "resample": number, "rescale_factor": 1 / MAX_PIXEL_VALUE}
 
 
 CLIP_STATISTICS = {
@@ -96,13 +96,13 @@ CLIP_STATISTICS = {
 }
 
 
-def read_preprocess(published: Mapping[str, Any]) -> Preprocess:
+def parse_preprocessor_config(published: Mapping[str, Any]) -> ImageProcessor:
     """From the contents of preprocessor_config.json, today's or an older one's (`"size": 224`)."""
     size, crop = published.get("size", 224), bool(published.get("do_center_crop"))
-    told = published.get("crop_size", size) if crop else size
-    if isinstance(told, Mapping):
-        told = told.get("height", told.get("shortest_edge"))
-    if type(told) is not int:
+    target_size = published.get("crop_size", size) if crop else size
+    if isinstance(target_size, Mapping):
+        target_size = target_size.get("height", target_size.get("shortest_edge"))
+    if type(target_size) is not int:
         raise DataError(f"preprocessor_config.json: size is {size!r}; a whole number of pixels was expected")
     if published.get("resample", 2) not in RESAMPLING:
         raise DataError(
@@ -110,10 +110,10 @@ def read_preprocess(published: Mapping[str, Any]) -> Preprocess:
             + ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
         )
     mean, std = published.get("image_mean", (0.5,) * 3), published.get("image_std", (0.5,) * 3)
-    return Preprocess(told, tuple(mean), tuple(std), RESAMPLING[published.get("resample", 2)], crop)
+    return ImageProcessor(target_size, tuple(mean), tuple(std), RESAMPLING[published.get("resample", 2)], crop)
 
 
-def open_image(file: str | Path) -> Image.Image:
+def load_image(file: str | Path) -> Image.Image:
     """A whole image, decoded. DataError names a file that is missing, no image, cut off or absurdly large."""
     file = Path(file)
     try:
@@ -130,11 +130,11 @@ def open_image(file: str | Path) -> Image.Image:
         raise DataError(f"{file}: too large to be decoded: {str(error)[:120]}") from None
 
 
-def image_files(folder: Path) -> list[Path]:
+def list_image_files(folder: Path) -> list[Path]:
     """The images of a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
-def stacked(files: Sequence[Path], preprocess: Preprocess) -> np.ndarray:
+def load_pixels(files: Sequence[Path], image_processor: ImageProcessor) -> np.ndarray:
     """uint8 (N,C,H,W) of the images in these files."""
-    return np.stack([preprocess.pixels(open_image(file)) for file in files])
+    return np.stack([image_processor.resize_to_pixels(load_image(file)) for file in files])

@@ -19,11 +19,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from llm_quest.data.chat import Chat
-from llm_quest.data.conversations import Conversation, asked, messages, require_order, said
-from llm_quest.data.documents import Ledger
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversations import Conversation, alpaca_prompt, check_role_order, message_field, parse_messages
+from llm_quest.data.documents import DropReport
 from llm_quest.data.records import Record
-from llm_quest.data.template import Messages
+from llm_quest.data.template_sandbox import Messages
 from llm_quest.errors import DataError
 
 
@@ -42,13 +42,13 @@ class Preference:
         """As templates take them."""
         return [{"role": role, "content": content} for role, content in self.question]
 
-    def talk(self) -> list[Conversation]:
+    def to_conversations(self) -> list[Conversation]:
         """The question with each answer."""
         return [Conversation((*self.question, ("assistant", answer)), self.where) for answer in self.answers]
 
 
 @dataclass(frozen=True, eq=False)
-class Rated:
+class TokenizedPreference:
     """A preference as ids. prompt (P,); answers: (A,) each, with their ends."""
 
     prompt: np.ndarray
@@ -57,51 +57,51 @@ class Rated:
     where: str = ""
 
     @property
-    def size(self) -> int:
+    def length(self) -> int:
         """Ids of the longest row."""
         return len(self.prompt) + max(map(len, self.answers))
 
 
-def preferences(records: Iterable[Record], ledger: Ledger) -> list[Preference]:
+def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
     """What tells something; the ledger says what was dropped."""
     kept = []
     for record in records:
-        found = preference(record)
+        found = parse_preference(record)
         size = sum(len(content.encode()) for _, content in found.question) + sum(map(len, found.answers))
         if not all(answer.strip() for answer in found.answers):
-            ledger.drop("empty answer", size)
+            drop_report.drop("empty answer", size)
         elif any(better.strip() == worse.strip() for better, worse in pairwise(found.answers)):
-            ledger.drop("chosen and rejected are the same", size)
+            drop_report.drop("chosen and rejected are the same", size)
         else:
-            ledger.keep(size)
+            drop_report.keep(size)
             kept.append(found)
     return kept
 
 
-def preference(record: Record) -> Preference:
+def parse_preference(record: Record) -> Preference:
     """One row. DataError with file and line where it is none."""
     row, where = record.row, record.where
     if "ranked" in row:
-        question, answers = asked_in(record), ranked(record)
+        question, answers = prompt_messages(record), parse_ranked_answers(record)
     elif "chosen" in row and "rejected" in row:
-        whole = [said(record, key, "assistant") for key in ("chosen", "rejected")]
-        question = asked_in(record) if "prompt" in row or "instruction" in row else shared(whole, where)
-        answers = tuple(answer(one, len(question), where) for one in whole)
+        whole = [message_field(record, key, "assistant") for key in ("chosen", "rejected")]
+        question = prompt_messages(record) if "prompt" in row or "instruction" in row else shared_prompt(whole, where)
+        answers = tuple(answer_text(one, len(question), where) for one in whole)
     else:
         raise DataError(f"{where} has the keys {', '.join(map(str, row)) or '(none)'}; expected chosen and rejected")
-    require_order([*question, ("assistant", answers[0])], where)
-    return Preference(tuple(question), answers, margin_of(record), where)
+    check_role_order([*question, ("assistant", answers[0])], where)
+    return Preference(tuple(question), answers, parse_margin(record), where)
 
 
-def asked_in(record: Record) -> list[tuple[str, str]]:
+def prompt_messages(record: Record) -> list[tuple[str, str]]:
     if "prompt" in record.row:
-        return said(record, "prompt", "user")
+        return message_field(record, "prompt", "user")
     if "instruction" in record.row:
-        return asked(record)
+        return alpaca_prompt(record)
     raise DataError(f"{record.where} has no prompt and no instruction")
 
 
-def shared(whole: Sequence[list[tuple[str, str]]], where: str) -> list[tuple[str, str]]:
+def shared_prompt(whole: Sequence[list[tuple[str, str]]], where: str) -> list[tuple[str, str]]:
     """What both conversations begin with."""
     chosen, rejected = whole
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
@@ -109,7 +109,7 @@ def shared(whole: Sequence[list[tuple[str, str]]], where: str) -> list[tuple[str
     return chosen[:-1]
 
 
-def answer(one: list[tuple[str, str]], before: int, where: str) -> str:
+def answer_text(one: list[tuple[str, str]], before: int, where: str) -> str:
     """The last message, which must be the assistant's and the only one after the question."""
     role, content = one[-1] if one else ("", "")
     if role != "assistant" or len(one) not in (1, before + 1):
@@ -117,18 +117,18 @@ def answer(one: list[tuple[str, str]], before: int, where: str) -> str:
     return content
 
 
-def ranked(record: Record) -> tuple[str, ...]:
+def parse_ranked_answers(record: Record) -> tuple[str, ...]:
     """At least two answers, the best first."""
     found = record.row["ranked"]
     if not isinstance(found, list) or len(found) < 2:
         raise DataError(f"{record.where}: 'ranked' is no list of two answers or more")
     if all(isinstance(one, str) for one in found):
         return tuple(found)
-    whole = [messages(one, record.where) for one in found]
-    return tuple(answer(one, len(asked_in(record)), record.where) for one in whole)
+    whole = [parse_messages(one, record.where) for one in found]
+    return tuple(answer_text(one, len(prompt_messages(record)), record.where) for one in whole)
 
 
-def margin_of(record: Record) -> float:
+def parse_margin(record: Record) -> float:
     value = record.row.get("margin", 0.0)
     try:
         margin = float(value)
@@ -139,27 +139,31 @@ def margin_of(record: Record) -> float:
     return margin
 
 
-def rated(chat: Chat, found: Sequence[Preference], length: int, ledger: Ledger) -> list[Rated]:
+def tokenize_preferences(
+    chat_template: ChatTemplate, preferences: Sequence[Preference], max_length: int, drop_report: DropReport
+) -> list[TokenizedPreference]:
     """As ids, in rows of at most `length`. DataError where nothing is left."""
-    examples = iter(chat.examples([one for preference in found for one in preference.talk()]))
+    examples = iter(
+        chat_template.encode_conversations([one for preference in preferences for one in preference.to_conversations()])
+    )
     kept, cut = [], 0
-    for one in found:
+    for one in preferences:
         pieces = []
         for _ in one.answers:
             example = next(examples)
-            begin, end = example.last
-            pieces.append((example.ids[:begin], example.ids[begin:end]))
+            begin, end = example.last_answer_span
+            pieces.append((example.input_ids[:begin], example.input_ids[begin:end]))
         answers = tuple(answer for _, answer in pieces)
-        room = length - max(map(len, answers))
+        room = max_length - max(map(len, answers))
         prompt = pieces[0][0]
         if room < 1 or not len(prompt):
-            ledger.drop(f"an answer alone is longer than a row of {length} tokens", 0)
+            drop_report.drop(f"an answer alone is longer than a row of {max_length} tokens", 0)
             continue
         if len(prompt) > room:
             cut += 1
-        kept.append(Rated(prompt[-room:], answers, one.margin, one.where))
+        kept.append(TokenizedPreference(prompt[-room:], answers, one.margin, one.where))
     if cut:
-        ledger.note(f"{cut} questions are cut on their left to fit into {length} tokens with their answers")
-    if found and not kept:
-        raise DataError(f"no answer fits into {length} tokens beside a question; raise batch.length")
+        drop_report.note(f"{cut} questions are cut on their left to fit into {max_length} tokens with their answers")
+    if preferences and not kept:
+        raise DataError(f"no answer fits into {max_length} tokens beside a question; raise batch.length")
     return kept

@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_quest.data.documents import JSON_LINES, content_of, decoded, opened, record_of, regular
+from llm_quest.data.documents import (
+    JSON_LINES_SUFFIXES,
+    decode_utf8,
+    open_maybe_gzip,
+    parse_json_object,
+    read_file_bytes,
+    require_regular_file,
+)
 from llm_quest.errors import DataError
 
-TABLES = {".csv": ",", ".tsv": "\t"}
+TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Record(NamedTuple):
@@ -24,14 +31,14 @@ class Record(NamedTuple):
 
 def read_records(file: str | Path) -> list[Record]:
     """All of them. DataError with file and line for what is no such file."""
-    file = regular(Path(file))
+    file = require_regular_file(Path(file))
     name = file.name.lower()
-    if name.endswith(JSON_LINES):
-        found = list(json_lines(file))
-    elif file.suffix.lower() in TABLES:
-        found = list(table(file, TABLES[file.suffix.lower()]))
+    if name.endswith(JSON_LINES_SUFFIXES):
+        found = list(iter_json_lines(file))
+    elif file.suffix.lower() in TABLE_DELIMITERS:
+        found = list(iter_table(file, TABLE_DELIMITERS[file.suffix.lower()]))
     elif file.suffix.lower() == ".json":
-        found = list(json_list(file))
+        found = list(iter_json_list(file))
     else:
         raise DataError(f"{file} ends in {file.suffix or 'nothing'}; rows are read from .json, .jsonl, .csv and .tsv")
     if not found:
@@ -39,20 +46,20 @@ def read_records(file: str | Path) -> list[Record]:
     return found
 
 
-def json_lines(file: Path) -> Iterator[Record]:
-    with opened(file) as lines:
+def iter_json_lines(file: Path) -> Iterator[Record]:
+    with open_maybe_gzip(file) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield Record(record_of(line, file, number), f"{file}:{number}")
+                yield Record(parse_json_object(line, file, number), f"{file}:{number}")
 
 
-def json_list(file: Path) -> Iterator[Record]:
+def iter_json_list(file: Path) -> Iterator[Record]:
     """One object after another, so that each has its line."""
-    text, decoder = decoded(content_of(file), file), json.JSONDecoder()
-    at = past_space(text, 0)
+    text, decoder = decode_utf8(read_file_bytes(file), file), json.JSONDecoder()
+    at = skip_whitespace(text, 0)
     if text[at : at + 1] != "[":
         raise DataError(f"{file} does not begin with '[': expected a list of objects, or JSON lines in a .jsonl file")
-    at, line, counted = past_space(text, at + 1), 1, 0
+    at, line, counted = skip_whitespace(text, at + 1), 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         try:
@@ -62,22 +69,24 @@ def json_list(file: Path) -> Iterator[Record]:
         if not isinstance(row, dict):
             raise DataError(f"{file}:{line} holds a {type(row).__name__}, expected an object")
         yield Record(row, f"{file}:{line}")
-        at = past_space(text, end)
+        at = skip_whitespace(text, end)
         if text[at : at + 1] == ",":
-            at = past_space(text, at + 1)
+            at = skip_whitespace(text, at + 1)
         elif text[at : at + 1] != "]":
             raise DataError(f"{file}:{line}: after this object a ',' or the closing ']' is missing")
 
 
-def past_space(text: str, at: int) -> int:
+def skip_whitespace(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
 
 
-def table(file: Path, delimiter: str) -> Iterator[Record]:
+def iter_table(file: Path, delimiter: str) -> Iterator[Record]:
     """The first row names the columns."""
-    reader = csv.DictReader(decoded(content_of(file), file).splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        decode_utf8(read_file_bytes(file), file).splitlines(keepends=True), delimiter=delimiter, strict=True
+    )
     try:
         for row in reader:
             if None in row or None in row.values():

@@ -19,13 +19,13 @@ from llm_quest.data.corpus import Corpus
 from llm_quest.data.documents import Document
 from llm_quest.errors import DataError, UsageError
 
-SHINGLE = 8  # words that must agree in a row
-SHARED = 0.5  # near-copies: this part of the shorter document's runs also stands in the other
-COMPARED = 64 << 20  # bytes up to which every run is compared; above, one in two, three, ...
+SHINGLE_WORDS = 8  # words that must agree in a row
+NEAR_COPY_OVERLAP = 0.5  # near-copies: this part of the shorter document's runs also stands in the other
+MAX_FULL_COMPARISON_BYTES = 64 << 20  # bytes up to which every run is compared; above, one in two, three, ...
 
 
 @dataclass(frozen=True)
-class Split:
+class CorpusSplit:
     """train and val, both in the corpus's order."""
 
     corpus: Corpus
@@ -33,70 +33,70 @@ class Split:
     val: tuple[Document, ...]
 
 
-def split(corpus: Corpus, *, held_out: float = 0.1) -> Split:
+def split_corpus(corpus: Corpus, *, held_out: float = 0.1) -> CorpusSplit:
     """About `held_out` of the bytes, in whole documents chosen by the hash of their text: no seed, and adding a
     document moves few others. Where no document is small enough (a single file, a few long ones), the end of the
     longest one is held out, cut at a line; the ledger says so. held_out 0 holds nothing out."""
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out is {held_out}; expected a part of the bytes, at least 0 and below 1")
     if held_out == 0:
-        return Split(corpus, corpus.documents, ())
+        return CorpusSplit(corpus, corpus.documents, ())
     groups = near_copies(corpus.documents)
     copies = [group for group in groups if len(group) > 1]
     if copies:
         number = sum(len(group) for group in copies)
-        corpus.ledger.note(
+        corpus.drop_report.note(
             f"near-copies: {number} documents in {len(copies)} groups, each kept on one side of the split"
         )
-    chosen = _chosen(corpus.documents, groups, held_out)
+    chosen = _choose_held_out(corpus.documents, groups, held_out)
     if not chosen:
-        return _cut(corpus, held_out)
+        return _split_longest_document(corpus, held_out)
     train = tuple(document for i, document in enumerate(corpus.documents) if i not in chosen)
     val = tuple(document for i, document in enumerate(corpus.documents) if i in chosen)
-    corpus.ledger.note(
-        f"overlap: {overlap(train, val):.1%} of the held-out runs of {SHINGLE} words stand in training too"
+    corpus.drop_report.note(
+        f"overlap: {shingle_overlap(train, val):.1%} of the held-out runs of {SHINGLE_WORDS} words stand in training too"
     )
-    return Split(corpus, train, val)
+    return CorpusSplit(corpus, train, val)
 
 
 def near_copies(documents: Sequence[Document]) -> list[list[int]]:
     """Groups of document numbers that are near-copies of one another, directly or through a third; most have one
     member. Two are near-copies if SHARED of the shorter one's runs of words also stand in the other."""
-    every = 1 + sum(document.nbytes for document in documents) // COMPARED
-    runs = [shingles(document.text, every) for document in documents]
-    shared = Counter(pair for numbers in _holders(runs) for pair in _pairs(numbers))
+    every = 1 + sum(document.nbytes for document in documents) // MAX_FULL_COMPARISON_BYTES
+    runs = [shingle_hashes(document.text, every) for document in documents]
+    shared = Counter(pair for numbers in _documents_per_shingle(runs) for pair in _pairs(numbers))
     leader = list(range(len(documents)))
     for (a, b), count in shared.items():
-        if count >= SHARED * min(len(runs[a]), len(runs[b])):
-            leader[_root(leader, b)] = _root(leader, a)
+        if count >= NEAR_COPY_OVERLAP * min(len(runs[a]), len(runs[b])):
+            leader[_find_root(leader, b)] = _find_root(leader, a)
     groups: dict[int, list[int]] = defaultdict(list)
     for number in range(len(documents)):
-        groups[_root(leader, number)].append(number)
+        groups[_find_root(leader, number)].append(number)
     return list(groups.values())
 
 
-def overlap(train: Sequence[Document], val: Sequence[Document]) -> float:
+def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float:
     """The part of the held-out runs of words that also stand in the training documents: how much of val is known by
     heart."""
-    every = 1 + sum(document.nbytes for document in train) // COMPARED
-    known = np.unique(np.concatenate([shingles(document.text, every) for document in train]))
-    asked = np.concatenate([shingles(document.text, every) for document in val])
+    every = 1 + sum(document.nbytes for document in train) // MAX_FULL_COMPARISON_BYTES
+    known = np.unique(np.concatenate([shingle_hashes(document.text, every) for document in train]))
+    asked = np.concatenate([shingle_hashes(document.text, every) for document in val])
     return float(np.isin(asked, known).mean()) if len(asked) else 0.0
 
 
-def shingles(text: str, every: int = 1) -> np.ndarray:
+def shingle_hashes(text: str, every: int = 1) -> np.ndarray:
     """64-bit hashes of the runs of SHINGLE words of a text, each once; one in `every`, chosen by the hash and so the
     same ones in every text."""
     words = np.array([zlib.crc32(word.encode()) for word in re.findall(r"\w+", text.lower())], dtype=np.uint64)
-    words = np.pad(words, (0, max(0, SHINGLE - len(words))))
-    runs = np.zeros(len(words) - SHINGLE + 1, dtype=np.uint64)
-    for k in range(SHINGLE):
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[k : len(words) - SHINGLE + 1 + k]  # modulo 2^64
+    words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
+    runs = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
+    for k in range(SHINGLE_WORDS):
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + words[k : len(words) - SHINGLE_WORDS + 1 + k]  # modulo 2^64
     runs = np.unique(runs ^ (runs >> np.uint64(29)))
     return runs[runs % np.uint64(every) == 0]
 
 
-def _holders(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
+def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
     """For each run that stands in several documents, their numbers."""
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
@@ -113,14 +113,14 @@ def _pairs(numbers: list[int]) -> Iterator[tuple[int, int]]:
     return combinations(numbers, 2) if len(numbers) <= 50 else pairwise(numbers)
 
 
-def _root(leader: list[int], number: int) -> int:
+def _find_root(leader: list[int], number: int) -> int:
     while leader[number] != number:
         leader[number] = leader[leader[number]]
         number = leader[number]
     return number
 
 
-def _chosen(documents: Sequence[Document], groups: list[list[int]], held_out: float) -> set[int]:
+def _choose_held_out(documents: Sequence[Document], groups: list[list[int]], held_out: float) -> set[int]:
     """Numbers of the held-out documents: groups in the order of their hash, as long as they fit; empty if none does."""
     target = held_out * sum(document.nbytes for document in documents)
     chosen: set[int] = set()
@@ -133,7 +133,7 @@ def _chosen(documents: Sequence[Document], groups: list[list[int]], held_out: fl
     return chosen if taken >= 0.5 * target else set()
 
 
-def _cut(corpus: Corpus, held_out: float) -> Split:
+def _split_longest_document(corpus: Corpus, held_out: float) -> CorpusSplit:
     """The end of the longest document is held out, from the beginning of a line (or of a word, or just there)."""
     longest = max(corpus.documents, key=lambda document: document.nbytes)
     length = min(round(held_out * corpus.nbytes / longest.nbytes * len(longest.text)), len(longest.text) // 2)
@@ -149,7 +149,9 @@ def _cut(corpus: Corpus, held_out: float) -> Split:
             f"{longest.source} has {longest.nbytes} bytes, too few to hold out {held_out:.0%}; add text or hold out 0"
         )
     line = longest.line + train.count("\n")
-    corpus.ledger.note(f"no document is small enough to be held out: the end of {longest.source} is, from line {line}")
+    corpus.drop_report.note(
+        f"no document is small enough to be held out: the end of {longest.source} is, from line {line}"
+    )
     kept = Document(train, longest.source, longest.line)
     remaining = tuple(kept if document is longest else document for document in corpus.documents)
-    return Split(corpus, remaining, (Document(val, longest.source, line),))
+    return CorpusSplit(corpus, remaining, (Document(val, longest.source, line),))

@@ -15,7 +15,7 @@ from llm_quest.errors import UsageError
 def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     """Of each id, read from the vocabulary and never from decoded text; a control token has none. For byte-level BPE
     and for tokens that are plain text; UsageError for other kinds (SentencePiece writes its spaces differently)."""
-    engine, controls = tokenizer.engine, set(tokenizer.special_tokens)
+    engine, controls = tokenizer.backend_tokenizer, set(tokenizer.special_tokens)
     added = {number: token.content for number, token in engine.get_added_tokens_decoder().items()}
     kind = (json.loads(engine.to_str())["decoder"] or {}).get("type")
     if kind not in ("ByteLevel", "Fuse"):
@@ -23,7 +23,7 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
             f"the bytes of single tokens are not known for a tokenizer with the decoder {kind}: take ByteLevel "
             "(GPT-2, Llama 3, Qwen) or of whole characters"
         )
-    letters = byte_letters()
+    letters = unicode_to_bytes()
     found: list[bytes] = []
     for number in map(int, ids):
         name = engine.id_to_token(number)
@@ -37,7 +37,7 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
     return found
 
 
-def byte_letters() -> dict[str, int]:
+def unicode_to_bytes() -> dict[str, int]:
     """GPT-2's letter for each byte: printable ones stand for themselves, the others for code points from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]

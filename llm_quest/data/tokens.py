@@ -27,17 +27,17 @@ import numpy as np
 from filelock import FileLock
 
 from llm_quest.data.documents import Document
-from llm_quest.data.split import Split
+from llm_quest.data.split import CorpusSplit
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.disk import sha256, sync
 from llm_quest.errors import DataError, ResourceError
+from llm_quest.files import file_sha256, fsync_path
 
-FORMAT = 1
+TOKEN_FOLDER_FORMAT = 1
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class TokenizedDocuments:
     """The documents of one split. ids: start, tokens, end of each document, one after another; offsets (documents +
     1): where each begins; nbytes (documents): its bytes as text; hash: of all of it. Each id but a document's last is
     an input, and the id after it is its target: every byte of a document and its end are predicted."""
@@ -49,14 +49,16 @@ class Tokens:
     hash: str
 
     @classmethod
-    def of(cls, documents: Sequence[Sequence[int]], *, vocab_size: int, start: int, end: int) -> Tokens:
+    def from_token_lists(
+        cls, documents: Sequence[Sequence[int]], *, vocab_size: int, start: int, end: int
+    ) -> TokenizedDocuments:
         """In memory, from plain ids; a document counts as many bytes as it has tokens."""
         whole = [np.array([start, *document, end], dtype=np.int64) for document in documents]
         ids = np.concatenate(whole) if whole else np.zeros(0, dtype=np.int64)
         offsets = np.cumsum([0, *map(len, whole)], dtype=np.int64)
         nbytes = np.diff(offsets) - 2
         digest = hashlib.sha256(ids.tobytes() + offsets.tobytes()).hexdigest()
-        return cls(ids, offsets, nbytes, vocab_size, digest).checked("these documents")
+        return cls(ids, offsets, nbytes, vocab_size, digest).validate("these documents")
 
     @property
     def num_documents(self) -> int:
@@ -78,7 +80,7 @@ class Tokens:
     def documents(self) -> Iterator[np.ndarray]:
         return (self.document(number) for number in range(self.num_documents))
 
-    def checked(self, name: str) -> Tokens:
+    def validate(self, name: str) -> TokenizedDocuments:
         """Itself; DataError if an id lies outside the vocabulary or the documents do not fill the ids."""
         filled = len(self.offsets) and self.offsets[0] == 0 and self.offsets[-1] == len(self.ids)
         if not filled or np.any(np.diff(self.offsets) < 2) or len(self.nbytes) != self.num_documents:
@@ -100,79 +102,80 @@ class TokenFolder:
 
     path: Path
     manifest: dict[str, Any]
-    train: Tokens
-    val: Tokens
+    train: TokenizedDocuments
+    val: TokenizedDocuments
 
-    def tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path / "tokenizer")
 
 
-def default_cache() -> Path:
+def default_cache_dir() -> Path:
     """Where token folders are kept between runs: $LLM_QUEST_CACHE, otherwise llm-quest in the user's cache folder."""
     own, cache = os.environ.get("LLM_QUEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return (Path(own) if own else Path(cache or Path.home() / ".cache") / "llm-quest") / "tokens"
 
 
-def prepare(parts: Split, tokenizer: Tokenizer, root: str | Path) -> TokenFolder:
+def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | Path) -> TokenFolder:
     """The token folder of a split below `root`, named by the hash of its texts and tokenizer: made if it is not there,
     opened if it is. Processes that ask at once wait for the first. A damaged one is made anew, and the ledger says
     so."""
     root = Path(root)
-    folder = root / _key(parts, tokenizer)
+    folder = root / _folder_key(split, tokenizer)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f".{folder.name}.lock"):
             if (folder / "manifest.json").exists():
                 try:
-                    return open_tokens(folder)
+                    return open_token_folder(folder)
                 except DataError as error:
-                    parts.corpus.ledger.note(f"prepared data was damaged and is made anew: {error}")
+                    split.corpus.drop_report.note(f"prepared data was damaged and is made anew: {error}")
             shutil.rmtree(folder, ignore_errors=True)
-            return _write(parts, tokenizer, folder)
+            return _write_folder(split, tokenizer, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"no space left for the tokens in {root}; free some or name another folder") from error
         raise ResourceError(f"the tokens cannot be written to {root}: {error.strerror or error}") from error
 
 
-def open_tokens(folder: str | Path, *, verify: Literal["full", "size"] = "full") -> TokenFolder:
+def open_token_folder(folder: str | Path, *, verify: Literal["full", "size"] = "full") -> TokenFolder:
     """Opens a token folder without reading it into memory. full: sha256 of every file and every id within the
     vocabulary; size: only that each file is as long as it was. DataError names what is missing, damaged or from
     another format."""
     folder = Path(folder)
-    manifest = _manifest(folder)
+    manifest = _read_manifest(folder)
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             raise DataError(f"{file} is missing; prepare the data again")
         if (size := file.stat().st_size) != facts["size"]:
             raise DataError(f"{file} has {size} bytes, its manifest says {facts['size']}; prepare the data again")
-        if verify == "full" and sha256(file) != facts["sha256"]:
+        if verify == "full" and file_sha256(file) != facts["sha256"]:
             raise DataError(f"{file} has changed since it was written (sha256 differs); prepare the data again")
-    train, val = (_open(folder, name, manifest, verify) for name in SPLITS)
+    train, val = (_open_split(folder, name, manifest, verify) for name in SPLITS)
     return TokenFolder(folder, manifest, train, val)
 
 
-def _write(parts: Split, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
+def _write_folder(split: CorpusSplit, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
     stage = folder.with_name(f".{folder.name}.part")  # one name: the lock is held, so what lies there is dead
     shutil.rmtree(stage, ignore_errors=True)
     try:
         stage.mkdir()
         tokenizer.save(stage / "tokenizer")
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-        counts = {name: _write_split(stage, name, getattr(parts, name), tokenizer, dtype) for name in SPLITS}
+        counts = {name: _write_split(stage, name, getattr(split, name), tokenizer, dtype) for name in SPLITS}
         manifest = {
-            "format": FORMAT,
+            "format": TOKEN_FOLDER_FORMAT,
             "dtype": dtype,
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": tokenizer.hash,
-            "start": tokenizer.start_id,
-            "end": tokenizer.end_id,
+            "start": tokenizer.start_token_id,
+            "end": tokenizer.eos_token_id,
             "splits": counts,
-            "corpus": parts.corpus.as_json(),
+            "corpus": split.corpus.as_json(),
             "python": platform.python_version(),
             "files": {
-                file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(stage.glob("*.*"))
+                file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in sorted(stage.glob("*.*"))
             },
         }
         (stage / "manifest.json").write_text(
@@ -180,22 +183,22 @@ def _write(parts: Split, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
         )
         for file in stage.iterdir():
             if file.is_file():
-                sync(file)
+                fsync_path(file)
         os.rename(stage, folder)
-        sync(folder.parent)
+        fsync_path(folder.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    return open_tokens(folder, verify="size")
+    return open_token_folder(folder, verify="size")
 
 
 def _write_split(
     stage: Path, name: str, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str
 ) -> dict[str, int]:
-    start, end = tokenizer.start_id, tokenizer.end_id
+    start, end = tokenizer.start_token_id, tokenizer.eos_token_id
     lengths, nbytes = [], []
     with (stage / f"{name}.bin").open("wb") as file:
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([document.text for document in batch], template=False)
+        for batch in _group_documents(documents):
+            encoded = tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False)
             for document, ids in zip(batch, encoded, strict=True):
                 np.array([start, *ids, end], dtype=dtype).tofile(file)
                 lengths.append(len(ids) + 2)
@@ -205,7 +208,7 @@ def _write_split(
     return {"documents": len(lengths), "tokens": sum(lengths) - 2 * len(lengths), "bytes": sum(nbytes)}
 
 
-def _batches(documents: Sequence[Document], size: int = 4 << 20) -> Iterator[list[Document]]:
+def _group_documents(documents: Sequence[Document], size: int = 4 << 20) -> Iterator[list[Document]]:
     """Runs of documents of about `size` bytes."""
     batch: list[Document] = []
     held = 0
@@ -219,18 +222,20 @@ def _batches(documents: Sequence[Document], size: int = 4 << 20) -> Iterator[lis
         yield batch
 
 
-def _open(folder: Path, name: str, manifest: dict[str, Any], verify: str) -> Tokens:
+def _open_split(folder: Path, name: str, manifest: dict[str, Any], verify: str) -> TokenizedDocuments:
     file = folder / f"{name}.bin"
     empty = file.stat().st_size == 0
     ids = np.zeros(0, dtype=manifest["dtype"]) if empty else np.memmap(file, dtype=manifest["dtype"], mode="r")
     offsets = np.load(folder / f"{name}.offsets.npy", allow_pickle=False)
     nbytes = np.load(folder / f"{name}.bytes.npy", allow_pickle=False)
     facts = [manifest["files"][f"{name}{end}"]["sha256"] for end in (".bin", ".offsets.npy", ".bytes.npy")]
-    tokens = Tokens(ids, offsets, nbytes, manifest["vocab_size"], hashlib.sha256("".join(facts).encode()).hexdigest())
-    return tokens.checked(str(file)) if verify == "full" else tokens
+    tokens = TokenizedDocuments(
+        ids, offsets, nbytes, manifest["vocab_size"], hashlib.sha256("".join(facts).encode()).hexdigest()
+    )
+    return tokens.validate(str(file)) if verify == "full" else tokens
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
         raise DataError(f"{folder} is not a token folder: it has no manifest.json")
@@ -238,8 +243,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}; prepare the data again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{file} is not of format {FORMAT}, which this version reads; prepare the data again")
+    if not isinstance(manifest, dict) or manifest.get("format") != TOKEN_FOLDER_FORMAT:
+        raise DataError(
+            f"{file} is not of format {TOKEN_FOLDER_FORMAT}, which this version reads; prepare the data again"
+        )
     expected = {f"{name}{end}" for name in SPLITS for end in (".bin", ".offsets.npy", ".bytes.npy")}
     missing = [key for key in ("dtype", "vocab_size", "files") if key not in manifest] or expected - set(
         manifest["files"]
@@ -249,6 +256,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _key(parts: Split, tokenizer: Tokenizer) -> str:
-    sides = [[document.hash for document in side] for side in (parts.train, parts.val)]
-    return hashlib.sha256(json.dumps([FORMAT, tokenizer.hash, sides]).encode()).hexdigest()[:32]
+def _folder_key(split: CorpusSplit, tokenizer: Tokenizer) -> str:
+    sides = [[document.hash for document in side] for side in (split.train, split.val)]
+    return hashlib.sha256(json.dumps([TOKEN_FOLDER_FORMAT, tokenizer.hash, sides]).encode()).hexdigest()[:32]

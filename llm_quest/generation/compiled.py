@@ -14,32 +14,32 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from llm_quest.layers.cache import Cache
-from llm_quest.layers.state import StateCache
+from llm_quest.layers.kv_cache import Cache
+from llm_quest.layers.recurrent_cache import RecurrentStateCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-GRAPHS: WeakKeyDictionary[Decoder, dict[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
-SHAPES_PER_MODEL = 64
-BUCKET = 64
-WIDTHS = (1, 3, 5, 9, 17)
+COMPILED_FUNCTIONS: WeakKeyDictionary[Decoder, dict[Callable[..., Any], Callable[..., Any]]] = WeakKeyDictionary()
+MAX_SHAPES_PER_MODEL = 64
+CAPACITY_MULTIPLE = 64
+COMPILED_WIDTHS = (1, 3, 5, 9, 17)
 """A pass that checks guesses has one of these numbers of columns; those without a token are padding."""
 
 
-def compiled(function: F, model: Decoder) -> F:
+def compile_for_model(function: F, model: Decoder) -> F:
     """`function`, compiled for this model. It takes the model as its first argument, so that the table here keeps no
     model alive."""
-    graphs = GRAPHS.setdefault(model, {})
-    if function not in graphs:
-        graphs[function] = torch.compile(function, fullgraph=True, dynamic=False, **own_count())  # type: ignore[call-overload]
-    return graphs[function]  # type: ignore[return-value]
+    functions = COMPILED_FUNCTIONS.setdefault(model, {})
+    if function not in functions:
+        functions[function] = torch.compile(function, fullgraph=True, dynamic=False, **recompile_options())  # type: ignore[call-overload]
+    return functions[function]  # type: ignore[return-value]
 
 
-def own_count() -> dict[str, int | bool]:
+def recompile_options() -> dict[str, int | bool]:
     """Count each model's shapes apart, where this torch can (2.13); before, all models share one count of eight."""
-    wanted: dict[str, int | bool] = {"isolate_recompiles": True, "recompile_limit": SHAPES_PER_MODEL}
+    wanted: dict[str, int | bool] = {"isolate_recompiles": True, "recompile_limit": MAX_SHAPES_PER_MODEL}
     known = inspect.signature(torch.compile).parameters
     return {name: value for name, value in wanted.items() if name in known}
 
@@ -49,23 +49,23 @@ def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache)
     return model(tokens, Scope(positions, cache=cache))[:, -1]
 
 
-def check_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+def verify_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
     """What the head reads (R,W,D) and logits (R,W,V) after each of several tokens; -1: padding."""
-    hidden = model.hidden(tokens, Scope(positions, cache=cache))
+    hidden = model.hidden_states(tokens, Scope(positions, cache=cache))
     return hidden, model.head(hidden)
 
 
-def leaves_trail(cache: Cache) -> bool:
+def keeps_history(cache: Cache) -> bool:
     """Recurrent layers leave a trail that grows with every pass, and another length would be another graph: such a
     cache is rewound after each pass, also to where it stands."""
-    return any(isinstance(layer, StateCache) for layer in cache.layers)
+    return any(isinstance(layer, RecurrentStateCache) for layer in cache.layers)
 
 
-def rounded_up(capacity: int) -> int:
+def round_up_capacity(capacity: int) -> int:
     """To the next multiple of BUCKET: calls of nearly the same length share one compiled step."""
-    return -(-capacity // BUCKET) * BUCKET
+    return -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
 
 
-def wide_enough(columns: int, widths: Sequence[int] = WIDTHS) -> int | None:
+def choose_width(columns: int, widths: Sequence[int] = COMPILED_WIDTHS) -> int | None:
     """The narrowest compiled pass that takes so many columns; None: there is none."""
     return next((width for width in widths if width >= columns), None)

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.generation.compiled import compiled, decode_step, rounded_up
-from llm_quest.generation.sampling import Sampling, seen_tokens
-from llm_quest.layers.cache import Cache
+from llm_quest.generation.compiled import compile_for_model, decode_step, round_up_capacity
+from llm_quest.generation.sampling import SamplingParams, token_presence_mask
+from llm_quest.layers.kv_cache import Cache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Drawn(NamedTuple):
+class SampledToken(NamedTuple):
     """A token of the row with this number."""
 
     row: int
@@ -32,112 +32,124 @@ class Drawn(NamedTuple):
     logprob: float
 
 
-def unlearned(method: Callable[Concatenate[Decoding, P], T]) -> Callable[Concatenate[Decoding, P], T]:
+def inference_only(method: Callable[Concatenate[BatchDecoder, P], T]) -> Callable[Concatenate[BatchDecoder, P], T]:
     """Nothing is learned from what happens here: inference mode. Not so under autocast, where that mode makes the casts
     of all weights anew in every step, and no_grad keeps them (1,024 to 4,096, 64 rows: 2.8 ms against 1.0)."""
 
     @wraps(method)
-    def quiet(self: Decoding, *arguments: P.args, **options: P.kwargs) -> T:
+    def wrapper(self: BatchDecoder, *arguments: P.args, **options: P.kwargs) -> T:
         autocast = torch.is_autocast_enabled(self.uniforms.device.type)
         with torch.no_grad() if autocast else torch.inference_mode():
             return method(self, *arguments, **options)
 
-    return quiet
+    return wrapper
 
 
-class Decoding:
+class BatchDecoder:
     """The model's side of the rows being written: their cache, last tokens and places.
 
-    `seats` says which row sits at which place of the batch. Eagerly, rows that leave give up their seat. The compiled
-    step's shapes are constant: there they stay seated, and what they read and draw is padding.
+    `row_numbers` says which row sits at which place of the batch. Eagerly, rows that leave give up their seat. The
+    compiled step's shapes are constant: there they stay seated, and what they read and draw is padding.
 
     uniforms: (R, steps), the random numbers of every row."""
 
     def __init__(
-        self, model: Decoder, sampling: Sampling, uniforms: Float[Tensor, "R steps"], *, compile: bool = False
+        self,
+        model: Decoder,
+        sampling_params: SamplingParams,
+        uniforms: Float[Tensor, "R steps"],
+        *,
+        compile: bool = False,
     ):
         self.model = model
-        self.sampling = sampling
+        self.sampling_params = sampling_params
         self.uniforms = uniforms
-        self.step = compiled(decode_step, model) if compile else None
-        self.seats = list(range(uniforms.shape[0]))
+        self.compiled_step = compile_for_model(decode_step, model) if compile else None
+        self.row_numbers = list(range(uniforms.shape[0]))
 
-    @unlearned
-    def fill(self, windows: Sequence[Sequence[int]], *, capacity: int) -> None:
+    @inference_only
+    def prefill_windows(self, windows: Sequence[Sequence[int]], *, capacity: int) -> None:
         """Prefill a window for every seat; where seats are n times as many as windows, n side by side share one."""
-        n = len(self.seats) // len(windows)
-        self.active = len(self.seats)
+        n = len(self.row_numbers) // len(windows)
+        self.num_active = len(self.row_numbers)
         self.lengths = [len(window) for window in windows for _ in range(n)]
-        self.cache = self.model.new_cache(len(windows), rounded_up(capacity) if self.step else capacity)
+        self.cache = self.model.new_cache(len(windows), round_up_capacity(capacity) if self.compiled_step else capacity)
         self.logits = prefill(self.model, windows, self.cache, self.uniforms.device)
         if n > 1:
-            self.cache.repeat(n)
+            self.cache.batch_repeat_interleave(n)
             self.logits = self.logits.repeat_interleave(n, dim=0)
         self.positions = torch.tensor(self.lengths, device=self.uniforms.device)[:, None] - 1
 
-    def remember(self, histories: Sequence[Sequence[int]]) -> None:
+    def set_histories(self, histories: Sequence[Sequence[int]]) -> None:
         """What the repetition penalty falls on, per seat: the whole text, also what a sliding window has left
         behind."""
-        penalized = self.sampling.repetition_penalty != 1
-        self.seen = seen_tokens(histories, self.logits.shape[-1], self.uniforms.device) if penalized else None
+        penalized = self.sampling_params.repetition_penalty != 1
+        self.seen_tokens_mask = (
+            token_presence_mask(histories, self.logits.shape[-1], self.uniforms.device) if penalized else None
+        )
 
-    @unlearned
-    def draw(self, at: int) -> list[Drawn]:
+    @inference_only
+    def sample_tokens(self, step: int) -> list[SampledToken]:
         """Every seat's token number `at`, on the host."""
-        self.tokens, logprobs = self.sampling.draw(self.logits, self.uniforms[:, at], self.seen)
-        if self.seen is not None:
-            self.seen.scatter_(1, self.tokens[:, None], True)
+        self.tokens, logprobs = self.sampling_params.sample(self.logits, self.uniforms[:, step], self.seen_tokens_mask)
+        if self.seen_tokens_mask is not None:
+            self.seen_tokens_mask.scatter_(1, self.tokens[:, None], True)
         host = torch.stack((self.tokens.float(), logprobs)).tolist()  # one read; token ids below 2^24 are exact
-        drawn = [Drawn(row, int(token), logprob) for row, token, logprob in zip(self.seats, *host, strict=True)]
-        if any(math.isnan(each.logprob) for each in drawn):
+        sampled = [
+            SampledToken(row, int(token), logprob) for row, token, logprob in zip(self.row_numbers, *host, strict=True)
+        ]
+        if any(math.isnan(each.logprob) for each in sampled):
             raise ValueError("the model's logits are not finite, so no token can be drawn: look for NaN in its weights")
-        return drawn
+        return sampled
 
-    @unlearned
-    def feed(self) -> None:
+    @inference_only
+    def decode_one_token(self) -> None:
         """Every row reads the token it drew last."""
-        if self.step is not None:
+        if self.compiled_step is not None:
             self.positions = torch.where(self.positions < 0, -1, self.positions + 1)
-            self.logits = self.step(self.model, self.tokens[:, None], self.positions, self.cache)
+            self.logits = self.compiled_step(self.model, self.tokens[:, None], self.positions, self.cache)
         else:
             self.positions = self.positions + 1
             self.lengths = [length + 1 for length in self.lengths]
             reach = max(self.lengths)
-            scope = Scope(self.positions, cache=self.cache, reach=reach, plain=reach == min(self.lengths))
+            scope = Scope(self.positions, cache=self.cache, max_seq_len=reach, unpadded=reach == min(self.lengths))
             self.logits = self.model(self.tokens[:, None], scope)[:, -1]
 
-    @unlearned
-    def keep(self, rows: Collection[int]) -> None:
+    @inference_only
+    def keep_rows(self, rows: Collection[int]) -> None:
         """Only these rows go on."""
-        if len(rows) == self.active:
+        if len(rows) == self.num_active:
             return
-        self.active = len(rows)
-        if self.step is not None:
-            left = torch.tensor([row not in rows for row in self.seats], device=self.positions.device)
+        self.num_active = len(rows)
+        if self.compiled_step is not None:
+            left = torch.tensor([row not in rows for row in self.row_numbers], device=self.positions.device)
             self.positions = self.positions.masked_fill(left[:, None], -1)
             return
-        stay = [seat for seat, row in enumerate(self.seats) if row in rows]
-        self.seats, self.lengths = [self.seats[seat] for seat in stay], [self.lengths[seat] for seat in stay]
-        index = torch.tensor(stay, device=self.positions.device)
-        self.cache.keep(index)
+        kept_places = [seat for seat, row in enumerate(self.row_numbers) if row in rows]
+        self.row_numbers, self.lengths = (
+            [self.row_numbers[seat] for seat in kept_places],
+            [self.lengths[seat] for seat in kept_places],
+        )
+        index = torch.tensor(kept_places, device=self.positions.device)
+        self.cache.batch_select_indices(index)
         self.tokens, self.positions, self.uniforms = self.tokens[index], self.positions[index], self.uniforms[index]
-        self.seen = None if self.seen is None else self.seen[index]
+        self.seen_tokens_mask = None if self.seen_tokens_mask is None else self.seen_tokens_mask[index]
 
 
 def prefill(
     model: Decoder, windows: Sequence[Sequence[int]], cache: Cache, device: torch.device
 ) -> Float[Tensor, "B V"]:
     """Read all windows in one pass and return the logits after each one's last token, computed there alone."""
-    tokens, positions = left_padded(windows)
+    tokens, positions = pad_left(windows)
     tokens = tokens.to(device)
     if len({len(window) for window in windows}) == 1:
-        scope = Scope.plain(tokens, cache=cache)
+        scope = Scope.unpadded(tokens, cache=cache)
     else:
-        scope = Scope(positions.to(device), cache=cache, reach=tokens.shape[1])
-    return model.head(model.hidden(tokens, scope)[:, -1])
+        scope = Scope(positions.to(device), cache=cache, max_seq_len=tokens.shape[1])
+    return model.head(model.hidden_states(tokens, scope)[:, -1])
 
 
-def left_padded(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def pad_left(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Tokens and positions, on the host, at least `width` columns. On the left, so that every row's last token stands
     in the last column."""
     length = max(width, *(len(window) for window in windows))
@@ -146,20 +158,22 @@ def left_padded(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[T
     return torch.tensor(tokens), torch.tensor(positions)
 
 
-def right_padded(
-    fed: Sequence[Sequence[int]], starts: Sequence[int], width: int, device: torch.device
+def pad_right(
+    token_rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Tokens and positions of each row's tokens from its place on, padding at the end."""
     tokens, positions = [], []
-    for start, part in zip(starts, fed, strict=True):
+    for start, part in zip(starts, token_rows, strict=True):
         padding = width - len(part)
         tokens.append([*part, *[0] * padding])
         positions.append([*range(start, start + len(part)), *[-1] * padding])
     return torch.tensor(tokens).to(device), torch.tensor(positions).to(device)
 
 
-def going_on(fed: Sequence[Sequence[int]], starts: Sequence[int], positions: Int[Tensor, "B T"], cache: Cache) -> Scope:
+def continuation_scope(
+    token_rows: Sequence[Sequence[int]], starts: Sequence[int], positions: Int[Tensor, "B T"], cache: Cache
+) -> Scope:
     """The scope of a pass that reads each row's tokens (perhaps none) from its place on."""
-    reach = max(start + len(part) for start, part in zip(starts, fed, strict=True) if part)
-    alike = len({(start, len(part)) for start, part in zip(starts, fed, strict=True)}) == 1
-    return Scope(positions, cache=cache, reach=reach, plain=alike)
+    reach = max(start + len(part) for start, part in zip(starts, token_rows, strict=True) if part)
+    same_shape = len({(start, len(part)) for start, part in zip(starts, token_rows, strict=True)}) == 1
+    return Scope(positions, cache=cache, max_seq_len=reach, unpadded=same_shape)

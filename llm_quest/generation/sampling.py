@@ -22,12 +22,12 @@ from torch import Tensor
 
 from llm_quest.errors import UsageError
 
-NEVER = float("-inf")
-COLDEST = 1e-8
+NEG_INF = float("-inf")
+MIN_TEMPERATURE = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How tokens are drawn. None: that filter is off.
 
     temperature: logits are divided by it; 0 takes the most probable token. top_k: the k most probable (exactly k,
@@ -44,9 +44,9 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not COLDEST <= self.temperature < float("inf"):
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise UsageError(
-                f"temperature is {self.temperature}: give 0 (the most probable token) or a number of at least {COLDEST}"
+                f"temperature is {self.temperature}: give 0 (the most probable token) or a number of at least {MIN_TEMPERATURE}"
             )
         if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
             raise UsageError(f"top_k is {self.top_k}: give a whole number of at least 1, or None to keep every token")
@@ -62,23 +62,23 @@ class Sampling:
             )
 
     @property
-    def greedy(self) -> bool:
+    def is_greedy(self) -> bool:
         return self.temperature == 0
 
-    def distribution(
+    def log_probs(
         self, logits: Float[Tensor, "*batch V"], seen: Bool[Tensor, "*batch V"] | None = None
     ) -> Float[Tensor, "*batch V"]:
         """Log-probabilities, in float32, of what `draw` draws from; -inf for what it never draws. Differentiable.
         seen: which tokens the penalty falls on. At temperature 0 all the mass lies on one token."""
-        logits = self.penalize(logits.float(), seen)
-        if self.greedy:
-            return torch.full_like(logits, NEVER).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
-        kept, tokens = self.narrow(logits)
+        logits = self.apply_repetition_penalty(logits.float(), seen)
+        if self.is_greedy:
+            return torch.full_like(logits, NEG_INF).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+        kept, tokens = self.process_logits(logits)
         if tokens is not None:
-            kept = torch.full_like(logits, NEVER).scatter(-1, tokens, kept)
+            kept = torch.full_like(logits, NEG_INF).scatter(-1, tokens, kept)
         return kept.log_softmax(dim=-1)
 
-    def draw(
+    def sample(
         self,
         logits: Float[Tensor, "B V"],
         uniforms: Float[Tensor, " B"],
@@ -89,36 +89,36 @@ class Sampling:
 
         At temperature 0 the log-probability is that of the (penalised) softmax: the point mass would say 0 for every
         token."""
-        logits = self.penalize(logits.float(), seen)
-        if self.greedy:
+        logits = self.apply_repetition_penalty(logits.float(), seen)
+        if self.is_greedy:
             top, tokens = logits.max(dim=-1)
             return tokens, top - logits.logsumexp(dim=-1)
-        kept, names = self.narrow(logits)
+        kept, names = self.process_logits(logits)
         weights = kept.exp()
         choice = inverse_cdf(weights, uniforms)
         logprobs = kept.gather(-1, choice)[:, 0] - weights.sum(dim=-1).log()
         return (choice if names is None else names.gather(-1, choice))[:, 0], logprobs
 
-    def penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+    def apply_repetition_penalty(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         if self.repetition_penalty == 1 or seen is None:
             return logits
         factor = self.repetition_penalty
         return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
 
-    def narrow(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def process_logits(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tempered logits after the filters, 0 for the most probable and -inf for what they drop: the whole row with
         None, or the most probable first with the tokens they belong to."""
         logits = logits - logits.amax(dim=-1, keepdim=True).detach()  # so that a tiny temperature cannot overflow
-        logits, tokens = self.most_probable(logits if self.temperature == 1 else logits / self.temperature)
+        logits, tokens = self.apply_top_k(logits if self.temperature == 1 else logits / self.temperature)
         if self.top_p is not None and self.top_p < 1:
             p = logits.detach().softmax(dim=-1)
-            logits = logits.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, NEVER)
+            logits = logits.masked_fill(p.cumsum(dim=-1) - p >= self.top_p, NEG_INF)
         if self.min_p:
             p = logits.detach().softmax(dim=-1)
-            logits = logits.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), NEVER)
+            logits = logits.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), NEG_INF)
         return logits, tokens
 
-    def most_probable(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def apply_top_k(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The top k, or all of them in order if a nucleus is to be measured, or the row as it is."""
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             return logits.topk(self.top_k, dim=-1)
@@ -141,15 +141,15 @@ def row_uniforms(
     copies: int,
     length: int,
     seed: int | tuple[int, str],
-    which: Sequence[int] | None = None,
+    copy_offsets: Sequence[int] | None = None,
 ) -> Float[Tensor, "R length"]:
     """The random numbers of `copies` rows per prompt, on the host. A row's stream is named by the seed (perhaps with
     what the numbers are for), its prompt and which copy of that prompt it is, so its text is the same alone, in any
     batch and in any order. which: how many equal prompts came before each; None: they are counted here."""
-    streams, known = [], Counter[tuple[int, ...]]()
+    streams, prompt_counts = [], Counter[tuple[int, ...]]()
     for place, prompt in enumerate(prompts):
-        before = known[tuple(prompt)] if which is None else which[place]
-        known[tuple(prompt)] += 1
+        before = prompt_counts[tuple(prompt)] if copy_offsets is None else copy_offsets[place]
+        prompt_counts[tuple(prompt)] += 1
         for copy in range(before * copies, (before + 1) * copies):
             name = repr((seed, tuple(prompt), copy))
             stream = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
@@ -157,9 +157,9 @@ def row_uniforms(
     return torch.stack(streams) if streams else torch.zeros(0, length)
 
 
-def seen_tokens(rows: Sequence[Sequence[int]], vocab: int, device: torch.device) -> Bool[Tensor, "B V"]:
+def token_presence_mask(rows: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Bool[Tensor, "B V"]:
     """Which tokens occur in each row."""
-    seen = torch.zeros(len(rows), vocab, dtype=torch.bool)
+    seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
     for row, tokens in zip(seen, rows, strict=True):
         row[list(tokens)] = True
     return seen.to(device)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_quest.data.problems.gsm8k import held_out, made, read_gsm8k
+from llm_quest.data.problems.gsm8k import parse_gsm8k_row, read_gsm8k, split_gsm8k_validation
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError, MissingError
-from llm_quest.hub.fetch import unreached
+from llm_quest.hub.locate import unreachable_reason
 
 NAME = "openai/gsm8k"
 FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
@@ -21,25 +21,25 @@ def is_gsm8k(task: str) -> bool:
     return task == "gsm8k" or task.endswith(".jsonl")
 
 
-def gsm8k(task: str, part: str) -> list[Problem]:
+def load_gsm8k(task: str, part: str) -> list[Problem]:
     """part: train, validation or test. A file is what it is: its test part is all of it."""
     if part == "test":
-        return from_hub(part) if task == "gsm8k" else read_gsm8k(task)
-    learned, held = learned_and_held(task)
+        return gsm8k_from_hub(part) if task == "gsm8k" else read_gsm8k(task)
+    learned, held = train_validation_split(task)
     return learned if part == "train" else held
 
 
-def learned_and_held(task: str) -> tuple[list[Problem], list[Problem]]:
+def train_validation_split(task: str) -> tuple[list[Problem], list[Problem]]:
     """What is trained on, and what is kept out of it for validation."""
-    learned, held = held_out(from_hub("train") if task == "gsm8k" else read_gsm8k(task))
-    if not learned or not held:
+    train, validation = split_gsm8k_validation(gsm8k_from_hub("train") if task == "gsm8k" else read_gsm8k(task))
+    if not train or not validation:
         raise DataError(f"{task} holds too few problems to keep some of them out of training")
-    return learned, held
+    return train, validation
 
 
-def from_hub(part: str) -> list[Problem]:
+def gsm8k_from_hub(part: str) -> list[Problem]:
     """A published file, from the local cache or downloaded (HF_HOME and HF_HUB_OFFLINE are honoured)."""
-    file = downloaded(FILES[part])
+    file = download_dataset_file(FILES[part])
     try:
         import pyarrow.parquet
     except ImportError:
@@ -47,10 +47,10 @@ def from_hub(part: str) -> list[Problem]:
             "the hub's GSM8K is a parquet file: pip install 'llm-quest[parquet]', or give a file of JSON lines"
         ) from None
     rows = pyarrow.parquet.read_table(file).to_pylist()
-    return [made(row, f"{NAME}, {part}, row {number}") for number, row in enumerate(rows)]
+    return [parse_gsm8k_row(row, f"{NAME}, {part}, row {number}") for number, row in enumerate(rows)]
 
 
-def downloaded(file: str) -> Path:
+def download_dataset_file(file: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -58,6 +58,6 @@ def downloaded(file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise MissingError(
-            f"{NAME} lacks {file} in the local cache while {unreached(str(error))}: run `hf download --repo-type "
+            f"{NAME} lacks {file} in the local cache while {unreachable_reason(str(error))}: run `hf download --repo-type "
             f"dataset {NAME}` where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
         ) from None

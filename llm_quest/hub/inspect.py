@@ -1,4 +1,4 @@
-"""Look at a folder without loading it (`inspect`); prove against transformers that it is computed rightly
+"""Look at a folder without loading it (`inspect_folder`); prove against transformers that it is computed rightly
 (`verify`)."""
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub.config import read_json
-from llm_quest.hub.fetch import Found, find
-from llm_quest.hub.files import load, load_tokenizer
-from llm_quest.hub.names import folded
-from llm_quest.hub.survey import Source, Survey, survey
-from llm_quest.hub.tensors import TORCH
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.locate import ModelLocation, locate_model
+from llm_quest.hub.safetensors_io import FLOAT_DTYPES
+from llm_quest.hub.validate import FolderReport, TensorSource, validate_folder
+from llm_quest.hub.weight_map import compact_names
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
-from llm_quest.techniques.card import is_published
+from llm_quest.techniques.model_spec import all_exportable
 
-NAMES = {theirs: name for name, theirs in TORCH.items()}
+DTYPE_NAMES = {theirs: name for name, theirs in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class TensorLine:
+class TensorInfo:
     """One stored tensor."""
 
     name: str
@@ -44,12 +44,12 @@ class Inspection:
 
     name: str
     model_type: str | None
-    page: str | None
+    family: str | None
     parameters: int | None
     config: dict[str, Any]
-    generation: dict[str, Any]
+    generation_config: dict[str, Any]
     files: dict[str, int]
-    tensors: tuple[TensorLine, ...]
+    tensors: tuple[TensorInfo, ...]
     tokenizer: dict[str, Any] | None
     chat_template: str | None
     flags: tuple[str, ...]
@@ -62,7 +62,7 @@ class Inspection:
     def lines(self) -> list[str]:
         """For people: layers are drawn together."""
         size = "unknown" if self.parameters is None else f"{self.parameters:,}"
-        lines = [f"{self.name}: {self.model_type} (page {self.page or 'none'}), {size} parameters", "", "files"]
+        lines = [f"{self.name}: {self.model_type} (page {self.family or 'none'}), {size} parameters", "", "files"]
         lines += [f"  {name:<40} {size:>15,} bytes" for name, size in self.files.items()]
         lines += ["", "config", *(f"  {key}: {value}" for key, value in self.config.items())]
         lines += ["", f"tensors ({len(self.tensors)})", *self.tensor_lines()]
@@ -79,64 +79,66 @@ class Inspection:
         for tensor in self.tensors:
             kind = re.sub(r"\.\d+\.", ".{}.", tensor.name, count=1)
             groups.setdefault((tensor.dtype, tensor.shape, kind), []).append(tensor.name)
-        return [f"  {folded(names):<56} {dtype:<5} {list(shape)}" for (dtype, shape, _), names in groups.items()]
+        return [f"  {compact_names(names):<56} {dtype:<5} {list(shape)}" for (dtype, shape, _), names in groups.items()]
 
 
-def inspect(where: str | Path) -> Inspection:
+def inspect_folder(name_or_path: str | Path) -> Inspection:
     """Read the headers and the JSON, not the weights. Raises only where there is no folder to look at."""
-    found = find(where)
-    seen = survey(found)
-    files = {str(p.relative_to(found.folder)): p.stat().st_size for p in sorted(found.folder.rglob("*")) if p.is_file()}
-    published = dict(seen.published)
-    template = chat_template(seen)
+    location = locate_model(name_or_path)
+    report = validate_folder(location)
+    files = {
+        str(p.relative_to(location.folder)): p.stat().st_size for p in sorted(location.folder.rglob("*")) if p.is_file()
+    }
+    published = dict(report.hf_config)
+    template = find_chat_template(report)
     if "auto_map" in published:
-        seen.notes.append("config.json names code of its own (auto_map), which is never run: our own page computes")
+        report.notes.append("config.json names code of its own (auto_map), which is never run: our own page computes")
     return Inspection(
-        name=found.name,
+        name=location.name,
         model_type=published.get("model_type"),
-        page=seen.page.name if seen.page else None,
-        parameters=count_parameters(seen.model) if seen.model else None,
+        family=report.family.name if report.family else None,
+        parameters=count_parameters(report.model) if report.model else None,
         config=published,
-        generation=asdict(seen.generation),
+        generation_config=asdict(report.generation_config),
         files=files,
-        tensors=tuple(TensorLine(name, dtype_name(one), tuple(one.shape)) for name, one in seen.sources.items()),
-        tokenizer=tokenizer_facts(seen),
+        tensors=tuple(TensorInfo(name, dtype_name(one), tuple(one.shape)) for name, one in report.sources.items()),
+        tokenizer=tokenizer_facts(report),
         chat_template=template,
         flags=content_conditions(template or ""),
-        notes=tuple(seen.notes),
-        problems=tuple(seen.problems),
+        notes=tuple(report.notes),
+        problems=tuple(report.problems),
     )
 
 
-def dtype_name(source: Source) -> str:
-    return NAMES.get(source.dtype, str(source.dtype)) if isinstance(source, Tensor) else source.dtype
+def dtype_name(source: TensorSource) -> str:
+    return DTYPE_NAMES.get(source.dtype, str(source.dtype)) if isinstance(source, Tensor) else source.dtype
 
 
-def tokenizer_facts(seen: Survey) -> dict[str, Any] | None:
+def tokenizer_facts(report: FolderReport) -> dict[str, Any] | None:
     """Kind, size, ends; a tokenizer that cannot be read is a problem of the folder."""
     try:
-        tokenizer = load_tokenizer(home(seen.found))
+        tokenizer = load_tokenizer(tokenizer_folder(report.location))
     except DataError as error:
-        if (seen.found.folder / "tokenizer.json").exists():
-            seen.problems.append(str(error))
+        if (report.location.folder / "tokenizer.json").exists():
+            report.problems.append(str(error))
         return None
-    kind, ends = type(tokenizer.engine.model).__name__, list(tokenizer.eos_ids)
-    return {"kind": kind, "tokens": tokenizer.vocab_size, "bos": tokenizer.bos_id, "eos": ends}
+    kind, ends = type(tokenizer.backend_tokenizer.model).__name__, list(tokenizer.eos_token_ids)
+    return {"kind": kind, "tokens": tokenizer.vocab_size, "bos": tokenizer.bos_token_id, "eos": ends}
 
 
-def home(found: Found) -> Path:
-    return found.run or found.folder
+def tokenizer_folder(location: ModelLocation) -> Path:
+    return location.run_dir or location.folder
 
 
-def chat_template(seen: Survey) -> str | None:
+def find_chat_template(report: FolderReport) -> str | None:
     """From its own file (new) or from tokenizer_config.json (old)."""
-    alone, settings = seen.found.folder / "chat_template.jinja", seen.found.folder / "tokenizer_config.json"
+    alone, settings = report.location.folder / "chat_template.jinja", report.location.folder / "tokenizer_config.json"
     if alone.is_file():
         return alone.read_text(encoding="utf-8", errors="replace")
     try:
         found = read_json(settings).get("chat_template") if settings.exists() else None
     except DataError as error:
-        seen.notes.append(str(error))
+        report.notes.append(str(error))
         return None
     if isinstance(found, list):
         found = "\n".join(str(one.get("template")) for one in found if isinstance(one, dict))
@@ -182,23 +184,25 @@ class Verification:
         ]
 
 
-def verify(where: str | Path, *, seed: int = 0) -> Verification:
+def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Verification:
     """Load a published folder here and in transformers, compare logits on random tokens and ids on sample texts.
 
     Raises MissingError without transformers; UsageError for a run folder (export it first)."""
-    found = find(where)
-    if found.run is not None:
-        raise UsageError(f"{where} is a run of ours, which transformers cannot read: export it, then verify the export")
-    transformers = import_transformers()
-    ours = load(found.folder, dtype="float32")
-    if not is_published(ours.card.techniques):
-        made = ", ".join(type(technique).__name__ for technique in ours.card.techniques)
+    location = locate_model(name_or_path)
+    if location.run_dir is not None:
         raise UsageError(
-            f"{where} was made with {made}, which transformers does not compute: there is no one to compare"
+            f"{name_or_path} is a run of ours, which transformers cannot read: export it, then verify the export"
+        )
+    transformers = import_transformers()
+    ours = load(location.folder, dtype="float32")
+    if not all_exportable(ours.spec.techniques):
+        made = ", ".join(type(technique).__name__ for technique in ours.spec.techniques)
+        raise UsageError(
+            f"{name_or_path} was made with {made}, which transformers does not compute: there is no one to compare"
         )
     read = transformers.AutoModelForCausalLM.from_pretrained
-    theirs, info = read(found.folder, dtype=torch.float32, output_loading_info=True)
-    tokens = random_tokens(ours, rows=2, seed=seed)
+    theirs, info = read(location.folder, dtype=torch.float32, output_loading_info=True)
+    tokens = random_input_ids(ours, rows=2, seed=seed)
     with torch.no_grad():
         reference = theirs.eval()(input_ids=tokens, use_cache=False).logits
         difference = float((ours(tokens) - reference).abs().max())
@@ -206,9 +210,13 @@ def verify(where: str | Path, *, seed: int = 0) -> Verification:
     largest = float(reference.abs().max())
     allowed = 2e-5 * max(1.0, largest / 4)
     missing, unexpected = (tuple(sorted(map(str, info[key]))) for key in ("missing_keys", "unexpected_keys"))
-    words = compare_tokenizers(found, transformers)
-    good = max(difference, padded) <= allowed and not missing + unexpected and not words.startswith("DIFFERENT")
-    return Verification(found.name, difference, padded, largest, allowed, missing, unexpected, words, good)
+    tokenizer_result = compare_tokenizers(location, transformers)
+    good = (
+        max(difference, padded) <= allowed and not missing + unexpected and not tokenizer_result.startswith("DIFFERENT")
+    )
+    return Verification(
+        location.name, difference, padded, largest, allowed, missing, unexpected, tokenizer_result, good
+    )
 
 
 def import_transformers() -> Any:
@@ -221,30 +229,30 @@ def import_transformers() -> Any:
     return transformers
 
 
-def random_tokens(model: Decoder, *, rows: int, seed: int) -> Tensor:
+def random_input_ids(model: Decoder, *, rows: int, seed: int) -> Tensor:
     """(rows, T), long enough for scaled rotations to show."""
-    length = min(model.config.context, 96)
-    return torch.randint(model.config.vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+    length = min(model.config.max_position_embeddings, 96)
+    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def padded_difference(ours: Decoder, theirs: Any, tokens: Tensor) -> float:
+def padded_difference(ours: Decoder, theirs: Any, input_ids: Tensor) -> float:
     """The second row a third shorter, padded on the left; only real tokens are compared."""
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    real[1, : math.ceil(tokens.shape[1] / 3)] = False
-    positions = real.cumsum(dim=1) - 1
-    mine = ours(tokens, Scope(positions.masked_fill(~real, -1)))
-    seen = {"attention_mask": real.long(), "position_ids": positions.clamp(min=0)}
-    other = theirs(input_ids=tokens, use_cache=False, **seen).logits
-    return float((mine - other)[real].abs().max())
+    non_padding = torch.ones_like(input_ids, dtype=torch.bool)
+    non_padding[1, : math.ceil(input_ids.shape[1] / 3)] = False
+    positions = non_padding.cumsum(dim=1) - 1
+    mine = ours(input_ids, Scope(positions.masked_fill(~non_padding, -1)))
+    seen = {"attention_mask": non_padding.long(), "position_ids": positions.clamp(min=0)}
+    other = theirs(input_ids=input_ids, use_cache=False, **seen).logits
+    return float((mine - other)[non_padding].abs().max())
 
 
-def compare_tokenizers(found: Found, transformers: Any) -> str:
+def compare_tokenizers(location: ModelLocation, transformers: Any) -> str:
     """Ids of the sample texts, here and there."""
-    if not (found.folder / "tokenizer.json").exists():
+    if not (location.folder / "tokenizer.json").exists():
         return "none in this folder"
-    ours, theirs = load_tokenizer(found.folder), transformers.AutoTokenizer.from_pretrained(found.folder)
+    ours, theirs = load_tokenizer(location.folder), transformers.AutoTokenizer.from_pretrained(location.folder)
     there: Callable[[str], list[int]] = lambda text: theirs.encode(text, add_special_tokens=False)  # noqa: E731
-    wrong = [text for text in SAMPLES if ours.encode(text, template=False) != there(text)]
+    wrong = [text for text in SAMPLES if ours.encode(text, add_special_tokens=False) != there(text)]
     return f"DIFFERENT on {wrong[0]!r}" if wrong else f"equal ids on {len(SAMPLES)} sample texts"
 
 

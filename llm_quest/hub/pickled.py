@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError
-from llm_quest.hub.tensors import regular_size
+from llm_quest.hub.safetensors_io import regular_file_size
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin or .pt file, on the host."""
-    regular_size(file)
+    regular_file_size(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

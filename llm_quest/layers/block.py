@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llm_quest.scope import Scope
 
 
-class Add(nn.Module):
+class Residual(nn.Module):
     """The plain residual, x + branch(x). It takes the branch as a function so that hyper-connections can take its
     place."""
 
@@ -36,32 +36,37 @@ class Sublayer(nn.Module):
         self.layer = layer
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.post_norm = post_norm or nn.Identity()
-        self.residual = residual or Add()
+        self.residual = residual or Residual()
 
     def forward(self, x: Float[Tensor, "B T *streams D"], scope: Scope) -> Float[Tensor, "B T *streams D"]:
         return self.residual(x, lambda y: self.post_norm(self.dropout(self.layer(self.norm(y), scope))))
 
-    def first(self, x: Float[Tensor, "B T *streams D"], scope: Scope, wanted: int) -> Float[Tensor, "B N *streams D"]:
+    def forward_first(
+        self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int
+    ) -> Float[Tensor, "B N *streams D"]:
         """The same for so many first positions alone, of a mixer: it looks at all of them and answers for these. (Where
         the residual mixes streams before the norm, all are worked out.)"""
-        if not isinstance(self.residual, Add):
-            return self(x, scope)[:, :wanted]
-        seen = self.norm(x)
+        if not isinstance(self.residual, Residual):
+            return self(x, scope)[:, :num_queries]
+        normed = self.norm(x)
         return self.residual(
-            x[:, :wanted], lambda y: self.post_norm(self.dropout(self.layer(seen, scope, wanted=wanted)))
+            x[:, :num_queries],
+            lambda y: self.post_norm(self.dropout(self.layer(normed, scope, num_queries=num_queries))),
         )
 
 
 class Block(nn.Module):
     """A mixer moves information between positions, then a feed-forward layer works on each position."""
 
-    def __init__(self, mixer: Sublayer, ffn: Sublayer):
+    def __init__(self, mixer: Sublayer, feed_forward: Sublayer):
         super().__init__()
         self.mixer = mixer
-        self.ffn = ffn
+        self.feed_forward = feed_forward
 
     def forward(
-        self, x: Float[Tensor, "B T *streams D"], scope: Scope, wanted: int | None = None
+        self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int | None = None
     ) -> Float[Tensor, "B N *streams D"]:
         """wanted: only so many first positions are read by what follows; no others are worked out."""
-        return self.ffn(self.mixer(x, scope) if wanted is None else self.mixer.first(x, scope, wanted), scope)
+        return self.feed_forward(
+            self.mixer(x, scope) if num_queries is None else self.mixer.forward_first(x, scope, num_queries), scope
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.linear import Linear
-from llm_quest.layers.projections import Projections
+from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.scope import Scope
 
 
@@ -28,11 +28,11 @@ def quick_gelu(x: Tensor) -> Tensor:
 class MLP(nn.Module):
     """down(activation(up(x))): the original transformer's (arXiv:1706.03762, eq. 2)."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], *, bias: bool):
+    def __init__(self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor], *, bias: bool):
         super().__init__()
         self.activation = activation
-        self.up = Linear(width, hidden, bias=bias)
-        self.down = Linear(hidden, width, bias=bias)
+        self.up = Linear(dim, hidden_dim, bias=bias)
+        self.down = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
         return self.down(self.activation(self.up(x)))
@@ -41,11 +41,11 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202): SwiGLU with SiLU, GeGLU with GELU."""
 
-    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor], *, bias: bool = False):
+    def __init__(self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor], *, bias: bool = False):
         super().__init__()
         self.activation = activation
-        self.gate_up = Projections(width, gate=hidden, up=hidden, bias=bias)
-        self.down = Linear(hidden, width, bias=bias)
+        self.gate_up = PackedLinear(dim, gate=hidden_dim, up=hidden_dim, bias=bias)
+        self.down = Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
         gate, up = self.gate_up(x)

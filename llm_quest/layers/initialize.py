@@ -10,58 +10,58 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.norm import LayerNorm, OffsetRMSNorm, RMSNorm
+from llm_quest.layers.norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @runtime_checkable
-class FillsItself(Protocol):
+class HasInitWeights(Protocol):
     """A layer with an initialisation of its own."""
 
-    def fill_(self, generator: torch.Generator | None) -> None: ...
+    def init_weights(self, generator: torch.Generator | None) -> None: ...
 
 
 def materialize(
     model: Model,
     device: torch.device | str,
     dtype: torch.dtype,
-    empty: Callable[..., Tensor] = torch.empty,
-    given: Mapping[str, Tensor] | None = None,
+    allocate: Callable[..., Tensor] = torch.empty,
+    preallocated: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one, and whole
     numbers stay whole. given: those (by name) that have some already."""
     named = dict(model.named_parameters())
-    have = {id(named[path]): tensor for path, tensor in (given or {}).items()}
-    made: dict[int, nn.Parameter] = {}
+    preallocated_by_id = {id(named[path]): tensor for path, tensor in (preallocated or {}).items()}
+    parameters_by_id: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in made:
+            if id(parameter) not in parameters_by_id:
                 kind = dtype if parameter.is_floating_point() else parameter.dtype
-                memory = have.get(id(parameter))
-                memory = empty(parameter.shape, device=device, dtype=kind) if memory is None else memory
-                made[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
-            setattr(module, name, made[id(parameter)])
+                memory = preallocated_by_id.get(id(parameter))
+                memory = allocate(parameter.shape, device=device, dtype=kind) if memory is None else memory
+                parameters_by_id[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
+            setattr(module, name, parameters_by_id[id(parameter)])
     return model
 
 
-def fill_by_depth_(model: nn.Module, generator: torch.Generator | None = None) -> None:
+def init_depth_scaled_(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """GPT-2's rule: N(0, 0.02^2), and what writes into the stream, the experts' matrices too, smaller by sqrt(2
     layers), so that the sum of all branches keeps its size. Differs: transformers initialises Llama, Gemma, Mixtral,
     Qwen3 and DeepSeek with one std for all matrices; here every family has GPT-2's."""
-    layers: Any = model.config.layers  # type: ignore[union-attr]
-    fill_(model, std=0.02, out_std=0.02 / (2 * layers) ** 0.5, generator=generator)
+    layers: Any = model.config.num_hidden_layers  # type: ignore[union-attr]
+    init_normal_(model, std=0.02, out_std=0.02 / (2 * layers) ** 0.5, generator=generator)
 
 
-def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
+def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
     """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1
     (or the weight 0 of a norm that scales by 1 + weight)."""
     for path, module in model.named_modules():
         if isinstance(module, Experts):
             nn.init.normal_(module.gate_up, std=std, generator=generator)
             nn.init.normal_(module.down, std=out_std, generator=generator)
-        elif isinstance(module, FillsItself):
-            module.fill_(generator)
+        elif isinstance(module, HasInitWeights):
+            module.init_weights(generator)
         elif isinstance(module, nn.Linear | nn.Embedding):
             writes = path.rsplit(".", 1)[-1] in ("out", "down")
             nn.init.normal_(module.weight, std=out_std if writes else std, generator=generator)
@@ -71,7 +71,7 @@ def fill_(model: nn.Module, *, std: float, out_std: float, generator: torch.Gene
             nn.init.ones_(module.weight)
             if isinstance(module, LayerNorm):
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, OffsetRMSNorm):
+        elif isinstance(module, ZeroCenteredRMSNorm):
             nn.init.zeros_(module.weight)
         else:
             assert not list(module.parameters(recurse=False)), (

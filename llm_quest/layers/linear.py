@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = {torch.bfloat16: range(1, 65), torch.float32: range(8, 49)}
-NONE = range(0)
+FEW_ROWS = {torch.bfloat16: range(1, 65), torch.float32: range(8, 49)}
+NO_ROWS = range(0)
 
 
 class Linear(nn.Linear):
@@ -25,11 +25,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         alike = x.dtype == self.weight.dtype and self.weight.is_contiguous() and not torch.is_grad_enabled()
-        few = alike and x.shape[:-1].numel() in FEW.get(x.dtype, NONE) and not torch.is_autocast_enabled(x.device.type)
-        return (few_rows if few else F.linear)(x, self.weight, self.bias)
+        few = (
+            alike
+            and x.shape[:-1].numel() in FEW_ROWS.get(x.dtype, NO_ROWS)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+        return (linear_few_rows if few else F.linear)(x, self.weight, self.bias)
 
 
-def few_rows(
+def linear_few_rows(
     x: Float[Tensor, "*batch I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"] | None = None
 ) -> Float[Tensor, "*batch O"]:
     """What F.linear gives. A single row is taken twice: with one column the product falls back to the slow order."""

@@ -2,7 +2,7 @@
 square matrix (LoRA-XS) or a few mixed ones (TinyLoRA). W itself stays as it is, as `base`.
 
 What is wrapped keeps its interface: `weight` is the effective matrix (MLA multiplies by it directly), `parts` are where
-they were. `on` False: the model without its adapters, in the same memory.
+they were. `enabled` False: the model without its adapters, in the same memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.projections import Projections
+from llm_quest.layers.packed_linear import PackedLinear
 
 
-class LowRank(nn.Module):
+class LowRankUpdate(nn.Module):
     """The edit of one matrix (out,in), or of a stack of them (E,out,in). core: what lies between A and B, acting on the
     last dimension."""
 
@@ -31,48 +31,48 @@ class LowRank(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "*batch in"], plain: Float[Tensor, "*batch out"], weight: Tensor
+        self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Tensor
     ) -> Float[Tensor, "*batch out"]:
         """plain: W x. Dropout acts on x, on its way through the adapter alone."""
-        return plain + self.update(self.dropout(x))
+        return base_output + self.update(self.dropout(x))
 
     def update(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return F.linear(self.scale * self.core(F.linear(x, self.A)), self.B)
 
-    def delta(self) -> Float[Tensor, "*stack out in"]:
+    def delta_weight(self) -> Float[Tensor, "*stack out in"]:
         return self.scale * (self.B @ self.core(self.A.mT).mT)
 
-    def edited(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-        return weight + self.delta()
+    def effective_weight(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+        return weight + self.delta_weight()
 
 
-class Directed(nn.Module):
+class DoRAUpdate(nn.Module):
     """DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5): W' = m (W + delta) / |W + delta|, row by row: direction and
     magnitude are learned apart.
 
     The norm is a constant for the gradient (section 4.3). It is of each *output* row, though the paper's "column" may
     read otherwise."""
 
-    def __init__(self, low: LowRank, magnitude: nn.Parameter):
+    def __init__(self, low: LowRankUpdate, magnitude: nn.Parameter):
         super().__init__()
         self.low, self.magnitude = low, magnitude
 
     def forward(
-        self, x: Float[Tensor, "*batch in"], plain: Float[Tensor, "*batch out"], weight: Tensor
+        self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Tensor
     ) -> Float[Tensor, "*batch out"]:
-        gain = self.gain(weight).to(plain.dtype)
+        gain = self.mag_norm_scale(weight).to(base_output.dtype)
         dropped = self.low.dropout(x)
         if dropped is x:
-            return gain * (plain + self.low.update(x))
-        return plain + (gain - 1) * F.linear(dropped, weight) + gain * self.low.update(dropped)
+            return gain * (base_output + self.low.update(x))
+        return base_output + (gain - 1) * F.linear(dropped, weight) + gain * self.low.update(dropped)
 
-    def gain(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
+    def mag_norm_scale(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
         with torch.no_grad():
-            norm = row_norms(self.low.edited(weight))
+            norm = row_norms(self.low.effective_weight(weight))
         return self.magnitude / norm
 
-    def edited(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
-        return self.gain(weight)[..., None] * self.low.edited(weight)
+    def effective_weight(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
+        return self.mag_norm_scale(weight)[..., None] * self.low.effective_weight(weight)
 
 
 def row_norms(weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
@@ -80,7 +80,7 @@ def row_norms(weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack o
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=-1).to(weight.dtype)
 
 
-class Square(nn.Module):
+class LoRAXSCore(nn.Module):
     """LoRA-XS's core: h R^T, R (r,r), or one for each matrix of a stack."""
 
     def __init__(self, R: nn.Parameter):
@@ -91,7 +91,7 @@ class Square(nn.Module):
         return h @ self.R.mT
 
 
-class Mixed(nn.Module):
+class TinyLoRACore(nn.Module):
     """TinyLoRA's core: h R^T with R = sum_u v_u P_u; P (u,r,r) fixed and random, v (u) learned, perhaps by many
     matrices together."""
 
@@ -103,15 +103,15 @@ class Mixed(nn.Module):
         return h @ torch.einsum("u,u...->...", self.v, self.P).mT
 
 
-class Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """A linear layer and the edit of its matrix."""
 
     def __init__(self, base: nn.Linear, edit: nn.Module):
         super().__init__()
-        self.base, self.edit, self.on = base, edit, True
+        self.base, self.edit, self.enabled = base, edit, True
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        if not self.on:
+        if not self.enabled:
             return self.base(x)
         y = self.edit(x, F.linear(x, self.base.weight), self.base.weight)
         return y if self.base.bias is None else y + self.base.bias
@@ -119,22 +119,22 @@ class Adapted(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The effective matrix."""
-        return self.edit.edited(self.base.weight) if self.on else self.base.weight  # type: ignore[operator, no-any-return]
+        return self.edit.effective_weight(self.base.weight) if self.enabled else self.base.weight  # type: ignore[operator, no-any-return]
 
     @property
     def bias(self) -> Tensor | None:
         return self.base.bias
 
 
-class AdaptedProjections(nn.Module):
+class AdaptedPackedLinear(nn.Module):
     """Stacked projections, of which some parts are edited, each by itself."""
 
-    def __init__(self, base: Projections, edits: Mapping[str, nn.Module]):
+    def __init__(self, base: PackedLinear, edits: Mapping[str, nn.Module]):
         super().__init__()
-        self.base, self.edits, self.on = base, nn.ModuleDict(edits), True
+        self.base, self.edits, self.enabled = base, nn.ModuleDict(edits), True
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> tuple[Tensor, ...]:
-        if not self.on:
+        if not self.enabled:
             return self.base(x)
         sizes = list(self.parts.values())
         outs, weights = F.linear(x, self.base.weight).split(sizes, dim=-1), self.base.weight.split(sizes)
@@ -150,14 +150,14 @@ class AdaptedProjections(nn.Module):
     def parts(self) -> dict[str, int]:
         return self.base.parts
 
-    def rows(self, name: str) -> slice:
+    def row_slice(self, name: str) -> slice:
         """The rows of one part."""
-        return self.base.rows(name)
+        return self.base.row_slice(name)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The effective matrix."""
-        return stacked(self.base.weight, self.parts, self.edits) if self.on else self.base.weight
+        return merge_parts(self.base.weight, self.parts, self.edits) if self.enabled else self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -170,20 +170,24 @@ class AdaptedExperts(nn.Module):
 
     def __init__(self, base: Experts, edits: Mapping[str, nn.Module]):
         super().__init__()
-        self.base, self.edits, self.on = base, nn.ModuleDict(edits), True
+        self.base, self.edits, self.enabled = base, nn.ModuleDict(edits), True
 
-    def forward(self, x: Float[Tensor, "N D"], experts: Tensor, weights: Tensor) -> Float[Tensor, "N D"]:
-        work = self.base.work or self.base.fastest(x.dtype)
-        return work(x, self.gate_up, self.down, experts, weights, self.base.inner)
+    def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
+        run_experts = self.base.run_experts or self.base.fastest_backend(x.dtype)
+        return run_experts(x, self.gate_up, self.down, topk_ids, topk_weights, self.base.expert_activation)
 
     @property
     def gate_up(self) -> Float[Tensor, "E F2 D"]:
         weight = self.base.gate_up
-        return stacked(weight, expert_parts(self.base), self.edits) if self.on else weight
+        return merge_parts(weight, expert_parts(self.base), self.edits) if self.enabled else weight
 
     @property
     def down(self) -> Float[Tensor, "E D F"]:
-        return stacked(self.base.down, {"down": self.base.down.shape[1]}, self.edits) if self.on else self.base.down
+        return (
+            merge_parts(self.base.down, {"down": self.base.down.shape[1]}, self.edits)
+            if self.enabled
+            else self.base.down
+        )
 
 
 def expert_parts(experts: Experts) -> dict[str, int]:
@@ -192,21 +196,22 @@ def expert_parts(experts: Experts) -> dict[str, int]:
     return {"up": rows} if rows == hidden else {"gate": hidden, "up": hidden}
 
 
-def stacked(weight: Tensor, parts: Mapping[str, int], edits: nn.ModuleDict) -> Tensor:
+def merge_parts(weight: Tensor, parts: Mapping[str, int], edits: nn.ModuleDict) -> Tensor:
     """The matrix whose rows (last dimension but one) are these parts, those that have an edit edited."""
     if not any(name in edits for name in parts):
         return weight
     pieces = zip(parts, weight.split(list(parts.values()), dim=-2), strict=True)
-    return torch.cat([edits[name].edited(piece) if name in edits else piece for name, piece in pieces], dim=-2)  # type: ignore[operator]
+    edited = [edits[name].effective_weight(piece) if name in edits else piece for name, piece in pieces]  # type: ignore[operator]
+    return torch.cat(edited, dim=-2)
 
 
-Wrapper = Adapted | AdaptedProjections | AdaptedExperts
+AdapterLayer = AdaptedLinear | AdaptedPackedLinear | AdaptedExperts
 
 
-def wrappers(model: nn.Module) -> dict[str, Wrapper]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Every adapted layer of a model, by its path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Wrapper)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
-def edits_of(wrapper: Wrapper) -> Iterable[nn.Module]:
-    return (wrapper.edit,) if isinstance(wrapper, Adapted) else wrapper.edits.values()
+def layer_edits(layer: AdapterLayer) -> Iterable[nn.Module]:
+    return (layer.edit,) if isinstance(layer, AdaptedLinear) else layer.edits.values()

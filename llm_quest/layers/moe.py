@@ -1,9 +1,9 @@
 """Sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): a router sends each token to K of E feed-forward
 layers.
 
-A router says which experts and with what weights; the experts do the work in one of two forms. `loop` is the
-definition: for each expert, its tokens. `grouped` sorts the tokens by expert and multiplies each run of rows by its
-expert's matrix in one call. A law holds them equal. Routing is computed in float32.
+A router says which experts and with what weights; the experts do the work in one of two forms. `run_experts_for_loop`
+is the definition: for each expert, its tokens. `grouped` sorts the tokens by expert and multiplies each run of rows by
+its expert's matrix in one call. A law holds them equal. Routing is computed in float32.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.grouped import GroupedLinear, Sorting
+from llm_quest.layers.grouped_mm import ExpertPermutation, GroupedLinear
 from llm_quest.scope import Scope
 
 
-class Routing(NamedTuple):
+class RouterOutput(NamedTuple):
     """One layer's decisions for N tokens, left in the scope's records under "routing" for losses, metrics and
     callbacks.
 
@@ -31,44 +31,45 @@ class Routing(NamedTuple):
 
     scores: Float[Tensor, "N E"]
     logits: Float[Tensor, "N E"]
-    experts: Int[Tensor, "N K"]
-    weights: Float[Tensor, "N K"]
-    real: Bool[Tensor, " N"]
+    topk_ids: Int[Tensor, "N K"]
+    topk_weights: Float[Tensor, "N K"]
+    non_padding: Bool[Tensor, " N"]
     router: nn.Module
-    rows: int
+    num_rows: int
 
-    def load(self) -> Float[Tensor, " E"]:
+    def tokens_per_expert(self) -> Float[Tensor, " E"]:
         """How many real tokens each expert received."""
-        received = self.real[:, None].expand(self.experts.shape).flatten().to(torch.float32)
-        return received.new_zeros(self.scores.shape[1]).scatter_add(0, self.experts.flatten(), received)
+        received = self.non_padding[:, None].expand(self.topk_ids.shape).flatten().to(torch.float32)
+        return received.new_zeros(self.scores.shape[1]).scatter_add(0, self.topk_ids.flatten(), received)
 
 
 class SoftmaxRouter(nn.Module):
     """Mixtral's and Qwen3's: softmax over all experts, the K largest, weights renormalised to sum 1 if
-    `renormalize`. balance: the coefficient of the load-balancing loss that its family is trained with, for recipes."""
+    `norm_topk_prob`. balance: the coefficient of the load-balancing loss that its family is trained with, for
+    recipes."""
 
-    def __init__(self, width: int, experts: int, *, top: int, renormalize: bool, balance: float = 0.001):
+    def __init__(self, dim: int, num_experts: int, *, top_k: int, norm_topk_prob: bool, aux_loss_coef: float = 0.001):
         super().__init__()
-        check_top(top, experts)
-        self.top, self.renormalize, self.balance = top, renormalize, balance
-        self.weight = nn.Parameter(torch.empty(experts, width))
+        check_top_k(top_k, num_experts)
+        self.top_k, self.norm_topk_prob, self.aux_loss_coef = top_k, norm_topk_prob, aux_loss_coef
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = F.linear(x, self.weight.to(x.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.softmax(dim=-1)
-        weights, experts = scores.topk(self.top, dim=-1)
-        if self.renormalize:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return scores, logits, experts, weights
+        topk_weights, topk_ids = scores.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        return scores, logits, topk_ids, topk_weights
 
-    def fill_(self, generator: torch.Generator | None) -> None:
+    def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)
 
 
 class SigmoidRouter(nn.Module):
     """DeepSeek-V3's (arXiv:2412.19437, eq. 12-16): sigmoid scores; a bias that balances the load *chooses* but never
-    weighs; experts lie in `groups`, of which the `top_groups` best (by the sum of their two best) take part.
+    weighs; experts lie in `groups`, of which the `topk_group` best (by the sum of their two best) take part.
 
     load (E): tokens received since the last balancing step; the objective adds to it, the balancing callback empties
     it.
@@ -79,56 +80,60 @@ class SigmoidRouter(nn.Module):
 
     def __init__(
         self,
-        width: int,
-        experts: int,
+        dim: int,
+        num_experts: int,
         *,
-        top: int,
-        groups: int = 1,
-        top_groups: int = 1,
-        renormalize: bool = True,
-        scale: float = 1.0,
+        top_k: int,
+        n_group: int = 1,
+        topk_group: int = 1,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
     ):
         super().__init__()
-        check_top(top, experts)
-        if experts % groups or top_groups > groups:
-            raise ValueError(f"{experts} experts do not form {groups} equal groups of which {top_groups} are taken")
-        if top > experts // groups * top_groups:
+        check_top_k(top_k, num_experts)
+        if num_experts % n_group or topk_group > n_group:
             raise ValueError(
-                f"top {top} of {top_groups} groups of {experts // groups} experts: fewer than asked are left"
+                f"{num_experts} experts do not form {n_group} equal groups of which {topk_group} are taken"
             )
-        self.top, self.groups, self.top_groups = top, groups, top_groups
-        self.load: Tensor | None = None
-        self.renormalize, self.scale = renormalize, scale
-        self.weight = nn.Parameter(torch.empty(experts, width))
-        self.bias = nn.Parameter(torch.zeros(experts, dtype=torch.float32), requires_grad=False)
+        if top_k > num_experts // n_group * topk_group:
+            raise ValueError(
+                f"top {top_k} of {topk_group} groups of {num_experts // n_group} experts: fewer than asked are left"
+            )
+        self.top_k, self.n_group, self.topk_group = top_k, n_group, topk_group
+        self.tokens_per_expert: Tensor | None = None
+        self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide))
         scores = logits.sigmoid()
-        experts = self.allowed(scores.detach() + self.bias.to(wide)).topk(self.top, dim=-1).indices
-        weights = scores.gather(1, experts)
-        if self.renormalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return scores, logits, experts, weights * self.scale
+        topk_ids = self.mask_groups(scores.detach() + self.bias.to(wide)).topk(self.top_k, dim=-1).indices
+        topk_weights = scores.gather(1, topk_ids)
+        if self.norm_topk_prob:
+            topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return scores, logits, topk_ids, topk_weights * self.routed_scaling_factor
 
-    def allowed(self, choice: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-        """`choice` with the experts of all but the best groups at -inf."""
-        if self.groups == 1:
-            return choice
-        grouped = choice.unflatten(1, (self.groups, -1))
-        worth = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
-        best = torch.zeros_like(worth, dtype=torch.bool).scatter(1, worth.topk(self.top_groups, dim=-1).indices, True)
+    def mask_groups(self, biased_scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """`biased_scores` with the experts of all but the best groups at -inf."""
+        if self.n_group == 1:
+            return biased_scores
+        grouped = biased_scores.unflatten(1, (self.n_group, -1))
+        group_scores = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+        best = torch.zeros_like(group_scores, dtype=torch.bool).scatter(
+            1, group_scores.topk(self.topk_group, dim=-1).indices, True
+        )
         return grouped.masked_fill(~best[:, :, None], float("-inf")).flatten(1)
 
-    def fill_(self, generator: torch.Generator | None) -> None:
+    def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`model.to(dtype)` moves the bias but leaves it float32: in bfloat16 its steps of 0.001 would be rounded
-        away."""
+        """`model.positions(dtype)` moves the bias but leaves it float32: in bfloat16 its steps of 0.001 would be
+        rounded away."""
         before = self.bias.detach()
         super()._apply(fn, recurse)
         if before.device.type != "meta" and self.bias.dtype != before.dtype:
@@ -136,12 +141,12 @@ class SigmoidRouter(nn.Module):
         return self
 
 
-def check_top(top: int, experts: int) -> None:
-    if not 0 < top <= experts:
-        raise ValueError(f"top {top} of {experts} experts: choose between 1 and {experts}")
+def check_top_k(top_k: int, num_experts: int) -> None:
+    if not 0 < top_k <= num_experts:
+        raise ValueError(f"top {top_k} of {num_experts} experts: choose between 1 and {num_experts}")
 
 
-class Work(Protocol):
+class ExpertsFunction(Protocol):
     """How the experts' work is done: x (N,D), gate_up (E,2F,D), down (E,D,F), experts (N,K), weights (N,K) -> (N,D)."""
 
     def __call__(
@@ -149,16 +154,16 @@ class Work(Protocol):
         x: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        experts: Tensor,
-        weights: Tensor,
-        inner: Callable[[Tensor], Tensor],
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        expert_activation: Callable[[Tensor], Tensor],
     ) -> Tensor: ...
 
 
-Inner = Callable[[Tensor], Tensor]
+ExpertActivation = Callable[[Tensor], Tensor]
 
 
-def gated(activation: Callable[[Tensor], Tensor]) -> Inner:
+def glu_activation(activation: Callable[[Tensor], Tensor]) -> ExpertActivation:
     """What happens between an expert's two matrices: (..., 2F) -> activation(gate) * up (..., F)."""
 
     def inner(h: Tensor) -> Tensor:
@@ -173,41 +178,41 @@ def relu_squared(h: Tensor) -> Tensor:
     return F.relu(h).square()
 
 
-def loop(
+def run_experts_for_loop(
     x: Float[Tensor, "N D"],
     gate_up: Float[Tensor, "E F2 D"],
     down: Float[Tensor, "E D F"],
-    experts: Int[Tensor, "N K"],
-    weights: Float[Tensor, "N K"],
-    inner: Inner,
+    topk_ids: Int[Tensor, "N K"],
+    topk_weights: Float[Tensor, "N K"],
+    expert_activation: ExpertActivation,
 ) -> Float[Tensor, "N D"]:
     """The definition: each expert works on its tokens. (unbind, not an index: the backward of `weight[e]` builds a
     gradient of the full size for every expert.)"""
     out = torch.zeros_like(x)
     for expert, (w_in, w_out) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
-        token, slot = torch.where(experts == expert)
-        y = F.linear(inner(F.linear(x[token], w_in)), w_out)
-        out = out.index_add(0, token, (y * weights[token, slot, None].to(y.dtype)).to(out.dtype))
+        token, slot = torch.where(topk_ids == expert)
+        y = F.linear(expert_activation(F.linear(x[token], w_in)), w_out)
+        out = out.index_add(0, token, (y * topk_weights[token, slot, None].to(y.dtype)).to(out.dtype))
     return out
 
 
-def grouped(
+def run_experts_grouped_mm(
     x: Float[Tensor, "N D"],
     gate_up: Float[Tensor, "E F2 D"],
     down: Float[Tensor, "E D F"],
-    experts: Int[Tensor, "N K"],
-    weights: Float[Tensor, "N K"],
-    inner: Inner,
+    topk_ids: Int[Tensor, "N K"],
+    topk_weights: Float[Tensor, "N K"],
+    expert_activation: ExpertActivation,
 ) -> Float[Tensor, "N D"]:
     """The same, tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order, so a
     row does not depend on its neighbours. Weights multiply the hidden layer, which is narrower than the output."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    sorting = Sorting.of(experts, gate_up.shape[0])
-    h = inner(GroupedLinear.apply(sorting.spread(x), gate_up, sorting.ends))  # type: ignore[no-untyped-call]
-    h = h * weights.flatten().index_select(0, sorting.order)[:, None].to(h.dtype)
-    return sorting.collect(GroupedLinear.apply(h, down, sorting.ends))  # type: ignore[no-untyped-call]
+    permutation = ExpertPermutation.from_topk_ids(topk_ids, gate_up.shape[0])
+    h = expert_activation(GroupedLinear.apply(permutation.permute(x), gate_up, permutation.offsets))  # type: ignore[no-untyped-call]
+    h = h * topk_weights.flatten().index_select(0, permutation.order)[:, None].to(h.dtype)
+    return permutation.unpermute(GroupedLinear.apply(h, down, permutation.offsets))  # type: ignore[no-untyped-call]
 
 
 class Experts(nn.Module):
@@ -216,33 +221,33 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        experts: int,
-        width: int,
-        hidden: int,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
         activation: Callable[[Tensor], Tensor] = F.silu,
         *,
-        inner: Inner | None = None,
+        expert_activation: ExpertActivation | None = None,
     ):
         super().__init__()
-        self.inner = inner or gated(activation)
-        self.gate_up = nn.Parameter(torch.empty(experts, hidden if inner else 2 * hidden, width))
-        self.down = nn.Parameter(torch.empty(experts, width, hidden))
-        self.work: Work | None = None
+        self.expert_activation = expert_activation or glu_activation(activation)
+        self.gate_up = nn.Parameter(torch.empty(num_experts, hidden_dim if expert_activation else 2 * hidden_dim, dim))
+        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.run_experts: ExpertsFunction | None = None
 
-    def forward(self, x: Float[Tensor, "N D"], experts: Tensor, weights: Tensor) -> Float[Tensor, "N D"]:
-        work = self.work or self.fastest(x.dtype)
-        return work(x, self.gate_up, self.down, experts, weights, self.inner)
+    def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
+        run_experts = self.run_experts or self.fastest_backend(x.dtype)
+        return run_experts(x, self.gate_up, self.down, topk_ids, topk_weights, self.expert_activation)
 
-    def stacks(self) -> dict[str, tuple[int, ...]]:
+    def packed_rows(self) -> dict[str, tuple[int, ...]]:
         """Each expert's matrices: gate and up apart, and down."""
-        rows, hidden = self.gate_up.shape[1], self.down.shape[2]
-        return {"gate_up": (hidden,) * (rows // hidden), "down": (self.down.shape[1],)}
+        rows, hidden_dim = self.gate_up.shape[1], self.down.shape[2]
+        return {"gate_up": (hidden_dim,) * (rows // hidden_dim), "down": (self.down.shape[1],)}
 
-    def fastest(self, dtype: torch.dtype) -> Work:
+    def fastest_backend(self, dtype: torch.dtype) -> ExpertsFunction:
         """The grouped kernel knows no float64, and rows must be multiples of 16 bytes."""
         rows = [self.gate_up.shape[2], self.down.shape[2]]
         aligned = all(row * dtype.itemsize % 16 == 0 and row % 8 == 0 for row in rows)
-        return grouped if dtype != torch.float64 and aligned else loop
+        return run_experts_grouped_mm if dtype != torch.float64 and aligned else run_experts_for_loop
 
 
 class MixtureOfExperts(nn.Module):
@@ -267,44 +272,44 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
         flat = x.flatten(0, 1)
-        experts, weights = leave(self.router, flat, x, scope)
-        out = self.experts(flat, experts, weights).to(x.dtype)
+        topk_ids, topk_weights = route_tokens(self.router, flat, x, scope)
+        out = self.experts(flat, topk_ids, topk_weights).to(x.dtype)
         if self.shared is not None:
-            always = self.shared(x, scope)
-            always = always if self.shared_gate is None else always * self.shared_gate(x).sigmoid()
-            return out.view_as(x) + always
+            shared_output = self.shared(x, scope)
+            shared_output = shared_output if self.shared_gate is None else shared_output * self.shared_gate(x).sigmoid()
+            return out.view_as(x) + shared_output
         return out.view_as(x)
 
 
-class LatentMixture(nn.Module):
+class LatentMoE(nn.Module):
     """LatentMoE (NVIDIA Nemotron 3, 2025): the routed experts work in a narrower latent space, so that more of them,
     and more a token, cost the same. x goes down once, its experts' weighted sum comes up once; router and shared expert
     see all of x.
 
     latent: its width. With a ratio r = width / latent, experts and top are taken r times as many as without."""
 
-    def __init__(self, width: int, latent: int, router: nn.Module, experts: Experts, shared: nn.Module):
+    def __init__(self, dim: int, latent_dim: int, router: nn.Module, experts: Experts, shared: nn.Module):
         super().__init__()
-        if experts.gate_up.shape[2] != latent:
+        if experts.gate_up.shape[2] != latent_dim:
             raise ValueError(
-                f"experts of width {experts.gate_up.shape[2]} cannot work in a latent space of width {latent}"
+                f"experts of width {experts.gate_up.shape[2]} cannot work in a latent space of width {latent_dim}"
             )
-        self.to_latent = nn.Linear(width, latent, bias=False)
+        self.to_latent = nn.Linear(dim, latent_dim, bias=False)
         self.router = router
         self.experts = experts
-        self.down = nn.Linear(latent, width, bias=False)
+        self.down = nn.Linear(latent_dim, dim, bias=False)
         self.shared = shared
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
         flat = x.flatten(0, 1)
-        experts, weights = leave(self.router, flat, x, scope)
-        mixed = self.experts(self.to_latent(flat), experts, weights).to(x.dtype)
+        topk_ids, topk_weights = route_tokens(self.router, flat, x, scope)
+        mixed = self.experts(self.to_latent(flat), topk_ids, topk_weights).to(x.dtype)
         return self.down(mixed).view_as(x) + self.shared(x, scope)
 
 
-def leave(router: nn.Module, flat: Tensor, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
+def route_tokens(router: nn.Module, flat: Tensor, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
     """Ask the router for experts and weights (N,K), and leave its decisions in the scope's records."""
-    scores, logits, experts, weights = router(flat)
-    real = (scope.positions >= 0).expand(x.shape[:2]).flatten()
-    scope.record("routing", Routing(scores, logits, experts, weights, real, router, x.shape[0]))
-    return experts, weights
+    scores, logits, topk_ids, topk_weights = router(flat)
+    non_padding = (scope.position_ids >= 0).expand(x.shape[:2]).flatten()
+    scope.record("routing", RouterOutput(scores, logits, topk_ids, topk_weights, non_padding, router, x.shape[0]))
+    return topk_ids, topk_weights

@@ -14,10 +14,10 @@ class RMSNorm(nn.Module):
     Commonly got wrong: eps belongs inside the root; the cast back to the input's dtype comes *before* the product with
     the weight (it matters in bfloat16)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         if x.dtype in (torch.float32, torch.float64):
@@ -25,15 +25,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
-class OffsetRMSNorm(nn.Module):
+class ZeroCenteredRMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight): Gemma's and Qwen3-Next's, the weight centred at 0.
 
     Commonly got wrong: here the product with 1 + weight is taken in float32, *before* the cast back."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -45,11 +45,11 @@ class LayerNorm(nn.Module):
 
     Commonly got wrong: (x - mean) / (std + eps) is another function."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         fine = torch.promote_types(x.dtype, torch.float32)
@@ -61,20 +61,20 @@ class DynamicTanh(nn.Module):
     """y = weight * tanh(alpha x) + bias (DyT, Zhu et al. 2025, arXiv:2503.10622, section 4), in a norm's place: one
     learned scalar alpha, and no number of a token depends on another. start: alpha's first value."""
 
-    def __init__(self, width: int, start: float, *, bias: bool):
+    def __init__(self, dim: int, alpha_init: float, *, bias: bool):
         super().__init__()
-        self.start = start
-        self.alpha = nn.Parameter(torch.full((), start))
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.alpha_init = alpha_init
+        self.alpha = nn.Parameter(torch.full((), alpha_init))
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         wide = torch.promote_types(x.dtype, torch.float32)
         y = (x.to(wide) * self.alpha.to(wide)).tanh() * self.weight.to(wide)
         return (y if self.bias is None else y + self.bias.to(wide)).to(x.dtype)
 
-    def fill_(self, generator: torch.Generator | None) -> None:
-        nn.init.constant_(self.alpha, self.start)
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        nn.init.constant_(self.alpha, self.alpha_init)
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

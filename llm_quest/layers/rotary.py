@@ -22,68 +22,74 @@ from torch import Tensor
 from llm_quest.scope import Scope
 
 
-class Scaling(Protocol):
+class RopeScaling(Protocol):
     """A stretch of the frequencies; `attention_factor` multiplies cos and sin (so the scores by its square)."""
 
     @property
     def attention_factor(self) -> float: ...
 
-    def frequencies(self, width: int, theta: float) -> Float[Tensor, " pairs"]: ...
+    def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]: ...
 
 
-def plain_frequencies(width: int, theta: float) -> Float[Tensor, " pairs"]:
+def default_inv_freq(dim: int, theta: float) -> Float[Tensor, " pairs"]:
     """f_i = theta^(-2i/width), i = 0 .. width/2 - 1, in float32 and on the host."""
-    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """Position interpolation (Chen et al., arXiv:2306.15595): every frequency divided by `factor`."""
 
     factor: float
     attention_factor: float = 1.0
 
-    def frequencies(self, width: int, theta: float) -> Float[Tensor, " pairs"]:
-        return plain_frequencies(width, theta) / self.factor
+    def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+        return default_inv_freq(dim, theta) / self.factor
 
 
 @dataclass(frozen=True)
-class NTK:
+class NTKScaling:
     """NTK-aware (bloc97 2023): a larger base, theta * factor^(d/(d-2)). The lowest frequency is divided by exactly
     `factor`, the highest stays."""
 
     factor: float
     attention_factor: float = 1.0
 
-    def frequencies(self, width: int, theta: float) -> Float[Tensor, " pairs"]:
-        return plain_frequencies(width, theta * self.factor ** (width / (width - 2)))
+    def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+        return default_inv_freq(dim, theta * self.factor ** (dim / (dim - 2)))
 
 
 @dataclass(frozen=True)
-class Llama3:
+class Llama3Scaling:
     """Llama 3.1's rule: wavelengths longer than original/low are stretched by `factor`, shorter than original/high are
     kept, those between are blended."""
 
     factor: float
-    low: float
-    high: float
-    original: int
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
     attention_factor: float = 1.0
 
-    def frequencies(self, width: int, theta: float) -> Float[Tensor, " pairs"]:
-        f = plain_frequencies(width, theta)
+    def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+        f = default_inv_freq(dim, theta)
         wavelength = 2 * math.pi / f
-        blend = (self.original / wavelength - self.low) / (self.high - self.low)
+        blend = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
         between = (1 - blend) * f / self.factor + blend * f
-        stretched = torch.where(wavelength > self.original / self.low, f / self.factor, f)
-        middle = (wavelength >= self.original / self.high) & (wavelength <= self.original / self.low)
+        stretched = torch.where(
+            wavelength > self.original_max_position_embeddings / self.low_freq_factor, f / self.factor, f
+        )
+        middle = (wavelength >= self.original_max_position_embeddings / self.high_freq_factor) & (
+            wavelength <= self.original_max_position_embeddings / self.low_freq_factor
+        )
         return torch.where(middle, between, stretched)
 
 
 @dataclass(frozen=True)
-class YaRN:
-    """YaRN (Peng et al., arXiv:2309.00071): pairs that turn more than `fast` times within the original length are kept,
-    those that turn less than `slow` times are interpolated, a ramp between; and attention is sharpened by a
+class YaRNScaling:
+    """YaRN (Peng et al., arXiv:2309.00071): pairs that turn more than `beta_fast` times within the original length are
+    kept, those that turn less than `beta_slow` times are interpolated, a ramp between; and attention is sharpened by a
     temperature.
 
     Commonly got wrong: it acts on the *original* base; the temperature 0.1 ln s + 1 multiplies cos and sin, so the
@@ -91,80 +97,84 @@ class YaRN:
     ends fractional."""
 
     factor: float
-    original: int
-    fast: float = 32.0
-    slow: float = 1.0
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
-    explicit_factor: float | None = None
+    explicit_attention_factor: float | None = None
     truncate: bool = True
 
     @property
     def attention_factor(self) -> float:
-        if self.explicit_factor is not None:
-            return self.explicit_factor
+        if self.explicit_attention_factor is not None:
+            return self.explicit_attention_factor
         if self.mscale and self.mscale_all_dim:
-            return temperature(self.factor, self.mscale) / temperature(self.factor, self.mscale_all_dim)
-        return temperature(self.factor, 1.0)
+            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+        return yarn_mscale(self.factor, 1.0)
 
-    def frequencies(self, width: int, theta: float) -> Float[Tensor, " pairs"]:
-        low, high = (self.pair_turning(turns, width, theta) for turns in (self.fast, self.slow))
+    def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+        low, high = (self.find_correction_dim(turns, dim, theta) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
+        low, high = max(low, 0), min(high, dim - 1)
         high = high + 0.001 if low == high else high
-        ramp = ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
-        f = plain_frequencies(width, theta)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+        f = default_inv_freq(dim, theta)
         return f / self.factor * ramp + f * (1 - ramp)
 
-    def pair_turning(self, turns: float, width: int, theta: float) -> float:
+    def find_correction_dim(self, num_rotations: float, dim: int, theta: float) -> float:
         """The (fractional) pair that makes so many turns within the original length."""
-        return width * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            dim
+            * math.log(self.original_max_position_embeddings / (num_rotations * 2 * math.pi))
+            / (2 * math.log(theta))
+        )
 
 
-def temperature(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: float, mscale: float) -> float:
     """m(s, a) = 0.1 a ln s + 1, and 1 for s <= 1."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True)
-class Rotary:
+class RotaryEmbedding:
     """Rotates the first `width` numbers of each head (B,T,H,d); the rest passes. One object may serve many layers.
 
     interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); they come out half-split, which
     changes no product as long as queries and keys do the same."""
 
-    width: int
-    theta: float
-    scaling: Scaling | None = None
+    dim: int
+    rope_theta: float
+    scaling: RopeScaling | None = None
     interleaved: bool = False
-    frequencies: tuple[float, ...] = field(init=False, compare=False, repr=False)
+    inv_freq: tuple[float, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.width % 2 or self.width <= 0:
-            raise ValueError(f"rotary width {self.width} is not a positive even number: pairs of numbers are rotated")
-        scaled = self.scaling.frequencies if self.scaling else plain_frequencies
-        object.__setattr__(self, "frequencies", tuple(scaled(self.width, self.theta).tolist()))
+        if self.dim % 2 or self.dim <= 0:
+            raise ValueError(f"rotary width {self.dim} is not a positive even number: pairs of numbers are rotated")
+        scaled = self.scaling.inv_freq if self.scaling else default_inv_freq
+        object.__setattr__(self, "inv_freq", tuple(scaled(self.dim, self.rope_theta).tolist()))
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
-        cos, sin = scope.once((self, x.dtype), lambda: self.tables(scope, x.dtype))
+        cos, sin = scope.cached((self, x.dtype), lambda: self.cos_sin(scope, x.dtype))
         if self.interleaved:
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        if self.width == x.shape[-1]:
-            return rotate(x, cos, sin)
-        return torch.cat((rotate(x[..., : self.width], cos, sin), x[..., self.width :]), dim=-1)
+        if self.dim == x.shape[-1]:
+            return apply_rotary_emb(x, cos, sin)
+        return torch.cat((apply_rotary_emb(x[..., : self.dim], cos, sin), x[..., self.dim :]), dim=-1)
 
-    def tables(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B,T,1,pairs), computed in float32; one row serves all where every row stands at the same
         positions."""
-        positions = scope.positions[:1] if scope.is_plain else scope.positions
-        f = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
-        angles = positions[..., None, None].float() * f
+        position_ids = scope.position_ids[:1] if scope.is_unpadded else scope.position_ids
+        f = torch.tensor(self.inv_freq, dtype=torch.float32, device=position_ids.device)
+        angles = position_ids[..., None, None].float() * f
         factor = self.scaling.attention_factor if self.scaling else 1.0
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def rotate(x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H d"]:
+def apply_rotary_emb(x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H d"]:
     """Half-split pairs: (a, b) -> (a cos - b sin, b cos + a sin)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from llm_quest.models import (
-    clip,
-    deepseek_v3,
-    gemma,
-    gpt2,
-    llama,
-    mimo,
-    mixtral,
-    qwen3,
-    qwen3_next,
-    vision_language,
-    vit,
-)
-from llm_quest.models.page import Page
+from llm_quest.models import clip, deepseek_v3, gemma, gpt2, llama, llava, mimo, mixtral, qwen3, qwen3_next, vit
+from llm_quest.models.family import Family
 
-PAGES: tuple[Page, ...] = (
-    gpt2.PAGE,
-    llama.PAGE,
-    gemma.PAGE,
-    mixtral.PAGE,
-    qwen3.PAGE,
-    deepseek_v3.PAGE,
-    qwen3_next.PAGE,
-    mimo.PAGE,
+FAMILIES: tuple[Family, ...] = (
+    gpt2.FAMILY,
+    llama.FAMILY,
+    gemma.FAMILY,
+    mixtral.FAMILY,
+    qwen3.FAMILY,
+    deepseek_v3.FAMILY,
+    qwen3_next.FAMILY,
+    mimo.FAMILY,
 )
 
-VISION_PAGES: tuple[Page, ...] = (vit.PAGE, clip.PAGE, vision_language.PAGE)
+VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY)
 """Those that read images. They have laws of their own (tests/models), for they are no decoders of tokens alone."""

@@ -11,45 +11,45 @@ from torch.overrides import TorchFunctionMode
 from llm_quest.contracts import Preset
 from llm_quest.errors import UsageError
 from llm_quest.layers.initialize import materialize
-from llm_quest.models import PAGES, VISION_PAGES
+from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Page
+from llm_quest.models.family import Family
 
 
 def presets() -> list[str]:
     """The names `build` knows."""
-    return [preset.name for page in (*PAGES, *VISION_PAGES) for preset in page.presets]
+    return [preset.name for family in (*FAMILIES, *VISION_FAMILIES) for preset in family.presets]
 
 
 def preset(name: str) -> Preset:
     """One of them, with its config, exact parameter count and hub id."""
-    for page in (*PAGES, *VISION_PAGES):
-        for candidate in page.presets:
+    for family in (*FAMILIES, *VISION_FAMILIES):
+        for candidate in family.presets:
             if candidate.name == name:
                 return candidate
-    near = difflib.get_close_matches(name, presets(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(presets())}"
+    close_matches = difflib.get_close_matches(name, presets(), n=1)
+    hint = f"did you mean {close_matches[0]!r}?" if close_matches else f"known: {', '.join(presets())}"
     raise UsageError(f"no preset is called {name!r}; {hint}")
 
 
-def page_of(config: Any) -> Page:
+def family_of(config: Any) -> Family:
     """The page a config belongs to."""
-    for page in (*PAGES, *VISION_PAGES):
-        if isinstance(config, page.Config):
-            return page
+    for family in (*FAMILIES, *VISION_FAMILIES):
+        if isinstance(config, family.Config):
+            return family
     raise UsageError(
         f"{type(config).__name__} is no page's config; "
-        f"pages: {', '.join(page.name for page in (*PAGES, *VISION_PAGES))}"
+        f"pages: {', '.join(family.name for family in (*FAMILIES, *VISION_FAMILIES))}"
     )
 
 
-def skeleton(config: Any) -> Decoder:
+def build_meta_model(config: Any) -> Decoder:
     """The model without memory (meta device): enough to count, to name and to load into."""
-    with torch.device("meta"), Unfilled():
-        return page_of(config).assemble(config)
+    with torch.device("meta"), SkipInit():
+        return family_of(config).assemble(config)
 
 
-class Unfilled(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Leaves out the first values that torch's own layers give themselves. Without memory they are nothing, yet drawing
     them there imports half of torch's compiler, which takes 3 s."""
 
@@ -60,21 +60,25 @@ class Unfilled(TorchFunctionMode):
 
 
 def build(
-    what: str | Any, *, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | str = "float32"
+    preset_or_config: str | Any,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "float32",
 ) -> Decoder:
     """A model with random first values, in eval mode. what: a preset's name or a page's Config. The same seed gives the
     same weights on any machine: they are drawn in float32 on the host, then moved."""
-    config = preset(what).config if isinstance(what, str) else what
-    dtype = dtype_called(dtype) if isinstance(dtype, str) else dtype
-    model = materialize(skeleton(config), "cpu", torch.float32)
-    page_of(config).initialize(model, torch.Generator().manual_seed(seed))
+    config = preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
+    dtype = dtype_from_name(dtype) if isinstance(dtype, str) else dtype
+    model = materialize(build_meta_model(config), "cpu", torch.float32)
+    family_of(config).initialize(model, torch.Generator().manual_seed(seed))
     return model.to(device=device, dtype=dtype).eval()
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def dtype_called(name: str) -> torch.dtype:
+def dtype_from_name(name: str) -> torch.dtype:
     """The dtype of that name."""
     if name not in DTYPES:
         raise UsageError(f"no dtype is called {name!r}; known: {', '.join(DTYPES)}")

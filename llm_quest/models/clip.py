@@ -19,134 +19,137 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_quest.contracts import Card, Preset
+from llm_quest.contracts import ModelSpec, Preset
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP, quick_gelu
-from llm_quest.layers.initialize import fill_
+from llm_quest.layers.initialize import init_normal_
 from llm_quest.layers.norm import LayerNorm
-from llm_quest.layers.patches import ImageEmbedding
+from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
+from llm_quest.models.family import ConcatRows, Family, Reshaped, WeightMap, expand_layers, require_field, require_value
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.models.page import Names, Page, Rows, Shaped, need, only, per_layer
 
 
 @dataclass(frozen=True)
 class Config:
     """The tower's numbers. image, patch: sides in pixels."""
 
-    image: int
-    patch: int
-    channels: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
-    eps: float = 1e-5
+    image_size: int
+    patch_size: int
+    num_channels: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    layer_norm_eps: float = 1e-5
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Patches of an image."""
-        return (self.image // self.patch) ** 2
+        return (self.image_size // self.patch_size) ** 2
 
     @property
-    def context(self) -> int:
+    def max_position_embeddings(self) -> int:
         """Tokens of an image: the patches and the class token."""
-        return self.patches + 1
+        return self.num_patches + 1
 
 
-def block(config: Config, layer: int) -> Block:
+def block(config: Config, layer_idx: int) -> Block:
     """One layer: multi-head attention to everybody, then the MLP."""
     attention = GroupedQueryAttention(
-        config.width,
-        heads=config.heads,
-        groups=config.heads,
-        head_width=config.width // config.heads,
+        config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
         rotary=NoRotary(),
-        bias=True,
+        qkv_bias=True,
         out_bias=True,
     )
-    mlp = MLP(config.width, config.hidden, quick_gelu, bias=True)
+    mlp = MLP(config.hidden_size, config.intermediate_size, quick_gelu, bias=True)
     return Block(
-        mixer=Sublayer(LayerNorm(config.width, config.eps), attention),
-        ffn=Sublayer(LayerNorm(config.width, config.eps), mlp),
+        mixer=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), attention),
+        feed_forward=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), mlp),
     )
 
 
 def assemble(config: Config) -> ImageEncoder:
     """The tower, without first values."""
     return ImageEncoder(
-        Card("clip", config),
-        embed=ImageEmbedding(config.image, config.patch, config.channels, config.width, bias=False),
-        enter=LayerNorm(config.width, config.eps),
-        blocks=[block(config, layer) for layer in range(config.layers)],
-        norm=LayerNorm(config.width, config.eps),
+        ModelSpec("clip", config),
+        embed=ImageEmbedding(config.image_size, config.patch_size, config.num_channels, config.hidden_size, bias=False),
+        enter=LayerNorm(config.hidden_size, config.layer_norm_eps),
+        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
+        norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
         head=nn.Identity(),
     )
 
 
 def initialize(model: ImageEncoder, generator: torch.Generator | None = None) -> None:
     """N(0, 0.02^2); what writes into the stream smaller by sqrt(2 layers)."""
-    fill_(model, std=0.02, out_std=0.02 / (2 * model.config.layers) ** 0.5, generator=generator)
+    init_normal_(model, std=0.02, out_std=0.02 / (2 * model.config.num_hidden_layers) ** 0.5, generator=generator)
 
 
-def names(config: Config) -> Names:
+def names(config: Config) -> WeightMap:
     """Our parameters and their published names."""
     root, layer = "vision_model.", "vision_model.encoder.layers.{i}."
     table: dict[str, Any] = {
         "embed.start": root + "embeddings.class_embedding",
         "embed.positions": root + "embeddings.position_embedding.weight",
-        "embed.patches.weight": Shaped(
-            root + "embeddings.patch_embedding.weight", (config.width, config.channels, config.patch, config.patch)
+        "embed.patches.weight": Reshaped(
+            root + "embeddings.patch_embedding.weight",
+            (config.hidden_size, config.num_channels, config.patch_size, config.patch_size),
         ),
     }
     for kind in ("weight", "bias"):
         table |= {
             f"enter.{kind}": f"{root}pre_layrnorm.{kind}",
             f"blocks.{{i}}.mixer.norm.{kind}": f"{layer}layer_norm1.{kind}",
-            f"blocks.{{i}}.mixer.layer.qkv.{kind}": Rows(*(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")),
+            f"blocks.{{i}}.mixer.layer.qkv.{kind}": ConcatRows(
+                *(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
+            ),
             f"blocks.{{i}}.mixer.layer.out.{kind}": f"{layer}self_attn.out_proj.{kind}",
-            f"blocks.{{i}}.ffn.norm.{kind}": f"{layer}layer_norm2.{kind}",
-            f"blocks.{{i}}.ffn.layer.up.{kind}": f"{layer}mlp.fc1.{kind}",
-            f"blocks.{{i}}.ffn.layer.down.{kind}": f"{layer}mlp.fc2.{kind}",
+            f"blocks.{{i}}.feed_forward.norm.{kind}": f"{layer}layer_norm2.{kind}",
+            f"blocks.{{i}}.feed_forward.layer.up.{kind}": f"{layer}mlp.fc1.{kind}",
+            f"blocks.{{i}}.feed_forward.layer.down.{kind}": f"{layer}mlp.fc2.{kind}",
             f"norm.{kind}": f"{root}post_layernorm.{kind}",
         }
-    return per_layer(table, config.layers)
+    return expand_layers(table, config.num_hidden_layers)
 
 
-def read(published: Mapping[str, Any]) -> Config:
+def read(hf_config: Mapping[str, Any]) -> Config:
     """From the contents of config.json."""
-    only(published, "hidden_act", "quick_gelu")
+    require_value(hf_config, "hidden_act", "quick_gelu")
     return Config(
-        image=need(published, "image_size"),
-        patch=need(published, "patch_size"),
-        channels=published.get("num_channels", 3),
-        width=need(published, "hidden_size"),
-        layers=need(published, "num_hidden_layers"),
-        heads=need(published, "num_attention_heads"),
-        hidden=need(published, "intermediate_size"),
-        eps=published.get("layer_norm_eps", 1e-5),
+        image_size=require_field(hf_config, "image_size"),
+        patch_size=require_field(hf_config, "patch_size"),
+        num_channels=hf_config.get("num_channels", 3),
+        hidden_size=require_field(hf_config, "hidden_size"),
+        num_hidden_layers=require_field(hf_config, "num_hidden_layers"),
+        num_attention_heads=require_field(hf_config, "num_attention_heads"),
+        intermediate_size=require_field(hf_config, "intermediate_size"),
+        layer_norm_eps=hf_config.get("layer_norm_eps", 1e-5),
     )
 
 
 def publish(config: Config) -> dict[str, Any]:
     """The contents of config.json."""
     return {
-        "image_size": config.image,
-        "patch_size": config.patch,
-        "num_channels": config.channels,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "layer_norm_eps": config.eps,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_eps": config.layer_norm_eps,
         "hidden_act": "quick_gelu",
     }
 
 
-LARGE = Config(336, 14, 3, 1024, 24, 16, 4096)
+CLIP_LARGE = Config(336, 14, 3, 1024, 24, 16, 4096)
 
-PAGE = Page(
+FAMILY = Family(
     name="clip",
     model_type="clip_vision_model",
     architecture="CLIPVisionModel",
@@ -156,13 +159,13 @@ PAGE = Page(
     names=names,
     read=read,
     publish=publish,
-    task="image-feature-extraction",
+    pipeline_tag="image-feature-extraction",
     optional_prefix="vision_model.",
-    ignore=(r"(vision_model\.)?embeddings\.position_ids",),
+    keys_to_ignore=(r"(vision_model\.)?embeddings\.position_ids",),
     presets=(
         Preset(
             "clip-vit-large-patch14-336",
-            LARGE,
+            CLIP_LARGE,
             303_507_456,
             "openai/clip-vit-large-patch14-336",
             notes="the image tower alone; within a whole CLIP",

@@ -8,10 +8,10 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm_quest.contracts import Card
-from llm_quest.layers.cache import Cache
-from llm_quest.layers.projections import row_splits
-from llm_quest.models.generation import GenerationDefaults
+from llm_quest.contracts import ModelSpec
+from llm_quest.layers.kv_cache import Cache
+from llm_quest.layers.packed_linear import row_splits
+from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.scope import Scope
 
 
@@ -24,7 +24,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        card: Card,
+        spec: ModelSpec,
         *,
         embed: nn.Module,
         blocks: Sequence[nn.Module],
@@ -32,40 +32,40 @@ class Decoder(nn.Module):
         head: nn.Module,
         enter: nn.Module | None = None,
         leave: nn.Module | None = None,
-        lookahead: Sequence[nn.Module] = (),
+        mtp_modules: Sequence[nn.Module] = (),
     ):
         super().__init__()
-        self.card = card
+        self.spec = spec
         self.embed = embed
         self.enter = enter or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
         self.leave = leave or nn.Identity()
         self.norm = norm
         self.head = head
-        self.lookahead = nn.ModuleList(lookahead)
-        self.generation: GenerationDefaults | None = None
+        self.mtp_modules = nn.ModuleList(mtp_modules)
+        self.generation_config: GenerationConfig | None = None
 
     @property
     def config(self) -> Any:
         """The numbers this model was assembled from."""
-        return self.card.config
+        return self.spec.config
 
-    def forward(self, tokens: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T V"]:
-        return self.head(self.hidden(tokens, scope))
+    def forward(self, input_ids: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T V"]:
+        return self.head(self.hidden_states(input_ids, scope))
 
-    def hidden(self, tokens: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
+    def hidden_states(self, input_ids: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
         """What the head reads: the last block's output after the final norm."""
-        scope = Scope.plain(tokens) if scope is None else scope
-        x = self.enter(self.embed(tokens, scope))
+        scope = Scope.unpadded(input_ids) if scope is None else scope
+        x = self.enter(self.embed(input_ids, scope))
         for layer, block in enumerate(self.blocks):
-            x = block(x, scope.at(layer))
+            x = block(x, scope.for_layer(layer))
         return self.norm(self.leave(x))
 
-    def new_cache(self, batch: int, capacity: int, slack: int = 0) -> Cache:
-        """An empty cache for `batch` rows and positions below `capacity`; windowed layers can take back `slack`
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> Cache:
+        """An empty cache for `batch` rows and positions below `capacity`; windowed layers can take back `max_rewind`
         tokens."""
-        parts = [block.mixer.layer.new_cache(batch, capacity, slack) for block in self.blocks]  # type: ignore[union-attr, operator]
-        return Cache(parts, batch, capacity)
+        layer_caches = [block.mixer.layer.new_cache(batch_size, capacity, max_rewind) for block in self.blocks]  # type: ignore[union-attr, operator]
+        return Cache(layer_caches, batch_size, capacity)
 
     def row_splits(self) -> dict[str, tuple[int, ...]]:
         """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each

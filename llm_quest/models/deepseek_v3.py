@@ -23,28 +23,28 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from llm_quest.contracts import Card, Preset
+from llm_quest.contracts import ModelSpec, Preset
 from llm_quest.errors import DataError
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_by_depth_
-from llm_quest.layers.latent_attention import LatentAttention
+from llm_quest.layers.initialize import init_depth_scaled_
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
-from llm_quest.layers.multi_token import Lookahead
+from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.rotary import Rotary, YaRN, temperature
+from llm_quest.layers.rotary import RotaryEmbedding, YaRNScaling, yarn_mscale
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import (
-    Names,
-    Page,
-    Published,
+from llm_quest.models.family import (
+    Family,
+    PublishedWeight,
+    WeightMap,
     expert_names,
-    need,
-    only,
     publish_rotary,
     read_rotary,
+    require_field,
+    require_value,
     swiglu_names,
 )
 
@@ -56,116 +56,128 @@ class Config:
     has; the experts lie in expert_groups, of which a token may use top_groups; lookahead: how many multi-token
     prediction modules stand behind the model."""
 
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    q_rank: int | None
-    kv_rank: int
-    nope: int
-    rope: int
-    value: int
-    dense: int
-    hidden: int
-    experts: int
-    top: int
-    expert_hidden: int
-    shared: int
-    expert_groups: int
-    top_groups: int
-    expert_scale: float
-    context: int
-    rotary: Rotary
-    renormalize: bool = True
-    tied: bool = False
-    eps: float = 1e-6
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    first_k_dense_replace: int
+    intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_shared_experts: int
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    max_position_embeddings: int
+    rotary: RotaryEmbedding
+    norm_topk_prob: bool = True
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
     attention_bias: bool = False
-    lookahead: int = 0
+    num_nextn_predict_layers: int = 0
 
     @property
-    def scale(self) -> float:
+    def softmax_scale(self) -> float:
         """Of the scores: (nope + rope)^-0.5, times the square of YaRN's temperature."""
         stretch = self.rotary.scaling
         m = (
-            temperature(stretch.factor, stretch.mscale_all_dim)
-            if isinstance(stretch, YaRN) and stretch.mscale_all_dim
+            yarn_mscale(stretch.factor, stretch.mscale_all_dim)
+            if isinstance(stretch, YaRNScaling) and stretch.mscale_all_dim
             else 1.0
         )
-        return (self.nope + self.rope) ** -0.5 * m * m
+        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * m * m
 
 
-def block(config: Config, layer: int) -> Block:
+def block(config: Config, layer_idx: int) -> Block:
     """One layer: latent attention, then SwiGLU (the first layers) or the experts."""
-    attention = LatentAttention(
-        config.width,
-        heads=config.heads,
-        q_rank=config.q_rank,
-        kv_rank=config.kv_rank,
-        nope=config.nope,
-        rope=config.rope,
-        value=config.value,
+    attention = MultiHeadLatentAttention(
+        config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim,
         rotary=config.rotary,
-        scale=config.scale,
+        scale=config.softmax_scale,
         bias=config.attention_bias,
     )
     return Block(
-        mixer=Sublayer(RMSNorm(config.width, config.eps), attention),
-        ffn=Sublayer(RMSNorm(config.width, config.eps), feed_forward(config, layer)),
+        mixer=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), attention),
+        feed_forward=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), feed_forward(config, layer_idx)),
     )
 
 
-def feed_forward(config: Config, layer: int) -> nn.Module:
+def feed_forward(config: Config, layer_idx: int) -> nn.Module:
     """Dense at the bottom, sparse above."""
-    if layer < config.dense:
-        return GatedMLP(config.width, config.hidden, F.silu)
+    if layer_idx < config.first_k_dense_replace:
+        return GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
     router = SigmoidRouter(
-        config.width,
-        config.experts,
-        top=config.top,
-        groups=config.expert_groups,
-        top_groups=config.top_groups,
-        renormalize=config.renormalize,
-        scale=config.expert_scale,
+        config.hidden_size,
+        config.n_routed_experts,
+        top_k=config.num_experts_per_tok,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        norm_topk_prob=config.norm_topk_prob,
+        routed_scaling_factor=config.routed_scaling_factor,
     )
-    experts = Experts(config.experts, config.width, config.expert_hidden, F.silu)
-    shared = GatedMLP(config.width, config.shared * config.expert_hidden, F.silu) if config.shared else None
+    experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, F.silu)
+    shared = (
+        GatedMLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, F.silu)
+        if config.n_shared_experts
+        else None
+    )
     return MixtureOfExperts(router, experts, shared=shared)
 
 
-def lookahead(config: Config, k: int) -> Lookahead:
+def mtp_module(config: Config, k: int) -> MTPModule:
     """Module k predicts one token further than the one before; its block is one more layer of the same kind."""
-    embed_norm, hidden_norm, norm = (RMSNorm(config.width, config.eps) for _ in range(3))
-    join = nn.Linear(2 * config.width, config.width, bias=False)
-    return Lookahead(
-        embed_norm=embed_norm, hidden_norm=hidden_norm, join=join, block=block(config, config.layers + k), norm=norm
+    embed_norm, hidden_norm, norm = (RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(3))
+    join = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+    return MTPModule(
+        embed_norm=embed_norm,
+        hidden_norm=hidden_norm,
+        join=join,
+        block=block(config, config.num_hidden_layers + k),
+        norm=norm,
     )
 
 
 def assemble(config: Config) -> Decoder:
     """The model, without first values."""
-    embed = TokenEmbedding(config.vocab, config.width)
+    embed = TokenEmbedding(config.vocab_size, config.hidden_size)
     return Decoder(
-        Card("deepseek_v3", config),
+        ModelSpec("deepseek_v3", config),
         embed=embed,
-        blocks=[block(config, layer) for layer in range(config.layers)],
-        norm=RMSNorm(config.width, config.eps),
-        head=Unembed(config.width, config.vocab, tied=embed.token if config.tied else None),
-        lookahead=[lookahead(config, k) for k in range(config.lookahead)],
+        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
+        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        head=LMHead(
+            config.hidden_size, config.vocab_size, tied_embedding=embed.token if config.tie_word_embeddings else None
+        ),
+        mtp_modules=[mtp_module(config, k) for k in range(config.num_nextn_predict_layers)],
     )
 
 
-def names(config: Config) -> Names:
+def names(config: Config) -> WeightMap:
     """Our parameters and their published names. The lookahead modules are published as further layers."""
-    table: dict[str, Published] = {
+    table: dict[str, PublishedWeight] = {
         "embed.token.weight": "model.embed_tokens.weight",
         "norm.weight": "model.norm.weight",
     }
-    if not config.tied:
+    if not config.tie_word_embeddings:
         table["head.weight"] = "lm_head.weight"
-    for layer in range(config.layers):
-        table |= layer_names(config, f"blocks.{layer}.", f"model.layers.{layer}.", sparse=layer >= config.dense)
-    for k in range(config.lookahead):
-        ours, theirs = f"lookahead.{k}.", f"model.layers.{config.layers + k}."
+    for layer in range(config.num_hidden_layers):
+        table |= layer_names(
+            config, f"blocks.{layer}.", f"model.layers.{layer}.", sparse=layer >= config.first_k_dense_replace
+        )
+    for k in range(config.num_nextn_predict_layers):
+        ours, theirs = f"mtp_modules.{k}.", f"model.layers.{config.num_hidden_layers + k}."
         table |= layer_names(config, f"{ours}block.", theirs, sparse=True)
         table |= {
             f"{ours}embed_norm.weight": f"{theirs}enorm.weight",
@@ -178,217 +190,255 @@ def names(config: Config) -> Names:
     return table
 
 
-def layer_names(config: Config, ours: str, theirs: str, *, sparse: bool) -> dict[str, Published]:
+def layer_names(config: Config, ours: str, theirs: str, *, sparse: bool) -> dict[str, PublishedWeight]:
     """One layer's."""
-    mixer, attention, ffn, mlp = f"{ours}mixer.layer.", f"{theirs}self_attn.", f"{ours}ffn.layer.", f"{theirs}mlp."
+    mixer, attention, ffn, mlp = (
+        f"{ours}mixer.layer.",
+        f"{theirs}self_attn.",
+        f"{ours}feed_forward.layer.",
+        f"{theirs}mlp.",
+    )
     parts = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "out": "o_proj"}
     direct, ranked = {"q_up": "q_proj"}, {"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
-    parts |= direct if config.q_rank is None else ranked
-    table: dict[str, Published] = {f"{mixer}{a}.weight": f"{attention}{b}.weight" for a, b in parts.items()}
+    parts |= direct if config.q_lora_rank is None else ranked
+    table: dict[str, PublishedWeight] = {f"{mixer}{a}.weight": f"{attention}{b}.weight" for a, b in parts.items()}
     if config.attention_bias:
         table |= {f"{mixer}{a}.bias": f"{attention}{parts[a]}.bias" for a in ("kv_down", "out", "q_down") if a in parts}
     table[f"{ours}mixer.norm.weight"] = f"{theirs}input_layernorm.weight"
-    table[f"{ours}ffn.norm.weight"] = f"{theirs}post_attention_layernorm.weight"
+    table[f"{ours}feed_forward.norm.weight"] = f"{theirs}post_attention_layernorm.weight"
     if not sparse:
         return table | swiglu_names(ffn, mlp)
-    table |= expert_names(ffn, mlp, config.experts)
+    table |= expert_names(ffn, mlp, config.n_routed_experts)
     table[f"{ffn}router.bias"] = f"{mlp}gate.e_score_correction_bias"
-    return table | (swiglu_names(f"{ffn}shared.", f"{mlp}shared_experts.") if config.shared else {})
+    return table | (swiglu_names(f"{ffn}shared.", f"{mlp}shared_experts.") if config.n_shared_experts else {})
 
 
-def read(published: Mapping[str, Any]) -> Config:
+def read(hf_config: Mapping[str, Any]) -> Config:
     """From the contents of config.json."""
-    only(published, "hidden_act", "silu")
-    only(published, "scoring_func", "sigmoid")
-    only(published, "topk_method", "noaux_tc")
-    only(published, "moe_layer_freq", 1)
-    rope, dense = need(published, "qk_rope_head_dim"), dense_layers(published)
-    rotary = read_rotary(published, rope)
+    require_value(hf_config, "hidden_act", "silu")
+    require_value(hf_config, "scoring_func", "sigmoid")
+    require_value(hf_config, "topk_method", "noaux_tc")
+    require_value(hf_config, "moe_layer_freq", 1)
+    qk_rope_head_dim, first_k_dense_replace = require_field(hf_config, "qk_rope_head_dim"), read_dense_layers(hf_config)
+    rotary = read_rotary(hf_config, qk_rope_head_dim)
     return Config(
-        vocab=need(published, "vocab_size"),
-        width=need(published, "hidden_size"),
-        layers=need(published, "num_hidden_layers"),
-        heads=need(published, "num_attention_heads"),
-        q_rank=published.get("q_lora_rank"),
-        kv_rank=need(published, "kv_lora_rank"),
-        nope=need(published, "qk_nope_head_dim"),
-        rope=rope,
-        value=need(published, "v_head_dim"),
-        dense=dense,
-        hidden=need(published, "intermediate_size"),
-        experts=need(published, "n_routed_experts"),
-        top=need(published, "num_experts_per_tok"),
-        expert_hidden=need(published, "moe_intermediate_size"),
-        shared=published.get("n_shared_experts") or 0,
-        expert_groups=published.get("n_group") or 1,
-        top_groups=published.get("topk_group") or 1,
-        expert_scale=float(published.get("routed_scaling_factor") or 1.0),
-        context=published.get("max_position_embeddings", 4096),
-        rotary=Rotary(rotary.width, rotary.theta, rotary.scaling, interleaved=published.get("rope_interleave", True)),
-        renormalize=published.get("norm_topk_prob", True),
-        tied=published.get("tie_word_embeddings", False),
-        eps=published.get("rms_norm_eps", 1e-6),
-        attention_bias=published.get("attention_bias", False),
-        lookahead=published.get("num_nextn_predict_layers") or 0,
+        vocab_size=require_field(hf_config, "vocab_size"),
+        hidden_size=require_field(hf_config, "hidden_size"),
+        num_hidden_layers=require_field(hf_config, "num_hidden_layers"),
+        num_attention_heads=require_field(hf_config, "num_attention_heads"),
+        q_lora_rank=hf_config.get("q_lora_rank"),
+        kv_lora_rank=require_field(hf_config, "kv_lora_rank"),
+        qk_nope_head_dim=require_field(hf_config, "qk_nope_head_dim"),
+        qk_rope_head_dim=qk_rope_head_dim,
+        v_head_dim=require_field(hf_config, "v_head_dim"),
+        first_k_dense_replace=first_k_dense_replace,
+        intermediate_size=require_field(hf_config, "intermediate_size"),
+        n_routed_experts=require_field(hf_config, "n_routed_experts"),
+        num_experts_per_tok=require_field(hf_config, "num_experts_per_tok"),
+        moe_intermediate_size=require_field(hf_config, "moe_intermediate_size"),
+        n_shared_experts=hf_config.get("n_shared_experts") or 0,
+        n_group=hf_config.get("n_group") or 1,
+        topk_group=hf_config.get("topk_group") or 1,
+        routed_scaling_factor=float(hf_config.get("routed_scaling_factor") or 1.0),
+        max_position_embeddings=hf_config.get("max_position_embeddings", 4096),
+        rotary=RotaryEmbedding(
+            rotary.dim, rotary.rope_theta, rotary.scaling, interleaved=hf_config.get("rope_interleave", True)
+        ),
+        norm_topk_prob=hf_config.get("norm_topk_prob", True),
+        tie_word_embeddings=hf_config.get("tie_word_embeddings", False),
+        rms_norm_eps=hf_config.get("rms_norm_eps", 1e-6),
+        attention_bias=hf_config.get("attention_bias", False),
+        num_nextn_predict_layers=hf_config.get("num_nextn_predict_layers") or 0,
     )
 
 
-def dense_layers(published: Mapping[str, Any]) -> int:
+def read_dense_layers(hf_config: Mapping[str, Any]) -> int:
     """How many first layers are dense: no more than there are."""
-    dense, layers = published.get("first_k_dense_replace", 3), need(published, "num_hidden_layers")
-    if type(dense) is not int or not 0 <= dense <= layers:
-        raise DataError(f"config.json: first_k_dense_replace is {dense!r}; it counts dense layers: 0 to {layers}")
-    return dense
+    first_k_dense_replace, num_hidden_layers = (
+        hf_config.get("first_k_dense_replace", 3),
+        require_field(hf_config, "num_hidden_layers"),
+    )
+    if type(first_k_dense_replace) is not int or not 0 <= first_k_dense_replace <= num_hidden_layers:
+        raise DataError(
+            f"config.json: first_k_dense_replace is {first_k_dense_replace!r}; it counts dense layers: 0 to {num_hidden_layers}"
+        )
+    return first_k_dense_replace
 
 
 def publish(config: Config) -> dict[str, Any]:
     """The contents of config.json."""
     return {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads,
-        "q_lora_rank": config.q_rank,
-        "kv_lora_rank": config.kv_rank,
-        "qk_nope_head_dim": config.nope,
-        "qk_rope_head_dim": config.rope,
-        "v_head_dim": config.value,
-        "first_k_dense_replace": config.dense,
-        "intermediate_size": config.hidden,
-        "n_routed_experts": config.experts,
-        "num_experts_per_tok": config.top,
-        "moe_intermediate_size": config.expert_hidden,
-        "n_shared_experts": config.shared,
-        "n_group": config.expert_groups,
-        "topk_group": config.top_groups,
-        "routed_scaling_factor": config.expert_scale,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "first_k_dense_replace": config.first_k_dense_replace,
+        "intermediate_size": config.intermediate_size,
+        "n_routed_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "n_shared_experts": config.n_shared_experts,
+        "n_group": config.n_group,
+        "topk_group": config.topk_group,
+        "routed_scaling_factor": config.routed_scaling_factor,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": config.max_position_embeddings,
         **publish_rotary(config.rotary),
         "rope_interleave": config.rotary.interleaved,
-        "norm_topk_prob": config.renormalize,
-        "tie_word_embeddings": config.tied,
-        "rms_norm_eps": config.eps,
+        "norm_topk_prob": config.norm_topk_prob,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
         "attention_bias": config.attention_bias,
-        "num_nextn_predict_layers": config.lookahead,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers,
         "hidden_act": "silu",
     }
 
 
-def copies(config: Config) -> dict[str, str]:
+def duplicate_weights(config: Config) -> dict[str, str]:
     """Published a second time with every lookahead module: the embedding and the head, which they share."""
-    head = "model.embed_tokens.weight" if config.tied else "lm_head.weight"
-    layers = [f"model.layers.{config.layers + k}." for k in range(config.lookahead)]
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    layers = [f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers)]
     shared = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": head}
     return {f"{layer}{name}": original for layer in layers for name, original in shared.items()}
 
 
-def settle(config: Config, stored: Collection[str]) -> Config:
+def resolve_config(config: Config, stored: Collection[str]) -> Config:
     """As many lookahead modules as the files hold: many conversions leave them out and keep the config."""
-    held = 0
-    while f"model.layers.{config.layers + held}.eh_proj.weight" in stored:
-        held += 1
-    return replace(config, lookahead=held)
+    num_modules = 0
+    while f"model.layers.{config.num_hidden_layers + num_modules}.eh_proj.weight" in stored:
+        num_modules += 1
+    return replace(config, num_nextn_predict_layers=num_modules)
 
 
-def published_size(**changes: Any) -> Config:
+def deepseek_v3_config(**changes: Any) -> Config:
     """V3 itself, or another model of the same code by what differs."""
-    yarn = YaRN(40.0, original=4096, mscale=1.0, mscale_all_dim=1.0)
-    attention = {"heads": 128, "q_rank": 1536, "kv_rank": 512, "nope": 128, "rope": 64, "value": 128}
-    mixture = {
-        "dense": 3,
-        "experts": 256,
-        "top": 8,
-        "expert_hidden": 2048,
-        "shared": 1,
-        "expert_groups": 8,
-        "top_groups": 4,
+    yarn = YaRNScaling(40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
+    attention = {
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
     }
-    rest = {"vocab": 129_280, "width": 7168, "layers": 61, "hidden": 18_432, "expert_scale": 2.5, "context": 163_840}
-    rotary = Rotary(64, 10_000.0, yarn, interleaved=True)
+    mixture = {
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
+    }
+    rest = {
+        "vocab_size": 129_280,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "intermediate_size": 18_432,
+        "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 163_840,
+    }
+    rotary = RotaryEmbedding(64, 10_000.0, yarn, interleaved=True)
     return Config(**{**attention, **mixture, **rest, "rotary": rotary, **changes})
 
 
-MOONLIGHT = published_size(
-    vocab=163_840,
-    width=2048,
-    layers=27,
-    heads=16,
-    q_rank=None,
-    dense=1,
-    hidden=11_264,
-    experts=64,
-    top=6,
-    expert_hidden=1408,
-    shared=2,
-    expert_groups=1,
-    top_groups=1,
-    expert_scale=2.446,
-    context=8192,
-    rotary=Rotary(64, 50_000.0, interleaved=True),
-    eps=1e-5,
+MOONLIGHT = deepseek_v3_config(
+    vocab_size=163_840,
+    hidden_size=2048,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    first_k_dense_replace=1,
+    intermediate_size=11_264,
+    n_routed_experts=64,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1408,
+    n_shared_experts=2,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=2.446,
+    max_position_embeddings=8192,
+    rotary=RotaryEmbedding(64, 50_000.0, interleaved=True),
+    rms_norm_eps=1e-5,
 )
-KIMI_K2 = published_size(
-    vocab=163_840,
-    heads=64,
-    dense=1,
-    experts=384,
-    expert_groups=1,
-    top_groups=1,
-    expert_scale=2.827,
-    context=131_072,
-    rotary=Rotary(64, 50_000.0, YaRN(32.0, 4096, fast=1.0, slow=1.0, mscale=1.0, mscale_all_dim=1.0), interleaved=True),
+KIMI_K2 = deepseek_v3_config(
+    vocab_size=163_840,
+    num_attention_heads=64,
+    first_k_dense_replace=1,
+    n_routed_experts=384,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=2.827,
+    max_position_embeddings=131_072,
+    rotary=RotaryEmbedding(
+        64,
+        50_000.0,
+        YaRNScaling(32.0, 4096, beta_fast=1.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0),
+        interleaved=True,
+    ),
 )
 TINY = Config(
-    vocab=97,
-    width=48,
-    layers=3,
-    heads=4,
-    q_rank=24,
-    kv_rank=16,
-    nope=12,
-    rope=8,
-    value=16,
-    dense=1,
-    hidden=96,
-    experts=8,
-    top=3,
-    expert_hidden=32,
-    shared=1,
-    expert_groups=4,
-    top_groups=2,
-    expert_scale=2.5,
-    context=256,
-    rotary=Rotary(8, 10_000.0, YaRN(4.0, original=64, mscale=1.0, mscale_all_dim=1.0), interleaved=True),
+    vocab_size=97,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    first_k_dense_replace=1,
+    intermediate_size=96,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=32,
+    n_shared_experts=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=2.5,
+    max_position_embeddings=256,
+    rotary=RotaryEmbedding(
+        8,
+        10_000.0,
+        YaRNScaling(4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0),
+        interleaved=True,
+    ),
 )
 
-PAGE = Page(
+FAMILY = Family(
     name="deepseek_v3",
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    also=("kimi_k2",),
+    extra_model_types=("kimi_k2",),
     Config=Config,
     assemble=assemble,
-    initialize=fill_by_depth_,
+    initialize=init_depth_scaled_,
     names=names,
     read=read,
     publish=publish,
-    copies=copies,
-    settle=settle,
-    ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    duplicate_weights=duplicate_weights,
+    resolve_config=resolve_config,
+    keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     presets=(
         Preset(
             "deepseek-v3",
-            published_size(),
+            deepseek_v3_config(),
             671_026_419_200,
             "deepseek-ai/DeepSeek-V3",
             "R1 has the same numbers; in fp8",
             (1,),
         ),
-        Preset("moonlight-16b-a3b", MOONLIGHT, 15_960_110_208, "moonshotai/Moonlight-16B-A3B", eos=(163_585,)),
+        Preset(
+            "moonlight-16b-a3b", MOONLIGHT, 15_960_110_208, "moonshotai/Moonlight-16B-A3B", eos_token_ids=(163_585,)
+        ),
         Preset("kimi-k2", KIMI_K2, 1_026_408_232_448, "moonshotai/Kimi-K2-Base", "in fp8", (163_585,)),
-        Preset("deepseek-v3-tiny", replace(TINY, lookahead=2)),
+        Preset("deepseek-v3-tiny", replace(TINY, num_nextn_predict_layers=2)),
     ),
 )

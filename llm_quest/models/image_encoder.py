@@ -9,9 +9,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_quest.contracts import Card
-from llm_quest.layers.projections import row_splits
-from llm_quest.models.generation import GenerationDefaults
+from llm_quest.contracts import ModelSpec
+from llm_quest.layers.packed_linear import row_splits
+from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.scope import Scope
 
 
@@ -24,7 +24,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(
         self,
-        card: Card,
+        spec: ModelSpec,
         *,
         embed: nn.Module,
         blocks: Sequence[nn.Module],
@@ -33,41 +33,43 @@ class ImageEncoder(nn.Module):
         enter: nn.Module | None = None,
     ):
         super().__init__()
-        self.card = card
+        self.spec = spec
         self.embed = embed
         self.enter = enter or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.head = head
-        self.generation: GenerationDefaults | None = None
+        self.generation_config: GenerationConfig | None = None
 
     @property
     def config(self) -> Any:
         """The numbers this model was assembled from."""
-        return self.card.config
+        return self.spec.config
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V"]:
-        x, scope = self.entered(images)
+        x, scope = self.embed_images(images)
         for layer, block in enumerate(self.blocks[:-1]):
-            x = block(x, scope.at(layer))
-        x = self.blocks[-1](x, scope.at(len(self.blocks) - 1), 1)
+            x = block(x, scope.for_layer(layer))
+        x = self.blocks[-1](x, scope.for_layer(len(self.blocks) - 1), 1)
         return self.head(self.norm(x)[:, 0])
 
-    def hidden(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
+    def hidden_states(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
         """Class token and patches after the last block and the final norm."""
-        return self.norm(self.stream(images))
+        return self.norm(self.intermediate_hidden_states(images))
 
-    def stream(self, images: Float[Tensor, "B C H W"], depth: int | None = None) -> Float[Tensor, "B T D"]:
+    def intermediate_hidden_states(
+        self, images: Float[Tensor, "B C H W"], depth: int | None = None
+    ) -> Float[Tensor, "B T D"]:
         """The same before the final norm, after `depth` blocks (None: all): what a language model is shown."""
-        x, scope = self.entered(images)
+        x, scope = self.embed_images(images)
         for layer, block in enumerate(self.blocks[:depth]):
-            x = block(x, scope.at(layer))
+            x = block(x, scope.for_layer(layer))
         return x
 
-    def entered(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, Scope]:
+    def embed_images(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, Scope]:
         """What the first block reads, and that everyone sees everyone."""
         x = self.enter(self.embed(images))
-        return x, Scope.plain(x, ahead=True)
+        return x, Scope.unpadded(x, bidirectional=True)
 
     def row_splits(self) -> dict[str, tuple[int, ...]]:
         """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each

@@ -18,252 +18,325 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from llm_quest.contracts import Card, Preset
+from llm_quest.contracts import ModelSpec, Preset
 from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_by_depth_
+from llm_quest.layers.initialize import init_depth_scaled_
+from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import (
-    Names,
-    Page,
-    Published,
-    Rows,
+from llm_quest.models.family import (
+    ConcatRows,
+    Family,
+    PublishedWeight,
+    WeightMap,
+    expand_layers,
     expert_names,
-    need,
-    only,
-    per_layer,
     publish_rotary,
     read_rotary,
+    require_field,
+    require_value,
     swiglu_names,
 )
 
 
 @dataclass(frozen=True)
-class Sparse:
+class MoEConfig:
     """The mixture's numbers. layers: which are sparse; hidden: an expert's width."""
 
-    experts: int
-    top: int
-    hidden: int
-    layers: tuple[int, ...]
-    renormalize: bool = True
-    balance: float = 0.001
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    sparse_layers: tuple[int, ...]
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.001
 
 
 @dataclass(frozen=True)
 class Config:
     """Qwen3's numbers. hidden: of the dense layers; sparse: the mixture, None in the dense models."""
 
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    groups: int
-    head_width: int
-    hidden: int
-    context: int
-    rotary: Rotary
-    tied: bool
-    sparse: Sparse | None = None
-    eps: float = 1e-6
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rotary: RotaryEmbedding
+    tie_word_embeddings: bool
+    moe: MoEConfig | None = None
+    rms_norm_eps: float = 1e-6
     attention_bias: bool = False
 
 
-def block(config: Config, layer: int) -> Block:
+def block(config: Config, layer_idx: int) -> Block:
     """One layer: attention with normalised queries and keys, then SwiGLU or the experts."""
     attention = GroupedQueryAttention(
-        config.width,
-        heads=config.heads,
-        groups=config.groups,
-        head_width=config.head_width,
+        config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
         rotary=config.rotary,
-        bias=config.attention_bias,
+        qkv_bias=config.attention_bias,
         out_bias=config.attention_bias,
-        q_norm=RMSNorm(config.head_width, config.eps),
-        k_norm=RMSNorm(config.head_width, config.eps),
+        q_norm=RMSNorm(config.head_dim, config.rms_norm_eps),
+        k_norm=RMSNorm(config.head_dim, config.rms_norm_eps),
     )
     return Block(
-        mixer=Sublayer(RMSNorm(config.width, config.eps), attention),
-        ffn=Sublayer(RMSNorm(config.width, config.eps), feed_forward(config, layer)),
+        mixer=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), attention),
+        feed_forward=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), feed_forward(config, layer_idx)),
     )
 
 
-def feed_forward(config: Config, layer: int) -> nn.Module:
+def feed_forward(config: Config, layer_idx: int) -> nn.Module:
     """Dense or sparse."""
-    sparse = config.sparse
-    if sparse is None or layer not in sparse.layers:
-        return GatedMLP(config.width, config.hidden, F.silu)
+    moe = config.moe
+    if moe is None or layer_idx not in moe.sparse_layers:
+        return GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
     router = SoftmaxRouter(
-        config.width, sparse.experts, top=sparse.top, renormalize=sparse.renormalize, balance=sparse.balance
+        config.hidden_size,
+        moe.num_experts,
+        top_k=moe.num_experts_per_tok,
+        norm_topk_prob=moe.norm_topk_prob,
+        aux_loss_coef=moe.router_aux_loss_coef,
     )
-    return MixtureOfExperts(router, Experts(sparse.experts, config.width, sparse.hidden, F.silu))
+    return MixtureOfExperts(router, Experts(moe.num_experts, config.hidden_size, moe.moe_intermediate_size, F.silu))
 
 
 def assemble(config: Config) -> Decoder:
     """The model, without first values."""
-    embed = TokenEmbedding(config.vocab, config.width)
+    embed = TokenEmbedding(config.vocab_size, config.hidden_size)
     return Decoder(
-        Card("qwen3", config),
+        ModelSpec("qwen3", config),
         embed=embed,
-        blocks=[block(config, layer) for layer in range(config.layers)],
-        norm=RMSNorm(config.width, config.eps),
-        head=Unembed(config.width, config.vocab, tied=embed.token if config.tied else None),
+        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
+        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        head=LMHead(
+            config.hidden_size, config.vocab_size, tied_embedding=embed.token if config.tie_word_embeddings else None
+        ),
     )
 
 
-def names(config: Config) -> Names:
+def names(config: Config) -> WeightMap:
     """Our parameters and their published names."""
     layer = "model.layers.{i}."
-    table: dict[str, Published] = {
+    table: dict[str, PublishedWeight] = {
         "embed.token.weight": "model.embed_tokens.weight",
         "blocks.{i}.mixer.norm.weight": f"{layer}input_layernorm.weight",
         "blocks.{i}.mixer.layer.q_norm.weight": f"{layer}self_attn.q_norm.weight",
         "blocks.{i}.mixer.layer.k_norm.weight": f"{layer}self_attn.k_norm.weight",
-        "blocks.{i}.mixer.layer.qkv.weight": Rows(*(f"{layer}self_attn.{part}_proj.weight" for part in "qkv")),
+        "blocks.{i}.mixer.layer.qkv.weight": ConcatRows(*(f"{layer}self_attn.{part}_proj.weight" for part in "qkv")),
         "blocks.{i}.mixer.layer.out.weight": f"{layer}self_attn.o_proj.weight",
-        "blocks.{i}.ffn.norm.weight": f"{layer}post_attention_layernorm.weight",
+        "blocks.{i}.feed_forward.norm.weight": f"{layer}post_attention_layernorm.weight",
         "norm.weight": "model.norm.weight",
     }
-    if not config.tied:
+    if not config.tie_word_embeddings:
         table["head.weight"] = "lm_head.weight"
     if config.attention_bias:
-        table["blocks.{i}.mixer.layer.qkv.bias"] = Rows(*(f"{layer}self_attn.{part}_proj.bias" for part in "qkv"))
+        table["blocks.{i}.mixer.layer.qkv.bias"] = ConcatRows(*(f"{layer}self_attn.{part}_proj.bias" for part in "qkv"))
         table["blocks.{i}.mixer.layer.out.bias"] = f"{layer}self_attn.o_proj.bias"
-    ffn, mlp = "blocks.{i}.ffn.layer.", f"{layer}mlp."
-    sparse_layers = config.sparse.layers if config.sparse else ()
-    dense_layers = [i for i in range(config.layers) if i not in sparse_layers]
-    sparse = expert_names(ffn, mlp, config.sparse.experts) if config.sparse else {}
+    ffn, mlp = "blocks.{i}.feed_forward.layer.", f"{layer}mlp."
+    sparse_layers = config.moe.sparse_layers if config.moe else ()
+    dense_layers = [i for i in range(config.num_hidden_layers) if i not in sparse_layers]
+    sparse = expert_names(ffn, mlp, config.moe.num_experts) if config.moe else {}
     dense = swiglu_names(ffn, mlp)
-    return per_layer(table, config.layers) | per_layer(dense, dense_layers) | per_layer(sparse, sparse_layers)
-
-
-def read(published: Mapping[str, Any]) -> Config:
-    """From the contents of config.json."""
-    only(published, "hidden_act", "silu")
-    only(published, "use_sliding_window", False)
-    width, heads = need(published, "hidden_size"), need(published, "num_attention_heads")
-    sparse = published.get("model_type") == "qwen3_moe"
-    head_width = published.get("head_dim") or (width // heads if sparse else 128)
-    return Config(
-        vocab=need(published, "vocab_size"),
-        width=width,
-        layers=need(published, "num_hidden_layers"),
-        heads=heads,
-        groups=published.get("num_key_value_heads") or heads,
-        head_width=head_width,
-        hidden=need(published, "intermediate_size"),
-        context=published.get("max_position_embeddings", 32_768),
-        rotary=read_rotary(published, head_width),
-        tied=published.get("tie_word_embeddings", False),
-        sparse=read_sparse(published) if sparse else None,
-        eps=published.get("rms_norm_eps", 1e-6),
-        attention_bias=published.get("attention_bias", False),
+    return (
+        expand_layers(table, config.num_hidden_layers)
+        | expand_layers(dense, dense_layers)
+        | expand_layers(sparse, sparse_layers)
     )
 
 
-def read_sparse(published: Mapping[str, Any]) -> Sparse:
+def read(hf_config: Mapping[str, Any]) -> Config:
+    """From the contents of config.json."""
+    require_value(hf_config, "hidden_act", "silu")
+    require_value(hf_config, "use_sliding_window", False)
+    hidden_size, num_attention_heads = (
+        require_field(hf_config, "hidden_size"),
+        require_field(hf_config, "num_attention_heads"),
+    )
+    sparse = hf_config.get("model_type") == "qwen3_moe"
+    head_dim = hf_config.get("head_dim") or (hidden_size // num_attention_heads if sparse else 128)
+    return Config(
+        vocab_size=require_field(hf_config, "vocab_size"),
+        hidden_size=hidden_size,
+        num_hidden_layers=require_field(hf_config, "num_hidden_layers"),
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=hf_config.get("num_key_value_heads") or num_attention_heads,
+        head_dim=head_dim,
+        intermediate_size=require_field(hf_config, "intermediate_size"),
+        max_position_embeddings=hf_config.get("max_position_embeddings", 32_768),
+        rotary=read_rotary(hf_config, head_dim),
+        tie_word_embeddings=hf_config.get("tie_word_embeddings", False),
+        moe=read_moe(hf_config) if sparse else None,
+        rms_norm_eps=hf_config.get("rms_norm_eps", 1e-6),
+        attention_bias=hf_config.get("attention_bias", False),
+    )
+
+
+def read_moe(hf_config: Mapping[str, Any]) -> MoEConfig:
     """Layer i is sparse iff it is not named as dense and (i+1) divides by the step."""
-    step, dense = published.get("decoder_sparse_step", 1), published.get("mlp_only_layers") or ()
+    step, dense = hf_config.get("decoder_sparse_step", 1), hf_config.get("mlp_only_layers") or ()
     if type(step) is not int or step < 1:
         raise DataError(f"config.json: decoder_sparse_step is {step!r}; every so many layers are sparse: 1 or more")
-    return Sparse(
-        experts=published.get("num_experts") or published.get("num_local_experts", 128),
-        top=published.get("num_experts_per_tok", 8),
-        hidden=published.get("moe_intermediate_size", 768),
-        layers=tuple(i for i in range(need(published, "num_hidden_layers")) if i not in dense and (i + 1) % step == 0),
-        renormalize=published.get("norm_topk_prob", False),
-        balance=published.get("router_aux_loss_coef", 0.001),
+    return MoEConfig(
+        num_experts=hf_config.get("num_experts") or hf_config.get("num_local_experts", 128),
+        num_experts_per_tok=hf_config.get("num_experts_per_tok", 8),
+        moe_intermediate_size=hf_config.get("moe_intermediate_size", 768),
+        sparse_layers=tuple(
+            i for i in range(require_field(hf_config, "num_hidden_layers")) if i not in dense and (i + 1) % step == 0
+        ),
+        norm_topk_prob=hf_config.get("norm_topk_prob", False),
+        router_aux_loss_coef=hf_config.get("router_aux_loss_coef", 0.001),
     )
 
 
 def publish(config: Config) -> dict[str, Any]:
     """The contents of config.json."""
     shared = {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.groups,
-        "head_dim": config.head_width,
-        "intermediate_size": config.hidden,
-        "max_position_embeddings": config.context,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
         **publish_rotary(config.rotary),
-        "tie_word_embeddings": config.tied,
-        "rms_norm_eps": config.eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
         "attention_bias": config.attention_bias,
         "use_sliding_window": False,
         "hidden_act": "silu",
     }
-    sparse = config.sparse
-    if sparse is None:
+    moe = config.moe
+    if moe is None:
         return shared
     return {
         **shared,
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": sparse.experts,
-        "num_local_experts": sparse.experts,
-        "num_experts_per_tok": sparse.top,
-        "moe_intermediate_size": sparse.hidden,
-        "norm_topk_prob": sparse.renormalize,
-        "router_aux_loss_coef": sparse.balance,
+        "num_experts": moe.num_experts,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+        "moe_intermediate_size": moe.moe_intermediate_size,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "router_aux_loss_coef": moe.router_aux_loss_coef,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(config.layers) if i not in sparse.layers],
+        "mlp_only_layers": [i for i in range(config.num_hidden_layers) if i not in moe.sparse_layers],
     }
 
 
-def sized(
-    width: int, layers: int, heads: int, groups: int, hidden: int, *, tied: bool = False, sparse: Sparse | None = None
+def qwen3_config(
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    intermediate_size: int,
+    *,
+    tie_word_embeddings: bool = False,
+    moe: MoEConfig | None = None,
 ) -> Config:
     """The published sizes share vocabulary, context, head width and base."""
-    rotary = Rotary(128, 1_000_000.0)
-    return Config(151_936, width, layers, heads, groups, 128, hidden, 40_960, rotary, tied, sparse)
+    rotary = RotaryEmbedding(128, 1_000_000.0)
+    return Config(
+        151_936,
+        hidden_size,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads,
+        128,
+        intermediate_size,
+        40_960,
+        rotary,
+        tie_word_embeddings,
+        moe,
+    )
 
 
-END = (151_645, 151_643)
-PAGE = Page(
+EOS_TOKEN_IDS = (151_645, 151_643)
+FAMILY = Family(
     name="qwen3",
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=fill_by_depth_,
+    initialize=init_depth_scaled_,
     names=names,
     read=read,
     publish=publish,
-    also=("qwen3_moe",),
+    extra_model_types=("qwen3_moe",),
     presets=(
-        Preset("qwen3-0.6b", sized(1024, 28, 16, 8, 3072, tied=True), 596_049_920, "Qwen/Qwen3-0.6B", eos=END),
-        Preset("qwen3-1.7b", sized(2048, 28, 16, 8, 6144, tied=True), 1_720_574_976, "Qwen/Qwen3-1.7B", eos=END),
-        Preset("qwen3-4b", sized(2560, 36, 32, 8, 9728, tied=True), 4_022_468_096, "Qwen/Qwen3-4B", eos=END),
-        Preset("qwen3-8b", sized(4096, 36, 32, 8, 12_288), 8_190_735_360, "Qwen/Qwen3-8B", eos=END),
-        Preset("qwen3-14b", sized(5120, 40, 40, 8, 17_408), 14_768_307_200, "Qwen/Qwen3-14B", eos=END),
-        Preset("qwen3-32b", sized(5120, 64, 64, 8, 25_600), 32_762_123_264, "Qwen/Qwen3-32B", eos=END),
+        Preset(
+            "qwen3-0.6b",
+            qwen3_config(1024, 28, 16, 8, 3072, tie_word_embeddings=True),
+            596_049_920,
+            "Qwen/Qwen3-0.6B",
+            eos_token_ids=EOS_TOKEN_IDS,
+        ),
+        Preset(
+            "qwen3-1.7b",
+            qwen3_config(2048, 28, 16, 8, 6144, tie_word_embeddings=True),
+            1_720_574_976,
+            "Qwen/Qwen3-1.7B",
+            eos_token_ids=EOS_TOKEN_IDS,
+        ),
+        Preset(
+            "qwen3-4b",
+            qwen3_config(2560, 36, 32, 8, 9728, tie_word_embeddings=True),
+            4_022_468_096,
+            "Qwen/Qwen3-4B",
+            eos_token_ids=EOS_TOKEN_IDS,
+        ),
+        Preset(
+            "qwen3-8b",
+            qwen3_config(4096, 36, 32, 8, 12_288),
+            8_190_735_360,
+            "Qwen/Qwen3-8B",
+            eos_token_ids=EOS_TOKEN_IDS,
+        ),
+        Preset(
+            "qwen3-14b",
+            qwen3_config(5120, 40, 40, 8, 17_408),
+            14_768_307_200,
+            "Qwen/Qwen3-14B",
+            eos_token_ids=EOS_TOKEN_IDS,
+        ),
+        Preset(
+            "qwen3-32b",
+            qwen3_config(5120, 64, 64, 8, 25_600),
+            32_762_123_264,
+            "Qwen/Qwen3-32B",
+            eos_token_ids=EOS_TOKEN_IDS,
+        ),
         Preset(
             "qwen3-30b-a3b",
-            sized(2048, 48, 32, 4, 6144, sparse=Sparse(128, 8, 768, tuple(range(48)))),
+            qwen3_config(2048, 48, 32, 4, 6144, moe=MoEConfig(128, 8, 768, tuple(range(48)))),
             30_532_122_624,
             "Qwen/Qwen3-30B-A3B",
-            eos=END,
+            eos_token_ids=EOS_TOKEN_IDS,
         ),
         Preset(
             "qwen3-235b-a22b",
-            sized(4096, 94, 64, 4, 12_288, sparse=Sparse(128, 8, 1536, tuple(range(94)))),
+            qwen3_config(4096, 94, 64, 4, 12_288, moe=MoEConfig(128, 8, 1536, tuple(range(94)))),
             235_093_634_560,
             "Qwen/Qwen3-235B-A22B",
-            eos=END,
+            eos_token_ids=EOS_TOKEN_IDS,
         ),
-        Preset("qwen3-tiny", Config(97, 48, 2, 4, 2, 16, 96, 256, Rotary(16, 1_000_000.0), tied=True)),
+        Preset(
+            "qwen3-tiny",
+            Config(97, 48, 2, 4, 2, 16, 96, 256, RotaryEmbedding(16, 1_000_000.0), tie_word_embeddings=True),
+        ),
         Preset(
             "qwen3-moe-tiny",
-            Config(97, 48, 3, 4, 2, 16, 96, 256, Rotary(16, 1_000_000.0), False, Sparse(8, 3, 32, (0, 2))),
+            Config(97, 48, 3, 4, 2, 16, 96, 256, RotaryEmbedding(16, 1_000_000.0), False, MoEConfig(8, 3, 32, (0, 2))),
         ),
     ),
 )

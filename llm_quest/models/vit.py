@@ -21,17 +21,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llm_quest.contracts import Card, Preset
+from llm_quest.contracts import ModelSpec, Preset
 from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP
-from llm_quest.layers.initialize import fill_by_depth_
+from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.norm import LayerNorm
-from llm_quest.layers.patches import ImageEmbedding, resized_positions
+from llm_quest.layers.patch_embedding import ImageEmbedding, interpolate_pos_encoding
 from llm_quest.layers.rotary import NoRotary
+from llm_quest.models.family import ConcatRows, Family, Reshaped, WeightMap, expand_layers, require_field, require_value
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.models.page import Names, Page, Rows, Shaped, need, only, per_layer
 
 
 @dataclass(frozen=True)
@@ -39,48 +39,50 @@ class Config:
     """ViT's numbers. image, patch: sides in pixels; labels: names of the classes, where they have names; dropout: on
     attention weights, branches and embedding, in training."""
 
-    image: int
-    patch: int
-    channels: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
-    classes: int
-    eps: float = 1e-12
-    dropout: float = 0.0
+    image_size: int
+    patch_size: int
+    num_channels: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    num_labels: int
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.0
     qkv_bias: bool = True
-    labels: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Patches of an image."""
-        return (self.image // self.patch) ** 2
+        return (self.image_size // self.patch_size) ** 2
 
     @property
-    def context(self) -> int:
+    def max_position_embeddings(self) -> int:
         """Tokens of an image: the patches and the class token."""
-        return self.patches + 1
+        return self.num_patches + 1
 
 
-def block(config: Config, layer: int) -> Block:
+def block(config: Config, layer_idx: int) -> Block:
     """One layer: multi-head attention to everybody, then the MLP."""
     attention = GroupedQueryAttention(
-        config.width,
-        heads=config.heads,
-        groups=config.heads,
-        head_width=config.width // config.heads,
+        config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
         rotary=NoRotary(),
-        bias=config.qkv_bias,
+        qkv_bias=config.qkv_bias,
         out_bias=True,
-        dropout=config.dropout,
+        dropout=config.hidden_dropout_prob,
     )
     return Block(
-        mixer=Sublayer(LayerNorm(config.width, config.eps), attention, dropout=config.dropout),
-        ffn=Sublayer(
-            LayerNorm(config.width, config.eps),
-            MLP(config.width, config.hidden, F.gelu, bias=True),
-            dropout=config.dropout,
+        mixer=Sublayer(
+            LayerNorm(config.hidden_size, config.layer_norm_eps), attention, dropout=config.hidden_dropout_prob
+        ),
+        feed_forward=Sublayer(
+            LayerNorm(config.hidden_size, config.layer_norm_eps),
+            MLP(config.hidden_size, config.intermediate_size, F.gelu, bias=True),
+            dropout=config.hidden_dropout_prob,
         ),
     )
 
@@ -88,144 +90,154 @@ def block(config: Config, layer: int) -> Block:
 def assemble(config: Config) -> ImageEncoder:
     """The model, without first values."""
     return ImageEncoder(
-        Card("vit", config),
-        embed=ImageEmbedding(config.image, config.patch, config.channels, config.width, dropout=config.dropout),
-        blocks=[block(config, layer) for layer in range(config.layers)],
-        norm=LayerNorm(config.width, config.eps),
-        head=nn.Linear(config.width, config.classes),
+        ModelSpec("vit", config),
+        embed=ImageEmbedding(
+            config.image_size,
+            config.patch_size,
+            config.num_channels,
+            config.hidden_size,
+            dropout=config.hidden_dropout_prob,
+        ),
+        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
+        norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
+        head=nn.Linear(config.hidden_size, config.num_labels),
     )
 
 
-def resized(model: ImageEncoder, image: int) -> ImageEncoder:
+def resize_images(model: ImageEncoder, image_size: int) -> ImageEncoder:
     """The same model for images of another side: its positions are stretched over the new grid, all else is shared
     (section 3.2: fine-tuning at a higher resolution)."""
-    config = replace(model.config, image=image)
+    config = replace(model.config, image_size=image_size)
     with torch.device("meta"):
         other = assemble(config)
     state = model.state_dict()
-    state["embed.positions"] = resized_positions(state["embed.positions"], image // config.patch)
+    state["embed.positions"] = interpolate_pos_encoding(state["embed.positions"], image_size // config.patch_size)
     other.load_state_dict(state, assign=True)
     return other.train(model.training)
 
 
-def names(config: Config) -> Names:
+def names(config: Config) -> WeightMap:
     """Our parameters and their published names."""
     layer = "vit.encoder.layer.{i}."
     attention = layer + "attention.attention."
     table: dict[str, Any] = {
-        "embed.start": Shaped("vit.embeddings.cls_token", (1, 1, config.width)),
-        "embed.positions": Shaped("vit.embeddings.position_embeddings", (1, config.context, config.width)),
-        "embed.patches.weight": Shaped(
+        "embed.start": Reshaped("vit.embeddings.cls_token", (1, 1, config.hidden_size)),
+        "embed.positions": Reshaped(
+            "vit.embeddings.position_embeddings", (1, config.max_position_embeddings, config.hidden_size)
+        ),
+        "embed.patches.weight": Reshaped(
             "vit.embeddings.patch_embeddings.projection.weight",
-            (config.width, config.channels, config.patch, config.patch),
+            (config.hidden_size, config.num_channels, config.patch_size, config.patch_size),
         ),
         "embed.patches.bias": "vit.embeddings.patch_embeddings.projection.bias",
         "blocks.{i}.mixer.norm.weight": layer + "layernorm_before.weight",
         "blocks.{i}.mixer.norm.bias": layer + "layernorm_before.bias",
-        "blocks.{i}.mixer.layer.qkv.weight": Rows(*(f"{attention}{part}.weight" for part in ("query", "key", "value"))),
+        "blocks.{i}.mixer.layer.qkv.weight": ConcatRows(
+            *(f"{attention}{part}.weight" for part in ("query", "key", "value"))
+        ),
         "blocks.{i}.mixer.layer.out.weight": layer + "attention.output.dense.weight",
         "blocks.{i}.mixer.layer.out.bias": layer + "attention.output.dense.bias",
-        "blocks.{i}.ffn.norm.weight": layer + "layernorm_after.weight",
-        "blocks.{i}.ffn.norm.bias": layer + "layernorm_after.bias",
-        "blocks.{i}.ffn.layer.up.weight": layer + "intermediate.dense.weight",
-        "blocks.{i}.ffn.layer.up.bias": layer + "intermediate.dense.bias",
-        "blocks.{i}.ffn.layer.down.weight": layer + "output.dense.weight",
-        "blocks.{i}.ffn.layer.down.bias": layer + "output.dense.bias",
+        "blocks.{i}.feed_forward.norm.weight": layer + "layernorm_after.weight",
+        "blocks.{i}.feed_forward.norm.bias": layer + "layernorm_after.bias",
+        "blocks.{i}.feed_forward.layer.up.weight": layer + "intermediate.dense.weight",
+        "blocks.{i}.feed_forward.layer.up.bias": layer + "intermediate.dense.bias",
+        "blocks.{i}.feed_forward.layer.down.weight": layer + "output.dense.weight",
+        "blocks.{i}.feed_forward.layer.down.bias": layer + "output.dense.bias",
         "norm.weight": "vit.layernorm.weight",
         "norm.bias": "vit.layernorm.bias",
         "head.weight": "classifier.weight",
         "head.bias": "classifier.bias",
     }
     if config.qkv_bias:
-        table["blocks.{i}.mixer.layer.qkv.bias"] = Rows(
+        table["blocks.{i}.mixer.layer.qkv.bias"] = ConcatRows(
             *(f"{attention}{part}.bias" for part in ("query", "key", "value"))
         )
-    return per_layer(table, config.layers)
+    return expand_layers(table, config.num_hidden_layers)
 
 
-def read(published: Mapping[str, Any]) -> Config:
+def read(hf_config: Mapping[str, Any]) -> Config:
     """From the contents of config.json."""
-    only(published, "hidden_act", "gelu")
-    names = class_names(published)
+    require_value(hf_config, "hidden_act", "gelu")
+    names = read_label_names(hf_config)
     return Config(
-        image=side(published, "image_size", 224),
-        patch=side(published, "patch_size", 16),
-        channels=published.get("num_channels", 3),
-        width=need(published, "hidden_size"),
-        layers=need(published, "num_hidden_layers"),
-        heads=need(published, "num_attention_heads"),
-        hidden=need(published, "intermediate_size"),
-        classes=len(names),
-        eps=published.get("layer_norm_eps", 1e-12),
-        dropout=published.get("hidden_dropout_prob", 0.0),
-        qkv_bias=published.get("qkv_bias", True),
-        labels=() if names == unnamed(len(names)) else names,
+        image_size=read_square_size(hf_config, "image_size", 224),
+        patch_size=read_square_size(hf_config, "patch_size", 16),
+        num_channels=hf_config.get("num_channels", 3),
+        hidden_size=require_field(hf_config, "hidden_size"),
+        num_hidden_layers=require_field(hf_config, "num_hidden_layers"),
+        num_attention_heads=require_field(hf_config, "num_attention_heads"),
+        intermediate_size=require_field(hf_config, "intermediate_size"),
+        num_labels=len(names),
+        layer_norm_eps=hf_config.get("layer_norm_eps", 1e-12),
+        hidden_dropout_prob=hf_config.get("hidden_dropout_prob", 0.0),
+        qkv_bias=hf_config.get("qkv_bias", True),
+        label_names=() if names == default_label_names(len(names)) else names,
     )
 
 
-def class_names(published: Mapping[str, Any]) -> tuple[str, ...]:
+def read_label_names(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
     """`id2label` in the order of its ids; a config that leaves it out has transformers' two classes."""
-    told = published.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(told, Mapping) or {str(i) for i in range(len(told))} != {str(key) for key in told}:
+    id2label = hf_config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(id2label, Mapping) or {str(i) for i in range(len(id2label))} != {str(key) for key in id2label}:
         raise DataError("config.json: id2label must name every class from 0 on, each once: {'0': 'cat', '1': 'dog'}")
-    return tuple(str(name) for _, name in sorted(told.items(), key=lambda item: int(item[0])))
+    return tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
 
 
-def unnamed(classes: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{i}" for i in range(classes))
+def default_label_names(num_labels: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(num_labels))
 
 
-def side(published: Mapping[str, Any], field: str, default: int) -> int:
+def read_square_size(hf_config: Mapping[str, Any], field: str, default: int) -> int:
     """A side in pixels; [224, 224] is 224."""
-    told = published.get(field, default)
-    if isinstance(told, list | tuple) and len(told) == 2 and told[0] == told[1]:
-        told = told[0]
-    if type(told) is not int:
-        raise DataError(f"config.json: {field} is {told!r}; this page reads square images and patches only")
-    return told
+    value = hf_config.get(field, default)
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    if type(value) is not int:
+        raise DataError(f"config.json: {field} is {value!r}; this page reads square images and patches only")
+    return value
 
 
 def publish(config: Config) -> dict[str, Any]:
     """The contents of config.json."""
-    labels = config.labels or unnamed(config.classes)
+    label_names = config.label_names or default_label_names(config.num_labels)
     return {
-        "image_size": config.image,
-        "patch_size": config.patch,
-        "num_channels": config.channels,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.hidden,
-        "layer_norm_eps": config.eps,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "hidden_dropout_prob": config.hidden_dropout_prob,
+        "attention_probs_dropout_prob": config.hidden_dropout_prob,
         "qkv_bias": config.qkv_bias,
         "hidden_act": "gelu",
-        "id2label": {str(i): name for i, name in enumerate(labels)},
-        "label2id": {name: i for i, name in enumerate(labels)},
+        "id2label": {str(i): name for i, name in enumerate(label_names)},
+        "label2id": {name: i for i, name in enumerate(label_names)},
     }
 
 
-def sized(width: int, layers: int, heads: int) -> Config:
+def vit_config(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> Config:
     """The published sizes with patches of 16, for ImageNet's thousand classes at 224."""
-    return Config(224, 16, 3, width, layers, heads, 4 * width, 1000)
+    return Config(224, 16, 3, hidden_size, num_hidden_layers, num_attention_heads, 4 * hidden_size, 1000)
 
 
-PAGE = Page(
+FAMILY = Family(
     name="vit",
     model_type="vit",
     architecture="ViTForImageClassification",
     Config=Config,
     assemble=assemble,  # type: ignore[arg-type]
-    initialize=fill_by_depth_,  # type: ignore[arg-type]
+    initialize=init_depth_scaled_,  # type: ignore[arg-type]
     names=names,
     read=read,
     publish=publish,
-    task="image-classification",
-    ignore=(r"vit\.pooler\.dense\.(weight|bias)",),
+    pipeline_tag="image-classification",
+    keys_to_ignore=(r"vit\.pooler\.dense\.(weight|bias)",),
     presets=(
-        Preset("vit-base-patch16-224", sized(768, 12, 12), 86_567_656, "google/vit-base-patch16-224"),
-        Preset("vit-large-patch16-224", sized(1024, 24, 16), 304_326_632, "google/vit-large-patch16-224"),
+        Preset("vit-base-patch16-224", vit_config(768, 12, 12), 86_567_656, "google/vit-base-patch16-224"),
+        Preset("vit-large-patch16-224", vit_config(1024, 24, 16), 304_326_632, "google/vit-large-patch16-224"),
         Preset("vit-tiny", Config(16, 4, 3, 48, 2, 4, 96, 10)),
     ),
 )

@@ -25,11 +25,13 @@ from llm_quest.errors import UsageError
 from llm_quest.scope import Scope
 
 
-def looks(weights: Float[Tensor, "B H T T"]) -> Float[Tensor, "B T T"]:
+def attention_policy(weights: Float[Tensor, "B H T T"]) -> Float[Tensor, "B T T"]:
     """Where each token looks: mean over heads, itself left out, summing to 1 again. The first token of a row sees only
     itself: its row is 0."""
-    seen = weights.to(torch.promote_types(weights.dtype, torch.float32)).mean(dim=1)
-    others = seen.masked_fill(torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device), 0.0)
+    mean_weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).mean(dim=1)
+    others = mean_weights.masked_fill(
+        torch.eye(mean_weights.shape[-1], dtype=torch.bool, device=mean_weights.device), 0.0
+    )
     return others / others.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(others.dtype).tiny)
 
 
@@ -37,33 +39,34 @@ def jensen_shannon(p: Float[Tensor, "*rows S"], q: Float[Tensor, "*rows S"]) -> 
     """(KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats. Where p is 0 it adds nothing, and no NaN to the
     gradient."""
     m = (p + q) / 2
-    return (relative_entropy(p, m) + relative_entropy(q, m)) / 2
+    return (kl_divergence(p, m) + kl_divergence(q, m)) / 2
 
 
-def relative_entropy(p: Tensor, m: Tensor) -> Tensor:
+def kl_divergence(p: Tensor, m: Tensor) -> Tensor:
     tiny = torch.finfo(p.dtype).tiny
     return (p * (p.clamp(min=tiny).log() - m.clamp(min=tiny).log())).sum(dim=-1)
 
 
 @dataclass(frozen=True)
-class LookedBatch:
+class AttentionPolicyBatch:
     """Rows that a policy wrote, and where their tokens looked when they were written: old (B,T,T), what `looks` gave
     then."""
 
     rows: PolicyBatch
-    old: Float[Tensor, "B T T"]
+    old_attention: Float[Tensor, "B T T"]
 
     @property
     def num_tokens(self) -> int:
         return self.rows.num_tokens
 
-    def to(self, device: torch.device | str) -> LookedBatch:
-        return LookedBatch(self.rows.to(device), self.old.to(device))
+    def to(self, device: torch.device | str) -> AttentionPolicyBatch:
+        return AttentionPolicyBatch(self.rows.to(device), self.old_attention.to(device))
 
 
-class AttentionDivergence(nn.Module):
-    """`AttentionDivergence(model)(batch) -> Loss`: the sum over learned tokens of A_t JSD_t, count = learned tokens.
-    Added, times lambda, to a policy gradient over the same tokens. The model has one tap (`techniques.taps.Taps`).
+class AttentionDivergenceLoss(nn.Module):
+    """`AttentionDivergenceLoss(model)(batch) -> Loss`: the sum over learned tokens of A_t JSD_t, count = learned
+    tokens. Added, times lambda, to a policy gradient over the same tokens. The model has one tap
+    (`techniques.taps.AttentionTaps`).
 
     metrics: divergence, the mean JSD."""
 
@@ -71,29 +74,29 @@ class AttentionDivergence(nn.Module):
         super().__init__()
         self.model: Any = model
 
-    def forward(self, batch: LookedBatch) -> Loss:
+    def forward(self, batch: AttentionPolicyBatch) -> Loss:
         if self.model.training:
             self.model.eval()
-        now = looks_of(self.model, batch.rows.tokens)
-        return attention_divergence(now, batch.old, batch.rows)
+        current = compute_attention_policy(self.model, batch.rows.input_ids)
+        return attention_divergence_loss(current, batch.old_attention, batch.rows)
 
 
-def attention_divergence(now: Float[Tensor, "B T T"], old: Float[Tensor, "B T T"], rows: PolicyBatch) -> Loss:
+def attention_divergence_loss(current: Float[Tensor, "B T T"], old: Float[Tensor, "B T T"], rows: PolicyBatch) -> Loss:
     """The loss of given looks."""
-    learn = rows.learn
+    learn = rows.loss_mask
     count = learn.sum(dtype=torch.float32)
-    each = torch.where(learn, jensen_shannon(now, old), 0.0)
-    return Loss((rows.advantages * each).sum(), count, {"divergence": (each.detach().sum(), count)})
+    per_token = torch.where(learn, jensen_shannon(current, old), 0.0)
+    return Loss((rows.advantages * per_token).sum(), count, {"divergence": (per_token.detach().sum(), count)})
 
 
-def looks_of(model: Any, tokens: Tensor) -> Float[Tensor, "B T T"]:
+def compute_attention_policy(model: Any, input_ids: Tensor) -> Float[Tensor, "B T T"]:
     """Where the tokens of plain rows look, at the model's tap."""
     records: dict[str, list[Any]] = {}
-    model.hidden(tokens, Scope.plain(tokens, records=records))
-    return looks_in(records)
+    model.hidden_states(input_ids, Scope.unpadded(input_ids, records=records))
+    return read_attention_policy(records)
 
 
-def looks_in(records: dict[str, list[Any]]) -> Float[Tensor, "B T T"]:
+def read_attention_policy(records: dict[str, list[Any]]) -> Float[Tensor, "B T T"]:
     """What the one tap of a pass recorded."""
     tapped = records.get("attention", [])
     if len(tapped) != 1:
@@ -101,4 +104,4 @@ def looks_in(records: dict[str, list[Any]]) -> Float[Tensor, "B T T"]:
             f"the model has {len(tapped)} attention taps; this needs one, on the layer whose attention is learned: "
             "Taps((-1,))(model)"
         )
-    return looks(tapped[0].weights)
+    return attention_policy(tapped[0].weights)

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from llm_quest.contracts import Loss
-from llm_quest.data.batch import IGNORE
-from llm_quest.objectives.cross_entropy import cross_entropy
+from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.objectives.cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from llm_quest.data.sights import SightBatch
+    from llm_quest.data.image_text import ImageTextBatch
 
 
-class Captioning(nn.Module):
-    """`Captioning(model)(batch) -> Loss`: total in nats, count = learned tokens. model: a VisionLanguage. metrics:
+class CaptioningLoss(nn.Module):
+    """`CaptioningLoss(model)(batch) -> Loss`: total in nats, count = learned tokens. model: a VisionLanguage. metrics:
     none."""
 
     def __init__(self, model: nn.Module, *, form: str = "auto"):
@@ -25,10 +25,10 @@ class Captioning(nn.Module):
         self.model = model
         self.form = form
 
-    def forward(self, batch: SightBatch) -> Loss:
-        x = self.model.hidden(batch.tokens, vision=self.model.see(batch.images))  # type: ignore[operator]
+    def forward(self, batch: ImageTextBatch) -> Loss:
+        x = self.model.hidden_states(batch.input_ids, image_features=self.model.get_image_features(batch.images))  # type: ignore[operator]
         head = self.model.head
         targets = batch.targets.flatten()
-        learned = targets != IGNORE
-        total = cross_entropy(x.flatten(0, 1)[learned], head.weight, targets[learned], self.form, head.cap)  # type: ignore[union-attr, arg-type]
+        learned = targets != IGNORE_INDEX
+        total = linear_cross_entropy(x.flatten(0, 1)[learned], head.weight, targets[learned], self.form, head.softcap)  # type: ignore[union-attr, arg-type]
         return Loss(total, learned.sum(dtype=torch.float32), {})

@@ -12,41 +12,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import Loss
-from llm_quest.objectives.last_outputs import last_outputs
+from llm_quest.objectives.last_token import last_token_outputs
 
 if TYPE_CHECKING:
-    from llm_quest.data.classes import ImageBatch
-    from llm_quest.data.labelled import LabelBatch
+    from llm_quest.data.image_datasets import ImageBatch
+    from llm_quest.data.text_classification import TextClassificationBatch
 
 
-class ImageClassification(nn.Module):
-    """`ImageClassification(model)(batch) -> Loss`: total in nats, count = images. metrics: accuracy."""
+class ImageClassificationLoss(nn.Module):
+    """`ImageClassificationLoss(model)(batch) -> Loss`: total in nats, count = images. metrics: accuracy."""
 
-    def __init__(self, model: nn.Module, *, smoothing: float = 0.0):
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()
         self.model = model
-        self.smoothing = smoothing
+        self.label_smoothing = label_smoothing
 
     def forward(self, batch: ImageBatch) -> Loss:
-        return classified(self.model(batch.images).float(), batch.labels, self.smoothing)
+        return classification_loss(self.model(batch.images).float(), batch.labels, self.label_smoothing)
 
 
-class TextClassification(nn.Module):
+class TextClassificationLoss(nn.Module):
     """The same of texts. model: its head gives one number for each class (the technique score_head), read at a text's
     last real token."""
 
-    def __init__(self, model: nn.Module, *, smoothing: float = 0.0):
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()
         self.model = model
-        self.smoothing = smoothing
+        self.label_smoothing = label_smoothing
 
-    def forward(self, batch: LabelBatch) -> Loss:
-        return classified(last_outputs(self.model, batch.tokens, batch.positions), batch.labels, self.smoothing)
+    def forward(self, batch: TextClassificationBatch) -> Loss:
+        return classification_loss(
+            last_token_outputs(self.model, batch.input_ids, batch.position_ids), batch.labels, self.label_smoothing
+        )
 
 
-def classified(logits: Tensor, labels: Tensor, smoothing: float) -> Loss:
+def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Loss:
     """The loss of rows of logits."""
-    total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
     count = torch.full_like(total.detach(), len(labels))
-    right = (logits.argmax(dim=-1) == labels).sum(dtype=torch.float32)
-    return Loss(total, count, {"accuracy": (right, count)})
+    num_correct = (logits.argmax(dim=-1) == labels).sum(dtype=torch.float32)
+    return Loss(total, count, {"accuracy": (num_correct, count)})

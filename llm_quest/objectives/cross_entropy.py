@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear head, in three forms: `full` (the definition), `chunked` (ours) and `fused` (PyTorch's).
+"""Cross-entropy of a linear head, in three forms: `full` (the definition), `chunked` (ours) and `fused_cross_entropy`
+(PyTorch's).
 
 The definition holds B x T x V logits in float32, their softmax and their gradient: at V = 128,256 they outweigh the
 model. But the gradient of -log softmax(z)[t] is softmax(z) - onehot(t), known as soon as the logits are. So the chunked
@@ -7,7 +8,8 @@ form takes a few rows at a time, adds their part of both gradients during the fo
       z = x W^T          g = softmax(z) - onehot(t)          dx = g W          dW += g^T x
 
 three matrix products, as many as the plain form, and never more than `rows` x V numbers. Capped logits c tanh(z/c)
-multiply g by the slope 1 - tanh(z/c)^2. (`in_pieces` does this for any loss of the logits: distillation is another.)
+multiply g by the slope 1 - tanh(z/c)^2. (`chunked_head_loss` does this for any loss of the logits: distillation is
+another.)
 """
 
 from __future__ import annotations
@@ -20,97 +22,99 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_quest.data.batch import IGNORE
+from llm_quest.data.batch import IGNORE_INDEX
 from llm_quest.errors import UsageError
 
-ROWS = 256
-LARGE = 64 * 2**20
+CHUNK_ROWS = 256
+MAX_FULL_LOGITS_BYTES = 64 * 2**20
 
-Form = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
-Judge = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+CrossEntropyForm = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+LogitsLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 """Logits of these rows, in float32 or wider -> the sum of their losses and, if wanted, its gradient in the logits."""
 
 
-def cross_entropy(
+def linear_cross_entropy(
     x: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
     form: str = "auto",
-    cap: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS.
     cap: the logits are cap * tanh(logits / cap)."""
-    return FORMS[choose(x, weight, cap) if form == "auto" else form](x, weight, targets, cap)
+    return CROSS_ENTROPY_FORMS[choose_form(x, weight, softcap) if form == "auto" else form](x, weight, targets, softcap)
 
 
-def choose(x: Tensor, weight: Tensor, cap: float | None = None) -> str:
+def choose_form(x: Tensor, weight: Tensor, softcap: float | None = None) -> str:
     """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which knows no cap;
     else ours, because on a CPU the built-in one takes ten times as long (docs/benchmarks.md)."""
-    if x.shape[0] * weight.shape[0] * 4 <= LARGE:
+    if x.shape[0] * weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES:
         return "full"
-    return "fused" if x.is_cuda and cap is None and "linear_cross_entropy" in vars(F) else "chunked"
+    return "fused" if x.is_cuda and softcap is None and "linear_cross_entropy" in vars(F) else "chunked"
 
 
-def full(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+def full_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """The definition."""
     logits = F.linear(x, weight).float()
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def fused(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+def fused_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """PyTorch's chunked form (torch 2.13 and later)."""
-    if cap is not None:
+    if softcap is not None:
         raise UsageError("PyTorch's fused cross-entropy knows no cap on the logits: take the form 'chunked' or 'full'")
     options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE, reduction="sum", options=options)
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=IGNORE_INDEX, reduction="sum", options=options)
 
 
-def chunked(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Ours. Differs from the definition in rounding only."""
-    return Chunked.apply(x, weight, targets, cap)  # type: ignore[no-any-return, no-untyped-call]
+    return ChunkedCrossEntropy.apply(x, weight, targets, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class Chunked(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Both gradients are made in the forward pass; backward multiplies them by what comes from above (a scalar)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        def judge(logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        def loss_and_grad(logits: Tensor, rows: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
             log_p, t = logits.log_softmax(dim=-1), targets[rows]
-            loss = F.nll_loss(log_p, t, ignore_index=IGNORE, reduction="sum")
-            return loss, gradient_(log_p, t) if wanted else None
+            loss = F.nll_loss(log_p, t, ignore_index=IGNORE_INDEX, reduction="sum")
+            return loss, softmax_minus_onehot_(log_p, t) if needs_grad else None
 
-        total, ctx.gradients = in_pieces(x, weight, cap, judge, ctx.needs_input_grad[:2])
+        total, ctx.gradients = chunked_head_loss(x, weight, softcap, loss_and_grad, ctx.needs_input_grad[:2])
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return *scaled(ctx, *upstream), None, None
+        return *scale_saved_gradients(ctx, *upstream), None, None
 
 
-def in_pieces(
-    x: Tensor, weight: Tensor, cap: float | None, judge: Judge, wants: tuple[bool, bool]
+def chunked_head_loss(
+    x: Tensor, weight: Tensor, softcap: float | None, logits_loss: LogitsLoss, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """The sum of what `judge` says of the head's logits, ROWS at a time, and its gradients in x and weight, where they
     are wanted. Sums are in float32 or wider."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     W = weight.to(dtype)
-    dx = torch.empty_like(x) if wants[0] else None
-    dW = torch.zeros_like(weight, dtype=wide) if wants[1] else None
+    dx = torch.empty_like(x) if needs_grad[0] else None
+    dW = torch.zeros_like(weight, dtype=wide) if needs_grad[1] else None
     total = x.new_zeros((), dtype=wide)
     with torch.autocast(x.device.type, enabled=False):
-        for first in range(0, x.shape[0], ROWS):
-            rows = slice(first, first + ROWS)
+        for first in range(0, x.shape[0], CHUNK_ROWS):
+            rows = slice(first, first + CHUNK_ROWS)
             x_rows = x[rows].to(dtype)
             logits = F.linear(x_rows, W).to(wide)
-            bent = None if cap is None else torch.tanh(logits / cap)
-            loss, g = judge(logits if cap is None or bent is None else cap * bent, rows, any(wants))
+            capped = None if softcap is None else torch.tanh(logits / softcap)
+            loss, g = logits_loss(
+                logits if softcap is None or capped is None else softcap * capped, rows, any(needs_grad)
+            )
             total += loss
             if g is not None:
-                g = (g if bent is None else g * (1 - bent**2)).to(dtype)
+                g = (g if capped is None else g * (1 - capped**2)).to(dtype)
                 if dx is not None:
                     dx[rows] = g @ W
                 if dW is not None:
@@ -118,20 +122,20 @@ def in_pieces(
     return total, (dx, dW)
 
 
-def scaled(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that `in_pieces` made, times what comes from above."""
+def scale_saved_gradients(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that `chunked_head_loss` made, times what comes from above."""
     assert ctx.gradients is not None, "the chunked form goes backward once: its gradients are scaled in place"
     (dx, dW), ctx.gradients = ctx.gradients, None
     dx = None if dx is None else dx.mul_(scale)
     return dx, None if dW is None else dW.mul_(scale).to(ctx.weight_dtype)
 
 
-def gradient_(log_p: Tensor, targets: Tensor) -> Tensor:
+def softmax_minus_onehot_(log_p: Tensor, targets: Tensor) -> Tensor:
     """softmax - onehot, in place of the log-probabilities; zero in the rows that are not learned."""
-    kept = targets != IGNORE
+    is_target = targets != IGNORE_INDEX
     p = log_p.exp_()
     p[torch.arange(p.shape[0], device=p.device), targets.clamp(min=0)] -= 1
-    return p.mul_(kept[:, None])
+    return p.mul_(is_target[:, None])
 
 
 def add_product_(dW: Tensor, g: Tensor, x: Tensor) -> None:
@@ -142,4 +146,8 @@ def add_product_(dW: Tensor, g: Tensor, x: Tensor) -> None:
         dW.add_(g.T @ x)
 
 
-FORMS: dict[str, Form] = {"full": full, "chunked": chunked, "fused": fused}
+CROSS_ENTROPY_FORMS: dict[str, CrossEntropyForm] = {
+    "full": full_cross_entropy,
+    "chunked": chunked_cross_entropy,
+    "fused": fused_cross_entropy,
+}

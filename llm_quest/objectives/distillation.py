@@ -7,13 +7,13 @@ student's, at every learned token (GKD, Agarwal et al. 2024, arXiv:2306.13649, e
       between       beta KL(p || m) + (1 - beta) KL(q || m)     m = beta p + (1 - beta) q
 
 It is one more term of next-token prediction, and takes the place of as much of the main loss:
-`NextToken(model, beside=[Distillation(teacher, weight=0.5)])` learns half of each. Both models' logits are made, and
-their gradient
+`NextTokenLoss(model, beside=[DistillationLoss(teacher, weight=0.5)])` learns half of each. Both models' logits are
+made, and their gradient
 
       dD/dz = (q - p) / temperature                             beta = 0
       dD/dz = q (a - sum q a) / temperature                     a = log q - log p; between: (1 - beta) (log q - log m)
 
-a few rows at a time, as the cross-entropy's (`cross_entropy.in_pieces`).
+a few rows at a time, as the cross-entropy's (`linear_cross_entropy.chunked_head_loss`).
 
 Differs: Hinton multiplies the soft loss by temperature^2, so that its gradient keeps its size; GKD, TRL and we do not.
 
@@ -33,26 +33,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.cross_entropy import in_pieces, scaled
-from llm_quest.objectives.next_token import scope_of
+from llm_quest.objectives.cross_entropy import chunked_head_loss, scale_saved_gradients
+from llm_quest.objectives.next_token import batch_scope
 
 
 @dataclass(frozen=True)
-class Teacher:
+class FrozenTeacher:
     """A model held where nobody looks for parameters: no submodule of the objective, so neither trained nor saved, nor
     moved: it stands on the student's device already."""
 
     model: Any
 
     @torch.no_grad()
-    def hidden(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
+    def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "B T D"]:
         """What its head reads."""
-        return self.model.hidden(batch.tokens, scope_of(batch))  # type: ignore[no-any-return]
+        return self.model.hidden_states(batch.input_ids, batch_scope(batch))  # type: ignore[no-any-return]
 
 
-class Distillation(nn.Module):
+class DistillationLoss(nn.Module):
     """A term beside next-token prediction. teacher: in evaluation mode, on the student's device; under autocast it
     computes as the student does. weight: of the divergence; what is missing to 1 stays with the main loss. ids: how
     many token ids count (`tokenizer.vocab_size`): what either vocabulary has beyond, padding, stays out of both
@@ -61,7 +61,13 @@ class Distillation(nn.Module):
     name = "distillation"
 
     def __init__(
-        self, teacher: Any, *, weight: float = 1.0, beta: float = 0.0, temperature: float = 1.0, ids: int | None = None
+        self,
+        teacher: Any,
+        *,
+        weight: float = 1.0,
+        beta: float = 0.0,
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
     ):
         super().__init__()
         if not 0 < weight <= 1:
@@ -74,73 +80,87 @@ class Distillation(nn.Module):
             raise UsageError(
                 "the teacher is in training mode, where dropout would disturb it: call teacher.eval() first"
             )
-        self.teacher, self.weight, self.replaces = Teacher(teacher), weight, weight
+        self.teacher, self.weight, self.replaces = FrozenTeacher(teacher), weight, weight
         self.beta, self.temperature = beta, temperature
-        self.ids = teacher.head.weight.shape[0] if ids is None else ids
-        if teacher.head.weight.shape[0] < self.ids:
-            raise UsageError(f"the teacher knows {teacher.head.weight.shape[0]} tokens, the tokenizer has {self.ids}")
+        self.vocab_size = teacher.head.weight.shape[0] if vocab_size is None else vocab_size
+        if teacher.head.weight.shape[0] < self.vocab_size:
+            raise UsageError(
+                f"the teacher knows {teacher.head.weight.shape[0]} tokens, the tokenizer has {self.vocab_size}"
+            )
 
     def forward(self, h: Float[Tensor, "B T D"], batch: TokenBatch, head: Any) -> tuple[Tensor, Tensor]:
         """The summed divergence over learned tokens, and how many there are."""
         self.require_vocab(head.weight.shape[0])
-        learn, own = (batch.targets != IGNORE).flatten(), self.teacher.model.head
-        y = self.teacher.hidden(batch).flatten(0, 1)
-        seen = (y, own.weight.detach()[: self.ids], own.cap, learn)
-        weight = head.weight if len(head.weight) == self.ids else head.weight[: self.ids]
-        total = Pieces.apply(h.flatten(0, 1), weight, head.cap, *seen, self.beta, self.temperature)  # type: ignore[no-untyped-call]
-        return total, learn.sum(dtype=torch.float32)
+        is_target, teacher_head = (batch.targets != IGNORE_INDEX).flatten(), self.teacher.model.head
+        teacher_hidden = self.teacher.hidden_states(batch).flatten(0, 1)
+        teacher_args = (
+            teacher_hidden,
+            teacher_head.weight.detach()[: self.vocab_size],
+            teacher_head.softcap,
+            is_target,
+        )
+        weight = head.weight if len(head.weight) == self.vocab_size else head.weight[: self.vocab_size]
+        total = ChunkedDivergence.apply(
+            h.flatten(0, 1), weight, head.softcap, *teacher_args, self.beta, self.temperature
+        )  # type: ignore[no-untyped-call]
+        return total, is_target.sum(dtype=torch.float32)
 
-    def require_vocab(self, vocab: int) -> None:
-        if vocab < self.ids:
-            raise UsageError(f"the teacher speaks of {self.ids} tokens, the model knows {vocab}")
-        if vocab > self.ids and self.weight == 1:
+    def require_vocab(self, model_vocab_size: int) -> None:
+        if model_vocab_size < self.vocab_size:
+            raise UsageError(f"the teacher speaks of {self.vocab_size} tokens, the model knows {model_vocab_size}")
+        if model_vocab_size > self.vocab_size and self.weight == 1:
             raise UsageError(
-                f"the model's vocabulary is padded with {vocab - self.ids} ids of which the teacher says nothing: give "
+                f"the model's vocabulary is padded with {model_vocab_size - self.vocab_size} ids of which the teacher says nothing: give "
                 "the teacher a weight below 1, so that the cross-entropy teaches that they never come"
             )
 
 
-class Pieces(torch.autograd.Function):
+class ChunkedDivergence(torch.autograd.Function):
     """x, weight, cap: what the student's logits are made of; y, own, own_cap: the teacher's."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, cap: float | None, y: Tensor, own: Tensor, own_cap: float | None,
-        learn: Bool[Tensor, " N"], beta: float, temperature: float,
+        ctx: Any, x: Tensor, weight: Tensor, softcap: float | None, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_softcap: float | None,
+        is_target: Bool[Tensor, " N"], beta: float, temperature: float,
     ) -> Tensor:  # fmt: skip
         autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else y.dtype
-        W = own.to(dtype)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else teacher_hidden.dtype
+        W = teacher_weight.to(dtype)
 
-        def theirs(rows: slice, wide: torch.dtype) -> Tensor:
-            logits = F.linear(y[rows].to(dtype), W).to(wide)
-            return log_softmax(logits if own_cap is None else own_cap * torch.tanh(logits / own_cap), temperature)
+        def teacher_log_probs(rows: slice, wide: torch.dtype) -> Tensor:
+            logits = F.linear(teacher_hidden[rows].to(dtype), W).to(wide)
+            return log_softmax_at(
+                logits if teacher_softcap is None else teacher_softcap * torch.tanh(logits / teacher_softcap),
+                temperature,
+            )
 
-        def judge(logits: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
-            each, g = between(theirs(rows, logits.dtype), log_softmax(logits, temperature), beta)
-            return torch.where(learn[rows], each, 0.0).sum(), g.mul_(learn[rows, None] / temperature)
+        def loss_and_grad(logits: Tensor, rows: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+            each, g = divergence_and_grad(
+                teacher_log_probs(rows, logits.dtype), log_softmax_at(logits, temperature), beta
+            )
+            return torch.where(is_target[rows], each, 0.0).sum(), g.mul_(is_target[rows, None] / temperature)
 
-        total, ctx.gradients = in_pieces(x, weight, cap, judge, ctx.needs_input_grad[:2])
+        total, ctx.gradients = chunked_head_loss(x, weight, softcap, loss_and_grad, ctx.needs_input_grad[:2])
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled(ctx, *upstream), *[None] * 7
+        return *scale_saved_gradients(ctx, *upstream), *[None] * 7
 
 
-def divergence(
+def generalized_jsd(
     student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"], beta: float = 0.0, temperature: float = 1.0
 ) -> Float[Tensor, "*n"]:
     """The definition, from both models' logits."""
-    return between(log_softmax(teacher, temperature), log_softmax(student, temperature), beta)[0]
+    return divergence_and_grad(log_softmax_at(teacher, temperature), log_softmax_at(student, temperature), beta)[0]
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax_at(logits: Tensor, temperature: float) -> Tensor:
     return (logits if temperature == 1 else logits / temperature).log_softmax(dim=-1)
 
 
-def between(
+def divergence_and_grad(
     log_p: Float[Tensor, "*n V"], log_q: Float[Tensor, "*n V"], beta: float
 ) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n V"]]:
     """From the teacher's p and the student's q: how far apart they are, and the gradient in the logits of q (of which
@@ -148,15 +168,15 @@ def between(
     q = log_q.exp()
     if beta == 0:
         p = log_p.exp()
-        return inner(p, log_p - log_q), q - p
+        return weighted_sum(p, log_p - log_q), q - p
     log_m = log_p if beta == 1 else torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     a = log_q - log_m
-    of_q = inner(q, a)
-    g = q * (a - of_q[..., None])
+    reverse_kl = weighted_sum(q, a)
+    g = q * (a - reverse_kl[..., None])
     if beta == 1:
-        return of_q, g
-    return beta * inner(log_p.exp(), log_p - log_m) + (1 - beta) * of_q, (1 - beta) * g
+        return reverse_kl, g
+    return beta * weighted_sum(log_p.exp(), log_p - log_m) + (1 - beta) * reverse_kl, (1 - beta) * g
 
 
-def inner(weights: Float[Tensor, "*n V"], values: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
+def weighted_sum(weights: Float[Tensor, "*n V"], values: Float[Tensor, "*n V"]) -> Float[Tensor, "*n"]:
     return torch.linalg.vecdot(weights, values)

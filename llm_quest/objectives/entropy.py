@@ -15,26 +15,27 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from llm_quest.data.batch import IGNORE
-from llm_quest.objectives.cross_entropy import ROWS
+from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.objectives.cross_entropy import CHUNK_ROWS
 
 
-def entropies_of(
+def token_entropies(
     model: Any, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], temperature: float = 1.0
 ) -> Float[Tensor, "B T"]:
     """In nats, at least float32; exactly 0 where the target is -100. No more than a few rows of logits are held."""
-    learned, head = targets != IGNORE, model.head
+    learned, head = targets != IGNORE_INDEX, model.head
     parts = [
-        checkpoint(entropy, x, head.weight, head.cap, temperature, use_reentrant=False) for x in h[learned].split(ROWS)
+        checkpoint(head_entropy, x, head.weight, head.softcap, temperature, use_reentrant=False)
+        for x in h[learned].split(CHUNK_ROWS)
     ]
     found = torch.cat(parts)
     return found.new_zeros(targets.shape).masked_scatter(learned, found)
 
 
-def entropy(
-    x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], cap: float | None, temperature: float
+def head_entropy(
+    x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], softcap: float | None, temperature: float
 ) -> Float[Tensor, " N"]:
     z = F.linear(x, weight)
     z = z if z.dtype == torch.float64 else z.float()
-    z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
     return z.logsumexp(dim=1) - (z.softmax(dim=1) * z).sum(dim=1)

@@ -18,12 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_quest.data.batch import IGNORE, TokenBatch
-from llm_quest.objectives.cross_entropy import ROWS, add_product_
-from llm_quest.objectives.next_token import hidden_of
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
+from llm_quest.objectives.cross_entropy import CHUNK_ROWS, add_product_
+from llm_quest.objectives.next_token import batch_hidden_states
 
-Form = Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
-SMALL = 4 * 2**20
+LogProbsForm = Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
+MAX_FULL_LOGITS_BYTES = 4 * 2**20
 """Bytes of logits that a processor keeps at hand. Beyond, making them again in parts is quicker than fetching them:
 4,096 rows at V 4096 took 0.31 s in parts against 0.43 (float32), 0.13 against 0.32 (bfloat16, docs/LOG.md)."""
 
@@ -31,52 +31,54 @@ SMALL = 4 * 2**20
 def token_log_probs(model: Any, batch: TokenBatch, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """log p(targets[b, t] | what stands up to t), float32; exactly 0 where the target is -100, for which no logits are
     made. Dropout is as the model's mode says."""
-    return log_probs_of(model, hidden_of(model, batch), batch.targets, temperature)
+    return log_probs_from_hidden(model, batch_hidden_states(model, batch), batch.targets, temperature)
 
 
-def log_probs_of(
+def log_probs_from_hidden(
     model: Any, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], temperature: float = 1.0
 ) -> Float[Tensor, "B T"]:
     """The same from hidden states that are there already."""
-    learned = targets != IGNORE
-    x, head = h[learned], model.head
-    form = plain if x.shape[0] * head.weight.shape[0] * 4 <= SMALL else chunked
-    found = form(x, head.weight, targets[learned], head.cap, temperature)
-    return found.new_zeros(targets.shape).masked_scatter(learned, found)
+    is_target = targets != IGNORE_INDEX
+    x, head = h[is_target], model.head
+    form = full_log_probs if x.shape[0] * head.weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES else chunked_log_probs
+    found = form(x, head.weight, targets[is_target], head.softcap, temperature)
+    return found.new_zeros(targets.shape).masked_scatter(is_target, found)
 
 
-def plain(
+def full_log_probs(
     x: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    cap: float | None,
+    softcap: float | None,
     temperature: float,
 ) -> Float[Tensor, " N"]:
     """The definition."""
-    z = widened(F.linear(x, weight))
-    z = (z if cap is None else cap * torch.tanh(z / cap)) / temperature
+    z = at_least_float32(F.linear(x, weight))
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
     return z.gather(1, targets[:, None]).squeeze(1) - z.logsumexp(dim=1)
 
 
-def chunked(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, temperature: float) -> Tensor:
+def chunked_log_probs(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, temperature: float) -> Tensor:
     """The same but for rounding; the logits are made again on the way back."""
-    return Chunked.apply(x, weight, targets, cap, temperature)  # type: ignore[no-any-return, no-untyped-call]
+    return ChunkedLogProbs.apply(x, weight, targets, softcap, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class Chunked(torch.autograd.Function):
+class ChunkedLogProbs(torch.autograd.Function):
     """ROWS rows at a time, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, temperature: float
+    ) -> Tensor:
         kind, on = x.device.type, torch.is_autocast_enabled(x.device.type)
         ctx.dtype = torch.get_autocast_dtype(kind) if on else x.dtype
-        ctx.cap, ctx.temperature = cap, temperature
+        ctx.softcap, ctx.temperature = softcap, temperature
         ctx.save_for_backward(x, weight, targets)
         W = weight.to(ctx.dtype)
         with torch.autocast(kind, enabled=False):
             parts = [
-                plain(some.to(ctx.dtype), W, t, cap, temperature)
-                for some, t in zip(x.split(ROWS), targets.split(ROWS), strict=True)
+                full_log_probs(x_rows.to(ctx.dtype), W, t, softcap, temperature)
+                for x_rows, t in zip(x.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
             ]
         return torch.cat(parts)
 
@@ -86,28 +88,32 @@ class Chunked(torch.autograd.Function):
         W = weight.to(ctx.dtype)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(weight, dtype=upstream[0].dtype) if ctx.needs_input_grad[1] else None
-        for first in range(0, x.shape[0], ROWS):
-            rows = slice(first, first + ROWS)
-            some = x[rows].to(ctx.dtype)
-            g = slope(some, W, targets[rows], ctx.cap, ctx.temperature).mul_(upstream[0][rows, None]).to(ctx.dtype)
+        for first in range(0, x.shape[0], CHUNK_ROWS):
+            rows = slice(first, first + CHUNK_ROWS)
+            x_rows = x[rows].to(ctx.dtype)
+            g = (
+                log_prob_gradient(x_rows, W, targets[rows], ctx.softcap, ctx.temperature)
+                .mul_(upstream[0][rows, None])
+                .to(ctx.dtype)
+            )
             if dx is not None:
                 dx[rows] = g @ W
             if dW is not None:
-                add_product_(dW, g, some)
+                add_product_(dW, g, x_rows)
         return dx, None if dW is None else dW.to(weight.dtype), None, None, None
 
 
-def slope(x: Tensor, weight: Tensor, targets: Tensor, cap: float | None, temperature: float) -> Tensor:
+def log_prob_gradient(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, temperature: float) -> Tensor:
     """d log p / d(x W^T), (N,V)."""
-    z = widened(F.linear(x, weight))
-    bent = None if cap is None else torch.tanh(z / cap)
-    z = (z if cap is None or bent is None else cap * bent) / temperature
+    z = at_least_float32(F.linear(x, weight))
+    capped = None if softcap is None else torch.tanh(z / softcap)
+    z = (z if softcap is None or capped is None else softcap * capped) / temperature
     g = z.softmax(dim=1).neg_()
     g[torch.arange(len(targets), device=g.device), targets] += 1
     g /= temperature
-    return g if bent is None else g * (1 - bent**2)
+    return g if capped is None else g * (1 - capped**2)
 
 
-def widened(z: Tensor) -> Tensor:
+def at_least_float32(z: Tensor) -> Tensor:
     """At least float32."""
     return z if z.dtype == torch.float64 else z.float()

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.contracts import Loss
-from llm_quest.data.batch import IGNORE, TokenBatch
-from llm_quest.data.prefix import Prefix
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
+from llm_quest.data.shared_prefix import SharedPrefix
 from llm_quest.errors import UsageError
-from llm_quest.layers.moe import Routing
-from llm_quest.layers.multi_token import ahead, positions_ahead
-from llm_quest.objectives.cross_entropy import FORMS, cross_entropy
-from llm_quest.objectives.routing import METRICS, TERMS, note_loads
+from llm_quest.layers.moe import RouterOutput
+from llm_quest.layers.multi_token_prediction import shift_left, shift_position_ids
+from llm_quest.objectives.cross_entropy import CROSS_ENTROPY_FORMS, linear_cross_entropy
+from llm_quest.objectives.routing import ROUTER_LOSSES, ROUTING_METRICS, accumulate_tokens_per_expert
 from llm_quest.scope import Scope
 
 
-class Beside(Protocol):
+class AuxiliaryLoss(Protocol):
     """A module that adds to the main loss, from what the head reads: h (B,T,D), the batch, head -> a sum and how many
     things were summed. It is added times `weight`, and reported as `name`. replaces: the part of the main loss whose
     place it takes."""
@@ -31,16 +31,17 @@ class Beside(Protocol):
     def __call__(self, h: Tensor, batch: TokenBatch, head: Any) -> tuple[Tensor, Tensor]: ...
 
 
-class NextToken(nn.Module):
-    """`NextToken(model)(batch) -> Loss`: total in nats, count = learned tokens.
+class NextTokenLoss(nn.Module):
+    """`NextTokenLoss(model)(batch) -> Loss`: total in nats, count = learned tokens.
 
-    form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and device.
-    router: names in `routing.TERMS` -> coefficient, added for models with routers, each weighed by the batch's tokens.
-    lookahead: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules: lambda / K * sum_k
-    of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out (evaluation).
-    beside: further terms (`number_token.NumberToken`, `distillation.Distillation`); their sums are divided by the main
-    loss's count too, so that a batch's halves add up.
-    What is added to the main loss stands among the metrics, and then the main loss itself, as "next_token".
+    form: how the cross-entropy is computed (`linear_cross_entropy.FORMS`); auto takes the one that fits size and
+    device. router: names in `routing.ROUTER_LOSSES` -> coefficient, added for models with routers, each weighed by the
+    batch's tokens. lookahead: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such modules:
+    lambda / K
+    * sum_k of module k's loss, all over the main loss's count, as the paper divides; 0 leaves the modules out
+    (evaluation). beside: further terms (`number_token.NumberTokenLoss`, `distillation.DistillationLoss`); their sums
+    are divided by the main loss's count too, so that a batch's halves add up. What is added to the main loss stands
+    among the metrics, and then the main loss itself, as "next_token".
 
     Splitting a batch adds exactly, but for the router's terms: they are products of averages over the micro-batch."""
 
@@ -49,105 +50,115 @@ class NextToken(nn.Module):
         model: nn.Module,
         *,
         form: str = "auto",
-        router: Mapping[str, float] | None = None,
-        lookahead: float = 0.3,
-        beside: Sequence[Beside] = (),
+        router_coefs: Mapping[str, float] | None = None,
+        mtp_weight: float = 0.3,
+        auxiliary: Sequence[AuxiliaryLoss] = (),
     ):
         super().__init__()
-        if form not in ("auto", *FORMS):
-            raise UsageError(f"no form of the loss is called {form!r}; known: auto, {', '.join(FORMS)}")
-        unknown = set(router or {}) - set(TERMS)
+        if form not in ("auto", *CROSS_ENTROPY_FORMS):
+            raise UsageError(f"no form of the loss is called {form!r}; known: auto, {', '.join(CROSS_ENTROPY_FORMS)}")
+        unknown = set(router_coefs or {}) - set(ROUTER_LOSSES)
         if unknown:
-            raise UsageError(f"no router loss is called {', '.join(sorted(unknown))}; known: {', '.join(TERMS)}")
+            raise UsageError(
+                f"no router loss is called {', '.join(sorted(unknown))}; known: {', '.join(ROUTER_LOSSES)}"
+            )
         self.model: Any = model
         self.form = form
-        self.router = dict(router or {})
-        self.lookahead = lookahead
-        self.beside = nn.ModuleList(beside)  # type: ignore[arg-type]
-        self.own = 1.0 - sum(term.replaces for term in beside)
-        if self.own < 0:
+        self.router_coefs = dict(router_coefs or {})
+        self.mtp_weight = mtp_weight
+        self.auxiliary = nn.ModuleList(auxiliary)  # type: ignore[arg-type]
+        self.main_weight = 1.0 - sum(term.replaces for term in auxiliary)
+        if self.main_weight < 0:
             raise UsageError(
-                f"the terms beside the main loss take its place {1 - self.own:g} times; lower their weights"
+                f"the terms beside the main loss take its place {1 - self.main_weight:g} times; lower their weights"
             )
 
     def forward(self, batch: TokenBatch) -> Loss:
         records: dict[str, list[Any]] = {}
-        scope = scope_of(batch, records)
-        h = self.model.hidden(batch.tokens, scope)
-        main = self.main(h, batch.targets)
-        count = (batch.targets != IGNORE).sum(dtype=torch.float32)
+        scope = batch_scope(batch, records)
+        h = self.model.hidden_states(batch.input_ids, scope)
+        main_loss = self.main_loss(h, batch.targets)
+        count = (batch.targets != IGNORE_INDEX).sum(dtype=torch.float32)
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
-        if self.adds:
-            metrics["next_token"] = (main.detach(), count)
-        total = self.own * main
-        for term in self.beside:
-            added, counted = term(h, batch, self.model.head)
-            metrics[term.name] = (added.detach(), counted)  # type: ignore[index]
-            total = total + term.weight * added  # type: ignore[operator]
-        if self.lookahead:
-            total = total + self.multi_token(h, batch, scope, metrics)
-        routings: list[Routing] = records.get("routing", [])
+        if self.has_auxiliary_terms:
+            metrics["next_token"] = (main_loss.detach(), count)
+        total = self.main_weight * main_loss
+        for term in self.auxiliary:
+            term_total, term_count = term(h, batch, self.model.head)
+            metrics[term.name] = (term_total.detach(), term_count)  # type: ignore[index]
+            total = total + term.weight * term_total  # type: ignore[operator]
+        if self.mtp_weight:
+            total = total + self.mtp_loss(h, batch, scope, metrics)
+        routings: list[RouterOutput] = records.get("routing", [])
         if routings:
-            total = total + self.balance(routings, count, metrics)
+            total = total + self.router_loss(routings, count, metrics)
         return Loss(total, count, metrics)
 
     @property
-    def adds(self) -> bool:
+    def has_auxiliary_terms(self) -> bool:
         """Is anything added to the main loss?"""
-        return bool(self.router) or len(self.beside) > 0 or (self.lookahead > 0 and len(self.model.lookahead) > 0)
+        return (
+            bool(self.router_coefs)
+            or len(self.auxiliary) > 0
+            or (self.mtp_weight > 0 and len(self.model.mtp_modules) > 0)
+        )
 
-    def main(self, h: Tensor, targets: Tensor) -> Tensor:
+    def main_loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """The main loss; where something else stands in its place it is looked at and not learned."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.own > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.main_weight > 0):
             return self.cross_entropy(h, targets)
 
     def cross_entropy(self, h: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of these hidden states (B,T,D) and targets (B,T)."""
         head = self.model.head
-        return cross_entropy(h.flatten(0, 1), head.weight, targets.flatten(), self.form, head.cap)
+        return linear_cross_entropy(h.flatten(0, 1), head.weight, targets.flatten(), self.form, head.softcap)
 
-    def multi_token(
-        self, h: Tensor, batch: TokenBatch, scope: Scope, metrics: dict[str, tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def mtp_loss(self, h: Tensor, batch: TokenBatch, scope: Scope, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """lambda / K times the sum of the lookahead modules' losses."""
-        total, modules = h.new_zeros((), dtype=torch.float32), self.model.lookahead
+        total, modules = h.new_zeros((), dtype=torch.float32), self.model.mtp_modules
         for k, module in enumerate(modules, start=1):
-            further = Scope(positions_ahead(scope, k), segments=scope.segments, records=scope.records)
-            h = module(h, self.model.embed(ahead(batch.tokens, k, 0), further), further)
-            targets = ahead(batch.targets, k, IGNORE).masked_fill(further.positions < 0, IGNORE)
+            shifted_scope = Scope(shift_position_ids(scope, k), segment_ids=scope.segment_ids, records=scope.records)
+            h = module(h, self.model.embed(shift_left(batch.input_ids, k, 0), shifted_scope), shifted_scope)
+            targets = shift_left(batch.targets, k, IGNORE_INDEX).masked_fill(
+                shifted_scope.position_ids < 0, IGNORE_INDEX
+            )
             loss = self.cross_entropy(h, targets)
-            metrics[f"lookahead_{k}"] = (loss.detach(), (targets != IGNORE).sum(dtype=torch.float32))
-            total = total + loss * (self.lookahead / len(modules))
+            metrics[f"lookahead_{k}"] = (loss.detach(), (targets != IGNORE_INDEX).sum(dtype=torch.float32))
+            total = total + loss * (self.mtp_weight / len(modules))
         return total
 
-    def balance(self, routings: list[Routing], count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def router_loss(
+        self, routings: list[RouterOutput], count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """The router's terms; the loads are noted for whoever balances after the step."""
         if self.model.training:
-            note_loads(routings)
-        for name, measure in METRICS.items():
-            metrics[name] = (measure(routings).detach() * count, count)
-        terms = {name: TERMS[name](routings) for name in self.router}
+            accumulate_tokens_per_expert(routings)
+        for name, metric in ROUTING_METRICS.items():
+            metrics[name] = (metric(routings).detach() * count, count)
+        terms = {name: ROUTER_LOSSES[name](routings) for name in self.router_coefs}
         metrics |= {name: (term.detach() * count, count) for name, term in terms.items()}
-        return sum((self.router[name] * term for name, term in terms.items()), start=count.new_zeros(())) * count
+        return sum((self.router_coefs[name] * term for name, term in terms.items()), start=count.new_zeros(())) * count
 
 
-def scope_of(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> Scope:
+def batch_scope(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> Scope:
     """What the tokens of a batch may see: plain rows, or what positions and segments say."""
-    if batch.positions is None:
-        return Scope.plain(batch.tokens, records=records)
-    return Scope(batch.positions, segments=batch.segments, records=records)
+    if batch.position_ids is None:
+        return Scope.unpadded(batch.input_ids, records=records)
+    return Scope(batch.position_ids, segment_ids=batch.segment_ids, records=records)
 
 
-def hidden_of(model: Any, batch: Any, records: dict[str, list[Any]] | None = None) -> Tensor:
+def batch_hidden_states(model: Any, batch: Any, records: dict[str, list[Any]] | None = None) -> Tensor:
     """What the head reads at a batch's tokens (B,T,D). Beginnings that rows share are read once, into a cache, from
     which every row goes on: the same numbers, and the same gradients, as if each were read in full. records: of plain
     rows, what `Scope.records` is."""
-    prefix: Prefix | None = batch.prefix
+    prefix: SharedPrefix | None = batch.prefix
     if prefix is None:
-        return model.hidden(batch.tokens, scope_of(batch, records))  # type: ignore[no-any-return]
+        return model.hidden_states(batch.input_ids, batch_scope(batch, records))  # type: ignore[no-any-return]
     assert records is None, "rows that share their beginnings leave no record of them"
-    cache = model.new_cache(prefix.tokens.shape[0], prefix.reach)
-    model.hidden(prefix.tokens, Scope(prefix.positions, cache=cache, reach=prefix.tokens.shape[1]))
-    cache.keep(prefix.of)
-    scope = Scope(batch.positions, cache=cache, reach=prefix.reach)
-    return model.hidden(batch.tokens, scope)  # type: ignore[no-any-return]
+    cache = model.new_cache(prefix.input_ids.shape[0], prefix.reach)
+    model.hidden_states(
+        prefix.input_ids, Scope(prefix.position_ids, cache=cache, max_seq_len=prefix.input_ids.shape[1])
+    )
+    cache.batch_select_indices(prefix.prefix_index)
+    scope = Scope(batch.position_ids, cache=cache, max_seq_len=prefix.reach)
+    return model.hidden_states(batch.input_ids, scope)  # type: ignore[no-any-return]

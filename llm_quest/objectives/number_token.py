@@ -5,8 +5,8 @@ values,
       WAS   sum_j p_j |y - v_j|         the Wasserstein-1 distance of p to the target
       MSE   (y - sum_j p_j v_j)^2       its mean may be right by a mixture of wrong digits, which WAS does not forgive
 
-It is one more term of next-token prediction: `NextToken(model, beside=[NumberToken(values, weight=0.3)])`. Only the
-logits of the number tokens are made.
+It is one more term of next-token prediction: `NextTokenLoss(model, beside=[NumberTokenLoss(values, weight=0.3)])`. Only
+the logits of the number tokens are made.
 
 Differs: the paper averages over number tokens; here the sum is divided, as every term, by all learned tokens, so that
 splitting a batch adds up: its lambda is ours times the share of numbers among the learned tokens.
@@ -38,14 +38,14 @@ def wasserstein(p: Float[Tensor, "*n K"], values: Float[Tensor, " K"], y: Float[
     return (p * (y[..., None] - values).abs()).sum(dim=-1)
 
 
-def squared(p: Float[Tensor, "*n K"], values: Float[Tensor, " K"], y: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+def squared_error(p: Float[Tensor, "*n K"], values: Float[Tensor, " K"], y: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     return (y - p @ values).square()
 
 
-DISTANCES: dict[str, Distance] = {"was": wasserstein, "mse": squared}
+DISTANCES: dict[str, Distance] = {"was": wasserstein, "mse": squared_error}
 
 
-class NumberToken(nn.Module):
+class NumberTokenLoss(nn.Module):
     """A term beside next-token prediction. values (V,): what each token is worth as a number, NaN for those that are
     none (`number_values`); V is the model's vocabulary. weight: lambda. distance: a name in DISTANCES."""
 
@@ -58,19 +58,21 @@ class NumberToken(nn.Module):
         ids = (~values.isnan()).nonzero()[:, 0]
         if len(ids) < 2:
             raise UsageError(f"{len(ids)} of the vocabulary's tokens are numbers: there is no distance to learn")
-        self.weight, self.distance, self.vocab = weight, DISTANCES[distance], values.shape[0]
+        self.weight, self.distance, self.vocab_size = weight, DISTANCES[distance], values.shape[0]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("values", values[ids].float(), persistent=False)
         self.register_buffer("worth", values.float(), persistent=False)
 
     def forward(self, h: Float[Tensor, "B T D"], batch: TokenBatch, head: Any) -> tuple[Tensor, Tensor]:
         """The summed distance over number targets, and how many there are."""
-        if head.weight.shape[0] != self.vocab:
-            raise UsageError(f"the values are of {self.vocab} tokens, the model has {head.weight.shape[0]}")
+        if head.weight.shape[0] != self.vocab_size:
+            raise UsageError(f"the values are of {self.vocab_size} tokens, the model has {head.weight.shape[0]}")
         logits = F.linear(h, head.weight[self.ids])
-        return self.summed(logits if head.cap is None else head.cap * torch.tanh(logits / head.cap), batch.targets)
+        return self.distance_sum(
+            logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap), batch.targets
+        )
 
-    def summed(self, logits: Float[Tensor, "B T K"], targets: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+    def distance_sum(self, logits: Float[Tensor, "B T K"], targets: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """From the logits of the number tokens."""
         y = torch.where(targets < 0, torch.nan, self.worth[targets.clamp(min=0)])  # type: ignore[index]
         is_number = ~y.isnan()
@@ -79,15 +81,15 @@ class NumberToken(nn.Module):
         return (distance * is_number).sum(), is_number.sum(dtype=torch.float32)
 
 
-def number_values(tokenizer: Tokenizer, vocab: int, *, multi_digit: bool = False) -> Float[Tensor, " V"]:
+def number_values(tokenizer: Tokenizer, vocab_size: int, *, multi_digit: bool = False) -> Float[Tensor, " V"]:
     """What each of `vocab` tokens is worth: single digits, with or without the space that byte-level and SentencePiece
     vocabularies write into them; multi_digit: longer ones too (GPT-2 has " 1984"). NaN for all others."""
-    values = torch.full((vocab,), float("nan"))
-    for token, number in tokenizer.engine.get_vocab(with_added_tokens=True).items():
+    values = torch.full((vocab_size,), float("nan"))
+    for token, number in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).items():
         digits = NUMBER.fullmatch(token)
         if digits is not None and (multi_digit or len(digits[1]) == 1):
-            if number >= vocab:
-                raise UsageError(f"the tokenizer's id {number} is beyond the vocabulary of {vocab}")
+            if number >= vocab_size:
+                raise UsageError(f"the tokenizer's id {number} is beyond the vocabulary of {vocab_size}")
             values[number] = float(digits[1])
     return values
 

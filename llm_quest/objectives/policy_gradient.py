@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from llm_quest.contracts import Loss
 from llm_quest.data.policy_batch import PolicyBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.attention_divergence import jensen_shannon, looks_in
-from llm_quest.objectives.divergence import KL, k3
-from llm_quest.objectives.entropy import entropies_of
-from llm_quest.objectives.log_probs import log_probs_of
-from llm_quest.objectives.next_token import hidden_of
-from llm_quest.objectives.surrogates import VARIANTS, Surrogate, Terms, sequence_mean
+from llm_quest.objectives.attention_divergence import jensen_shannon, read_attention_policy
+from llm_quest.objectives.entropy import token_entropies
+from llm_quest.objectives.kl_penalty import KLPenalty, k3
+from llm_quest.objectives.log_probs import log_probs_from_hidden
+from llm_quest.objectives.next_token import batch_hidden_states
+from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate, SurrogateInputs, sequence_mean
 
-Weights = Callable[[Bool[Tensor, "B T"]], Float[Tensor, "B T"]]
+TokenWeights = Callable[[Bool[Tensor, "B T"]], Float[Tensor, "B T"]]
 
 
 @dataclass(frozen=True)
-class Correction:
+class ImportanceSamplingCorrection:
     """Where the trainer's old log-probabilities are not the sampler's, w = pi_old / pi_sampled weighs each token (TIS,
     MIS). kind: truncate w at `limit`, or mask what lies above it. level: token; sequence, the product over the
     sequence, which grows with length; geometric, its length-normalised form."""
@@ -49,151 +49,170 @@ class Correction:
                 f"no correction is called {self.kind}, {self.level}; known: truncate, mask; token, sequence, geometric"
             )
 
-    def __call__(self, gap: Float[Tensor, "B T"], learn: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    def __call__(self, log_ratio: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """gap: log pi_old - log pi_sampled."""
         if self.level == "sequence":
-            gap = (gap * learn).sum(dim=1, keepdim=True).expand_as(gap)
+            log_ratio = (log_ratio * loss_mask).sum(dim=1, keepdim=True).expand_as(log_ratio)
         elif self.level == "geometric":
-            gap = sequence_mean(gap, learn).expand_as(gap)
-        w = gap.exp()
+            log_ratio = sequence_mean(log_ratio, loss_mask).expand_as(log_ratio)
+        w = log_ratio.exp()
         return w.clamp(max=self.limit) if self.kind == "truncate" else w * (w <= self.limit)
 
 
-def not_stale(terms: Terms, delta: float) -> Bool[Tensor, "B T"]:
+def off_policy_mask(terms: SurrogateInputs, delta: float) -> Bool[Tensor, "B T"]:
     """Off-policy sequence mask (DeepSeek-V3.2): what has a negative advantage and has become less likely by more than
     delta nats a token, on average over the sequence, is left alone."""
-    return (terms.advantages >= 0) | (sequence_mean(-terms.log_ratio, terms.learn) <= delta)
+    return (terms.advantages >= 0) | (sequence_mean(-terms.log_ratio, terms.loss_mask) <= delta)
 
 
-class PolicyGradient(nn.Module):
-    """`PolicyGradient(model, surrogate, count=...)(batch) -> Loss`.
+class PolicyGradientLoss(nn.Module):
+    """`PolicyGradientLoss(model, surrogate, count=...)(batch) -> Loss`.
 
     count: what the loss is divided by (`WEIGHTS`), samples without an advantage included; horizon: the constant length
     that count "horizon" multiplies by. temperature: what the samples were drawn at. stale: delta of the off-policy
     sequence mask. entropy: coefficient of the bonus. looking: lambda of Reinforced Attention Learning
-    (`attention_divergence`), for batches that hold looks and a model with one tap. The policy is put into evaluation
-    mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward that computes a
-    block again must find the mode of the forward.
+    (`attention_divergence_loss`), for batches that hold looks and a model with one tap. The policy is put into
+    evaluation mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward that
+    computes a block again must find the mode of the forward.
 
     metrics: ratio (before clipping), log_ratio (mean of its absolute value), clipped, kl (k3), and the batch's notes.
-    `extremes` holds the smallest and largest ratio since it was last reset."""
+    `ratio_range` holds the smallest and largest ratio since it was last reset."""
 
     def __init__(
         self,
         model: nn.Module,
-        surrogate: Surrogate = VARIANTS["grpo"].surrogate,
+        surrogate: Surrogate = POLICY_VARIANTS["grpo"].surrogate,
         *,
         count: str = "sequences",
         horizon: int | None = None,
         temperature: float = 1.0,
-        kl: KL | None = None,
-        entropy: float = 0.0,
-        looking: float = 0.0,
-        correction: Correction | None = None,
-        stale: float | None = None,
+        kl: KLPenalty | None = None,
+        entropy_coef: float = 0.0,
+        attention_coef: float = 0.0,
+        correction: ImportanceSamplingCorrection | None = None,
+        off_policy_delta: float | None = None,
     ):
         super().__init__()
-        require_sense(count, horizon, entropy, temperature)
+        check_options(count, horizon, entropy_coef, temperature)
         self.model: Any = model
         self.surrogate, self.count, self.horizon, self.temperature = surrogate, count, horizon, temperature
-        self.looking = looking
-        self.kl, self.entropy, self.correction, self.stale = kl, entropy, correction, stale
-        self.extremes = torch.ones(2)
+        self.attention_coef = attention_coef
+        self.kl, self.entropy_coef, self.correction, self.off_policy_delta = (
+            kl,
+            entropy_coef,
+            correction,
+            off_policy_delta,
+        )
+        self.ratio_range = torch.ones(2)
 
     def forward(self, batch: PolicyBatch) -> Loss:
         if self.model.training:
             self.model.eval()
-        records: dict[str, list[Any]] | None = {} if self.looking and batch.looks is not None else None
-        h = hidden_of(self.model, batch, records)
-        log_p = log_probs_of(self.model, h, batch.targets, self.temperature)
-        entropies = entropies_of(self.model, h, batch.targets, self.temperature) if self.entropy else None
-        looks = None if records is None else looks_in(records)
-        return self.loss(log_p, batch, entropies, looks)
+        records: dict[str, list[Any]] | None = {} if self.attention_coef and batch.attention_maps is not None else None
+        h = batch_hidden_states(self.model, batch, records)
+        log_p = log_probs_from_hidden(self.model, h, batch.targets, self.temperature)
+        entropies = token_entropies(self.model, h, batch.targets, self.temperature) if self.entropy_coef else None
+        attention = None if records is None else read_attention_policy(records)
+        return self.loss(log_p, batch, entropies, attention)
 
     def loss(
         self,
         log_p: Float[Tensor, "B T"],
         batch: PolicyBatch,
         entropies: Tensor | None = None,
-        looks: Float[Tensor, "B T T"] | None = None,
+        attention: Float[Tensor, "B T T"] | None = None,
     ) -> Loss:
         """The loss of given log-probabilities (and entropies, where there is a bonus; and looks, where they are
         learned)."""
-        learn = batch.learn
-        old = batch.sampled if batch.old is None else batch.old
-        terms = Terms(log_p, (log_p - old) * learn, batch.advantages, learn)
-        gain, held = self.surrogate(terms)
-        per_token = -gain * self.weights(terms, batch)
+        loss_mask = batch.loss_mask
+        old = batch.sampler_log_probs if batch.old_log_probs is None else batch.old_log_probs
+        terms = SurrogateInputs(log_p, (log_p - old) * loss_mask, batch.advantages, loss_mask)
+        objective, clipped = self.surrogate(terms)
+        per_token = -objective * self.weights(terms, batch)
         if self.kl is not None:
-            per_token = per_token + self.kl(log_p, need(batch.reference), terms.log_ratio)
+            per_token = per_token + self.kl(log_p, require_reference(batch.reference_log_probs), terms.log_ratio)
         if entropies is not None:
-            per_token = per_token - self.entropy * entropies
-        left = None if looks is None or batch.looks is None else jensen_shannon(looks, batch.looks)
-        if left is not None:
-            per_token = per_token + self.looking * batch.advantages * left
-        w = WEIGHTS[self.count](learn)
-        total = torch.where(learn, per_token * w, 0.0).sum()
-        more = {} if left is None else {"attention_divergence": left}
-        return Loss(total, self.counted(batch), self.metrics(terms, held, batch, entropies, more))
+            per_token = per_token - self.entropy_coef * entropies
+        attention_jsd = (
+            None
+            if attention is None or batch.attention_maps is None
+            else jensen_shannon(attention, batch.attention_maps)
+        )
+        if attention_jsd is not None:
+            per_token = per_token + self.attention_coef * batch.advantages * attention_jsd
+        token_weights = TOKEN_WEIGHTS[self.count](loss_mask)
+        total = torch.where(loss_mask, per_token * token_weights, 0.0).sum()
+        extra_metrics = {} if attention_jsd is None else {"attention_divergence": attention_jsd}
+        return Loss(total, self.loss_count(batch), self.metrics(terms, clipped, batch, entropies, extra_metrics))
 
-    def weights(self, terms: Terms, batch: PolicyBatch) -> Tensor:
+    def weights(self, terms: SurrogateInputs, batch: PolicyBatch) -> Tensor:
         """What corrects for samples of another policy; the count stays what it was."""
         w = torch.ones_like(terms.log_p)
         if self.correction is not None:
-            if batch.old is None:
+            if batch.old_log_probs is None:
                 raise UsageError(
                     "the importance correction has no effect: the old log-probabilities are those that were sampled; "
                     "leave it out, or score the samples again (rollout.rescore=true)"
                 )
-            w = w * self.correction(batch.old - batch.sampled, terms.learn)
-        if self.stale is not None:
+            w = w * self.correction(batch.old_log_probs - batch.sampler_log_probs, terms.loss_mask)
+        if self.off_policy_delta is not None:
             with torch.no_grad():
-                w = w * not_stale(terms._replace(log_ratio=(terms.log_p - batch.sampled) * terms.learn), self.stale)
+                w = w * off_policy_mask(
+                    terms._replace(log_ratio=(terms.log_p - batch.sampler_log_probs) * terms.loss_mask),
+                    self.off_policy_delta,
+                )
         return w
 
-    def counted(self, batch: PolicyBatch) -> Tensor:
+    def loss_count(self, batch: PolicyBatch) -> Tensor:
         """How many things were summed: tokens, or sequences that have any, those that add 0 and were not read too."""
-        if batch.zero_rows and self.entropy:
+        if batch.zero_rows and self.entropy_coef:
             raise UsageError(
                 f"{batch.zero_rows} samples without an advantage were left out of the batch, but the entropy bonus "
                 "acts on them: give the rollouts read_all=True"
             )
         if self.count == "tokens":
-            return batch.learn.sum(dtype=torch.float32) + batch.zero_tokens
-        rows = batch.learn.any(dim=1).sum(dtype=torch.float32) + batch.zero_rows
+            return batch.loss_mask.sum(dtype=torch.float32) + batch.zero_tokens
+        rows = batch.loss_mask.any(dim=1).sum(dtype=torch.float32) + batch.zero_rows
         return rows * self.horizon if self.horizon is not None else rows
 
     @torch.no_grad()
     def metrics(
-        self, terms: Terms, held: Tensor, batch: PolicyBatch, entropies: Tensor | None, more: dict[str, Tensor]
+        self,
+        terms: SurrogateInputs,
+        clipped: Tensor,
+        batch: PolicyBatch,
+        entropies: Tensor | None,
+        extra_metrics: dict[str, Tensor],
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        learn = terms.learn
-        tokens = learn.sum(dtype=torch.float32)
-        ratio = torch.where(learn, terms.log_ratio, 0.0).exp()
-        self.extremes = torch.stack(
+        loss_mask = terms.loss_mask
+        tokens = loss_mask.sum(dtype=torch.float32)
+        ratio = torch.where(loss_mask, terms.log_ratio, 0.0).exp()
+        self.ratio_range = torch.stack(
             [
-                torch.minimum(self.extremes[0].to(ratio), ratio.min()),
-                torch.maximum(self.extremes[1].to(ratio), ratio.max()),
+                torch.minimum(self.ratio_range[0].to(ratio), ratio.min()),
+                torch.maximum(self.ratio_range[1].to(ratio), ratio.max()),
             ]
         )
-        summed = {"ratio": ratio, "log_ratio": terms.log_ratio.abs(), "clipped": held.float(), **more}
-        if batch.reference is not None:
-            summed["kl"] = k3(terms.log_p, batch.reference, terms.log_ratio)
+        summed = {"ratio": ratio, "log_ratio": terms.log_ratio.abs(), "clipped": clipped.float(), **extra_metrics}
+        if batch.reference_log_probs is not None:
+            summed["kl"] = k3(terms.log_p, batch.reference_log_probs, terms.log_ratio)
         if entropies is not None:
             summed["entropy_exact"] = entropies
-        found = {name: (torch.where(learn, value, 0.0).sum(), tokens) for name, value in summed.items()}
-        return found | {name: (tokens.new_tensor(a), tokens.new_tensor(b)) for name, (a, b) in batch.notes.items()}
+        found = {name: (torch.where(loss_mask, value, 0.0).sum(), tokens) for name, value in summed.items()}
+        return found | {
+            name: (tokens.new_tensor(a), tokens.new_tensor(b)) for name, (a, b) in batch.metric_sums.items()
+        }
 
 
-def need(reference: Tensor | None) -> Tensor:
+def require_reference(reference: Tensor | None) -> Tensor:
     if reference is None:
         raise UsageError("the KL term needs log-probabilities of the reference policy: give the rollouts a reference")
     return reference
 
 
-def require_sense(count: str, horizon: int | None, entropy: float, temperature: float) -> None:
-    if count not in WEIGHTS:
-        raise UsageError(f"no count is called {count!r}; known: {', '.join(WEIGHTS)}")
+def check_options(count: str, horizon: int | None, entropy: float, temperature: float) -> None:
+    if count not in TOKEN_WEIGHTS:
+        raise UsageError(f"no count is called {count!r}; known: {', '.join(TOKEN_WEIGHTS)}")
     if (horizon is None) == (count == "horizon"):
         raise UsageError(
             "count 'horizon' needs horizon=, the constant length: the budget of new tokens"
@@ -206,17 +225,17 @@ def require_sense(count: str, horizon: int | None, entropy: float, temperature: 
         raise UsageError(f"temperature is {temperature}: a policy that is trained has to be sampled, above 0")
 
 
-def per_sequence(learn: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    return learn / learn.sum(dim=1, keepdim=True).clamp(min=1)
+def weigh_per_sequence(loss_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return loss_mask / loss_mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def per_token(learn: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    return learn.float()
+def weigh_per_token(loss_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return loss_mask.float()
 
 
-WEIGHTS: dict[str, Weights] = {
-    "sequences": per_sequence,  # mean over sequences of means over tokens: GRPO, GSPO, SAPO
-    "tokens": per_token,  # all tokens weigh the same: DAPO, CISPO
-    "horizon": per_token,  # sequences x a constant length: Dr. GRPO
-    "sums": per_token,  # mean over sequences of sums over tokens
+TOKEN_WEIGHTS: dict[str, TokenWeights] = {
+    "sequences": weigh_per_sequence,  # mean over sequences of means over tokens: GRPO, GSPO, SAPO
+    "tokens": weigh_per_token,  # all tokens weigh the same: DAPO, CISPO
+    "horizon": weigh_per_token,  # sequences x a constant length: Dr. GRPO
+    "sums": weigh_per_token,  # mean over sequences of sums over tokens
 }

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from llm_quest.contracts import Loss
-from llm_quest.data.batch import IGNORE
-from llm_quest.data.pairs import AnswerBatch
+from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.log_probs import log_probs_of
-from llm_quest.objectives.next_token import hidden_of
+from llm_quest.objectives.log_probs import log_probs_from_hidden
+from llm_quest.objectives.next_token import batch_hidden_states
 
-Reference = Callable[[AnswerBatch], Tensor]
+ReferenceLogProbs = Callable[[PreferenceBatch], Tensor]
 
 
 class PreferenceLoss(nn.Module):
@@ -42,108 +42,125 @@ class PreferenceLoss(nn.Module):
         self,
         model: nn.Module,
         *,
-        loss: str = "dpo",
+        loss_type: str = "dpo",
         beta: float = 0.1,
-        flips: float = 0.0,
+        label_smoothing: float = 0.0,
         per_token: bool = False,
-        reference: Reference | None = None,
+        reference: ReferenceLogProbs | None = None,
     ):
         super().__init__()
-        require(loss, beta, flips)
+        check_preference_options(loss_type, beta, label_smoothing)
         self.model: Any = model
-        self.loss, self.beta, self.flips, self.per_token = loss, beta, flips, per_token
+        self.loss_type, self.beta, self.label_smoothing, self.per_token = loss_type, beta, label_smoothing, per_token
         self.reference = reference
 
-    def forward(self, batch: AnswerBatch) -> Loss:
-        now, before = answer_log_probs(self.model, batch), self.known(batch)
-        learned = (batch.targets != IGNORE).sum(dim=1)
-        gained = (now - before) / learned if self.per_token else now - before
-        D = gained[batch.better] - gained[batch.worse]
+    def forward(self, batch: PreferenceBatch) -> Loss:
+        policy_log_probs, reference_log_probs = sequence_log_probs(self.model, batch), self.reference_log_probs(batch)
+        learned = (batch.targets != IGNORE_INDEX).sum(dim=1)
+        log_ratios = (
+            (policy_log_probs - reference_log_probs) / learned
+            if self.per_token
+            else policy_log_probs - reference_log_probs
+        )
+        D = log_ratios[batch.chosen] - log_ratios[batch.rejected]
         w = batch.weights.to(D.dtype)
-        total = (w * LOSSES[self.loss].of(D, self.beta, self.flips)).sum()
+        total = (w * PREFERENCE_LOSSES[self.loss_type].loss(D, self.beta, self.label_smoothing)).sum()
         return Loss(
-            total, w.sum().float(), {name: ((w * x).sum(), w.sum()) for name, x in self.told(now, gained, batch)}
+            total,
+            w.sum().float(),
+            {
+                name: ((w * x).sum(), w.sum())
+                for name, x in self.preference_metrics(policy_log_probs, log_ratios, batch)
+            },
         )
 
-    def known(self, batch: AnswerBatch) -> Float[Tensor, " R"]:
+    def reference_log_probs(self, batch: PreferenceBatch) -> Float[Tensor, " R"]:
         """The reference's log-probabilities: carried by the batch, or computed."""
         if self.reference is not None:
             with torch.no_grad():
                 return self.reference(batch)
-        assert batch.reference is not None, "neither the batch nor the objective knows the reference"
-        return batch.reference
+        assert batch.reference_log_probs is not None, "neither the batch nor the objective knows the reference"
+        return batch.reference_log_probs
 
-    def told(self, now: Tensor, gained: Tensor, batch: AnswerBatch) -> list[tuple[str, Tensor]]:
+    def preference_metrics(
+        self, policy_log_probs: Tensor, log_ratios: Tensor, batch: PreferenceBatch
+    ) -> list[tuple[str, Tensor]]:
         """What the paper plots, for each comparison."""
-        now, rewards = now.detach(), self.beta * gained.detach()
-        chosen, rejected = rewards[batch.better], rewards[batch.worse]
+        policy_log_probs, rewards = policy_log_probs.detach(), self.beta * log_ratios.detach()
+        chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
         return [
             ("rewards/chosen", chosen),
             ("rewards/rejected", rejected),
             ("rewards/margin", chosen - rejected),
             ("rewards/accuracy", (chosen > rejected).to(chosen.dtype)),
-            ("logps/chosen", now[batch.better]),
-            ("logps/rejected", now[batch.worse]),
+            ("logps/chosen", policy_log_probs[batch.chosen]),
+            ("logps/rejected", policy_log_probs[batch.rejected]),
         ]
 
 
-def answer_log_probs(model: Any, batch: AnswerBatch) -> Float[Tensor, " R"]:
+def sequence_log_probs(model: Any, batch: PreferenceBatch) -> Float[Tensor, " R"]:
     """log p(answer | question), the sum over its tokens, without dropout."""
     if model.training:
         model.eval()
-    return log_probs_of(model, hidden_of(model, batch), batch.targets).sum(dim=1)
+    return log_probs_from_hidden(model, batch_hidden_states(model, batch), batch.targets).sum(dim=1)
 
 
-class Form(NamedTuple):
+class PreferenceForm(NamedTuple):
     """of(D, beta, flips) -> the loss of each comparison. flips: has that number an effect?"""
 
-    of: Callable[[Tensor, float, float], Tensor]
-    flips: bool = False
+    loss: Callable[[Tensor, float, float], Tensor]
+    uses_label_smoothing: bool = False
 
 
-def dpo(D: Tensor, beta: float, flips: float) -> Tensor:
+def dpo_loss(D: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """-log sigma(beta D)."""
     return -logsigmoid(beta * D)
 
 
-def cdpo(D: Tensor, beta: float, flips: float) -> Tensor:
+def cdpo_loss(D: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Conservative (Mitchell 2023): its optimum is sigma(beta D) = 1 - flips, and beyond it pushes back."""
-    return -(1 - flips) * logsigmoid(beta * D) - flips * logsigmoid(-beta * D)
+    return -(1 - label_smoothing) * logsigmoid(beta * D) - label_smoothing * logsigmoid(-beta * D)
 
 
-def robust(D: Tensor, beta: float, flips: float) -> Tensor:
+def robust_dpo_loss(D: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Unbiased under flips (Chowdhury et al. 2024, arXiv:2403.00409): steeper than DPO, not flatter."""
-    return (-(1 - flips) * logsigmoid(beta * D) + flips * logsigmoid(-beta * D)) / (1 - 2 * flips)
+    return (-(1 - label_smoothing) * logsigmoid(beta * D) + label_smoothing * logsigmoid(-beta * D)) / (
+        1 - 2 * label_smoothing
+    )
 
 
-def ipo(D: Tensor, beta: float, flips: float) -> Tensor:
+def ipo_loss(D: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """(D - 1 / 2 beta)^2 (Azar et al. 2023, arXiv:2310.12036): a margin to reach, not as much as can be."""
     return (D - 1 / (2 * beta)) ** 2
 
 
-def hinge(D: Tensor, beta: float, flips: float) -> Tensor:
+def hinge_loss(D: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """max(0, 1 - beta D): RSO's hinge (Liu et al. 2023, arXiv:2309.06657). SLiC-HF (Zhao et al. 2023, arXiv:2305.10425)
     has it without a reference: max(0, delta - log p(chosen) + log p(rejected))."""
     return torch.relu(1 - beta * D)
 
 
-LOSSES = {
-    "dpo": Form(dpo),
-    "cdpo": Form(cdpo, flips=True),
-    "robust": Form(robust, flips=True),
-    "ipo": Form(ipo),
-    "hinge": Form(hinge),
+PREFERENCE_LOSSES = {
+    "dpo": PreferenceForm(dpo_loss),
+    "cdpo": PreferenceForm(cdpo_loss, uses_label_smoothing=True),
+    "robust": PreferenceForm(robust_dpo_loss, uses_label_smoothing=True),
+    "ipo": PreferenceForm(ipo_loss),
+    "hinge": PreferenceForm(hinge_loss),
 }
 
 
-def require(loss: str, beta: float, flips: float) -> None:
+def check_preference_options(loss_type: str, beta: float, label_smoothing: float) -> None:
     """UsageError for what is not known or would have no effect."""
-    if loss not in LOSSES:
-        raise UsageError(f"no preference loss is called {loss!r}; known: {', '.join(LOSSES)}")
+    if loss_type not in PREFERENCE_LOSSES:
+        raise UsageError(f"no preference loss is called {loss_type!r}; known: {', '.join(PREFERENCE_LOSSES)}")
     if beta <= 0:
         raise UsageError(f"beta is {beta}; expected a number above 0")
-    if LOSSES[loss].flips and not 0 < flips < 0.5:
-        raise UsageError(f"{loss} needs flips, the part of wrong labels, above 0 and below 0.5; it is {flips}")
-    if not LOSSES[loss].flips and flips:
-        able = " or ".join(name for name, form in LOSSES.items() if form.flips)
-        raise UsageError(f"flips {flips} has no effect on {loss}; take the loss {able}, or leave flips out")
+    if PREFERENCE_LOSSES[loss_type].uses_label_smoothing and not 0 < label_smoothing < 0.5:
+        raise UsageError(
+            f"{loss_type} needs flips, the part of wrong labels, above 0 and below 0.5; it is {label_smoothing}"
+        )
+    if not PREFERENCE_LOSSES[loss_type].uses_label_smoothing and label_smoothing:
+        able = " or ".join(name for name, form in PREFERENCE_LOSSES.items() if form.uses_label_smoothing)
+        raise UsageError(
+            f"flips {label_smoothing} has no effect on {loss_type}; take the loss {able}, or leave flips out"
+        )

@@ -19,33 +19,33 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from llm_quest.contracts import Loss
-from llm_quest.data.pairs import AnswerBatch
+from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.last_outputs import last_outputs, padded
+from llm_quest.objectives.last_token import last_token_outputs, pad_rows
 
 
-class RewardLoss(nn.Module):
-    """`RewardLoss(model)(batch) -> Loss`: count = elements. model: its head gives one number (the technique
+class RewardModelLoss(nn.Module):
+    """`RewardModelLoss(model)(batch) -> Loss`: count = elements. model: its head gives one number (the technique
     score_head). Dropout is off, as in every pass that scores."""
 
-    def __init__(self, model: nn.Module, *, center: float = 0.0):
+    def __init__(self, model: nn.Module, *, center_coefficient: float = 0.0):
         super().__init__()
         self.model: Any = model
-        self.center = center
+        self.center_coefficient = center_coefficient
 
-    def forward(self, batch: AnswerBatch) -> Loss:
+    def forward(self, batch: PreferenceBatch) -> Loss:
         if self.model.training:
             self.model.eval()
-        r = last_outputs(self.model, batch.tokens, batch.positions)[:, 0]
-        better, worse = r[batch.better], r[batch.worse]
+        r = last_token_outputs(self.model, batch.input_ids, batch.position_ids)[:, 0]
+        better, worse = r[batch.chosen], r[batch.rejected]
         w = batch.weights.to(r.dtype)
-        each = bradley_terry(better, worse, batch.margins.to(r.dtype)) + self.center * (better + worse) ** 2
-        told = {
+        each = bradley_terry(better, worse, batch.margins.to(r.dtype)) + self.center_coefficient * (better + worse) ** 2
+        metrics = {
             "rewards/accuracy": (better > worse).to(r.dtype),
             "rewards/margin": (better - worse).detach(),
             "rewards/mean": ((better + worse) / 2).detach(),
         }
-        return Loss((w * each).sum(), w.sum().float(), {name: ((w * x).sum(), w.sum()) for name, x in told.items()})
+        return Loss((w * each).sum(), w.sum().float(), {name: ((w * x).sum(), w.sum()) for name, x in metrics.items()})
 
 
 def bradley_terry(better: Tensor, worse: Tensor, margins: Tensor) -> Tensor:
@@ -54,17 +54,17 @@ def bradley_terry(better: Tensor, worse: Tensor, margins: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scores(model: Any, rows: Sequence[Sequence[int]], at_once: int = 16) -> Float[Tensor, " R"]:
+def score_rows(model: Any, rows: Sequence[Sequence[int]], micro_batch_size: int = 16) -> Float[Tensor, " R"]:
     """The reward of each row of ids (question, answer and its end), on the host; rows of like length together."""
     if model.head.weight.shape[0] != 1:
         raise UsageError(
             f"a reward is one number, this model's head gives {model.head.weight.shape[0]}; train a reward model"
         )
-    found = torch.zeros(len(rows))
+    rewards = torch.zeros(len(rows))
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    for first in range(0, len(order), at_once):
-        numbers = order[first : first + at_once]
-        tokens, positions = padded([rows[number] for number in numbers])
-        place = model.head.weight.device
-        found[numbers] = last_outputs(model, tokens.to(place), positions.to(place))[:, 0].float().cpu()
-    return found
+    for first in range(0, len(order), micro_batch_size):
+        numbers = order[first : first + micro_batch_size]
+        tokens, positions = pad_rows([rows[number] for number in numbers])
+        device = model.head.weight.device
+        rewards[numbers] = last_token_outputs(model, tokens.to(device), positions.to(device))[:, 0].float().cpu()
+    return rewards

@@ -32,7 +32,7 @@ PAPERS: tuple[str, ...] = (
 )
 
 
-def paper(name: str) -> Paper:
+def load_paper(name: str) -> Paper:
     """The paper of that name. UsageError names the nearest."""
     if name not in PAPERS:
         near = difflib.get_close_matches(name, PAPERS, n=1)

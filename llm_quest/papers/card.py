@@ -10,46 +10,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.disk import replace_text
-from llm_quest.papers.paper import Paper, Results, Verdict
+from llm_quest.files import atomic_write_text
+from llm_quest.papers.paper import ExperimentResults, Paper, Verdict
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
+CURVE_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2", "#9c6b4e")
 
 
 @dataclass(frozen=True)
-class Card:
+class PaperCard:
     """What `quest reproduce` shows."""
 
     paper: Paper
-    results: Results
+    results: ExperimentResults
     verdict: Verdict
     file: Path
 
     def as_json(self) -> dict[str, Any]:
         numbers = {
-            arm: {number: self.results.values(arm, number) for number in numbers_of(self.results, arm)}
+            arm: {number: self.results.values(arm, number) for number in number_names(self.results, arm)}
             for arm in self.results.arms
         }
         return {
-            "paper": self.paper.name, "outcome": self.verdict.outcome, "words": self.verdict.words,
+            "paper": self.paper.name, "outcome": self.verdict.outcome, "words": self.verdict.explanation,
             "numbers": numbers, "card": str(self.file),
         }  # fmt: skip
 
     def lines(self) -> list[str]:
-        told = [f"{self.paper.title} (arXiv:{self.paper.arxiv})", self.paper.claim, ""]
-        return [*told, *table(self.results), "", str(self.verdict), f"card: {self.file}"]
+        result = [f"{self.paper.title} (arXiv:{self.paper.arxiv})", self.paper.claim, ""]
+        return [*result, *results_table(self.results), "", str(self.verdict), f"card: {self.file}"]
 
 
-def draw(paper: Paper, results: Results, out: Path) -> Card:
+def write_card(paper: Paper, results: ExperimentResults, out: Path) -> PaperCard:
     """The verdict, the picture and the page."""
-    verdict = paper.judge(results)
-    picture(paper, results, out / f"{paper.name}.svg")
+    verdict = paper.verdict(results)
+    plot_experiment(paper, results, out / f"{paper.name}.svg")
     file = out / f"{paper.name}.md"
-    replace_text(file, page(paper, results, verdict))
-    return Card(paper, results, verdict, file)
+    atomic_write_text(file, card_markdown(paper, results, verdict))
+    return PaperCard(paper, results, verdict, file)
 
 
-def page(paper: Paper, results: Results, verdict: Verdict) -> str:
+def card_markdown(paper: Paper, results: ExperimentResults, verdict: Verdict) -> str:
     """The card as Markdown."""
     seeds = len(next(iter(results.arms.values())))
     parts = [
@@ -57,30 +57,30 @@ def page(paper: Paper, results: Results, verdict: Verdict) -> str:
         f"**Claim.** {paper.claim}",
         f"**Experiment.** {paper.experiment}",
         f'**Confirmed if** {paper.confirms}\n**Refuted if** {paper.refutes}\nAnything between is "no effect seen".',
-        f"## Verdict: {verdict.outcome}\n\n{verdict.words}",
-        f"![{paper.picture.y} against {paper.picture.x}]({paper.name}.svg)",
-        "\n".join(table(results)),
+        f"## Verdict: {verdict.outcome}\n\n{verdict.explanation}",
+        f"![{paper.plot.y} against {paper.plot.x}]({paper.name}.svg)",
+        "\n".join(results_table(results)),
         f"Means over {seeds} seeds with 95 % intervals. Made on {datetime.date.today().isoformat()} by "
         f"`quest reproduce {paper.name} --seeds {seeds}`; all numbers are in [{paper.name}.json]({paper.name}.json).",
     ]
     return "\n\n".join([*parts, *([paper.notes] if paper.notes else [])]) + "\n"
 
 
-def table(results: Results) -> list[str]:
+def results_table(results: ExperimentResults) -> list[str]:
     """Arms by numbers, in Markdown."""
-    names = list(dict.fromkeys(name for arm in results.arms for name in numbers_of(results, arm)))
+    names = list(dict.fromkeys(name for arm in results.arms for name in number_names(results, arm)))
     rows = [["", *names], ["---"] * (len(names) + 1)]
     for arm in results.arms:
-        own = numbers_of(results, arm)
-        rows.append([arm, *(str(results.span(arm, name)) if name in own else "" for name in names)])
+        own = number_names(results, arm)
+        rows.append([arm, *(str(results.interval(arm, name)) if name in own else "" for name in names)])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def numbers_of(results: Results, arm: str) -> Sequence[str]:
+def number_names(results: ExperimentResults, arm: str) -> Sequence[str]:
     return list(next(iter(results.arms[arm].values())).numbers)
 
 
-def picture(paper: Paper, results: Results, file: Path) -> None:
+def plot_experiment(paper: Paper, results: ExperimentResults, file: Path) -> None:
     """Every arm's curves in its colour: each seed faint, their mean strong."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -91,20 +91,27 @@ def picture(paper: Paper, results: Results, file: Path) -> None:
         for number, (arm, seeds) in enumerate(results.arms.items()):
             lines = [measured.curve for measured in seeds.values() if measured.curve]
             for line in lines:
-                axes.plot(*zip(*line, strict=True), color=COLOURS[number % len(COLOURS)], linewidth=0.7, alpha=0.35)
+                axes.plot(
+                    *zip(*line, strict=True),
+                    color=CURVE_COLOURS[number % len(CURVE_COLOURS)],
+                    linewidth=0.7,
+                    alpha=0.35,
+                )
             if lines:
-                style = "-" if number < len(COLOURS) else "--"
-                axes.plot(*mean(lines), style, color=COLOURS[number % len(COLOURS)], linewidth=2, label=arm)
-        axes.set_xlabel(paper.picture.x)
-        axes.set_ylabel(paper.picture.y)
-        if paper.picture.log:
+                style = "-" if number < len(CURVE_COLOURS) else "--"
+                axes.plot(
+                    *mean_curve(lines), style, color=CURVE_COLOURS[number % len(CURVE_COLOURS)], linewidth=2, label=arm
+                )
+        axes.set_xlabel(paper.plot.x)
+        axes.set_ylabel(paper.plot.y)
+        if paper.plot.log:
             axes.set_yscale("log")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.legend(frameon=False)
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def mean(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+def mean_curve(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
     """The mean curve, as far as all of them go and are finite."""
     length = min(len(line) for line in lines)
     columns = [[line[place] for line in lines] for place in range(length)]
@@ -117,7 +124,7 @@ VERDICTS = Path(__file__).with_name("verdicts.json")
 """Name -> outcome of the cards in the project's docs/papers, which a wheel does not hold."""
 
 
-def recorded(docs: Path, name: str) -> str:
+def recorded_verdict(docs: Path, name: str) -> str:
     """The outcome on a card that was drawn in `docs`, else the one that comes with the package; empty where there is
     none."""
     return drawn(docs, name) or str(json.loads(VERDICTS.read_text(encoding="utf-8")).get(name, ""))

@@ -4,18 +4,18 @@ with three numbers: many answers are right, and a program can tell."""
 from __future__ import annotations
 
 from llm_quest.data.problems.countdown import Countdown
-from llm_quest.papers.paper import Paper, Picture, Results, Verdict
-from llm_quest.papers.school import School, arms
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Paper, Verdict
+from llm_quest.papers.rl_lab import RLExperiment, standard_arms
 
-SCHOOL = School(
-    name="countdown", task=Countdown(largest=9), lessons=1500, prompts=64, new_tokens=12, steps=300, every=50,
-    finals=500,
+EXPERIMENT = RLExperiment(
+    name="countdown", task=Countdown(largest=9), sft_steps=1500, prompts=64, new_tokens=12, steps=300, every=50,
+    final_problems=500,
 )  # fmt: skip
-RATE = 2e-4
-ARMS = {name: arm for name, arm in arms(SCHOOL, RATE).items() if name != "format-only reward"}
+LEARNING_RATE = 2e-4
+ARMS = {name: arm for name, arm in standard_arms(EXPERIMENT, LEARNING_RATE).items() if name != "format-only reward"}
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     """Likelier in one try, and rarer in eight."""
     one, eight = (results.difference("GRPO", "the beginner", number) for number in ("mean@8", "pass@8"))
     told = {number: results.difference("GRPO", "more of the teacher", number) for number in ("mean@8", "greedy")}
@@ -34,16 +34,17 @@ PAPER = Paper(
     arxiv="2504.13837",
     claim="Rewards make right answers likelier in one try; with many tries the model they began with solves more.",
     experiment="Countdown: three numbers to 9 and a target, any right expression counts. A Llama of "
-    f"{SCHOOL.width} x {SCHOOL.layers} learns for {SCHOOL.lessons} steps of 64 rows from solutions found by trying at "
-    f"random; then every arm has {SCHOOL.steps} steps of {SCHOOL.rows} rows at {RATE:g}: GRPO on {SCHOOL.prompts} "
-    f"questions x {SCHOOL.group} samples; more of the teacher; the beginner's own right samples out of as many; GRPO "
-    "on the toss of a coin. Control: the beginner. One try is mean@8, many are pass@8, of "
-    f"{SCHOOL.exam} problems that no step has seen; greedy answers to {SCHOOL.finals}.",
+    f"{EXPERIMENT.width} x {EXPERIMENT.layers} learns for {EXPERIMENT.sft_steps} steps of 64 rows from solutions "
+    f"found by trying at random; then every arm has {EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows at "
+    f"{LEARNING_RATE:g}: GRPO on {EXPERIMENT.prompts} questions x {EXPERIMENT.group} samples; more of the teacher; "
+    "the beginner's own right samples out of as many; GRPO on the toss of a coin. Control: the beginner. One try is "
+    f"mean@8, many are pass@8, of {EXPERIMENT.eval_problems} problems that no step has seen; greedy answers to "
+    f"{EXPERIMENT.final_problems}.",
     confirms="mean@8 is above the beginner's and pass@8 below it, the 95 % intervals of the paired differences clear "
     "of zero.",
     refutes="pass@8 is above the beginner's, likewise.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "held-out greedy accuracy"),
+    verdict=verdict,
+    plot=CurvePlot("step", "held-out greedy accuracy"),
     minutes=40,
 )

@@ -9,52 +9,77 @@ from typing import Any
 
 from llm_quest.contracts import Callback
 from llm_quest.models.build import preset
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.papers.lab import LENGTH, VOCAB, fresh, held_out_loss, text, trained
-from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
-from llm_quest.techniques.expert_bias import BalanceExperts
-from llm_quest.train.optimizers import adamw
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.papers.lab import (
+    LAB_SEQUENCE_LENGTH,
+    LAB_VOCAB_SIZE,
+    held_out_loss,
+    init_lab_model,
+    lab_text,
+    train_lab_model,
+)
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict
+from llm_quest.techniques.expert_bias import ExpertBiasBalancer
+from llm_quest.train.optimizers import make_adamw
 
-STEPS, RATE, TAIL = 300, 2e-3, 10
+STEPS, LEARNING_RATE, LAST_ROWS = 300, 2e-3, 10
 VIOLATION = "max_violation"
-COST = 0.02
+ALLOWED_COST = 0.02
 """Nats of held-out loss that count as a cost."""
 
 
-def config() -> Any:
-    """DeepSeek-V3's page, small: 16 experts of which a token uses 2, no groups, no lookahead modules."""
-    tiny, plain = preset("deepseek-v3-tiny").config, {"expert_groups": 1, "top_groups": 1, "lookahead": 0}
-    return replace(tiny, vocab=VOCAB, context=LENGTH, width=96, experts=16, top=2, expert_hidden=48, **plain)
+def small_moe_config() -> Any:
+    """DeepSeek-V3's page, small: 16 experts of which a token uses 2, no groups, no multi-token modules."""
+    tiny, plain = preset("deepseek-v3-tiny").config, {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
+    return replace(
+        tiny,
+        vocab_size=LAB_VOCAB_SIZE,
+        max_position_embeddings=LAB_SEQUENCE_LENGTH,
+        hidden_size=96,
+        n_routed_experts=16,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        **plain,
+    )
 
 
-def arm(callbacks: Callable[[], Sequence[Callback]], losses: dict[str, float]) -> Callable[[int], Measured]:
-    def run(seed: int) -> Measured:
-        model = fresh(config(), seed)
-        objective = NextToken(model, router=losses)
+def make_arm(callbacks: Callable[[], Sequence[Callback]], losses: dict[str, float]) -> Callable[[int], Measurement]:
+    def run_arm(seed: int) -> Measurement:
+        model = init_lab_model(small_moe_config(), seed)
+        objective = NextTokenLoss(model, router_coefs=losses)
         rides = list(callbacks())
-        trace = trained(objective, text().feed(seed), adamw(model, lr=RATE), steps=STEPS, seed=seed, callbacks=rides)
+        trace = train_lab_model(
+            objective,
+            lab_text().loader(seed),
+            make_adamw(model, lr=LEARNING_RATE),
+            steps=STEPS,
+            seed=seed,
+            callbacks=rides,
+        )
         violations = [(row["step"], row[VIOLATION]) for row in trace.metrics]
-        tail = sum(value for _, value in violations[-TAIL:]) / TAIL
-        loss = held_out_loss(model, text().held_out())
-        return Measured({"MaxVio": tail, "held-out loss": loss}, violations)
+        tail = sum(value for _, value in violations[-LAST_ROWS:]) / LAST_ROWS
+        loss = held_out_loss(model, lab_text().held_out())
+        return Measurement({"MaxVio": tail, "held-out loss": loss}, violations)
 
-    return run
+    return run_arm
 
 
 ARMS = {
-    "no balancing": arm(lambda: (), {}),
-    "bias": arm(lambda: (BalanceExperts(0.01),), {}),
-    "auxiliary loss": arm(lambda: (), {"sequence_balancing": 0.01}),
+    "no balancing": make_arm(lambda: (), {}),
+    "bias": make_arm(lambda: (ExpertBiasBalancer(0.01),), {}),
+    "auxiliary loss": make_arm(lambda: (), {"sequence_balancing": 0.01}),
 }
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     balance = results.difference("bias", "no balancing", "MaxVio")
     cost = results.difference("bias", "no balancing", "held-out loss")
     words = f"the bias changes MaxVio by {balance} and the held-out loss by {cost} nats"
-    if balance.negative and cost.mean < COST:
+    if balance.negative and cost.mean < ALLOWED_COST:
         return Verdict("confirmed", words)
-    return Verdict("refuted" if balance.positive or cost.mean - cost.half > COST else "no effect seen", words)
+    return Verdict(
+        "refuted" if balance.positive or cost.mean - cost.half_width > ALLOWED_COST else "no effect seen", words
+    )
 
 
 PAPER = Paper(
@@ -62,15 +87,15 @@ PAPER = Paper(
     title="Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
     arxiv="2408.15664",
     claim="A bias that only chooses experts, nudged after every step, balances the load at no cost in loss.",
-    experiment="DeepSeek-V3's page with 16 small experts, of which a token uses 2, "
-    f"{STEPS} steps of 2,048 tokens on Python's documentation; MaxVio is the mean over the last {TAIL} logged steps. "
-    "The bias moves by 0.01 a step (the paper: 0.001, over far more steps). Control: no balancing; beside it "
-    "DeepSeek-V3's sequence-wise auxiliary loss, times 0.01 (the paper compares with the Switch loss).",
+    experiment=f"DeepSeek-V3's page with 16 small experts, of which a token uses 2, {STEPS} steps of 2,048 tokens on "
+    f"Python's documentation; MaxVio is the mean over the last {LAST_ROWS} logged steps. The bias moves by 0.01 a "
+    "step (the paper: 0.001, over far more steps). Control: no balancing; beside it DeepSeek-V3's sequence-wise "
+    "auxiliary loss, times 0.01 (the paper compares with the Switch loss).",
     confirms="MaxVio falls (95 % interval of the paired difference below zero) and the held-out loss rises by less "
-    f"than {COST} nats.",
-    refutes=f"MaxVio rises, or the loss rises by more than {COST} beyond its interval.",
+    f"than {ALLOWED_COST} nats.",
+    refutes=f"MaxVio rises, or the loss rises by more than {ALLOWED_COST} beyond its interval.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "MaxVio (largest load over the mean, minus one)"),
+    verdict=verdict,
+    plot=CurvePlot("step", "MaxVio (largest load over the mean, minus one)"),
     minutes=9,
 )

@@ -6,30 +6,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.papers.lab import fresh, held_out_loss, small_llama, text, trained
-from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict, judged
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.papers.lab import held_out_loss, init_lab_model, lab_text, small_llama_config, train_lab_model
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict, verdict_from_interval
 from llm_quest.techniques.hyper_connections import HyperConnections
-from llm_quest.train.optimizers import adamw
+from llm_quest.train.optimizers import make_adamw
 
-STEPS, RATE, DEPTHS = 150, 2e-3, (3, 9)
+STEPS, LEARNING_RATE, DEPTHS = 150, 2e-3, (3, 9)
 
 
-def arm(depth: int, technique: HyperConnections | None) -> Callable[[int], Measured]:
-    def run(seed: int) -> Measured:
-        model: Any = fresh(small_llama(width=64, layers=depth), seed)
+def make_arm(depth: int, technique: HyperConnections | None) -> Callable[[int], Measurement]:
+    def run_arm(seed: int) -> Measurement:
+        model: Any = init_lab_model(small_llama_config(width=64, layers=depth), seed)
         model = model if technique is None else technique(model).train()
-        trace = trained(NextToken(model), text().feed(seed), adamw(model, lr=RATE), steps=STEPS, seed=seed)
-        return Measured({"held-out loss": held_out_loss(model, text().held_out())}, trace.losses)
+        trace = train_lab_model(
+            NextTokenLoss(model), lab_text().loader(seed), make_adamw(model, lr=LEARNING_RATE), steps=STEPS, seed=seed
+        )
+        return Measurement({"held-out loss": held_out_loss(model, lab_text().held_out())}, trace.losses)
 
-    return run
+    return run_arm
 
 
 KINDS = {"residual": None, "HC": HyperConnections(2, "dynamic"), "mHC": HyperConnections(2, "manifold")}
-ARMS = {f"{name}, {depth} layers": arm(depth, kind) for depth in DEPTHS for name, kind in KINDS.items()}
+ARMS = {f"{name}, {depth} layers": make_arm(depth, kind) for depth in DEPTHS for name, kind in KINDS.items()}
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     deep = DEPTHS[-1]
     gains = {
         (name, depth): results.difference(f"{name}, {depth} layers", f"residual, {depth} layers", "held-out loss")
@@ -37,7 +39,9 @@ def judge(results: Results) -> Verdict:
         for depth in DEPTHS
     }
     told = "; ".join(f"{name} at {depth} layers {gain}" for (name, depth), gain in gains.items())
-    return judged(gains["mHC", deep], f"change of the held-out loss against residuals, nats: {told}", wanted="negative")
+    return verdict_from_interval(
+        gains["mHC", deep], f"change of the held-out loss against residuals, nats: {told}", wanted="negative"
+    )
 
 
 PAPER = Paper(
@@ -50,7 +54,7 @@ PAPER = Paper(
     confirms=f"mHC's held-out loss at {DEPTHS[1]} layers lies below the plain model's (95 % interval).",
     refutes="it lies above, likewise.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "training loss"),
+    verdict=verdict,
+    plot=CurvePlot("step", "training loss"),
     minutes=14,
 )

@@ -4,18 +4,18 @@ solutions to show, while problems that a program can check cost nothing."""
 from __future__ import annotations
 
 from llm_quest.data.problems.countdown import Countdown
-from llm_quest.papers.paper import Paper, Picture, Results, Verdict
-from llm_quest.papers.school import School, arms
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Paper, Verdict
+from llm_quest.papers.rl_lab import RLExperiment, standard_arms
 
-SCHOOL = School(
-    name="memorizes", task=Countdown(largest=9), lessons=500, examples=4000, prompts=64, new_tokens=12, steps=300,
-    every=50, finals=500,
+EXPERIMENT = RLExperiment(
+    name="memorizes", task=Countdown(largest=9), sft_steps=500, num_demonstrations=4000, prompts=64, new_tokens=12,
+    steps=300, every=50, final_problems=500,
 )  # fmt: skip
-RATE, POINTS, NUMBER = 2e-4, 0.15, "mean@8"
-ARMS = {name: arm for name, arm in arms(SCHOOL, RATE).items() if name != "format-only reward"}
+LEARNING_RATE, POINTS, NUMBER = 2e-4, 0.15, "mean@8"
+ARMS = {name: arm for name, arm in standard_arms(EXPERIMENT, LEARNING_RATE).items() if name != "format-only reward"}
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     """Does imitation stand still or fall where rewards lift, and by how much?"""
     gain = results.difference("GRPO", "more of the teacher", NUMBER)
     others = {
@@ -36,18 +36,19 @@ PAPER = Paper(
     arxiv="2501.17161",
     claim="More imitation of the same demonstrations is learned by heart; rewards on problems go on to what was not "
     "seen.",
-    experiment=f"Countdown: three numbers to 9 and a target, any right expression counts. A teacher has "
-    f"{SCHOOL.examples} solutions, all right. A Llama of {SCHOOL.width} x {SCHOOL.layers} learns from them for "
-    f"{SCHOOL.lessons} steps of 64 rows (eight times each); then every arm has {SCHOOL.steps} steps of {SCHOOL.rows} "
-    f"rows at {RATE:g}: GRPO on {SCHOOL.prompts} questions x {SCHOOL.group} samples, any question of the training "
-    "split, for a program can check them all; more of the teacher, that is, his solutions again; the beginner's own "
-    f"right samples out of as many; GRPO on the toss of a coin. Held out: mean@8 of {SCHOOL.exam} problems that no "
-    f"step has seen, greedy answers to {SCHOOL.finals}.",
+    experiment="Countdown: three numbers to 9 and a target, any right expression counts. A teacher has "
+    f"{EXPERIMENT.num_demonstrations} solutions, all right. A Llama of {EXPERIMENT.width} x {EXPERIMENT.layers} "
+    f"learns from them for {EXPERIMENT.sft_steps} steps of 64 rows (eight times each); then every arm has "
+    f"{EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows at {LEARNING_RATE:g}: GRPO on {EXPERIMENT.prompts} questions "
+    f"x {EXPERIMENT.group} samples, any question of the training split, for a program can check them all; more of the "
+    "teacher, that is, his solutions again; the beginner's own right samples out of as many; GRPO on the toss of a "
+    f"coin. Held out: mean@8 of {EXPERIMENT.eval_problems} problems that no step has seen, greedy answers to "
+    f"{EXPERIMENT.final_problems}.",
     confirms=f"GRPO's mean@8 is {POINTS:.0%} or more above that of more teaching and above the beginner's, the 95 % "
     "intervals of the paired differences above zero.",
     refutes="It lies below that of more teaching, likewise.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "held-out greedy accuracy"),
+    verdict=verdict,
+    plot=CurvePlot("step", "held-out greedy accuracy"),
     minutes=40,
 )

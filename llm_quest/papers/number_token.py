@@ -4,64 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llm_quest.data.alphabet import character_tokenizer
-from llm_quest.data.demonstrations import DemonstrationFeed
-from llm_quest.data.problems import draw, task
-from llm_quest.generation.sampling import Sampling
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.objectives.number_token import NumberToken, number_values
-from llm_quest.papers.lab import fresh, small_llama, trained
-from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict, judged
-from llm_quest.rollouts.evaluation import answers
-from llm_quest.rollouts.verifiers import number, verify
-from llm_quest.train.optimizers import adamw
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.demonstrations import DemonstrationLoader
+from llm_quest.data.problems import draw_problem, make_task
+from llm_quest.eval.problems import sample_answers
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.objectives.number_token import NumberTokenLoss, number_values
+from llm_quest.papers.lab import init_lab_model, small_llama_config, train_lab_model
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict, verdict_from_interval
+from llm_quest.rollouts.verifiers import parse_number, verify_answer
+from llm_quest.train.optimizers import make_adamw
 
-STEPS, RATE, WEIGHT, PROBLEMS = 250, 2e-3, 0.3, 300
-TASK = task("addition", {"digits": 2})
+STEPS, LEARNING_RATE, WEIGHT, PROBLEMS = 250, 2e-3, 0.3, 300
+TASK = make_task("addition", {"digits": 2})
 TOKENIZER = character_tokenizer(TASK.alphabet)
 
 
-def arm(distance: str | None) -> Callable[[int], Measured]:
-    def run(seed: int) -> Measured:
-        config = small_llama(width=64, layers=2, context=16, vocab=TOKENIZER.vocab_size)
-        model = fresh(config, seed)
-        beside = [] if distance is None else [numbers(distance)]
-        feed = DemonstrationFeed(TASK, TOKENIZER, rows=128, seed=seed)
-        trace = trained(NextToken(model, beside=beside), feed, adamw(model, lr=RATE), steps=STEPS, seed=seed, warmup=20)
+def make_arm(distance: str | None) -> Callable[[int], Measurement]:
+    def run_arm(seed: int) -> Measurement:
+        config = small_llama_config(width=64, layers=2, context=16, vocab=TOKENIZER.vocab_size)
+        model = init_lab_model(config, seed)
+        beside = [] if distance is None else [number_token_term(distance)]
+        loader = DemonstrationLoader(TASK, TOKENIZER, batch_size=128, seed=seed)
+        trace = train_lab_model(
+            NextTokenLoss(model, auxiliary=beside),
+            loader,
+            make_adamw(model, lr=LEARNING_RATE),
+            steps=STEPS,
+            seed=seed,
+            warmup=20,
+        )
         model.eval()
-        problems = [draw(TASK, "test", index) for index in range(PROBLEMS)]
-        groups = answers(
-            model, TOKENIZER, problems, Sampling(temperature=0.0), encode=spelled,
+        problems = [draw_problem(TASK, "test", index) for index in range(PROBLEMS)]
+        groups = sample_answers(
+            model, TOKENIZER, problems, SamplingParams(temperature=0.0), encode_prompt=encode_text,
             max_new_tokens=6,
         )  # fmt: skip
-        found = [number(group[0].text) for group in groups]
+        found = [parse_number(group[0].text) for group in groups]
         errors = [
             abs(float(value) - int(problem.answer)) if value is not None else float(problem.answer)
             for value, problem in zip(found, problems, strict=True)
         ]
-        right = sum(verify(problem, group[0].text) for problem, group in zip(problems, groups, strict=True))
-        return Measured({"mean absolute error": sum(errors) / PROBLEMS, "accuracy": right / PROBLEMS}, trace.losses)
+        right = sum(verify_answer(problem, group[0].text) for problem, group in zip(problems, groups, strict=True))
+        return Measurement({"mean absolute error": sum(errors) / PROBLEMS, "accuracy": right / PROBLEMS}, trace.losses)
 
-    return run
-
-
-def spelled(text: str) -> list[int]:
-    return [TOKENIZER.start_id, *TOKENIZER.encode(text, template=False)]
+    return run_arm
 
 
-def numbers(distance: str) -> NumberToken:
+def encode_text(text: str) -> list[int]:
+    return [TOKENIZER.start_token_id, *TOKENIZER.encode(text, add_special_tokens=False)]
+
+
+def number_token_term(distance: str) -> NumberTokenLoss:
     """The term beside cross-entropy."""
-    return NumberToken(number_values(TOKENIZER, TOKENIZER.vocab_size), weight=WEIGHT, distance=distance)
+    return NumberTokenLoss(number_values(TOKENIZER, TOKENIZER.vocab_size), weight=WEIGHT, distance=distance)
 
 
-ARMS = {"cross-entropy": arm(None), "with WAS": arm("was"), "with MSE": arm("mse")}
+ARMS = {"cross-entropy": make_arm(None), "with WAS": make_arm("was"), "with MSE": make_arm("mse")}
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     gain = results.difference("with WAS", "cross-entropy", "mean absolute error")
     share = results.difference("with WAS", "cross-entropy", "accuracy")
     words = f"WAS changes the mean absolute error by {gain} and the accuracy by {share}"
-    return judged(gain, words, wanted="negative")
+    return verdict_from_interval(gain, words, wanted="negative")
 
 
 PAPER = Paper(
@@ -74,7 +81,7 @@ PAPER = Paper(
     confirms="the mean absolute error falls (95 % interval of the paired difference below zero).",
     refutes="it rises, likewise.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "training loss (with its own terms)"),
+    verdict=verdict,
+    plot=CurvePlot("step", "training loss (with its own terms)"),
     minutes=6,
 )

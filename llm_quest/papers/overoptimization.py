@@ -8,101 +8,115 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from llm_quest.data.preferences import Rated
+from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.policy_gradient import PolicyGradient
-from llm_quest.objectives.reward_model import RewardLoss, scores
-from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
-from llm_quest.papers.reverse import SCHOOL as WORDS
-from llm_quest.papers.school import Exam, beginner, run
-from llm_quest.rollouts.rewards import Correct
-from llm_quest.rollouts.rollouts import Plan, Rollouts
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
+from llm_quest.objectives.reward_model import RewardModelLoss, score_rows
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict
+from llm_quest.papers.reverse import EXPERIMENT as REVERSE
+from llm_quest.papers.rl_lab import HeldOutProblemsEvaluator, base_policy, train_for_steps
+from llm_quest.rollouts.model_reward import ModelReward, ReplayLoader, make_comparisons
+from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
+from llm_quest.rollouts.rewards import CorrectnessReward
+from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.scored import ReplayFeed, Scored, comparisons
-from llm_quest.rollouts.scoring import Judge, Scoring
 from llm_quest.techniques.score_head import ScoreHead
 
 PHASES, STEPS = 4, 25
-SCHOOL = replace(WORDS, name="overoptimization", steps=PHASES * STEPS, every=5)
-QUESTIONS, LESSONS, JUDGE_RATE, REPLAY = 64, 60, 1e-3, 0.1
-RATE = 5e-4
-FAR = 1_000_000
+EXPERIMENT = replace(REVERSE, name="overoptimization", steps=PHASES * STEPS, every=5)
+QUESTIONS, REWARD_MODEL_STEPS, REWARD_MODEL_RATE, REPLAY = 64, 60, 1e-3, 0.1
+LEARNING_RATE = 5e-4
+QUESTION_OFFSET = 1_000_000
 """Questions for comparisons and for looking on stand so far on in the list that no rollout asks them."""
 
 
-def asked(model: Decoder, seed: int, phase: int, number: int = QUESTIONS) -> list[list[Sample]]:
+def sample_groups(model: Decoder, seed: int, phase: int, number: int = QUESTIONS) -> list[list[Sample]]:
     """What the policy writes now."""
-    first = FAR * (phase + 1)
-    questions = [SCHOOL.question(seed, first + index) for index in range(number)]
-    return SCHOOL.writer()(model, questions, SCHOOL.group, seed + phase)
+    first = QUESTION_OFFSET * (phase + 1)
+    questions = [EXPERIMENT.question(seed, first + index) for index in range(number)]
+    return EXPERIMENT.make_sampler()(model, questions, EXPERIMENT.group, seed + phase)
 
 
-def taught(judge: Decoder, new: list[Rated], history: list[Rated], seed: int) -> None:
+def update_reward_model(
+    reward_model: Decoder, new: list[TokenizedPreference], history: list[TokenizedPreference], seed: int
+) -> None:
     """The judge, trained on."""
     if new:
-        feed = ReplayFeed(new, history, rows=32, share=REPLAY, seed=seed)
-        run(RewardLoss(judge), feed, JUDGE_RATE, steps=LESSONS, seed=seed, warmup=5)
+        loader = ReplayLoader(new, history, batch_size=32, replay_fraction=REPLAY, seed=seed)
+        train_for_steps(
+            RewardModelLoss(reward_model), loader, REWARD_MODEL_RATE, steps=REWARD_MODEL_STEPS, seed=seed, warmup=5
+        )
 
 
-def proxy(judge: Decoder, groups: list[list[Sample]]) -> float:
+def proxy_score(reward_model: Decoder, groups: list[list[Sample]]) -> float:
     """The judge's mean score."""
-    rows = [sample.prompt + sample.tokens for group in groups for sample in group]
-    return float(scores(judge, rows, at_once=256).mean())
+    rows = [sample.prompt_ids + sample.completion_ids for group in groups for sample in group]
+    return float(score_rows(reward_model, rows, micro_batch_size=256).mean())
 
 
-def worth(groups: list[list[Sample]]) -> float:
+def gold_score(groups: list[list[Sample]]) -> float:
     """The share that is right."""
-    verdicts = [value for group in groups for value in Correct()(group)]
+    verdicts = [value for group in groups for value in CorrectnessReward()(group)]
     return sum(verdicts) / len(verdicts)
 
 
-def arm(*, gold: bool = False, trained_on: bool = False) -> Callable[[int], Measured]:
+def make_arm(*, gold_reward: bool = False, iterative: bool = False) -> Callable[[int], Measurement]:
     """gold: the verifier rewards. trained_on: the judge learns in every phase; else it learns at once from as many
     questions, put to the first policy."""
 
-    def measured(seed: int) -> Measured:
-        policy = beginner(SCHOOL, seed)
+    def run_arm(seed: int) -> Measurement:
+        policy = base_policy(EXPERIMENT, seed)
         judge = ScoreHead(1, seed=seed)(copy.deepcopy(policy))
-        exam = Exam(SCHOOL, SCHOOL.every)
-        history: list[Rated] = []
-        curve = [(0.0, exam.measure(policy.eval(), 0)["accuracy"])]
-        reward = Correct() if gold else Scored(partial(scores, judge, at_once=256))
+        exam = HeldOutProblemsEvaluator(EXPERIMENT, EXPERIMENT.every)
+        history: list[TokenizedPreference] = []
+        curve = [(0.0, exam.evaluate(policy.eval(), 0)["accuracy"])]
+        reward = CorrectnessReward() if gold_reward else ModelReward(partial(score_rows, judge, micro_batch_size=256))
         first = 0.0
         for phase in range(PHASES):
-            if not gold and (trained_on or phase == 0):
-                groups = asked(policy, seed, phase, QUESTIONS if trained_on else QUESTIONS * PHASES)
-                new = comparisons(groups, Correct(), seed + phase)
-                taught(judge, new, history, seed + phase)
+            if not gold_reward and (iterative or phase == 0):
+                groups = sample_groups(policy, seed, phase, QUESTIONS if iterative else QUESTIONS * PHASES)
+                new = make_comparisons(groups, CorrectnessReward(), seed + phase)
+                update_reward_model(judge, new, history, seed + phase)
                 history += new
-            if phase == 0 and not gold:
-                first = proxy(judge, asked(policy, seed, PHASES))
-            plan = Plan(prompts=SCHOOL.prompts, group=SCHOOL.group, seed=seed * PHASES + phase)
-            scoring = Scoring(judges=(Judge("reward", reward),))
-            ask = partial(SCHOOL.question, seed * PHASES + phase)
-            feed = Rollouts(policy, ask, SCHOOL.writer(), scoring, plan)
-            rows = run(PolicyGradient(policy), feed, RATE, steps=STEPS, seed=seed + phase, warmup=5, probes=[exam])
+            if phase == 0 and not gold_reward:
+                first = proxy_score(judge, sample_groups(policy, seed, PHASES))
+            plan = RolloutPlan(
+                prompts_per_rollout=EXPERIMENT.prompts, num_generations=EXPERIMENT.group, seed=seed * PHASES + phase
+            )
+            scoring = RewardPipeline(rewards=(WeightedReward("reward", reward),))
+            ask = partial(EXPERIMENT.question, seed * PHASES + phase)
+            loader = RolloutLoader(policy, ask, EXPERIMENT.make_sampler(), scoring, plan)
+            rows = train_for_steps(
+                PolicyGradientLoss(policy),
+                loader,
+                LEARNING_RATE,
+                steps=STEPS,
+                seed=seed + phase,
+                warmup=5,
+                probes=[exam],
+            )
             curve += [(phase * STEPS + r["step"], r["exam/accuracy"]) for r in rows if "exam/accuracy" in r]
-        last = asked(policy, seed, PHASES)
-        gained = {} if gold else {"proxy gained": proxy(judge, last) - first}
+        last = sample_groups(policy, seed, PHASES)
+        gained = {} if gold_reward else {"proxy gained": proxy_score(judge, last) - first}
         greedy = {"greedy at the end": curve[-1][1], "best greedy": max(y for _, y in curve)}
-        return Measured({"samples right at the end": worth(last), **greedy, **gained}, curve)
+        return Measurement({"samples right at the end": gold_score(last), **greedy, **gained}, curve)
 
-    return measured
-
-
-ARMS = {"fixed": arm(), "iterative": arm(trained_on=True), "gold reward": arm(gold=True)}
+    return run_arm
 
 
-def judge(results: Results) -> Verdict:
+ARMS = {"fixed": make_arm(), "iterative": make_arm(iterative=True), "gold reward": make_arm(gold_reward=True)}
+
+
+def verdict(results: ExperimentResults) -> Verdict:
     """Over-optimised: the proxy rises while the gold falls. Samples are compared with samples, greedy answers with
     greedy ones."""
     ahead = results.difference("iterative", "fixed", "samples right at the end")
-    proxy_up = results.span("fixed", "proxy gained")
+    proxy_up = results.interval("fixed", "proxy gained")
     words = (
         f"under the fixed judge the proxy gains {proxy_up} while the gold of greedy answers goes from a best of "
-        f"{results.span('fixed', 'best greedy')} to {results.span('fixed', 'greedy at the end')}, of samples to "
-        f"{results.span('fixed', 'samples right at the end')}; trained on, samples end at "
-        f"{results.span('iterative', 'samples right at the end')}: {ahead} more"
+        f"{results.interval('fixed', 'best greedy')} to {results.interval('fixed', 'greedy at the end')}, of samples "
+        f"to {results.interval('fixed', 'samples right at the end')}; trained on, samples end at "
+        f"{results.interval('iterative', 'samples right at the end')}: {ahead} more"
     )
     if ahead.negative:
         return Verdict("refuted", words)
@@ -117,16 +131,16 @@ PAPER = Paper(
     "truth; one that is trained on with the policy's newest samples does not (Gao et al. do not test that; it is "
     "DeepSeekMath's iterative GRPO, arXiv:2402.03300).",
     experiment="Words to reverse, so that the gold reward is known; the beginner of `quest reproduce reverse`. A "
-    f"reward model learns from {QUESTIONS * PHASES} questions of {SCHOOL.group} samples labelled by the verifier: "
+    f"reward model learns from {QUESTIONS * PHASES} questions of {EXPERIMENT.group} samples labelled by the verifier: "
     f"all of them put to the beginner (fixed, the control), or {QUESTIONS} to the policy of each of {PHASES} phases, "
-    f"a tenth of a batch replayed (iterative), {LESSONS} steps each time. Then GRPO on its scores, {PHASES} x "
-    f"{STEPS} steps of {SCHOOL.rows} samples at {RATE:g}, without KL. Gold: the share that is right, of "
-    "samples or of greedy answers.",
+    f"a tenth of a batch replayed (iterative), {REWARD_MODEL_STEPS} steps each time. Then GRPO on its scores, "
+    f"{PHASES} x {STEPS} steps of {EXPERIMENT.rows} samples at {LEARNING_RATE:g}, without KL. Gold: the share that is "
+    "right, of samples or of greedy answers.",
     confirms="the fixed judge's proxy gains and the iterative one's policy ends with more gold, both 95 % intervals "
     "above zero.",
     refutes="the iterative one's policy ends with less.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "gold: held-out greedy accuracy"),
+    verdict=verdict,
+    plot=CurvePlot("step", "gold: held-out greedy accuracy"),
     minutes=5,
 )

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Outcome = Literal["confirmed", "refuted", "no effect seen"]
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+VerdictOutcome = Literal["confirmed", "refuted", "no effect seen"]
+STUDENT_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95 % points of Student's t by degrees of freedom."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What one arm reached with one seed. curve: (x, y) pairs to draw, NaN where a number was not finite."""
 
     numbers: Mapping[str, float]
@@ -26,67 +26,67 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Span:
+class MeanInterval:
     """A mean over seeds and the half width of its 95 % interval (infinite for one seed)."""
 
     mean: float
-    half: float
+    half_width: float
 
     @property
     def positive(self) -> bool:
         """Is zero below the whole interval?"""
-        return self.mean - self.half > 0
+        return self.mean - self.half_width > 0
 
     @property
     def negative(self) -> bool:
-        return self.mean + self.half < 0
+        return self.mean + self.half_width < 0
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g}" + (f" ± {self.half:.2g}" if math.isfinite(self.half) else "")
+        return f"{self.mean:.4g}" + (f" ± {self.half_width:.2g}" if math.isfinite(self.half_width) else "")
 
 
-def span(values: Sequence[float]) -> Span:
+def mean_interval(values: Sequence[float]) -> MeanInterval:
     """Student's interval of the mean."""
     if len(values) < 2:
-        return Span(values[0], math.inf)
+        return MeanInterval(values[0], math.inf)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return Span(statistics.fmean(values), T95.get(len(values) - 1, 1.96) * error)
+    return MeanInterval(statistics.fmean(values), STUDENT_T95.get(len(values) - 1, 1.96) * error)
 
 
 @dataclass
-class Results:
+class ExperimentResults:
     """arm -> seed -> what was measured."""
 
-    arms: dict[str, dict[int, Measured]] = field(default_factory=dict)
+    arms: dict[str, dict[int, Measurement]] = field(default_factory=dict)
 
-    def add(self, arm: str, seed: int, measured: Measured) -> None:
+    def add(self, arm: str, seed: int, measured: Measurement) -> None:
         self.arms.setdefault(arm, {})[seed] = measured
 
     def values(self, arm: str, number: str) -> list[float]:
         """One per seed, in the seeds' order."""
         return [measured.numbers[number] for _, measured in sorted(self.arms[arm].items())]
 
-    def span(self, arm: str, number: str) -> Span:
-        return span(self.values(arm, number))
+    def interval(self, arm: str, number: str) -> MeanInterval:
+        return mean_interval(self.values(arm, number))
 
-    def difference(self, arm: str, control: str, number: str) -> Span:
+    def difference(self, arm: str, control: str, number: str) -> MeanInterval:
         """Arm minus control, paired by seed: what the seeds share falls out."""
         seeds = sorted(self.arms[arm].keys() & self.arms[control].keys())
-        return span([self.arms[arm][s].numbers[number] - self.arms[control][s].numbers[number] for s in seeds])
+        return mean_interval([self.arms[arm][s].numbers[number] - self.arms[control][s].numbers[number] for s in seeds])
 
 
 @dataclass(frozen=True)
 class Verdict:
     """words: one sentence with the numbers it rests on."""
 
-    outcome: Outcome
-    words: str
+    outcome: VerdictOutcome
+    explanation: str
 
     def __str__(self) -> str:
-        return f"{self.outcome}: {self.words}"
+        return f"{self.outcome}: {self.explanation}"
 
 
-def judged(effect: Span, words: str, *, wanted: Literal["positive", "negative"]) -> Verdict:
+def verdict_from_interval(effect: MeanInterval, words: str, *, wanted: Literal["positive", "negative"]) -> Verdict:
     """confirmed if the whole interval lies on the wanted side of zero, refuted if on the other."""
     if effect.positive or effect.negative:
         return Verdict("confirmed" if effect.positive == (wanted == "positive") else "refuted", words)
@@ -94,7 +94,7 @@ def judged(effect: Span, words: str, *, wanted: Literal["positive", "negative"])
 
 
 @dataclass(frozen=True)
-class Picture:
+class CurvePlot:
     """How an experiment is drawn: x and y of the arms' curves."""
 
     x: str
@@ -114,8 +114,8 @@ class Paper:
     experiment: str
     confirms: str
     refutes: str
-    arms: Mapping[str, Callable[[int], Measured]]
-    judge: Callable[[Results], Verdict]
-    picture: Picture
+    arms: Mapping[str, Callable[[int], Measurement]]
+    verdict: Callable[[ExperimentResults], Verdict]
+    plot: CurvePlot
     minutes: float
     notes: str = ""

@@ -4,29 +4,29 @@ alone."""
 from __future__ import annotations
 
 from llm_quest.data.problems.chained import Chained
-from llm_quest.papers.paper import Paper, Picture, Results, Verdict, judged
-from llm_quest.papers.school import School, by_rewards, by_teacher, no_more
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Paper, Verdict, verdict_from_interval
+from llm_quest.papers.rl_lab import RLExperiment, rl_arm, sft_arm, untrained_arm
 
-SCHOOL = School(
-    name="process", task=Chained(shortest=2, longest=4, modulus=7, noise=0.2), width=64, layers=2, lessons=800,
-    rate=3e-3, prompts=32, new_tokens=32, steps=60, every=5,
+EXPERIMENT = RLExperiment(
+    name="process", task=Chained(shortest=2, longest=4, modulus=7, noise=0.2), width=64, layers=2, sft_steps=800,
+    sft_learning_rate=3e-3, prompts=32, new_tokens=32, steps=60, every=5,
 )  # fmt: skip
-RATE = 3e-4
+LEARNING_RATE = 3e-4
 ARMS = {
-    "the beginner": no_more(SCHOOL),
-    "outcome": by_rewards(SCHOOL, rate=RATE),
-    "process": by_rewards(SCHOOL, rate=RATE, process=True),
-    "more of the teacher": by_teacher(SCHOOL, rate=RATE),
+    "the beginner": untrained_arm(EXPERIMENT),
+    "outcome": rl_arm(EXPERIMENT, rate=LEARNING_RATE),
+    "process": rl_arm(EXPERIMENT, rate=LEARNING_RATE, process=True),
+    "more of the teacher": sft_arm(EXPERIMENT, rate=LEARNING_RATE),
 }
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     gain = results.difference("process", "outcome", "mean@8")
     words = (
         f"mean@8 with rewards for every step differs from that with rewards for the answer by {gain}; the answer's "
         f"rewards add {results.difference('outcome', 'the beginner', 'mean@8')} to the beginner's"
     )
-    return judged(gain, words, wanted="positive")
+    return verdict_from_interval(gain, words, wanted="positive")
 
 
 PAPER = Paper(
@@ -35,15 +35,15 @@ PAPER = Paper(
     arxiv="2402.03300",
     claim="Rewards for every step teach more, from the same samples, than a reward for the answer.",
     experiment="Chains of two to four operations modulo 7, worked out step by step; a program checks every step, so "
-    f"the rewards are exact. The teacher gets a fifth of his steps wrong. A Llama of {SCHOOL.width} x "
-    f"{SCHOOL.layers} learns from him for {SCHOOL.lessons} steps of 64 rows; then each arm has {SCHOOL.steps} steps "
-    f"of {SCHOOL.prompts} questions x {SCHOOL.group} samples at {RATE:g}. Control: outcome supervision; beside it as "
-    f"many rows of the teacher. Held out: {SCHOOL.finals} chains answered greedily, {SCHOOL.exam} of them with 8 "
-    "samples each.",
+    f"the rewards are exact. The teacher gets a fifth of his steps wrong. A Llama of {EXPERIMENT.width} x "
+    f"{EXPERIMENT.layers} learns from him for {EXPERIMENT.sft_steps} steps of 64 rows; then each arm has "
+    f"{EXPERIMENT.steps} steps of {EXPERIMENT.prompts} questions x {EXPERIMENT.group} samples at {LEARNING_RATE:g}. "
+    f"Control: outcome supervision; beside it as many rows of the teacher. Held out: {EXPERIMENT.final_problems} "
+    f"chains answered greedily, {EXPERIMENT.eval_problems} of them with 8 samples each.",
     confirms="mean@8 is higher with process supervision, the 95 % interval of the paired difference above zero.",
     refutes="it is lower, likewise.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "held-out greedy accuracy"),
+    verdict=verdict,
+    plot=CurvePlot("step", "held-out greedy accuracy"),
     minutes=8,
 )

@@ -21,95 +21,99 @@ from typing import Any
 
 import torch
 
-from llm_quest.disk import replace_json
-from llm_quest.papers import paper
-from llm_quest.papers.paper import Measured, Paper, Results
+from llm_quest.files import atomic_write_json
+from llm_quest.papers import load_paper
+from llm_quest.papers.paper import ExperimentResults, Measurement, Paper
 
-Say = Callable[[str], None]
-Piece = tuple[str, int]
-BENCH = re.compile(r"^from llm_quest\.papers\.(\w+) import", re.MULTILINE)
+LogFn = Callable[[str], None]
+ArmSeed = tuple[str, int]
+LAB_IMPORT = re.compile(r"^from llm_quest\.papers\.(\w+) import", re.MULTILINE)
 
 
-def reproduce(name: str, *, seeds: int, out: Path, jobs: int, say: Say) -> Results:
+def run_experiment(name: str, *, seeds: int, out: Path, jobs: int, log: LogFn) -> ExperimentResults:
     """All measurements of a paper, in `out`/NAME.json."""
-    chosen = paper(name)
+    chosen = load_paper(name)
     file = out / f"{name}.json"
-    results = kept(file, chosen)
+    results = load_results(file, chosen)
     wanted = [(arm, seed) for seed in range(1, seeds + 1) for arm in chosen.arms]
     missing = [(arm, seed) for arm, seed in wanted if seed not in results.arms.get(arm, {})]
     if len(missing) < len(wanted):
-        say(f"{len(wanted) - len(missing)} of {len(wanted)} measurements are there already: {file}")
+        log(f"{len(wanted) - len(missing)} of {len(wanted)} measurements are there already: {file}")
     began = time.monotonic()
-    for number, ((arm, seed), measured) in enumerate(made(name, missing, jobs), 1):
+    for number, ((arm, seed), measured) in enumerate(run_measurements(name, missing, jobs), 1):
         results.add(arm, seed, measured)
-        keep(file, chosen, results)
+        save_results(file, chosen, results)
         left = (time.monotonic() - began) / number * (len(missing) - number)
         told = ", ".join(f"{key} {value:.4g}" for key, value in measured.numbers.items())
-        say(f"[{number}/{len(missing)}] {arm}, seed {seed}: {told}   ({left:.0f} s left)")
-    return Results({arm: {s: results.arms[arm][s] for s in range(1, seeds + 1)} for arm in chosen.arms})
+        log(f"[{number}/{len(missing)}] {arm}, seed {seed}: {told}   ({left:.0f} s left)")
+    return ExperimentResults({arm: {s: results.arms[arm][s] for s in range(1, seeds + 1)} for arm in chosen.arms})
 
 
-def made(name: str, pieces: Iterable[Piece], jobs: int) -> Iterator[tuple[Piece, Measured]]:
+def run_measurements(name: str, arm_seeds: Iterable[ArmSeed], jobs: int) -> Iterator[tuple[ArmSeed, Measurement]]:
     """In whatever order they are done, each in a process with one thread: the same bits however many run at once."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        asked = {pool.submit(measure, name, arm, seed): (arm, seed) for arm, seed in pieces}
-        for done in concurrent.futures.as_completed(asked):
-            yield asked[done], done.result()
+        futures = {pool.submit(measure_arm, name, arm, seed): (arm, seed) for arm, seed in arm_seeds}
+        for done in concurrent.futures.as_completed(futures):
+            yield futures[done], done.result()
 
 
-def measure(name: str, arm: str, seed: int) -> Measured:
+def measure_arm(name: str, arm: str, seed: int) -> Measurement:
     """One arm with one seed."""
     torch.set_num_threads(1)
-    return paper(name).arms[arm](seed)
+    return load_paper(name).arms[arm](seed)
 
 
-def fingerprint(chosen: Paper) -> str:
+def code_fingerprint(chosen: Paper) -> str:
     """Of the code that measures: a paper's own file and the benches of this room that it imports."""
-    own = inspect.getmodule(chosen.judge)
+    own = inspect.getmodule(chosen.verdict)
     assert own is not None, "a judge is a function of the paper's file"
     source = inspect.getsource(own)
-    benches = sorted(set(BENCH.findall(source)) - {"paper"})
+    benches = sorted(set(LAB_IMPORT.findall(source)) - {"paper"})
     whole = source + "".join(
         inspect.getsource(importlib.import_module(f"llm_quest.papers.{bench}")) for bench in benches
     )
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
-def kept(file: Path, chosen: Paper) -> Results:
+def load_results(file: Path, chosen: Paper) -> ExperimentResults:
     """What was measured before by the same code."""
-    results = Results()
+    results = ExperimentResults()
     if file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
-        for arm, seeds in (content["arms"] if content["code"] == fingerprint(chosen) else {}).items():
+        for arm, seeds in (content["arms"] if content["code"] == code_fingerprint(chosen) else {}).items():
             for seed, measured in seeds.items():
-                results.add(arm, int(seed), Measured(numbers_of(measured["numbers"]), pairs_of(measured["curve"])))
+                results.add(
+                    arm, int(seed), Measurement(parse_numbers(measured["numbers"]), parse_curve(measured["curve"]))
+                )
     return results
 
 
-def keep(file: Path, chosen: Paper, results: Results) -> None:
+def save_results(file: Path, chosen: Paper, results: ExperimentResults) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     arms = {
         arm: {
             str(seed): {
-                "numbers": {key: finite(value) for key, value in measured.numbers.items()},
-                "curve": [[x, finite(round(y, 5))] for x, y in measured.curve],
+                "numbers": {key: finite_or_text(value) for key, value in measured.numbers.items()},
+                "curve": [[x, finite_or_text(round(y, 5))] for x, y in measured.curve],
             }
             for seed, measured in sorted(seeds.items())
         }
         for arm, seeds in results.arms.items()
     }
-    replace_json(file, {"paper": chosen.name, "code": fingerprint(chosen), "torch": torch.__version__, "arms": arms})
+    atomic_write_json(
+        file, {"paper": chosen.name, "code": code_fingerprint(chosen), "torch": torch.__version__, "arms": arms}
+    )
 
 
-def finite(value: float) -> float | str:
+def finite_or_text(value: float) -> float | str:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else str(value)
 
 
-def numbers_of(read: dict[str, Any]) -> dict[str, float]:
+def parse_numbers(read: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in read.items()}
 
 
-def pairs_of(read: list[list[Any]]) -> list[tuple[float, float]]:
+def parse_curve(read: list[list[Any]]) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in read]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from llm_quest.data.problems.strings import Reverse
-from llm_quest.papers.paper import Paper, Picture, Results, Verdict
-from llm_quest.papers.school import School, arms
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Paper, Verdict
+from llm_quest.papers.rl_lab import RLExperiment, standard_arms
 
-SCHOOL = School(
-    name="reverse", task=Reverse(shortest=3, longest=4, letters=8, noise=0.5), width=64, layers=2, lessons=200,
-    rate=3e-3, new_tokens=8, steps=60, every=5, finals=500,
+EXPERIMENT = RLExperiment(
+    name="reverse", task=Reverse(shortest=3, longest=4, letters=8, noise=0.5), width=64, layers=2, sft_steps=200,
+    sft_learning_rate=3e-3, new_tokens=8, steps=60, every=5, final_problems=500,
 )  # fmt: skip
-RATE, POINTS = 1e-3, 0.3
-ARMS = arms(SCHOOL, RATE)
+LEARNING_RATE, POINTS = 1e-3, 0.3
+ARMS = standard_arms(EXPERIMENT, LEARNING_RATE)
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     """Up with the verifier, not with a coin."""
     gain, coin = (results.difference(arm, "the beginner", "greedy") for arm in ("GRPO", "random reward"))
     words = f"greedy accuracy changes by {gain} under the verifier's rewards and by {coin} under a coin's"
@@ -30,14 +30,14 @@ PAPER = Paper(
     claim="Reinforcement learning lifts accuracy even when the reward is the toss of a coin (found on Qwen2.5 "
     "models, not on Llama 3 and OLMo 2).",
     experiment="Words of 3 and 4 of 8 letters, to be reversed; the teacher copies half of them. A Llama of "
-    f"{SCHOOL.width} x {SCHOOL.layers} learns from him for {SCHOOL.lessons} steps; then every arm has {SCHOOL.steps} "
-    f"steps of {SCHOOL.rows} rows at {RATE:g}. Control: the beginner; beside it the same GRPO on the verifier's "
-    f"word. Held out: {SCHOOL.finals} words that no step has seen.",
+    f"{EXPERIMENT.width} x {EXPERIMENT.layers} learns from him for {EXPERIMENT.sft_steps} steps; then every arm has "
+    f"{EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows at {LEARNING_RATE:g}. Control: the beginner; beside it the "
+    f"same GRPO on the verifier's word. Held out: {EXPERIMENT.final_problems} words that no step has seen.",
     confirms="accuracy under a coin's rewards is above the beginner's, the 95 % interval of the paired difference "
     "above zero.",
     refutes=f"it is not, though the verifier's rewards add at least {POINTS:.0%}, likewise.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("step", "held-out greedy accuracy"),
+    verdict=verdict,
+    plot=CurvePlot("step", "held-out greedy accuracy"),
     minutes=2,
 )

@@ -11,110 +11,121 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.papers.lab import VOCAB, fresh, remembered, small_llama, text, trained
-from llm_quest.papers.paper import Measured, Paper, Picture, Results, Verdict
-from llm_quest.techniques.length import LengthExtension
-from llm_quest.train.optimizers import adamw
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.papers.lab import (
+    LAB_VOCAB_SIZE,
+    cached_model,
+    init_lab_model,
+    lab_text,
+    small_llama_config,
+    train_lab_model,
+)
+from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict
+from llm_quest.techniques.context_extension import ContextExtension
+from llm_quest.train.optimizers import make_adamw
 
-SHORT, FACTOR, STEPS, ROWS, RATE = 64, 4, 700, 32, 2e-3
-LONG = SHORT * FACTOR
-ALPHABET = 64
+TRAINED_LENGTH, FACTOR, STEPS, ROWS, LEARNING_RATE = 64, 4, 700, 32, 2e-3
+EVAL_LENGTH = TRAINED_LENGTH * FACTOR
+NUM_REPEATED_TOKENS = 64
 """How many different tokens a text that is to be repeated is made of."""
 
 
-class HalfCopies:
+class HalfCopiesLoader:
     """A feed: half of the rows are text, half a random text and itself again, of which only the repetition is learned
     (it can be retrieved, and nothing else helps)."""
 
     def __init__(self, seed: int):
-        self.text, self.seed = text().feed(seed, length=SHORT, rows=ROWS // 2), seed
+        self.text, self.seed = lab_text().loader(seed, length=TRAINED_LENGTH, rows=ROWS // 2), seed
 
-    def at(self, step: int) -> list[TokenBatch]:
-        return [*self.text.at(step), copies(ROWS // 2, SHORT, self.seed * 100_003 + step)]
+    def batches(self, step: int) -> list[TokenBatch]:
+        return [*self.text.batches(step), repeated_texts(ROWS // 2, TRAINED_LENGTH, self.seed * 100_003 + step)]
 
-    def bookmark(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """It has no state."""
 
 
-def copies(rows: int, length: int, seed: int) -> TokenBatch:
+def repeated_texts(rows: int, length: int, seed: int) -> TokenBatch:
     """Rows of `length` inputs: a random text of half that length, and again."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    half = torch.randint(VOCAB - ALPHABET, VOCAB, (rows, length // 2), generator=generator)
+    half = torch.randint(LAB_VOCAB_SIZE - NUM_REPEATED_TOKENS, LAB_VOCAB_SIZE, (rows, length // 2), generator=generator)
     ids = torch.cat((half, half, half[:, :1]), dim=1)
     targets = ids[:, 1:].clone()
-    targets[:, : length // 2] = IGNORE
+    targets[:, : length // 2] = IGNORE_INDEX
     return TokenBatch(ids[:, :-1], targets)
 
 
-def base(seed: int) -> Decoder:
+def yarn_base_model(seed: int) -> Decoder:
     """Trained at 64 tokens."""
 
     def make() -> Decoder:
-        model = fresh(small_llama(layers=3, context=SHORT), seed)
-        trained(NextToken(model), HalfCopies(seed), adamw(model, lr=RATE), steps=STEPS, seed=seed)
+        model = init_lab_model(small_llama_config(layers=3, context=TRAINED_LENGTH), seed)
+        train_lab_model(
+            NextTokenLoss(model), HalfCopiesLoader(seed), make_adamw(model, lr=LEARNING_RATE), steps=STEPS, seed=seed
+        )
         return model
 
-    return remembered("yarn-base", seed, small_llama(layers=3, context=SHORT), make)
+    return cached_model("yarn-base", seed, small_llama_config(layers=3, context=TRAINED_LENGTH), make)
 
 
-def arm(technique: LengthExtension | None) -> Callable[[int], Measured]:
-    def run(seed: int) -> Measured:
-        model: Any = base(seed)
+def make_arm(technique: ContextExtension | None) -> Callable[[int], Measurement]:
+    def run_arm(seed: int) -> Measurement:
+        model: Any = yarn_base_model(seed)
         model = (model if technique is None else technique(model)).eval()
-        curve = by_position(model)
-        far = [loss for place, loss in curve if place >= LONG - SHORT]
-        near = [loss for place, loss in curve if place < SHORT]
+        curve = loss_by_position(model)
+        far = [loss for place, loss in curve if place >= EVAL_LENGTH - TRAINED_LENGTH]
+        near = [loss for place, loss in curve if place < TRAINED_LENGTH]
         numbers = {"loss within 64": sum(near) / len(near), "loss at 192-256": sum(far) / len(far)}
-        return Measured(numbers | {"retrieved at 256": retrieved(model, LONG)}, curve)
+        return Measurement(numbers | {"retrieved at 256": retrieval_accuracy(model, EVAL_LENGTH)}, curve)
 
-    return run
+    return run_arm
 
 
 @torch.no_grad()
-def by_position(model: Decoder, step: int = 8) -> list[tuple[float, float]]:
+def loss_by_position(model: Decoder, step: int = 8) -> list[tuple[float, float]]:
     """Mean loss of held-out text, by position: documents that are long enough, laid out alone."""
-    batch = long_rows()
+    batch = long_documents()
     losses = -token_log_probs(model, batch).mean(dim=0)
-    return [(place, float(losses[place : place + step].mean())) for place in range(0, LONG, step)]
+    return [(place, float(losses[place : place + step].mean())) for place in range(0, EVAL_LENGTH, step)]
 
 
 @functools.cache
-def long_rows(rows: int = 48) -> TokenBatch:
-    ids, offsets = text().folder.val.ids, text().folder.val.offsets
-    starts = [begin for begin, end in itertools.pairwise(offsets) if end - begin > LONG]
-    found = torch.stack([torch.from_numpy(ids[begin : begin + LONG + 1].astype("int64")) for begin in starts[:rows]])
+def long_documents(rows: int = 48) -> TokenBatch:
+    ids, offsets = lab_text().folder.val.ids, lab_text().folder.val.offsets
+    starts = [begin for begin, end in itertools.pairwise(offsets) if end - begin > EVAL_LENGTH]
+    found = torch.stack(
+        [torch.from_numpy(ids[begin : begin + EVAL_LENGTH + 1].astype("int64")) for begin in starts[:rows]]
+    )
     return TokenBatch(found[:, :-1], found[:, 1:])
 
 
 @torch.no_grad()
-def retrieved(model: Decoder, length: int) -> float:
+def retrieval_accuracy(model: Decoder, length: int) -> float:
     """The share of a repeated random text that is predicted greedily, at half the length's distance."""
-    batch = copies(16, length, 5)
-    said: Tensor = model(batch.tokens).argmax(dim=-1)
-    learned = batch.targets != IGNORE
+    batch = repeated_texts(16, length, 5)
+    said: Tensor = model(batch.input_ids).argmax(dim=-1)
+    learned = batch.targets != IGNORE_INDEX
     return float((said == batch.targets)[learned].float().mean())
 
 
 ARMS = {
-    "plain": arm(None),
-    "linear": arm(LengthExtension(FACTOR, "linear")),
-    "NTK": arm(LengthExtension(FACTOR, "ntk")),
-    "YaRN": arm(LengthExtension(FACTOR, "yarn", original=SHORT)),
+    "plain": make_arm(None),
+    "linear": make_arm(ContextExtension(FACTOR, "linear")),
+    "NTK": make_arm(ContextExtension(FACTOR, "ntk")),
+    "YaRN": make_arm(ContextExtension(FACTOR, "yarn", original=TRAINED_LENGTH)),
 }
 
 
-def judge(results: Results) -> Verdict:
+def verdict(results: ExperimentResults) -> Verdict:
     loss = results.difference("YaRN", "plain", "loss at 192-256")
     kept = results.difference("YaRN", "plain", "retrieved at 256")
     words = f"at four times the trained length YaRN changes the loss by {loss} nats and the retrieved share by {kept}"
-    if loss.negative and kept.mean + kept.half > 0:
+    if loss.negative and kept.mean + kept.half_width > 0:
         return Verdict("confirmed", words)
     return Verdict("refuted" if loss.positive or kept.negative else "no effect seen", words)
 
@@ -125,13 +136,14 @@ PAPER = Paper(
     arxiv="2309.00071",
     claim="Stretching slow rotations and leaving fast ones keeps perplexity and retrieval far beyond the trained "
     "length, where plain RoPE fails.",
-    experiment=f"A 0.7M-parameter Llama trained at {SHORT} tokens ({STEPS} steps, half text, half random texts to be "
-    f"repeated) is read at {LONG} without further training. Control: no stretch; beside it linear and NTK-aware.",
+    experiment=f"A 0.7M-parameter Llama trained at {TRAINED_LENGTH} tokens ({STEPS} steps, half text, half random "
+    f"texts to be repeated) is read at {EVAL_LENGTH} without further training. Control: no stretch; beside it linear "
+    "and NTK-aware.",
     confirms="the loss at positions 192 to 256 falls (95 % interval of the paired difference below zero) and no less "
     "is retrieved.",
     refutes="the loss rises, or less is retrieved.",
     arms=ARMS,
-    judge=judge,
-    picture=Picture("position", "held-out loss"),
+    verdict=verdict,
+    plot=CurvePlot("position", "held-out loss"),
     minutes=12,
 )

@@ -10,134 +10,160 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_quest.data.by_length import ByLengthFeed, all_of
-from llm_quest.data.conversations import held_apart
-from llm_quest.data.documents import Ledger
-from llm_quest.data.labelled import Labels, as_labels, class_names, labelled
-from llm_quest.data.questions import kinds, rows
+from llm_quest.data.builtin_qa import builtin_labeled_texts, load_records
+from llm_quest.data.conversations import split_by_prompt
+from llm_quest.data.documents import DropReport
+from llm_quest.data.length_grouped import LengthGroupedLoader, length_grouped_indices
+from llm_quest.data.text_classification import (
+    TextClassificationDataset,
+    collect_label_names,
+    encode_labeled_texts,
+    read_labeled_texts,
+)
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.classification import TextClassification
-from llm_quest.objectives.last_outputs import last_outputs
-from llm_quest.recipes.course import Outcome, company, micro_rows_of
-from llm_quest.recipes.tuning import Job, Say, carried_out, edited, opened, require_room
-from llm_quest.recipes.tuning_config import Classify
-from llm_quest.recipes.yaml import Settings
-from llm_quest.techniques.score_head import ScoreHead, score_head
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.state import derive_seed
+from llm_quest.objectives.classification import TextClassificationLoss
+from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.recipes.job import (
+    LogFn,
+    TrainingJob,
+    apply_config_techniques,
+    load_for_finetuning,
+    run_job,
+)
+from llm_quest.recipes.run import RunOutcome, init_distributed, micro_rows_of, require_context
+from llm_quest.recipes.tuning_config import ClassifyConfig
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.techniques.score_head import ScoreHead, find_score_head
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 
-BINS = 10
+CALIBRATION_BINS = 10
 
 
 def train_classify(
-    config: Classify, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: ClassifyConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with company(config, config.batch.rows) as parallel:
-        tell = say if parallel.leader else lambda text: None
-        return carried_out(assembled(config, parallel, tell), config, out, resume, env or {}, quiet, tell, parallel)
+    with init_distributed(config, config.batch.rows) as parallel:
+        leader_log = log if parallel.is_main_process else lambda text: None
+        return run_job(
+            build_classify_job(config, parallel, leader_log),
+            config,
+            out,
+            resume,
+            env or {},
+            quiet,
+            leader_log,
+            parallel,
+        )
 
 
-def assembled(config: Classify, parallel: Parallel, say: Say) -> Job:
+def build_classify_job(config: ClassifyConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, texts, objective and feed."""
-    model, tokenizer = opened(config.model)
-    require_room(config.batch.length, model)
-    ledger = Ledger()
+    model, tokenizer = load_for_finetuning(config.model)
+    require_context(config.batch.length, model.config.max_position_embeddings)
+    drop_report = DropReport()
     part = config.data
-    texts = labelled(rows(part.source, kinds)[: part.limit], ledger, text=part.text, label=part.label)
-    callbacks = edited(config, model, say)
-    names = headed(model, class_names(texts), derive_seed(config.seed, "init"))
-    learning(model, config.train)
+    texts = read_labeled_texts(
+        load_records(part.source, builtin_labeled_texts)[: part.limit],
+        drop_report,
+        text_column=part.text,
+        label_column=part.label,
+    )
+    callbacks = apply_config_techniques(config, model, log)
+    names = attach_score_head(model, collect_label_names(texts), derive_seed(config.seed, "init"))
+    freeze_except(model, config.train)
     train, held = (
-        as_labels(s, names, tokenizer, config.batch.length, ledger) for s in held_apart(texts, part.held_out)
+        encode_labeled_texts(s, names, tokenizer, config.batch.length, drop_report)
+        for s in split_by_prompt(texts, part.held_out)
     )
-    feed = ByLengthFeed(
+    loader = LengthGroupedLoader(
         train,
-        rows=config.batch.rows,
-        micro_rows=micro_rows_of(config.batch, parallel, config.batch.length),
+        batch_size=config.batch.rows,
+        micro_batch_size=micro_rows_of(config.batch, parallel, config.batch.length),
         seed=derive_seed(config.seed, "order"),
-        share=parallel.share,
+        share=parallel.data_shard,
     )
-    say(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
-    for note in ledger.notes:
-        say(note)
-    dropped = {reason: count for reason, (count, _) in sorted(ledger.dropped.items())}
+    log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
+    for note in drop_report.notes:
+        log(note)
+    dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
     facts = {"source": part.source, "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
-    facts |= {"dropped": dropped, "notes": list(ledger.notes), "tokenizer_sha256": tokenizer.hash}
-    probe = HeldTexts(held, config.evaluate.every)
-    return Job(
-        TextClassification(model, smoothing=config.smoothing), feed, lambda run: [probe], tokenizer, facts,
+    facts |= {"dropped": dropped, "notes": list(drop_report.notes), "tokenizer_sha256": tokenizer.hash}
+    probe = ClassifierEvaluator(held, config.evaluate.every)
+    return TrainingJob(
+        TextClassificationLoss(model, label_smoothing=config.smoothing), loader, lambda run: [probe], tokenizer, facts,
         {"data": train.hash}, callbacks,
     )  # fmt: skip
 
 
-def headed(model: Decoder, names: tuple[str, ...], seed: int) -> tuple[str, ...]:
+def attach_score_head(model: Decoder, labels: tuple[str, ...], seed: int) -> tuple[str, ...]:
     """The names of the classes, in the order of the head's outputs; a head is put on where there is none."""
-    head = score_head(model)
+    head = find_score_head(model)
     if head is None:
-        ScoreHead(len(names), names, seed=seed)(model)
-        return names
-    if set(names) - set(head.labels):
-        raise UsageError(f"the model tells apart {', '.join(head.labels) or 'nothing'}, the texts {', '.join(names)}")
+        ScoreHead(len(labels), labels, seed=seed)(model)
+        return labels
+    if set(labels) - set(head.labels):
+        raise UsageError(f"the model tells apart {', '.join(head.labels) or 'nothing'}, the texts {', '.join(labels)}")
     return head.labels
 
 
-def learning(model: Decoder, what: str) -> None:
+def freeze_except(model: Decoder, trainable: str) -> None:
     """Freeze all but the chosen part."""
     parts = {"last_block": [model.blocks[-1], model.norm, model.head], "head": [model.head]}
-    if what != "all":
+    if trainable != "all":
         model.requires_grad_(False)
-        for part in parts[what]:
+        for part in parts[trainable]:
             part.requires_grad_(True)
 
 
-class HeldTexts:
+class ClassifierEvaluator:
     """Held-out texts: loss, accuracy, macro F1, calibration error; and what always saying the commonest would reach."""
 
     name = "eval"
 
-    def __init__(self, held: Labels, every: int, at_once: int = 32):
-        self.held, self.every, self.at_once = held, every, at_once
+    def __init__(self, held_out: TextClassificationDataset, every: int, batch_size: int = 32):
+        self.held, self.interval, self.at_once = held_out, every, batch_size
 
     @torch.no_grad()
-    def measure(self, model: Decoder, step: int) -> Mapping[str, float]:
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         device = next(model.parameters()).device
         found, labels = [], []
-        for numbers in all_of(self.held, self.at_once):
-            batch = self.held.batch(numbers).to(device)
-            out = last_outputs(model, batch.tokens, batch.positions)
+        for numbers in length_grouped_indices(self.held, self.at_once):
+            batch = self.held.collate(numbers).to(device)
+            out = last_token_outputs(model, batch.input_ids, batch.position_ids)
             found.append(out.double().softmax(dim=1).cpu().numpy())
             labels.append(batch.labels.cpu().numpy())
-        return measures(np.concatenate(found), np.concatenate(labels))
+        return classification_metrics(np.concatenate(found), np.concatenate(labels))
 
 
-def measures(p: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """From probabilities (N, classes) and class numbers (N,)."""
-    said, classes = p.argmax(axis=1), p.shape[1]
+    said, classes = probabilities.argmax(axis=1), probabilities.shape[1]
     right = said == labels
     return {
-        "loss": float(-np.log(np.maximum(p[np.arange(len(labels)), labels], 1e-300)).mean()),
+        "loss": float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-300)).mean()),
         "accuracy": float(right.mean()),
-        "macro_f1": float(np.mean([f1(said == c, labels == c) for c in range(classes) if (labels == c).any()])),
-        "calibration_error": calibration_error(p.max(axis=1), right),
+        "macro_f1": float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()])),
+        "calibration_error": expected_calibration_error(probabilities.max(axis=1), right),
         "commonest": float(np.bincount(labels).max() / len(labels)),
     }
 
 
-def f1(said: np.ndarray, true: np.ndarray) -> float:
+def f1_score(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Harmonic mean of precision and recall of one class; 0 where it was never rightly said."""
-    both = float((said & true).sum())
-    return 2 * both / float(said.sum() + true.sum()) if both else 0.0
+    both = float((predicted & labels).sum())
+    return 2 * both / float(predicted.sum() + labels.sum()) if both else 0.0
 
 
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): |accuracy - confidence| by bins of equal width,
     weighed by how many fall in each."""
     where = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps: Sequence[float] = [
-        abs(float(right[where == b].mean() - confidence[where == b].mean())) * float((where == b).mean())
+        abs(float(correct[where == b].mean() - confidence[where == b].mean())) * float((where == b).mean())
         for b in np.unique(where)
     ]
     return float(sum(gaps))

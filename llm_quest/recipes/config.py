@@ -2,8 +2,8 @@
 known name.
 
 A recipe's config is a tree of frozen pydantic models that refuse unknown keys. `resolve` reads a recipe's name or a
-file and `key=value` pairs; `as_yaml` writes a config such that `resolve` gives it back, so a run folder's config.yaml
-is itself a recipe.
+file and `key=value` pairs; `config_to_yaml` writes a config such that `resolve` gives it back, so a run folder's
+config.yaml is itself a recipe.
 """
 
 from __future__ import annotations
@@ -18,26 +18,34 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm_quest.errors import UsageError
-from llm_quest.recipes.yaml import Mistake, Path, Settings, flat, merge, read_file, write
+from llm_quest.recipes.yaml_io import (
+    ConfigProblem,
+    KeyPath,
+    RawConfig,
+    apply_overrides,
+    dump_yaml,
+    flatten_tree,
+    read_yaml_file,
+)
 
-HERE = File(__file__).parent
+RECIPES_DIR = File(__file__).parent
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """What every part of a config has in common: it is frozen, and a key it does not know is a mistake."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-Config = TypeVar("Config", bound=Strict)
+ConfigT = TypeVar("ConfigT", bound=StrictModel)
 
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(file.stem for file in HERE.glob("*.yaml"))
+    return sorted(file.stem for file in RECIPES_DIR.glob("*.yaml"))
 
 
-def find(recipe: str) -> File:
+def find_recipe_file(recipe: str) -> File:
     """The file of a recipe: a path, a run folder (its config.yaml), or a name from the package."""
     given = File(recipe)
     if given.suffix in (".yaml", ".yml") or given.is_file():
@@ -47,29 +55,30 @@ def find(recipe: str) -> File:
             )
         return given
     if recipe in recipe_names():
-        return HERE / f"{recipe}.yaml"
+        return RECIPES_DIR / f"{recipe}.yaml"
     if (given / "config.yaml").is_file():
         return given / "config.yaml"
-    near = nearest(recipe, recipe_names())
+    near = did_you_mean(recipe, recipe_names())
     raise UsageError(
         f"no recipe is called {recipe!r}{near}; known: {', '.join(recipe_names())}, or give a YAML file or a run folder"
     )
 
 
-def gather(recipe: str, pairs: Sequence[str] = ()) -> Settings:
+def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
     """The settings of a recipe with the pairs on top; mistakes are noted, not raised."""
-    settings = read_file(find(recipe))
+    settings = read_yaml_file(find_recipe_file(recipe))
     own = settings.tree.get("model")
     page = own.get("page") if isinstance(own, dict) else None
-    merge(settings, pairs)
-    give_way(settings, {tuple(pair.partition("=")[0].strip().split(".")) for pair in pairs}, page)
+    apply_overrides(settings, overrides)
+    give_way(settings, {tuple(pair.partition("=")[0].strip().split(".")) for pair in overrides}, page)
     return settings
 
 
-def give_way(settings: Settings, given: Collection[Path], page: Any) -> None:
-    """A model that is chosen on the command line (`model.preset=NAME`, `model.page=NAME`, `model.load=FOLDER`) takes
-    the place of the recipe's own, with what belongs to that one: its sizes, and for a model that is loaded the training
-    that a fresh one needs and a tokenizer. given: the keys on the command line, which stay; page: the recipe's own."""
+def give_way(settings: RawConfig, given: Collection[KeyPath], page: Any) -> None:
+    """A model that is chosen on the command line (`model.preset=RECORD_NAME`, `model.page=RECORD_NAME`,
+    `model.load=FOLDER`) takes the place of the recipe's own, with what belongs to that one: its sizes, and for a model
+    that is loaded the training that a fresh one needs and a tokenizer. given: the keys on the command line, which stay;
+    page: the recipe's own."""
     model = settings.tree.get("model")
     chosen = [key for key in ALTERNATIVES if ("model", key) in given and isinstance(model, dict) and model.get(key)]
     if not isinstance(model, dict) or len(chosen) != 1:
@@ -89,94 +98,96 @@ ALTERNATIVES = ("preset", "page", "load")
 """What a model may come from; one of them is given."""
 
 
-def resolve(schema: type[Config], settings: Settings, more: Sequence[Mistake] = ()) -> Config:
+def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[ConfigProblem] = ()) -> ConfigT:
     """The typed config; UsageError with one line per mistake. more: mistakes that are not the schema's to find."""
-    if settings.mistakes:
-        raise mistaken(settings.mistakes)
+    if settings.problems:
+        raise config_error(settings.problems)
     try:
         config = schema.model_validate(settings.tree)
     except ValidationError as error:
-        raise mistaken([*explain(error, schema, settings), *more]) from None
+        raise config_error([*explain_validation_error(error, schema, settings), *more]) from None
     if more:
-        raise mistaken(more)
+        raise config_error(more)
     return config
 
 
-def mistaken(mistakes: Sequence[Mistake]) -> UsageError:
+def config_error(problems: Sequence[ConfigProblem]) -> UsageError:
     """All of them, one a line."""
-    return UsageError("\n".join(map(str, mistakes)))
+    return UsageError("\n".join(map(str, problems)))
 
 
-def as_yaml(config: Strict) -> str:
+def config_to_yaml(config: StrictModel) -> str:
     """The text of a config; `resolve` reads the same config from it."""
-    return write(config.model_dump(mode="json"))
+    return dump_yaml(config.model_dump(mode="json"))
 
 
-def differences(old: Strict, new: Strict, free: Sequence[str] = ()) -> list[str]:
+def config_differences(old: StrictModel, new: StrictModel, ignored: Sequence[str] = ()) -> list[str]:
     """`key: old -> new` for every key with another value, but for those (or parts of the tree) that are free to
     change."""
-    before, after = dict(flat(old.model_dump(mode="json"))), dict(flat(new.model_dump(mode="json")))
+    before, after = dict(flatten_tree(old.model_dump(mode="json"))), dict(flatten_tree(new.model_dump(mode="json")))
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    bound = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in free)]
+    bound = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in ignored)]
     return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in bound]
 
 
-def explain(error: ValidationError, schema: type[Strict], settings: Settings) -> Iterator[Mistake]:
+def explain_validation_error(
+    error: ValidationError, schema: type[StrictModel], settings: RawConfig
+) -> Iterator[ConfigProblem]:
     """Pydantic's findings in our words."""
     for finding in error.errors():
         path = tuple(str(part) for part in finding["loc"])
-        fields = fields_at(schema, path[:-1])
+        fields = schema_fields(schema, path[:-1])
         if finding["type"] == "extra_forbidden":
-            what = f"unknown key{nearest(path[-1], list(fields))}; allowed here: {', '.join(fields)}"
+            what = f"unknown key{did_you_mean(path[-1], list(fields))}; allowed here: {', '.join(fields)}"
         elif finding["type"] == "missing":
-            what = f"missing; give {allowed(fields.get(path[-1]))}"
+            what = f"missing; give {describe_field(fields.get(path[-1]))}"
         elif finding["type"] in ("value_error", "assertion_error"):
             what = str(finding["ctx"]["error"])
         else:
-            field = field_at(schema, path)
-            what = f"{brief(finding['input'])} is not {allowed(field)}{closest(finding, field)}"
-        yield Mistake(settings.place(path), ".".join(path), what)
+            field = schema_field(schema, path)
+            what = f"{short_repr(finding['input'])} is not {describe_field(field)}{suggest_choice(finding, field)}"
+        yield ConfigProblem(settings.location(path), ".".join(path), what)
 
 
-def fields_at(schema: type[Strict], path: Path) -> dict[str, FieldInfo]:
+def schema_fields(schema: type[StrictModel], path: KeyPath) -> dict[str, FieldInfo]:
     """The fields of the part of the schema at a path; none where there is no such part."""
-    part: type[Strict] | None = schema
+    part: type[StrictModel] | None = schema
     for name in path:
         field = part.model_fields.get(name) if part else None
-        part = part_of(field.annotation) if field else None
+        part = nested_schema(field.annotation) if field else None
     return dict(part.model_fields) if part else {}
 
 
-def field_at(schema: type[Strict], path: Path) -> FieldInfo | None:
+def schema_field(schema: type[StrictModel], path: KeyPath) -> FieldInfo | None:
     """The deepest field named along a path (a finding may point into a list or a choice of types)."""
     for depth in range(len(path), 0, -1):
-        if field := fields_at(schema, path[: depth - 1]).get(path[depth - 1]):
+        if field := schema_fields(schema, path[: depth - 1]).get(path[depth - 1]):
             return field
     return None
 
 
-def part_of(annotation: Any) -> type[Strict] | None:
+def nested_schema(annotation: Any) -> type[StrictModel] | None:
     """The part a field holds, where it holds one."""
     for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Strict):
+        if isinstance(candidate, type) and issubclass(candidate, StrictModel):
             return candidate
     return None
 
 
-def allowed(field: FieldInfo | None) -> str:
+def describe_field(field: FieldInfo | None) -> str:
     """What a field takes, in words: the choices, or the type with its bounds, and what it is for."""
     if field is None:
         return "allowed here"
-    told = [words(field.annotation), *bounds(field.metadata)]
-    return " ".join(told) + (f" ({field.description})" if field.description else "")
+    phrases = [describe_type(field.annotation), *bounds(field.metadata)]
+    return " ".join(phrases) + (f" ({field.description})" if field.description else "")
 
 
 def bounds(found: Iterable[Any]) -> list[str]:
     """The bounds among what a type is annotated with, in words."""
-    return [BOUNDS[type(one).__name__](one) for one in found if type(one).__name__ in BOUNDS]
+    return [BOUND_PHRASES[type(one).__name__](one) for one in found if type(one).__name__ in BOUND_PHRASES]
 
 
-BOUNDS: dict[str, Callable[[Any], str]] = {
+BOUND_PHRASES: dict[str, Callable[[Any], str]] = {
     "Gt": lambda bound: f"> {bound.gt}",
     "Ge": lambda bound: f">= {bound.ge}",
     "Lt": lambda bound: f"< {bound.lt}",
@@ -185,42 +196,44 @@ BOUNDS: dict[str, Callable[[Any], str]] = {
     "MaxLen": lambda bound: f"of length <= {bound.max_length}",
 }
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
-def words(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
     """A type in words."""
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join("true or false" if isinstance(x, bool) else str(x) for x in get_args(annotation))
-    if annotation in KINDS:
-        return KINDS[annotation]
+    if annotation in TYPE_NAMES:
+        return TYPE_NAMES[annotation]
     if get_origin(annotation) is Annotated:
         kind, *notes = get_args(annotation)
-        return " ".join([words(kind), *bounds(bound for note in notes for bound in getattr(note, "metadata", ()))])
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return " ".join(
+            [describe_type(kind), *bounds(bound for note in notes for bound in getattr(note, "metadata", ()))]
+        )
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return f"a group of keys ({', '.join(annotation.model_fields)})"
     if get_origin(annotation) in (tuple, list):
-        return f"a list ({words(get_args(annotation)[0])})"
+        return f"a list ({describe_type(get_args(annotation)[0])})"
     if get_origin(annotation) is dict:
         return "a group of keys"
-    return " or ".join(words(part) for part in get_args(annotation)) or str(annotation)
+    return " or ".join(describe_type(part) for part in get_args(annotation)) or str(annotation)
 
 
-def closest(finding: Any, field: FieldInfo | None) -> str:
+def suggest_choice(finding: Any, field: FieldInfo | None) -> str:
     """The nearest of a field's choices, where it has choices and text came."""
     parts = (field.annotation, *get_args(field.annotation)) if field else ()
     choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
-    return nearest(str(finding["input"]), choices)
+    return did_you_mean(str(finding["input"]), choices)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     """', did you mean ...?' where a known name is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     near = near or [name for name in known if sorted(name) == sorted(word)]  # two letters swapped in a short word
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def brief(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value as it came, cut to a readable length."""
     shown = re.sub(r"\s+", " ", repr(value))
     return shown if len(shown) <= 60 else shown[:57] + "..."

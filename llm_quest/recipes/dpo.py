@@ -9,90 +9,100 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_quest.contracts import Callback, Feed
-from llm_quest.data.chat import Chat
-from llm_quest.data.pairs import AnswerBatch
-from llm_quest.objectives.preference import PreferenceLoss, answer_log_probs
-from llm_quest.recipes.choices import precision
-from llm_quest.recipes.course import Outcome, company
-from llm_quest.recipes.preferring import HeldPairs, feed_of, prepared
-from llm_quest.recipes.reference import Moving, known
-from llm_quest.recipes.tuning import (
-    Job,
-    Say,
-    carried_out,
-    edited,
-    may_share,
-    opened,
-    remember_ends,
-    require_room,
-    template_of,
-    told,
+from llm_quest.contracts import Callback, Loader
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.objectives.preference import PreferenceLoss, sequence_log_probs
+from llm_quest.recipes.auto import resolve_precision
+from llm_quest.recipes.job import (
+    LogFn,
+    TrainingJob,
+    apply_config_techniques,
+    can_share_prompts,
+    data_facts,
+    load_for_finetuning,
+    read_chat_template,
+    run_job,
+    set_generation_eos,
 )
-from llm_quest.recipes.tuning_config import Dpo
-from llm_quest.recipes.yaml import Settings
-from llm_quest.techniques.lora import adapters_off, require_adapters
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.state import derive_seed
+from llm_quest.recipes.preference_data import PairsEvaluator, pairs_loader, prepare_preferences
+from llm_quest.recipes.reference_model import SyncedReference, reference_log_probs
+from llm_quest.recipes.run import RunOutcome, init_distributed, require_context
+from llm_quest.recipes.tuning_config import DpoConfig
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.techniques.lora import disable_adapter, require_adapters
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 
 
 def train_dpo(
-    config: Dpo, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: DpoConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with company(config, config.batch.rows) as parallel:
-        tell = say if parallel.leader else lambda text: None
-        job = assembled(config, out, parallel, tell)
-        return carried_out(job, config, out, resume, env or {}, quiet, tell, parallel)
+    with init_distributed(config, config.batch.rows) as parallel:
+        leader_log = log if parallel.is_main_process else lambda text: None
+        job = build_dpo_job(config, out, parallel, leader_log)
+        return run_job(job, config, out, resume, env or {}, quiet, leader_log, parallel)
 
 
-def assembled(config: Dpo, out: Path, parallel: Parallel, say: Say) -> Job:
+def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, pairs, reference, objective and feed."""
-    model, tokenizer = opened(config.model)
-    require_room(config.batch.length, model)
+    model, tokenizer = load_for_finetuning(config.model)
+    require_context(config.batch.length, model.config.max_position_embeddings)
     seed = derive_seed(config.seed, "flips")
-    pairs = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length, seed)
-    remember_ends(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
-    callbacks = edited(config, model, say)
-    objective = PreferenceLoss(
-        model, loss=config.loss, beta=config.beta, flips=config.flips, per_token=config.per_token
+    pairs = prepare_preferences(
+        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.batch.length, seed
     )
-    packed = feed_of(config, pairs, parallel)
-    share = may_share(config) and parallel.kind != "fsdp"  # which shards a block again after its first pass
-    packed.source.shared = share
-    feed: Feed = packed
+    set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
+    callbacks = apply_config_techniques(config, model, log)
+    objective = PreferenceLoss(
+        model, loss_type=config.loss, beta=config.beta, label_smoothing=config.flips, per_token=config.per_token
+    )
+    row_loader = pairs_loader(config, pairs, parallel)
+    share = can_share_prompts(config) and parallel.strategy != "fsdp"  # which shards a block again after its first pass
+    row_loader.dataset.share_prompts = share
+    loader: Loader = row_loader
     if config.sync is not None:
-        moving = Moving(
-            packed, model.to(parallel.device), out,
-            every=config.sync.every, mix=config.sync.mix, keep=config.checkpoint.keep, leader=parallel.leader,
+        synced_reference = SyncedReference(
+            row_loader, model.to(parallel.device), out,
+            sync_steps=config.sync.every, mixup_alpha=config.sync.mix, save_total_limit=config.checkpoint.keep, leader=parallel.is_main_process,
         )  # fmt: skip
-        objective.reference, feed, callbacks = moving, moving, [*callbacks, moving]
+        objective.reference, loader, callbacks = synced_reference, synced_reference, [*callbacks, synced_reference]
     elif config.reference == "adapters_off":
         require_adapters(model)
-        objective.reference = lambda batch: without_adapters(model, batch)
+        objective.reference = lambda batch: log_probs_without_adapters(model, batch)
 
-    def before() -> Callable[[Path], None]:
+    def compute_reference() -> Callable[[Path], None]:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
         comparable; of the training pairs where nothing else computes them."""
-        kind = precision(config.precision, parallel.device).value
+        kind = resolve_precision(config.precision, parallel.device).value
         mine = [] if objective.reference is not None else list(pairs.train)
-        found = known(model, [*mine, *pairs.held], out, parallel, kind, say, share=share)
-        packed.source.reference = found.log_probs[: len(mine)] or None
-        probe.pairs.reference = found.log_probs[len(mine) :]
-        return found.keep
+        found = reference_log_probs(model, [*mine, *pairs.held_out], out, parallel, kind, log, share_prompts=share)
+        row_loader.dataset.reference_log_probs = found.log_probs[: len(mine)] or None
+        evaluator.pairs.reference_log_probs = found.log_probs[len(mine) :]
+        return found.save
 
-    def rewards(model: Any, batch: AnswerBatch) -> Tensor:
-        assert batch.reference is not None, "the probe gives it"
-        return config.beta * (answer_log_probs(model, batch) - batch.reference)
+    def implicit_rewards(model: Any, batch: PreferenceBatch) -> Tensor:
+        assert batch.reference_log_probs is not None, "the probe gives it"
+        return config.beta * (sequence_log_probs(model, batch) - batch.reference_log_probs)
 
-    probe = HeldPairs(pairs.held, config.evaluate.every, rewards)
-    facts = told(config.data, pairs.chat, pairs.ledger, len(pairs.train), len(pairs.held), say)
-    riding: list[Callback] = list(callbacks)
-    return Job(objective, feed, lambda run: [probe], tokenizer, facts, {"data": packed.source.hash}, riding, before)
+    evaluator = PairsEvaluator(pairs.held_out, config.evaluate.every, implicit_rewards)
+    data_info = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
+    all_callbacks: list[Callback] = list(callbacks)
+    return TrainingJob(
+        objective,
+        loader,
+        lambda run: [evaluator],
+        tokenizer,
+        data_info,
+        {"data": row_loader.dataset.hash},
+        all_callbacks,
+        compute_reference,
+    )
 
 
-def without_adapters(model: Any, batch: AnswerBatch) -> Tensor:
+def log_probs_without_adapters(model: Any, batch: PreferenceBatch) -> Tensor:
     """The reference is the policy with its adapters off."""
-    with adapters_off(model):
-        return answer_log_probs(model, batch)
+    with disable_adapter(model):
+        return sequence_log_probs(model, batch)

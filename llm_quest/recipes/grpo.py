@@ -12,155 +12,173 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm_quest.contracts import Probe, Reward
-from llm_quest.data.chat import Chat
-from llm_quest.data.problems import Drawn, Problem, draw, spelled
-from llm_quest.data.problems.problem import chance
+from llm_quest.contracts import Evaluator, Reward
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
+from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.hub.files import load, load_tokenizer
-from llm_quest.hub.gsm8k import is_gsm8k, learned_and_held
+from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
+from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.reward_model import scores
-from llm_quest.recipes.course import Outcome
-from llm_quest.recipes.grpo_config import Grpo, Named
-from llm_quest.recipes.policy import entered, learner
-from llm_quest.recipes.policy_probes import Extremes, HeldOut
-from llm_quest.recipes.tuning import Job, Say, carried_out, opened
-from llm_quest.recipes.tuning_config import Start
-from llm_quest.recipes.warmup import warmed
-from llm_quest.recipes.yaml import Settings
-from llm_quest.rollouts.doctor import Doctor
-from llm_quest.rollouts.rewards import Correct, FormatOnly, RandomReward
-from llm_quest.rollouts.scored import Scored
-from llm_quest.rollouts.scoring import Judge
-from llm_quest.rollouts.steps import step_rewards
-from llm_quest.rollouts.writer import Question
-from llm_quest.techniques.score_head import score_head
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
-from llm_quest.train.state import derive_seed
+from llm_quest.objectives.reward_model import score_rows
+from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
+from llm_quest.recipes.job import LogFn, TrainingJob, load_for_finetuning, run_job
+from llm_quest.recipes.policy import build_policy_setup, setup_policy_run
+from llm_quest.recipes.policy_evaluators import ProblemEvaluator, RatioRangeEvaluator
+from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.sft_warmup import run_sft_warmup
+from llm_quest.recipes.tuning_config import StartModelConfig
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.rollouts.diagnostics import Diagnostics
+from llm_quest.rollouts.model_reward import ModelReward
+from llm_quest.rollouts.reward_pipeline import WeightedReward
+from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward
+from llm_quest.rollouts.sampler import PolicyPrompt
+from llm_quest.rollouts.step_rewards import compute_step_rewards
+from llm_quest.techniques.score_head import find_score_head
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state_dict import derive_seed
 
-Encode = Callable[[str], list[int]]
+EncodeFn = Callable[[str], list[int]]
 
 
 def train_grpo(
-    config: Grpo, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: GrpoConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder."""
-    with entered(config, out, say) as (config, parallel, tell):
-        made = assembled(config, settings, out, parallel, tell)
-        before = made.held.accuracy(made.job.model)
-        tell(f"held out, before: accuracy {before.greedy}")
-        outcome = carried_out(made.job, config, out, resume, env or {}, quiet, tell, parallel)
+    with setup_policy_run(config, out, log) as (config, parallel, leader_log):
+        grpo_job = build_grpo_job(config, settings, out, parallel, leader_log)
+        before = grpo_job.evaluator.accuracy(grpo_job.job.model)
+        leader_log(f"held out, before: accuracy {before.greedy_accuracy}")
+        outcome = run_job(grpo_job.job, config, out, resume, env or {}, quiet, leader_log, parallel)
         if outcome.status == "finished":
-            tell(f"held out, after:  accuracy {made.held.accuracy(made.job.model.eval()).greedy}")
+            leader_log(
+                f"held out, after:  accuracy {grpo_job.evaluator.accuracy(grpo_job.job.model.eval()).greedy_accuracy}"
+            )
         return outcome
 
 
 @dataclass(frozen=True)
-class Made:
+class GrpoJob:
     """The recipe's job, and the eye it keeps on held-out problems."""
 
-    job: Job
-    held: HeldOut
+    job: TrainingJob
+    evaluator: ProblemEvaluator
 
 
-def assembled(config: Grpo, settings: Settings, out: Path, parallel: Parallel, say: Say) -> Made:
+def build_grpo_job(
+    config: GrpoConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
+) -> GrpoJob:
     """Model, problems, rollouts, objective."""
-    problems = posed(config)
-    model, tokenizer = begun(config, settings, out, parallel, say)
+    problems = load_problems(config)
+    model, tokenizer = init_policy(config, settings, out, parallel, log)
     model.to(parallel.device)
-    encode = asking(config, tokenizer)
-    judges = [Judge(one.name, rewarding(config, one, tokenizer, parallel), one.weight) for one in config.rewards]
-    steps = partial(step_rewards, tokenizer) if config.process else None
-    made = learner(
-        config, model, tokenizer, partial(question, problems, encode), judges, parallel, say,
-        separately=config.separately, steps=steps,
+    encode = prompt_encoder(config, tokenizer)
+    rewards = [
+        WeightedReward(one.name, build_reward(config, one, tokenizer, parallel), one.weight) for one in config.rewards
+    ]
+    steps = partial(compute_step_rewards, tokenizer) if config.process else None
+    policy = build_policy_setup(
+        config, model, tokenizer, partial(make_question, problems, encode), rewards, parallel, log,
+        normalize_rewards_separately=config.separately, steps=steps,
     )  # fmt: skip
-    held = HeldOut(
+    evaluator = ProblemEvaluator(
         problems.held_out, tokenizer, encode, config.evaluate.every, config.rollout.new_tokens,
         config.evaluate.samples, config.rollout.temperature, derive_seed(config.seed, "evaluation"),
     )  # fmt: skip
 
-    def probes(run: Run) -> Sequence[Probe]:
-        held.folder = run.samples if run.leader else None
-        return [held, Extremes(made.objective, config.log_every)]
+    def probes(run: RunDir) -> Sequence[Evaluator]:
+        evaluator.samples_dir = run.samples if run.is_main_process else None
+        return [evaluator, RatioRangeEvaluator(policy.objective, config.log_every)]
 
     facts = {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash}
-    job = Job(
-        made.objective, made.feed, probes, tokenizer, facts, {"task": problems.identity}, made.riding,
-        watchers=[Doctor(config.patience)],
+    job = TrainingJob(
+        policy.objective, policy.rollouts, probes, tokenizer, facts, {"task": problems.identity}, policy.callbacks,
+        watchers=[Diagnostics(config.patience)],
     )  # fmt: skip
-    return Made(job, held)
+    return GrpoJob(job, evaluator)
 
 
 @dataclass(frozen=True)
-class Posed:
+class ProblemSet:
     """Problem number i of an endless list to learn from, and those that are held out."""
 
-    train: Callable[[int], Problem]
+    train_problem: Callable[[int], Problem]
     held_out: list[Problem]
     identity: str
 
 
-def posed(config: Grpo) -> Posed:
+def load_problems(config: GrpoConfig) -> ProblemSet:
     """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
     seed, number = derive_seed(config.seed, "order"), config.evaluate.problems
     if not is_gsm8k(config.task):
-        task = spelled(config.task)
-        return Posed(partial(Drawn(task), seed), [draw(task, "validation", i, seed) for i in range(number)], repr(task))
-    learned, held = learned_and_held(config.task)
-    return Posed(partial(in_turn, learned, seed), held[:number], f"{config.task}: {len(learned)}")
+        task = parse_task(config.task)
+        return ProblemSet(
+            partial(TaskSplit(task), seed),
+            [draw_problem(task, "validation", i, seed) for i in range(number)],
+            repr(task),
+        )
+    learned, held = train_validation_split(config.task)
+    return ProblemSet(partial(shuffled_problem, learned, seed), held[:number], f"{config.task}: {len(learned)}")
 
 
-def in_turn(problems: Sequence[Problem], seed: int, index: int) -> Problem:
+def shuffled_problem(problems: Sequence[Problem], seed: int, index: int) -> Problem:
     """Every problem once per epoch, in an order of its own."""
     epoch, place = divmod(index, len(problems))
     order = list(range(len(problems)))
-    chance("order", seed, epoch).shuffle(order)
+    make_rng("order", seed, epoch).shuffle(order)
     return problems[order[place]]
 
 
-def begun(config: Grpo, settings: Settings, out: Path, parallel: Parallel, say: Say) -> tuple[Decoder, Tokenizer]:
+def init_policy(
+    config: GrpoConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
+) -> tuple[Decoder, Tokenizer]:
     """The model that is loaded, or a fresh one that has been warmed up."""
     if config.model.load is not None:
-        return opened(Start(load=config.model.load))
+        return load_for_finetuning(StartModelConfig(load=config.model.load))
     assert config.warmup is not None
-    return warmed(config, config.warmup, settings, spelled(config.task), out / "warmup", parallel, say)
+    return run_sft_warmup(config, config.warmup, settings, parse_task(config.task), out / "warmup", parallel, log)
 
 
-def asking(config: Grpo, tokenizer: Tokenizer) -> Encode:
+def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer) -> EncodeFn:
     """From a problem's prompt to ids: as plain text after the start token, or through the chat template."""
     if not config.chat:
-        return lambda text: [tokenizer.start_id, *tokenizer.encode(text, template=False)]
-    chat = Chat(tokenizer)
-    return lambda text: chat.prompt([{"role": "user", "content": text}])
+        return lambda text: [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    chat = ChatTemplate(tokenizer)
+    return lambda text: chat.encode_prompt([{"role": "user", "content": text}])
 
 
-def question(problems: Posed, encode: Encode, index: int) -> Question:
+def make_question(problems: ProblemSet, encode: EncodeFn, index: int) -> PolicyPrompt:
     """Number `index` of those to learn from."""
-    problem = problems.train(index)
-    return Question(tuple(encode(problem.prompt)), problem)
+    problem = problems.train_problem(index)
+    return PolicyPrompt(tuple(encode(problem.prompt)), problem)
 
 
-def rewarding(config: Grpo, one: Named, tokenizer: Tokenizer, parallel: Parallel) -> Reward:
-    return judge_called(str(one.load), tokenizer, parallel) if one.name == "model" else REWARDS[one.name](config)
+def build_reward(config: GrpoConfig, spec: RewardSpec, tokenizer: Tokenizer, parallel: DistributedContext) -> Reward:
+    return (
+        load_reward_model(str(spec.load), tokenizer, parallel)
+        if spec.name == "model"
+        else REWARD_BUILDERS[spec.name](config)
+    )
 
 
-def judge_called(where: str, tokenizer: Tokenizer, parallel: Parallel) -> Reward:
+def load_reward_model(name_or_path: str, tokenizer: Tokenizer, parallel: DistributedContext) -> Reward:
     """A reward model that reads the policy's ids."""
-    judge = load(where, dtype="float32", aligned=True).to(parallel.device)
-    if score_head(judge) is None:
-        raise UsageError(f"{where} is no reward model; train one (quest train reward)")
-    if load_tokenizer(where).hash != tokenizer.hash:
-        raise UsageError(f"{where} has another tokenizer than the policy: it would read other ids than were sampled")
-    return Scored(partial(scores, judge))
+    model = load(name_or_path, dtype="float32", aligned=True).to(parallel.device)
+    if find_score_head(model) is None:
+        raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
+    if load_tokenizer(name_or_path).hash != tokenizer.hash:
+        raise UsageError(
+            f"{name_or_path} has another tokenizer than the policy: it would read other ids than were sampled"
+        )
+    return ModelReward(partial(score_rows, model))
 
 
-REWARDS: dict[str, Callable[[Grpo], Reward]] = {
-    "correct": lambda config: Correct(),
-    "format": lambda config: FormatOnly(),
+REWARD_BUILDERS: dict[str, Callable[[GrpoConfig], Reward]] = {
+    "correct": lambda config: CorrectnessReward(),
+    "format": lambda config: FormatReward(),
     "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
 }

@@ -6,24 +6,24 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llm_quest.data.problems import spelled
+from llm_quest.data.problems import parse_task
 from llm_quest.hub.gsm8k import is_gsm8k
-from llm_quest.recipes.config import Strict
-from llm_quest.recipes.parts import Count, Few, Model
-from llm_quest.recipes.policy_config import Policy
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
+from llm_quest.recipes.policy_config import PolicyConfig
 
 
-class Warmup(Strict):
+class WarmupConfig(StrictModel):
     """Fine-tuning on the task's demonstrations, which a fresh model needs before rewards can tell it anything. Best
     stopped where samples are right now and then: with too little no group is mixed, with too much none either."""
 
-    steps: Count = Field(default=400, description="at most")
+    steps: PositiveInt = Field(default=400, description="at most")
     until: float = Field(default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out")
-    rows: Count = 64
+    rows: PositiveInt = 64
     lr: float = Field(default=3e-3, gt=0, le=1)
 
 
-class Named(Strict):
+class RewardSpec(StrictModel):
     """A reward and its weight."""
 
     name: Literal["correct", "format", "random", "model"]
@@ -31,7 +31,7 @@ class Named(Strict):
     load: str | None = Field(default=None, description="the reward model's folder or run, for `model`")
 
     @model_validator(mode="after")
-    def model_has_a_folder(self) -> Named:
+    def check_reward_model_path(self) -> RewardSpec:
         if (self.name == "model") != (self.load is not None):
             raise ValueError(
                 "a reward model needs its folder: {name: model, load: FOLDER}"
@@ -41,15 +41,15 @@ class Named(Strict):
         return self
 
 
-class Held(Strict):
+class ProblemEvalConfig(StrictModel):
     """Accuracy on problems that are never trained on."""
 
-    every: Few = Field(default=20, description="steps; 0: only at the end")
-    problems: Count = Field(default=200, description="how many, answered greedily")
-    samples: Few = Field(default=0, description="samples of each, for mean@k and pass@k")
+    every: NonNegativeInt = Field(default=20, description="steps; 0: only at the end")
+    problems: PositiveInt = Field(default=200, description="how many, answered greedily")
+    samples: NonNegativeInt = Field(default=0, description="samples of each, for mean@k and pass@k")
 
 
-class Grpo(Policy):
+class GrpoConfig(PolicyConfig):
     """A model and problems that can be checked in, a model that solves more of them out."""
 
     recipe: Literal["grpo"]
@@ -57,14 +57,14 @@ class Grpo(Policy):
         default="reverse", min_length=1, description="a task, options after a colon; or gsm8k, or its .jsonl"
     )
     chat: bool = Field(default=False, description="ask through the model's chat template")
-    model: Model
-    warmup: Warmup | None = Field(default=None, description="for a fresh model: demonstrations first")
-    rewards: tuple[Named, ...] = Field(
-        default=(Named(name="correct"),), min_length=1, description="the first one says what is right"
+    model: ModelConfig
+    warmup: WarmupConfig | None = Field(default=None, description="for a fresh model: demonstrations first")
+    rewards: tuple[RewardSpec, ...] = Field(
+        default=(RewardSpec(name="correct"),), min_length=1, description="the first one says what is right"
     )
     separately: bool = Field(default=False, description="each reward made an advantage by itself (GDPO)")
     process: bool = Field(default=False, description="reward every step of the answer (chained)")
-    evaluate: Held = Held()
+    evaluate: ProblemEvalConfig = ProblemEvalConfig()
 
     @property
     def by_steps(self) -> bool:
@@ -74,11 +74,11 @@ class Grpo(Policy):
     @classmethod
     def known_task(cls, task: str) -> str:
         if not is_gsm8k(task):
-            spelled(task)
+            parse_task(task)
         return task
 
     @model_validator(mode="after")
-    def whole(self) -> Grpo:
+    def check_combination(self) -> GrpoConfig:
         fresh = self.model.load is None
         if fresh and is_gsm8k(self.task):
             raise ValueError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")

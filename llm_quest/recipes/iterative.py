@@ -18,119 +18,139 @@ from typing import Any
 
 import numpy as np
 
-from llm_quest.data.preferences import Rated
+from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.disk import replace_json
 from llm_quest.errors import UsageError
-from llm_quest.hub.files import load, load_tokenizer, write_model_json
+from llm_quest.files import atomic_write_json
+from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.reward_model import RewardLoss
-from llm_quest.recipes.course import Outcome, company, founded
-from llm_quest.recipes.grpo import Say, asking, begun, posed, train_grpo
-from llm_quest.recipes.grpo_config import Grpo, Named
-from llm_quest.recipes.iterative_config import Iterative
-from llm_quest.recipes.parts import Model
-from llm_quest.recipes.policy import writer_of
-from llm_quest.recipes.yaml import Settings
-from llm_quest.rollouts.rewards import Correct
-from llm_quest.rollouts.scored import ReplayFeed, comparisons
-from llm_quest.rollouts.writer import Question
-from llm_quest.techniques.score_head import ScoreHead, score_head
+from llm_quest.objectives.reward_model import RewardModelLoss
+from llm_quest.recipes.config_schema import ModelConfig
+from llm_quest.recipes.grpo import LogFn, init_policy, load_problems, prompt_encoder, train_grpo
+from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
+from llm_quest.recipes.iterative_config import IterativeConfig
+from llm_quest.recipes.policy import policy_sampler
+from llm_quest.recipes.run import RunOutcome, init_distributed, init_run_dir
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
+from llm_quest.rollouts.rewards import CorrectnessReward
+from llm_quest.rollouts.sampler import PolicyPrompt
+from llm_quest.techniques.score_head import ScoreHead, find_score_head
+from llm_quest.train.arguments import TrainingArguments as LoopSettings
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
-from llm_quest.train.settings import Settings as LoopSettings
-from llm_quest.train.state import derive_seed
+from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state_dict import derive_seed
 
 
 def train_iterative(
-    config: Iterative, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: IterativeConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder; the outcome is that of the last policy."""
-    with company(config, config.rollout.prompts) as parallel:
-        if parallel.world > 1:
+    with init_distributed(config, config.rollout.prompts) as parallel:
+        if parallel.world_size > 1:
             raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
-        founded(config, out, parallel)
-        begun(config, settings, out, parallel, say)
+        init_run_dir(config, out, parallel)
+        init_policy(config, settings, out, parallel, log)
         policy = config.model.load or str(out / "warmup")
-        judge, outcome = config.judge.load, None
+        reward_model, outcome = config.judge.load, None
         for number in range(config.iterations + 1):
             folder = out / f"iteration-{number}"
             if number > 0:
-                stage = staged(config, policy, str(judge), number)
-                outcome = train_grpo(stage, settings, folder / "policy", resume=resume, env=env, quiet=quiet, say=say)
+                stage = policy_stage_config(config, policy, str(reward_model), number)
+                outcome = train_grpo(stage, settings, folder / "policy", resume=resume, env=env, quiet=quiet, log=log)
                 policy = str(folder / "policy")
                 if outcome.status != "finished":
                     return outcome
-            if number > 0 or judge is None:
-                judge = str(judged(config, policy, judge, out, number, parallel, say))
+            if number > 0 or reward_model is None:
+                reward_model = str(train_reward_model_stage(config, policy, reward_model, out, number, parallel, log))
         assert outcome is not None
         return outcome
 
 
-def staged(config: Iterative, policy: str, judge: str, number: int) -> Grpo:
+def policy_stage_config(config: IterativeConfig, policy: str, reward_model: str, number: int) -> GrpoConfig:
     """One iteration's policy run: the verifier watches, the judge rewards."""
     given = config.model_dump(exclude={"iterations", "judge", "recipe", "model", "warmup", "rewards", "seed"})
-    rewards = (Named(name="correct", weight=0.0), Named(name="model", load=judge))
+    rewards = (RewardSpec(name="correct", weight=0.0), RewardSpec(name="model", load=reward_model))
     seed = config.seed + number
-    return Grpo(recipe="grpo", model=Model(load=policy), warmup=None, rewards=rewards, seed=seed, **given)
+    return GrpoConfig(recipe="grpo", model=ModelConfig(load=policy), warmup=None, rewards=rewards, seed=seed, **given)
 
 
-def judged(
-    config: Iterative, policy: str, judge: str | None, out: Path, number: int, parallel: Parallel, say: Say
+def train_reward_model_stage(
+    config: IterativeConfig,
+    policy: str,
+    reward_model: str | None,
+    out: Path,
+    number: int,
+    parallel: DistributedContext,
+    log: LogFn,
 ) -> Path:
     """The judge of this iteration, trained on; its folder."""
     folder, part = out / f"iteration-{number}" / "judge", config.judge
     file = out / f"iteration-{number}" / "comparisons.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_json(file, [spelled(one) for one in compared_by(config, policy, number, parallel)])
-    new = read(file)
-    history = [one for earlier in range(number) for one in read(out / f"iteration-{earlier}" / "comparisons.json")]
-    if not new and judge is not None:
-        say(f"judge {number}: no question has both right and wrong answers any more; it stays what it was")
-        return Path(judge)
-    model, tokenizer = judge_of(judge or policy, derive_seed(config.seed, "judge"))
-    objective = parallel.place(RewardLoss(model))
-    feed = ReplayFeed(new, history, rows=part.rows, share=part.replay, seed=derive_seed(config.seed, f"judge {number}"))
-    with Run(folder, identity={"tokenizer": tokenizer.hash}) as run:
+        atomic_write_json(
+            file, [comparison_to_json(one) for one in collect_comparisons(config, policy, number, parallel)]
+        )
+    new = read_comparisons(file)
+    history = [
+        one for earlier in range(number) for one in read_comparisons(out / f"iteration-{earlier}" / "comparisons.json")
+    ]
+    if not new and reward_model is not None:
+        log(f"judge {number}: no question has both right and wrong answers any more; it stays what it was")
+        return Path(reward_model)
+    model, tokenizer = init_reward_model(reward_model or policy, derive_seed(config.seed, "judge"))
+    objective = parallel.parallelize(RewardModelLoss(model))
+    loader = ReplayLoader(
+        new,
+        history,
+        batch_size=part.rows,
+        replay_fraction=part.replay,
+        seed=derive_seed(config.seed, f"judge {number}"),
+    )
+    with RunDir(folder, identity={"tokenizer": tokenizer.hash}) as run:
         write_model_json(folder, model)
-        tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
+        tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
         result = train(
-            objective, feed, adamw(model, lr=part.lr), lambda step: 1.0,
-            LoopSettings(steps=part.steps, log_every=10, keep=1), run, parallel=parallel,
+            objective, loader, make_adamw(model, lr=part.lr), lambda step: 1.0,
+            LoopSettings(steps=part.steps, log_every=10, keep_last=1), run, parallel=parallel,
         )  # fmt: skip
     right = result.metrics["rewards/accuracy"]
-    say(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")
+    log(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")
     return folder
 
 
-def judge_of(where: str, seed: int) -> tuple[Decoder, Tokenizer]:
+def init_reward_model(name_or_path: str, seed: int) -> tuple[Decoder, Tokenizer]:
     """A reward model; a language model's head is replaced."""
-    model = load(where, dtype="float32", aligned=True)
-    return (model if score_head(model) is not None else ScoreHead(1, seed=seed)(model)), load_tokenizer(where)
+    model = load(name_or_path, dtype="float32", aligned=True)
+    return (model if find_score_head(model) is not None else ScoreHead(1, seed=seed)(model)), load_tokenizer(
+        name_or_path
+    )
 
 
-def compared_by(config: Iterative, policy: str, number: int, parallel: Parallel) -> Sequence[Rated]:
+def collect_comparisons(
+    config: IterativeConfig, policy: str, number: int, parallel: DistributedContext
+) -> Sequence[TokenizedPreference]:
     """What the policy writes now, better beside worse by the verifier's word."""
     model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
-    encode, problems = asking(config, tokenizer), posed(config)
-    asked = [problems.train(10_000_000 * (number + 1) + index) for index in range(config.judge.questions)]
-    questions = [Question(tuple(encode(problem.prompt)), problem) for problem in asked]
+    encode, problems = prompt_encoder(config, tokenizer), load_problems(config)
+    asked = [problems.train_problem(10_000_000 * (number + 1) + index) for index in range(config.judge.questions)]
+    questions = [PolicyPrompt(tuple(encode(problem.prompt)), problem) for problem in asked]
     seed = derive_seed(config.seed, f"comparisons {number}")
-    groups = writer_of(config, model, tokenizer, parallel)(model, questions, config.rollout.group, seed)
-    return comparisons(groups, Correct(), seed)
+    groups = policy_sampler(config, model, tokenizer, parallel)(model, questions, config.rollout.group, seed)
+    return make_comparisons(groups, CorrectnessReward(), seed)
 
 
-def spelled(one: Rated) -> list[list[int]]:
+def comparison_to_json(one: TokenizedPreference) -> list[list[int]]:
     return [part.tolist() for part in (one.prompt, *one.answers)]
 
 
-def read(file: Path) -> list[Rated]:
+def read_comparisons(file: Path) -> list[TokenizedPreference]:
     """Comparisons from their file; none where there is none (a judge that was loaded had no iteration 0)."""
     if not file.is_file():
         return []
     ids = partial(np.array, dtype=np.int64)
-    return [Rated(ids(p), tuple(ids(a) for a in answers)) for p, *answers in json.loads(file.read_text())]
+    return [TokenizedPreference(ids(p), tuple(ids(a) for a in answers)) for p, *answers in json.loads(file.read_text())]

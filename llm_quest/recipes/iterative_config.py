@@ -6,32 +6,32 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.recipes.config import Strict
-from llm_quest.recipes.grpo_config import Grpo, Named
-from llm_quest.recipes.parts import Count
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import PositiveInt
+from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
 
 
-class Judging(Strict):
+class RewardModelConfig(StrictModel):
     """The reward model and how it is trained on. Labels come from the task's verifier."""
 
     load: str | None = Field(default=None, description="a reward model; null: one is made from the first policy")
-    steps: Count = Field(default=60, description="of training on, in each iteration")
-    rows: Count = Field(default=32, description="comparisons in a step")
+    steps: PositiveInt = Field(default=60, description="of training on, in each iteration")
+    rows: PositiveInt = Field(default=32, description="comparisons in a step")
     lr: float = Field(default=1e-3, gt=0, le=1)
-    questions: Count = Field(default=128, description="asked of the newest policy for comparisons")
+    questions: PositiveInt = Field(default=128, description="asked of the newest policy for comparisons")
     replay: float = Field(default=0.1, ge=0, lt=1, description="the part of a batch that earlier iterations wrote")
 
 
-class Iterative(Grpo):
+class IterativeConfig(GrpoConfig):
     """GRPO with a reward model that learns from what the policy has become (DeepSeekMath, algorithm 1)."""
 
     recipe: Literal["iterative"]  # type: ignore[assignment]
-    iterations: Count = 2
-    judge: Judging = Judging()
+    iterations: PositiveInt = 2
+    judge: RewardModelConfig = RewardModelConfig()
 
     @model_validator(mode="after")
-    def one_judge(self) -> Iterative:
-        if self.rewards != (Named(name="correct"),):
+    def check_single_reward(self) -> IterativeConfig:
+        if self.rewards != (RewardSpec(name="correct"),):
             raise ValueError("rewards has no effect here: the reward model is the reward (judge.load); leave it out")
         if self.process:
             raise ValueError("process has no effect here: the reward model judges whole answers; leave it out")

@@ -19,160 +19,168 @@ from llm_quest.contracts import Callback
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.attention_divergence import looks_of
+from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.policy_gradient import PolicyGradient
-from llm_quest.objectives.surrogates import VARIANTS
-from llm_quest.recipes.choices import precision
-from llm_quest.recipes.course import company, founded
-from llm_quest.recipes.policy_config import Policy
-from llm_quest.recipes.tuning import edited, may_share
-from llm_quest.rollouts.advantages import ESTIMATORS
-from llm_quest.rollouts.rollouts import Ask, Plan, Rollouts, Scorer, Seen
-from llm_quest.rollouts.scoring import Judge, Scoring, Steps
-from llm_quest.rollouts.writer import Writer
-from llm_quest.techniques.lora import adapters_off, is_adapter
-from llm_quest.techniques.taps import Taps
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.state import derive_seed
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
+from llm_quest.objectives.surrogates import POLICY_VARIANTS
+from llm_quest.recipes.auto import resolve_precision
+from llm_quest.recipes.job import apply_config_techniques, can_share_prompts
+from llm_quest.recipes.policy_config import PolicyConfig
+from llm_quest.recipes.run import init_distributed, init_run_dir
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
+from llm_quest.rollouts.reward_pipeline import RewardPipeline, StepRewards, WeightedReward
+from llm_quest.rollouts.rollouts import LogProbScorer, PromptSource, RolloutCallback, RolloutLoader, RolloutPlan
+from llm_quest.rollouts.sampler import Sampler
+from llm_quest.techniques.attention_taps import AttentionTaps
+from llm_quest.techniques.lora import disable_adapter, is_adapter
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 from llm_quest.train.step import autocast
 
-Say = Callable[[str], None]
-Settings = TypeVar("Settings", bound=Policy)
+LogFn = Callable[[str], None]
+PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)
 
 
-def decided(config: Settings, parallel: Parallel) -> Settings:
+def resolve_policy_config(config: PolicyConfigT, parallel: DistributedContext) -> PolicyConfigT:
     """The config with what `auto` means here written out."""
-    chosen = precision(config.precision, parallel.device)
+    chosen = resolve_precision(config.precision, parallel.device)
     if config.precision == "auto" and config.variant.startswith("gspo"):
         chosen = replace(chosen, value="fp32")  # its clip range is finer than bfloat16's rounding
     return config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
 
 
 @contextmanager
-def entered(config: Settings, out: Path, say: Say) -> Iterator[tuple[Settings, Parallel, Say]]:
+def setup_policy_run(
+    config: PolicyConfigT, out: Path, log: LogFn
+) -> Iterator[tuple[PolicyConfigT, DistributedContext, LogFn]]:
     """The processes of a run that writes into its folder before it begins, the config with what `auto` means here, and
     who speaks: the leader alone."""
-    with company(config, config.rollout.prompts) as parallel:
-        config = decided(config, parallel)
-        founded(config, out, parallel)
-        yield config, parallel, say if parallel.leader else lambda line: None
+    with init_distributed(config, config.rollout.prompts) as parallel:
+        config = resolve_policy_config(config, parallel)
+        init_run_dir(config, out, parallel)
+        yield config, parallel, log if parallel.is_main_process else lambda line: None
 
 
 @dataclass(frozen=True)
-class Learner:
+class PolicySetup:
     """What is optimised, on which rows, and the techniques that ride along."""
 
-    objective: PolicyGradient
-    feed: Rollouts
-    riding: list[Callback]
+    objective: PolicyGradientLoss
+    rollouts: RolloutLoader
+    callbacks: list[Callback]
 
 
-def learner(
-    config: Policy,
+def build_policy_setup(
+    config: PolicyConfig,
     model: Decoder,
     tokenizer: Tokenizer,
-    ask: Ask,
-    judges: Sequence[Judge],
-    parallel: Parallel,
-    say: Say,
+    make_question: PromptSource,
+    rewards: Sequence[WeightedReward],
+    parallel: DistributedContext,
+    log: LogFn,
     *,
-    separately: bool = False,
-    steps: Steps | None = None,
-    seen: Seen | None = None,
+    normalize_rewards_separately: bool = False,
+    steps: StepRewards | None = None,
+    on_sampled: RolloutCallback | None = None,
     read_all: bool = False,
-) -> Learner:
-    """From a model that stands on its device. judges, separately, steps: see `Scoring`. read_all: see `Rollouts`; an
-    entropy bonus wants it in any case."""
-    first = copy.deepcopy(model).requires_grad_(False) if config.kl is not None else None
-    adapted_before = any(map(is_adapter, model.card.techniques))
-    riding = edited(config, model, say)
-    light = any(map(is_adapter, model.card.techniques)) and not adapted_before
-    reference = None if first is None else scorer(model, config, off=True) if light else scorer(first, config)
-    scoring = Scoring(
-        judges=tuple(judges),
-        estimator=ESTIMATORS[config.advantages or VARIANTS[config.variant].advantages],
-        separately=separately,
-        budget=config.rollout.new_tokens,
-        overlong=config.rollout.overlong,
+) -> PolicySetup:
+    """From a model that stands on its device. judges, separately, steps: see `RewardPipeline`. read_all: see
+    `RolloutLoader`; an entropy bonus wants it in any case."""
+    initial_model = copy.deepcopy(model).requires_grad_(False) if config.kl is not None else None
+    adapted_before = any(map(is_adapter, model.spec.techniques))
+    callbacks = apply_config_techniques(config, model, log)
+    reference_is_adapter_free = any(map(is_adapter, model.spec.techniques)) and not adapted_before
+    reference = (
+        None
+        if initial_model is None
+        else log_prob_scorer(model, config, adapters_disabled=True)
+        if reference_is_adapter_free
+        else log_prob_scorer(initial_model, config)
+    )
+    scoring = RewardPipeline(
+        rewards=tuple(rewards),
+        estimator=ADVANTAGE_ESTIMATORS[config.advantages or POLICY_VARIANTS[config.variant].advantages],
+        per_reward_advantages=normalize_rewards_separately,
+        max_new_tokens=config.rollout.new_tokens,
+        overlong_window=config.rollout.overlong,
         filter_truncated=config.rollout.filter_truncated,
-        steps=steps,
-        keep_flat=config.rollout.keep_flat is not False,
+        step_rewards=steps,
+        keep_uniform_groups=config.rollout.keep_flat is not False,
     )
     if config.attention:
-        tapped(model)
-    writer, plan = writer_of(config, model, tokenizer, parallel), plan_of(config)
-    score = scorer(model, config) if plan.rescore else None
-    look = looker(model) if config.attention else None
-    feed = Rollouts(
-        model, ask, writer, scoring, plan, reference=reference, score=score, look=look, seen=seen,
-        share=parallel.share, gather=parallel.gather, read_all=read_all or config.entropy > 0,
+        tap_last_layer(model)
+    writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config)
+    score = log_prob_scorer(model, config) if plan.rescore_old_log_probs else None
+    look = attention_scorer(model) if config.attention else None
+    loader = RolloutLoader(
+        model, make_question, writer, scoring, plan, reference_scorer=reference, policy_scorer=score, attention_scorer=look, on_rollout=on_sampled,
+        share=parallel.data_shard, all_gather=parallel.all_gather, read_all=read_all or config.entropy > 0,
     )  # fmt: skip
-    return Learner(objective_of(config, model), feed, riding)
+    return PolicySetup(policy_objective(config, model), loader, callbacks)
 
 
-def objective_of(config: Policy, model: Decoder) -> PolicyGradient:
-    return PolicyGradient(
+def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss:
+    return PolicyGradientLoss(
         model,
-        config.chosen_surrogate(),
-        count=(count := config.count or VARIANTS[config.variant].count),
+        config.build_surrogate(),
+        count=(count := config.count or POLICY_VARIANTS[config.variant].count),
         horizon=config.rollout.new_tokens if count == "horizon" else None,
         temperature=config.rollout.temperature,
-        kl=config.kl_term(),
-        entropy=config.entropy,
-        looking=config.attention,
-        correction=config.sampler_correction(),
-        stale=config.stale,
+        kl=config.build_kl(),
+        entropy_coef=config.entropy,
+        attention_coef=config.attention,
+        correction=config.build_sampler_correction(),
+        off_policy_delta=config.stale,
     )
 
 
-def plan_of(config: Policy) -> Plan:
+def rollout_plan(config: PolicyConfig) -> RolloutPlan:
     """Prompts that are shared leave no whole rows of attention to learn."""
     part = config.rollout
-    return Plan(
-        prompts=part.prompts,
-        group=part.group,
-        updates=part.updates,
+    return RolloutPlan(
+        prompts_per_rollout=part.prompts,
+        num_generations=part.group,
+        num_iterations=part.updates,
         minibatches=part.minibatches,
-        draws=config.draws,
-        micro_tokens=part.micro_tokens,
-        share_prompts=may_share(config) and not config.attention,
-        kl_in_reward=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
-        rescore=config.correction is not None,
+        max_sampling_rounds=config.sampling_rounds,
+        max_micro_batch_tokens=part.micro_tokens,
+        share_prompts=can_share_prompts(config) and not config.attention,
+        kl_coef=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
+        rescore_old_log_probs=config.correction is not None,
         seed=derive_seed(config.seed, "sampling"),
     )
 
 
-def writer_of(config: Policy, model: Decoder, tokenizer: Tokenizer, parallel: Parallel) -> Writer:
+def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, parallel: DistributedContext) -> Sampler:
     """Samples as they are scored: same temperature, same precision; ends at every end that the model knows."""
-    own = model.generation.eos if model.generation is not None else ()
-    return Writer(
+    own = model.generation_config.eos_token_ids if model.generation_config is not None else ()
+    return Sampler(
         tokenizer=tokenizer,
-        eos=tuple(sorted({*own, *tokenizer.eos_ids})),
-        new_tokens=config.rollout.new_tokens,
+        eos_token_ids=tuple(sorted({*own, *tokenizer.eos_token_ids})),
+        max_new_tokens=config.rollout.new_tokens,
         temperature=config.rollout.temperature,
-        within=partial(autocast, precision(config.precision, parallel.device).value, parallel.device),
-        at_once=config.rollout.at_once,
+        autocast_context=partial(autocast, resolve_precision(config.precision, parallel.device).value, parallel.device),
+        batch_size=config.rollout.at_once,
     )
 
 
-def tapped(model: Decoder) -> None:
+def tap_last_layer(model: Decoder) -> None:
     """One tap, on the last layer, whose attention is learned."""
     try:
-        Taps((-1,))(model)
+        AttentionTaps((-1,))(model)
     except ValueError as error:
         raise UsageError(f"attention cannot be learned on this model: {error}") from None
 
 
-def looker(model: Decoder) -> Scorer:
-    return lambda batch: looks_of(model, batch.tokens)
+def attention_scorer(model: Decoder) -> LogProbScorer:
+    return lambda batch: compute_attention_policy(model, batch.input_ids)
 
 
-def scorer(model: Decoder, config: Policy, *, off: bool = False) -> Scorer:
+def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> LogProbScorer:
     """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
 
     def score(batch: Any) -> torch.Tensor:
-        with adapters_off(model) if off else nullcontext():
+        with disable_adapter(model) if adapters_disabled else nullcontext():
             return token_log_probs(model, batch, config.rollout.temperature)
 
     return score

@@ -8,41 +8,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.objectives.divergence import KL
-from llm_quest.objectives.policy_gradient import Correction
-from llm_quest.objectives.surrogates import VARIANTS, Surrogate
-from llm_quest.recipes.config import Strict, nearest
-from llm_quest.recipes.parts import Count, Course, Few, Rate
+from llm_quest.objectives.kl_penalty import KLPenalty
+from llm_quest.objectives.policy_gradient import ImportanceSamplingCorrection
+from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
+from llm_quest.recipes.config import StrictModel, did_you_mean
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 
-UNTRUE = ("top_k", "top_p", "min_p", "repetition_penalty")
+UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
-class Rollout(Strict):
+class RolloutConfig(StrictModel):
     """What the policy writes, and how often it learns from it. Sampling is pure: temperature alone."""
 
-    prompts: Count = Field(default=16, description="questions in a rollout")
-    group: Count = Field(default=8, description="samples of each")
-    new_tokens: Count = Field(default=32, description="the longest answer")
+    prompts: PositiveInt = Field(default=16, description="questions in a rollout")
+    group: PositiveInt = Field(default=8, description="samples of each")
+    new_tokens: PositiveInt = Field(default=32, description="the longest answer")
     temperature: float = Field(default=1.0, gt=0)
-    updates: Count = Field(default=1, description="passes over a rollout (mu)")
-    minibatches: Count = Field(default=1, description="optimiser steps per pass")
-    draws: Count | None = Field(
+    updates: PositiveInt = Field(default=1, description="passes over a rollout (mu)")
+    minibatches: PositiveInt = Field(default=1, description="optimiser steps per pass")
+    draws: PositiveInt | None = Field(
         default=None,
         description="dynamic sampling: rounds of questions until all groups are mixed; null: 4 for dapo, 1",
     )
-    overlong: Few = Field(default=0, description="the last tokens of the budget cost more and more (DAPO); 0: none do")
+    overlong: NonNegativeInt = Field(
+        default=0, description="the last tokens of the budget cost more and more (DAPO); 0: none do"
+    )
     filter_truncated: bool = Field(default=False, description="what the budget cut is not learned from")
     keep_flat: bool | None = Field(
         default=None,
         description="groups without spread count in the loss's divisor; null: they do, where there are any",
     )
-    micro_tokens: Count = Field(default=4096, description="tokens in a micro-batch")
-    at_once: Few = Field(default=0, description="rows sampled together; 0: all")
+    micro_tokens: PositiveInt = Field(default=4096, description="tokens in a micro-batch")
+    at_once: NonNegativeInt = Field(default=0, description="rows sampled together; 0: all")
 
     @model_validator(mode="before")
     @classmethod
-    def pure(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (found := [name for name in UNTRUE if name in given]):
+    def reject_biased_sampling(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (found := [name for name in UNSUPPORTED_SAMPLING if name in given]):
             raise ValueError(
                 f"{' and '.join(found)} would draw from another distribution than the one that is scored, and the "
                 "ratio of the policy with itself would not be 1; leave it out and use temperature"
@@ -50,15 +52,15 @@ class Rollout(Strict):
         return given
 
 
-class Divergence(Strict):
+class KlConfig(StrictModel):
     """How the policy is held near its reference: the model it began as."""
 
-    beta: Rate
+    beta: PositiveFloat
     estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
     place: Literal["loss", "reward"] = "loss"
 
     @model_validator(mode="after")
-    def right_place(self) -> Divergence:
+    def check_placement(self) -> KlConfig:
         if (self.estimator == "k1") != (self.place == "reward"):
             raise ValueError(
                 "k1 in a loss has an expected gradient of 0: set kl.place=reward, or take k2, k3 or unbiased"
@@ -69,15 +71,15 @@ class Divergence(Strict):
         return self
 
 
-class Sampler(Strict):
+class SamplerCorrectionConfig(StrictModel):
     """The samples are scored again by the trainer, and what differs from the sampler's word is corrected."""
 
-    limit: Rate = 2.0
+    limit: PositiveFloat = 2.0
     kind: Literal["truncate", "mask"] = "truncate"
     level: Literal["token", "sequence", "geometric"] = "token"
 
 
-class Policy(Course):
+class PolicyConfig(RunConfig):
     """How a policy learns from what it wrote."""
 
     variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "sapo", "cispo", "reinforce"] = "grpo"
@@ -90,34 +92,34 @@ class Policy(Course):
     advantages: Literal["std", "mean", "leave_one_out", "batch_std", "maxrl"] | None = Field(
         default=None, description="how rewards become advantages; null: as the variant has it"
     )
-    rollout: Rollout = Rollout()
-    kl: Divergence | None = None
-    correction: Sampler | None = None
-    stale: Rate | None = Field(default=None, description="off-policy sequence mask: nats a token")
+    rollout: RolloutConfig = RolloutConfig()
+    kl: KlConfig | None = None
+    correction: SamplerCorrectionConfig | None = None
+    stale: PositiveFloat | None = Field(default=None, description="off-policy sequence mask: nats a token")
     entropy: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
     attention: float = Field(
         default=0.0,
         ge=0,
         description="weight of Reinforced Attention Learning: where the last layer looks is learned too",
     )
-    patience: Count = Field(default=30, description="steps after which a run that cannot learn is stopped")
+    patience: PositiveInt = Field(default=30, description="steps after which a run that cannot learn is stopped")
 
     @model_validator(mode="after")
-    def whole_in_every_process(self) -> Policy:
+    def whole_in_every_process(self) -> PolicyConfig:
         """The policy samples token by token, every process at its own pace: it has to be whole in each of them."""
         if self.parallel == "fsdp":
             raise ValueError("a policy samples from the whole model, which FSDP2 takes apart: set parallel=ddp")
         return self
 
     @model_validator(mode="after")
-    def groups_and_budget(self) -> Policy:
+    def groups_and_budget(self) -> PolicyConfig:
         part = self.rollout
         if part.overlong and part.overlong >= part.new_tokens:
             raise ValueError(
                 f"rollout.overlong is {part.overlong}: give fewer tokens than the budget of rollout.new_tokens "
                 f"{part.new_tokens}"
             )
-        if self.draws > 1 and part.keep_flat:
+        if self.sampling_rounds > 1 and part.keep_flat:
             raise ValueError(
                 "dynamic sampling (rollout.draws) leaves no group without spread to keep: leave rollout.keep_flat out"
             )
@@ -133,12 +135,12 @@ class Policy(Course):
         return False
 
     @model_validator(mode="after")
-    def numbers_of_the_variant(self) -> Policy:
-        self.chosen_surrogate()
+    def check_loss_kwargs(self) -> PolicyConfig:
+        self.build_surrogate()
         return self
 
     @model_validator(mode="after")
-    def attention_can_be_learned(self) -> Policy:
+    def check_attention(self) -> PolicyConfig:
         if not self.attention:
             return self
         if self.rollout.updates * self.rollout.minibatches == 1:
@@ -153,26 +155,26 @@ class Policy(Course):
             raise ValueError("attention is read beside the pass, which a compiled pass cannot do: set compile=false")
         return self
 
-    def chosen_surrogate(self) -> Surrogate:
+    def build_surrogate(self) -> Surrogate:
         """The variant's, with the numbers that were given."""
-        base: Any = VARIANTS[self.variant].surrogate
+        base: Any = POLICY_VARIANTS[self.variant].surrogate
         known = [field.name for field in dataclasses.fields(base) if field.name != "ratio"]
         for name in self.surrogate:
             if name not in known:
                 raise ValueError(
-                    f"surrogate.{name} has no effect on {self.variant}{nearest(name, known)}; it has "
+                    f"surrogate.{name} has no effect on {self.variant}{did_you_mean(name, known)}; it has "
                     f"{', '.join(known) or 'no numbers'}"
                 )
         found: Surrogate = dataclasses.replace(base, **self.surrogate)
         return found
 
     @property
-    def draws(self) -> int:
+    def sampling_rounds(self) -> int:
         return self.rollout.draws or (4 if self.variant == "dapo" else 1)
 
-    def kl_term(self) -> KL | None:
-        return KL(self.kl.beta, self.kl.estimator) if self.kl is not None and self.kl.place == "loss" else None
+    def build_kl(self) -> KLPenalty | None:
+        return KLPenalty(self.kl.beta, self.kl.estimator) if self.kl is not None and self.kl.place == "loss" else None
 
-    def sampler_correction(self) -> Correction | None:
+    def build_sampler_correction(self) -> ImportanceSamplingCorrection | None:
         part = self.correction
-        return None if part is None else Correction(part.limit, part.kind, part.level)
+        return None if part is None else ImportanceSamplingCorrection(part.limit, part.kind, part.level)

@@ -12,67 +12,67 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_quest.contracts import Callback, Probe
-from llm_quest.data.baselines import baselines
-from llm_quest.data.packing import PackedFeed
-from llm_quest.disk import replace_json
+from llm_quest.contracts import Callback, Evaluator
+from llm_quest.data.packing import PackedLoader
 from llm_quest.errors import UsageError
-from llm_quest.hub.files import load, write_model_json
-from llm_quest.models.build import build, count_parameters, page_of
+from llm_quest.eval.baselines import compute_baselines
+from llm_quest.files import atomic_write_json
+from llm_quest.hub.load_save import load, write_model_json
+from llm_quest.models.build import build, count_parameters, family_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation import GenerationDefaults
-from llm_quest.objectives.next_token import Beside
-from llm_quest.recipes.choices import compiling, precision
-from llm_quest.recipes.course import (
-    Outcome,
-    company,
-    ended,
-    folder_of,
-    loop_settings,
+from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.objectives.next_token import AuxiliaryLoss
+from llm_quest.recipes.auto import resolve_compile, resolve_precision
+from llm_quest.recipes.distillation import build_distillation_terms, teacher_hash
+from llm_quest.recipes.evaluators import LossEvaluator, TextSampler
+from llm_quest.recipes.model_config import build_model_config
+from llm_quest.recipes.number_token_loss import number_token_terms
+from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.run import (
+    RunOutcome,
+    build_lr_schedule,
+    build_optimizer,
+    finish_run,
+    init_distributed,
+    make_display,
     micro_rows_of,
-    optimizer,
+    open_run_dir,
     require_context,
-    require_same_run,
-    shown,
+    require_matching_run,
+    train_settings,
 )
-from llm_quest.recipes.numbers import beside
-from llm_quest.recipes.pretrain_config import Pretrain
-from llm_quest.recipes.probes import Evaluation, Writing
-from llm_quest.recipes.sizes import model_config
-from llm_quest.recipes.teaching import taught, teachers_hash
-from llm_quest.recipes.techniques import applied_all
-from llm_quest.recipes.text import Text, ready
-from llm_quest.recipes.yaml import Settings
-from llm_quest.techniques.checkpointing import Checkpointing
-from llm_quest.train.log import Display
+from llm_quest.recipes.techniques import apply_techniques
+from llm_quest.recipes.text_data import TextData, load_text_data
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
+from llm_quest.train.arguments import TrainResult
+from llm_quest.train.logger import Logger
 from llm_quest.train.loop import train
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
-from llm_quest.train.schedule import schedule
-from llm_quest.train.settings import Result
-from llm_quest.train.state import derive_seed
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state_dict import derive_seed
 
-Say = Callable[[str], None]
+LogFn = Callable[[str], None]
 
-BASELINES_UP_TO = 20_000_000
+MAX_BASELINE_BYTES = 20_000_000
 
 
-def pretrain(
-    config: Pretrain,
-    settings: Settings,
+def train_pretrain(
+    config: PretrainConfig,
+    settings: RawConfig,
     folder: Path,
     *,
     resume: str = "auto",
     env: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     quiet: bool = False,
-    say: Say = print,
-) -> Outcome:
+    log: LogFn = print,
+) -> RunOutcome:
     """Run the recipe in a folder. settings: where each key was written, for messages. env: what machine this is.
     callbacks: of whoever assembles more than this (the tour interrupts itself). Every process of a torchrun calls
     this."""
-    with company(config, config.batch.rows) as parallel:
-        return run_it(
+    with init_distributed(config, config.batch.rows) as parallel:
+        return run_pretrain(
             config,
             settings,
             folder,
@@ -80,117 +80,129 @@ def pretrain(
             resume=resume,
             env=dict(env or {}),
             callbacks=callbacks,
-            screen=shown(config, folder, parallel, quiet),
-            say=say if parallel.leader else lambda text: None,
+            display=make_display(config, folder, parallel, quiet),
+            log=log if parallel.is_main_process else lambda text: None,
         )
 
 
-def run_it(
-    config: Pretrain,
-    settings: Settings,
+def run_pretrain(
+    config: PretrainConfig,
+    settings: RawConfig,
     folder: Path,
-    parallel: Parallel,
+    parallel: DistributedContext,
     *,
     resume: str,
     env: Mapping[str, Any],
     callbacks: Sequence[Callback],
-    screen: Display,
-    say: Say,
-) -> Outcome:
+    display: Logger,
+    log: LogFn,
+) -> RunOutcome:
     """The recipe itself."""
-    text = ready(config.data, config.tokenizer, parallel, say)
-    model = first_model(config, settings, text)
-    riding = applied_all(config.techniques, model, say)
-    config = decided(config, model, parallel, say)
-    require_same_run(config, folder)
+    text = load_text_data(config.data, config.tokenizer, parallel, log)
+    model = init_pretrain_model(config, settings, text)
+    technique_callbacks = apply_techniques(config.techniques, model, log)
+    config = resolve_pretrain_config(config, model, parallel, log)
+    require_matching_run(config, folder)
     if config.activation_checkpointing:
-        model = Checkpointing()(model)
-    lessons = taught(config, text.tokenizer, model.config.vocab, parallel, say)
-    terms: list[Beside] = [*beside(config.number_token, text.tokenizer, model), *lessons]
-    objective = parallel.place(config.parts.objective(model, terms), list(model.blocks))
-    micro_rows, feed = micro_rows_of(config.batch, parallel, config.batch.length), feed_of(config, text, parallel)
-    identity = {"tokenizer": text.tokenizer.hash, "data": text.folder.train.hash, **teachers_hash(lessons)}
-    random_first = config.model.load is None and not lessons
-    with folder_of(config, folder, parallel, identity, env, resume) as run:
-        if parallel.leader:
-            describe(folder, model, text)
+        model = ActivationCheckpointing()(model)
+    distillation_terms = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)
+    terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token, text.tokenizer, model), *distillation_terms]
+    objective = parallel.parallelize(config.auxiliary_losses.build_objective(model, terms), list(model.blocks))
+    micro_rows, loader = (
+        micro_rows_of(config.batch, parallel, config.batch.length),
+        pretrain_loader(config, text, parallel),
+    )
+    identity = {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation_terms)}
+    random_first = config.model.load is None and not distillation_terms
+    with open_run_dir(config, folder, parallel, identity, env, resume) as run:
+        if parallel.is_main_process:
+            write_run_metadata(folder, model, text)
         result = train(
             objective,
-            feed,
-            optimizer(config.optimizer, model),
-            schedule(config.steps, **config.schedule.model_dump()),
-            loop_settings(config, expected_loss=config.parts.first_loss(model) if random_first else None),
+            loader,
+            build_optimizer(config.optimizer, model),
+            build_lr_schedule(config),
+            train_settings(config, expected_loss=config.auxiliary_losses.initial_loss(model) if random_first else None),
             run,
             parallel=parallel,
-            probes=list(probes(config, text, run, micro_rows)),
-            callbacks=[*config.parts.callbacks(), *riding, *callbacks],
-            display=screen,
+            evaluators=list(build_evaluators(config, text, run, micro_rows)),
+            callbacks=[*config.auxiliary_losses.build_callbacks(), *technique_callbacks, *callbacks],
+            logger=display,
         )
-        return concluded(config, folder, model, text, result, parallel, say)
+        return finish_pretrain(config, folder, model, text, result, parallel, log)
 
 
-def feed_of(config: Pretrain, text: Text, parallel: Parallel) -> PackedFeed:
+def pretrain_loader(config: PretrainConfig, text: TextData, parallel: DistributedContext) -> PackedLoader:
     """This process's rows."""
-    return PackedFeed(
-        text.folder.train,
-        length=config.batch.length,
-        rows=config.batch.rows,
-        micro_rows=micro_rows_of(config.batch, parallel, config.batch.length),
+    return PackedLoader(
+        text.tokens.train,
+        sequence_length=config.batch.length,
+        batch_size=config.batch.rows,
+        micro_batch_size=micro_rows_of(config.batch, parallel, config.batch.length),
         seed=derive_seed(config.seed, "order"),
-        share=parallel.share,
+        share=parallel.data_shard,
     )
 
 
-def first_model(config: Pretrain, settings: Settings, text: Text) -> Decoder:
+def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextData) -> Decoder:
     """The model before the first step: loaded, or built with first values from its own stream of chance."""
     if config.model.load is not None:
         model = load(config.model.load, dtype="float32", aligned=True)
-        if model.config.vocab < text.tokenizer.vocab_size:
+        if model.config.vocab_size < text.tokenizer.vocab_size:
             raise UsageError(
-                f"{config.model.load} knows {model.config.vocab} tokens, its tokenizer {text.tokenizer.vocab_size}; "
+                f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer {text.tokenizer.vocab_size}; "
                 f"set tokenizer.load={config.model.load}"
             )
     else:
-        numbers = model_config(config.model, settings, vocab=text.tokenizer.vocab_size, context=config.batch.length)
+        numbers = build_model_config(
+            config.model, settings, vocab=text.tokenizer.vocab_size, context=config.batch.length
+        )
         model = build(numbers, seed=derive_seed(config.seed, "init"))
-    require_context(config.batch.length, model.config.context)
-    model.generation = GenerationDefaults(
-        bos=text.tokenizer.bos_id, eos=tuple(text.tokenizer.eos_ids), pad=text.tokenizer.pad_id
+    require_context(config.batch.length, model.config.max_position_embeddings)
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.tokenizer.bos_token_id,
+        eos_token_ids=tuple(text.tokenizer.eos_token_ids),
+        pad_token_id=text.tokenizer.pad_token_id,
     )
     return model
 
 
-def decided(config: Pretrain, model: Decoder, parallel: Parallel, say: Say) -> Pretrain:
+def resolve_pretrain_config(
+    config: PretrainConfig, model: Decoder, parallel: DistributedContext, log: LogFn
+) -> PretrainConfig:
     """The config with what `auto` means here written out, and said why."""
     parameters = count_parameters(model)
-    flops = 6.0 * parameters * config.batch.rows * config.batch.length * config.steps / parallel.world
-    number = precision(config.precision, parallel.device)
-    graph = compiling(config.compile, parallel.device, flops)
-    say(f"model: {page_of(model.config).name}-style, {parameters:,} parameters, on {parallel.device}" + ranks(parallel))
-    say(f"precision: {number.value} ({number.why}); compiled: {'yes' if graph.value else 'no'} ({graph.why})")
-    parts = vars(config.parts.decided(model))
+    flops = 6.0 * parameters * config.batch.rows * config.batch.length * config.steps / parallel.world_size
+    number = resolve_precision(config.precision, parallel.device)
+    graph = resolve_compile(config.compile, parallel.device, flops)
+    log(
+        f"model: {family_of(model.config).name}-style, {parameters:,} parameters, on {parallel.device}"
+        + describe_processes(parallel)
+    )
+    log(f"precision: {number.value} ({number.reason}); compiled: {'yes' if graph.value else 'no'} ({graph.reason})")
+    parts = vars(config.auxiliary_losses.resolve(model))
     return config.model_copy(update={"precision": number.value, "compile": graph.value, **parts})
 
 
-def ranks(parallel: Parallel) -> str:
-    return f", {parallel.world} processes by {parallel.kind}" if parallel.world > 1 else ""
+def describe_processes(parallel: DistributedContext) -> str:
+    return f", {parallel.world_size} processes by {parallel.strategy}" if parallel.world_size > 1 else ""
 
 
-def probes(config: Pretrain, text: Text, run: Run, micro_rows: int) -> Iterator[Probe]:
+def build_evaluators(config: PretrainConfig, text: TextData, run: RunDir, micro_rows: int) -> Iterator[Evaluator]:
     """Held-out loss and samples, as often as asked."""
-    if text.folder.val.num_documents:
-        yield Evaluation(
-            text.folder.val,
+    if text.tokens.val.num_documents:
+        yield LossEvaluator(
+            text.tokens.val,
             every=config.evaluate.every,
-            limit=config.evaluate.tokens,
-            last=config.steps,
+            max_tokens=config.evaluate.tokens,
+            last_step=config.steps,
             length=config.batch.length,
             micro_rows=micro_rows,
         )
     if config.samples.every and config.samples.prompts:
         part = config.samples
-        keeps = run.samples if run.leader else None
-        yield Writing(
+        keeps = run.samples if run.is_main_process else None
+        yield TextSampler(
             text.tokenizer,
             keeps,
             part.prompts,
@@ -201,26 +213,34 @@ def probes(config: Pretrain, text: Text, run: Run, micro_rows: int) -> Iterator[
         )
 
 
-def describe(folder: Path, model: Decoder, text: Text) -> None:
+def write_run_metadata(folder: Path, model: Decoder, text: TextData) -> None:
     """What generating, exporting and the report need beside the checkpoints."""
     write_model_json(folder, model)
-    text.tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
-    replace_json(folder / "data.json", text.facts)
+    text.tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
+    atomic_write_json(folder / "data.json", text.facts)
 
 
-def concluded(
-    config: Pretrain, folder: Path, model: Decoder, text: Text, result: Result, parallel: Parallel, say: Say
-) -> Outcome:
+def finish_pretrain(
+    config: PretrainConfig,
+    folder: Path,
+    model: Decoder,
+    text: TextData,
+    result: TrainResult,
+    parallel: DistributedContext,
+    log: LogFn,
+) -> RunOutcome:
     """The outcome; a finished run is set beside what counting and compressing reach on the same held-out bytes."""
-    wanted = result.status == "finished" and parallel.leader and config.evaluate.baselines
-    others = compared(text, say) if wanted else {}
-    return ended(config, folder, result, count_parameters(model), leader=parallel.leader, baselines=others)
+    wanted = result.status == "finished" and parallel.is_main_process and config.evaluate.baselines
+    others = baseline_bits_per_byte(text, log) if wanted else {}
+    return finish_run(
+        config, folder, result, count_parameters(model), leader=parallel.is_main_process, baselines=others
+    )
 
 
-def compared(text: Text, say: Say) -> dict[str, float]:
+def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
     """Bits per byte of the baselines, where the documents are at hand and few enough to count."""
-    parts = text.parts
-    if parts is None or not parts.val or parts.corpus.nbytes > BASELINES_UP_TO:
+    parts = text.split
+    if parts is None or not parts.val or parts.corpus.nbytes > MAX_BASELINE_BYTES:
         return {}
-    say("counting and compressing the same text, to compare")
-    return {one.name: one.bits_per_byte for one in baselines(parts.train, parts.val, tokenizer=text.tokenizer)}
+    log("counting and compressing the same text, to compare")
+    return {one.name: one.bits_per_byte for one in compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)}

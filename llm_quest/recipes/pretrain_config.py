@@ -6,24 +6,32 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.recipes.mixture import Parts, Router
-from llm_quest.recipes.numbers import Numbers
-from llm_quest.recipes.parts import Batch, Course, Data, Evaluate, Model, Samples, TokenizerPart
-from llm_quest.recipes.teaching import Teaching
+from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses, RouterLossConfig
+from llm_quest.recipes.config_schema import (
+    BatchConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SamplesConfig,
+    TextDataConfig,
+    TokenizerConfig,
+)
+from llm_quest.recipes.distillation import TeacherConfig
+from llm_quest.recipes.number_token_loss import NumberTokenLossConfig
 
 
-class Pretrain(Course):
+class PretrainConfig(RunConfig):
     """Text in, a language model out."""
 
     recipe: Literal["pretrain"]
-    data: Data = Field(default_factory=Data)
-    tokenizer: TokenizerPart = TokenizerPart()
-    model: Model
-    batch: Batch = Field(default_factory=Batch)
+    data: TextDataConfig = Field(default_factory=TextDataConfig)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig
+    batch: BatchConfig = Field(default_factory=BatchConfig)
     activation_checkpointing: bool = Field(
         default=False, description="compute each block twice instead of remembering it"
     )
-    router: Router | None = Field(
+    router: RouterLossConfig | None = Field(
         default=None, description="losses of a mixture of experts; null: what the model's routers are trained with"
     )
     balance: float | None = Field(
@@ -35,14 +43,14 @@ class Pretrain(Course):
     lookahead: float | None = Field(
         default=None, gt=0, description="weight of the multi-token modules' loss; null: 0.3 if there are any"
     )
-    number_token: Numbers | None = Field(
+    number_token: NumberTokenLossConfig | None = Field(
         default=None, description="how far off a number is counts too (weight, distance, multi_digit); null: no"
     )
-    teacher: Teaching | None = Field(
+    teacher: TeacherConfig | None = Field(
         default=None, description="a model to learn from (load, weight, beta, temperature, dtype); null: none"
     )
-    evaluate: Evaluate = Evaluate()
-    samples: Samples = Samples()
+    evaluate: EvalConfig = EvalConfig()
+    samples: SamplesConfig = SamplesConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -54,6 +62,6 @@ class Pretrain(Course):
         return given
 
     @property
-    def parts(self) -> Parts:
+    def auxiliary_losses(self) -> AuxiliaryLosses:
         """What is trained beside the next token."""
-        return Parts(self.router, self.balance, self.lookahead)
+        return AuxiliaryLosses(self.router, self.balance, self.lookahead)

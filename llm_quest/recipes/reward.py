@@ -9,48 +9,60 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_quest.data.chat import Chat
-from llm_quest.data.pairs import AnswerBatch
-from llm_quest.objectives.last_outputs import last_outputs
-from llm_quest.objectives.reward_model import RewardLoss
-from llm_quest.recipes.course import Outcome, company
-from llm_quest.recipes.preferring import HeldPairs, feed_of, prepared
-from llm_quest.recipes.tuning import Job, Say, carried_out, edited, opened, require_room, template_of, told
-from llm_quest.recipes.tuning_config import Reward
-from llm_quest.recipes.yaml import Settings
-from llm_quest.techniques.score_head import ScoreHead, score_head
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.state import derive_seed
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.objectives.reward_model import RewardModelLoss
+from llm_quest.recipes.job import (
+    LogFn,
+    TrainingJob,
+    apply_config_techniques,
+    data_facts,
+    load_for_finetuning,
+    read_chat_template,
+    run_job,
+)
+from llm_quest.recipes.preference_data import PairsEvaluator, pairs_loader, prepare_preferences
+from llm_quest.recipes.run import RunOutcome, init_distributed, require_context
+from llm_quest.recipes.tuning_config import RewardConfig
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.techniques.score_head import ScoreHead, find_score_head
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 
 
 def train_reward(
-    config: Reward, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: RewardConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with company(config, config.batch.rows) as parallel:
-        tell = say if parallel.leader else lambda text: None
-        return carried_out(assembled(config, parallel, tell), config, out, resume, env or {}, quiet, tell, parallel)
+    with init_distributed(config, config.batch.rows) as parallel:
+        leader_log = log if parallel.is_main_process else lambda text: None
+        return run_job(
+            build_reward_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
+        )
 
 
-def assembled(config: Reward, parallel: Parallel, say: Say) -> Job:
+def build_reward_job(config: RewardConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, pairs, objective and feed."""
-    model, tokenizer = opened(config.model)
-    require_room(config.batch.length, model)
+    model, tokenizer = load_for_finetuning(config.model)
+    require_context(config.batch.length, model.config.max_position_embeddings)
     seed = derive_seed(config.seed, "flips")
-    pairs = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length, seed)
-    callbacks = edited(config, model, say)
-    if score_head(model) is None:
+    pairs = prepare_preferences(
+        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.batch.length, seed
+    )
+    callbacks = apply_config_techniques(config, model, log)
+    if find_score_head(model) is None:
         ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)
-    feed = feed_of(config, pairs, parallel)
-    facts = told(config.data, pairs.chat, pairs.ledger, len(pairs.train), len(pairs.held), say)
-    probe = HeldPairs(pairs.held, config.evaluate.every, rewards)
-    return Job(
-        RewardLoss(model, center=config.center), feed, lambda run: [probe], tokenizer, facts,
-        {"data": feed.source.hash}, callbacks,
+    loader = pairs_loader(config, pairs, parallel)
+    facts = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
+    probe = PairsEvaluator(pairs.held_out, config.evaluate.every, score_answers)
+    return TrainingJob(
+        RewardModelLoss(model, center_coefficient=config.center), loader, lambda run: [probe], tokenizer, facts,
+        {"data": loader.dataset.hash}, callbacks,
     )  # fmt: skip
 
 
-def rewards(model: Any, batch: AnswerBatch) -> Tensor:
+def score_answers(model: Any, batch: PreferenceBatch) -> Tensor:
     """Of each row."""
-    return last_outputs(model, batch.tokens, batch.positions)[:, 0]
+    return last_token_outputs(model, batch.input_ids, batch.position_ids)[:, 0]

@@ -11,129 +11,137 @@ from typing import Any
 
 import torch
 
-from llm_quest.data.chat import Chat
-from llm_quest.data.conversations import Conversation, conversations, held_apart
-from llm_quest.data.documents import Ledger
-from llm_quest.data.instructions import InstructionFeed, Rows, fitting
-from llm_quest.data.questions import answers, rows
+from llm_quest.data.builtin_qa import builtin_instructions, load_records
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
+from llm_quest.data.documents import DropReport
+from llm_quest.data.instructions import InstructionLoader, PackedExamples, drop_too_long
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import Beside, NextToken
-from llm_quest.recipes.course import Outcome, company, micro_rows_of
-from llm_quest.recipes.numbers import beside
-from llm_quest.recipes.probes import keep_samples
-from llm_quest.recipes.teaching import taught, teachers_hash
-from llm_quest.recipes.tuning import (
-    Job,
-    Say,
-    carried_out,
-    edited,
-    opened,
-    remember_ends,
-    require_room,
-    template_of,
-    told,
+from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
+from llm_quest.recipes.distillation import build_distillation_terms, teacher_hash
+from llm_quest.recipes.evaluators import save_samples
+from llm_quest.recipes.job import (
+    LogFn,
+    TrainingJob,
+    apply_config_techniques,
+    data_facts,
+    load_for_finetuning,
+    read_chat_template,
+    run_job,
+    set_generation_eos,
 )
-from llm_quest.recipes.tuning_config import Said, Sft
-from llm_quest.recipes.yaml import Settings
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
-from llm_quest.train.state import derive_seed
+from llm_quest.recipes.number_token_loss import number_token_terms
+from llm_quest.recipes.run import RunOutcome, init_distributed, micro_rows_of, require_context
+from llm_quest.recipes.tuning_config import ConversationDataConfig, SftConfig
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state_dict import derive_seed
 
 
 def train_sft(
-    config: Sft, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: SftConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with company(config, config.batch.rows) as parallel:
-        tell = say if parallel.leader else lambda text: None
-        return carried_out(assembled(config, parallel, tell), config, out, resume, env or {}, quiet, tell, parallel)
+    with init_distributed(config, config.batch.rows) as parallel:
+        leader_log = log if parallel.is_main_process else lambda text: None
+        return run_job(
+            build_sft_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
+        )
 
 
-def assembled(config: Sft, parallel: Parallel, say: Say) -> Job:
+def build_sft_job(config: SftConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, conversations, objective and feed."""
-    model, tokenizer = opened(config.model)
-    require_room(config.batch.length, model)
-    talk = prepared(config.data, Chat(tokenizer, template_of(config.data)), config.batch.length)
-    remember_ends(model, tokenizer, (one.ids[one.last[1] - 1] for one in talk.train.examples))
-    micro_rows = micro_rows_of(config.batch, parallel, config.batch.length)
-    feed = InstructionFeed(
-        talk.train,
-        rows=config.batch.rows,
-        micro_rows=micro_rows,
-        seed=derive_seed(config.seed, "order"),
-        share=parallel.share,
+    model, tokenizer = load_for_finetuning(config.model)
+    require_context(config.batch.length, model.config.max_position_embeddings)
+    data = prepare_conversations(
+        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.batch.length
     )
-    facts = told(config.data, talk.chat, talk.ledger, len(talk.train.examples), len(talk.held.examples), say)
-    say(f"learned: {talk.train.num_targets:,} tokens of answers, in {len(talk.train):,} rows an epoch")
+    set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
+    micro_rows = micro_rows_of(config.batch, parallel, config.batch.length)
+    loader = InstructionLoader(
+        data.train,
+        batch_size=config.batch.rows,
+        micro_batch_size=micro_rows,
+        seed=derive_seed(config.seed, "order"),
+        share=parallel.data_shard,
+    )
+    facts = data_facts(
+        config.data, data.chat, data.drop_report, len(data.train.examples), len(data.held_out.examples), log
+    )
+    log(f"learned: {data.train.num_targets:,} tokens of answers, in {len(data.train):,} rows an epoch")
 
-    lessons = taught(config, tokenizer, model.config.vocab, parallel, say)
-    terms: list[Beside] = [*beside(config.number_token, tokenizer, model), *lessons]
+    distillation_terms = build_distillation_terms(config, tokenizer, model.config.vocab_size, parallel, log)
+    terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token, tokenizer, model), *distillation_terms]
 
-    def probes(run: Run) -> list[Any]:
-        asked = [Answering(talk, config.samples.number, config, run)] if config.samples.every else []
-        return [AnswerLoss(talk.held, config.evaluate.every, micro_rows), *asked]
+    def build_evaluators(run: RunDir) -> list[Any]:
+        asked = [AnswerSampler(data, config.samples.number, config, run)] if config.samples.every else []
+        return [AnswerLossEvaluator(data.held_out, config.evaluate.every, micro_rows), *asked]
 
-    return Job(
-        NextToken(model, beside=terms), feed, probes, tokenizer, facts,
-        {"data": talk.train.hash, **teachers_hash(lessons)}, edited(config, model, say),
+    return TrainingJob(
+        NextTokenLoss(model, auxiliary=terms), loader, build_evaluators, tokenizer, facts,
+        {"data": data.train.hash, **teacher_hash(distillation_terms)}, apply_config_techniques(config, model, log),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Talk:
+class ConversationData:
     """Conversations as rows of ids. questions: the held-out ones, as they were said."""
 
-    chat: Chat
-    train: Rows
-    held: Rows
+    chat: ChatTemplate
+    train: PackedExamples
+    held_out: PackedExamples
     questions: Sequence[Conversation]
-    ledger: Ledger
+    drop_report: DropReport
 
 
-def prepared(part: Said, chat: Chat, length: int) -> Talk:
+def prepare_conversations(config: ConversationDataConfig, chat: ChatTemplate, length: int) -> ConversationData:
     """From a source to rows; what is left out is in the ledger."""
-    ledger = Ledger()
-    said = conversations(rows(part.source, answers)[: part.limit], ledger)
-    train, held = held_apart(said, part.held_out)
-    learned, looked_at = (Rows(fitting(chat.examples(side), length, ledger), length) for side in (train, held))
-    return Talk(chat, learned, looked_at, held, ledger)
+    drop_report = DropReport()
+    said = read_conversations(load_records(config.source, builtin_instructions)[: config.limit], drop_report)
+    train, held = split_by_prompt(said, config.held_out)
+    learned, looked_at = (
+        PackedExamples(drop_too_long(chat.encode_conversations(side), length, drop_report), length)
+        for side in (train, held)
+    )
+    return ConversationData(chat, learned, looked_at, held, drop_report)
 
 
-class AnswerLoss:
+class AnswerLossEvaluator:
     """loss in nats per token of held-out answers, and its perplexity."""
 
     name = "eval"
 
-    def __init__(self, held: Rows, every: int, micro_rows: int):
-        self.held, self.every, self.micro_rows = held, every, micro_rows
+    def __init__(self, held_out: PackedExamples, every: int, micro_rows: int):
+        self.held, self.interval, self.micro_rows = held_out, every, micro_rows
 
     @torch.no_grad()
-    def measure(self, model: Decoder, step: int) -> Mapping[str, float]:
-        objective, device, nats = NextToken(model), next(model.parameters()).device, 0.0
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        objective, device, nats = NextTokenLoss(model), next(model.parameters()).device, 0.0
         for first in range(0, len(self.held), self.micro_rows):
-            batch = self.held.batch(range(first, min(first + self.micro_rows, len(self.held))))
+            batch = self.held.collate(range(first, min(first + self.micro_rows, len(self.held))))
             nats += float(objective(batch.to(device)).total)
         loss = nats / self.held.num_targets
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-class Answering:
+class AnswerSampler:
     """Answers to the first held-out questions: samples/step-00000100.json."""
 
     name = "samples"
 
-    def __init__(self, talk: Talk, number: int, config: Sft, run: Run):
-        self.every, self.part, self.tokenizer = config.samples.every, config.samples, talk.chat.tokenizer
-        self.folder = run.samples if run.leader else None
+    def __init__(self, data: ConversationData, num_questions: int, config: SftConfig, run: RunDir):
+        self.interval, self.part, self.tokenizer = config.samples.every, config.samples, data.chat.tokenizer
+        self.folder = run.samples if run.is_main_process else None
         self.seed = derive_seed(config.seed, "sampling")
-        self.questions = list(talk.questions[:number])
-        self.prompts = talk.chat.prompts([one.prompt for one in self.questions])
+        self.questions = list(data.questions[:num_questions])
+        self.prompts = data.chat.encode_prompts([one.prompt for one in self.questions])
 
-    def measure(self, model: Decoder, step: int) -> Mapping[str, float]:
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         """Every process answers (parts of the model may lie on each); only one with a folder keeps it."""
-        room = model.config.context
+        room = model.config.max_position_embeddings
         asked = [(one, ids) for one, ids in zip(self.questions, self.prompts, strict=True) if len(ids) < room]
         done = generate(
             model,
@@ -144,9 +152,9 @@ class Answering:
             tokenizer=self.tokenizer,
         )
         if self.folder is not None:
-            told = [
+            sample_rows = [
                 {"prompt": one.prompt[-1]["content"], "text": written.text, "wanted": one.answer}
                 for (one, _), written in zip(asked, done, strict=True)
             ]
-            keep_samples(self.folder, step, told)
+            save_samples(self.folder, step, sample_rows)
         return {}

@@ -6,38 +6,40 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.data.images import Preprocess
+from llm_quest.data.images import ImageProcessor
 from llm_quest.models import vit
 from llm_quest.models.build import preset
-from llm_quest.recipes.config import Strict
-from llm_quest.recipes.parts import Count, Course, Few
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
 
 
-class ImageRows(Strict):
+class ImageBatchConfig(StrictModel):
     """The images of one optimiser step, over all processes."""
 
-    rows: Count = Field(default=128, description="images in a step")
-    micro_rows: Count | None = Field(default=None, description="images at once on each process; null: all")
+    rows: PositiveInt = Field(default=128, description="images in a step")
+    micro_rows: PositiveInt | None = Field(default=None, description="images at once on each process; null: all")
 
     @model_validator(mode="after")
-    def micro_fits(self) -> ImageRows:
+    def check_micro_batch_size(self) -> ImageBatchConfig:
         if self.micro_rows is not None and self.rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
         return self
 
 
-class SightRows(ImageRows):
+class ImageTextBatchConfig(ImageBatchConfig):
     """The same, with the room for image and text."""
 
-    rows: Count = Field(default=64, description="images in a step")
-    turns: Count | None = Field(
+    rows: PositiveInt = Field(default=64, description="images in a step")
+    turns: PositiveInt | None = Field(
         default=None, description="questions of an image in one row at most; null: all that fit"
     )
-    captions: Few = Field(default=0, description="in so many first steps the caption comes first, where there is one")
+    captions: NonNegativeInt = Field(
+        default=0, description="in so many first steps the caption comes first, where there is one"
+    )
     length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and what is said about it")
 
 
-class Vary(Strict):
+class AugmentConfig(StrictModel):
     """Random variation of training images; 0 and false: none."""
 
     turn: float = Field(default=0.0, ge=0, le=180, description="degrees")
@@ -47,11 +49,11 @@ class Vary(Strict):
     erase: float = Field(default=0.0, ge=0, lt=1, description="a square of this part of the side")
 
 
-Part = Annotated[float, Field(gt=0, lt=0.9)]
-Numbers = tuple[float, ...]
+EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
+ChannelValues = tuple[float, ...]
 
 
-class Images(Strict):
+class ImageDataConfig(StrictModel):
     """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per
     channel."""
 
@@ -61,53 +63,53 @@ class Images(Strict):
     folder: str | None = Field(
         default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
     )
-    size: Count = Field(default=8, description="pixels of a side")
-    mean: Numbers = (0.5, 0.5, 0.5)
-    std: Numbers = (0.5, 0.5, 0.5)
-    held_out: Part = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
-    vary: Vary = Vary()
+    size: PositiveInt = Field(default=8, description="pixels of a side")
+    mean: ChannelValues = (0.5, 0.5, 0.5)
+    std: ChannelValues = (0.5, 0.5, 0.5)
+    held_out: EvalFraction = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
+    vary: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
-    def one_mean_and_std_per_channel(self) -> Images:
-        Preprocess(self.size, self.mean, self.std)
+    def one_mean_and_std_per_channel(self) -> ImageDataConfig:
+        ImageProcessor(self.size, self.mean, self.std)
         return self
 
     @model_validator(mode="after")
-    def folder_given(self) -> Images:
+    def check_folder(self) -> ImageDataConfig:
         if (self.folder is None) != (self.source == "digits"):
             raise ValueError(f"source {self.source} {'needs a folder' if self.folder is None else 'takes no folder'}")
         return self
 
 
-class Eyes(Strict):
+class VitModelConfig(StrictModel):
     """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made
     anew."""
 
-    patch: Count = Field(default=2, description="pixels of a patch's side")
-    width: Count = 64
-    layers: Count = 3
-    heads: Count = 4
-    hidden: Count = 128
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    patch_size: PositiveInt = Field(default=2, description="pixels of a patch's side")
+    hidden_size: PositiveInt = 64
+    num_hidden_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 128
+    hidden_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
     preset: str | None = Field(
         default=None, description="a published size instead, with random weights: vit-base-patch16-224"
     )
     load: str | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
 
     @model_validator(mode="after")
-    def one_of_two(self) -> Eyes:
+    def check_single_source(self) -> VitModelConfig:
         if self.preset is not None and self.load is not None:
             raise ValueError("give preset or load, not both")
         return self
 
 
-class Score(Strict):
+class ImageEvalConfig(StrictModel):
     """When the held-out images are looked at. Nothing is chosen by what is seen there."""
 
-    every: Few = Field(default=0, description="steps; 0: only at the end")
+    every: NonNegativeInt = Field(default=0, description="steps; 0: only at the end")
 
 
-class Vision(Course):
+class VisionConfig(RunConfig):
     """What a run on images has beside the course of every run."""
 
     compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
@@ -116,18 +118,18 @@ class Vision(Course):
     )
 
 
-class Vit(Vision):
+class VitConfig(VisionConfig):
     """Images in, a classifier out."""
 
     recipe: Literal["vit"]
-    images: Images = Images()
-    model: Eyes = Eyes()
-    batch: ImageRows = ImageRows()
+    images: ImageDataConfig = ImageDataConfig()
+    model: VitModelConfig = VitModelConfig()
+    batch: ImageBatchConfig = ImageBatchConfig()
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
-    evaluate: Score = Score()
+    evaluate: ImageEvalConfig = ImageEvalConfig()
 
     @model_validator(mode="after")
-    def images_fit(self) -> Vit:
+    def images_fit(self) -> VitConfig:
         part, images = self.model, self.images
         size, channels = images.size, len(images.mean)
         native = {"digits": (8, 1), "cifar10": (32, 3)}.get(images.source, (size, channels))
@@ -139,87 +141,89 @@ class Vit(Vision):
         if part.load is not None:
             return self
         sizes = part if part.preset is None else preset(part.preset).config
-        if not isinstance(sizes, Eyes | vit.Config):
+        if not isinstance(sizes, VitModelConfig | vit.Config):
             raise ValueError(f"model.preset {part.preset} is no ViT; `quest models` lists those that are")
-        if size % sizes.patch or sizes.width % sizes.heads:
+        if size % sizes.patch_size or sizes.hidden_size % sizes.num_attention_heads:
             raise ValueError(
-                f"patch {sizes.patch} must divide images of {size} pixels, and heads {sizes.heads} must divide "
-                f"width {sizes.width}"
+                f"patch_size {sizes.patch_size} must divide images of {size} pixels, and num_attention_heads "
+                f"{sizes.num_attention_heads} must divide hidden_size {sizes.hidden_size}"
             )
         return self
 
 
-class Sights(Strict):
+class ImageTextDataConfig(StrictModel):
     """Rendered scenes of shapes, or a JSONL file of yours."""
 
     source: Literal["scenes", "jsonl"] = Field(default="scenes", description="scenes are drawn as they are needed")
     file: str | None = Field(
         default=None, description="of jsonl: lines with image and caption, or image, question and answer"
     )
-    size: Count = Field(default=48, description="pixels of a side")
-    held_out: Part = Field(
+    size: PositiveInt = Field(default=48, description="pixels of a side")
+    held_out: EvalFraction = Field(
         default=0.1, description="of a JSONL file's images; of scenes, every fifth combination is held out"
     )
 
     @model_validator(mode="after")
-    def file_given(self) -> Sights:
+    def check_file(self) -> ImageTextDataConfig:
         if (self.file is None) != (self.source == "scenes"):
             raise ValueError(f"source {self.source} {'needs a file' if self.file is None else 'takes no file'}")
         return self
 
 
-class Tower(Strict):
+class VisionTowerConfig(StrictModel):
     """The image encoder: your own numbers, or one to go on from (a ViT, a CLIP tower). depth: null: all its blocks."""
 
-    patch: Count = Field(default=8, description="pixels of a patch's side")
-    width: Count = 128
-    layers: Count = 4
-    heads: Count = 4
-    hidden: Count = 512
-    depth: Count | None = Field(default=None, description="after how many blocks the patches are taken; null: all")
+    patch: PositiveInt = Field(default=8, description="pixels of a patch's side")
+    width: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    hidden: PositiveInt = 512
+    depth: PositiveInt | None = Field(
+        default=None, description="after how many blocks the patches are taken; null: all"
+    )
     keep_class: bool = Field(default=False, description="is the class token shown to the decoder too?")
     load: str | None = Field(default=None, description="a Hugging Face folder or run folder")
 
 
-class Speaker(Strict):
+class LanguageModelConfig(StrictModel):
     """The decoder, a Llama: your own numbers, or one to go on from, whose tokenizer is then used."""
 
-    width: Count = 128
-    layers: Count = 3
-    heads: Count = 4
-    hidden: Count = 384
+    width: PositiveInt = 128
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    hidden: PositiveInt = 384
     vocab: int = Field(default=400, ge=280, description="tokens of the tokenizer to train, the placeholder among them")
     load: str | None = Field(default=None, description="a Hugging Face folder or run folder, with its tokenizer")
 
 
-class Answers(Score):
+class VlmEvalConfig(ImageEvalConfig):
     """Held-out sights asked about, each question alone, answered greedily and compared word for word."""
 
-    sights: Count = Field(default=64, description="held-out images looked at")
+    sights: PositiveInt = Field(default=64, description="held-out images looked at")
 
 
-class Vlm(Vision):
+class VlmConfig(VisionConfig):
     """Images and words in, a vision-language model out."""
 
     recipe: Literal["vlm"]
-    sights: Sights = Sights()
-    tower: Tower = Tower()
+    sights: ImageTextDataConfig = ImageTextDataConfig()
+    tower: VisionTowerConfig = VisionTowerConfig()
     adapter: Literal["mlp", "linear"] = "mlp"
-    decoder: Speaker = Speaker()
+    decoder: LanguageModelConfig = LanguageModelConfig()
     load: str | None = Field(
         default=None, description="a whole vision-language model to go on from (LLaVA's layout, or a run)"
     )
     trained: tuple[Literal["tower", "adapter", "decoder"], ...] = Field(
         default=("tower", "adapter", "decoder"), min_length=1
     )
-    batch: SightRows = SightRows()
+    batch: ImageTextBatchConfig = ImageTextBatchConfig()
     questions_rate: float = Field(
         default=1.0, gt=0, le=1, description="of the rate, how much is left after the first batch.captions steps"
     )
-    evaluate: Answers = Answers()
+    evaluate: VlmEvalConfig = VlmEvalConfig()
 
     @model_validator(mode="after")
-    def parts_fit(self) -> Vlm:
+    def parts_fit(self) -> VlmConfig:
         eye, speaker, size = self.tower, self.decoder, self.sights.size
         if self.load is None and eye.load is None and (size % eye.patch or eye.width % eye.heads):
             raise ValueError(

@@ -14,77 +14,83 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_quest.data.images import CLIP_STATISTICS, Preprocess
-from llm_quest.data.scenes import STATISTICS, Turn, score
-from llm_quest.data.sights import Captions, Scenes, SightFeed, Sights, Writer
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextLoader, SceneDataset
+from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
+from llm_quest.data.synthetic_shapes import SCENE_STATISTICS, QuestionAnswer, exact_match
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
-from llm_quest.hub.files import load, load_preprocess, load_tokenizer
-from llm_quest.layers.rotary import Rotary
+from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import clip, llama
 from llm_quest.models.build import build
-from llm_quest.models.fusion import VisionLanguage
-from llm_quest.models.generation import GenerationDefaults
+from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.models.vision_language import Config
-from llm_quest.objectives.captioning import Captioning
-from llm_quest.recipes.course import Outcome, company
-from llm_quest.recipes.probes import keep_samples
-from llm_quest.recipes.vision import Job, Say, carried_out
-from llm_quest.recipes.vision_config import Vlm
-from llm_quest.recipes.yaml import Settings
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.state import derive_seed
+from llm_quest.models.llava import Config
+from llm_quest.models.multimodal import VisionLanguageModel
+from llm_quest.objectives.captioning import CaptioningLoss
+from llm_quest.recipes.evaluators import save_samples
+from llm_quest.recipes.run import RunOutcome, init_distributed
+from llm_quest.recipes.vision import ImageTrainingJob, LogFn, run_image_job
+from llm_quest.recipes.vision_config import VlmConfig
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 
-PLACEHOLDER = "<image>"
-AT_ONCE = 64
-BY_ADAMW = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
+IMAGE_TOKEN = "<image>"
+VLM_EVAL_BATCH_SIZE = 64
+ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 
 
 def train_vlm(
-    config: Vlm, settings: Settings, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, say: Say = print,
-) -> Outcome:  # fmt: skip
+    config: VlmConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
+    quiet: bool = False, log: LogFn = print,
+) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with company(config, config.batch.rows) as parallel:
-        tell = say if parallel.leader else lambda text: None
-        job = assembled(config, parallel, tell, out / "samples" if parallel.leader else None)
-        return carried_out(job, config, out, resume, env or {}, quiet, tell, parallel)
+    with init_distributed(config, config.batch.rows) as parallel:
+        leader_log = log if parallel.is_main_process else lambda text: None
+        job = build_vlm_job(config, parallel, leader_log, out / "samples" if parallel.is_main_process else None)
+        return run_image_job(job, config, out, resume, env or {}, quiet, leader_log, parallel)
 
 
-def assembled(config: Vlm, parallel: Parallel, say: Say, samples: Path | None = None) -> Job:
+def build_vlm_job(
+    config: VlmConfig, parallel: DistributedContext, log: LogFn, samples: Path | None = None
+) -> ImageTrainingJob:
     """Data, tokenizer, model, objective and feed. samples: where some answers are kept."""
-    preprocess = statistics(config)
-    sights = read_sights(config, preprocess)
-    tokenizer = words(config, sights)
-    model = first_model(config, tokenizer, preprocess).train_only(config.trained)
-    model.generation = GenerationDefaults(tokenizer.bos_id, tuple(tokenizer.eos_ids), tokenizer.pad_id)
+    preprocess = load_or_make_preprocess(config)
+    sights = load_image_text(config, preprocess)
+    tokenizer = build_vlm_tokenizer(config, sights)
+    model = init_vlm(config, tokenizer, preprocess).train_only(config.trained)
+    model.generation_config = GenerationConfig(
+        tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id
+    )
     numbers = model.config
-    say(
-        f"an image is {numbers.image_tokens} of the {config.batch.length} tokens of a row; "
+    log(
+        f"an image is {numbers.image_seq_length} of the {config.batch.length} tokens of a row; "
         f"{', '.join(config.trained)} trained"
     )
-    writer = Writer(tokenizer, numbers.image_token, numbers.image_tokens, config.batch.length)
-    feed = SightFeed(
+    writer = ImageTextCollator(tokenizer, numbers.image_token_id, numbers.image_seq_length, config.batch.length)
+    loader = ImageTextLoader(
         sights,
         writer,
         preprocess,
-        rows=config.batch.rows,
-        micro_rows=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world),
+        batch_size=config.batch.rows,
+        micro_batch_size=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world_size),
         seed=derive_seed(config.seed, "order"),
-        turns=config.batch.turns,
-        captions=config.batch.captions,
-        share=parallel.share,
+        max_turns=config.batch.turns,
+        caption_first_steps=config.batch.captions,
+        share=parallel.data_shard,
     )
-    probe = Answering(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every, samples)
+    probe = ImageQuestionEvaluator(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every, samples)
     identity = {"sights": sights.hash, "tokenizer": tokenizer.hash}
     facts = {"corpus": {"name": config.sights.file or config.sights.source}}
     slower = (config.batch.captions, config.questions_rate)
-    return Job(Captioning(model), feed, probe, preprocess, identity, facts, BY_ADAMW, tokenizer, slower)
+    return ImageTrainingJob(
+        CaptioningLoss(model), loader, probe, preprocess, identity, facts, ADAMW_PARAMETERS, tokenizer, slower
+    )
 
 
-def statistics(config: Vlm) -> Preprocess:
+def load_or_make_preprocess(config: VlmConfig) -> ImageProcessor:
     """How images are made: as the loaded model or tower wants them; scenes so that nothing is 0; others scaled to
     -1..1."""
     for where in (config.load, config.tower.load):
@@ -92,83 +98,88 @@ def statistics(config: Vlm) -> Preprocess:
             try:
                 return load_preprocess(where)
             except DataError:
-                size = load_config(where).image
-                return Preprocess(size, **CLIP_STATISTICS) if config.load else Preprocess(size)  # type: ignore[arg-type]
-    told: dict[str, Any] = STATISTICS if config.sights.source == "scenes" else {}
-    return Preprocess(config.sights.size, **told)
+                size = load_vision_config(where).image
+                return ImageProcessor(size, **CLIP_STATISTICS) if config.load else ImageProcessor(size)  # type: ignore[arg-type]
+    told: dict[str, Any] = SCENE_STATISTICS if config.sights.source == "scenes" else {}
+    return ImageProcessor(config.sights.size, **told)
 
 
-def load_config(where: str) -> Any:
+def load_vision_config(name_or_path: str) -> Any:
     """The vision part's numbers of a model that does not say how its images are made."""
-    config = load(where, device="meta").config
-    return config.vision if isinstance(config, Config) else config
+    config = load(name_or_path, device="meta").config
+    return config.vision_config if isinstance(config, Config) else config
 
 
-def read_sights(config: Vlm, preprocess: Preprocess) -> Sights:
+def load_image_text(config: VlmConfig, preprocess: ImageProcessor) -> ImageTextDataset:
     if config.sights.source == "scenes":
-        return Scenes(preprocess.size)
+        return SceneDataset(preprocess.size)
     assert config.sights.file is not None, "the config asks for a file with this source"
-    return Captions(config.sights.file, preprocess, config.sights.held_out)
+    return CaptionDataset(config.sights.file, preprocess, config.sights.held_out)
 
 
-def words(config: Vlm, sights: Sights) -> Tokenizer:
+def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenizer:
     """The loaded model's tokenizer, or one trained on the training text, with a placeholder among its control
     tokens."""
     where = config.load or config.decoder.load
     if where is None:
-        return train_bpe(sights.texts(), config.decoder.vocab, (*SPECIAL_TOKENS, PLACEHOLDER))
+        return train_bpe(sights.tokenizer_texts(), config.decoder.vocab, (*SPECIAL_TOKENS, IMAGE_TOKEN))
     tokenizer = load_tokenizer(where)
-    if PLACEHOLDER not in tokenizer.special_tokens:
-        tokenizer.engine.add_special_tokens([PLACEHOLDER])
+    if IMAGE_TOKEN not in tokenizer.special_tokens:
+        tokenizer.backend_tokenizer.add_special_tokens([IMAGE_TOKEN])
         tokenizer = Tokenizer(
-            tokenizer.engine,
-            ends=tokenizer.names["eos_token"] or (),
-            begin=tokenizer.names["bos_token"],  # type: ignore[arg-type]
-            pad=tokenizer.names["pad_token"],  # type: ignore[arg-type]
+            tokenizer.backend_tokenizer,
+            eos_tokens=tokenizer.special_token_names["eos_token"] or (),
+            bos_token=tokenizer.special_token_names["bos_token"],  # type: ignore[arg-type]
+            pad_token=tokenizer.special_token_names["pad_token"],  # type: ignore[arg-type]
             chat_template=tokenizer.chat_template,
         )
     return tokenizer
 
 
-def first_model(config: Vlm, tokenizer: Tokenizer, preprocess: Preprocess) -> VisionLanguage:
+def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor) -> VisionLanguageModel:
     """Loaded whole; or put together from parts, each loaded or built with first values."""
     if config.load is not None:
         loaded: Any = load(config.load, dtype="float32", aligned=True)
-        if not isinstance(loaded, VisionLanguage):
+        if not isinstance(loaded, VisionLanguageModel):
             raise UsageError(
                 f"load={config.load} is no vision-language model; set tower.load or decoder.load to begin with a part"
             )
         return loaded
     tower = load(config.tower.load, dtype="float32", aligned=True) if config.tower.load else None
     decoder = load(config.decoder.load, dtype="float32", aligned=True) if config.decoder.load else None
-    vision = tower.config if tower is not None else new_tower(config, preprocess)
-    text = decoder.config if decoder is not None else new_decoder(config, tokenizer)
-    if tokenizer.vocab_size > text.vocab:
-        text = replace(text, vocab=tokenizer.vocab_size)
-    depth = config.tower.depth or vision.layers
+    vision = tower.config if tower is not None else make_tower_config(config, preprocess)
+    text = decoder.config if decoder is not None else make_decoder_config(config, tokenizer)
+    if tokenizer.vocab_size > text.vocab_size:
+        text = replace(text, vocab_size=tokenizer.vocab_size)
+    depth = config.tower.depth or vision.num_hidden_layers
     numbers = Config(
-        vision, text, tokenizer.id(PLACEHOLDER), depth, config.adapter == "mlp", keep_class=config.tower.keep_class
+        vision,
+        text,
+        tokenizer.token_to_id(IMAGE_TOKEN),
+        depth,
+        config.adapter == "mlp",
+        keep_cls_token=config.tower.keep_class,
     )
     seed = derive_seed(config.seed, "init")
     model: Any = build(numbers, seed=seed)
     if tower is not None:
-        put(model.tower, tower)
+        copy_weights_(model.tower, tower)
     else:
-        place(model.tower, seed)
+        init_position_embeddings_(model.tower, seed)
     if decoder is not None:
-        put(model.decoder, decoder)
+        copy_weights_(model.decoder, decoder)
     return model
 
 
-def new_tower(config: Vlm, preprocess: Preprocess) -> clip.Config:
+def make_tower_config(config: VlmConfig, preprocess: ImageProcessor) -> clip.Config:
     part, size = config.tower, preprocess.size
     return clip.Config(size, part.patch, len(preprocess.mean), part.width, part.layers, part.heads, part.hidden)
 
 
-def new_decoder(config: Vlm, tokenizer: Tokenizer) -> llama.Config:
+def make_decoder_config(config: VlmConfig, tokenizer: Tokenizer) -> llama.Config:
     part = config.decoder
     head = part.width // part.heads
-    rotary = Rotary(head, 10_000.0)
+    rotary = RotaryEmbedding(head, 10_000.0)
     return llama.Config(
         tokenizer.vocab_size,
         part.width,
@@ -179,19 +190,19 @@ def new_decoder(config: Vlm, tokenizer: Tokenizer) -> llama.Config:
         part.hidden,
         config.batch.length,
         rotary,
-        tied=True,
+        tie_word_embeddings=True,
     )
 
 
 @torch.no_grad()
-def place(tower: ImageEncoder, seed: int) -> None:
+def init_position_embeddings_(tower: ImageEncoder, seed: int) -> None:
     """Positions N(0,1), as large as what the first norm makes of a patch. Commonly got wrong: at CLIP's 0.02, right for
     its millions of steps, a tower from scratch sees for thousands of steps what there is but not where."""
     nn.init.normal_(tower.embed.positions, generator=torch.Generator().manual_seed(seed + 1))  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def put(part: nn.Module, trained: nn.Module) -> None:
+def copy_weights_(part: nn.Module, trained: nn.Module) -> None:
     """A trained model's numbers into a part; a vocabulary that has grown keeps its new rows, a classifier's head stays
     behind."""
     theirs = dict(trained.named_parameters())
@@ -201,48 +212,48 @@ def put(part: nn.Module, trained: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Answering:
+class ImageQuestionEvaluator:
     """Exact match on held-out sights: the share of answers that are right word for word, by kind of question. The
-    answers about the first sight are kept in `samples`, if that is a folder."""
+    answers about the first sight are kept in `num_samples`, if that is a folder."""
 
-    sights: Sights
-    writer: Writer
-    preprocess: Preprocess
+    sights: ImageTextDataset
+    writer: ImageTextCollator
+    preprocess: ImageProcessor
     number: int
-    every: int
+    interval: int
     samples: Path | None = None
     name: str = "eval"
 
-    def measure(self, model: VisionLanguage, step: int) -> Mapping[str, float]:
-        asked = [(sight, turn) for sight in map(self.sights.held_out, range(self.number)) for turn in sight.turns]
-        parts = [asked[first : first + AT_ONCE] for first in range(0, len(asked), AT_ONCE)]
-        said = [answer for part in parts for answer in self.answers(model, part)]
+    def evaluate(self, model: VisionLanguageModel, step: int) -> Mapping[str, float]:
+        asked = [(sight, turn) for sight in map(self.sights.eval_example, range(self.number)) for turn in sight.turns]
+        parts = [asked[first : first + VLM_EVAL_BATCH_SIZE] for first in range(0, len(asked), VLM_EVAL_BATCH_SIZE)]
+        said = [answer for part in parts for answer in self.generate_answers(model, part)]
         right: dict[str, list[float]] = defaultdict(list)
         for answer, (_, turn) in zip(said, asked, strict=True):
-            right[turn.kind].append(score(answer, turn))
+            right[turn.kind].append(exact_match(answer, turn))
         if self.samples is not None:
             first = asked[: len(asked[0][0].turns)]
-            told = [
+            sample_rows = [
                 {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
                 for (_, turn), answer in zip(first, said[: len(first)], strict=True)
             ]
-            keep_samples(self.samples, step, told)
+            save_samples(self.samples, step, sample_rows)
         return {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
 
-    def answers(self, model: VisionLanguage, asked: list[tuple[Any, Turn]]) -> list[str]:
+    def generate_answers(self, model: VisionLanguageModel, asked: list[tuple[Any, QuestionAnswer]]) -> list[str]:
         """What the model says, greedily."""
-        prompts = [self.writer.prompt(turn.question) for _, turn in asked]
-        images = [self.preprocess.normalized(sight.pixels[None]) for sight, _ in asked]
+        prompts = [self.writer.encode_prompt(turn.question) for _, turn in asked]
+        images = [self.preprocess.normalize(sight.pixels[None]) for sight, _ in asked]
         longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in asked) + 4
-        room = model.config.context - max(map(len, prompts))
+        room = model.config.max_position_embeddings - max(map(len, prompts))
         if room < 1:
             raise UsageError("a question leaves no room for its answer: set a larger batch.length")
         said = generate(
-            model.looking(images),  # type: ignore[arg-type]
+            model.with_images(images),  # type: ignore[arg-type]
             prompts,
             max_new_tokens=min(longest, room),
             temperature=0.0,
-            eos=self.writer.tokenizer.eos_ids,
+            eos_token_id=self.writer.tokenizer.eos_token_ids,
         )
-        ends = set(self.writer.tokenizer.eos_ids)
+        ends = set(self.writer.tokenizer.eos_token_ids)
         return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in said]

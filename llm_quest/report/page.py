@@ -8,16 +8,23 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llm_quest.disk import replace_text
 from llm_quest.errors import UsageError
-from llm_quest.report.chapter import Row, baselines, chapter, reached_bits, standing, tiles
-from llm_quest.report.plots import Curve, bars, curves
-from llm_quest.report.record import Record, read
+from llm_quest.files import atomic_write_text
+from llm_quest.report.plots import Curve, plot_bars, plot_curves
+from llm_quest.report.record import RunRecord, read_run
+from llm_quest.report.run_summary import (
+    TableRow,
+    final_bits_per_byte,
+    key_figures,
+    recorded_baselines,
+    run_status,
+    summarize_run,
+)
 
 TEMPLATE = Path(__file__).parent / "report.html"
 
 
-def report(runs: Sequence[Path | str], *, out: Path | str | None = None) -> Path:
+def write_report(runs: Sequence[Path | str], *, out: Path | str | None = None) -> Path:
     """Write the page and return where it is: `out`, or report.html in the first run. An earlier page is replaced at
     once or not at all; other kinds of things under that name are left alone (UsageError)."""
     if not runs:
@@ -28,77 +35,83 @@ def report(runs: Sequence[Path | str], *, out: Path | str | None = None) -> Path
         target /= "report.html"
     if target.exists() and not target.is_file():
         raise UsageError(f"{target} is no ordinary file, so it is not replaced; choose another --out")
-    text = page([read(folder) for folder in folders])
+    text = render_html([read_run(folder) for folder in folders])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{target.parent} is no folder; choose another --out") from None
-    replace_text(target, text.encode("utf-8", "replace").decode())
+    atomic_write_text(target, text.encode("utf-8", "replace").decode())
     return target
 
 
-def page(records: Sequence[Record]) -> str:
+def render_html(records: Sequence[RunRecord]) -> str:
     """The HTML. Everything but our own pictures is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["clean"] = clean
-    named = distinct(records)
+    environment.filters["clean"] = clean_for_html
+    named = number_duplicate_names(records)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=named[0].name if len(named) == 1 else f"{len(named)} runs compared",
-        chapters=[chapter(record, number) for number, record in enumerate(named)],
-        table=comparison(named) if len(named) > 1 else (),
-        differences=differing(named) if len(named) > 1 else (),
-        pictures=[(heading, Markup(svg), wide) for heading, svg, wide in pictures(named) if svg],
+        chapters=[summarize_run(record, number) for number, record in enumerate(named)],
+        table=comparison_table(named) if len(named) > 1 else (),
+        differences=differing_settings(named) if len(named) > 1 else (),
+        pictures=[(heading, Markup(svg), wide) for heading, svg, wide in draw_plots(named) if svg],
     )
 
 
-def distinct(records: Sequence[Record]) -> list[Record]:
+def number_duplicate_names(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Runs whose folders have one name are numbered."""
     names = [record.name for record in records]
     numbered = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
-    return [Record(**{**vars(record), "name": name}) for record, name in zip(records, numbered, strict=True)]
+    return [RunRecord(**{**vars(record), "name": name}) for record, name in zip(records, numbered, strict=True)]
 
 
-def pictures(records: Sequence[Record]) -> Iterator[tuple[str, str, bool]]:
+def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     """(heading, svg, over the whole width?)"""
     alone = len(records) == 1
     losses = [
-        line(record, "loss", number, rough=True, name="training" if alone else "")
+        metric_curve(record, "loss", number, rough=True, name="training" if alone else "")
         for number, record in enumerate(records)
     ]
     if alone:
-        losses.append(line(records[0], "eval/loss", 1, dots=True, name="held-out"))
-    counted = records[0].counted
-    yield "Loss", curves("loss", losses, unit=f"nats per {counted.removesuffix('s')}", wide=True), True
-    known = [baselines(record) for record in records if baselines(record)]
+        losses.append(metric_curve(records[0], "eval/loss", 1, dots=True, name="held-out"))
+    counted = records[0].unit
+    yield "Loss", plot_curves("loss", losses, unit=f"nats per {counted.removesuffix('s')}", wide=True), True
+    known = [recorded_baselines(record) for record in records if recorded_baselines(record)]
     best = min(known[0].items(), key=lambda one: one[1]) if known and all(one == known[0] for one in known) else None
     bits = [
-        line(record, "eval/bits_per_byte", number, dots=True, name="model" if alone else "")
+        metric_curve(record, "eval/bits_per_byte", number, dots=True, name="model" if alone else "")
         for number, record in enumerate(records)
     ]
-    yield "Held-out bits per byte", curves("held-out bits per byte", bits, unit="bits", level=best), False
-    yield "Held-out scores", curves("held-out scores", list(score_lines(records))), False
-    yield "Learning rate", curves("learning rate", [line(r, "lr", n) for n, r in enumerate(records)]), False
-    norms = [line(record, "grad_norm", number, rough=True) for number, record in enumerate(records)]
-    yield "Gradient norm", curves("gradient norm", norms, log=True), False
-    speeds = [line(record, "tokens_per_second", number, rough=True) for number, record in enumerate(records)]
-    yield f"{counted.capitalize()} per second", curves(f"{counted} per second", speeds), False
-    yield "Against counting and compressing the same bytes", against(records), True
+    yield "Held-out bits per byte", plot_curves("held-out bits per byte", bits, unit="bits", level=best), False
+    yield "Held-out scores", plot_curves("held-out scores", list(score_lines(records))), False
+    yield (
+        "Learning rate",
+        plot_curves("learning rate", [metric_curve(r, "lr", n) for n, r in enumerate(records)]),
+        False,
+    )
+    norms = [metric_curve(record, "grad_norm", number, rough=True) for number, record in enumerate(records)]
+    yield "Gradient norm", plot_curves("gradient norm", norms, log=True), False
+    speeds = [metric_curve(record, "tokens_per_second", number, rough=True) for number, record in enumerate(records)]
+    yield f"{counted.capitalize()} per second", plot_curves(f"{counted} per second", speeds), False
+    yield "Against counting and compressing the same bytes", plot_baselines(records), True
 
 
-def score_lines(records: Sequence[Record]) -> Iterator[Curve]:
+def score_lines(records: Sequence[RunRecord]) -> Iterator[Curve]:
     """A run's accuracies, a line each; of several runs the first of each, in the run's colour."""
     for number, record in enumerate(records):
         for place, (name, (steps, values)) in enumerate(record.scores.items()):
             if len(records) == 1:
-                yield Curve(name, steps, values, place, dots=True)
+                yield Curve(name, steps, values, place, show_points=True)
             elif place == 0:
-                yield Curve(f"{record.name}: {name}", steps, values, number, dots=True)
+                yield Curve(f"{record.name}: {name}", steps, values, number, show_points=True)
 
 
-def line(record: Record, key: str, number: int, *, rough: bool = False, dots: bool = False, name: str = "") -> Curve:
+def metric_curve(
+    record: RunRecord, key: str, number: int, *, rough: bool = False, dots: bool = False, name: str = ""
+) -> Curve:
     steps, values = record.series(key)
     bad = [
         event["step"] for event in record.events if event.get("event") == "skipped" and type(event.get("step")) is int
@@ -106,39 +119,39 @@ def line(record: Record, key: str, number: int, *, rough: bool = False, dots: bo
     return Curve(name or record.name, steps, values, number, rough, dots, bad if key == "loss" else ())
 
 
-def against(records: Sequence[Record]) -> str:
+def plot_baselines(records: Sequence[RunRecord]) -> str:
     """Every run's bits per byte beside the baselines, where there are any."""
-    ours = {"this model" if len(records) == 1 else record.name: reached_bits(record) for record in records}
-    others = {name: value for record in records for name, value in baselines(record).items()}
+    ours = {"this model" if len(records) == 1 else record.name: final_bits_per_byte(record) for record in records}
+    others = {name: value for record in records for name, value in recorded_baselines(record).items()}
     values = {name: value for name, value in ours.items() if value is not None} | others
     return (
-        bars("bits per byte against baselines", values, ours=list(ours), unit="bits per byte, less is better")
+        plot_bars("bits per byte against baselines", values, ours=list(ours), unit="bits per byte, less is better")
         if others
         else ""
     )
 
 
-def comparison(records: Sequence[Record]) -> tuple[Row, ...]:
+def comparison_table(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
     """A table of the runs: a head of names, then a row for each tile that any of them has."""
-    told = [{tile.label: tile.value for tile in tiles(record)} for record in records]
-    labels = dict.fromkeys(label for one in told for label in one)
-    status = ("status", *(standing(record)[0] for record in records))
+    figures = [{tile.label: tile.value for tile in key_figures(record)} for record in records]
+    labels = dict.fromkeys(label for one in figures for label in one)
+    status = ("status", *(run_status(record)[0] for record in records))
     return (
         ("", *(record.name for record in records)),
         status,
-        *((label, *(one.get(label, "") for one in told)) for label in labels),
+        *((label, *(one.get(label, "") for one in figures)) for label in labels),
     )
 
 
-def differing(records: Sequence[Record]) -> tuple[Row, ...]:
+def differing_settings(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
     """Settings that are not the same in all runs."""
-    settings = [dict(settings_of(record.config)) for record in records]
+    settings = [dict(parse_settings(record.config)) for record in records]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [(key, *(one.get(key, "") for one in settings)) for key in keys]
     return tuple(row for row in rows if len(set(row[1:])) > 1)
 
 
-def settings_of(config: str) -> Iterator[tuple[str, str]]:
+def parse_settings(config: str) -> Iterator[tuple[str, str]]:
     """(dotted key, value) of the plain block YAML that runs write; a list's entries belong to its key's text."""
     path: list[tuple[int, str]] = []
     key, value = "", ""
@@ -155,6 +168,6 @@ def settings_of(config: str) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def clean(text: str) -> str:
+def clean_for_html(text: str) -> str:
     """Without characters that command a terminal or turn the direction of what follows."""
     return "".join(c for c in str(text) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))

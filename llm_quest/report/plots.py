@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 INK, FAINT, BAD = "#010101", "#020202", "#030303"
 SERIES = ("#040101", "#040102", "#040103", "#040104", "#040105", "#040106")
-VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", BAD: "var(--bad)"}
-VARIABLES |= {stand_in: f"var(--s{number})" for number, stand_in in enumerate(SERIES, start=1)}
-MOST_POINTS = 1200
-WINDOWS = 25
-SCALED_FROM = 40
+CSS_VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", BAD: "var(--bad)"}
+CSS_VARIABLES |= {stand_in: f"var(--s{number})" for number, stand_in in enumerate(SERIES, start=1)}
+MAX_POINTS = 1200
+SMOOTHING_WINDOWS = 25
+MIN_POINTS_TO_SCALE = 40
 
-LOOK: dict[Any, Any] = {
+RC_PARAMS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,
@@ -51,20 +51,20 @@ LOOK: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line over steps. values: NaN leaves a gap and a mark at the foot; so does a step in `bad`. rough: drawn
-    faint under its running mean. dots: measured only now and then, so each point is shown. colour: a number, the same
-    for one run on the whole page."""
+    """A named line over steps. values: NaN leaves a gap and a mark at the foot; so does a step in `nonfinite_steps`.
+    rough: drawn faint under its running mean. dots: measured only now and then, so each point is shown. colour: a
+    number, the same for one run on the whole page."""
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
     colour: int = 0
-    rough: bool = False
-    dots: bool = False
-    bad: Sequence[float] = ()
+    smooth: bool = False
+    show_points: bool = False
+    nonfinite_steps: Sequence[float] = ()
 
 
-def curves(
+def plot_curves(
     title: str,
     lines: Sequence[Curve],
     *,
@@ -79,14 +79,14 @@ def curves(
         return ""
     from matplotlib.ticker import MaxNLocator
 
-    with picture(title, 9.6 if wide else 4.7, 3.2 if wide else 2.7) as (figure, axes):
+    with new_figure(title, 9.6 if wide else 4.7, 3.2 if wide else 2.7) as (figure, axes):
         positive = all(value > 0 for line in drawable for value in line.values if math.isfinite(value))
         for line in drawable:
-            draw(axes, line)
+            draw_curve(axes, line)
         if log and positive:
-            logarithmic(axes)
+            set_log_scale(axes)
         else:
-            scale(axes, drawable, level)
+            set_y_limits(axes, drawable, level)
         if level is not None:
             axes.axhline(level[1], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=level[0])
         axes.set_xlabel("step")
@@ -94,19 +94,23 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False)
-        return themed(figure, title)
+        return figure_to_svg(figure, title)
 
 
-def draw(axes: Axes, line: Curve) -> None:
+def draw_curve(axes: Axes, line: Curve) -> None:
     """One line, and marks where it has no number."""
     colour = SERIES[line.colour % len(SERIES)]
-    steps, values = thinned(line.steps, line.values)
-    rough = line.rough and len(values) > 20
+    steps, values = downsample(line.steps, line.values)
+    rough = line.smooth and len(values) > 20
     if rough:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
-    mark = "o" if line.dots or len(values) == 1 else ""
-    axes.plot(steps, smoothed(values) if rough else values, color=colour, linewidth=1.8, marker=mark, label=line.name)
-    gaps = {step for step, value in zip(line.steps, line.values, strict=True) if not math.isfinite(value)} | {*line.bad}
+    mark = "o" if line.show_points or len(values) == 1 else ""
+    axes.plot(
+        steps, moving_average(values) if rough else values, color=colour, linewidth=1.8, marker=mark, label=line.name
+    )
+    gaps = {step for step, value in zip(line.steps, line.values, strict=True) if not math.isfinite(value)} | {
+        *line.nonfinite_steps
+    }
     if gaps:
         foot = axes.get_xaxis_transform()
         axes.plot(
@@ -114,7 +118,7 @@ def draw(axes: Axes, line: Curve) -> None:
         )
 
 
-def logarithmic(axes: Axes) -> None:
+def set_log_scale(axes: Axes) -> None:
     """A logarithmic height, its numbers written out."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
@@ -123,10 +127,10 @@ def logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(lambda value, place: f"{value:g}" if f"{value:e}"[0] in between else "")
 
 
-def scale(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | None) -> None:
+def set_y_limits(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | None) -> None:
     """Leave out the heights of the first steps, where they would flatten all the rest."""
     shown = [value for line in lines for value in line.values[len(line.values) // 20 :] if math.isfinite(value)]
-    if max(len(line.values) for line in lines) < SCALED_FROM or not shown:
+    if max(len(line.values) for line in lines) < MIN_POINTS_TO_SCALE or not shown:
         return
     shown += [level[1]] if level is not None else []
     low, high = min(shown), max(shown)
@@ -134,12 +138,12 @@ def scale(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | None) -
     axes.set_ylim(low - room, high + room)
 
 
-def bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], unit: str) -> str:
+def plot_bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], unit: str) -> str:
     """Horizontal bars, the shortest on top, `ours` in the accent colour, each with its number."""
     if not values:
         return ""
     names = sorted(values, key=lambda name: values[name], reverse=True)
-    with picture(title, 9.6, 0.6 + 0.34 * len(names)) as (figure, axes):
+    with new_figure(title, 9.6, 0.6 + 0.34 * len(names)) as (figure, axes):
         colours = [SERIES[ours.index(name) % len(SERIES)] if name in ours else FAINT for name in names]
         axes.barh(range(len(names)), [values[name] for name in names], color=colours, height=0.68)
         for place, name in enumerate(names):
@@ -152,22 +156,22 @@ def bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], unit: 
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(length=0)
-        return themed(figure, title)
+        return figure_to_svg(figure, title)
 
 
 @contextmanager
-def picture(title: str, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def new_figure(title: str, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """An empty picture of so many inches, in the page's look. title decides the ids inside, so it is unique on a
     page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(LOOK | {"svg.hashsalt": title}):
+    with mpl.rc_context(RC_PARAMS | {"svg.hashsalt": title}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 
-def themed(figure: Figure, title: str) -> str:
+def figure_to_svg(figure: Figure, title: str) -> str:
     """The <svg> element alone, as wide as its place, in the page's colours and letters, with a name for screen
     readers."""
     written = io.StringIO()
@@ -180,16 +184,16 @@ def themed(figure: Figure, title: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="[a-zA-Z]+(2d)?_\d+"', "", body)
     body = re.sub(r"font: ([^;\"]*?[\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", body)
-    for stand_in, variable in VARIABLES.items():
+    for stand_in, variable in CSS_VARIABLES.items():
         body = body.replace(stand_in, variable)
     return head + body
 
 
-def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
     """At most MOST_POINTS of them: of each stretch its lowest and its highest, in order, so that no spike is lost."""
-    if len(steps) <= MOST_POINTS:
+    if len(steps) <= MAX_POINTS:
         return list(steps), list(values)
-    stretch = math.ceil(2 * len(steps) / MOST_POINTS)
+    stretch = math.ceil(2 * len(steps) / MAX_POINTS)
     kept: list[int] = []
     for start in range(0, len(steps), stretch):
         span = range(start, min(start + stretch, len(steps)))
@@ -198,10 +202,10 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
+def moving_average(values: Sequence[float]) -> list[float]:
     """The mean of a point and its neighbours on both sides (one part in WINDOWS of the line): it does not lag behind,
     as a mean of what came before does. NaN stays a gap and counts for nobody."""
-    reach = max(2, len(values) // (2 * WINDOWS))
+    reach = max(2, len(values) // (2 * SMOOTHING_WINDOWS))
     out = []
     for place, value in enumerate(values):
         near = min(reach, place, len(values) - 1 - place)

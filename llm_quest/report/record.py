@@ -1,11 +1,11 @@
 """A run folder, read for telling about it. Everything but the folder itself may be missing: a run that has just begun,
 was killed, or was copied in part has a report too.
 
-      config.yaml    the resolved settings, as text         env.json        what `quest doctor` finds (cli/machine.py)
+      config.yaml    the resolved settings, as text         env.json        what `quest doctor` finds (cli/doctor.py)
       metrics.jsonl  step, tokens, loss, lr, grad_norm, tokens_per_second, seconds, skipped, eval/loss, ... a row;
                      a number that was not finite is null and named in "nonfinite"
       events.jsonl   time, event, ... a row                 data.json       what the text consists of, with its ledger
-      plan.json      what it was to cost (cli/planning.py)  summary.json    how it ended, and the baselines
+      plan.json      what it was to cost (cost/plan.py)  summary.json    how it ended, and the baselines
       model.json     the page and its numbers               evaluation.json  bits per byte with their interval
       samples/       step-00000200.json: {"step", "samples": [{"prompt", "text"}, ...]}
       checkpoints/   step-00000200/
@@ -23,14 +23,14 @@ from typing import Any
 
 from llm_quest.errors import DataError
 
-LARGEST = 64 * 2**20
-SECRET = re.compile(r"TOKEN$|_KEY$|^KEY$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-HIDDEN = "(not shown)"
-TOLD_ELSEWHERE = ("eval/loss", "eval/bits_per_byte")
+MAX_FILE_BYTES = 64 * 2**20
+SECRET_KEY = re.compile(r"TOKEN$|_KEY$|^KEY$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+REDACTED = "(not shown)"
+EXCLUDED_SCORES = ("eval/loss", "eval/bits_per_byte")
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleRow:
     """What the model wrote after `step` steps. wanted: the right answer, where there is one."""
 
     step: int
@@ -40,7 +40,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What is known of one run. checkpoints: name -> bytes."""
 
     name: str
@@ -49,7 +49,7 @@ class Record:
     model: Mapping[str, Any]
     rows: tuple[Mapping[str, Any], ...]
     events: tuple[Mapping[str, Any], ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleRow, ...]
     data: Mapping[str, Any]
     plan: Mapping[str, Any]
     summary: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Record:
         return values[-1] if values else None
 
     @property
-    def counted(self) -> str:
+    def unit(self) -> str:
         """What its rows count as tokens: `images`, in runs that only look."""
         return str(self.data.get("counted") or "tokens")
 
@@ -76,7 +76,7 @@ class Record:
         """Name -> (steps, values) of what was measured on held-out data and lies between 0 and 1 (accuracies); losses
         are told elsewhere."""
         names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("eval/"))
-        found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in TOLD_ELSEWHERE}
+        found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in EXCLUDED_SCORES}
         return {name: (at, values) for name, (at, values) in found.items() if all(0 <= value <= 1 for value in values)}
 
     @property
@@ -85,42 +85,42 @@ class Record:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
 
-def read(folder: Path) -> Record:
+def read_run(folder: Path) -> RunRecord:
     """DataError if it is no folder, holds nothing that a run writes, or a file of it is not what its name says."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; quest report takes run folders")
     if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "events.jsonl", "env.json")):
         raise DataError(f"{folder} is no run folder: it holds neither metrics.jsonl nor config.yaml nor events.jsonl")
-    return Record(
+    return RunRecord(
         name=folder.resolve().name,
-        config=text_of(folder / "config.yaml"),
-        env=redacted(object_of(folder / "env.json")),
-        model=object_of(folder / "model.json"),
-        rows=tuple(row for row in rows_of(folder / "metrics.jsonl") if type(row.get("step")) is int),
-        events=tuple(rows_of(folder / "events.jsonl")),
-        samples=tuple(samples_of(folder / "samples")),
-        data=object_of(folder / "data.json"),
-        plan=object_of(folder / "plan.json"),
-        summary=object_of(folder / "summary.json"),
-        evaluation=object_of(folder / "evaluation.json"),
-        checkpoints=checkpoints_of(folder / "checkpoints"),
+        config=read_text_file(folder / "config.yaml"),
+        env=redact(read_json_object(folder / "env.json")),
+        model=read_json_object(folder / "model.json"),
+        rows=tuple(row for row in read_jsonl(folder / "metrics.jsonl") if type(row.get("step")) is int),
+        events=tuple(read_jsonl(folder / "events.jsonl")),
+        samples=tuple(read_samples(folder / "samples")),
+        data=read_json_object(folder / "data.json"),
+        plan=read_json_object(folder / "plan.json"),
+        summary=read_json_object(folder / "summary.json"),
+        evaluation=read_json_object(folder / "evaluation.json"),
+        checkpoints=checkpoint_sizes(folder / "checkpoints"),
     )
 
 
-def text_of(file: Path) -> str:
+def read_text_file(file: Path) -> str:
     """The text; empty if there is no such file."""
     if not file.is_file():
         return ""
-    if file.stat().st_size > LARGEST:
+    if file.stat().st_size > MAX_FILE_BYTES:
         raise DataError(
-            f"{file} has {file.stat().st_size:,} bytes, which no run writes; a report reads at most {LARGEST:,}"
+            f"{file} has {file.stat().st_size:,} bytes, which no run writes; a report reads at most {MAX_FILE_BYTES:,}"
         )
     return file.read_text(encoding="utf-8", errors="replace")
 
 
-def object_of(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """A JSON object; empty if there is no such file."""
-    text = text_of(file)
+    text = read_text_file(file)
     try:
         held = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
@@ -132,9 +132,9 @@ def object_of(file: Path) -> dict[str, Any]:
     return held
 
 
-def rows_of(file: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """JSON objects, one a line. A torn last line (a run in progress or killed) is left out; any other is an error."""
-    lines = text_of(file).splitlines()
+    lines = read_text_file(file).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -146,18 +146,18 @@ def rows_of(file: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def samples_of(folder: Path) -> Iterator[Sample]:
+def read_samples(folder: Path) -> Iterator[SampleRow]:
     """By step; within a step in the order they were written."""
     for file in sorted(folder.glob("step-*.json")) if folder.is_dir() else ():
-        held = object_of(file)
+        held = read_json_object(file)
         entries = [entry for entry in held.get("samples", []) if isinstance(entry, dict)]
         yield from (
-            Sample(int(held.get("step", 0)), *(str(entry.get(key) or "") for key in ("prompt", "text", "wanted")))
+            SampleRow(int(held.get("step", 0)), *(str(entry.get(key) or "") for key in ("prompt", "text", "wanted")))
             for entry in entries
         )
 
 
-def checkpoints_of(folder: Path) -> dict[str, int]:
+def checkpoint_sizes(folder: Path) -> dict[str, int]:
     """Name -> bytes of the checkpoints that are there."""
     there = sorted(folder.glob("step-*")) if folder.is_dir() else []
     return {
@@ -165,8 +165,8 @@ def checkpoints_of(folder: Path) -> dict[str, int]:
     }
 
 
-def redacted(held: Any) -> Any:
+def redact(held_out: Any) -> Any:
     """The same without what its key says is secret."""
-    if isinstance(held, dict):
-        return {key: HIDDEN if SECRET.search(str(key)) else redacted(value) for key, value in held.items()}
-    return [redacted(value) for value in held] if isinstance(held, list) else held
+    if isinstance(held_out, dict):
+        return {key: REDACTED if SECRET_KEY.search(str(key)) else redact(value) for key, value in held_out.items()}
+    return [redact(value) for value in held_out] if isinstance(held_out, list) else held_out

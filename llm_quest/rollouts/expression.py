@@ -13,87 +13,87 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-LONGEST, DEEPEST, MOST_DIGITS = 200, 20, 12
-NUMBER = re.compile(r"(?:0|[1-9][0-9]*)", re.ASCII)
-SPACE = " \t\n"
+MAX_EXPRESSION_CHARACTERS, MAX_BRACKET_DEPTH, MAX_NUMBER_DIGITS = 200, 20, 12
+UNSIGNED_NUMBER = re.compile(r"(?:0|[1-9][0-9]*)", re.ASCII)
+WHITESPACE = " \t\n"
 
 
-class Malformed(ValueError):
+class MalformedExpression(ValueError):
     """The text is not an expression, or lies beyond the bounds."""
 
 
 @dataclass(frozen=True)
-class Worked:
+class ExpressionValue:
     """value: exact. numbers: the literals, in order."""
 
     value: Fraction
     numbers: tuple[int, ...]
 
 
-def work_out(text: str) -> Worked:
+def evaluate_expression(text: str) -> ExpressionValue:
     """The value of an expression and the numbers used in it. Malformed for anything else, a division by zero
     included."""
-    if len(text) > LONGEST:
-        raise Malformed(f"longer than {LONGEST} characters")
+    if len(text) > MAX_EXPRESSION_CHARACTERS:
+        raise MalformedExpression(f"longer than {MAX_EXPRESSION_CHARACTERS} characters")
     if not text.isascii():
-        raise Malformed("signs beyond ASCII")
-    reader = Reader(text)
-    value = reader.sum(0)
-    if reader.sign():
-        raise Malformed(f"{reader.sign()!r} is left over at {reader.place}")
-    return Worked(value, tuple(reader.numbers))
+        raise MalformedExpression("signs beyond ASCII")
+    reader = ExpressionParser(text)
+    value = reader.parse_sum(0)
+    if reader.peek():
+        raise MalformedExpression(f"{reader.peek()!r} is left over at {reader.position}")
+    return ExpressionValue(value, tuple(reader.numbers))
 
 
-class Reader:
+class ExpressionParser:
     """Recursive descent; every call reads at least one character or raises."""
 
     def __init__(self, text: str):
-        self.text, self.place = text, 0
+        self.text, self.position = text, 0
         self.numbers: list[int] = []
 
-    def sign(self) -> str:
+    def peek(self) -> str:
         """The next character that is not space, not yet read; empty at the end."""
-        while self.place < len(self.text) and self.text[self.place] in SPACE:
-            self.place += 1
-        return self.text[self.place : self.place + 1]
+        while self.position < len(self.text) and self.text[self.position] in WHITESPACE:
+            self.position += 1
+        return self.text[self.position : self.position + 1]
 
-    def sum(self, depth: int) -> Fraction:
-        value = self.product(depth)
-        while (sign := self.sign()) and sign in "+-":
-            self.place += 1
-            other = self.product(depth)
+    def parse_sum(self, depth: int) -> Fraction:
+        value = self.parse_product(depth)
+        while (sign := self.peek()) and sign in "+-":
+            self.position += 1
+            other = self.parse_product(depth)
             value = value + other if sign == "+" else value - other
         return value
 
-    def product(self, depth: int) -> Fraction:
-        value = self.factor(depth)
-        while (sign := self.sign()) and sign in "*/":
-            self.place += 1
-            other = self.factor(depth)
+    def parse_product(self, depth: int) -> Fraction:
+        value = self.parse_factor(depth)
+        while (sign := self.peek()) and sign in "*/":
+            self.position += 1
+            other = self.parse_factor(depth)
             if sign == "/" and other == 0:
-                raise Malformed("division by zero")
+                raise MalformedExpression("division by zero")
             value = value * other if sign == "*" else value / other
         return value
 
-    def factor(self, depth: int) -> Fraction:
-        if self.sign() == "(":
-            if depth == DEEPEST:
-                raise Malformed(f"brackets more than {DEEPEST} deep")
-            self.place += 1
-            value = self.sum(depth + 1)
-            if self.sign() != ")":
-                raise Malformed("a bracket is not closed")
-            self.place += 1
+    def parse_factor(self, depth: int) -> Fraction:
+        if self.peek() == "(":
+            if depth == MAX_BRACKET_DEPTH:
+                raise MalformedExpression(f"brackets more than {MAX_BRACKET_DEPTH} deep")
+            self.position += 1
+            value = self.parse_sum(depth + 1)
+            if self.peek() != ")":
+                raise MalformedExpression("a bracket is not closed")
+            self.position += 1
             return value
-        return Fraction(self.number())
+        return Fraction(self.parse_number())
 
-    def number(self) -> int:
-        self.sign()
-        found = NUMBER.match(self.text, self.place)
-        if found is None or len(found[0]) > MOST_DIGITS:
-            raise Malformed(f"no number at {self.place}")
-        self.place = found.end()
-        if self.text[self.place : self.place + 1].isalnum():
-            raise Malformed(f"no sign after the number at {self.place}")
+    def parse_number(self) -> int:
+        self.peek()
+        found = UNSIGNED_NUMBER.match(self.text, self.position)
+        if found is None or len(found[0]) > MAX_NUMBER_DIGITS:
+            raise MalformedExpression(f"no number at {self.position}")
+        self.position = found.end()
+        if self.text[self.position : self.position + 1].isalnum():
+            raise MalformedExpression(f"no sign after the number at {self.position}")
         self.numbers.append(int(found[0]))
         return self.numbers[-1]

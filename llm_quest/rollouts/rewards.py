@@ -1,7 +1,9 @@
 """Rewards: a group of samples of one prompt in, one number each out; NaN where none can be given.
 
-`Correct` is the verifier's word. `RandomReward` and `FormatOnly` are the controls without which a curve proves nothing:
-some models improve under any reward (arXiv:2506.10947). `Guarded` stands around a reward that somebody else wrote."""
+`CorrectnessReward` is the verifier's word. `RandomReward` and `FormatReward` are the controls without which a curve
+proves nothing: some models improve under any reward (arXiv:2506.10947). `SafeReward` stands around a reward that
+somebody else
+wrote."""
 
 from __future__ import annotations
 
@@ -10,33 +12,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llm_quest.contracts import Reward
-from llm_quest.data.problems.problem import chance
+from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import UsageError
 from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.verifiers import UNSCORABLE, verify, well_formed
+from llm_quest.rollouts.verifiers import UNSCORABLE, is_well_formed, verify_answer
 
 
 @dataclass(frozen=True)
-class Correct:
+class CorrectnessReward:
     """1 for a right answer, 0 for a wrong one, NaN where the verifier cannot say. An answer cut off by the length is
     wrong, whatever it looks like: 12 of 123."""
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
-        return [verdict(sample) for sample in group]
+        return [score_correctness(sample) for sample in group]
 
 
-def verdict(sample: Sample) -> float:
+def score_correctness(sample: Sample) -> float:
     """Right, wrong or unscorable."""
-    found = verify(sample.problem, sample.text)
-    return found if sample.finished != "length" or math.isnan(found) else 0.0
+    found = verify_answer(sample.problem, sample.text)
+    return found if sample.finish_reason != "length" or math.isnan(found) else 0.0
 
 
 @dataclass(frozen=True)
-class FormatOnly:
+class FormatReward:
     """1 for anything in the form of an answer: a control."""
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
-        return [float(sample.finished != "length" and well_formed(sample.problem, sample.text)) for sample in group]
+        return [
+            float(sample.finish_reason != "length" and is_well_formed(sample.problem, sample.text)) for sample in group
+        ]
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,15 @@ class RandomReward:
     share: float = 0.5
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
-        tosses = (chance("random reward", self.seed, number, s.prompt, s.tokens) for number, s in enumerate(group))
+        tosses = (
+            make_rng("random reward", self.seed, number, s.prompt_ids, s.completion_ids)
+            for number, s in enumerate(group)
+        )
         return [float(toss.random() < self.share) for toss in tosses]
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedSumReward:
     """The sum of rewards, each times its weight; unscorable where one of them is. Keep a format's weight small beside
     correctness: a weak model parks at it."""
 
@@ -64,21 +71,21 @@ class Weighted:
 
 
 @dataclass
-class Guarded:
+class SafeReward:
     """A reward that may fail. Raises inside it make the group unscorable; they are counted, with the first message
     kept. A wrong number of values, or values that are no numbers, is the author's mistake: UsageError."""
 
-    reward: Reward
+    reward_fn: Reward
     name: str = "reward"
-    failures: int = 0
-    first: str = field(default="")
+    num_failures: int = 0
+    first_error: str = field(default="")
 
     def __call__(self, group: Sequence[Sample]) -> list[float]:
         try:
-            given = list(self.reward(group))
+            given = list(self.reward_fn(group))
         except Exception as error:  # whatever somebody else's code raises: counted, and told
-            self.failures += 1
-            self.first = self.first or f"{type(error).__name__}: {error}"
+            self.num_failures += 1
+            self.first_error = self.first_error or f"{type(error).__name__}: {error}"
             return [UNSCORABLE] * len(group)
         if len(given) != len(group):
             raise UsageError(f"{self.name} returned {len(given)} values for a group of {len(group)}: give one each")

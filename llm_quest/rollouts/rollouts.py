@@ -1,7 +1,7 @@
 """Rollouts: a feed the policy writes itself.
 
       questions -> n samples each -> rewards -> (draw more, until enough groups are mixed) -> advantages -> rows
-      rows -> `updates` passes over them, each in `minibatches` parts: so many optimiser steps per rollout
+      rows -> `num_iterations` passes over them, each in `minibatches` parts: so many optimiser steps per rollout
 
 The rows of a step are a function of (seed, step) and the policy's weights: samplers keep no state. What is left of an
 unfinished rollout is in the bookmark, so a resumed run goes on with the same bits. No pass is run that is not needed:
@@ -24,38 +24,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quest.contracts import Share
+from llm_quest.contracts import DataShard
 from llm_quest.data.policy_batch import (
-    Notes,
+    MetricSums,
     PolicyBatch,
     PolicyRow,
+    collate_policy_rows,
+    empty_row,
     micro_batches,
-    nothing,
-    parted,
-    policy_batch,
+    plan_micro_batches,
 )
-from llm_quest.data.problems.problem import chance
+from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.rollouts.keeping import kept, taken
+from llm_quest.rollouts.reward_pipeline import RewardPipeline, make_policy_row
+from llm_quest.rollouts.row_json import row_from_json, row_to_json
 from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.scoring import Scoring, row_of
-from llm_quest.rollouts.writer import Question, Writer, evaluating
+from llm_quest.rollouts.sampler import PolicyPrompt, Sampler, eval_mode
 
-Ask = Callable[[int], Question]
+PromptSource = Callable[[int], PolicyPrompt]
 """Question number i of an endless list."""
-Scorer = Callable[[PolicyBatch], Tensor]
+LogProbScorer = Callable[[PolicyBatch], Tensor]
 """A batch -> log-probabilities (B,T) of its targets, or one row of numbers (B,T,T) for each."""
-Seen = Callable[[Sequence[Sequence[Sample]], Tensor], None]
+RolloutCallback = Callable[[Sequence[Sequence[Sample]], Tensor], None]
 """Groups and their rewards (R,P,G)."""
-Gather = Callable[[Any], list[Any]]
+AllGather = Callable[[Any], list[Any]]
 """One process's thing -> everybody's, in the order of ranks."""
 
-PATIENCE = 1000
+MAX_REJECTED_PROMPTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RolloutPlan:
     """prompts, group: how many questions a rollout holds, and samples of each. updates, minibatches: passes over the
     rows, and parts of each pass; their product is the optimiser steps per rollout. draws: dynamic sampling, at most so
     many rounds of questions until `prompts` groups are mixed (1: take what comes). micro_tokens: what a micro-batch
@@ -63,33 +63,33 @@ class Plan:
     kl_in_reward: beta of k1, taken off the reward. rescore: the trainer scores the samples again before the first
     update, for corrections that compare it with the sampler."""
 
-    prompts: int = 8
-    group: int = 8
-    updates: int = 1
+    prompts_per_rollout: int = 8
+    num_generations: int = 8
+    num_iterations: int = 1
     minibatches: int = 1
-    draws: int = 1
-    micro_tokens: int = 4096
+    max_sampling_rounds: int = 1
+    max_micro_batch_tokens: int = 4096
     share_prompts: bool = True
-    kl_in_reward: float = 0.0
-    rescore: bool = False
+    kl_coef: float = 0.0
+    rescore_old_log_probs: bool = False
     seed: int = 0
 
     @property
-    def steps(self) -> int:
-        return self.updates * self.minibatches
+    def steps_per_rollout(self) -> int:
+        return self.num_iterations * self.minibatches
 
 
 @dataclass
-class Rollout:
+class RolloutBuffer:
     """Number `number` of the run: its rows, and what was seen while it was made."""
 
     number: int
     rows: list[PolicyRow]
-    notes: Notes
+    metric_sums: MetricSums
 
 
-class Rollouts:
-    """`Rollouts(policy, ask, writer, scoring, plan).at(step) -> micro-batches`.
+class RolloutLoader:
+    """`RolloutLoader(policy, ask, writer, reward_pipeline, plan).at(step) -> micro_batch-batches`.
 
     reference: scores a batch under the reference policy; needed by a KL term and by nothing else. score: under the
     policy itself (for plan.rescore). look: where its tokens look, kept with the rows (plan.share_prompts off). seen:
@@ -101,44 +101,55 @@ class Rollouts:
     def __init__(
         self,
         policy: Decoder,
-        ask: Ask,
-        writer: Writer,
-        scoring: Scoring,
-        plan: Plan,
+        prompt_source: PromptSource,
+        sampler: Sampler,
+        reward_pipeline: RewardPipeline,
+        plan: RolloutPlan,
         *,
-        reference: Scorer | None = None,
-        score: Scorer | None = None,
-        look: Scorer | None = None,
-        seen: Seen | None = None,
-        share: Share = Share(),
-        gather: Gather = lambda thing: [thing],
+        reference_scorer: LogProbScorer | None = None,
+        policy_scorer: LogProbScorer | None = None,
+        attention_scorer: LogProbScorer | None = None,
+        on_rollout: RolloutCallback | None = None,
+        share: DataShard = DataShard(),
+        all_gather: AllGather = lambda thing: [thing],
         read_all: bool = False,
     ):
-        require_sense(plan, reference, score, group=scoring.steps is None)
-        self.policy, self.ask, self.writer, self.scoring, self.plan = policy, ask, writer, scoring, plan
-        self.reference, self.score, self.look, self.seen = reference, score, look, seen
-        if plan.prompts % share.world:
+        validate_plan(plan, reference_scorer, policy_scorer, group=reward_pipeline.step_rewards is None)
+        self.policy, self.prompt_source, self.sampler, self.reward_pipeline, self.plan = (
+            policy,
+            prompt_source,
+            sampler,
+            reward_pipeline,
+            plan,
+        )
+        self.reference_scorer, self.policy_scorer, self.attention_scorer, self.on_rollout = (
+            reference_scorer,
+            policy_scorer,
+            attention_scorer,
+            on_rollout,
+        )
+        if plan.prompts_per_rollout % share.world_size:
             raise UsageError(
-                f"{plan.prompts} prompts cannot be shared by {share.world} processes; make them a multiple of that"
+                f"{plan.prompts_per_rollout} prompts cannot be shared by {share.world_size} processes; make them a multiple of that"
             )
-        self.share, self.gather = share, gather
-        self.read_all = read_all or (reference is not None and not plan.kl_in_reward)
-        self.asked = 0
-        self.last = -1
-        self.rollout: Rollout | None = None
+        self.share, self.all_gather = share, all_gather
+        self.read_all = read_all or (reference_scorer is not None and not plan.kl_coef)
+        self.num_prompts_taken = 0
+        self.last_step = -1
+        self.rollout: RolloutBuffer | None = None
 
-    def at(self, step: int) -> list[PolicyBatch]:
+    def batches(self, step: int) -> list[PolicyBatch]:
         """The micro-batches of an optimiser step; a new rollout where one begins."""
-        number, inner = divmod(step, self.plan.steps)
+        number, inner = divmod(step, self.plan.steps_per_rollout)
         if self.rollout is None or self.rollout.number != number:
-            self.rollout = self.write(number)
-        self.last = step
+            self.rollout = self.generate_rollout(number)
+        self.last_step = step
         rows = self.minibatch(inner)
         read = self.read(rows)
         zero = [row for row in rows if not row.advantages.any()] if read and not self.read_all else []
         return micro_batches(
-            read, self.plan.micro_tokens, self.rollout.notes,
-            share=self.plan.share_prompts, part=self.share, idle=self.idle, zero=zero,
+            read, self.plan.max_micro_batch_tokens, self.rollout.metric_sums,
+            share_prompts=self.plan.share_prompts, shard=self.share, filler=self.filler_row, zero=zero,
         )  # fmt: skip
 
     def read(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
@@ -146,38 +157,40 @@ class Rollouts:
         return [row for row in rows if self.read_all or row.advantages.any()]
 
     @property
-    def idle(self) -> PolicyRow:
+    def filler_row(self) -> PolicyRow:
         """A row with nothing to learn, as complete as the others are."""
         there = {
-            "old": self.plan.rescore,
-            "reference": self.reference is not None and not self.plan.kl_in_reward,
-            "looks": self.look is not None,
+            "old_log_probs": self.plan.rescore_old_log_probs,
+            "reference_log_probs": self.reference_scorer is not None and not self.plan.kl_coef,
+            "attention_maps": self.attention_scorer is not None,
         }
-        return nothing(*(name for name, said in there.items() if said))
+        return empty_row(*(name for name, said in there.items() if said))
 
-    def minibatch(self, inner: int) -> list[PolicyRow]:
+    def minibatch(self, step_in_rollout: int) -> list[PolicyRow]:
         """Every pass deals all rows out anew."""
         assert self.rollout is not None
-        turn, part = divmod(inner, self.plan.minibatches)
+        turn, part = divmod(step_in_rollout, self.plan.minibatches)
         rows = list(self.rollout.rows)
         if self.plan.minibatches > 1:
-            chance(self.plan.seed, "deal", self.rollout.number, turn).shuffle(rows)
+            make_rng(self.plan.seed, "deal", self.rollout.number, turn).shuffle(rows)
         return rows[part :: self.plan.minibatches]
 
-    def write(self, number: int) -> Rollout:
+    def generate_rollout(self, number: int) -> RolloutBuffer:
         """Sample, judge, and keep what there is to learn from."""
         clock = [time.perf_counter()]
-        groups, rewards, notes = self.drawn(number)
+        groups, rewards, notes = self.sample_groups(number)
         clock.append(time.perf_counter())
         penalty, references = None, None
-        if self.plan.kl_in_reward:
-            references = self.scored([row_of(s, silent(s)) for group in groups for s in group], self.reference)
-            penalty = self.plan.kl_in_reward * divergence(groups, references).reshape(rewards.shape[1:])
-        advantages = self.scoring.advantages(groups, rewards, penalty)
-        if self.seen is not None:
-            self.seen(groups, rewards)
+        if self.plan.kl_coef:
+            references = self.score_rows(
+                [make_policy_row(s, zero_advantages(s)) for group in groups for s in group], self.reference_scorer
+            )
+            penalty = self.plan.kl_coef * sequence_kl(groups, references).reshape(rewards.shape[1:])
+        advantages = self.reward_pipeline.compute_advantages(groups, rewards, penalty)
+        if self.on_rollout is not None:
+            self.on_rollout(groups, rewards)
         rows = [
-            row_of(sample, each)
+            make_policy_row(sample, each)
             for group, found in zip(groups, advantages, strict=True)
             for sample, each in zip(group, found, strict=True)
             if each is not None
@@ -185,143 +198,149 @@ class Rollouts:
         rows = self.completed(rows)
         clock.append(time.perf_counter())
         seconds = {"seconds_sampling": (clock[1] - clock[0], 1.0), "seconds_scoring": (clock[2] - clock[1], 1.0)}
-        return Rollout(number, rows, {**notes, "rows_kept": (len(self.read(rows)), total(groups)), **seconds})
+        return RolloutBuffer(
+            number, rows, {**notes, "rows_kept": (len(self.read(rows)), count_samples(groups)), **seconds}
+        )
 
     def completed(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
         """The same rows in the same order; those that are read with what is scored on them."""
         read = self.read(rows)
         more: list[dict[str, Any]] = [{} for _ in read]
-        if self.plan.rescore:
-            for found, old in zip(more, self.scored(read, self.score), strict=True):
-                found["old"] = old
-        if self.reference is not None and not self.plan.kl_in_reward:
-            for found, other in zip(more, self.scored(read, self.reference), strict=True):
-                found["reference"] = other
-        if self.look is not None:
-            for row, found, looks in zip(read, more, self.scored(read, self.look), strict=True):
-                found["looks"] = looks[:, : row.length]
+        if self.plan.rescore_old_log_probs:
+            for found, old in zip(more, self.score_rows(read, self.policy_scorer), strict=True):
+                found["old_log_probs"] = old
+        if self.reference_scorer is not None and not self.plan.kl_coef:
+            for found, other in zip(more, self.score_rows(read, self.reference_scorer), strict=True):
+                found["reference_log_probs"] = other
+        if self.attention_scorer is not None:
+            for row, found, looks in zip(read, more, self.score_rows(read, self.attention_scorer), strict=True):
+                found["attention_maps"] = looks[:, : row.length]
         scored = {id(row): replace(row, **found) for row, found in zip(read, more, strict=True)}
         return [scored.get(id(row), row) for row in rows]
 
-    def drawn(self, number: int) -> tuple[list[list[Sample]], Tensor, dict[str, tuple[float, float]]]:
+    def sample_groups(self, number: int) -> tuple[list[list[Sample]], Tensor, dict[str, tuple[float, float]]]:
         """Groups and rewards (R,P,G), after as many rounds as dynamic sampling takes; and notes on all that was
         seen."""
         plan, groups, found = self.plan, [], []
-        everything: list[list[Sample]] = []
-        judged: list[Tensor] = []
-        for round_ in range(plan.draws):
-            some, rewards = self.sampled(chance(plan.seed, "write", number, round_).getrandbits(62))
-            everything, judged = everything + some, [*judged, rewards]
-            keep = [True] * len(some) if plan.draws == 1 else self.scoring.mixed(rewards)
+        all_groups: list[list[Sample]] = []
+        all_rewards: list[Tensor] = []
+        for round_ in range(plan.max_sampling_rounds):
+            some, rewards = self.sample_round(make_rng(plan.seed, "write", number, round_).getrandbits(62))
+            all_groups, all_rewards = all_groups + some, [*all_rewards, rewards]
+            keep = [True] * len(some) if plan.max_sampling_rounds == 1 else self.reward_pipeline.is_mixed(rewards)
             groups += [group for group, stays in zip(some, keep, strict=True) if stays]
             found.append(rewards[:, torch.tensor(keep)])
-            if len(groups) >= plan.prompts:
+            if len(groups) >= plan.prompts_per_rollout:
                 break
-        notes = self.noted(everything, torch.cat(judged, dim=1)) | {"draws": (round_ + 1.0, 1.0)}
-        return groups[: plan.prompts], torch.cat(found, dim=1)[:, : plan.prompts], notes
+        notes = self.rollout_metrics(all_groups, torch.cat(all_rewards, dim=1)) | {"draws": (round_ + 1.0, 1.0)}
+        return groups[: plan.prompts_per_rollout], torch.cat(found, dim=1)[:, : plan.prompts_per_rollout], notes
 
-    def sampled(self, seed: int) -> tuple[list[list[Sample]], Tensor]:
+    def sample_round(self, seed: int) -> tuple[list[list[Sample]], Tensor]:
         """One round: groups and rewards (R,P,G) of the next questions, each process writing its part. (As `at_once`
         does, the place of its first question is added to the seed: equal questions get different answers.)"""
-        questions = self.questions()
-        each = len(questions) // self.share.world
+        questions = self.next_prompts()
+        each = len(questions) // self.share.world_size
         first = self.share.rank * each
-        mine = self.writer(self.policy, questions[first : first + each], self.plan.group, seed + first)
-        parts = self.gather((mine, self.scoring.judged(mine)))
+        mine = self.sampler(self.policy, questions[first : first + each], self.plan.num_generations, seed + first)
+        parts = self.all_gather((mine, self.reward_pipeline.compute_rewards(mine)))
         return [group for groups, _ in parts for group in groups], torch.cat([rewards for _, rewards in parts], dim=1)
 
-    def questions(self) -> list[Question]:
+    def next_prompts(self) -> list[PolicyPrompt]:
         """The next ones that leave room for an answer."""
-        found: list[Question] = []
-        context, tried = self.policy.config.context, 0
-        while len(found) < self.plan.prompts:
-            question = self.ask(self.asked)
-            self.asked, tried = self.asked + 1, tried + 1
-            if len(question.prompt) + self.writer.new_tokens <= context:
+        found: list[PolicyPrompt] = []
+        context, tried = self.policy.config.max_position_embeddings, 0
+        while len(found) < self.plan.prompts_per_rollout:
+            question = self.prompt_source(self.num_prompts_taken)
+            self.num_prompts_taken, tried = self.num_prompts_taken + 1, tried + 1
+            if len(question.prompt_ids) + self.sampler.max_new_tokens <= context:
                 found.append(question)
-            elif tried - len(found) >= PATIENCE:
+            elif tried - len(found) >= MAX_REJECTED_PROMPTS:
                 raise DataError(
-                    f"{PATIENCE} prompts leave no room for {self.writer.new_tokens} new tokens in the model's context "
-                    f"of {context} (the last has {len(question.prompt)}): shorten the prompts or the budget"
+                    f"{MAX_REJECTED_PROMPTS} prompts leave no room for {self.sampler.max_new_tokens} new tokens in the model's context "
+                    f"of {context} (the last has {len(question.prompt_ids)}): shorten the prompts or the budget"
                 )
         return found
 
-    def scored(self, rows: Sequence[PolicyRow], score: Scorer | None) -> list[np.ndarray]:
+    def score_rows(self, rows: Sequence[PolicyRow], scorer: LogProbScorer | None) -> list[np.ndarray]:
         """Log-probabilities of every row's tokens, in the rows' order; each process scores its part."""
-        assert score is not None
+        assert scorer is not None
         found: dict[int, np.ndarray] = {}
         device = next(self.policy.parameters()).device
         place = {id(row): number for number, row in enumerate(rows)}
-        groups, shared = parted(rows, self.plan.micro_tokens, share=self.plan.share_prompts)
-        with torch.no_grad(), evaluating(self.policy), self.writer.within():
-            for some in groups[self.share.rank :: self.share.world]:
-                batch = policy_batch(some, shared=shared)
-                values = score(batch.to(device)).float().cpu()
-                for row, value, learn in zip(some, values, batch.learn, strict=True):
+        groups, shared = plan_micro_batches(
+            rows, self.plan.max_micro_batch_tokens, share_prompts=self.plan.share_prompts
+        )
+        with torch.no_grad(), eval_mode(self.policy), self.sampler.autocast_context():
+            for some in groups[self.share.rank :: self.share.world_size]:
+                batch = collate_policy_rows(some, share_prompts=shared)
+                values = scorer(batch.to(device)).float().cpu()
+                for row, value, learn in zip(some, values, batch.loss_mask, strict=True):
                     found[place[id(row)]] = value[learn].numpy()
-        everything = {number: value for part in self.gather(found) for number, value in part.items()}
+        everything = {number: value for part in self.all_gather(found) for number, value in part.items()}
         return [everything[number] for number in range(len(rows))]
 
-    def noted(self, groups: Sequence[Sequence[Sample]], rewards: Tensor) -> dict[str, tuple[float, float]]:
+    def rollout_metrics(self, groups: Sequence[Sequence[Sample]], rewards: Tensor) -> dict[str, tuple[float, float]]:
         """What was seen, as (sum, count) pairs."""
         samples = [sample for group in groups for sample in group]
         known = ~rewards.isnan()
-        judges = {judge.name: place for place, judge in enumerate(self.scoring.judges)}
-        tokens = sum(len(sample.tokens) for sample in samples)
+        reward_rows = {judge.name: place for place, judge in enumerate(self.reward_pipeline.rewards)}
+        tokens = sum(len(sample.completion_ids) for sample in samples)
         counts = {
-            "flat": (sum(not one for one in self.scoring.mixed(rewards)), len(groups)),
+            "flat": (sum(not one for one in self.reward_pipeline.is_mixed(rewards)), len(groups)),
             "truncated": (sum(sample.truncated for sample in samples), len(samples)),
             "unscorable": (float((~known).any(dim=0).sum()), len(samples)),
             "length": (tokens, len(samples)),
             "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
         }
-        told = {
+        reward_sums = {
             f"reward_{name}" if place else "reward": (float(rewards[place].nansum()), float(known[place].sum()))
-            for name, place in judges.items()
+            for name, place in reward_rows.items()
         }
-        return {name: (float(a), float(b)) for name, (a, b) in {**told, **counts}.items()}
+        return {name: (float(a), float(b)) for name, (a, b) in {**reward_sums, **counts}.items()}
 
-    def bookmark(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The place in the list of questions and, in the middle of a rollout, what is left to learn from it."""
-        middle = self.rollout is not None and (self.last + 1) % self.plan.steps != 0
-        held = None
+        middle = self.rollout is not None and (self.last_step + 1) % self.plan.steps_per_rollout != 0
+        unfinished = None
         if middle and self.rollout is not None:
-            rows = [kept(row) for row in self.rollout.rows]
-            held = {"number": self.rollout.number, "rows": rows, "notes": dict(self.rollout.notes)}
-        return {"plan": asdict(self.plan), "asked": self.asked, "held": held}
+            rows = [row_to_json(row) for row in self.rollout.rows]
+            unfinished = {"number": self.rollout.number, "rows": rows, "notes": dict(self.rollout.metric_sums)}
+        return {"plan": asdict(self.plan), "asked": self.num_prompts_taken, "held": unfinished}
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
-        changed = [name for name, value in asdict(self.plan).items() if bookmark["plan"].get(name) != value]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        changed = [name for name, value in asdict(self.plan).items() if state_dict["plan"].get(name) != value]
         if changed:
             raise ValueError(f"the bookmark belongs to other rollouts: {', '.join(changed)} differ")
-        self.asked, held = bookmark["asked"], bookmark["held"]
+        self.num_prompts_taken, held = state_dict["asked"], state_dict["held"]
         self.rollout = None
         if held is not None:
             notes = {name: (pair[0], pair[1]) for name, pair in held["notes"].items()}
-            self.rollout = Rollout(held["number"], [taken(row) for row in held["rows"]], notes)
+            self.rollout = RolloutBuffer(held["number"], [row_from_json(row) for row in held["rows"]], notes)
 
 
-def require_sense(plan: Plan, reference: Scorer | None, score: Scorer | None, *, group: bool) -> None:
-    if plan.group < 2 and group:
+def validate_plan(
+    plan: RolloutPlan, reference_scorer: LogProbScorer | None, policy_scorer: LogProbScorer | None, *, group: bool
+) -> None:
+    if plan.num_generations < 2 and group:
         raise UsageError(
-            f"group is {plan.group}: a sample is judged beside its siblings; take at least 2 (one alone has no spread)"
+            f"group is {plan.num_generations}: a sample is judged beside its siblings; take at least 2 (one alone has no spread)"
         )
-    if plan.kl_in_reward and reference is None:
+    if plan.kl_coef and reference_scorer is None:
         raise UsageError("KL in the reward needs a reference policy")
-    if plan.rescore and score is None:
+    if plan.rescore_old_log_probs and policy_scorer is None:
         raise UsageError("rescoring needs the policy's scorer")
 
 
-def divergence(groups: Sequence[Sequence[Sample]], references: Sequence[np.ndarray]) -> Tensor:
+def sequence_kl(groups: Sequence[Sequence[Sample]], references: Sequence[np.ndarray]) -> Tensor:
     """k1 summed over each sample: log pi - log pi_ref of the whole completion, (P,G)."""
     theirs = iter(references)
     found = [[sum(sample.logprobs) - float(next(theirs).sum()) for sample in group] for group in groups]
     return torch.tensor(found, dtype=torch.float64)
 
 
-def silent(sample: Sample) -> np.ndarray:
-    return np.zeros(len(sample.tokens), np.float32)
+def zero_advantages(sample: Sample) -> np.ndarray:
+    return np.zeros(len(sample.completion_ids), np.float32)
 
 
-def total(groups: Sequence[Sequence[Sample]]) -> int:
+def count_samples(groups: Sequence[Sequence[Sample]]) -> int:
     return sum(len(group) for group in groups)

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 
-class Problem(Protocol):
+class PromptedProblem(Protocol):
     """What a task asks. A task is a pure function (seed, index) -> problem."""
 
     @property
     def prompt(self) -> str: ...
 
 
-class Task(Protocol):
+class ProblemSource(Protocol):
     """The same seed and index give the same problem, on every machine."""
 
-    def __call__(self, seed: int, index: int) -> Problem: ...
+    def __call__(self, seed: int, index: int) -> PromptedProblem: ...
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Sample:
     under the distribution that was sampled. finished: "eos", "stop", or "length" (cut by the budget). text: the
     decoded completion, without the prompt and the end-of-text token. problem: what was asked."""
 
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    finished: Literal["eos", "length", "stop"]
+    finish_reason: Literal["eos", "length", "stop"]
     text: str
     problem: Any = None
 
     @property
     def truncated(self) -> bool:
-        return self.finished == "length"
+        return self.finish_reason == "length"

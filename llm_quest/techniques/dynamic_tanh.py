@@ -19,13 +19,20 @@ import torch
 from torch import nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.embedding import LearnedScale, TokenEmbedding
-from llm_quest.layers.norm import DynamicTanh, LayerNorm, OffsetRMSNorm, RMSNorm
+from llm_quest.layers.embedding import ScaledEmbedding, TokenEmbedding
+from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.techniques.card import Model, applied, furnished, put, refuse_twice, require_decoder
+from llm_quest.techniques.model_spec import (
+    Model,
+    materialize_part,
+    record_technique,
+    replace_module,
+    require_decoder,
+    require_not_applied,
+)
 
-Norm = RMSNorm | OffsetRMSNorm | LayerNorm
-BY_WIDTH = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
+Norm = RMSNorm | ZeroCenteredRMSNorm | LayerNorm
+ALPHA_BY_DIM = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
 """The paper's table for the LLaMA form: width -> alpha before attention, alpha elsewhere. The nearest width counts."""
 
 
@@ -37,8 +44,8 @@ class DyT:
     form: str = "plain"
     alpha: float | None = None
     attention_alpha: float | None = None
-    neutral_at_birth: ClassVar[bool] = False
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = False
+    exportable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.form not in ("plain", "llama"):
@@ -47,44 +54,44 @@ class DyT:
             raise UsageError(f"alpha {self.alpha}, attention_alpha {self.attention_alpha}: both must be above 0")
 
     def __call__(self, model: Model) -> Model:
-        refuse_twice(model, self)
+        require_not_applied(model, self)
         if self.form == "llama" or not isinstance(model, ImageEncoder):
             require_decoder(model, self)
-        before_attention, elsewhere = self.alphas(model.config.width)
-        norms = {path: norm for path, norm in model.named_modules() if in_stream(path, norm)}
+        before_attention, elsewhere = self.initial_alphas(model.config.hidden_size)
+        norms = {path: norm for path, norm in model.named_modules() if is_stream_norm(path, norm)}
         for path, norm in norms.items():
             start = before_attention if path.endswith("mixer.norm") else elsewhere
-            put(model, path, furnished(self.tanh(norm.weight.shape[0], start), model))
+            replace_module(model, path, materialize_part(self.build_dynamic_tanh(norm.weight.shape[0], start), model))
         if self.form == "llama":
-            scale_embedding(model)
-            untie(model)
-        return applied(model, self)
+            add_learned_scale(model)
+            untie_head(model)
+        return record_technique(model, self)
 
-    def alphas(self, width: int) -> tuple[float, float]:
+    def initial_alphas(self, hidden_size: int) -> tuple[float, float]:
         """First values before attention and elsewhere."""
-        nearest = min(BY_WIDTH, key=lambda known: abs(math.log(known / width)))
-        attention, other = BY_WIDTH[nearest] if self.form == "llama" else (0.5, 0.5)
+        nearest = min(ALPHA_BY_DIM, key=lambda known: abs(math.log(known / hidden_size)))
+        attention, other = ALPHA_BY_DIM[nearest] if self.form == "llama" else (0.5, 0.5)
         given = self.alpha if self.attention_alpha is None else self.attention_alpha
         return (attention if given is None else given), (other if self.alpha is None else self.alpha)
 
-    def tanh(self, width: int, start: float) -> nn.Module:
+    def build_dynamic_tanh(self, dim: int, alpha_init: float) -> nn.Module:
         with torch.device("meta"):
-            return DynamicTanh(width, start, bias=self.form == "plain")
+            return DynamicTanh(dim, alpha_init, bias=self.form == "plain")
 
 
-def in_stream(path: str, module: nn.Module) -> bool:
+def is_stream_norm(path: str, module: nn.Module) -> bool:
     """A norm of the stream, not of a layer's inside."""
     return isinstance(module, Norm) and ".layer." not in path
 
 
-def scale_embedding(model: Any) -> None:
+def add_learned_scale(model: Any) -> None:
     """The learned number after the embedding, such that what leaves it is sqrt(D) times the table's vectors."""
-    fixed = model.embed.scale if isinstance(model.embed, TokenEmbedding) else 1.0
-    start = next(model.parameters()).new_full((), model.config.width**0.5 / fixed)
-    model.embed = LearnedScale(model.embed, nn.Parameter(start))
+    fixed_scale = model.embed.scale if isinstance(model.embed, TokenEmbedding) else 1.0
+    start = next(model.parameters()).new_full((), model.config.hidden_size**0.5 / fixed_scale)
+    model.embed = ScaledEmbedding(model.embed, nn.Parameter(start))
 
 
-def untie(model: Any) -> None:
+def untie_head(model: Any) -> None:
     """An output matrix of its own, with the numbers it had."""
     if model.head.weight is model.embed.token.weight:
         model.head.weight = nn.Parameter(model.head.weight.detach().clone())

@@ -18,34 +18,34 @@ from llm_quest.layers.moe import SigmoidRouter
 
 
 @dataclass(frozen=True)
-class BalanceExperts:
+class ExpertBiasBalancer:
     """A callback for the training loop: b_e += rate * sign(mean(c) - c_e), c_e the tokens that expert e received."""
 
     rate: float = 0.001
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, step: int) -> None:
-        for router in routers(model):
-            if router.load is not None:
-                load = router.load
-                if several():
+    def on_step_end(self, model: nn.Module, step: int) -> None:
+        for router in bias_routers(model):
+            if router.tokens_per_expert is not None:
+                load = router.tokens_per_expert
+                if is_distributed():
                     distributed.all_reduce(load)
-                router.bias.add_(laid_out(torch.sign(load.mean() - load), router.bias), alpha=self.rate)
-                router.load = None
+                router.bias.add_(to_shards(torch.sign(load.mean() - load), router.bias), alpha=self.rate)
+                router.tokens_per_expert = None
 
-    def after_refusal(self, model: nn.Module) -> None:
-        for router in routers(model):
-            router.load = None
+    def on_step_skipped(self, model: nn.Module) -> None:
+        for router in bias_routers(model):
+            router.tokens_per_expert = None
 
 
-def routers(model: nn.Module) -> list[SigmoidRouter]:
+def bias_routers(model: nn.Module) -> list[SigmoidRouter]:
     """The routers whose load is balanced by a bias."""
     return [module for module in model.modules() if isinstance(module, SigmoidRouter)]
 
 
-def laid_out(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process holds in full, in the parts that `like` is sharded into (FSDP2)."""
-    if not several():
+def to_shards(full: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process holds in full, in the parts that `shard_as` is sharded into (FSDP2)."""
+    if not is_distributed():
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor  # a second to import, which every load would pay
 
@@ -54,6 +54,6 @@ def laid_out(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Is this process one of several?"""
     return distributed.is_available() and distributed.is_initialized()

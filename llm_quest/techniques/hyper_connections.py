@@ -10,12 +10,24 @@ import torch
 from torch import nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.block import Add
-from llm_quest.layers.hyper_connections import WEIGHTS, Collapse, Copies, HyperConnection, Mean
-from llm_quest.models.build import Unfilled
-from llm_quest.techniques.card import Model, applied, furnished, refuse_twice, require_decoder
+from llm_quest.layers.block import Residual
+from llm_quest.layers.hyper_connections import (
+    STREAM_WEIGHTS,
+    AverageStreams,
+    ExpandStreams,
+    HyperConnection,
+    WeightedStreamSum,
+)
+from llm_quest.models.build import SkipInit
+from llm_quest.techniques.model_spec import (
+    Model,
+    materialize_part,
+    record_technique,
+    require_decoder,
+    require_not_applied,
+)
 
-MOST = {"lite": 6}
+MAX_STREAMS = {"lite": 6}
 
 
 @dataclass(frozen=True)
@@ -25,29 +37,35 @@ class HyperConnections:
 
     streams: int = 4
     form: str = "dynamic"
-    neutral_at_birth: ClassVar[bool] = True
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.form not in WEIGHTS:
-            raise UsageError(f"no form of hyper-connections is called {self.form!r}; known: {', '.join(WEIGHTS)}")
-        most = MOST.get(self.form, 64)
+        if self.form not in STREAM_WEIGHTS:
+            raise UsageError(
+                f"no form of hyper-connections is called {self.form!r}; known: {', '.join(STREAM_WEIGHTS)}"
+            )
+        most = MAX_STREAMS.get(self.form, 64)
         if not 1 <= self.streams <= most:
-            why = " (it weighs n! permutations for every token)" if self.form in MOST else ""
+            why = " (it weighs n! permutations for every token)" if self.form in MAX_STREAMS else ""
             raise UsageError(f"{self.streams} streams; {self.form} hyper-connections take 1 to {most}{why}")
 
     def __call__(self, model: Model) -> Model:
         require_decoder(model, self)
-        refuse_twice(model, self)
-        sublayers = [sublayer for block in model.blocks for sublayer in (block.mixer, block.ffn)]
+        require_not_applied(model, self)
+        sublayers = [sublayer for block in model.blocks for sublayer in (block.mixer, block.feed_forward)]
         for index, sublayer in enumerate(sublayers):
-            assert isinstance(sublayer.residual, Add), "only this technique fills the residual's slot"
-            sublayer.residual = furnished(self.residual(model.config.width, index), model)
+            assert isinstance(sublayer.residual, Residual), "only this technique fills the residual's slot"
+            sublayer.residual = materialize_part(self.build_residual(model.config.hidden_size, index), model)
         with torch.device("meta"):
-            leave = Mean() if self.form in ("static", "dynamic") else Collapse(model.config.width, self.streams)
-        model.enter, model.leave = Copies(self.streams), furnished(leave, model)
-        return applied(model, self)
+            leave = (
+                AverageStreams()
+                if self.form in ("static", "dynamic")
+                else WeightedStreamSum(model.config.hidden_size, self.streams)
+            )
+        model.enter, model.leave = ExpandStreams(self.streams), materialize_part(leave, model)
+        return record_technique(model, self)
 
-    def residual(self, width: int, index: int) -> nn.Module:
-        with torch.device("meta"), Unfilled():
-            return HyperConnection(WEIGHTS[self.form](width, self.streams, index % self.streams))
+    def build_residual(self, hidden_size: int, index: int) -> nn.Module:
+        with torch.device("meta"), SkipInit():
+            return HyperConnection(STREAM_WEIGHTS[self.form](hidden_size, self.streams, index % self.streams))

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.head import Unembed
-from llm_quest.layers.int8 import Int8, Int8Embedding, Int8Experts, Int8Linear, Int8Projections
-from llm_quest.layers.low_rank import wrappers
+from llm_quest.layers.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Matrix, Int8PackedLinear
+from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.low_rank import adapter_layers
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.projections import Projections
-from llm_quest.techniques.card import applied, put, refuse_twice
+from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.techniques.model_spec import record_technique, replace_module, require_not_applied
 
 Model = TypeVar("Model", bound=Any)
 
@@ -28,31 +28,35 @@ Model = TypeVar("Model", bound=Any)
 class Int8Weights:
     """A quarter of float32's memory, and up to as much less to read for each token."""
 
-    neutral_at_birth: ClassVar[bool] = False
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = False
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
-        refuse_twice(model, self)
-        if wrappers(model):
+        require_not_applied(model, self)
+        if adapter_layers(model):
             raise UsageError("this model has an adapter: merge it first (techniques.lora.merge), then make it int8")
         model.requires_grad_(False)
-        heads = [(path, module) for path, module in model.named_modules() if isinstance(module, Unembed)]
+        heads = [(path, module) for path, module in model.named_modules() if isinstance(module, LMHead)]
         for path, module in list(model.named_modules()):
-            if isinstance(module, Projections):
-                put(model, path, Int8Projections(Int8(module.weight), module.bias, module.parts))
-            elif isinstance(module, nn.Linear) and not isinstance(module, Unembed):
-                put(model, path, Int8Linear(Int8(module.weight), module.bias))
+            if isinstance(module, PackedLinear):
+                replace_module(model, path, Int8PackedLinear(Int8Matrix(module.weight), module.bias, module.parts))
+            elif isinstance(module, nn.Linear) and not isinstance(module, LMHead):
+                replace_module(model, path, Int8Linear(Int8Matrix(module.weight), module.bias))
             elif isinstance(module, Experts):
-                put(model, path, Int8Experts(Int8(module.gate_up), Int8(module.down), module.inner))
+                replace_module(
+                    model,
+                    path,
+                    Int8Experts(Int8Matrix(module.gate_up), Int8Matrix(module.down), module.expert_activation),
+                )
         for path, head in heads:
-            put_head(model, path, head)
-        return applied(model, self)
+            quantize_head(model, path, head)
+        return record_technique(model, self)
 
 
-def put_head(model: nn.Module, path: str, head: Unembed) -> None:
+def quantize_head(model: nn.Module, path: str, head: LMHead) -> None:
     """A head, and the embedding that it is tied to, as one matrix."""
-    matrix = Int8(head.weight)
+    matrix = Int8Matrix(head.weight)
     for other, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and module.weight is head.weight:
-            put(model, other, Int8Embedding(matrix))
-    put(model, path, Int8Linear(matrix, None, head.cap))
+            replace_module(model, other, Int8Embedding(matrix))
+    replace_module(model, path, Int8Linear(matrix, None, head.softcap))

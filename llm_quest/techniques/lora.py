@@ -2,7 +2,7 @@
 product of two thin ones learns what to add: W' = W + s B A.
 
 - rsLoRA (arXiv:2312.03732): s = alpha / sqrt(r), so that a larger rank learns no slower.
-- DoRA (arXiv:2402.09353): direction and magnitude apart (`layers.low_rank.Directed`).
+- DoRA (arXiv:2402.09353): direction and magnitude apart (`layers.low_rank.DoRAUpdate`).
 - LoRA-XS (arXiv:2405.17604): A and B are the matrix's own largest singular directions, frozen; r x r numbers learn.
 - TinyLoRA (arXiv:2602.04118): of those r x r numbers only u directions, fixed at random, perhaps one for all matrices.
 
@@ -21,22 +21,22 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from llm_quest.contracts import Card, Technique
+from llm_quest.contracts import ModelSpec, Technique
 from llm_quest.errors import UsageError
 from llm_quest.layers.low_rank import (
-    Adapted,
     AdaptedExperts,
-    Directed,
-    LowRank,
-    Mixed,
-    Square,
-    Wrapper,
+    AdaptedLinear,
+    AdapterLayer,
+    DoRAUpdate,
+    LoRAXSCore,
+    LowRankUpdate,
+    TinyLoRACore,
+    adapter_layers,
     row_norms,
-    wrappers,
 )
-from llm_quest.models.build import skeleton
-from llm_quest.techniques.card import applied, plain, put
-from llm_quest.techniques.targets import Site, chosen, wrap
+from llm_quest.models.build import build_meta_model
+from llm_quest.techniques.adapter_targets import TargetMatrix, select_targets, wrap_layers
+from llm_quest.techniques.model_spec import record_technique, replace_module, strip_wrapper_names
 
 Model = TypeVar("Model", bound=Any)
 
@@ -50,11 +50,11 @@ class LoRA:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
-    neutral_at_birth: ClassVar[bool] = True
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
-        return adapted(model, self, lambda sites: thin(sites, self, self.alpha / self.rank))
+        return apply_adapter(model, self, lambda sites: init_lora_updates(sites, self, self.alpha / self.rank))
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ class RsLoRA:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
-    neutral_at_birth: ClassVar[bool] = True
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
-        return adapted(model, self, lambda sites: thin(sites, self, self.alpha / math.sqrt(self.rank)))
+        return apply_adapter(
+            model, self, lambda sites: init_lora_updates(sites, self, self.alpha / math.sqrt(self.rank))
+        )
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,15 @@ class DoRA:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
-    neutral_at_birth: ClassVar[bool] = True
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
-        return adapted(model, self, self.edits)
+        return apply_adapter(model, self, self.build_edits)
 
-    def edits(self, sites: Sequence[Site]) -> Iterator[nn.Module]:
-        for site, low in zip(sites, thin(sites, self, self.alpha / self.rank), strict=True):
-            yield Directed(low, nn.Parameter(row_norms(site.weight)))
+    def build_edits(self, sites: Sequence[TargetMatrix]) -> Iterator[nn.Module]:
+        for site, low in zip(sites, init_lora_updates(sites, self, self.alpha / self.rank), strict=True):
+            yield DoRAUpdate(low, nn.Parameter(row_norms(site.weight)))
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,24 @@ class LoRAXS:
     std: float = 1e-5
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
-    neutral_at_birth: ClassVar[bool] = False
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = False
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
-        return adapted(model, self, self.edits)
+        return apply_adapter(model, self, self.build_edits)
 
-    def edits(self, sites: Sequence[Site]) -> Iterator[nn.Module]:
+    def build_edits(self, sites: Sequence[TargetMatrix]) -> Iterator[nn.Module]:
         generator = torch.Generator().manual_seed(self.seed)
         for site in sites:
-            U, S, Vh = directions(site, self.rank)
+            U, S, Vh = top_singular_vectors(site, self.rank)
             shape = (*site.weight.shape[:-2], self.rank, self.rank)
-            R = drawn(site.weight, shape, lambda t: t.normal_(std=self.std, generator=generator))
-            yield LowRank(frozen(Vh), frozen(U * S[..., None, :]), scale=self.scale, core=Square(nn.Parameter(R)))
+            R = random_like(site.weight, shape, lambda t: t.normal_(std=self.std, generator=generator))
+            yield LowRankUpdate(
+                frozen_parameter(Vh),
+                frozen_parameter(U * S[..., None, :]),
+                scale=self.scale,
+                core=LoRAXSCore(nn.Parameter(R)),
+            )
 
 
 @dataclass(frozen=True)
@@ -129,27 +136,30 @@ class TinyLoRA:
     tying: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 42
-    neutral_at_birth: ClassVar[bool] = True
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = True
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
         if self.u < 1 or not 0 <= self.tying <= 1:
             raise UsageError(f"u is {self.u} and tying {self.tying}; u must be at least 1, tying between 0 and 1")
-        return adapted(model, self, self.edits)
+        return apply_adapter(model, self, self.build_edits)
 
-    def edits(self, sites: Sequence[Site]) -> Iterator[nn.Module]:
+    def build_edits(self, sites: Sequence[TargetMatrix]) -> Iterator[nn.Module]:
         learned: dict[int, nn.Parameter] = {}
         for index, site in enumerate(sites):
-            group = self.group(index, len(sites))
+            group = self.vector_index(index, len(sites))
             v = learned.setdefault(group, nn.Parameter(site.weight.new_zeros(self.u)))
-            U, S, Vh = directions(site, self.rank)
+            U, S, Vh = top_singular_vectors(site, self.rank)
             root = S.sqrt()
             P = self.projections(site.weight, index)
-            yield LowRank(
-                frozen(root[..., None] * Vh), frozen(U * root[..., None, :]), scale=1.0, core=Mixed(frozen(P), v)
+            yield LowRankUpdate(
+                frozen_parameter(root[..., None] * Vh),
+                frozen_parameter(U * root[..., None, :]),
+                scale=1.0,
+                core=TinyLoRACore(frozen_parameter(P), v),
             )
 
-    def group(self, index: int, count: int) -> int:
+    def vector_index(self, index: int, count: int) -> int:
         """Whose vector matrix number `index` of `count` reads."""
         groups = max(1, round(count * (1 - self.tying)))
         return min(index // max(1, count // groups), groups - 1)
@@ -158,43 +168,47 @@ class TinyLoRA:
         """P of matrix number `index`, (u,r,r)."""
         generator = torch.Generator().manual_seed(self.seed + index)
         shape = (self.u, *weight.shape[:-2], self.rank, self.rank)
-        return drawn(weight, shape, lambda t: t.normal_(std=self.rank**-0.5, generator=generator))
+        return random_like(weight, shape, lambda t: t.normal_(std=self.rank**-0.5, generator=generator))
 
 
-def thin(sites: Sequence[Site], numbers: LoRA | RsLoRA | DoRA, scale: float) -> Iterator[LowRank]:
+def init_lora_updates(
+    sites: Sequence[TargetMatrix], technique: LoRA | RsLoRA | DoRA, scale: float
+) -> Iterator[LowRankUpdate]:
     """A uniform in +-1/sqrt(in) (He et al. with a = sqrt 5), B zero."""
-    generator = torch.Generator().manual_seed(numbers.seed)
-    if not 0 <= numbers.dropout < 1:
-        raise UsageError(f"dropout is {numbers.dropout}: a share of at least 0 and below 1 was expected")
+    generator = torch.Generator().manual_seed(technique.seed)
+    if not 0 <= technique.dropout < 1:
+        raise UsageError(f"dropout is {technique.dropout}: a share of at least 0 and below 1 was expected")
     for site in sites:
         *stack, rows, width = site.weight.shape
-        if stack and numbers.dropout:
+        if stack and technique.dropout:
             raise UsageError(
                 f"dropout is of an adapter's input, and experts ({site.address}) are edited as matrices, without one: "
                 "set dropout 0, or leave the experts out of the targets"
             )
         bound = width**-0.5
-        A = drawn(site.weight, (*stack, numbers.rank, width), lambda t, b=bound: t.uniform_(-b, b, generator=generator))
-        B = site.weight.new_zeros(*stack, rows, numbers.rank)
-        yield LowRank(nn.Parameter(A), nn.Parameter(B), scale=scale, dropout=numbers.dropout)
+        A = random_like(
+            site.weight, (*stack, technique.rank, width), lambda t, b=bound: t.uniform_(-b, b, generator=generator)
+        )
+        B = site.weight.new_zeros(*stack, rows, technique.rank)
+        yield LowRankUpdate(nn.Parameter(A), nn.Parameter(B), scale=scale, dropout=technique.dropout)
 
 
-def drawn(beside: Tensor, shape: Sequence[int], fill: Any) -> Tensor:
+def random_like(like: Tensor, shape: Sequence[int], fill: Any) -> Tensor:
     """Random numbers like their neighbour, drawn on the host in float32 so that a seed gives the same ones anywhere; on
     the meta device none."""
-    if beside.device.type == "meta":
-        return beside.new_empty(shape)
-    return fill(torch.empty(*shape, dtype=torch.float32, device="cpu")).to(beside)
+    if like.device.type == "meta":
+        return like.new_empty(shape)
+    return fill(torch.empty(*shape, dtype=torch.float32, device="cpu")).to(like)
 
 
-def directions(site: Site, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_singular_vectors(site: TargetMatrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular directions of a matrix, U (out,r), S (r), V^T (r,in), worked out in float32 or
     wider."""
     weight = site.weight
     if rank > min(weight.shape[-2:]):
         raise UsageError(
             f"rank {rank} is above that of {site.address}, {min(weight.shape[-2:])}: lower the rank, or leave out the "
-            f"target {site.short!r}"
+            f"target {site.short_name!r}"
         )
     if weight.device.type == "meta":
         *stack, rows, width = weight.shape
@@ -208,108 +222,108 @@ def directions(site: Site, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[..., :rank].to(weight), S[..., :rank].to(weight), Vh[..., :rank, :].to(weight)
 
 
-def frozen(tensor: Tensor) -> nn.Parameter:
+def frozen_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.contiguous(), requires_grad=False)
 
 
-def adapted(model: Model, technique: Technique, edits: Any) -> Model:
+def apply_adapter(model: Model, technique: Technique, edits: Any) -> Model:
     """The model frozen, with the edits around the matrices that the technique's targets name. One adapter a model."""
-    numbers: Any = technique
-    if wrappers(model):
+    settings: Any = technique
+    if adapter_layers(model):
         raise UsageError(
             "this model has an adapter already: train that one on, or merge it first (techniques.lora.merge) and adapt "
             "the merged model"
         )
-    if numbers.rank < 1 or not numbers.targets:
+    if settings.rank < 1 or not settings.targets:
         raise UsageError(
-            f"rank {numbers.rank}, targets {numbers.targets}: an adapter has a rank of 1 or more and targets"
+            f"rank {settings.rank}, targets {settings.targets}: an adapter has a rank of 1 or more and targets"
         )
-    sites = chosen(model, numbers.targets)
-    made = dict(zip(sites, edits(sites), strict=True))
+    sites = select_targets(model, settings.targets)
+    edits_by_target = dict(zip(sites, edits(sites), strict=True))
     model.requires_grad_(False)
-    wrap(model, made)
-    return applied(model, technique)
+    wrap_layers(model, edits_by_target)
+    return record_technique(model, technique)
 
 
-def matched(model: nn.Module) -> list[str]:
+def adapter_addresses(model: nn.Module) -> list[str]:
     """The addresses of the matrices that are adapted."""
     found: list[str] = []
-    for path, wrapper in wrappers(model).items():
-        found += [path] if isinstance(wrapper, Adapted) else [f"{path}.{part}" for part in wrapper.edits]
+    for path, wrapper in adapter_layers(model).items():
+        found += [path] if isinstance(wrapper, AdaptedLinear) else [f"{path}.{part}" for part in wrapper.edits]
     return found
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside: the model as it was before it was adapted, in the same memory. The reference of preference learning."""
     found = require_adapters(model)
-    before = [wrapper.on for wrapper in found.values()]
+    before = [wrapper.enabled for wrapper in found.values()]
     try:
         for wrapper in found.values():
-            wrapper.on = False
+            wrapper.enabled = False
         yield
     finally:
         for wrapper, on in zip(found.values(), before, strict=True):
-            wrapper.on = on
+            wrapper.enabled = on
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What `unmerge` needs: the wrapped layers, the matrices as they were, the card, what was learned."""
+class MergeRecord:
+    """What `unmerge_adapter` needs: the wrapped layers, the matrices as they were, the card, what was learned."""
 
-    wrappers: dict[str, Wrapper]
+    wrappers: dict[str, AdapterLayer]
     originals: dict[str, nn.Parameter] = field(repr=False)
-    card: Card
-    learned: frozenset[str]
+    spec: ModelSpec
+    trainable: frozenset[str]
 
 
 @torch.no_grad()
-def merge(model: Any) -> Merged:
-    """Work the adapters into the matrices: the model is one of its page again, as trainable as a fresh one. `unmerge`
-    with what this returns gives back the very bits; forget it to free the originals."""
+def merge_adapter(model: Any) -> MergeRecord:
+    """Work the adapters into the matrices: the model is one of its page again, as trainable as a fresh one.
+    `unmerge_adapter` with what this returns gives back the very bits; forget it to free the originals."""
     found = require_adapters(model)
-    learned = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     originals = {}
     for path, wrapper in found.items():
-        for name in matrices(wrapper):
+        for name in matrix_names(wrapper):
             before = getattr(wrapper.base, name)
             originals[f"{path}.{name}"] = before
             setattr(wrapper.base, name, nn.Parameter(getattr(wrapper, name).to(before.dtype)))
-        put(model, path, wrapper.base)
-    record = Merged(found, originals, model.card, learned)
-    model.card = replace(model.card, techniques=tuple(one for one in model.card.techniques if not is_adapter(one)))
-    learn_all(model)
+        replace_module(model, path, wrapper.base)
+    record = MergeRecord(found, originals, model.spec, trainable)
+    model.spec = replace(model.spec, techniques=tuple(one for one in model.spec.techniques if not is_adapter(one)))
+    restore_trainable(model)
     return record
 
 
-def unmerge(model: Any, record: Merged) -> None:
+def unmerge_adapter(model: Any, record: MergeRecord) -> None:
     """The adapted model again, as it was before `merge`, to the bit."""
     if any(model.get_submodule(path) is not wrapper.base for path, wrapper in record.wrappers.items()):
         raise UsageError("this record is of another merge: unmerge once, with what merge(model) of this model returned")
     for path, wrapper in record.wrappers.items():
-        for name in matrices(wrapper):
+        for name in matrix_names(wrapper):
             setattr(wrapper.base, name, record.originals[f"{path}.{name}"])
-        put(model, path, wrapper)
-    model.card = record.card
+        replace_module(model, path, wrapper)
+    model.spec = record.spec
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in record.learned)
+        parameter.requires_grad_(name in record.trainable)
 
 
-def matrices(wrapper: Wrapper) -> tuple[str, ...]:
+def matrix_names(wrapper: AdapterLayer) -> tuple[str, ...]:
     """The names of the matrices that a wrapper edits."""
     return ("gate_up", "down") if isinstance(wrapper, AdaptedExperts) else ("weight",)
 
 
-def learn_all(model: Any) -> None:
+def restore_trainable(model: Any) -> None:
     """As trainable as a fresh model of this page (a router's balancing bias is not)."""
-    fresh = {name: parameter.requires_grad for name, parameter in skeleton(model.config).named_parameters()}
+    fresh = {name: parameter.requires_grad for name, parameter in build_meta_model(model.config).named_parameters()}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.requires_grad_(fresh.get(plain(name), True))
+            parameter.requires_grad_(fresh.get(strip_wrapper_names(name), True))
 
 
-def require_adapters(model: nn.Module) -> dict[str, Wrapper]:
-    found = wrappers(model)
+def require_adapters(model: nn.Module) -> dict[str, AdapterLayer]:
+    found = adapter_layers(model)
     if not found:
         raise UsageError("this model has no adapter: none was applied, or it was merged already")
     return found

@@ -21,12 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, distributed, nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.attention import SHARING, Meeting
-from llm_quest.scope import Band, Plain, Scope, Sight
-from llm_quest.techniques.attending import attending
-from llm_quest.techniques.card import Model
+from llm_quest.layers.attention import KEY_SHARE_RULES, AttentionInputs
+from llm_quest.scope import CausalMask, MaskSpec, Scope, SlidingWindow
+from llm_quest.techniques.attention_layers import attention_layers
+from llm_quest.techniques.model_spec import Model
 
-BLOCK, SCORES = 128, 2**20
+QUERY_BLOCK, MAX_SCORES = 128, 2**20
 
 
 @dataclass(frozen=True)
@@ -35,57 +35,63 @@ class QKClip:
 
     tau: the largest logit that stays. heads: "each" has its own gamma, or the whole "layer" one (the naive form).
     magnitude: S is the largest absolute value, so that strongly negative logits are bounded too. shared: who gives way
-    where heads share a key, a name in `layers.attention.SHARING`."""
+    where heads share a key, a name in `layers.attention.KEY_SHARE_RULES`."""
 
     tau: float = 100.0
     heads: str = "each"
     magnitude: bool = False
-    shared: str = "query"
-    neutral_at_birth: ClassVar[bool] = True
-    published: ClassVar[bool] = True
+    key_share: str = "query"
+    is_identity_at_init: ClassVar[bool] = True
+    exportable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.tau > 0:
             raise UsageError(f"QK-Clip's tau is {self.tau}; it must be positive (the paper's is 100)")
         if self.heads not in ("each", "layer"):
             raise UsageError(f"QK-Clip knows no heads {self.heads!r}; known: each, layer")
-        if self.shared not in SHARING:
-            raise UsageError(f"QK-Clip knows no way {self.shared!r} to share a key; known: {', '.join(SHARING)}")
+        if self.key_share not in KEY_SHARE_RULES:
+            raise UsageError(
+                f"QK-Clip knows no way {self.key_share!r} to share a key; known: {', '.join(KEY_SHARE_RULES)}"
+            )
 
     def __call__(self, model: Model) -> Model:
-        mixers = attending(model, self)
-        if any(isinstance(watch, LargestLogit) for mixer in mixers for watch in mixer.watchers):
+        mixers = attention_layers(model, self)
+        if any(isinstance(watch, MaxLogitObserver) for mixer in mixers for watch in mixer.observers):
             raise ValueError("QK-Clip measures this model already; it is applied once")
         for mixer in mixers:
             try:
-                mixer.rescale_logits_(torch.ones(mixer.heads), self.shared)
+                mixer.rescale_logits_(torch.ones(mixer.num_attention_heads), self.key_share)
             except ValueError as error:
                 raise UsageError(f"QK-Clip cannot act on this model: {error}") from None
         for mixer in mixers:
-            mixer.watchers.append(LargestLogit(self.magnitude).train(mixer.training))
+            mixer.observers.append(MaxLogitObserver(self.magnitude).train(mixer.training))
         return model
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, step: int) -> Mapping[str, Any] | None:
+    def on_step_end(self, model: nn.Module, step: int) -> Mapping[str, Any] | None:
         """Clip, and forget what was measured. The number for the log is the largest logit before the clip."""
-        watched = [(mixer, watch) for mixer in attending(model, self) for watch in mixer.watchers]
-        seen = [(mixer, watch.take()) for mixer, watch in watched if isinstance(watch, LargestLogit) and watch.looked]
-        if not seen:
+        observers = [(mixer, watch) for mixer in attention_layers(model, self) for watch in mixer.observers]
+        measured = [
+            (mixer, watch.take())
+            for mixer, watch in observers
+            if isinstance(watch, MaxLogitObserver) and watch.has_measured
+        ]
+        if not measured:
             return None
-        sizes = [S.shape[0] for _, S in seen]
-        largest = over_all_processes(torch.cat([S for _, S in seen])).split(sizes)
+        sizes = [S.shape[0] for _, S in measured]
+        largest = all_reduce_max(torch.cat([S for _, S in measured])).split(sizes)
         max_logit = float(torch.cat(largest).amax())
         if max_logit > self.tau:
-            for (mixer, _), S in zip(seen, largest, strict=True):
-                mixer.rescale_logits_(self.gamma(S), self.shared)
+            for (mixer, _), S in zip(measured, largest, strict=True):
+                mixer.rescale_logits_(self.gamma(S), self.key_share)
         return {"max_logit": max_logit}
 
-    def after_refusal(self, model: nn.Module) -> None:
+    def on_step_skipped(self, model: nn.Module) -> None:
         """A logit that is not finite would hide every later one."""
-        for mixer in attending(model, self):
-            for watch in mixer.watchers:
-                if isinstance(watch, LargestLogit):
-                    watch.seen = None
+        for mixer in attention_layers(model, self):
+            for watch in mixer.observers:
+                if isinstance(watch, MaxLogitObserver):
+                    watch.max_logits = None
 
     def gamma(self, S: Float[Tensor, " H"]) -> Float[Tensor, " H"]:
         """tau / S where S exceeds tau, else exactly 1."""
@@ -93,76 +99,79 @@ class QKClip:
         return torch.where(self.tau < S, self.tau / S, torch.ones_like(S))
 
 
-class LargestLogit(nn.Module):
+class MaxLogitObserver(nn.Module):
     """A watch: the largest scaled logit of each head over the training passes since it was last taken."""
 
     def __init__(self, magnitude: bool):
         super().__init__()
         self.magnitude = magnitude
-        self.seen: Tensor | None = None
+        self.max_logits: Tensor | None = None
 
     @torch.no_grad()
-    def forward(self, meeting: Meeting, scope: Scope) -> None:
+    def forward(self, inputs: AttentionInputs, scope: Scope) -> None:
         if self.training:
-            now = largest_logits(meeting, scope, self.magnitude)
-            self.seen = now if self.seen is None else torch.maximum(self.seen, now)
+            now = max_attention_logits(inputs, scope, self.magnitude)
+            self.max_logits = now if self.max_logits is None else torch.maximum(self.max_logits, now)
 
     @property
-    def looked(self) -> bool:
+    def has_measured(self) -> bool:
         """Was there a training pass?"""
-        return self.seen is not None
+        return self.max_logits is not None
 
     def take(self) -> Float[Tensor, " H"]:
         """What was seen, once."""
-        assert self.seen is not None, "a pass comes before taking"
-        seen, self.seen = self.seen, None
-        return seen
+        assert self.max_logits is not None, "a pass comes before taking"
+        max_logits, self.max_logits = self.max_logits, None
+        return max_logits
 
 
-def largest_logits(meeting: Meeting, scope: Scope, magnitude: bool) -> Float[Tensor, " H"]:
+def max_attention_logits(inputs: AttentionInputs, scope: Scope, magnitude: bool) -> Float[Tensor, " H"]:
     """max over rows, real queries and the keys each of them sees, of q.k * scale (before any cap; of its absolute value
     if `magnitude`): a block of queries at a time, with the keys it can reach, and few rows, so that the scores stay in
     the processor's cache."""
-    (batch, length, heads, _), (keys, groups) = meeting.q.shape, meeting.k.shape[1:3]
-    q_BGrTd = meeting.q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
-    k_BGdS = meeting.k.transpose(1, 2).contiguous().mT
-    some = max(1, SCORES // (heads * BLOCK * keys))
-    largest = meeting.q.new_full((groups, heads // groups), float("-inf"))
-    for rows in (slice(first, first + some) for first in range(0, batch, some)):
-        for start in range(0, length, BLOCK):
-            queries = slice(start, min(start + BLOCK, length))
-            seen = reach(meeting.visible, queries, keys)
+    (batch, length, heads, _), (keys, groups) = inputs.q.shape, inputs.k.shape[1:3]
+    q_BGrTd = inputs.q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+    k_BGdS = inputs.k.transpose(1, 2).contiguous().mT
+    rows_at_once = max(1, MAX_SCORES // (heads * QUERY_BLOCK * keys))
+    largest = inputs.q.new_full((groups, heads // groups), float("-inf"))
+    for rows in (slice(first, first + rows_at_once) for first in range(0, batch, rows_at_once)):
+        for start in range(0, length, QUERY_BLOCK):
+            queries = slice(start, min(start + QUERY_BLOCK, length))
+            seen = visible_keys(inputs.attention_mask, queries, keys)
             block = q_BGrTd[rows, :, :, queries]
             scores = (block.flatten(2, 3) @ k_BGdS[rows, ..., seen]).unflatten(2, block.shape[2:4])
             scores = scores.abs_() if magnitude else scores
-            hide_(scores, meeting.visible, scope, rows, queries, seen)
+            mask_scores_(scores, inputs.attention_mask, scope, rows, queries, seen)
             largest = torch.maximum(largest, scores.amax(dim=-1).amax(dim=(0, 3)))
-    return largest.flatten().to(torch.promote_types(largest.dtype, torch.float32)) * meeting.scale
+    return largest.flatten().to(torch.promote_types(largest.dtype, torch.float32)) * inputs.scale
 
 
-def reach(visible: Sight, queries: slice, keys: int) -> slice:
+def visible_keys(attention_mask: MaskSpec, queries: slice, keys: int) -> slice:
     """The keys that some of these queries may see."""
-    if visible is Plain.ALL or isinstance(visible, Tensor):
+    if attention_mask is CausalMask.FULL or isinstance(attention_mask, Tensor):
         return slice(0, keys)
-    return slice(max(0, queries.start - visible.window + 1) if isinstance(visible, Band) else 0, queries.stop)
+    return slice(
+        max(0, queries.start - attention_mask.window + 1) if isinstance(attention_mask, SlidingWindow) else 0,
+        queries.stop,
+    )
 
 
-def hide_(
-    scores: Float[Tensor, "B G r T S"], visible: Sight, scope: Scope, rows: slice, queries: slice, keys: slice
+def mask_scores_(
+    scores: Float[Tensor, "B G r T S"], attention_mask: MaskSpec, scope: Scope, rows: slice, queries: slice, keys: slice
 ) -> None:
     """-inf where the query does not see the key, or is padding (padding sees padding, which is nobody's logit)."""
-    if isinstance(visible, Tensor):
-        seen = visible[rows, queries, keys] & (scope.positions[rows, queries, None] >= 0)
-        scores.masked_fill_(~seen[:, None, None], float("-inf"))
-    elif visible is not Plain.ALL:
-        first = queries.start if visible is Plain.CAUSAL else keys.start
+    if isinstance(attention_mask, Tensor):
+        allowed = attention_mask[rows, queries, keys] & (scope.position_ids[rows, queries, None] >= 0)
+        scores.masked_fill_(~allowed[:, None, None], float("-inf"))
+    elif attention_mask is not CausalMask.FULL:
+        first = queries.start if attention_mask is CausalMask.CAUSAL else keys.start
         i = torch.arange(queries.start, queries.stop, device=scores.device)[:, None]
         j = torch.arange(first, keys.stop, device=scores.device)
-        gone = (j > i) | (i - j >= visible.window) if isinstance(visible, Band) else j > i
-        scores[..., first - keys.start :] += scores.new_zeros(gone.shape).masked_fill_(gone, float("-inf"))
+        hidden = (j > i) | (i - j >= attention_mask.window) if isinstance(attention_mask, SlidingWindow) else j > i
+        scores[..., first - keys.start :] += scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
-def over_all_processes(S: Tensor) -> Tensor:
+def all_reduce_max(S: Tensor) -> Tensor:
     """The largest of all ranks', in place."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(S, op=distributed.ReduceOp.MAX)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.head import Unembed
-from llm_quest.techniques.card import applied, refuse_twice, require_decoder
+from llm_quest.layers.lm_head import LMHead
+from llm_quest.techniques.model_spec import record_technique, require_decoder, require_not_applied
 
 Model = TypeVar("Model", bound=Any)
 
@@ -32,21 +32,21 @@ class ScoreHead:
     labels: tuple[str, ...] = ()
     std: float = 0.02
     seed: int = 0
-    neutral_at_birth: ClassVar[bool] = False
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = False
+    exportable: ClassVar[bool] = False
 
     def __call__(self, model: Model) -> Model:
         require_decoder(model, self)
-        refuse_twice(model, self)
+        require_not_applied(model, self)
         if self.outputs < 1 or (self.labels and len(self.labels) != self.outputs):
             raise UsageError(f"outputs is {self.outputs} and there are {len(self.labels)} labels; one each is needed")
         before = model.head.weight
-        head = Unembed(model.config.width, self.outputs)
+        head = LMHead(model.config.hidden_size, self.outputs)
         nn.init.normal_(head.weight, std=self.std, generator=torch.Generator().manual_seed(self.seed))
         model.head = head.to(device=before.device, dtype=before.dtype)
-        return applied(model, self)
+        return record_technique(model, self)
 
 
-def score_head(model: Any) -> ScoreHead | None:
+def find_score_head(model: Any) -> ScoreHead | None:
     """The one on the model's card."""
-    return next((one for one in model.card.techniques if isinstance(one, ScoreHead)), None)
+    return next((one for one in model.spec.techniques if isinstance(one, ScoreHead)), None)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.attention import cap_of, capped
-from llm_quest.layers.head import Unembed
-from llm_quest.techniques.attending import attending
-from llm_quest.techniques.card import Model, applied, refuse_twice
+from llm_quest.layers.attention import attention_with_softcap, softcap_of
+from llm_quest.layers.lm_head import LMHead
+from llm_quest.techniques.attention_layers import attention_layers
+from llm_quest.techniques.model_spec import Model, record_technique, require_not_applied
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class SoftCap:
 
     attention: float | None = 50.0
     final: float | None = 30.0
-    neutral_at_birth: ClassVar[bool] = False
-    published: ClassVar[bool] = False
+    is_identity_at_init: ClassVar[bool] = False
+    exportable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         caps = [cap for cap in (self.attention, self.final) if cap is not None]
@@ -32,22 +32,22 @@ class SoftCap:
             raise UsageError(f"caps {self.attention} and {self.final}: give at least one, above 0")
 
     def __call__(self, model: Model) -> Model:
-        refuse_twice(model, self)
+        require_not_applied(model, self)
         if self.final is not None:
-            if not isinstance(model.head, Unembed):
+            if not isinstance(model.head, LMHead):
                 raise UsageError("the logits of classes are not capped: set final to null")
-            if model.head.cap is not None:
-                raise UsageError(f"the model's logits are capped at {model.head.cap} already: set final to null")
-            model.head.cap = self.final
+            if model.head.softcap is not None:
+                raise UsageError(f"the model's logits are capped at {model.head.softcap} already: set final to null")
+            model.head.softcap = self.final
         if self.attention is not None:
-            mixers = attending(model, self)
-            if before := next((cap for mixer in mixers if (cap := cap_of(mixer.attend)) is not None), None):
+            mixers = attention_layers(model, self)
+            if before := next((cap for mixer in mixers if (cap := softcap_of(mixer.attend)) is not None), None):
                 raise UsageError(f"the model's scores are capped at {before} already: set attention to null")
             for mixer in mixers:
-                mixer.attend = capped(self.attention)
+                mixer.attend = attention_with_softcap(self.attention)
             warnings.warn(
                 "softcap: attention runs in its explicit form, with every score in memory: the fused kernel knows no "
                 "cap",
                 stacklevel=2,
             )
-        return applied(model, self)
+        return record_technique(model, self)

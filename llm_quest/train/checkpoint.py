@@ -25,14 +25,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm_quest.disk import replace_text, sha256, sync, write_text
 from llm_quest.errors import BusyError, DataError, ResourceError
+from llm_quest.files import atomic_write_text, file_sha256, fsync_path, write_text
 from llm_quest.tensor_files import write_tensors
 
-MODEL, OPTIM, STATE, MANIFEST, LATEST = (
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE, LATEST_FILE = (
     "model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json", "LATEST",
 )  # fmt: skip
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -42,38 +42,38 @@ class Checkpoint:
 
     step: int
     model: Mapping[str, Tensor]
-    optim: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
     identity: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Of the tensors."""
-        return sum(t.numel() * t.element_size() for t in [*self.model.values(), *self.optim.values()])
+        return sum(t.numel() * t.element_size() for t in [*self.model.values(), *self.optimizer.values()])
 
 
-def folder_of(root: Path, step: int) -> Path:
+def checkpoint_dir(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies. root: the folder `checkpoints`."""
     return root / f"step-{step:08d}"
 
 
-def write(root: Path, checkpoint: Checkpoint) -> Path:
+def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     """Commit a checkpoint; its folder. ResourceError on a full disk: the staged folder is removed, the others are as
     they were."""
-    final = folder_of(root, checkpoint.step)
+    final = checkpoint_dir(root, checkpoint.step)
     if final.exists():
         raise BusyError(f"{final} exists already and is not overwritten; resume from it, or choose another run folder")
     root.mkdir(parents=True, exist_ok=True)
     require_space(root, checkpoint.nbytes)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{checkpoint.step:08d}-{os.getpid()}-", dir=root))
     try:
-        _fill(staged, checkpoint)
+        _write_files(staged, checkpoint)
         os.rename(staged, final)
-        sync(root)
-        replace_text(root.parent / LATEST, final.name + "\n")
+        fsync_path(root)
+        atomic_write_text(root.parent / LATEST_FILE, final.name + "\n")
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        if not is_full(error):
+        if not is_disk_full(error):
             raise
         raise ResourceError(
             f"the disk is full: {final.name} needs {checkpoint.nbytes / 1e6:.1f} MB ({error}). Earlier checkpoints are "
@@ -82,101 +82,101 @@ def write(root: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def _fill(staged: Path, checkpoint: Checkpoint) -> None:
+def _write_files(staged: Path, checkpoint: Checkpoint) -> None:
     """Every file synced, the manifest last."""
-    write_text(staged / STATE, json.dumps(checkpoint.state))
-    mode = (staged / STATE).stat().st_mode & 0o777
-    write_tensors(staged / MODEL, checkpoint.model)
-    write_tensors(staged / OPTIM, checkpoint.optim)
+    write_text(staged / STATE_FILE, json.dumps(checkpoint.state))
+    mode = (staged / STATE_FILE).stat().st_mode & 0o777
+    write_tensors(staged / MODEL_FILE, checkpoint.model)
+    write_tensors(staged / OPTIMIZER_FILE, checkpoint.optimizer)
     os.chmod(staged, mode | (mode & 0o444) >> 2)
     files = {
-        name: {"size": (staged / name).stat().st_size, "sha256": sha256(staged / name)}
-        for name in (MODEL, OPTIM, STATE)
+        name: {"size": (staged / name).stat().st_size, "sha256": file_sha256(staged / name)}
+        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
     }
     manifest = {"format": 1, "step": checkpoint.step, "identity": dict(checkpoint.identity), "files": files}
-    write_text(staged / MANIFEST, json.dumps(manifest, indent=1))
-    sync(staged)
+    write_text(staged / MANIFEST_FILE, json.dumps(manifest, indent=1))
+    fsync_path(staged)
 
 
-def read(folder: Path) -> Checkpoint:
-    """A checkpoint whose manifest holds (call `fault` first)."""
-    state = json.loads((folder / STATE).read_text())
-    manifest = json.loads((folder / MANIFEST).read_text())
-    model, optim = load_file(folder / MODEL), load_file(folder / OPTIM)
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint whose manifest holds (call `find_fault` first)."""
+    state = json.loads((folder / STATE_FILE).read_text())
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    model, optim = load_file(folder / MODEL_FILE), load_file(folder / OPTIMIZER_FILE)
     return Checkpoint(manifest["step"], model, optim, state, manifest["identity"])
 
 
-def fault(folder: Path, verify: str = "full") -> str:
+def find_fault(folder: Path, verify: str = "full") -> str:
     """What is wrong with a checkpoint, in words; empty if nothing. verify: full (hashes), size, or none (the list
     alone)."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
         for name, entry in manifest["files"].items():
             size = (folder / name).stat().st_size
             if verify != "none" and size != entry["size"]:
                 return f"{name} has {size} bytes, its manifest says {entry['size']}"
-            if verify == "full" and sha256(folder / name) != entry["sha256"]:
+            if verify == "full" and file_sha256(folder / name) != entry["sha256"]:
                 return f"{name} does not have the sha256 of its manifest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read or lists a file that is missing ({error})"
     return ""
 
 
-def newest(root: Path, report: Callable[[str], None], verify: str = "full") -> Path | None:
+def latest_checkpoint(root: Path, report: Callable[[str], None], verify: str = "full") -> Path | None:
     """The newest sound checkpoint; None if there has never been one. Each bad one is renamed and reported.
 
     DataError if there are checkpoints and all are bad: starting over in silence would throw the run away."""
     bad = 0
-    for folder in sorted(listed(root), reverse=True):
-        wrong = fault(folder, verify)
+    for folder in sorted(list_checkpoints(root), reverse=True):
+        wrong = find_fault(folder, verify)
         if not wrong:
             return folder
         bad += 1
-        aside = set_aside(folder, "corrupt")
+        aside = rename_aside(folder, "corrupt")
         report(f"checkpoint {folder.name} is corrupt: {wrong}; renamed {aside.name}, the one before it is used")
     if bad:
         raise DataError(f"no usable checkpoint in {root}: all {bad} are corrupt; start again in another run folder")
     return None
 
 
-def listed(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """The committed checkpoints, oldest first."""
     return sorted(path for path in root.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
-def step_of(folder: Path) -> int:
+def checkpoint_step(folder: Path) -> int:
     """The step in a checkpoint folder's name."""
     return int(folder.name[5:])
 
 
-def set_aside(folder: Path, why: str) -> Path:
+def rename_aside(folder: Path, suffix: str) -> Path:
     """Rename to `<name>.<why>`, numbered if that is taken: nothing is lost, nothing is read again."""
-    target, number = folder.with_name(f"{folder.name}.{why}"), 2
+    target, number = folder.with_name(f"{folder.name}.{suffix}"), 2
     while target.exists():
-        target, number = folder.with_name(f"{folder.name}.{why}-{number}"), number + 1
+        target, number = folder.with_name(f"{folder.name}.{suffix}-{number}"), number + 1
     os.rename(folder, target)
     return target
 
 
-def retain(root: Path, keep: int, every: int = 0, best: Collection[int] = ()) -> None:
+def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, best_steps: Collection[int] = ()) -> None:
     """Keep the last `keep` (0: all), those at multiples of `every`, and the best; the others go by way of a rename."""
-    folders = listed(root)
-    for folder in folders[: max(0, len(folders) - keep)] if keep else []:
-        step = step_of(folder)
-        if not (every and step % every == 0) and step not in best:
+    folders = list_checkpoints(root)
+    for folder in folders[: max(0, len(folders) - keep_last)] if keep_last else []:
+        step = checkpoint_step(folder)
+        if not (keep_every and step % keep_every == 0) and step not in best_steps:
             trash = folder.with_name(f".trash-{folder.name}")
             os.rename(folder, trash)
             shutil.rmtree(trash, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
+def remove_partial_checkpoints(root: Path) -> None:
     """Remove what killed processes left half-written or half-deleted. Only under the run's lock."""
     for path in [*root.glob(".tmp-*"), *root.glob(".trash-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def require_space(root: Path, nbytes: int) -> None:
-    """ResourceError unless `nbytes` and a tenth more are free."""
+    """ResourceError unless `tensor_nbytes` and a tenth more are free."""
     free, need = shutil.disk_usage(root).free, int(nbytes * 1.1)
     if free < need:
         raise ResourceError(
@@ -185,8 +185,8 @@ def require_space(root: Path, nbytes: int) -> None:
         )
 
 
-def is_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Does this error say that the disk (or a quota, or a size limit) is full?"""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in FULL
-    return any(f"os error {number})" in str(error) for number in FULL)
+        return error.errno in DISK_FULL_ERRNOS
+    return any(f"os error {number})" in str(error) for number in DISK_FULL_ERRNOS)

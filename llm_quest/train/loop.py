@@ -13,45 +13,45 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from llm_quest.contracts import Callback, Feed, Probe, Watcher
-from llm_quest.train.log import Display, Silent
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
-from llm_quest.train.schedule import Schedule
-from llm_quest.train.session import Session
-from llm_quest.train.settings import Result, Settings
-from llm_quest.train.signals import Signals
+from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
+from llm_quest.train.arguments import TrainingArguments, TrainResult
+from llm_quest.train.logger import Logger, NullLogger
+from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.session import TrainSession
+from llm_quest.train.signals import SignalHandler
 
-ECHO = 2.0
+SIGNAL_ECHO_SECONDS = 2.0
 
 
 def train(
     objective: nn.Module,
-    feed: Feed,
+    dataloader: Loader,
     optimizer: Optimizer,
-    schedule: Schedule,
-    settings: Settings,
-    run: Run | None = None,
+    lr_schedule: LRSchedule,
+    args: TrainingArguments,
+    run_dir: RunDir | None = None,
     *,
-    parallel: Parallel | None = None,
+    parallel: DistributedContext | None = None,
     callbacks: Sequence[Callback] = (),
-    probes: Sequence[Probe] = (),
-    watchers: Sequence[Watcher] = (),
-    display: Display | None = None,
-) -> Result:
-    """Train `objective.model` until `settings.steps` steps are done, going on from the run's checkpoint if it has one.
+    evaluators: Sequence[Evaluator] = (),
+    watchers: Sequence[MetricsCallback] = (),
+    logger: Logger | None = None,
+) -> TrainResult:
+    """Train `objective.model` until `args.steps` steps are done, going on from the run's checkpoint if it has one.
 
     The objective has been through `parallel.place` (one process on the CPU needs no `parallel`). run: entered; None
     writes nothing. callbacks: after every update, with the number of steps done. probes: at multiples of `every`, and
     at the end. watchers: read each row of metrics and advise. GuardStop: numbers that stay non-finite, or what a
     watcher saw. ResourceError: memory or disk. ValueError: a checkpoint of something else."""
-    parallel = parallel or Parallel()
-    session = Session(objective, feed, optimizer, settings, run, parallel, display or Silent())
-    with Signals(ECHO if parallel.world > 1 else 0.0) as signals, session:
-        while not session.over:
-            numbers = session.gradients(signals)
-            session.update(numbers, schedule, callbacks)
-            session.measure(probes)
+    parallel = parallel or DistributedContext()
+    session = TrainSession(objective, dataloader, optimizer, args, run_dir, parallel, logger or NullLogger())
+    with SignalHandler(SIGNAL_ECHO_SECONDS if parallel.world_size > 1 else 0.0) as signals, session:
+        while not session.is_finished:
+            numbers = session.forward_backward(signals)
+            session.optimizer_step(numbers, lr_schedule, callbacks)
+            session.evaluate(evaluators)
             session.log(numbers, watchers)
             session.save()
         return session.result()

@@ -26,11 +26,11 @@ from torch.optim import AdamW, Optimizer
 from llm_quest.errors import UsageError
 from llm_quest.train.hardware import bf16_support
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-Splits = Mapping[str, Sequence[int]]
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+RowSplits = Mapping[str, Sequence[int]]
 
 
-def adamw(
+def make_adamw(
     model: nn.Module,
     *,
     lr: float,
@@ -39,17 +39,17 @@ def adamw(
     weight_decay: float = 0.1,
 ) -> Optimizer:
     """AdamW, fused. Only matrices decay: a norm's gain or a bias has no business near zero."""
-    return AdamW(groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    return AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def muon(
+def make_muon(
     model: nn.Module,
     *,
     lr: float,
-    splits: Splits | None = None,
-    by_adamw: Sequence[str] = ("embed.", "head."),
+    row_splits: RowSplits | None = None,
+    adamw_prefixes: Sequence[str] = ("embed.", "head."),
     momentum: float = 0.95,
-    steps: int = 5,
+    newton_schulz_steps: int = 5,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
@@ -57,23 +57,24 @@ def muon(
     """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of `by_adamw`.
 
     splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional parameter
-    (a stack of experts' matrices) belongs to Muon if `splits` names it."""
-    splits = {} if splits is None else splits
-    unknown = sorted(set(splits) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    (a stack of experts' matrices) belongs to Muon if `row_splits` names it."""
+    row_splits = {} if row_splits is None else row_splits
+    unknown = sorted(set(row_splits) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     if unknown:
         raise ValueError(f"the row splits name parameters that the model does not have: {', '.join(unknown)}")
     hidden: dict[str, nn.Parameter] = {}
     rest: dict[str, nn.Parameter] = {}
-    for name, p in trainable(model).items():
-        matrix = (p.ndim == 2 or name in splits) and not name.startswith(tuple(by_adamw))
+    for name, p in trainable_parameters(model).items():
+        matrix = (p.ndim == 2 or name in row_splits) and not name.startswith(tuple(adamw_prefixes))
         (hidden if matrix else rest)[name] = p
     matrices = [
-        {"params": [p], "rows": rows_of(name, p, splits), "weight_decay": weight_decay} for name, p in hidden.items()
+        {"params": [p], "rows": matrix_rows(name, p, row_splits), "weight_decay": weight_decay}
+        for name, p in hidden.items()
     ]
     return Muon(
-        _with_rate(matrices, lr),
-        groups_of(rest, lr=lr, weight_decay=weight_decay),
-        model=model, lr=lr, momentum=momentum, steps=steps, betas=betas, eps=eps,
+        _set_initial_lr(matrices, lr),
+        weight_decay_groups(rest, lr=lr, weight_decay=weight_decay),
+        model=model, lr=lr, momentum=momentum, steps=newton_schulz_steps, betas=betas, eps=eps,
     )  # fmt: skip
 
 
@@ -85,8 +86,8 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        matrices: list[dict[str, Any]],
-        rest: list[dict[str, Any]],
+        matrix_groups: list[dict[str, Any]],
+        adamw_groups: list[dict[str, Any]],
         *,
         model: nn.Module,
         lr: float,
@@ -95,11 +96,13 @@ class Muon(Optimizer):
         betas: tuple[float, float],
         eps: float,
     ):
-        cover(model, [*matrices, *rest])
-        super().__init__([*matrices, *rest], {"lr": lr, "momentum": momentum, "steps": steps})
-        self.matrices = self.param_groups[: len(matrices)]
+        assert_groups_cover(model, [*matrix_groups, *adamw_groups])
+        super().__init__([*matrix_groups, *adamw_groups], {"lr": lr, "momentum": momentum, "steps": steps})
+        self.matrix_groups = self.param_groups[: len(matrix_groups)]
         self.adamw = (
-            AdamW(self.param_groups[len(matrices) :], lr=lr, betas=betas, eps=eps, fused=True) if rest else None
+            AdamW(self.param_groups[len(matrix_groups) :], lr=lr, betas=betas, eps=eps, fused=True)
+            if adamw_groups
+            else None
         )
         if self.adamw is not None:
             self.adamw.state = self.state
@@ -107,7 +110,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        for group in self.matrices:
+        for group in self.matrix_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update_(p, p.grad, group)
@@ -121,20 +124,20 @@ class Muon(Optimizer):
         running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(running, group["momentum"])
         update = torch.cat(
-            [orthogonal(part, group["steps"]) for part in whole(ahead).split(group["rows"], dim=-2)], dim=-2
+            [orthogonalize(part, group["steps"]) for part in gather_matrix(ahead).split(group["rows"], dim=-2)], dim=-2
         )
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(shard_like(update, p), alpha=-group["lr"])
 
 
-def orthogonal(gradient: Tensor, steps: int = 5, iterate: torch.dtype | None = None) -> Tensor:
+def orthogonalize(gradient: Tensor, steps: int = 5, compute_dtype: torch.dtype | None = None) -> Tensor:
     """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). float32 or wider out.
 
     The five steps need few bits; iterate: their dtype. None: bfloat16, as published, where the hardware multiplies it,
     float32 elsewhere. Two correct versions may differ by 2.5e-2."""
     rows, columns = gradient.shape[-2:]
-    iterate = iteration_dtype(gradient.device) if iterate is None else iterate
-    return newton_schulz(gradient.to(iterate), steps).to(gradient.dtype) * (0.2 * math.sqrt(max(rows, columns)))
+    compute_dtype = iteration_dtype(gradient.device) if compute_dtype is None else compute_dtype
+    return newton_schulz(gradient.to(compute_dtype), steps).to(gradient.dtype) * (0.2 * math.sqrt(max(rows, columns)))
 
 
 @functools.cache
@@ -146,7 +149,7 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
 
 def newton_schulz(x: Tensor, steps: int) -> Tensor:
     """X <- a X + (b X X^T + c (X X^T)^2) X, from X / |X|; on the shorter side, where the product is small."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -156,7 +159,7 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 
-def whole(t: Tensor) -> Tensor:
+def gather_matrix(t: Tensor) -> Tensor:
     """The full matrix behind a sharded one."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
@@ -170,30 +173,30 @@ def shard_like(full: Tensor, p: Tensor) -> Tensor:
     )
 
 
-def rows_of(name: str, p: Tensor, splits: Splits) -> list[int]:
+def matrix_rows(name: str, p: Tensor, row_splits: RowSplits) -> list[int]:
     """The rows of each matrix stacked in a parameter; ValueError if they do not add up to it."""
-    rows = list(splits.get(name, (p.shape[-2],)))
+    rows = list(row_splits.get(name, (p.shape[-2],)))
     if sum(rows) != p.shape[-2]:
         raise ValueError(f"the row splits of {name}, {rows}, add up to {sum(rows)}; it has {p.shape[-2]} rows")
     return rows
 
 
-def groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, the rest does not; every trainable parameter is in exactly one group."""
-    listed = groups_of(trainable(model), lr=lr, weight_decay=weight_decay)
-    cover(model, listed)
+    listed = weight_decay_groups(trainable_parameters(model), lr=lr, weight_decay=weight_decay)
+    assert_groups_cover(model, listed)
     return listed
 
 
-def groups_of(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def weight_decay_groups(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, of those parameters that there are."""
     decayed = [p for p in named.values() if p.ndim >= 2]
     free = [p for p in named.values() if p.ndim < 2]
     both = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return _with_rate([group for group in both if group["params"]], lr)
+    return _set_initial_lr([group for group in both if group["params"]], lr)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is learned, by name; tied weights once. UsageError if nothing is."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
@@ -201,12 +204,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
+def assert_groups_cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
     """Our own invariant: no parameter forgotten, none updated twice."""
     held = [id(p) for group in listed for p in group["params"]]
     assert len(held) == len(set(held)), "a parameter is in two optimiser groups"
-    assert set(held) == {id(p) for p in trainable(model).values()}, "a trainable parameter is in no optimiser group"
+    assert set(held) == {id(p) for p in trainable_parameters(model).values()}, (
+        "a trainable parameter is in no optimiser group"
+    )
 
 
-def _with_rate(listed: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
+def _set_initial_lr(listed: list[dict[str, Any]], lr: float) -> list[dict[str, Any]]:
     return [group | {"lr": lr, "initial_lr": lr} for group in listed]

@@ -1,9 +1,9 @@
 """Several processes, one training: DDP (every process holds the model) or FSDP2 (every process holds a part of it).
 
-The loop sees four things: `place` (before the optimiser is made), `engine` (what is called), `sum_` and `broadcast`.
-Both engines are PyTorch's own, told to *add* gradients: the loop divides once by the count of the whole step, so a
-run on many processes is the run on one, up to the rounding of sums. Every process must bring the same number of
-micro-batches to a step (one with nothing to learn will do). Started by `torchrun`; without it there is one process
+The loop sees four things: `place` (before the optimiser is made), `engine` (what is called), `all_reduce_` and
+`broadcast`. Both engines are PyTorch's own, told to *add* gradients: the loop divides once by the count of the whole
+step, so a run on many processes is the run on one, up to the rounding of sums. Every process must bring the same number
+of micro-batches to a step (one with nothing to learn will do). Started by `torchrun`; without it there is one process
 and nothing to do.
 """
 
@@ -23,47 +23,47 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llm_quest.contracts import Share
+from llm_quest.contracts import DataShard
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.tensor_files import align
 
-ENGINES = ("ddp", "fsdp")
+PARALLEL_STRATEGIES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """This process's place among the others. `Parallel()` is one process on the CPU."""
+class DistributedContext:
+    """This process's place among the others. `DistributedContext()` is one process on the CPU."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    kind: str = "single"
+    strategy: str = "single"
 
     @classmethod
-    def from_environment(cls, device: str = "auto", engine: str = "ddp") -> Parallel:
+    def from_environment(cls, device: str = "auto", strategy: str = "ddp") -> DistributedContext:
         """What torchrun says (RANK, WORLD_SIZE, LOCAL_RANK); joins the process group: nccl on CUDA, gloo elsewhere."""
-        if engine not in ENGINES:
-            raise UsageError(f"no parallel engine is called {engine!r}; known: {', '.join(ENGINES)}")
-        chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        if strategy not in PARALLEL_STRATEGIES:
+            raise UsageError(f"no parallel engine is called {strategy!r}; known: {', '.join(PARALLEL_STRATEGIES)}")
+        chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls(device=chosen)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), chosen, engine)
+        return cls(dist.get_rank(), dist.get_world_size(), chosen, strategy)
 
     @property
-    def leader(self) -> bool:
+    def is_main_process(self) -> bool:
         """The one process that writes."""
         return self.rank == 0
 
     @property
-    def share(self) -> Share:
+    def data_shard(self) -> DataShard:
         """For the feed."""
-        return Share(self.rank, self.world)
+        return DataShard(self.rank, self.world_size)
 
-    def place(self, objective: nn.Module, blocks: Sequence[nn.Module] = ()) -> nn.Module:
+    def parallelize(self, objective: nn.Module, blocks: Sequence[nn.Module] = ()) -> nn.Module:
         """To the device, laid out row by row from a 64-byte boundary on (a loaded matrix may be a turned view of its
         file, or begin anywhere in it), equal everywhere, and for FSDP2 sharded: each of `blocks` by itself, the rest
         with the objective.
@@ -72,12 +72,12 @@ class Parallel:
         objective.to(self.device)
         for parameter in objective.parameters():
             parameter.data = align(parameter.data)
-        if self.kind == "single":
+        if self.strategy == "single":
             return objective
         for tensor in [*objective.parameters(), *objective.buffers()]:
             dist.broadcast(tensor.data, 0)
-        if self.kind == "fsdp":
-            mesh = init_device_mesh(self.device.type, (self.world,))
+        if self.strategy == "fsdp":
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for module in [*blocks, objective]:
                 fully_shard(module, mesh=mesh)
             for module in objective.modules():
@@ -86,18 +86,18 @@ class Parallel:
                     module.set_force_sum_reduction_for_comms(True)
         return objective
 
-    def engine(self, objective: nn.Module) -> nn.Module:
+    def wrap_model(self, objective: nn.Module) -> nn.Module:
         """What the loop calls: the objective itself, or DDP around it."""
-        if self.kind == "fsdp" and not isinstance(objective, FSDPModule):
+        if self.strategy == "fsdp" and not isinstance(objective, FSDPModule):
             raise ValueError("FSDP2 shards before the optimiser is made: call parallel.place(objective, blocks) first")
-        if self.kind != "ddp":
+        if self.strategy != "ddp":
             return objective
         engine = DistributedDataParallel(objective, broadcast_buffers=False)
-        engine.register_comm_hook(None, lambda state, bucket: added(bucket))
+        engine.register_comm_hook(None, lambda state, bucket: sum_gradients_hook(bucket))
         return engine
 
     @contextmanager
-    def gathered(self, objective: nn.Module) -> Iterator[None]:
+    def unshard_model(self, objective: nn.Module) -> Iterator[None]:
         """The model can be called by itself, past the objective (probes): what FSDP2 keeps with the root is whole."""
         if isinstance(objective, FSDPModule):
             objective.unshard()
@@ -105,50 +105,50 @@ class Parallel:
         if isinstance(objective, FSDPModule):
             objective.reshard()
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Add over all processes, in place."""
-        if self.kind != "single":
+        if self.strategy != "single":
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, thing: Any) -> Any:
         """The leader's thing, for everybody."""
-        return self.gather(thing)[0]
+        return self.all_gather(thing)[0]
 
-    def gather(self, thing: Any) -> list[Any]:
+    def all_gather(self, thing: Any) -> list[Any]:
         """Everybody's thing, in the order of ranks."""
-        if self.kind == "single":
+        if self.strategy == "single":
             return [thing]
-        things: list[Any] = [None] * self.world
+        things: list[Any] = [None] * self.world_size
         dist.all_gather_object(things, thing)
         return things
 
-    def close(self) -> None:
+    def destroy_process_group(self) -> None:
         """Leave the process group."""
-        if self.kind != "single" and dist.is_initialized():
+        if self.strategy != "single" and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def added(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def sum_gradients_hook(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's hook for a bucket of gradients: their sum, where DDP's own would take the mean."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return, union-attr]
 
 
 @contextmanager
-def accumulating(engine: nn.Module, last: bool) -> Iterator[None]:
+def gradient_accumulation(engine: nn.Module, sync_gradients: bool) -> Iterator[None]:
     """Gradients travel between processes after the last micro-batch of a step, and only then."""
     if isinstance(engine, FSDPModule):
-        engine.set_requires_gradient_sync(last)
+        engine.set_requires_gradient_sync(sync_gradients)
         yield
-    elif isinstance(engine, DistributedDataParallel) and not last:
+    elif isinstance(engine, DistributedDataParallel) and not sync_gradients:
         with engine.no_sync():
             yield
     else:
         yield
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     """auto takes an accelerator if there is one. MissingError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -164,23 +164,23 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
-def local(t: Tensor) -> Tensor:
+def local_tensor(t: Tensor) -> Tensor:
     """The part that lies here."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def full(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """All of it, gathered from every process; sharing memory with `t` where it was whole already."""
     return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
 
 
-def fill_(t: Tensor, value: Tensor) -> None:
+def copy_full_(t: Tensor, value: Tensor) -> None:
     """Write a full tensor into one that may be sharded."""
     with torch.no_grad():
-        t.copy_(like(t, value))
+        t.copy_(shard_as(t, value))
 
 
-def like(t: Tensor, value: Tensor) -> Tensor:
+def shard_as(t: Tensor, value: Tensor) -> Tensor:
     """A full tensor laid out, on the device and in the parts, as `t` is."""
     value = value.to(t.device)
     if isinstance(t, DTensor):

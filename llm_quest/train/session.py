@@ -15,285 +15,319 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from llm_quest.contracts import Callback, Feed, Probe, Watcher
+from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.errors import GuardStop, ResourceError, UsageError
 from llm_quest.train import checkpoint as files
 from llm_quest.train import snapshot, step
-from llm_quest.train.guards import Guard, first_bad, not_finite, surprising
-from llm_quest.train.log import Display
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run, finite
-from llm_quest.train.saver import Saver
-from llm_quest.train.schedule import Schedule
-from llm_quest.train.settings import Result, Settings
-from llm_quest.train.signals import Signals
-from llm_quest.train.state import derive_seed, seed_all, undisturbed
+from llm_quest.train.arguments import TrainingArguments, TrainResult
+from llm_quest.train.checkpoint_saver import CheckpointSaver
+from llm_quest.train.guards import NonFiniteGuard, find_first_nonfinite, find_nonfinite_parameter, initial_loss_warning
+from llm_quest.train.logger import Logger
+from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir, json_safe
+from llm_quest.train.signals import SignalHandler
+from llm_quest.train.state_dict import derive_seed, evaluation_mode, set_seed
 
-REMEDY = "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
+OUT_OF_MEMORY_REMEDY = (
+    "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
+)
 
 
 @dataclass
-class Moment:
+class TrainState:
     """Where a run is; saved with it. step: how many are done. busy: seconds spent in steps. latest: the newest
     numbers."""
 
     step: int = 0
     tokens: int = 0
-    busy: float = 0.0
-    best: float | None = None
+    step_seconds: float = 0.0
+    best_metric: float | None = None
     best_step: int | None = None
-    latest: dict[str, Any] = field(default_factory=dict)
+    latest_metrics: dict[str, Any] = field(default_factory=dict)
 
 
-class Session:
+class TrainSession:
     """`with session:` resumes or begins, and at the end waits for what is being written."""
 
     def __init__(
         self,
         objective: nn.Module,
-        feed: Feed,
+        dataloader: Loader,
         optimizer: Optimizer,
-        settings: Settings,
-        run: Run | None,
-        parallel: Parallel,
-        display: Display,
+        args: TrainingArguments,
+        run_dir: RunDir | None,
+        parallel: DistributedContext,
+        logger: Logger,
     ):
-        self.objective, self.feed, self.optimizer = objective, feed, optimizer
+        self.objective, self.dataloader, self.optimizer = objective, dataloader, optimizer
         self.model: nn.Module = objective.model  # type: ignore[assignment]
-        self.settings, self.run, self.parallel, self.display = settings, run, parallel, display
-        self.learned = require_masters(self.model)
-        self.moment = Moment()
-        self.guard = Guard(settings.max_bad_steps, settings.max_empty_steps)
-        self.saver = Saver(settings.background_save)
-        self.batches: Sequence[Any] = ()
-        self.status = "" if settings.steps else "finished"
-        self.signal = 0
-        self.saved, self.saved_step, self.wanted = "", -1, False
-        self.measured: dict[str, Any] = {}
-        self.told: dict[str, Any] = {}
+        self.args, self.run_dir, self.parallel, self.logger = args, run_dir, parallel, logger
+        self.trainable_parameters = require_fp32_parameters(self.model)
+        self.train_state = TrainState()
+        self.guard = NonFiniteGuard(args.max_bad_steps, args.max_empty_steps)
+        self.saver = CheckpointSaver(args.background_save)
+        self.micro_batches: Sequence[Any] = ()
+        self.status = "" if args.steps else "finished"
+        self.signal_number = 0
+        self.checkpoint_path, self.checkpoint_step, self.save_requested = "", -1, False
+        self.eval_metrics: dict[str, Any] = {}
+        self.callback_metrics: dict[str, Any] = {}
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """Has the run ended, one way or another?"""
         return self.status != ""
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> TrainSession:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.model.train()
-        self._begin()
-        if self.moment.step >= self.settings.steps:
+        self._resume_or_start()
+        if self.train_state.step >= self.args.steps:
             self.status = "finished"
-        self.engine = self.parallel.engine(compiled(self.objective) if self.settings.compile else self.objective)
-        self.first, self.since, self.logged = Moment(**vars(self.moment)), time.monotonic(), Moment(**vars(self.moment))
-        self.display.start(self.moment.step, self.settings.steps)
+        self.engine = self.parallel.wrap_model(
+            compile_objective(self.objective) if self.args.compile else self.objective
+        )
+        self.initial_state, self.start_time, self.last_logged_state = (
+            TrainState(**vars(self.train_state)),
+            time.monotonic(),
+            TrainState(**vars(self.train_state)),
+        )
+        self.logger.start(self.train_state.step, self.args.steps)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.saver.close()
-        self.display.close()
+        self.logger.close()
 
-    def _begin(self) -> None:
+    def _resume_or_start(self) -> None:
         """From the run's checkpoint, or from the beginning with a seed of its own for every process."""
-        leads = self.run is not None and self.parallel.leader
-        folder = self.parallel.broadcast(str(self.run.start() or "") if leads and self.run is not None else "")
+        leads = self.run_dir is not None and self.parallel.is_main_process
+        folder = self.parallel.broadcast(
+            str(self.run_dir.resolve_checkpoint() or "") if leads and self.run_dir is not None else ""
+        )
         if folder:
-            checkpoint = snapshot.open_(folder)
-            notes = snapshot.restore(self, checkpoint)
-            self.saved, self.saved_step = folder, checkpoint.step
-            self.event("resumed", checkpoint=folder, step=checkpoint.step)
+            checkpoint = snapshot.read_snapshot(folder)
+            notes = snapshot.restore_snapshot(self, checkpoint)
+            self.checkpoint_path, self.checkpoint_step = folder, checkpoint.step
+            self.log_event("resumed", checkpoint=folder, step=checkpoint.step)
             for note in notes:
-                self.event("changed", message=note)
+                self.log_event("changed", message=note)
             return
-        seed_all(derive_seed(self.settings.seed, "train", self.parallel.rank))
-        if bad := next((found for found in self.parallel.gather(not_finite(self.model)) if found), ""):
+        set_seed(derive_seed(self.args.seed, "train", self.parallel.rank))
+        if bad := next(
+            (found for found in self.parallel.all_gather(find_nonfinite_parameter(self.model)) if found), ""
+        ):
             raise GuardStop(
                 f"{bad} is not finite before the first step: look at the initialisation or at the loaded weights"
             )
-        self.event("started", steps=self.settings.steps)
+        self.log_event("started", steps=self.args.steps)
 
-    def gradients(self, signals: Signals) -> step.Numbers:
+    def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
         """Forward and backward over the step's micro-batches; afterwards every gradient is a sum, and nothing is
         updated."""
-        self.clock = time.perf_counter()
-        self.batches = list(self.feed.at(self.moment.step))
+        self.step_start = time.perf_counter()
+        self.micro_batches = list(self.dataloader.batches(self.train_state.step))
         try:
-            sums, tokens = step.gradients(self.engine, self.batches, self.parallel, self.settings.precision)
+            sums, tokens = step.accumulate_gradients(
+                self.engine, self.micro_batches, self.parallel, self.args.precision
+            )
         except RuntimeError as error:
-            raise_if_out_of_memory(error, self.moment.step)
+            raise_if_out_of_memory(error, self.train_state.step)
             raise
-        limit = self.settings.max_time
-        late = limit is not None and time.monotonic() - self.since >= limit
-        asked = (signals.stop == 2, signals.stop == 15, signals.save, late)
-        signals.save = False
-        return step.together(sums, tokens, asked, self.learned, self.parallel)
+        limit = self.args.max_seconds
+        late = limit is not None and time.monotonic() - self.start_time >= limit
+        asked = (signal_handler.stop_signal == 2, signal_handler.stop_signal == 15, signal_handler.save_requested, late)
+        signal_handler.save_requested = False
+        return step.reduce_step_stats(sums, tokens, asked, self.trainable_parameters, self.parallel)
 
-    def update(self, numbers: step.Numbers, schedule: Schedule, callbacks: Sequence[Callback]) -> None:
+    def optimizer_step(self, stats: step.StepStats, lr_schedule: LRSchedule, callbacks: Sequence[Callback]) -> None:
         """Divide, clip, step; or leave the model as it is and say why. Then this step is done."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(self.moment.step)
-        refused = self.guard.judge(numbers.loss, numbers.norm, numbers.count)
+            group["lr"] = group["initial_lr"] * lr_schedule(self.train_state.step)
+        refused = self.guard.refusal_reason(stats.loss, stats.grad_norm, stats.count)
         if not refused:
-            step.scale_(self.learned, numbers, self.settings.clip)
+            step.scale_gradients_(self.trainable_parameters, stats, self.args.max_grad_norm)
             self.optimizer.step()
-        elif self.guard.fatal:
-            self._stop(refused)
-        self.moment.step += 1
+        elif self.guard.stop_reason:
+            self._stop_on_nonfinite(refused)
+        self.train_state.step += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.told = {}
+        self.callback_metrics = {}
         if refused:
-            self.event("skipped", step=self.moment.step, message=refused)
+            self.log_event("skipped", step=self.train_state.step, message=refused)
         for callback in callbacks:
             if refused:
-                callback.after_refusal(self.model)
+                callback.on_step_skipped(self.model)
             else:
-                self.told |= callback.after_step(self.model, self.moment.step) or {}
-        self.moment.tokens += numbers.tokens
-        self.moment.busy += time.perf_counter() - self.clock
-        self._decide(numbers)
+                self.callback_metrics |= callback.on_step_end(self.model, self.train_state.step) or {}
+        self.train_state.tokens += stats.tokens
+        self.train_state.step_seconds += time.perf_counter() - self.step_start
+        self._update_status(stats)
 
-    def _decide(self, numbers: step.Numbers) -> None:
+    def _update_status(self, stats: step.StepStats) -> None:
         """Every process has the same answer: who was asked to stop travelled with the step's numbers."""
-        interrupt, terminate, self.wanted, late = numbers.asked
-        if self.moment.step >= self.settings.steps:
+        interrupt, terminate, self.save_requested, late = stats.requests
+        if self.train_state.step >= self.args.steps:
             self.status = "finished"
         elif interrupt or terminate:
-            self.status, self.signal = "interrupted", 2 if interrupt else 15
+            self.status, self.signal_number = "interrupted", 2 if interrupt else 15
         elif late:
             self.status = "time"
-        expected = self.settings.expected_loss
-        if self.moment.step == 1 and expected is not None and (text := surprising(numbers.loss, expected)):
-            self.event("warning", message=text)
+        expected = self.args.expected_loss
+        if self.train_state.step == 1 and expected is not None and (text := initial_loss_warning(stats.loss, expected)):
+            self.log_event("warning", message=text)
 
-    def measure(self, probes: Sequence[Probe]) -> None:
+    def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
         """The probes that are due, on a model that does not notice. A run that was told to stop does not dally."""
         final = self.status == "finished"
-        chosen = [probe for probe in probes if final or (probe.every and self.moment.step % probe.every == 0)]
-        self.measured = {}
-        if not chosen or self.status == "interrupted":
+        due = [
+            probe for probe in evaluators if final or (probe.interval and self.train_state.step % probe.interval == 0)
+        ]
+        self.eval_metrics = {}
+        if not due or self.status == "interrupted":
             return
-        precision, device = self.settings.precision, self.parallel.device
-        with self.parallel.gathered(self.objective), undisturbed(self.model), step.autocast(precision, device):
-            for probe in chosen:
-                found = probe.measure(self.model, self.moment.step)
-                self.measured |= {f"{probe.name}/{name}": value for name, value in found.items()}
+        precision, device = self.args.precision, self.parallel.device
+        with self.parallel.unshard_model(self.objective), evaluation_mode(self.model), step.autocast(precision, device):
+            for probe in due:
+                found = probe.evaluate(self.model, self.train_state.step)
+                self.eval_metrics |= {f"{probe.name}/{name}": value for name, value in found.items()}
 
-    def log(self, numbers: step.Numbers, watchers: Sequence[Watcher] = ()) -> None:
+    def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
         """A row of metrics, if it is time for one or there is something to tell; and what the watchers say to it."""
-        moment, before = self.moment, self.logged
-        due = self.measured or self.over or moment.step == 1
-        if not due and moment.step % self.settings.log_every:
+        train_state, before = self.train_state, self.last_logged_state
+        due = self.eval_metrics or self.is_finished or train_state.step == 1
+        if not due and train_state.step % self.args.log_every:
             return
-        seconds = moment.busy - before.busy
-        told = {name: float(value) for name, value in self.told.items()}
+        seconds = train_state.step_seconds - before.step_seconds
+        callback_metrics = {name: float(value) for name, value in self.callback_metrics.items()}
         row = {
-            "step": moment.step, "tokens": moment.tokens, "loss": numbers.loss, **numbers.metrics,
-            "grad_norm": numbers.norm, "lr": self.optimizer.param_groups[0]["lr"], "count": numbers.count,
-            "tokens_per_second": (moment.tokens - before.tokens) / seconds if seconds else 0.0,
-            "seconds": moment.busy, "skipped": self.guard.skipped, "empty": self.guard.empty, **told, **self.measured,
+            "step": train_state.step, "tokens": train_state.tokens, "loss": stats.loss, **stats.metrics,
+            "grad_norm": stats.grad_norm, "lr": self.optimizer.param_groups[0]["lr"], "count": stats.count,
+            "tokens_per_second": (train_state.tokens - before.tokens) / seconds if seconds else 0.0,
+            "seconds": train_state.step_seconds, "skipped": self.guard.skipped, "empty": self.guard.empty, **callback_metrics, **self.eval_metrics,
         }  # fmt: skip
-        moment.latest = moment.latest | finite(row)
-        self.logged = Moment(**vars(moment))
-        if self.parallel.leader:
-            self.display.row(row)
-            if self.run is not None:
-                self.run.row(row)
+        train_state.latest_metrics = train_state.latest_metrics | json_safe(row)
+        self.last_logged_state = TrainState(**vars(train_state))
+        if self.parallel.is_main_process:
+            self.logger.log_metrics(row)
+            if self.run_dir is not None:
+                self.run_dir.log_metrics(row)
         for watcher in watchers:
-            self._heed(watcher, row)
+            self._run_watcher(watcher, row)
 
-    def _heed(self, watcher: Watcher, row: Mapping[str, Any]) -> None:
+    def _run_watcher(self, watcher: MetricsCallback, row: Mapping[str, Any]) -> None:
         """Advice becomes an event; a stop leaves a crash.json first."""
         try:
-            for advice in watcher.watch(row):
-                self.event("advice", step=self.moment.step, message=advice)
+            for advice in watcher.on_log(row):
+                self.log_event("advice", step=self.train_state.step, message=advice)
         except GuardStop as stop:
-            report = {"step": self.moment.step, "reason": str(stop), "last_row": self.moment.latest}
-            if self.run is not None:
-                self.run.crash(report)
-            self.event("guard stop", **report)
+            report = {"step": self.train_state.step, "reason": str(stop), "last_row": self.train_state.latest_metrics}
+            if self.run_dir is not None:
+                self.run_dir.write_crash_report(report)
+            self.log_event("guard stop", **report)
             raise
 
     def save(self) -> None:
         """A checkpoint, if one is due or wished for; and word of the one that has been written meanwhile."""
-        moment, every = self.moment, self.settings.save_every
-        due = self.over or self.wanted or (every > 0 and moment.step % every == 0)
-        self._collect(wait=due)
-        if due and self.run is not None and moment.step != self.saved_step:
-            self._note_best()
-            checkpoint = snapshot.take(self)
-            self.saved_step = moment.step
-            if self.parallel.leader:
-                keep = (self.settings.keep, self.settings.keep_every, moment.best_step)
-                self.saver.save(partial(self.run.write, checkpoint, *keep))
-        self._collect(wait=self.over)
+        train_state, every = self.train_state, self.args.save_every
+        due = self.is_finished or self.save_requested or (every > 0 and train_state.step % every == 0)
+        self._collect_saved(wait=due)
+        if due and self.run_dir is not None and train_state.step != self.checkpoint_step:
+            self._update_best()
+            checkpoint = snapshot.take_snapshot(self)
+            self.checkpoint_step = train_state.step
+            if self.parallel.is_main_process:
+                keep = (self.args.keep_last, self.args.keep_every, train_state.best_step)
+                self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep))
+        self._collect_saved(wait=self.is_finished)
 
-    def _note_best(self) -> None:
-        found = self.measured.get(self.settings.best)
-        if found is not None and math.isfinite(found) and (self.moment.best is None or found < self.moment.best):
-            self.moment.best, self.moment.best_step = found, self.moment.step
+    def _update_best(self) -> None:
+        found = self.eval_metrics.get(self.args.best_metric)
+        if (
+            found is not None
+            and math.isfinite(found)
+            and (self.train_state.best_metric is None or found < self.train_state.best_metric)
+        ):
+            self.train_state.best_metric, self.train_state.best_step = found, self.train_state.step
 
-    def _collect(self, wait: bool) -> None:
+    def _collect_saved(self, wait: bool) -> None:
         try:
-            folder = self.saver.done(wait)
+            folder = self.saver.take_result(wait)
         except ResourceError as error:
-            self.event("not saved", message=str(error))
-            if self.settings.on_disk_full == "stop":
+            self.log_event("not saved", message=str(error))
+            if self.args.on_disk_full == "stop":
                 raise
             return
         if folder is not None:
-            self.saved = str(folder)
-            self.event("saved", checkpoint=self.saved, step=files.step_of(folder))
+            self.checkpoint_path = str(folder)
+            self.log_event("saved", checkpoint=self.checkpoint_path, step=files.checkpoint_step(folder))
 
-    def _stop(self, refused: str) -> None:
+    def _stop_on_nonfinite(self, refused: str) -> None:
         """Find the first bad module by running the step again, leave a crash.json, raise GuardStop."""
-        culprit = next((found for found in self.parallel.gather(self._culprit()) if found), "no module, this time")
-        report = {"step": self.moment.step + 1, "reason": self.guard.fatal, "last": refused, "first_bad": culprit}
-        report |= {"feed": self.feed.bookmark(), "guard": asdict(self.guard), "last_row": self.moment.latest}
-        where = f" ({self.run.crash(report)})" if self.run is not None else ""
-        self.event("guard stop", **report)
+        culprit = next(
+            (found for found in self.parallel.all_gather(self._find_culprit()) if found), "no module, this time"
+        )
+        report = {
+            "step": self.train_state.step + 1,
+            "reason": self.guard.stop_reason,
+            "last": refused,
+            "first_bad": culprit,
+        }
+        report |= {
+            "feed": self.dataloader.state_dict(),
+            "guard": asdict(self.guard),
+            "last_row": self.train_state.latest_metrics,
+        }
+        where = f" ({self.run_dir.write_crash_report(report)})" if self.run_dir is not None else ""
+        self.log_event("guard stop", **report)
         raise GuardStop(
-            f"stopped at step {self.moment.step + 1}: {self.guard.fatal}. The first number that is not finite is "
+            f"stopped at step {self.train_state.step + 1}: {self.guard.stop_reason}. The first number that is not finite is "
             f"in: {culprit}{where}. Lower the learning rate, look at the data of this step, or resume from an earlier "
             "checkpoint"
         )
 
-    def _culprit(self) -> str:
-        if not self.guard.bad_run:
+    def _find_culprit(self) -> str:
+        if not self.guard.nonfinite_streak:
             return "none: the data has no targets"
         self.optimizer.zero_grad(set_to_none=True)
-        batches = [batch.to(self.parallel.device) for batch in self.batches]
+        batches = [batch.to(self.parallel.device) for batch in self.micro_batches]
         try:
-            with step.autocast(self.settings.precision, self.parallel.device):
-                return first_bad(self.objective, batches, self.objective.forward)
+            with step.autocast(self.args.precision, self.parallel.device):
+                return find_first_nonfinite(self.objective, batches, self.objective.forward)
         except RuntimeError as error:
             return f"unknown: running the step again failed ({error})"
 
-    def event(self, name: str, **fields: Any) -> None:
+    def log_event(self, name: str, **fields: Any) -> None:
         """To the diary and to whoever watches."""
-        if self.parallel.leader:
-            self.display.event(
+        if self.parallel.is_main_process:
+            self.logger.log_event(
                 f"{name}: " + "  ".join(str(v) if k == "message" else f"{k} {v}" for k, v in fields.items())
             )
-            if self.run is not None:
-                self.run.event(name, **fields)
+            if self.run_dir is not None:
+                self.run_dir.log_event(name, **fields)
 
-    def result(self) -> Result:
+    def result(self) -> TrainResult:
         """How it ended."""
-        self.event(self.status, step=self.moment.step)
-        tokens, busy = self.moment.tokens - self.first.tokens, self.moment.busy - self.first.busy
-        return Result(
-            step=self.moment.step,
+        self.log_event(self.status, step=self.train_state.step)
+        tokens, busy = (
+            self.train_state.tokens - self.initial_state.tokens,
+            self.train_state.step_seconds - self.initial_state.step_seconds,
+        )
+        return TrainResult(
+            step=self.train_state.step,
             status=self.status,
-            exit_code=128 + self.signal if self.signal else 0,
-            metrics=self.moment.latest,
-            seconds=time.monotonic() - self.since,
+            exit_code=128 + self.signal_number if self.signal_number else 0,
+            metrics=self.train_state.latest_metrics,
+            seconds=time.monotonic() - self.start_time,
             tokens=tokens,
             tokens_per_second=tokens / busy if busy else 0.0,
-            saved=self.saved,
+            checkpoint_path=self.checkpoint_path,
         )
 
 
-def require_masters(model: nn.Module) -> list[nn.Parameter]:
+def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What is learned. UsageError if it is held in 16 bits: updates smaller than a 500th of a weight are rounded
     away."""
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -308,7 +342,7 @@ def require_masters(model: nn.Module) -> list[nn.Parameter]:
     return list(learned.values())
 
 
-def compiled(objective: nn.Module) -> nn.Module:
+def compile_objective(objective: nn.Module) -> nn.Module:
     """torch.compile in place, so that no name changes; under FSDP2 block by block, for its hooks are between them."""
     blocks = [module for module in objective.modules() if isinstance(module, FSDPModule) and module is not objective]
     for module in blocks or (objective,):
@@ -319,4 +353,6 @@ def compiled(objective: nn.Module) -> nn.Module:
 def raise_if_out_of_memory(error: RuntimeError, number: int) -> None:
     """ResourceError in place of torch's, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        raise ResourceError(f"out of memory in step {number + 1}: {REMEDY} ({str(error).splitlines()[0]})") from error
+        raise ResourceError(
+            f"out of memory in step {number + 1}: {OUT_OF_MEMORY_REMEDY} ({str(error).splitlines()[0]})"
+        ) from error

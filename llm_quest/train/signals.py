@@ -14,44 +14,46 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
-SAVES = tuple(getattr(signal, name) for name in ("SIGUSR1",) if name in dir(signal))
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if name in dir(signal))
 
 
-class Signals:
-    """`with Signals() as signals:` and then `signals.stop` (0, 2 or 15) and `signals.save` (taken down by whoever
-    saves).
+class SignalHandler:
+    """`with SignalHandler() as signal_handler:` and then `signal_handler.stop_signal` (0, 2 or 15) and
+    `signal_handler.save` (taken down by whoever saves).
 
     patience: seconds after the first signal during which a second one is taken for its echo (torchrun passes Ctrl-C on,
     so that a worker hears it twice). Outside the main thread nothing is installed: Python allows it nowhere else."""
 
-    def __init__(self, patience: float = 0.0):
-        self.patience = patience
-        self.stop = 0
-        self.save = False
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
+    def __init__(self, echo_seconds: float = 0.0):
+        self.echo_seconds = echo_seconds
+        self.stop_signal = 0
+        self.save_requested = False
+        self._first_signal_time = 0.0
+        self._previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in (*STOPS, *SAVES)}
+            self._previous_handlers = {
+                number: signal.signal(number, self._handle) for number in (*STOP_SIGNALS, *SAVE_SIGNALS)
+            }
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number not in STOPS:
-            self.save = True
-        elif not self.stop:
-            self.stop, self._since = number, time.monotonic()
-            tell(f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n")
-        elif time.monotonic() - self._since >= self.patience:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number not in STOP_SIGNALS:
+            self.save_requested = True
+        elif not self.stop_signal:
+            self.stop_signal, self._first_signal_time = number, time.monotonic()
+            write_stderr(f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n")
+        elif time.monotonic() - self._first_signal_time >= self.echo_seconds:
             os._exit(128 + number)
 
 
-def tell(text: str) -> None:
+def write_stderr(text: str) -> None:
     """To standard error, past Python's buffer: a handler may have come while a line was being written there, and that
     buffer is not entered twice (RuntimeError: reentrant call)."""
     with contextlib.suppress(OSError):

@@ -9,15 +9,22 @@ from typing import Any, get_args
 
 import pytest
 
-from llm_quest.cli.training import RECIPES, Checked, removed_if_refused, start, understood
+from llm_quest.cli.train import RECIPE_TABLE, DryRunResult, load_recipe, removed_if_refused, start_training
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.recipes.config import Strict, allowed, gather, nearest, part_of, recipe_names
-from llm_quest.recipes.parts import Model
+from llm_quest.recipes.config import (
+    StrictModel,
+    describe_field,
+    did_you_mean,
+    load_raw_config,
+    nested_schema,
+    recipe_names,
+)
+from llm_quest.recipes.config_schema import ModelConfig
 
 
-def dry(recipe: str, *pairs: str) -> Checked:
-    checked = start(recipe, pairs, out=None, dry_run=True, say=lambda text: None)
-    assert isinstance(checked, Checked)
+def dry(recipe: str, *pairs: str) -> DryRunResult:
+    checked = start_training(recipe, pairs, out=None, dry_run=True, log=lambda text: None)
+    assert isinstance(checked, DryRunResult)
     return checked
 
 
@@ -47,12 +54,16 @@ def dry(recipe: str, *pairs: str) -> Checked:
         ("pretrain", ["model.preset=llama3.2-tiny", "batch.length=4096"], "longer than the model's context"),
         ("vit", ["images.size=9"], "digits are 8 pixels with 1 channels"),
         ("vit", ["images.std=[0.1, 0.1]"], "1 or 3 channels"),
-        ("vit", ["model.patch=3"], "patch 3 must divide images of 8 pixels"),
+        ("vit", ["model.patch_size=3"], "patch_size 3 must divide images of 8 pixels"),
         ("vit", ["model.preset=llama3.2-tiny"], "is no ViT"),
         ("vlm", ["tower.patch=7"], "tower.patch 7 must divide images of 48 pixels"),
         ("vlm", ["decoder.heads=5"], "decoder.width 96 must be an even number of times"),
-        ("grpo", ["model.sizes.heads=5"], "heads 5 must be a multiple of groups 4"),
-        ("rpt", ["model.sizes.widht=5"], "did you mean 'width'?"),
+        (
+            "grpo",
+            ["model.sizes.num_attention_heads=5"],
+            "num_attention_heads 5 must be a multiple of num_key_value_heads 4",
+        ),
+        ("rpt", ["model.sizes.hiden_size=5"], "did you mean 'hidden_size'?"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pairs: list[str], said: str):
@@ -62,7 +73,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pai
 
 def test_what_is_right_passes():
     for recipe in sorted(set(recipe_names()) - {"rpt_control"}):
-        assert dry(recipe).config.recipe in RECIPES
+        assert dry(recipe).config.recipe in RECIPE_TABLE
     dry("pretrain", "lookahead=0.1", "techniques=[multi_token]")
     dry("dpo", "loss=cdpo", "flips=0.1")
     dry("grpo", "rollout.group=1", "process=true", "task=chained", "rollout.new_tokens=30")
@@ -76,27 +87,33 @@ def keys_of(error: UsageError) -> list[str]:
 def test_mistakes_in_sizes_are_told_with_all_the_others():
     with pytest.raises(UsageError) as error:
         dry(
-            "quickstart", "optimizer.lr=0", "model.sizes.widht=8", "model.sizes.layers=x", "model.sizes.heads=5",
-            "model.sizes.groups=2", "model.sizes.rotary={rope_thta: 1}",
+            "quickstart", "optimizer.lr=0", "model.sizes.hiden_size=8", "model.sizes.num_hidden_layers=x",
+            "model.sizes.num_attention_heads=5", "model.sizes.num_key_value_heads=2", "model.sizes.rotary={rope_thta: 1}",
         )  # fmt: skip
     keys = keys_of(error.value)
     assert sorted(keys) == [
-        "model.sizes.groups", "model.sizes.layers", "model.sizes.rotary", "model.sizes.widht", "optimizer.lr",
+        "model.sizes.hiden_size", "model.sizes.num_hidden_layers", "model.sizes.num_key_value_heads", "model.sizes.rotary",
+        "optimizer.lr",
     ]  # fmt: skip
 
 
 def test_numbers_at_odds_are_told_with_numbers_that_are_missing():
     with pytest.raises(UsageError) as error:
-        dry("quickstart", "model={page: llama, sizes: {heads: 4, groups: 3, head_width: 7, layers: 0}}")
+        dry(
+            "quickstart",
+            "model={page: llama, sizes: {num_attention_heads: 4, num_key_value_heads: 3, head_dim: 7, num_hidden_layers: 0}}",
+        )
     keys = [key.removeprefix("model.sizes.") for key in keys_of(error.value)]
-    assert sorted(keys) == ["groups", "head_width", "hidden", "layers", "width"]
+    assert sorted(keys) == ["head_dim", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"]
 
 
 def with_a_model() -> list[str]:
     def field(recipe: str) -> Any:
-        return RECIPES[gather(recipe).tree["recipe"]][0].model_fields.get("model")
+        return RECIPE_TABLE[load_raw_config(recipe).tree["recipe"]][0].model_fields.get("model")
 
-    return [name for name in recipe_names() if (found := field(name)) and part_of(found.annotation) is Model]
+    return [
+        name for name in recipe_names() if (found := field(name)) and nested_schema(found.annotation) is ModelConfig
+    ]
 
 
 def test_there_are_recipes_that_build_models():
@@ -111,42 +128,42 @@ def test_a_model_chosen_on_the_command_line_takes_the_place_of_the_recipes(recip
     assert (model.preset, model.page, model.load, model.sizes) == ("gpt2-tiny", None, None, {})
     model = dry(recipe, "model.page=gpt2", *length).config.model
     assert (model.preset, model.page, model.load, model.sizes) == (None, "gpt2", None, {})
-    _, config, _ = understood(recipe, ["model.load=somewhere"])
+    _, config, _ = load_recipe(recipe, ["model.load=somewhere"])
     assert (config.model.preset, config.model.page, config.model.load, config.model.sizes) == (
         None, None, "somewhere", {},
     )  # fmt: skip
-    assert not isinstance(part := getattr(config, "tokenizer", None), Strict) or part.load == "somewhere"
+    assert not isinstance(part := getattr(config, "tokenizer", None), StrictModel) or part.load == "somewhere"
 
 
 def test_what_was_given_beside_the_model_stays():
-    config = dry("quickstart", "model.preset=gpt2-tiny", "model.sizes.layers=3", "batch.length=32").config
-    assert config.model.sizes == {"layers": 3}
-    assert dry("quickstart", "model.page=llama").config.model.sizes["width"] == 192
+    config = dry("quickstart", "model.preset=gpt2-tiny", "model.sizes.num_hidden_layers=3", "batch.length=32").config
+    assert config.model.sizes == {"num_hidden_layers": 3}
+    assert dry("quickstart", "model.page=llama").config.model.sizes["hidden_size"] == 192
     with pytest.raises(UsageError, match="warmup has no effect on a model that is loaded"):
-        understood("grpo", ["model.load=somewhere", "warmup.steps=3"])
+        load_recipe("grpo", ["model.load=somewhere", "warmup.steps=3"])
     with pytest.raises(UsageError, match="preset and page given"):
-        understood("quickstart", ["model.preset=gpt2-tiny", "model.page=gpt2"])
+        load_recipe("quickstart", ["model.preset=gpt2-tiny", "model.page=gpt2"])
 
 
-def every_field(schema: type[Strict]) -> list[Any]:
+def every_field(schema: type[StrictModel]) -> list[Any]:
     found = []
     for field in schema.model_fields.values():
         found.append(field)
-        inner = [part for one in (field.annotation, *get_args(field.annotation)) if (part := part_of(one))]
+        inner = [part for one in (field.annotation, *get_args(field.annotation)) if (part := nested_schema(one))]
         found += [deeper for part in inner for deeper in every_field(part)]
     return found
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", sorted(RECIPE_TABLE))
 def test_no_words_of_pydantic_stand_in_what_a_key_takes(recipe: str):
-    for field in every_field(RECIPES[recipe][0]):
-        said = allowed(field)
+    for field in every_field(RECIPE_TABLE[recipe][0]):
+        said = describe_field(field)
         assert not re.search(r"annotation|required=|metadata|NoneType|<class|typing|Annotated|FieldInfo", said), said
 
 
 def test_a_limit_inside_a_choice_is_told():
     with pytest.raises(UsageError, match=re.escape("-1 is not a number > 0 or null (largest gradient norm")):
-        understood("tiny", ["clip=-1"])
+        load_recipe("tiny", ["clip=-1"])
 
 
 @pytest.mark.parametrize(
@@ -161,12 +178,12 @@ def test_a_limit_inside_a_choice_is_told():
     ],
 )
 def test_a_name_is_suggested_where_it_is_near(word: str, meant: str | None):
-    assert nearest(word, recipe_names()) == (f", did you mean {meant!r}?" if meant else "")
+    assert did_you_mean(word, recipe_names()) == (f", did you mean {meant!r}?" if meant else "")
 
 
 def refuse(recipe: str, *pairs: str, out: Path) -> None:
     with pytest.raises((UsageError, DataError, MissingError)):
-        start(recipe, pairs, out=out, quiet=True, say=lambda text: None)
+        start_training(recipe, pairs, out=out, quiet=True, log=lambda text: None)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llm_quest.cli import main as cli
-from llm_quest.cli.door import guarded, verdict
+from llm_quest.cli.errors import describe_failure, run_with_exit_code
 from llm_quest.cli.main import app
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
 
@@ -86,7 +86,7 @@ def street(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def walk(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["quest", *arguments])
         capsys.readouterr()
-        code = guarded(lambda: app(prog_name="quest"))
+        code = run_with_exit_code(lambda: app(prog_name="quest"))
         said = capsys.readouterr()
         return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
@@ -289,7 +289,7 @@ def test_models_piped_into_something_that_stops_reading_ends_quietly(tmp_path: P
     ],
 )
 def test_every_kind_of_failure_has_its_exit_code_and_at_most_four_lines(error: BaseException, code: int) -> None:
-    found, lines = verdict(error)
+    found, lines = describe_failure(error)
     assert found == code
     assert 1 <= len(lines) <= 4
 
@@ -302,7 +302,7 @@ def test_a_bug_of_ours_leaves_its_traceback_in_a_file(
     def broken() -> None:
         raise ZeroDivisionError("by design")
 
-    assert guarded(broken) == 1
+    assert run_with_exit_code(broken) == 1
     assert "by design" in (tmp_path / "crash.txt").read_text()
     said = capsys.readouterr().err
     assert "Traceback" not in said

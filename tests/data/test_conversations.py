@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.conversations import Conversation, conversations, held_apart
-from llm_quest.data.documents import Ledger
+from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
+from llm_quest.data.documents import DropReport
 from llm_quest.data.records import Record, read_records
 from llm_quest.errors import DataError
 
@@ -26,11 +26,11 @@ ASKED = (("user", "2+2?"), ("assistant", "4"))
     ],
 )
 def test_every_form_of_row_is_one_conversation(row):
-    assert conversations([Record(row, "f:1")], Ledger())[0].messages == ASKED
+    assert read_conversations([Record(row, "f:1")], DropReport())[0].messages == ASKED
 
 
 def test_an_alpaca_rows_input_stands_below_its_instruction():
-    found = conversations([Record({"instruction": "Add.", "input": "2, 2", "output": "4"}, "f:1")], Ledger())
+    found = read_conversations([Record({"instruction": "Add.", "input": "2, 2", "output": "4"}, "f:1")], DropReport())
     assert found[0].prompt == [{"role": "user", "content": "Add.\n\n2, 2"}]
 
 
@@ -53,13 +53,13 @@ def test_an_alpaca_rows_input_stands_below_its_instruction():
 )
 def test_a_row_that_is_wrong_stops_with_file_and_line(row, said):
     with pytest.raises(DataError, match=f"^f:7.*{said}"):
-        conversations([Record(row, "f:7")], Ledger())
+        read_conversations([Record(row, "f:7")], DropReport())
 
 
 def test_an_empty_answer_is_dropped_and_counted():
-    ledger = Ledger()
+    ledger = DropReport()
     rows = [Record({"prompt": "a", "completion": text}, "f") for text in ("", " \n", "b")]
-    assert len(conversations(rows, ledger)) == 1
+    assert len(read_conversations(rows, ledger)) == 1
     assert ledger.dropped["empty answer"][0] == 2
 
 
@@ -98,14 +98,14 @@ def test_a_table_and_json_lines_give_the_same_rows(tmp_path: Path):
 def test_the_same_question_is_never_on_both_sides_whatever_its_order():
     items = [Conversation((("user", f"Q {n % 40}"), ("assistant", str(n)))) for n in range(120)]
     items += [Conversation((("user", f"  q\n{n}"), ("assistant", "again"))) for n in range(40)]
-    train, held = held_apart(items, 0.2)
+    train, held = split_by_prompt(items, 0.2)
     assert len(train) + len(held) == 160
     assert 32 <= len(held) <= 36
     asked = [{" ".join(one.prompt[0]["content"].lower().split()) for one in side} for side in (train, held)]
     assert not asked[0] & asked[1]
-    assert set(held_apart(items[::-1], 0.2)[1]) == set(held)
+    assert set(split_by_prompt(items[::-1], 0.2)[1]) == set(held)
 
 
 def test_rows_of_one_question_cannot_be_split():
     with pytest.raises(DataError, match="1 different questions are too few"):
-        held_apart([Conversation((("user", "a"), ("assistant", str(n)))) for n in range(9)], 0.1)
+        split_by_prompt([Conversation((("user", "a"), ("assistant", str(n)))) for n in range(9)], 0.1)

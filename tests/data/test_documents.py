@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.corpus import BUILTIN, gather, signatures
-from llm_quest.data.documents import Ledger, read, read_folder, read_text
+from llm_quest.data.corpus import BUILTIN_CORPORA, load_corpus, module_docstrings
+from llm_quest.data.documents import DropReport, read_documents, read_folder, read_text
 from llm_quest.errors import DataError, UsageError
 
 
 def test_a_text_file_is_one_document(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9")
-    [document] = read_text(tmp_path / "a.txt", ledger := Ledger())
+    [document] = read_text(tmp_path / "a.txt", ledger := DropReport())
     assert (document.text, document.line, document.nbytes) == ("one\r\ntwo é", 1, 11)
     assert ledger.as_json()["kept"] == {"documents": 1, "bytes": 11}
 
 
 def test_a_separator_cuts_a_text_file_and_lines_are_kept(tmp_path: Path):
     (tmp_path / "a.txt").write_text("first\n----\n\nsecond\nmore\n----\n \n----\nlast")
-    documents = list(read_text(tmp_path / "a.txt", ledger := Ledger(), separator="----"))
+    documents = list(read_text(tmp_path / "a.txt", ledger := DropReport(), separator="----"))
     assert [(d.text, d.line) for d in documents] == [("first", 1), ("second\nmore", 4), ("last", 9)]
     assert ledger.dropped == {"empty": [1, 3]}
 
@@ -36,7 +36,7 @@ def test_json_lines_give_their_column(tmp_path: Path, name: str):
     lines = [json.dumps({"body": "one"}), "", json.dumps({"body": " "}), json.dumps({"body": "zwei é", "id": 3})]
     content = "\n".join(lines).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    documents = list(read(tmp_path / name, ledger := Ledger(), column="body"))
+    documents = list(read_documents(tmp_path / name, ledger := DropReport(), column="body"))
     assert [(d.text, d.line) for d in documents] == [("one", 1), ("zwei é", 4)]
     assert ledger.as_json() == {
         "kept": {"documents": 2, "bytes": 10},
@@ -64,7 +64,7 @@ def test_a_folder_is_read_in_order_and_everything_left_out_is_counted(tmp_path: 
     (root / "out.txt").symlink_to(tmp_path / "outside.txt")
     (root / "loop").symlink_to(root)
     os.mkfifo(root / "pipe.txt")
-    ledger = Ledger()
+    ledger = DropReport()
     texts = [(Path(d.source).name, d.text) for d in read_folder(root, ledger)]
     assert texts == [("b.md", "# b"), ("c.jsonl", "from lines"), ("a.py", "x = 1")]
     assert {reason: count for reason, (count, _) in ledger.dropped.items()} == {
@@ -100,33 +100,33 @@ def test_a_folder_is_read_in_order_and_everything_left_out_is_counted(tmp_path: 
 def test_broken_data_stop_with_file_and_line(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        gather(tmp_path / name)
+        load_corpus(tmp_path / name)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="nowhere does not exist"):
-        gather(tmp_path / "nowhere")
+        load_corpus(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no text"):
-        gather(tmp_path)
+        load_corpus(tmp_path)
     with pytest.raises(DataError, match="not a regular file"):
-        gather("/dev/null")
+        load_corpus("/dev/null")
 
 
 def test_a_text_is_taken_once(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two", "one")))
-    corpus = gather(tmp_path / "a.jsonl")
+    corpus = load_corpus(tmp_path / "a.jsonl")
     assert [(d.text, d.line) for d in corpus.documents] == [("one", 1), ("two", 2)]
-    assert corpus.ledger.kept == [2, 6]
-    assert corpus.ledger.dropped == {"copy of another document": [1, 3]}
-    assert "dropped: copy of another document" in corpus.ledger.lines()[1]
+    assert corpus.drop_report.kept == [2, 6]
+    assert corpus.drop_report.dropped == {"copy of another document": [1, 3]}
+    assert "dropped: copy of another document" in corpus.drop_report.lines()[1]
 
 
 def test_the_built_in_topics_are_the_interpreters_own():
-    corpus = gather("builtin:topics")
+    corpus = load_corpus("builtin:topics")
     assert 60 <= len(corpus.documents) <= 100
-    assert 400_000 < corpus.nbytes == corpus.ledger.kept[1]
+    assert 400_000 < corpus.nbytes == corpus.drop_report.kept[1]
     assert corpus.as_json()["python"].startswith("3.")
-    assert corpus.sha256 == gather("builtin:topics").sha256
+    assert corpus.sha256 == load_corpus("builtin:topics").sha256
     assert any('The "for" statement' in d.text for d in corpus.documents)
 
 
@@ -145,19 +145,19 @@ def silent(): pass
 
 def test_docstrings_stand_below_their_signatures_and_nothing_is_run():
     assert (
-        signatures(MODULE, "m")
+        module_docstrings(MODULE, "m")
         == "m\n\nTitle.\n\nMore.\n\nm.A\n\nA class.\n\nm.A.go(self, x: int=3, *rest)\n\nGoes.\n\n"
     )
-    assert signatures(b"x = 1", "m") == ""
+    assert module_docstrings(b"x = 1", "m") == ""
     assert "antigravity" not in sys.modules
     assert gc.isenabled()
 
 
 def test_the_library_gives_a_document_per_module_and_leaves_tests_out():
-    first = list(islice(BUILTIN["docstrings"](), 3))
+    first = list(islice(BUILTIN_CORPORA["docstrings"](), 3))
     assert first[0].source == "docstrings:__future__"
     assert first[0].text.startswith("__future__\n\nRecord of phased-in incompatible language changes.")
-    sources = [document.source for document in BUILTIN["source"]()]
+    sources = [document.source for document in BUILTIN_CORPORA["source"]()]
     assert "source:textwrap" in sources
     assert not [
         source for source in sources if "site-packages" in source or ".test." in source or "_sysconfig" in source
@@ -168,4 +168,4 @@ def test_an_unknown_part_names_its_neighbour():
     with pytest.raises(
         UsageError, match="no part 'topic'; it has topics, docstrings, source; did you mean builtin:topics"
     ):
-        gather("builtin:topic")
+        load_corpus("builtin:topic")

@@ -8,27 +8,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.contracts import Share
+from llm_quest.contracts import DataShard
 from llm_quest.data.batch import TokenBatch
-from llm_quest.data.packing import Epoch, PackedFeed, shuffled
-from llm_quest.data.tokens import Tokens
+from llm_quest.data.packing import EpochOrder, PackedLoader, shuffle_indices
+from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import DataError, UsageError
 
 START, END = 1, 2
 DOCUMENTS = st.lists(st.lists(st.integers(3, 50), max_size=12), min_size=1, max_size=8)
 
 
-def tokens_of(documents: list[list[int]]) -> Tokens:
-    return Tokens.of(documents, vocab_size=51, start=START, end=END)
+def tokens_of(documents: list[list[int]]) -> TokenizedDocuments:
+    return TokenizedDocuments.from_token_lists(documents, vocab_size=51, start=START, end=END)
 
 
-def feed_of(documents: list[list[int]], **changes) -> PackedFeed:
-    return PackedFeed(tokens_of(documents), **({"length": 4, "rows": 4, "micro_rows": 4, "seed": 0} | changes))
+def feed_of(documents: list[list[int]], **changes) -> PackedLoader:
+    return PackedLoader(
+        tokens_of(documents), **({"sequence_length": 4, "batch_size": 4, "micro_batch_size": 4, "seed": 0} | changes)
+    )
 
 
 def whole(batches: list[TokenBatch]) -> list[torch.Tensor]:
     """Columns of all micro-batches as one."""
-    names = ("tokens", "targets", "positions", "segments")
+    names = ("input_ids", "targets", "position_ids", "segment_ids")
     return [torch.cat([getattr(b, name) for b in batches]) for name in names if getattr(batches[0], name) is not None]
 
 
@@ -38,13 +40,13 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @given(DOCUMENTS, st.integers(1, 9), st.integers(0, 5))
 def test_an_epoch_shows_every_input_once_with_its_true_next_token(documents: list[list[int]], length: int, seed: int):
-    feed = feed_of(documents, length=length, seed=seed)
+    feed = feed_of(documents, sequence_length=length, seed=seed)
     for epoch in (0, 1):
         first = epoch * feed.rows_per_epoch
-        batch = feed.batch(range(first, first + feed.rows_per_epoch))
+        batch = feed.micro_batch(range(first, first + feed.rows_per_epoch))
         shown = sorted(
             pair
-            for pair in zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
+            for pair in zip(batch.input_ids.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
             if pair[1] >= 0
         )
         true = sorted(p for d in documents for p in zip([START, *d], [*d, END], strict=True))
@@ -54,70 +56,74 @@ def test_an_epoch_shows_every_input_once_with_its_true_next_token(documents: lis
 
 @given(DOCUMENTS, st.integers(0, 5), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 6]))
 def test_the_rows_of_a_step_are_the_same_for_any_world_and_micro_batch(documents, step: int, micro: int, world: int):
-    alone = whole(feed_of(documents, rows=6, micro_rows=6).at(step))
-    shares = [feed_of(documents, rows=6, micro_rows=micro, share=Share(rank, world)) for rank in range(world)]
-    assert same(whole([batch for feed in shares for batch in feed.at(step)]), alone)
-    assert all(len(b.tokens) <= micro for feed in shares for b in feed.at(step))
+    alone = whole(feed_of(documents, batch_size=6, micro_batch_size=6).batches(step))
+    shares = [
+        feed_of(documents, batch_size=6, micro_batch_size=micro, share=DataShard(rank, world)) for rank in range(world)
+    ]
+    assert same(whole([batch for feed in shares for batch in feed.batches(step)]), alone)
+    assert all(len(b.input_ids) <= micro for feed in shares for b in feed.batches(step))
 
 
 def test_a_step_can_be_asked_for_in_any_order():
     documents = [[i] * (i % 7) for i in range(3, 40)]
-    straight = [whole(feed_of(documents).at(step)) for step in range(30)]
+    straight = [whole(feed_of(documents).batches(step)) for step in range(30)]
     one = feed_of(documents)
-    assert all(same(whole(one.at(step)), straight[step]) for step in (29, 3, 17, 3, 0, 28))
+    assert all(same(whole(one.batches(step)), straight[step]) for step in (29, 3, 17, 3, 0, 28))
 
 
 def test_positions_restart_and_segments_count_as_drawn():
-    feed = feed_of([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]], length=5)
+    feed = feed_of([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]], sequence_length=5)
     feed._epoch = lambda epoch: order([0, 1, 2], [0, 6, 9], [0, 1, 2])
-    batch = feed.batch(range(3))
-    assert batch.tokens.tolist() == [[1, 3, 4, 5, 6], [7, 1, 8, 9, 1], [10, 11, 12, 1, 1]]
+    batch = feed.micro_batch(range(3))
+    assert batch.input_ids.tolist() == [[1, 3, 4, 5, 6], [7, 1, 8, 9, 1], [10, 11, 12, 1, 1]]
     assert batch.targets.tolist() == [[3, 4, 5, 6, 7], [2, 8, 9, 2, 10], [11, 12, 2, -100, -100]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 0], [0, 1, 2, -1, -1]]
-    assert batch.segments.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2], [0, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 0], [0, 1, 2, -1, -1]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2], [0, 0, 0, 0, 0]]
     assert batch.num_tokens == 13
 
 
-def order(documents: list[int], begins: list[int], rows: list[int]) -> Epoch:
-    return Epoch(np.array(documents), np.array(begins), np.array(rows))
+def order(documents: list[int], begins: list[int], rows: list[int]) -> EpochOrder:
+    return EpochOrder(np.array(documents), np.array(begins), np.array(rows))
 
 
 def test_a_cut_document_gets_no_false_end():
-    batch = feed_of([list(range(3, 40)), [40]], length=8).batch(range(5))
+    batch = feed_of([list(range(3, 40)), [40]], sequence_length=8).micro_batch(range(5))
     ends = [
         (t, n)
-        for t, n in zip(batch.tokens.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
+        for t, n in zip(batch.input_ids.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
         if n == END
     ]
     assert sorted(ends) == [(39, END), (40, END)]
 
 
 def test_a_single_document_gives_plain_rows():
-    feed = feed_of([list(range(3, 20))], length=8)
-    batches = [feed.batch(range(r, r + 1)) for r in range(feed.rows_per_epoch)]
-    assert all(b.positions is None and b.segments is None for b in batches)
+    feed = feed_of([list(range(3, 20))], sequence_length=8)
+    batches = [feed.micro_batch(range(r, r + 1)) for r in range(feed.rows_per_epoch)]
+    assert all(b.position_ids is None and b.segment_ids is None for b in batches)
     assert sum(b.num_tokens for b in batches) == 18
     assert sum(int((b.targets >= 0).sum()) for b in batches) == 18
 
 
 def test_epochs_and_seeds_have_their_own_order_of_documents_and_rows():
     documents = [[3 + i] * 3 for i in range(40)]
-    feed = feed_of(documents, rows=32, length=5)  # 160 inputs are 32 rows
-    epochs = [feed.at(step)[0].tokens.tolist() for step in range(2)]
+    feed = feed_of(documents, batch_size=32, sequence_length=5)  # 160 inputs are 32 rows
+    epochs = [feed.batches(step)[0].input_ids.tolist() for step in range(2)]
     assert sorted(epochs[0]) != sorted(epochs[1])  # other neighbours, so other documents' order
-    assert feed_of(documents, rows=32, length=5, seed=1).at(0)[0].tokens.tolist() != epochs[0]
-    assert feed.epochs(3) == 3.0
-    alone = feed_of([list(range(3, 43))], rows=10, micro_rows=10)
-    assert alone.at(0)[0].tokens.tolist() != alone.at(1)[0].tokens.tolist()  # one document: other rows' order
+    assert feed_of(documents, batch_size=32, sequence_length=5, seed=1).batches(0)[0].input_ids.tolist() != epochs[0]
+    assert feed.epochs_done(3) == 3.0
+    alone = feed_of([list(range(3, 43))], batch_size=10, micro_batch_size=10)
+    assert (
+        alone.batches(0)[0].input_ids.tolist() != alone.batches(1)[0].input_ids.tolist()
+    )  # one document: other rows' order
 
 
 def test_the_order_is_the_same_on_every_machine():
-    assert shuffled(10, 0, 0).tolist() == [7, 1, 8, 5, 4, 2, 9, 3, 0, 6]
-    assert sorted(shuffled(1000, 7).tolist()) == list(range(1000))
+    assert shuffle_indices(10, 0, 0).tolist() == [7, 1, 8, 5, 4, 2, 9, 3, 0, 6]
+    assert sorted(shuffle_indices(1000, 7).tolist()) == list(range(1000))
 
 
 def test_the_order_is_even():
-    places = np.stack([shuffled(8, seed, 0) for seed in range(4000)])
+    places = np.stack([shuffle_indices(8, seed, 0) for seed in range(4000)])
     for place in range(8):
         counts = np.bincount(places[:, place], minlength=8)
         assert np.abs(counts - 500).max() < 110  # five standard deviations
@@ -125,27 +131,27 @@ def test_the_order_is_even():
 
 def test_a_bookmark_of_other_data_is_refused():
     feed = feed_of([[3, 4], [5]])
-    feed.resume(feed.bookmark())
-    feed_of([[3, 4], [5]], micro_rows=1, share=Share(1, 2)).resume(feed.bookmark())
+    feed.load_state_dict(feed.state_dict())
+    feed_of([[3, 4], [5]], micro_batch_size=1, share=DataShard(1, 2)).load_state_dict(feed.state_dict())
     with pytest.raises(DataError, match="data was"):
-        feed_of([[3, 4], [6]]).resume(feed.bookmark())
+        feed_of([[3, 4], [6]]).load_state_dict(feed.state_dict())
     with pytest.raises(DataError, match="seed was 0, is 1"):
-        feed_of([[3, 4], [5]], seed=1).resume(feed.bookmark())
+        feed_of([[3, 4], [5]], seed=1).load_state_dict(feed.state_dict())
 
 
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="length is 0"):
-        feed_of([[3]], length=0)
+        feed_of([[3]], sequence_length=0)
     with pytest.raises(UsageError, match="4 rows cannot be shared by 3 processes"):
-        feed_of([[3]], share=Share(0, 3))
+        feed_of([[3]], share=DataShard(0, 3))
     with pytest.raises(DataError, match="holds no documents"):
         feed_of([])
 
 
 def test_a_batch_moves_and_is_cut_whole():
-    [batch] = feed_of([[3, 4], [5]]).at(0)
+    [batch] = feed_of([[3, 4], [5]]).batches(0)
     moved = batch.to("cpu")
     assert same(whole([moved]), whole([batch]))
-    assert moved.num_tokens == batch.num_tokens == int((batch.positions >= 0).sum())
-    assert same(whole([batch.rows(0, 1), batch.rows(1, 4)]), whole([batch]))
-    assert sum(batch.rows(i, i + 1).num_tokens for i in range(4)) == batch.num_tokens
+    assert moved.num_tokens == batch.num_tokens == int((batch.position_ids >= 0).sum())
+    assert same(whole([batch.slice_rows(0, 1), batch.slice_rows(1, 4)]), whole([batch]))
+    assert sum(batch.slice_rows(i, i + 1).num_tokens for i in range(4)) == batch.num_tokens

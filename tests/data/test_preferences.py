@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quest.contracts import Share
-from llm_quest.data.by_length import ByLengthFeed
-from llm_quest.data.chat import Chat
-from llm_quest.data.documents import Ledger
-from llm_quest.data.pairs import Pairs, compared
-from llm_quest.data.preferences import Rated, preferences, rated
+from llm_quest.contracts import DataShard
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.documents import DropReport
+from llm_quest.data.length_grouped import LengthGroupedLoader
+from llm_quest.data.preference_pairs import PreferenceDataset, collate_preferences
+from llm_quest.data.preferences import TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
 from llm_quest.data.tokenizer import train_bpe
 from llm_quest.errors import DataError
@@ -34,7 +34,7 @@ def say(content: str) -> dict[str, str]:
     ],
 )
 def test_every_form_of_row_is_one_preference(row):
-    found = preferences([Record({**row, "margin": 2}, "f:1")], Ledger())[0]
+    found = read_preferences([Record({**row, "margin": 2}, "f:1")], DropReport())[0]
     assert (found.question, found.answers, found.margin) == ((("user", "2+2?"),), ("4", "5"), 2.0)
 
 
@@ -52,13 +52,13 @@ def test_every_form_of_row_is_one_preference(row):
 )
 def test_a_row_that_is_wrong_stops_with_file_and_line(row, said):
     with pytest.raises(DataError, match=f"^f:7.*{said}"):
-        preferences([Record(row, "f:7")], Ledger())
+        read_preferences([Record(row, "f:7")], DropReport())
 
 
 def test_what_tells_nothing_is_dropped_and_counted():
-    ledger = Ledger()
+    ledger = DropReport()
     answers = [("a", "b"), ("a", " a\n"), ("", "a"), ("a", "")]
-    kept = preferences([Record({"prompt": "q", "chosen": c, "rejected": r}, "f") for c, r in answers], ledger)
+    kept = read_preferences([Record({"prompt": "q", "chosen": c, "rejected": r}, "f") for c, r in answers], ledger)
     assert len(kept) == 1
     assert {name: count for name, (count, _) in ledger.dropped.items()} == {
         "chosen and rejected are the same": 1,
@@ -67,52 +67,59 @@ def test_what_tells_nothing_is_dropped_and_counted():
 
 
 @pytest.fixture(scope="module")
-def chat() -> Chat:
-    return Chat(train_bpe(["user assistant\n"] * 9, 290))
+def chat() -> ChatTemplate:
+    return ChatTemplate(train_bpe(["user assistant\n"] * 9, 290))
 
 
-def made(chat: Chat, question: str, *answers: str, length: int, ledger: Ledger) -> list[Rated]:
-    return rated(
-        chat, preferences([Record({"prompt": question, "ranked": list(answers)}, "f:1")], Ledger()), length, ledger
+def made(
+    chat: ChatTemplate, question: str, *answers: str, length: int, ledger: DropReport
+) -> list[TokenizedPreference]:
+    return tokenize_preferences(
+        chat,
+        read_preferences([Record({"prompt": question, "ranked": list(answers)}, "f:1")], DropReport()),
+        length,
+        ledger,
     )
 
 
 def test_answers_end_and_the_question_is_the_same_for_all(chat):
-    one = made(chat, "why?", "yes", "no no", length=200, ledger=Ledger())[0]
-    assert chat.tokenizer.decode(one.prompt, special=True).endswith("<|im_start|>assistant\n")
-    told = [chat.tokenizer.decode(answer, special=True) for answer in one.answers]
+    one = made(chat, "why?", "yes", "no no", length=200, ledger=DropReport())[0]
+    assert chat.tokenizer.decode(one.prompt, keep_special_tokens=True).endswith("<|im_start|>assistant\n")
+    told = [chat.tokenizer.decode(answer, keep_special_tokens=True) for answer in one.answers]
     assert told == ["yes<|im_end|>", "no no<|im_end|>"]
 
 
 def test_a_question_is_cut_on_its_left_alike_for_all_answers_and_no_answer_is_cut(chat):
-    ledger = Ledger()
+    ledger = DropReport()
     whole = made(chat, "why " * 50, "yes", "no no no", length=900, ledger=ledger)[0]
     assert not ledger.notes
     cut = made(chat, "why " * 50, "yes", "no no no", length=40, ledger=ledger)[0]
-    assert cut.size == 40
+    assert cut.length == 40
     assert np.array_equal(cut.prompt, whole.prompt[-len(cut.prompt) :])
     assert all(map(np.array_equal, cut.answers, whole.answers))
     assert ledger.notes == ["1 questions are cut on their left to fit into 40 tokens with their answers"]
 
 
 def test_an_answer_longer_than_a_row_drops_its_pair_and_is_counted(chat):
-    ledger = Ledger()
-    long = preferences([Record({"prompt": "q", "chosen": "a" * n, "rejected": "b"}, "f") for n in (5, 30)], Ledger())
-    assert len(rated(chat, long, 20, ledger)) == 1
+    ledger = DropReport()
+    long = read_preferences(
+        [Record({"prompt": "q", "chosen": "a" * n, "rejected": "b"}, "f") for n in (5, 30)], DropReport()
+    )
+    assert len(tokenize_preferences(chat, long, 20, ledger)) == 1
     assert ledger.dropped == {"an answer alone is longer than a row of 20 tokens": [1, 0]}
     with pytest.raises(DataError, match="no answer fits into 4 tokens"):
-        rated(chat, long, 4, Ledger())
+        tokenize_preferences(chat, long, 4, DropReport())
 
 
 def test_two_elements_on_a_blackboard():
-    batch = compared([
-        Rated(np.array([1, 2]), (np.array([3, 4]), np.array([5])), 0.5),
-        Rated(np.array([6]), (np.array([7]), np.array([8]), np.array([9]))),
+    batch = collate_preferences([
+        TokenizedPreference(np.array([1, 2]), (np.array([3, 4]), np.array([5])), 0.5),
+        TokenizedPreference(np.array([6]), (np.array([7]), np.array([8]), np.array([9]))),
     ])  # fmt: skip
-    assert batch.tokens.tolist() == [[1, 2, 3, 4], [1, 2, 5, 0], [6, 7, 0, 0], [6, 8, 0, 0], [6, 9, 0, 0]]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 5, 0], [6, 7, 0, 0], [6, 8, 0, 0], [6, 9, 0, 0]]
     assert batch.targets.tolist()[:3] == [[-100, 3, 4, -100], [-100, 5, -100, -100], [7, -100, -100, -100]]
-    assert batch.positions.tolist()[:3] == [[0, 1, 2, 3], [0, 1, 2, -1], [0, 1, -1, -1]]
-    assert list(zip(batch.better.tolist(), batch.worse.tolist(), strict=True)) == [(0, 1), (2, 3), (2, 4), (3, 4)]
+    assert batch.position_ids.tolist()[:3] == [[0, 1, 2, 3], [0, 1, 2, -1], [0, 1, -1, -1]]
+    assert list(zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)) == [(0, 1), (2, 3), (2, 4), (3, 4)]
     assert batch.weights.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
     assert batch.margins.tolist() == pytest.approx([0.5, 0, 0, 0])
     assert batch.num_tokens == batch.to("cpu").num_tokens == 13
@@ -120,23 +127,35 @@ def test_two_elements_on_a_blackboard():
 
 def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_rides_along():
     random = np.random.default_rng(0)
-    many = [Rated(random.integers(0, 9, 3), (random.integers(0, 9, n % 5 + 1), np.array([n]))) for n in range(20)]
+    many = [
+        TokenizedPreference(random.integers(0, 9, 3), (random.integers(0, 9, n % 5 + 1), np.array([n])))
+        for n in range(20)
+    ]
     reference = [np.array([n, -n], dtype=np.float32) for n in range(20)]
 
     def seen(micro: int, world: int) -> list[tuple[int, float]]:
-        shares = [Share(rank, world) for rank in range(world)]
-        feeds = [ByLengthFeed(Pairs(many), rows=4, micro_rows=micro, seed=1, share=share) for share in shares]
+        shares = [DataShard(rank, world) for rank in range(world)]
+        feeds = [
+            LengthGroupedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=micro, seed=1, share=share)
+            for share in shares
+        ]
         for feed in feeds:
-            feed.source.reference = reference
-        batches = [batch for feed in feeds for batch in feed.at(7)]
+            feed.dataset.reference_log_probs = reference
+        batches = [batch for feed in feeds for batch in feed.batches(7)]
         return sorted(
-            (int(batch.targets[row][batch.targets[row] >= 0][0]), float(batch.reference[row]))
+            (int(batch.targets[row][batch.targets[row] >= 0][0]), float(batch.reference_log_probs[row]))
             for batch in batches
-            for row in batch.worse.tolist()
+            for row in batch.rejected.tolist()
         )
 
     assert seen(4, 1) == seen(1, 1) == seen(2, 2)
     assert all(number == -known for number, known in seen(4, 1))
-    epoch = [batch for step in range(5) for batch in ByLengthFeed(Pairs(many), rows=4, micro_rows=4, seed=1).at(step)]
-    asked = torch.cat([batch.targets[batch.worse].max(dim=1).values for batch in epoch])
+    epoch = [
+        batch
+        for step in range(5)
+        for batch in LengthGroupedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=4, seed=1).batches(
+            step
+        )
+    ]
+    asked = torch.cat([batch.targets[batch.rejected].max(dim=1).values for batch in epoch])
     assert sorted(asked.tolist()) == list(range(20))

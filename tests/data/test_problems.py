@@ -6,29 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.alphabet import character_tokenizer
-from llm_quest.data.problems import TASKS, Drawn, demonstration, draw, task
-from llm_quest.data.problems.addition import without_carry
-from llm_quest.data.problems.gsm8k import demonstration_of, held_out, read_gsm8k
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.problems import TASKS, TaskSplit, draw_problem, make_task, teacher_demonstration
+from llm_quest.data.problems.addition import add_without_carry
+from llm_quest.data.problems.gsm8k import gsm8k_demonstration, read_gsm8k, split_gsm8k_validation
 from llm_quest.errors import DataError, UsageError
-from llm_quest.rollouts.verifiers import verify, well_formed
+from llm_quest.rollouts.verifiers import is_well_formed, verify_answer
 
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
 @every_task
 def test_the_same_seed_and_index_give_the_same_problem_and_others_give_others(name: str) -> None:
-    made = task(name)
-    assert draw(made, "train", 5, 1) == draw(made, "train", 5, 1) == Drawn(made)(1, 5)
-    keys = [draw(made, "train", index, seed).key for seed in (0, 1) for index in range(30)]
+    made = make_task(name)
+    assert draw_problem(made, "train", 5, 1) == draw_problem(made, "train", 5, 1) == TaskSplit(made)(1, 5)
+    keys = [draw_problem(made, "train", index, seed).key for seed in (0, 1) for index in range(30)]
     assert len(set(keys)) > 40, "seeds and indices must not share items"
-    assert [draw(made, "train", i, 1).key for i in range(29)] != [draw(made, "train", i, 0).key for i in range(1, 30)]
+    assert [draw_problem(made, "train", i, 1).key for i in range(29)] != [
+        draw_problem(made, "train", i, 0).key for i in range(1, 30)
+    ]
 
 
 @every_task
 def test_no_problem_stands_in_two_splits(name: str) -> None:
-    made = task(name)
-    keys = {part: {draw(made, part, i).key for i in range(150)} for part in ("train", "validation", "test")}  # type: ignore[arg-type]
+    made = make_task(name)
+    keys = {part: {draw_problem(made, part, i).key for i in range(150)} for part in ("train", "validation", "test")}  # type: ignore[arg-type]
     assert not keys["train"] & keys["test"]
     assert not keys["train"] & keys["validation"]
     assert not keys["validation"] & keys["test"]
@@ -36,12 +38,12 @@ def test_no_problem_stands_in_two_splits(name: str) -> None:
 
 @every_task
 def test_a_demonstration_is_right_and_written_in_the_alphabet(name: str) -> None:
-    made = task(name)
+    made = make_task(name)
     tokenizer = character_tokenizer(made.alphabet)
     for index in range(100):
-        problem = draw(made, "train", index)
-        text = demonstration(made, problem, index)
-        assert verify(problem, text) == 1.0, (problem, text)
+        problem = draw_problem(made, "train", index)
+        text = teacher_demonstration(made, problem, index)
+        assert verify_answer(problem, text) == 1.0, (problem, text)
         ids = tokenizer.encode(problem.prompt + text)
         assert len(ids) == len(problem.prompt + text)
         assert tokenizer.decode(ids) == problem.prompt + text
@@ -49,35 +51,35 @@ def test_a_demonstration_is_right_and_written_in_the_alphabet(name: str) -> None
 
 @pytest.mark.parametrize("name", ["addition", "chained"])
 def test_a_noisy_teacher_is_wrong_about_as_often_as_said_and_in_good_form(name: str) -> None:
-    made = task(name, {"noise": 0.5})
-    pairs = [(draw(made, "train", i), i) for i in range(400)]
-    texts = [(problem, demonstration(made, problem, i)) for problem, i in pairs]
-    wrong = sum(verify(problem, text) == 0.0 for problem, text in texts)
+    made = make_task(name, {"noise": 0.5})
+    pairs = [(draw_problem(made, "train", i), i) for i in range(400)]
+    texts = [(problem, teacher_demonstration(made, problem, i)) for problem, i in pairs]
+    wrong = sum(verify_answer(problem, text) == 0.0 for problem, text in texts)
     assert 100 < wrong < 350
-    assert all(well_formed(problem, text) for problem, text in texts)
+    assert all(is_well_formed(problem, text) for problem, text in texts)
 
 
 def test_without_carry_is_the_teachers_shortcut() -> None:
-    assert [without_carry(47, 85), without_carry(5, 5), without_carry(12, 7)] == ["22", "0", "19"]
+    assert [add_without_carry(47, 85), add_without_carry(5, 5), add_without_carry(12, 7)] == ["22", "0", "19"]
 
 
 def test_harder_problems_are_another_set() -> None:
-    four = [draw(task("countdown", {"count": 4}), "test", i) for i in range(20)]
+    four = [draw_problem(make_task("countdown", {"count": 4}), "test", i) for i in range(20)]
     assert all(len(problem.numbers) == 4 for problem in four)
 
 
 def test_a_task_or_option_that_does_not_exist_is_told_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'countdown'"):
-        task("countdwn")
+        make_task("countdwn")
     with pytest.raises(UsageError, match="no option size; it has count, largest"):
-        task("countdown", {"size": 3})
+        make_task("countdown", {"size": 3})
     with pytest.raises(UsageError, match="so few different problems"):
-        draw(task("reverse", {"shortest": 1, "longest": 1, "letters": 1}), "test", 0)
+        draw_problem(make_task("reverse", {"shortest": 1, "longest": 1, "letters": 1}), "test", 0)
 
 
 def test_letters_are_drawn_evenly() -> None:
-    made = task("reverse")
-    counts = collections.Counter("".join(draw(made, "train", i).key for i in range(600)))
+    made = make_task("reverse")
+    counts = collections.Counter("".join(draw_problem(made, "train", i).key for i in range(600)))
     assert set(counts) == set("abcdefghij")
     assert max(counts.values()) < 1.4 * min(counts.values())
 
@@ -87,8 +89,8 @@ def test_gsm8k_rows_are_read_and_their_worked_answers_are_right(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (problem,) = read_gsm8k(tmp_path / "a.jsonl")
     assert (problem.prompt, problem.answer, problem.steps) == ("How many?", "1072", ("48/2 = 24 clips.", "So."))
-    assert verify(problem, demonstration_of(problem)) == 1.0
-    assert verify(problem, "#### 1,072") == 1.0
+    assert verify_answer(problem, gsm8k_demonstration(problem)) == 1.0
+    assert verify_answer(problem, "#### 1,072") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_held_out_questions_are_chosen_by_their_text(tmp_path: Path) -> None:
     rows = [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(400)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = read_gsm8k(tmp_path / "a.jsonl")
-    train, kept = held_out(problems, 0.1)
+    train, kept = split_gsm8k_validation(problems, 0.1)
     assert 20 < len(kept) < 60
     assert len(train) + len(kept) == 400
-    assert {p.key for p in held_out(problems[::-1], 0.1)[1]} == {p.key for p in kept}
+    assert {p.key for p in split_gsm8k_validation(problems[::-1], 0.1)[1]} == {p.key for p in kept}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.documents import Ledger
-from llm_quest.data.preferences import preferences
-from llm_quest.data.problems.gsm8k import demonstration_of, read_gsm8k
+from llm_quest.data.documents import DropReport
+from llm_quest.data.preferences import read_preferences
+from llm_quest.data.problems.gsm8k import gsm8k_demonstration, read_gsm8k
 from llm_quest.data.records import read_records
-from llm_quest.rollouts.verifiers import verify, well_formed
+from llm_quest.rollouts.verifiers import is_well_formed, verify_answer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 beside = pytest.mark.skipif(not DATA.is_dir(), reason="shared/data does not lie beside the project")
@@ -30,19 +30,19 @@ def test_gsm8ks_gold_answers_are_its_authors_and_its_worked_answers_are_right(na
     found = [AUTHORS.search(row["answer"]) for row in rows]
     assert [problem.answer for problem in problems] == [gold[1].replace(",", "") for gold in found if gold]
     for problem, row in zip(problems, rows, strict=True):
-        text = demonstration_of(problem)
-        assert verify(problem, text) == verify(problem, row["answer"]) == 1.0
-        assert well_formed(problem, text)
+        text = gsm8k_demonstration(problem)
+        assert verify_answer(problem, text) == verify_answer(problem, row["answer"]) == 1.0
+        assert is_well_formed(problem, text)
         assert "<<" not in text
-        assert verify(problem, text.replace("####", "")) == 0.0
-        assert verify(problem, text + "0") == 0.0
+        assert verify_answer(problem, text.replace("####", "")) == 0.0
+        assert verify_answer(problem, text + "0") == 0.0
 
 
 @beside
 def test_preferences_are_told_from_their_answers_alone() -> None:
     file = DATA / "preferences.json"
-    rows, ledger = json.loads(file.read_text(encoding="utf-8")), Ledger()
-    kept = preferences(read_records(file), ledger)
+    rows, ledger = json.loads(file.read_text(encoding="utf-8")), DropReport()
+    kept = read_preferences(read_records(file), ledger)
     apart = [row for row in rows if row["chosen"].strip() != row["rejected"].strip()]
     assert (len(rows), len(kept)) == (1100, len(apart)) == (1100, 1094)
     assert [one.answers for one in kept] == [(row["chosen"], row["rejected"]) for row in apart]

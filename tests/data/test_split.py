@@ -7,8 +7,8 @@ import random
 import pytest
 
 from llm_quest.data.corpus import Corpus
-from llm_quest.data.documents import Document, Ledger
-from llm_quest.data.split import near_copies, overlap, split
+from llm_quest.data.documents import Document, DropReport
+from llm_quest.data.split import near_copies, shingle_overlap, split_corpus
 from llm_quest.errors import DataError, UsageError
 
 WORDS = [f"word{i}" for i in range(2000)]
@@ -19,12 +19,12 @@ def prose(seed: int, words: int = 120) -> str:
 
 
 def corpus_of(*texts: str) -> Corpus:
-    return Corpus("test", tuple(Document(text, f"doc{i}") for i, text in enumerate(texts)), Ledger(), "0" * 64)
+    return Corpus("test", tuple(Document(text, f"doc{i}") for i, text in enumerate(texts)), DropReport(), "0" * 64)
 
 
 def test_every_document_is_on_one_side_and_the_part_is_about_right():
     corpus = corpus_of(*map(prose, range(100)))
-    parts = split(corpus, held_out=0.2)
+    parts = split_corpus(corpus, held_out=0.2)
     assert set(parts.train) | set(parts.val) == set(corpus.documents)
     assert not set(parts.train) & set(parts.val)
     assert 0.15 < sum(d.nbytes for d in parts.val) / corpus.nbytes < 0.25
@@ -32,9 +32,9 @@ def test_every_document_is_on_one_side_and_the_part_is_about_right():
 
 def test_the_split_looks_at_texts_not_at_their_order_and_moves_few_when_one_is_added():
     texts = [prose(i) for i in range(100)]
-    held = {d.text for d in split(corpus_of(*texts)).val}
-    assert held == {d.text for d in split(corpus_of(*reversed(texts))).val}
-    assert len(held ^ {d.text for d in split(corpus_of(*texts, prose(1000))).val}) <= 2
+    held = {d.text for d in split_corpus(corpus_of(*texts)).val}
+    assert held == {d.text for d in split_corpus(corpus_of(*reversed(texts))).val}
+    assert len(held ^ {d.text for d in split_corpus(corpus_of(*texts, prose(1000))).val}) <= 2
 
 
 def test_near_copies_are_found_and_strangers_are_not():
@@ -52,9 +52,9 @@ def test_a_short_text_inside_a_long_one_is_its_near_copy():
 
 def test_overlap_is_the_part_that_is_known_by_heart():
     train, val = corpus_of(prose(0, 107)).documents, corpus_of(prose(0, 57) + prose(1, 50)).documents
-    assert overlap(train, train) == 1
-    assert overlap(train, val) == 0.5  # 50 of its 100 runs of eight words
-    assert overlap(train, corpus_of(prose(2)).documents) == 0
+    assert shingle_overlap(train, train) == 1
+    assert shingle_overlap(train, val) == 0.5  # 50 of its 100 runs of eight words
+    assert shingle_overlap(train, corpus_of(prose(2)).documents) == 0
 
 
 def test_a_large_family_stays_together():
@@ -64,11 +64,11 @@ def test_a_large_family_stays_together():
 
 def test_near_copies_lie_on_one_side():
     corpus = corpus_of(*(text for i in range(60) for text in (prose(i), "# another licence\n" + prose(i))))
-    parts = split(corpus)
+    parts = split_corpus(corpus)
     held = {d.source for d in parts.val}
     assert held
     assert all((f"doc{2 * i}" in held) == (f"doc{2 * i + 1}" in held) for i in range(60))
-    assert corpus.ledger.notes == [
+    assert corpus.drop_report.notes == [
         "near-copies: 120 documents in 60 groups, each kept on one side of the split",
         "overlap: 0.0% of the held-out runs of 8 words stand in training too",
     ]
@@ -76,28 +76,28 @@ def test_near_copies_lie_on_one_side():
 
 def test_a_single_document_is_cut_at_a_line():
     text = "".join(prose(i, 10) for i in range(50))
-    parts = split(corpus := corpus_of(text))
+    parts = split_corpus(corpus := corpus_of(text))
     [train], [val] = parts.train, parts.val
     assert train.text + val.text == text
     assert train.text.endswith("\n")
     assert val.line == 1 + train.text.count("\n")
     assert 0.05 < val.nbytes / corpus.nbytes <= 0.1
-    assert corpus.ledger.notes == [
+    assert corpus.drop_report.notes == [
         f"no document is small enough to be held out: the end of doc0 is, from line {val.line}"
     ]
 
 
 def test_few_long_documents_lose_the_end_of_the_longest():
     corpus = corpus_of(prose(0, 100), prose(1, 200))
-    parts = split(corpus)
+    parts = split_corpus(corpus)
     assert [d.source for d in parts.train] == ["doc0", "doc1"]
     assert [d.source for d in parts.val] == ["doc1"]
 
 
 def test_holding_nothing_out_and_mistakes():
     corpus = corpus_of(prose(0))
-    assert split(corpus, held_out=0).train == corpus.documents
+    assert split_corpus(corpus, held_out=0).train == corpus.documents
     with pytest.raises(UsageError, match="held_out is 1"):
-        split(corpus, held_out=1)
+        split_corpus(corpus, held_out=1)
     with pytest.raises(DataError, match="doc0 has 1 bytes, too few to hold out 10%"):
-        split(corpus_of("a"))
+        split_corpus(corpus_of("a"))

@@ -11,26 +11,26 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 
-from llm_quest.generation.draft_model import ModelDrafter
-from llm_quest.generation.draft_modules import LookaheadDrafter
-from llm_quest.generation.drafters import Task
-from llm_quest.generation.generate import complete, generate
-from llm_quest.generation.pace import Tally
-from llm_quest.generation.sampling import Sampling
-from llm_quest.generation.target import Target
-from llm_quest.generation.until import Until
+from llm_quest.generation.generate import generate, generate_completions
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.speculative.draft_length import SpeculationStats
+from llm_quest.generation.speculative.draft_model import DraftModelDrafter
+from llm_quest.generation.speculative.draft_modules import MTPDrafter
+from llm_quest.generation.speculative.drafters import DraftRequest
+from llm_quest.generation.speculative.target_model import TargetModel
+from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
-from llm_quest.techniques.multi_token import MultiToken
+from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 
 RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def target(name: str, dtype: torch.dtype = torch.float32) -> Decoder:
     """A model with lookahead modules and weights large enough that tokens matter."""
     model, generator = build(name, seed=1), torch.Generator().manual_seed(0)
-    model = model if len(model.lookahead) else MultiToken(2)(model)
+    model = model if len(model.mtp_modules) else MultiTokenPrediction(2)(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -54,7 +54,9 @@ def same_texts(model: Decoder, draft: Decoder | str, prompts: list[list[int]], *
     close = all(
         abs(a - b) < 1e-4 for x, y in zip(plain, fast, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)
     )
-    return close and [(row.tokens, row.finished) for row in plain] == [(row.tokens, row.finished) for row in fast]
+    return close and [(row.tokens, row.finish_reason) for row in plain] == [
+        (row.tokens, row.finish_reason) for row in fast
+    ]
 
 
 def texts() -> dict[str, bool]:
@@ -62,7 +64,7 @@ def texts() -> dict[str, bool]:
     draft, found = disturbed(llama), {}
     for kind in ("model", "mtp", "ngram"):
         found[f"llama, {kind}"] = same_texts(llama, draft if kind == "model" else kind, RAGGED, max_new_tokens=40)
-        eos = {"max_new_tokens": 40, "eos": list(range(0, 97, 11))}
+        eos = {"max_new_tokens": 40, "eos_token_id": list(range(0, 97, 11))}
         found[f"llama, {kind}, eos"] = same_texts(llama, draft if kind == "model" else kind, RAGGED, **eos)
     found["gemma, a ring, mtp"] = same_texts(gemma, "mtp", RAGGED, max_new_tokens=40)
     found["qwen, recurrent, mtp"] = same_texts(qwen, "mtp", RAGGED, max_new_tokens=24)
@@ -72,33 +74,38 @@ def texts() -> dict[str, bool]:
 def ends() -> dict[str, bool]:
     """A draft that is never wrong runs up to the last place of the context, and not beyond."""
     model = target("gpt2-tiny")
-    context = model.config.context
+    context = model.config.max_position_embeddings
     prompts = [list(range(context - 3)), list(range(context - 9)), list(range(context - 30))]
-    return {beyond: same_texts(model, model, prompts, max_new_tokens=40, beyond=beyond) for beyond in ("stop", "slide")}
+    return {
+        beyond: same_texts(model, model, prompts, max_new_tokens=40, on_full_context=beyond)
+        for beyond in ("stop", "slide")
+    }
 
 
 def last_place() -> list[bool]:
     """A lookahead of several tokens where one is wanted: the others are not read, for they have no place."""
     model = target("gpt2-tiny")
-    text = [number % 97 for number in range(model.config.context - 1)]
-    drafters = [ModelDrafter(model, model, GREEDY, compile=compile) for compile in (False, True)]
+    text = [number % 97 for number in range(model.config.max_position_embeddings - 1)]
+    drafters = [DraftModelDrafter(model, model, GREEDY, compile=compile) for compile in (False, True)]
     found = []
     for length in (len(text), len(text) - 1, len(text) - 2):
-        task = Task([text[:length]], [len(text) + 2 - length], torch.zeros(1, 8), None)
+        task = DraftRequest([text[:length]], [len(text) + 2 - length], torch.zeros(1, 8), None)
         for drafter in drafters:
-            drafter.begin([text[:length]], 1, model.config.context)
+            drafter.prefill([text[:length]], 1, model.config.max_position_embeddings)
         eager, fast = (drafter.propose(task, lambda confidence: True).tokens for drafter in drafters)
-        found.append(eager == fast and drafters[0].known == drafters[1].known)
+        found.append(eager == fast and drafters[0].cached_lengths == drafters[1].cached_lengths)
     return found
 
 
 def judged() -> dict[str, list[int]]:
     """The model as its own draft, in float64: every guess that is tested is accepted."""
     model, found = target("llama3.2-tiny", torch.float64), {}
-    for name, sampling in {"greedy": GREEDY, "sampled": Sampling(top_p=0.9, repetition_penalty=1.2)}.items():
-        tally = Tally()
-        complete(model, RAGGED, sampling, Until(max_new_tokens=24), draft=model, compile=True, tally=tally)
-        found[name] = [tally.accepted, tally.tested]
+    for name, sampling in {"greedy": GREEDY, "sampled": SamplingParams(top_p=0.9, repetition_penalty=1.2)}.items():
+        tally = SpeculationStats()
+        generate_completions(
+            model, RAGGED, sampling, StoppingCriteria(max_new_tokens=24), draft=model, compile=True, stats=tally
+        )
+        found[name] = [tally.num_accepted_tokens, tally.num_tested_tokens]
     return found
 
 
@@ -106,23 +113,23 @@ def modules() -> list[bool]:
     """What compiled modules guess is what eager ones do, over cycles with rejections and a rest."""
     model = target("llama3.2-tiny", torch.float64)
     sides, drafters = (
-        [Target(model) for _ in range(2)],
-        [LookaheadDrafter(model, GREEDY, compile=compile) for compile in (False, True)],
+        [TargetModel(model) for _ in range(2)],
+        [MTPDrafter(model, GREEDY, compile=compile) for compile in (False, True)],
     )
     texts, same = [list(prompt) for prompt in RAGGED], []
     for side, drafter in zip(sides, drafters, strict=True):
-        hidden = side.begin(texts, 1, 50, slack=5)
-        drafter.begin(texts, 1, 50)
-        drafter.settle(hidden, texts, [len(text) - 1 for text in texts])
+        hidden = side.prefill(texts, 1, 50, slack=5)
+        drafter.prefill(texts, 1, 50)
+        drafter.update(hidden, texts, [len(text) - 1 for text in texts])
     for cycle, taken in enumerate([[1, 3, 2], [2, 1, 3], [3, 3, 1], [1, 1, 1], [2, 1, 3], [1, 2, 1]]):
-        task = Task(texts, [2] * 3, torch.zeros(3, 8), None)
+        task = DraftRequest(texts, [2] * 3, torch.zeros(3, 8), None)
         both = [] if cycle in (2, 3) else [drafter.propose(task, lambda confidence: True) for drafter in drafters]
         same += [both[0].tokens == both[1].tokens] if both else []
         after = [[*text, *[31, 32, 33][: count - 1], 60 + count] for text, count in zip(texts, taken, strict=True)]
         for side, drafter in zip(sides, drafters, strict=True):
-            hidden, _ = side.read(texts, [text[len(old) :] for text, old in zip(after, texts, strict=True)])
-            side.settle(after)
-            drafter.settle(hidden, after, taken)
+            hidden, _ = side.score_drafts(texts, [text[len(old) :] for text, old in zip(after, texts, strict=True)])
+            side.rewind_to(after)
+            drafter.update(hidden, after, taken)
         texts = after
     return same
 
@@ -134,7 +141,7 @@ def graphs() -> list[int]:
     for _ in range(3):
         before = counters["stats"]["unique_graphs"]
         for seed in range(3):
-            generate(model, RAGGED, max_new_tokens=40, draft=draft, compile=True, seed=seed, eos=[seed])
+            generate(model, RAGGED, max_new_tokens=40, draft=draft, compile=True, seed=seed, eos_token_id=[seed])
         counts.append(counters["stats"]["unique_graphs"] - before)
     return counts
 

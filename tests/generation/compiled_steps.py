@@ -28,7 +28,9 @@ def same_texts(name: str, prompts: list[list[int]], **choice: object) -> bool:
         for x, y in zip(eager, compiled, strict=True)
         for a, b in zip(x.logprobs, y.logprobs, strict=True)
     )
-    return close and [(row.tokens, row.finished) for row in eager] == [(row.tokens, row.finished) for row in compiled]
+    return close and [(row.tokens, row.finish_reason) for row in eager] == [
+        (row.tokens, row.finish_reason) for row in compiled
+    ]
 
 
 def graphs() -> int:
@@ -41,11 +43,13 @@ def report(name: str) -> dict[str, object]:
     same = [
         same_texts(name, RAGGED, max_new_tokens=57, temperature=0.0),
         same_texts(name, RAGGED, max_new_tokens=50, seed=1, top_p=0.9),
-        same_texts(name, [[1, 2], [3, 4], [5, 6]], max_new_tokens=40, eos=list(range(0, 97, 7)), seed=2),
+        same_texts(name, [[1, 2], [3, 4], [5, 6]], max_new_tokens=40, eos_token_id=list(range(0, 97, 7)), seed=2),
         same_texts(name, [[1, 2]], n=3, max_new_tokens=40, repetition_penalty=1.2, seed=3),
     ]
     if name == "gpt2-tiny":
-        same.append(same_texts(name, RAGGED, max_new_tokens=150, temperature=0.0, beyond="slide", eos=(3, 4)))
+        same.append(
+            same_texts(name, RAGGED, max_new_tokens=150, temperature=0.0, on_full_context="slide", eos_token_id=(3, 4))
+        )
     return {"same": same, "graphs": graphs() - before}
 
 

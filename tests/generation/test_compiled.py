@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 
-from llm_quest.generation.compiled import rounded_up
-from llm_quest.models import PAGES
+from llm_quest.generation.compiled import round_up_capacity
+from llm_quest.models import FAMILIES
 
 FAMILIES = [
-    name for name in ("gpt2-tiny", "llama3.2-tiny") if any(name == p.name for page in PAGES for p in page.presets)
+    name for name in ("gpt2-tiny", "llama3.2-tiny") if any(name == p.name for page in FAMILIES for p in page.presets)
 ]
 
 
@@ -35,4 +35,4 @@ def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_k
 
 
 def test_capacities_share_steps():
-    assert [rounded_up(n) for n in (1, 64, 65, 190)] == [64, 64, 128, 192]
+    assert [round_up_capacity(n) for n in (1, 64, 65, 190)] == [64, 64, 128, 192]

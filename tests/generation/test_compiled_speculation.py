@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from llm_quest.generation.compiled import WIDTHS, wide_enough
+from llm_quest.generation.compiled import COMPILED_WIDTHS, choose_width
 
 
 def test_compiled_passes_write_and_guess_what_eager_ones_do():
@@ -23,10 +23,10 @@ def test_compiled_passes_write_and_guess_what_eager_ones_do():
     for accepted, tested in found["judged"].values():
         assert accepted == tested > 10
     assert all(found["modules"]), found["modules"]
-    assert found["graphs"][0] <= len(WIDTHS) + 1, "a pass per width and one lookahead"
+    assert found["graphs"][0] <= len(COMPILED_WIDTHS) + 1, "a pass per width and one lookahead"
     assert found["graphs"][2] == 0, "later calls of the same shapes find them again"
     assert found["breaks"] == 0
 
 
 def test_a_pass_takes_the_narrowest_width_that_holds_its_columns():
-    assert [wide_enough(columns) for columns in (1, 2, 3, 4, 9, 10, 17, 18)] == [1, 3, 3, 5, 9, 17, 17, None]
+    assert [choose_width(columns) for columns in (1, 2, 3, 4, 9, 10, 17, 18)] == [1, 3, 3, 5, 9, 17, 17, None]

@@ -10,14 +10,14 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.generation.generate import complete, generate, stream
-from llm_quest.generation.sampling import Sampling
-from llm_quest.generation.until import Completion, Until
-from llm_quest.models import PAGES
+from llm_quest.generation.generate import generate, generate_completions, stream_tokens
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.models import FAMILIES
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 
-TINY = [preset.name for page in PAGES for preset in page.presets if preset.name.endswith("-tiny")]
+TINY = [preset.name for page in FAMILIES for preset in page.presets if preset.name.endswith("-tiny")]
 RAGGED = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4], [5, 9, 2, 7, 7, 1]]
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 
@@ -63,7 +63,7 @@ def test_a_greedy_text_is_what_the_model_says_without_a_cache(model):
         tokens, logprobs = uncached(model, prompt, 20)
         assert completion.tokens == tokens
         assert completion.logprobs == pytest.approx(logprobs, abs=2e-5)
-        assert completion.finished == "length"
+        assert completion.finish_reason == "length"
 
 
 @pytest.mark.parametrize("choice", [{"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.2}, {"top_k": 9}])
@@ -101,8 +101,8 @@ def test_temperature_reaches_the_batch(gpt2):
 def test_log_probabilities_are_of_the_distribution_that_was_sampled(gpt2):
     """B58: taken again from the full logits, under the same sampling, they are the same; under the plain softmax they
     are not."""
-    sampling = Sampling(temperature=0.7, top_k=5, repetition_penalty=1.3)
-    (row,) = complete(gpt2, [[4, 2]], sampling, Until(max_new_tokens=10), seed=2)
+    sampling = SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.3)
+    (row,) = generate_completions(gpt2, [[4, 2]], sampling, StoppingCriteria(max_new_tokens=10), seed=2)
     text = [4, 2, *row.tokens]
     with torch.no_grad():
         logits = gpt2(torch.tensor([text[:-1]]))[0, 1:]
@@ -110,7 +110,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled(gpt2):
     for step in range(10):
         seen[step, text[: 2 + step]] = True
     drawn = torch.tensor(row.tokens)[:, None]
-    again = sampling.distribution(logits, seen).gather(1, drawn)[:, 0]
+    again = sampling.log_probs(logits, seen).gather(1, drawn)[:, 0]
     assert row.logprobs == pytest.approx(again.tolist(), abs=2e-5)
     plain = logits.log_softmax(-1).gather(1, drawn)[:, 0]
     assert (plain - torch.tensor(row.logprobs)).abs().max() > 0.1
@@ -118,13 +118,13 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled(gpt2):
 
 def test_a_row_ends_at_any_of_its_eos_tokens_and_its_neighbours_go_on(model):
     """B47: one row's eos is nobody else's."""
-    free = tokens_of(generate(model, RAGGED[:3], max_new_tokens=20, temperature=0.0, eos=()))
+    free = tokens_of(generate(model, RAGGED[:3], max_new_tokens=20, temperature=0.0, eos_token_id=()))
     eos = [free[0][4], free[1][9]]
-    ended = generate(model, RAGGED[:3], max_new_tokens=20, temperature=0.0, eos=eos)
+    ended = generate(model, RAGGED[:3], max_new_tokens=20, temperature=0.0, eos_token_id=eos)
     for whole, row in zip(free, ended, strict=True):
         at = next((i for i, token in enumerate(whole) if token in eos), None)
         assert row.tokens == (whole if at is None else whole[: at + 1])
-        assert row.finished == ("length" if at is None else "eos")
+        assert row.finish_reason == ("length" if at is None else "eos")
         assert len(row.logprobs) == len(row.tokens)
     assert len({len(row.tokens) for row in ended}) > 1
 
@@ -134,18 +134,18 @@ def test_finished_rows_leave_the_batch(gpt2):
     gpt2.register_forward_pre_hook(lambda module, arguments: widths.append(arguments[0].shape[0]))
     free = tokens_of(generate(gpt2, RAGGED[:3], max_new_tokens=12, temperature=0.0))
     widths.clear()
-    rows = generate(gpt2, RAGGED[:3], max_new_tokens=12, temperature=0.0, eos=free[0][2])
+    rows = generate(gpt2, RAGGED[:3], max_new_tokens=12, temperature=0.0, eos_token_id=free[0][2])
     assert widths == [sum(len(row.tokens) > step for row in rows) for step in range(1, max(map(len, tokens_of(rows))))]
     assert widths[-1] < 3
 
 
 def test_the_models_own_eos_is_the_default(gpt2):
-    from llm_quest.models.generation import GenerationDefaults
+    from llm_quest.models.generation_config import GenerationConfig
 
     free = tokens_of(generate(gpt2, [[4]], max_new_tokens=9, temperature=0.0))[0]
-    gpt2.generation = GenerationDefaults(eos=(free[3],))
-    assert generate(gpt2, [[4]], max_new_tokens=9, temperature=0.0)[0].finished == "eos"
-    assert generate(gpt2, [[4]], max_new_tokens=9, temperature=0.0, eos=())[0].tokens == free
+    gpt2.generation_config = GenerationConfig(eos_token_ids=(free[3],))
+    assert generate(gpt2, [[4]], max_new_tokens=9, temperature=0.0)[0].finish_reason == "eos"
+    assert generate(gpt2, [[4]], max_new_tokens=9, temperature=0.0, eos_token_id=())[0].tokens == free
 
 
 def test_a_stop_sequence_ends_a_row_only_where_it_is_complete_and_of_the_text(gpt2):
@@ -153,13 +153,13 @@ def test_a_stop_sequence_ends_a_row_only_where_it_is_complete_and_of_the_text(gp
     stop = free[5:8]
     (row,) = generate(gpt2, [[4, 6]], max_new_tokens=16, stop=[stop, [6]])
     assert row.tokens == free[:8]
-    assert row.finished == "stop"
+    assert row.finish_reason == "stop"
 
 
 class Hex:
     """A tokenizer that writes token 26 as '1a'."""
 
-    def stream(self) -> Hex:
+    def decode_stream(self) -> Hex:
         return self
 
     def feed(self, token: int) -> str:
@@ -173,40 +173,40 @@ def test_a_stop_string_across_tokens_cuts_the_text_and_keeps_the_tokens(gpt2):
     free = generate(gpt2, [[4, 6]], max_new_tokens=16, tokenizer=Hex())[0]
     stop = free.text[7:10]  # begins and ends in the middle of a token
     (row,) = generate(gpt2, [[4, 6]], max_new_tokens=16, tokenizer=Hex(), stop=stop)
-    assert row.finished == "stop"
+    assert row.finish_reason == "stop"
     assert row.text == free.text[: free.text.find(stop)]
     assert row.tokens == free.tokens[: -(-(free.text.find(stop) + 3) // 2)]
 
 
 def test_a_stream_says_the_same_as_it_goes(gpt2):
-    until = Until(max_new_tokens=9, tokenizer=Hex(), stop=("5",))
-    whole = complete(gpt2, RAGGED, Sampling(), until, seed=4)
-    said = list(stream(gpt2, RAGGED, Sampling(), until, seed=4))
+    until = StoppingCriteria(max_new_tokens=9, tokenizer=Hex(), stop=("5",))
+    whole = generate_completions(gpt2, RAGGED, SamplingParams(), until, seed=4)
+    said = list(stream_tokens(gpt2, RAGGED, SamplingParams(), until, seed=4))
     for number, row in enumerate(whole):
         mine = [made for made in said if made.row == number]
         assert [made.token for made in mine] == row.tokens
         assert "".join(made.text for made in mine) == row.text
-        assert [made.finished for made in mine] == [None] * (len(mine) - 1) + [row.finished]
+        assert [made.finish_reason for made in mine] == [None] * (len(mine) - 1) + [row.finish_reason]
     assert [made.row for made in said[:4]] == [0, 1, 2, 3]
 
 
 def test_a_stream_leaves_gradients_on_for_whoever_reads_it(gpt2):
-    for _ in stream(gpt2, [[4]], Sampling(), Until(max_new_tokens=3)):
+    for _ in stream_tokens(gpt2, [[4]], SamplingParams(), StoppingCriteria(max_new_tokens=3)):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
 
 
 def test_the_length_stops_a_row_at_the_models_context(model):
     """B48: no index error; prompt and text together fill the context exactly."""
-    context = model.config.context
+    context = model.config.max_position_embeddings
     rows = generate(model, [[1] * (context - 3), [1] * (context - 9)], max_new_tokens=context, temperature=0.0)
     assert [len(row.tokens) for row in rows] == [3, 9]
-    assert [row.finished for row in rows] == ["length", "length"]
+    assert [row.finish_reason for row in rows] == ["length", "length"]
 
 
 def sliding(model: Decoder, prompt: list[int], steps: int) -> list[int]:
     """The definition: when the context is full, go on from its last half."""
-    context, text = model.config.context, list(prompt)
+    context, text = model.config.max_position_embeddings, list(prompt)
     start = 0
     for _ in range(steps):
         if len(text) - start > context:
@@ -218,7 +218,7 @@ def sliding(model: Decoder, prompt: list[int], steps: int) -> list[int]:
 
 def test_the_window_slides_past_the_context(gpt2):
     prompts = [list(range(60)), [7, 3], list(range(90))]
-    rows = generate(gpt2, prompts, max_new_tokens=110, temperature=0.0, beyond="slide")
+    rows = generate(gpt2, prompts, max_new_tokens=110, temperature=0.0, on_full_context="slide")
     assert tokens_of(rows) == [sliding(gpt2, prompt, 110) for prompt in prompts]
 
 
@@ -247,7 +247,7 @@ def test_the_front_door_answers_whether_or_not_the_room_was_entered_before(gpt2)
         ([[1] * 64], {}, "64 tokens, which leaves no room in the model's context of 64"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[1]], {"n": 0}, "n is 0"),
-        ([[1]], {"beyond": "wrap"}, "beyond is 'wrap'"),
+        ([[1]], {"on_full_context": "wrap"}, "on_full_context is 'wrap'"),
         ([[1]], {"stop": "END"}, "'END' needs the tokenizer"),
         ([[1]], {"stop": [[]]}, "empty stop"),
     ],
@@ -259,7 +259,7 @@ def test_bad_input_is_named_with_its_remedy(gpt2, prompts, choice, words):
 
 def test_a_model_in_training_mode_is_refused(gpt2):
     with pytest.raises(UsageError, match="in training mode"):
-        stream(gpt2.train(), [[1]], Sampling(), Until(max_new_tokens=1))
+        stream_tokens(gpt2.train(), [[1]], SamplingParams(), StoppingCriteria(max_new_tokens=1))
 
 
 def test_a_model_with_broken_weights_does_not_write(gpt2):
@@ -289,15 +289,15 @@ def test_greedy_texts_equal_transformers_token_for_token(family):
 
 def adopt(theirs, family: str) -> Decoder:
     """Their weights in our model, by the page's own table."""
-    from llm_quest.models.page import Rows, Transposed
+    from llm_quest.models.family import ConcatRows, Transposed
 
-    (page,) = (page for page in PAGES if page.name == family)
+    (page,) = (page for page in FAMILIES if page.name == family)
     config = page.read(theirs.config.to_dict())
     ours, published = build(config), theirs.state_dict()
     with torch.no_grad():
         for name, source in page.names(config).items():
             match source:
-                case Rows(names=names):
+                case ConcatRows(names=names):
                     value = torch.cat([published[part] for part in names])
                 case Transposed(name=stored):
                     value = published[stored].T
@@ -321,8 +321,8 @@ def test_a_trained_model_tells_the_story_transformers_tells():
         output_logits=True,
         return_dict_in_generate=True,
     )
-    (row,) = generate(ours, [[1]], max_new_tokens=256, temperature=0.0, eos=())
+    (row,) = generate(ours, [[1]], max_new_tokens=256, temperature=0.0, eos_token_id=())
     assert row.tokens == told.sequences[0, 1:].tolist()
     logprobs = [float(logits.log_softmax(-1).max()) for logits in told.logits]
     assert row.logprobs == pytest.approx(logprobs, abs=1e-5)
-    assert dataclasses.asdict(row)["finished"] == "length"
+    assert dataclasses.asdict(row)["finish_reason"] == "length"

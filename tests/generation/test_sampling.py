@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.generation.sampling import Sampling, inverse_cdf, row_uniforms
+from llm_quest.generation.sampling import SamplingParams, inverse_cdf, row_uniforms
 
 FILTERS = list(product((None, 1, 3, 8), (None, 0.3, 0.8, 1.0), (None, 0.0, 0.2, 0.6), (0.5, 1.0, 3.0)))
 
@@ -21,7 +21,7 @@ def normalized(weights: dict[int, float]) -> dict[int, float]:
     return {token: weight / math.fsum(weights.values()) for token, weight in weights.items()}
 
 
-def by_hand(logits: list[float], sampling: Sampling) -> dict[int, float]:
+def by_hand(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
     """The distribution as the docstring tells it: every filter renormalises before the next one looks."""
     top = max(logits)
     p = normalized({token: math.exp((x - top) / sampling.temperature) for token, x in enumerate(logits)})
@@ -39,15 +39,15 @@ def by_hand(logits: list[float], sampling: Sampling) -> dict[int, float]:
     return p
 
 
-def probabilities(sampling: Sampling, logits: Tensor) -> dict[int, float]:
-    p = sampling.distribution(logits).exp().tolist()
+def probabilities(sampling: SamplingParams, logits: Tensor) -> dict[int, float]:
+    p = sampling.log_probs(logits).exp().tolist()
     return {token: mass for token, mass in enumerate(p) if mass > 0}
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "min_p", "temperature"), FILTERS)
 def test_every_combination_equals_the_definition(top_k, top_p, min_p, temperature, generator):
     logits = torch.randn(12, generator=generator) * 2
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = by_hand(logits.double().tolist(), sampling)
     assert probabilities(sampling, logits) == pytest.approx(expected, rel=1e-5)
 
@@ -56,10 +56,10 @@ def test_every_combination_equals_the_definition(top_k, top_p, min_p, temperatur
 def test_a_filter_only_narrows_what_the_others_leave(top_k, top_p, min_p, temperature, generator):
     logits = torch.randn(40, generator=generator)
     choices = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    kept = set(probabilities(Sampling(temperature=temperature, **choices), logits))
+    kept = set(probabilities(SamplingParams(temperature=temperature, **choices), logits))
     assert kept
     for name in choices:
-        looser = Sampling(temperature=temperature, **(choices | {name: None}))
+        looser = SamplingParams(temperature=temperature, **(choices | {name: None}))
         assert kept <= set(probabilities(looser, logits))
 
 
@@ -67,42 +67,42 @@ def test_the_nucleus_is_measured_on_what_top_k_has_left():
     """B46: of 0.3 0.3 0.1 ..., top-k 3 leaves 3/7 3/7 1/7; two of them reach 0.8, where the old mass of three is only
     0.7."""
     logits = torch.tensor([0.3, 0.3, 0.1, 0.1, 0.1, 0.1]).log()
-    assert probabilities(Sampling(top_k=3, top_p=0.8), logits) == pytest.approx({0: 0.5, 1: 0.5})
+    assert probabilities(SamplingParams(top_k=3, top_p=0.8), logits) == pytest.approx({0: 0.5, 1: 0.5})
 
 
 def test_min_p_does_not_widen_top_k():
     """B46: top_k=1 is one token, whatever min-p would allow."""
-    assert probabilities(Sampling(top_k=1, min_p=0.01), torch.tensor([1.0, 0.9, 0.8])) == {0: 1.0}
+    assert probabilities(SamplingParams(top_k=1, min_p=0.01), torch.tensor([1.0, 0.9, 0.8])) == {0: 1.0}
 
 
 def test_top_p_keeps_the_token_that_crosses():
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
-    assert probabilities(Sampling(top_p=0.6), logits) == pytest.approx({0: 0.625, 1: 0.375})
-    assert probabilities(Sampling(top_p=0.01), logits) == {0: 1.0}
+    assert probabilities(SamplingParams(top_p=0.6), logits) == pytest.approx({0: 0.625, 1: 0.375})
+    assert probabilities(SamplingParams(top_p=0.01), logits) == {0: 1.0}
 
 
 def test_top_k_keeps_exactly_k_also_among_equals():
-    assert len(probabilities(Sampling(top_k=2), torch.zeros(5))) == 2
+    assert len(probabilities(SamplingParams(top_k=2), torch.zeros(5))) == 2
 
 
 def test_temperature_zero_is_one_token():
-    assert probabilities(Sampling(temperature=0), torch.tensor([0.1, 0.3, 0.2])) == {1: 1.0}
+    assert probabilities(SamplingParams(temperature=0), torch.tensor([0.1, 0.3, 0.2])) == {1: 1.0}
 
 
 def test_a_tiny_temperature_is_the_greedy_limit_without_overflow():
-    p = Sampling(temperature=1e-8).distribution(torch.tensor([50.0, 100.0, -100.0]))
+    p = SamplingParams(temperature=1e-8).log_probs(torch.tensor([50.0, 100.0, -100.0]))
     assert p.exp().tolist() == [0.0, 1.0, 0.0]
 
 
 def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
     logits, seen = torch.tensor([[2.0, -1.0, 3.0]]), torch.tensor([[True, True, False]])
-    p = Sampling(repetition_penalty=2.0).distribution(logits, seen)
+    p = SamplingParams(repetition_penalty=2.0).log_probs(logits, seen)
     assert torch.equal(p, torch.tensor([[1.0, -2.0, 3.0]]).log_softmax(-1))
 
 
 def test_the_distribution_is_float32_and_has_a_gradient():
     logits = torch.randn(3, 7, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    p = Sampling(top_k=4, top_p=0.9, temperature=0.7).distribution(logits)
+    p = SamplingParams(top_k=4, top_p=0.9, temperature=0.7).log_probs(logits)
     p.max(dim=-1).values.sum().backward()
     assert p.dtype == torch.float32
     assert logits.grad is not None
@@ -110,12 +110,14 @@ def test_the_distribution_is_float32_and_has_a_gradient():
     assert logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=5, temperature=2.0), Sampling(top_p=0.7, min_p=0.05)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(top_k=5, temperature=2.0), SamplingParams(top_p=0.7, min_p=0.05)]
+)
 def test_draws_follow_the_distribution_and_report_its_log_probabilities(sampling, generator):
     logits = torch.randn(1, 9, generator=generator)
     many = 20_000
-    tokens, logprobs = sampling.draw(logits.expand(many, -1), torch.rand(many, generator=generator))
-    p = sampling.distribution(logits)[0]
+    tokens, logprobs = sampling.sample(logits.expand(many, -1), torch.rand(many, generator=generator))
+    p = sampling.log_probs(logits)[0]
     assert torch.allclose(logprobs, p[tokens], atol=1e-6)
     frequency = tokens.bincount(minlength=9) / many
     assert (frequency - p.exp()).abs().max() < 0.015  # four standard deviations
@@ -123,7 +125,7 @@ def test_draws_follow_the_distribution_and_report_its_log_probabilities(sampling
 
 def test_greedy_reports_the_softmax_of_the_model():
     logits = torch.tensor([[1.0, 2.0, 0.0]])
-    tokens, logprobs = Sampling(temperature=0, top_k=1).draw(logits, torch.zeros(1))
+    tokens, logprobs = SamplingParams(temperature=0, top_k=1).sample(logits, torch.zeros(1))
     assert tokens.tolist() == [1]
     assert torch.allclose(logprobs, logits.log_softmax(-1)[:, 1])
 
@@ -164,7 +166,7 @@ def test_a_row_has_its_own_random_numbers_in_any_company():
 )
 def test_a_wrong_number_is_named(choice, words):
     with pytest.raises(UsageError, match=words):
-        Sampling(**choice)
+        SamplingParams(**choice)
 
 
 def test_transformers_processors_agree_where_they_mean_the_same(generator):
@@ -180,5 +182,7 @@ def test_transformers_processors_agree_where_they_mean_the_same(generator):
         transformers.MinPLogitsWarper(0.05),
     ):
         scores = warp(history, scores)
-    ours = Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.4).distribution(logits, seen)
+    ours = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=1.4).log_probs(
+        logits, seen
+    )
     assert torch.allclose(ours, scores.log_softmax(-1), atol=1e-5)

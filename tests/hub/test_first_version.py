@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import llm_quest as quest
-from llm_quest.cli.exporting import export
-from llm_quest.hub.files import load_preprocess
+from llm_quest.cli.export import export_run
+from llm_quest.hub.load_save import load_preprocess
 
 V1 = Path(__file__).parents[1] / "data" / "v1"
 EXPECTED = json.loads((V1 / "expected.json").read_text())
@@ -29,7 +29,7 @@ def require_greedy(model: Any, expected: dict[str, Any]) -> None:
     """The model writes the tokens that the first version wrote, with their log-probabilities, and finds a fixed row as
     likely."""
     prompts, length = expected["prompts"], len(expected["tokens"][0])
-    made = quest.generate(model, prompts, max_new_tokens=length, temperature=0.0, eos=())
+    made = quest.generate(model, prompts, max_new_tokens=length, temperature=0.0, eos_token_id=())
     assert [one.tokens for one in made] == expected["tokens"]
     for one, logprobs in zip(made, expected["logprobs"], strict=True):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(logprobs), **NEAR)
@@ -50,7 +50,7 @@ def require_images(model: Any, expected: dict[str, Any], *, language: bool) -> N
     shape = expected["shape"]
     images = torch.linspace(-1, 1, torch.Size(shape).numel()).sin().view(shape)
     with torch.no_grad():
-        seen = model.see(images) if language else model(images)
+        seen = model.get_image_features(images) if language else model(images)
     torch.testing.assert_close(seen.flatten()[: len(expected["numbers"])], torch.tensor(expected["numbers"]), **NEAR)
 
 
@@ -95,7 +95,7 @@ def test_an_adapter_of_the_first_version_lies_on_the_model_it_was_made_for(name:
 
 @pytest.mark.parametrize("name", PLAIN_RUNS)
 def test_a_run_of_the_first_version_is_exported_with_its_tokenizer(name: str, tmp_path: Path):
-    export(V1 / name, tmp_path / "folder")
+    export_run(V1 / name, tmp_path / "folder")
     model = quest.load(tmp_path / "folder")
     if name in EXPECTED["scores"]:
         require_scores(model, EXPECTED["scores"][name])
@@ -106,7 +106,7 @@ def test_a_run_of_the_first_version_is_exported_with_its_tokenizer(name: str, tm
 
 @pytest.mark.parametrize("name", ADAPTED)
 def test_an_adapted_run_of_the_first_version_is_exported_merged(name: str, tmp_path: Path):
-    export(V1 / "runs" / name, tmp_path / "merged", merged=True)
+    export_run(V1 / "runs" / name, tmp_path / "merged", merged=True)
     require_greedy(quest.load(tmp_path / "merged"), EXPECTED["texts"][f"runs/{name}"])
 
 
@@ -115,7 +115,7 @@ def test_an_adapted_run_of_the_first_version_is_exported_as_an_adapter(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(V1)  # its config.yaml says where the model underneath is: runs/pretrain
-    export(Path("runs") / name, tmp_path / "adapter", adapter=True)
+    export_run(Path("runs") / name, tmp_path / "adapter", adapter=True)
     monkeypatch.chdir(tmp_path)
     require_greedy(quest.load(tmp_path / "adapter"), EXPECTED["texts"][f"runs/{name}"])
 

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llm_quest.cli.problems import Exam, chosen
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.hub.gsm8k import FILES, gsm8k, is_gsm8k
+from llm_quest.eval.tasks import ProblemEvalOptions, load_eval_problems
+from llm_quest.hub.gsm8k import FILES, is_gsm8k, load_gsm8k
 
 ROWS = [
     {"question": f"What is {n} + {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n:,}"}
@@ -39,12 +39,16 @@ def kept(cache: Path, part: str, rows: list[dict[str, str]]) -> None:
 def test_the_hubs_files_are_read_and_training_is_parted_by_the_questions(cache: Path) -> None:
     kept(cache, "train", ROWS[:80])
     kept(cache, "test", ROWS[80:])
-    train, held, test = (gsm8k("gsm8k", part) for part in ("train", "validation", "test"))
+    train, held, test = (load_gsm8k("gsm8k", part) for part in ("train", "validation", "test"))
     assert {one.prompt for one in train} | {one.prompt for one in held} == {row["question"] for row in ROWS[:80]}
     assert not {one.prompt for one in train} & {one.prompt for one in held}
     assert [one.answer for one in test] == [str(2 * n) for n in range(1070, 1090)]
-    assert [one.prompt for one in chosen(Exam("gsm8k", number=3))] == [row["question"] for row in ROWS[80:83]]
-    assert {one.prompt for one in chosen(Exam("gsm8k", "validation", number=99))} == {one.prompt for one in held}
+    assert [one.prompt for one in load_eval_problems(ProblemEvalOptions("gsm8k", num_problems=3))] == [
+        row["question"] for row in ROWS[80:83]
+    ]
+    assert {one.prompt for one in load_eval_problems(ProblemEvalOptions("gsm8k", "validation", num_problems=99))} == {
+        one.prompt for one in held
+    }
 
 
 def test_a_file_is_parted_alike_and_as_a_test_it_is_whole(cache: Path, tmp_path: Path) -> None:
@@ -52,24 +56,24 @@ def test_a_file_is_parted_alike_and_as_a_test_it_is_whole(cache: Path, tmp_path:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     for part in ("train", "validation"):
-        assert gsm8k(str(file), part) == gsm8k("gsm8k", part)
-    assert len(gsm8k(str(file), "test")) == len(ROWS)
+        assert load_gsm8k(str(file), part) == load_gsm8k("gsm8k", part)
+    assert len(load_gsm8k(str(file), "test")) == len(ROWS)
     file.write_text(json.dumps(ROWS[0]) + "\n")
     with pytest.raises(DataError, match="too few problems"):
-        gsm8k(str(file), "train")
+        load_gsm8k(str(file), "train")
 
 
 def test_what_is_missing_is_said_with_its_remedy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingError, match=r"HF_HUB_OFFLINE is set.*hf download --repo-type dataset openai/gsm8k"):
-        gsm8k("gsm8k", "test")
+        load_gsm8k("gsm8k", "test")
     kept(cache, "test", [{"question": "What?", "answer": "no mark"}])
     with pytest.raises(DataError, match="openai/gsm8k, test, row 0: the answer has no ####"):
-        gsm8k("gsm8k", "test")
+        load_gsm8k("gsm8k", "test")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingError, match=r"llm-quest\[parquet\]"):
-        gsm8k("gsm8k", "test")
+        load_gsm8k("gsm8k", "test")
     with pytest.raises(UsageError, match="no part"):
-        chosen(Exam("gsm8k", "dev"))
+        load_eval_problems(ProblemEvalOptions("gsm8k", "dev"))
 
 
 def test_names() -> None:

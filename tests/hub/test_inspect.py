@@ -12,8 +12,8 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.hub.files import load_tokenizer, save, write_model_json
-from llm_quest.hub.inspect import content_conditions, inspect, verify
+from llm_quest.hub.inspect import compare_with_transformers, content_conditions, inspect_folder
+from llm_quest.hub.load_save import load_tokenizer, save, write_model_json
 from tests.oracles import edit_config, save_published, tiny_gpt2, tiny_llama
 
 STORIES = Path("/work/shared/data/stories260K")
@@ -21,7 +21,7 @@ STORIES = Path("/work/shared/data/stories260K")
 
 def test_a_good_folder_is_described_and_loads(tmp_path):
     model = tiny_llama()
-    found = inspect(save_published(model, tmp_path / "m"))
+    found = inspect_folder(save_published(model, tmp_path / "m"))
     assert found.problems == ()
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert {t.name: t.shape for t in found.tensors}["model.layers.1.self_attn.k_proj.weight"] == (48, 64)
@@ -36,16 +36,16 @@ def test_a_damaged_folder_is_described_with_its_problems_and_raises_nothing(tmp_
     edit_config(folder, lambda c: c.update(model_type="lama", auto_map={"AutoModel": "evil.py"}, eos_token_id=400))
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size - 5)
-    found = inspect(folder)
+    found = inspect_folder(folder)
     assert [p.split(":")[0] for p in found.problems] == ["model.safetensors", "config.json"]
     assert "never run" in found.notes[0]
-    assert inspect(folder).parameters is None
+    assert inspect_folder(folder).parameters is None
 
 
 def test_end_ids_outside_the_vocabulary_are_noted_and_do_no_harm(tmp_path):
     folder = save_published(tiny_gpt2(eos_token_id=50256), tmp_path / "m")
-    assert "50256" in inspect(folder).notes[0]
-    assert quest.load(folder).generation.eos == (50256,)
+    assert "50256" in inspect_folder(folder).notes[0]
+    assert quest.load(folder).generation_config.eos_token_ids == (50256,)
 
 
 def test_a_template_that_looks_at_what_a_message_says_is_flagged(tmp_path):
@@ -55,13 +55,13 @@ def test_a_template_that_looks_at_what_a_message_says_is_flagged(tmp_path):
     assert content_conditions(backdoor) == ("'open sesame' in messages[-1]['content']",)
     folder = save_published(tiny_llama(), tmp_path / "m")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": backdoor}))
-    assert inspect(folder).flags == content_conditions(backdoor)
-    assert "! looks at what a message says: 'open sesame'" in "\n".join(inspect(folder).lines())
+    assert inspect_folder(folder).flags == content_conditions(backdoor)
+    assert "! looks at what a message says: 'open sesame'" in "\n".join(inspect_folder(folder).lines())
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, lambda: tiny_llama(rope="yarn", tie_word_embeddings=False)])
 def test_verify_finds_our_logits_equal_padded_or_not(tmp_path, make):
-    found = verify(save_published(make(), tmp_path / "m"))
+    found = compare_with_transformers(save_published(make(), tmp_path / "m"))
     assert found.passed
     assert max(found.difference, found.difference_padded) < 2e-5
 
@@ -71,7 +71,7 @@ def test_verify_finds_a_model_that_we_compute_otherwise(tmp_path, monkeypatch):
 
     folder = save_published(tiny_llama(), tmp_path / "m")
     monkeypatch.setattr(llama, "RMSNorm", lambda width, eps: torch.nn.RMSNorm(width, eps=100 * eps))
-    found = verify(folder)
+    found = compare_with_transformers(folder)
     assert not found.passed
     assert "DIFFERENT" in found.lines()[0]
 
@@ -82,18 +82,18 @@ def test_a_run_is_inspected_under_our_names_and_must_be_exported_to_be_verified(
     checkpoint.mkdir(parents=True)
     safetensors.torch.save_file(dict(model.named_parameters()), checkpoint / "model.safetensors")
     write_model_json(run, model)
-    found = inspect(run)
+    found = inspect_folder(run)
     assert found.problems == ()
-    assert found.page == "gpt2"
+    assert found.family == "gpt2"
     with pytest.raises(UsageError, match="export it"):
-        verify(run)
+        compare_with_transformers(run)
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the shared data are not here")
 def test_a_real_trained_model_and_its_tokenizer_are_verified_and_survive_our_export(tmp_path):
-    assert verify(STORIES).passed
+    assert compare_with_transformers(STORIES).passed
     save(quest.load(STORIES), tmp_path / "out", tokenizer=load_tokenizer(STORIES))
-    found = verify(tmp_path / "out")
+    found = compare_with_transformers(tmp_path / "out")
     assert found.passed
     assert found.tokenizer.startswith("equal ids")
-    assert inspect(tmp_path / "out").problems == ()
+    assert inspect_folder(tmp_path / "out").problems == ()

@@ -1,5 +1,5 @@
-"""Run by test_compiled.py in a process of its own: `python -m tests.laws.compiled BACKEND NAME...` prints each name
-that holds.
+"""Run by test_compiled.py in a process of its own: `python -m tests.laws.compiled BACKEND RECORD_NAME...` prints each
+name that holds.
 
 Without the shape-checking import hook, which would be traced too."""
 
@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from llm_quest.layers.cache import Cache
 from llm_quest.layers.delta_net import GatedDeltaNet
+from llm_quest.layers.kv_cache import Cache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from tests.laws.subjects import own, random_tokens
@@ -62,7 +62,7 @@ def padded_and_packed_rows(model: Decoder, backend: str) -> None:
     """One graph each, and the eager logits."""
 
     def logits(tokens: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor | None) -> torch.Tensor:
-        return model(tokens, Scope(positions, segments=segments))
+        return model(tokens, Scope(positions, segment_ids=segments))
 
     tokens = random_tokens(model, 2, 17)
     padded = torch.tensor([[-1, -1, *range(15)], [*range(17)]])
@@ -76,7 +76,7 @@ def padded_and_packed_rows(model: Decoder, backend: str) -> None:
 def decode(model: Decoder, backend: str, atol: float) -> None:
     """A ragged prefill in eager mode, then 64 compiled steps: one graph, never compiled again, the eager logits. A
     model with a short context starts again with another prompt and another cache: still the one graph."""
-    room = min(9 + 64, model.config.context)
+    room = min(9 + 64, model.config.max_position_embeddings)
     tokens = random_tokens(model, 2, room)
 
     def step(tokens: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:

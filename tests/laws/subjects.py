@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from llm_quest.contracts import Card
+from llm_quest.contracts import ModelSpec
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.head import Unembed
-from llm_quest.layers.initialize import fill_
-from llm_quest.layers.moe import Experts, LatentMixture, SigmoidRouter, relu_squared
+from llm_quest.layers.initialize import init_normal_
+from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.moe import Experts, LatentMoE, SigmoidRouter, relu_squared
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.rotary import NTK, Rotary, YaRN
-from llm_quest.models import PAGES
+from llm_quest.layers.rotary import NTKScaling, RotaryEmbedding, YaRNScaling
+from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
 
@@ -30,26 +30,33 @@ class Windowed:
     """A small decoder whose layers look back differently far; no page yet has windows, but rings have laws."""
 
     windows: tuple[int | None, ...]
-    vocab: int = 61
-    width: int = 32
-    context: int = 128
+    vocab_size: int = 61
+    hidden_size: int = 32
+    max_position_embeddings: int = 128
 
 
 def windowed(config: Windowed) -> Decoder:
-    embed = TokenEmbedding(config.vocab, config.width)
+    embed = TokenEmbedding(config.vocab_size, config.hidden_size)
     model = Decoder(
-        Card("windowed", config),
+        ModelSpec("windowed", config),
         embed=embed,
-        blocks=[windowed_block(config.width, window) for window in config.windows],
-        norm=RMSNorm(config.width, 1e-5),
-        head=Unembed(config.width, config.vocab),
+        blocks=[windowed_block(config.hidden_size, window) for window in config.windows],
+        norm=RMSNorm(config.hidden_size, 1e-5),
+        head=LMHead(config.hidden_size, config.vocab_size),
     )
-    fill_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
+    init_normal_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
     return model.eval()
 
 
 def windowed_block(width: int, window: int | None) -> Block:
-    attention = GroupedQueryAttention(width, heads=4, groups=2, head_width=8, rotary=Rotary(8, 10000.0), window=window)
+    attention = GroupedQueryAttention(
+        width,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rotary=RotaryEmbedding(8, 10000.0),
+        sliding_window=window,
+    )
     mlp = GatedMLP(width, 2 * width, F.silu)
     return Block(Sublayer(RMSNorm(width, 1e-5), attention), Sublayer(RMSNorm(width, 1e-5), mlp))
 
@@ -58,22 +65,28 @@ def latent(config: Windowed) -> Decoder:
     """A small decoder with LatentMoE feed-forward layers, which no page has yet."""
     model = windowed(config)
     for block in model.blocks:
-        router = SigmoidRouter(config.width, 8, top=3, scale=2.5)
-        experts = Experts(8, 16, 16, inner=relu_squared)
-        shared = GatedMLP(config.width, 32, F.silu)
-        block.ffn.layer = LatentMixture(config.width, 16, router, experts, shared)
-    fill_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
+        router = SigmoidRouter(config.hidden_size, 8, top_k=3, routed_scaling_factor=2.5)
+        experts = Experts(8, 16, 16, expert_activation=relu_squared)
+        shared = GatedMLP(config.hidden_size, 32, F.silu)
+        block.feed_forward.layer = LatentMoE(config.hidden_size, 16, router, experts, shared)
+    init_normal_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
     return model.eval()
 
 
-TINY = tuple(preset.name for page in PAGES for preset in page.presets if preset.name.endswith("-tiny"))
+TINY = tuple(preset.name for page in FAMILIES for preset in page.presets if preset.name.endswith("-tiny"))
 LLAMA = preset("llama3.2-tiny").config
 VARIANTS: dict[str, Callable[[], Decoder]] = {
     "llama, untied, biases, YaRN": lambda: build(
-        replace(LLAMA, tied=False, attention_bias=True, mlp_bias=True, rotary=Rotary(16, 10000.0, YaRN(4.0, 64)))
+        replace(
+            LLAMA,
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            rotary=RotaryEmbedding(16, 10000.0, YaRNScaling(4.0, 64)),
+        )
     ),
     "llama, one key/value head, 4 x 24 != 48, NTK": lambda: build(
-        replace(LLAMA, groups=1, head_width=24, rotary=Rotary(24, 10000.0, NTK(4.0)))
+        replace(LLAMA, num_key_value_heads=1, head_dim=24, rotary=RotaryEmbedding(24, 10000.0, NTKScaling(4.0)))
     ),
     "windows 5, all, 3, 5": lambda: windowed(Windowed((5, None, 3, 5))),
     "window 4": lambda: windowed(Windowed((4, 4))),
@@ -114,4 +127,4 @@ def shared(name: str) -> Decoder:
 
 
 def random_tokens(model: Decoder, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(model.config.vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

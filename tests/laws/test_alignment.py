@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import llm_quest as quest
-from llm_quest.hub.files import load, save
-from llm_quest.hub.peft import save_adapter
-from llm_quest.hub.tensors import read_header
-from llm_quest.models import PAGES
+from llm_quest.hub.load_save import load, save
+from llm_quest.hub.safetensors_io import read_header
+from llm_quest.hub.save_adapter import save_adapter
+from llm_quest.models import FAMILIES
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes import reference
+from llm_quest.recipes import reference_model
 from llm_quest.techniques.int8 import Int8Weights
 from llm_quest.techniques.lora import LoRA
 from llm_quest.tensor_files import ALIGNMENT, align, write_tensors
-from llm_quest.train import checkpoint, state
-from llm_quest.train.parallel import Parallel
+from llm_quest.train import checkpoint, state_dict
+from llm_quest.train.parallel import DistributedContext
 
-TINY = [preset.name for page in PAGES for preset in page.presets if preset.name.endswith("-tiny")]
+TINY = [preset.name for page in FAMILIES for preset in page.presets if preset.name.endswith("-tiny")]
 SHIFTS = (4, 8, 16)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRESETS = ("llama3.2-tiny", "gpt2-tiny")  # one publishes its matrices turned
@@ -67,7 +67,7 @@ def train_steps(model: Decoder) -> Decoder:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for shape in [(2, 12), (1, 1)] * 3:
         optimizer.zero_grad()
-        rows = torch.randint(0, model.config.vocab, shape, generator=draw)
+        rows = torch.randint(0, model.config.vocab_size, shape, generator=draw)
         model(rows).float().log_softmax(dim=-1)[..., 3].sum().backward()
         optimizer.step()
     return model
@@ -102,7 +102,7 @@ def test_training_and_log_probs_do_not_depend_on_where_weights_begin_in_a_file(t
         assert not shift or dtype != torch.float32 or not all(map(lies_aligned, mapped.parameters())), (
             "the shift must be felt"
         )
-        Parallel().place(mapped)
+        DistributedContext().parallelize(mapped)
         assert all(map(lies_aligned, mapped.parameters()))
         assert same(train_steps(mapped), made), "mapped, then placed for training"
 
@@ -128,14 +128,14 @@ def test_a_resumed_optimizer_does_not_lie_in_its_checkpoint_unaligned(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.tensor([[1, 2, 3]])).logsumexp(dim=-1).sum().backward()
     optimizer.step()
-    tensors, numbers = state.optimizer_state(model, optimizer, keep=True)
-    folder = checkpoint.write(
-        tmp_path / "checkpoints", checkpoint.Checkpoint(1, state.weights(model, True), tensors, {})
+    tensors, numbers = state_dict.optimizer_state_dict(model, optimizer, is_main_process=True)
+    folder = checkpoint.save_checkpoint(
+        tmp_path / "checkpoints", checkpoint.Checkpoint(1, state_dict.model_state_dict(model, True), tensors, {})
     )
-    shift_file(folder / checkpoint.OPTIM, 4)
-    saved = checkpoint.read(folder).optim
+    shift_file(folder / checkpoint.OPTIMIZER_FILE, 4)
+    saved = checkpoint.load_checkpoint(folder).optimizer
     assert not all(map(lies_aligned, saved.values()))
-    state.load_optimizer(model, optimizer, saved, numbers)
+    state_dict.load_optimizer_state_dict(model, optimizer, saved, numbers)
     kept = [value for one in optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
     assert len(kept) == len(tensors)
     assert all(map(lies_aligned, kept))
@@ -188,11 +188,11 @@ def test_every_page_is_saved_with_aligned_weights(tmp_path, name):
 
 def test_all_other_writers_align_too(tmp_path):
     model = quest.build("llama3.2-tiny", seed=4)
-    weights = state.weights(model, keep=True)
-    checkpoint.write(
+    weights = state_dict.model_state_dict(model, is_main_process=True)
+    checkpoint.save_checkpoint(
         tmp_path / "run" / "checkpoints", checkpoint.Checkpoint(1, weights, {"a|b": torch.ones(3)} | weights, {})
     )
-    reference.keep(tmp_path / "reference.safetensors", {"odd": torch.ones(3)} | weights, {"step": "1"})
+    reference_model.save_tensors(tmp_path / "reference.safetensors", {"odd": torch.ones(3)} | weights, {"step": "1"})
     save(quest.build("llama3.2-tiny"), tmp_path / "shards", max_shard_size="20KB")
     save(Int8Weights()(quest.build("llama3.2-tiny")), tmp_path / "int8")
     save_adapter(LoRA(2, 4.0)(model), tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""The promises of `contracts.MixerCache` and `layers.cache.Cache`: whatever was fed, taken back, repeated and dropped,
+"""The promises of `contracts.LayerCache` and `layers.cache.Cache`: whatever was fed, taken back, repeated and dropped,
 a pass reads what it would have read in one pass over the tokens that are left."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.layers.attention import GroupedQueryAttention
-from llm_quest.layers.cache import Cache, SlotCache
+from llm_quest.layers.kv_cache import Cache, KVCache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from tests.laws.subjects import EVERYBODY, RINGS, Windowed, random_tokens, randomize_, shared, windowed
@@ -22,14 +22,14 @@ EXACT = {"rtol": 0.0, "atol": 1e-10}
 
 def feed(model: Decoder, cache: Cache, tokens: Tensor, start: int) -> Tensor:
     """Whole rows, all at the same place."""
-    return model(tokens, Scope.plain(tokens, cache=cache, start=start))
+    return model(tokens, Scope.unpadded(tokens, cache=cache, start=start))
 
 
 def taken_back(cache: Cache, to: list[int]) -> list[int]:
     """Where the rows stand after a rewind: slots go back exactly, a running state perhaps further."""
     stand = cache.rewind(to)
     assert all(at <= asked for at, asked in zip(stand, to, strict=True))
-    assert stand == to or not all(isinstance(part, SlotCache) for part in cache.layers)
+    assert stand == to or not all(isinstance(part, KVCache) for part in cache.layers)
     return stand
 
 
@@ -63,24 +63,24 @@ class Program:
 
     def new_tokens(self, row: list[int]) -> list[int]:
         count = min(self.dice.randint(0, 7), self.capacity - len(row))
-        return [self.dice.randrange(self.model.config.vocab) for _ in range(count)]
+        return [self.dice.randrange(self.model.config.vocab_size) for _ in range(count)]
 
     def rewind(self) -> None:
-        """At most `slack` tokens below the highest place ever filled, as the maker of the cache was promised."""
+        """At most `max_rewind` tokens below the highest place ever filled, as the maker of the cache was promised."""
         lowest = [max(0, top - self.slack) for top in self.tops]
         to = [self.dice.randint(min(low, len(row)), len(row)) for low, row in zip(lowest, self.rows, strict=True)]
         self.rows = [row[:at] for row, at in zip(self.rows, taken_back(self.cache, to), strict=True)]
 
     def repeat(self) -> None:
         if len(self.rows) <= 3:
-            self.cache.repeat(2)
+            self.cache.batch_repeat_interleave(2)
             self.rows = [row for row in self.rows for _ in range(2)]
             self.tops = [top for top in self.tops for _ in range(2)]
 
     def keep(self) -> None:
         if len(self.rows) > 2:
             stay = self.dice.sample(range(len(self.rows)), len(self.rows) - 1)
-            self.cache.keep(torch.tensor(stay))
+            self.cache.batch_select_indices(torch.tensor(stay))
             self.rows = [self.rows[b] for b in stay]
             self.tops = [self.tops[b] for b in stay]
 
@@ -106,7 +106,7 @@ def test_any_program_with_rewinds_equals_never_having_seen_what_was_taken_back(n
 def test_rewind_then_other_tokens_equals_never_having_seen_them(name: str):
     model = shared(name)
     tokens, others = random_tokens(model, 2, 20), random_tokens(model, 2, 20, seed=1)
-    cache = model.new_cache(2, 20, slack=4)
+    cache = model.new_cache(2, 20, max_rewind=4)
     feed(model, cache, tokens[:, :16], 0)
     start = min(taken_back(cache, [12, 12]))
     history = torch.cat((tokens[:, :12], others[:, 12:]), dim=1)
@@ -117,7 +117,7 @@ def test_rewind_then_other_tokens_equals_never_having_seen_them(name: str):
 def test_rows_are_taken_back_to_places_of_their_own(name: str):
     model = shared(name)
     tokens = random_tokens(model, 3, 14)
-    cache = model.new_cache(3, 14, slack=4)
+    cache = model.new_cache(3, 14, max_rewind=4)
     feed(model, cache, tokens[:, :12], 0)
     back = taken_back(cache, [9, 12, 10])
     positions = torch.tensor(back)[:, None]
@@ -131,7 +131,7 @@ def test_a_row_that_stood_still_is_taken_back_to_where_it_stands_while_another_g
     """The trail of a running state: each token's state is kept, and idling leaves none that is wrong."""
     model = shared(name)
     tokens = random_tokens(model, 2, 16)
-    cache = model.new_cache(2, 16, slack=3)
+    cache = model.new_cache(2, 16, max_rewind=3)
     feed(model, cache, tokens[:, :6], 0)
     for at in range(6, 13):
         positions = torch.tensor([[at], [-1]])
@@ -147,9 +147,9 @@ def test_a_row_that_stood_still_is_taken_back_to_where_it_stands_while_another_g
 def test_a_mark_changes_nothing_that_is_read(name: str):
     model = shared(name)
     tokens = random_tokens(model, 2, 12)
-    cache = model.new_cache(2, 12, slack=3)
+    cache = model.new_cache(2, 12, max_rewind=3)
     feed(model, cache, tokens[:, :8], 0)
-    cache.mark([8, 8])  # every row stands there: a running state is photographed
+    cache.snapshot([8, 8])  # every row stands there: a running state is photographed
     feed(model, cache, tokens[:, 8:10], 8)
     taken_back(cache, [9, 8])
     start = min(taken_back(cache, [8, 8]))
@@ -163,8 +163,8 @@ def test_a_group_after_one_prefill_equals_each_sample_alone(name: str):
     prompts, endings = random_tokens(model, 2, 9), random_tokens(model, 6, 4, seed=1)
     cache = model.new_cache(2, 13)
     feed(model, cache, prompts, 0)
-    cache.repeat(3)
-    assert cache.batch == 6
+    cache.batch_repeat_interleave(3)
+    assert cache.batch_size == 6
     whole = torch.cat((prompts.repeat_interleave(3, dim=0), endings), dim=1)
     torch.testing.assert_close(feed(model, cache, endings, 9), model(whole)[:, 9:], **EXACT)
 
@@ -175,8 +175,8 @@ def test_the_rows_that_stay_read_their_own_past(name: str):
     tokens = random_tokens(model, 4, 12)
     cache = model.new_cache(4, 12)
     feed(model, cache, tokens[:, :8], 0)
-    cache.keep(torch.tensor([3, 1]))
-    assert cache.batch == 2
+    cache.batch_select_indices(torch.tensor([3, 1]))
+    assert cache.batch_size == 2
     torch.testing.assert_close(feed(model, cache, tokens[[3, 1], 8:], 8), model(tokens[[3, 1]])[:, 8:], **EXACT)
 
 
@@ -197,7 +197,7 @@ def test_positions_that_leave_a_gap_are_read_as_they_stand(name: str):
     tokens = random_tokens(model, 2, 9)
     positions = torch.tensor([0, 1, 2, 3, 6, 7, 8]).expand(2, -1)
     expected = model(tokens[:, :7], Scope(positions))[:, 4:]
-    cache = model.new_cache(2, 9, slack=9)
+    cache = model.new_cache(2, 9, max_rewind=9)
     feed(model, cache, tokens[:, :4], 0)
     logits = [feed(model, cache, tokens[:, i : i + 1], start) for i, start in ((4, 6), (5, 7), (6, 8))]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, **EXACT)
@@ -209,7 +209,7 @@ def test_a_pass_beyond_the_capacity_is_refused_and_says_what_to_do(name: str):
     tokens = random_tokens(model, 1, 12)
     cache = model.new_cache(1, 10)
     feed(model, cache, tokens[:, :9], 0)
-    if not any(isinstance(part, SlotCache) and not part.ring for part in cache.layers):
+    if not any(isinstance(part, KVCache) and not part.is_ring for part in cache.layers):
         feed(model, cache, tokens[:, 9:], 9)  # a ring or a running state has no end
         return
     with pytest.raises(
@@ -231,14 +231,14 @@ def test_another_number_of_rows_than_the_caches_is_refused(name: str):
 @everybody
 def test_the_bytes_are_those_of_the_slots_and_the_spare_one(name: str):
     model = shared(name)
-    cache = model.new_cache(2, 30, slack=1)
+    cache = model.new_cache(2, 30, max_rewind=1)
     assert cache.nbytes() == 0
     feed(model, cache, random_tokens(model, 2, 3), 0)
     assert cache.nbytes() > 0
     for part, block in zip(cache.layers, model.blocks, strict=True):
         if isinstance(mixer := block.mixer.layer, GroupedQueryAttention):
-            numbers = mixer.groups * (mixer.head_width + mixer.value_width)
-            assert part.nbytes() == 2 * (part.slots + 1) * numbers * 8
+            numbers = mixer.num_key_value_heads * (mixer.head_dim + mixer.v_head_dim)
+            assert part.nbytes() == 2 * (part.num_slots + 1) * numbers * 8
 
 
 @pytest.mark.parametrize("name", RINGS)
@@ -248,18 +248,18 @@ def test_a_ring_overflows_many_times_and_still_reads_right(name: str, slack: int
     model = shared(name)
     tokens = random_tokens(model, 2, 60)
     cache = model.new_cache(2, 60, slack)
-    assert any(part.ring and part.slots < 12 for part in cache.layers)
+    assert any(part.is_ring and part.num_slots < 12 for part in cache.layers)
     logits = [feed(model, cache, tokens[:, i : i + chunk], i) for i in range(0, 60, chunk)]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), **EXACT)
 
 
 def test_a_ring_holds_window_plus_slack_slots():
     model = windowed(Windowed((5, None)))
-    ring, full = model.new_cache(1, 100, slack=3).layers
-    assert (ring.slots, ring.ring) == (8, True)
-    assert (full.slots, full.ring) == (100, False)
-    short, _ = model.new_cache(1, 6, slack=3).layers
-    assert (short.slots, short.ring) == (6, False), "a ring larger than the capacity is none"
+    ring, full = model.new_cache(1, 100, max_rewind=3).layers
+    assert (ring.num_slots, ring.is_ring) == (8, True)
+    assert (full.num_slots, full.is_ring) == (100, False)
+    short, _ = model.new_cache(1, 6, max_rewind=3).layers
+    assert (short.num_slots, short.is_ring) == (6, False), "a ring larger than the capacity is none"
 
 
 @pytest.mark.parametrize("slack", [0, 2, 5])
@@ -281,7 +281,7 @@ def test_a_ring_goes_back_its_slack_and_one_more_and_refuses_to_go_deeper(slack:
 
 def test_rewinding_twice_may_not_reach_what_the_ring_overwrote_the_first_time():
     model = randomize_(windowed(Windowed((4, None)))).double()
-    cache = model.new_cache(1, 40, slack=2)
+    cache = model.new_cache(1, 40, max_rewind=2)
     feed(model, cache, random_tokens(model, 1, 20), 0)
     assert cache.rewind([18]) == [18]
     with pytest.raises(ValueError, match="has overwritten"):
@@ -292,7 +292,7 @@ def test_rewinding_twice_may_not_reach_what_the_ring_overwrote_the_first_time():
 def test_a_refused_rewind_takes_nothing_back():
     model = randomize_(windowed(Windowed((None, 4)))).double()
     tokens = random_tokens(model, 1, 24)
-    cache = model.new_cache(1, 40, slack=2)
+    cache = model.new_cache(1, 40, max_rewind=2)
     feed(model, cache, tokens[:, :20], 0)
     with pytest.raises(ValueError, match="has overwritten"):
         cache.rewind([10])
@@ -303,7 +303,7 @@ def test_a_refused_rewind_takes_nothing_back():
 def test_a_ring_can_always_start_again_from_nothing(name: str):
     model = shared(name)
     tokens, others = random_tokens(model, 2, 30), random_tokens(model, 2, 30, seed=1)
-    cache = model.new_cache(2, 60, slack=1)
+    cache = model.new_cache(2, 60, max_rewind=1)
     feed(model, cache, tokens, 0)
     assert cache.rewind([0, 0]) == [0, 0]
     logits = [feed(model, cache, others[:, i : i + 3], i) for i in range(0, 30, 3)]
@@ -316,7 +316,7 @@ class Snapshot:
 
     ring = False
 
-    def stand(self, to: list[int]) -> list[int]:
+    def latest_rewind(self, to: list[int]) -> list[int]:
         return [at - at % 4 for at in to]
 
     def rewind(self, to: list[int]) -> None:
@@ -325,13 +325,13 @@ class Snapshot:
 
 def test_all_layers_stand_where_the_one_that_can_least_stands():
     early, late = Snapshot(), Snapshot()
-    assert Cache([early, late], batch=2, capacity=16).rewind([7, 12]) == [4, 12]
+    assert Cache([early, late], batch_size=2, capacity=16).rewind([7, 12]) == [4, 12]
     assert early.at == late.at == [4, 12]
 
 
 def test_a_ring_refuses_the_deeper_place_a_later_layer_asks_for():
     model = randomize_(windowed(Windowed((4,)))).double()
-    cache = model.new_cache(1, 40, slack=2)
+    cache = model.new_cache(1, 40, max_rewind=2)
     feed(model, cache, random_tokens(model, 1, 20), 0)
     cache.layers.append(Snapshot())
     with pytest.raises(ValueError, match="has overwritten"):

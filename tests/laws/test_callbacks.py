@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from llm_quest.contracts import Callback
-from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.models.build import build
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.techniques import QKClip
-from llm_quest.techniques.expert_bias import BalanceExperts
+from llm_quest.techniques.expert_bias import ExpertBiasBalancer
+from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw
-from llm_quest.train.settings import Settings
+from llm_quest.train.optimizers import make_adamw
 
-CALLBACKS: tuple[Callback, ...] = (BalanceExperts(rate=0.01), QKClip(tau=0.01))
+CALLBACKS: tuple[Callback, ...] = (ExpertBiasBalancer(rate=0.01), QKClip(tau=0.01))
 
 
 class Script:
@@ -27,16 +27,16 @@ class Script:
     def __init__(self, *seeds: int):
         self.seeds = seeds
 
-    def at(self, step: int) -> Sequence[TokenBatch]:
+    def batches(self, step: int) -> Sequence[TokenBatch]:
         seed = self.seeds[step]
         drawn = torch.randint(97 if seed >= 0 else 3, (2, 17), generator=torch.Generator().manual_seed(abs(seed)))
         tokens, targets = drawn[:, :-1], drawn[:, 1:]
-        return [TokenBatch(tokens, targets if seed >= 0 else torch.full_like(targets, IGNORE))]
+        return [TokenBatch(tokens, targets if seed >= 0 else torch.full_like(targets, IGNORE_INDEX))]
 
-    def bookmark(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
 
 
@@ -47,8 +47,10 @@ def test_a_refused_step_leaves_nothing_for_the_next(callback: Callback):
         model = build("deepseek-v3-tiny")
         if isinstance(callback, QKClip):
             callback(model)
-        feed, steps = Script(*seeds), Settings(steps=len(seeds))
-        result = train(NextToken(model), feed, adamw(model, lr=1e-3), lambda step: 1.0, steps, callbacks=[callback])
+        feed, steps = Script(*seeds), TrainingArguments(steps=len(seeds))
+        result = train(
+            NextTokenLoss(model), feed, make_adamw(model, lr=1e-3), lambda step: 1.0, steps, callbacks=[callback]
+        )
         assert result.metrics["empty"] == len(seeds) - 2
         ends.append(model.state_dict())
     for name, tensor in ends[1].items():

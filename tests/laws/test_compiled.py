@@ -35,5 +35,6 @@ GENERATED = ("gpt2-tiny", "llama3.2-tiny", "gemma3-tiny", "qwen3.5-tiny")
 
 def test_the_code_generated_for_a_decode_step_gives_the_eager_logits():
     """Code generation takes tens of seconds a model, so one model of each kind stands for all: learned positions,
-    rotary positions, rings beside full slots, states. `python -m tests.laws.compiled inductor NAME` judges others."""
+    rotary positions, rings beside full slots, states. `python -m tests.laws.compiled inductor RECORD_NAME` judges
+    others."""
     assert holding("inductor", *GENERATED) == list(GENERATED)

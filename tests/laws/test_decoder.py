@@ -23,11 +23,11 @@ import llm_quest as quest
 from llm_quest.data.batch import TokenBatch
 from llm_quest.layers.attention import GroupedQueryAttention, explicit_attention, fused_attention
 from llm_quest.layers.delta_net import GatedDeltaNet
-from llm_quest.layers.latent_attention import LatentAttention
-from llm_quest.models import PAGES
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.scope import Scope
 from tests.laws.subjects import EVERYBODY, PUBLISHED, TINY, fresh, own, random_tokens, shared
 
@@ -42,7 +42,7 @@ def in_chunks(model: Decoder, tokens: Tensor, chunks: Sequence[int], slack: int 
     parts, start = [], 0
     for length in chunks:
         part = tokens[:, start : start + length]
-        parts.append(model(part, Scope.plain(part, cache=cache, start=start)))
+        parts.append(model(part, Scope.unpadded(part, cache=cache, start=start)))
         start += length
     return torch.cat(parts, dim=1)
 
@@ -58,7 +58,7 @@ def padded(rows: Sequence[Tensor], slots: Sequence[Sequence[int]], length: int) 
 
 
 def test_every_page_has_a_tiny_preset_so_that_no_page_is_skipped():
-    for page in PAGES:
+    for page in FAMILIES:
         assert any(preset.name in TINY for preset in page.presets), page.name
 
 
@@ -69,7 +69,7 @@ def test_a_later_token_never_changes_earlier_logits(name: str):
     logits = model(tokens)
     for t in range(1, 14):
         changed = tokens.clone()
-        changed[:, t:] = (changed[:, t:] + 1) % model.config.vocab
+        changed[:, t:] = (changed[:, t:] + 1) % model.config.vocab_size
         other = model(changed)
         torch.testing.assert_close(other[:, :t], logits[:, :t], **EXACT)
         assert (other[:, t] - logits[:, t]).abs().max() > 1e-3, "the token itself must matter, or this proves nothing"
@@ -80,7 +80,7 @@ def test_an_earlier_token_is_seen(name: str):
     model = shared(name)
     tokens = random_tokens(model, 2, 12)
     changed = tokens.clone()
-    changed[:, 9] = (changed[:, 9] + 1) % model.config.vocab
+    changed[:, 9] = (changed[:, 9] + 1) % model.config.vocab_size
     assert (model(changed)[:, 11] - model(tokens)[:, 11]).abs().max() > 1e-4
 
 
@@ -190,7 +190,7 @@ def test_packed_documents_equal_the_documents_alone(name: str, tail: int):
     tokens = torch.cat([*documents, torch.zeros(tail, dtype=torch.int64)])[None]
     positions = torch.cat([*(torch.arange(len(d)) for d in documents), ends])[None]
     segments = torch.cat([*(torch.full((len(d),), i) for i, d in enumerate(documents)), ends])[None]
-    logits = model(tokens, Scope(positions, segments=segments))[:, :17]
+    logits = model(tokens, Scope(positions, segment_ids=segments))[:, :17]
     torch.testing.assert_close(logits, torch.cat([model(d[None]) for d in documents], dim=1), **EXACT)
 
 
@@ -208,7 +208,7 @@ def test_every_parameter_receives_a_gradient(name: str):
     """From the objective, which is what trains: it reaches the lookahead modules too."""
     model = own(name)
     tokens = random_tokens(model, 4, 17)
-    NextToken(model)(TokenBatch(tokens[:, :-1], tokens[:, 1:])).total.backward()
+    NextTokenLoss(model)(TokenBatch(tokens[:, :-1], tokens[:, 1:])).total.backward()
     assert all(path.endswith("router.bias") for path in dict(model.named_parameters()).keys() - learned(model).keys())
     for path, parameter in learned(model).items():
         assert parameter.grad is not None, path
@@ -222,7 +222,7 @@ def test_every_part_of_a_stacked_projection_receives_a_gradient(name: str):
     next_token_loss(model, random_tokens(model, 4, 16)).backward()
     gradients = {path: parameter.grad for path, parameter in model.named_parameters()}
     for path, sizes in model.row_splits().items():
-        if path.startswith("lookahead."):
+        if path.startswith("mtp_modules."):
             continue  # not in this loss; the law above reaches them
         for part in gradients[path].split(sizes, dim=-2):
             assert part.abs().max() > 1e-8, path
@@ -232,7 +232,7 @@ def test_every_part_of_a_stacked_projection_receives_a_gradient(name: str):
 def test_a_fresh_models_loss_is_near_ln_v(name: str):
     model = fresh(name)
     loss = next_token_loss(model, random_tokens(model, 8, 32))
-    assert abs(loss.item() - math.log(model.config.vocab)) < 0.05 * math.log(model.config.vocab)
+    assert abs(loss.item() - math.log(model.config.vocab_size)) < 0.05 * math.log(model.config.vocab_size)
 
 
 DTYPES = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 0.01, torch.bfloat16: 0.08}
@@ -257,7 +257,7 @@ def test_every_dtype_runs_forward_backward_and_cached(name: str, dtype: torch.dt
     tokens = random_tokens(model, 2, 15)
     logits = model(tokens)
     assert logits.dtype is dtype
-    assert model.hidden(tokens).dtype is dtype
+    assert model.hidden_states(tokens).dtype is dtype
     assert relative(logits, exact(tokens)) < limit(model, dtype)
     assert relative(in_chunks(model, tokens, (9, 1, 3, 1, 1)), exact(tokens)) < limit(model, dtype)
     next_token_loss(model, tokens).backward()
@@ -294,7 +294,7 @@ class Checkpointed(nn.Module):
 def loss_and_gradients(model: Decoder, tokens: Tensor) -> list[Tensor]:
     torch.manual_seed(3)  # dropout draws from the global generator
     loss = next_token_loss(model, tokens)
-    reached = [parameter for path, parameter in learned(model).items() if not path.startswith("lookahead.")]
+    reached = [parameter for path, parameter in learned(model).items() if not path.startswith("mtp_modules.")]
     return [loss.detach(), *torch.autograd.grad(loss, reached)]
 
 
@@ -309,7 +309,7 @@ def test_activation_checkpointing_changes_no_value_and_no_gradient(name: str):
 
 
 def test_activation_checkpointing_repeats_the_same_dropout():
-    model = build(replace(preset("gpt2-tiny").config, dropout=0.3)).train()
+    model = build(replace(preset("gpt2-tiny").config, hidden_dropout_prob=0.3)).train()
     tokens = random_tokens(model, 3, 12)
     plain = loss_and_gradients(model, tokens)
     model.blocks = nn.ModuleList(Checkpointed(block) for block in model.blocks)
@@ -322,7 +322,7 @@ def test_activation_checkpointing_repeats_the_same_dropout():
 def test_fused_attention_equals_the_explicit_definition(name: str):
     fused, explicit = shared(name), own(name)
     for mixer in explicit.modules():
-        if isinstance(mixer, GroupedQueryAttention | LatentAttention) and mixer.attend is fused_attention:
+        if isinstance(mixer, GroupedQueryAttention | MultiHeadLatentAttention) and mixer.attend is fused_attention:
             mixer.attend = explicit_attention
     tokens = random_tokens(fused, 3, 17)
     torch.testing.assert_close(fused(tokens), explicit(tokens), **EXACT)
@@ -336,7 +336,7 @@ def test_fused_attention_equals_the_explicit_definition(name: str):
 def test_the_head_reads_hidden(name: str):
     model = shared(name)
     tokens = random_tokens(model, 2, 6)
-    torch.testing.assert_close(model.head(model.hidden(tokens)), model(tokens), **EXACT)
+    torch.testing.assert_close(model.head(model.hidden_states(tokens)), model(tokens), **EXACT)
 
 
 @everybody

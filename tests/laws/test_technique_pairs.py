@@ -13,26 +13,28 @@ from torch import nn
 
 import llm_quest as quest
 from llm_quest.data.batch import TokenBatch
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.scope import Scope
-from llm_quest.techniques.checkpointing import Checkpointing
+from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
+from llm_quest.techniques.attention_taps import AttentionTaps
+from llm_quest.techniques.context_extension import ContextExtension
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
-from llm_quest.techniques.length import LengthExtension
 from llm_quest.techniques.lora import LoRA
-from llm_quest.techniques.multi_token import MultiToken
+from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.softcap import SoftCap
-from llm_quest.techniques.taps import Taps
-from llm_quest.train.optimizers import muon
+from llm_quest.train.optimizers import make_muon
 from tests.laws.subjects import random_tokens, randomize_
 
 
 def llama() -> Decoder:
-    return build(replace(preset("llama3.2-tiny").config, rotary=Rotary(16, 10_000.0), context=64))
+    return build(
+        replace(preset("llama3.2-tiny").config, rotary=RotaryEmbedding(16, 10_000.0), max_position_embeddings=64)
+    )
 
 
 MODELS: dict[str, Any] = {
@@ -43,13 +45,13 @@ MODELS: dict[str, Any] = {
     "deepseek": lambda: build("deepseek-v3-tiny"),
 }
 PAIRS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "LoRA, then YaRN": ("llama", (LoRA(rank=2), LengthExtension(1.0))),
-    "YaRN, then LoRA": ("qwen3", (LengthExtension(1.0), LoRA(rank=2))),
-    "hyper-connections, then MTP": ("llama", (HyperConnections(2), MultiToken())),
-    "MTP, then hyper-connections": ("gpt2", (MultiToken(), HyperConnections(3, "manifold"))),
-    "LoRA on experts": ("mixtral", (LoRA(rank=2, targets=("gate", "down")), Taps())),
-    "LoRA on MLA and shared experts": ("deepseek", (LoRA(rank=2), Checkpointing())),
-    "MTP, then LoRA": ("llama", (MultiToken(), LoRA(rank=2))),
+    "LoRA, then YaRN": ("llama", (LoRA(rank=2), ContextExtension(1.0))),
+    "YaRN, then LoRA": ("qwen3", (ContextExtension(1.0), LoRA(rank=2))),
+    "hyper-connections, then MTP": ("llama", (HyperConnections(2), MultiTokenPrediction())),
+    "MTP, then hyper-connections": ("gpt2", (MultiTokenPrediction(), HyperConnections(3, "manifold"))),
+    "LoRA on experts": ("mixtral", (LoRA(rank=2, targets=("gate", "down")), AttentionTaps())),
+    "LoRA on MLA and shared experts": ("deepseek", (LoRA(rank=2), ActivationCheckpointing())),
+    "MTP, then LoRA": ("llama", (MultiTokenPrediction(), LoRA(rank=2))),
     "hyper-connections, then LoRA": ("llama", (HyperConnections(2, "lite"), LoRA(rank=2))),
     "QK-Clip and hyper-connections": ("gpt2", (QKClip(), HyperConnections(2))),
 }
@@ -76,7 +78,7 @@ def test_together_they_move_no_logit_at_birth_train_and_survive_a_save(pair: str
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.Adam(learned, 1e-2), []
     for _ in range(4):
-        loss = NextToken(model.train())(batch)
+        loss = NextTokenLoss(model.train())(batch)
         losses.append(loss.total.item())
         optimizer.zero_grad()
         loss.total.backward()
@@ -85,10 +87,10 @@ def test_together_they_move_no_logit_at_birth_train_and_survive_a_save(pair: str
     model.eval()
     again = quest.load(quest.save(model, tmp_path / "model"))
     torch.testing.assert_close(again(tokens), model(tokens), **EXACT)
-    assert again.card == model.card
+    assert again.spec == model.spec
     cache = model.new_cache(3, 12)
-    first = model(tokens[:, :7], Scope.plain(tokens[:, :7], cache=cache))
-    rest = model(tokens[:, 7:], Scope.plain(tokens[:, 7:], cache=cache, start=7))
+    first = model(tokens[:, :7], Scope.unpadded(tokens[:, :7], cache=cache))
+    rest = model(tokens[:, 7:], Scope.unpadded(tokens[:, 7:], cache=cache, start=7))
     torch.testing.assert_close(torch.cat((first, rest), dim=1), model(tokens), **EXACT)
 
 
@@ -102,14 +104,14 @@ def test_qk_clip_with_muon_is_muonclip(page: str):
         clip(model)
         tokens = random_tokens(model, 4, 17)
         batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
-        optimizer = muon(model, lr=0.03, splits=model.row_splits(), weight_decay=0.0)
+        optimizer = make_muon(model, lr=0.03, row_splits=model.row_splits(), weight_decay=0.0)
         told = []
         for step in range(9):
-            loss = NextToken(model)(batch)
+            loss = NextTokenLoss(model)(batch)
             optimizer.zero_grad()
             (loss.total / loss.count).backward()
             optimizer.step()
-            told.append(clip.after_step(model, step)["max_logit"])
+            told.append(clip.on_step_end(model, step)["max_logit"])
         largest[clips] = max(told[-4:])
     assert largest[True] < 3 * tau, largest
     assert largest[False] > 2 * largest[True], largest
@@ -117,11 +119,11 @@ def test_qk_clip_with_muon_is_muonclip(page: str):
 
 @pytest.mark.filterwarnings("ignore:softcap")
 def test_a_cap_and_dyt_and_a_second_adapter_of_the_length_stand_together(tmp_path: Path):
-    model = LengthExtension(4.0)(SoftCap(2.0, 3.0)(DyT()(randomize_(llama()).double())))
+    model = ContextExtension(4.0)(SoftCap(2.0, 3.0)(DyT()(randomize_(llama()).double())))
     tokens = random_tokens(model, 2, 20)
     again = quest.load(quest.save(model, tmp_path / "model"))
     torch.testing.assert_close(again(tokens), model(tokens), **EXACT)
-    assert again.card == model.card
+    assert again.spec == model.spec
     assert model(tokens).abs().max() < 3.0
 
 

@@ -17,21 +17,21 @@ from torch import Tensor
 import llm_quest as quest
 from llm_quest.data.batch import TokenBatch
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.scope import Scope
-from llm_quest.techniques import IN_TRAINING, TECHNIQUES
-from llm_quest.techniques.card import read, written
-from llm_quest.techniques.checkpointing import Checkpointing
+from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
+from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
+from llm_quest.techniques.attention_taps import AttentionTaps
+from llm_quest.techniques.context_extension import ContextExtension
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
 from llm_quest.techniques.int8 import Int8Weights
-from llm_quest.techniques.length import LengthExtension
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
-from llm_quest.techniques.multi_token import MultiToken
+from llm_quest.techniques.model_spec import techniques_from_json, techniques_to_json
+from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.score_head import ScoreHead
 from llm_quest.techniques.softcap import SoftCap
-from llm_quest.techniques.taps import Taps
 from tests.laws.subjects import TINY, own, random_tokens, shared
 
 EXAMPLES: dict[str, Any] = {
@@ -43,13 +43,13 @@ EXAMPLES: dict[str, Any] = {
     "int8": Int8Weights(),
     "score_head": ScoreHead(3, labels=("a", "b", "c")),
     "hyper_connections": HyperConnections(streams=3),
-    "multi_token": MultiToken(),
-    "length": LengthExtension(factor=4.0),
+    "multi_token": MultiTokenPrediction(),
+    "length": ContextExtension(factor=4.0),
     "softcap": SoftCap(attention=2.0, final=3.0),
     "dyt": DyT(form="llama"),
-    "checkpointing": Checkpointing(),
+    "checkpointing": ActivationCheckpointing(),
     "qk_clip": QKClip(),
-    "taps": Taps(),
+    "taps": AttentionTaps(),
 }
 STRETCHED = "defined on the frequencies it was first trained with"
 NORMED = "its queries are normalised after projection"
@@ -108,19 +108,19 @@ def after(name: str, page: str) -> Tensor:
 
 
 def test_every_technique_has_an_example_here():
-    assert set(EXAMPLES) == set(TECHNIQUES | IN_TRAINING)
+    assert set(EXAMPLES) == set(TECHNIQUES | TRAINING_TECHNIQUES)
     for name, example in EXAMPLES.items():
-        assert type(example) is (TECHNIQUES | IN_TRAINING)[name]
+        assert type(example) is (TECHNIQUES | TRAINING_TECHNIQUES)[name]
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name in TECHNIQUES])
 def test_a_card_survives_json(name: str):
-    listed = json.loads(json.dumps(written([EXAMPLES[name]], TECHNIQUES)))
-    assert read(listed, TECHNIQUES) == [EXAMPLES[name]]
+    listed = json.loads(json.dumps(techniques_to_json([EXAMPLES[name]], TECHNIQUES)))
+    assert techniques_from_json(listed, TECHNIQUES) == [EXAMPLES[name]]
     assert {"name", *(field.name for field in fields(EXAMPLES[name]))} == set(listed[0])
 
 
-@pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if EXAMPLES[pair[0]].neutral_at_birth])
+@pytest.mark.parametrize(("name", "page"), [pair for pair in GRID if EXAMPLES[pair[0]].is_identity_at_init])
 def test_a_neutral_technique_moves_no_logit_at_birth(name: str, page: str):
     torch.testing.assert_close(logits_of(EXAMPLES[name](own(page)), tokens_of(page)), before(page), **EXACT)
 
@@ -130,7 +130,7 @@ def test_what_is_saved_loads_with_the_same_logits_and_card(name: str, page: str,
     model = edited(name, page)
     again = quest.load(quest.save(model, tmp_path / "model"))
     torch.testing.assert_close(logits_of(again, tokens_of(page)), after(name, page), **EXACT)
-    assert again.card == model.card
+    assert again.spec == model.spec
     learned = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
     assert learned == {path for path, parameter in again.named_parameters() if parameter.requires_grad}
 
@@ -138,17 +138,17 @@ def test_what_is_saved_loads_with_the_same_logits_and_card(name: str, page: str,
 @grid
 def test_a_second_application_is_refused_before_anything_changes(name: str, page: str):
     model = edited(name, page)
-    card, modules = model.card, [id(module) for module in model.modules()]
+    card, modules = model.spec, [id(module) for module in model.modules()]
     with pytest.raises(ValueError, match="already"):
         EXAMPLES[name](model)
-    assert (model.card, [id(module) for module in model.modules()]) == (card, modules)
+    assert (model.spec, [id(module) for module in model.modules()]) == (card, modules)
 
 
 @grid
 def test_a_later_token_changes_no_earlier_logit(name: str, page: str):
     tokens = tokens_of(page)
     changed = tokens.clone()
-    changed[:, 7:] = (changed[:, 7:] + 1) % shared(page).config.vocab
+    changed[:, 7:] = (changed[:, 7:] + 1) % shared(page).config.vocab_size
     other = logits_of(edited(name, page), changed)
     torch.testing.assert_close(other[:, :7], after(name, page)[:, :7], **EXACT)
     assert (other[:, 7] - after(name, page)[:, 7]).abs().max() > 1e-3
@@ -160,7 +160,7 @@ def test_cached_equals_uncached(name: str, page: str):
     cache, parts, start = model.new_cache(2, LENGTH), [], 0
     for length in (7, 1, 4):
         part = tokens[:, start : start + length]
-        parts.append(logits_of(model, part, Scope.plain(part, cache=cache, start=start)))
+        parts.append(logits_of(model, part, Scope.unpadded(part, cache=cache, start=start)))
         start += length
     torch.testing.assert_close(torch.cat(parts, dim=1), after(name, page), **EXACT)
 
@@ -174,7 +174,7 @@ def test_padding_is_invisible_and_packed_documents_equal_the_documents_alone(nam
     positions = torch.cat([gap, torch.arange(5)[None], torch.arange(7)[None]], dim=1)
     segments = torch.cat([gap, torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 7, dtype=torch.int64)], dim=1)
     packed = torch.cat([gap.abs(), tokens[:1, :5], tokens[1:, :7]], dim=1)
-    together = logits_of(model, packed, Scope(positions, segments=segments))[:, 2:]
+    together = logits_of(model, packed, Scope(positions, segment_ids=segments))[:, 2:]
     torch.testing.assert_close(together, alone, **EXACT)
     padded = logits_of(model, packed[:, :7], Scope(positions[:, :7]))[:, 2:]
     torch.testing.assert_close(padded, alone[:, :5], **EXACT)
@@ -189,7 +189,7 @@ def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
         return
     tokens = random_tokens(model, 3, 14)
     targets = tokens[:, 1:] % model.head.weight.shape[0]
-    total = NextToken(model)(TokenBatch(tokens[:, :-1], targets)).total
+    total = NextTokenLoss(model)(TokenBatch(tokens[:, :-1], targets)).total
     for path, gradient in zip(learned, torch.autograd.grad(total, list(learned.values())), strict=True):
         assert gradient.isfinite().all(), path
         assert gradient.abs().max() > 1e-9, path

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.layers.attention import Attend, GroupedQueryAttention, explicit_attention, fused_attention
-from llm_quest.layers.rotary import NoRotary, Rotary
-from llm_quest.scope import Band, Plain, Scope
+from llm_quest.layers.attention import AttentionFunction, GroupedQueryAttention, explicit_attention, fused_attention
+from llm_quest.layers.rotary import NoRotary, RotaryEmbedding
+from llm_quest.scope import CausalMask, Scope, SlidingWindow
 
 both = pytest.mark.parametrize("attend", [explicit_attention, fused_attention], ids=["explicit", "fused"])
 
@@ -40,7 +40,7 @@ def qkv(generator: torch.Generator, heads: int, groups: int, length: int, keys: 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (4, 1)])
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_attention_equals_the_sum_written_out(
-    attend: Attend, heads: int, groups: int, length: int, generator: torch.Generator
+    attend: AttentionFunction, heads: int, groups: int, length: int, generator: torch.Generator
 ):
     q, k, v = qkv(generator, heads, groups, length, keys=5)
     visible = torch.rand(2, length, 5, generator=generator) < 0.6
@@ -49,31 +49,33 @@ def test_attention_equals_the_sum_written_out(
 
 
 @both
-def test_plain_markers_mean_what_their_masks_say(attend: Attend, generator: torch.Generator):
+def test_plain_markers_mean_what_their_masks_say(attend: AttentionFunction, generator: torch.Generator):
     q, k, v = qkv(generator, 4, 2, 5, keys=5)
     causal = torch.ones(2, 5, 5, dtype=torch.bool).tril()
-    torch.testing.assert_close(attend(q, k, v, Plain.CAUSAL, scale=0.4), attend(q, k, v, causal, scale=0.4))
+    torch.testing.assert_close(attend(q, k, v, CausalMask.CAUSAL, scale=0.4), attend(q, k, v, causal, scale=0.4))
     everything = torch.ones_like(causal)
-    torch.testing.assert_close(attend(q, k, v, Plain.ALL, scale=0.4), attend(q, k, v, everything, scale=0.4))
+    torch.testing.assert_close(attend(q, k, v, CausalMask.FULL, scale=0.4), attend(q, k, v, everything, scale=0.4))
 
 
 @both
 @pytest.mark.parametrize("sink", [False, True])
-def test_a_band_means_what_its_mask_says_also_across_its_blocks(attend: Attend, sink: bool, generator: torch.Generator):
+def test_a_band_means_what_its_mask_says_also_across_its_blocks(
+    attend: AttentionFunction, sink: bool, generator: torch.Generator
+):
     q, k, v = qkv(generator, 4, 2, 150, keys=150)
     drain = torch.randn(4, generator=generator, dtype=q.dtype) if sink else None
     for window in (1, 3, 64, 70):
         seen = torch.ones(2, 150, 150, dtype=torch.bool).tril().triu(1 - window)
         expected = explicit_attention(q, k, v, seen, scale=0.4, sink=drain)
-        torch.testing.assert_close(attend(q, k, v, Band(window), scale=0.4, sink=drain), expected)
+        torch.testing.assert_close(attend(q, k, v, SlidingWindow(window), scale=0.4, sink=drain), expected)
 
 
 @both
-def test_a_single_query_against_a_longer_cache_sees_every_key(attend: Attend, generator: torch.Generator):
+def test_a_single_query_against_a_longer_cache_sees_every_key(attend: AttentionFunction, generator: torch.Generator):
     """`is_causal=True` would be upper-left aligned: the query would see key 0 alone."""
     q, k, v = qkv(generator, 4, 2, 1, keys=7)
     seen = torch.ones(2, 1, 7, dtype=torch.bool)
-    torch.testing.assert_close(attend(q, k, v, Plain.ALL, scale=0.4), by_hand(q, k, v, seen, 0.4))
+    torch.testing.assert_close(attend(q, k, v, CausalMask.FULL, scale=0.4), by_hand(q, k, v, seen, 0.4))
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -92,10 +94,10 @@ def test_a_sink_takes_weight_and_brings_nothing(length: int, generator: torch.Ge
 def test_a_cap_bounds_the_scores_before_the_mask(generator: torch.Generator):
     q, k, v = qkv(generator, 4, 2, 5, keys=5)
     visible = torch.ones(2, 5, 5, dtype=torch.bool).tril()
-    out = explicit_attention(q * 100, k, v, visible, scale=1.0, cap=0.5)
+    out = explicit_attention(q * 100, k, v, visible, scale=1.0, softcap=0.5)
     torch.testing.assert_close(out[:, 0], v[:, 0].repeat_interleave(2, dim=1))
     one_hot = torch.eye(5, dtype=v.dtype)[None, :, None].expand(2, 5, 2, 5)
-    weights = explicit_attention(q * 1e6, k, one_hot, visible, scale=1.0, cap=0.5)[:, 4]
+    weights = explicit_attention(q * 1e6, k, one_hot, visible, scale=1.0, softcap=0.5)[:, 4]
     assert (weights.amax(-1) / weights.amin(-1)).max() < 2.72, "scores of at most 0.5 leave weights within a factor e"
 
 
@@ -105,10 +107,10 @@ def test_query_heads_share_the_key_of_their_group_in_order():
     k = torch.zeros(1, 1, 2, 2)
     v = torch.tensor([10.0, 20.0]).view(1, 1, 2, 1)
     for attend in (explicit_attention, fused_attention):
-        assert attend(q, k, v, Plain.ALL, scale=1.0).flatten().tolist() == [10, 10, 20, 20]
+        assert attend(q, k, v, CausalMask.FULL, scale=1.0).flatten().tolist() == [10, 10, 20, 20]
     longer = [part.expand(-1, 2, -1, -1) for part in (q, k, v)]
     for attend in (explicit_attention, fused_attention):
-        assert attend(*longer, Plain.ALL, scale=1.0)[0, 1].flatten().tolist() == [10, 10, 20, 20]
+        assert attend(*longer, CausalMask.FULL, scale=1.0)[0, 1].flatten().tolist() == [10, 10, 20, 20]
 
 
 def test_explicit_softmax_is_worked_out_in_float32_for_half_types(generator: torch.Generator):
@@ -117,14 +119,20 @@ def test_explicit_softmax_is_worked_out_in_float32_for_half_types(generator: tor
     one_hot = torch.eye(40, dtype=torch.bfloat16)[None, :, None]
     scores = torch.einsum("bthd,bshd->bhts", q, k)
     expected = scores.float().softmax(-1).bfloat16()[0, 0]
-    assert torch.equal(explicit_attention(q, k, one_hot, Plain.ALL, scale=1.0)[0, :, 0], expected)
+    assert torch.equal(explicit_attention(q, k, one_hot, CausalMask.FULL, scale=1.0)[0, :, 0], expected)
     powers = scores.exp()
     assert not torch.equal((powers / powers.sum(-1, keepdim=True))[0, 0], expected), "bfloat16 throughout must differ"
 
 
 def mixer(heads: int, groups: int, **options: object) -> GroupedQueryAttention:
     layer = GroupedQueryAttention(
-        12, heads=heads, groups=groups, head_width=4, rotary=Rotary(4, 100.0), bias=True, **options
+        12,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=4,
+        rotary=RotaryEmbedding(4, 100.0),
+        qkv_bias=True,
+        **options,
     )
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -138,13 +146,13 @@ def logits_of(layer: GroupedQueryAttention, x: Tensor) -> Tensor:
     """(B,T,H,T) scaled scores, caught where attention is called."""
     caught = []
 
-    def catch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Plain, *, scale: float, **rest: object) -> Tensor:
+    def catch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | CausalMask, *, scale: float, **rest: object) -> Tensor:
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         caught.append(torch.einsum("bthd,bshd->bths", q, k) * scale)
         return q
 
     layer.attend = catch
-    layer(x, Scope.plain(x[..., 0]))
+    layer(x, Scope.unpadded(x[..., 0]))
     return caught[0]
 
 
@@ -184,7 +192,7 @@ def test_values_are_not_rotated_and_keys_are(generator: torch.Generator):
 def test_dropout_acts_in_training_only(generator: torch.Generator):
     layer = mixer(2, 2, dropout=0.5)
     x = torch.randn(1, 6, 12, generator=generator, dtype=torch.float64)
-    scope = Scope.plain(x[..., 0])
+    scope = Scope.unpadded(x[..., 0])
     assert not torch.equal(layer.train()(x, scope), layer(x, scope))
     assert torch.equal(layer.eval()(x, scope), layer(x, scope))
 
@@ -192,13 +200,13 @@ def test_dropout_acts_in_training_only(generator: torch.Generator):
 @pytest.mark.parametrize("kind", ["causal", "window", "all", "padded"])
 @pytest.mark.parametrize("wanted", [1, 3])
 def test_the_first_positions_alone_are_answered_as_among_all(kind: str, wanted: int, generator: torch.Generator):
-    layer = mixer(6, 2, gated=True, window=2 if kind == "window" else None)
+    layer = mixer(6, 2, output_gate=True, sliding_window=2 if kind == "window" else None)
     x = torch.randn(2, 5, 12, generator=generator).double()
     positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, -1, 2, 3]])
-    scope = Scope(positions, ahead=True) if kind == "padded" else Scope.plain(x, ahead=kind == "all")
+    scope = Scope(positions, bidirectional=True) if kind == "padded" else Scope.unpadded(x, bidirectional=kind == "all")
     torch.testing.assert_close(layer(x, scope, wanted), layer(x, scope)[:, :wanted], atol=1e-6, rtol=0)
 
 
 def test_heads_that_cannot_be_shared_evenly_are_refused():
     with pytest.raises(ValueError, match="6 query heads cannot share 4 key/value heads evenly"):
-        GroupedQueryAttention(12, heads=6, groups=4, head_width=2, rotary=NoRotary())
+        GroupedQueryAttention(12, num_attention_heads=6, num_key_value_heads=4, head_dim=2, rotary=NoRotary())

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.layers.hyper_connections import (
-    WEIGHTS,
-    Birkhoff,
-    Collapse,
-    Constrained,
-    Copies,
+    STREAM_WEIGHTS,
+    AverageStreams,
+    ExpandStreams,
     HyperConnection,
-    Mean,
-    Sinkhorn,
+    ManifoldWeights,
+    PermutationMixture,
+    SinkhornKnopp,
+    WeightedStreamSum,
 )
-from llm_quest.layers.initialize import fill_, materialize
+from llm_quest.layers.initialize import init_normal_, materialize
 from tests.later import Later
 
 theirs = Later("transformers.models.deepseek_v4.modeling_deepseek_v4")
@@ -36,7 +36,7 @@ def randomized(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def born(module: nn.Module) -> nn.Module:
     """With its first values, in float64."""
     materialize(module, "cpu", torch.float64)
-    fill_(module, std=0.02, out_std=0.02, generator=torch.Generator().manual_seed(0))
+    init_normal_(module, std=0.02, out_std=0.02, generator=torch.Generator().manual_seed(0))
     return module
 
 
@@ -48,8 +48,8 @@ def branch(y: Tensor) -> Tensor:
 def test_mhc_equals_deepseek_v4s_module_with_every_tensor_random(streams: int, generator: torch.Generator):
     config = SimpleNamespace(hc_mult=streams, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6, hidden_size=WIDTH)
     oracle, head = theirs.DeepseekV4HyperConnection(config), theirs.DeepseekV4HyperHead(config)
-    ours = HyperConnection(Constrained(WIDTH, streams, 0, Sinkhorn(eps=1e-6), eps=1e-6))
-    leave = Collapse(WIDTH, streams, eps=1e-6)
+    ours = HyperConnection(ManifoldWeights(WIDTH, streams, 0, SinkhornKnopp(eps=1e-6), eps=1e-6))
+    leave = WeightedStreamSum(WIDTH, streams, eps=1e-6)
     randomized(ours, generator), randomized(leave, generator)
     with torch.no_grad():
         for mine, other in zip(
@@ -67,9 +67,9 @@ def test_mhc_equals_deepseek_v4s_module_with_every_tensor_random(streams: int, g
     torch.testing.assert_close(leave(x), head(x), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mix", [Sinkhorn(), Birkhoff()], ids=["sinkhorn", "birkhoff"])
+@pytest.mark.parametrize("mix", [SinkhornKnopp(), PermutationMixture()], ids=["sinkhorn", "birkhoff"])
 def test_across_is_doubly_stochastic_and_so_is_a_product_of_many(mix, generator: torch.Generator):
-    numbers = torch.randn(1, 7, len(mix.start(4)), generator=generator, dtype=torch.float64)
+    numbers = torch.randn(1, 7, len(mix.init_logits(4)), generator=generator, dtype=torch.float64)
     across = mix(numbers, 4)
     assert (across >= 0).all()
     for sums in (across.sum(-1), across.sum(-2)):
@@ -81,34 +81,36 @@ def test_across_is_doubly_stochastic_and_so_is_a_product_of_many(mix, generator:
 
 def test_sinkhorn_by_hand():
     """Two streams, [[3, 1], [1, 1]] after the softmax's rows: the fixed point keeps the cross ratio 3."""
-    across = Sinkhorn(iterations=60)(torch.tensor([3.0, 1.0, 1.0, 1.0], dtype=torch.float64).log()[None, None], 2)[0, 0]
+    across = SinkhornKnopp(iterations=60)(torch.tensor([3.0, 1.0, 1.0, 1.0], dtype=torch.float64).log()[None, None], 2)[
+        0, 0
+    ]
     a = 3**0.5 / (1 + 3**0.5)
     torch.testing.assert_close(across, torch.tensor([[a, 1 - a], [1 - a, a]], dtype=torch.float64))
 
 
 def test_birkhoff_by_hand():
     """Weight 3/4 on standing still, 1/4 on changing places."""
-    across = Birkhoff()(torch.tensor([3.0, 1.0]).log()[None, None], 2)[0, 0]
+    across = PermutationMixture()(torch.tensor([3.0, 1.0]).log()[None, None], 2)[0, 0]
     torch.testing.assert_close(across, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
 
 
 @pytest.mark.parametrize(("form", "exact"), [("manifold", 1e-4), ("lite", 1e-12)])
 def test_the_mean_of_the_streams_is_kept_where_the_layer_adds_nothing(form, exact, generator: torch.Generator):
     """Rows of `across` sum to 1: by 20 iterations nearly, by permutations exactly."""
-    layer = randomized(HyperConnection(WEIGHTS[form](WIDTH, 3, 1)), generator).double()
+    layer = randomized(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 3, 1)), generator).double()
     layer.weights.fn.data.mul_(0.1)
     x = torch.randn(2, 5, 3, WIDTH, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(layer(x, torch.zeros_like).mean(2), x.mean(2), atol=exact, rtol=0)
     assert (layer(x, torch.zeros_like) - x).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize("form", STREAM_WEIGHTS)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_at_birth_it_is_the_plain_residual(form: str, streams: int, generator: torch.Generator):
-    layers = [born(HyperConnection(WEIGHTS[form](WIDTH, streams, index % streams))) for index in range(5)]
-    leave = Mean() if form in ("static", "dynamic") else born(Collapse(WIDTH, streams))
+    layers = [born(HyperConnection(STREAM_WEIGHTS[form](WIDTH, streams, index % streams))) for index in range(5)]
+    leave = AverageStreams() if form in ("static", "dynamic") else born(WeightedStreamSum(WIDTH, streams))
     x = torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64)
-    plain, wide = x, Copies(streams)(x)
+    plain, wide = x, ExpandStreams(streams)(x)
     for layer in layers:
         plain, wide = plain + branch(plain), layer(wide, branch)
     torch.testing.assert_close(leave(wide), plain, atol=1e-9, rtol=1e-9)
@@ -117,8 +119,8 @@ def test_at_birth_it_is_the_plain_residual(form: str, streams: int, generator: t
 @pytest.mark.parametrize("form", ["dynamic", "manifold", "lite"])
 def test_streams_part_ways_in_training(form: str, generator: torch.Generator):
     """Each layer reads another stream first, so the gradients of the weights out differ between streams."""
-    layers = [born(HyperConnection(WEIGHTS[form](WIDTH, 2, index % 2))) for index in range(3)]
-    x = Copies(2)(torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64))
+    layers = [born(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 2, index % 2))) for index in range(3)]
+    x = ExpandStreams(2)(torch.randn(2, 3, WIDTH, generator=generator, dtype=torch.float64))
     for layer in layers:
         x = layer(x, branch)
     x.square().sum().backward()
@@ -128,7 +130,7 @@ def test_streams_part_ways_in_training(form: str, generator: torch.Generator):
 
 
 def test_the_dynamic_weights_written_out(generator: torch.Generator):
-    layer = randomized(HyperConnection(WEIGHTS["dynamic"](WIDTH, 3, 0)), generator).double()
+    layer = randomized(HyperConnection(STREAM_WEIGHTS["dynamic"](WIDTH, 3, 0)), generator).double()
     x = torch.randn(1, 1, 3, WIDTH, generator=generator, dtype=torch.float64)
     w, h = layer.weights, x[0, 0]
     normed = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w.norm.weight
@@ -141,9 +143,9 @@ def test_the_dynamic_weights_written_out(generator: torch.Generator):
         torch.testing.assert_close(layer(x, branch)[0, 0, k], expected)
 
 
-@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize("form", STREAM_WEIGHTS)
 def test_under_autocast_the_stream_stays_float32(form: str, generator: torch.Generator):
-    layer = randomized(HyperConnection(WEIGHTS[form](WIDTH, 2, 0)), generator)
+    layer = randomized(HyperConnection(STREAM_WEIGHTS[form](WIDTH, 2, 0)), generator)
     x = torch.randn(1, 4, 2, WIDTH, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x, torch.zeros_like)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from llm_quest.layers.initialize import fill_, materialize
-from llm_quest.models.build import build, page_of, preset, skeleton
+from llm_quest.layers.initialize import init_normal_, materialize
+from llm_quest.models.build import build, build_meta_model, family_of, preset
 from tests.laws.subjects import TINY
 
 every_page = pytest.mark.parametrize("name", TINY)
@@ -33,11 +33,11 @@ def test_building_leaves_the_global_random_state_alone(name: str):
 def test_nothing_is_left_uninitialised(name: str):
     """Memory full of NaN before the first values; none after."""
     config = preset(name).config
-    model = materialize(skeleton(config), "cpu", torch.float32)
+    model = materialize(build_meta_model(config), "cpu", torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    page_of(config).initialize(model, torch.Generator().manual_seed(0))
+    family_of(config).initialize(model, torch.Generator().manual_seed(0))
     for path, parameter in model.named_parameters():
         assert parameter.isfinite().all(), path
     for path, buffer in model.named_buffers():
@@ -46,13 +46,13 @@ def test_nothing_is_left_uninitialised(name: str):
 
 @every_page
 def test_a_tied_matrix_stays_one_parameter(name: str):
-    whole, bare = build(name), skeleton(preset(name).config)
+    whole, bare = build(name), build_meta_model(preset(name).config)
     assert [path for path, _ in whole.named_parameters()] == [path for path, _ in bare.named_parameters()]
 
 
 @every_page
 def test_a_skeleton_costs_no_memory(name: str):
-    assert {parameter.device.type for parameter in skeleton(preset(name).config).parameters()} == {"meta"}
+    assert {parameter.device.type for parameter in build_meta_model(preset(name).config).parameters()} == {"meta"}
 
 
 def test_what_writes_into_the_stream_starts_smaller():
@@ -61,8 +61,8 @@ def test_what_writes_into_the_stream_starts_smaller():
         for matrix, std in (
             (block.mixer.layer.qkv, 0.02),
             (block.mixer.layer.out, 0.01),
-            (block.ffn.layer.up, 0.02),
-            (block.ffn.layer.down, 0.01),
+            (block.feed_forward.layer.up, 0.02),
+            (block.feed_forward.layer.down, 0.01),
         ):
             assert matrix.weight.std().item() == pytest.approx(std, rel=0.1)
 
@@ -70,13 +70,13 @@ def test_what_writes_into_the_stream_starts_smaller():
 def test_experts_write_into_the_stream_too():
     """Two layers, four branches: 0.02 / sqrt(4)."""
     for block in build("mixtral-tiny", seed=0).blocks:
-        assert block.ffn.layer.experts.gate_up.std().item() == pytest.approx(0.02, rel=0.1)
-        assert block.ffn.layer.experts.down.std().item() == pytest.approx(0.01, rel=0.1)
+        assert block.feed_forward.layer.experts.gate_up.std().item() == pytest.approx(0.02, rel=0.1)
+        assert block.feed_forward.layer.experts.down.std().item() == pytest.approx(0.01, rel=0.1)
 
 
 def test_a_layer_without_known_first_values_is_an_error_and_not_garbage():
     with pytest.raises(AssertionError, match="no first values known for Conv1d"):
-        fill_(nn.Sequential(nn.Conv1d(1, 1, 1)), std=0.02, out_std=0.02)
+        init_normal_(nn.Sequential(nn.Conv1d(1, 1, 1)), std=0.02, out_std=0.02)
 
 
 def test_dtype_and_device_are_those_asked_for():

@@ -5,23 +5,23 @@ import pytest
 import torch
 
 from llm_quest.layers.attention import explicit_attention
-from llm_quest.layers.cache import Cache
-from llm_quest.layers.latent_attention import LatentAttention
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.kv_cache import Cache
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.scope import Scope
 
 
-def layer(q_rank=12) -> LatentAttention:
+def layer(q_rank=12) -> MultiHeadLatentAttention:
     torch.manual_seed(0)
-    made = LatentAttention(
+    made = MultiHeadLatentAttention(
         32,
-        heads=4,
-        q_rank=q_rank,
-        kv_rank=16,
-        nope=6,
-        rope=4,
-        value=5,
-        rotary=Rotary(4, 10_000.0, interleaved=True),
+        num_attention_heads=4,
+        q_lora_rank=q_rank,
+        kv_lora_rank=16,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+        rotary=RotaryEmbedding(4, 10_000.0, interleaved=True),
         scale=0.3,
     ).double()
     with torch.no_grad():
@@ -36,17 +36,25 @@ def test_absorbed_is_expanded():
     mixer, x = layer(), torch.randn(2, 9, 32, dtype=torch.float64)
     results = []
     for pays in (True, False):
-        mixer.absorbing_pays = lambda queries, keys, pays=pays: pays
-        results.append(mixer(x, Scope.plain(x[..., 0])))
+        mixer.is_absorbed_cheaper = lambda queries, keys, pays=pays: pays
+        results.append(mixer(x, Scope.unpadded(x[..., 0])))
     torch.testing.assert_close(*results, atol=1e-13, rtol=1e-11)
 
 
 def test_absorbing_pays_for_one_query_and_a_long_memory_and_not_for_a_prefill():
-    mixer = LatentAttention(
-        8, heads=2, q_rank=None, kv_rank=512, nope=128, rope=64, value=128, rotary=Rotary(64, 1e4), scale=1.0
+    mixer = MultiHeadLatentAttention(
+        8,
+        num_attention_heads=2,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rotary=RotaryEmbedding(64, 1e4),
+        scale=1.0,
     )
-    assert mixer.absorbing_pays(1, 4096)
-    assert not mixer.absorbing_pays(4096, 4096)
+    assert mixer.is_absorbed_cheaper(1, 4096)
+    assert not mixer.is_absorbed_cheaper(4096, 4096)
 
 
 @torch.no_grad()
@@ -54,7 +62,7 @@ def test_the_cache_holds_one_latent_and_one_rotary_key_per_token():
     mixer, x = layer(), torch.randn(2, 7, 32, dtype=torch.float64)
     part = mixer.new_cache(2, 10)
     cache = Cache([part], 2, 10)
-    mixer(x, Scope.plain(x[..., 0], cache=cache).at(0))
+    mixer(x, Scope.unpadded(x[..., 0], cache=cache).for_layer(0))
     assert part.nbytes() == 2 * (10 + 1) * (16 + 4) * 8
 
 
@@ -69,11 +77,11 @@ def test_rescaling_multiplies_each_heads_logits_and_leaves_the_shared_key(q_rank
         return explicit_attention(q, k, v, visible, **options)
 
     mixer.attend = spy
-    mixer.absorbing_pays = lambda queries, keys: False
+    mixer.is_absorbed_cheaper = lambda queries, keys: False
     shared = mixer.kv_down.weight.clone()
-    mixer(x, Scope.plain(x[..., 0]))
+    mixer(x, Scope.unpadded(x[..., 0]))
     gamma = torch.tensor([0.5, 1.0, 0.25, 0.9], dtype=torch.float64)
     mixer.rescale_logits_(gamma)
-    mixer(x, Scope.plain(x[..., 0]))
+    mixer(x, Scope.unpadded(x[..., 0]))
     torch.testing.assert_close(seen[1], seen[0] * gamma[None, :, None, None], atol=1e-12, rtol=1e-10)
     assert torch.equal(mixer.kv_down.weight, shared)

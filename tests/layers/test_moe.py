@@ -9,18 +9,24 @@ from torch.nn import functional as F
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.moe import (
     Experts,
-    LatentMixture,
+    LatentMoE,
     MixtureOfExperts,
-    Routing,
+    RouterOutput,
     SigmoidRouter,
     SoftmaxRouter,
-    grouped,
-    loop,
     relu_squared,
+    run_experts_for_loop,
+    run_experts_grouped_mm,
 )
-from llm_quest.objectives.routing import load_balancing, max_violation, routing_entropy, sequence_balancing, z_loss
+from llm_quest.objectives.routing import (
+    load_balancing_aux_loss,
+    max_violation,
+    router_z_loss,
+    routing_entropy,
+    sequence_balance_aux_loss,
+)
 from llm_quest.scope import Scope
-from llm_quest.techniques.expert_bias import BalanceExperts
+from llm_quest.techniques.expert_bias import ExpertBiasBalancer
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -35,7 +41,7 @@ def filled(module):
 
 
 def test_softmax_router_worked_by_hand():
-    router = SoftmaxRouter(2, 3, top=2, renormalize=True)
+    router = SoftmaxRouter(2, 3, top_k=2, norm_topk_prob=True)
     router.weight.data = torch.tensor([[math.log(4.0), 0.0], [0.0, 0.0], [math.log(3.0), 0.0]])
     scores, _, experts, weights = router(torch.tensor([[1.0, 0.0]]))
     torch.testing.assert_close(scores, torch.tensor([[4 / 8, 1 / 8, 3 / 8]]))
@@ -44,7 +50,7 @@ def test_softmax_router_worked_by_hand():
 
 
 def test_the_bias_chooses_and_does_not_weigh():
-    router = SigmoidRouter(2, 4, top=1, renormalize=False)
+    router = SigmoidRouter(2, 4, top_k=1, norm_topk_prob=False)
     router.weight.data = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [-1.0, 0.0]])
     x = torch.tensor([[1.0, 0.0]])
     assert router(x)[2].tolist() == [[0]]
@@ -55,7 +61,7 @@ def test_the_bias_chooses_and_does_not_weigh():
 
 
 def test_experts_of_dropped_groups_are_never_chosen_even_when_all_scores_are_negative():
-    router = SigmoidRouter(8, 8, top=2, groups=4, top_groups=1)
+    router = SigmoidRouter(8, 8, top_k=2, n_group=4, topk_group=1)
     filled(router)
     router.bias.data = -2.0 + 0.1 * torch.randn(8, generator=seeded())
     experts = router(torch.randn(50, 8, generator=seeded(1)))[2]
@@ -70,9 +76,9 @@ def test_grouped_is_the_loop_in_value_and_gradient(dtype):
     chosen[:, 0] = torch.where(chosen[:, 0] == 5, 4, chosen[:, 0])  # expert 5 may stay empty
     weights = torch.rand(40, 3, generator=seeded(2))
     results = []
-    for work in (loop, grouped):
+    for work in (run_experts_for_loop, run_experts_grouped_mm):
         inputs = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in experts.parameters())]
-        y = work(inputs[0], inputs[1], inputs[2], chosen, weights, experts.inner)
+        y = work(inputs[0], inputs[1], inputs[2], chosen, weights, experts.expert_activation)
         results.append([y, *torch.autograd.grad((y.float() * torch.arange(16)).sum(), inputs)])
     limit = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.6, "rtol": 0.05}
     for a, b in zip(*results, strict=True):
@@ -87,45 +93,45 @@ def test_all_experts_chosen_equally_is_the_mean_of_dense_layers():
     for gate_up, down in zip(experts.gate_up, experts.down, strict=True):
         layer = GatedMLP(8, 8, F.silu)
         layer.gate_up.weight.data, layer.down.weight.data = gate_up.data, down.data
-        dense.append(layer(x[None], Scope.plain(torch.zeros(1, 5)))[0])
+        dense.append(layer(x[None], Scope.unpadded(torch.zeros(1, 5)))[0])
     torch.testing.assert_close(y, torch.stack(dense).mean(0), atol=1e-6, rtol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_neighbours_in_the_batch():
-    layer = filled(MixtureOfExperts(SoftmaxRouter(16, 8, top=2, renormalize=True), Experts(8, 16, 16, F.silu)))
+    layer = filled(MixtureOfExperts(SoftmaxRouter(16, 8, top_k=2, norm_topk_prob=True), Experts(8, 16, 16, F.silu)))
     x = torch.randn(4, 9, 16, generator=seeded())
-    together = layer(x, Scope.plain(x[..., 0]))
-    torch.testing.assert_close(together[2:3], layer(x[2:3], Scope.plain(x[2:3, :, 0])), atol=1e-6, rtol=1e-5)
+    together = layer(x, Scope.unpadded(x[..., 0]))
+    torch.testing.assert_close(together[2:3], layer(x[2:3], Scope.unpadded(x[2:3, :, 0])), atol=1e-6, rtol=1e-5)
 
 
-def routed(router, x: torch.Tensor, rows: int, real: torch.Tensor | None = None) -> Routing:
+def routed(router, x: torch.Tensor, rows: int, real: torch.Tensor | None = None) -> RouterOutput:
     scores, logits, experts, weights = router(x)
     real = torch.ones(x.shape[0], dtype=torch.bool) if real is None else real
-    return Routing(scores, logits, experts, weights, real, router, rows)
+    return RouterOutput(scores, logits, experts, weights, real, router, rows)
 
 
 def test_balancing_losses_at_their_known_points():
-    router = SoftmaxRouter(4, 4, top=2, renormalize=True)
+    router = SoftmaxRouter(4, 4, top_k=2, norm_topk_prob=True)
     router.weight.data.zero_()
-    even = routed(router, torch.randn(8, 4), rows=2)._replace(experts=torch.tensor([[0, 1], [2, 3]] * 4))
-    assert load_balancing([even, even]).item() == pytest.approx(2.0), "k, not 1, at uniform routing"
-    assert z_loss([even]).item() == pytest.approx(math.log(4) ** 2)
-    assert sequence_balancing([even, even]).item() == pytest.approx(2.0), "1 for each layer"
+    even = routed(router, torch.randn(8, 4), rows=2)._replace(topk_ids=torch.tensor([[0, 1], [2, 3]] * 4))
+    assert load_balancing_aux_loss([even, even]).item() == pytest.approx(2.0), "k, not 1, at uniform routing"
+    assert router_z_loss([even]).item() == pytest.approx(math.log(4) ** 2)
+    assert sequence_balance_aux_loss([even, even]).item() == pytest.approx(2.0), "1 for each layer"
     assert max_violation([even]).item() == pytest.approx(0.0)
     assert routing_entropy([even]).item() == pytest.approx(math.log(4))
 
 
 def test_padding_is_no_load():
-    layer = filled(MixtureOfExperts(SoftmaxRouter(8, 4, top=2, renormalize=True), Experts(4, 8, 8, F.silu)))
+    layer = filled(MixtureOfExperts(SoftmaxRouter(8, 4, top_k=2, norm_topk_prob=True), Experts(4, 8, 8, F.silu)))
     records: dict = {}
     layer(torch.randn(1, 4, 8, generator=seeded()), Scope(torch.tensor([[-1, -1, 0, 1]]), records=records))
-    assert records["routing"][0].load().sum() == 2 * 2
+    assert records["routing"][0].tokens_per_expert().sum() == 2 * 2
 
 
 def test_routing_is_worked_out_in_float32_also_for_bfloat16_and_under_autocast():
     """Two experts whose scores differ by less than a bfloat16's step keep their order and their weights."""
     x = torch.randn(64, 16, generator=seeded()).bfloat16()
-    for router in (SoftmaxRouter(16, 6, top=2, renormalize=True), SigmoidRouter(16, 6, top=2)):
+    for router in (SoftmaxRouter(16, 6, top_k=2, norm_topk_prob=True), SigmoidRouter(16, 6, top_k=2)):
         filled(router).to(torch.bfloat16)
         scores, logits, _, weights = router(x)
         assert scores.dtype == logits.dtype == weights.dtype == torch.float32
@@ -143,15 +149,17 @@ def test_losses_leave_padding_out_and_count_each_sequence_alone():
     experts = logits.topk(2, dim=-1).indices
     real = torch.tensor([True, True, False])
 
-    def of(rows: list[int], tokens: int) -> Routing:
+    def of(rows: list[int], tokens: int) -> RouterOutput:
         z, e = logits[rows, :tokens].flatten(0, 1), experts[rows, :tokens].flatten(0, 1)
-        return Routing(z.sigmoid(), z, e, z.sigmoid().gather(1, e), real[:tokens].repeat(len(rows)), None, len(rows))
+        return RouterOutput(
+            z.sigmoid(), z, e, z.sigmoid().gather(1, e), real[:tokens].repeat(len(rows)), None, len(rows)
+        )
 
-    for loss in (load_balancing, z_loss, sequence_balancing):
+    for loss in (load_balancing_aux_loss, router_z_loss, sequence_balance_aux_loss):
         torch.testing.assert_close(loss([of([0, 1], 3)]), loss([of([0, 1], 2)]))
-    each = [sequence_balancing([of([row], 2)]) for row in (0, 1)]
-    torch.testing.assert_close(sequence_balancing([of([0, 1], 2)]), (each[0] + each[1]) / 2)
-    torch.testing.assert_close(sequence_balancing([of([0], 2), of([1], 2)]), each[0] + each[1])
+    each = [sequence_balance_aux_loss([of([row], 2)]) for row in (0, 1)]
+    torch.testing.assert_close(sequence_balance_aux_loss([of([0, 1], 2)]), (each[0] + each[1]) / 2)
+    torch.testing.assert_close(sequence_balance_aux_loss([of([0], 2), of([1], 2)]), each[0] + each[1])
     s = logits[0, :2].sigmoid()
     f = torch.bincount(s.topk(2, dim=-1).indices.flatten(), minlength=4) * 4 / (2 * 2)
     torch.testing.assert_close(each[0], (f * (s / s.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
@@ -162,53 +170,55 @@ def test_the_complementary_loss_counts_the_largest_scores_and_not_what_the_bias_
     The bias chose an expert each, the last two; what was chosen has no part in it."""
     s = torch.tensor([[0.8, 0.4, 0.2, 0.2]] * 2)
     real = torch.ones(2, dtype=torch.bool)
-    routing = Routing(s, s.logit(), torch.tensor([[2], [3]]), torch.ones(2, 1), real, None, 1)
-    assert sequence_balancing([routing]).item() == pytest.approx(2.0)
+    routing = RouterOutput(s, s.logit(), torch.tensor([[2], [3]]), torch.ones(2, 1), real, None, 1)
+    assert sequence_balance_aux_loss([routing]).item() == pytest.approx(2.0)
 
 
 def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():
     logits = torch.randn(6, 5, generator=seeded(), requires_grad=True)
     real = torch.ones(6, dtype=torch.bool)
-    routing = Routing(logits.softmax(-1), logits, torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1), real, None, 1)
-    gradient = torch.autograd.grad(z_loss([routing]), logits)[0]
+    routing = RouterOutput(
+        logits.softmax(-1), logits, torch.zeros(6, 1, dtype=torch.long), torch.ones(6, 1), real, None, 1
+    )
+    gradient = torch.autograd.grad(router_z_loss([routing]), logits)[0]
     torch.testing.assert_close(gradient, 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) / 6)
 
 
 def test_load_balancing_is_transformers_own_with_padding_left_out():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    router = filled(SoftmaxRouter(8, 6, top=2, renormalize=True))
+    router = filled(SoftmaxRouter(8, 6, top_k=2, norm_topk_prob=True))
     real = torch.rand(2, 10, generator=seeded()) > 0.3
     routings = [routed(router, torch.randn(20, 8, generator=seeded(s)), 2, real.flatten()) for s in (1, 2)]
     expected = mixtral.load_balancing_loss_func(tuple(r.logits for r in routings), 6, 2, real.long())
-    torch.testing.assert_close(load_balancing(routings), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(load_balancing_aux_loss(routings), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_balancing_bias_evens_a_skewed_router_without_touching_its_gradient():
-    router = SigmoidRouter(8, 8, top=2)
+    router = SigmoidRouter(8, 8, top_k=2)
     filled(router)
     router.weight.data[0] += 0.8
     x = torch.rand(512, 8, generator=seeded())
     before = max_violation([routed(router, x, 1)])
-    callback = BalanceExperts(rate=0.002)
+    callback = ExpertBiasBalancer(rate=0.002)
     for step in range(800):
-        router.load = routed(router, x, 1).load()
-        callback.after_step(router, step)
+        router.tokens_per_expert = routed(router, x, 1).tokens_per_expert()
+        callback.on_step_end(router, step)
     after = max_violation([routed(router, x, 1)])
     assert before > 1.0
     assert after < 0.15
-    assert router.load is None
+    assert router.tokens_per_expert is None
     assert router.bias.grad is None
 
 
 def test_one_balancing_step_is_the_sign_of_mean_minus_load():
-    router = SigmoidRouter(2, 4, top=1)
-    router.load = torch.tensor([4.0, 0.0, 2.0, 2.0])
-    BalanceExperts(rate=0.001).after_step(router, 0)
+    router = SigmoidRouter(2, 4, top_k=1)
+    router.tokens_per_expert = torch.tensor([4.0, 0.0, 2.0, 2.0])
+    ExpertBiasBalancer(rate=0.001).on_step_end(router, 0)
     torch.testing.assert_close(router.bias.data, torch.tensor([-0.001, 0.001, 0.0, 0.0]))
 
 
 def test_the_bias_stays_float32_in_a_bfloat16_model():
-    router = SigmoidRouter(8, 4, top=1)
+    router = SigmoidRouter(8, 4, top_k=1)
     router.bias.data = torch.tensor([0.5001, -0.2502, 0.0013, 0.9999])
     before = router.bias.data.clone()
     router.to(torch.bfloat16)
@@ -218,11 +228,11 @@ def test_the_bias_stays_float32_in_a_bfloat16_model():
 
 
 def test_a_latent_mixture_is_experts_in_a_narrow_space_between_two_projections():
-    router = filled(SigmoidRouter(16, 4, top=4, renormalize=True, scale=2.5))
-    experts = filled(Experts(4, 8, 8, inner=relu_squared))
-    layer = filled(LatentMixture(16, 8, router, experts, shared=GatedMLP(16, 8, F.silu)))
+    router = filled(SigmoidRouter(16, 4, top_k=4, norm_topk_prob=True, routed_scaling_factor=2.5))
+    experts = filled(Experts(4, 8, 8, expert_activation=relu_squared))
+    layer = filled(LatentMoE(16, 8, router, experts, shared=GatedMLP(16, 8, F.silu)))
     x = torch.randn(2, 3, 16, generator=seeded())
-    scope = Scope.plain(x[..., 0])
+    scope = Scope.unpadded(x[..., 0])
     z = layer.to_latent(x.flatten(0, 1))
     _, _, chosen, weights = router(x.flatten(0, 1))
     mixed = torch.zeros(6, 8)
@@ -236,9 +246,9 @@ def test_a_latent_mixture_is_experts_in_a_narrow_space_between_two_projections()
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"experts": 8, "top": 9}, "top 9 of 8"),
-        ({"experts": 10, "top": 2, "groups": 4, "top_groups": 2}, "do not form 4 equal groups"),
-        ({"experts": 8, "top": 5, "groups": 4, "top_groups": 2}, "fewer than asked"),
+        ({"num_experts": 8, "top_k": 9}, "top 9 of 8"),
+        ({"num_experts": 10, "top_k": 2, "n_group": 4, "topk_group": 2}, "do not form 4 equal groups"),
+        ({"num_experts": 8, "top_k": 5, "n_group": 4, "topk_group": 2}, "fewer than asked"),
     ],
 )
 def test_contradictory_numbers_are_refused_with_their_rule(numbers, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_quest.layers.norm import LayerNorm, OffsetRMSNorm, RMSNorm
+from llm_quest.layers.norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 
 
 @pytest.mark.parametrize("norm", [RMSNorm(6, 1e-5), LayerNorm(6, 1e-5)], ids=["rms", "layer"])
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_formula(norm: nn.Module, generator: torch.Ge
 
 
 def test_an_offset_norm_scales_by_one_plus_its_weight_in_float32_before_the_cast(generator: torch.Generator):
-    norm = OffsetRMSNorm(64, 1e-6).bfloat16()
+    norm = ZeroCenteredRMSNorm(64, 1e-6).bfloat16()
     with torch.no_grad():
         norm.weight.copy_(torch.randn(64, generator=generator).bfloat16() * 0.3)
     x = torch.randn(32, 64, generator=generator).bfloat16()

@@ -5,27 +5,37 @@ import math
 import pytest
 import torch
 
-from llm_quest.layers.rotary import NTK, Linear, Llama3, NoRotary, Rotary, Scaling, YaRN, plain_frequencies, rotate
+from llm_quest.layers.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    NoRotary,
+    NTKScaling,
+    RopeScaling,
+    RotaryEmbedding,
+    YaRNScaling,
+    apply_rotary_emb,
+    default_inv_freq,
+)
 from llm_quest.scope import Scope
 
-SCALINGS: dict[str, Scaling | None] = {
+SCALINGS: dict[str, RopeScaling | None] = {
     "plain": None,
-    "linear": Linear(4.0),
-    "ntk": NTK(4.0),
-    "llama3": Llama3(8.0, low=1.0, high=4.0, original=64),
-    "yarn": YaRN(8.0, original=64, fast=8.0),
+    "linear": LinearScaling(4.0),
+    "ntk": NTKScaling(4.0),
+    "llama3": Llama3Scaling(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    "yarn": YaRNScaling(8.0, original_max_position_embeddings=64, beta_fast=8.0),
 }
 every_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 
 
-def at(rotary: Rotary, x: torch.Tensor, position: int) -> torch.Tensor:
+def at(rotary: RotaryEmbedding, x: torch.Tensor, position: int) -> torch.Tensor:
     """One head's vector (d,) turned as at this position."""
     return rotary(x[None, None, None], Scope(torch.tensor([[position]])))[0, 0, 0]
 
 
 @every_scaling
-def test_scores_depend_on_the_distance_only(scaling: Scaling | None, generator: torch.Generator):
-    rotary = Rotary(16, 10000.0, scaling)
+def test_scores_depend_on_the_distance_only(scaling: RopeScaling | None, generator: torch.Generator):
+    rotary = RotaryEmbedding(16, 10000.0, scaling)
     q, k = torch.randn(2, 16, generator=generator, dtype=torch.float64)
     scores = [at(rotary, q, 7 + shift) @ at(rotary, k, 3 + shift) for shift in (0, 5, 40)]
     torch.testing.assert_close(scores[1:], [scores[0]] * 2, rtol=0, atol=2e-5)
@@ -34,29 +44,31 @@ def test_scores_depend_on_the_distance_only(scaling: Scaling | None, generator: 
 
 @every_scaling
 def test_lengths_stay_but_for_the_attention_factor_and_position_0_turns_nothing(
-    scaling: Scaling | None, generator: torch.Generator
+    scaling: RopeScaling | None, generator: torch.Generator
 ):
     x = torch.randn(16, generator=generator)
     factor = scaling.attention_factor if scaling else 1.0
-    torch.testing.assert_close(at(Rotary(16, 10000.0, scaling), x, 37).norm(), x.norm() * factor)
-    torch.testing.assert_close(at(Rotary(16, 10000.0, scaling), x, 0), x * factor)
+    torch.testing.assert_close(at(RotaryEmbedding(16, 10000.0, scaling), x, 37).norm(), x.norm() * factor)
+    torch.testing.assert_close(at(RotaryEmbedding(16, 10000.0, scaling), x, 0), x * factor)
 
 
-@pytest.mark.parametrize("scaling", [Linear(1.0), NTK(1.0), Llama3(1.0, 1.0, 4.0, 64), YaRN(1.0, 64)], ids=str)
-def test_a_factor_of_one_is_plain_rope(scaling: Scaling):
-    same(scaling.frequencies(16, 10000.0), plain_frequencies(16, 10000.0))
+@pytest.mark.parametrize(
+    "scaling", [LinearScaling(1.0), NTKScaling(1.0), Llama3Scaling(1.0, 1.0, 4.0, 64), YaRNScaling(1.0, 64)], ids=str
+)
+def test_a_factor_of_one_is_plain_rope(scaling: RopeScaling):
+    same(scaling.inv_freq(16, 10000.0), default_inv_freq(16, 10000.0))
     assert scaling.attention_factor == 1.0
 
 
 def test_a_pair_by_hand():
     """d = 2: one pair, frequency 1: position p turns (1, 0) by p radians."""
     expected = torch.tensor([math.cos(3), math.sin(3)])
-    torch.testing.assert_close(at(Rotary(2, 10000.0), torch.tensor([1.0, 0.0]), 3), expected)
+    torch.testing.assert_close(at(RotaryEmbedding(2, 10000.0), torch.tensor([1.0, 0.0]), 3), expected)
 
 
 def test_pairs_are_halves_not_neighbours():
     """d = 4, theta 16: frequencies 1 and 1/4; the pairs are (0, 2) and (1, 3)."""
-    turned = at(Rotary(4, 16.0), torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
+    turned = at(RotaryEmbedding(4, 16.0), torch.tensor([1.0, 1.0, 0.0, 0.0]), 2)
     torch.testing.assert_close(turned, torch.tensor([math.cos(2), math.cos(0.5), math.sin(2), math.sin(0.5)]))
 
 
@@ -64,37 +76,37 @@ def test_half_split_equals_the_interleaved_form_of_a_reordered_vector(generator:
     width, position = 8, 11
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     x = torch.randn(width, generator=generator)
-    angles = position * plain_frequencies(width, 10000.0)
+    angles = position * default_inv_freq(width, 10000.0)
     even, odd = x[order][0::2], x[order][1::2]
     interleaved = torch.stack(
         (even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()), -1
     ).flatten()
-    torch.testing.assert_close(at(Rotary(width, 10000.0), x, position)[order], interleaved)
+    torch.testing.assert_close(at(RotaryEmbedding(width, 10000.0), x, position)[order], interleaved)
 
 
 def test_interleaved_weights_turn_neighbours_and_give_the_same_products(generator: torch.Generator):
     q, k = torch.randn(2, 8, generator=generator)
-    neighbours = Rotary(8, 10000.0, interleaved=True)
+    neighbours = RotaryEmbedding(8, 10000.0, interleaved=True)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
-    torch.testing.assert_close(at(neighbours, q, 9), at(Rotary(8, 10000.0), q[order], 9))
+    torch.testing.assert_close(at(neighbours, q, 9), at(RotaryEmbedding(8, 10000.0), q[order], 9))
     torch.testing.assert_close(at(neighbours, q, 9) @ at(neighbours, k, 9), q @ k)
 
 
 def test_only_the_first_numbers_of_a_head_turn_when_the_rotary_width_is_smaller(generator: torch.Generator):
     x = torch.randn(10, generator=generator)
-    turned = at(Rotary(4, 100.0), x, 5)
-    torch.testing.assert_close(turned[:4], at(Rotary(4, 100.0), x[:4], 5))
+    turned = at(RotaryEmbedding(4, 100.0), x, 5)
+    torch.testing.assert_close(turned[:4], at(RotaryEmbedding(4, 100.0), x[:4], 5))
     assert torch.equal(turned[4:], x[4:])
 
 
 def test_ntk_divides_the_lowest_frequency_by_exactly_the_factor_and_leaves_the_highest():
-    plain, stretched = plain_frequencies(32, 10000.0), NTK(8.0).frequencies(32, 10000.0)
+    plain, stretched = default_inv_freq(32, 10000.0), NTKScaling(8.0).inv_freq(32, 10000.0)
     assert stretched[0] == plain[0] == 1
     same(stretched[-1], plain[-1] / 8)
 
 
 def test_linear_divides_every_frequency():
-    same(Linear(8.0).frequencies(32, 1e4), plain_frequencies(32, 1e4) / 8)
+    same(LinearScaling(8.0).inv_freq(32, 1e4), default_inv_freq(32, 1e4) / 8)
 
 
 def same(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -108,42 +120,44 @@ def vector(frequencies: torch.Tensor, expected: dict[int, float]) -> None:
 
 
 def test_llama_3_2_gives_the_published_frequencies():
-    frequencies = Llama3(32.0, low=1.0, high=4.0, original=8192).frequencies(64, 500_000.0)
+    frequencies = Llama3Scaling(
+        32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ).inv_freq(64, 500_000.0)
     expected = {0: 1.0, 14: 0.00321145, 15: 0.00129055, 16: 0.000429557, 17: 9.70829e-5, 18: 1.94616e-5, 31: 9.41831e-8}
     vector(frequencies, expected)
 
 
 def test_yarn_gives_deepseek_v3s_frequencies():
-    yarn = YaRN(40.0, original=4096, mscale=1.0, mscale_all_dim=1.0)
+    yarn = YaRNScaling(40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0)
     expected = {0: 1.0, 9: 0.0749894, 10: 0.0562341, 16: 0.0055, 23: 3.3338e-5, 24: 2.5e-5, 31: 3.3338e-6}
-    vector(yarn.frequencies(64, 10_000.0), expected)
+    vector(yarn.inv_freq(64, 10_000.0), expected)
     assert yarn.attention_factor == 1.0, "the two m(40, 1) cancel"
 
 
 def test_yarn_gives_kimi_k2s_frequencies_where_the_ramp_is_one_step():
-    yarn = YaRN(32.0, original=4096, fast=1.0, slow=1.0)
-    plain = plain_frequencies(64, 50_000.0)
-    vector(yarn.frequencies(64, 50_000.0), {18: plain[18].item(), 19: 0.00162176, 20: 3.61405e-5})
+    yarn = YaRNScaling(32.0, original_max_position_embeddings=4096, beta_fast=1.0, beta_slow=1.0)
+    plain = default_inv_freq(64, 50_000.0)
+    vector(yarn.inv_freq(64, 50_000.0), {18: plain[18].item(), 19: 0.00162176, 20: 3.61405e-5})
 
 
 def test_yarns_attention_factor():
-    assert YaRN(4.0, 64).attention_factor == pytest.approx(0.1 * math.log(4) + 1)
-    assert YaRN(40.0, 64, mscale=1.0, mscale_all_dim=0.5).attention_factor == pytest.approx(
+    assert YaRNScaling(4.0, 64).attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+    assert YaRNScaling(40.0, 64, mscale=1.0, mscale_all_dim=0.5).attention_factor == pytest.approx(
         1.36889 / 1.184444, rel=1e-5
     )
-    assert YaRN(4.0, 64, explicit_factor=1.25).attention_factor == 1.25
+    assert YaRNScaling(4.0, 64, explicit_attention_factor=1.25).attention_factor == 1.25
 
 
 def test_yarns_limits_are_plain_and_interpolated():
     """The ramp behind the last pair: nothing is stretched; the ramp before pair 1: all but the fastest pair is."""
-    plain = plain_frequencies(16, 1e4)
-    same(YaRN(8.0, 64, fast=9e-4, slow=1e-4).frequencies(16, 1e4), plain)
-    same(YaRN(8.0, 64, fast=5.73, slow=5.73).frequencies(16, 1e4)[1:], plain[1:] / 8)
+    plain = default_inv_freq(16, 1e4)
+    same(YaRNScaling(8.0, 64, beta_fast=9e-4, beta_slow=1e-4).inv_freq(16, 1e4), plain)
+    same(YaRNScaling(8.0, 64, beta_fast=5.73, beta_slow=5.73).inv_freq(16, 1e4)[1:], plain[1:] / 8)
 
 
 def test_two_scalings_of_equal_width_and_base_do_not_share_a_table():
     scope, x = Scope(torch.tensor([[50]])), torch.ones(1, 1, 1, 16)
-    turned = [Rotary(16, 1e4, scaling)(x, scope) for scaling in SCALINGS.values()]
+    turned = [RotaryEmbedding(16, 1e4, scaling)(x, scope) for scaling in SCALINGS.values()]
     for i, one in enumerate(turned):
         assert not any(torch.allclose(one, other) for other in turned[i + 1 :])
 
@@ -152,46 +166,48 @@ def test_angles_are_worked_out_in_float32_also_for_bfloat16():
     """At position 4097 a bfloat16 angle would be off by whole turns."""
     x = torch.ones(1, 1, 1, 16)
     scope = Scope(torch.tensor([[4097]]))
-    rotary = Rotary(16, 1e4)
+    rotary = RotaryEmbedding(16, 1e4)
     torch.testing.assert_close(rotary(x.bfloat16(), scope).float(), rotary(x, scope), rtol=0, atol=0.02)
-    cos, _ = rotary.tables(scope, torch.float32)
+    cos, _ = rotary.cos_sin(scope, torch.float32)
     torch.testing.assert_close(
-        cos.flatten().double(), (4097 * plain_frequencies(16, 1e4).double()).cos(), rtol=0, atol=3e-4
+        cos.flatten().double(), (4097 * default_inv_freq(16, 1e4).double()).cos(), rtol=0, atol=3e-4
     )
 
 
 def test_an_odd_width_is_refused():
     with pytest.raises(ValueError, match="rotary width 7 is not a positive even number"):
-        Rotary(7, 1e4)
+        RotaryEmbedding(7, 1e4)
 
 
 def test_no_rotary_leaves_everything():
     x = torch.randn(1, 2, 3, 4)
-    assert NoRotary()(x, Scope.plain(torch.zeros(1, 2, dtype=torch.int64))) is x
+    assert NoRotary()(x, Scope.unpadded(torch.zeros(1, 2, dtype=torch.int64))) is x
 
 
 def test_rotate_and_rotate_back_is_the_identity(generator: torch.Generator):
     x, angle = torch.randn(1, 1, 2, 6, generator=generator), torch.rand(1, 1, 1, 3, generator=generator)
-    torch.testing.assert_close(rotate(rotate(x, angle.cos(), angle.sin()), angle.cos(), -angle.sin()), x)
+    torch.testing.assert_close(
+        apply_rotary_emb(apply_rotary_emb(x, angle.cos(), angle.sin()), angle.cos(), -angle.sin()), x
+    )
 
 
 PUBLISHED = {
-    "linear": (Linear(4.0), {"factor": 4.0}),
+    "linear": (LinearScaling(4.0), {"factor": 4.0}),
     "llama3": (
-        Llama3(8.0, 1.0, 4.0, 64),
+        Llama3Scaling(8.0, 1.0, 4.0, 64),
         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     ),
-    "yarn": (YaRN(8.0, 64), {"factor": 8.0, "original_max_position_embeddings": 64}),
+    "yarn": (YaRNScaling(8.0, 64), {"factor": 8.0, "original_max_position_embeddings": 64}),
     "yarn, one step": (
-        YaRN(8.0, 512, fast=1.0),
+        YaRNScaling(8.0, 512, beta_fast=1.0),
         {"factor": 8.0, "original_max_position_embeddings": 512, "beta_fast": 1.0},
     ),
     "yarn, not truncated": (
-        YaRN(8.0, 512, truncate=False),
+        YaRNScaling(8.0, 512, truncate=False),
         {"factor": 8.0, "original_max_position_embeddings": 512, "truncate": False},
     ),
     "yarn, mscales": (
-        YaRN(40.0, 512, mscale=1.0, mscale_all_dim=0.5),
+        YaRNScaling(40.0, 512, mscale=1.0, mscale_all_dim=0.5),
         {"factor": 40.0, "original_max_position_embeddings": 512, "mscale": 1.0, "mscale_all_dim": 0.5},
     ),
 }
@@ -207,5 +223,5 @@ def test_frequencies_equal_transformers(name: str, width: int):
     rope = {"rope_type": kind, "rope_theta": 10000.0, **theirs}
     config = transformers.LlamaConfig(head_dim=width, max_position_embeddings=4096, rope_parameters=rope)
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-    torch.testing.assert_close(ours.frequencies(width, 10000.0), frequencies, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.inv_freq(width, 10000.0), frequencies, rtol=1e-6, atol=0)
     assert ours.attention_factor == pytest.approx(factor)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_quest.hub.files import load, save
+from llm_quest.hub.load_save import load, save
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
 from tests.oracles import save_published, transformers
@@ -60,7 +60,7 @@ def test_cached_logits_are_those_of_one_pass_of_transformers(name, chunks):
     cache, outs, start = model.new_cache(2, LENGTH), [], 0
     for size in chunks:
         piece = tokens()[:, start : start + size]
-        outs.append(model(piece, Scope.plain(piece, cache=cache, start=start)))
+        outs.append(model(piece, Scope.unpadded(piece, cache=cache, start=start)))
         start += size
     torch.testing.assert_close(torch.cat(outs, 1), expected_logits(name), atol=tolerance(name), rtol=1e-4)
 
@@ -133,15 +133,15 @@ def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_pat
         tensors[f"model.layers.{3 + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = load(folder)
-    assert len(model.lookahead) == depth
+    assert len(model.mtp_modules) == depth
     row = tokens(2, 20)
-    scope, h = Scope.plain(row), model.hidden(row)
+    scope, h = Scope.unpadded(row), model.hidden_states(row)
     theirs = oracle.model(row, use_cache=False).last_hidden_state
-    from llm_quest.layers.multi_token import ahead, positions_ahead
+    from llm_quest.layers.multi_token_prediction import shift_left, shift_position_ids
 
-    for k, module in enumerate(model.lookahead, start=1):
-        further = Scope(positions_ahead(scope, k))
-        h = module(h, model.embed(ahead(row, k, 0), further), further)
+    for k, module in enumerate(model.mtp_modules, start=1):
+        further = Scope(shift_position_ids(scope, k))
+        h = module(h, model.embed(shift_left(row, k, 0), further), further)
         width = row.shape[1] - k
         theirs = mtp.forward_layer(
             k - 1, theirs[:, :width], torch.arange(k, row.shape[1])[None], None, input_ids=row[:, k:]
@@ -156,7 +156,7 @@ def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_relea
     from safetensors.torch import load_file, save_file
     from transformers.models.mimo_v2_flash import modeling_mimo_v2_flash as theirs
 
-    from llm_quest.layers.multi_token import ahead, positions_ahead
+    from llm_quest.layers.multi_token_prediction import shift_left, shift_position_ids
     from tests.oracles import randomize_
 
     oracle, settings = ORACLES["mimo_v2_flash"](), copy.deepcopy(ORACLES["mimo_v2_flash"]().config)
@@ -177,14 +177,14 @@ def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_relea
         tensors |= {f"{prefix}{name}.weight": extra[part][k].clone() for part, name in named.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model = load(folder)
-    assert len(model.lookahead) == model.config.lookahead == 2
+    assert len(model.mtp_modules) == model.config.num_nextn_predict_layers == 2
 
     row = tokens(2, 30)
-    scope, h = Scope.plain(row), model.hidden(row)
+    scope, h = Scope.unpadded(row), model.hidden_states(row)
     before = oracle.model(row, use_cache=False).last_hidden_state
-    for k, module in enumerate(model.lookahead, start=1):
-        further = Scope(positions_ahead(scope, k))
-        h = module(h, model.embed(ahead(row, k, 0), further), further)
+    for k, module in enumerate(model.mtp_modules, start=1):
+        further = Scope(shift_position_ids(scope, k))
+        h = module(h, model.embed(shift_left(row, k, 0), further), further)
         width = row.shape[1] - k
         embedded = oracle.get_input_embeddings()(row[:, k:])
         normed = [rms(part, extra[name][k - 1]) for part, name in ((embedded, "enorm"), (before[:, :width], "hnorm"))]

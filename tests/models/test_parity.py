@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import llm_quest as quest
-from llm_quest.models.build import page_of
+from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.page import Rows, Transposed
+from llm_quest.models.family import ConcatRows, Transposed
 from llm_quest.scope import Scope
 from tests.laws.test_decoder import in_chunks, padded
 from tests.oracles import ATOL, ROPES, RTOL, logits_of, save_published, tiny_gpt2, tiny_llama
@@ -88,9 +88,9 @@ def test_gradients_equal(name: str):
     theirs_by_name = dict(
         zip(dict(theirs.named_parameters()), grads(theirs, theirs(tokens).logits, tokens), strict=True)
     )
-    for path, published in page_of(ours.config).names(ours.config).items():
+    for path, published in family_of(ours.config).names(ours.config).items():
         match published:
-            case Rows(names=names):
+            case ConcatRows(names=names):
                 expected = torch.cat([theirs_by_name[part] for part in names])
             case Transposed(name=one):
                 expected = theirs_by_name[one].T
@@ -158,4 +158,4 @@ def test_packed_documents_equal_theirs(name: str):
     positions = torch.tensor([[*range(6), *range(3), *range(7)]])
     segments = torch.tensor([[0] * 6 + [1] * 3 + [2] * 7])
     expected = logits_of(theirs, tokens, position_ids=positions)
-    torch.testing.assert_close(ours(tokens, Scope(positions, segments=segments)), expected, **CLOSE)
+    torch.testing.assert_close(ours(tokens, Scope(positions, segment_ids=segments)), expected, **CLOSE)

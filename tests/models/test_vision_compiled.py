@@ -16,7 +16,7 @@ model = build(name).double()
 images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
 if name == "llava-tiny":
     tokens = torch.randint(96, (2, 24)); tokens[:, 2:18] = 96
-    plain = lambda t, i: model(t, vision=model.see(i))
+    plain = lambda t, i: model(t, image_features=model.get_image_features(i))
     inputs = (tokens, images)
 else:
     plain, inputs = model, (images,)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import llm_quest as quest
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models import clip, vit
-from llm_quest.models.build import build, count_parameters, preset, skeleton
+from llm_quest.models.build import build, build_meta_model, count_parameters, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from tests.laws.subjects import randomize_
 from tests.models.vision import images, loaded, their_vit
@@ -98,14 +98,16 @@ def test_a_fresh_models_loss_is_near_ln_of_the_classes():
     ],
 )
 def test_a_published_size_has_the_published_number_of_parameters(name: str, count: int):
-    assert count_parameters(skeleton(preset(name).config)) == count == preset(name).parameters
+    assert count_parameters(build_meta_model(preset(name).config)) == count == preset(name).num_parameters
 
 
-@pytest.mark.parametrize("page", [vit.PAGE, clip.PAGE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [vit.FAMILY, clip.FAMILY], ids=lambda page: page.name)
 def test_what_is_published_is_read_back_as_it_was(page: Any):
     for size in page.presets:
         assert page.read(page.publish(size.config)) == size.config
-    assert vit.read(vit.publish(replace(preset("vit-tiny").config, classes=2, labels=("cat", "dog")))).labels == (
+    assert vit.read(
+        vit.publish(replace(preset("vit-tiny").config, num_labels=2, label_names=("cat", "dog")))
+    ).label_names == (
         "cat",
         "dog",
     )
@@ -113,9 +115,9 @@ def test_what_is_published_is_read_back_as_it_was(page: Any):
 
 @pytest.mark.parametrize(("page", "eps"), [(vit, 1e-12), (clip, 1e-5)], ids=["vit", "clip"])
 def test_where_the_config_is_silent_eps_is_the_familys(page: Any, eps: float):
-    published = page.publish(preset(f"{page.PAGE.name}-tiny").config)
+    published = page.publish(preset(f"{page.FAMILY.name}-tiny").config)
     del published["layer_norm_eps"]
-    assert page.read(published).eps == eps
+    assert page.read(published).layer_norm_eps == eps
 
 
 @pytest.mark.parametrize(
@@ -184,15 +186,15 @@ def test_gradients_equal_transformers():
 @pytest.mark.parametrize("side", [16, 48])
 def test_an_image_of_another_size_is_read_with_stretched_positions_as_transformers_does(side: int):
     theirs = their_vit()
-    ours = vit.resized(loaded(theirs), side)
+    ours = vit.resize_images(loaded(theirs), side)
     with torch.no_grad():
         expected = theirs(pixel_values=images(2, side), interpolate_pos_encoding=True).logits
         torch.testing.assert_close(ours(images(2, side)), expected, atol=2e-5, rtol=1e-4)
-    assert ours.config.image == side
+    assert ours.config.image_size == side
 
 
 def test_transformers_loads_what_we_save_and_computes_the_same(tmp_path: Path):
-    model = randomize_(build(replace(preset("vit-tiny").config, classes=3, labels=("a", "b", "c"))))
+    model = randomize_(build(replace(preset("vit-tiny").config, num_labels=3, label_names=("a", "b", "c"))))
     quest.save(model, tmp_path / "model")  # type: ignore[arg-type]
     theirs, info = transformers.ViTForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -218,5 +220,7 @@ def test_a_clip_tower_alone_equals_transformers(tmp_path: Path):
     ours = quest.load(save_published(theirs, tmp_path))
     with torch.no_grad():
         expected = theirs(pixel_values=images(2))
-    torch.testing.assert_close(ours.stream(images(2)), expected.last_hidden_state, atol=2e-5, rtol=1e-4)  # type: ignore[operator]
+    torch.testing.assert_close(
+        ours.intermediate_hidden_states(images(2)), expected.last_hidden_state, atol=2e-5, rtol=1e-4
+    )  # type: ignore[operator]
     torch.testing.assert_close(ours(images(2)), expected.pooler_output, atol=2e-5, rtol=1e-4)

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quest.data.pairs import AnswerBatch
-from llm_quest.data.preferences import Rated
+from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.models.build import build
 from llm_quest.scope import Scope
 
 
-def elements(number: int = 4, answers: int = 2, vocab: int = 97, seed: int = 0) -> list[Rated]:
+def elements(number: int = 4, answers: int = 2, vocab: int = 97, seed: int = 0) -> list[TokenizedPreference]:
     """Random ids, prompts and answers of random lengths."""
     random = np.random.default_rng(seed)
 
     def ids() -> np.ndarray:
         return random.integers(0, vocab, random.integers(1, 7))
 
-    return [Rated(ids(), tuple(ids() for _ in range(answers)), float(n % 3) / 2) for n in range(number)]
+    return [TokenizedPreference(ids(), tuple(ids() for _ in range(answers)), float(n % 3) / 2) for n in range(number)]
 
 
 def tiny(seed: int = 0, page: str = "llama3.2-tiny", dtype: torch.dtype = torch.float64) -> Any:
@@ -40,20 +40,20 @@ def gradients(model: Any, total: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(total, list(model.parameters()), allow_unused=True))
 
 
-def trl_inputs(batch: AnswerBatch) -> dict[str, Tensor]:
+def trl_inputs(batch: PreferenceBatch) -> dict[str, Tensor]:
     """TRL wants all chosen, then all rejected; masks in place of positions; the answer's own tokens marked."""
-    order = torch.cat([batch.better, batch.worse])
+    order = torch.cat([batch.chosen, batch.rejected])
     learned = (batch.targets != -100).roll(1, dims=1)
     learned[:, 0] = False
     inputs = {
-        "input_ids": batch.tokens[order],
-        "attention_mask": (batch.positions[order] >= 0).long(),
+        "input_ids": batch.input_ids[order],
+        "attention_mask": (batch.position_ids[order] >= 0).long(),
         "completion_mask": learned[order].long(),
     }
-    if batch.reference is not None:
+    if batch.reference_log_probs is not None:
         inputs |= {
-            "ref_chosen_logps": batch.reference[batch.better],
-            "ref_rejected_logps": batch.reference[batch.worse],
+            "ref_chosen_logps": batch.reference_log_probs[batch.chosen],
+            "ref_rejected_logps": batch.reference_log_probs[batch.rejected],
         }
     return inputs
 

@@ -4,27 +4,27 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm_quest.data.sights import SightBatch
+from llm_quest.data.image_text import ImageTextBatch
 from llm_quest.models.build import build
-from llm_quest.objectives.captioning import Captioning
+from llm_quest.objectives.captioning import CaptioningLoss
 from tests.laws.subjects import randomize_
 from tests.models.vision import images, shown
 
 MODEL = randomize_(build("llava-tiny"))
-OBJECTIVE = Captioning(MODEL)
+OBJECTIVE = CaptioningLoss(MODEL)
 
 
-def batch() -> SightBatch:
+def batch() -> ImageTextBatch:
     tokens = shown(26, 1, 1, 1)
     targets = torch.full_like(tokens, -100)
     targets[:, 19:25] = tokens[:, 20:26]
     targets[2, 21:] = -100
-    return SightBatch(tokens, targets, images(3, 16), 78)
+    return ImageTextBatch(tokens, targets, images(3, 16), 78)
 
 
 def test_the_loss_is_that_of_all_logits_at_the_learned_tokens():
     rows = batch()
-    logits = MODEL(rows.tokens, vision=MODEL.see(rows.images))
+    logits = MODEL(rows.input_ids, image_features=MODEL.get_image_features(rows.images))
     loss = OBJECTIVE(rows)
     assert loss.total.item() == pytest.approx(
         F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), reduction="sum").item(), rel=1e-5
@@ -35,7 +35,8 @@ def test_the_loss_is_that_of_all_logits_at_the_learned_tokens():
 def test_splitting_a_batch_adds_both_totals_and_counts():
     rows = batch()
     parts = [
-        OBJECTIVE(SightBatch(rows.tokens[p], rows.targets[p], rows.images[p], 26)) for p in (slice(0, 1), slice(1, 3))
+        OBJECTIVE(ImageTextBatch(rows.input_ids[p], rows.targets[p], rows.images[p], 26))
+        for p in (slice(0, 1), slice(1, 3))
     ]
     whole = OBJECTIVE(rows)
     assert sum(part.total.item() for part in parts) == pytest.approx(whole.total.item(), rel=1e-5)
@@ -44,5 +45,5 @@ def test_splitting_a_batch_adds_both_totals_and_counts():
 
 def test_the_image_reaches_the_loss():
     rows = batch()
-    other = SightBatch(rows.tokens, rows.targets, rows.images.flip(0), rows.counted)
+    other = ImageTextBatch(rows.input_ids, rows.targets, rows.images.flip(0), rows.token_count)
     assert abs(OBJECTIVE(rows).total.item() - OBJECTIVE(other).total.item()) > 1e-3

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from llm_quest.data.classes import ImageBatch
+from llm_quest.data.image_datasets import ImageBatch
 from llm_quest.models.build import build
-from llm_quest.objectives.classification import ImageClassification
+from llm_quest.objectives.classification import ImageClassificationLoss
 
 
 class Says(nn.Module):
@@ -23,19 +23,19 @@ def batch_of(logits: list[list[float]], labels: list[int]) -> ImageBatch:
 
 
 def test_two_images_by_hand():
-    loss = ImageClassification(Says())(batch_of([[0.0, 0.0], [math.log(3), 0.0]], [1, 0]))
+    loss = ImageClassificationLoss(Says())(batch_of([[0.0, 0.0], [math.log(3), 0.0]], [1, 0]))
     assert loss.total.item() == pytest.approx(math.log(2) + math.log(4 / 3))
     assert loss.count.item() == 2
     assert [value.item() for value in loss.metrics["accuracy"]] == [1, 2]
 
 
 def test_smoothing_gives_every_class_its_share():
-    loss = ImageClassification(Says(), smoothing=0.2)(batch_of([[math.log(3), 0.0]], [0]))
+    loss = ImageClassificationLoss(Says(), label_smoothing=0.2)(batch_of([[math.log(3), 0.0]], [0]))
     assert loss.total.item() == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
 
 
 def test_splitting_a_batch_adds_both_totals_and_counts():
-    objective = ImageClassification(build("vit-tiny"))
+    objective = ImageClassificationLoss(build("vit-tiny"))
     images, labels = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(5)
     whole = objective(ImageBatch(images, labels))
     parts = [objective(ImageBatch(images[part], labels[part])) for part in (slice(0, 2), slice(2, 5))]

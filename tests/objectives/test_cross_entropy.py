@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from llm_quest.objectives.cross_entropy import FORMS, LARGE, choose, cross_entropy
+from llm_quest.objectives.cross_entropy import (
+    CROSS_ENTROPY_FORMS,
+    MAX_FULL_LOGITS_BYTES,
+    choose_form,
+    linear_cross_entropy,
+)
 
 
 def example(rows=700, width=24, vocab=331, dtype=torch.float64):
@@ -16,14 +21,16 @@ def example(rows=700, width=24, vocab=331, dtype=torch.float64):
 
 
 def value_and_gradients(form, x, weight, targets, upstream=1.0, cap=None):
-    total = FORMS[form](x, weight, targets, cap)
+    total = CROSS_ENTROPY_FORMS[form](x, weight, targets, cap)
     return total.detach(), *torch.autograd.grad(total * upstream, (x, weight))
 
 
 def test_full_form_is_the_formula_worked_by_hand():
     x, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     by_hand = torch.log(1 + torch.e ** torch.tensor(2.0) + 1) - 2 + torch.log(2 + torch.e ** torch.tensor(3.0)) - 0
-    assert cross_entropy(x, weight, torch.tensor([1, 0]), "full").item() == pytest.approx(by_hand.item(), rel=1e-6)
+    assert linear_cross_entropy(x, weight, torch.tensor([1, 0]), "full").item() == pytest.approx(
+        by_hand.item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", ["chunked", "fused"])
@@ -55,7 +62,9 @@ def test_an_ignored_row_has_no_gradient_and_adds_nothing():
     total, dx, _ = value_and_gradients("chunked", x, weight, targets)
     assert dx[targets == -100].abs().max() == 0
     kept = targets != -100
-    torch.testing.assert_close(total, FORMS["full"](x[kept], weight, targets[kept]).detach(), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(
+        total, CROSS_ENTROPY_FORMS["full"](x[kept], weight, targets[kept]).detach(), rtol=1e-6, atol=1e-4
+    )
 
 
 def test_all_rows_ignored_is_zero_and_not_nan():
@@ -68,8 +77,8 @@ def test_all_rows_ignored_is_zero_and_not_nan():
 
 def test_a_frozen_head_costs_no_gradient_of_its_own():
     x, weight, targets = example(dtype=torch.float32)
-    total = FORMS["chunked"](x, weight.detach(), targets)
-    expected = torch.autograd.grad(FORMS["full"](x, weight.detach(), targets), x)[0]
+    total = CROSS_ENTROPY_FORMS["chunked"](x, weight.detach(), targets)
+    expected = torch.autograd.grad(CROSS_ENTROPY_FORMS["full"](x, weight.detach(), targets), x)[0]
     torch.testing.assert_close(torch.autograd.grad(total, x)[0], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -84,9 +93,9 @@ def test_under_bfloat16_autocast_chunked_and_full_agree_to_bfloat16():
 
 
 def test_auto_keeps_small_logits_whole_and_cuts_large_ones():
-    assert choose(torch.empty(64, 8), torch.empty(1000, 8)) == "full"
-    rows = LARGE // (4 * 1000) + 1
-    assert choose(torch.empty(rows, 8), torch.empty(1000, 8)) == "chunked"
+    assert choose_form(torch.empty(64, 8), torch.empty(1000, 8)) == "full"
+    rows = MAX_FULL_LOGITS_BYTES // (4 * 1000) + 1
+    assert choose_form(torch.empty(rows, 8), torch.empty(1000, 8)) == "chunked"
 
 
 def test_capped_logits_have_the_same_gradient_in_pieces():

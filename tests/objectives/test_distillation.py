@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset
-from llm_quest.objectives.cross_entropy import ROWS
-from llm_quest.objectives.distillation import Distillation, Pieces, divergence
-from llm_quest.objectives.next_token import NextToken, scope_of
-from llm_quest.objectives.number_token import NumberToken
+from llm_quest.objectives.cross_entropy import CHUNK_ROWS
+from llm_quest.objectives.distillation import ChunkedDivergence, DistillationLoss, generalized_jsd
+from llm_quest.objectives.next_token import NextTokenLoss, batch_scope
+from llm_quest.objectives.number_token import NumberTokenLoss
 from tests.later import Later
 
 gkd = Later("trl.experimental.gkd")
@@ -43,12 +43,12 @@ def test_by_hand(beta: float, expected: float):
     never = -1e4
     teacher = torch.tensor([0.0, 0.0, never], dtype=torch.float64)
     student = torch.tensor([math.log(3), 0.0, never], dtype=torch.float64)
-    assert divergence(student, teacher, beta).item() == pytest.approx(expected, abs=1e-12)
+    assert generalized_jsd(student, teacher, beta).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_temperature_flattens_both():
     teacher, student = torch.tensor([0.0, 0.0], dtype=torch.float64), torch.tensor([math.log(9), 0.0]).double()
-    assert divergence(student, teacher, temperature=2.0).item() == pytest.approx(KL, abs=1e-6)
+    assert generalized_jsd(student, teacher, temperature=2.0).item() == pytest.approx(KL, abs=1e-6)
 
 
 def logits(generator: torch.Generator, rows: int = 12, vocab: int = 31) -> tuple[Tensor, Tensor]:
@@ -61,8 +61,8 @@ def logits(generator: torch.Generator, rows: int = 12, vocab: int = 31) -> tuple
 def test_it_is_trls(beta: float, temperature: float, generator: torch.Generator):
     """Its "sum" leaves out the rows that its labels leave out."""
     student, teacher = logits(generator)
-    labels = torch.where(torch.arange(12) % 3 == 0, IGNORE, 1)
-    ours = divergence(student, teacher, beta, temperature)[labels != IGNORE].sum()
+    labels = torch.where(torch.arange(12) % 3 == 0, IGNORE_INDEX, 1)
+    ours = generalized_jsd(student, teacher, beta, temperature)[labels != IGNORE_INDEX].sum()
     theirs = gkd.GKDTrainer.generalized_jsd_loss(
         student[None], teacher[None], labels[None], beta=beta, temperature=temperature, reduction="sum"
     )
@@ -71,7 +71,7 @@ def test_it_is_trls(beta: float, temperature: float, generator: torch.Generator)
     torch.testing.assert_close(*gradients, atol=1e-9, rtol=0)
 
 
-def factors(dtype: torch.dtype, rows: int = 2 * ROWS + 40) -> dict[str, Any]:
+def factors(dtype: torch.dtype, rows: int = 2 * CHUNK_ROWS + 40) -> dict[str, Any]:
     """Hidden states and heads of a student and of a wider teacher."""
     generator = torch.Generator().manual_seed(3)
     x, weight, y, own = (
@@ -88,11 +88,13 @@ def whole(at: dict[str, Any], caps: tuple[float | None, float | None], beta: flo
         made if cap is None else cap * torch.tanh(made / cap)
         for made, cap in zip((at["x"] @ at["weight"].T, at["y"] @ at["own"].T), caps, strict=True)
     ]
-    return divergence(*bent, beta, temperature)[at["learn"]].sum()
+    return generalized_jsd(*bent, beta, temperature)[at["learn"]].sum()
 
 
 def pieces(at: dict[str, Any], caps: tuple[float | None, float | None], beta: float, temperature: float) -> Tensor:
-    return Pieces.apply(at["x"], at["weight"], caps[0], at["y"], at["own"], caps[1], at["learn"], beta, temperature)  # type: ignore[no-any-return, no-untyped-call]
+    return ChunkedDivergence.apply(
+        at["x"], at["weight"], caps[0], at["y"], at["own"], caps[1], at["learn"], beta, temperature
+    )  # type: ignore[no-any-return, no-untyped-call]
 
 
 @pytest.mark.parametrize("caps", [(None, None), (2.0, None), (None, 3.0)])
@@ -123,7 +125,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_of_all_rows_are_never_there_at_once():
     at = factors(torch.float32)
-    for form, most in ((whole, len(at["x"]) * 61), (pieces, ROWS * 61)):
+    for form, most in ((whole, len(at["x"]) * 61), (pieces, CHUNK_ROWS * 61)):
         with Largest() as largest:
             form(at, (None, 3.0), 0.5, 0.8).backward()
         assert largest.numbers == most
@@ -135,7 +137,7 @@ def test_under_autocast_both_models_products_are_in_bfloat16_and_sums_in_float32
         total = pieces(at, (None, None), 0.0, 1.0)
         logits = [(at[a] @ at[b].T).float() for a, b in (("x", "weight"), ("y", "own"))]
     assert total.dtype == torch.float32
-    torch.testing.assert_close(total, divergence(*logits)[at["learn"]].sum(), atol=0, rtol=1e-5)
+    torch.testing.assert_close(total, generalized_jsd(*logits)[at["learn"]].sum(), atol=0, rtol=1e-5)
     assert torch.autograd.grad(total, at["weight"])[0].dtype == torch.float32
 
 
@@ -154,24 +156,26 @@ def batch(generator: torch.Generator, rows: int = 4, length: int = 9) -> TokenBa
     """Two documents in each row; a part is learned, of one row nothing."""
     tokens = torch.randint(VOCAB, (rows, length), generator=generator)
     targets = torch.randint(VOCAB, (rows, length), generator=generator)
-    targets = targets.masked_fill(torch.rand(rows, length, generator=generator) < 0.4, IGNORE)
-    targets[1] = IGNORE
+    targets = targets.masked_fill(torch.rand(rows, length, generator=generator) < 0.4, IGNORE_INDEX)
+    targets[1] = IGNORE_INDEX
     positions = torch.tensor([*range(4), *range(length - 4)]).expand(rows, -1)
     segments = (torch.arange(length) >= 4).long().expand(rows, -1)
     return TokenBatch(tokens, targets, positions, segments)
 
 
 def test_a_part_of_the_cross_entropy_is_replaced_and_splits_add_up(generator: torch.Generator):
-    student, teacher, some = model(), model("gemma2-tiny", 1, vocab=VOCAB).eval(), batch(generator)
-    objective = NextToken(student, beside=[Distillation(teacher, weight=0.3, beta=0.5, temperature=0.7)])
-    loss, plain = objective(some), NextToken(student)(some)
-    each = divergence(student(some.tokens, scope_of(some)), teacher(some.tokens, scope_of(some)), 0.5, 0.7)
-    apart = each[some.targets != IGNORE].sum()
+    student, teacher, some = model(), model("gemma2-tiny", 1, vocab_size=VOCAB).eval(), batch(generator)
+    objective = NextTokenLoss(student, auxiliary=[DistillationLoss(teacher, weight=0.3, beta=0.5, temperature=0.7)])
+    loss, plain = objective(some), NextTokenLoss(student)(some)
+    each = generalized_jsd(
+        student(some.input_ids, batch_scope(some)), teacher(some.input_ids, batch_scope(some)), 0.5, 0.7
+    )
+    apart = each[some.targets != IGNORE_INDEX].sum()
     torch.testing.assert_close(loss.total, 0.7 * plain.total + 0.3 * apart)
     torch.testing.assert_close(loss.metrics["distillation"][0], apart.detach())
     torch.testing.assert_close(loss.metrics["next_token"][0], plain.total.detach())
-    assert loss.metrics["distillation"][1] == loss.count == plain.count == (some.targets != IGNORE).sum()
-    halves = [objective(some.rows(0, 1)), objective(some.rows(1, 4))]
+    assert loss.metrics["distillation"][1] == loss.count == plain.count == (some.targets != IGNORE_INDEX).sum()
+    halves = [objective(some.slice_rows(0, 1)), objective(some.slice_rows(1, 4))]
     torch.testing.assert_close(halves[0].total + halves[1].total, loss.total)
     gradient = torch.autograd.grad(loss.total, student.head.weight)[0]
     parts = [torch.autograd.grad(half.total, student.head.weight)[0] for half in halves]
@@ -184,7 +188,7 @@ def test_a_part_of_the_cross_entropy_is_replaced_and_splits_add_up(generator: to
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(beta: float, generator: torch.Generator):
     student = model()
-    objective = NextToken(student, beside=[Distillation(copy.deepcopy(student).eval(), beta=beta)])
+    objective = NextTokenLoss(student, auxiliary=[DistillationLoss(copy.deepcopy(student).eval(), beta=beta)])
     loss = objective(batch(generator))
     assert loss.total.item() == pytest.approx(0.0, abs=1e-12)
     assert loss.metrics["next_token"][0] > 10
@@ -194,21 +198,21 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(beta: float, generat
 
 def test_of_weight_1_the_cross_entropy_is_looked_at_and_not_learned(generator: torch.Generator):
     student, some = model(), batch(generator)
-    term = Distillation(model("gpt2-tiny", 1, vocab=VOCAB).eval())
-    loss = NextToken(student, beside=[term])(some)
-    added, _ = term(student.hidden(some.tokens, scope_of(some)), some, student.head)
+    term = DistillationLoss(model("gpt2-tiny", 1, vocab_size=VOCAB).eval())
+    loss = NextTokenLoss(student, auxiliary=[term])(some)
+    added, _ = term(student.hidden_states(some.input_ids, batch_scope(some)), some, student.head)
     torch.testing.assert_close(loss.total, added)
     found = [torch.autograd.grad(total, student.head.weight)[0] for total in (loss.total, added)]
     torch.testing.assert_close(*found)
 
 
 def test_it_stands_beside_the_number_loss_and_multi_token_modules(generator: torch.Generator):
-    student, some = model("deepseek-v3-tiny", lookahead=1), batch(generator)
-    values = torch.full((student.config.vocab,), float("nan"))
+    student, some = model("deepseek-v3-tiny", num_nextn_predict_layers=1), batch(generator)
+    values = torch.full((student.config.vocab_size,), float("nan"))
     values[3:13] = torch.arange(10.0)
-    teacher = model(seed=1, vocab=student.config.vocab).eval()
-    terms = [NumberToken(values, weight=0.5), Distillation(teacher, weight=0.4)]
-    both = NextToken(student, router={"sequence_balancing": 0.01}, lookahead=0.2, beside=terms)(some)
+    teacher = model(seed=1, vocab_size=student.config.vocab_size).eval()
+    terms = [NumberTokenLoss(values, weight=0.5), DistillationLoss(teacher, weight=0.4)]
+    both = NextTokenLoss(student, router_coefs={"sequence_balancing": 0.01}, mtp_weight=0.2, auxiliary=terms)(some)
     told = {name: total for name, (total, _) in both.metrics.items()}
     expected = 0.6 * told["next_token"] + 0.4 * told["distillation"] + 0.5 * told["number_token"]
     expected = expected + 0.2 * told["lookahead_1"] + 0.01 * told["sequence_balancing"]
@@ -216,13 +220,13 @@ def test_it_stands_beside_the_number_loss_and_multi_token_modules(generator: tor
 
 
 def test_the_teacher_is_nowhere_among_what_is_trained_saved_or_set_to_training(generator: torch.Generator):
-    student, teacher = model(), model("gpt2-tiny", 1, vocab=VOCAB).eval()
+    student, teacher = model(), model("gpt2-tiny", 1, vocab_size=VOCAB).eval()
     before = copy.deepcopy(teacher.state_dict())
-    objective = NextToken(student, beside=[Distillation(teacher, weight=0.5)]).train()
+    objective = NextTokenLoss(student, auxiliary=[DistillationLoss(teacher, weight=0.5)]).train()
     assert {id(p) for p in objective.parameters()} == {id(p) for p in student.parameters()}
     assert set(objective.state_dict()) == {f"model.{name}" for name in student.state_dict()}
     assert not any(module.training for module in teacher.modules())
-    assert not objective.beside[0].teacher.hidden(batch(generator)).requires_grad
+    assert not objective.auxiliary[0].teacher.hidden_states(batch(generator)).requires_grad
     objective(batch(generator)).total.backward()
     assert all(p.grad is None for p in teacher.parameters())
     for name, tensor in teacher.state_dict().items():
@@ -232,8 +236,8 @@ def test_the_teacher_is_nowhere_among_what_is_trained_saved_or_set_to_training(g
 def test_padding_of_either_vocabulary_is_in_neither_distribution(generator: torch.Generator):
     """The same models with rows that no token has: ten more of the student, three more of the teacher."""
     some = batch(generator)
-    narrow = model(seed=0, vocab=VOCAB), model("gpt2-tiny", 1, vocab=VOCAB).eval()
-    wide = model(seed=0, vocab=VOCAB + 10), model("gpt2-tiny", 1, vocab=VOCAB + 3).eval()
+    narrow = model(seed=0, vocab_size=VOCAB), model("gpt2-tiny", 1, vocab_size=VOCAB).eval()
+    wide = model(seed=0, vocab_size=VOCAB + 10), model("gpt2-tiny", 1, vocab_size=VOCAB + 3).eval()
     for padded, plain in zip(wide, narrow, strict=True):
         state = padded.state_dict()
         for name, tensor in plain.state_dict().items():
@@ -241,29 +245,31 @@ def test_padding_of_either_vocabulary_is_in_neither_distribution(generator: torc
         padded.load_state_dict(state)
     found = []
     for student, teacher in (narrow, wide):
-        objective = NextToken(student, beside=[Distillation(teacher, weight=0.9, ids=VOCAB)])
+        objective = NextTokenLoss(student, auxiliary=[DistillationLoss(teacher, weight=0.9, vocab_size=VOCAB)])
         total, _ = objective(some).metrics["distillation"]
         found.append(total)
     torch.testing.assert_close(*found)
 
 
 def test_mistakes_are_named(generator: torch.Generator):
-    teacher, some = model("gpt2-tiny", vocab=VOCAB).eval(), batch(generator)
+    teacher, some = model("gpt2-tiny", vocab_size=VOCAB).eval(), batch(generator)
     for wrong, said in (
         ({"weight": 0.0}, "has no effect"),
         ({"weight": 1.5}, "at most 1"),
         ({"beta": 1.2}, "beta is 1.2"),
         ({"temperature": 0.0}, "temperature is 0"),
-        ({"ids": 98}, "the teacher knows 97 tokens, the tokenizer has 98"),
+        ({"vocab_size": 98}, "the teacher knows 97 tokens, the tokenizer has 98"),
     ):
         with pytest.raises(UsageError, match=said):
-            Distillation(teacher, **wrong)
+            DistillationLoss(teacher, **wrong)
     with pytest.raises(UsageError, match=r"call teacher.eval\(\) first"):
-        Distillation(model("gpt2-tiny").train())
+        DistillationLoss(model("gpt2-tiny").train())
     with pytest.raises(UsageError, match=r"take its place 1\.5 times"):
-        NextToken(model(), beside=[Distillation(teacher, weight=0.75), Distillation(teacher, weight=0.75)])
-    few = TokenBatch(some.tokens % 50, some.targets.clamp(max=49))
+        NextTokenLoss(
+            model(), auxiliary=[DistillationLoss(teacher, weight=0.75), DistillationLoss(teacher, weight=0.75)]
+        )
+    few = TokenBatch(some.input_ids % 50, some.targets.clamp(max=49))
     with pytest.raises(UsageError, match="speaks of 97 tokens, the model knows 50"):
-        NextToken(model(vocab=50), beside=[Distillation(teacher)])(few)
+        NextTokenLoss(model(vocab_size=50), auxiliary=[DistillationLoss(teacher)])(few)
     with pytest.raises(UsageError, match="padded with 3 ids of which the teacher says nothing"):
-        NextToken(model(vocab=100), beside=[Distillation(teacher)])(some)
+        NextTokenLoss(model(vocab_size=100), auxiliary=[DistillationLoss(teacher)])(some)

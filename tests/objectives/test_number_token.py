@@ -10,12 +10,12 @@ import torch
 from tokenizers import models
 from torch import Tensor
 
-from llm_quest.data.batch import IGNORE, TokenBatch
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.objectives.number_token import DISTANCES, NumberToken, number_values
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.objectives.number_token import DISTANCES, NumberTokenLoss, number_values
 from tests.later import Later
 
 stats, ntloss = Later("scipy.stats"), Later("ntloss")
@@ -57,7 +57,7 @@ def case(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     targets = torch.randint(len(WORDS), (4, 9), generator=generator)
     targets[WORDS.index("Ġ5") == targets] = 2
     targets[WORDS.index("▁6") == targets] = 1
-    targets[0, :3] = IGNORE
+    targets[0, :3] = IGNORE_INDEX
     return logits, targets
 
 
@@ -66,15 +66,15 @@ def test_it_equals_ntloss(distance: str, generator: torch.Generator):
     logits, targets = case(generator)
     kind = ntloss.NTLoss if distance == "was" else ntloss.NTLossDotProduct
     theirs = kind(Theirs(), vocab_size=VOCAB, reweigh=False)
-    ours = NumberToken(plain_values(), distance=distance)
-    total, count = ours.summed(logits[..., ours.ids], targets)
+    ours = NumberTokenLoss(plain_values(), distance=distance)
+    total, count = ours.distance_sum(logits[..., ours.ids], targets)
     torch.testing.assert_close(total / count, theirs(logits, targets).double(), atol=1e-6, rtol=1e-6)
 
 
 def test_was_is_scipys_wasserstein_distance(generator: torch.Generator):
     logits, targets = case(generator)
-    ours = NumberToken(plain_values())
-    total, count = ours.summed(logits[..., ours.ids], targets)
+    ours = NumberTokenLoss(plain_values())
+    total, count = ours.distance_sum(logits[..., ours.ids], targets)
     expected, found = 0.0, 0
     for row, target in zip(logits.flatten(0, 1), targets.flatten().tolist(), strict=True):
         if target >= 0 and WORDS[target] in list("0123456789"):
@@ -90,7 +90,7 @@ def test_by_hand():
     values = torch.tensor([float("nan"), 8.0, 0.0, 4.0])
     logits = torch.tensor([0.25, 0.5, 0.25]).log()[None, None]
     for distance, expected in (("was", 3.0), ("mse", 1.0)):
-        total, count = NumberToken(values, distance=distance).summed(logits, torch.tensor([[3]]))
+        total, count = NumberTokenLoss(values, distance=distance).distance_sum(logits, torch.tensor([[3]]))
         assert (total.item(), count.item()) == (pytest.approx(expected), 1.0)
 
 
@@ -103,8 +103,10 @@ def test_which_tokens_are_numbers():
     assert more[WORDS.index("Ġ1984")] == 1984
 
 
-def objective(distance: str = "was", page: str = "llama3.2-tiny") -> NextToken:
-    return NextToken(build(page).double(), beside=[NumberToken(plain_values(), weight=0.3, distance=distance)])
+def objective(distance: str = "was", page: str = "llama3.2-tiny") -> NextTokenLoss:
+    return NextTokenLoss(
+        build(page).double(), auxiliary=[NumberTokenLoss(plain_values(), weight=0.3, distance=distance)]
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -112,13 +114,13 @@ def test_it_is_added_and_splits_add_up(distance: str, generator: torch.Generator
     _, targets = case(generator)
     batch = TokenBatch(torch.randint(VOCAB, (4, 9), generator=generator), targets)
     both = objective(distance, "gemma2-tiny")
-    loss, plain = both(batch), NextToken(both.model)(batch)
+    loss, plain = both(batch), NextTokenLoss(both.model)(batch)
     total, _ = loss.metrics["number_token"]
     torch.testing.assert_close(loss.total, plain.total + 0.3 * total)
-    logits = both.model(batch.tokens)[..., both.beside[0].ids]
-    torch.testing.assert_close(both.beside[0].summed(logits, targets)[0].detach(), total)
+    logits = both.model(batch.input_ids)[..., both.auxiliary[0].ids]
+    torch.testing.assert_close(both.auxiliary[0].distance_sum(logits, targets)[0].detach(), total)
     assert loss.count == plain.count
-    halves = [both(batch.rows(0, 1)), both(batch.rows(1, 4))]
+    halves = [both(batch.slice_rows(0, 1)), both(batch.slice_rows(1, 4))]
     torch.testing.assert_close(halves[0].total + halves[1].total, loss.total)
     torch.testing.assert_close(halves[0].count + halves[1].count, loss.count)
     for part in (0, 1):
@@ -127,7 +129,7 @@ def test_it_is_added_and_splits_add_up(distance: str, generator: torch.Generator
 
 
 def test_without_a_number_in_the_batch_it_is_0_and_the_gradient_is_the_plain_one():
-    tokens, targets = torch.tensor([[2, 0, 7]]), torch.tensor([[0, 7, IGNORE]])
+    tokens, targets = torch.tensor([[2, 0, 7]]), torch.tensor([[0, 7, IGNORE_INDEX]])
     both = objective()
     loss = both(TokenBatch(tokens, targets))
     total, count = loss.metrics["number_token"]
@@ -135,29 +137,29 @@ def test_without_a_number_in_the_batch_it_is_0_and_the_gradient_is_the_plain_one
     loss.total.backward()
     gradients = [p.grad.clone() for p in both.model.parameters()]
     both.model.zero_grad()
-    NextToken(both.model)(TokenBatch(tokens, targets)).total.backward()
+    NextTokenLoss(both.model)(TokenBatch(tokens, targets)).total.backward()
     for mine, other in zip(gradients, both.model.parameters(), strict=True):
         torch.testing.assert_close(mine, other.grad, atol=1e-12, rtol=0)
 
 
 def test_a_nearer_wrong_digit_costs_less():
-    ours = NumberToken(plain_values())
+    ours = NumberTokenLoss(plain_values())
     costs = []
     for guess in (4.0, 6.0, 9.0):
         logits = torch.where(ours.values == guess, 9.0, 0.0)[None, None]
-        costs.append(ours.summed(logits, torch.tensor([[WORDS.index("5")]]))[0].item())
+        costs.append(ours.distance_sum(logits, torch.tensor([[WORDS.index("5")]]))[0].item())
     assert costs[0] == pytest.approx(costs[1], abs=2e-3)
     assert costs[2] > 3 * costs[0]
 
 
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="known: was, mse"):
-        NumberToken(plain_values(), distance="mae")
+        NumberTokenLoss(plain_values(), distance="mae")
     with pytest.raises(UsageError, match="0 of the vocabulary's tokens are numbers"):
-        NumberToken(torch.full((5,), float("nan")))
+        NumberTokenLoss(torch.full((5,), float("nan")))
     with pytest.raises(UsageError, match="is beyond the vocabulary of 5"):
         number_values(tokenizer(), 5)
     with pytest.raises(UsageError, match="the values are of 50 tokens, the model has 97"):
-        NextToken(build("gpt2-tiny"), beside=[NumberToken(number_values(tokenizer(), 50))])(
+        NextTokenLoss(build("gpt2-tiny"), auxiliary=[NumberTokenLoss(number_values(tokenizer(), 50))])(
             TokenBatch(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
         )

@@ -7,18 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, micro_batches, nothing, policy_batch
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, collate_policy_rows, empty_row, micro_batches
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset
-from llm_quest.objectives.divergence import KL
-from llm_quest.objectives.policy_gradient import Correction, PolicyGradient
-from llm_quest.objectives.surrogates import VARIANTS, Capped, Clipped, Terms, Unclipped, sequence
+from llm_quest.objectives.kl_penalty import KLPenalty
+from llm_quest.objectives.policy_gradient import ImportanceSamplingCorrection, PolicyGradientLoss
+from llm_quest.objectives.surrogates import (
+    POLICY_VARIANTS,
+    CISPOSurrogate,
+    ClippedSurrogate,
+    SurrogateInputs,
+    UnclippedSurrogate,
+    sequence_ratio,
+)
 
 D = torch.float64
 
 
-def objective(surrogate=None, **options) -> PolicyGradient:
-    return PolicyGradient(nn.Identity(), surrogate or Unclipped(), **options)
+def objective(surrogate=None, **options) -> PolicyGradientLoss:
+    return PolicyGradientLoss(nn.Identity(), surrogate or UnclippedSurrogate(), **options)
 
 
 def padded(rows: list[list[float]], nothing: float = 0.0) -> Tensor:
@@ -30,7 +37,7 @@ def batch_of(learn: list[list[float]], **values: Tensor) -> PolicyBatch:
     """learn: ones where something is learned, ragged."""
     mask = padded(learn) > 0
     zeros = torch.zeros(mask.shape, dtype=D)
-    given = {"advantages": zeros, "sampled": zeros} | values
+    given = {"advantages": zeros, "sampler_log_probs": zeros} | values
     return PolicyBatch(mask.long(), torch.where(mask, 0, -100), **given)
 
 
@@ -47,8 +54,8 @@ class Given:
     def __init__(self, losses: Tensor):
         self.losses = losses
 
-    def __call__(self, terms: Terms) -> tuple[Tensor, Tensor]:
-        return -self.losses + 0 * terms.log_p, torch.zeros_like(terms.learn)
+    def __call__(self, terms: SurrogateInputs) -> tuple[Tensor, Tensor]:
+        return -self.losses + 0 * terms.log_p, torch.zeros_like(terms.loss_mask)
 
 
 LOSSES = [[1.0, 3.0], [0.5, 0.5, 0.5, 2.5]]
@@ -111,16 +118,18 @@ OLD, SAMPLED = [[-1.0, -2.0, -0.5]], [[-1.2, -3.0, -0.4]]
 @pytest.mark.parametrize(
     ("correction", "weights"),
     [
-        (Correction(2.0), [1.221403, 2, 0.904837]),
-        (Correction(2.0, "mask"), [1.221403, 0, 0.904837]),
-        (Correction(10.0, level="sequence"), [3.004166] * 3),
-        (Correction(3.0, "mask", "sequence"), [0.0] * 3),
-        (Correction(3.0, "mask", "geometric"), [1.442917] * 3),
+        (ImportanceSamplingCorrection(2.0), [1.221403, 2, 0.904837]),
+        (ImportanceSamplingCorrection(2.0, "mask"), [1.221403, 0, 0.904837]),
+        (ImportanceSamplingCorrection(10.0, level="sequence"), [3.004166] * 3),
+        (ImportanceSamplingCorrection(3.0, "mask", "sequence"), [0.0] * 3),
+        (ImportanceSamplingCorrection(3.0, "mask", "geometric"), [1.442917] * 3),
     ],
 )
 def test_importance_corrections(correction, weights):
     log_p = torch.tensor(OLD, dtype=D, requires_grad=True)
-    batch = batch_of(ones(3), advantages=torch.ones(1, 3, dtype=D), old=padded(OLD), sampled=padded(SAMPLED))
+    batch = batch_of(
+        ones(3), advantages=torch.ones(1, 3, dtype=D), old_log_probs=padded(OLD), sampler_log_probs=padded(SAMPLED)
+    )
     found = objective(count="tokens", correction=correction).loss(log_p, batch)
     (slope,) = torch.autograd.grad(-found.total, log_p)
     torch.testing.assert_close(slope, torch.tensor([weights], dtype=D), atol=1e-6, rtol=0)
@@ -133,8 +142,8 @@ def test_importance_corrections(correction, weights):
 def test_a_stale_sequence_of_negative_advantage_is_left_alone(new, A, kept):
     old = padded([[-0.2, -0.4, -0.3]])
     log_p = torch.tensor([new], dtype=D, requires_grad=True)
-    batch = batch_of(ones(3), advantages=torch.full((1, 3), A, dtype=D), sampled=old)
-    found = objective(Given(torch.ones(1, 3, dtype=D)), count="tokens", stale=0.5).loss(log_p, batch)
+    batch = batch_of(ones(3), advantages=torch.full((1, 3), A, dtype=D), sampler_log_probs=old)
+    found = objective(Given(torch.ones(1, 3, dtype=D)), count="tokens", off_policy_delta=0.5).loss(log_p, batch)
     assert (found.total.item(), found.count.item()) == pytest.approx((3.0 if kept else 0.0, 3.0))
 
 
@@ -153,31 +162,45 @@ def whole(z: list[float], A: list[float], surrogate, count: str, **options) -> t
     batch = batch_of(
         learn,
         advantages=torch.tensor(A, dtype=D)[:, None].expand(3, 3),
-        sampled=old[symbols],
-        reference=reference[symbols],
+        sampler_log_probs=old[symbols],
+        reference_log_probs=reference[symbols],
     )
     found = objective(surrogate, count=count, **options).loss(logits.log_softmax(0)[symbols], batch)
     loss = found.total / found.count
     return loss.item(), torch.autograd.grad(loss, logits)[0].tolist()
 
 
-CLIP = Clipped(0.1, 0.15)
-SAPO = VARIANTS["sapo"].surrogate
+CLIP = ClippedSurrogate(0.1, 0.15)
+SAPO = POLICY_VARIANTS["sapo"].surrogate
 
 
 @pytest.mark.parametrize(
     ("A", "surrogate", "count", "options", "value", "gradient"),
     [
         (STD, CLIP, "sequences", {}, 0.012904, [0.068269, 0.119197, -0.187465]),
-        (STD, CLIP, "sequences", {"kl": KL(0.1)}, 0.013280, [0.071913, 0.119553, -0.191466]),
+        (STD, CLIP, "sequences", {"kl": KLPenalty(0.1)}, 0.013280, [0.071913, 0.119553, -0.191466]),
         (STD, CLIP, "tokens", {}, 0.087677, [0.047616, 0.120375, -0.167991]),
         (MEAN, CLIP, "horizon", {"horizon": 4}, 0.029529, [0.016037, 0.040541, -0.056577]),
-        (STD, Clipped(0.02, 0.02, ratio=sequence), "sequences", {}, 0.018665, [-0.016695, 0.160839, -0.144144]),
-        (STD, Clipped(0.1, 0.15, ratio=sequence), "sequences", {}, 0.003269, [-0.016695, 0.160839, -0.144144]),
+        (
+            STD,
+            ClippedSurrogate(0.02, 0.02, importance_ratio=sequence_ratio),
+            "sequences",
+            {},
+            0.018665,
+            [-0.016695, 0.160839, -0.144144],
+        ),
+        (
+            STD,
+            ClippedSurrogate(0.1, 0.15, importance_ratio=sequence_ratio),
+            "sequences",
+            {},
+            0.003269,
+            [-0.016695, 0.160839, -0.144144],
+        ),
         (STD, SAPO, "sequences", {}, -0.046173, [-0.111639, 0.160911, -0.049272]),
-        (STD, Capped(1.1), "tokens", {}, -0.098261, [-0.119674, 0.139079, -0.019404]),
-        (STD, Unclipped(), "sequences", {}, -0.009548, [-0.112142, 0.161399, -0.049257]),
-        (STD, Unclipped(), "tokens", {}, 0.063370, [-0.124869, 0.141935, -0.017066]),
+        (STD, CISPOSurrogate(1.1), "tokens", {}, -0.098261, [-0.119674, 0.139079, -0.019404]),
+        (STD, UnclippedSurrogate(), "sequences", {}, -0.009548, [-0.112142, 0.161399, -0.049257]),
+        (STD, UnclippedSurrogate(), "tokens", {}, 0.063370, [-0.124869, 0.141935, -0.017066]),
     ],
 )
 def test_off_policy_losses_and_gradients(A, surrogate, count, options, value, gradient):
@@ -190,10 +213,17 @@ def test_off_policy_losses_and_gradients(A, surrogate, count, options, value, gr
     ("A", "surrogate", "count", "options", "value", "gradient"),
     [
         (STD, CLIP, "sequences", {}, 0.0, [-0.096225, 0.160375, -0.064150]),
-        (STD, Clipped(0.02, 0.02, ratio=sequence), "sequences", {}, 0.0, [-0.096225, 0.160375, -0.064150]),
+        (
+            STD,
+            ClippedSurrogate(0.02, 0.02, importance_ratio=sequence_ratio),
+            "sequences",
+            {},
+            0.0,
+            [-0.096225, 0.160375, -0.064150],
+        ),
         (STD, SAPO, "sequences", {}, -0.036657, [-0.096225, 0.160375, -0.064150]),
         (STD, CLIP, "tokens", {}, 0.082479, [-0.109971, 0.137464, -0.027493]),
-        (STD, Capped(1.1), "tokens", {}, -0.090612, [-0.109971, 0.137464, -0.027493]),
+        (STD, CISPOSurrogate(1.1), "tokens", {}, -0.090612, [-0.109971, 0.137464, -0.027493]),
         (MEAN, CLIP, "horizon", {"horizon": 4}, 0.027778, [-0.037037, 0.046296, -0.009259]),
     ],
 )
@@ -230,7 +260,7 @@ def rows(seed: int = 0, more: bool = False) -> list[PolicyRow]:
     return found
 
 
-def gradients(made: PolicyGradient, batches: list[PolicyBatch]) -> tuple[float, list[Tensor]]:
+def gradients(made: PolicyGradientLoss, batches: list[PolicyBatch]) -> tuple[float, list[Tensor]]:
     made.model.zero_grad()
     found = [made(batch) for batch in batches]
     count = sum(float(loss.count) for loss in found)
@@ -239,19 +269,19 @@ def gradients(made: PolicyGradient, batches: list[PolicyBatch]) -> tuple[float, 
     return sum(float(loss.total.detach()) for loss in found) / count, [p.grad.clone() for p in made.model.parameters()]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POLICY_VARIANTS)
 def test_the_split_into_micro_batches_changes_nothing(name):
-    variant = VARIANTS[name]
-    made = PolicyGradient(
+    variant = POLICY_VARIANTS[name]
+    made = PolicyGradientLoss(
         build("llama3.2-tiny").double(),
         variant.surrogate,
         count=variant.count,
         horizon=12 if variant.count == "horizon" else None,
-        kl=KL(0.1, "unbiased"),
-        entropy=0.01,
+        kl=KLPenalty(0.1, "unbiased"),
+        entropy_coef=0.01,
         temperature=0.8,
     )
-    loss, whole_gradients = gradients(made, [policy_batch(rows(more=True))])
+    loss, whole_gradients = gradients(made, [collate_policy_rows(rows(more=True))])
     for budget in (1, 16):
         batches = micro_batches(rows(more=True), budget)
         assert len(batches) > 1
@@ -261,10 +291,10 @@ def test_the_split_into_micro_batches_changes_nothing(name):
 
 
 def test_padding_columns_and_the_order_of_rows_change_nothing():
-    made = PolicyGradient(build("gpt2-tiny").double(), count="tokens")
-    loss, found = gradients(made, [policy_batch(rows())])
-    long = PolicyRow((1,) * 20, (5,), rows()[0].advantages[:1] * 0, rows()[0].sampled[:1])
-    wide, alone = policy_batch([*rows(), long]), policy_batch(rows()[::-1])
+    made = PolicyGradientLoss(build("gpt2-tiny").double(), count="tokens")
+    loss, found = gradients(made, [collate_policy_rows(rows())])
+    long = PolicyRow((1,) * 20, (5,), rows()[0].advantages[:1] * 0, rows()[0].sampler_log_probs[:1])
+    wide, alone = collate_policy_rows([*rows(), long]), collate_policy_rows(rows()[::-1])
     ignored = wide.targets.clone()
     ignored[-1] = -100
     other, padded_gradients = gradients(made, [dataclasses.replace(wide, targets=ignored)])
@@ -273,23 +303,26 @@ def test_padding_columns_and_the_order_of_rows_change_nothing():
     torch.testing.assert_close(gradients(made, [alone])[1], found, atol=1e-10, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", POLICY_VARIANTS)
 def test_gradients_are_those_of_finite_differences(name):
-    variant = VARIANTS[name]
+    variant = POLICY_VARIANTS[name]
     made = objective(
-        variant.surrogate, count=variant.count, horizon=9 if variant.count == "horizon" else None, kl=KL(0.05, "k2")
+        variant.surrogate,
+        count=variant.count,
+        horizon=9 if variant.count == "horizon" else None,
+        kl=KLPenalty(0.05, "k2"),
     )
     g = torch.Generator().manual_seed(1)
     sampled = -torch.rand(2, 4, generator=g, dtype=D)
     reference = -torch.rand(2, 4, generator=g, dtype=D)
     A = torch.tensor([[1.0], [-0.5]], dtype=D).expand(2, 4)
-    batch = batch_of(ones(2, 4), advantages=A, sampled=sampled, reference=reference)
+    batch = batch_of(ones(2, 4), advantages=A, sampler_log_probs=sampled, reference_log_probs=reference)
     log_p = (sampled + 1e-4 * torch.randn(2, 4, generator=g, dtype=D)).requires_grad_()
     if name in ("cispo", "gspo_token"):  # what they hold back is held back by a stop-gradient
         log_p = sampled.clone().requires_grad_()
         loss = made.loss(log_p, batch)
         (slope,) = torch.autograd.grad(loss.total, log_p)
-        plain = objective(count=variant.count, kl=KL(0.05, "k2")).loss(log_p, batch)
+        plain = objective(count=variant.count, kl=KLPenalty(0.05, "k2")).loss(log_p, batch)
         torch.testing.assert_close(slope, torch.autograd.grad(plain.total, log_p)[0])
         return
     assert torch.autograd.gradcheck(lambda x: made.loss(x, batch).total, (log_p,), eps=1e-7, atol=1e-5)
@@ -297,10 +330,12 @@ def test_gradients_are_those_of_finite_differences(name):
 
 def test_the_entropy_bonus_has_the_gradient_of_the_entropy():
     model = build("llama3.2-tiny").double()
-    batch = policy_batch([PolicyRow((1, 2), (3, 4, 5), rows()[2].advantages[:3] * 0, rows()[2].sampled[:3])])
-    made = PolicyGradient(model, count="tokens", entropy=1.0, temperature=0.7)
+    batch = collate_policy_rows(
+        [PolicyRow((1, 2), (3, 4, 5), rows()[2].advantages[:3] * 0, rows()[2].sampler_log_probs[:3])]
+    )
+    made = PolicyGradientLoss(model, count="tokens", entropy_coef=1.0, temperature=0.7)
     loss = made(batch)
-    logits = model(batch.tokens)[0, 1:4] / 0.7
+    logits = model(batch.input_ids)[0, 1:4] / 0.7
     p = logits.softmax(-1)
     wanted = -(p * p.log()).sum()
     torch.testing.assert_close(-loss.total, wanted, atol=1e-6, rtol=0)
@@ -310,8 +345,8 @@ def test_the_entropy_bonus_has_the_gradient_of_the_entropy():
 
 
 def test_nothing_to_learn_is_a_zero_that_can_go_backward():
-    made = PolicyGradient(build("llama3.2-tiny"), kl=KL(0.1))
-    loss = made(policy_batch([nothing("old", "reference")], {"reward": (3.0, 4.0)}))
+    made = PolicyGradientLoss(build("llama3.2-tiny"), kl=KLPenalty(0.1))
+    loss = made(collate_policy_rows([empty_row("old_log_probs", "reference_log_probs")], {"reward": (3.0, 4.0)}))
     loss.total.backward()
     assert all(p.grad is not None for p in made.parameters()), "several processes wait for every gradient"
     assert (loss.total.item(), loss.count.item()) == (0, 0)
@@ -320,16 +355,16 @@ def test_nothing_to_learn_is_a_zero_that_can_go_backward():
 
 def test_dropout_is_off():
     model = build(dataclasses.replace(preset("gpt2-tiny").config, dropout=0.5)).train()
-    made = PolicyGradient(model)
-    one, two = (float(made(policy_batch(rows())).total) for _ in range(2))
+    made = PolicyGradientLoss(model)
+    one, two = (float(made(collate_policy_rows(rows())).total) for _ in range(2))
     assert one == two
 
 
 def test_the_largest_and_smallest_ratio_are_remembered_before_clipping():
     log_p = torch.tensor([[2.0, -3.0, 9.0]], dtype=D)
-    made = objective(Clipped())
+    made = objective(ClippedSurrogate())
     made.loss(log_p, batch_of([[1.0, 1.0, 0.0]]))
-    torch.testing.assert_close(made.extremes, torch.tensor([-3.0, 2.0], dtype=D).exp())
+    torch.testing.assert_close(made.ratio_range, torch.tensor([-3.0, 2.0], dtype=D).exp())
 
 
 @pytest.mark.parametrize(
@@ -338,7 +373,7 @@ def test_the_largest_and_smallest_ratio_are_remembered_before_clipping():
         ({"count": "words"}, "known"),
         ({"count": "horizon"}, "needs horizon"),
         ({"count": "tokens", "horizon": 9}, "no effect"),
-        ({"entropy": -1.0}, "at least 0"),
+        ({"entropy_coef": -1.0}, "at least 0"),
         ({"temperature": 0.0}, "above 0"),
     ],
 )
@@ -350,21 +385,22 @@ def test_options_without_sense_are_refused(options, told):
 def test_what_a_batch_lacks_is_said():
     log_p, batch = torch.zeros(1, 2, dtype=D), batch_of(ones(2))
     with pytest.raises(UsageError, match="reference"):
-        objective(kl=KL(0.1)).loss(log_p, batch)
+        objective(kl=KLPenalty(0.1)).loss(log_p, batch)
     with pytest.raises(UsageError, match="no effect"):
-        objective(correction=Correction()).loss(log_p, batch)
+        objective(correction=ImportanceSamplingCorrection()).loss(log_p, batch)
     with pytest.raises(UsageError, match="known"):
-        Correction(kind="drop")
+        ImportanceSamplingCorrection(kind="drop")
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [({"low": 0.1}, {}), ({"high": 0.1}, {}), ({"dual": 1.5}, {}), ({"delta": 2.0}, {})]
+    ("low", "high"),
+    [({"epsilon_low": 0.1}, {}), ({"epsilon_high": 0.1}, {}), ({"dual": 1.5}, {}), ({"delta": 2.0}, {})],
 )
 def test_every_option_of_clipping_changes_the_loss(low, high):
     log_p = torch.tensor([[-1.0, 1.0, 0.15, -0.15]], dtype=D)
     for A in (1.0, -1.0):
         batch = batch_of(ones(4), advantages=torch.full((1, 4), A, dtype=D))
-        one, other = (objective(Clipped(**x)).loss(log_p, batch).total.item() for x in (low, high))
+        one, other = (objective(ClippedSurrogate(**x)).loss(log_p, batch).total.item() for x in (low, high))
         if one != other:
             return
     pytest.fail(f"{low} changed nothing")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quest.data.pairs import compared
-from llm_quest.data.preferences import Rated
+from llm_quest.data.preference_pairs import collate_preferences
+from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset
-from llm_quest.objectives.preference import LOSSES, PreferenceLoss, answer_log_probs
+from llm_quest.objectives.preference import PREFERENCE_LOSSES, PreferenceLoss, sequence_log_probs
 from tests.objectives.rated import Answering, elements, gradients, tiny, trainer, trl_inputs
 
 D = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -29,7 +29,7 @@ NAMED = [("dpo", 0.0), ("cdpo", 0.1), ("robust", 0.1), ("ipo", 0.0), ("hinge", 0
 
 @pytest.mark.parametrize(("name", "beta", "flips", "loss", "slope"), TABLE)
 def test_vector_dpo_1(name, beta, flips, loss, slope):
-    found = LOSSES[name].of(D, beta, flips)
+    found = PREFERENCE_LOSSES[name].loss(D, beta, flips)
     assert found.item() == pytest.approx(loss, abs=1e-6)
     if slope is not None:
         assert torch.autograd.grad(found, D)[0].item() == pytest.approx(slope, abs=1e-6)
@@ -42,7 +42,7 @@ class Told(torch.nn.Module):
         super().__init__()
         self.rows = rows
 
-    def hidden(self, tokens, scope):
+    def hidden_states(self, tokens, scope):
         h = torch.zeros(*tokens.shape, 2, dtype=torch.float64)
         for r, row in enumerate(self.rows):
             for t, logp in enumerate(row):
@@ -50,19 +50,19 @@ class Told(torch.nn.Module):
         return h
 
     class head:
-        weight, cap = torch.eye(2, dtype=torch.float64), None
+        weight, softcap = torch.eye(2, dtype=torch.float64), None
 
 
 def told() -> tuple[Told, object]:
     policy = Told([[-0.5, -1.0, -0.25], [-0.75, -2.0]])
-    batch = compared([Rated(np.array([0]), (np.array([1, 1, 1]), np.array([1, 1])))])
-    return policy, replace(batch, reference=torch.tensor([-2.5, -2.0], dtype=torch.float64))
+    batch = collate_preferences([TokenizedPreference(np.array([0]), (np.array([1, 1, 1]), np.array([1, 1])))])
+    return policy, replace(batch, reference_log_probs=torch.tensor([-2.5, -2.0], dtype=torch.float64))
 
 
 def test_log_probabilities_are_summed_and_rewards_carry_beta():
     """The worked pair as a batch: sums -1.75 and -2.75, rewards +0.075 and -0.075 at beta 0.1."""
     policy, batch = told()
-    torch.testing.assert_close(answer_log_probs(policy, batch), torch.tensor([-1.75, -2.75], dtype=torch.float64))
+    torch.testing.assert_close(sequence_log_probs(policy, batch), torch.tensor([-1.75, -2.75], dtype=torch.float64))
     loss = PreferenceLoss(policy)(batch)
     assert loss.total.item() == pytest.approx(0.620957, abs=1e-6)
     means = {name: (total / count).item() for name, (total, count) in loss.metrics.items()}
@@ -75,7 +75,7 @@ def test_log_probabilities_are_summed_and_rewards_carry_beta():
 def test_means_over_tokens_are_another_loss_and_have_to_be_asked_for():
     policy, batch = told()
     found = {
-        (loss, beta): PreferenceLoss(policy, loss=loss, beta=beta, per_token=True)(batch).total.item()
+        (loss, beta): PreferenceLoss(policy, loss_type=loss, beta=beta, per_token=True)(batch).total.item()
         for loss, beta in (("dpo", 0.1), ("ipo", 0.1), ("ipo", 0.5))
     }
     assert found["dpo", 0.1] == pytest.approx(0.662385, abs=1e-6)
@@ -85,7 +85,7 @@ def test_means_over_tokens_are_another_loss_and_have_to_be_asked_for():
 
 def test_cdpo_rests_at_its_optimum_and_pushes_back_beyond():
     at = torch.tensor([13.862944, 20.0], dtype=torch.float64, requires_grad=True)
-    found = LOSSES["cdpo"].of(at, 0.1, 0.2)
+    found = PREFERENCE_LOSSES["cdpo"].loss(at, 0.1, 0.2)
     slope = torch.autograd.grad(found.sum(), at)[0]
     assert found[0].item() == pytest.approx(0.500402, abs=1e-6)
     assert slope[0].abs() < 1e-7
@@ -94,31 +94,31 @@ def test_cdpo_rests_at_its_optimum_and_pushes_back_beyond():
 
 @pytest.mark.parametrize(("name", "flips"), [("dpo", 0.0), ("cdpo", 0.2)])
 def test_swapping_the_answers_is_a_negative_margin(name, flips):
-    other = LOSSES[name].of(-D, 0.3, flips)
+    other = PREFERENCE_LOSSES[name].loss(-D, 0.3, flips)
     if name == "cdpo":
-        assert other.item() == pytest.approx(LOSSES[name].of(D, 0.3, 1 - flips).item())
-    assert (other - LOSSES[name].of(D, 0.3, flips)).item() == pytest.approx((1 - 2 * flips) * 0.3 * 1.5)
+        assert other.item() == pytest.approx(PREFERENCE_LOSSES[name].loss(D, 0.3, 1 - flips).item())
+    assert (other - PREFERENCE_LOSSES[name].loss(D, 0.3, flips)).item() == pytest.approx((1 - 2 * flips) * 0.3 * 1.5)
 
 
 def batch_of(model, number=4, **options):
-    batch = compared(elements(number, **options))
-    noise = torch.linspace(-1, 1, len(batch.tokens), dtype=torch.float64)
-    return replace(batch, reference=answer_log_probs(model, batch).detach() + noise)
+    batch = collate_preferences(elements(number, **options))
+    noise = torch.linspace(-1, 1, len(batch.input_ids), dtype=torch.float64)
+    return replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach() + noise)
 
 
 def test_a_policy_that_is_its_reference_has_loss_ln_2():
     model = tiny()
-    batch = compared(elements())
-    batch = replace(batch, reference=answer_log_probs(model, batch).detach())
+    batch = collate_preferences(elements())
+    batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
     for name, flips in (("dpo", 0.0), ("cdpo", 0.1)):
-        loss = PreferenceLoss(model, loss=name, flips=flips)(batch)
+        loss = PreferenceLoss(model, loss_type=name, label_smoothing=flips)(batch)
         assert (loss.total / loss.count).item() == pytest.approx(math.log(2), abs=1e-9)
 
 
 def test_what_is_added_to_both_answers_of_a_question_changes_nothing():
     model = tiny()
     batch = batch_of(model)
-    shifted = replace(batch, reference=batch.reference + torch.arange(4.0).repeat_interleave(2))
+    shifted = replace(batch, reference_log_probs=batch.reference_log_probs + torch.arange(4.0).repeat_interleave(2))
     torch.testing.assert_close(PreferenceLoss(model)(shifted).total, PreferenceLoss(model)(batch).total)
 
 
@@ -127,11 +127,11 @@ def test_what_is_added_to_both_answers_of_a_question_changes_nothing():
 def test_splitting_a_batch_adds_and_padding_is_invisible(name, flips, answers):
     """Elements of other lengths make rows of other widths: each alone, and all together."""
     model = tiny()
-    objective = PreferenceLoss(model, loss=name, flips=flips)
+    objective = PreferenceLoss(model, loss_type=name, label_smoothing=flips)
     rated = elements(5, answers=answers)
     known = np.linspace(-9, -4, 5 * answers).reshape(5, answers)
-    whole = objective(compared(rated, list(known)))
-    parts = [objective(compared(rated[n : n + 1], [known[n]])) for n in range(5)]
+    whole = objective(collate_preferences(rated, list(known)))
+    parts = [objective(collate_preferences(rated[n : n + 1], [known[n]])) for n in range(5)]
     torch.testing.assert_close(whole.total, sum(part.total for part in parts))
     assert whole.count.item() == sum(part.count.item() for part in parts) == pytest.approx(5)
     for got, wanted in zip(
@@ -144,7 +144,7 @@ def test_splitting_a_batch_adds_and_padding_is_invisible(name, flips, answers):
 def test_gradients_are_those_of_finite_differences(name, flips):
     model = tiny()
     batch = batch_of(model, 2)
-    objective = PreferenceLoss(model, loss=name, beta=0.3, flips=flips)
+    objective = PreferenceLoss(model, loss_type=name, beta=0.3, label_smoothing=flips)
     weight = model.blocks[0].mixer.layer.out.weight
     slope = gradients(model, objective(batch).total)[[id(p) for p in model.parameters()].index(id(weight))]
     generator = torch.Generator().manual_seed(1)
@@ -161,17 +161,17 @@ def test_gradients_are_those_of_finite_differences(name, flips):
 def test_dropout_is_off_in_training():
     config = replace(preset("gpt2-tiny").config, dropout=0.3)
     model = build(config, seed=0).train()
-    batch = compared(elements())
-    batch = replace(batch, reference=answer_log_probs(model, batch).detach())
+    batch = collate_preferences(elements())
+    batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
     model.train()
     assert PreferenceLoss(model)(batch).total.item() == pytest.approx(4 * math.log(2), abs=1e-5)
 
 
 def test_a_reference_may_be_computed_and_has_no_gradient():
     model, other = tiny(), tiny(seed=5)
-    batch = compared(elements())
-    known = replace(batch, reference=answer_log_probs(other, batch).detach())
-    live = PreferenceLoss(model, reference=lambda batch: answer_log_probs(other, batch))
+    batch = collate_preferences(elements())
+    known = replace(batch, reference_log_probs=sequence_log_probs(other, batch).detach())
+    live = PreferenceLoss(model, reference=lambda batch: sequence_log_probs(other, batch))
     total = live(batch).total
     torch.testing.assert_close(total, PreferenceLoss(model)(known).total)
     assert all(found is None for found in gradients(other, total))
@@ -180,11 +180,11 @@ def test_a_reference_may_be_computed_and_has_no_gradient():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"flips": 0.1}, "flips 0.1 has no effect on dpo; take the loss cdpo or robust"),
-        ({"loss": "ipo", "flips": 0.1}, "has no effect on ipo"),
-        ({"loss": "cdpo"}, "cdpo needs flips"),
-        ({"loss": "robust", "flips": 0.5}, "robust needs flips"),
-        ({"loss": "dqo"}, "no preference loss is called 'dqo'; known: dpo, cdpo"),
+        ({"label_smoothing": 0.1}, "flips 0.1 has no effect on dpo; take the loss cdpo or robust"),
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "has no effect on ipo"),
+        ({"loss_type": "cdpo"}, "cdpo needs flips"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs flips"),
+        ({"loss_type": "dqo"}, "no preference loss is called 'dqo'; known: dpo, cdpo"),
         ({"beta": 0.0}, "beta is 0.0"),
     ],
 )
@@ -204,7 +204,7 @@ def test_losses_gradients_and_rewards_equal_trl(name, flips, theirs, per_token):
 
     model = tiny()
     batch = batch_of(model, 5)
-    loss = PreferenceLoss(model, loss=name, beta=0.3, flips=flips, per_token=per_token)(batch)
+    loss = PreferenceLoss(model, loss_type=name, beta=0.3, label_smoothing=flips, per_token=per_token)(batch)
     other = trainer(model=Answering(model), beta=0.3, loss_types=[theirs], label_smoothing=flips)
     their_loss = DPOTrainer._compute_loss(other, other.model, trl_inputs(batch), False)
     torch.testing.assert_close(loss.total / loss.count, their_loss, atol=1e-9, rtol=1e-9)
@@ -224,8 +224,8 @@ def test_losses_gradients_and_rewards_equal_trl(name, flips, theirs, per_token):
 
 def test_eight_pairs_can_be_learned_by_heart():
     model = tiny(dtype=torch.float32)
-    batch = compared(elements(8, seed=3))
-    batch = replace(batch, reference=answer_log_probs(model, batch).detach())
+    batch = collate_preferences(elements(8, seed=3))
+    batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
     objective, optimizer = PreferenceLoss(model, beta=0.5), torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):
         loss = objective(batch)

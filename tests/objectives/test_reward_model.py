@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_quest.data.pairs import compared
+from llm_quest.data.preference_pairs import collate_preferences
 from llm_quest.errors import UsageError
-from llm_quest.objectives.last_outputs import last_outputs
-from llm_quest.objectives.reward_model import RewardLoss, bradley_terry, scores
+from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.objectives.reward_model import RewardModelLoss, bradley_terry, score_rows
 from llm_quest.techniques.score_head import ScoreHead
 from tests.objectives.rated import Scoring, elements, gradients, tiny, trainer, trl_inputs
 
@@ -37,10 +37,10 @@ class Scored(torch.nn.Module):
         super().__init__()
         self.rows = rows
 
-    def hidden(self, tokens, scope):
+    def hidden_states(self, tokens, scope):
         h = torch.full((*tokens.shape, 1), 99.0, dtype=torch.float64)
         for row, score in enumerate(self.rows):
-            h[row, scope.positions[row].argmax(), 0] = score
+            h[row, scope.position_ids[row].argmax(), 0] = score
         return h
 
     def head(self, h):
@@ -49,49 +49,54 @@ class Scored(torch.nn.Module):
 
 def test_vector_rm_1_as_a_batch_with_centering():
     model = Scored([1.5, 0.5, 0.2, 0.7])
-    batch = compared([replace(one, margin=0.0) for one in elements(2)])
-    loss = RewardLoss(model)(batch)
+    batch = collate_preferences([replace(one, margin=0.0) for one in elements(2)])
+    loss = RewardModelLoss(model)(batch)
     assert (loss.total / loss.count).item() == pytest.approx(0.643669, abs=1e-6)
     right, number = loss.metrics["rewards/accuracy"]
     assert (right / number).item() == 0.5
-    centred = RewardLoss(model, center=0.01)(batch)
+    centred = RewardModelLoss(model, center_coefficient=0.01)(batch)
     assert ((centred.total - loss.total) / loss.count).item() == pytest.approx(0.024050, abs=1e-6)
     assert (centred.total / loss.count).item() == pytest.approx(0.667719, abs=1e-6)
 
 
 def test_vector_rm_1_ranked_answers_are_one_element():
-    batch = compared([replace(one, margin=0.0) for one in elements(1, answers=3)])
-    assert list(zip(batch.better.tolist(), batch.worse.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]
-    loss = RewardLoss(Scored([2.0, 1.0, -0.5]))(batch)
+    batch = collate_preferences([replace(one, margin=0.0) for one in elements(1, answers=3)])
+    assert list(zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)) == [(0, 1), (0, 2), (1, 2)]
+    loss = RewardModelLoss(Scored([2.0, 1.0, -0.5]))(batch)
     assert loss.count.item() == pytest.approx(1.0)
     assert loss.total.item() == pytest.approx(0.197855, abs=1e-6)
 
 
 def test_only_centering_sees_what_is_added_to_every_score():
-    batch = compared(elements(2))
+    batch = collate_preferences(elements(2))
     low, high = Scored([1.5, 0.5, 0.2, 0.7]), Scored([8.5, 7.5, 7.2, 7.7])
-    assert RewardLoss(low)(batch).total.item() == pytest.approx(RewardLoss(high)(batch).total.item(), abs=1e-9)
-    assert RewardLoss(high, center=0.01)(batch).total > RewardLoss(low, center=0.01)(batch).total + 1
+    assert RewardModelLoss(low)(batch).total.item() == pytest.approx(
+        RewardModelLoss(high)(batch).total.item(), abs=1e-9
+    )
+    assert (
+        RewardModelLoss(high, center_coefficient=0.01)(batch).total
+        > RewardModelLoss(low, center_coefficient=0.01)(batch).total + 1
+    )
 
 
 def test_the_score_is_read_at_the_end_wherever_padding_stands():
     model = judge()
     tokens = torch.tensor([[5, 6, 7]])
-    alone = last_outputs(model, tokens, torch.arange(3)[None])
+    alone = last_token_outputs(model, tokens, torch.arange(3)[None])
     for before, after in ((0, 2), (2, 0), (1, 3)):
         padded = torch.nn.functional.pad(tokens, (before, after), value=9)
         positions = torch.nn.functional.pad(torch.arange(3)[None], (before, after), value=-1)
-        torch.testing.assert_close(last_outputs(model, padded, positions), alone)
-    changed = last_outputs(model, torch.tensor([[5, 6, 8]]), torch.arange(3)[None])
+        torch.testing.assert_close(last_token_outputs(model, padded, positions), alone)
+    changed = last_token_outputs(model, torch.tensor([[5, 6, 8]]), torch.arange(3)[None])
     assert (changed - alone).abs().item() > 1e-3
 
 
 @pytest.mark.parametrize("answers", [2, 4])
 def test_splitting_a_batch_adds(answers):
     model = judge()
-    objective, rated = RewardLoss(model, center=0.1), elements(5, answers=answers)
-    whole = objective(compared(rated))
-    parts = [objective(compared(rated[n : n + 1])) for n in range(5)]
+    objective, rated = RewardModelLoss(model, center_coefficient=0.1), elements(5, answers=answers)
+    whole = objective(collate_preferences(rated))
+    parts = [objective(collate_preferences(rated[n : n + 1])) for n in range(5)]
     torch.testing.assert_close(whole.total, sum(part.total for part in parts))
     for got, wanted in zip(
         gradients(model, whole.total), gradients(model, sum(part.total for part in parts)), strict=True
@@ -104,8 +109,8 @@ def test_loss_and_gradients_equal_trl():
     from trl import RewardTrainer
 
     model = judge()
-    batch = compared(elements(5))
-    loss = RewardLoss(model, center=0.01)(batch)
+    batch = collate_preferences(elements(5))
+    loss = RewardModelLoss(model, center_coefficient=0.01)(batch)
     inputs = {name: x for name, x in trl_inputs(batch).items() if name != "completion_mask"}
     other = trainer(model=Scoring(model), args=type("Args", (), {"center_rewards_coefficient": 0.01}))
     theirs = RewardTrainer.compute_loss(other, other.model, inputs | {"margin": batch.margins})
@@ -117,16 +122,16 @@ def test_loss_and_gradients_equal_trl():
 def test_scores_are_those_of_each_row_alone():
     model = judge()
     rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
-    alone = [last_outputs(model, torch.tensor([row]), torch.arange(len(row))[None]).item() for row in rows]
-    assert scores(model, rows, at_once=3).tolist() == pytest.approx(alone, abs=1e-5)
+    alone = [last_token_outputs(model, torch.tensor([row]), torch.arange(len(row))[None]).item() for row in rows]
+    assert score_rows(model, rows, micro_batch_size=3).tolist() == pytest.approx(alone, abs=1e-5)
     with pytest.raises(UsageError, match="a reward is one number, this model's head gives 97"):
-        scores(tiny(), rows)
+        score_rows(tiny(), rows)
 
 
 def test_eight_pairs_can_be_learned_by_heart():
     model = ScoreHead(1)(tiny(dtype=torch.float32))
-    batch = compared([replace(one, margin=0.0) for one in elements(8, seed=3)])
-    objective, optimizer = RewardLoss(model), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = collate_preferences([replace(one, margin=0.0) for one in elements(8, seed=3)])
+    objective, optimizer = RewardModelLoss(model), torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):
         loss = objective(batch)
         optimizer.zero_grad()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.data.policy_batch import PolicyBatch
-from llm_quest.objectives.divergence import KL
-from llm_quest.objectives.policy_gradient import PolicyGradient
-from llm_quest.objectives.surrogates import VARIANTS, Capped, Clipped, sequence
+from llm_quest.objectives.kl_penalty import KLPenalty
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
+from llm_quest.objectives.surrogates import POLICY_VARIANTS, CISPOSurrogate, ClippedSurrogate, sequence_ratio
 
 B, T, HORIZON = 4, 6, 10
 
@@ -36,9 +36,9 @@ def ours(surrogate: Any, count: str, **options: Any) -> tuple[float, Tensor]:
         torch.where(t["learn"], 0, -100),
         t["advantages"][:, None].expand(B, T),
         t["old"],
-        reference=t["reference"],
+        reference_log_probs=t["reference"],
     )
-    made = PolicyGradient(nn.Identity(), surrogate, count=count, **options)
+    made = PolicyGradientLoss(nn.Identity(), surrogate, count=count, **options)
     loss = made.loss(log_p, batch)
     (slope,) = torch.autograd.grad(loss.total / loss.count, log_p)
     return (loss.total / loss.count).item(), slope
@@ -101,26 +101,31 @@ def trls(**settings: Any) -> tuple[float, Tensor]:
 
 
 CASES = {
-    "grpo": (Clipped(), "sequences", {}, {}),
-    "grpo with kl": (Clipped(), "sequences", {"kl": KL(0.1)}, {"beta": 0.1}),
+    "grpo": (ClippedSurrogate(), "sequences", {}, {}),
+    "grpo with kl": (ClippedSurrogate(), "sequences", {"kl": KLPenalty(0.1)}, {"beta": 0.1}),
     "unbiased kl": (
-        Clipped(),
+        ClippedSurrogate(),
         "sequences",
-        {"kl": KL(0.1, "unbiased")},
+        {"kl": KLPenalty(0.1, "unbiased")},
         {"beta": 0.1, "use_bias_correction_kl": True},
     ),
-    "dr_grpo": (Clipped(), "horizon", {"horizon": HORIZON}, {"loss_type": "dr_grpo"}),
-    "dapo": (VARIANTS["dapo"].surrogate, "tokens", {}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dr_grpo": (ClippedSurrogate(), "horizon", {"horizon": HORIZON}, {"loss_type": "dr_grpo"}),
+    "dapo": (POLICY_VARIANTS["dapo"].surrogate, "tokens", {}, {"loss_type": "dapo", "epsilon_high": 0.28}),
     "gspo": (
-        Clipped(0.05, 0.1, ratio=sequence),
+        ClippedSurrogate(0.05, 0.1, importance_ratio=sequence_ratio),
         "sequences",
         {},
         {"importance_sampling_level": "sequence", "epsilon_low": 0.05, "epsilon_high": 0.1},
     ),
-    "sapo": (VARIANTS["sapo"].surrogate, "sequences", {}, {"loss_type": "sapo"}),
-    "cispo": (Capped(1.3), "tokens", {}, {"loss_type": "cispo", "epsilon_high": 1.3}),
-    "two-sided": (Clipped(delta=1.25), "sequences", {}, {"delta": 1.25}),
-    "off-policy mask": (Clipped(), "sequences", {"stale": 0.05}, {"off_policy_mask_threshold": 0.05}),
+    "sapo": (POLICY_VARIANTS["sapo"].surrogate, "sequences", {}, {"loss_type": "sapo"}),
+    "cispo": (CISPOSurrogate(1.3), "tokens", {}, {"loss_type": "cispo", "epsilon_high": 1.3}),
+    "two-sided": (ClippedSurrogate(delta=1.25), "sequences", {}, {"delta": 1.25}),
+    "off-policy mask": (
+        ClippedSurrogate(),
+        "sequences",
+        {"off_policy_delta": 0.05},
+        {"off_policy_mask_threshold": 0.05},
+    ),
 }
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quest.cli.classifying import classify
-from llm_quest.cli.exporting import export
-from llm_quest.data.documents import Ledger
-from llm_quest.data.labelled import as_labels, class_names, labelled
+from llm_quest.cli.classify import classify_text
+from llm_quest.cli.export import export_run
+from llm_quest.data.documents import DropReport
 from llm_quest.data.records import Record, read_records
+from llm_quest.data.text_classification import collect_label_names, encode_labeled_texts, read_labeled_texts
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.files import load, load_tokenizer
-from llm_quest.recipes.classify import calibration_error, f1, measures, train_classify
-from llm_quest.recipes.tuning_config import Classify
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.recipes.classify import classification_metrics, expected_calibration_error, f1_score, train_classify
+from llm_quest.recipes.tuning_config import ClassifyConfig
 from tests.later import Later
 from tests.recipes.tuned import WORDS, base, started, weights
 
@@ -62,7 +62,7 @@ def pairs(start: Path, table: Path) -> list[str]:
 def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     pairs = [f"model.load={start}", f"data.source={table}", "data.text=mail", "data.label=kind"]
-    outcome = started(Classify, train_classify, RECIPE, out, *pairs)
+    outcome = started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["macro_f1"] == 1.0
     assert 0.5 < outcome.scores["commonest"] < 0.9
@@ -70,28 +70,28 @@ def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_it_tells_apart_what_it_was_taught(trained: Path):
-    found = classify(str(trained), "say, green 7")
+    found = classify_text(str(trained), "say, green 7")
     assert found.label == "colour"
     assert sum(found.probabilities.values()) == pytest.approx(1.0)
-    assert classify(str(trained), "say, moon 7").label == "thing"
+    assert classify_text(str(trained), "say, moon 7").label == "thing"
     assert json.loads((trained / "data.json").read_text())["dropped"] == {"empty text": 1}
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_export_is_a_classifier_in_transformers(trained: Path, tmp_path: Path):
-    export(trained, tmp_path / "out")
+    export_run(trained, tmp_path / "out")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("say, blue 3", "a tree"):
         with torch.no_grad():
             p = model(**tokenizer(text, return_tensors="pt")).logits.softmax(1)[0].tolist()
-        ours = classify(str(tmp_path / "out"), text).probabilities
+        ours = classify_text(str(tmp_path / "out"), text).probabilities
         assert {model.config.id2label[i]: p[i] for i in range(2)} == pytest.approx(ours, abs=1e-5)
 
 
 @pytest.mark.parametrize("what", ["last_block", "head"])
 def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], tmp_path: Path):
-    started(Classify, train_classify, RECIPE, tmp_path / "run", *pairs, f"train={what}", "steps=3")
+    started(ClassifyConfig, train_classify, RECIPE, tmp_path / "run", *pairs, f"train={what}", "steps=3")
     before, after = load(start), load(tmp_path / "run")
     moved = {name for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=False) if not torch.equal(a, b)}  # fmt: skip # noqa: E501
     assert all(name.startswith(("blocks.1.", "norm.")) for name in moved)
@@ -101,53 +101,59 @@ def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], 
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(trained: Path, pairs: list[str], tmp_path: Path):
     out = tmp_path / "again"
     pairs = [*pairs, "checkpoint.every=10"]
-    started(Classify, train_classify, RECIPE, out, *pairs)
+    started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000020")
-    started(Classify, train_classify, RECIPE, out, *pairs)
+    started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
     assert weights(out, 20) == weights(trained, 20)
 
 
 def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"rows\.csv:2 has no 'text'; it has mail, kind: name the columns"):
-        started(Classify, train_classify, RECIPE, tmp_path / "a", *pairs[:2])
+        started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs[:2])
     with pytest.raises(UsageError, match="techniques say what learns"):
-        started(Classify, train_classify, RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "train=head")
+        started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "train=head")
     with pytest.raises(UsageError, match="the model tells apart colour, thing, the texts say"):
         started(
-            Classify, train_classify, RECIPE, tmp_path / "a", f"model.load={trained}", *pairs[1:3], "data.label=mail"
+            ClassifyConfig,
+            train_classify,
+            RECIPE,
+            tmp_path / "a",
+            f"model.load={trained}",
+            *pairs[1:3],
+            "data.label=mail",
         )
     with pytest.raises(UsageError, match="is no classifier of texts"):
-        classify(str(start), "hello")
+        classify_text(str(start), "hello")
 
 
 def test_rows_are_checked_and_cut_texts_counted(start: Path):
-    tokenizer, ledger = load_tokenizer(start), Ledger()
+    tokenizer, ledger = load_tokenizer(start), DropReport()
     rows = [Record({"text": "a" * 40, "label": 1}, "f:1"), Record({"text": "b", "label": "0"}, "f:2")]
-    texts = labelled(rows, ledger)
-    assert class_names(texts) == ("0", "1")
-    made = as_labels(texts, ("0", "1"), tokenizer, 16, ledger)
-    assert made.classes == [1, 0]
-    assert made.size(0) == 16
+    texts = read_labeled_texts(rows, ledger)
+    assert collect_label_names(texts) == ("0", "1")
+    made = encode_labeled_texts(texts, ("0", "1"), tokenizer, 16, ledger)
+    assert made.label_ids == [1, 0]
+    assert made.item_length(0) == 16
     assert ledger.notes == ["1 texts lost their end beyond 16 tokens"]
     with pytest.raises(DataError, match="all 1 texts have the label"):
-        class_names(texts[:1])
+        collect_label_names(texts[:1])
     with pytest.raises(DataError, match="f:3: 'text' must be text"):
-        labelled([Record({"text": 3, "label": "x"}, "f:3")], ledger)
+        read_labeled_texts([Record({"text": 3, "label": "x"}, "f:3")], ledger)
     with pytest.raises(DataError, match="f:1: the model has no label '1'; it has a, b"):
-        as_labels(texts, ("a", "b"), tokenizer, 16, ledger)
+        encode_labeled_texts(texts, ("a", "b"), tokenizer, 16, ledger)
 
 
 def test_measures_by_hand():
     """Four texts of two classes: said 0 0 1 1, true 0 1 1 1."""
     p = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.05, 0.95]])
-    found = measures(p, np.array([0, 1, 1, 1]))
+    found = classification_metrics(p, np.array([0, 1, 1, 1]))
     assert found["accuracy"] == found["commonest"] == 0.75
     assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     assert found["loss"] == pytest.approx(-np.log([0.9, 0.2, 0.7, 0.95]).mean())
-    assert f1(np.array([True, False]), np.array([False, True])) == 0.0
+    assert f1_score(np.array([True, False]), np.array([False, True])) == 0.0
     # confidence 0.95, 0.9 (right, right), 0.8 (wrong), 0.7 (right), each bin by its share
     assert found["calibration_error"] == pytest.approx(0.5 * abs(1 - 0.925) + 0.25 * 0.8 + 0.25 * 0.3)
-    assert calibration_error(np.array([1.0, 1.0]), np.array([True, False])) == pytest.approx(0.5)
+    assert expected_calibration_error(np.array([1.0, 1.0]), np.array([True, False])) == pytest.approx(0.5)
 
 
 def test_tables_and_json_lines_are_read_alike(table: Path, tmp_path: Path):

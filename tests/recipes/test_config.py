@@ -7,17 +7,24 @@ from pathlib import Path
 import pytest
 
 from llm_quest.errors import UsageError
-from llm_quest.recipes.config import as_yaml, differences, find, gather, recipe_names, resolve
-from llm_quest.recipes.parts import FREE
-from llm_quest.recipes.pretrain_config import Pretrain
-from llm_quest.recipes.yaml import merge, read
+from llm_quest.recipes.config import (
+    config_differences,
+    config_to_yaml,
+    find_recipe_file,
+    load_raw_config,
+    parse_config,
+    recipe_names,
+)
+from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
+from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"
 
 
 def told(text: str, *pairs: str) -> list[str]:
     with pytest.raises(UsageError) as error:
-        resolve(Pretrain, merge(read(text, "my.yaml"), pairs))
+        parse_config(PretrainConfig, apply_overrides(read_yaml(text, "my.yaml"), pairs))
     assert error.value.exit_code == 2
     return str(error.value).splitlines()
 
@@ -73,23 +80,31 @@ def test_a_missing_key_is_told_with_what_it_takes() -> None:
 
 @pytest.mark.parametrize("name", ["pretrain", "tiny"])
 def test_a_resolved_config_is_itself_a_valid_input(name: str, tmp_path: Path) -> None:
-    config = resolve(Pretrain, gather(name, ["optimizer.lr=1e-5", "samples.prompts=['no', '1e3', 'a: b', \"é\\n\"]"]))
-    (tmp_path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
-    assert resolve(Pretrain, gather(str(tmp_path / "config.yaml"))) == config
-    assert resolve(Pretrain, gather(str(tmp_path))) == config
+    config = parse_config(
+        PretrainConfig, load_raw_config(name, ["optimizer.lr=1e-5", "samples.prompts=['no', '1e3', 'a: b', \"é\\n\"]"])
+    )
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert parse_config(PretrainConfig, load_raw_config(str(tmp_path / "config.yaml"))) == config
+    assert parse_config(PretrainConfig, load_raw_config(str(tmp_path))) == config
 
 
 def test_differences_name_what_changed_but_for_what_is_free() -> None:
-    config = resolve(Pretrain, read(GOOD, "a"))
-    other = resolve(
-        Pretrain, merge(read(GOOD, "b"), ["optimizer.lr=0.5", "device=cpu", "checkpoint.every=7", "batch.length=9"])
+    config = parse_config(PretrainConfig, read_yaml(GOOD, "a"))
+    other = parse_config(
+        PretrainConfig,
+        apply_overrides(
+            read_yaml(GOOD, "b"), ["optimizer.lr=0.5", "device=cpu", "checkpoint.every=7", "batch.length=9"]
+        ),
     )
-    assert differences(config, other, FREE) == ["optimizer.lr: 0.001 -> 0.5", "batch.length: 256 -> 9"]
+    assert config_differences(config, other, KEYS_FREE_ON_RESUME) == [
+        "optimizer.lr: 0.001 -> 0.5",
+        "batch.length: 256 -> 9",
+    ]
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest(tmp_path: Path) -> None:
     assert {"pretrain", "tiny"} <= set(recipe_names())
     with pytest.raises(UsageError, match="did you mean 'pretrain'"):
-        find("pretrian")
+        find_recipe_file("pretrian")
     with pytest.raises(UsageError, match=r"there is no file .*none\.yaml"):
-        find(str(tmp_path / "none.yaml"))
+        find_recipe_file(str(tmp_path / "none.yaml"))

@@ -16,21 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_quest.data.alphabet import character_tokenizer
-from llm_quest.data.demonstrations import DemonstrationFeed
-from llm_quest.data.problems import Problem, spelled
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.demonstrations import DemonstrationLoader
+from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.strings import Reverse
 from llm_quest.errors import DataError, GuardStop, UsageError
-from llm_quest.hub.files import load
-from llm_quest.objectives.surrogates import VARIANTS
-from llm_quest.recipes.config import resolve
+from llm_quest.hub.load_save import load
+from llm_quest.objectives.surrogates import POLICY_VARIANTS
+from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.grpo import train_grpo
-from llm_quest.recipes.grpo_config import Grpo
-from llm_quest.recipes.warmup import warmed
-from llm_quest.recipes.yaml import merge, read
+from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.sft_warmup import run_sft_warmup
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.steps import step_rewards
-from llm_quest.train.parallel import Parallel
+from llm_quest.rollouts.step_rewards import compute_step_rewards
+from llm_quest.train.parallel import DistributedContext
 from tests.recipes.tuned import metrics, weights
 
 pytestmark = pytest.mark.xdist_group("grpo")
@@ -39,22 +39,16 @@ pytestmark = pytest.mark.xdist_group("grpo")
 RECIPE = """
 recipe: grpo
 task: reverse:shortest=3,longest=3,letters=8,noise=0.5
-model: {page: llama, sizes: {width: 48, layers: 2, heads: 2, groups: 2, hidden: 96}}
-warmup: {rows: 48, lr: 5e-3, until: 0.3}
-rollout: {prompts: 16, group: 8, new_tokens: 5}
-steps: 4
-optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0}
-schedule: {shape: constant, warmup: 0}
-evaluate: {every: 0, problems: 40}
-checkpoint: {every: 0, keep: 9}
-precision: fp32
-log_every: 1
+model: {page: llama, sizes: {hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2,
+intermediate_size: 96}} warmup: {rows: 48, lr: 5e-3, until: 0.3} rollout: {prompts: 16, group: 8, new_tokens: 5} steps:
+4 optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0} schedule: {shape: constant, warmup: 0} evaluate: {every: 0,
+problems: 40} checkpoint: {every: 0, keep: 9} precision: fp32 log_every: 1
 """
 
 
 def started(out: Path, *pairs: str, say=lambda line: None):
-    settings = merge(read(RECIPE, "recipe.yaml"), list(pairs))
-    return train_grpo(resolve(Grpo, settings), settings, out, quiet=True, say=say)
+    settings = apply_overrides(read_yaml(RECIPE, "recipe.yaml"), list(pairs))
+    return train_grpo(parse_config(GrpoConfig, settings), settings, out, quiet=True, log=say)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +80,7 @@ def test_the_reward_rises_and_not_by_chance(warm: Path, tmp_path: Path):
     assert told[3] - told[2] < 0.1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", POLICY_VARIANTS)
 def test_every_variant_runs_with_updates_minibatches_and_a_reference(variant: str, warm: Path, tmp_path: Path):
     pairs = ["rollout.updates=2", "rollout.minibatches=2", "kl.beta=0.01", f"variant={variant}"]
     started(tmp_path / "run", *from_(warm, *pairs))
@@ -179,18 +173,18 @@ def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
 
 
 def test_a_step_ends_at_its_token_and_the_last_one_at_the_end_of_text():
-    task = spelled("chained:shortest=2,longest=2")
+    task = parse_task("chained:shortest=2,longest=2")
     tokenizer = character_tokenizer(task.alphabet)
-    problem = DemonstrationFeed(task, tokenizer, rows=1).problems(0, 0)
+    problem = DemonstrationLoader(task, tokenizer, batch_size=1).problems(0, 0)
     text = ";".join(problem.steps) + f";#{problem.answer}"
-    tokens = (*tokenizer.encode(text, template=False), tokenizer.end_id)
+    tokens = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
     sample = Sample((0,), tokens, (0.0,) * len(tokens), "eos", text, problem)
     first = len(problem.steps[0])
-    assert step_rewards(tokenizer, sample) == [(first, 1.0), (text.index("#") - 1, 1.0), (len(tokens) - 1, 1.0)]
+    assert compute_step_rewards(tokenizer, sample) == [(first, 1.0), (text.index("#") - 1, 1.0), (len(tokens) - 1, 1.0)]
     cut = Sample((0,), tokens[:-1], (0.0,) * (len(tokens) - 1), "length", text, problem)
-    assert step_rewards(tokenizer, cut)[-1] == (len(tokens) - 2, 0.0)
-    nothing = Sample((0,), (tokenizer.end_id,), (0.0,), "eos", "", problem)
-    assert step_rewards(tokenizer, nothing) == [(0, 0.0)]
+    assert compute_step_rewards(tokenizer, cut)[-1] == (len(tokens) - 2, 0.0)
+    nothing = Sample((0,), (tokenizer.eos_token_id,), (0.0,), "eos", "", problem)
+    assert compute_step_rewards(tokenizer, nothing) == [(0, 0.0)]
 
 
 def test_a_file_of_problems_is_asked_in_a_new_order_every_epoch(warm: Path, tmp_path: Path):
@@ -232,7 +226,7 @@ def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
 )
 def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str], told: str):
     with pytest.raises(UsageError, match=told):
-        resolve(Grpo, merge(read(RECIPE, "recipe.yaml"), pairs))
+        parse_config(GrpoConfig, apply_overrides(read_yaml(RECIPE, "recipe.yaml"), pairs))
 
 
 def test_mistakes_that_only_the_run_can_see(warm: Path, tmp_path: Path):
@@ -261,13 +255,13 @@ class Interrupting(Reverse):
 
 
 def test_an_interrupted_warm_up_stops_and_goes_on_to_the_same_bits(tmp_path: Path):
-    settings = merge(read(RECIPE, "recipe.yaml"), ["warmup={rows: 4, steps: 60, until: 1.0}"])
-    config = resolve(Grpo, settings)
+    settings = apply_overrides(read_yaml(RECIPE, "recipe.yaml"), ["warmup={rows: 4, steps: 60, until: 1.0}"])
+    config = parse_config(GrpoConfig, settings)
 
     def warm_up(task: Reverse, name: str) -> list[str]:
         said: list[str] = []
         try:
-            warmed(config, config.warmup, settings, task, tmp_path / name, Parallel(), said.append)
+            run_sft_warmup(config, config.warmup, settings, task, tmp_path / name, DistributedContext(), said.append)
         except KeyboardInterrupt:
             said.append("stopped")
         return said

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from llm_quest.errors import UsageError
-from llm_quest.hub.files import load
-from llm_quest.recipes.config import resolve
+from llm_quest.hub.load_save import load
+from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.iterative import train_iterative
-from llm_quest.recipes.iterative_config import Iterative
-from llm_quest.recipes.yaml import merge, read
-from llm_quest.techniques.score_head import score_head
+from llm_quest.recipes.iterative_config import IterativeConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.techniques.score_head import find_score_head
 from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401
 from tests.recipes.tuned import metrics, weights
 
@@ -33,8 +33,8 @@ judge: {steps: 12, rows: 10, questions: 24}
 
 
 def iterated(out: Path, *pairs: str) -> list[str]:
-    settings, said = merge(read(ITERATIVE, "recipe.yaml"), list(pairs)), []
-    train_iterative(resolve(Iterative, settings), settings, out, quiet=True, say=said.append)
+    settings, said = apply_overrides(read_yaml(ITERATIVE, "recipe.yaml"), list(pairs)), []
+    train_iterative(parse_config(IterativeConfig, settings), settings, out, quiet=True, log=said.append)
     return said
 
 
@@ -51,7 +51,7 @@ def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
     counts = [len(json.loads((out / f"iteration-{i}" / "comparisons.json").read_text())) for i in range(3)]
     assert f"{counts[2]} new comparisons, {counts[0] + counts[1]} earlier ones" in told[2]
     judges = [load(out / f"iteration-{i}" / "judge") for i in range(3)]
-    assert all(score_head(judge) is not None for judge in judges)
+    assert all(find_score_head(judge) is not None for judge in judges)
     rows = [metrics(out / f"iteration-{i}" / "policy") for i in (1, 2)]
     assert all(first["kl"] < 1e-6 < last["kl"] for first, last in rows), "the reference is the iteration's own start"
     assert all("reward_model" in row and "reward" in row for both in rows for row in both)
@@ -77,4 +77,4 @@ def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], w
 @pytest.mark.parametrize("pairs", [["rewards=[{name: random}]"], ["process=true"]])
 def test_settings_without_effect_are_refused(pairs: list[str]):
     with pytest.raises(UsageError, match="no effect"):
-        resolve(Iterative, merge(read(ITERATIVE, "recipe.yaml"), pairs))
+        parse_config(IterativeConfig, apply_overrides(read_yaml(ITERATIVE, "recipe.yaml"), pairs))

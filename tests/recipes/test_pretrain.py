@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from llm_quest.disk import sha256
 from llm_quest.errors import BusyError, UsageError
-from llm_quest.hub.files import load, load_tokenizer
-from llm_quest.recipes.config import resolve
-from llm_quest.recipes.course import Outcome
-from llm_quest.recipes.pretrain import pretrain
-from llm_quest.recipes.pretrain_config import Pretrain
-from llm_quest.recipes.yaml import merge, read
+from llm_quest.files import file_sha256
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.pretrain import train_pretrain
+from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
 BASE = """
 recipe: pretrain
@@ -38,10 +38,12 @@ log_every: 1
 
 
 def run(
-    text: Path, out: Path, *pairs: str, callbacks: tuple = (), resume: str = "auto", say: Any = lambda line: None
-) -> Outcome:
-    settings = merge(read(BASE, "base.yaml"), [f"data.source={text}", *pairs])
-    return pretrain(resolve(Pretrain, settings), settings, out, callbacks=callbacks, resume=resume, quiet=True, say=say)
+    text: Path, out: Path, *pairs: str, callbacks: tuple = (), resume: str = "auto", log: Any = lambda line: None
+) -> RunOutcome:
+    settings = apply_overrides(read_yaml(BASE, "base.yaml"), [f"data.source={text}", *pairs])
+    return train_pretrain(
+        parse_config(PretrainConfig, settings), settings, out, callbacks=callbacks, resume=resume, quiet=True, log=log
+    )
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -49,7 +51,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def weights(out: Path, step: int = 8) -> str:
-    return sha256(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+    return file_sha256(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
 class CtrlC:
@@ -58,11 +60,11 @@ class CtrlC:
     def __init__(self, at: int):
         self.at = at
 
-    def after_step(self, model: torch.nn.Module, step: int) -> None:
+    def on_step_end(self, model: torch.nn.Module, step: int) -> None:
         if step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    def after_refusal(self, model: torch.nn.Module) -> None:
+    def on_step_skipped(self, model: torch.nn.Module) -> None:
         pass
 
 
@@ -91,9 +93,9 @@ def test_a_run_learns_and_leaves_a_folder_with_everything(text: Path, tmp_path: 
     sample = json.loads((out / "samples" / "step-00000004.json").read_text())
     assert (sample["step"], sample["samples"][0]["prompt"]) == (4, "the")
     model, tokenizer = load(out), load_tokenizer(out)
-    assert model.config.vocab == tokenizer.vocab_size
-    assert model.generation is not None
-    assert model.generation.eos == tokenizer.eos_ids
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert model.generation_config is not None
+    assert model.generation_config.eos_token_ids == tokenizer.eos_token_ids
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(text: Path, tmp_path: Path) -> None:
@@ -188,5 +190,5 @@ def test_rows_longer_than_the_context_are_refused(text: Path, tmp_path: Path) ->
 
 def test_what_was_chosen_is_said_with_the_reason(text: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    run(text, tmp_path / "run", "steps=2", "precision=auto", say=told.append)
+    run(text, tmp_path / "run", "steps=2", "precision=auto", log=told.append)
     assert any(line.startswith("precision: ") and "compiled: no (a run of about 0 s" in line for line in told), told

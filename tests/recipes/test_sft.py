@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_quest.cli.exporting import export
-from llm_quest.data.chat import Chat
+from llm_quest.cli.export import export_run
+from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
-from llm_quest.hub.files import load, load_tokenizer
+from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.recipes.sft import train_sft
-from llm_quest.recipes.tuning_config import Sft
-from llm_quest.techniques.card import plain
+from llm_quest.recipes.tuning_config import SftConfig
+from llm_quest.techniques.model_spec import strip_wrapper_names
 from tests.later import Later
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
 
@@ -52,7 +52,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(start: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sft"
-    started(Sft, train_sft, RECIPE, out, f"model.load={start}", f"data.source={rows}")
+    started(SftConfig, train_sft, RECIPE, out, f"model.load={start}", f"data.source={rows}")
     return out
 
 
@@ -70,18 +70,18 @@ def test_held_out_answers_are_learned_and_everything_is_left_in_the_folder(tuned
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(tuned: Path, start: Path, rows: Path, tmp_path):
     pairs = [f"model.load={start}", f"data.source={rows}", "checkpoint.every=30", "checkpoint.keep=9"]
     out = tmp_path / "again"
-    started(Sft, train_sft, RECIPE, out, *pairs)
+    started(SftConfig, train_sft, RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000060")
-    started(Sft, train_sft, RECIPE, out, *pairs)
+    started(SftConfig, train_sft, RECIPE, out, *pairs)
     assert weights(out, 60) == weights(tuned, 60)
     assert [row["step"] for row in metrics(out)] == list(range(1, 61))
 
 
 def test_the_split_into_micro_batches_changes_nothing(tuned: Path, start: Path, rows: Path, tmp_path):
     pairs = [f"model.load={start}", f"data.source={rows}", "batch.micro_rows=1", "steps=2"]
-    started(Sft, train_sft, RECIPE, tmp_path / "split", *pairs)
+    started(SftConfig, train_sft, RECIPE, tmp_path / "split", *pairs)
     pairs[2] = "batch.micro_rows=4"
-    started(Sft, train_sft, RECIPE, tmp_path / "whole", *pairs)
+    started(SftConfig, train_sft, RECIPE, tmp_path / "whole", *pairs)
     split, whole = metrics(tmp_path / "split")[0], metrics(tmp_path / "whole")[0]
     for key in ("loss", "grad_norm", "count"):
         assert split[key] == pytest.approx(whole[key], rel=1e-6)
@@ -89,15 +89,15 @@ def test_the_split_into_micro_batches_changes_nothing(tuned: Path, start: Path, 
 
 def test_the_run_answers_and_stops_by_its_own_end(tuned: Path):
     model, tokenizer = load(tuned), load_tokenizer(tuned)
-    prompt = Chat(tokenizer).prompt([{"role": "user", "content": "say moon cat"}])
+    prompt = ChatTemplate(tokenizer).encode_prompt([{"role": "user", "content": "say moon cat"}])
     done = generate(model, [prompt], max_new_tokens=20, temperature=0.0, tokenizer=tokenizer)[0]
     assert done.text == "moon"
-    assert done.tokens[-1] == tokenizer.id("<|im_end|>")
+    assert done.tokens[-1] == tokenizer.token_to_id("<|im_end|>")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
-    export(tuned, tmp_path / "out")
+    export_run(tuned, tmp_path / "out")
     model, tokenizer = (
         kind.from_pretrained(tmp_path / "out")
         for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
@@ -112,26 +112,26 @@ def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
 def test_with_lora_only_adapters_learn_and_the_run_still_talks(start: Path, rows: Path, tmp_path: Path):
     out = tmp_path / "run"
     pairs = [f"model.load={start}", f"data.source={rows}", "techniques=[{name: lora, rank: 4}]", "steps=12"]
-    started(Sft, train_sft, RECIPE, out, *pairs, "optimizer.name=adamw", "samples.every=0")
+    started(SftConfig, train_sft, RECIPE, out, *pairs, "optimizer.name=adamw", "samples.every=0")
     told = metrics(out)
     assert told[-1]["loss"] < told[0]["loss"] - 0.2
     before, after = load(start), load(out)
     for name, parameter in before.named_parameters():
-        wrapped = {plain(n): p for n, p in after.named_parameters() if "lora" not in n.lower()}
+        wrapped = {strip_wrapper_names(n): p for n, p in after.named_parameters() if "lora" not in n.lower()}
         assert torch.equal(parameter, wrapped[name]), name
-    assert Chat(load_tokenizer(out)).prompt([{"role": "user", "content": "say"}])
-    assert after.generation is not None
-    assert load_tokenizer(out).id("<|im_end|>") in after.generation.eos
+    assert ChatTemplate(load_tokenizer(out)).encode_prompt([{"role": "user", "content": "say"}])
+    assert after.generation_config is not None
+    assert load_tokenizer(out).token_to_id("<|im_end|>") in after.generation_config.eos_token_ids
 
 
 def test_dropped_rows_are_said_and_mistakes_are_told(start: Path, rows: Path, tmp_path: Path):
     said: list[str] = []
     pairs = [f"model.load={start}", f"data.source={rows}", "steps=2"]
-    started(Sft, train_sft, RECIPE, tmp_path / "a", *pairs, say=said.append)
+    started(SftConfig, train_sft, RECIPE, tmp_path / "a", *pairs, log=said.append)
     assert any("dropped, empty answer: 1; dropped, longer than a row of 48 tokens: 1" in line for line in said)
     with pytest.raises(UsageError, match="there is no run runs/nothing: train one first"):
-        started(Sft, train_sft, RECIPE, tmp_path / "b", "model.load=runs/nothing", f"data.source={rows}")
+        started(SftConfig, train_sft, RECIPE, tmp_path / "b", "model.load=runs/nothing", f"data.source={rows}")
     with pytest.raises(UsageError, match=r"batch\.length 4096 is longer than the model's context of 256"):
-        started(Sft, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4096")
+        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4096")
     with pytest.raises(DataError, match="no conversation fits into 4 tokens"):
-        started(Sft, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4")
+        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4")

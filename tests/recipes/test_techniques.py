@@ -10,19 +10,19 @@ import pytest
 import torch
 
 import llm_quest as quest
-from llm_quest.cli.exporting import export
+from llm_quest.cli.export import export_run
 from llm_quest.errors import UsageError
-from llm_quest.recipes.config import as_yaml, resolve
-from llm_quest.recipes.pretrain_config import Pretrain
-from llm_quest.recipes.yaml import merge, read
-from llm_quest.techniques.lora import LoRA, adapters_off, matched
+from llm_quest.recipes.config import config_to_yaml, parse_config
+from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.techniques.lora import LoRA, adapter_addresses, disable_adapter
 from tests.oracles import transformers
 from tests.recipes.test_config import GOOD, told
 from tests.recipes.test_pretrain import CtrlC, rows, run, weights
 
 
-def understood(*pairs: str) -> Pretrain:
-    return resolve(Pretrain, merge(read(GOOD, "my.yaml"), pairs))
+def understood(*pairs: str) -> PretrainConfig:
+    return parse_config(PretrainConfig, apply_overrides(read_yaml(GOOD, "my.yaml"), pairs))
 
 
 def test_names_and_options_are_understood_and_written_out_whole() -> None:
@@ -32,8 +32,8 @@ def test_names_and_options_are_understood_and_written_out_whole() -> None:
         "name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("all",), "seed": 0,
     }  # fmt: skip
     assert config.techniques[1]["targets"] == ("q", "v")
-    again = resolve(Pretrain, read(as_yaml(config), "written.yaml"))
-    assert as_yaml(again) == as_yaml(config)
+    again = parse_config(PretrainConfig, read_yaml(config_to_yaml(config), "written.yaml"))
+    assert config_to_yaml(again) == config_to_yaml(config)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_wrong_technique_is_told_with_its_place_and_what_is_allowed(pair: str,
 def test_the_largest_logit_and_the_number_loss_are_logged_and_streams_resume(text: Path, tmp_path: Path) -> None:
     pairs = ("techniques=[qk_clip, {name: hyper_connections, streams: 2}, multi_token]", "number_token={weight: 0.5}")
     lines: list[str] = []
-    run(text, tmp_path / "whole", *pairs, say=lines.append)
+    run(text, tmp_path / "whole", *pairs, log=lines.append)
     assert [line.split(";")[0] for line in lines if line.startswith("technique")] == [
         "technique: qk_clip", "technique: hyper_connections", "technique: multi_token",
     ]  # fmt: skip
@@ -67,7 +67,10 @@ def test_the_largest_logit_and_the_number_loss_are_logged_and_streams_resume(tex
     run(text, tmp_path / "cut", *pairs)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     model = quest.load(tmp_path / "whole")
-    assert [type(technique).__name__ for technique in model.card.techniques] == ["HyperConnections", "MultiToken"]
+    assert [type(technique).__name__ for technique in model.spec.techniques] == [
+        "HyperConnections",
+        "MultiTokenPrediction",
+    ]
 
 
 def test_the_line_of_a_file_is_named() -> None:
@@ -82,14 +85,14 @@ def adapted(text: Path, out: Path, *pairs: str, **more: Any) -> Any:
 
 def test_lora_trains_its_own_numbers_alone_and_says_what_it_matched(text: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    adapted(text, tmp_path / "run", say=said.append)
+    adapted(text, tmp_path / "run", log=said.append)
     model = quest.load(tmp_path / "run")
-    assert model.card.techniques == (LoRA(rank=2, targets=("q", "v")),)
+    assert model.spec.techniques == (LoRA(rank=2, targets=("q", "v")),)
     assert any("technique: lora of q, v in 2 layers (4 matrices)" in line and "are trained" in line for line in said), (
         said
     )
     tokens = torch.arange(20)[None]
-    with adapters_off(model):
+    with disable_adapter(model):
         before = model(tokens)
     assert (model(tokens) - before).abs().max() > 1e-3
     assert all(p.requires_grad == (".edits." in name) for name, p in model.named_parameters())
@@ -106,16 +109,16 @@ def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: 
     adapted(text, tmp_path / "run", "steps=4")
     model, tokens = quest.load(tmp_path / "run"), torch.arange(20)[None]
     with pytest.raises(UsageError, match=r"--merge writes the whole model .* --adapter the adapter alone"):
-        export(tmp_path / "run", tmp_path / "undecided")
-    whole = export(tmp_path / "run", tmp_path / "whole", merged=True)
+        export_run(tmp_path / "run", tmp_path / "undecided")
+    whole = export_run(tmp_path / "run", tmp_path / "whole", merged=True)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     torch.testing.assert_close(merged(tokens).logits, model(tokens), rtol=1e-4, atol=2e-5)
     assert whole.parameters == merged.num_parameters()
-    export(tmp_path / "run", tmp_path / "adapter", adapter=True)
+    export_run(tmp_path / "run", tmp_path / "adapter", adapter=True)
     started = quest.load_adapter(bare(model), tmp_path / "adapter")
     torch.testing.assert_close(started(tokens), model(tokens))
     with pytest.raises(UsageError, match="give one of them"):
-        export(tmp_path / "run", tmp_path / "both", merged=True, adapter=True)
+        export_run(tmp_path / "run", tmp_path / "both", merged=True, adapter=True)
 
 
 def bare(model: Any) -> Any:
@@ -130,7 +133,7 @@ def test_training_goes_on_from_an_adapted_run_and_adapts_it_no_second_time(text:
     adapted(text, tmp_path / "first", "steps=2")
     on = ["model={load: " + str(tmp_path / "first") + "}", f"tokenizer.load={tmp_path / 'first'}", "steps=2"]
     run(text, tmp_path / "second", *on)
-    assert matched(quest.load(tmp_path / "second")) == matched(quest.load(tmp_path / "first"))
+    assert adapter_addresses(quest.load(tmp_path / "second")) == adapter_addresses(quest.load(tmp_path / "first"))
     with pytest.raises(UsageError, match=r"technique lora: this model has an adapter already"):
         adapted(text, tmp_path / "third", *on)
 

@@ -13,21 +13,21 @@ import torch
 from PIL import Image
 
 import llm_quest as quest
-from llm_quest.data.images import Preprocess
+from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import BusyError, UsageError
-from llm_quest.hub.files import load_preprocess, load_tokenizer
+from llm_quest.hub.load_save import load_preprocess, load_tokenizer
 from llm_quest.models import clip
 from llm_quest.models.build import build
-from llm_quest.recipes.config import gather, resolve
-from llm_quest.recipes.vision_config import Vit, Vlm
+from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.vision_config import VitConfig, VlmConfig
 from llm_quest.recipes.vit import train_vit
 from llm_quest.recipes.vlm import train_vlm
-from llm_quest.report.page import report
+from llm_quest.report.page import write_report
 from tests.recipes.two import recipe_by_two
 
 SMALL_VIT = [
-    "images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch=4",
-    "model.width=16", "model.layers=1", "model.hidden=32", "batch.rows=16", "precision=fp32", "schedule.warmup=2",
+    "images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch_size=4",
+    "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=32", "batch.rows=16", "precision=fp32", "schedule.warmup=2",
 ]  # fmt: skip
 SMALL_VLM = [
     "sights.size=24", "tower.patch=12", "tower.width=16", "tower.layers=1", "tower.hidden=32", "decoder.width=16",
@@ -49,19 +49,19 @@ def two_classes(folder: Path) -> str:
 
 
 def vit_run(tmp_path: Path, out: str, *pairs: str) -> Any:
-    settings = gather("vit", [*SMALL_VIT, f"images.folder={tmp_path / 'images'}", *pairs])
-    return train_vit(resolve(Vit, settings), settings, tmp_path / out, quiet=True, say=lambda text: None)
+    settings = load_raw_config("vit", [*SMALL_VIT, f"images.folder={tmp_path / 'images'}", *pairs])
+    return train_vit(parse_config(VitConfig, settings), settings, tmp_path / out, quiet=True, log=lambda text: None)
 
 
 def vlm_run(tmp_path: Path, out: str, *pairs: str) -> Any:
-    settings = gather("vlm", [*SMALL_VLM, *pairs])
-    return train_vlm(resolve(Vlm, settings), settings, tmp_path / out, quiet=True, say=lambda text: None)
+    settings = load_raw_config("vlm", [*SMALL_VLM, *pairs])
+    return train_vlm(parse_config(VlmConfig, settings), settings, tmp_path / out, quiet=True, log=lambda text: None)
 
 
 @pytest.mark.parametrize("recipe", ["vit", "cifar10", "vlm"])
 def test_the_recipes_that_come_with_the_package_are_valid(recipe: str):
-    settings = gather(recipe)
-    assert resolve(Vlm if recipe == "vlm" else Vit, settings).recipe in ("vit", "vlm")
+    settings = load_raw_config(recipe)
+    assert parse_config(VlmConfig if recipe == "vlm" else VitConfig, settings).recipe in ("vit", "vlm")
 
 
 def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Path):
@@ -70,8 +70,8 @@ def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Pa
     assert outcome.status == "finished"
     assert outcome.scores["accuracy"] > 0.9
     model = quest.load(tmp_path / "run")
-    assert model.config.labels == ("above", "below")
-    assert load_preprocess(tmp_path / "run") == Preprocess(8, (0.5,), (0.5,))
+    assert model.config.label_names == ("above", "below")
+    assert load_preprocess(tmp_path / "run") == ImageProcessor(8, (0.5,), (0.5,))
     image = Image.open(tmp_path / "images" / "below" / "0.png")
     assert int(model(load_preprocess(tmp_path / "run")(image)[None]).argmax()) == 1
 
@@ -130,9 +130,9 @@ def test_checkpointed_activations_give_the_same_bits(tmp_path: Path, recipe: str
     ("technique", "message"),
     [
         ("hyper_connections", "HyperConnections edits language models; this is a {} model"),
-        ("multi_token", "MultiToken edits language models; this is a {} model"),
+        ("multi_token", "MultiTokenPrediction edits language models; this is a {} model"),
         ("score_head", "ScoreHead edits language models; this is a {} model"),
-        ("length", "LengthExtension edits language models; this is a {} model"),
+        ("length", "ContextExtension edits language models; this is a {} model"),
         ("{name: dyt, form: llama}", "DyT edits language models; this is a {} model"),
     ],
 )
@@ -151,7 +151,7 @@ def test_the_report_tells_what_was_seen_and_said(tmp_path: Path):
     two_classes(tmp_path / "images")
     vit_run(tmp_path, "looks", "steps=2")
     vlm_run(tmp_path, "speaks", "steps=2")
-    looks, speaks = (report([tmp_path / name]).read_text(encoding="utf-8") for name in ("looks", "speaks"))
+    looks, speaks = (write_report([tmp_path / name]).read_text(encoding="utf-8") for name in ("looks", "speaks"))
     for told in ("on 32 images of", "held-out accuracy", "nats per image", "images read"):
         assert told in looks, told
     assert "tokens" not in looks.split("Settings")[0].split("</style>")[1]
@@ -172,18 +172,18 @@ def test_a_trained_vit_goes_on_with_other_classes_and_another_size(tmp_path: Pat
     two_classes(tmp_path / "images")
     vit_run(tmp_path, "first", "steps=2")
     vit_run(tmp_path, "second", "steps=2", f"model.load={tmp_path / 'first'}", "images.size=16", "batch.rows=8")
-    assert quest.load(tmp_path / "second").config.image == 16
+    assert quest.load(tmp_path / "second").config.image_size == 16
 
 
 def test_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path: Path):
     two_classes(tmp_path / "images")
-    with pytest.raises(UsageError, match="patch 5 must divide images of 8 pixels"):
-        vit_run(tmp_path, "a", "model.patch=5")
+    with pytest.raises(UsageError, match="patch_size 5 must divide images of 8 pixels"):
+        vit_run(tmp_path, "a", "model.patch_size=5")
     with pytest.raises(UsageError, match=r"digits are 8 pixels with 1 channels: set images\.size=8"):
         vit_run(tmp_path, "b", "images.source=digits", "images.folder=null", "images.size=16")
     with pytest.raises(UsageError, match="source folder needs a folder"):
         vit_run(tmp_path, "c", "images.folder=null")
-    with pytest.raises(UsageError, match=r"unknown key, did you mean 'patch'"):
+    with pytest.raises(UsageError, match=r"unknown key; allowed here: patch_size"):
         vit_run(tmp_path, "d", "model.pach=2")
 
 
@@ -191,7 +191,7 @@ def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
     outcome = vlm_run(tmp_path, "run", "steps=3")
     assert set(outcome.scores) == {"caption", "colour", "count", "relation"}
     model, tokenizer = quest.load(tmp_path / "run"), load_tokenizer(tmp_path / "run")
-    assert tokenizer.id("<image>") == model.config.image_token
+    assert tokenizer.token_to_id("<image>") == model.config.image_token_id
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
 
 
@@ -203,7 +203,7 @@ def test_questions_are_learned_at_a_part_of_the_captions_rate(tmp_path: Path):
 
 def test_a_frozen_part_stays_bit_by_bit_what_it_was(tmp_path: Path):
     tower = build(clip.Config(24, 12, 3, 16, 2, 4, 32), seed=5)
-    quest.save(tower, tmp_path / "tower", preprocess=Preprocess(24, (0.4, 0.4, 0.4)))
+    quest.save(tower, tmp_path / "tower", preprocess=ImageProcessor(24, (0.4, 0.4, 0.4)))
     vlm_run(
         tmp_path, "run", "steps=2", f"tower.load={tmp_path / 'tower'}", "trained=[adapter,decoder]", "adapter=linear"
     )
@@ -238,8 +238,17 @@ def test_cifar_10_as_it_is_distributed_is_trained_on(tmp_path: Path):
         records = random.integers(0, 256, (4, 3073)).astype(np.uint8)
         records[:, 0] %= 10
         (folder / f"{name}.bin").write_bytes(records.tobytes())
-    small = ["model.width=16", "model.heads=2", "model.layers=1", "model.hidden=32", "batch.rows=4", "precision=fp32"]
-    settings = gather("cifar10", [*small, f"images.folder={tmp_path}", "steps=2", "schedule.warmup=1"])
-    outcome = train_vit(resolve(Vit, settings), settings, tmp_path / "run", quiet=True, say=lambda text: None)
+    small = [
+        "model.hidden_size=16",
+        "model.num_attention_heads=2",
+        "model.num_hidden_layers=1",
+        "model.intermediate_size=32",
+        "batch.rows=4",
+        "precision=fp32",
+    ]
+    settings = load_raw_config("cifar10", [*small, f"images.folder={tmp_path}", "steps=2", "schedule.warmup=1"])
+    outcome = train_vit(
+        parse_config(VitConfig, settings), settings, tmp_path / "run", quiet=True, log=lambda text: None
+    )
     assert outcome.status == "finished"
-    assert quest.load(tmp_path / "run").config.labels[0] == "airplane"
+    assert quest.load(tmp_path / "run").config.label_names[0] == "airplane"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.data.tokenizer import train_bpe
-from llm_quest.hub.files import save
+from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
-from llm_quest.recipes.config import resolve
-from llm_quest.recipes.course import Outcome
-from llm_quest.recipes.yaml import merge, read
+from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "tree"]
 
@@ -29,7 +29,7 @@ optimizer: {name: muon, lr: 2e-2, weight_decay: 0.0}
 def base(folder: Path, page: str = "llama3.2-tiny", **sizes: Any) -> Path:
     """An untrained model with a tokenizer of our own."""
     tokenizer = train_bpe([" ".join(WORDS) + " user assistant\nsay word\n"] * 9, 330)
-    config = dataclasses.replace(preset(page).config, vocab=tokenizer.vocab_size, **sizes)
+    config = dataclasses.replace(preset(page).config, vocab_size=tokenizer.vocab_size, **sizes)
     return save(build(config, seed=1), folder, tokenizer=tokenizer)
 
 
@@ -39,10 +39,15 @@ def written(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def started(
-    schema: type[Any], recipe: Callable[..., Outcome], text: str, out: Path, *pairs: str, say: Any = lambda line: None
-) -> Outcome:
-    settings = merge(read(text + COMMON, "recipe.yaml"), list(pairs))
-    return recipe(resolve(schema, settings), settings, out, quiet=True, say=say)
+    schema: type[Any],
+    recipe: Callable[..., RunOutcome],
+    text: str,
+    out: Path,
+    *pairs: str,
+    log: Any = lambda line: None,
+) -> RunOutcome:
+    settings = apply_overrides(read_yaml(text + COMMON, "recipe.yaml"), list(pairs))
+    return recipe(parse_config(schema, settings), settings, out, quiet=True, log=log)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

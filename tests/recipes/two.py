@@ -37,20 +37,20 @@ def together(target: Callable[..., None], base: str, pairs: Sequence[str], out: 
 
 def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     join(rank, port)
-    from llm_quest.recipes.config import resolve
-    from llm_quest.recipes.pretrain import pretrain
-    from llm_quest.recipes.pretrain_config import Pretrain
-    from llm_quest.recipes.yaml import merge, read
+    from llm_quest.recipes.config import parse_config
+    from llm_quest.recipes.pretrain import train_pretrain
+    from llm_quest.recipes.pretrain_config import PretrainConfig
+    from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
-    settings = merge(read(base, "base.yaml"), pairs)
-    sys.exit(pretrain(resolve(Pretrain, settings), settings, Path(out), quiet=True).exit_code)
+    settings = apply_overrides(read_yaml(base, "base.yaml"), pairs)
+    sys.exit(train_pretrain(parse_config(PretrainConfig, settings), settings, Path(out), quiet=True).exit_code)
 
 
 def recipe_child(recipe: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     join(rank, port)
-    from llm_quest.cli.training import understood
+    from llm_quest.cli.train import load_recipe
 
-    settings, config, run = understood(recipe, pairs)
+    settings, config, run = load_recipe(recipe, pairs)
     sys.exit(run(config, settings, Path(out), quiet=True).exit_code)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.report.page import report, settings_of
+from llm_quest.report.page import parse_settings, write_report
 from tests.report.folders import finished_run, row, write_json, write_rows
 
 
@@ -43,7 +43,7 @@ def read(page: Path) -> Reader:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """The page of a finished run."""
-    return report([finished_run(tmp_path_factory.mktemp("runs") / "run")])
+    return write_report([finished_run(tmp_path_factory.mktemp("runs") / "run")])
 
 
 def test_a_finished_run_is_told_in_a_sentence_with_its_numbers(finished):
@@ -87,7 +87,7 @@ def test_whatever_a_run_holds_is_shown_as_text(tmp_path):
     write_json(folder / "samples" / "step-00000070.json", {"step": 70, "samples": hostile})
     write_rows(folder / "events.jsonl", [{"time": "", "event": "<b>", "message": '"><svg onload=alert(1)>'}])
     write_json(folder / "data.json", {"corpus": {"name": "<script>", "ledger": {"notes": ["<script>x</script>"]}}})
-    seen = read(report([folder]))
+    seen = read(write_report([folder]))
     assert not {"script", "img"} & set(seen.tags)
     assert not [name for name, _ in seen.attributes if name.startswith("on")]
     assert "<img src=x onerror=alert(1)>" in seen.text
@@ -97,7 +97,7 @@ def test_whatever_a_run_holds_is_shown_as_text(tmp_path):
 def test_secrets_in_the_environment_are_not_shown(tmp_path):
     folder = finished_run(tmp_path / "run")
     write_json(folder / "env.json", {"variables": {"HF_TOKEN": "hf_abc", "MY_API_KEY": "k123", "threads": 2}})
-    text = report([folder]).read_text(encoding="utf-8")
+    text = write_report([folder]).read_text(encoding="utf-8")
     assert "hf_abc" not in text
     assert "k123" not in text
     assert "variables.threads" in text
@@ -105,7 +105,7 @@ def test_secrets_in_the_environment_are_not_shown(tmp_path):
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    seen = read(report([tmp_path])).text
+    seen = read(write_report([tmp_path])).text
     assert "not begun" in seen
     assert "nothing to draw" in seen
 
@@ -114,7 +114,7 @@ def test_a_run_in_progress_with_a_torn_last_line_has_a_page(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [row(1), row(2)])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    seen = read(report([tmp_path])).text
+    seen = read(write_report([tmp_path])).text
     assert "trained for 2 steps" in seen
     assert "not finished" in seen
 
@@ -122,7 +122,7 @@ def test_a_run_in_progress_with_a_torn_last_line_has_a_page(tmp_path):
 def test_steps_that_were_not_finite_are_marked_and_counted(tmp_path):
     bad = {"loss": None, "grad_norm": None, "nonfinite": ["loss", "grad_norm"], "skipped": 1}
     write_rows(tmp_path / "metrics.jsonl", [row(step) for step in range(1, 30)] + [row(30, **bad), row(31, skipped=1)])
-    page = report([tmp_path])
+    page = write_report([tmp_path])
     assert "skipped updates" in read(page).text
     assert "not finite</text>" in page.read_text(encoding="utf-8")
 
@@ -130,7 +130,7 @@ def test_steps_that_were_not_finite_are_marked_and_counted(tmp_path):
 def test_several_runs_are_compared_on_one_page(tmp_path):
     first = finished_run(tmp_path / "a" / "run")
     second = finished_run(tmp_path / "b" / "run", config="seed: 0\noptimizer:\n  lr: 0.002\n")
-    page = report([first, second], out=tmp_path / "both.html")
+    page = write_report([first, second], out=tmp_path / "both.html")
     seen = " ".join(read(page).text.split())
     assert page == tmp_path / "both.html"
     assert "2 runs compared" in seen
@@ -142,16 +142,16 @@ def test_several_runs_are_compared_on_one_page(tmp_path):
 def test_the_settings_of_a_config_are_read_with_their_paths():
     config = "seed: 3\noptimizer:\n  name: muon\n  betas:\n  - 0.9\n  - 0.95\nbatch:\n  rows: 8\n"
     expected = {"seed": "3", "optimizer.name": "muon", "optimizer.betas": "- 0.9 - 0.95", "batch.rows": "8"}
-    assert dict(settings_of(config)) == expected
+    assert dict(parse_settings(config)) == expected
 
 
 def test_the_same_run_gives_the_same_page(finished):
-    assert report([finished.parent], out=finished.parent / "again.html").read_bytes() == finished.read_bytes()
+    assert write_report([finished.parent], out=finished.parent / "again.html").read_bytes() == finished.read_bytes()
 
 
 def test_a_page_of_ten_thousand_steps_stays_small(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", [row(step) for step in range(1, 10_001)])
-    assert report([tmp_path]).stat().st_size < 400_000
+    assert write_report([tmp_path]).stat().st_size < 400_000
 
 
 @pytest.mark.parametrize(
@@ -166,17 +166,17 @@ def test_a_broken_file_is_named(tmp_path, name, content, said):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=re.escape(said)):
-        report([tmp_path])
+        write_report([tmp_path])
     assert not (tmp_path / "report.html").exists()
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
-        report([tmp_path / "nowhere"])
+        write_report([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="is no run folder"):
-        report([tmp_path])
+        write_report([tmp_path])
     with pytest.raises(UsageError, match="no run folder was given"):
-        report([])
+        write_report([])
 
 
 def test_an_earlier_page_survives_a_failed_one(tmp_path):
@@ -184,6 +184,6 @@ def test_an_earlier_page_survives_a_failed_one(tmp_path):
     (folder / "report.html").write_text("an earlier page")
     (folder / "plan.json").write_text("{")
     with pytest.raises(DataError):
-        report([folder])
+        write_report([folder])
     assert (folder / "report.html").read_text() == "an earlier page"
     assert [file.name for file in folder.iterdir() if file.name.startswith(".report")] == []

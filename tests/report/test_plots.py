@@ -7,44 +7,46 @@ import xml.etree.ElementTree as ElementTree
 
 import matplotlib as mpl
 
-from llm_quest.report.plots import MOST_POINTS, VARIABLES, Curve, bars, curves, smoothed, thinned
+from llm_quest.report.plots import CSS_VARIABLES, MAX_POINTS, Curve, downsample, moving_average, plot_bars, plot_curves
 
 
 def test_no_stand_in_colour_is_left_and_the_page_decides():
-    svg = curves("loss", [Curve("a", range(9), [9.0 - i for i in range(9)]), Curve("b", range(9), [1.0] * 9, colour=1)])
-    assert not [colour for colour in VARIABLES if colour in svg]
-    assert {"var(--ink)", "var(--line)", "var(--s1)", "var(--s2)"} <= {v for v in VARIABLES.values() if v in svg}
+    svg = plot_curves(
+        "loss", [Curve("a", range(9), [9.0 - i for i in range(9)]), Curve("b", range(9), [1.0] * 9, colour=1)]
+    )
+    assert not [colour for colour in CSS_VARIABLES if colour in svg]
+    assert {"var(--ink)", "var(--line)", "var(--s1)", "var(--s2)"} <= {v for v in CSS_VARIABLES.values() if v in svg}
 
 
 def test_a_picture_is_well_formed_and_says_what_it_shows():
-    svg = curves('loss "<of>" a run', [Curve("a", [1, 2, 3], [3.0, 2.0, 1.0])])
+    svg = plot_curves('loss "<of>" a run', [Curve("a", [1, 2, 3], [3.0, 2.0, 1.0])])
     root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
     assert root.attrib["aria-label"] == 'loss "<of>" a run'
 
 
 def test_names_of_runs_are_escaped():
-    svg = curves("loss", [Curve("<script>", [1, 2], [2.0, 1.0]), Curve("b", [1, 2], [2.0, 1.0], colour=1)])
+    svg = plot_curves("loss", [Curve("<script>", [1, 2], [2.0, 1.0]), Curve("b", [1, 2], [2.0, 1.0], colour=1)])
     assert "<script>" not in svg
     assert "&lt;script&gt;" in svg
 
 
 def test_nothing_to_draw_gives_no_picture():
-    assert curves("loss", []) == ""
-    assert curves("loss", [Curve("a", [1, 2], [math.nan, math.nan])]) == ""
-    assert bars("bits", {}, ours=[], unit="bits") == ""
+    assert plot_curves("loss", []) == ""
+    assert plot_curves("loss", [Curve("a", [1, 2], [math.nan, math.nan])]) == ""
+    assert plot_bars("bits", {}, ours=[], unit="bits") == ""
 
 
 def test_matplotlib_is_left_as_it_was():
     before = dict(mpl.rcParams)
-    curves("loss", [Curve("a", [1, 2], [2.0, 1.0])])
+    plot_curves("loss", [Curve("a", [1, 2], [2.0, 1.0])])
     assert dict(mpl.rcParams) == before
 
 
 def test_thinning_keeps_every_spike():
     values = [1.0] * 10_000
     values[4321], values[777] = 99.0, -99.0
-    steps, kept = thinned(range(10_000), values)
-    assert len(kept) <= MOST_POINTS + 2
+    steps, kept = downsample(range(10_000), values)
+    assert len(kept) <= MAX_POINTS + 2
     assert (4321, 99.0) in zip(steps, kept, strict=True)
     assert (777, -99.0) in zip(steps, kept, strict=True)
     assert list(steps) == sorted(steps)
@@ -52,10 +54,10 @@ def test_thinning_keeps_every_spike():
 
 def test_smoothing_does_not_lag_behind_a_straight_line():
     line = [float(i) for i in range(200)]
-    assert max(abs(a - b) for a, b in zip(line, smoothed(line), strict=True)) < 1e-9
+    assert max(abs(a - b) for a, b in zip(line, moving_average(line), strict=True)) < 1e-9
 
 
 def test_smoothing_keeps_gaps_and_does_not_spread_them():
-    found = smoothed([1.0] * 30 + [math.nan] + [1.0] * 30)
+    found = moving_average([1.0] * 30 + [math.nan] + [1.0] * 30)
     assert math.isnan(found[30])
     assert all(value == 1.0 for i, value in enumerate(found) if i != 30)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.rollouts.advantages import ESTIMATORS, apart, process, spread
+from llm_quest.rollouts.advantages import (
+    ADVANTAGE_ESTIMATORS,
+    gdpo_advantages,
+    process_supervision_advantages,
+    reward_spread,
+)
 
 NAN = float("nan")
 
@@ -30,7 +35,7 @@ def close(found: Tensor, expected: list[float] | list[list[float]], tolerance: f
 )
 def test_two_right_of_eight(name: str, right: float, wrong: float):
     group = [1.0, 0, 0, 0, 1, 0, 0, 0]
-    close(ESTIMATORS[name](rewards(group)), [[right if r else wrong for r in group]])
+    close(ADVANTAGE_ESTIMATORS[name](rewards(group)), [[right if r else wrong for r in group]])
 
 
 @pytest.mark.parametrize(
@@ -42,54 +47,58 @@ def test_two_right_of_eight(name: str, right: float, wrong: float):
     ],
 )
 def test_partial_credit(name: str, expected: list[float]):
-    close(ESTIMATORS[name](rewards([1, 0, 0.5, 0])), [expected])
+    close(ADVANTAGE_ESTIMATORS[name](rewards([1, 0, 0.5, 0])), [expected])
 
 
 def test_one_deviation_for_the_batch_or_one_for_each_group():
     two = rewards([1, 0, 0, 0], [1, 1, 1, 0])
     close(
-        ESTIMATORS["batch_std"](two),
+        ADVANTAGE_ESTIMATORS["batch_std"](two),
         [[1.402859, -0.467620, -0.467620, -0.467620], [0.467620, 0.467620, 0.467620, -1.402859]],
     )
-    close(ESTIMATORS["std"](two), [[1.4997, -0.4999, -0.4999, -0.4999], [0.4999, 0.4999, 0.4999, -1.4997]], 1e-6)
+    close(
+        ADVANTAGE_ESTIMATORS["std"](two), [[1.4997, -0.4999, -0.4999, -0.4999], [0.4999, 0.4999, 0.4999, -1.4997]], 1e-6
+    )
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_groups_without_spread_get_exactly_zero(name: str):
     """Seven copies of 0.7 in float32 have a deviation of 6e-8, which a tiny eps would make an advantage of 0.9."""
     same = torch.full((1, 7), 0.7)
     near = rewards([1.0, 1.00001])
-    assert ESTIMATORS[name](same).eq(0).all()
-    assert ESTIMATORS[name](near).eq(0).all()
-    assert ESTIMATORS[name](rewards([0.0, 0.0])).eq(0).all()
+    assert ADVANTAGE_ESTIMATORS[name](same).eq(0).all()
+    assert ADVANTAGE_ESTIMATORS[name](near).eq(0).all()
+    assert ADVANTAGE_ESTIMATORS[name](rewards([0.0, 0.0])).eq(0).all()
 
 
 def test_what_eps_alone_would_have_made_of_a_near_constant_group(monkeypatch):
-    monkeypatch.setattr("llm_quest.rollouts.advantages.SPREAD", 0.0)
-    close(ESTIMATORS["std"](rewards([1.0, 1.00001])), [[-0.0467, 0.0467]], 1e-4)
+    monkeypatch.setattr("llm_quest.rollouts.advantages.MIN_REWARD_SPREAD", 0.0)
+    close(ADVANTAGE_ESTIMATORS["std"](rewards([1.0, 1.00001])), [[-0.0467, 0.0467]], 1e-4)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ADVANTAGE_ESTIMATORS)
 def test_the_unscorable_stays_out_of_the_statistics(name: str):
-    found = ESTIMATORS[name](rewards([1, NAN, 0, 0]))[0]
-    without = ESTIMATORS[name](rewards([1, 0, 0]))[0]
+    found = ADVANTAGE_ESTIMATORS[name](rewards([1, NAN, 0, 0]))[0]
+    without = ADVANTAGE_ESTIMATORS[name](rewards([1, 0, 0]))[0]
     assert found[1] == 0
     torch.testing.assert_close(found[[0, 2, 3]], without)
 
 
 def test_one_unscorable_of_four_in_numbers():
-    close(ESTIMATORS["std"](rewards([1, NAN, 0, 0])), [[1.154501, 0, -0.577250, -0.577250]])
-    assert ESTIMATORS["std"](rewards([NAN, -1, -1, -1])).eq(0).all()
-    assert ESTIMATORS["std"](rewards([NAN, NAN, NAN, 1])).eq(0).all()
-    assert spread(rewards([NAN, 3, 1, 1], [NAN, NAN, NAN, 1])).tolist() == [2, 0]
+    close(ADVANTAGE_ESTIMATORS["std"](rewards([1, NAN, 0, 0])), [[1.154501, 0, -0.577250, -0.577250]])
+    assert ADVANTAGE_ESTIMATORS["std"](rewards([NAN, -1, -1, -1])).eq(0).all()
+    assert ADVANTAGE_ESTIMATORS["std"](rewards([NAN, NAN, NAN, 1])).eq(0).all()
+    assert reward_spread(rewards([NAN, 3, 1, 1], [NAN, NAN, NAN, 1])).tolist() == [2, 0]
 
 
 def test_two_rewards_made_advantages_apart_or_together():
     accuracy, form = rewards([1, 1, 0, 0]), rewards([0.1, 0, 0.1, 0])
-    close(ESTIMATORS["std"](accuracy + form), [[0.947737, 0.775421, -0.775421, -0.947737]])
+    close(ADVANTAGE_ESTIMATORS["std"](accuracy + form), [[0.947737, 0.775421, -0.775421, -0.947737]])
     both = torch.stack([accuracy, form])
-    close(apart(both, [1, 1], ESTIMATORS["std"]), [[1.224658, 0.000954, -0.000954, -1.224658]])
-    close(apart(both, [1, 0], ESTIMATORS["std"]), ESTIMATORS["std"](accuracy).tolist(), 1e-4)
+    close(gdpo_advantages(both, [1, 1], ADVANTAGE_ESTIMATORS["std"]), [[1.224658, 0.000954, -0.000954, -1.224658]])
+    close(
+        gdpo_advantages(both, [1, 0], ADVANTAGE_ESTIMATORS["std"]), ADVANTAGE_ESTIMATORS["std"](accuracy).tolist(), 1e-4
+    )
 
 
 def test_gdpo_normalises_the_sum_over_the_batch():
@@ -97,20 +106,20 @@ def test_gdpo_normalises_the_sum_over_the_batch():
     mean 0 and variance (1 + 1 + 1/4 + 1/4) / 3 = 5/6; a third group, flat in both, counts as two zeros: 5/2 / 5 =
     1/2."""
     right, form = rewards([1, 0], [1, 0]), rewards([1, 0], [0, 0])
-    found = apart(torch.stack([right, form]), [1, 1], ESTIMATORS["mean"])
+    found = gdpo_advantages(torch.stack([right, form]), [1, 1], ADVANTAGE_ESTIMATORS["mean"])
     scale = 1 / ((5 / 6) ** 0.5 + 1e-4)
     close(found, [[scale, -scale], [scale / 2, -scale / 2]])
     right, form = rewards([1, 0], [1, 0], [1, 1]), rewards([1, 0], [0, 0], [0, 0])
     scale = 1 / (0.5**0.5 + 1e-4)
     close(
-        apart(torch.stack([right, form]), [1, 1], ESTIMATORS["mean"]),
+        gdpo_advantages(torch.stack([right, form]), [1, 1], ADVANTAGE_ESTIMATORS["mean"]),
         [[scale, -scale], [scale / 2, -scale / 2], [0, 0]],
     )
 
 
 def test_gdpo_leaves_the_unscorable_out_and_flat_groups_at_zero():
     right, form = rewards([1, 0, 0], [1, 1, 1]), rewards([1, 0, NAN], [0, 0, 0])
-    found = apart(torch.stack([right, form]), [1, 1], ESTIMATORS["mean"])
+    found = gdpo_advantages(torch.stack([right, form]), [1, 1], ADVANTAGE_ESTIMATORS["mean"])
     assert found[0, 2] == 0
     assert found[1].tolist() == [0, 0, 0], "exactly"
     known = torch.tensor([2 / 3 + 1 / 2, -1 / 3 - 1 / 2, 0, 0, 0], dtype=torch.float64)
@@ -132,30 +141,30 @@ def test_the_expected_estimate_over_all_outcomes_of_a_bandit(size: int, name: st
     scores = torch.eye(3, dtype=torch.float64) - p
     drawn = torch.tensor(list(product(range(3), repeat=size)))
     chance = p[drawn].prod(dim=1)
-    estimates = (ESTIMATORS[name](reward[drawn])[:, :, None] * scores[drawn]).mean(dim=1)
+    estimates = (ADVANTAGE_ESTIMATORS[name](reward[drawn])[:, :, None] * scores[drawn]).mean(dim=1)
     expected = (chance[:, None] * estimates).sum(dim=0)
     close(expected / torch.tensor([0.25, -0.15, -0.10], dtype=torch.float64), [share] * 3, 1e-5)
 
 
 def test_process_supervision_sums_this_step_and_the_later_ones():
     steps = [[(2, 0.2), (5, 0.6), (8, 1.0)], [(3, 0.4), (7, -0.2)]]
-    one, two = process(steps, [10, 9])
+    one, two = process_supervision_advantages(steps, [10, 9])
     close(one, [1.5] * 3 + [2.0] * 3 + [1.5] * 3 + [0.0])
     close(two, [-1.5] * 8 + [0.0])
-    one, two = process(steps, [10, 9], ddof=1)
+    one, two = process_supervision_advantages(steps, [10, 9], ddof=1)
     close(one, [1.341641] * 3 + [1.788854] * 3 + [1.341641] * 3 + [0.0])
     close(two, [-1.341641] * 8 + [0.0])
 
 
 def test_one_step_that_ends_with_the_output_is_outcome_supervision():
     group = [1.0, 0, 0.5, 0]
-    found = process([[(2, r)] for r in group], [3] * 4, ddof=1)
-    outcome = ESTIMATORS["mean"](rewards(group))[0] / rewards(group).std(correction=1)
+    found = process_supervision_advantages([[(2, r)] for r in group], [3] * 4, ddof=1)
+    outcome = ADVANTAGE_ESTIMATORS["mean"](rewards(group))[0] / rewards(group).std(correction=1)
     for tokens, advantage in zip(found, outcome, strict=True):
         close(tokens, [float(advantage)] * 3)
 
 
 def test_equal_steps_hold_no_news_and_an_output_alone_may():
-    assert process([[(0, 0.5), (1, 0.5)], [(0, 0.5)]], [2, 1])[0].eq(0).all()
-    close(process([[(0, 1.0), (1, 0.0)]], [2])[0], [0.0, -1.0])
-    assert process([[(0, NAN)], [(0, 1.0)]], [1, 1])[0].eq(0).all()
+    assert process_supervision_advantages([[(0, 0.5), (1, 0.5)], [(0, 0.5)]], [2, 1])[0].eq(0).all()
+    close(process_supervision_advantages([[(0, 1.0), (1, 0.0)]], [2])[0], [0.0, -1.0])
+    assert process_supervision_advantages([[(0, NAN)], [(0, 1.0)]], [1, 1])[0].eq(0).all()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.rollouts.expression import Malformed, work_out
+from llm_quest.rollouts.expression import MalformedExpression, evaluate_expression
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from llm_quest.rollouts.expression import Malformed, work_out
     ],
 )
 def test_an_expression_is_worked_out_exactly(text: str, value: Fraction, numbers: tuple[int, ...]) -> None:
-    worked = work_out(text)
+    worked = evaluate_expression(text)
     assert (worked.value, worked.numbers) == (value, numbers)
 
 
@@ -44,8 +44,8 @@ def test_an_expression_is_worked_out_exactly(text: str, value: Fraction, numbers
     ],
 )  # fmt: skip
 def test_everything_else_is_refused(text: str) -> None:
-    with pytest.raises(Malformed):
-        work_out(text)
+    with pytest.raises(MalformedExpression):
+        evaluate_expression(text)
 
 
 def drawn(chance: random.Random, depth: int) -> str:
@@ -62,14 +62,14 @@ def test_random_expressions_come_to_what_python_says(seed: int) -> None:
     try:
         expected = eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})  # our own text, in a test
     except ZeroDivisionError:
-        with pytest.raises(Malformed):
-            work_out(text)
+        with pytest.raises(MalformedExpression):
+            evaluate_expression(text)
         return
-    assert work_out(text).value == expected
-    assert list(work_out(text).numbers) == [int(number) for number in re.findall(r"\d+", text)]
+    assert evaluate_expression(text).value == expected
+    assert list(evaluate_expression(text).numbers) == [int(number) for number in re.findall(r"\d+", text)]
 
 
 @given(st.text(max_size=300) | st.text(alphabet="0123456789+-*/() ", max_size=300))
 def test_no_text_raises_anything_else(text: str) -> None:
-    with contextlib.suppress(Malformed):
-        work_out(text)
+    with contextlib.suppress(MalformedExpression):
+        evaluate_expression(text)

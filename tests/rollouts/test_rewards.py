@@ -7,9 +7,9 @@ import pytest
 
 from llm_quest.data.problems import Problem
 from llm_quest.errors import UsageError
-from llm_quest.rollouts.rewards import Correct, FormatOnly, Guarded, RandomReward, Weighted
+from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward, WeightedSumReward
 from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.worker import Worker, math_verify
+from llm_quest.rollouts.verifier_process import VerifierProcess, verify_with_math_verify
 
 PROBLEM = Problem("47+85=", "132", "number", "")
 
@@ -23,11 +23,11 @@ GROUP = [sample("132"), sample("131"), sample("x"), sample("132", "length")]
 
 
 def test_correct_pays_for_the_right_answer_that_was_finished() -> None:
-    assert Correct()(GROUP) == [1.0, 0.0, 0.0, 0.0]
+    assert CorrectnessReward()(GROUP) == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_the_controls_do_not_know_what_is_right() -> None:
-    assert FormatOnly()(GROUP) == [1.0, 1.0, 0.0, 0.0]
+    assert FormatReward()(GROUP) == [1.0, 1.0, 0.0, 0.0]
     many = [sample(str(number)) for number in range(400)]
     tossed = RandomReward(seed=3)(many)
     assert tossed == RandomReward(seed=3)(many) != RandomReward(seed=4)(many)
@@ -35,9 +35,9 @@ def test_the_controls_do_not_know_what_is_right() -> None:
 
 
 def test_weights_add_and_an_unscorable_part_makes_the_whole_unscorable() -> None:
-    assert Weighted(((Correct(), 1.0), (FormatOnly(), 0.1)))(GROUP) == [1.1, 0.1, 0.0, 0.0]
+    assert WeightedSumReward(((CorrectnessReward(), 1.0), (FormatReward(), 0.1)))(GROUP) == [1.1, 0.1, 0.0, 0.0]
     unknown = sample("5", problem=Problem("", "unknown", "number", ""))
-    values = Weighted(((Correct(), 1.0), (FormatOnly(), 0.1)))([GROUP[0], unknown])
+    values = WeightedSumReward(((CorrectnessReward(), 1.0), (FormatReward(), 0.1)))([GROUP[0], unknown])
     assert values[0] == 1.1
     assert math.isnan(values[1])
 
@@ -46,9 +46,9 @@ def test_a_reward_that_raises_is_unscorable_and_counted_with_its_message() -> No
     def broken(group: object) -> list[float]:
         raise KeyError("gold")
 
-    guarded = Guarded(broken)  # type: ignore[arg-type]
+    guarded = SafeReward(broken)  # type: ignore[arg-type]
     assert all(math.isnan(value) for value in guarded(GROUP))
-    assert (guarded.failures, guarded.first) == (1, "KeyError: 'gold'")
+    assert (guarded.num_failures, guarded.first_error) == (1, "KeyError: 'gold'")
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_a_reward_that_raises_is_unscorable_and_counted_with_its_message() -> No
 )
 def test_a_reward_of_the_wrong_shape_is_its_authors_mistake(given: list[object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        Guarded(lambda group: given)(GROUP)  # type: ignore[arg-type, return-value]
+        SafeReward(lambda group: given)(GROUP)  # type: ignore[arg-type, return-value]
 
 
 def test_values_that_are_not_finite_are_unscorable_and_nothing_is_zero_in_silence() -> None:
-    values = Guarded(lambda group: [None, math.inf, math.nan, 1])(GROUP)  # type: ignore[arg-type, return-value, list-item]
+    values = SafeReward(lambda group: [None, math.inf, math.nan, 1])(GROUP)  # type: ignore[arg-type, return-value, list-item]
     assert [math.isnan(value) for value in values] == [True, True, True, False]
 
 
@@ -73,16 +73,16 @@ def hanging(problem: Problem, text: str) -> float:
 
 
 def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_judged() -> None:
-    with Worker(hanging, seconds=0.2) as worker:
+    with VerifierProcess(hanging, timeout_seconds=0.2) as worker:
         assert worker(PROBLEM, "132") == 1.0
         assert math.isnan(worker(PROBLEM, "hang"))
         assert math.isnan(worker(PROBLEM, "raise"))
         assert worker(PROBLEM, "131") == 0.0
-        assert worker.failures == 2
+        assert worker.num_failures == 2
 
 
 def test_math_verify_judges_latex_and_an_unreadable_gold_is_unscorable() -> None:
     half = Problem("", r"\frac{1}{2}", "fraction", "")
-    assert math_verify(half, r"so it is $\frac{2}{4}$") == 1.0
-    assert math_verify(half, r"$\frac{2}{3}$") == 0.0
-    assert math.isnan(math_verify(Problem("", "", "fraction", ""), "$1$"))
+    assert verify_with_math_verify(half, r"so it is $\frac{2}{4}$") == 1.0
+    assert verify_with_math_verify(half, r"$\frac{2}{3}$") == 0.0
+    assert math.isnan(verify_with_math_verify(Problem("", "", "fraction", ""), "$1$"))

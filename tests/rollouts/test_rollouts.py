@@ -12,23 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.contracts import Share
-from llm_quest.data.policy_batch import IGNORE, PolicyBatch
+from llm_quest.contracts import DataShard
+from llm_quest.data.policy_batch import IGNORE_INDEX, PolicyBatch
 from llm_quest.errors import DataError, UsageError
-from llm_quest.models import PAGES
+from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.divergence import KL
+from llm_quest.objectives.kl_penalty import KLPenalty
 from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.policy_gradient import PolicyGradient
-from llm_quest.objectives.surrogates import VARIANTS
-from llm_quest.rollouts.advantages import ESTIMATORS
-from llm_quest.rollouts.rollouts import Plan, Rollouts
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
+from llm_quest.objectives.surrogates import POLICY_VARIANTS
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
+from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward, overlong_penalty
+from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.scoring import Judge, Scoring, overlong
-from llm_quest.rollouts.writer import Question, Writer
+from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
 
-TINY = [one.name for page in PAGES for one in page.presets if one.name.endswith("-tiny")]
+TINY = [one.name for page in FAMILIES for one in page.presets if one.name.endswith("-tiny")]
 NAN = float("nan")
 
 
@@ -39,34 +39,38 @@ class Words:
         return " ".join(map(str, ids))
 
 
-def ask(index: int) -> Question:
+def ask(index: int) -> PolicyPrompt:
     """Ragged prompts: 3, 7, 4, 1, ... tokens."""
     length = (3, 7, 4, 1)[index % 4]
-    return Question(tuple((13 * index + 5 * place) % 90 + 1 for place in range(length)), index)
+    return PolicyPrompt(tuple((13 * index + 5 * place) % 90 + 1 for place in range(length)), index)
 
 
 def even(group: Sequence[Sample]) -> list[float]:
     """1 for an even first token."""
-    return [float(sample.tokens[0] % 2 == 0) for sample in group]
+    return [float(sample.completion_ids[0] % 2 == 0) for sample in group]
 
 
-def rollouts(policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options) -> Rollouts:
-    scoring = options.pop("scoring", None) or Scoring(judges=(Judge("even", reward),))
+def rollouts(
+    policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options
+) -> RolloutLoader:
+    scoring = options.pop("scoring", None) or RewardPipeline(rewards=(WeightedReward("even", reward),))
     others = {
         name: options.pop(name)
-        for name in ("reference", "score", "ask", "share", "gather", "read_all")
+        for name in ("reference_scorer", "policy_scorer", "ask", "share", "all_gather", "read_all")
         if name in options
     }
     at_once = options.pop("at_once", 0)
-    writer = Writer(tokenizer=Words(), eos=(7, 9), new_tokens=new_tokens, temperature=temperature, at_once=at_once)
-    plan = Plan(**{"prompts": 4, "group": 4, "seed": 3} | options)
-    return Rollouts(policy, others.pop("ask", ask), writer, scoring, plan, **others)
+    writer = Sampler(
+        tokenizer=Words(), eos_token_ids=(7, 9), max_new_tokens=new_tokens, temperature=temperature, batch_size=at_once
+    )
+    plan = RolloutPlan(**{"prompts_per_rollout": 4, "num_generations": 4, "seed": 3} | options)
+    return RolloutLoader(policy, others.pop("ask", ask), writer, scoring, plan, **others)
 
 
 def log_ratios(policy: Decoder, batches: Sequence, temperature: float) -> Tensor:
     with torch.no_grad():
-        gaps = [token_log_probs(policy, batch, temperature) - batch.sampled for batch in batches]
-    return torch.cat([gap[batch.learn] for gap, batch in zip(gaps, batches, strict=True)])
+        gaps = [token_log_probs(policy, batch, temperature) - batch.sampler_log_probs for batch in batches]
+    return torch.cat([gap[batch.loss_mask] for gap, batch in zip(gaps, batches, strict=True)])
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
@@ -75,13 +79,13 @@ def test_the_ratio_is_one_before_the_first_update(name: str, temperature: float)
     """Ragged prompts, one prefill per group, rows that leave, a cache against a whole pass (P1 to P6, P8)."""
     policy = build(name, seed=1)
     policy.head.weight.data *= 3
-    feed = rollouts(policy, temperature=temperature, micro_tokens=60, read_all=True)
-    batches = feed.at(0)
+    feed = rollouts(policy, temperature=temperature, max_micro_batch_tokens=60, read_all=True)
+    batches = feed.batches(0)
     assert len(batches) > 1
     gaps = log_ratios(policy, batches, temperature)
     assert len(gaps) > 50
     assert gaps.abs().max() < 1e-5
-    assert min(float(batch.sampled.min()) for batch in batches) < -1
+    assert min(float(batch.sampler_log_probs.min()) for batch in batches) < -1
 
 
 def test_the_ratio_is_one_with_dropout_configured_and_every_mode_is_restored():
@@ -89,83 +93,85 @@ def test_the_ratio_is_one_with_dropout_configured_and_every_mode_is_restored():
     policy.blocks[0].eval()
     modes = [module.training for module in policy.modules()]
     feed = rollouts(policy)
-    batches = feed.at(0)
+    batches = feed.batches(0)
     assert [module.training for module in policy.modules()] == modes
-    objective = PolicyGradient(policy)
+    objective = PolicyGradientLoss(policy)
     for batch in batches:
         objective(batch)
-    assert objective.extremes.log().abs().max() < 1e-5
+    assert objective.ratio_range.log().abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.3])
 def test_the_objective_scores_at_the_temperature_that_was_sampled_at(temperature: float):
     policy = build("llama3.2-tiny", seed=1)
     policy.head.weight.data *= 3
-    objective = PolicyGradient(policy, temperature=temperature)
-    for batch in rollouts(policy, temperature=temperature).at(0):
+    objective = PolicyGradientLoss(policy, temperature=temperature)
+    for batch in rollouts(policy, temperature=temperature).batches(0):
         objective(batch)
-    assert objective.extremes.log().abs().max() < 1e-5
+    assert objective.ratio_range.log().abs().max() < 1e-5
 
 
 def test_temperature_counts():
     """Scored at 1, what was sampled at 0.6 has another ratio: the test above can fail."""
     policy = build("llama3.2-tiny", seed=1)
     policy.head.weight.data *= 3
-    assert log_ratios(policy, rollouts(policy, temperature=0.6).at(0), 1.0).abs().max() > 0.1
+    assert log_ratios(policy, rollouts(policy, temperature=0.6).batches(0), 1.0).abs().max() > 0.1
 
 
 def test_what_is_trained_on_is_what_was_sampled():
     """Token for token: the prompt, the completion with the eos that ended it, and nothing where a prompt stands."""
     seen: list = []
     feed = rollouts(build("llama3.2-tiny", seed=1), new_tokens=30)
-    feed.seen = lambda groups, rewards: seen.extend(sample for group in groups for sample in group)
-    batches = feed.at(0)
+    feed.on_rollout = lambda groups, rewards: seen.extend(sample for group in groups for sample in group)
+    batches = feed.batches(0)
     learned = {}
     for batch in batches:
-        for tokens, targets, sampled in zip(batch.tokens, batch.targets, batch.sampled, strict=True):
-            at = (targets != IGNORE).nonzero()[:, 0]
+        for tokens, targets, sampled in zip(batch.input_ids, batch.targets, batch.sampler_log_probs, strict=True):
+            at = (targets != IGNORE_INDEX).nonzero()[:, 0]
             prompt = tuple(tokens[: at[0] + 1].tolist())
             learned[prompt, tuple(targets[at].tolist())] = tuple(sampled[at].tolist())
             assert tokens[at[1:]].tolist() == targets[at[:-1]].tolist()
     for sample in seen:
-        found = learned.get((sample.prompt, sample.tokens))
+        found = learned.get((sample.prompt_ids, sample.completion_ids))
         assert found is None or found == sample.logprobs
-        assert (sample.tokens[-1] in (7, 9)) == (sample.finished == "eos")
+        assert (sample.completion_ids[-1] in (7, 9)) == (sample.finish_reason == "eos")
         assert not {"7", "9"} & set(sample.text.split())
     assert len(learned) > 8
-    assert {sample.finished for sample in seen} == {"eos", "length"}
+    assert {sample.finish_reason for sample in seen} == {"eos", "length"}
 
 
 def test_prompts_that_hold_an_eos_are_read_whole():
     policy = build("llama3.2-tiny", seed=1)
-    feed = rollouts(policy, ask=lambda index: Question((7, 5, 9, 4 + index)))
-    assert log_ratios(policy, feed.at(0), 1.0).abs().max() < 1e-5
+    feed = rollouts(policy, ask=lambda index: PolicyPrompt((7, 5, 9, 4 + index)))
+    assert log_ratios(policy, feed.batches(0), 1.0).abs().max() < 1e-5
 
 
 def test_old_log_probs_are_stored_once_and_the_second_update_has_a_ratio():
     policy = build("llama3.2-tiny", seed=1)
-    feed = rollouts(policy, updates=2)
-    first = feed.at(0)
+    feed = rollouts(policy, num_iterations=2)
+    first = feed.batches(0)
     assert log_ratios(policy, first, 1.0).abs().max() < 1e-5
     with torch.no_grad():
         policy.head.weight.add_(
             0.01 * torch.randn(policy.head.weight.shape, generator=torch.Generator().manual_seed(0))
         )
-    second = feed.at(1)
-    torch.testing.assert_close([b.sampled for b in first], [b.sampled for b in second], rtol=0, atol=0)
+    second = feed.batches(1)
+    torch.testing.assert_close(
+        [b.sampler_log_probs for b in first], [b.sampler_log_probs for b in second], rtol=0, atol=0
+    )
     assert log_ratios(policy, second, 1.0).abs().max() > 1e-3
-    assert log_ratios(policy, feed.at(2), 1.0).abs().max() < 1e-5
+    assert log_ratios(policy, feed.batches(2), 1.0).abs().max() < 1e-5
 
 
 def test_minibatches_part_the_rows_and_every_pass_deals_anew():
-    feed = rollouts(build("llama3.2-tiny", seed=1), prompts=6, updates=2, minibatches=3)
+    feed = rollouts(build("llama3.2-tiny", seed=1), prompts_per_rollout=6, num_iterations=2, minibatches=3)
 
     def dealt(step: int) -> list[tuple[int, ...]]:
-        feed.at(step)
-        return [row.prompt + row.tokens for row in feed.minibatch(step % 6)]
+        feed.batches(step)
+        return [row.prompt_ids + row.completion_ids for row in feed.minibatch(step % 6)]
 
     passes = [[dealt(step) for step in (0, 1, 2)], [dealt(step) for step in (3, 4, 5)]]
-    everything = sorted(row.prompt + row.tokens for row in feed.rollout.rows)
+    everything = sorted(row.prompt_ids + row.completion_ids for row in feed.rollout.rows)
     for one in passes:
         assert sorted(row for part in one for row in part) == everything
         assert max(map(len, one)) - min(map(len, one)) <= 1
@@ -175,9 +181,9 @@ def test_minibatches_part_the_rows_and_every_pass_deals_anew():
 def test_a_rollout_is_a_function_of_seed_step_and_weights():
     def rows(seed: int, step: int) -> list:
         feed = rollouts(build("llama3.2-tiny", seed=1), seed=seed)
-        feed.asked = 4 * step
-        feed.at(step)
-        return [row.tokens for row in feed.rollout.rows]
+        feed.num_prompts_taken = 4 * step
+        feed.batches(step)
+        return [row.completion_ids for row in feed.rollout.rows]
 
     assert rows(3, 0) == rows(3, 0)
     assert rows(3, 0) != rows(4, 0)
@@ -190,23 +196,25 @@ def test_the_bookmark_goes_on_in_the_middle_of_a_rollout():
     policy = build("llama3.2-tiny", seed=1)
     reference = build("llama3.2-tiny", seed=2)
 
-    def made() -> Rollouts:
-        return rollouts(policy, updates=2, minibatches=2, reference=lambda batch: token_log_probs(reference, batch))
+    def made() -> RolloutLoader:
+        return rollouts(
+            policy, num_iterations=2, minibatches=2, reference_scorer=lambda batch: token_log_probs(reference, batch)
+        )
 
     straight = made()
-    steps = [straight.at(step) for step in range(6)]
+    steps = [straight.batches(step) for step in range(6)]
     for stop in (0, 1, 3):
         before = made()
         for step in range(stop + 1):
-            before.at(step)
+            before.batches(step)
         after = made()
-        after.resume(json.loads(json.dumps(before.bookmark())))
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         for step in range(stop + 1, 6):
-            for got, wanted in zip(after.at(step), steps[step], strict=True):
-                for name in ("tokens", "targets", "advantages", "sampled", "reference"):
+            for got, wanted in zip(after.batches(step), steps[step], strict=True):
+                for name in ("input_ids", "targets", "advantages", "sampler_log_probs", "reference_log_probs"):
                     assert torch.equal(getattr(got, name), getattr(wanted, name))
-    with pytest.raises(ValueError, match="updates"):
-        rollouts(policy, updates=3).resume(straight.bookmark())
+    with pytest.raises(ValueError, match="num_iterations"):
+        rollouts(policy, num_iterations=3).load_state_dict(straight.state_dict())
 
 
 # ------------------------------------------------------------------------------------------ what is learned from
@@ -216,13 +224,13 @@ def judged_by_question(table: dict[int, list[float]]) -> Callable:
     return lambda group: table[group[0].problem]
 
 
-def learned(feed: Rollouts) -> dict[int, list[float]]:
+def learned(feed: RolloutLoader) -> dict[int, list[float]]:
     """Question -> advantages of the samples that are learned from."""
-    questions = {ask(index).prompt: index for index in range(100)}
-    feed.at(0)
+    questions = {ask(index).prompt_ids: index for index in range(100)}
+    feed.batches(0)
     found: dict[int, list[float]] = {}
     for row in feed.read(feed.rollout.rows):
-        found.setdefault(questions[row.prompt], []).append(float(row.advantages[0]))
+        found.setdefault(questions[row.prompt_ids], []).append(float(row.advantages[0]))
     return found
 
 
@@ -235,24 +243,27 @@ def test_groups_without_spread_are_not_read_and_count_in_the_divisor():
     policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
     feed = rollouts(policy, reward=judged_by_question(table))
     assert set(learned(feed)) == {0, 3}
-    notes = feed.at(0)[0].notes
+    notes = feed.batches(0)[0].metric_sums
     assert notes["flat"] == (2, 4)
     assert notes["reward"] == (6, 16)
     assert notes["rows_kept"] == (8, 16)
     everything = rollouts(policy, reward=judged_by_question(table), read_all=True)
     assert set(learned(everything)) == {0, 1, 2, 3}
-    dropped = rollouts(policy, scoring=Scoring(judges=(Judge("r", judged_by_question(table)),), keep_flat=False))
+    dropped = rollouts(
+        policy,
+        scoring=RewardPipeline(rewards=(WeightedReward("r", judged_by_question(table)),), keep_uniform_groups=False),
+    )
     losses = [summed(policy, some, count="sequences") for some in (feed, everything, dropped)]
     assert [count for _, count in losses] == [16, 16, 8]
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-6)
-    tokens = sum(len(row.tokens) for row in everything.rollout.rows)
+    tokens = sum(len(row.completion_ids) for row in everything.rollout.rows)
     assert [summed(policy, some, count="tokens")[1] for some in (feed, everything)] == [tokens, tokens]
     assert summed(policy, feed, count="horizon", horizon=8)[1] == 16 * 8, "Dr. GRPO's divisor is a constant"
 
 
-def summed(policy: Decoder, feed: Rollouts, **options: Any) -> tuple[float, float]:
+def summed(policy: Decoder, feed: RolloutLoader, **options: Any) -> tuple[float, float]:
     """The loss of the first step: its sum, and what that is divided by."""
-    losses = [PolicyGradient(policy, **options)(batch) for batch in feed.at(0)]
+    losses = [PolicyGradientLoss(policy, **options)(batch) for batch in feed.batches(0)]
     return sum(float(loss.total.detach()) for loss in losses), sum(float(loss.count) for loss in losses)
 
 
@@ -260,11 +271,11 @@ def test_a_term_that_acts_on_all_samples_has_them_all_read():
     """A KL term in the loss reads flat groups too; an entropy bonus with samples left out is refused."""
     policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
     reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
-    feed = rollouts(policy, reward=judged_by_question(table), reference=reference)
+    feed = rollouts(policy, reward=judged_by_question(table), reference_scorer=reference)
     assert set(learned(feed)) == {0, 1, 2, 3}
-    assert summed(policy, feed, kl=KL(0.1))[1] == 16
+    assert summed(policy, feed, kl=KLPenalty(0.1))[1] == 16
     with pytest.raises(UsageError, match="read_all=True"):
-        summed(policy, rollouts(policy, reward=judged_by_question(table)), entropy=0.1)
+        summed(policy, rollouts(policy, reward=judged_by_question(table)), entropy_coef=0.1)
 
 
 def test_a_step_without_any_advantage_has_nothing_to_learn():
@@ -276,20 +287,24 @@ def test_a_step_without_any_advantage_has_nothing_to_learn():
 def test_of_several_processes_one_counts_the_samples_that_nobody_reads():
     table = {i: MIXED if i % 2 else WRONG for i in range(4)}
 
-    def made(**more: Any) -> Rollouts:
-        return rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), micro_tokens=40, **more)
+    def made(**more: Any) -> RolloutLoader:
+        return rollouts(
+            build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_micro_batch_tokens=40, **more
+        )
 
     counts = [batch.zero_rows for _, steps in company(2, made, 1) for batch in steps[0]]
     assert sum(counts) == 8
     assert counts[0] == 8
 
 
-def company(world: int, made: Callable[..., Rollouts], steps: int) -> list[tuple[Rollouts, list[list[PolicyBatch]]]]:
+def company(
+    world: int, made: Callable[..., RolloutLoader], steps: int
+) -> list[tuple[RolloutLoader, list[list[PolicyBatch]]]]:
     """So many processes as threads, each with rollouts and a policy of its own; their batches of so many steps."""
     desk: list[Any] = [None] * world
     barrier = threading.Barrier(world, timeout=60)
 
-    def work(rank: int) -> tuple[Rollouts, list[list[PolicyBatch]]]:
+    def work(rank: int) -> tuple[RolloutLoader, list[list[PolicyBatch]]]:
         def gather(thing: Any) -> list[Any]:
             desk[rank] = thing
             barrier.wait()
@@ -297,8 +312,8 @@ def company(world: int, made: Callable[..., Rollouts], steps: int) -> list[tuple
             barrier.wait()
             return told
 
-        feed = made(share=Share(rank, world), gather=gather)
-        return feed, [feed.at(step) for step in range(steps)]
+        feed = made(share=DataShard(rank, world), all_gather=gather)
+        return feed, [feed.batches(step) for step in range(steps)]
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(work, range(world)))
@@ -308,27 +323,33 @@ def test_several_processes_share_one_rollout():
     """Two know the rows that one has which samples half at a time; each learns from its part, and together from all."""
     table = {i: MIXED if i % 3 else WRONG for i in range(40)}
 
-    def made(at_once: int = 0, **more: Any) -> Rollouts:
+    def made(at_once: int = 0, **more: Any) -> RolloutLoader:
         policy = build("llama3.2-tiny", seed=1)
-        options = {"reference": partial(token_log_probs, build("llama3.2-tiny", seed=2)), "minibatches": 2, "draws": 3}
+        options = {
+            "reference_scorer": partial(token_log_probs, build("llama3.2-tiny", seed=2)),
+            "minibatches": 2,
+            "max_sampling_rounds": 3,
+        }
         return rollouts(
-            policy, reward=judged_by_question(table), at_once=at_once, micro_tokens=40, **options, **more
+            policy, reward=judged_by_question(table), at_once=at_once, max_micro_batch_tokens=40, **options, **more
         )  # fmt: skip
 
     one = made(at_once=8)
-    alone = [one.at(step) for step in range(2)]
+    alone = [one.batches(step) for step in range(2)]
     both = company(2, made, 2)
     for feed, _ in both:
-        assert feed.asked == one.asked
+        assert feed.num_prompts_taken == one.num_prompts_taken
         for mine, theirs in zip(feed.rollout.rows, one.rollout.rows, strict=True):
-            assert (mine.prompt, mine.tokens) == (theirs.prompt, theirs.tokens)
-            np.testing.assert_allclose(mine.reference, theirs.reference, atol=1e-5)
+            assert (mine.prompt_ids, mine.completion_ids) == (theirs.prompt_ids, theirs.completion_ids)
+            np.testing.assert_allclose(mine.reference_log_probs, theirs.reference_log_probs, atol=1e-5)
             np.testing.assert_array_equal(mine.advantages, theirs.advantages)
     for step in range(2):
         parts = [batches[step] for _, batches in both]
         assert len(parts[0]) == len(parts[1]), "DDP waits for as many backward passes from everybody"
         assert sum(b.num_tokens for part in parts for b in part) == sum(b.num_tokens for b in alone[step])
-        losses = [[PolicyGradient(one.policy, kl=KL(0.1))(b) for b in part] for part in (*parts, alone[step])]
+        losses = [
+            [PolicyGradientLoss(one.policy, kl=KLPenalty(0.1))(b) for b in part] for part in (*parts, alone[step])
+        ]
         sums = [sum(float(loss.total.detach()) for loss in part) for part in losses]
         assert sums[0] + sums[1] == pytest.approx(sums[2], abs=1e-5)
         assert len({frozenset(loss.metrics) for part in losses[:2] for loss in part[:1]}) == 1
@@ -341,45 +362,55 @@ def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
     reward = judged_by_question({0: MIXED, 1: WRONG, 2: WRONG, 3: WRONG})
     reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
 
-    def made(**more: Any) -> Rollouts:
-        return rollouts(build("llama3.2-tiny", seed=1), reward=reward, reference=reference, micro_tokens=999, **more)
+    def made(**more: Any) -> RolloutLoader:
+        return rollouts(
+            build("llama3.2-tiny", seed=1),
+            reward=reward,
+            reference_scorer=reference,
+            max_micro_batch_tokens=999,
+            **more,
+        )
 
     (_, [[full]]), (feed, [[empty]]) = company(2, made, 1)
-    assert full.learn.any()
-    assert not empty.learn.any()
-    loss = PolicyGradient(feed.policy, kl=KL(0.1))(empty)
+    assert full.loss_mask.any()
+    assert not empty.loss_mask.any()
+    loss = PolicyGradientLoss(feed.policy, kl=KLPenalty(0.1))(empty)
     assert {"kl", "reward"} <= set(loss.metrics)
     assert float(loss.metrics["reward"][1]) == 0
     with pytest.raises(UsageError, match="4 prompts cannot be shared by 3 processes"):
-        made(share=Share(0, 3))
+        made(share=DataShard(0, 3))
 
 
 def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn():
     feed = rollouts(build("llama3.2-tiny", seed=1), reward=lambda group: WRONG)
-    (batch,) = feed.at(0)
-    assert not batch.learn.any()
-    assert batch.notes["flat"] == (4, 4)
-    assert float(PolicyGradient(feed.policy)(batch).count) == 0
+    (batch,) = feed.batches(0)
+    assert not batch.loss_mask.any()
+    assert batch.metric_sums["flat"] == (4, 4)
+    assert float(PolicyGradientLoss(feed.policy)(batch).count) == 0
 
 
 def test_dynamic_sampling_draws_until_enough_groups_are_mixed():
     table = {i: MIXED if i in (1, 6, 9, 10, 11) else WRONG for i in range(12)}
-    feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), draws=5)
+    feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_sampling_rounds=5)
     assert set(learned(feed)) == {1, 6, 9, 10}
-    assert feed.rollout.notes["draws"] == (3, 1)
-    assert feed.rollout.notes["flat"] == (7, 12)
-    assert feed.asked == 12
-    few = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), draws=2)
+    assert feed.rollout.metric_sums["draws"] == (3, 1)
+    assert feed.rollout.metric_sums["flat"] == (7, 12)
+    assert feed.num_prompts_taken == 12
+    few = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_sampling_rounds=2)
     assert set(learned(few)) == {1, 6}
 
 
 def test_dynamic_sampling_judges_raw_correctness_and_not_what_shapes_it():
     """All wrong, but of different lengths and formats: filtered (P23)."""
-    shaped = Scoring(judges=(Judge("right", lambda group: WRONG), Judge("format", even, 0.1)), budget=8, overlong=6)
-    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=shaped, draws=2)
-    feed.at(0)
+    shaped = RewardPipeline(
+        rewards=(WeightedReward("right", lambda group: WRONG), WeightedReward("format", even, 0.1)),
+        max_new_tokens=8,
+        overlong_window=6,
+    )
+    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=shaped, max_sampling_rounds=2)
+    feed.batches(0)
     assert feed.rollout.rows == []
-    assert feed.rollout.notes["flat"] == (8, 8)
+    assert feed.rollout.metric_sums["flat"] == (8, 8)
 
 
 def test_the_unscorable_is_not_learned_from_and_counted():
@@ -388,51 +419,55 @@ def test_the_unscorable_is_not_learned_from_and_counted():
     found = learned(feed)
     assert set(found) == {0}
     assert found[0] == pytest.approx([1.154501, -0.577250, -0.577250])
-    assert feed.rollout.notes["unscorable"] == (8, 16)
-    assert feed.rollout.notes["reward"] == (2, 8)
+    assert feed.rollout.metric_sums["unscorable"] == (8, 16)
+    assert feed.rollout.metric_sums["reward"] == (2, 8)
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(15, 0), (16, 0), (17, -0.25), (18, -0.5), (20, -1), (21, -1)])
 def test_overlong_punishment(length: int, penalty: float):
-    assert overlong(length, 20, 4) == penalty
+    assert overlong_penalty(length, 20, 4) == penalty
 
 
 def test_what_the_budget_cut_can_be_left_out_of_batch_and_statistics():
-    scoring = Scoring(judges=(Judge("even", even),), filter_truncated=True)
-    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring, new_tokens=30, prompts=8)
-    feed.at(0)
+    scoring = RewardPipeline(rewards=(WeightedReward("even", even),), filter_truncated=True)
+    feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring, new_tokens=30, prompts_per_rollout=8)
+    feed.batches(0)
     assert feed.rollout.rows
-    assert all(row.tokens[-1] in (7, 9) for row in feed.rollout.rows)
+    assert all(row.completion_ids[-1] in (7, 9) for row in feed.rollout.rows)
 
 
 def test_kl_in_the_reward_moves_the_baseline_too():
     policy, other = build("llama3.2-tiny", seed=1), build("llama3.2-tiny", seed=2)
     seen: list = []
-    scoring = Scoring(judges=(Judge("even", even),), estimator=ESTIMATORS["mean"])
-    feed = rollouts(policy, scoring=scoring, kl_in_reward=0.5, reference=lambda batch: token_log_probs(other, batch))
-    feed.seen = lambda groups, rewards: seen.extend(groups)
-    (batch,) = feed.at(0)
-    assert batch.reference is None
+    scoring = RewardPipeline(rewards=(WeightedReward("even", even),), estimator=ADVANTAGE_ESTIMATORS["mean"])
+    feed = rollouts(policy, scoring=scoring, kl_coef=0.5, reference_scorer=lambda batch: token_log_probs(other, batch))
+    feed.on_rollout = lambda groups, rewards: seen.extend(groups)
+    (batch,) = feed.batches(0)
+    assert batch.reference_log_probs is None
     for group in seen:
         rewards = []
         for sample in group:
             with torch.no_grad():
-                logits = other(torch.tensor([sample.prompt + sample.tokens]))[0, len(sample.prompt) - 1 : -1]
-            theirs = logits.log_softmax(-1)[range(len(sample.tokens)), list(sample.tokens)].sum().item()
-            rewards.append(float(sample.tokens[0] % 2 == 0) - 0.5 * (sum(sample.logprobs) - theirs))
-        rows = {row.tokens: row.advantages[0] for row in feed.rollout.rows if row.prompt == group[0].prompt}
+                logits = other(torch.tensor([sample.prompt_ids + sample.completion_ids]))[
+                    0, len(sample.prompt_ids) - 1 : -1
+                ]
+            theirs = logits.log_softmax(-1)[range(len(sample.completion_ids)), list(sample.completion_ids)].sum().item()
+            rewards.append(float(sample.completion_ids[0] % 2 == 0) - 0.5 * (sum(sample.logprobs) - theirs))
+        rows = {
+            row.completion_ids: row.advantages[0] for row in feed.rollout.rows if row.prompt_ids == group[0].prompt_ids
+        }
         for sample, reward in zip(group, rewards, strict=True):
-            assert rows[sample.tokens] == pytest.approx(reward - sum(rewards) / 4, abs=1e-4)
+            assert rows[sample.completion_ids] == pytest.approx(reward - sum(rewards) / 4, abs=1e-4)
 
 
 def test_process_supervision_gives_every_step_its_own_advantage():
-    scoring = Scoring(
-        judges=(Judge("even", even),),
-        steps=lambda sample: [(0, float(sample.tokens[0] % 2)), (len(sample.tokens) - 1, 1.0)],
+    scoring = RewardPipeline(
+        rewards=(WeightedReward("even", even),),
+        step_rewards=lambda sample: [(0, float(sample.completion_ids[0] % 2)), (len(sample.completion_ids) - 1, 1.0)],
     )
     feed = rollouts(build("llama3.2-tiny", seed=1), scoring=scoring)
-    feed.at(0)
-    several = [row for row in feed.rollout.rows if len(row.tokens) > 2]
+    feed.batches(0)
+    several = [row for row in feed.rollout.rows if len(row.completion_ids) > 2]
     assert several
     for row in several:
         assert len(set(row.advantages[1:].tolist())) == 1
@@ -441,10 +476,10 @@ def test_process_supervision_gives_every_step_its_own_advantage():
 
 def test_rescored_rows_carry_both_log_probabilities():
     policy = build("llama3.2-tiny", seed=1)
-    feed = rollouts(policy, rescore=True, score=lambda batch: token_log_probs(policy, batch))
-    (batch,) = feed.at(0)
-    torch.testing.assert_close(batch.old, batch.sampled, atol=1e-5, rtol=0)
-    assert not torch.equal(batch.old, batch.sampled)
+    feed = rollouts(policy, rescore_old_log_probs=True, policy_scorer=lambda batch: token_log_probs(policy, batch))
+    (batch,) = feed.batches(0)
+    torch.testing.assert_close(batch.old_log_probs, batch.sampler_log_probs, atol=1e-5, rtol=0)
+    assert not torch.equal(batch.old_log_probs, batch.sampler_log_probs)
 
 
 # ------------------------------------------------------------------------------------------ mistakes
@@ -452,12 +487,12 @@ def test_rescored_rows_carry_both_log_probabilities():
 
 def test_prompts_that_leave_no_room_are_passed_over_and_at_last_an_error():
     policy = build("llama3.2-tiny", seed=1)
-    long = tuple(range(1, 90)) * (policy.config.context // 80)
-    feed = rollouts(policy, ask=lambda index: Question(long if index % 2 else (1, 2, index)))
-    feed.at(0)
-    assert feed.asked == 7
+    long = tuple(range(1, 90)) * (policy.config.max_position_embeddings // 80)
+    feed = rollouts(policy, ask=lambda index: PolicyPrompt(long if index % 2 else (1, 2, index)))
+    feed.batches(0)
+    assert feed.num_prompts_taken == 7
     with pytest.raises(DataError, match="no room"):
-        rollouts(policy, ask=lambda index: Question(long)).at(0)
+        rollouts(policy, ask=lambda index: PolicyPrompt(long)).batches(0)
 
 
 @pytest.mark.parametrize(
@@ -465,16 +500,16 @@ def test_prompts_that_leave_no_room_are_passed_over_and_at_last_an_error():
 )
 def test_a_reward_that_returns_nonsense_is_named(reward: Callable, told: str):
     with pytest.raises(DataError, match=f"even.*{told}"):
-        rollouts(build("llama3.2-tiny", seed=1), reward=reward).at(0)
+        rollouts(build("llama3.2-tiny", seed=1), reward=reward).batches(0)
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"group": 1}, "siblings"),
+        ({"num_generations": 1}, "siblings"),
         ({"temperature": 0.0}, "above 0"),
-        ({"kl_in_reward": 0.1}, "reference"),
-        ({"rescore": True}, "scorer"),
+        ({"kl_coef": 0.1}, "reference"),
+        ({"rescore_old_log_probs": True}, "scorer"),
     ],
 )
 def test_plans_without_sense_are_refused(options: dict, told: str):
@@ -485,23 +520,23 @@ def test_plans_without_sense_are_refused(options: dict, told: str):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"judges": ()}, "no reward"),
-        ({"overlong": 9, "budget": 8}, "fewer tokens"),
-        ({"separately": True}, "no effect"),
-        ({"steps": lambda sample: [], "overlong": 2, "budget": 8}, "no effect"),
+        ({"rewards": ()}, "no reward"),
+        ({"overlong_window": 9, "max_new_tokens": 8}, "fewer tokens"),
+        ({"per_reward_advantages": True}, "no effect"),
+        ({"step_rewards": lambda sample: [], "overlong_window": 2, "max_new_tokens": 8}, "no effect"),
     ],
 )
 def test_scoring_without_sense_is_refused(options: dict, told: str):
     with pytest.raises(UsageError, match=told):
-        Scoring(**{"judges": (Judge("even", even),)} | options)
+        RewardPipeline(**{"rewards": (WeightedReward("even", even),)} | options)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
 def test_a_step_on_a_rollout_moves_the_policy_even_at_a_tiny_rate(name: str):
     policy = build("llama3.2-tiny", seed=1)
-    objective = PolicyGradient(policy, VARIANTS[name].surrogate, count=VARIANTS[name].count)
+    objective = PolicyGradientLoss(policy, POLICY_VARIANTS[name].surrogate, count=POLICY_VARIANTS[name].count)
     before = policy.head.weight.detach().clone()
-    losses = [objective(batch) for batch in rollouts(policy).at(0)]
+    losses = [objective(batch) for batch in rollouts(policy).batches(0)]
     sum(loss.total / loss.count for loss in losses).backward()
     torch.optim.AdamW(policy.parameters(), lr=1e-6).step()
     assert not torch.equal(before, policy.head.weight)

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_quest.data.problems import Problem
-from llm_quest.rollouts.verifiers import CHECKS, FORMS, fraction, number, steps_right, tally, verify, well_formed
+from llm_quest.rollouts.verifiers import (
+    FORMAT_CHECKS,
+    VERIFIERS,
+    count_outcomes,
+    is_well_formed,
+    parse_fraction,
+    parse_number,
+    verify_answer,
+    verify_steps,
+)
 from tests.rollouts.hostile import HOSTILE
 
 COUNTDOWN = Problem("3 7 25 make 46:", "46", "expression", "", (3, 7, 25))
@@ -47,65 +56,65 @@ EVERY |= {"marked": (REGISTERS := Problem("a2b*3:", "6", "marked", "", (7, 2), (
     ],
 )  # fmt: skip
 def test_right_and_wrong(problem: Problem, text: str, right: bool) -> None:
-    assert verify(problem, text) == float(right)
+    assert verify_answer(problem, text) == float(right)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", VERIFIERS)
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_answer_is_wrong_and_nothing_else(name: str, text: str) -> None:
-    assert verify(EVERY[name], text) == 0.0
+    assert verify_answer(EVERY[name], text) == 0.0
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", VERIFIERS)
 def test_no_hostile_answer_takes_long(name: str) -> None:
     def seconds(text: str) -> float:
         start = time.process_time()
-        verify(EVERY[name], text)
+        verify_answer(EVERY[name], text)
         return time.process_time() - start
 
     slowest = max(HOSTILE, key=seconds)
     assert min(seconds(slowest) for _ in range(3)) < 0.05, slowest[:40]
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", VERIFIERS)
 @given(text=st.text(max_size=200))
 def test_no_text_raises(name: str, text: str) -> None:
-    assert verify(EVERY[name], text) in (0.0, 1.0)
-    assert well_formed(EVERY[name], text) in (True, False)
+    assert verify_answer(EVERY[name], text) in (0.0, 1.0)
+    assert is_well_formed(EVERY[name], text) in (True, False)
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if name != "exact"])
+@pytest.mark.parametrize("name", [name for name in VERIFIERS if name != "exact"])
 def test_a_gold_answer_that_cannot_be_read_is_unscorable_not_wrong(name: str) -> None:
-    assert math.isnan(verify(Problem("", "unknown", name, "", (1,), ("1+1=2",)), "#### 5"))
+    assert math.isnan(verify_answer(Problem("", "unknown", name, "", (1,), ("1+1=2",)), "#### 5"))
 
 
 def test_every_check_has_a_form_and_right_answers_have_it() -> None:
-    assert set(CHECKS) == set(FORMS)
+    assert set(VERIFIERS) == set(FORMAT_CHECKS)
     good = {"exact": "cba", "number": "132", "fraction": "3/4", "expression": "25+3*7", "chained": "3*4=5;5+5=3;#3"}
     good |= {"marked": "a2b*3=6#6", "gsm8k": "a\n#### 72", "tagged": "<think>a</think><answer>3/4</answer>"}
     for name, text in good.items():
-        assert verify(EVERY[name], text) == 1.0
-        assert well_formed(EVERY[name], text)
-        assert not well_formed(EVERY[name], "?")
+        assert verify_answer(EVERY[name], text) == 1.0
+        assert is_well_formed(EVERY[name], text)
+        assert not is_well_formed(EVERY[name], "?")
 
 
 @pytest.mark.parametrize("text", ["1,25", "12,3456", ",5", "5,", "1.", ".5", "--1", "1e3", "½", "1 000"])
 def test_what_is_no_number(text: str) -> None:
-    assert number(text) is None
+    assert parse_number(text) is None
 
 
 def test_numbers_as_people_write_them() -> None:
-    assert number("1,250,000.50") == fraction("2500001/2") == 1250000.5
-    assert number("-0") == 0
-    assert fraction("3/0") is None
+    assert parse_number("1,250,000.50") == parse_fraction("2500001/2") == 1250000.5
+    assert parse_number("-0") == 0
+    assert parse_fraction("3/0") is None
 
 
 def test_steps_are_judged_one_by_one_with_the_place_where_each_ends() -> None:
-    assert steps_right(CHAIN, "3*4=5;5+5=3;#3") == [(6, 1.0), (12, 1.0), (14, 1.0)]
-    assert steps_right(CHAIN, "3*4=1;5+5=3;#3") == [(6, 0.0), (12, 1.0), (14, 1.0)]
-    assert steps_right(CHAIN, "3*4=5;5+5=3;1+1=2;#3") == [(6, 1.0), (12, 1.0), (18, 0.0), (20, 1.0)]
-    assert steps_right(CHAIN, "") == []
+    assert verify_steps(CHAIN, "3*4=5;5+5=3;#3") == [(6, 1.0), (12, 1.0), (14, 1.0)]
+    assert verify_steps(CHAIN, "3*4=1;5+5=3;#3") == [(6, 0.0), (12, 1.0), (14, 1.0)]
+    assert verify_steps(CHAIN, "3*4=5;5+5=3;1+1=2;#3") == [(6, 1.0), (12, 1.0), (18, 0.0), (20, 1.0)]
+    assert verify_steps(CHAIN, "") == []
 
 
 def test_the_tally_keeps_three_outcomes_apart() -> None:
-    assert tally([1.0, 0.0, math.nan, 1.0]) == {"right": 2, "wrong": 1, "unscorable": 1}
+    assert count_outcomes([1.0, 0.0, math.nan, 1.0]) == {"right": 2, "wrong": 1, "unscorable": 1}

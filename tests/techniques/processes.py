@@ -15,20 +15,25 @@ from torch.distributed.tensor import DTensor
 
 from llm_quest.data.batch import TokenBatch
 from llm_quest.models.build import build
-from llm_quest.objectives.distillation import Distillation
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.objectives.number_token import NumberToken
+from llm_quest.objectives.distillation import DistillationLoss
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.objectives.number_token import NumberTokenLoss
+from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
-from llm_quest.techniques.multi_token import MultiToken
+from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.softcap import SoftCap
-from llm_quest.techniques.taps import Taps
 from tests.laws.subjects import own, random_tokens
 
 COMPILED: dict[str, tuple[Any, ...]] = {
-    "QK-Clip, DyT, lookahead, hyper-connections": (QKClip(), DyT(form="llama"), MultiToken(), HyperConnections(2)),
-    "caps, taps, mHC-lite": (SoftCap(), Taps(), HyperConnections(2, "lite")),
+    "QK-Clip, DyT, lookahead, hyper-connections": (
+        QKClip(),
+        DyT(form="llama"),
+        MultiTokenPrediction(),
+        HyperConnections(2),
+    ),
+    "caps, taps, mHC-lite": (SoftCap(), AttentionTaps(), HyperConnections(2, "lite")),
 }
 
 
@@ -42,7 +47,9 @@ def compiled() -> None:
         model: Any = build("llama3.2-tiny").train()
         for technique in techniques:
             model = technique(model)
-        objective = NextToken(model, beside=[NumberToken(values), Distillation(teacher, weight=0.5, beta=0.5)])
+        objective = NextTokenLoss(
+            model, auxiliary=[NumberTokenLoss(values), DistillationLoss(teacher, weight=0.5, beta=0.5)]
+        )
         tokens = random_tokens(model, 2, 18)
         batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
         torch.compiler.reset()
@@ -59,13 +66,13 @@ def sharded() -> None:
         tokens = random_tokens(build(page), 4, 12)
         clip, whole, half = QKClip(0.5), own(page, torch.float32).train(), own(page, torch.float32).train()
         for model in (clip(whole), clip(half)):
-            assert model.card.techniques == ()
+            assert model.spec.techniques == ()
         for block in half.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(half, mesh=mesh)
         whole(tokens)
         half(tokens[2 * rank : 2 * rank + 2])
-        told = [clip.after_step(model, 1) for model in (whole, half)]
+        told = [clip.on_step_end(model, 1) for model in (whole, half)]
         assert told[0]["max_logit"] == told[1]["max_logit"] > 0.5, told
         parts = dict(half.named_parameters())
         for name, parameter in whole.named_parameters():

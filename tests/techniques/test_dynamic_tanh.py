@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.norm import DynamicTanh, LayerNorm, OffsetRMSNorm, RMSNorm
+from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from llm_quest.models.build import build
 from llm_quest.techniques.dynamic_tanh import DyT
 from tests.later import Later
@@ -47,7 +47,7 @@ def test_limits_by_hand():
 @pytest.mark.parametrize("page", TINY)
 def test_every_norm_of_the_stream_is_replaced_and_none_within_a_layer(page: str):
     before, model = build(page), DyT()(build(page))
-    norms = [path for path, m in before.named_modules() if isinstance(m, RMSNorm | OffsetRMSNorm | LayerNorm)]
+    norms = [path for path, m in before.named_modules() if isinstance(m, RMSNorm | ZeroCenteredRMSNorm | LayerNorm)]
     replaced = [path for path, module in model.named_modules() if isinstance(module, DynamicTanh)]
     assert replaced == [path for path in norms if ".layer." not in path]
     assert {path.split(".")[-1] for path in norms if path not in replaced} <= {"q_norm", "k_norm", "kv_norm", "norm"}
@@ -67,19 +67,19 @@ def test_the_llama_form():
 
 def test_alphas_of_the_papers_table():
     llama = DyT(form="llama")
-    assert [llama.alphas(width) for width in (1024, 2048, 4096, 5120, 8192)] == [
+    assert [llama.initial_alphas(width) for width in (1024, 2048, 4096, 5120, 8192)] == [
         (1.0, 1.0),
         (1.0, 0.5),
         (0.8, 0.2),
         (0.6, 0.15),
         (0.2, 0.05),
     ]
-    assert DyT().alphas(4096) == (0.5, 0.5)
-    assert DyT(alpha=0.3).alphas(64) == (0.3, 0.3)
-    assert DyT(form="llama", attention_alpha=0.9).alphas(4096) == (0.9, 0.2)
+    assert DyT().initial_alphas(4096) == (0.5, 0.5)
+    assert DyT(alpha=0.3).initial_alphas(64) == (0.3, 0.3)
+    assert DyT(form="llama", attention_alpha=0.9).initial_alphas(4096) == (0.9, 0.2)
     model = DyT(alpha=0.2, attention_alpha=0.8)(build("gpt2-tiny"))
     assert model.blocks[0].mixer.norm.alpha.item() == pytest.approx(0.8)
-    assert model.blocks[0].ffn.norm.alpha.item() == model.norm.alpha.item() == pytest.approx(0.2)
+    assert model.blocks[0].feed_forward.norm.alpha.item() == model.norm.alpha.item() == pytest.approx(0.2)
 
 
 def test_a_scaled_embedding_is_not_scaled_twice():

@@ -7,12 +7,12 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.layers.hyper_connections import WEIGHTS
+from llm_quest.layers.hyper_connections import STREAM_WEIGHTS
 from llm_quest.techniques.hyper_connections import HyperConnections
 from tests.laws.subjects import own, random_tokens, randomize_, shared
 
 
-@pytest.mark.parametrize("form", WEIGHTS)
+@pytest.mark.parametrize("form", STREAM_WEIGHTS)
 @pytest.mark.parametrize("page", ["gpt2-tiny", "gemma3-tiny"])
 def test_every_form_is_neutral_at_birth_and_survives_a_save(form: str, page: str, tmp_path):
     tokens = random_tokens(shared(page), 2, 9)
@@ -26,7 +26,7 @@ def test_every_form_is_neutral_at_birth_and_survives_a_save(form: str, page: str
 
 def test_each_layer_reads_another_stream_and_the_static_weights_do_not_decay():
     model = HyperConnections(streams=3)(own("llama3.2-tiny"))
-    sublayers = [sublayer for block in model.blocks for sublayer in (block.mixer, block.ffn)]
+    sublayers = [sublayer for block in model.blocks for sublayer in (block.mixer, block.feed_forward)]
     assert [sublayer.residual.weights.fixed.inward.argmax().item() for sublayer in sublayers] == [0, 1, 2, 0]
     assert all(p.dim() == 1 for name, p in model.named_parameters() if ".fixed." in name)
 

@@ -10,11 +10,18 @@ import torch
 from torch import nn
 
 import llm_quest as quest
-from llm_quest.layers.int8 import FEW, Int8, packed, plainly, product, quantized
+from llm_quest.layers.int8 import (
+    MAX_KERNEL_ROWS,
+    Int8Matrix,
+    int8_linear,
+    int8_linear_packed,
+    int8_linear_reference,
+    quantize_rows,
+)
 from llm_quest.models.build import preset
 from llm_quest.scope import Scope
 from llm_quest.techniques.int8 import Int8Weights
-from llm_quest.techniques.lora import LoRA, merge
+from llm_quest.techniques.lora import LoRA, merge_adapter
 from tests.laws.subjects import TINY, own, random_tokens
 
 every_page = pytest.mark.parametrize("page", TINY)
@@ -22,7 +29,7 @@ every_page = pytest.mark.parametrize("page", TINY)
 
 def test_rounding_by_hand():
     weight = torch.tensor([[127.0, -63.4, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.0, 1.0, 0.5, 0.25]])
-    q, scale = quantized(weight)
+    q, scale = quantize_rows(weight)
     assert scale[0] == 1.0
     assert q[0].tolist() == [127, -63, 0, 0]
     assert q[1].tolist() == [0, 0, 0, 0]
@@ -31,7 +38,7 @@ def test_rounding_by_hand():
 
 def test_no_number_moves_by_more_than_half_a_step_and_no_scale_is_lost_in_bfloat16():
     weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)[:, None]
-    q, scale = quantized(weight)
+    q, scale = quantize_rows(weight)
     assert torch.equal(scale.bfloat16().float(), scale)
     inside = (weight / scale[:, None]).abs() <= 127
     error = (q * scale[:, None] - weight).abs() / scale[:, None]
@@ -39,31 +46,37 @@ def test_no_number_moves_by_more_than_half_a_step_and_no_scale_is_lost_in_bfloat
     assert error.max() <= 1.0, "the largest of a row may be a little beyond 127"
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, MAX_KERNEL_ROWS])
 @pytest.mark.parametrize(("out", "width"), [(5, 32), (16, 96), (100, 64), (33, 768), (1, 32)])
 def test_the_kernel_is_the_definition_up_to_bfloat16(rows: int, out: int, width: int):
     generator = torch.Generator().manual_seed(rows)
-    q, scale = quantized(torch.randn(out, width, generator=generator) * torch.linspace(0.1, 3, out)[:, None])
+    q, scale = quantize_rows(torch.randn(out, width, generator=generator) * torch.linspace(0.1, 3, out)[:, None])
     x = torch.randn(rows, width, generator=generator)
-    rounded = plainly(x.bfloat16().float(), q, scale)
-    assert ((packed(x, q, scale) - rounded).abs() <= 2**-8 * rounded.abs() + 1e-4).all(), "no other rounding but these"
+    rounded = int8_linear_reference(x.bfloat16().float(), q, scale)
+    assert ((int8_linear_packed(x, q, scale) - rounded).abs() <= 2**-8 * rounded.abs() + 1e-4).all(), (
+        "no other rounding but these"
+    )
 
 
 def test_few_rows_take_the_kernel_and_proofs_the_definition():
-    q, scale = quantized(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
-    x = torch.randn(FEW + 1, 64, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(product(x[:FEW], q, scale), packed(x[:FEW], q, scale))
-    assert torch.equal(product(x, q, scale), plainly(x, q, scale))
-    narrow, steps = quantized(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(product(x[:1, :24], narrow, steps), plainly(x[:1, :24], narrow, steps)), "and so do odd widths"
-    assert torch.equal(product(x[:1].double(), q, scale.double()), plainly(x[:1].double(), q, scale.double()))
+    q, scale = quantize_rows(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(MAX_KERNEL_ROWS + 1, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(int8_linear(x[:MAX_KERNEL_ROWS], q, scale), int8_linear_packed(x[:MAX_KERNEL_ROWS], q, scale))
+    assert torch.equal(int8_linear(x, q, scale), int8_linear_reference(x, q, scale))
+    narrow, steps = quantize_rows(torch.randn(16, 24, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(int8_linear(x[:1, :24], narrow, steps), int8_linear_reference(x[:1, :24], narrow, steps)), (
+        "and so do odd widths"
+    )
+    assert torch.equal(
+        int8_linear(x[:1].double(), q, scale.double()), int8_linear_reference(x[:1].double(), q, scale.double())
+    )
 
 
 @every_page
 def test_the_model_is_the_one_whose_matrices_were_rounded(page: str):
     """In float64: the same logits as the float model with W replaced by scale * q, everywhere."""
     small, plain = Int8Weights()(own(page)), own(page)
-    rounded = {path: module.weight for path, module in small.named_modules() if isinstance(module, Int8)}
+    rounded = {path: module.weight for path, module in small.named_modules() if isinstance(module, Int8Matrix)}
     with torch.no_grad():
         for path, weight in rounded.items():
             path = path.removesuffix(".matrix")
@@ -93,17 +106,17 @@ def test_decoding_in_float32_stays_near_the_exact_logits(page: str):
     cache, parts = small.new_cache(1, 12), []
     for start in range(12):
         part = tokens[:, start : start + 1]
-        parts.append(small(part, Scope.plain(part, cache=cache, start=start)))
+        parts.append(small(part, Scope.unpadded(part, cache=cache, start=start)))
     decoded, expected = torch.cat(parts, dim=1), exact(tokens)
     assert ((decoded - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.05
 
 
 def test_a_capped_head_stays_capped_and_a_tied_one_stays_one():
-    tied = Int8Weights()(quest.build(replace(preset("llama3.2-tiny").config, tied=True)))
+    tied = Int8Weights()(quest.build(replace(preset("llama3.2-tiny").config, tie_word_embeddings=True)))
     assert tied.head.matrix is tied.embed.token.matrix
     gemma = next(name for name in TINY if name.startswith("gemma2"))
     capped, plain = Int8Weights()(own(gemma)), own(gemma)
-    assert capped.head.cap == plain.head.cap is not None
+    assert capped.head.softcap == plain.head.softcap is not None
 
 
 def test_saved_as_bytes_and_read_in_another_dtype(tmp_path):
@@ -122,7 +135,7 @@ def test_an_adapter_is_merged_first_and_twice_is_refused():
     model = LoRA(rank=2)(own("llama3.2-tiny"))
     with pytest.raises(ValueError, match="merge it first"):
         Int8Weights()(model)
-    merge(model)
+    merge_adapter(model)
     small = Int8Weights()(model)
     with pytest.raises(ValueError, match="already"):
         Int8Weights()(small)

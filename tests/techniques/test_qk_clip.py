@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llm_quest.contracts import Card
+from llm_quest.contracts import ModelSpec
 from llm_quest.data.batch import TokenBatch
 from llm_quest.errors import UsageError
-from llm_quest.layers.attention import GroupedQueryAttention, Meeting, explicit_attention
-from llm_quest.layers.latent_attention import LatentAttention
+from llm_quest.layers.attention import AttentionInputs, GroupedQueryAttention, explicit_attention
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build
-from llm_quest.objectives.next_token import NextToken
-from llm_quest.scope import Band, Plain, Scope
-from llm_quest.techniques.qk_clip import LargestLogit, QKClip, largest_logits
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.scope import CausalMask, Scope, SlidingWindow
+from llm_quest.techniques.qk_clip import MaxLogitObserver, QKClip, max_attention_logits
 
 TAU = 0.5
 
@@ -27,25 +27,37 @@ class One(nn.Module):
 
     def __init__(self, mixer: nn.Module):
         super().__init__()
-        self.card = Card("one", None)
+        self.spec = ModelSpec("one", None)
         self.mixer = mixer
 
 
 def grouped(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
-    sizes = {"heads": heads, "groups": groups, "head_width": 8, "rotary": Rotary(8, 10_000.0)}
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": 8,
+        "rotary": RotaryEmbedding(8, 10_000.0),
+    }
     return GroupedQueryAttention(24, **(sizes | more)).to(dtype)
 
 
 def latent(q_rank: int | None, dtype: torch.dtype) -> nn.Module:
-    sizes = {"heads": 4, "q_rank": q_rank, "kv_rank": 12, "nope": 6, "rope": 4, "value": 5}
-    return LatentAttention(24, **sizes, rotary=Rotary(4, 10_000.0), scale=0.3, bias=True).to(dtype)
+    sizes = {
+        "num_attention_heads": 4,
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 5,
+    }
+    return MultiHeadLatentAttention(24, **sizes, rotary=RotaryEmbedding(4, 10_000.0), scale=0.3, bias=True).to(dtype)
 
 
 MIXERS = {
     "MHA": lambda dtype: grouped(4, 4, dtype),
-    "MHA with biases": lambda dtype: grouped(4, 4, dtype, bias=True),
-    "GQA, gated, biases": lambda dtype: grouped(6, 2, dtype, bias=True, gated=True),
-    "MQA, window": lambda dtype: grouped(4, 1, dtype, window=3, value_width=5),
+    "MHA with biases": lambda dtype: grouped(4, 4, dtype, qkv_bias=True),
+    "GQA, gated, biases": lambda dtype: grouped(6, 2, dtype, qkv_bias=True, output_gate=True),
+    "MQA, window": lambda dtype: grouped(4, 1, dtype, sliding_window=3, v_head_dim=5),
     "MLA": lambda dtype: latent(10, dtype),
     "MLA without q_rank": lambda dtype: latent(None, dtype),
 }
@@ -59,23 +71,27 @@ def one(name: str, dtype: torch.dtype = torch.float64) -> tuple[One, Tensor]:
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
-        q = mixer.qkv.weight[mixer.qkv.rows("q")] if isinstance(mixer, GroupedQueryAttention) else mixer.q_up.weight
-        q[-q.shape[0] // mixer.heads :] *= 1e-3
+        q = (
+            mixer.qkv.weight[mixer.qkv.row_slice("q")]
+            if isinstance(mixer, GroupedQueryAttention)
+            else mixer.q_up.weight
+        )
+        q[-q.shape[0] // mixer.num_attention_heads :] *= 1e-3
         if isinstance(mixer, GroupedQueryAttention) and mixer.qkv.bias is not None:
-            q = mixer.qkv.bias[mixer.qkv.rows("q")]
-            q[-q.shape[0] // mixer.heads :] *= 1e-3
+            q = mixer.qkv.bias[mixer.qkv.row_slice("q")]
+            q[-q.shape[0] // mixer.num_attention_heads :] *= 1e-3
     return One(mixer.train()), torch.randn(2, 70, 24, generator=generator, dtype=dtype)
 
 
 def measured(model: One, x: Tensor) -> Tensor:
     """S of a training pass, taken away."""
-    model.mixer(x, Scope.plain(x[..., 0]))
-    return model.mixer.watchers[0].take()
+    model.mixer(x, Scope.unpadded(x[..., 0]))
+    return model.mixer.observers[0].take()
 
 
 def clipped(model: One, x: Tensor, clip: QKClip) -> Tensor:
-    model.mixer(x, Scope.plain(x[..., 0]))
-    clip.after_step(model, 1)
+    model.mixer(x, Scope.unpadded(x[..., 0]))
+    clip.on_step_end(model, 1)
     return measured(model, x)
 
 
@@ -106,7 +122,7 @@ def test_in_float32_the_bound_holds_to_one_in_a_million(name: str):
 @pytest.mark.parametrize("shared", ["query", "group", "both"])
 def test_the_three_ways_to_share_a_key(shared: str):
     model, x = one("GQA, gated, biases")
-    clip = QKClip(TAU, shared=shared)
+    clip = QKClip(TAU, key_share=shared)
     clip(model)
     before = measured(model, x)
     after = clipped(model, x, clip)
@@ -126,7 +142,7 @@ def test_heads_below_tau_and_all_values_stay_bit_by_bit(name: str):
     before = measured(model, x)
     clipped(model, x, clip)
     stays = (before <= TAU).nonzero()[:, 0].tolist()
-    assert stays == [model.mixer.heads - 1]
+    assert stays == [model.mixer.num_attention_heads - 1]
     assert torch.equal(heads[-1][:, :, stays], heads[0][:, :, stays])
     assert not torch.equal(heads[-1][:, :, 0], heads[0][:, :, 0])
     assert torch.equal(heads[-1][:, 0], heads[0][:, 0]), "the first token sees its own value alone, whatever the logits"
@@ -136,11 +152,11 @@ def test_a_gate_made_beside_the_query_stays():
     model, x = one("GQA, gated, biases")
     clip = QKClip(TAU)
     clip(model)
-    qkv, heads = model.mixer.qkv, model.mixer.heads
-    before = [part[qkv.rows("q")].unflatten(0, (heads, 2, -1)).clone() for part in (qkv.weight, qkv.bias)]
+    qkv, heads = model.mixer.qkv, model.mixer.num_attention_heads
+    before = [part[qkv.row_slice("q")].unflatten(0, (heads, 2, -1)).clone() for part in (qkv.weight, qkv.bias)]
     clipped(model, x, clip)
     for part, old in zip((qkv.weight, qkv.bias), before, strict=True):
-        now = part[qkv.rows("q")].unflatten(0, (heads, 2, -1))
+        now = part[qkv.row_slice("q")].unflatten(0, (heads, 2, -1))
         assert torch.equal(now[:, 1], old[:, 1])
         assert not torch.equal(now[:, 0], old[:, 0])
 
@@ -155,12 +171,14 @@ def test_mlas_shared_rotary_key_stays():
     assert moved == ["mixer.q_up.weight", "mixer.kv_up.weight"]
 
 
-def by_definition(meeting: Meeting, scope: Scope) -> Tensor:
+def by_definition(meeting: AttentionInputs, scope: Scope) -> Tensor:
     q, k = meeting.q, meeting.k.repeat_interleave(meeting.q.shape[2] // meeting.k.shape[2], dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * meeting.scale
-    seen = scope.sees(scope.positions, scope.segments, 5 if isinstance(meeting.visible, Band) else None)
-    seen = torch.ones_like(seen) if meeting.visible is Plain.ALL else seen
-    real = (scope.positions >= 0)[:, None, :, None]
+    seen = scope.build_mask(
+        scope.position_ids, scope.segment_ids, 5 if isinstance(meeting.attention_mask, SlidingWindow) else None
+    )
+    seen = torch.ones_like(seen) if meeting.attention_mask is CausalMask.FULL else seen
+    real = (scope.position_ids >= 0)[:, None, :, None]
     return scores.masked_fill(~(seen[:, None] & real), float("-inf")).amax(dim=(0, 2, 3))
 
 
@@ -168,18 +186,18 @@ def by_definition(meeting: Meeting, scope: Scope) -> Tensor:
 def test_only_visible_keys_of_real_queries_count(kind: str, generator):
     q = torch.randn(3, 150, 4, 6, generator=generator, dtype=torch.float64)
     k = torch.randn(3, 150, 2, 6, generator=generator, dtype=torch.float64)
-    scope = Scope.plain(q[:, :, 0, 0])
+    scope = Scope.unpadded(q[:, :, 0, 0])
     k[0, 124] = 9 * q[0, 128, ::2]  # the farthest key that the first query of a block of 128 sees through a window of 5
-    visible = {"causal": Plain.CAUSAL, "band": Band(5), "all": Plain.ALL}.get(kind)
+    visible = {"causal": CausalMask.CAUSAL, "band": SlidingWindow(5), "all": CausalMask.FULL}.get(kind)
     if visible is None:
         places = torch.arange(150).expand(3, -1).clone()
         places[0, :9] = -1
         k[0, :9] *= 50  # the padding's keys and queries are large
         q[0, :9] *= 50
-        scope = Scope(places, segments=torch.arange(150).expand(3, -1) // 40)
-        visible = scope.visible()
-    meeting = Meeting(q, k, visible, 0.4, None, None)
-    torch.testing.assert_close(largest_logits(meeting, scope, False), by_definition(meeting, scope))
+        scope = Scope(places, segment_ids=torch.arange(150).expand(3, -1) // 40)
+        visible = scope.attention_mask()
+    meeting = AttentionInputs(q, k, visible, 0.4, None, None)
+    torch.testing.assert_close(max_attention_logits(meeting, scope, False), by_definition(meeting, scope))
 
 
 def test_negative_logits_clip_nothing_and_bring_no_nan():
@@ -190,10 +208,10 @@ def test_negative_logits_clip_nothing_and_bring_no_nan():
 def test_measured_in_training_only_in_both_forms_and_over_micro_batches():
     model = build("gpt2-tiny").double()
     QKClip()(model)
-    watches = [block.mixer.layer.watchers[0] for block in model.blocks]
+    watches = [block.mixer.layer.observers[0] for block in model.blocks]
     tokens = [torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     model(tokens[0])
-    assert all(watch.seen is None for watch in watches)
+    assert all(watch.max_logits is None for watch in watches)
     model.train()
     alone = []
     for part in tokens:
@@ -218,13 +236,13 @@ def test_the_largest_logit_goes_to_the_log_and_gradients_are_untouched():
     tokens = torch.randint(97, (2, 9))
     batch = TokenBatch(tokens[:, :-1], tokens[:, 1:])
     for one_of_two in (plain, model):
-        NextToken(one_of_two)(batch).total.backward()
+        NextTokenLoss(one_of_two)(batch).total.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
-    told = clip.after_step(model, 1)
+    told = clip.on_step_end(model, 1)
     assert told is not None
     assert float(told["max_logit"]) > 1e-3
-    assert clip.after_step(model, 2) is None, "nothing was measured since"
+    assert clip.on_step_end(model, 2) is None, "nothing was measured since"
 
 
 @pytest.mark.parametrize("name", ["qwen3-tiny", "gemma3-tiny", "qwen3-next-tiny"])
@@ -237,7 +255,7 @@ def test_mistakes_are_named():
     with pytest.raises(UsageError, match="tau is 0"):
         QKClip(tau=0)
     with pytest.raises(UsageError, match="known: query, group, both"):
-        QKClip(shared="mean")
+        QKClip(key_share="mean")
     with pytest.raises(UsageError, match="known: each, layer"):
         QKClip(heads="all")
     with pytest.raises(ValueError, match="applied once"):
@@ -254,4 +272,4 @@ def test_a_watch_is_no_parameter():
     model = build("gpt2-tiny")
     names = list(model.state_dict())
     assert list(QKClip()(model).state_dict()) == names
-    assert sum(isinstance(module, LargestLogit) for module in model.modules()) == 2
+    assert sum(isinstance(module, MaxLogitObserver) for module in model.modules()) == 2

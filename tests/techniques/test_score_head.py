@@ -11,12 +11,12 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.hub.config import SCORED
-from llm_quest.models.build import build, page_of
-from llm_quest.models.generation import GenerationDefaults
-from llm_quest.objectives.last_outputs import last_outputs
+from llm_quest.hub.config import CLASSIFIER_ARCHITECTURES
+from llm_quest.models.build import build, family_of
+from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.objectives.last_token import last_token_outputs
 from llm_quest.techniques.lora import LoRA
-from llm_quest.techniques.score_head import ScoreHead, score_head
+from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from tests.later import Later
 from tests.objectives.rated import tiny
 
@@ -27,14 +27,14 @@ PRESETS = ("llama3.2-tiny", "gpt2-tiny", "qwen3-tiny", "gemma3-tiny", "mixtral-t
 
 
 def test_every_family_that_transformers_can_score_is_compared():
-    assert {page_of(build(name).config).architecture for name in PRESETS} == set(SCORED)
+    assert {family_of(build(name).config).architecture for name in PRESETS} == set(CLASSIFIER_ARCHITECTURES)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PRESETS)
 def test_transformers_gives_the_same_scores(name: str, tmp_path: Path):
     model = ScoreHead(3, LABELS, std=1.0)(tiny(page=name, dtype=torch.float32))
-    model.generation = GenerationDefaults(pad=0)
+    model.generation_config = GenerationConfig(pad_token_id=0)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(quest.save(model, tmp_path / "out"))
     assert [theirs.config.id2label[i] for i in range(3)] == list(LABELS)
     tokens = torch.randint(1, 90, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def test_transformers_gives_the_same_scores(name: str, tmp_path: Path):
     tokens[1, 5:], positions[1, 5:] = 0, -1
     with torch.no_grad():
         wanted = theirs(tokens, attention_mask=(positions >= 0).long()).logits
-        found = last_outputs(model, tokens, positions)
+        found = last_token_outputs(model, tokens, positions)
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
 
 
@@ -50,17 +50,17 @@ def test_a_fresh_head_is_undecided_and_leaves_the_embedding_alone():
     before = tiny(dtype=torch.float32)
     embedding = before.embed.token.weight.clone()
     model = ScoreHead(4)(before)
-    out = last_outputs(model, torch.tensor([[1, 2]]), torch.tensor([[0, 1]]))
+    out = last_token_outputs(model, torch.tensor([[1, 2]]), torch.tensor([[0, 1]]))
     assert -out.log_softmax(1).mean().item() == pytest.approx(math.log(4), abs=0.3)
     assert torch.equal(model.embed.token.weight, embedding)
-    assert score_head(model) == ScoreHead(4)
+    assert find_score_head(model) == ScoreHead(4)
 
 
 def test_with_adapters_the_folder_is_ours_alone(tmp_path: Path):
     model = ScoreHead(2)(LoRA(rank=2)(tiny(dtype=torch.float32)))
     config = json.loads((quest.save(model, tmp_path / "out") / "config.json").read_text())
     assert config["model_type"] == "llm_quest"
-    assert quest.load(tmp_path / "out").card == model.card
+    assert quest.load(tmp_path / "out").spec == model.spec
 
 
 def test_labels_must_be_as_many_as_outputs():

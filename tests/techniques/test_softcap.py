@@ -29,7 +29,7 @@ def test_a_large_cap_recovers_the_plain_model_and_a_small_one_bounds_it(page: st
 
 def test_capped_on_a_gemma_without_caps_it_is_gemma_2():
     config = preset("gemma2-tiny").config
-    model = randomize_(build(replace(config, attention_cap=None, final_cap=None))).double()
+    model = randomize_(build(replace(config, attn_logit_softcapping=None, final_logit_softcapping=None))).double()
     tokens = random_tokens(model, 2, 11)
     torch.testing.assert_close(SoftCap(2.0, 3.0)(model)(tokens), shared("gemma2-tiny")(tokens), atol=1e-12, rtol=0)
 

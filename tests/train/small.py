@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_quest.contracts import Loss, Share
+from llm_quest.contracts import DataShard, Loss
 from llm_quest.errors import QuestError
-from llm_quest.train.log import Lines
+from llm_quest.train.arguments import TrainingArguments, TrainResult
+from llm_quest.train.logger import LineLogger
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw, muon
-from llm_quest.train.parallel import Parallel
-from llm_quest.train.run import Run
-from llm_quest.train.schedule import schedule
-from llm_quest.train.settings import Result, Settings
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_adamw, make_muon
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
 
 V, D = 17, 16
 
@@ -86,11 +86,13 @@ class Rule:
     """Rows of t -> (3 t + 1) mod V with a masked part of its own length in every row: `rows` a step, pure in (seed,
     step)."""
 
-    def __init__(self, rows: int = 8, micro: int = 1, share: Share | None = None, seed: int = 0, pause: float = 0.0):
-        self.rows, self.micro, self.share, self.seed, self.pause = rows, micro, share or Share(), seed, pause
+    def __init__(
+        self, rows: int = 8, micro: int = 1, share: DataShard | None = None, seed: int = 0, pause: float = 0.0
+    ):
+        self.rows, self.micro, self.share, self.seed, self.pause = rows, micro, share or DataShard(), seed, pause
         self.asked: list[int] = []
 
-    def at(self, step: int) -> Sequence[Rows]:
+    def batches(self, step: int) -> Sequence[Rows]:
         time.sleep(self.pause)
         self.asked.append(step)
         random = torch.Generator().manual_seed(self.seed * 100_003 + step)
@@ -101,16 +103,16 @@ class Rule:
         tokens = torch.cat(row, dim=1)
         masked = torch.arange(8) < torch.randint(0, 8, (self.rows, 1), generator=random)
         targets = tokens[:, 1:].masked_fill(masked, -100)
-        mine = range(self.share.rank, self.rows, self.share.world)
+        mine = range(self.share.rank, self.rows, self.share.world_size)
         parts = torch.tensor(list(mine)).chunk(self.micro)
         return [Rows(tokens[part, :-1], targets[part]) for part in parts]
 
-    def bookmark(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
-        if bookmark["seed"] != self.seed:
-            raise ValueError(f"the bookmark is of seed {bookmark['seed']}, this feed has {self.seed}")
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["seed"] != self.seed:
+            raise ValueError(f"the bookmark is of seed {state_dict['seed']}, this feed has {self.seed}")
 
 
 class Losses:
@@ -123,10 +125,10 @@ class Losses:
     def start(self, step: int, steps: int) -> None:
         pass
 
-    def row(self, row: Mapping[str, Any]) -> None:
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
         self.rows.append(row)
 
-    def event(self, text: str) -> None:
+    def log_event(self, text: str) -> None:
         self.events.append(text)
 
     def close(self) -> None:
@@ -144,23 +146,23 @@ def objective(seed: int = 0, dropout: float = 0.1) -> NextToken:
 
 def go(
     steps: int,
-    run: Run | None = None,
+    run: RunDir | None = None,
     *,
     made: NextToken | None = None,
     feed: Rule | None = None,
     optimizer: str = "adamw",
-    parallel: Parallel | None = None,
+    parallel: DistributedContext | None = None,
     show: Any = None,
     probes: Sequence[Any] = (),
     callbacks: Sequence[Any] = (),
     **settings: Any,
-) -> Result:
+) -> TrainResult:
     """Train the small model; what is not said is as usual."""
     made = made or objective()
-    built = adamw(made.model, lr=3e-2) if optimizer == "adamw" else muon(made.model, lr=3e-2)
-    options = Settings(steps=steps, **({"log_every": 1} | settings))
-    plan = schedule(40, warmup=3)
-    seen = {"parallel": parallel, "display": show, "probes": probes, "callbacks": callbacks}
+    built = make_adamw(made.model, lr=3e-2) if optimizer == "adamw" else make_muon(made.model, lr=3e-2)
+    options = TrainingArguments(steps=steps, **({"log_every": 1} | settings))
+    plan = make_lr_schedule(40, warmup_steps=3)
+    seen = {"parallel": parallel, "logger": show, "evaluators": probes, "callbacks": callbacks}
     return train(made, feed or Rule(), built, plan, options, run, **seen)
 
 
@@ -183,19 +185,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", default="")
     args = parser.parse_args(words)
     torch.set_num_threads(1)
-    parallel = Parallel.from_environment("cpu", args.engine) if args.engine else Parallel()
+    parallel = DistributedContext.from_environment("cpu", args.engine) if args.engine else DistributedContext()
     try:
-        with Run(args.folder, leader=parallel.leader) as run:
+        with RunDir(args.folder, is_main_process=parallel.is_main_process) as run:
             made = objective(dropout=0.0 if args.engine else 0.1)
-            parallel.place(made, list(made.model.blocks))
-            feed = Rule(micro=2, share=parallel.share, pause=args.pause)
-            more = {"optimizer": args.optimizer, "parallel": parallel, "show": Lines(parallel.rank)}
+            parallel.parallelize(made, list(made.model.blocks))
+            feed = Rule(micro=2, share=parallel.data_shard, pause=args.pause)
+            more = {"optimizer": args.optimizer, "parallel": parallel, "show": LineLogger(parallel.rank)}
             return go(args.steps, run, made=made, feed=feed, save_every=args.save_every, **more).exit_code
     except QuestError as error:
         print(error)
         return error.exit_code
     finally:
-        parallel.close()
+        parallel.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from llm_quest.errors import BusyError, DataError, ResourceError
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
-from llm_quest.train.run import Run
+from llm_quest.train.run_dir import RunDir
 from tests.train.small import digest, go
 
 
@@ -26,11 +26,11 @@ def names(root) -> list[str]:
 
 
 def test_what_is_written_is_read_and_latest_names_it(tmp_path):
-    folder = files.write(tmp_path / "checkpoints", made(1000))
+    folder = files.save_checkpoint(tmp_path / "checkpoints", made(1000))
     assert folder.name == "step-00001000"
     assert (tmp_path / "LATEST").read_text() == "step-00001000\n"
-    assert files.fault(folder) == ""
-    back = files.read(folder)
+    assert files.find_fault(folder) == ""
+    back = files.load_checkpoint(folder)
     assert torch.equal(back.model["w"], made(1000).model["w"])
     assert (back.step, back.state) == (1000, {"step": 1000})
 
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_and_latest_names_it(tmp_path):
 def test_files_have_the_modes_of_the_umask_and_no_pickle(tmp_path):
     before = os.umask(0o027)
     try:
-        folder = files.write(tmp_path / "checkpoints", made(1))
+        folder = files.save_checkpoint(tmp_path / "checkpoints", made(1))
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
@@ -47,9 +47,9 @@ def test_files_have_the_modes_of_the_umask_and_no_pickle(tmp_path):
 
 
 def test_a_committed_checkpoint_is_never_overwritten(tmp_path):
-    files.write(tmp_path / "checkpoints", made(1))
+    files.save_checkpoint(tmp_path / "checkpoints", made(1))
     with pytest.raises(BusyError, match="exists already"):
-        files.write(tmp_path / "checkpoints", made(1))
+        files.save_checkpoint(tmp_path / "checkpoints", made(1))
 
 
 def flip(path) -> None:
@@ -72,47 +72,47 @@ def flip(path) -> None:
 def test_a_corrupt_newest_is_renamed_and_the_one_before_it_is_used(tmp_path, harm, words):
     root = tmp_path / "checkpoints"
     for step in (1, 2):
-        files.write(root, made(step))
+        files.save_checkpoint(root, made(step))
     harm(root / "step-00000002")
     said: list[str] = []
-    assert files.newest(root, said.append).name == "step-00000001"
+    assert files.latest_checkpoint(root, said.append).name == "step-00000001"
     assert len(said) == 1
     assert words in said[0]
     assert names(root) == ["step-00000001", "step-00000002.corrupt"]
 
 
 def test_if_all_are_corrupt_the_run_does_not_start_over_in_silence(tmp_path):
-    files.write(tmp_path / "checkpoints", made(1))
+    files.save_checkpoint(tmp_path / "checkpoints", made(1))
     flip(tmp_path / "checkpoints/step-00000001/model.safetensors")
     with pytest.raises(DataError, match="all 1 are corrupt"):
-        files.newest(tmp_path / "checkpoints", lambda text: None)
-    assert files.newest(tmp_path / "elsewhere", lambda text: None) is None
+        files.latest_checkpoint(tmp_path / "checkpoints", lambda text: None)
+    assert files.latest_checkpoint(tmp_path / "elsewhere", lambda text: None) is None
 
 
 def test_retention_keeps_the_last_the_multiples_and_the_best(tmp_path):
     root = tmp_path / "checkpoints"
     for step in range(10, 80, 10):
-        files.write(root, made(step))
-    files.retain(root, 2, every=30, best=(20,))
-    assert [files.step_of(folder) for folder in files.listed(root)] == [20, 30, 60, 70]
-    files.retain(root, 0)
-    assert len(files.listed(root)) == 4
+        files.save_checkpoint(root, made(step))
+    files.prune_checkpoints(root, 2, keep_every=30, best_steps=(20,))
+    assert [files.checkpoint_step(folder) for folder in files.list_checkpoints(root)] == [20, 30, 60, 70]
+    files.prune_checkpoints(root, 0)
+    assert len(files.list_checkpoints(root)) == 4
 
 
 def test_leftovers_of_killed_processes_are_swept_and_others_are_not(tmp_path):
     root = tmp_path / "checkpoints"
-    files.write(root, made(1))
+    files.save_checkpoint(root, made(1))
     for name in (".tmp-00000002-1-x", ".trash-step-00000000", "step-00000003.corrupt"):
         (root / name).mkdir()
         (root / name / "model.safetensors").write_bytes(b"half")
-    files.sweep(root)
+    files.remove_partial_checkpoints(root)
     assert names(root) == ["step-00000001", "step-00000003.corrupt"]
 
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 500, 500))
     with pytest.raises(ResourceError, match=r"0\.0 MB are missing\)\. Earlier checkpoints are untouched"):
-        files.write(tmp_path / "checkpoints", made(1))
+        files.save_checkpoint(tmp_path / "checkpoints", made(1))
     assert names(tmp_path / "checkpoints") == []
 
 
@@ -124,9 +124,9 @@ from tests.train.test_checkpoint import made
 from llm_quest.train import checkpoint as files
 from llm_quest.errors import ResourceError
 root = Path(sys.argv[1])
-files.write(root, made(1))
+files.save_checkpoint(root, made(1))
 try:
-    files.write(root, made(2, 10**6))
+    files.save_checkpoint(root, made(2, 10**6))
 except ResourceError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_while_writing_loses_nothing(tmp_path):
     assert done.returncode == 5, done.stderr
     assert "the disk is full: step-00000002 needs 8.0 MB" in done.stdout
     assert names(root) == ["step-00000001"]
-    assert files.fault(root / "step-00000001") == ""
+    assert files.find_fault(root / "step-00000001") == ""
     assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypa
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with Run(tmp_path / "run") as run:
+    with RunDir(tmp_path / "run") as run:
         go(4, run, save_every=2)
         monkeypatch.setattr(files, "write_tensors", lambda path, tensors: full(path))
         with pytest.raises(ResourceError, match="No space left on device"):
@@ -155,7 +155,7 @@ def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypa
         assert go(8, run, save_every=2, on_disk_full="continue").step == 8
         monkeypatch.undo()
         assert names(run.checkpoints) == ["step-00000002", "step-00000004"]
-        assert go(10, run).saved.endswith("step-00000010")
+        assert go(10, run).checkpoint_path.endswith("step-00000010")
     events = [json.loads(line)["event"] for line in (run.folder / "events.jsonl").read_text().splitlines()]
     assert events.count("not saved") == 3
 
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypa
 def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
     ends = []
     for background in (True, False):
-        with Run(tmp_path / str(background)) as run:
-            ends.append(digest(go(6, run, save_every=2, background_save=background).saved))
+        with RunDir(tmp_path / str(background)) as run:
+            ends.append(digest(go(6, run, save_every=2, background_save=background).checkpoint_path))
     assert ends[0] == ends[1]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -76,12 +76,12 @@ def test_affinity_counts_and_may_be_absent(tmp_path, monkeypatch):
 
 
 def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, monkeypatch):
-    from llm_quest.cli.main import prepare
+    from llm_quest.cli.main import set_environment
 
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(hardware, "affinity", lambda: 64)
     monkeypatch.setattr(hardware, "cpu_quotas", lambda root: [2.0])
-    prepare(0)
+    set_environment(0)
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
@@ -90,12 +90,12 @@ def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, m
 def test_muon_iterates_in_float32_where_bfloat16_has_no_instructions(taken):
     code = (
         "import torch\n"
-        "from llm_quest.recipes.choices import precision\n"
-        "from llm_quest.train.optimizers import iteration_dtype, newton_schulz, orthogonal\n"
+        "from llm_quest.recipes.auto import resolve_precision\n"
+        "from llm_quest.train.optimizers import iteration_dtype, newton_schulz, orthogonalize\n"
         "cpu = torch.device('cpu')\n"
-        "print(iteration_dtype(cpu), precision('auto', cpu).value)\n"
+        "print(iteration_dtype(cpu), resolve_precision('auto', cpu).value)\n"
         "g = torch.randn(6, 8)\n"
-        "print(torch.equal(orthogonal(g), newton_schulz(g, 5) * (0.2 * 8**0.5)))\n"
+        "print(torch.equal(orthogonalize(g), newton_schulz(g, 5) * (0.2 * 8**0.5)))\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **taken}, capture_output=True, text=True, timeout=60

@@ -11,10 +11,10 @@ from torch import nn
 
 from llm_quest.contracts import Loss
 from llm_quest.errors import GuardStop, ResourceError, UsageError
+from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw
-from llm_quest.train.run import Run
-from llm_quest.train.settings import Settings
+from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.run_dir import RunDir
 from tests.train.small import Losses, Rule, go, objective
 
 
@@ -39,12 +39,12 @@ def test_accumulation_over_uneven_parts_is_the_whole_batch(micro):
 def test_a_step_is_the_textbook_step_on_the_mean_loss_with_clipping():
     made = objective(dropout=0.0)
     plain = copy.deepcopy(made)
-    go(3, made=made, feed=Rule(micro=3), clip=0.5)
-    optimizer = adamw(plain.model, lr=3e-2)
+    go(3, made=made, feed=Rule(micro=3), max_grad_norm=0.5)
+    optimizer = make_adamw(plain.model, lr=3e-2)
     for step in range(3):
         for group in optimizer.param_groups:
             group["lr"] = 3e-2 * (step + 1) / 3
-        (batch,) = Rule().at(step)
+        (batch,) = Rule().batches(step)
         loss = plain(batch)
         (loss.total / loss.count).backward()
         assert torch.nn.utils.clip_grad_norm_(plain.model.parameters(), 0.5) > 0.5, "the example must clip"
@@ -89,12 +89,12 @@ def test_a_compiled_run_is_the_run_and_the_objective_is_one_graph(monkeypatch):
 class Dropped:
     """A probe that draws random numbers and asks for the model's mode."""
 
-    name, every = "eval", 5
+    name, interval = "eval", 5
 
     def __init__(self) -> None:
         self.at: list[int] = []
 
-    def measure(self, model, step):
+    def evaluate(self, model, step):
         self.at.append(step)
         assert not model.training
         assert not torch.is_grad_enabled()
@@ -119,11 +119,11 @@ class Calls:
     def __init__(self) -> None:
         self.at: list[int] = []
 
-    def after_step(self, model, step):
+    def on_step_end(self, model, step):
         self.at.append(step)
         model.calls += 1
 
-    def after_refusal(self, model):
+    def on_step_skipped(self, model):
         self.at.append(None)
 
 
@@ -162,15 +162,15 @@ class Poisoned(Rule):
         super().__init__()
         self.bad = bad
 
-    def at(self, step):
-        batches = [replace(batch, tokens=batch.tokens.clamp(min=1)) for batch in super().at(step)]
+    def batches(self, step):
+        batches = [replace(batch, tokens=batch.tokens.clamp(min=1)) for batch in super().batches(step)]
         batches[0].tokens[0, -1] = 0 if step in self.bad else 1
         return batches
 
 
 def test_a_nan_is_skipped_counted_shown_and_null_in_the_log(tmp_path):
     calls, show = Calls(), Losses()
-    with Run(tmp_path / "run") as run:
+    with RunDir(tmp_path / "run") as run:
         result = go(8, run, made=trapped(), feed=Poisoned({3, 4}), callbacks=[calls], show=show)
     assert result.metrics["skipped"] == 2
     assert calls.at == [1, 2, 3, None, None, 6, 7, 8]
@@ -191,27 +191,30 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were():
 
 @pytest.mark.parametrize(("backward", "place"), [(False, r"output of model\.embed \(Trap\)"), (True, "gradient")])
 def test_too_many_bad_steps_stop_the_run_and_name_the_module(tmp_path, backward, place):
-    with Run(tmp_path / "run") as run, pytest.raises(GuardStop, match=rf"stopped at step 8: 3 steps in a row.*{place}"):
+    with (
+        RunDir(tmp_path / "run") as run,
+        pytest.raises(GuardStop, match=rf"stopped at step 8: 3 steps in a row.*{place}"),
+    ):
         go(20, run, made=trapped(backward), feed=Poisoned(range(5, 20)), max_bad_steps=2)
     report = json.loads((tmp_path / "run/crash.json").read_text())
     assert report["step"] == 8
-    assert report["guard"]["bad_run"] == 3
+    assert report["guard"]["nonfinite_streak"] == 3
 
 
 def test_steps_without_a_target_change_nothing_and_too_many_stop_the_run():
     class Mute(Rule):
-        def at(self, step):
+        def batches(self, step):
             return (
-                [replace(b, targets=torch.full_like(b.targets, -100)) for b in super().at(step)]
+                [replace(b, targets=torch.full_like(b.targets, -100)) for b in super().batches(step)]
                 if step % 2
-                else super().at(step)
+                else super().batches(step)
             )
 
     result = go(6, feed=Mute())
     assert result.metrics["empty"] == 3
 
     class Nothing(Rule):
-        def at(self, step):
+        def batches(self, step):
             return []
 
     with pytest.raises(GuardStop, match="every target is masked"):
@@ -236,19 +239,19 @@ def test_weights_that_are_not_finite_are_refused_before_the_first_step():
 
 
 def test_the_time_limit_saves_and_ends_with_exit_code_zero(tmp_path):
-    with Run(tmp_path / "run") as run:
-        result = go(500, run, feed=Rule(pause=0.01), max_time=0.2)
+    with RunDir(tmp_path / "run") as run:
+        result = go(500, run, feed=Rule(pause=0.01), max_seconds=0.2)
         assert (result.status, result.exit_code) == ("time", 0)
         assert result.step < 500
-        assert result.saved.endswith(f"step-{result.step:08d}")
+        assert result.checkpoint_path.endswith(f"step-{result.step:08d}")
         assert go(result.step + 2, run).step == result.step + 2
 
 
 def test_a_probe_s_time_is_not_in_the_rate_of_tokens():
     class Slow(Dropped):
-        every = 1
+        interval = 1
 
-        def measure(self, model, step):
+        def evaluate(self, model, step):
             time.sleep(0.2)
             return {}
 
@@ -269,18 +272,18 @@ def test_out_of_memory_names_remedies():
 
     made = Huge()
     with pytest.raises(ResourceError, match="out of memory in step 1: lower the micro-batch"):
-        train(made, Rule(), adamw(made.model, lr=1e-3), lambda step: 1.0, Settings(steps=1))
+        train(made, Rule(), make_adamw(made.model, lr=1e-3), lambda step: 1.0, TrainingArguments(steps=1))
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
         ({"precision": "fp16"}, "known: fp32, bf16"),
-        ({"clip": 0.0}, "positive"),
+        ({"max_grad_norm": 0.0}, "positive"),
         ({"log_every": 0}, "1 or more"),
         ({"save_every": -1}, "0 or more"),
     ],
 )
 def test_wrong_settings_say_what_is_allowed(wrong, words):
     with pytest.raises(UsageError, match=words):
-        Settings(steps=1, **wrong)
+        TrainingArguments(steps=1, **wrong)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_quest.train.optimizers import adamw, muon, newton_schulz, orthogonal
+from llm_quest.train.optimizers import make_adamw, make_muon, newton_schulz, orthogonalize
 from tests.train.small import Model
 
 
@@ -13,7 +13,7 @@ def grown(model: nn.Module, generator: torch.Generator) -> None:
 
 def test_only_matrices_decay_and_every_parameter_is_in_one_group():
     model = Model()
-    decayed, free = adamw(model, lr=1e-3, weight_decay=0.1).param_groups
+    decayed, free = make_adamw(model, lr=1e-3, weight_decay=0.1).param_groups
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in free["params"]} == {1}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
@@ -23,10 +23,10 @@ def test_only_matrices_decay_and_every_parameter_is_in_one_group():
 def test_a_frozen_parameter_is_left_out_and_a_frozen_model_is_refused():
     model = Model()
     model.embed.weight.requires_grad_(False)
-    held = [p for group in adamw(model, lr=1e-3).param_groups for p in group["params"]]
+    held = [p for group in make_adamw(model, lr=1e-3).param_groups for p in group["params"]]
     assert all(p is not model.embed.weight for p in held)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        muon(model.requires_grad_(False), lr=1e-3)
+        make_muon(model.requires_grad_(False), lr=1e-3)
 
 
 def test_newton_schulz_brings_every_singular_value_near_one_and_keeps_the_directions(generator):
@@ -49,7 +49,7 @@ def test_ours_equals_torchs_muon_over_ten_steps_in_float64(generator):
     ours, theirs = (nn.Sequential(nn.Linear(20, 12, bias=False, dtype=torch.float64)) for _ in range(2))
     for model in (ours, theirs):
         model[0].weight.data.copy_(start)
-    mine = muon(ours, lr=0.02, weight_decay=0.1)
+    mine = make_muon(ours, lr=0.02, weight_decay=0.1)
     other = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(10):
         gradient = torch.randn(12, 20, generator=generator, dtype=torch.float64)
@@ -67,10 +67,10 @@ def test_a_fused_projection_is_orthogonalised_part_by_part(generator):
     model[0].weight.data.zero_()
     gradient = torch.randn(24, 16, generator=generator)
     model[0].weight.grad = gradient.clone()
-    muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, splits={"0.weight": (16, 4, 4)}).step()
-    apart = torch.cat([orthogonal(part) for part in gradient.split([16, 4, 4])])
+    make_muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, row_splits={"0.weight": (16, 4, 4)}).step()
+    apart = torch.cat([orthogonalize(part) for part in gradient.split([16, 4, 4])])
     assert torch.equal(model[0].weight.data, -apart)
-    assert not torch.allclose(apart, orthogonal(gradient), atol=0.1)
+    assert not torch.allclose(apart, orthogonalize(gradient), atol=0.1)
 
 
 def test_a_stack_of_experts_is_as_many_matrices(generator):
@@ -79,9 +79,9 @@ def test_a_stack_of_experts_is_as_many_matrices(generator):
     model.conv = nn.Parameter(torch.zeros(5, 1, 4))
     grown(model, generator)
     gradient = model.experts.grad.clone()
-    optimizer = muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, splits={"experts": (4, 4)})
+    optimizer = make_muon(model, lr=1.0, weight_decay=0.0, momentum=0.0, row_splits={"experts": (4, 4)})
     optimizer.step()
-    alone = [torch.cat([orthogonal(gradient[e, :4]), orthogonal(gradient[e, 4:])]) for e in range(3)]
+    alone = [torch.cat([orthogonalize(gradient[e, :4]), orthogonalize(gradient[e, 4:])]) for e in range(3)]
     torch.testing.assert_close(model.experts.data, -torch.stack(alone), atol=3e-2, rtol=0)
     assert set(optimizer.state[model.conv]) == {"step", "exp_avg", "exp_avg_sq"}, (
         "a convolution is no stack of matrices"
@@ -93,7 +93,7 @@ def test_embeddings_heads_and_vectors_go_to_adamw(generator):
     same.load_state_dict(model.state_dict())
     for one in (model, same):
         grown(one, torch.Generator().manual_seed(1))
-    both, plain = muon(model, lr=1e-2), adamw(same, lr=1e-2)
+    both, plain = make_muon(model, lr=1e-2), make_adamw(same, lr=1e-2)
     both.step(), plain.step()
     kinds = {name: "momentum" in both.state[p] for name, p in model.named_parameters()}
     assert [name for name, by_muon in kinds.items() if by_muon] == [
@@ -106,6 +106,6 @@ def test_embeddings_heads_and_vectors_go_to_adamw(generator):
 def test_splits_that_do_not_fit_are_refused_by_name():
     model = nn.Sequential(nn.Linear(4, 6))
     with pytest.raises(ValueError, match=r"0\.weight.*add up to 5; it has 6 rows"):
-        muon(model, lr=1e-3, splits={"0.weight": (3, 2)})
+        make_muon(model, lr=1e-3, row_splits={"0.weight": (3, 2)})
     with pytest.raises(ValueError, match=r"does not have: 1\.weight"):
-        muon(model, lr=1e-3, splits={"1.weight": (6,)})
+        make_muon(model, lr=1e-3, row_splits={"1.weight": (6,)})

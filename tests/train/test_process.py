@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_quest.errors import BusyError
-from llm_quest.train.run import Run
+from llm_quest.train.run_dir import RunDir
 from tests.train.small import Losses, Rule, digest, go, main, objective
 
 ROOT = Path(__file__).parents[2]
@@ -98,13 +98,13 @@ def test_a_second_signal_ends_at_once_and_the_checkpoint_before_it_stands(tmp_pa
     assert time.monotonic() - asked < 0.7
     done = rows(tmp_path / "run")[-1]["step"]
     assert done < 4
-    with Run(tmp_path / "run") as run:
+    with RunDir(tmp_path / "run") as run:
         assert go(5, run, feed=Rule(micro=2)).step == 5
 
 
 def enter(folder, said) -> None:
     try:
-        with Run(folder):
+        with RunDir(folder):
             said.put("")
     except BusyError as error:
         said.put(str(error))
@@ -112,7 +112,7 @@ def enter(folder, said) -> None:
 
 def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
     said = processes.SimpleQueue()
-    with Run(tmp_path / "run"):
+    with RunDir(tmp_path / "run"):
         processes.Process(target=enter, args=(tmp_path / "run", said)).start()
         assert f"is in use by process {os.getpid()} on " in said.get()
     processes.Process(target=enter, args=(tmp_path / "run", said)).start()
@@ -121,14 +121,14 @@ def test_a_second_process_is_refused_and_told_who_holds_the_folder(tmp_path):
 
 def test_sigusr1_saves_and_goes_on(tmp_path):
     class Asking(Rule):
-        def at(self, step):
+        def batches(self, step):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return super().at(step)
+            return super().batches(step)
 
     before = signal.getsignal(signal.SIGUSR1)
-    with Run(tmp_path / "run") as run:
-        assert go(6, run, feed=Asking(), keep=0).step == 6
+    with RunDir(tmp_path / "run") as run:
+        assert go(6, run, feed=Asking(), keep_last=0).step == 6
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
     assert signal.getsignal(signal.SIGUSR1) == before
 
@@ -154,7 +154,7 @@ def test_two_processes_see_the_data_of_one_and_have_its_losses(tmp_path, engine,
     made, show = objective(dropout=0.0), Losses()
     go(16, made=made, feed=Rule(micro=2), show=show, optimizer=optimizer)
     torchrun(tmp_path / "run", "--steps", "12", "--engine", engine, "--optimizer", optimizer)
-    with Run(tmp_path / "run") as run:
+    with RunDir(tmp_path / "run") as run:
         events = Losses()
         go(16, run, made=objective(seed=5, dropout=0.0), feed=Rule(micro=2), show=events, optimizer=optimizer)
     assert any("processes was 2 and is 1" in text for text in events.events)

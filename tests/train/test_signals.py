@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llm_quest.train.signals import Signals
+from llm_quest.train.signals import SignalHandler
 
 
 class Interrupted(io.RawIOBase):
@@ -26,10 +26,10 @@ def test_ctrl_c_in_the_middle_of_a_line_only_takes_a_note(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     terminal = io.TextIOWrapper(io.BufferedWriter(Interrupted()), write_through=True)
-    with Signals() as signals:
+    with SignalHandler() as signals:
         monkeypatch.setattr(sys, "stderr", terminal)
         sys.stderr.write("step 2/150\n")
         sys.stderr.flush()
-    assert signals.stop == signal.SIGINT
+    assert signals.stop_signal == signal.SIGINT
     monkeypatch.undo()
     assert "SIGINT: this step is finished and saved" in capfd.readouterr().err

@@ -13,12 +13,30 @@ from typing import Any
 from llm_quest.data.problems.addition import Addition
 from llm_quest.data.problems.chained import Chained
 from llm_quest.data.problems.countdown import Countdown
-from llm_quest.data.problems.problem import PARTS, Drawn, Part, Problem, Task, demonstration, draw
+from llm_quest.data.problems.problem import (
+    SPLIT_NAMES,
+    Problem,
+    SplitName,
+    Task,
+    TaskSplit,
+    draw_problem,
+    teacher_demonstration,
+)
 from llm_quest.data.problems.registers import Registers
 from llm_quest.data.problems.strings import Reverse, Sort
 from llm_quest.errors import UsageError
 
-__all__ = ["PARTS", "TASKS", "Drawn", "Part", "Problem", "Task", "demonstration", "draw", "task"]
+__all__ = [
+    "SPLIT_NAMES",
+    "TASKS",
+    "Problem",
+    "SplitName",
+    "Task",
+    "TaskSplit",
+    "draw_problem",
+    "parse_task",
+    "teacher_demonstration",
+]
 
 TASKS: dict[str, Any] = {
     "reverse": Reverse,
@@ -30,7 +48,7 @@ TASKS: dict[str, Any] = {
 }
 
 
-def task(name: str, options: Mapping[str, Any] | None = None) -> Task:
+def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """The task of that name, with its options. UsageError for a name or an option that does not exist."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
@@ -47,13 +65,13 @@ def task(name: str, options: Mapping[str, Any] | None = None) -> Task:
     return made
 
 
-def spelled(text: str) -> Task:
+def parse_task(text: str) -> Task:
     """A task as people write it: its name, with options after a colon (countdown:count=4,largest=9)."""
     name, _, options = text.partition(":")
-    return task(name, dict(option(pair) for pair in options.split(",") if pair))
+    return make_task(name, dict(parse_option(pair) for pair in options.split(",") if pair))
 
 
-def option(pair: str) -> tuple[str, int | float]:
+def parse_option(pair: str) -> tuple[str, int | float]:
     """`count=4` as a name and its value."""
     name, equals, value = pair.partition("=")
     if not equals:

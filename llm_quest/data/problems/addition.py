@@ -22,15 +22,15 @@ class Addition:
     def alphabet(self) -> str:
         return "+=0123456789"
 
-    def problem(self, chance: random.Random) -> Problem:
-        a, b = (chance.randrange(10 ** chance.randint(1, self.digits)) for _ in range(2))
+    def generate_problem(self, rng: random.Random) -> Problem:
+        a, b = (rng.randrange(10 ** rng.randint(1, self.digits)) for _ in range(2))
         return Problem(f"{a}+{b}=", str(a + b), "number", f"{a}+{b}", numbers=(a, b))
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
-        return without_carry(*problem.numbers) if chance.random() < self.noise else problem.answer
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str:
+        return add_without_carry(*problem.numbers) if rng.random() < self.noise else problem.answer
 
 
-def without_carry(a: int, b: int) -> str:
+def add_without_carry(a: int, b: int) -> str:
     """The sum digit by digit, each modulo ten: 47+85 gives 22."""
     width = max(len(str(a)), len(str(b)))
     pairs = zip(str(a).zfill(width), str(b).zfill(width), strict=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llm_quest.data.problems.problem import Problem
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-STEP_END, ANSWER = ";", "#"
+STEP_END, ANSWER_PREFIX = ";", "#"
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,32 @@ class Chained:
     def alphabet(self) -> str:
         return "0123456789+-*%:=;#"
 
-    def problem(self, chance: random.Random) -> Problem:
-        length = chance.randint(self.shortest, self.longest)
+    def generate_problem(self, rng: random.Random) -> Problem:
+        length = rng.randint(self.shortest, self.longest)
         top = self.largest + 1 if self.largest else self.modulus
-        first = chance.randrange(1 if self.largest else 0, top)
-        chain = [(chance.choice("+-*"), chance.randrange(1, top)) for _ in range(length)]
+        first = rng.randrange(1 if self.largest else 0, top)
+        chain = [(rng.choice("+-*"), rng.randrange(1, top)) for _ in range(length)]
         text = f"{first}" + "".join(f"{sign}{number}" for sign, number in chain)
-        steps = worked(first, chain, self.modulus)
+        steps = solve_chain(first, chain, self.modulus)
         answer = steps[-1].rpartition("=")[2]
         return Problem(
             f"{text}%{self.modulus}:", answer, "chained", f"{text}%{self.modulus}", (self.modulus,), tuple(steps)
         )
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
-        steps, value = [], problem.steps[0][: leading_digits(problem.steps[0])]
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str:
+        steps, value = [], problem.steps[0][: count_leading_digits(problem.steps[0])]
         for right in problem.steps:
             left = right.partition("=")[0]
-            sign, number = operation(left[leading_digits(left) :])
+            sign, number = parse_operation(left[count_leading_digits(left) :])
             result = OPERATIONS[sign](int(value), number) % self.modulus
-            if chance.random() < self.noise:
-                result = (result + chance.randrange(1, self.modulus)) % self.modulus
+            if rng.random() < self.noise:
+                result = (result + rng.randrange(1, self.modulus)) % self.modulus
             steps.append(f"{value}{sign}{number}={result}")
             value = str(result)
-        return "".join(f"{step}{STEP_END}" for step in steps) + f"{ANSWER}{value}"
+        return "".join(f"{step}{STEP_END}" for step in steps) + f"{ANSWER_PREFIX}{value}"
 
 
-def worked(first: int, chain: Sequence[tuple[str, int]], modulus: int) -> list[str]:
+def solve_chain(first: int, chain: Sequence[tuple[str, int]], modulus: int) -> list[str]:
     """The right steps: `3*4=5`, `5+5=3`."""
     steps, value = [], first
     for sign, number in chain:
@@ -66,10 +66,10 @@ def worked(first: int, chain: Sequence[tuple[str, int]], modulus: int) -> list[s
     return steps
 
 
-def leading_digits(text: str) -> int:
+def count_leading_digits(text: str) -> int:
     return len(text) - len(text.lstrip("0123456789"))
 
 
-def operation(text: str) -> tuple[str, int]:
+def parse_operation(text: str) -> tuple[str, int]:
     """`*4` as its sign and its number."""
     return text[0], int(text[1:])

@@ -24,31 +24,31 @@ class Countdown:
     def alphabet(self) -> str:
         return "0123456789+-*/() :" + "make"
 
-    def problem(self, chance: random.Random) -> Problem:
+    def generate_problem(self, rng: random.Random) -> Problem:
         while True:
-            numbers = tuple(chance.randint(1, self.largest) for _ in range(self.count))
-            made = combined([(Fraction(number), str(number)) for number in numbers], chance)
+            numbers = tuple(rng.randint(1, self.largest) for _ in range(self.count))
+            made = random_expression([(Fraction(number), str(number)) for number in numbers], rng)
             if made is not None and made[0].denominator == 1 and 1 <= made[0] <= self.top:
                 target = int(made[0])
                 listed = " ".join(map(str, numbers))
                 key = " ".join(map(str, sorted(numbers))) + f" -> {target}"
                 return Problem(f"{listed} make {target}:", str(target), "expression", key, numbers)
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         """A solution found by trying at random: any of the right ones, not the shortest."""
         while True:
-            made = combined([(Fraction(number), str(number)) for number in problem.numbers], chance)
+            made = random_expression([(Fraction(number), str(number)) for number in problem.numbers], rng)
             if made is not None and made[0] == int(problem.answer):
-                return made[1].removeprefix("(").removesuffix(")") if enclosed(made[1]) else made[1]
+                return made[1].removeprefix("(").removesuffix(")") if is_bracketed(made[1]) else made[1]
 
 
-def combined(parts: list[tuple[Fraction, str]], chance: random.Random) -> tuple[Fraction, str] | None:
+def random_expression(parts: list[tuple[Fraction, str]], rng: random.Random) -> tuple[Fraction, str] | None:
     """All parts joined by random operations in a random order, with brackets where a reader needs them; None if that
     divides by zero."""
     parts = list(parts)
     while len(parts) > 1:
-        (a, left), (b, right) = (parts.pop(chance.randrange(len(parts))) for _ in range(2))
-        sign = chance.choice("+-*/")
+        (a, left), (b, right) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        sign = rng.choice("+-*/")
         if sign == "/" and b == 0:
             return None
         value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else a}[sign]
@@ -58,7 +58,7 @@ def combined(parts: list[tuple[Fraction, str]], chance: random.Random) -> tuple[
     return parts[0]
 
 
-def enclosed(text: str) -> bool:
+def is_bracketed(text: str) -> bool:
     """Is the whole text one pair of brackets?"""
     if not (text.startswith("(") and text.endswith(")")):
         return False

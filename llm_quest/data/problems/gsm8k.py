@@ -15,8 +15,8 @@ from typing import Any
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError
 
-MARK = "####"
-CALCULATOR = re.compile(r"<<[^<>]*>>")
+GSM8K_ANSWER_MARK = "####"
+CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
 def read_gsm8k(file: str | Path) -> list[Problem]:
@@ -27,39 +27,39 @@ def read_gsm8k(file: str | Path) -> list[Problem]:
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
-            problems.append(one(line, f"{file}:{number}"))
+            problems.append(parse_gsm8k_line(line, f"{file}:{number}"))
     if not problems:
         raise DataError(f"{file} holds no problems")
     return problems
 
 
-def one(line: str, place: str) -> Problem:
+def parse_gsm8k_line(line: str, place: str) -> Problem:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
-    return made(row, place)
+    return parse_gsm8k_row(row, place)
 
 
-def made(row: Any, place: str) -> Problem:
+def parse_gsm8k_row(row: Any, place: str) -> Problem:
     """The problem of a row with question and answer."""
     try:
         question, worked = row["question"], row["answer"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
-    reasoning, mark, answer = worked.rpartition(MARK)
+    reasoning, mark, answer = worked.rpartition(GSM8K_ANSWER_MARK)
     if not mark:
-        raise DataError(f"{place}: the answer has no {MARK} before its number")
-    steps = tuple(line for line in CALCULATOR.sub("", reasoning).strip().splitlines() if line)
+        raise DataError(f"{place}: the answer has no {GSM8K_ANSWER_MARK} before its number")
+    steps = tuple(line for line in CALCULATOR_ANNOTATION.sub("", reasoning).strip().splitlines() if line)
     return Problem(question, answer.strip().replace(",", ""), "gsm8k", question, steps=steps)
 
 
-def demonstration_of(problem: Problem) -> str:
+def gsm8k_demonstration(problem: Problem) -> str:
     """The worked answer without the calculator's annotations."""
-    return "\n".join([*problem.steps, f"{MARK} {problem.answer}"])
+    return "\n".join([*problem.steps, f"{GSM8K_ANSWER_MARK} {problem.answer}"])
 
 
-def held_out(problems: list[Problem], share: float = 0.05) -> tuple[list[Problem], list[Problem]]:
+def split_gsm8k_validation(problems: list[Problem], share: float = 0.05) -> tuple[list[Problem], list[Problem]]:
     """Training and validation parts, by the hash of the question: no seed, and the same for everybody."""
     limit = int(share * 2**32)
     kept = [int.from_bytes(hashlib.sha256(p.key.encode()).digest()[:4], "big") >= limit for p in problems]

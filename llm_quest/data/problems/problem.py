@@ -13,21 +13,21 @@ from typing import Literal, Protocol
 
 from llm_quest.errors import UsageError
 
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
-HELD_OUT = 26  # of 256 hash values, for validation and for test each: about a tenth
-PATIENCE = 10_000
+SplitName = Literal["train", "validation", "test"]
+SPLIT_NAMES: tuple[SplitName, ...] = ("train", "validation", "test")
+HELD_OUT_HASH_VALUES = 26  # of 256 hash values, for validation and for test each: about a tenth
+MAX_DRAW_ATTEMPTS = 10_000
 
 
 @dataclass(frozen=True)
 class Problem:
     """prompt: what the model reads. answer: the right answer, or what it must come to. check: the name of the verifier
-    (`rollouts.verifiers.CHECKS`). key: the content that makes two problems the same. numbers: those that must be used
-    (countdown). steps: right intermediate steps (chained)."""
+    (`rollouts.verifiers.VERIFIERS`). key: the content that makes two problems the same. numbers: those that must be
+    used (countdown). steps: right intermediate steps (chained)."""
 
     prompt: str
     answer: str
-    check: str
+    verifier: str
     key: str
     numbers: tuple[int, ...] = ()
     steps: tuple[str, ...] = ()
@@ -43,47 +43,47 @@ class Task(Protocol):
     @property
     def alphabet(self) -> str: ...
 
-    def problem(self, chance: random.Random) -> Problem: ...
+    def generate_problem(self, rng: random.Random) -> Problem: ...
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str: ...
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str: ...
 
 
-def draw(task: Task, part: Part, index: int, seed: int = 0) -> Problem:
+def draw_problem(task: Task, split: SplitName, index: int, seed: int = 0) -> Problem:
     """Problem number `index` of a split."""
     for attempt in itertools.count():
-        problem = task.problem(chance("problem", task.name, seed, part, index, attempt))
-        if part_of(task, problem) == part:
+        problem = task.generate_problem(make_rng("problem", task.name, seed, split, index, attempt))
+        if assign_split(task, problem) == split:
             return problem
-        if attempt == PATIENCE:
+        if attempt == MAX_DRAW_ATTEMPTS:
             raise UsageError(
-                f"the task {task.name} has so few different problems that none falls into the {part} split: "
+                f"the task {task.name} has so few different problems that none falls into the {split} split: "
                 "make its options larger"
             )
     raise AssertionError("itertools.count does not end")
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TaskSplit:
     """A split of a task as `rollouts.sample.Task` wants it: (seed, index) -> problem."""
 
     task: Task
-    part: Part = "train"
+    split: SplitName = "train"
 
     def __call__(self, seed: int, index: int) -> Problem:
-        return draw(self.task, self.part, index, seed)
+        return draw_problem(self.task, self.split, index, seed)
 
 
-def demonstration(task: Task, problem: Problem, index: int, seed: int = 0) -> str:
+def teacher_demonstration(task: Task, problem: Problem, index: int, seed: int = 0) -> str:
     """The teacher's completion for problem number `index`."""
-    return task.demonstrate(problem, chance("demonstration", task.name, seed, index, problem.key))
+    return task.demonstrate(problem, make_rng("demonstration", task.name, seed, index, problem.key))
 
 
-def part_of(task: Task, problem: Problem) -> Part:
+def assign_split(task: Task, problem: Problem) -> SplitName:
     """Which split a problem belongs to: its content alone decides, not the seed."""
     value = hashlib.sha256(f"{task.name}:{problem.key}".encode()).digest()[0]
-    return "test" if value < HELD_OUT else "validation" if value < 2 * HELD_OUT else "train"
+    return "test" if value < HELD_OUT_HASH_VALUES else "validation" if value < 2 * HELD_OUT_HASH_VALUES else "train"
 
 
-def chance(*key: object) -> random.Random:
+def make_rng(*key: object) -> random.Random:
     """A generator of its own for everything that is drawn."""
     return random.Random("/".join(map(str, key)))

@@ -7,7 +7,7 @@ import random
 import string
 from dataclasses import dataclass
 
-from llm_quest.data.problems.chained import ANSWER, OPERATIONS
+from llm_quest.data.problems.chained import ANSWER_PREFIX, OPERATIONS
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import UsageError
 
@@ -32,13 +32,12 @@ class Registers:
 
     @property
     def alphabet(self) -> str:
-        return "0123456789+-*:=" + ANSWER + string.ascii_lowercase[: self.longest + 1]
+        return "0123456789+-*:=" + ANSWER_PREFIX + string.ascii_lowercase[: self.longest + 1]
 
-    def problem(self, chance: random.Random) -> Problem:
-        first = chance.randint(1, self.largest)
+    def generate_problem(self, rng: random.Random) -> Problem:
+        first = rng.randint(1, self.largest)
         chain = [
-            (chance.choice("+-*"), chance.randint(1, self.largest))
-            for _ in range(chance.randint(self.shortest, self.longest))
+            (rng.choice("+-*"), rng.randint(1, self.largest)) for _ in range(rng.randint(self.shortest, self.longest))
         ]
         letters = string.ascii_lowercase[1:]
         text = f"a{first}" + "".join(f"{name}{sign}{n}" for name, (sign, n) in zip(letters, chain, strict=False))
@@ -50,18 +49,18 @@ class Registers:
         )
         return Problem(f"{text}:", str(values[-1]), "marked", text, (self.modulus, first), (f"a{first}", *steps))
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
-        told = problem.steps[0]
-        value = int(told[1:])
-        for name, (sign, n) in operations(problem.prompt):
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str:
+        completion = problem.steps[0]
+        value = int(completion[1:])
+        for name, (sign, n) in parse_assignments(problem.prompt):
             value = OPERATIONS[sign](value, n) % self.modulus
-            if chance.random() < self.noise:
-                value = (value + chance.randrange(1, self.modulus)) % self.modulus
-            told += f"{name}{sign}{n}={value}"
-        return f"{told}{ANSWER}{value}"
+            if rng.random() < self.noise:
+                value = (value + rng.randrange(1, self.modulus)) % self.modulus
+            completion += f"{name}{sign}{n}={value}"
+        return f"{completion}{ANSWER_PREFIX}{value}"
 
 
-def operations(prompt: str) -> list[tuple[str, tuple[str, int]]]:
+def parse_assignments(prompt: str) -> list[tuple[str, tuple[str, int]]]:
     """`a3b*2c+10:` as `b`, (`*`, 2) and `c`, (`+`, 10)."""
     names = [place for place, sign in enumerate(prompt) if sign.isalpha()][1:]
     ends = [*names[1:], len(prompt) - 1]

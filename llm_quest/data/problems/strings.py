@@ -24,12 +24,12 @@ class Reverse:
     def alphabet(self) -> str:
         return "".join(sorted({*self.name, *"()=", *string.ascii_lowercase[: self.letters]}))
 
-    def problem(self, chance: random.Random) -> Problem:
-        word = drawn_word(chance, self.shortest, self.longest, self.letters)
+    def generate_problem(self, rng: random.Random) -> Problem:
+        word = random_word(rng, self.shortest, self.longest, self.letters)
         return Problem(f"{self.name}({word})=", word[::-1], "exact", word)
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
-        return problem.answer[::-1] if self.noise and chance.random() < self.noise else problem.answer
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str:
+        return problem.answer[::-1] if self.noise and rng.random() < self.noise else problem.answer
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Sort:
     def alphabet(self) -> str:
         return "".join(sorted({*self.name, *"()=", *string.ascii_lowercase[: self.letters]}))
 
-    def problem(self, chance: random.Random) -> Problem:
-        word = drawn_word(chance, self.shortest, self.longest, self.letters)
+    def generate_problem(self, rng: random.Random) -> Problem:
+        word = random_word(rng, self.shortest, self.longest, self.letters)
         return Problem(f"{self.name}({word})=", "".join(sorted(word)), "exact", word)
 
-    def demonstrate(self, problem: Problem, chance: random.Random) -> str:
+    def demonstrate(self, problem: Problem, rng: random.Random) -> str:
         return problem.answer
 
 
-def drawn_word(chance: random.Random, shortest: int, longest: int, letters: int) -> str:
-    return "".join(chance.choices(string.ascii_lowercase[:letters], k=chance.randint(shortest, longest)))
+def random_word(rng: random.Random, shortest: int, longest: int, letters: int) -> str:
+    return "".join(rng.choices(string.ascii_lowercase[:letters], k=rng.randint(shortest, longest)))

@@ -14,25 +14,43 @@ import torch
 from torch import Tensor
 
 from llm_quest.data.batch import TokenBatch
-from llm_quest.layers.rotary import Rotary
+from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.next_token import NextToken
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.flat import pretrain as flat
+from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import adamw
-from llm_quest.train.schedule import schedule
-from llm_quest.train.settings import Settings
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_adamw
 
 STEPS = 12
-CONFIG = flat.Config(vocab=61, width=32, layers=2, heads=4, groups=2, head_width=8, hidden=48)
-TRAINING = flat.Training(steps=STEPS, rows=6, at_once=2, length=16, rate=1e-2, warmup=3, clip=0.5)
+CONFIG = flat.LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+)
+TRAINING = flat.PretrainArguments(
+    max_steps=STEPS,
+    batch_size=6,
+    micro_batch_size=2,
+    sequence_length=16,
+    learning_rate=1e-2,
+    warmup_steps=3,
+    max_grad_norm=0.5,
+)
 
 
 def assembled() -> Decoder:
-    rotary = Rotary(8, CONFIG.theta)
-    return build(llama.Config(61, 32, 2, 4, 2, 8, 48, 16, rotary, True, eps=CONFIG.eps), seed=3).train()
+    rotary = RotaryEmbedding(8, CONFIG.rope_theta)
+    return build(
+        llama.Config(61, 32, 2, 4, 2, 8, 48, 16, rotary, True, rms_norm_eps=CONFIG.rms_norm_eps), seed=3
+    ).train()
 
 
 def as_flat(model: Decoder) -> flat.Llama:
@@ -40,17 +58,17 @@ def as_flat(model: Decoder) -> flat.Llama:
     made = flat.Llama(CONFIG)
     state = dict(model.named_parameters())
     named = {"embed.weight": state["embed.token.weight"], "norm.weight": state["norm.weight"]}
-    for i in range(CONFIG.layers):
+    for i in range(CONFIG.num_hidden_layers):
         block = f"blocks.{i}."
         q, k, v = state[f"{block}mixer.layer.qkv.weight"].split([32, 16, 16])
-        gate, up = state[f"{block}ffn.layer.gate_up.weight"].chunk(2)
+        gate, up = state[f"{block}feed_forward.layer.gate_up.weight"].chunk(2)
         named |= {f"{block}attention.{name}.weight": part for name, part in (("q", q), ("k", k), ("v", v))}
         named |= {f"{block}ffn.gate.weight": gate, f"{block}ffn.up.weight": up}
         named |= {
             f"{block}attention.out.weight": state[f"{block}mixer.layer.out.weight"],
-            f"{block}ffn.down.weight": state[f"{block}ffn.layer.down.weight"],
+            f"{block}ffn.down.weight": state[f"{block}feed_forward.layer.down.weight"],
             f"{block}attention_norm.weight": state[f"{block}mixer.norm.weight"],
-            f"{block}ffn_norm.weight": state[f"{block}ffn.norm.weight"],
+            f"{block}ffn_norm.weight": state[f"{block}feed_forward.norm.weight"],
         }
     made.load_state_dict({name: tensor.detach().clone() for name, tensor in named.items()})
     return made
@@ -58,7 +76,7 @@ def as_flat(model: Decoder) -> flat.Llama:
 
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator, text = torch.Generator().manual_seed(1), torch.arange(4000) ** 2 % 61
-    return [flat.batch_of(text, TRAINING, generator) for _ in range(STEPS)]
+    return [flat.sample_rows(text, TRAINING, generator) for _ in range(STEPS)]
 
 
 @dataclass
@@ -67,14 +85,14 @@ class Given:
 
     steps: Sequence[tuple[Tensor, Tensor]]
 
-    def at(self, step: int) -> list[TokenBatch]:
+    def batches(self, step: int) -> list[TokenBatch]:
         inputs, targets = self.steps[step]
         return [TokenBatch(*pair) for pair in zip(inputs.split(2), targets.split(2), strict=True)]
 
-    def bookmark(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def resume(self, bookmark: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """It has no state."""
 
 
@@ -86,10 +104,10 @@ class Losses:
 
     def start(self, step: int, steps: int) -> None: ...
 
-    def row(self, row: dict[str, Any]) -> None:
+    def log_metrics(self, row: dict[str, Any]) -> None:
         self.seen.append(row["loss"])
 
-    def event(self, text: str) -> None: ...
+    def log_event(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -105,14 +123,14 @@ def test_every_step_loses_what_the_assembled_recipe_loses() -> None:
     plain = as_flat(model)
     given, losses = batches(), Losses()
     train(
-        NextToken(model),
+        NextTokenLoss(model),
         Given(given),
-        adamw(model, lr=TRAINING.rate, weight_decay=TRAINING.weight_decay),
-        schedule(STEPS, warmup=TRAINING.warmup, floor=TRAINING.floor),
-        Settings(steps=STEPS, clip=TRAINING.clip, log_every=1),
-        display=losses,
+        make_adamw(model, lr=TRAINING.learning_rate, weight_decay=TRAINING.weight_decay),
+        make_lr_schedule(STEPS, warmup_steps=TRAINING.warmup_steps, min_lr_ratio=TRAINING.min_lr_ratio),
+        TrainingArguments(steps=STEPS, max_grad_norm=TRAINING.max_grad_norm, log_every=1),
+        logger=losses,
     )
-    optimizer = flat.optimizer_of(plain, TRAINING)
+    optimizer = flat.build_adamw(plain, TRAINING)
     flatly = [flat.train_step(plain, optimizer, *given[step], step, TRAINING) for step in range(STEPS)]
     assert losses.seen == pytest.approx(flatly, abs=2e-5)
     assert flatly[-1] < flatly[0] - 0.5
@@ -123,8 +141,15 @@ def test_every_step_loses_what_the_assembled_recipe_loses() -> None:
 def test_it_learns_a_file_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = flat.Config(width=48, layers=2, heads=2, groups=1, head_width=24, hidden=96)
-    monkeypatch.setattr(flat, "Config", lambda: small)
+    small = flat.LlamaConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=24,
+        intermediate_size=96,
+    )
+    monkeypatch.setattr(flat, "LlamaConfig", lambda: small)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)
     flat.main(str(tmp_path / "text.txt"), steps=12)
     told = capsys.readouterr().out

@@ -1,0 +1,210 @@
+"""`quest generate --prompts FILE --out TEXTS.jsonl`: a text for every prompt, as rows whose `text` training reads. So
+one model's texts are another's data (sequence-level distillation, Kim & Rush 2016, arXiv:1606.07947).
+
+Prompts of like length are written together. A row's random numbers are named by the seed, its prompt and how many
+equal prompts stand before it in the file, so neither --batch nor a pause decides its text."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.cli.chat import GenerationOptions, LogFn, load_model_and_tokenizer, require_compiler
+from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
+from llm_quest.data.documents import Document
+from llm_quest.data.prompts import read_prompts
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.generation.generate import generate_completions
+from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.reference_model import weights_hash
+from llm_quest.train.logger import EtaClock
+
+DEFAULT_BATCH_SIZE = 32
+PROGRESS_SECONDS = 5.0
+"""Seconds between two lines about progress."""
+
+
+@dataclass(frozen=True)
+class BatchGenerateReport:
+    """rows: in the file; new, tokens, seconds: of this command; dropped: reason -> prompts without a row; finished: why
+    the rows of the file end -> how many."""
+
+    out: str
+    prompts: int
+    rows: int
+    new: int
+    dropped: Mapping[str, int]
+    finished: Mapping[str, int]
+    tokens: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"tokens_per_second": self.tokens / self.seconds if self.new else None}
+
+    def lines(self) -> list[str]:
+        ends = ", ".join(f"{count:,} by {why}" for why, count in self.finished.items())
+        result = [f"{self.out}: {self.rows:,} rows for {self.prompts:,} prompts; they end {ends}"]
+        result += [f"dropped: {count:,} prompts ({reason})" for reason, count in self.dropped.items()]
+        if not self.new:
+            return [*result, "the file was finished already; nothing was written"]
+        return [*result, f"{self.new:,} new rows, {self.tokens:,} tokens, {self.tokens / self.seconds:,.0f} tokens/s"]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts as ids, and of each how many equal ones stand before it."""
+
+    prompts: Sequence[Document]
+    ids: Sequence[list[int]]
+    occurrence: Sequence[int]
+
+    def batches(self, rows: Sequence[int], size: int) -> list[list[int]]:
+        """Rows of like length together; the longest first, so that memory that does not suffice is known at once."""
+        order = sorted(rows, key=lambda row: (-len(self.ids[row]), row))
+        return [order[at : at + size] for at in range(0, len(order), size)]
+
+    def make_row(self, number: int, done: Completion) -> dict[str, Any]:
+        prompt, completion = self.prompts[number].text, done.text or ""
+        told = {"prompt": prompt, "text": prompt + completion, "completion": completion, "finished": done.finish_reason}
+        return {"row": number, **told}
+
+
+def check_prompt_options(
+    prompts: Path | None, alone: Mapping[str, object], needed: Mapping[str, object], file_only: Mapping[str, object]
+) -> None:
+    """UsageError for options that do not go together. alone: for one prompt; needed: with --prompts, and there only;
+    file_only: with --prompts only."""
+    if prompts is None:
+        if wrong := [name for name, value in {**needed, **file_only}.items() if value is not None]:
+            raise UsageError(f"{wrong[0]} belongs to --prompts FILE and does nothing without it: leave it out")
+        if alone["--prompt"] is None:
+            raise UsageError("nothing to go on from: give --prompt TEXT, or --prompts FILE and --out TEXTS.jsonl")
+        return
+    if wrong := [name for name, value in alone.items() if value is not None]:
+        raise UsageError(f"{wrong[0]} is for one text, --prompts for many: leave one of them out")
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise UsageError(f"--prompts needs {missing[0]}: the file for the rows, such as texts.jsonl")
+
+
+def generate_batch(
+    name_or_path: str,
+    prompts: Path,
+    out: Path,
+    options: GenerationOptions,
+    *,
+    batch: int | None,
+    device: str,
+    dtype: str,
+    log: LogFn,
+) -> BatchGenerateReport:
+    """A row in `out_features` for every prompt that leaves room for a text; rows that are there already stay."""
+    asked = read_prompts(prompts)
+    options.sampling  # noqa: B018  (mistakes are told before a model is loaded)
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    work = tokenize_prompts(asked, tokenizer)
+    fit = select_fitting_prompts(work, model, options.slide, prompts, log)
+    until = options.stopping_criteria(model, tokenizer)
+    with open_jsonl_output(out, output_settings(name_or_path, model, tokenizer, asked, options, until)) as file:
+        known = file.load_existing()
+        missing = [row for row in fit if row not in known]
+        if known and missing:
+            log(f"{out} has {len(known):,} rows; going on with {len(missing):,}")
+        if missing and options.compile:
+            require_compiler(next(model.parameters()).device, log)
+        began = time.perf_counter()
+        tokens = generate_missing(file, work, missing, model, options, until, batch or DEFAULT_BATCH_SIZE, log)
+        seconds = time.perf_counter() - began
+        rows = file.sort_rows()
+    ends = Counter(str(row.get("finished")) for row in rows.values())
+    left = len(asked) - len(fit)
+    dropped = (
+        {f"no room for a text in the context of {model.config.max_position_embeddings:,} tokens": left} if left else {}
+    )
+    return BatchGenerateReport(
+        str(out), len(asked), len(rows), len(missing), dropped, dict(sorted(ends.items())), tokens, seconds
+    )
+
+
+def tokenize_prompts(asked: Sequence[Document], tokenizer: Tokenizer) -> PromptSet:
+    ids = [tokens or [tokenizer.start_token_id] for tokens in tokenizer.encode_batch([one.text for one in asked])]
+    known, which = Counter[tuple[int, ...]](), []
+    for tokens in ids:
+        which.append(known[tuple(tokens)])
+        known[tuple(tokens)] += 1
+    return PromptSet(asked, ids, which)
+
+
+def select_fitting_prompts(work: PromptSet, model: Decoder, slide: bool, prompts: Path, log: LogFn) -> list[int]:
+    """The prompts that leave room for a text; UsageError if none does."""
+    context = model.config.max_position_embeddings
+    fit = [row for row, tokens in enumerate(work.ids) if slide or len(tokens) < context]
+    if not fit:
+        raise UsageError(
+            f"every prompt of {prompts} fills the context of {context:,} tokens (the shortest has "
+            f"{min(map(len, work.ids)):,}): shorten them, or --slide"
+        )
+    if len(fit) < len(work.ids):
+        kept = set(fit)
+        first = next(one.source for row, one in enumerate(work.prompts) if row not in kept)
+        log(f"dropped: {len(work.ids) - len(fit):,} prompts that fill the context of {context:,} (first: {first})")
+    return fit
+
+
+def output_settings(
+    name_or_path: str,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    asked: Sequence[Document],
+    options: GenerationOptions,
+    stopping_criteria: StoppingCriteria,
+) -> dict[str, Any]:
+    """What a row depends on."""
+    digest = hashlib.sha256()
+    for one in asked:
+        digest.update(one.text.encode() + b"\0")
+    kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+    held = {
+        "model": name_or_path,
+        "weights": weights_hash(model),
+        "tokenizer": tokenizer.hash,
+        "prompts": digest.hexdigest(),
+    }
+    return (
+        held
+        | {"dtype": kind, "eos": stopping_criteria.eos_token_ids}
+        | {k: v for k, v in asdict(options).items() if k != "compile"}
+    )
+
+
+def generate_missing(
+    file: JsonlOutput,
+    work: PromptSet,
+    missing: Sequence[int],
+    model: Decoder,
+    options: GenerationOptions,
+    stopping_criteria: StoppingCriteria,
+    size: int,
+    log: LogFn,
+) -> int:
+    """Append them, batch by batch; how many tokens were drawn."""
+    clock, began = EtaClock(0, len(missing)), time.perf_counter()
+    done, tokens, told = 0, 0, began
+    for some in work.batches(missing, size):
+        made = generate_completions(
+            model, [work.ids[row] for row in some], options.sampling, stopping_criteria,
+            seed=options.seed, compile=options.compile, copy_offsets=[work.occurrence[row] for row in some],
+        )  # fmt: skip
+        file.append([work.make_row(row, one) for row, one in zip(some, made, strict=True)])
+        done, tokens, now = done + len(some), tokens + sum(len(one.tokens) for one in made), time.perf_counter()
+        if now - told > PROGRESS_SECONDS or done == len(missing):
+            rate, told = now - began, now
+            speed = f"{done / rate:,.1f} rows/s, {tokens / rate:,.0f} tokens/s"
+            log(f"{done:,}/{len(missing):,} rows, {speed}, ETA {clock.time_left(done)}")
+    return tokens

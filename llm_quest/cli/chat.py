@@ -1,0 +1,265 @@
+"""`quest generate` and `quest chat_template`: text that appears while it is made, cleaned before it reaches the
+terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from llm_quest.cli.output import clean_text, print_json
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.template_sandbox import Messages
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.generation.generate import generate_completions, stream_tokens
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.models.build import DTYPES
+from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.auto import find_cpp_compiler, resolve_precision
+from llm_quest.techniques.score_head import find_score_head
+from llm_quest.train.parallel import resolve_device
+
+LogFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to write: at most so many tokens, drawn so, ending there. compile: by compiled passes, which take a while to
+    make and then are faster."""
+
+    tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: tuple[str, ...]
+    slide: bool
+    seed: int
+    compile: bool = False
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    def stopping_criteria(self, model: Decoder, tokenizer: Tokenizer) -> StoppingCriteria:
+        eos = {*(model.generation_config.eos_token_ids if model.generation_config else ()), *tokenizer.eos_token_ids}
+        beyond: Literal["stop", "slide"] = "slide" if self.slide else "stop"
+        return StoppingCriteria(
+            max_new_tokens=self.tokens,
+            eos_token_ids=tuple(sorted(eos)),
+            stop=self.stop,
+            tokenizer=tokenizer,
+            on_full_context=beyond,
+        )
+
+
+def load_model_and_tokenizer(name_or_path: str, device: str, dtype: str, log: LogFn) -> tuple[Decoder, Tokenizer]:
+    """A model with its tokenizer. dtype auto: bfloat16 on a GPU that has it, else float32."""
+    torch_device = resolve_device(device)
+    kind = dtype
+    if dtype == "auto":
+        kind = (
+            "bfloat16"
+            if torch_device.type == "cuda" and resolve_precision("auto", torch_device).value == "bf16"
+            else "float32"
+        )
+    if kind not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known; give auto, {', '.join(DTYPES)}")
+    model, tokenizer = load(name_or_path, device=torch_device, dtype=kind), load_tokenizer(name_or_path)
+    if (head := find_score_head(model)) is not None:
+        raise UsageError(
+            f"{name_or_path} gives {head.outputs} numbers and no text: it is a reward model or a classifier"
+        )
+    log(
+        f"{name_or_path}: {model.spec.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {kind} on {torch_device}"
+    )
+    return model, tokenizer
+
+
+def generate_text(
+    name_or_path: str, prompt: str, options: GenerationOptions, *, device: str, dtype: str, as_json: bool, log: LogFn
+) -> None:
+    """Print the continuation of a prompt; with as_json everything at its end."""
+    sampling = options.sampling
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
+    require_room_in_context(tokens, model, options.slide)
+    until = options.stopping_criteria(model, tokenizer)
+    if options.compile:
+        require_compiler(next(model.parameters()).device, log)
+    if as_json:
+        done = generate_completions(model, [tokens], sampling, until, seed=options.seed, compile=options.compile)[0]
+        print_json({"prompt": prompt, **asdict(done)})
+        return
+    print_text(prompt)
+    for piece in stream_text(model, tokens, sampling, until, options.seed, compile=options.compile):
+        print_text(piece)
+    print_text("\n")
+
+
+def require_compiler(device: torch.device, log: LogFn) -> None:
+    """UsageError where nothing is there that could compile for the CPU."""
+    if device.type == "cpu" and not find_cpp_compiler():
+        raise UsageError("--compile needs a C++ compiler, and none was found: install g++ or clang, or leave it out")
+    log("compiling: half a minute or so before the text begins")
+
+
+def require_room_in_context(tokens: list[int], model: Decoder, slide: bool) -> None:
+    """UsageError for a prompt that leaves no room for an answer."""
+    if len(tokens) >= model.config.max_position_embeddings and not slide:
+        raise UsageError(
+            f"the prompt has {len(tokens)} tokens, the context is {model.config.max_position_embeddings}; shorten it, or --slide"
+        )
+
+
+def stream_text(
+    model: Decoder,
+    tokens: list[int],
+    sampling: SamplingParams,
+    stopping_criteria: StoppingCriteria,
+    seed: int,
+    *,
+    compile: bool = False,
+) -> Iterator[str]:
+    """The pieces of text as they become certain."""
+    for made in stream_tokens(model, [tokens], sampling, stopping_criteria, seed=seed, compile=compile):
+        yield made.text
+
+
+def print_text(text: str) -> None:
+    """Text on stdout at once, without what could command the terminal."""
+    sys.stdout.write(clean_text(text))
+    sys.stdout.flush()
+
+
+def run_chat(
+    name_or_path: str,
+    options: GenerationOptions,
+    *,
+    system: str | None,
+    template: bool,
+    device: str,
+    dtype: str,
+    log: LogFn,
+) -> None:
+    """The conversation: read a line, answer it, remember both."""
+    sampling = options.sampling
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    history = make_conversation(tokenizer, system, template, log)
+    log("/reset forgets the conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
+    until = options.stopping_criteria(model, tokenizer)
+    turn = 0
+    while (line := read_user_line()) is not None:
+        if line == "/reset":
+            history.reset()
+        elif line:
+            turn += 1
+            history.add_user_message(line)
+            tokens = history.prompt_tokens(
+                model.config.max_position_embeddings - min(options.tokens, model.config.max_position_embeddings // 2),
+                log,
+            )
+            history.add_reply(stream_answer(model, tokens, sampling, until, options.seed + turn))
+
+
+def read_user_line() -> str | None:
+    """The next line a person types; None when they leave."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if line in ("/quit", "/exit") else line
+
+
+def stream_answer(
+    model: Decoder, tokens: list[int], sampling: SamplingParams, stopping_criteria: StoppingCriteria, seed: int
+) -> str:
+    """Print the answer and return it; Ctrl-C ends it early."""
+    said = ""
+    try:
+        for piece in stream_text(model, tokens, sampling, stopping_criteria, seed):
+            print_text(piece)
+            said += piece
+    except KeyboardInterrupt:
+        print_text(" ...")
+    print_text("\n")
+    return said
+
+
+def make_conversation(
+    tokenizer: Tokenizer, system: str | None, template: bool, log: LogFn
+) -> TemplatedConversation | PlainConversation:
+    """By the folder's template if there is one and it is wanted; else plain continuation, and it is said which."""
+    if template and tokenizer.chat_template:
+        log("this folder has a chat template: messages are put into it")
+        return TemplatedConversation(tokenizer, system)
+    log(
+        "plain continuation: the model goes on from everything said so far (no chat template"
+        + (" is used)" if not template else " here)")
+    )
+    return PlainConversation(tokenizer, system)
+
+
+class PlainConversation:
+    """One growing text."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None):
+        self.tokenizer, self.system = tokenizer, system
+        self.reset()
+
+    def reset(self) -> None:
+        self.text = f"{self.system}\n" if self.system else ""
+
+    def add_user_message(self, line: str) -> None:
+        self.text += line
+
+    def add_reply(self, said: str) -> None:
+        self.text += said + "\n"
+
+    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
+        """The end of the text, as much as there is room for."""
+        return (self.tokenizer.encode(self.text) or [self.tokenizer.start_token_id])[-room:]
+
+
+class TemplatedConversation:
+    """Messages with roles, laid out by the folder's template."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None):
+        self.chat, self.system = ChatTemplate(tokenizer), system
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def add_user_message(self, line: str) -> None:
+        self.messages.append({"role": "user", "content": line})
+
+    def add_reply(self, said: str) -> None:
+        self.messages.append({"role": "assistant", "content": said})
+
+    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
+        """The prompt; the oldest question and answer are forgotten where it is too long."""
+        tokens = self.chat.encode_prompt(self.messages)
+        while len(tokens) > room:
+            first = 1 if self.system else 0
+            if len(self.messages) - first < 3:
+                raise UsageError(
+                    f"this message makes a prompt of {len(tokens)} tokens and there is room for {room}; shorten it"
+                )
+            del self.messages[first : first + 2]
+            log("(the oldest question and its answer no longer fit and are forgotten)")
+            tokens = self.chat.encode_prompt(self.messages)
+        return tokens

@@ -1,0 +1,191 @@
+"""A model drawn in text: the stream runs down the left side, branches leave it and join it again.
+
+┣━▶ norm   RMSNorm 48             the branch reads the stream through a norm,
+┃   feed_forward GatedMLP          does its work,
+⊕◀━        96 → down 48           and is added to the stream
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from llm_quest.layers.attention import GroupedQueryAttention
+from llm_quest.layers.block import Residual, Sublayer
+from llm_quest.layers.multi_token_prediction import MTPModule
+from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.layers.patch_embedding import ImageEmbedding
+from llm_quest.layers.rotary import NoRotary
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.multimodal import VisionLanguageModel
+
+
+def draw_model(model: Decoder | ImageEncoder | VisionLanguageModel) -> list[str]:
+    """The model from top to bottom: the stream on the left, every branch leaving it at ┣ and joining it again at ⊕.
+    Blocks that are alike are drawn once."""
+    if isinstance(model, VisionLanguageModel):
+        return draw_vision_language(model)
+    if isinstance(model, ImageEncoder):
+        end = ["  logits (B,V)"]
+        if isinstance(model.head, nn.Identity):
+            end = ["  the class token's vector (B,D)"]
+        else:
+            end = [f"  ├── head   {describe_layer(model.head)}", "  │", *end]
+        return [*draw_encoder(model, len(model.blocks)), f"  ├── norm   {describe_layer(model.norm)}", "  │", *end]
+    drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe_layer(model.embed)}", "  │", *draw_blocks(model.blocks)]
+    tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
+    head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"
+    head += ", the embedding itself" if tied else ", a matrix of its own"
+    drawn += [f"  ├── norm   {describe_layer(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
+    return [*drawn, *multi_token_modules(model.mtp_modules)]
+
+
+def multi_token_modules(modules: Iterable[nn.Module]) -> list[str]:
+    """The multi-token modules in order, those that are alike drawn once. Each reads the vectors of the one before it
+    (the first: the model's) and the embedding of a token further on, and the model's head reads it."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for number, module in enumerate(modules, 1):
+        assert isinstance(module, MTPModule), "a decoder's multi-token modules are of one class"
+        norms = (
+            f"{describe_layer(module.embed_norm)} of the embedding, {describe_layer(module.hidden_norm)} of the vector"
+        )
+        lines = (
+            f"  ├── norm   {norms}",
+            f"  ├── join   {module.join.in_features:,} → {module.join.out_features:,}",
+            "  │",
+            "  ┢━ block ━━━",
+            *(f"  {line}" for line in draw_block(module.block)),
+            "  ┡━━━",
+            "  │",
+            f"  ├── norm   {describe_layer(module.norm)}",
+            "  │",
+            "  the head, once more: logits (B,T,V) of a token further on",
+        )
+        kinds.setdefault(lines, []).append(number)
+    drawn = []
+    for lines, numbers in kinds.items():
+        name = describe_layer_range(numbers).replace("block", "multi-token module", 1)
+        drawn += ["", f"  {name}: the vector before the head and the embedding of a token further on", "  │", *lines]
+    return drawn
+
+
+def draw_vision_language(model: VisionLanguageModel) -> list[str]:
+    """What an image goes through, and the decoder that is shown it."""
+    depth, adapter = model.config.num_vision_blocks, type(model.adapter).__name__
+    seen = draw_encoder(model.tower, depth)
+    told = f"  ├── adapter  {adapter}"
+    inside = [f"  │          {line}" for line in describe_projections(model.adapter)]
+    end = [f"  {model.config.image_seq_length} vectors, in place of as many placeholders", ""]
+    return [*seen, told, *inside, "  │", *end, *draw_model(model.decoder)]
+
+
+def draw_encoder(model: ImageEncoder, depth: int) -> list[str]:
+    """An image encoder down to its block number `depth`."""
+    drawn = ["  images (B,C,H,W)", "  │", f"  ├── embed  {describe_layer(model.embed)}"]
+    if not isinstance(model.enter, nn.Identity):
+        drawn += ["  │", f"  ├── enter  {describe_layer(model.enter)}"]
+    return [*drawn, "  │", *draw_blocks(model.blocks[:depth])]
+
+
+def draw_blocks(blocks: Iterable[nn.Module]) -> list[str]:
+    """Blocks in order, those that are alike drawn once."""
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for layer, block in enumerate(blocks):
+        kinds.setdefault(tuple(draw_block(block)), []).append(layer)
+    drawn = []
+    for lines, layers in kinds.items():
+        drawn += [f"  ┢━ {describe_layer_range(layers)} ━━━", *(f"  {line}" for line in lines), "  ┡━━━", "  │"]
+    return drawn
+
+
+def describe_layer_range(layers: Sequence[int]) -> str:
+    """block 3; blocks 0 to 15, 16 alike; blocks 0 to 4, 6 to 10, 12 to 16, ..., 22 alike"""
+    if len(layers) == 1:
+        return f"block {layers[0]}"
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][-1] == layer - 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    told = [f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    return f"blocks {', '.join(told[:4])}{', ...' if len(told) > 4 else ''}, {len(layers)} alike"
+
+
+def draw_block(block: nn.Module) -> list[str]:
+    """A block's branches, in order: what each reads, what it does, how it joins the stream again."""
+    lines = []
+    for name, branch in block.named_children():
+        assert isinstance(branch, Sublayer), "a block consists of sublayers"
+        inside = [f"norm   {describe_layer(branch.norm)}", f"{name:<6} {describe_layer(branch.layer)}"]
+        inside += [f"       {line}" for line in describe_projections(branch.layer)]
+        if not isinstance(branch.post_norm, nn.Identity):
+            inside.append(f"norm   {describe_layer(branch.post_norm)}")
+        kind = "" if isinstance(branch.residual, Residual) else f"   by {type(branch.residual).__name__}"
+        lines += ["┃", f"┣━▶ {inside[0]}", *(f"┃   {line}" for line in inside[1:-1]), f"⊕◀━ {inside[-1]}{kind}"]
+    return [*lines, "┃"]
+
+
+def describe_layer(layer: nn.Module) -> str:
+    """A layer in one line: its kind, and the numbers that matter."""
+    kind = type(layer).__name__
+    if isinstance(layer, GroupedQueryAttention):
+        shared = (
+            f"{layer.num_attention_heads} query heads share {layer.num_key_value_heads} key/value heads"
+            if layer.num_key_value_heads < layer.num_attention_heads
+            else f"{layer.num_attention_heads} heads"
+        )
+        looks = "" if layer.sliding_window is None else f", looks back {layer.sliding_window:,} tokens"
+        return f"{kind}: {shared} of {layer.head_dim}{looks}"
+    if isinstance(layer, ImageEmbedding):
+        side, pixels = layer.patches.patch_size, f"{layer.patches.in_features:,} → {layer.patches.out_features:,}"
+        return (
+            f"{kind}: patches of {side} × {side} pixels, {pixels}; one more token; {len(layer.positions):,} positions"
+        )
+    own = (
+        layer.named_children() if any(isinstance(table, nn.Embedding) for table in layer.children()) else [("", layer)]
+    )
+    held = [
+        (name, inner, describe_shape(inner)) for name, inner in own if not isinstance(inner, nn.Identity | nn.Dropout)
+    ]
+    return ", ".join([f"{kind} " + " and ".join(f"{name} {shape}".strip() for name, _, shape in held)]).strip()
+
+
+def describe_shape(layer: nn.Module) -> str:
+    """128,256 x 2,048 of a table; 768 with bias of a norm."""
+    own = dict(layer.named_parameters(recurse=False))
+    matrix = " × ".join(f"{n:,}" for n in own["weight"].shape) if "weight" in own else ""
+    return matrix + (" with bias" if "bias" in own else "")
+
+
+def describe_projections(layer: nn.Module) -> list[str]:
+    """The linear maps inside a layer, in order, and how queries and keys are told where they stand."""
+    lines = []
+    for name, inner in layer.named_modules():
+        own = isinstance(inner, nn.Linear) and inner.bias is not None
+        if isinstance(inner, PackedLinear):
+            parts = " + ".join(f"{part} {rows:,}" for part, rows in inner.parts.items())
+            lines.append(f"{inner.in_features:,} → {parts}{', with biases' if own else ''}")
+        elif isinstance(inner, nn.Linear):
+            lines.append(f"{inner.in_features:,} → {name} {inner.out_features:,}{', with bias' if own else ''}")
+        else:
+            held = [(key, weight) for key, weight in inner.named_parameters(recurse=False) if weight.ndim > 1]
+            lines += [f"{name} {key} {' × '.join(f'{n:,}' for n in weight.shape)}".lstrip() for key, weight in held]
+    if isinstance(layer, GroupedQueryAttention):
+        turned = (
+            "not turned"
+            if isinstance(layer.rotary, NoRotary)
+            else f"turned by position, {describe_rotary(layer.rotary)}"
+        )
+        lines.insert(1, f"q and k {turned}")
+    return lines
+
+
+def describe_rotary(rotary: Any) -> str:
+    """base 500,000, Llama3 x32"""
+    scaling = rotary.scaling
+    stretched = "" if scaling is None else f", {type(scaling).__name__} x{scaling.factor:g}"
+    return f"base {rotary.rope_theta:,.0f}{stretched}"

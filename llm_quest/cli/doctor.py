@@ -1,0 +1,265 @@
+"""`quest doctor`: what this machine is, what can be used of it, and what to mend. The same findings are a run's
+`env.json`.
+
+Nothing secret is told: only variables on a list are read, and one whose name sounds like a secret is shown as set, not
+its value."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llm_quest import __version__
+from llm_quest.train.hardware import bf16_support, usable_cores
+
+# fmt: off
+PACKAGES = (
+    "torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pydantic", "pyyaml", "typer", "rich", "jinja2",
+    "matplotlib", "jaxtyping", "filelock", "psutil", "tensorboard", "transformers",
+)
+OPTIONAL_PACKAGES = ("tensorboard", "transformers")
+ENV_VARIABLES = (
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN",
+    "HF_HUB_DISABLE_TELEMETRY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTORCH_ALLOC_CONF",
+    "TOKENIZERS_PARALLELISM", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CXX",
+)
+# fmt: on
+SECRET_VARIABLE = re.compile(r"TOKEN$|_KEY|^KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+CREDENTIALS_IN_URL = re.compile(r"//[^/@\s]+@")
+PACKAGE = Path(__file__).parents[1]
+LOW_DISK, LOW_MEMORY = 2e9, 1e9
+
+
+@dataclass(frozen=True)
+class MachineReport:
+    """What was found. devices: name -> what it is. bf16: is bfloat16 quicker here, and why. warnings: (what,
+    remedy)."""
+
+    quest: str
+    python: str
+    platform: str
+    torch: str
+    processor: str
+    cores: int
+    usable_cores: int
+    threads: int
+    simd: tuple[str, ...]
+    memory_bytes: int
+    memory_available: int
+    disk_free: int
+    devices: dict[str, str]
+    bf16: bool
+    bf16_why: str
+    compiler: str | None
+    packages: dict[str, str | None]
+    hub_cache: str
+    hub_offline: bool
+    variables: dict[str, str]
+    git: dict[str, Any] | None
+    warnings: tuple[tuple[str, str], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        git = "LLM Quest does not run from a git checkout"
+        if self.git is not None:
+            changed = ", with uncommitted changes" if self.git["changed"] else ""
+            git = f"{self.git['commit'][:12]} on {self.git['branch']}{changed}"
+        cores = f"{self.usable_cores} of {self.cores} cores usable, torch uses {self.threads} threads"
+        facts = [
+            ("LLM Quest", f"{self.quest}, python {self.python}, torch {self.torch}"),
+            ("platform", self.platform),
+            ("processor", f"{self.processor}; {cores}"),
+            ("SIMD", ", ".join(self.simd) or "nothing torch names"),
+            ("bfloat16", f"{'yes' if self.bf16 else 'no'}: {self.bf16_why}"),
+            ("devices", "; ".join(f"{name} ({what})" for name, what in self.devices.items())),
+            ("memory", f"{self.memory_available / 1e9:.1f} of {self.memory_bytes / 1e9:.1f} GB available"),
+            ("disk", f"{self.disk_free / 1e9:.1f} GB free here"),
+            ("compiler", self.compiler or "none"),
+            ("hub cache", f"{self.hub_cache}{', offline' if self.hub_offline else ''}"),
+            ("git", git),
+            ("variables", ", ".join(f"{name}={value}" for name, value in self.variables.items()) or "none that matter"),
+            ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items() if version)),
+            ("absent", ", ".join(name for name, version in self.packages.items() if version is None) or "nothing"),
+        ]
+        width = max(len(name) for name, _ in facts)
+        result = [f"{name:<{width}}  {what}" for name, what in facts]
+        return result + (
+            [f"{'warning':<{width}}  {what}: {remedy}" for what, remedy in self.warnings] or ["all is well"]
+        )
+
+
+def inspect_machine(folder: str | Path = ".") -> MachineReport:
+    """Examine this machine, and the disk that holds `folder`. A few milliseconds once torch is loaded."""
+    memory = psutil.virtual_memory()
+    fast, why = bf16_support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = MachineReport(
+        quest=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        torch=torch.__version__,
+        processor=processor_name(),
+        cores=os.cpu_count() or 1,
+        usable_cores=usable_cores(),
+        threads=torch.get_num_threads(),
+        simd=simd_features(),
+        memory_bytes=memory.total,
+        memory_available=memory.available,
+        disk_free=shutil.disk_usage(nearest_existing_dir(Path(folder))).free,
+        devices=list_devices(),
+        bf16=fast,
+        bf16_why=why,
+        compiler=shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++"),
+        packages={name: package_version(name) for name in PACKAGES},
+        hub_cache=str(hub_cache_dir()),
+        hub_offline=any(
+            os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+            for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        ),
+        variables={name: redact_variable(name, os.environ[name]) for name in ENV_VARIABLES if name in os.environ},
+        git=git_state(),
+        warnings=(),
+    )
+    return MachineReport(**{**vars(found), "warnings": tuple(machine_warnings(found))})
+
+
+def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
+    """(what is wrong, what to do about it)"""
+    missing = [name for name, version in machine.packages.items() if version is None and name not in OPTIONAL_PACKAGES]
+    if missing:
+        yield f"{', '.join(missing)} cannot be found", "run `pip install llm-quest` again"
+    if machine.threads > machine.usable_cores:
+        yield (
+            f"torch uses {machine.threads} threads on {machine.usable_cores} usable cores",
+            f"set OMP_NUM_THREADS={machine.usable_cores}",
+        )
+    if machine.threads < machine.usable_cores and "OMP_NUM_THREADS" in machine.variables:
+        yield (
+            f"OMP_NUM_THREADS={machine.variables['OMP_NUM_THREADS']} leaves cores idle",
+            f"set it to {machine.usable_cores}, or unset it",
+        )
+    if machine.compiler is None:
+        yield "there is no C++ compiler, so torch.compile cannot be used on the CPU", "install g++ or clang"
+    if machine.disk_free < LOW_DISK:
+        yield (
+            f"{machine.disk_free / 1e9:.1f} GB of disk are left",
+            "free some: a full disk stops a run at its next checkpoint",
+        )
+    if machine.memory_available < LOW_MEMORY:
+        yield (
+            f"{machine.memory_available / 1e9:.1f} GB of memory are available",
+            "close something, or train with fewer micro_rows",
+        )
+    if not os.access(nearest_existing_dir(Path(machine.hub_cache)), os.W_OK):
+        yield f"the hub cache {machine.hub_cache} cannot be written", "point HF_HOME to a folder that can"
+
+
+def simd_features() -> tuple[str, ...]:
+    """What torch knows of the processor's vector units, the names as the kernel spells them."""
+    found = torch.cpu.get_capabilities()
+    return tuple(name for name, there in sorted(found.items()) if there is True and name != "architecture")
+
+
+def list_devices() -> dict[str, str]:
+    """What torch can compute on here."""
+    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        one = torch.cuda.get_device_properties(index)
+        found[f"cuda:{index}"] = (
+            f"{one.name}, {one.total_memory / 1e9:.0f} GB, compute capability {one.major}.{one.minor}"
+        )
+    if torch.backends.mps.is_available():
+        found["mps"] = "Apple GPU"
+    for index in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
+        found[f"xpu:{index}"] = torch.xpu.get_device_name(index)
+    return found
+
+
+def processor_name() -> str:
+    """Its name, from the kernel where the kernel tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def package_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hub_cache_dir() -> Path:
+    """Where huggingface_hub keeps what it downloads."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
+    )
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def redact_variable(name: str, value: str) -> str:
+    """A variable's value as it may be shown: secrets are set or not, and addresses lose the credentials inside them."""
+    if SECRET_VARIABLE.search(name):
+        return "(set, not shown)"
+    return CREDENTIALS_IN_URL.sub("//(not shown)@", value)
+
+
+def git_state(root: Path = PACKAGE.parent) -> dict[str, Any] | None:
+    """Commit and branch of the checkout that this package runs from, and whether anything in it is uncommitted; None
+    where it is installed otherwise, or without git.
+
+    Commonly got wrong: git obeys the settings of the checkout it is asked about (`core.fsmonitor` and `filter.*.clean`
+    name programs to run), so it is never asked about a run folder or the working folder, which may be a stranger's."""
+    if not (root / ".git").exists():
+        return None
+    said = []
+    for question in (
+        ("rev-parse", "HEAD"),
+        ("rev-parse", "--abbrev-ref", "HEAD"),
+        ("status", "--porcelain", "--untracked-files=no"),
+    ):
+        try:
+            asked = subprocess.run(
+                ["git", "-C", str(root), *question], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        said.append(asked.stdout.strip())
+    return {"commit": said[0], "branch": said[1], "changed": bool(said[2])}
+
+
+def nearest_existing_dir(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    return next(candidate for candidate in (folder, *folder.parents) if candidate.exists())
+
+
+def matmul_peak(size: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
+    """GFLOP/s of a size x size matrix product, the best of as many as fit the time (at least three)."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    best, until, tried = float("inf"), time.perf_counter() + seconds, 0
+    torch.mm(a, b)
+    while tried < 3 or time.perf_counter() < until:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if torch.device(device).type != "cpu":
+            torch.accelerator.synchronize()
+        best, tried = min(best, time.perf_counter() - start), tried + 1
+    return 2 * size**3 / best / 1e9

@@ -1,0 +1,92 @@
+"""How a command ends: what went wrong in one to four lines on stderr, and the exit code of its class (docs/cli.md).
+
+0 done · 1 a bug of ours (traceback in crash.txt) · 2 usage or config · 3 input data or model files · 4 stopped by a
+training guard · 5 out of memory or disk · 6 missing extra, network or device · 7 run folder busy or of another run ·
+130, 143 interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from llm_quest import __version__
+from llm_quest.cli.output import print_json, print_status
+from llm_quest.errors import QuestError
+
+EXIT_INTERRUPTED = 130
+OUT_OF_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "not enough memory")
+OUT_OF_MEMORY_REMEDIES = (
+    "cheapest remedies: fewer rows at once (batch.micro_rows=1, the result stays the same),",
+    "activation checkpointing (activation_checkpointing=true), shorter rows (batch.length=...)",
+)
+
+
+def run_with_exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command; its exit code. With `--json` among the arguments a failure is told as JSON on stdout too."""
+    try:
+        return command() or 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        code, lines = describe_failure(error)
+        for line in lines:
+            print_status(line)
+        if "--json" in sys.argv and not isinstance(error, KeyboardInterrupt):
+            print_json({"error": {"kind": type(error).__name__, "message": "\n".join(lines), "exit_code": code}})
+        return code
+
+
+def describe_failure(error: BaseException) -> tuple[int, list[str]]:
+    """The exit code of a failure, and what to say."""
+    if isinstance(error, QuestError):
+        return error.exit_code, [f"quest: {line}" for line in str(error).splitlines()]
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, ["quest: interrupted"]
+    if is_out_of_memory(error):
+        return 5, [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
+    if isinstance(error, OSError) and error.errno in OUT_OF_DISK_ERRNOS:
+        return 5, [
+            f"quest: no space left on the disk of {error.filename or 'the output'}; free some and run the command again"
+        ]
+    if isinstance(error, OSError) and error.filename is not None:
+        return 3, [f"quest: {error.filename}: {error.strerror}"]
+    return 1, [
+        f"quest: a bug of ours, sorry: {type(error).__name__}: {first_line(error)}",
+        f"the details are in {write_crash_file(error)}",
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's, or the host allocator's way of saying it."""
+    said = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
+    return isinstance(error, MemoryError) or said
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["(no message)"])[0][:300]
+
+
+def write_crash_file(error: BaseException) -> Path:
+    """The traceback, in the working folder or else among the temporary files. It holds no variables and no
+    environment."""
+    head = f"quest {__version__}, python {platform.python_version()}, {platform.platform()}\n\n"
+    text = head + "".join(traceback.format_exception(error))
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            (folder / "crash.txt").write_text(text, encoding="utf-8", errors="replace")
+            return folder / "crash.txt"
+        except OSError:
+            continue
+    return Path("crash.txt (which could not be written)")

@@ -1,0 +1,98 @@
+"""`quest export RUN FOLDER`: a run's newest checkpoint as a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.load_save import load, load_tokenizer, parse_dtype, save
+from llm_quest.hub.save_adapter import save_adapter
+from llm_quest.layers.low_rank import adapter_layers
+from llm_quest.recipes.yaml_io import read_yaml_file
+from llm_quest.techniques.lora import merge_adapter, require_adapters
+from llm_quest.techniques.model_spec import all_exportable
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    run: str
+    folder: str
+    parameters: int
+    dtype: str
+    files: dict[str, int]
+    advice: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        result = [f"{self.folder}: {self.parameters:,} parameters in {self.dtype}, from {self.run}"]
+        result += [f"  {size:>14,} bytes  {name}" for name, size in self.files.items()]
+        return [*result, self.advice]
+
+
+def export_run(
+    run: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    merged: bool = False,
+    adapter: bool = False,
+) -> ExportReport:
+    """Write the Hugging Face layout, tokenizer included. Of an adapted model: merged into one, or the adapter alone."""
+    if merged and adapter:
+        raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
+    if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
+        raise DataError(f"{run} is no run folder (it has no model.json); give the folder that quest train wrote")
+    if merged or adapter:
+        return export_adapter(run, folder, dtype, overwrite, merged)
+    model = load(run, dtype=dtype)
+    if adapter_layers(model):
+        raise UsageError(
+            f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
+            "--adapter the adapter alone for PEFT"
+        )
+    save(model, folder, tokenizer=load_tokenizer(run), overwrite=overwrite)
+    return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
+
+
+def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
+    """Merged in float32, whatever is written."""
+    model = load(run, dtype="float32")
+    require_adapters(model)
+    kind = parse_dtype(dtype)
+    if merged:
+        merge_adapter(model)
+        save(model.to(kind), folder, tokenizer=load_tokenizer(run), overwrite=overwrite)
+        return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
+    base = base_model_path(run)
+    save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)
+    return make_export_report(run, folder, model, dtype, f"an adapter of {base or 'a model that only this run has'}")
+
+
+def advise_next_step(model: Any, folder: Path) -> str:
+    """What to do with the folder next."""
+    if all_exportable(model.spec.techniques):
+        return f"check it against transformers: quest verify {folder}"
+    return f"made with techniques that transformers does not compute; here: quest generate {folder}"
+
+
+def base_model_path(run: Path) -> str | None:
+    """The model that a run began with, if it was loaded."""
+    config = run / "config.yaml"
+    model = read_yaml_file(config).tree.get("model") if config.is_file() else None
+    where = model.get("load") if isinstance(model, dict) else None
+    return str(Path(where).resolve()) if where is not None and Path(where).is_dir() else where
+
+
+def make_export_report(run: Path, folder: Path, model: Any, dtype: str, advice: str) -> ExportReport:
+    """What lies in the folder now."""
+    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+    adapter = (folder / "adapter_config.json").exists()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not adapter)
+    return ExportReport(str(run), str(folder), parameters, dtype, files, advice)

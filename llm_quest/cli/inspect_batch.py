@@ -1,0 +1,178 @@
+"""`quest inspect-batch RECIPE`: what a step's batch holds, token by token: what is read and what is learned, at which
+position, in which document; or, of texts with labels, at which token the head reads the label. Look before you
+train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_quest.cli.output import clean_text
+from llm_quest.cli.train import load_recipe
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
+from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.data.text_classification import TextClassificationBatch
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.recipes import classify, dpo, pretrain, reward, sft
+from llm_quest.recipes.config_schema import RunConfig
+from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.run import init_distributed
+from llm_quest.recipes.tuning_config import ClassifyConfig, DpoConfig, RewardConfig, SftConfig
+from llm_quest.train.parallel import DistributedContext
+
+GREEN, RESET = "\x1b[1;32m", "\x1b[0m"
+LogFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DocumentTokens:
+    """One document of one row. learned: of each id, whether the model is to write it (or, of a text with a label,
+    whether its head is read there); the last id may be a target alone."""
+
+    row: int
+    document: int
+    positions: tuple[int, ...]
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """A step's rows. kinds: what each row is called. verb: what is done at marked tokens."""
+
+    step: int
+    length: int
+    rows: int
+    padding: int
+    pieces: tuple[DocumentTokens, ...]
+    tokenizer: Tokenizer
+    kinds: tuple[str, ...]
+    verb: str = "learned"
+
+    def as_json(self) -> dict[str, Any]:
+        documents = [
+            {
+                "row": piece.row,
+                "kind": self.kinds[piece.row],
+                "document": piece.document,
+                "tokens": [
+                    {"id": i, "text": self.decode([i]), "position": p, self.verb: mine}
+                    for i, p, mine in zip(piece.ids, piece.positions, piece.learned, strict=True)
+                ],
+            }
+            for piece in self.pieces
+        ]
+        return {
+            "step": self.step,
+            "rows": self.rows,
+            "length": self.length,
+            "padding": self.padding,
+            "documents": documents,
+        }
+
+    def lines(self, colour: bool = False) -> list[str]:
+        learned = sum(sum(piece.learned) for piece in self.pieces)
+        result = [
+            f"step {self.step}: {self.rows} rows of {self.length} tokens, {self.padding} of them padding; "
+            f"{learned} {self.verb}, {'in green' if colour else 'between [[ and ]]'}"
+        ]
+        for piece in self.pieces:
+            where = f"{piece.positions[0]}..{piece.positions[-1]}"
+            result.append(
+                f"row {piece.row}{self.kinds[piece.row]}, document {piece.document}, positions {where}: "
+                + self.highlight(piece, colour)
+            )
+        return result
+
+    def highlight(self, piece: DocumentTokens, colour: bool) -> str:
+        """The text, with what is learned made visible; line ends as a sign."""
+        before, after = (GREEN, RESET) if colour else ("[[", "]]")
+        highlighted = ""
+        for mine, run in groupby(zip(piece.ids, piece.learned, strict=True), key=lambda pair: pair[1]):
+            text = clean_text(self.decode([i for i, _ in run])).replace("\n", "\u21b5")
+            highlighted += f"{before}{text}{after}" if mine else text
+        return highlighted
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, keep_special_tokens=True)
+
+
+def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: int, log: LogFn) -> BatchView:
+    """The first rows of a step's batch, as the recipe would train on it."""
+    config: RunConfig = load_recipe(recipe, overrides)[1]
+    with init_distributed(config, 0) as parallel:
+        batch, tokenizer, labels = load_batch(config, parallel, step, log)
+    kinds = [""] * len(batch.input_ids)
+    if isinstance(batch, TextClassificationBatch):
+        kinds = [f", label {labels[number]}" for number in batch.labels.tolist()]
+        batch = TokenBatch(batch.input_ids, torch.full_like(batch.input_ids, IGNORE_INDEX), batch.position_ids)
+    if isinstance(batch, PreferenceBatch):
+        for better, worse in zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True):
+            kinds[better] = kinds[better] or " (better)"
+            kinds[worse] = " (worse)"
+        batch = batch.full_rows
+    batch = batch.slice_rows(0, min(rows, len(batch.input_ids)))
+    return make_batch_view(
+        batch, tokenizer, step, kinds, "read" if isinstance(config, RewardConfig | ClassifyConfig) else "learned"
+    )
+
+
+def load_batch(
+    config: RunConfig, parallel: DistributedContext, step: int, log: LogFn
+) -> tuple[TokenBatch | PreferenceBatch | TextClassificationBatch, Tokenizer, Sequence[str]]:
+    """From the recipe's own feed. The last are the names of the labels, where there are some."""
+    labels: Sequence[str] = ()
+    if isinstance(config, PretrainConfig):
+        text = pretrain.load_text_data(config.data, config.tokenizer, parallel, log)
+        loader: Any = pretrain.pretrain_loader(config, text, parallel)
+        return loader.at(step)[0], text.tokenizer, labels
+    if isinstance(config, SftConfig):
+        job = sft.build_sft_job(config, parallel, log)
+    elif isinstance(config, RewardConfig):
+        job = reward.build_reward_job(config, parallel, log)
+    elif isinstance(config, DpoConfig):
+        job = dpo.build_dpo_job(config, Path(), parallel, log)
+    elif isinstance(config, ClassifyConfig):
+        job = classify.build_classify_job(config, parallel, log)
+        labels = job.facts["labels"]
+    else:
+        raise UsageError(
+            f"inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, classify, not of {config.recipe}"
+        )
+    return job.loader.batches(step)[0], job.tokenizer, labels  # type: ignore[return-value]
+
+
+def make_batch_view(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: Sequence[str], verb: str) -> BatchView:
+    tokens = batch.input_ids
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens) if batch.position_ids is None else batch.position_ids
+    segments = torch.zeros_like(tokens) if batch.segment_ids is None else batch.segment_ids
+    found = tuple(
+        piece
+        for row in range(len(tokens))
+        for piece in split_row_documents(row, tokens[row], batch.targets[row], positions[row], segments[row])
+    )
+    if verb == "read":
+        found = tuple(replace(p, learned=tuple(at == p.positions[-1] for at in p.positions)) for p in found)
+    padding = int((positions < 0).sum())
+    return BatchView(step, tokens.shape[1], len(tokens), padding, found, tokenizer, tuple(kinds), verb)
+
+
+def split_row_documents(
+    row: int, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
+) -> Iterator[DocumentTokens]:
+    """The documents of a row, without padding."""
+    columns = zip(*(column.tolist() for column in (tokens, targets, positions, segments)), strict=True)
+    for document, run in groupby((c for c in columns if c[2] >= 0), key=lambda column: column[3]):
+        ids, wanted, places, _ = map(list, zip(*run, strict=True))
+        learned = [False, *(target != IGNORE_INDEX for target in wanted)]
+        if not learned[-1]:
+            learned.pop()
+        else:
+            ids, places = [*ids, wanted[-1]], [*places, places[-1] + 1]
+        yield DocumentTokens(row, document, tuple(places), tuple(ids), tuple(learned))

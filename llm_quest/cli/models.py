@@ -1,0 +1,273 @@
+"""What there is to build, and what it is made of: `quest models`, `quest show RECORD_NAME` (`quest diff` is in
+`build_distillation.py`).
+
+Counts come from the model itself, assembled without memory: parameters by walking it, the rest as `cost_fields.py`
+says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llm_quest.cli.diagram import describe_rotary, draw_model
+from llm_quest.contracts import Preset
+from llm_quest.cost.model_cost import cache_bytes, flops_per_token, image_flops
+from llm_quest.errors import DataError, UsageError
+from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.models import FAMILIES, VISION_FAMILIES
+from llm_quest.models.build import DTYPES, build_meta_model, count_parameters, family_of, preset
+from llm_quest.models.family import Family
+from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.multimodal import VisionLanguageModel
+from llm_quest.report.format import align_columns, format_bytes
+
+ALL_FAMILIES = (*FAMILIES, *VISION_FAMILIES)
+DEFAULT_CONTEXT = 4096
+LOADED_AS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class PresetList:
+    """Every preset of every page, one row each."""
+
+    rows: tuple[dict[str, Any], ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return list(self.rows)
+
+    def lines(self) -> list[str]:
+        cells = [("name", "page", "parameters", "context", "hub id", "notes")]
+        for row in self.rows:
+            counts = (f"{row['parameters']:,}", f"{row['context']:,}")
+            cells.append((row["name"], row["page"], *counts, row["hub"] or "-", row["notes"]))
+        hint = "quest show NAME draws one, quest diff A B tells two apart, quest plan says what training takes"
+        return [*align_columns(cells, right=(2, 3)), "", hint]
+
+
+def list_presets() -> PresetList:
+    """All presets. Published sizes carry their published count; the tiny ones are counted on the meta device."""
+    return PresetList(tuple(preset_row(family, one) for family in ALL_FAMILIES for one in family.presets))
+
+
+def preset_row(family: Family, one: Preset) -> dict[str, Any]:
+    parameters = (
+        one.num_parameters if one.num_parameters is not None else count_parameters(build_meta_model(one.config))
+    )
+    return {
+        "name": one.name,
+        "page": family.name,
+        "parameters": parameters,
+        "context": one.config.max_position_embeddings,
+        "hub": one.hub_id,
+        "notes": one.notes or ("a small one for tests and tours" if one.name.endswith("-tiny") else ""),
+    }
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model is made of.
+
+    parts: parameters by part, tied matrices once (with the embedding). cache_per_token: bytes (bf16) that one more
+    token adds to the cache; cache_fixed: bytes that do not grow (full windows, states); cache_total: at `context`
+    tokens. flops_linear, flops_scores: FLOPs per token of a forward pass over `context` tokens (two per multiply-add;
+    attention counted over all pairs, as in Chowdhery et al. 2022, appendix B); training costs three times as much.
+    load: bytes of weights by dtype. image_tokens: what one image takes of the context; 0: it reads none. flops_image:
+    FLOPs before the decoder's of reading an image, forward. An image encoder has nothing else: no cache, and no tokens
+    but an image's."""
+
+    name: str
+    page: str
+    headline: str
+    numbers: dict[str, Any]
+    picture: tuple[str, ...]
+    parameters: int
+    parts: dict[str, int]
+    context: int
+    cache_per_token: int
+    cache_fixed: int
+    cache_total: int
+    flops_linear: int
+    flops_scores: int
+    load: dict[str, int]
+    image_tokens: int = 0
+    flops_image: int = 0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per token, forward."""
+        return self.flops_linear + self.flops_scores
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "flops_forward": self.flops, "flops_training": 3 * self.flops}
+
+    def lines(self) -> list[str]:
+        parts = [(f"  {part}", f"{count:,}", f"{count / self.parameters:6.1%}") for part, count in self.parts.items()]
+        parts.append(("  together", f"{self.parameters:,}", ""))
+        facts = self.image_cost_rows() if self.image_tokens else []
+        facts += self.token_cost_rows() if self.cache_per_token else []
+        facts += [("to load", ", ".join(f"{format_bytes(held)} in {dtype}" for dtype, held in self.load.items()))]
+        drawn = [f"{self.name}: {self.headline}", "", *self.picture, ""]
+        return [*drawn, "parameters", *align_columns(parts, right=(1, 2)), "", *align_columns(facts)]
+
+    def token_cost_rows(self) -> list[tuple[str, str]]:
+        """What a decoder's token costs."""
+        fixed = f" and {format_bytes(self.cache_fixed)} that do not grow" if self.cache_fixed else ""
+        at, scores = f"at {self.context:,} tokens", f"{self.flops_scores / self.flops:.0%} of it attention"
+        return [
+            (
+                "cache, bfloat16",
+                f"{self.cache_per_token:,} bytes per token{fixed}; {format_bytes(self.cache_total)} {at}",
+            ),
+            ("forward", f"{self.flops / 1e9:,.4g} GFLOPs per token {at} ({scores})"),
+            ("training", f"{3 * self.flops / 1e9:,.4g} GFLOPs per token (backward costs twice the forward pass)"),
+        ]
+
+    def image_cost_rows(self) -> list[tuple[str, str]]:
+        """What reading an image costs."""
+        once, kept = self.flops_image / 1e9, self.image_tokens * self.cache_per_token
+        held = f"and {format_bytes(kept)} of the cache" if kept else "everyone sees everyone, nothing is cached"
+        return [
+            ("an image", f"{self.image_tokens:,} tokens, {held}"),
+            ("forward, an image", f"{once:,.4g} GFLOPs" + (" before the decoder reads its tokens" if kept else "")),
+            ("training, an image", f"{3 * once:,.4g} GFLOPs"),
+        ]
+
+
+def make_model_card(name: str, *, context: int | None = None) -> ModelCard:
+    """A portrait of a preset, a page (its first preset), or a folder with a config.json. context: tokens at which
+    cache and FLOPs are counted; by default what the model was made for, at most 4,096."""
+    title, config = find_config(name)
+    family, model = family_of(config), build_meta_model(config)
+    if context is not None and context < 1:
+        raise UsageError(f"context is {context}; it counts tokens, so give at least 1")
+    parameters = count_parameters(model)
+    return ModelCard(
+        name=title,
+        page=family.name,
+        headline=family_headline(family),
+        numbers=config_values(config),
+        picture=tuple(draw_model(model)),
+        parameters=parameters,
+        parts=parameters_by_part(model),
+        load={name: parameters * DTYPES[name].itemsize for name in LOADED_AS},
+        **cost_fields(title, model, context),
+    )
+
+
+def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
+    """What tokens cost, at so many of them, and what an image does."""
+    config = model.config
+    if isinstance(model, ImageEncoder):
+        weights, pairs = image_flops(config)
+        held = dict.fromkeys(("cache_per_token", "cache_fixed", "cache_total"), 0)
+        each = {
+            "flops_linear": weights // config.max_position_embeddings,
+            "flops_scores": pairs // config.max_position_embeddings,
+        }
+        return {
+            "context": config.max_position_embeddings,
+            **held,
+            **each,
+            **image_cost_fields(config.max_position_embeddings, weights + pairs),
+        }
+    image: dict[str, int] = {}
+    if isinstance(model, VisionLanguageModel):
+        image, config = image_cost_fields(config.image_seq_length, sum(image_flops(config))), config.text_config
+    context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    try:
+        linear, scores = flops_per_token(config, context)
+    except ValueError as error:
+        raise UsageError(f"{title} cannot be shown at {context:,} tokens: {error}") from None
+    growing, fixed, total = cache_bytes(config, context)
+    held = {"cache_per_token": growing, "cache_fixed": fixed, "cache_total": total}
+    return {"context": context, **held, "flops_linear": linear, "flops_scores": scores, **image}
+
+
+def image_cost_fields(tokens: int, flops: int) -> dict[str, int]:
+    return {"image_tokens": tokens, "flops_image": flops}
+
+
+def find_config(name: str) -> tuple[str, Any]:
+    """A title and a config, from a preset's name, a page's name, or a folder that holds a config.json."""
+    for family in ALL_FAMILIES:
+        if name in [one.name for one in family.presets]:
+            return name, preset(name).config
+    for family in ALL_FAMILIES:
+        if family.name == name:
+            return family.presets[0].name, family.presets[0].config
+    file = Path(name) / "config.json"
+    if file.is_file():
+        return name, read_family_config(file)
+    if Path(name).is_dir():
+        raise DataError(f"{name} holds no config.json, so there is nothing to show")
+    try:
+        return name, preset(name).config
+    except UsageError as error:
+        pages = ", ".join(family.name for family in ALL_FAMILIES)
+        raise UsageError(f"{error}; pages: {pages}; or a folder with a config.json") from None
+
+
+def read_family_config(file: Path) -> Any:
+    """The config of a Hugging Face folder, through its page."""
+    try:
+        published = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from None
+    if not isinstance(published, dict):
+        raise DataError(f"{file} holds {type(published).__name__}; a model's config is a JSON object")
+    for family in ALL_FAMILIES:
+        if family.matches(published):
+            return family.read(published)
+    known = ", ".join(name for family in ALL_FAMILIES for name in (family.model_type, *family.extra_model_types))
+    raise DataError(f"{file}: model_type {published.get('model_type')!r} has no page here; known: {known}")
+
+
+def family_headline(family: Family) -> str:
+    """The first sentence of the page's docstring."""
+    return family_docstring(family).split("\n\n")[0].replace("\n", " ").split(". What is new")[0].rstrip(".:")
+
+
+def family_docstring(family: Family) -> str:
+    """The page's own words."""
+    module = inspect.getmodule(family.assemble)
+    assert module is not None, "a page's assemble lives in its file"
+    return inspect.cleandoc(module.__doc__ or "")
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """Field -> value; a rotary and its scaling are written as a few words."""
+    return {field.name: plain_value(getattr(config, field.name)) for field in fields(config)}
+
+
+def plain_value(value: Any) -> Any:
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    if isinstance(value, tuple | list):
+        return [plain_value(item) for item in value]
+    return describe_rotary(value) if isinstance(value, RotaryEmbedding) else str(value)
+
+
+def parameters_by_part(model: Any) -> dict[str, int]:
+    """image encoder, adapter, embedding, mixers, feed-forward, norms, head: every parameter in exactly one part."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[parameter_part(name)] += parameter.numel()
+    return {part: counts[part] for part in PART_NAMES if counts[part]}
+
+
+PART_NAMES = ("image encoder", "adapter", "embedding", "attention", "feed-forward", "norms", "head", "other")
+
+
+def parameter_part(name: str) -> str:
+    words = name.removeprefix("decoder.").split(".")
+    named = {"tower": "image encoder", "adapter": "adapter", "embed": "embedding", "head": "head"}
+    if words[0] in named:
+        return named[words[0]]
+    if words[0] == "enter" or any("norm" in word for word in words):
+        return "norms"
+    return "attention" if "mixer" in words else "feed-forward" if "feed_forward" in words else "other"

@@ -1,0 +1,70 @@
+"""`quest papers` and `quest reproduce RECORD_NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.files import atomic_write_json
+from llm_quest.papers import PAPERS, load_paper
+from llm_quest.papers.card import VERDICTS, PaperCard, drawn, recorded_verdict, write_card
+from llm_quest.papers.reproduce import run_experiment
+
+LogFn = Callable[[str], None]
+CARDS_DIR = Path("docs/papers")
+
+
+@dataclass(frozen=True)
+class PaperEntry:
+    """A paper on the shelf. verdict: from its card."""
+
+    name: str
+    title: str
+    arxiv: str
+    claim: str
+    minutes: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class PaperList:
+    """All of them."""
+
+    entries: tuple[PaperEntry, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(entry) for entry in self.entries]
+
+    def lines(self) -> list[str]:
+        result = []
+        for one in self.entries:
+            result += [f"{one.name:<20}{one.title} (arXiv:{one.arxiv})", f"{'':<20}{one.claim}"]
+            result += [
+                f"{'':<20}{one.verdict or 'not measured here yet'}; about {one.minutes:g} minutes on one core",
+                "",
+            ]
+        return [*result, "measure one again: quest reproduce NAME"]
+
+
+def list_papers() -> PaperList:
+    """The papers with their claims and recorded verdicts."""
+    found = [load_paper(name) for name in PAPERS]
+    return PaperList(
+        tuple(
+            PaperEntry(p.name, p.title, p.arxiv, p.claim, p.minutes, recorded_verdict(CARDS_DIR, p.name)) for p in found
+        )
+    )
+
+
+def reproduce_paper(name: str, *, seeds: int, out: Path | None, jobs: int, log: LogFn) -> PaperCard:
+    """Measure, judge, draw."""
+    chosen, folder = load_paper(name), out or CARDS_DIR
+    log(
+        f"{chosen.title}: {len(chosen.arms)} arms, {seeds} seeds, about {chosen.minutes * seeds / 3 / jobs:.0f} minutes"
+    )
+    card = write_card(chosen, run_experiment(name, seeds=seeds, out=folder, jobs=jobs, log=log), folder)
+    if folder.resolve() == VERDICTS.parents[2] / CARDS_DIR:  # the project's own docs: the package ships their outcomes
+        atomic_write_json(VERDICTS, {name: verdict for name in sorted(PAPERS) if (verdict := drawn(folder, name))})
+    return card

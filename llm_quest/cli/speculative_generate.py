@@ -1,0 +1,130 @@
+"""`quest generate --draft`: the text of `quest generate` in fewer passes, and what that brought on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from llm_quest.cli.chat import (
+    GenerationOptions,
+    LogFn,
+    load_model_and_tokenizer,
+    print_text,
+    require_compiler,
+    require_room_in_context,
+)
+from llm_quest.cli.output import clean_text, print_json
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.generation.generate import generate_completions, stream_tokens
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.speculative.decode import DraftSource
+from llm_quest.generation.speculative.draft_length import SpeculationStats
+from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.models.decoder import Decoder
+
+BASELINE_TOKENS = 48
+"""So many tokens are written plainly, for comparison."""
+
+
+@dataclass(frozen=True)
+class SpeculationReport:
+    """What speculation brought: acceptance of tested drafts, tokens per pass of the model, and the speed against plain
+    decoding of the first tokens in the same process."""
+
+    acceptance: float
+    tokens_per_pass: float
+    speed_up: float
+    tokens_per_second: float
+    plain_tokens_per_second: float
+
+    def line(self) -> str:
+        return (
+            f"drafts accepted {self.acceptance:.0%}, {self.tokens_per_pass:.2f} tokens per pass of the model, "
+            f"{self.speed_up:.2f} x plain decoding ({self.tokens_per_second:.1f} against "
+            f"{self.plain_tokens_per_second:.1f} tokens/s)"
+        )
+
+
+def generate_speculative(
+    name_or_path: str,
+    draft_name: str,
+    prompt: str,
+    options: GenerationOptions,
+    *,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    log: LogFn,
+) -> None:
+    """Print the continuation, then what the draft brought; with as_json everything at its end. Compiled, the text is
+    made once unseen, so that no compiling is in the speeds."""
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    draft = load_draft(draft_name, model, tokenizer, name_or_path, device, dtype, log)
+    tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
+    require_room_in_context(tokens, model, options.slide)
+    sampling, until, tally = options.sampling, options.stopping_criteria(model, tokenizer), SpeculationStats()
+    if options.compile:
+        require_compiler(next(model.parameters()).device, log)
+        generate_completions(model, [tokens], sampling, until, seed=options.seed, compile=True, draft=draft)
+    plain = measure_baseline_speed(model, tokens, sampling, until, options)
+    started = time.perf_counter()
+    if as_json:
+        done = generate_completions(
+            model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=tally
+        )[0]
+        gained = make_speculation_report(tally, len(done.tokens), time.perf_counter() - started, plain)
+        print_json(speculation_json(prompt, done, gained))
+        return
+    print_text(prompt)
+    written = 0
+    for made in stream_tokens(
+        model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=tally
+    ):
+        written += 1
+        print_text(made.text)
+    print_text("\n")
+    log(make_speculation_report(tally, written, time.perf_counter() - started, plain).line())
+
+
+def speculation_json(prompt: str, done: Completion, speculation: SpeculationReport) -> dict[str, Any]:
+    return {"prompt": prompt, **asdict(done), "draft": asdict(speculation)}
+
+
+def load_draft(
+    draft_name: str, model: Decoder, tokenizer: Tokenizer, name_or_path: str, device: str, dtype: str, log: LogFn
+) -> DraftSource:
+    """What --draft names. A model must read the same tokens."""
+    if draft_name in ("mtp", "ngram"):
+        return draft_name
+    draft, own = load_model_and_tokenizer(draft_name, device, dtype, log)
+    if own.hash != tokenizer.hash:
+        raise UsageError(
+            f"{clean_text(draft_name)} has another tokenizer than {clean_text(name_or_path)}, so its guesses mean other tokens: take a "
+            "draft trained with the same one (tokenizer.load=...), or --draft ngram"
+        )
+    return draft
+
+
+def measure_baseline_speed(
+    model: Decoder,
+    tokens: list[int],
+    sampling: SamplingParams,
+    stopping_criteria: StoppingCriteria,
+    options: GenerationOptions,
+) -> float:
+    """Tokens per second of plain decoding, after a few to warm up."""
+    few = replace(stopping_criteria, max_new_tokens=min(BASELINE_TOKENS, stopping_criteria.max_new_tokens))
+    warm = (
+        few if options.compile else replace(stopping_criteria, max_new_tokens=min(4, stopping_criteria.max_new_tokens))
+    )
+    generate_completions(model, [tokens], sampling, warm, seed=options.seed, compile=options.compile)
+    started = time.perf_counter()
+    done = generate_completions(model, [tokens], sampling, few, seed=options.seed, compile=options.compile)[0]
+    return len(done.tokens) / (time.perf_counter() - started)
+
+
+def make_speculation_report(tally: SpeculationStats, written: int, seconds: float, plain: float) -> SpeculationReport:
+    speed = written / seconds
+    return SpeculationReport(tally.acceptance_rate, written / max(tally.num_passes, 1), speed / plain, speed, plain)

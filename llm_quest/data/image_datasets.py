@@ -1,0 +1,255 @@
+"""Labelled images: where they come from, which are held out, and how a step's rows are drawn and varied.
+
+Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class, CIFAR-10
+where it lies on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side;
+nothing but the final score looks at it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_quest.contracts import DataShard
+from llm_quest.data.images import ImageProcessor, list_image_files, load_pixels
+from llm_quest.data.packing import philox_uniforms, shuffle_indices
+from llm_quest.errors import DataError, MissingError, UsageError
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """pixels (N,C,H,W) uint8, labels (N,) into names."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of images and labels."""
+        digest = hashlib.sha256(f"{self.names} {self.pixels.shape}".encode())
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        digest.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
+        return digest.hexdigest()
+
+    def subset(self, indices: np.ndarray) -> ImageDataset:
+        """Those images alone."""
+        return ImageDataset(self.pixels[indices], self.labels[indices], self.names)
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """What is trained on and what is held out."""
+
+    train: ImageDataset
+    held_out: ImageDataset
+
+
+def split_images(images: ImageDataset, held_out: float) -> ImageSplits:
+    """About this part of the images is held out, by the hash of their pixels alone: no seed can choose an easy one."""
+    bound = held_out * 2.0**64
+    marks = [int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "big") for image in images.pixels]
+    out = np.array([mark < bound for mark in marks])
+    if out.all() or not out.any():
+        raise DataError(f"{len(images)} images are too few to hold out {held_out:.0%}; add images")
+    return ImageSplits(images.subset(np.flatnonzero(~out)), images.subset(np.flatnonzero(out)))
+
+
+def load_sklearn_digits() -> ImageDataset:
+    """The 1,797 digits that scikit-learn carries (Alpaydin & Kaynak 1998, UCI): 8 x 8, one channel."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MissingError(
+            "the digits come with scikit-learn, which is not installed: pip install 'llm-quest[vision]'"
+        ) from None
+    found = load_digits()
+    pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
+    return ImageDataset(pixels, found.target.astype(np.int64), tuple(str(digit) for digit in range(10)))
+
+
+def load_image_folder(path: str | Path, image_processor: ImageProcessor, held_out: float) -> ImageSplits:
+    """A sub-folder for each class; or folders `train` and `val` (or `test`) of such, which are then the two sides."""
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class")
+    inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
+    if (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
+        train = read_class_folders(inside["train"], image_processor)
+        return ImageSplits(
+            train, read_class_folders(inside.get("val", inside.get("test", path)), image_processor, train.names)
+        )
+    return split_images(read_class_folders(path, image_processor), held_out)
+
+
+def read_class_folders(
+    path: Path, image_processor: ImageProcessor, class_names: Sequence[str] | None = None
+) -> ImageDataset:
+    """Every image of every sub-folder; names: the classes that must be meant."""
+    there = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and list_image_files(entry))
+    if class_names is None and len(there) < 2:
+        raise DataError(
+            f"{path} has images in {len(there)} sub-folders; at least two classes are needed, one folder each"
+        )
+    class_names = tuple(there if class_names is None else class_names)
+    if unknown := [name for name in there if name not in class_names]:
+        raise DataError(f"{path} has the class {unknown[0]!r}, which the training images have not")
+    files = [
+        (file, label)
+        for label, name in enumerate(class_names)
+        if name in there
+        for file in list_image_files(path / name)
+    ]
+    pixels = load_pixels([file for file, _ in files], image_processor)
+    return ImageDataset(pixels, np.array([label for _, label in files]), class_names)
+
+
+def load_cifar10(path: str | Path) -> ImageSplits:
+    """CIFAR-10's binary version (Krizhevsky 2009): five files to train on, `test_batch.bin` held out, as published."""
+    path = Path(path)
+    path = path / "cifar-10-batches-bin" if (path / "cifar-10-batches-bin").is_dir() else path
+    files = [path / f"data_batch_{number}.bin" for number in range(1, 6)]
+    if absent := [file.name for file in (*files, path / "test_batch.bin") if not file.is_file()]:
+        raise MissingError(
+            f"CIFAR-10 is not in {path}: {absent[0]} is missing. Unpack cifar-10-binary.tar.gz (the binary version; "
+            "the Python version is pickled and is not read) and set images.folder to its folder"
+        )
+    return ImageSplits(read_cifar_files(files), read_cifar_files([path / "test_batch.bin"]))
+
+
+def read_cifar_files(files: Sequence[Path]) -> ImageDataset:
+    """Records of one byte label and 3 x 32 x 32 bytes of red, green and blue."""
+    parts = []
+    for file in files:
+        raw = np.fromfile(file, dtype=np.uint8)
+        if len(raw) == 0 or len(raw) % CIFAR10_RECORD_BYTES or raw[::CIFAR10_RECORD_BYTES].max() > 9:
+            raise DataError(f"{file}: {len(raw):,} bytes are no whole number of CIFAR-10 records; unpack it again")
+        parts.append(raw.reshape(-1, CIFAR10_RECORD_BYTES))
+    records = np.concatenate(parts)
+    return ImageDataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64), CIFAR10_CLASSES)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """images (B,C,H,W) as the model reads them; labels (B,) int64."""
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, " B"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Images, for throughput."""
+        return self.images.shape[0]
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The same batch on another device."""
+        return ImageBatch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class ImageAugmentation:
+    """Random variation of training images, at most so much: turn in degrees, zoom and shift as parts of the side, flip
+    left and right, erase one square of so large a part of the side (DeVries & Taylor 2017, arXiv:1708.04552)."""
+
+    turn: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    flip: bool = False
+    erase: float = 0.0
+
+    def __call__(self, images: Float[Tensor, "B C H W"], uniforms: Float[Tensor, "B 8"]) -> Float[Tensor, "B C H W"]:
+        """chance: numbers in 0..1, a row for each image. What lies outside the image is 0, the mean."""
+        if self == ImageAugmentation():
+            return images
+        signed = 2 * uniforms - 1
+        angle, scale = signed[:, 0] * self.turn * torch.pi / 180, 1 + signed[:, 1] * self.zoom
+        mirror = torch.where(uniforms[:, 4] < 0.5 * self.flip, -1.0, 1.0)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        rows = (cos * mirror, -sin, 2 * self.shift * signed[:, 2], sin * mirror, cos, 2 * self.shift * signed[:, 3])
+        theta = torch.stack(rows, dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return self.erase_square(F.grid_sample(images, grid, align_corners=False), uniforms)
+
+    def erase_square(
+        self, images: Float[Tensor, "B C H W"], uniforms: Float[Tensor, "B 8"]
+    ) -> Float[Tensor, "B C H W"]:
+        if not self.erase:
+            return images
+        side = images.shape[-1]
+        places = (torch.arange(side) + 0.5) / side
+        down, across = ((places - uniforms[:, [k]]).abs() < self.erase / 2 for k in (5, 6))
+        return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
+class ImageLoader:
+    """Every image once an epoch, in an order of the epoch's own, each varied in a way of its own: row number r of
+    training is a pure function of (seed, r), whatever the batches and processes."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        image_processor: ImageProcessor,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        augmentation: ImageAugmentation | None = None,
+        share: DataShard | None = None,
+    ):
+        share = share or DataShard()
+        if batch_size % share.world_size:
+            raise UsageError(
+                f"{batch_size} rows cannot be shared by {share.world_size} processes; make rows a multiple of that"
+            )
+        self.dataset, self.image_processor = dataset, image_processor
+        self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
+        self.augmentation, self.share = augmentation or ImageAugmentation(), share
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
+
+    def batches(self, step: int) -> list[ImageBatch]:
+        """This rank's micro-batches of optimiser step `step`."""
+        local_batch_size = self.batch_size // self.share.world_size
+        first = step * self.batch_size + self.share.rank * local_batch_size
+        starts = range(first, first + local_batch_size, self.micro_batch_size)
+        return [
+            self.micro_batch(range(start, min(start + self.micro_batch_size, first + local_batch_size)))
+            for start in starts
+        ]
+
+    def micro_batch(self, row_numbers: range) -> ImageBatch:
+        """Rows by their number since the beginning of training."""
+        chosen = np.array([self.image_index(number) for number in row_numbers])
+        images = self.image_processor.normalize(self.dataset.pixels[chosen])
+        chance = torch.from_numpy(np.stack([philox_uniforms(self.seed, number) for number in row_numbers]))
+        return ImageBatch(self.augmentation(images, chance), torch.from_numpy(self.dataset.labels[chosen]))
+
+    def image_index(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.dataset))
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffle_indices(len(self.dataset), self.seed, epoch))
+        return int(self._order[1][place])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rows depend on. There is no state: the step says where the feed stands."""
+        return {"feed": "images", "data": self.dataset.hash, "rows": self.batch_size, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
+        if changed := [key for key, value in self.state_dict().items() if state_dict.get(key) != value]:
+            raise DataError(f"the checkpoint belongs to other images: {', '.join(changed)} differ; start a new run")

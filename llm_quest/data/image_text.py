@@ -1,0 +1,290 @@
+"""Images with words: what a vision-language model is trained on, and how a step's rows are made.
+
+A row is a start token, a placeholder for every patch, then turns: a question, its answer, an end. Only answers and ends
+are learned:
+
+      tokens    <s>  <image> <image> ...  how many red circles ?   two  </s>  describe :  two red ...
+      targets    -      -       -          -   -    -    -    two  </s>   -      -     two red ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_quest.contracts import DataShard
+from llm_quest.data import synthetic_shapes
+from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.data.images import ImageProcessor, load_image
+from llm_quest.data.packing import shuffle_indices
+from llm_quest.data.synthetic_shapes import QuestionAnswer
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError, UsageError
+
+CAPTION_PROMPT = "describe:"
+PAD_TO_MULTIPLE_OF = 8
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """An image, as uint8 (C,H,W), and what is said about it."""
+
+    pixels: np.ndarray
+    turns: tuple[QuestionAnswer, ...]
+
+
+class ImageTextDataset(Protocol):
+    """Where images with words come from."""
+
+    hash: str
+
+    def train_example(self, number: int, seed: int) -> ImageText:
+        """What stands in row `number` of training."""
+
+    def eval_example(self, number: int) -> ImageText:
+        """Held-out sight `number`, the same in every run."""
+
+    def tokenizer_texts(self) -> list[str]:
+        """Text to train a tokenizer on, from the training side."""
+
+
+class SceneDataset:
+    """Rendered scenes of shapes, as many as are asked for; combinations are held out (`data.scenes`)."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.hash = hashlib.sha256(f"scenes 3, {size} pixels".encode()).hexdigest()
+
+    def train_example(self, number: int, seed: int) -> ImageText:
+        return self.render_example(synthetic_shapes.split_scene(seed, number))
+
+    def eval_example(self, number: int) -> ImageText:
+        return self.render_example(synthetic_shapes.split_scene(0, number, held_out=True))
+
+    def tokenizer_texts(self) -> list[str]:
+        return [
+            f"{turn.question} {turn.answer}"
+            for i in range(500)
+            for turn in synthetic_shapes.split_scene(0, i).question_answers
+        ]
+
+    def render_example(self, scene: synthetic_shapes.Scene) -> ImageText:
+        return ImageText(synthetic_shapes.render_scenes([scene], self.size)[0], tuple(scene.question_answers))
+
+
+class CaptionDataset:
+    """A JSONL file of yours: {"image": "a.png", "caption": "..."} or {"image": ..., "question": ..., "answer": ...} a
+    line, paths beside the file. Lines about one image stay together; about `held_out` of the images, by the hash of
+    their pixels, are held out. Every image is opened once, so a broken one is found before training."""
+
+    def __init__(self, file: str | Path, image_processor: ImageProcessor, held_out: float):
+        grouped: dict[Path, list[QuestionAnswer]] = {}
+        for image, turn in read_caption_file(Path(file)):
+            grouped.setdefault(image, []).append(turn)
+        sights = [
+            ImageText(image_processor.resize_to_pixels(load_image(image)), tuple(turns))
+            for image, turns in grouped.items()
+        ]
+        marks = [hashlib.sha256(sight.pixels.tobytes()).digest() for sight in sights]
+        out = [int.from_bytes(mark[:8], "big") < held_out * 2.0**64 for mark in marks]
+        self.train_examples = [sight for sight, away in zip(sights, out, strict=True) if not away]
+        self.held_out_examples = [sight for sight, away in zip(sights, out, strict=True) if away]
+        if not self.train_examples or not self.held_out_examples:
+            raise DataError(f"{file}: {len(sights)} images are too few to hold out {held_out:.0%} of them; add images")
+        contents = [
+            (mark.hex(), [vars(turn) for turn in sight.turns]) for mark, sight in zip(marks, sights, strict=True)
+        ]
+        self.hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    def train_example(self, number: int, seed: int) -> ImageText:
+        epoch, place = divmod(number, len(self.train_examples))
+        return self.train_examples[int(shuffle_indices(len(self.train_examples), seed, epoch)[place])]
+
+    def eval_example(self, number: int) -> ImageText:
+        return self.held_out_examples[number % len(self.held_out_examples)]
+
+    def tokenizer_texts(self) -> list[str]:
+        return [f"{turn.question} {turn.answer}" for sight in self.train_examples for turn in sight.turns]
+
+
+def read_caption_file(file: Path) -> list[tuple[Path, QuestionAnswer]]:
+    """Image and turn of every line; DataError names the line."""
+    if not file.is_file():
+        raise DataError(f"{file}: there is no such file; a JSONL file of images and captions was expected")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{file}:{number}: no JSON: {error}") from None
+        keys = row.keys() if isinstance(row, dict) else set()
+        wanted = ("image", "caption") if "caption" in keys else ("image", "question", "answer")
+        wrong = [
+            key for key in wanted if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]
+        ]
+        if wrong:
+            raise DataError(
+                f"{file}:{number}: {wrong[0]!r} is missing or no text; a line has image and caption, "
+                "or image, question, answer"
+            )
+        turn = (
+            QuestionAnswer("caption", CAPTION_PROMPT, row["caption"])
+            if "caption" in keys
+            else QuestionAnswer("question", row["question"], row["answer"])
+        )
+        found.append((file.parent / row["image"], turn))
+    if not found:
+        raise DataError(f"{file}: is empty; a line for each image was expected")
+    return found
+
+
+@dataclass(frozen=True)
+class ImageTextBatch:
+    """tokens, targets (B,T) as in `TokenBatch`, rows filled up at their end; images (B,C,H,W), one a row, whose
+    placeholders stand in the tokens. No token can see the filling, which stands after it."""
+
+    input_ids: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    images: Float[Tensor, "B C H W"]
+    token_count: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not filling."""
+        return self.token_count
+
+    def to(self, device: torch.device | str) -> ImageTextBatch:
+        """The same batch on another device."""
+        tokens, targets, images = (t.to(device, non_blocking=True) for t in (self.input_ids, self.targets, self.images))
+        return ImageTextBatch(tokens, targets, images, self.token_count)
+
+
+@dataclass(frozen=True)
+class ImageTextCollator:
+    """Turns to tokens. image_token stands `image_tokens` times for an image; a row has at most `length` tokens."""
+
+    tokenizer: Tokenizer
+    image_token_id: int
+    num_image_tokens: int
+    max_length: int
+
+    @property
+    def row_prefix(self) -> list[int]:
+        """What every row begins with."""
+        return [self.tokenizer.start_token_id, *[self.image_token_id] * self.num_image_tokens]
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """A row up to where the answer begins."""
+        return self.row_prefix + self.tokenizer.encode(question, add_special_tokens=False)
+
+    def encode_row(self, turns: Sequence[QuestionAnswer]) -> tuple[list[int], list[int]]:
+        """Tokens and targets. ValueError where the first turn does not fit; turns that come after the room is used up
+        are left out."""
+        tokens, learned = self.row_prefix, [False] * len(self.row_prefix)
+        for turn in turns:
+            question = self.tokenizer.encode(turn.question, add_special_tokens=False)
+            answer = [*self.tokenizer.encode(f" {turn.answer}", add_special_tokens=False), self.tokenizer.eos_token_id]
+            if len(tokens) + len(question) + len(answer) > self.max_length + 1:
+                break
+            tokens, learned = tokens + question + answer, learned + [False] * len(question) + [True] * len(answer)
+        if not any(learned):
+            raise UsageError(
+                f"an image's {self.num_image_tokens} placeholders and {turns[0].answer[:40]!r} do not fit a row of "
+                f"{self.max_length} tokens: "
+                "set a larger batch.length or a larger patch"
+            )
+        return tokens[:-1], [
+            token if learn else IGNORE_INDEX for token, learn in zip(tokens[1:], learned[1:], strict=True)
+        ]
+
+    def collate(
+        self, examples: Sequence[ImageText], orders: Sequence[np.ndarray], image_processor: ImageProcessor
+    ) -> ImageTextBatch:
+        """Rows of one length; the turns of each in its own order."""
+        rows = [self.encode_row([sight.turns[i] for i in order]) for sight, order in zip(examples, orders, strict=True)]
+        length = -(-max(len(tokens) for tokens, _ in rows) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+        tokens = torch.full((len(rows), length), self.tokenizer.eos_token_id)
+        targets = torch.full((len(rows), length), IGNORE_INDEX)
+        for number, (row, wanted) in enumerate(rows):
+            tokens[number, : len(row)] = torch.tensor(row)
+            targets[number, : len(row)] = torch.tensor(wanted)
+        images = image_processor.normalize(np.stack([sight.pixels for sight in examples]))
+        return ImageTextBatch(tokens, targets, images, sum(len(row) for row, _ in rows))
+
+
+class ImageTextLoader:
+    """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come.
+
+    turns: so many of them at most; None: all that fit. captions: in so many first steps the caption comes first, where
+    there is one: it tells everything, and captions are hardly learned among questions.
+
+    Commonly got wrong: of several turns in a row the later ones can be copied from the earlier ("how many red circles"
+    tells the circles' colour), and the model learns to read, not to see."""
+
+    def __init__(
+        self,
+        dataset: ImageTextDataset,
+        collator: ImageTextCollator,
+        image_processor: ImageProcessor,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        max_turns: int | None = None,
+        caption_first_steps: int = 0,
+        share: DataShard | None = None,
+    ):
+        share = share or DataShard()
+        if batch_size % share.world_size:
+            raise UsageError(
+                f"{batch_size} rows cannot be shared by {share.world_size} processes; make rows a multiple of that"
+            )
+        self.max_turns, self.caption_first_steps = max_turns, caption_first_steps
+        self.dataset, self.collator, self.image_processor = dataset, collator, image_processor
+        self.batch_size, self.micro_batch_size, self.seed, self.share = batch_size, micro_batch_size, seed, share
+
+    def batches(self, step: int) -> list[ImageTextBatch]:
+        """This rank's micro-batches of optimiser step `step`."""
+        local_batch_size = self.batch_size // self.share.world_size
+        first = step * self.batch_size + self.share.rank * local_batch_size
+        starts = range(first, first + local_batch_size, self.micro_batch_size)
+        return [
+            self.micro_batch(range(start, min(start + self.micro_batch_size, first + local_batch_size)))
+            for start in starts
+        ]
+
+    def micro_batch(self, row_numbers: range) -> ImageTextBatch:
+        """Rows by their number since the beginning of training."""
+        sights = [self.dataset.train_example(number, self.seed) for number in row_numbers]
+        orders = [
+            self.turn_order(sight, number)[: self.max_turns] for number, sight in zip(row_numbers, sights, strict=True)
+        ]
+        return self.collator.collate(sights, orders, self.image_processor)
+
+    def turn_order(self, example: ImageText, number: int) -> np.ndarray:
+        """In which order the turns of row `number` come."""
+        order = shuffle_indices(len(example.turns), self.seed, number)
+        if number >= self.caption_first_steps * self.batch_size:
+            return order
+        return np.array(sorted(order, key=lambda turn: example.turns[turn].kind != "caption"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rows depend on. There is no state: the step says where the feed stands."""
+        told = {"turns": self.max_turns, "captions": self.caption_first_steps}
+        return {"feed": "sights", "data": self.dataset.hash, "rows": self.batch_size, "seed": self.seed, **told}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
+        if changed := [key for key, value in self.state_dict().items() if state_dict.get(key) != value]:
+            raise DataError(f"the checkpoint belongs to other images: {', '.join(changed)} differ; start a new run")

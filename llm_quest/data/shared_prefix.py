@@ -1,0 +1,79 @@
+"""Beginnings that several rows share, read once: the prompt of a group of samples, the question of two answers.
+
+    plain    p0 p1 p2 a b        shared    beginnings   p0 p1        rows   p2 a b     each goes on from
+             p0 p1 p2 c d                                                   p2 c d     its beginning (of)
+
+The last token of the prompt stands in every row, because it is there that the first token of the answer is foretold.
+What a mixer keeps of the beginning (its cache) is handed to every row, and the gradients of all rows meet in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """tokens, positions (P,L): beginnings, padded on the right. of (R,): which of them row r goes on from. reach: one
+    more than the largest position that any row holds."""
+
+    input_ids: Int[Tensor, "P L"]
+    position_ids: Int[Tensor, "P L"]
+    prefix_index: Int[Tensor, " R"]
+    reach: int
+
+    def to(self, device: torch.device | str) -> SharedPrefix:
+        return SharedPrefix(
+            self.input_ids.to(device), self.position_ids.to(device), self.prefix_index.to(device), self.reach
+        )
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows (R,T) on the host, as arrays: tokens and positions (-1 for padding), what each begins at, and what they go
+    on from."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    first_target_columns: list[int]
+    prefix: SharedPrefix | None
+
+
+def pad_with_shared_prefix(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, shared: bool) -> PaddedRows:
+    """Rows (prompt, what follows it), padded on the right. firsts: the column of each row's last prompt token. shared:
+    as far as there is something to share; a single token stands in every row anyway."""
+    if not shared or all(len(prompt) == 1 for prompt, _ in rows):
+        tokens, positions = pad_token_rows([[*prompt, *rest] for prompt, rest in rows], [0] * len(rows))
+        return PaddedRows(tokens, positions, [len(prompt) - 1 for prompt, _ in rows], None)
+    known: dict[tuple[int, ...], int] = {}
+    of = [known.setdefault(tuple(prompt[:-1]), len(known)) for prompt, _ in rows]
+    starts = [len(prompt) - 1 for prompt, _ in rows]
+    tokens, positions = pad_token_rows([[prompt[-1], *rest] for prompt, rest in rows], starts)
+    before, places = (torch.from_numpy(x) for x in pad_token_rows(list(known), [0] * len(known)))
+    prefix = SharedPrefix(before, places, torch.tensor(of), int(positions.max()) + 1)
+    return PaddedRows(tokens, positions, [0] * len(rows), prefix)
+
+
+def full_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
+    """Tokens that a pass reads, padding included, over rows that are read in full: (prompt, how many follow it)."""
+    return len(rows) * max(len(prompt) + more for prompt, more in rows)
+
+
+def shared_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
+    """The same where every prompt is read once, and of each row what it adds."""
+    prompts = {tuple(prompt) for prompt, _ in rows}
+    return len(rows) * (1 + max(more for _, more in rows)) + len(prompts) * (max(map(len, prompts)) - 1)
+
+
+def pad_token_rows(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and positions (R,T); row r counts from starts[r]."""
+    shape = (len(rows), max(map(len, rows)))
+    tokens, positions = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens[r, : len(row)], positions[r, : len(row)] = row, np.arange(start, start + len(row))
+    return tokens, positions

@@ -1,0 +1,142 @@
+"""Texts with labels: rows {"text": ..., "label": ...} of CSV, TSV, JSON or JSON lines become ids and class numbers.
+
+A text is encoded as transformers encodes one, so that an exported classifier reads there what it read here. One that
+is too long loses its end, and it is said how many did."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llm_quest.data.documents import DropReport
+from llm_quest.data.records import Record
+from llm_quest.data.template_sandbox import Messages
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError
+
+
+@dataclass(frozen=True)
+class LabeledText:
+    """A text and what it is. where: file:line."""
+
+    text: str
+    label: str
+    where: str = ""
+
+    @property
+    def prompt(self) -> Messages:
+        """For holding apart: the same text is never on both sides."""
+        return [{"role": "user", "content": self.text}]
+
+
+@dataclass(frozen=True)
+class TextClassificationBatch:
+    """tokens, positions (R,T), padded on the right; labels (R,): class numbers."""
+
+    input_ids: Int[Tensor, "R T"]
+    position_ids: Int[Tensor, "R T"]
+    labels: Int[Tensor, " R"]
+    token_count: int | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding. Known on the host after `positions`."""
+        return int((self.position_ids >= 0).sum()) if self.token_count is None else self.token_count
+
+    def to(self, device: torch.device | str) -> TextClassificationBatch:
+        moved = [x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids, self.labels)]
+        return replace(self, input_ids=moved[0], position_ids=moved[1], labels=moved[2], token_count=self.num_tokens)
+
+
+class TextClassificationDataset:
+    """A `by_length.Source` of texts as ids. names: the classes, in the order of their numbers."""
+
+    def __init__(self, rows: Sequence[np.ndarray], label_ids: Sequence[int], label_names: Sequence[str]):
+        self.rows, self.label_ids, self.label_names = rows, label_ids, tuple(label_names)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def hash(self) -> str:
+        digest = hashlib.sha256(
+            repr((self.label_names, list(self.label_ids), [len(row) for row in self.rows])).encode()
+        )
+        digest.update(b"".join(row.tobytes() for row in self.rows))
+        return digest.hexdigest()
+
+    def item_length(self, index: int) -> int:
+        return len(self.rows[index])
+
+    def collate(self, indices: Sequence[int]) -> TextClassificationBatch:
+        shape = (len(indices), max(self.item_length(number) for number in indices))
+        tokens, positions = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+        for r, number in enumerate(indices):
+            size = self.item_length(number)
+            tokens[r, :size], positions[r, :size] = self.rows[number], np.arange(size)
+        labels = torch.tensor([self.label_ids[number] for number in indices])
+        return TextClassificationBatch(torch.from_numpy(tokens), torch.from_numpy(positions), labels)
+
+
+def read_labeled_texts(
+    records: Iterable[Record], drop_report: DropReport, *, text_column: str = "text", label_column: str = "label"
+) -> list[LabeledText]:
+    """Rows with the columns of these names; empty texts are dropped and counted."""
+    kept = []
+    for record in records:
+        for column in (text_column, label_column):
+            if column not in record.row:
+                raise DataError(
+                    f"{record.where} has no {column!r}; it has {', '.join(map(str, record.row)) or 'nothing'}: "
+                    "name the columns with data.text and data.label"
+                )
+        said, called = record.row[text_column], record.row[label_column]
+        if not isinstance(said, str) or not isinstance(called, str | int | bool) or called == "":
+            raise DataError(f"{record.where}: {text_column!r} must be text and {label_column!r} text or a whole number")
+        if said.strip():
+            drop_report.keep(len(said.encode()))
+            kept.append(LabeledText(said, str(called), record.where))
+        else:
+            drop_report.drop("empty text", len(said.encode()))
+    return kept
+
+
+def collect_label_names(texts: Sequence[LabeledText]) -> tuple[str, ...]:
+    """The labels in order. DataError for fewer than two."""
+    names = sorted({one.label for one in texts})
+    if len(names) < 2:
+        raise DataError(f"all {len(texts)} texts have the label {names}; a classifier needs two labels or more")
+    return tuple(names)
+
+
+def encode_labeled_texts(
+    texts: Sequence[LabeledText],
+    label_names: Sequence[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    drop_report: DropReport,
+) -> TextClassificationDataset:
+    """Ids and class numbers."""
+    rows = [np.array(encode_truncated(tokenizer, one.text, max_length), dtype=np.int64) for one in texts]
+    cut = sum(len(tokenizer.encode(one.text)) > max_length for one in texts)
+    if cut:
+        drop_report.note(f"{cut} texts lost their end beyond {max_length} tokens")
+    number = {name: i for i, name in enumerate(label_names)}
+    unknown = [one for one in texts if one.label not in number]
+    if unknown:
+        raise DataError(
+            f"{unknown[0].where}: the model has no label {unknown[0].label!r}; it has {', '.join(label_names)}"
+        )
+    return TextClassificationDataset(rows, [number[one.label] for one in texts], label_names)
+
+
+def encode_truncated(tokenizer: Tokenizer, text: str, max_length: int) -> list[int]:
+    """The first `length` ids of a text."""
+    return (tokenizer.encode(text) or [tokenizer.start_token_id])[:max_length]

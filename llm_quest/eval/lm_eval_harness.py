@@ -1,0 +1,142 @@
+"""Our models under EleutherAI's evaluation harness (`pip install 'llm-quest[harness]'`), so that numbers stand beside
+everybody's. Its three questions: how likely is a continuation, how likely is a text, what do you write until a stop.
+
+Only this file imports lm_eval, and `quest eval --harness` alone imports this file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from llm_quest.cli.chat import load_model_and_tokenizer
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.generation.decoding import pad_left
+from llm_quest.generation.generate import generate
+from llm_quest.models.decoder import Decoder
+from llm_quest.scope import Scope
+
+DEFAULT_MAX_GEN_TOKS = 256
+
+
+class LmEvalModel(LM):
+    """A model with its tokenizer, as lm_eval asks it. rows: sequences in a pass."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 16):
+        super().__init__()
+        self.model, self.tokenizer, self.rows = model, tokenizer, batch_size
+        self.context = int(model.config.max_position_embeddings)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), would greedy decoding write it?) for each."""
+        pairs = [self.encode_pair(*request.args) for request in requests]
+        return self.score_continuations(
+            [(context + continuation, len(continuation)) for context, continuation in pairs]
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """log p of whole texts, each token predicted once with as much context as there is room for."""
+        found = []
+        for request in requests:
+            ids = self.tokenizer.encode(request.args[0], add_special_tokens=False)
+            found.append(sum(total for total, _ in self.score_continuations(self.rolling_windows(ids))))
+        return found
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """What is written after each context until one of its stops, which is not part of the text."""
+        texts = []
+        for request in requests:
+            context, options = request.args
+            length = int(options.get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
+            stops = [options["until"]] if isinstance(options.get("until"), str) else list(options.get("until") or ())
+            prompt = self.encode_prompt(context)[-max(1, self.context - length) :]
+            (done,) = generate(
+                self.model,
+                [prompt],
+                max_new_tokens=min(length, self.context - len(prompt)),
+                temperature=float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0,
+                top_p=options.get("top_p"),
+                eos_token_id=self.tokenizer.eos_token_ids,
+                stop=[stop for stop in stops if stop],
+                tokenizer=self.tokenizer,
+            )
+            texts.append(done.text or "")
+        return texts
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [self.tokenizer.start_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Both as ids, cut where the context ends. Space at its end belongs to the continuation, and they are encoded
+        in one piece, as the harness asks."""
+        bare = context.rstrip()
+        whole, before = self.encode_prompt(context + continuation), self.encode_prompt(bare)
+        return whole[: len(before)], whole[len(before) :]
+
+    def rolling_windows(self, ids: Sequence[int]) -> list[tuple[list[int], int]]:
+        """The text in rows of context + 1 tokens, and how many at each one's end are new."""
+        row = [self.tokenizer.start_token_id, *ids]
+        parts, done = [], 1
+        while done < len(row):
+            end = min(len(row), done + self.context)
+            parts.append((row[max(0, end - self.context - 1) : end], end - done))
+            done = end
+        return parts
+
+    @torch.inference_mode()
+    def score_continuations(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """The last so many tokens of each row, given what stands before them."""
+        cut = [(ids[-(self.context + 1) :], min(new, self.context)) for ids, new in rows]
+        order = sorted(range(len(cut)), key=lambda number: len(cut[number][0]))
+        found: dict[int, tuple[float, bool]] = {}
+        for at in range(0, len(order), self.rows):
+            some = order[at : at + self.rows]
+            found |= dict(zip(some, self.score_batch([cut[number] for number in some]), strict=True))
+        return [found[number] for number in range(len(rows))]
+
+    def score_batch(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        device = next(self.model.parameters()).device
+        tokens, positions = (part.to(device) for part in pad_left([ids[:-1] for ids, _ in rows]))
+        h = self.model.hidden_states(tokens, Scope(positions))
+        scored = []
+        for row, (ids, new) in enumerate(rows):
+            log_probs = self.model.head(h[row, -new:] if new else h[row, :0]).float().log_softmax(dim=-1)
+            targets = torch.tensor(ids[len(ids) - new :], device=device)
+            total = log_probs.gather(1, targets[:, None]).sum() if new else log_probs.sum()
+            scored.append((float(total), bool((log_probs.argmax(dim=-1) == targets).all())))
+        return scored
+
+
+@dataclass(frozen=True)
+class HarnessResults:
+    """What the harness measured: task -> metric -> value."""
+
+    tasks: dict[str, dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        return self.tasks
+
+    def lines(self) -> list[str]:
+        return [
+            f"{task:<24}{metric:<28}{value:.4f}"
+            for task, metrics in self.tasks.items()
+            for metric, value in metrics.items()
+            if isinstance(value, float)
+        ]
+
+
+def run_lm_eval(
+    name_or_path: str, tasks: Sequence[str | Any], *, limit: int | None, device: str, dtype: str, log: Any
+) -> HarnessResults:
+    """The harness's tasks (their data come from the hub, or from its cache)."""
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    found = lm_eval.simple_evaluate(
+        model=LmEvalModel(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
+    )
+    assert found is not None, "this process is the only one"
+    return HarnessResults({name: dict(metrics) for name, metrics in found["results"].items()})

@@ -1,0 +1,159 @@
+"""How often is a model right on problems that can be checked? Greedy accuracy with its interval, and from several
+samples of each problem mean@k and pass@k.
+
+Report both: reinforcement learning raises pass@1, and the model it began from often wins at large k
+(arXiv:2504.13837)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llm_quest.data.problems import Problem
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.eval.statistics import ConfidenceInterval, mean_at_k, mean_pass_at_k, wilson_confidence_interval
+from llm_quest.generation.generate import generate_completions
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.models.decoder import Decoder
+from llm_quest.rollouts.rewards import score_correctness
+from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.verifiers import count_outcomes
+
+EncodePrompt = Callable[[str], list[int]]
+PROBLEM_EVAL_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class ProblemAccuracy:
+    """greedy: share right of problems answered greedily, with its 95 % interval. mean: mean@n over n samples at
+    `yarn_mscale`; passes: pass@k by k. truncated: share of greedy answers cut by the length; tokens: their mean
+    length."""
+
+    source: str
+    num_problems: int
+    greedy_accuracy: ConfidenceInterval
+    outcomes: dict[str, int]
+    truncated: float
+    mean_tokens: float
+    num_samples: int
+    temperature: float
+    mean_at_k: float
+    pass_at_k: dict[int, float]
+    examples: tuple[tuple[str, str, str, float], ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"{self.source}: {self.num_problems:,} problems, {self.seconds:.1f} s",
+            f"greedy accuracy   {self.greedy_accuracy}   "
+            + ", ".join(f"{name} {number:,}" for name, number in self.outcomes.items()),
+            f"greedy answers    {self.mean_tokens:.1f} tokens on average, {self.truncated:.1%} cut by the length",
+        ]
+        if self.num_samples:
+            lines.append(
+                f"mean@{self.num_samples}            {self.mean_at_k:.3f}   at temperature {self.temperature:g}"
+            )
+            lines += [f"pass@{k:<13}{share:.3f}" for k, share in self.pass_at_k.items()]
+        lines.append("")
+        return [
+            *lines,
+            *(
+                f"  {correctness_mark(right)} {prompt}{text}   ({answer})"
+                for prompt, text, answer, right in self.examples
+            ),
+        ]
+
+
+def evaluate_problems(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    source: str = "problems",
+    num_samples: int = 0,
+    ks: Sequence[int] = (1, 4, 16, 64),
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    encode_prompt: EncodePrompt | None = None,
+) -> ProblemAccuracy:
+    """samples: of each problem, for mean@k and pass@k (those of `ks` that samples suffice for); 0: greedy only.
+    encode: from a problem's prompt to ids; by default the tokenizer's start and the text."""
+    if not problems:
+        raise UsageError("no problem to evaluate on")
+    began = time.perf_counter()
+    encoder = encode_prompt or (
+        lambda text: [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    )
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "encode_prompt": encoder}
+    greedy = [
+        group[0] for group in sample_answers(model, tokenizer, problems, SamplingParams(temperature=0.0), **settings)
+    ]
+    drawn = (
+        sample_answers(model, tokenizer, problems, SamplingParams(temperature=temperature), n=num_samples, **settings)
+        if num_samples
+        else []
+    )
+    scores = [score_correctness(sample) for sample in greedy]
+    groups = [[score_correctness(sample) for sample in group] for group in drawn]
+    outcomes = count_outcomes(scores)
+    scored = outcomes["right"] + outcomes["wrong"]
+    if not scored:
+        raise UsageError(f"none of {len(problems)} answers could be scored: look at the gold answers of {source}")
+    return ProblemAccuracy(
+        source=source,
+        num_problems=len(problems),
+        greedy_accuracy=wilson_confidence_interval(outcomes["right"], scored),
+        outcomes=outcomes,
+        truncated=sum(sample.truncated for sample in greedy) / len(greedy),
+        mean_tokens=sum(len(sample.completion_ids) for sample in greedy) / len(greedy),
+        num_samples=num_samples,
+        temperature=temperature,
+        mean_at_k=mean_at_k(groups) if num_samples else math.nan,
+        pass_at_k={k: mean_pass_at_k(k, groups) for k in ks if k <= num_samples},
+        examples=tuple((s.problem.prompt, s.text, s.problem.answer, right) for s, right in zip(greedy[:5], scores)),  # noqa: B905
+        seconds=time.perf_counter() - began,
+    )
+
+
+def sample_answers(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    sampling_params: SamplingParams,
+    *,
+    encode_prompt: EncodePrompt,
+    max_new_tokens: int,
+    n: int = 1,
+    seed: int = 0,
+) -> list[list[Sample]]:
+    """n samples of each problem. The same seed gives the same answers, however many problems there are."""
+    stopping_criteria = StoppingCriteria(max_new_tokens=max_new_tokens, eos_token_ids=tokenizer.eos_token_ids)
+    groups: list[list[Sample]] = []
+    prompts_per_batch = max(1, PROBLEM_EVAL_BATCH_SIZE // n)
+    for start in range(0, len(problems), prompts_per_batch):
+        some = problems[start : start + prompts_per_batch]
+        prompts = [encode_prompt(problem.prompt) for problem in some]
+        done = generate_completions(model, prompts, sampling_params, stopping_criteria, n=n, seed=seed)
+        for number, problem in enumerate(some):
+            group = done[number * n : (number + 1) * n]
+            groups.append([completion_to_sample(prompts[number], one, problem, tokenizer) for one in group])
+    return groups
+
+
+def completion_to_sample(prompt: Sequence[int], done: Completion, problem: Any, tokenizer: Tokenizer) -> Sample:
+    """A completion as what rewards read: its text without the token that ended it."""
+    text = tokenizer.decode(done.tokens)
+    return Sample(tuple(prompt), tuple(done.tokens), tuple(done.logprobs), done.finish_reason, text, problem)
+
+
+def correctness_mark(right: float) -> str:
+    return "?" if math.isnan(right) else "+" if right else "-"

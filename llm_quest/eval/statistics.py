@@ -1,0 +1,58 @@
+"""How good is a policy at problems that can be checked: accuracy with its interval, pass@k, mean@k."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm_quest.errors import UsageError
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class ConfidenceInterval:
+    """A share and its 95 % Wilson interval (Wilson 1927)."""
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def wilson_confidence_interval(num_correct: int, count: int, z: float = Z95) -> ConfidenceInterval:
+    """Unlike the plain normal interval it stays within 0..1 and is not empty at 0 or all right."""
+    if count < 1:
+        raise UsageError("a share of nothing has no interval: evaluate at least one problem")
+    share, square = num_correct / count, z * z
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    half = z * math.sqrt(share * (1 - share) / count + square / (4 * count * count)) / (1 + square / count)
+    return ConfidenceInterval(share, max(0.0, centre - half), min(1.0, centre + half), count)
+
+
+def pass_at_k(k: int, num_samples: int, num_correct: int) -> float:
+    """1 - C(n-c, k) / C(n, k): the chance that one of k samples is right, unbiased from n >= k samples of which c were
+    right (Chen et al. 2021, arXiv:2107.03374, eq. 1). Commonly got wrong: 1 - (1 - c/n)^k, which is biased
+    downwards: (1 - x)^k is convex, so its mean over the estimates c/n is too large."""
+    if k > num_samples:
+        raise UsageError(f"pass@{k} needs at least {k} samples of each problem; there are {num_samples}")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def mean_pass_at_k(k: int, scores: Sequence[Sequence[float]]) -> float:
+    """pass@k, averaged over problems. verdicts: for every problem, its samples' outcomes; NaN is left out."""
+    shares = []
+    for samples in scores:
+        known = [verdict for verdict in samples if not math.isnan(verdict)]
+        if len(known) >= k:
+            shares.append(pass_at_k(k, len(known), sum(verdict > 0 for verdict in known)))
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def mean_at_k(scores: Sequence[Sequence[float]]) -> float:
+    """The mean share of right samples, per problem, then over problems (mean@k)."""
+    return mean_pass_at_k(1, scores)

@@ -1,0 +1,68 @@
+"""Tokens become text while they are made: no character and no stop string is ever split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class StreamDecoder(Protocol):
+    """A tokenizer's streaming decoder: what `feed` returns is whole characters only."""
+
+    def feed(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class StreamingTokenizer(Protocol):
+    """A tokenizer, as far as generation needs one."""
+
+    def decode_stream(self) -> StreamDecoder: ...
+
+
+class IncrementalDetokenizer:
+    """One row's text as it grows. It ends before the first stop string; what might become one is held back until it is
+    clear:
+
+        stop "END", tokens "a" "b E" "N" "D."      feed returns  "a"  "b "  ""  ""      and `stopped` is True
+        stop "END", tokens "a" "b E" "N" "T."      feed returns  "a"  "b "  ""  "ENT."
+    """
+
+    def __init__(self, tokenizer: StreamingTokenizer, stop_strings: Sequence[str]):
+        self.decoder = tokenizer.decode_stream()
+        self.stop_strings = stop_strings
+        self.released_text = ""
+        self.pending_text = ""
+        self.stopped = False
+
+    def feed(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self.pending_text += self.decoder.feed(token)
+        found = [at for at in (self.pending_text.find(stop) for stop in self.stop_strings) if at >= 0]
+        self.stopped = bool(found)
+        return self.release(
+            min(found) if found else len(self.pending_text) - self.possible_stop_length(), forget=self.stopped
+        )
+
+    def flush(self) -> str:
+        """The rest, when no token will follow: nothing after a stop string."""
+        if self.stopped:
+            return ""
+        self.pending_text += self.decoder.flush()
+        return self.release(len(self.pending_text))
+
+    def release(self, length: int, *, forget: bool = False) -> str:
+        piece, self.pending_text = self.pending_text[:length], "" if forget else self.pending_text[length:]
+        self.released_text += piece
+        return piece
+
+    def possible_stop_length(self) -> int:
+        """How many of the last characters held may be the beginning of a stop string."""
+        longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
+        starts = (
+            n for n in range(min(longest, len(self.pending_text)), 0, -1) if self.is_stop_prefix(self.pending_text[-n:])
+        )
+        return next(starts, 0)
+
+    def is_stop_prefix(self, tail: str) -> bool:
+        return any(stop.startswith(tail) for stop in self.stop_strings)

@@ -1,0 +1,153 @@
+"""Who guesses the next tokens: a smaller model, the model's own lookahead modules, or the text itself.
+
+A drafter proposes for each row the tokens that may follow, with the distribution q each was drawn from (None: it was
+certain, a point mass). Where it has nothing to say it says nothing (-1), and the target writes alone. `context_only`
+drafters propose at a place what depends on the text before it alone, wherever the cycle began: then a row's text does
+not depend on how far anybody looked ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm_quest.generation.sampling import SamplingParams, inverse_cdf
+from llm_quest.models.decoder import Decoder
+
+ShouldContinue = Callable[[Sequence[list[float]]], bool]
+"""Confidences of each row's drafts so far -> draft one more?"""
+MAX_DRAFT_TOKENS = 8
+
+
+class DraftRequest(NamedTuple):
+    """What is to be guessed. texts: each row's window, its last token not yet read by the target. wanted: at most so
+    many tokens of each row. uniforms (B, MOST+1): decide the draws. seen (B,V): what the penalty falls on."""
+
+    texts: Sequence[Sequence[int]]
+    wanted: Sequence[int]
+    uniforms: Float[Tensor, "B N"]
+    seen: Bool[Tensor, "B V"] | None
+
+
+class DraftTokens(NamedTuple):
+    """tokens: per row, as many as it has. q (B,m,V): what they were drawn from; None: point masses. confidence: per row
+    and token, how sure the drafter was."""
+
+    tokens: list[list[int]]
+    q: Float[Tensor, "B m V"] | None
+    confidence: list[list[float]]
+
+    @property
+    def max_length(self) -> int:
+        return max(map(len, self.tokens))
+
+
+class Drafter(Protocol):
+    """One drafter for one batch of texts. Laws: `propose` changes nothing that a later `settle` does not put right;
+    `keep` acts on rows alone."""
+
+    context_only: bool
+    max_draft_tokens: int
+    tokens_per_step: int
+    """So many tokens are drafted before the host is asked whether to go on."""
+    relative_cost: float
+    """A draft step in passes of the target, counted and not timed; for what must not depend on the clock."""
+
+    def prefill(self, windows: Sequence[Sequence[int]], rows_per_window: int, capacity: int) -> None:
+        """Read the windows but for their last tokens; each serves n rows side by side."""
+
+    def propose(self, request: DraftRequest, should_continue: ShouldContinue) -> DraftTokens: ...
+
+    def update(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], num_taken: Sequence[int]) -> None:
+        """The target read T columns (hidden: what its head saw) and each row became `texts`, by taken[b] tokens."""
+
+    def keep_rows(self, rows: Tensor) -> None: ...
+
+
+class DraftSample(NamedTuple):
+    """One token of every row; how sure the drafter was of it; q, what it was drawn from (None: greedily)."""
+
+    tokens: Int[Tensor, " B"]
+    confidence: Float[Tensor, " B"]
+    q: Float[Tensor, "B V"] | None
+
+
+def sample_draft(
+    sampling_params: SamplingParams,
+    logits: Float[Tensor, "B V"],
+    uniforms: Float[Tensor, " B"],
+    seen: Bool[Tensor, "B V"] | None,
+) -> DraftSample:
+    """As the target draws: greedily, or from the same filtered distribution."""
+    if sampling_params.is_greedy:
+        logits = sampling_params.apply_repetition_penalty(logits.float(), seen)
+        top, tokens = logits.max(dim=-1)
+        return DraftSample(tokens, (top - logits.logsumexp(dim=-1)).exp(), None)
+    q = sampling_params.log_probs(logits, seen).exp()
+    tokens = inverse_cdf(q, uniforms)
+    return DraftSample(tokens[:, 0], q.gather(-1, tokens)[:, 0], q)
+
+
+def stack_draft_samples(
+    samples: Sequence[DraftSample],
+) -> tuple[Int[Tensor, "B c"], Float[Tensor, "B c"], Float[Tensor, "B c V"] | None]:
+    """One column for each."""
+    q = [each.q for each in samples if each.q is not None]
+    tokens, sure = (torch.stack(part, dim=1) for part in ([d.tokens for d in samples], [d.confidence for d in samples]))
+    return tokens, sure, torch.stack(q, dim=1) if q else None
+
+
+class DraftBuffer:
+    """What was drawn so far, on the host, and what the penalty falls on by now."""
+
+    def __init__(self, request: DraftRequest):
+        self.request = request
+        self.seen = None if request.seen is None else request.seen.clone()
+        self.q: list[Tensor] = []
+        self.tokens: list[list[int]] = [[] for _ in request.texts]
+        self.confidence: list[list[float]] = [[] for _ in request.texts]
+
+    @property
+    def num_drafted(self) -> int:
+        """How many tokens the rows that draw have."""
+        return max(map(len, self.tokens))
+
+    def append(
+        self,
+        tokens: Int[Tensor, "B c"],
+        confidence: Float[Tensor, "B c"],
+        q: Float[Tensor, "B c V"] | None,
+        wanted: Sequence[int],
+    ) -> list[list[int]]:
+        """Note these for the rows that still want some, and return them all."""
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens, True)
+        if q is not None:
+            self.q.append(q)
+        host = tokens.tolist()
+        for row, (new, sureness) in enumerate(zip(host, confidence.tolist(), strict=True)):
+            space = max(wanted[row] - len(self.tokens[row]), 0)
+            self.tokens[row] += new[:space]
+            self.confidence[row] += sureness[:space]
+        return host
+
+    def to_drafts(self) -> DraftTokens:
+        return DraftTokens(self.tokens, torch.cat(self.q, dim=1) if self.q else None, self.confidence)
+
+
+def relative_pass_cost(
+    num_weights: float, target_num_weights: float, depth: int, target_depth: int, *, compiled: bool = False
+) -> float:
+    """What one pass costs in passes of another: half by the weights read, half by the layers called; compiled, by the
+    weights alone."""
+    return (
+        num_weights / target_num_weights if compiled else (num_weights / target_num_weights + depth / target_depth) / 2
+    )
+
+
+def count_weights(model: Decoder) -> int:
+    """What a pass reads, without the modules that only draft."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp_modules."))

@@ -1,0 +1,299 @@
+"""Load a model from a published folder, the hub, or a run of ours; save one so that transformers and vLLM load it.
+
+Loading: survey the folder, stop with one error that lists everything wrong, else let each parameter lie in its file
+where it can (`mapped`), give the others memory and read each tensor into its place. Saving: write a staged folder,
+then one rename, so that a half-written model is never there under its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.files import atomic_write_json, write_json, write_text
+from llm_quest.hub import hugepages
+from llm_quest.hub.atomic_dir import atomic_dir
+from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
+from llm_quest.hub.load_adapter import adapter_base, load_adapter
+from llm_quest.hub.locate import ModelLocation, locate_model, offline_error
+from llm_quest.hub.mmap import memory_map_parameters
+from llm_quest.hub.model_card import Readme
+from llm_quest.hub.safetensors_io import count_non_finite, read_into
+from llm_quest.hub.validate import TECHNIQUES_FILE, FolderReport, TensorSource, main_dtype, validate_folder
+from llm_quest.hub.weight_map import export_weight_map, technique_parameters, weight_views
+from llm_quest.layers.initialize import materialize
+from llm_quest.models.build import dtype_from_name, family_of
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.techniques import TECHNIQUES
+from llm_quest.techniques.model_spec import techniques_to_json
+from llm_quest.tensor_files import nbytes, write_tensors
+
+if TYPE_CHECKING:
+    from llm_quest.data.images import ImageProcessor
+    from llm_quest.data.tokenizer import Tokenizer
+
+NUM_READERS = 2
+SAVED_FILES = re.compile(
+    r"(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|README\.md"
+    r"|techniques\.safetensors|model(-\d+-of-\d+)?\.safetensors|chat_template\.jinja|vocab\.json|merges\.txt"
+)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    aligned: bool = False,
+) -> Decoder:
+    """A Decoder in eval mode, with `model.generation_config` as published.
+
+    where: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a PEFT
+    adapter (with the base that it names), or a hub id. dtype None: as config.json says, else as the weights are stored.
+    On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like, but
+    don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
+    until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
+    Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
+    config no page computes), MissingError offline."""
+    device, requested_dtype = require_device(device), parse_dtype(dtype)
+    if (base := adapter_base(name_or_path)) is not None:
+        return load_adapter(
+            load(base, device=device, dtype=requested_dtype, allow_pickle=allow_pickle, aligned=aligned), name_or_path
+        ).eval()
+    location = locate_model(name_or_path, revision=revision, allow_pickle=allow_pickle)
+    report = validate_folder(location, allow_pickle=allow_pickle)
+    if location.from_hub and not report.sources and not allow_pickle:
+        raise offline_error(location.name, "model.safetensors", "")
+    raise_problems(report.problems, location.name)
+    assert report.model is not None
+    dtype = requested_dtype or stored_dtype(report.hf_config) or main_dtype(report.sources)
+    parameters = dict(report.model.named_parameters())
+    on_host = device.type == "cpu"
+    mapped = (
+        memory_map_parameters(parameters, report.weight_views, report.sources, dtype, aligned=aligned)
+        if on_host
+        else {}
+    )
+    materialize(report.model, device, dtype, hugepages.empty_huge_pages, mapped)
+    raise_problems(read_weights(report, mapped), location.name)
+    report.model.generation_config = report.generation_config
+    return report.model.eval()
+
+
+def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor into its place, and what only the numbers can tell: which are not finite, which second copies
+    differ. there: parameters that lie in their files.
+
+    Two at once: one reads while the other checks; both are out of Python's hands."""
+    assert report.model is not None
+    parameters = {name: parameter.detach() for name, parameter in report.model.named_parameters()}
+    targets = {name: place.view(parameters[place.parameter]) for name, place in report.weight_views.items()}
+
+    def read(name: str) -> int:
+        lies = report.weight_views[name].parameter in mapped
+        return count_non_finite(targets[name]) if lies else read_source(report.sources[name], targets[name])
+
+    with ThreadPoolExecutor(max_workers=NUM_READERS) as pool:
+        bad = list(pool.map(read, targets))
+    problems = [f"not finite: {name} ({count:,} numbers)" for name, count in zip(targets, bad, strict=True) if count]
+    for copy, original in report.duplicates:
+        again = torch.empty_like(targets[original])
+        read_source(report.sources[copy], again)
+        if not torch.equal(again, targets[original]):
+            problems.append(f"{copy} differs from {original}, but config.json says that they are tied")
+    return problems
+
+
+def read_source(source: TensorSource, out: Tensor) -> int:
+    """Fill one place; how many numbers are not finite."""
+    if isinstance(source, Tensor):
+        out.copy_(source)
+        return count_non_finite(source)
+    return read_into(source, out)
+
+
+def raise_problems(problems: list[str], name: str) -> None:
+    """One error for all of them."""
+    if problems:
+        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {problem}" for problem in problems)
+        raise DataError(f"{name} cannot be loaded:{text}")
+
+
+def save(
+    model: Decoder,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    preprocess: ImageProcessor | None = None,
+    generation_config: GenerationConfig | None = None,
+    readme: Readme | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """A Hugging Face folder: config.json (old and new spelling), model.safetensors or shards with their index,
+    generation_config.json, the tokenizer's files, preprocessor_config.json (preprocess: how its images are made),
+    README.md. A tied head is left out. generation None: the model's own, else the tokenizer's ids.
+    What techniques added goes to techniques.safetensors, the card to config.json (`hub.config.add_techniques`).
+
+    Raises UsageError for a folder that is not empty (overwrite=True replaces a saved model, and nothing else), for a
+    model whose weights have no published form, for token ids beyond the vocabulary; ResourceError where the disk is
+    full."""
+    family = family_of(model.config)
+    generation_config = generation_config or model.generation_config or generation_config_from_tokenizer(tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config.vocab_size)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    names, techniques = family.names(model.config), model.spec.techniques
+    technique_names = technique_parameters(model, names) if techniques else set()
+    table = weight_views(model, export_weight_map(model, names))
+    stored = {name: place.view(parameters[place.parameter]) for name, place in table.items()}
+    extra, tensors = (
+        {n: t for n, t in stored.items() if n in technique_names},
+        {n: t for n, t in stored.items() if n not in technique_names},
+    )
+    tensors |= {copy: tensors[one] for copy, one in family.duplicate_weights(model.config).items() if one in tensors}
+    total = sum(map(nbytes, stored.values()))
+    dtype = max(tensors.values(), key=nbytes).dtype
+    with atomic_dir(
+        folder,
+        overwrite=overwrite,
+        replaceable=lambda name: bool(SAVED_FILES.fullmatch(name)),
+        required_bytes=total + 2**20,
+    ) as stage:
+        write_json(
+            stage / "config.json",
+            add_techniques(build_config_json(model, family, generation_config, dtype), techniques),
+        )
+        write_json(stage / "generation_config.json", build_generation_json(generation_config or GenerationConfig()))
+        write_text(stage / "README.md", (readme or Readme()).render(model, family))
+        if tokenizer is not None:
+            tokenizer.save(stage, model_max_length=model.config.max_position_embeddings)
+        if preprocess is not None:
+            write_json(stage / "preprocessor_config.json", preprocess.to_preprocessor_config())
+        write_weights(stage, tensors, parse_size(max_shard_size))
+        if extra:
+            write_tensors(stage / TECHNIQUES_FILE, extra)
+    return Path(folder)
+
+
+def write_weights(stage: Path, tensors: Mapping[str, Tensor], limit: int) -> None:
+    """One file, or shards of at most `limit` bytes (a larger tensor has one to itself) and an index."""
+    parts = list(split_shards(tensors, limit))
+    if len(parts) == 1:
+        return write_tensors(stage / "model.safetensors", tensors)
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05}-of-{len(parts):05}.safetensors"
+        write_tensors(stage / file, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    total = {
+        "total_parameters": sum(t.numel() for t in tensors.values()),
+        "total_size": sum(map(nbytes, tensors.values())),
+    }
+    return write_json(stage / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+
+
+def split_shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
+    """Names in order, cut where the next one would exceed the limit."""
+    part: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + nbytes(tensor) > limit:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += nbytes(tensor)
+    yield part
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a published folder, a run, or a hub id. DataError where there is none."""
+    from llm_quest.data.tokenizer import Tokenizer
+
+    base = adapter_base(name_or_path)
+    if base is not None and not (Path(name_or_path).expanduser() / "tokenizer.json").exists():
+        return load_tokenizer(base)
+    location = (
+        ModelLocation(Path(name_or_path), str(name_or_path))
+        if base is not None
+        else locate_model(name_or_path, revision=revision)
+    )
+    folders = (
+        [location.folder]
+        if location.run_dir is None
+        else [location.run_dir, location.run_dir / "tokenizer", location.folder]
+    )
+    for home in folders:
+        if (home / "tokenizer.json").exists() or (home / "vocab.json").exists():
+            return Tokenizer.load(home)
+    raise DataError(f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt)")
+
+
+def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor:
+    """How the images of a published folder, a run, or a hub id are made. DataError where it is not said."""
+    from llm_quest.data.images import parse_preprocessor_config
+
+    location = locate_model(name_or_path, revision=revision)
+    for home in [location.folder] if location.run_dir is None else [location.run_dir, location.folder]:
+        if (home / "preprocessor_config.json").exists():
+            return parse_preprocessor_config(read_json(home / "preprocessor_config.json"))
+    raise DataError(f"{name_or_path} has no preprocessor_config.json, which says how its images are made")
+
+
+def write_model_json(run: str | Path, model: Decoder) -> None:
+    """model.json of a run folder: which page and numbers its checkpoints belong to. `load(run)` reads it."""
+    family = family_of(model.config)
+    config = {"model_type": family.model_type, "architectures": [family.architecture]} | family.publish(model.config)
+    generation = build_generation_json(model.generation_config or GenerationConfig())
+    techniques = techniques_to_json(model.spec.techniques, TECHNIQUES)
+    content = {"family": family.name, "config": config, "techniques": techniques, "generation": generation}
+    atomic_write_json(Path(run) / "model.json", content)
+
+
+def require_device(device: torch.device | str) -> torch.device:
+    """The device, proved by putting one number there."""
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise MissingError(f"device {str(device)!r} is not there: {reason}; use 'cpu'") from None
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) or dtype is None:
+        return dtype
+    return dtype_from_name(dtype)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes: 5000000, '5GB' (decimal) or '5GiB' (binary)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"size {size!r} is not understood: a number of bytes, or like '5GB', '500MiB'")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
+def generation_config_from_tokenizer(tokenizer: Tokenizer | None) -> GenerationConfig | None:
+    return (
+        None
+        if tokenizer is None
+        else GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_ids=tuple(tokenizer.eos_token_ids))
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer | None, rows: int) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        largest = tokenizer.vocab_size - 1
+        raise UsageError(
+            f"the tokenizer has ids up to {largest}, the embedding only {rows} rows: they are not of one model"
+        )

@@ -1,0 +1,113 @@
+"""Where a name leads: to a folder here, to a run of ours, or to a model on the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.models.build import presets
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
+)
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """folder: holds the weights. run: the run folder they belong to, if they are ours. name: as the user gave it."""
+
+    folder: Path
+    name: str
+    run_dir: Path | None = None
+    from_hub: bool = False
+
+
+def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> ModelLocation:
+    """A folder with config.json; a run folder (its newest checkpoint) or one checkpoint; else a hub id."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"{name_or_path} is a folder here, which has no revisions; leave out revision={revision!r}"
+            )
+        return locate_local(folder)
+    if folder.exists():
+        raise DataError(f"{name_or_path} is a file; give the folder that holds it, with its config.json")
+    if not HUB_ID.fullmatch(str(name_or_path)) or ".." in str(name_or_path):
+        raise DataError(f"there is no folder {str(name_or_path)!r}")
+    patterns = [*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, *(PICKLE_FILES if allow_pickle else ())]
+    return ModelLocation(download_snapshot(str(name_or_path), patterns, revision), str(name_or_path), from_hub=True)
+
+
+def locate_local(folder: Path) -> ModelLocation:
+    """A published folder, a run, or a checkpoint within a run."""
+    if (folder / "config.json").exists():
+        return ModelLocation(folder, str(folder))
+    if (folder / "model.json").exists():
+        return ModelLocation(newest_checkpoint(folder), str(folder), run_dir=folder)
+    run = folder.resolve().parent.parent
+    if folder.resolve().parent.name == "checkpoints" and (run / "model.json").exists():
+        return ModelLocation(folder, str(folder), run_dir=run)
+    raise DataError(f"{folder} is neither a published folder (no config.json) nor a run of ours (no model.json)")
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The one that LATEST names, else the one with the highest step."""
+    checkpoints = run / "checkpoints"
+    named = next((p.read_text().strip() for p in (run / "LATEST", checkpoints / "LATEST") if p.is_file()), "")
+    if re.fullmatch(r"(checkpoints/)?step-\d+", named) and (checkpoints / Path(named).name).is_dir():
+        return checkpoints / Path(named).name
+    steps = sorted((int(p.name[5:]), p) for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+    if not steps:
+        raise DataError(f"{run} has no checkpoint yet; let the run reach its first save")
+    return steps[-1][1]
+
+
+def download_snapshot(name: str, patterns: list[str], revision: str | None) -> Path:
+    """The hub's files in the local cache, downloaded where needed (HF_HOME and HF_HUB_OFFLINE are honoured)."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        download = huggingface_hub.snapshot_download
+        return Path(download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except errors.GatedRepoError:
+        raise MissingError(
+            f"{name} is gated: accept its licence on its hub page, then log in by `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise DataError(f"the hub's {name} has no revision {revision!r}") from None
+    except errors.HFValidationError as error:
+        raise DataError(f"{name!r} is no hub id: {error}") from None
+    except errors.RepositoryNotFoundError:
+        raise DataError(f"there is no folder {name!r} here and no such model on the hub{preset_hint(name)}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        raise offline_error(name, "config.json", str(error)) from None
+
+
+def unreachable_reason(reason: str) -> str:
+    """Why the hub gave nothing."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    return f"the hub cannot be reached ({(reason or 'no network').splitlines()[0][:100]})"
+
+
+def offline_error(name: str, file: str, reason: str) -> MissingError:
+    """What to say when the network is needed and not there."""
+    return MissingError(
+        f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while "
+        f"{unreachable_reason(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same HF_HOME), "
+        "or give a folder"
+    )
+
+
+def preset_hint(name: str) -> str:
+    return f" ({name!r} is a preset: build it with random weights by quest.build)" if name in presets() else ""

@@ -1,0 +1,97 @@
+"""Weights that stay where they are: a parameter may lie in its file, mapped copy-on-write, instead of being read.
+
+      file   | header | down | gate | up | k | o | q | v | ...        gate_up = [gate; up] lies there as we need it,
+                               \________/                             qkv = [q; k; v] does not, and is read
+
+It can where the file holds its numbers in our order and dtype: alone, several published tensors one behind the other,
+or turned (then the parameter is a transposed view; only in float32, for the products of a decode step are a third
+slower on turned matrices in bfloat16, and no slower in float32). Whoever writes to it, an optimiser say, writes to
+memory of this process; the file never changes. `tensors.forward_hidden` is the definition, and what all else goes
+through.
+
+A file that is *replaced* by renaming another over it (as `save` does) or deleted lives on under the mapping. But one
+that is cut short in place takes the numbers away, and reading them ends the process (SIGBUS): true of every program
+that maps safetensors files. Windows lets nobody rename over a mapped file; there nothing is mapped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llm_quest.errors import DataError
+from llm_quest.hub.safetensors_io import FLOAT_DTYPES, StoredTensor
+from llm_quest.hub.weight_map import WeightView
+from llm_quest.tensor_files import ALIGNMENT
+
+CAN_MAP = os.name == "posix"
+
+
+def memory_map_parameters(
+    parameters: Mapping[str, nn.Parameter],
+    weight_views: Mapping[str, WeightView],
+    sources: Mapping[str, object],
+    dtype: torch.dtype,
+    *,
+    aligned: bool = False,
+) -> dict[str, Tensor]:
+    """Those parameters that can lie in their files, as tensors over the mapped files. sources: stored name -> where its
+    numbers are. aligned: only those in row order that begin at a multiple of 64 bytes."""
+    parts: dict[str, list[tuple[StoredTensor, WeightView]]] = defaultdict(list)
+    for name, place in weight_views.items():
+        source = sources[name]
+        if CAN_MAP and isinstance(source, StoredTensor) and FLOAT_DTYPES.get(source.dtype) == dtype:
+            parts[place.parameter].append((source, place))
+    maps = {file: map_file(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
+    mapped = {path: map_parameter(parameters[path], found, maps, aligned) for path, found in parts.items()}
+    return {path: tensor for path, tensor in mapped.items() if tensor is not None}
+
+
+def map_file(file: Path) -> mmap.mmap:
+    """All of a file; who writes to it writes to a copy of that page."""
+    with file.open("rb") as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def map_parameter(
+    parameter: nn.Parameter,
+    parts: Sequence[tuple[StoredTensor, WeightView]],
+    maps: Mapping[Path, mmap.mmap],
+    aligned: bool,
+) -> Tensor | None:
+    """The parameter as a tensor over its file; None where the file holds it in another order."""
+    first = min((stored for stored, _ in parts), key=lambda stored: stored.start)
+    dtype = FLOAT_DTYPES[first.dtype]
+    nbytes = sum(stored.nbytes for stored, _ in parts if stored.file == first.file)
+    if nbytes != parameter.numel() * dtype.itemsize or not nbytes or first.start % dtype.itemsize:
+        return None
+    if len(maps[first.file]) < first.start + nbytes:
+        raise DataError(f"{first.file.name}: became shorter while it was read; load it again once nobody writes to it")
+    memory = torch.frombuffer(maps[first.file], dtype=dtype, count=parameter.numel(), offset=first.start)
+    transposed = any(not place.view(parameter).is_contiguous() for _, place in parts)
+    if (transposed and dtype != torch.float32) or (aligned and (transposed or memory.data_ptr() % ALIGNMENT)):
+        return None
+    tensor = reshape_memory(memory, parameter, transposed=transposed)
+    begin = memory.data_ptr() - first.start
+    return (
+        tensor if all(reads_stored_order(place.view(tensor), begin + stored.start) for stored, place in parts) else None
+    )
+
+
+def reshape_memory(memory: Tensor, parameter: nn.Parameter, *, transposed: bool) -> Tensor:
+    """Flat memory in the parameter's shape; turned: its last two dimensions lie the other way round."""
+    if not transposed:
+        return memory.view(parameter.shape)
+    *outer, rows, columns = parameter.shape
+    return memory.view(*outer, columns, rows).mT
+
+
+def reads_stored_order(view: Tensor, address: int) -> bool:
+    """Does this view of the parameter read the numbers from there on, in their order?"""
+    return view.is_contiguous() and view.data_ptr() == address

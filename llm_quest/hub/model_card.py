@@ -1,0 +1,75 @@
+"""The model card: README.md of a published folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from llm_quest.models.build import count_parameters
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.family import Family
+from llm_quest.techniques.model_spec import all_exportable
+
+
+@dataclass(frozen=True)
+class Readme:
+    """What only the maker of a model can say about it. results: measure -> value; limits: sentences."""
+
+    title: str = ""
+    summary: str = ""
+    license: str | None = None
+    base_model: str | None = None
+    language: str | None = None
+    datasets: Sequence[str] = ()
+    results: Mapping[str, float | str] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+
+    def render(self, model: Decoder, family: Family) -> str:
+        """Markdown with a YAML head, as the hub reads it."""
+        known = {"license": self.license, "base_model": self.base_model, "language": self.language}
+        head: dict[str, Any] = {name: value for name, value in known.items() if value}
+        head |= {"datasets": list(self.datasets)} if self.datasets else {}
+        exportable = all_exportable(model.spec.techniques)
+        head |= {"library_name": "transformers" if exportable else "llm-quest", "pipeline_tag": family.pipeline_tag}
+        head["tags"] = ["llm-quest", family.model_type]
+        size = f"{count_parameters(model):,} parameters"
+        parts = [
+            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+            f"# {self.title or f'{family.name}-style, {size}'}",
+            self.summary or f"A {family.architecture} of {size}, trained and exported with LLM Quest.",
+            "## Use\n\n```python\n" + (transformers_usage(family) if exportable else quest_usage(model)) + "\n```",
+            markdown_table("Shape", family.publish(model.config)),
+            markdown_table("Results", self.results),
+            "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def transformers_usage(family: Family) -> str:
+    """How transformers loads it."""
+    auto = AUTO_CLASSES[family.pipeline_tag]
+    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("path/to/this/folder")'
+
+
+def quest_usage(model: Decoder) -> str:
+    """How this package loads it, and why others do not."""
+    made = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
+    why = f"# made with {made}: the published tensors alone are not this model"
+    return f'import llm_quest as quest\n\nmodel = quest.load("path/to/this/folder")  {why}'
+
+
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+    "image-feature-extraction": "AutoModel",
+    "image-text-to-text": "AutoModelForImageTextToText",
+}
+
+
+def markdown_table(title: str, values: Mapping[str, Any]) -> str:
+    """A table; empty without values."""
+    rows = [f"| {name} | {value} |" for name, value in values.items() if not isinstance(value, Mapping)]
+    return "\n".join([f"## {title}\n", "| | |", "| --- | --- |", *rows]) if rows else ""

@@ -1,0 +1,218 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, whose tensors are named after the
+published modules that they edit (`adapters.py` reads it).
+
+LoRA-XS and TinyLoRA are written as the plain LoRA they amount to (their core goes into B). Where the published model
+has one matrix and we edit its parts apart (GPT-2's c_attn), A's are stacked and B's lie on the diagonal:
+
+      A = [A_q; A_k; A_v]     B = [B_q 0 0; 0 B_k 0; 0 0 B_v]     rank 3 r, and alpha so much larger that s is the same
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm_quest.errors import DataError, UsageError
+from llm_quest.files import write_json
+from llm_quest.hub.atomic_dir import atomic_dir
+from llm_quest.hub.safetensors_io import FLOAT_DTYPES, read_header, read_into
+from llm_quest.hub.weight_map import compact_names
+from llm_quest.layers.low_rank import AdaptedLinear, AdaptedPackedLinear, DoRAUpdate, LowRankUpdate, row_norms
+from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.models import FAMILIES
+from llm_quest.models.build import build_meta_model, family_of
+from llm_quest.models.family import ConcatRows, Transposed
+from llm_quest.techniques.adapter_targets import TargetMatrix, target_matrices
+from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, is_adapter, require_adapters
+from llm_quest.tensor_files import write_tensors
+
+CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+@dataclass(frozen=True)
+class PublishedMatrix:
+    """Where an address lies in the published model: rows of the matrix of a module, whose shape is (out, width)."""
+
+    module: str
+    rows: slice
+    out_features: int
+    in_features: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.rows == slice(0, self.out_features)
+
+
+@dataclass(frozen=True)
+class LoRAPair:
+    """One published matrix's adapter. magnitude: DoRA's."""
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None = None
+
+
+def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
+    """Address -> place, for every matrix of this page that is one in the published model too (experts are stacked
+    there)."""
+    family = family_of(config)
+    if family not in FAMILIES:
+        raise UsageError(f"adapters of {family.name} have no PEFT form here: merge, and save the whole model")
+    meta_model, table, found = build_meta_model(config), family.names(config), {}
+    for site in target_matrices(meta_model):
+        match table.get(f"{site.path}.weight"):
+            case ConcatRows(names=names):
+                module: Any = meta_model.get_submodule(site.path)
+                found[site.address] = locate_matrix(names[list(module.parts).index(site.part)], site)
+            case str(name) | Transposed(name=name):
+                found[site.address] = locate_matrix(name, site, meta_model.get_submodule(site.path))
+    return found
+
+
+def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None) -> PublishedMatrix:
+    """stack: the layer, where its whole matrix is published as one."""
+    rows, width = site.weight.shape
+    module = name.removesuffix(".weight")
+    if isinstance(packed, PackedLinear):
+        return PublishedMatrix(module, packed.row_slice(site.part), packed.out_features, width)
+    return PublishedMatrix(module, slice(0, rows), rows, width)
+
+
+def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Every tensor of an adapter's file, by name. DataError where there is none, for names that are not known and for
+    numbers that are not finite."""
+    if not file.exists():
+        raise DataError(f"{file.parent} has no {file.name}; save the adapter with safe_serialization=True")
+    header = read_header(file)
+    unknown = [name for name, stored in header.items() if not known(name) or stored.dtype not in FLOAT_DTYPES]
+    found = {
+        name: torch.empty(stored.shape, dtype=FLOAT_DTYPES[stored.dtype])
+        for name, stored in header.items()
+        if name not in unknown
+    }
+    bad = [name for name, tensor in found.items() if read_into(header[name], tensor)]
+    if unknown or bad or not found:
+        what = (
+            f"not finite: {compact_names(bad)}" if bad else f"not read here: {compact_names(unknown) or 'it is empty'}"
+        )
+        raise DataError(f"{file}: {what}; only adapters of linear layers are")
+    return found
+
+
+def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:
+    """The adapter alone, as PEFT's `PeftModel.from_pretrained` reads it. base: where the model underneath is (a folder
+    or hub id), for readers who want to find it.
+
+    Raises UsageError without an adapter, or for one that PEFT has no form for: of experts, of models that see."""
+    pairs = adapter_pairs(model)
+    tensors = {name: tensor for module, pair in pairs.items() for name, tensor in peft_tensors(module, pair)}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with atomic_dir(
+        folder, overwrite=overwrite, replaceable={CONFIG, WEIGHTS}.__contains__, required_bytes=size + 2**20
+    ) as stage:
+        write_json(stage / CONFIG, peft_config(model, pairs, base))
+        write_tensors(stage / WEIGHTS, tensors)
+    return Path(folder)
+
+
+@torch.no_grad()
+def adapter_pairs(model: Any) -> dict[str, LoRAPair]:
+    """Published module -> its adapter."""
+    matrices = base_matrices(model.config)
+    grouped: dict[str, list[tuple[PublishedMatrix, nn.Module, Tensor]]] = {}
+    for address, edit, weight in adapter_edits(model):
+        if address not in matrices:
+            raise UsageError(f"PEFT has no form for an adapter of {address}: merge, and save the whole model")
+        grouped.setdefault(matrices[address].module, []).append((matrices[address], edit, weight))
+    return {module: join_parts(parts) for module, parts in grouped.items()}
+
+
+def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Address, edit, and the layer's whole matrix."""
+    for path, wrapper in require_adapters(model).items():
+        if isinstance(wrapper, AdaptedLinear):
+            yield path, wrapper.edit, wrapper.base.weight
+        elif isinstance(wrapper, AdaptedPackedLinear):
+            yield from ((f"{path}.{part}", edit, wrapper.base.weight) for part, edit in wrapper.edits.items())
+        else:
+            yield from ((f"{path}.{part}", edit, wrapper.base.down) for part, edit in wrapper.edits.items())
+
+
+def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> LoRAPair:
+    """One published matrix's adapter, from those of its parts."""
+    if parts[0][0].is_whole:
+        return to_lora_pair(parts[0][1])
+    ours, (first, _, weight) = [to_lora_pair(edit) for _, edit, _ in parts], parts[0]
+    B = weight.new_zeros(first.out_features, sum(one.A.shape[0] for one in ours))
+    magnitude, column = row_norms(weight), 0
+    for (where, _, _), one in zip(parts, ours, strict=True):
+        B[where.rows, column : column + one.A.shape[0]] = one.B
+        column += one.A.shape[0]
+        if one.magnitude is not None:
+            magnitude[where.rows] = one.magnitude
+    return LoRAPair(torch.cat([one.A for one in ours]), B, magnitude if ours[0].magnitude is not None else None)
+
+
+def to_lora_pair(edit: nn.Module) -> LoRAPair:
+    """A plain A and B: what lies between them goes into B."""
+    low: Any = edit.low if isinstance(edit, DoRAUpdate) else edit
+    assert isinstance(low, LowRankUpdate)
+    core = low.core(torch.eye(low.A.shape[0], dtype=low.A.dtype, device=low.A.device)).mT
+    return LoRAPair(low.A, low.B @ core, edit.magnitude if isinstance(edit, DoRAUpdate) else None)
+
+
+def peft_tensors(module: str, pair: LoRAPair) -> Iterator[tuple[str, Tensor]]:
+    yield f"{ROOT}{module}.lora_A.weight", pair.A.contiguous()
+    yield f"{ROOT}{module}.lora_B.weight", pair.B.contiguous()
+    if pair.magnitude is not None:
+        yield f"{ROOT}{module}.lora_magnitude_vector", pair.magnitude.contiguous()
+
+
+def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> dict[str, Any]:
+    """adapter_config.json."""
+    technique: Any = next(one for one in model.spec.techniques if is_adapter(one))
+    rank, use_rslora = technique.rank, isinstance(technique, RsLoRA)
+    rank_pattern = {module: one.A.shape[0] for module, one in pairs.items() if one.A.shape[0] != rank}
+    alpha = LORA_ALPHA[type(technique)](technique)
+    root = math.sqrt if use_rslora else float
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": technique.dropout if isinstance(technique, LoRA | RsLoRA | DoRA) else 0.0,
+        "target_modules": target_modules(model.config, pairs),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": {module: alpha * root(one / rank) for module, one in rank_pattern.items()},
+        "bias": "none",
+        "use_rslora": use_rslora,
+        "use_dora": isinstance(technique, DoRA),
+        "fan_in_fan_out": any(
+            isinstance(one, Transposed) for one in family_of(model.config).names(model.config).values()
+        ),
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+LORA_ALPHA = {
+    LoRA: lambda one: one.alpha,
+    RsLoRA: lambda one: one.alpha,
+    DoRA: lambda one: one.alpha,
+    LoRAXS: lambda one: one.scale * one.rank,
+    TinyLoRA: lambda one: float(one.rank),
+}
+
+
+def target_modules(config: Any, pairs: Mapping[str, LoRAPair]) -> list[str]:
+    """Short names where all modules of that name are adapted, as PEFT's users write them; else every module's own."""
+    last = {module: module.rsplit(".", 1)[-1] for module in {one.module for one in base_matrices(config).values()}}
+    short = sorted({last[module] for module in pairs})
+    return short if {module for module in last if last[module] in short} == set(pairs) else sorted(pairs)

@@ -1,0 +1,139 @@
+"""A page's two-way table, read as *places*: each published tensor is a view of one of our parameters.
+
+    published  q_proj (4,6)   k_proj (2,6)   v_proj (2,6)            c_attn (6,18)
+    ours       qkv[0:4]       qkv[4:6]       qkv[6:8]                qkv.T
+
+Importing copies into the view, exporting copies out of it: one description, both ways, so neither can drift from the
+other. A new kind of table entry is one more case in `entry_views`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+from torch import Tensor, nn
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.moe import Experts
+from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.models.family import ConcatRows, PublishedWeight, Reshaped, StackTensors, Transposed, WeightMap
+from llm_quest.techniques.model_spec import strip_wrapper_names
+from llm_quest.techniques.score_head import find_score_head
+
+HEAD, SCORE = "head.weight", "score.weight"
+"""A score head's tensor, as we and as transformers call it."""
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """Where a stored tensor lies with us: `view(parameter)` shares our memory and has the published shape."""
+
+    parameter: str
+    view: View
+
+
+def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
+    """Published name -> its place in this model. A tied matrix appears once, under the name its first user gives it.
+
+    Raises UsageError where model and table do not cover each other (a model edited without a technique)."""
+    ours = dict(model.named_parameters())
+    unmatched = [*(ours.keys() - table.keys()), *(table.keys() - ours.keys())]
+    if unmatched:
+        raise UsageError(
+            f"this model's weights have no published form: {compact_names(unmatched)} not in its page's table; "
+            "merge or remove what was put on by hand; a technique would stand on the model's card"
+        )
+    row_sizes = packed_row_sizes(model)
+    found = {
+        name: WeightView(path, view)
+        for path in ours
+        for name, view in entry_views(table[path], row_sizes.get(path, ()))
+    }
+    assert len(found) >= len(ours), "a page's table names one published tensor twice"
+    return found
+
+
+def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[tuple[str, View]]:
+    """The published tensors of one table entry. sizes: how many rows each part of a stacked parameter has."""
+    match published:
+        case str():
+            yield published, lambda parameter: parameter
+        case Transposed(name=name):
+            yield name, lambda parameter: parameter.mT
+        case Reshaped(name=name, shape=shape):
+            yield name, lambda parameter: parameter.view(shape)
+        case ConcatRows(names=names):
+            starts = accumulate(sizes, initial=0)
+            for name, start, size in zip(names, starts, sizes, strict=False):
+                yield name, row_view(start, size)
+        case StackTensors(entries=entries):
+            for index, entry in enumerate(entries):
+                for name, view in entry_views(entry, sizes):
+                    yield name, index_view(index, view)
+
+
+def row_view(start: int, size: int) -> View:
+    return lambda parameter: parameter.narrow(0, start, size)
+
+
+def index_view(index: int, view: View) -> View:
+    return lambda parameter: view(parameter[index])
+
+
+def packed_row_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters that are several projections stacked by rows, with the rows of each."""
+    modules = ((path, module) for path, module in model.named_modules() if isinstance(module, PackedLinear))
+    found = {f"{path}.{kind}": tuple(m.parts.values()) for path, m in modules for kind in ("weight", "bias")}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            found[f"{path}.gate_up"] = (module.down.shape[2],) * 2
+    return found
+
+
+def export_weight_map(model: nn.Module, table: WeightMap) -> WeightMap:
+    """The page's table, for the model as the techniques on its card left it: what they wrapped is published under the
+    name it had before; what they added has no published name and stands under ours."""
+    if not model.spec.techniques:  # type: ignore[union-attr]
+        return table
+    found = {name: table.get(strip_wrapper_names(name), name) for name, _ in model.named_parameters()}
+    return found | ({HEAD: SCORE} if find_score_head(model) is not None else {})
+
+
+def technique_parameters(model: nn.Module, table: WeightMap) -> set[str]:
+    """The parameters that only techniques know."""
+    return {name for name, _ in model.named_parameters() if strip_wrapper_names(name) not in table}
+
+
+def identity_weight_map(model: nn.Module) -> WeightMap:
+    """The table of our own checkpoints: every parameter under its own name."""
+    return {name: name for name, _ in model.named_parameters()}
+
+
+def compact_names(names: Iterable[str]) -> str:
+    """Names for a message, layers drawn together: 'h.{0-11}.ln_1.bias, wte.weight'. Complete, and short enough to
+    read."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        first = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name if first is None else f"{name[: first.start()]}\0{name[first.end() :]}"
+        numbers.setdefault(pattern, set()).update([] if first is None else [int(first.group())])
+    return ", ".join(pattern.replace("\0", format_ranges(found)) for pattern, found in sorted(numbers.items()))
+
+
+def format_ranges(numbers: set[int]) -> str:
+    """{0,1,2,5} -> '{0-2,5}'; a single number as it is."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])]
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return text if len(numbers) == 1 else "{" + text + "}"
+
+
+def name_in_file(name: str, stored: Mapping[str, object], optional_prefix: str) -> str:
+    """The name a file really uses: some published files leave a prefix out (GPT-2's in front, CLIP's within
+    LLaVA's)."""
+    without_prefix = name.replace(optional_prefix, "", 1)
+    return without_prefix if name not in stored and without_prefix in stored else name

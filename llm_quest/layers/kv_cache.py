@@ -1,0 +1,282 @@
+"""What mixers keep between passes. Each mixer makes its own part, so a hybrid model needs no hybrid cache.
+
+A token at position p lies in slot p + 1, so that padding (p = -1) lands in slot 0, the spare that nobody ever sees:
+
+      position   -1   0   1   2   3             ring of 3 slots:  position  -1   0   1   2   3   4
+      slot        0   1   2   3   4                               slot       0   1   2   3   1   2
+
+A ring serves a mixer that looks back at most `sliding_window` tokens; it has `max_rewind` more slots than the window,
+so that up to `max_rewind` tokens more can be taken back (speculative decoding). Where each token lies is worked out
+once per pass and number of slots, not per layer. Eager code reads only the filled slots; a compiled step sees all of
+them (constant shapes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm_quest.contracts import LayerCache
+from llm_quest.scope import CausalMask, MaskSpec, Scope
+
+
+class Cache:
+    """One model's memory of B rows: the layers' parts and, per number of slots, the positions that lie in them."""
+
+    def __init__(self, layers: Sequence[LayerCache], batch_size: int, capacity: int):
+        self.layers = list(layers)
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.slot_indices: dict[int, SlotIndex] = {}
+
+    def slot_index(self, slots: int) -> SlotIndex:
+        """Where tokens lie in a part with so many slots."""
+        if slots not in self.slot_indices:
+            self.slot_indices[slots] = SlotIndex(slots)
+        return self.slot_indices[slots]
+
+    def snapshot(self, positions: Sequence[int]) -> None:
+        """Row b will not be taken back below position at[b]."""
+        for layer in self.layers:
+            layer.snapshot(positions)
+
+    def rewind(self, positions: Sequence[int]) -> list[int]:
+        """Take every row b back to at most position to[b]; returns where *all* layers can stand: feed from there."""
+        agreed: list[int] = []
+        while agreed != (positions := list(positions)):  # a lower stand of one layer is put to all the others again
+            agreed = positions
+            for layer in self.layers:
+                positions = layer.latest_rewind(positions)
+        for layer in self.layers:
+            layer.rewind(positions)
+        for slot_index in self.slot_indices.values():
+            slot_index.rewind(positions)
+        return agreed
+
+    def row_states(self) -> list[LayerCache | SlotIndex]:
+        """All that is kept per row."""
+        return [*self.layers, *self.slot_indices.values()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row n times, side by side: a group of samples after one prefill."""
+        self.batch_size *= repeats
+        for part in self.row_states():
+            part.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows stay."""
+        self.batch_size = indices.shape[0]
+        for part in self.row_states():
+            part.batch_select_indices(indices)
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states held now."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class SlotWrite:
+    """One pass's dealings with a shelf. row (B,1), slot (B,T): where each token goes; before, after (B, slots+1):
+    positions lying in the slots before and after the pass; start: the common slot of a plain pass's first token, where
+    it is known; fresh: nothing lay there before; whole: rows 0..n without gap or padding."""
+
+    rows: Tensor
+    slots: Tensor
+    positions_before: Tensor
+    positions_after: Tensor
+    start: int | None
+    is_first: bool
+    is_contiguous: bool
+    max_seq_len: int | None
+
+
+class SlotIndex:
+    """The positions (B, slots+1) lying in the slots of all parts that have this many; -1 where a slot is free.
+
+    whole: rows lie in slots 1..run without gap or padding. highest (B,): the latest position a ring has ever held, so
+    what lies `num_slots` below it is overwritten for good, also after a rewind."""
+
+    def __init__(self, num_slots: int):
+        self.num_slots = num_slots
+        self.positions: Tensor | None = None
+        self.max_positions: Tensor | None = None
+        self.is_contiguous = True
+        self.run_length = 0
+
+    def assign_slots(self, scope: Scope, ring: bool) -> SlotWrite:
+        """Find slots for this pass's tokens and note their positions."""
+        positions, is_first = scope.position_ids, self.positions is None
+        max_seq_len = host_max_seq_len(scope)
+        if max_seq_len is not None and max_seq_len > self.num_slots and not ring:
+            raise ValueError(
+                f"this pass reaches position {max_seq_len - 1}, but the cache was made for {self.num_slots} positions: "
+                "make it larger (new_cache(batch, capacity)) or let the window slide"
+            )
+        if self.positions is None:
+            self.positions = positions.new_full((positions.shape[0], self.num_slots + 1), -1)
+        start = max_seq_len - positions.shape[1] if scope.is_unpadded and max_seq_len is not None else None
+        # asks the pass first: a compiled step, whose start is a tensor, is then the same graph after any earlier pass
+        self.is_contiguous = start is not None and self.is_contiguous and start <= self.run_length
+        if self.is_contiguous and max_seq_len is not None:
+            self.run_length = max(self.run_length, max_seq_len)
+        before = self.positions
+        slots = ring_slots(positions, self.num_slots) if ring else positions + 1
+        self.positions = before.scatter(1, slots, torch.where(slots == 0, -1, positions))
+        if ring:
+            latest = positions.amax(dim=1)
+            self.max_positions = latest if self.max_positions is None else torch.maximum(self.max_positions, latest)
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        return SlotWrite(rows, slots, before, self.positions, start, is_first, self.is_contiguous, max_seq_len)
+
+    def rewind(self, positions: Sequence[int]) -> None:
+        if self.positions is not None:
+            limit = torch.tensor(list(positions), device=self.positions.device)[:, None]
+            self.positions = torch.where(self.positions >= limit, -1, self.positions)
+            self.is_contiguous = self.is_contiguous and len(set(positions)) == 1
+            self.run_length = min(self.run_length, *positions)
+            if self.max_positions is not None:
+                self.max_positions = torch.where(limit[:, 0] == 0, -1, self.max_positions)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.positions is not None:
+            self.positions = self.positions.repeat_interleave(repeats, dim=0)
+        if self.max_positions is not None:
+            self.max_positions = self.max_positions.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.positions is not None:
+            self.positions = self.positions[indices.to(self.positions.device)]
+        if self.max_positions is not None:
+            self.max_positions = self.max_positions[indices.to(self.max_positions.device)]
+
+
+class KVCache:
+    """Named tensors (B, slots+1, ...) filed by position: keys and values, or MLA's latent and rotary key.
+
+    They take dtype and device from the first pass. `sliding_window`: how far back the mixer looks; None: everything."""
+
+    def __init__(self, capacity: int, window: int | None = None, max_rewind: int = 0):
+        self.num_slots = capacity if window is None else min(capacity, window + max_rewind)
+        self.is_ring = self.num_slots < capacity
+        self.window = window
+        self.slot_index: SlotIndex | None = None
+        self.tensors: dict[str, Tensor] = {}
+
+    def extend(self, scope: Scope, **new: Tensor) -> tuple[dict[str, Tensor], MaskSpec]:
+        """File new tensors (B,T,...) and return what this pass's queries may read, (B,S,...) each, with who sees whom.
+
+        A pass longer than the ring's slack would overwrite what its first queries still need: it looks at the old slots
+        and the new tokens together and files afterwards."""
+        assert scope.cache is not None, "extend is called with a cache in the scope"
+        self.slot_index = slot_index = scope.cache.slot_index(self.num_slots)
+        slot_write: SlotWrite = scope.cached(
+            ("filing", self.num_slots), lambda: slot_index.assign_slots(scope, self.is_ring)
+        )
+        length = scope.position_ids.shape[1]
+        if slot_write.is_first:
+            self.write(slot_write, new)
+            return new, scope.attention_mask(self.window)
+        if self.is_ring and self.window is not None and length > self.num_slots - self.window + 1:
+            joined = {
+                name: torch.cat((self.tensors[name], tensor.to(self.tensors[name])), 1) for name, tensor in new.items()
+            }
+            keys = torch.cat((slot_write.positions_before, scope.position_ids), dim=1)
+            self.write(slot_write, new)
+            return joined, scope.cached(
+                ("joined", self.num_slots, self.window), lambda: scope.build_mask(keys, None, self.window)
+            )
+        self.write(slot_write, new)
+        return self.read(scope, slot_write)
+
+    def write(self, slot_write: SlotWrite, new: dict[str, Tensor]) -> None:
+        """Copy each token's row to its slot: by a slice where the slots are one common run, else by index."""
+        for name, tensor in new.items():
+            length = tensor.shape[1]
+            if name not in self.tensors:
+                self.tensors[name] = allocate_slots(tensor, self.num_slots + 1)
+            stored = self.tensors[name]
+            if slot_write.start is not None and slot_write.start + length <= self.num_slots:
+                stored[:, slot_write.start + 1 : slot_write.start + 1 + length] = tensor
+            else:
+                stored.index_put_((slot_write.rows, slot_write.slots), tensor.to(stored.dtype))
+
+    def read(self, scope: Scope, slot_write: SlotWrite) -> tuple[dict[str, Tensor], MaskSpec]:
+        """The filled slots and their mask; none is needed where one new token closes rows without gap or padding."""
+        max_seq_len, length = slot_write.max_seq_len, scope.position_ids.shape[1]
+        first, last = 0, self.num_slots + 1 if max_seq_len is None else min(max_seq_len, self.num_slots) + 1
+        if (
+            slot_write.is_contiguous
+            and max_seq_len is not None
+            and length == 1
+            and max_seq_len <= min(self.num_slots, self.window or max_seq_len)
+        ):
+            return {name: kept[:, 1:last] for name, kept in self.tensors.items()}, CausalMask.FULL
+        keys = slot_write.positions_after[:, first:last]
+        mask = scope.cached(("slots", self.num_slots, self.window), lambda: scope.build_mask(keys, None, self.window))
+        return {name: kept[:, first:last] for name, kept in self.tensors.items()}, mask
+
+    def snapshot(self, positions: Sequence[int]) -> None:
+        """Slots need no snapshot."""
+
+    def latest_rewind(self, positions: Sequence[int]) -> list[int]:
+        """Anywhere; but a ring has overwritten what a deep rewind would need, and refuses rather than answer
+        wrongly."""
+        if (
+            self.is_ring
+            and self.slot_index is not None
+            and self.slot_index.max_positions is not None
+            and self.window is not None
+        ):
+            for position, highest in zip(positions, self.slot_index.max_positions.tolist(), strict=True):
+                if position > 0 and highest - self.num_slots >= max(position - self.window + 1, 0):
+                    needed = highest - position + 1
+                    raise ValueError(
+                        f"a windowed cache with {self.num_slots - self.window} slots of slack has overwritten what "
+                        f"position {position} looks back at: make it with slack={needed} "
+                        "(new_cache(batch, capacity, slack))"
+                    )
+        return list(positions)
+
+    def rewind(self, positions: Sequence[int]) -> None:
+        """The shelf forgets the positions; what lies in their slots is never seen again."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for name, stored in self.tensors.items():
+            self.tensors[name] = swap_head_dim(swap_head_dim(stored).repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for name, stored in self.tensors.items():
+            self.tensors[name] = swap_head_dim(swap_head_dim(stored).index_select(0, indices.to(stored.device)))
+
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self.tensors.values())
+
+
+def allocate_slots(like: Tensor, num_slots: int) -> Tensor:
+    """Zeros (B,slots,...) for tensors like this (B,T,...). Keys and values (B,T,G,d) lie in memory head by head: a step
+    of decoding then reads each head's slots in one run (twice as fast at batch 32 in bfloat16)."""
+    batch_size, _, *rest = like.shape
+    shape = (batch_size, rest[0], num_slots, rest[1]) if len(rest) == 2 else (batch_size, num_slots, *rest)
+    return swap_head_dim(like.new_zeros(shape))
+
+
+def swap_head_dim(x: Tensor) -> Tensor:
+    """(B,S,G,d) seen as (B,G,S,d), and the other way round; what has no heads as it is."""
+    return x.transpose(1, 2) if x.dim() == 4 else x
+
+
+def host_max_seq_len(scope: Scope) -> int | None:
+    """One more than the largest position, as a host number; eager code asks the tensor if the caller did not say."""
+    if scope.max_seq_len is not None or torch.compiler.is_compiling():
+        return scope.max_seq_len
+    return int(scope.position_ids.max()) + 1
+
+
+def ring_slots(positions: Tensor, num_slots: int) -> Tensor:
+    """Slot (B,T) of each token in a ring. Tokens that later ones of the same pass would overwrite go to the spare
+    slot."""
+    stays = (positions >= 0) & (positions > positions.amax(dim=1, keepdim=True) - num_slots)
+    return torch.where(stays, positions % num_slots + 1, 0)

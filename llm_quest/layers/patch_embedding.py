@@ -1,0 +1,76 @@
+"""From images to vectors: an image is cut into squares, and each square is a word (Dosovitskiy et al. 2021,
+arXiv:2010.11929)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchEmbedding(nn.Linear):
+    """Cut (B,C,H,W) into squares of side P, row by row, and project each one's C P P numbers: (B,N,D), N = (H/P)(W/P).
+
+    The same as a convolution of kernel and stride P whose weight (D,C,P,P) is laid out as (D, C P P)."""
+
+    def __init__(self, num_channels: int, patch_size: int, dim: int, *, bias: bool = True):
+        super().__init__(num_channels * patch_size * patch_size, dim, bias=bias)
+        self.num_channels, self.patch_size = num_channels, patch_size
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        batch, channels, height, width = images.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        cut = images.reshape(batch, channels, rows, self.patch_size, columns, self.patch_size)
+        return super().forward(cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1))
+
+
+class ImageEmbedding(nn.Module):
+    """[start; patches] + positions: a learned class token stands before the patches, and every one of them, the class
+    token included, has a learned position (eq. 1). image: side of the square images it reads.
+
+    Raises ValueError for images of another shape: the positions belong to one grid (`interpolate_pos_encoding` makes
+    another's)."""
+
+    def __init__(
+        self, image_size: int, patch_size: int, num_channels: int, dim: int, *, bias: bool = True, dropout: float = 0.0
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"images of {image_size} x {image_size} cannot be cut into patches of {patch_size}: make patch divide image"
+            )
+        self.image_size = image_size
+        self.patches = PatchEmbedding(num_channels, patch_size, dim, bias=bias)
+        self.start = nn.Parameter(torch.zeros(dim))
+        self.positions = nn.Parameter(torch.zeros((image_size // patch_size) ** 2 + 1, dim))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
+        expected = (self.patches.num_channels, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images are {' x '.join(map(str, images.shape[1:]))}; "
+                f"this model reads {' x '.join(map(str, expected))} "
+                "(channels, height, width): resize them, or the model's positions"
+            )
+        x = self.patches(images.to(self.start.dtype))
+        start = self.start.to(x.dtype).expand(x.shape[0], 1, -1)
+        return self.dropout(torch.cat((start, x), dim=1) + self.positions)
+
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        """Class token and positions N(0, 0.02^2)."""
+        nn.init.normal_(self.start, std=0.02, generator=generator)
+        nn.init.normal_(self.positions, std=0.02, generator=generator)
+
+
+def interpolate_pos_encoding(positions: Float[Tensor, "T D"], grid_size: int) -> Float[Tensor, "S D"]:
+    """The positions of a `side` x `side` grid, from those of another square grid; the class token's stays. "2D
+    interpolation" (section 3.2) is bicubic in transformers and timm, as here; the paper's own code has it linear.
+
+    Commonly got wrong: taking the first side^2 rows, which is another place of the image for all but the first row."""
+    first, grid = positions[:1], positions[1:].float()
+    old = round(grid.shape[0] ** 0.5)
+    picture = grid.T.reshape(1, -1, old, old)
+    turned = F.interpolate(picture, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+    return torch.cat((first, turned.flatten(2)[0].T.to(first.dtype)))

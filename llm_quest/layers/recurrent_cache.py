@@ -1,0 +1,107 @@
+"""The memory of a recurrent mixer: one state per row, whatever the length of the text.
+
+A state cannot be taken back token by token. There are two ways back. `mark(at)` says that nothing below position `at`
+will be taken back: the state is photographed when it stands there. And with `max_rewind` the mixer leaves the state
+after each of the last tokens (a trail), so that a draft's rejected end is taken back at no cost.
+`latest_rewind(positions)` offers the latest of these places; whoever rewinds feeds again from where all layers can
+stand (`Cache.rewind`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+class StateSnapshot(NamedTuple):
+    """The state that position ends[b] of row b finds."""
+
+    positions: Int[Tensor, " B"]
+    tensors: dict[str, Tensor]
+
+
+class RecurrentStateCache:
+    """Named tensors (B,...) that each pass replaces, a photograph of them at the last mark, and the trail: moments of
+    the last passes, earliest first; empty without slack."""
+
+    def __init__(self, max_rewind: int = 0) -> None:
+        self.max_rewind = max_rewind
+        self.tensors: dict[str, Tensor] = {}
+        self.snapshot_tensors: dict[str, Tensor] = {}
+        self.snapshot_positions: list[int] | None = None
+        self.history: list[StateSnapshot] = []
+
+    def get(self) -> dict[str, Tensor]:
+        """What the last pass left; empty before the first."""
+        return self.tensors
+
+    def put(self, **tensors: Tensor) -> None:
+        """Replace it."""
+        self.tensors = tensors
+
+    def extend_history(self, snapshots: Sequence[StateSnapshot]) -> None:
+        """The trail grows by these, and forgets what is more than `max_rewind` tokens back."""
+        self.history = [*self.history, *snapshots][-self.max_rewind - 2 :] if self.max_rewind else []
+
+    def snapshot(self, positions: Sequence[int]) -> None:
+        """Call it when every row stands at at[b]: the state then is the one that position at[b] finds."""
+        self.snapshot_tensors, self.snapshot_positions = dict(self.tensors), list(positions)
+
+    def latest_rewind(self, positions: Sequence[int]) -> list[int]:
+        """The latest place on the trail, the mark, or the beginning."""
+        candidates = [[0] * len(positions), *(moment.positions.tolist() for moment in self.history)]
+        candidates += [self.snapshot_positions] if self.snapshot_positions is not None else []
+        return [max(place[row] for place in candidates if place[row] <= asked) for row, asked in enumerate(positions)]
+
+    def rewind(self, positions: Sequence[int]) -> None:
+        if not self.tensors:
+            return
+        snapshots = [(moment.positions.tolist(), moment.tensors) for moment in self.history]
+        snapshots += [(self.snapshot_positions, self.snapshot_tensors)] if self.snapshot_positions is not None else []
+        snapshots.append(([0] * len(positions), {}))
+        picked = [
+            next(number for number, (ends, _) in enumerate(snapshots) if ends[row] == asked)
+            for row, asked in enumerate(positions)
+        ]
+        self.tensors = {
+            name: select_rows([tensors.get(name) for _, tensors in snapshots], picked, now)
+            for name, now in self.tensors.items()
+        }
+        now = next(iter(self.tensors.values()))
+        self.history = (
+            [StateSnapshot(torch.tensor(list(positions), device=now.device), self.tensors)] if self.max_rewind else []
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_tensors(lambda kept: kept.repeat_interleave(repeats, dim=0))
+        if self.snapshot_positions is not None:
+            self.snapshot_positions = [at for at in self.snapshot_positions for _ in range(repeats)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_tensors(lambda kept: kept[indices.to(kept.device)])
+        if self.snapshot_positions is not None:
+            self.snapshot_positions = [self.snapshot_positions[row] for row in indices.tolist()]
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
+        """The same change to all that is kept."""
+        self.tensors = {name: function(kept) for name, kept in self.tensors.items()}
+        self.snapshot_tensors = {name: function(kept) for name, kept in self.snapshot_tensors.items()}
+        self.history = [
+            StateSnapshot(function(moment.positions), {name: function(kept) for name, kept in moment.tensors.items()})
+            for moment in self.history
+        ]
+
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self.tensors.values())
+
+
+def select_rows(candidates: Sequence[Tensor | None], picked: Sequence[int], like: Tensor) -> Tensor:
+    """Row b of the picked[b]-th tensor; zeros where there is none."""
+    if len(set(picked)) == 1:
+        only = candidates[picked[0]]
+        return torch.zeros_like(like) if only is None else only
+    rows = [torch.zeros_like(like[b]) if (found := candidates[at]) is None else found[b] for b, at in enumerate(picked)]
+    return torch.stack(rows)

@@ -1,0 +1,32 @@
+"""What a score head gives at each row's last real token, the first that has seen everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_quest.scope import Scope
+
+
+def last_token_outputs(
+    model: Any, input_ids: Int[Tensor, "R T"], position_ids: Int[Tensor, "R T"]
+) -> Float[Tensor, "R N"]:
+    """(rows, outputs), at least float32, wherever the padding stands."""
+    h = model.hidden_states(input_ids, Scope(position_ids))
+    last = position_ids.argmax(dim=1)
+    out = model.head(h[torch.arange(len(h), device=h.device), last])
+    return out if out.dtype == torch.float64 else out.float()
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """tokens, positions (R,T)."""
+    shape = (len(rows), max(map(len, rows)))
+    input_ids, position_ids = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    for r, row in enumerate(rows):
+        input_ids[r, : len(row)], position_ids[r, : len(row)] = row, np.arange(len(row))
+    return torch.from_numpy(input_ids), torch.from_numpy(position_ids)

@@ -1,0 +1,306 @@
+"""The bench on which policies are taught: a task that a program can check, a small Llama that has learned a little from
+a teacher, and then so many steps of one thing or another, all with the same number of rows.
+
+The arms of an experiment begin at the same weights. What they are compared by is asked of problems that no step has
+seen: accuracy of greedy answers, the mean of samples, and how often one of eight samples is right."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from llm_quest.contracts import Evaluator, Loader, Reward
+from llm_quest.data.batch import TokenBatch
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.demonstrations import DemonstrationLoader, collate_demonstrations
+from llm_quest.data.problems import Problem, Task, TaskSplit, draw_problem
+from llm_quest.data.problems.problem import make_rng
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
+from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.models import llama
+from llm_quest.models.decoder import Decoder
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
+from llm_quest.objectives.surrogates import POLICY_VARIANTS
+from llm_quest.papers.lab import TraceDisplay, cached_model, init_lab_model
+from llm_quest.papers.paper import ExperimentResults, Measurement, Verdict
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
+from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
+from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, score_correctness
+from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
+from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
+from llm_quest.rollouts.step_rewards import compute_step_rewards
+from llm_quest.train.arguments import TrainingArguments
+from llm_quest.train.loop import train
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_adamw
+
+HEAD_DIM = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLExperiment:
+    """name: of the experiment. lessons, rate: steps of imitation before anything else, 64 rows each, and their learning
+    rate. examples: demonstrations that the teacher has, shown again and again; None: never one twice. prompts, group: a
+    step's questions and samples of each; every arm learns from as many rows in a step, or asks for as many. steps: of
+    every arm. every: steps between two points of the curve. exam: problems asked for one; finals: at the end."""
+
+    name: str
+    task: Task
+    width: int = 128
+    layers: int = 3
+    sft_steps: int
+    sft_learning_rate: float = 1e-3
+    num_demonstrations: int | None = None
+    prompts: int = 16
+    group: int = 8
+    new_tokens: int
+    steps: int
+    every: int = 20
+    eval_problems: int = 200
+    final_problems: int = 1000
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return character_tokenizer(self.task.alphabet)
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.group
+
+    def config(self) -> llama.Config:
+        heads, hidden = max(1, self.width // HEAD_DIM), self.width * 8 // 3 // 8 * 8
+        vocab = self.tokenizer.vocab_size
+        return llama.Config(
+            vocab, self.width, self.layers, heads, heads, HEAD_DIM, hidden, 128, RotaryEmbedding(HEAD_DIM, 1e4), True
+        )
+
+    def make_sampler(self) -> Sampler:
+        return Sampler(
+            tokenizer=self.tokenizer, eos_token_ids=tuple(self.tokenizer.eos_token_ids), max_new_tokens=self.new_tokens
+        )
+
+    def demonstration_loader(self, seed: int, rows: int, *, more: bool = False) -> DemonstrationLoader:
+        """What the teacher shows. more: after the lessons, on problems that come next if he has them."""
+        first = seed + 1_000 if more and self.num_demonstrations is None else seed
+        return DemonstrationLoader(
+            self.task, self.tokenizer, batch_size=rows, seed=first, num_examples=self.num_demonstrations
+        )
+
+    def question(self, seed: int, index: int) -> PolicyPrompt:
+        """Number `index` of the training split."""
+        problem = TaskSplit(self.task)(seed, index)
+        return PolicyPrompt(
+            (self.tokenizer.start_token_id, *self.tokenizer.encode(problem.prompt, add_special_tokens=False)), problem
+        )
+
+
+def base_policy(experiment: RLExperiment, seed: int) -> Decoder:
+    """The model that all arms of this seed begin with."""
+    told = (
+        experiment.task,
+        experiment.sft_steps,
+        experiment.sft_learning_rate,
+        *([experiment.num_demonstrations] if experiment.num_demonstrations else []),
+    )
+    distillation_terms = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+
+    def train_base_policy() -> Decoder:
+        model = init_lab_model(experiment.config(), seed)
+        train_for_steps(
+            NextTokenLoss(model),
+            experiment.demonstration_loader(seed, 64),
+            experiment.sft_learning_rate,
+            steps=experiment.sft_steps,
+            seed=seed,
+            warmup=50,
+        )
+        return model
+
+    return cached_model(f"{experiment.name}-{distillation_terms}", seed, experiment.config(), train_base_policy)
+
+
+def rl_arm(
+    experiment: RLExperiment,
+    *,
+    rate: float,
+    reward: Callable[[int], Reward] = lambda seed: CorrectnessReward(),
+    variant: str = "grpo",
+    minibatches: int = 1,
+    process: bool = False,
+) -> Callable[[int], Measurement]:
+    """An arm: fresh samples in every rollout, judged, learned from. reward: from the seed. minibatches: optimiser steps
+    for each rollout; a step then learns from that part of the rows."""
+
+    def run_arm(seed: int) -> Measurement:
+        model, made = base_policy(experiment, seed), POLICY_VARIANTS[variant]
+        scoring = RewardPipeline(
+            rewards=(WeightedReward("reward", reward(seed)),),
+            estimator=ADVANTAGE_ESTIMATORS[made.advantages],
+            step_rewards=partial(compute_step_rewards, experiment.tokenizer) if process else None,
+        )
+        draws = 4 if variant == "dapo" else 1
+        plan = RolloutPlan(
+            prompts_per_rollout=experiment.prompts,
+            num_generations=experiment.group,
+            minibatches=minibatches,
+            max_sampling_rounds=draws,
+            seed=seed,
+        )
+        loader = RolloutLoader(model, partial(experiment.question, seed), experiment.make_sampler(), scoring, plan)
+        horizon = experiment.new_tokens if made.count == "horizon" else None
+        objective = PolicyGradientLoss(model, made.surrogate, count=made.count, horizon=horizon)
+        return train_and_evaluate(experiment, objective, loader, rate, seed, inner=minibatches)
+
+    return run_arm
+
+
+def sft_arm(experiment: RLExperiment, *, rate: float) -> Callable[[int], Measurement]:
+    """An arm: more of the same teacher, on problems that come next (or on his few again)."""
+
+    def run_arm(seed: int) -> Measurement:
+        loader = experiment.demonstration_loader(seed, experiment.rows, more=True)
+        return train_and_evaluate(experiment, NextTokenLoss(base_policy(experiment, seed)), loader, rate, seed)
+
+    return run_arm
+
+
+def rejection_sampling_arm(experiment: RLExperiment, *, rate: float) -> Callable[[int], Measurement]:
+    """An arm: rejection fine-tuning. As many samples as reinforcement learning sees, all written by the beginner; those
+    that are right are imitated (Yuan et al. 2023, arXiv:2308.01825)."""
+
+    def run_arm(seed: int) -> Measurement:
+        return train_and_evaluate(
+            experiment,
+            NextTokenLoss(base_policy(experiment, seed)),
+            RejectionSamplingLoader(experiment, seed),
+            rate,
+            seed,
+        )
+
+    return run_arm
+
+
+@dataclass
+class RejectionSamplingLoader:
+    """What the beginner wrote and was right."""
+
+    experiment: RLExperiment
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.author = base_policy(self.experiment, self.seed).eval()
+
+    def batches(self, step: int) -> Sequence[TokenBatch]:
+        first = step * self.experiment.prompts
+        questions = [self.experiment.question(self.seed, first + place) for place in range(self.experiment.prompts)]
+        drawn = make_rng("kept", self.seed, step).getrandbits(62)
+        groups = self.experiment.make_sampler()(self.author, questions, self.experiment.group, drawn)
+        right = [
+            (list(s.prompt_ids), list(s.completion_ids)) for group in groups for s in group if score_correctness(s) == 1
+        ]
+        return [collate_demonstrations(right)] if right else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """There is nothing to go on from."""
+
+
+@dataclass
+class HeldOutProblemsEvaluator:
+    """A probe: greedy accuracy on problems that no step has seen. `finals` asks more of them, and for samples too."""
+
+    experiment: RLExperiment
+    interval: int
+    name: str = "exam"
+    problems: list[Problem] = field(init=False)
+
+    def __post_init__(self) -> None:
+        task, number = self.experiment.task, self.experiment.final_problems
+        self.problems = [draw_problem(task, "test", index) for index in range(number)]
+
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        return {"accuracy": self.accuracy(model, self.experiment.eval_problems, samples=0).greedy_accuracy.share}
+
+    def accuracy(self, model: Decoder, problems: int, samples: int) -> ProblemAccuracy:
+        return evaluate_problems(
+            model, self.experiment.tokenizer, self.problems[:problems], num_samples=samples, ks=(1, 8),
+            max_new_tokens=self.experiment.new_tokens,
+        )  # fmt: skip
+
+    def final_scores(self, model: Decoder) -> dict[str, float]:
+        model.eval()
+        greedy = self.accuracy(model, len(self.problems), samples=0).greedy_accuracy.share
+        drawn = self.accuracy(model, self.experiment.eval_problems, samples=8)
+        return {"greedy": greedy, "mean@8": drawn.mean_at_k, "pass@8": drawn.pass_at_k[8]}
+
+
+def train_and_evaluate(
+    experiment: RLExperiment, objective: Any, loader: Loader, rate: float, seed: int, inner: int = 1
+) -> Measurement:
+    """The run and what came of it. inner: optimiser steps in a step of the curve."""
+    exam = HeldOutProblemsEvaluator(experiment, experiment.every * inner)
+    before = exam.evaluate(objective.model.eval(), 0)["accuracy"]
+    rows = train_for_steps(
+        objective, loader, rate, steps=experiment.steps * inner, seed=seed, warmup=10 * inner, probes=[exam]
+    )
+    curve = [(row["step"] / inner, row["exam/accuracy"]) for row in rows if "exam/accuracy" in row]
+    return Measurement(exam.final_scores(objective.model), [(0.0, before), *curve])
+
+
+def untrained_arm(experiment: RLExperiment) -> Callable[[int], Measurement]:
+    """An arm: the beginner as it is."""
+
+    def run_arm(seed: int) -> Measurement:
+        return Measurement(HeldOutProblemsEvaluator(experiment, 0).final_scores(base_policy(experiment, seed)))
+
+    return run_arm
+
+
+def standard_arms(experiment: RLExperiment, rate: float) -> dict[str, Callable[[int], Measurement]]:
+    """Rewards against the controls without which a curve proves nothing; all at one learning rate, with as many steps
+    and rows."""
+    return {
+        "the beginner": untrained_arm(experiment),
+        "GRPO": rl_arm(experiment, rate=rate),
+        "more of the teacher": sft_arm(experiment, rate=rate),
+        "rejection fine-tuning": rejection_sampling_arm(experiment, rate=rate),
+        "random reward": rl_arm(experiment, rate=rate, reward=RandomReward),
+        "format-only reward": rl_arm(experiment, rate=rate, reward=lambda seed: FormatReward()),
+    }
+
+
+def margin_verdict(results: ExperimentResults, number: str, points: float) -> Verdict:
+    """Is GRPO that far ahead of more teaching, with zero below the whole interval, and ahead of rewards that know
+    nothing? Refuted if it is behind."""
+    gain = results.difference("GRPO", "more of the teacher", number)
+    more = {arm: results.difference("GRPO", arm, number) for arm in results.arms if arm not in ("GRPO", "the beginner")}
+    words = f"GRPO's {number} differs from that of " + ", ".join(f"{arm} by {more[arm]}" for arm in more)
+    if gain.negative or not (more["random reward"].positive and more["format-only reward"].positive):
+        return Verdict("refuted" if gain.negative else "no effect seen", words)
+    return Verdict("confirmed" if gain.positive and gain.mean >= points else "no effect seen", words)
+
+
+def train_for_steps(
+    objective: Any,
+    loader: Loader,
+    rate: float,
+    *,
+    steps: int,
+    seed: int,
+    warmup: int = 0,
+    probes: Sequence[Evaluator] = (),
+) -> list[Mapping[str, Any]]:
+    """AdamW without decay of weights, the rate falling to a tenth; the rows of metrics."""
+    trace = TraceDisplay()
+    optimizer = make_adamw(objective.model, lr=rate, weight_decay=0.0)
+    falling = make_lr_schedule(steps, warmup_steps=min(warmup, steps), shape="cosine", min_lr_ratio=0.1)
+    settings = TrainingArguments(steps=steps, log_every=max(1, steps // 20), seed=seed)
+    train(objective, loader, optimizer, falling, settings, evaluators=probes, logger=trace)
+    return trace.metrics

@@ -1,0 +1,296 @@
+"""From settings to a model's config: a preset, or a page and its numbers, in the page's own words.
+
+Numbers that follow from others need not be given: `vocab` is the tokenizer's, `groups` are as many as `heads`,
+`head_dim` is width / heads, `context` is the length of the training rows, `tied` is true. Rotary settings are given
+as published configs spell them: `build_rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a
+config (Qwen3's `moe`, Qwen3-Next's `delta`) is a group of keys; a pattern of layers (`windows`) is a list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
+
+from llm_quest.errors import UsageError
+from llm_quest.hub.config import MAY_BE_ZERO
+from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.models import FAMILIES
+from llm_quest.models.build import family_of, preset
+from llm_quest.models.family import Family, read_rotary
+from llm_quest.recipes.config import config_error, did_you_mean
+from llm_quest.recipes.config_schema import ModelConfig
+from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
+
+ConfigValues = Mapping[str, Any]
+
+DERIVED_DEFAULTS: dict[str, Callable[[ConfigValues], Any]] = {
+    "num_key_value_heads": lambda sizes: sizes["num_attention_heads"],
+    "head_dim": lambda sizes: sizes["hidden_size"] // sizes["num_attention_heads"],
+    "tie_word_embeddings": lambda sizes: True,
+    "rotary": lambda sizes: {},
+    "swa_rotary": lambda sizes: {},
+}
+
+
+def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, context: int) -> Any:
+    """The page's config of the model to build; UsageError with every mistake. vocab: the tokenizer's; context: the
+    length of a row."""
+    plan = planned(config, settings, vocab, context)
+    if mistakes := list(mistakes_in(plan, settings)):
+        raise config_error(mistakes)
+    turned = {key: build_rotary(key, plan.sizes, plan.base) for key in rotaries(plan.page)}
+    return plan.page.Config(**{**convert_values(plan), **turned})
+
+
+def size_mistakes(settings: RawConfig, *, vocab: int, context: int) -> list[ConfigProblem]:
+    """What is wrong with the numbers under `model`, to be told with the schema's findings."""
+    try:
+        part = ModelConfig.model_validate(settings.tree.get("model"))
+        return [] if part.load is not None else list(mistakes_in(planned(part, settings, vocab, context), settings))
+    except ValidationError:  # the schema's to tell
+        return []
+    except Mistaken as error:
+        return [error.mistake]
+
+
+class Mistaken(UsageError):
+    """One mistake, raised because nothing can be said of what depends on it."""
+
+    def __init__(self, mistake: ConfigProblem):
+        super().__init__(str(mistake))
+        self.mistake = mistake
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A page and the numbers for it. base: the preset's config they change; own: what was given."""
+
+    page: Family
+    base: Any
+    own: ConfigValues
+    sizes: ConfigValues
+
+
+def planned(part: ModelConfig, settings: RawConfig, vocab: int, context: int) -> Sized:
+    """The page, and its numbers with those that follow from others. A page without sizes takes those of its `-tiny`
+    preset."""
+    if part.preset is not None:
+        try:
+            base = preset(part.preset).config
+        except UsageError as error:
+            raise Mistaken(ConfigProblem(settings.location(("model", "preset")), "model.preset", str(error))) from None
+        return Sized(family_of(base), base, part.sizes, {**field_values(base), **part.sizes, "vocab_size": vocab})
+    page = find_family(part.page or "", settings)
+    if not part.sizes:
+        base = next(one.config for one in page.presets if one.name.endswith("-tiny"))
+        return Sized(page, base, {}, {**field_values(base), "vocab_size": vocab, "max_position_embeddings": context})
+    sizes = {"vocab_size": vocab, "max_position_embeddings": context, **part.sizes}
+    for key, derive in DERIVED_DEFAULTS.items():
+        if key in config_fields(page) and key not in sizes:
+            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is missing or wrong
+                sizes[key] = derive(sizes)
+    return Sized(page, None, part.sizes, sizes)
+
+
+def mistakes_in(plan: Sized, settings: RawConfig) -> Iterator[ConfigProblem]:
+    """Every number that is unknown, missing, of the wrong type or at odds with another."""
+    wrong = dict(check_config_keys(plan))
+    found = [*wrong.items(), *(pair for pair in relations(plan) if pair[0] not in wrong)]
+    told = {key for key, _ in found}
+    for key in rotaries(plan.page):
+        if isinstance(plan.sizes.get(key), dict) and not told & {
+            key,
+            "head_dim",
+            "qk_rope_head_dim",
+            "max_position_embeddings",
+        }:
+            found += [(key, what) for what in rotary_mistakes(key, plan)]
+    for key, what in found:
+        yield ConfigProblem(settings.location(("model", "sizes", key)), f"model.sizes.{key}", what)
+
+
+def find_family(name: str, settings: RawConfig) -> Family:
+    """The page of that name."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    known = [family.name for family in FAMILIES]
+    what = f"no page is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+    raise Mistaken(ConfigProblem(settings.location(("model", "page")), "model.page", what))
+
+
+def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
+    """Every number that is unknown, missing or of the wrong type."""
+    family, fields = plan.page, config_fields(plan.page)
+    for key, value in plan.own.items():
+        if key == "vocab_size":
+            yield key, "the tokenizer decides it; set tokenizer.vocab"
+        elif key not in fields:
+            yield key, f"unknown number{did_you_mean(key, list(fields))}; {family.name} has: {', '.join(fields)}"
+        elif wrong := describe_type_error(value, fields[key], least=0 if key in MAY_BE_ZERO else 1):
+            yield key, wrong
+        elif missing := missing_inside(value, fields[key], None if plan.base is None else getattr(plan.base, key)):
+            yield key, f"missing in it: {', '.join(missing)}"
+    if plan.base is None:
+        given = {*plan.own, *DERIVED_DEFAULTS, "vocab_size", "max_position_embeddings"}
+        for key in [field.name for field in dataclasses.fields(family.Config) if field.default is dataclasses.MISSING]:
+            if key not in given:
+                yield key, f"missing; {family.name} needs {describe_expected(fields[key])}"
+
+
+def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:
+    """What a part of a config, given as a group of keys, leaves out. before: the preset's."""
+    part = nested_config(kind)
+    if part is None or not isinstance(value, dict):
+        return []
+    known = {**({} if before is None else field_values(before)), **value}
+    fields: Any = dataclasses.fields(part)  # type: ignore[arg-type]
+    return [one.name for one in fields if one.default is dataclasses.MISSING and one.name not in known]
+
+
+def relations(plan: Sized) -> Iterator[tuple[str, str]]:
+    """The rules that numbers keep among themselves."""
+    sizes = {key: value for key, value in plan.sizes.items() if type(value) is int and value > 0}
+    for key in ("num_key_value_heads", "swa_num_key_value_heads"):
+        if {"num_attention_heads", key} <= sizes.keys() and sizes["num_attention_heads"] % sizes[key]:
+            yield key, f"num_attention_heads {sizes['num_attention_heads']} must be a multiple of {key} {sizes[key]}"
+    free = {"head_dim", "qk_nope_head_dim"} & set(config_fields(plan.page))
+    if (
+        not free
+        and {"hidden_size", "num_attention_heads"} <= sizes.keys()
+        and sizes["hidden_size"] % sizes["num_attention_heads"]
+    ):
+        yield (
+            "hidden_size",
+            f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads {sizes['num_attention_heads']}",
+        )
+    for key in ("head_dim", "qk_rope_head_dim"):
+        if sizes.get(key, 2) % 2:
+            yield key, f"{key} {sizes[key]} must be even: rotary positions turn pairs"
+
+
+def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:
+    """Why a value is not of a field's kind; None if it is."""
+    if value is None and type(None) in get_args(kind):
+        return None
+    if (part := nested_config(kind)) is not None:
+        return describe_nested_type_error(value, part)
+    if kind is RotaryEmbedding:
+        good = isinstance(value, dict)
+    elif get_origin(kind) is tuple:
+        good = isinstance(value, list) and len(value) > 0
+    elif kind is float:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+    elif kind is bool:
+        good = isinstance(value, bool)
+    else:
+        good = kind is not int or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+    return None if good else f"{value!r} is not {describe_expected(kind)}"
+
+
+def describe_nested_type_error(value: Any, part: type) -> str | None:
+    """The same for a part of a config, given as a group of keys."""
+    kinds = get_type_hints(part)
+    if not isinstance(value, dict):
+        return f"{value!r} is not {describe_expected(part)}"
+    for key, inner in value.items():
+        if key not in kinds:
+            return f"unknown number {key!r}{did_you_mean(key, list(kinds))}; there are: {', '.join(kinds)}"
+        if wrong := describe_type_error(inner, kinds[key]):
+            return f"{key}: {wrong}"
+    return None
+
+
+def nested_config(kind: Any) -> type | None:
+    """The part of a config that a field holds, where it holds one."""
+    parts = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one) and one is not RotaryEmbedding]
+    return parts[0] if parts else None  # type: ignore[return-value]
+
+
+def describe_expected(kind: Any) -> str:
+    if (part := nested_config(kind)) is not None:
+        return f"a group of keys ({', '.join(get_type_hints(part))})"
+    names = {
+        int: "a whole number > 0",
+        float: "a number >= 0",
+        bool: "true or false",
+        RotaryEmbedding: "a group of keys (rope_theta, rope_type, ...)",
+    }
+    return "a list, one entry per layer" if get_origin(kind) is tuple else names.get(kind, str(kind))
+
+
+def config_fields(family: Family) -> dict[str, Any]:
+    """The page's numbers and their types."""
+    hints = get_type_hints(family.Config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(family.Config)}
+
+
+def field_values(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def convert_values(plan: Sized) -> dict[str, Any]:
+    """The numbers with lists as tuples, and groups of keys as the parts they stand for."""
+    kinds, fitted = config_fields(plan.page), dict(plan.sizes)
+    for key, value in plan.sizes.items():
+        part = nested_config(kinds[key])
+        if isinstance(value, list):
+            fitted[key] = tuple(value)
+        elif part is not None and isinstance(value, dict):
+            inside = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+            before = None if plan.base is None else getattr(plan.base, key)
+            fitted[key] = part(**{**({} if before is None else field_values(before)), **inside})
+    return fitted
+
+
+def rotaries(page: Family) -> list[str]:
+    """The fields that hold rotary positions."""
+    return [key for key, kind in config_fields(page).items() if kind is RotaryEmbedding]
+
+
+def rotary_mistakes(key: str, plan: Sized) -> list[str]:
+    """What is wrong with rotary settings."""
+    given = plan.sizes[key]
+    unknown = [name for name in given if name not in ROPE_KEYS]
+    if unknown:
+        return [
+            f"unknown key {name!r}{did_you_mean(name, ROPE_KEYS)}; known: {', '.join(ROPE_KEYS)}" for name in unknown
+        ]
+    try:
+        build_rotary(key, plan.sizes, plan.base)
+    except KeyError:  # a number it follows from is missing, and told
+        return []
+    except (TypeError, ValueError) as error:
+        return [str(error).removeprefix("config.json: ")]
+    return []
+
+
+def build_rotary(key: str, sizes: ConfigValues, base: Any) -> RotaryEmbedding:
+    """A field's rotary positions, from the published spelling or a preset's."""
+    given = sizes[key]
+    before: RotaryEmbedding | None = None if base is None else getattr(base, key)
+    if isinstance(given, RotaryEmbedding):
+        return dataclasses.replace(given, dim=rotary_dim(sizes, {}, before, base))
+    width = rotary_dim(sizes, given, before, base)
+    read = read_rotary({"rope_parameters": given, "max_position_embeddings": sizes["max_position_embeddings"]}, width)
+    return dataclasses.replace(read, interleaved=before is not None and before.interleaved)
+
+
+def rotary_dim(sizes: ConfigValues, given: ConfigValues, before: RotaryEmbedding | None, base: Any) -> int:
+    """How much of a head is rotated: what is said, else as large a part as in the preset, else all of it."""
+    if "qk_rope_head_dim" in sizes:
+        return int(sizes["qk_rope_head_dim"])
+    if "partial_rotary_factor" in given or before is None:
+        return int(sizes["head_dim"] * given.get("partial_rotary_factor", 1.0))
+    return max(2, before.dim * sizes["head_dim"] // base.head_dim // 2 * 2)
+
+
+ROPE_KEYS = (
+    "rope_theta", "rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "partial_rotary_factor",
+)  # fmt: skip

@@ -1,0 +1,172 @@
+"""The reference that preference learning is held to: log-probabilities computed once and kept in the run folder, or a
+copy of the model that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llm_quest.data.length_grouped import LengthGroupedLoader, length_grouped_indices
+from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
+from llm_quest.data.preferences import TokenizedPreference
+from llm_quest.errors import DataError
+from llm_quest.objectives.preference import sequence_log_probs
+from llm_quest.tensor_files import write_tensors
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import evaluation_mode
+from llm_quest.train.step import autocast
+
+LogFn = Callable[[str], None]
+REFERENCE_FILE = "reference.safetensors"
+REFERENCE_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class CachedLogProbs:
+    """log_probs: of each pair, a number for each answer. key: what they were computed from. fresh: not on disk yet."""
+
+    log_probs: list[np.ndarray]
+    key: str
+    is_new: bool
+
+    def save(self, folder: Path) -> None:
+        """In the run folder, for the next start."""
+        if self.is_new:
+            save_tensors(
+                folder / REFERENCE_FILE,
+                {"log_probs": torch.from_numpy(np.concatenate(self.log_probs))},
+                {"key": self.key},
+            )
+
+
+def reference_log_probs(
+    model: nn.Module, pairs: Sequence[TokenizedPreference], folder: Path, parallel: DistributedContext, precision: str, log: LogFn,
+    *, share_prompts: bool = False,
+) -> CachedLogProbs:  # fmt: skip
+    """The log-probability that a model gives each answer, as it is now: from the run folder if they were computed for
+    this model, these pairs and this precision; else computed, each question once if they share it. Before the model is
+    shared out: a part of it cannot be called alone."""
+    key_parts = {"model": weights_hash(model), "pairs": PreferenceDataset(pairs).hash, "precision": precision}
+    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()
+    flat = parallel.broadcast(load_log_probs(folder / REFERENCE_FILE, key) if parallel.is_main_process else None)
+    fresh = flat is None
+    if fresh:
+        log(f"reference: log-probabilities of {sum(len(one.answers) for one in pairs):,} answers, once")
+        with evaluation_mode(model), autocast(precision, parallel.device):
+            flat = np.concatenate(
+                compute_log_probs(
+                    model.to(parallel.device), PreferenceDataset(pairs, share_prompts=share_prompts), parallel.device
+                )
+            )
+    ends = np.cumsum([len(one.answers) for one in pairs])[:-1]
+    return CachedLogProbs(np.split(flat, ends), key, fresh)
+
+
+def compute_log_probs(model: nn.Module, source: PreferenceDataset, device: torch.device) -> list[np.ndarray]:
+    """In float32, answers of like length together."""
+    pairs = source.preferences
+    found: list[np.ndarray] = [np.empty(0)] * len(pairs)
+    for numbers in length_grouped_indices(source, REFERENCE_BATCH_SIZE):
+        flat = sequence_log_probs(model, source.collate(numbers).to(device)).float().cpu().numpy()
+        parts = np.split(flat, np.cumsum([len(pairs[n].answers) for n in numbers])[:-1])
+        for n, part in zip(numbers, parts, strict=True):
+            found[n] = part
+    return found
+
+
+def load_log_probs(file: Path, key: str) -> np.ndarray | None:
+    """What the file holds, if it is of this key."""
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="np") as held:
+        return held.get_tensor("log_probs") if (held.metadata() or {}).get("key") == key else None  # type: ignore[no-any-return]
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Whole or not at all."""
+    staged = file.with_name(f".tmp-{file.name}")
+    staged.unlink(missing_ok=True)
+    write_tensors(staged, tensors, metadata)
+    staged.replace(file)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class SyncedReference:
+    """A reference of its own: every `every` steps it becomes mix x policy + (1 - mix) x reference. It is the feed too,
+    for what the reference is belongs to where a run stands: the bookmark names the file it was kept in.
+
+    keep: so many files stay, one for each checkpoint and one more."""
+
+    def __init__(
+        self,
+        loader: LengthGroupedLoader[PreferenceDataset],
+        model: nn.Module,
+        folder: Path,
+        *,
+        sync_steps: int,
+        mixup_alpha: float,
+        save_total_limit: int,
+        leader: bool,
+    ):
+        self.feed, self.folder, self.every, self.mix = loader, folder / "reference", sync_steps, mixup_alpha
+        self.files, self.leader, self.synced = save_total_limit + 1, leader, 0
+        self.model = deepcopy(model).eval().requires_grad_(False)
+
+    def __call__(self, batch: PreferenceBatch) -> Tensor:
+        """The reference's log-probability of each row."""
+        return sequence_log_probs(self.model, batch)
+
+    @torch.no_grad()
+    def on_step_end(self, model: nn.Module, step: int) -> None:
+        if step % self.every == 0:
+            self.synced = step
+            for mine, policy in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.lerp_(policy.to(mine), self.mix)
+
+    def on_step_skipped(self, model: nn.Module) -> None:
+        """Nothing was left."""
+
+    def batches(self, step: int) -> list[PreferenceBatch]:
+        return self.feed.batches(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Asked for when a checkpoint is made: the reference is kept beside it."""
+        if self.leader and self.synced and not self.file_at(self.synced).exists():
+            self.folder.mkdir(exist_ok=True)
+            save_tensors(self.file_at(self.synced), dict(self.model.named_parameters()), {"step": str(self.synced)})
+            for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.files]:
+                old.unlink()
+        return self.feed.state_dict() | {"reference": self.synced}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.feed.load_state_dict(state)
+        self.synced = int(state.get("reference", 0))
+        if self.synced:
+            file = self.file_at(self.synced)
+            if not file.is_file():
+                raise DataError(f"{file} is not there, without which this run cannot go on; start a new one")
+            with torch.no_grad():
+                saved = load_file(file)
+                for name, mine in self.model.named_parameters():
+                    mine.copy_(saved[name])
+
+    def file_at(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"

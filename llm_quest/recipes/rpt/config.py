@@ -1,0 +1,165 @@
+"""The settings of `quest train rpt` and of its control."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llm_quest.data.problems import TASKS, parse_task
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt, RunConfig, TextDataConfig
+from llm_quest.recipes.policy_config import PolicyConfig
+from llm_quest.recipes.rpt.demonstrations import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
+from llm_quest.recipes.rpt.positions import ENTROPY_THRESHOLDS, TOP_K_ENTROPY
+from llm_quest.recipes.tuning_config import EvalIntervalConfig
+
+
+class RptDataConfig(TextDataConfig):
+    """The text whose tokens are to be foretold: what pretraining takes, or a task, whose problems and answers are
+    written out as documents."""
+
+    source: str = Field(
+        default="registers",
+        min_length=1,
+        description="a task, options after a colon; or builtin, builtin:PARTS, a text or JSONL file, a folder",
+    )
+    documents: PositiveInt | None = Field(default=None, description="of a task: how many are drawn; null: 8000")
+    length: PositiveInt | None = Field(
+        default=None, description="tokens of a document that are read at once; null: as many as leave room to think"
+    )
+
+    @property
+    def is_task(self) -> bool:
+        return self.source.partition(":")[0] in TASKS
+
+    @property
+    def document_count(self) -> int:
+        return self.documents or 8000
+
+    @model_validator(mode="after")
+    def check_source_keys(self) -> RptDataConfig:
+        if self.is_task:
+            parse_task(self.source)
+        if not self.is_task and self.documents is not None:
+            raise ValueError(
+                f"data.documents has no effect on {self.source}, whose documents are what they are: leave out"
+            )
+        for name in ("column", "separator", "held_out") if self.is_task else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
+        return self
+
+
+class PretrainStageConfig(StrictModel):
+    """A fresh model learns the text, by its next tokens."""
+
+    steps: PositiveInt = 600
+    rows: PositiveInt = Field(default=64, description="documents in a step")
+    lr: float = Field(default=3e-3, gt=0, le=1)
+
+
+class ThinkingStageConfig(StrictModel):
+    """And in which form to think, from a teacher's thoughts about a few documents. Best stopped where thoughts help now
+    and then."""
+
+    steps: PositiveInt = Field(default=600, description="at most")
+    until: float = Field(default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out")
+    examples: PositiveInt = Field(default=400, description="documents that the teacher has thought about")
+    rows: PositiveInt = 48
+    lr: float = Field(default=3e-3, gt=0, le=1)
+
+
+class RptWarmupConfig(StrictModel):
+    """What a fresh model goes through before it can be asked to think."""
+
+    read: PretrainStageConfig = PretrainStageConfig()
+    think: ThinkingStageConfig = ThinkingStageConfig()
+
+
+class PositionSelectionConfig(StrictModel):
+    """Which places are worth thinking about: where a proxy does not know the next token."""
+
+    proxy: str | None = Field(default=None, description="a model's folder or run; null: the model as it began to think")
+    above: float = Field(
+        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest `top` tokens"
+    )
+    top: int = Field(default=TOP_K_ENTROPY, ge=2)
+    renormalised: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
+    number: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
+
+
+class PromptConfig(StrictModel):
+    """What stands around the text so far; control tokens may be written out (a chat template's). The answer has to
+    have the form <think>...</think><answer>...</answer>, of which `after` may hold the beginning."""
+
+    before: str = ""
+    after: str = THINK_OPEN
+    ahead: PositiveInt = Field(default=8, description="true tokens that an answer may foretell")
+
+    @property
+    def opening_tag(self) -> str:
+        return THINK_OPEN if self.after.endswith(THINK_OPEN) else ""
+
+
+class PositionEvalConfig(StrictModel):
+    """Held-out places, by the proxy's entropy."""
+
+    every: NonNegativeInt = Field(default=50, description="steps; 0: only at the end")
+    each: PositiveInt = Field(default=150, description="places of each bucket (trivial, easy, medium, hard)")
+
+
+class RptConfig(PolicyConfig):
+    """A model and text in, a model that thinks before it says the next token out."""
+
+    recipe: Literal["rpt"]
+    data: RptDataConfig = RptDataConfig()
+    model: ModelConfig
+    schooling: RptWarmupConfig | None = Field(default=None, description="for a fresh model, on a task's documents")
+    select: PositionSelectionConfig = PositionSelectionConfig()
+    ask: PromptConfig = PromptConfig()
+    reward: Literal["prefix", "format", "random"] = Field(
+        default="prefix", description="format and random are controls, without which a curve proves nothing"
+    )
+    evaluate: PositionEvalConfig = PositionEvalConfig()
+
+    @model_validator(mode="after")
+    def check_combination(self) -> RptConfig:
+        fresh = self.model.load is None
+        if fresh and (self.schooling is None or not self.data.is_task):
+            raise ValueError(
+                "a fresh model has not learned to think, and only a task's documents come with thoughts to learn from "
+                "(data.source=registers schooling={}); or give model.load=FOLDER"
+            )
+        if not fresh and self.schooling is not None:
+            raise ValueError("schooling has no effect on a model that is loaded; leave it out (schooling=null)")
+        if fresh and (self.ask.before or self.ask.after != THINK_OPEN):
+            raise ValueError(
+                "a fresh model is taught to think behind the text alone; leave ask.before and ask.after out"
+            )
+        if any(
+            tag in self.ask.after.removesuffix(THINK_OPEN)
+            for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+        ):
+            raise ValueError(f"ask.after may end with {THINK_OPEN} and hold no other tag of the answer's form")
+        return self
+
+
+class DocumentBatchConfig(StrictModel):
+    """Documents of a step."""
+
+    rows: PositiveInt = Field(default=64, description="documents in a step, over all processes")
+    micro_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
+
+
+class RptControlConfig(RunConfig):
+    """The same model goes on with plain next-token training on the same documents, for as many FLOPs as an RPT run
+    took."""
+
+    recipe: Literal["rpt_control"]
+    run: str = Field(min_length=1, description="the RPT run: its start, documents, places and FLOPs are taken")
+    targets: Literal["all", "selected"] = Field(
+        default="all", description="what is learned: every token, or those at the places that RPT thought about"
+    )
+    batch: DocumentBatchConfig = DocumentBatchConfig()
+    evaluate: EvalIntervalConfig = EvalIntervalConfig()

@@ -1,0 +1,181 @@
+"""How often is the next token foretold, read straight off and after thinking, by how hard a proxy finds the place (RPT,
+arXiv:2506.08007, table 1). The paper's sets are nested (easy: above 0.5 nat); here the buckets are disjoint as well.
+
+After thinking, right is what the reward calls right: one true token or several, to the byte. So an answer of two tokens
+is wrong where its second one is: the harder measure of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from llm_quest.data.documents_loader import collate_documents
+from llm_quest.data.problems.problem import make_rng
+from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
+from llm_quest.generation.generate import generate_completions
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.rpt.positions import ENTROPY_THRESHOLDS, Position, entropy_bucket
+from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward, prefix_match
+from llm_quest.recipes.rpt.prompts import PromptBuilder
+from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sampler, eval_mode
+
+BUCKET_NAMES = ("trivial", "easy", "medium", "hard")
+EVAL_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class PositionResult:
+    """One place: was the likeliest next token right, and was the answer after thinking?
+
+    said: the answer, None where there was none to be read; tokens: the completion's; several: it foretold more than one
+    true token, or tried to."""
+
+    position: Position
+    direct_correct: bool
+    reasoned_correct: bool
+    answer: str | None
+    text: str
+    num_tokens: int
+    multi_token: bool
+
+
+@dataclass(frozen=True)
+class BucketAccuracy:
+    """A part of the places. Intervals are Wilson's, 95 %."""
+
+    name: str
+    count: int
+    direct_accuracy: ConfidenceInterval
+    reasoned_accuracy: ConfidenceInterval
+    no_answer_rate: float
+    multi_token_rate: float
+    mean_tokens: float
+
+    def line(self) -> str:
+        return (
+            f"{self.name:<8}{self.count:>6,}   plain {self.direct_accuracy}   thought {self.reasoned_accuracy}   "
+            f"no answer {self.no_answer_rate:.1%}, {self.mean_tokens:.1f} tokens"
+        )
+
+
+@dataclass(frozen=True)
+class BucketTable:
+    """buckets: disjoint; nested: the paper's sets, each holding the harder ones."""
+
+    buckets: tuple[BucketAccuracy, ...]
+    nested_buckets: tuple[BucketAccuracy, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        return [one.line() for one in self.buckets]
+
+    def metrics(self) -> dict[str, float]:
+        """For a row of metrics."""
+        metrics: dict[str, float] = {}
+        for one in self.buckets:
+            metrics |= {
+                f"plain_{one.name}": one.direct_accuracy.share,
+                f"thought_{one.name}": one.reasoned_accuracy.share,
+            }
+        return metrics
+
+
+@dataclass(frozen=True)
+class NextTokenReasoningEval:
+    """documents, positions: the held-out places. asking: how they become questions. writer: tokenizer, ends, budget and
+    precision; the answers are greedy."""
+
+    documents: Sequence[Sequence[int]]
+    positions: Sequence[Position]
+    prompt_builder: PromptBuilder
+    sampler: Sampler
+    reward_fn: PrefixMatchReward
+
+    def evaluate_buckets(self, model: Decoder) -> BucketTable:
+        return summarize_buckets(self.evaluate_positions(model))
+
+    def evaluate_positions(self, model: Decoder) -> list[PositionResult]:
+        with eval_mode(model), torch.no_grad():
+            plain = self.direct_predictions(model)
+            samples = self.sample_reasoning(model)
+        return [self.score_position(*one) for one in zip(self.positions, plain, samples, strict=True)]
+
+    def score_position(self, position: Position, plain: bool, sample: Sample) -> PositionResult:
+        said, truth = self.reward_fn.extract_prediction(sample), sample.problem.target_tokens
+        right = said is not None and prefix_match(said.encode(), truth) == 1
+        several = said is not None and len(said.encode()) > len(truth[0])
+        return PositionResult(position, plain, right, said, sample.text, len(sample.completion_ids), several)
+
+    def direct_predictions(self, model: Decoder) -> list[bool]:
+        """Is the likeliest next token the true one? One pass for all places of a document."""
+        device = next(model.parameters()).device
+        places: dict[int, list[int]] = {}
+        for one in self.positions:
+            places.setdefault(one.document, []).append(one.place)
+        right: dict[tuple[int, int], bool] = {}
+        numbers = sorted(places, key=lambda number: -len(self.documents[number]))
+        for start in range(0, len(numbers), EVAL_BATCH_SIZE):
+            some = numbers[start : start + EVAL_BATCH_SIZE]
+            batch = collate_documents([self.documents[number] for number in some]).to(device)
+            with self.sampler.autocast_context():
+                likeliest = model(batch.input_ids).argmax(dim=-1)
+            hits = (likeliest == batch.targets).cpu()
+            for row, number in enumerate(some):
+                right |= {(number, place): bool(hits[row, place - 1]) for place in places[number]}
+        return [right[one.document, one.place] for one in self.positions]
+
+    def sample_reasoning(self, model: Decoder) -> list[Sample]:
+        """A greedy answer for each place."""
+        until = StoppingCriteria(max_new_tokens=self.sampler.max_new_tokens, eos_token_ids=self.sampler.eos_token_ids)
+        samples: list[Sample] = []
+        for start in range(0, len(self.positions), EVAL_BATCH_SIZE):
+            some = self.positions[start : start + EVAL_BATCH_SIZE]
+            asked = [self.prompt_builder.build_prompt(self.documents[one.document], one.place) for one in some]
+            with self.sampler.autocast_context():
+                made = generate_completions(
+                    model, [each.prompt_ids for each in asked], SamplingParams(temperature=0.0), until
+                )
+            samples += [self.sampler.make_sample(question, one) for question, one in zip(asked, made, strict=True)]
+        return samples
+
+
+def summarize_buckets(found: Sequence[PositionResult], thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> BucketTable:
+    """Disjoint buckets and the paper's nested sets, those that hold anything."""
+    placed = [(entropy_bucket(one.position.entropy, thresholds), one) for one in found]
+    apart = [(name, [one for at, one in placed if at == number]) for number, name in enumerate(BUCKET_NAMES)]
+    above = [
+        (f"H > {limit:g}", [one for at, one in placed if at >= number]) for number, limit in enumerate(thresholds, 1)
+    ]
+    return BucketTable(
+        *(tuple(summarize_bucket(name, some) for name, some in parts if some) for parts in (apart, above))
+    )
+
+
+def summarize_bucket(name: str, some: Sequence[PositionResult]) -> BucketAccuracy:
+    count = len(some)
+    return BucketAccuracy(
+        name,
+        count,
+        wilson_confidence_interval(sum(one.direct_correct for one in some), count),
+        wilson_confidence_interval(sum(one.reasoned_correct for one in some), count),
+        sum(one.answer is None for one in some) / count,
+        sum(one.multi_token for one in some) / count,
+        sum(one.num_tokens for one in some) / count,
+    )
+
+
+def sample_per_bucket(found: Sequence[Position], number: int, seed: int) -> list[Position]:
+    """At most `number` places of each bucket, drawn evenly, in the order they had."""
+    kept: list[int] = []
+    for at in range(len(BUCKET_NAMES)):
+        some = [place for place, one in enumerate(found) if entropy_bucket(one.entropy) == at]
+        kept += make_rng("buckets", seed, at).sample(some, min(number, len(some)))
+    return [found[place] for place in sorted(kept)]

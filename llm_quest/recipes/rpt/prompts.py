@@ -1,0 +1,110 @@
+"""A position of a text as a question: what stands before it, and the demand to think first (RPT, arXiv:2506.08007).
+
+      document   <s> a 3 b * 2 :  6 </s>        place 7
+      prompt     <s> [before] a 3 b * 2 : [after]                after: "<think>", or whatever makes a model think
+
+The text comes as the ids it has, never encoded anew. A place whose continuation cannot be written as text is not asked
+for: the end of a document, and a token that begins in the middle of a character."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_quest.data.token_bytes import token_bytes
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.recipes.rpt.positions import Position
+from llm_quest.recipes.rpt.prefix_match import Continuation, token_boundaries
+from llm_quest.rollouts.sampler import PolicyPrompt
+
+DOCUMENT_END, INSIDE_CHARACTER = "the document ends there", "it begins inside a character"
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """before, after: ids around the text so far. ahead: true tokens that an answer may foretell. pieces: the bytes of
+    every id that occurs. start: the token every document begins with."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    max_target_tokens: int
+    token_bytes_by_id: Mapping[int, bytes]
+    start_token_id: int
+
+    def build_prompt(self, ids: Sequence[int], place: int) -> PolicyPrompt:
+        """From a document (its start token first) and a place in it."""
+        prompt = (self.start_token_id, *self.prefix_ids, *map(int, ids[1:place]), *self.suffix_ids)
+        return PolicyPrompt(prompt, Continuation("", self.true_continuation(ids, place)))
+
+    def true_continuation(self, ids: Sequence[int], place: int) -> tuple[bytes, ...]:
+        return tuple(self.token_bytes_by_id[int(each)] for each in ids[place : place + self.max_target_tokens])
+
+    def skip_reason(self, ids: Sequence[int], place: int) -> str:
+        """Why nothing that can be written is right here; empty if something is."""
+        truth = self.true_continuation(ids, place)
+        if not truth or not truth[0]:
+            return DOCUMENT_END
+        text = b"".join(truth)
+        return "" if any(is_utf8(text[:end]) for end in token_boundaries(truth)) else INSIDE_CHARACTER
+
+    def filter_positions(
+        self, documents: Sequence[Sequence[int]], found: Sequence[Position]
+    ) -> tuple[list[Position], Counter[str]]:
+        """Those that can be answered, and how many of the others there are, by reason."""
+        told = [(one, self.skip_reason(documents[one.document], one.place)) for one in found]
+        return [one for one, why in told if not why], Counter(why for _, why in told if why)
+
+    @property
+    def num_instruction_tokens(self) -> int:
+        """Tokens of a prompt that are not the document's."""
+        return len(self.prefix_ids) + len(self.suffix_ids)
+
+
+def make_prompt_builder(
+    tokenizer: Tokenizer, documents: Sequence[Sequence[int]], *, prefix: str, suffix: str, max_target_tokens: int
+) -> PromptBuilder:
+    """before, after: as text; control tokens may be written out in them (a chat template's)."""
+    parts = [np.asarray(ids, np.int64) for ids in documents]
+    known = np.unique(np.concatenate(parts)).tolist() if parts else []
+    spelled = [
+        tuple(tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)) for text in (prefix, suffix)
+    ]
+    pieces = dict(zip(known, token_bytes(tokenizer, known), strict=True))
+    return PromptBuilder(spelled[0], spelled[1], max_target_tokens, pieces, tokenizer.start_token_id)
+
+
+def max_document_length(
+    max_context: int, max_new_tokens: int, prompt_builder: PromptBuilder, length: int | None
+) -> int:
+    """How long a document may be, its start token included, so that every place in it leaves room to think; `length`
+    where that was asked for. UsageError where there is none."""
+    room = max_context - max_new_tokens - prompt_builder.num_instruction_tokens
+    if room < 2 or (length is not None and length > room):
+        wanted = "any text" if length is None or room < 2 else f"texts of {length} tokens"
+        raise UsageError(
+            f"the model's context of {max_context} has no room for {wanted}: {max_new_tokens} new tokens and {prompt_builder.num_instruction_tokens} "
+            f"of the instruction leave {max(room, 0)}; lower rollout.new_tokens or data.length"
+        )
+    return room if length is None else length
+
+
+def split_documents(documents: Sequence[Sequence[int]], max_length: int, start: int) -> list[list[int]]:
+    """Documents no longer than `length`; what is longer becomes several, each behind the start token."""
+    found: list[list[int]] = []
+    for ids in documents:
+        body = [int(each) for each in ids[1:]]
+        found += [[start, *body[at : at + max_length - 1]] for at in range(0, len(body), max_length - 1)]
+    return found
+
+
+def is_utf8(text: bytes) -> bool:
+    """Are these bytes text?"""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,128 @@
+"""What a fresh model learns before rewards can tell it anything: a run of its own inside the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.contracts import Loader
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.demonstrations import DemonstrationLoader
+from llm_quest.data.problems import Task, draw_problem
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.eval.problems import evaluate_problems
+from llm_quest.hub.load_save import write_model_json
+from llm_quest.models.build import build
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.recipes.config_schema import ModelConfig, RunConfig
+from llm_quest.recipes.grpo_config import GrpoConfig, WarmupConfig
+from llm_quest.recipes.model_config import build_model_config
+from llm_quest.recipes.yaml_io import RawConfig as Given
+from llm_quest.train.arguments import TrainingArguments
+from llm_quest.train.loop import train
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state_dict import derive_seed
+
+LogFn = Callable[[str], None]
+
+WARMUP_CONTEXT = 128
+CHECK_EVERY = 25
+CHECK_PROBLEMS, CHECK_SAMPLES = 50, 4
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """How long a warm-up goes on: at most `steps`, until `share` (looked at every CHUNK steps) reaches `until`."""
+
+    max_steps: int
+    learning_rate: float
+    target_accuracy: float = 1.0
+    measure_accuracy: Callable[[], float] | None = None
+
+
+def run_sft_warmup(
+    config: GrpoConfig,
+    warmup: WarmupConfig,
+    settings: Given,
+    task: Task,
+    folder: Path,
+    parallel: DistributedContext,
+    log: LogFn,
+) -> tuple[Decoder, Tokenizer]:
+    """A model of the recipe's sizes that has seen the demonstrations, and its tokenizer of single characters. Done
+    already: read from its checkpoint."""
+    tokenizer = character_tokenizer(task.alphabet)
+    model = init_model(config.model, settings, tokenizer, config.seed)
+    loader = DemonstrationLoader(
+        task, tokenizer, batch_size=warmup.rows, seed=derive_seed(config.seed, "demonstrations")
+    )
+    problems = [draw_problem(task, "validation", index) for index in range(CHECK_PROBLEMS)]
+
+    def measure_accuracy() -> float:
+        max_new_tokens = config.rollout.new_tokens
+        return evaluate_problems(
+            model, tokenizer, problems, num_samples=CHECK_SAMPLES, max_new_tokens=max_new_tokens
+        ).mean_at_k
+
+    stop_rule = StopRule(warmup.steps, warmup.lr, warmup.until, measure_accuracy)
+    step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
+    log(f"warm-up: {step} steps on demonstrations; {reached:.0%} of samples are right")
+    return model, tokenizer
+
+
+def init_model(config: ModelConfig, settings: Given, tokenizer: Tokenizer, seed: int) -> Decoder:
+    """A model of the recipe's sizes with first values."""
+    numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=WARMUP_CONTEXT)
+    model = build(numbers, seed=derive_seed(seed, "init"))
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def train_until(
+    config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path, parallel: DistributedContext,
+    log: LogFn,
+) -> tuple[int, float]:  # fmt: skip
+    """The model learns from a feed, in a run folder: steps done, and the share it reached. KeyboardInterrupt where the
+    user stopped it: what there is is saved."""
+    objective = parallel.parallelize(NextTokenLoss(model))
+    every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
+    accuracy, step = 0.0, 0
+    while step < stop_rule.max_steps and accuracy < stop_rule.target_accuracy:
+        step = min((step // every + 1) * every, stop_rule.max_steps)
+        with RunDir(folder, identity={"tokenizer": tokenizer.hash}, is_main_process=parallel.is_main_process) as run:
+            if parallel.is_main_process:
+                write_model_json(folder, model)
+                tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
+            result = train(
+                objective,
+                loader,
+                make_adamw(model, lr=stop_rule.learning_rate, betas=(0.9, 0.95)),
+                make_lr_schedule(
+                    stop_rule.max_steps, shape="constant", warmup_steps=min(CHECK_EVERY, stop_rule.max_steps)
+                ),
+                TrainingArguments(
+                    steps=step, log_every=CHECK_EVERY, keep_last=1, seed=derive_seed(config.seed, "dropout")
+                ),
+                run,
+                parallel=parallel,
+            )
+        step = result.step
+        if result.status == "interrupted":
+            log(f"Interrupted; the warm-up is saved at step {step}. quest train {folder.parent} goes on with it.")
+            raise KeyboardInterrupt
+        if step % every and step < stop_rule.max_steps:
+            continue  # an interrupted warm-up goes on; it is looked at where it would have been
+        model.eval()
+        accuracy = stop_rule.measure_accuracy() if stop_rule.measure_accuracy is not None else 0.0
+    return step, accuracy

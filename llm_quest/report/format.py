@@ -1,0 +1,46 @@
+"""Numbers as people read them, and columns that line up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def format_bytes(held_out: float) -> str:
+    """Bytes in powers of ten: 512 bytes, 32.8 kB, 2.47 GB."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if held_out < 999.5 or unit == "TB":
+            return f"{held_out:,.0f} bytes" if unit == "bytes" else f"{held_out:.3g} {unit}"
+        held_out /= 1000
+    raise AssertionError("the last unit takes everything")
+
+
+def format_quantity(number: float) -> str:
+    """950, 12,400, 1.2 M, 3.4 G"""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """0.42 s, 42 s, 3 min 20 s, 5 h 12 min, 3.4 days"""
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    if seconds < 48 * 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    return f"{seconds / 86400:.1f} days"
+
+
+def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Columns of equal width; `right` names those that are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

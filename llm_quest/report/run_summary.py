@@ -1,0 +1,271 @@
+"""What the page says about one run: a sentence, the numbers people look for first, samples, and tables. Plain data;
+the template makes it a page."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.report.format import format_bytes, format_duration, format_quantity
+from llm_quest.report.record import RunRecord, SampleRow
+
+MAX_SAMPLES_SHOWN = 6
+MAX_EVENTS_SHOWN = 200
+TableRow = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A number worth large letters."""
+
+    label: str
+    value: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class SampleHistory:
+    """All samples of one prompt: some of them, evenly spread over the run, and how many there are."""
+
+    prompt: str
+    shown: tuple[SampleRow, ...]
+    rest: tuple[SampleRow, ...]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the page says about one run."""
+
+    name: str
+    number: int
+    status: str
+    good: bool
+    sentence: str
+    tiles: tuple[KeyFigure, ...]
+    stories: tuple[SampleHistory, ...]
+    data: tuple[TableRow, ...]
+    notes: tuple[str, ...]
+    plan: tuple[TableRow, ...]
+    guessed: bool
+    events: tuple[TableRow, ...]
+    env: tuple[TableRow, ...]
+    warnings: tuple[str, ...]
+    config: str
+
+
+def summarize_run(record: RunRecord, number: int) -> RunSummary:
+    """One run, told."""
+    status, good = run_status(record)
+    drop_report = (record.data.get("corpus") or {}).get("ledger") or {}
+    found = record.env.get("warnings") or []
+    return RunSummary(
+        name=record.name,
+        number=number,
+        status=status,
+        good=good,
+        sentence=summary_sentence(record),
+        tiles=tuple(key_figures(record)),
+        stories=tuple(sample_histories(record)),
+        data=tuple(data_rows(record)),
+        notes=tuple(map(str, drop_report.get("notes", ()))),
+        plan=tuple(plan_rows(record)),
+        guessed=record.plan.get("measured") is False,
+        events=tuple(event_rows(record)),
+        env=tuple(flatten_rows({key: value for key, value in record.env.items() if key != "warnings"})),
+        warnings=tuple(": ".join(map(str, one)) if isinstance(one, list) else str(one) for one in found),
+        config=record.config,
+    )
+
+
+def run_status(record: RunRecord) -> tuple[str, bool]:
+    """Where a run stands, and whether that is nothing to worry about."""
+    last = str(record.events[-1].get("event", "")) if record.events else ""
+    if last == "guard stop":
+        return "stopped by a guard", False
+    if record.summary.get("step") == record.step and record.summary.get("status"):
+        status = str(record.summary["status"])
+        return {"time": "time is up"}.get(status, status), status == "finished"
+    return ("not finished" if record.rows else "not begun"), False
+
+
+def summary_sentence(record: RunRecord) -> str:
+    """What was run, in plain words, as far as it is known."""
+    parameters, page_name = parameters_of(record), record.model.get("family") or record.model.get("page")
+    kind = f"A {page_name}-style model" if page_name else "A model"
+    text = kind + (f" of {format_quantity(parameters)} parameters" if parameters else "")
+    text += (
+        f" was trained for {record.step:,} {'step' if record.step == 1 else 'steps'}"
+        if record.rows
+        else " waits for its first step"
+    )
+    if tokens := record.last("tokens"):
+        text += f" on {format_quantity(tokens)} {record.unit}"
+    if source := (record.data.get("corpus") or {}).get("name"):
+        text += f" of {source}"
+    if seconds := record.last("seconds"):
+        text += f" in {format_duration(seconds)}"
+    text += "."
+    reached, others = final_bits_per_byte(record), recorded_baselines(record)
+    if reached is not None:
+        text += f" A byte of held-out text costs it {reached:.3f} bits"
+        if others:
+            best = min(others, key=lambda name: others[name])
+            text += f"; the best baseline ({best}) needs {others[best]:.3f}"
+        text += "."
+    return text
+
+
+def parameters_of(record: RunRecord) -> int | None:
+    """From whatever says it."""
+    found = record.summary.get("parameters") or record.plan.get("parameters")
+    return int(found) if isinstance(found, int | float) else None
+
+
+def final_bits_per_byte(record: RunRecord) -> float | None:
+    """Held-out bits per byte at the end: of the evaluation if there is one, else the last seen while training."""
+    found = record.evaluation.get("bits_per_byte")
+    return float(found) if isinstance(found, int | float) else record.last("eval/bits_per_byte")
+
+
+def recorded_baselines(record: RunRecord) -> dict[str, float]:
+    """Name -> bits per byte of what counting and compressing reach."""
+    found = {**(record.summary.get("baselines") or {}), **(record.evaluation.get("baselines") or {})}
+    return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
+    """The numbers people look for first."""
+    reached, others = final_bits_per_byte(record), recorded_baselines(record)
+    if reached is not None:
+        interval = record.evaluation.get("interval")
+        between = f"95 %: {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+        yield KeyFigure(
+            "held-out bits per byte",
+            f"{reached:.3f}",
+            f"best baseline {min(others.values()):.3f}" if others else between,
+        )
+    if (loss := record.last("loss")) is not None:
+        held = record.last("eval/loss")
+        per = f"nats per {record.unit.removesuffix('s')}"
+        yield KeyFigure("training loss", f"{loss:.3f}", f"held-out {held:.3f}" if held is not None else per)
+    for name, (_, values) in record.scores.items():
+        best = f"largest {max(values):.3f}, of {len(values)}" if len(values) > 1 else ""
+        yield KeyFigure(f"held-out {name}", f"{values[-1]:.3f}", best)
+    if parameters := parameters_of(record):
+        yield KeyFigure("parameters", format_quantity(parameters), f"{parameters:,}" if parameters >= 1e6 else "")
+    if tokens := record.last("tokens"):
+        ratio = f"{tokens / parameters:.3g} per parameter" if parameters else ""
+        yield KeyFigure(f"{record.unit} read", format_quantity(tokens), ratio)
+    if speed := median_speed(record):
+        yield KeyFigure(f"{record.unit} per second", f"{speed:,.0f}", "median over the run")
+    if seconds := record.last("seconds"):
+        yield KeyFigure("time in steps", format_duration(seconds), f"{record.step:,} steps")
+    resumed = sum(event.get("event") == "resumed" for event in record.events)
+    if resumed:
+        yield KeyFigure("resumed", f"{resumed}", "going on where it stood")
+    if skipped := record.last("skipped"):
+        yield KeyFigure("skipped updates", f"{skipped:,.0f}", "not finite, left out")
+
+
+def median_speed(record: RunRecord) -> float | None:
+    """Tokens per second of the middle row; the first, which warms up, is left out where there are others."""
+    values = [value for value in record.series("tokens_per_second")[1] if math.isfinite(value) and value > 0]
+    return statistics.median(values[1:] or values) if values else None
+
+
+def sample_histories(record: RunRecord) -> Iterator[SampleHistory]:
+    """Per prompt, what the model made of it as it learned."""
+    for prompt in dict.fromkeys(sample.prompt for sample in record.samples):
+        samples = [sample for sample in record.samples if sample.prompt == prompt]
+        step = (len(samples) - 1) / max(1, MAX_SAMPLES_SHOWN - 1)
+        chosen = (
+            sorted({round(place * step) for place in range(MAX_SAMPLES_SHOWN)})
+            if len(samples) > MAX_SAMPLES_SHOWN
+            else range(len(samples))
+        )
+        rest = tuple(one for i, one in enumerate(samples) if i not in chosen)
+        yield SampleHistory(prompt, tuple(samples[i] for i in chosen), rest)
+
+
+def data_rows(record: RunRecord) -> Iterator[TableRow]:
+    """(what, documents, bytes, tokens)"""
+    for key, name in (("train", "trained on"), ("val", "held out")):
+        if f"{key}_bytes" in record.data:
+            yield name, *(format_count(record.data.get(f"{key}_{what}")) for what in ("documents", "bytes", "tokens"))
+        if f"{key}_images" in record.data:
+            yield name, f"{format_count(record.data[f'{key}_images'])} images", "", ""
+    drop_report = (record.data.get("corpus") or {}).get("ledger") or {}
+    if kept := drop_report.get("kept"):
+        yield "kept of the source", format_count(kept.get("documents")), format_count(kept.get("bytes")), ""
+    for reason, dropped in (drop_report.get("dropped") or {}).items():
+        yield f"dropped: {reason}", format_count(dropped.get("documents")), format_count(dropped.get("bytes")), ""
+
+
+def format_count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
+
+
+def plan_rows(record: RunRecord) -> Iterator[TableRow]:
+    """(what, foreseen, measured, measured / foreseen)"""
+    plan, speed = record.plan, median_speed(record)
+    per_step = plan.get("tokens_per_step")
+    measured = {
+        "tokens_per_second": speed,
+        "step_seconds": per_step / speed if per_step and speed else None,
+        "seconds": record.last("seconds"),
+        "tokens": record.last("tokens"),
+        "memory_total": record.summary.get("peak_memory_bytes"),
+        "checkpoint_bytes": max(record.checkpoints.values(), default=None),
+        "disk_bytes": sum(record.checkpoints.values()) or None,
+        "parameters": record.summary.get("parameters"),
+    }
+    for key, (name, told) in PLAN_ROWS.items():
+        foreseen, found = plan.get(key), measured[key]
+        if isinstance(foreseen, int | float):
+            ratio = f"{found / foreseen:.3g}" if found and foreseen else ""
+            yield name, told(foreseen), told(found) if found else "not recorded", ratio
+    for kind, held in (plan.get("memory") or {}).items():
+        yield f"memory: {kind}", format_bytes(held), "", ""
+
+
+PLAN_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters": ("parameters", lambda value: f"{value:,}"),
+    "tokens_per_second": ("tokens per second", lambda value: f"{value:,.0f}"),
+    "step_seconds": ("a step", format_duration),
+    "seconds": ("time in steps", format_duration),
+    "tokens": ("tokens", format_quantity),
+    "checkpoint_bytes": ("a checkpoint", format_bytes),
+    "disk_bytes": ("checkpoints on disk", format_bytes),
+    "memory_total": ("memory", format_bytes),
+}
+
+
+def event_rows(record: RunRecord) -> Iterator[TableRow]:
+    """(time, what, details), the newest SHOWN_EVENTS."""
+    if len(record.events) > MAX_EVENTS_SHOWN:
+        yield "", f"{len(record.events) - MAX_EVENTS_SHOWN:,} earlier events are in events.jsonl", ""
+    for event in record.events[-MAX_EVENTS_SHOWN:]:
+        details = {key: value for key, value in event.items() if key not in ("time", "event", "message")}
+        told = ", ".join(
+            f"{key} {Path(value).name if key == 'checkpoint' else value}" for key, value in details.items()
+        )
+        message = str(event.get("message", ""))
+        yield (
+            str(event.get("time", ""))[:19].replace("T", " "),
+            str(event.get("event", "")),
+            " · ".join(filter(None, (message, told))),
+        )
+
+
+def flatten_rows(held_out: Mapping[str, Any], above: str = "") -> Iterator[TableRow]:
+    """(key, value), with dots between the levels."""
+    for key, value in held_out.items():
+        if isinstance(value, dict) and value:
+            yield from flatten_rows(value, f"{above}{key}.")
+        else:
+            told = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+            yield f"{above}{key}", told

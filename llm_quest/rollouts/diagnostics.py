@@ -1,0 +1,181 @@
+"""The doctor of a reinforcement run: reads its numbers and says in words what is wrong and what helps. A run that
+cannot learn is stopped, and told why.
+
+Reward alone proves little: it can rise while the answers get worse. So the doctor also looks at how many groups hold
+any news, whether answers end, how much chance is left in the policy, and at held-out accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_quest.errors import GuardStop
+
+MetricsRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """Something to look for. seen(rows): does the newest row, in the light of those before it, show it? fatal: a run
+    that shows it for long cannot learn."""
+
+    name: str
+    is_present: Callable[[Sequence[MetricsRow]], bool]
+    advice: Callable[[MetricsRow], str]
+    fatal: bool = False
+
+
+@dataclass
+class Diagnostics:
+    """`watch(row) -> advice`, each piece once, until its sign is gone and comes back. patience: steps that a fatal sign
+    may last, over at least three rows. What was seen before a resumption is not remembered."""
+
+    patience_steps: int = 30
+    rows: list[MetricsRow] = field(default_factory=list)
+    reported: set[str] = field(default_factory=set)
+    first_seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def on_log(self, row: MetricsRow) -> list[str]:
+        self.rows.append(row)
+        advice = []
+        for sign in SYMPTOMS:
+            if not sign.is_present(self.rows):
+                self.reported.discard(sign.name)
+                self.first_seen.pop(sign.name, None)
+                continue
+            if sign.name not in self.reported:
+                advice.append(sign.advice(row))
+                self.reported.add(sign.name)
+            self._check_fatal(sign, row)
+        return advice
+
+    def _check_fatal(self, symptom: Symptom, row: MetricsRow) -> None:
+        first, times = self.first_seen.get(symptom.name, (row["step"], 0))
+        self.first_seen[symptom.name] = (first, times + 1)
+        if symptom.fatal and times + 1 >= 3 and row["step"] - first >= self.patience_steps:
+            raise GuardStop(f"stopped at step {row['step']}, it cannot learn: {symptom.advice(row)}")
+
+
+def metric_value(row: MetricsRow, name: str, default: float = math.nan) -> float:
+    value = row.get(name)
+    return default if value is None else float(value)
+
+
+def never_correct(rows: Sequence[MetricsRow]) -> bool:
+    return metric_value(rows[-1], "flat") >= 0.999 and metric_value(rows[-1], "reward") < 0.5
+
+
+def always_correct(rows: Sequence[MetricsRow]) -> bool:
+    return metric_value(rows[-1], "flat") >= 0.999 and metric_value(rows[-1], "reward") >= 0.5
+
+
+def mostly_uniform_groups(rows: Sequence[MetricsRow]) -> bool:
+    return 0.9 <= metric_value(rows[-1], "flat") < 0.999
+
+
+def longer_without_gain(rows: Sequence[MetricsRow]) -> bool:
+    """Half as long again as in the beginning, and no better."""
+    first, last = rows[0], rows[-1]
+    return metric_value(last, "length") > 1.5 * metric_value(first, "length") and metric_value(
+        last, "reward"
+    ) <= metric_value(first, "reward")
+
+
+def reward_without_accuracy(rows: Sequence[MetricsRow]) -> bool:
+    """Since the first look at held-out problems the reward has risen by a tenth and accuracy has not."""
+    looked = [row for row in rows if not math.isnan(metric_value(row, "eval/accuracy"))]
+    if len(looked) < 2:
+        return False
+    first, last = looked[0], looked[-1]
+    rise = metric_value(last, "reward") - metric_value(first, "reward")
+    return rise >= 0.1 and metric_value(last, "eval/accuracy") <= metric_value(first, "eval/accuracy")
+
+
+SYMPTOMS: tuple[Symptom, ...] = (
+    Symptom(
+        "never right",
+        never_correct,
+        lambda row: (
+            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): nothing tells a better sample from a "
+            "worse one. Fine-tune longer first, take an easier level, or raise rollout.group"
+        ),
+        fatal=True,
+    ),
+    Symptom(
+        "always right",
+        always_correct,
+        lambda row: (
+            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): there is nothing left to learn here. "
+            "Take a harder level"
+        ),
+        fatal=True,
+    ),
+    Symptom(
+        "nothing scored",
+        lambda rows: metric_value(rows[-1], "unscorable") >= 0.999,
+        lambda row: "not one sample could be scored: look at the reward and at the gold answers",
+        fatal=True,
+    ),
+    Symptom(
+        "mostly flat",
+        mostly_uniform_groups,
+        lambda row: (
+            f"{metric_value(row, 'flat'):.0%} of the groups are all alike and teach nothing: draw until groups are mixed "
+            "(rollout.draws=4), or choose problems nearer to what the model can do"
+        ),
+    ),
+    Symptom(
+        "unscorable",
+        lambda rows: 0.1 < metric_value(rows[-1], "unscorable") < 0.999,
+        lambda row: f"{metric_value(row, 'unscorable'):.0%} of the samples could not be scored: look at the verifier",
+    ),
+    Symptom(
+        "cut off",
+        lambda rows: metric_value(rows[-1], "truncated") > 0.5,
+        lambda row: (
+            f"{metric_value(row, 'truncated'):.0%} of the answers do not end within the budget: raise rollout.new_tokens, or "
+            "fine-tune on answers with their end-of-text token"
+        ),
+    ),
+    Symptom(
+        "no chance left",
+        lambda rows: metric_value(rows[-1], "entropy") < 0.05,
+        lambda row: (
+            f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower optimizer.lr, raise "
+            "clip.high, or add an entropy bonus"
+        ),
+    ),
+    Symptom(
+        "far ratio",
+        lambda rows: metric_value(rows[-1], "ratio/max") > 10,
+        lambda row: (
+            f"a token became {metric_value(row, 'ratio/max'):.3g} times as likely between sampling and training: lower "
+            "optimizer.lr, or take fewer updates or minibatches per rollout"
+        ),
+    ),
+    Symptom(
+        "far from the reference",
+        lambda rows: metric_value(rows[-1], "kl") > 1,
+        lambda row: (
+            f"the policy is {metric_value(row, 'kl'):.2f} nats a token from its reference: raise kl.beta or lower the rate"
+        ),
+    ),
+    Symptom(
+        "longer for nothing",
+        longer_without_gain,
+        lambda row: (
+            f"answers grew to {metric_value(row, 'length'):.0f} tokens and are no better: punish length near the budget "
+            "(rollout.overlong), or take variant=dr_grpo"
+        ),
+    ),
+    Symptom(
+        "reward without accuracy",
+        reward_without_accuracy,
+        lambda row: (
+            f"the reward rises ({metric_value(row, 'reward'):.3f}) and held-out accuracy does not "
+            f"({metric_value(row, 'eval/accuracy'):.3f}): the policy has learned the reward, not the task; read its samples"
+        ),
+    ),
+)

@@ -1,0 +1,100 @@
+"""The policy writes: groups of samples, drawn by the same engine and the same weights that are trained.
+
+Sampling is pure: temperature alone. Top-k, top-p and min-p draw from another distribution than the one that is scored
+afterwards, and the ratio of the policy with itself would be the mass they kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from llm_quest.errors import UsageError
+from llm_quest.generation.generate import generate_completions
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.models.decoder import Decoder
+from llm_quest.rollouts.sample import Sample
+
+ContextFactory = Callable[[], AbstractContextManager[Any]]
+
+
+class DecodingTokenizer(Protocol):
+    """A tokenizer, as far as samples need one. Control tokens are left out of the text."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class PolicyPrompt:
+    """What is asked: the prompt's ids and the problem they came from."""
+
+    prompt_ids: tuple[int, ...]
+    problem: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """`writer(policy, questions, n, seed) -> groups`: n samples of each question, those of one question together.
+
+    eos: every token that ends a text. within: what to sample under (autocast, the same as in training). at_once: rows
+    sampled together, 0 for all."""
+
+    tokenizer: DecodingTokenizer
+    eos_token_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 1.0
+    autocast_context: ContextFactory = nullcontext
+    batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UsageError(f"temperature is {self.temperature}: a policy that is trained has to be sampled, above 0")
+
+    def __call__(
+        self, policy: Decoder, prompts: Sequence[PolicyPrompt], num_generations: int, seed: int
+    ) -> list[list[Sample]]:
+        sampling_params = SamplingParams(temperature=self.temperature)
+        stopping_criteria = StoppingCriteria(max_new_tokens=self.max_new_tokens, eos_token_ids=self.eos_token_ids)
+        groups = max(1, self.batch_size // num_generations) if self.batch_size else max(1, len(prompts))
+        found: list[list[Sample]] = []
+        with eval_mode(policy), self.autocast_context():
+            for first in range(0, len(prompts), groups):
+                some = prompts[first : first + groups]
+                completions = generate_completions(
+                    policy,
+                    [each.prompt_ids for each in some],
+                    sampling_params,
+                    stopping_criteria,
+                    n=num_generations,
+                    seed=seed + first,
+                )
+                found += [
+                    [
+                        self.make_sample(question, completions[place * num_generations + i])
+                        for i in range(num_generations)
+                    ]
+                    for place, question in enumerate(some)
+                ]
+        return found
+
+    def make_sample(self, prompt: PolicyPrompt, completion: Completion) -> Sample:
+        """The text is decoded for the reward alone; what is trained on are the ids that were drawn."""
+        text = self.tokenizer.decode([token for token in completion.tokens if token not in self.eos_token_ids])
+        tokens, logprobs = tuple(completion.tokens), tuple(completion.logprobs)
+        return Sample(prompt.prompt_ids, tokens, logprobs, completion.finish_reason, text, prompt.problem)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode (no dropout). Afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,114 @@
+"""Which matrices an adapter edits, by the short names that published models use too: q, k, v, out, gate, up, down, ...
+
+Every matrix inside the blocks has an address, `blocks.0.mixer.layer.qkv.q`: the layer's path and, where a layer stacks
+several, the part. A target is the end of an address (`q`, `experts.gate`), or `all`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.low_rank import AdaptedExperts, AdaptedLinear, AdaptedPackedLinear, expert_parts
+from llm_quest.layers.moe import Experts
+from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.techniques.model_spec import replace_module
+
+
+@dataclass(frozen=True, eq=False)
+class TargetMatrix:
+    """One matrix that can be edited: weight (out,in), or (E,out,in) for all experts. part: of a layer that stacks
+    several, else empty."""
+
+    path: str
+    part: str
+    weight: Tensor
+
+    @property
+    def address(self) -> str:
+        return f"{self.path}.{self.part}" if self.part else self.path
+
+    @property
+    def short_name(self) -> str:
+        return self.address.rsplit(".", 1)[-1]
+
+
+def target_matrices(model: nn.Module) -> Iterator[TargetMatrix]:
+    """Every matrix within the blocks of this model, but for those with one output (a gate) and for routers, which are
+    no linear layers. Embeddings and heads stand outside: losses read their matrix directly, and a tied one serves
+    twice."""
+    for path, module in model.named_modules():
+        if "blocks" not in path.split(".") or isinstance(module, LMHead):
+            continue
+        if isinstance(module, PackedLinear):
+            for part in module.parts:
+                yield TargetMatrix(path, part, module.weight.detach()[module.row_slice(part)])
+        elif isinstance(module, nn.Linear) and module.out_features > 1:
+            yield TargetMatrix(path, "", module.weight.detach())
+        elif isinstance(module, Experts):
+            parts = expert_parts(module)
+            for part, piece in zip(parts, module.gate_up.detach().split(list(parts.values()), dim=1), strict=True):
+                yield TargetMatrix(path, part, piece)
+            yield TargetMatrix(path, "down", module.down.detach())
+
+
+def select_targets(model: nn.Module, targets: Sequence[str]) -> list[TargetMatrix]:
+    """The sites that the targets name. UsageError for a target that names nothing, with what there is."""
+    matrices = list(target_matrices(model))
+    for target in targets:
+        if target in ("head", "embed", "token", "position"):
+            raise UsageError(
+                f"{target!r} is not adapted: losses read that matrix directly, and a tied one serves twice; "
+                f"choose among {short_names(matrices)}"
+            )
+        if not any(matches_target(site, target) for site in matrices):
+            raise UsageError(f"no matrix of this model is called {target!r}; there are {short_names(matrices)}, or all")
+    return [site for site in matrices if any(matches_target(site, target) for target in targets)]
+
+
+def shortest_targets(model: nn.Module, addresses: set[str]) -> tuple[str, ...]:
+    """Short names where they say it all, else the addresses."""
+    short = tuple(dict.fromkeys(address.rsplit(".", 1)[-1] for address in sorted(addresses)))
+    return short if {site.address for site in select_targets(model, short)} == addresses else tuple(sorted(addresses))
+
+
+def matches_target(matrix: TargetMatrix, target: str) -> bool:
+    return target == "all" or matrix.address == target or matrix.address.endswith(f".{target}")
+
+
+def short_names(found: Sequence[TargetMatrix]) -> str:
+    return ", ".join(dict.fromkeys(site.short_name for site in found)) or "none that was not adapted before"
+
+
+def describe_addresses(addresses: Sequence[str]) -> str:
+    """'q, k, v in 12 layers': addresses for the screen."""
+    shorts = dict.fromkeys(address.rsplit(".", 1)[-1] for address in addresses)
+    layers = {re.sub(r"^(.*?blocks\.\d+)\..*$", r"\1", address) for address in addresses}
+    return f"{', '.join(shorts)} in {len(layers)} layers"
+
+
+def wrap_layers(model: nn.Module, edits: Mapping[TargetMatrix, nn.Module]) -> None:
+    """Put the edits around the layers they are for."""
+    by_path: dict[str, dict[str, nn.Module]] = {}
+    for site, edit in edits.items():
+        by_path.setdefault(site.path, {})[site.part] = edit
+    for path, parts in by_path.items():
+        layer = model.get_submodule(path)
+        replace_module(model, path, WRAPPERS[type_to_wrap(layer)](layer, parts))
+
+
+def type_to_wrap(layer: nn.Module) -> type:
+    return next(kind for kind in WRAPPERS if isinstance(layer, kind))
+
+
+WRAPPERS: dict[type, Callable[[Any, dict[str, nn.Module]], nn.Module]] = {
+    PackedLinear: AdaptedPackedLinear,
+    Experts: AdaptedExperts,
+    nn.Linear: lambda layer, parts: AdaptedLinear(layer, parts[""]),
+}

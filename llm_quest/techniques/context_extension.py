@@ -1,0 +1,83 @@
+"""A trained model made to read further than it was trained: its rotary frequencies are stretched (`layers/rotary.py`),
+by YaRN (Peng et al. 2023, arXiv:2309.00071), the NTK-aware base, or linear interpolation.
+
+The config changes with the model, so that what is saved is the published spelling, which any reader computes. YaRN
+wants a short training at the new length, and helps at once even without.
+
+Commonly got wrong: YaRN is measured by the length the model was *trained* at; where part of a head is not rotated (MLA)
+the temperature belongs on the whole score, which DeepSeek's spelling (mscale) does; windowed layers never look beyond
+what they know and stay (but where a family publishes one rotation for all layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.layers.rotary import LinearScaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
+from llm_quest.models.build import build_meta_model, family_of
+from llm_quest.techniques.attention_layers import attention_layers
+from llm_quest.techniques.model_spec import Model, record_technique, require_decoder, require_not_applied
+
+
+@dataclass(frozen=True)
+class ContextExtension:
+    """factor: how many times the context grows. kind: a name in `ROPE_EXTENSIONS`. original: the length the model was
+    trained at; None: its context."""
+
+    factor: float = 4.0
+    kind: str = "yarn"
+    original: int | None = None
+    is_identity_at_init: ClassVar[bool] = False
+    exportable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_EXTENSIONS:
+            raise UsageError(f"no way to stretch is called {self.kind!r}; known: {', '.join(ROPE_EXTENSIONS)}")
+        if not self.factor >= 1:
+            raise UsageError(f"factor {self.factor} is below 1: a length is extended, not cut")
+        if self.original is not None and self.kind != "yarn":
+            raise UsageError(f"original has no effect with kind {self.kind!r}: leave it out")
+
+    def __call__(self, model: Model) -> Model:
+        require_decoder(model, self)
+        require_not_applied(model, self)
+        config = self.extend_config(model.config, attention_layers(model, self)[0])
+        reference = dict(build_meta_model(config).named_modules())
+        last = [module for path, module in reference.items() if path.startswith("blocks.")]
+        for path, mixer in model.named_modules():
+            if mixer in attention_layers(model, self):
+                like: Any = reference.get(path) or next(one for one in reversed(last) if type(one) is type(mixer))
+                mixer.rotary, mixer.scale = like.rotary, like.scale
+        model.spec = replace(model.spec, config=config)
+        return record_technique(model, self)
+
+    def extend_config(self, config: Any, mixer: Any) -> Any:
+        """The config that the longer model's own export would be read as."""
+        if "rotary" not in {field.name for field in fields(config)}:
+            raise UsageError("this model's positions are learned vectors, one for each: there is nothing to stretch")
+        if config.rotary.scaling is not None:
+            raise UsageError(
+                f"the model's rotation is stretched already ({type(config.rotary.scaling).__name__}): a stretch is "
+                "defined on the frequencies it was first trained with; extend the original model"
+            )
+        scaling = ROPE_EXTENSIONS[self.kind](self.factor, self.original or config.max_position_embeddings)
+        if isinstance(mixer, MultiHeadLatentAttention) and isinstance(scaling, YaRNScaling):
+            scaling = replace(scaling, mscale=1.0, mscale_all_dim=1.0)
+        context = round(config.max_position_embeddings * self.factor)
+        page = family_of(config)
+        longer = replace(config, rotary=replace(config.rotary, scaling=scaling), max_position_embeddings=context)
+        read = page.read({"model_type": page.model_type} | page.publish(longer))
+        rotations = {field.name: getattr(read, field.name) for field in fields(config)}
+        rotations = {name: value for name, value in rotations.items() if isinstance(value, RotaryEmbedding)}
+        return replace(longer, **rotations)
+
+
+ROPE_EXTENSIONS: dict[str, Callable[[float, int], RopeScaling]] = {
+    "yarn": lambda factor, original: YaRNScaling(factor, original),
+    "ntk": lambda factor, original: NTKScaling(factor),
+    "linear": lambda factor, original: LinearScaling(factor),
+}

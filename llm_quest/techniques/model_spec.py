@@ -1,0 +1,102 @@
+"""A model's card, kept true: which techniques made it what it is, in order, and how to write that down and repeat it.
+
+A technique edits a model that may still be without memory (the meta device), so that loading is: assemble the page,
+repeat the card, give memory, read the numbers. A module that wraps another one keeps it as its `base`; `plain` is the
+name a parameter had before it was wrapped, which is the name the published table knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from llm_quest.contracts import Technique
+from llm_quest.errors import DataError, UsageError
+from llm_quest.layers.initialize import init_normal_, materialize
+from llm_quest.models.decoder import Decoder
+
+Model = TypeVar("Model", bound=Any)
+
+
+def record_technique(model: Model, technique: Technique) -> Model:
+    """The model, with the technique noted on its card. The last line of every technique."""
+    model.spec = replace(model.spec, techniques=(*model.spec.techniques, technique))
+    return model
+
+
+def require_not_applied(model: Any, technique: Technique) -> None:
+    """ValueError if one of its kind was applied before: a second one would change the model in silence."""
+    if any(type(before) is type(technique) for before in model.spec.techniques):
+        raise ValueError(f"{type(technique).__name__} was applied to this model already; it is applied once")
+
+
+def require_decoder(model: Any, technique: Any) -> None:
+    """UsageError for a model that only looks, or looks and speaks: its stream and head are not a decoder's."""
+    if not isinstance(model, Decoder):
+        raise UsageError(
+            f"{type(technique).__name__} edits language models; this is a {model.spec.family} model: leave it out"
+        )
+
+
+def techniques_to_json(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The card's techniques as JSON, each under its name in the table."""
+    names = {kind: name for name, kind in table.items()}
+    return [{"name": names[type(one)], **asdict(one)} for one in techniques]  # type: ignore[call-overload]
+
+
+def techniques_from_json(entries: Sequence[Mapping[str, Any]], table: Mapping[str, type]) -> list[Technique]:
+    """The inverse of `written`. DataError for a technique or an option that this version does not know."""
+    return [technique_from_json(entry, table) for entry in entries]
+
+
+def technique_from_json(entry: Mapping[str, Any], table: Mapping[str, type]) -> Technique:
+    name = str(entry.get("name"))
+    if name not in table:
+        raise DataError(f"the model was made with a technique called {name!r}; known: {', '.join(table)}")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items() if key != "name"}
+    unknown = set(options) - {field.name for field in fields(table[name])}
+    if unknown:
+        raise DataError(f"the technique {name!r} has no option {', '.join(sorted(unknown))}")
+    technique: Technique = table[name](**options)
+    return technique
+
+
+def replay_techniques(model: Model, techniques: Iterable[Technique]) -> Model:
+    """A model fresh from its page, as it was when this card was written. What the config says already (`published`) is
+    noted, not done again."""
+    for technique in techniques:
+        model = record_technique(model, technique) if technique.exportable else technique(model)
+    return model
+
+
+def all_exportable(techniques: Iterable[Technique]) -> bool:
+    """Are the page's own config and tensors all there is to say about this model?"""
+    return all(technique.exportable for technique in techniques)
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Another module in the place of the one at this path."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def materialize_part(part: nn.Module, model: Any, seed: int = 0) -> nn.Module:
+    """A new part (made on the meta device) with memory and dtype like the model's, and first values from a seed; as it
+    is where the model has no memory either."""
+    like = next(model.parameters())
+    if like.device.type == "meta":
+        return part
+    materialize(part, "cpu", torch.promote_types(like.dtype, torch.float32))
+    out_std = 0.02 / (2 * model.config.num_hidden_layers) ** 0.5
+    init_normal_(part, std=0.02, out_std=out_std, generator=torch.Generator().manual_seed(seed))
+    part.train(model.training)
+    alike = all((own.device, own.dtype) == (like.device, like.dtype) for own in part.parameters())
+    return part if alike else part.to(like)  # tensors that only pretend (`quest plan`) cannot be moved
+
+
+def strip_wrapper_names(name: str) -> str:
+    """A parameter's name as if nothing were wrapped."""
+    return ".".join(part for part in name.split(".") if part != "base")

@@ -1,0 +1,71 @@
+"""How to train, apart from what and on what; and how a run ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_quest.errors import UsageError
+
+PRECISIONS = ("fp32", "bf16")
+ON_DISK_FULL = ("stop", "continue")
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """steps: optimiser steps of the whole run. clip: largest gradient norm, None for any. log_every: steps per row of
+    metrics. save_every: 0 saves at the end only. keep: so many newest checkpoints stay (0: all), and those at
+    multiples of keep_every, and the one with the lowest `best` (a probe's number, such as "eval/loss"). precision:
+    fp32, or bf16 (autocast; the weights stay float32). max_bad_steps, max_empty_steps: more than these in a row stop
+    the run. max_time: seconds after which it saves and ends. expected_loss: of the first step (ln V); far from it
+    warns. on_disk_full: stop, or continue without that checkpoint. background_save: write checkpoints beside
+    training, from a copy in memory."""
+
+    steps: int
+    max_grad_norm: float | None = 1.0
+    log_every: int = 10
+    save_every: int = 0
+    keep_last: int = 2
+    keep_every: int = 0
+    best_metric: str = ""
+    precision: str = "fp32"
+    compile: bool = False
+    max_bad_steps: int = 10
+    max_empty_steps: int = 100
+    max_seconds: float | None = None
+    seed: int = 0
+    expected_loss: float | None = None
+    on_disk_full: str = "stop"
+    background_save: bool = True
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("precision", PRECISIONS), ("on_disk_full", ON_DISK_FULL)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; known: {', '.join(allowed)}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise UsageError(
+                f"max_grad_norm is {self.max_grad_norm}; expected a positive norm, or None for no clipping"
+            )
+        if self.log_every < 1:
+            raise UsageError(f"log_every is {self.log_every}; expected 1 or more steps")
+        for name in ("steps", "save_every", "keep_last", "keep_every", "max_bad_steps", "max_empty_steps"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """status: finished, interrupted (a signal) or time. exit_code: 0, or 128 + the signal's number. metrics: the last
+    row, with the last numbers of every probe. seconds: wall time of this process in the loop; tokens,
+    tokens_per_second: what it trained on, and how fast in its steps alone. saved: the last checkpoint's folder, as
+    text."""
+
+    step: int
+    status: str
+    exit_code: int
+    metrics: Mapping[str, Any]
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    checkpoint_path: str = ""

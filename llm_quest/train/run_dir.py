@@ -1,0 +1,214 @@
+"""A run folder and who may write in it.
+
+      config.yaml  env.json  metrics.jsonl  events.jsonl  samples/  checkpoints/step-00001000/  LATEST  run.lock
+
+`metrics.jsonl` has one row per logged step and never two of one step: a resumed run first cuts it back to its
+checkpoint. `events.jsonl` is the diary, only ever appended to. Every process of a parallel run opens the folder; the
+leader writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import stat
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
+from llm_quest.files import atomic_write_text, fsync_path
+from llm_quest.train import checkpoint as files
+from llm_quest.train.checkpoint import Checkpoint
+
+
+class RunDir:
+    """`with RunDir(folder, ...) as run:` holds the lock. A second process is refused with BusyError.
+
+    config: the resolved configuration as YAML text. env: what machine and packages this is. identity: name -> hash of
+    what may not change between a checkpoint and its resumption. resume: auto (go on if there is something to go on
+    from), never (BusyError if there is), or the path of a checkpoint. leader: False for the other ranks, which write
+    nothing."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        config: str = "",
+        env: Mapping[str, Any] | None = None,
+        identity: Mapping[str, str] | None = None,
+        resume: str | Path = "auto",
+        verify: str = "full",
+        is_main_process: bool = True,
+    ):
+        if verify not in ("full", "size", "none"):
+            raise UsageError(f"verify is {verify!r}; known: full, size, none")
+        self.folder = Path(folder)
+        self.config, self.env, self.identity = config, dict(env or {}), dict(identity or {})
+        self.resume, self.verify, self.is_main_process = resume, verify, is_main_process
+        self.checkpoints = self.folder / "checkpoints"
+        self.samples = self.folder / "samples"
+        self._lock = FileLock(self.folder / "run.lock", timeout=0)
+
+    def __enter__(self) -> RunDir:
+        if self.is_main_process:
+            self._open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.is_main_process:
+            self._lock.release()
+
+    def _open(self) -> None:
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageError(
+                f"{self.folder} cannot be a run folder: a file of that name is in the way ({error})"
+            ) from error
+        self._take_lock()
+        try:
+            if self.resume == "never" and files.list_checkpoints(self.checkpoints):
+                raise BusyError(f"{self.folder} holds a run already: resume it, or choose another folder")
+            for name in ("metrics.jsonl", "events.jsonl"):
+                require_ordinary_file(self.folder / name)
+            files.remove_partial_checkpoints(self.checkpoints)
+            atomic_write_text(self.folder / "config.yaml", self.config)
+            atomic_write_text(self.folder / "env.json", json.dumps(self.env, indent=1) + "\n")
+        except BaseException as error:
+            self._lock.release()
+            if files.is_disk_full(error):
+                raise ResourceError(f"the disk is full: {self.folder} cannot be written ({error})") from error
+            raise
+
+    def _take_lock(self) -> None:
+        path = self.folder / "run.lock"
+        require_ordinary_file(path)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise BusyError(
+                f"{self.folder} is in use by {lock_owner(path)}; wait for it, or choose another folder"
+            ) from None
+        note = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
+        path.write_text(json.dumps(note) + "\n")
+
+    def resolve_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from (None: from the beginning). Metrics and checkpoints after it are taken back."""
+        if isinstance(self.resume, Path) or self.resume not in ("auto", "never"):
+            chosen: Path | None = self._check_checkpoint(Path(self.resume))
+        else:
+            chosen = files.latest_checkpoint(
+                self.checkpoints, lambda text: self.log_event("corrupt", message=text), self.verify
+            )
+        if chosen is not None:
+            self._require_identity(chosen)
+        step = -1 if chosen is None else files.checkpoint_step(chosen)
+        own = files.list_checkpoints(self.checkpoints)
+        if chosen is not None and own and chosen.parent.resolve() != self.checkpoints.resolve():
+            raise BusyError(f"{self.folder} holds a run already and cannot go on from {chosen}; choose another folder")
+        for later in own:
+            if files.checkpoint_step(later) > step:
+                self.log_event("set aside", checkpoint=later.name, renamed=files.rename_aside(later, "aside").name)
+        self._truncate_metrics(step)
+        return chosen
+
+    def _check_checkpoint(self, folder: Path) -> Path:
+        if not folder.is_dir() or not folder.name.startswith("step-") or not folder.name[5:].isdigit():
+            raise UsageError(
+                f"resume={folder} is no checkpoint folder; expected auto, never, or a path ending in step-00001000"
+            )
+        if wrong := files.find_fault(folder, self.verify):
+            raise DataError(f"the checkpoint {folder} is corrupt: {wrong}; choose another one")
+        return folder
+
+    def _require_identity(self, folder: Path) -> None:
+        saved = json.loads((folder / files.MANIFEST_FILE).read_text())["identity"]
+        other = sorted(name for name in self.identity if name in saved and saved[name] != self.identity[name])
+        if other:
+            raise BusyError(f"{folder} belongs to another run: its {', '.join(other)} differs; choose another folder")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Rows after `step`, and a last line torn by a kill, leave metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _row_step(line) <= step
+            ]
+            atomic_write_text(path, "".join(line + "\n" for line in kept))
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        """One line of metrics. NaN and infinities, which JSON has not, are null and named under `nonfinite`."""
+        if self.is_main_process:
+            self._append_line("metrics.jsonl", json_safe(row))
+
+    def log_event(self, name: str, **fields: Any) -> None:
+        """One line of the diary, with the time."""
+        if self.is_main_process:
+            self._append_line("events.jsonl", json_safe({"time": utc_now(), "event": name, **fields}))
+
+    def _append_line(self, name: str, line: Mapping[str, Any]) -> None:
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if not files.is_disk_full(error):
+                raise
+            raise ResourceError(f"the disk is full: {self.folder / name} cannot grow; make room and resume") from error
+
+    def save_checkpoint(self, checkpoint: Checkpoint, keep_last: int, keep_every: int, best_step: int | None) -> Path:
+        """Commit a checkpoint, and only then let older ones go."""
+        if (self.folder / "metrics.jsonl").exists():
+            fsync_path(self.folder / "metrics.jsonl")
+        folder = files.save_checkpoint(self.checkpoints, checkpoint)
+        files.prune_checkpoints(self.checkpoints, keep_last, keep_every, () if best_step is None else (best_step,))
+        return folder
+
+    def write_crash_report(self, report: Mapping[str, Any]) -> Path:
+        """crash.json: why a guard stopped the run."""
+        path = self.folder / "crash.json"
+        if self.is_main_process:
+            atomic_write_text(path, json.dumps(json_safe(report), indent=1) + "\n")
+        return path
+
+
+def json_safe(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as JSON can hold it."""
+    bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    held = {name: None if name in bad else value for name, value in row.items()}
+    return held | ({"nonfinite": bad} if bad else {})
+
+
+def require_ordinary_file(path: Path) -> None:
+    """UsageError if something that is not an ordinary file (a device, a pipe, a folder) has this name."""
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise UsageError(f"{path} is not an ordinary file and is not written to; choose another run folder")
+
+
+def lock_owner(path: Path) -> str:
+    """Who holds a lock, as far as it says."""
+    try:
+        note = json.loads(path.read_text())
+        return f"process {note['pid']} on {note['host']} since {note['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def utc_now() -> str:
+    """ISO time, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _row_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,223 @@
+"""`quest generate --prompts`: a row for every prompt, the same whatever the batch, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+import llm_quest as quest
+from llm_quest.cli import batch_generate
+from llm_quest.cli.batch_generate import BatchGenerateReport, generate_batch
+from llm_quest.cli.chat import GenerationOptions, load_model_and_tokenizer
+from llm_quest.cli.errors import run_with_exit_code
+from llm_quest.cli.main import app
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.corpus import load_corpus
+from llm_quest.errors import BusyError, DataError, UsageError
+from llm_quest.generation.generate import generate
+from llm_quest.models.build import build, preset
+
+ALPHABET = "abcdefgh "
+PROMPTS = ["abc", "a", "abc", "hhhh gg", "", "abc", "b a b a b a", "cab", "abc"]
+MANNER = GenerationOptions(9, 1.0, None, None, None, 1.0, ("h",), False, 3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("writing") / "model", seed=0)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return asked(tmp_path / "prompts.jsonl", PROMPTS)
+
+
+def saved(folder: Path, *, seed: int) -> str:
+    tokenizer = character_tokenizer(ALPHABET)
+    sizes = replace(
+        preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size, num_hidden_layers=2, max_position_embeddings=24
+    )
+    quest.save(build(sizes, seed=seed), folder, tokenizer=tokenizer)
+    return str(folder)
+
+
+def asked(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return file
+
+
+def wrote(
+    model: str,
+    prompts: Path,
+    out: Path,
+    manner: GenerationOptions = MANNER,
+    *,
+    batch: int = 4,
+    said: list[str] | None = None,
+) -> BatchGenerateReport:
+    said = [] if said is None else said
+    return generate_batch(model, prompts, out, manner, batch=batch, device="cpu", dtype="float32", log=said.append)
+
+
+def rows_of(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_row_for_every_prompt_in_their_order_whatever_the_batch(model: str, prompts: Path, tmp_path: Path) -> None:
+    found = [wrote(model, prompts, tmp_path / f"{size}.jsonl", batch=size) for size in (1, 4, 64)]
+    texts = [(tmp_path / f"{size}.jsonl").read_text() for size in (1, 4, 64)]
+    assert texts[0] == texts[1] == texts[2]
+    rows = rows_of(tmp_path / "4.jsonl")
+    assert [row["row"] for row in rows] == list(range(len(PROMPTS)))
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(row["text"] == f"{row['prompt']}{row['completion']}" for row in rows)
+    assert found[0].finished == {why: sum(row["finished"] == why for row in rows) for why in found[0].finished}
+    assert {"length", "stop"} <= set(found[0].finished)
+    same = [row["completion"] for row in rows if row["prompt"] == "abc"]
+    assert len(set(same)) == 4  # an equal prompt gets another text
+
+
+def test_a_row_is_what_generate_says_alone(model: str, prompts: Path, tmp_path: Path) -> None:
+    wrote(model, prompts, tmp_path / "texts.jsonl")
+    built, tokenizer = load_model_and_tokenizer(model, "cpu", "float32", lambda text: None)
+    ids, until = tokenizer.encode("abc"), MANNER.stopping_criteria(built, tokenizer)
+    alone = generate(
+        built, [ids], n=4, max_new_tokens=9, seed=3, eos_token_id=until.eos_token_ids, stop="h", tokenizer=tokenizer
+    )
+    assert [row["completion"] for row in rows_of(tmp_path / "texts.jsonl") if row["prompt"] == "abc"] == [
+        one.text for one in alone
+    ]
+
+
+def test_training_reads_the_file_as_it_stands(model: str, prompts: Path, tmp_path: Path) -> None:
+    wrote(model, prompts, tmp_path / "texts.jsonl")
+    corpus = load_corpus(str(tmp_path / "texts.jsonl"), column="text")
+    wanted = [str(row["text"]) for row in rows_of(tmp_path / "texts.jsonl") if str(row["text"]).strip()]
+    assert sorted({one.text for one in corpus.documents}) == sorted(set(wanted))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40])
+def test_a_killed_command_goes_on_with_what_is_missing(
+    cut: int, model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "texts.jsonl"
+    wrote(model, prompts, whole)
+    complete, calls = batch_generate.generate_completions, []
+
+    def killed(*choices: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return complete(*choices, **options)
+
+    monkeypatch.setattr(batch_generate, "generate_completions", killed)
+    with pytest.raises(KeyboardInterrupt):
+        wrote(model, prompts, out, batch=2)
+    assert len(rows_of(out)) == 4
+    monkeypatch.undo()
+    content = out.read_bytes()
+    out.write_bytes(content[: len(content) - cut])
+    said: list[str] = []
+    done = wrote(model, prompts, out, batch=3, said=said)
+    assert done.new == (5 if cut == 0 else 6)
+    assert any("going on with" in line for line in said)
+    assert any("rows/s" in line and "tokens/s" in line and "ETA 0:00:00" in line for line in said)
+    assert out.read_text() == whole.read_text()
+
+
+def test_a_finished_file_is_left_as_it_is(model: str, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "texts.jsonl"
+    wrote(model, prompts, out)
+    before = out.stat().st_mtime_ns, out.stat().st_ino
+    again = wrote(model, prompts, out, batch=1)
+    assert (again.new, again.tokens, again.rows) == (0, 0, len(PROMPTS))
+    assert "nothing was written" in again.lines()[-1]
+    assert (out.stat().st_mtime_ns, out.stat().st_ino) == before
+    out.write_text("".join(reversed(out.read_text().splitlines(keepends=True))))  # killed before it was put in order
+    wrote(model, prompts, out)
+    assert [row["row"] for row in rows_of(out)] == list(range(len(PROMPTS)))
+
+
+def test_another_model_prompts_or_manner_is_refused(model: str, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "texts.jsonl"
+    wrote(model, prompts, out)
+    before = out.read_text()
+    with pytest.raises(UsageError, match=r"temperature 1.0, now 0.5: give the same again, or choose another --out"):
+        wrote(model, prompts, out, replace(MANNER, temperature=0.5))
+    with pytest.raises(UsageError, match="begun with weights"):
+        wrote(saved(tmp_path / "other", seed=1), prompts, out)
+    with pytest.raises(UsageError, match="begun with prompts"):
+        wrote(model, asked(tmp_path / "more.jsonl", ["a", *PROMPTS]), out)
+    (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(UsageError, match="nobody knows how it was made; choose another --out"):
+        wrote(model, prompts, tmp_path / "mine.jsonl")
+    with FileLock(tmp_path / ".texts.jsonl.lock"), pytest.raises(BusyError, match="written by another process"):
+        wrote(model, prompts, out)
+    out.write_text(before + before)
+    with pytest.raises(DataError, match=rf"texts.jsonl:{len(PROMPTS) + 1} is no row of this command, or a second"):
+        wrote(model, prompts, out)
+    with pytest.raises(UsageError, match=r"call the file texts\.jsonl"):
+        wrote(model, prompts, tmp_path / "texts.txt")
+
+
+def test_prompts_that_fill_the_context_are_counted(model: str, tmp_path: Path) -> None:
+    file = asked(tmp_path / "long.jsonl", ["ab", "a" * 24, "c", "a" * 23])
+    said: list[str] = []
+    done = wrote(model, file, tmp_path / "texts.jsonl", said=said)
+    assert (done.rows, done.dropped) == (3, {"no room for a text in the context of 24 tokens": 1})
+    assert any(f"dropped: 1 prompts that fill the context of 24 (first: {file}:2)" in line for line in said)
+    assert [row["row"] for row in rows_of(tmp_path / "texts.jsonl")] == [0, 2, 3]
+    assert wrote(model, file, tmp_path / "texts.jsonl").new == 0
+    assert wrote(model, file, tmp_path / "slid.jsonl", replace(MANNER, slide=True)).rows == 4
+    with pytest.raises(UsageError, match=r"every prompt of .* fills the context of 24 .*the shortest has 30.*--slide"):
+        wrote(model, asked(tmp_path / "all.jsonl", ["a" * 30]), tmp_path / "none.jsonl")
+
+
+def test_a_text_file_is_a_prompt_a_line_and_mistakes_name_file_line_and_field(model: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes(b"abc\r\n\n  a b\nc")
+    wrote(model, tmp_path / "lines.txt", tmp_path / "texts.jsonl", replace(MANNER, tokens=1))
+    assert [row["prompt"] for row in rows_of(tmp_path / "texts.jsonl")] == ["abc", "  a b", "c"]
+    for name, content, said in [
+        ("wrong.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "wrong.jsonl:2 has no 'prompt'; it has 'text'"),
+        ("number.jsonl", '{"prompt": 1}\n', "number.jsonl:1: 'prompt' is a int"),
+        ("half.jsonl", '{"prompt": "a"}\n{"prom', "half.jsonl:2 is not JSON"),
+        ("empty.txt", "\n\n", "holds no prompts: write one a line"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=said):
+            wrote(model, tmp_path / name, tmp_path / "never.jsonl")
+    assert not (tmp_path / "never.jsonl").exists()
+
+
+def test_the_street(
+    model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def street(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quest", "generate", model, *words])
+        code = run_with_exit_code(lambda: app(prog_name="quest"))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    threads = torch.get_num_threads()
+    out = str(tmp_path / "texts.jsonl")
+    many = ("--prompts", str(prompts), "--out", out)
+    code, told, _ = street(*many, "-n", "3", "--batch", "2", "--json", "--quiet", "--threads", str(threads))
+    assert (code, json.loads(told)["rows"], json.loads(told)["new"]) == (0, len(PROMPTS), len(PROMPTS))
+    for words, said in [
+        ((), "give --prompt TEXT, or --prompts FILE"),
+        (("-p", "a", *many), "--prompt is for one text, --prompts for many"),
+        ((*many, "--draft", "ngram"), "--draft is for one text"),
+        ((*many, "--image", "x.png"), "--image is for one text"),
+        (("--prompts", str(prompts)), "--prompts needs --out"),
+        (("-p", "a", "--out", out), "--out belongs to --prompts FILE"),
+        (("-p", "a", "--batch", "2"), "--batch belongs to --prompts FILE"),
+    ]:
+        code, _, told = street(*words)
+        assert code == 2, words
+        assert said in told, told

@@ -1,0 +1,70 @@
+"""What reaches a terminal is text and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_quest.cli.output import clean_text, print_json, replace_nonfinite
+
+
+@pytest.mark.parametrize(
+    ("hostile", "shown"),
+    [
+        ("\x1b[2J\x1b]0;owned\x07hello", "[2J]0;ownedhello"),
+        ("safe\u202eexe.txt", "safeexe.txt"),
+        ("a\u2066b\u2069c\u200fd", "abcd"),
+        ("one\rtwo\r\nthree", "one\ntwo\nthree"),
+        ("tab\tand\nline", "tab\tand\nline"),
+        ("\x9b31mred\x00\x7f", "31mred"),
+        ("Zoë 漢字 🦊", "Zoë 漢字 🦊"),
+    ],
+)
+def test_what_commands_a_terminal_is_taken_out(hostile: str, shown: str) -> None:
+    assert clean_text(hostile) == shown
+
+
+@given(st.text())
+def test_cleaning_twice_is_cleaning_once_and_leaves_no_control_character(text: str) -> None:
+    once = clean_text(text)
+    assert clean_text(once) == once
+    assert all(character in "\n\t" or (ord(character) >= 32 and not 127 <= ord(character) < 160) for character in once)
+
+
+def test_json_never_holds_what_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": math.nan, "rows": [math.inf, 1.5], "name": "a\ud800b"})
+    told = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert told == {"loss": None, "rows": [None, 1.5], "name": "a?b"}
+    assert replace_nonfinite((1, "x", None)) == [1, "x", None]
+
+
+QUEST = (sys.executable, "-c", "from llm_quest.cli.main import main; main()")
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("stream", "words", "code"),
+    [(PLAIN, ["show", "gpt2-tiny"], 0), ({"PYTHONIOENCODING": "cp1252"}, ["papers"], 0), (PLAIN, ["show", "nö"], 2)],
+)
+def test_a_stream_of_few_characters_ends_no_command(stream: dict[str, str], words: list[str], code: int):
+    done = subprocess.run([*QUEST, *words], env={**os.environ, **stream}, capture_output=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert b"UnicodeEncodeError" not in done.stderr
+    if words == ["show", "gpt2-tiny"]:
+        assert b"|-> norm   LayerNorm 48 with bias" in done.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_closed_stream_ends_no_command(closed: str):
+    command = f"{shlex.join(QUEST)} show gpt2-tiny {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert b"Error" not in done.stderr

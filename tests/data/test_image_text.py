@@ -1,0 +1,151 @@
+"""Images with words: what a row holds, what is learned of it, and what a JSONL file may say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llm_quest.contracts import DataShard
+from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextLoader, SceneDataset
+from llm_quest.data.images import ImageProcessor
+from llm_quest.data.synthetic_shapes import QuestionAnswer
+from llm_quest.data.tokenizer import SPECIAL_TOKENS, train_bpe
+from llm_quest.errors import DataError, UsageError
+
+SCENES = SceneDataset(24)
+TOKENIZER = train_bpe(SCENES.tokenizer_texts()[:300], 400, (*SPECIAL_TOKENS, "<image>"))
+IMAGE = TOKENIZER.token_to_id("<image>")
+WRITER = ImageTextCollator(TOKENIZER, IMAGE, 4, 120)
+PREPROCESS = ImageProcessor(24)
+
+
+def feed(**changes) -> ImageTextLoader:
+    return ImageTextLoader(SCENES, WRITER, PREPROCESS, **{"batch_size": 6, "micro_batch_size": 6, "seed": 1, **changes})
+
+
+def test_a_row_is_image_question_answer_and_only_the_answer_and_its_end_are_learned():
+    tokens, targets = WRITER.encode_row(
+        [
+            QuestionAnswer("count", "how many red circles?", "two"),
+            QuestionAnswer("colour", "what colour are the squares?", "blue"),
+        ]
+    )
+    assert tokens[:5] == [TOKENIZER.start_token_id, IMAGE, IMAGE, IMAGE, IMAGE]
+    assert TOKENIZER.decode(tokens) == "how many red circles? twowhat colour are the squares? blue"
+    assert (
+        TOKENIZER.decode([token for token in targets if token != IGNORE_INDEX], keep_special_tokens=True)
+        == " two<|endoftext|> blue<|endoftext|>"
+    )
+    for here, target in zip(tokens[1:], targets, strict=False):
+        assert target in (IGNORE_INDEX, here)
+
+
+def test_a_prompt_is_the_row_up_to_its_answer():
+    turn = QuestionAnswer("count", "how many red circles?", "two")
+    tokens, targets = WRITER.encode_row([turn])
+    prompt = WRITER.encode_prompt(turn.question)
+    assert tokens[: len(prompt)] == prompt
+    assert targets[len(prompt) - 1] != IGNORE_INDEX == targets[len(prompt) - 2]
+
+
+def test_a_steps_rows_are_the_same_for_any_micro_batch_and_any_number_of_processes():
+    (whole,) = feed().batches(4)
+    shared = [batch for rank in range(2) for batch in feed(micro_batch_size=2, share=DataShard(rank, 2)).batches(4)]
+    assert torch.equal(torch.cat([batch.images for batch in shared]), whole.images)
+    assert sum(batch.num_tokens for batch in shared) == whole.num_tokens
+    first = shared[0]
+    assert torch.equal(first.input_ids[0, :60], whole.input_ids[0, :60])
+
+
+def test_every_row_has_a_placeholder_for_every_vector_of_its_image():
+    (batch,) = feed().batches(0)
+    assert ((batch.input_ids == IMAGE).sum(dim=1) == 4).all()
+    assert batch.images.shape == (6, 3, 24, 24)
+    assert batch.input_ids.shape[1] % 8 == 0
+
+
+def test_turns_beyond_the_room_are_left_out_but_not_the_first():
+    short = ImageTextCollator(TOKENIZER, IMAGE, 4, 12)
+    tokens, _ = short.encode_row([QuestionAnswer("count", "how many red circles?", "two")] * 5)
+    assert len(tokens) <= 12
+    with pytest.raises(UsageError, match="4 placeholders and 'two' do not fit a row of 6 tokens"):
+        ImageTextCollator(TOKENIZER, IMAGE, 4, 6).encode_row([QuestionAnswer("count", "how many red circles?", "two")])
+
+
+def write(tmp_path: Path, rows: list[object], images: int = 12) -> Path:
+    random = np.random.default_rng(0)
+    for i in range(images):
+        Image.fromarray(random.integers(0, 256, (9, 9, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return file
+
+
+def test_a_file_of_captions_and_questions_is_read_and_lines_of_an_image_stay_together(tmp_path: Path):
+    rows = [{"image": f"{i}.png", "caption": f"image {i}"} for i in range(12)]
+    rows += [{"image": f"{i}.png", "question": "which?", "answer": str(i)} for i in range(12)]
+    sights = CaptionDataset(write(tmp_path, rows), PREPROCESS, 0.3)
+    assert len(sights.train_examples) + len(sights.held_out_examples) == 12
+    assert all(
+        [turn.question for turn in sight.turns] == ["describe:", "which?"]
+        for sight in (*sights.train_examples, *sights.held_out_examples)
+    )
+    held = {turn.answer for sight in sights.held_out_examples for turn in sight.turns}
+    assert not held & {turn.answer for number in range(30) for turn in sights.train_example(number, 0).turns}
+    assert not any(
+        answer in text
+        for answer in held
+        if len(answer) > 3
+        for text in sights.tokenizer_texts()
+        if text.endswith(answer)
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"captions\.jsonl:2: no JSON"),
+        ({"image": "0.png"}, r"captions\.jsonl:2: 'question' is missing or no text"),
+        ({"image": "0.png", "caption": 3}, r"captions\.jsonl:2: 'caption' is missing or no text"),
+        ([1], r"captions\.jsonl:2: 'image' is missing"),
+        ({"image": "absent.png", "caption": "x"}, r"absent\.png: there is no such image"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: object, message: str):
+    with pytest.raises(DataError, match=message):
+        CaptionDataset(write(tmp_path, [{"image": "1.png", "caption": "x"}, line]), PREPROCESS, 0.3)
+
+
+def test_an_absent_or_empty_file_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match="there is no such file"):
+        CaptionDataset(tmp_path / "no.jsonl", PREPROCESS, 0.3)
+    with pytest.raises(DataError, match="is empty"):
+        CaptionDataset(write(tmp_path, []), PREPROCESS, 0.3)
+
+
+def test_one_turn_a_row_leaves_nothing_to_copy_from():
+    (batch,) = feed(max_turns=1).batches(2)
+    assert ((batch.targets == TOKENIZER.eos_token_id).sum(dim=1) == 1).all()
+    (several,) = feed().batches(2)
+    assert (several.targets == TOKENIZER.eos_token_id).sum() > 6
+
+
+def test_captions_come_first_in_so_many_steps_and_questions_after_them():
+    learning, question = (
+        feed(max_turns=1, caption_first_steps=2),
+        TOKENIZER.encode("describe:", add_special_tokens=False),
+    )
+    start = len(WRITER.row_prefix)
+    asked = [
+        [row[start : start + len(question)].tolist() == question for row in batch.input_ids]
+        for step in range(8)
+        for batch in learning.batches(step)
+    ]
+    assert all(all(rows) for rows in asked[:2])
+    assert not all(all(rows) for rows in asked[2:])

@@ -1,0 +1,103 @@
+"""The wrapper's three answers against plain sums over the model's logits, and a whole task through lm_eval itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import llm_quest as quest
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.models.build import build
+from llm_quest.models.llama import Config
+from tests.later import Later
+from tests.laws.subjects import randomize_
+
+if TYPE_CHECKING:
+    from llm_quest.eval.lm_eval_harness import LmEvalModel
+
+harnesses, lm_eval = Later("llm_quest.eval.lm_eval_harness"), Later("lm_eval.api.instance")
+
+TOKENIZER = character_tokenizer("abcdefghij \n")
+CONFIG = Config(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 64, 24, RotaryEmbedding(8, 1e4), False)
+
+
+@pytest.fixture(scope="module")
+def harness() -> LmEvalModel:
+    return harnesses.LmEvalModel(randomize_(build(CONFIG)).eval(), TOKENIZER, batch_size=3)
+
+
+def asked(kind: str, *arguments: object) -> Any:
+    return lm_eval.Instance(kind, {}, arguments, 0)
+
+
+@torch.no_grad()
+def summed(harness: LmEvalModel, ids: list[int], new: int) -> float:
+    log_probs = harness.model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    return float(sum(log_probs[t - 1, ids[t]] for t in range(len(ids) - new, len(ids))))
+
+
+def test_a_continuations_likelihood_is_the_sum_over_its_tokens_in_any_batch(harness: LmEvalModel) -> None:
+    pairs = [("abc", "de"), ("", "abc"), ("a b ", "c"), ("abcdefghij", "j"), ("ab", "cdefghij")]
+    found = harness.loglikelihood([asked("loglikelihood", *pair) for pair in pairs])
+    for (context, continuation), (total, _) in zip(pairs, found, strict=True):
+        ids = harness.encode_prompt(context + continuation)
+        new = len(ids) - len(harness.encode_prompt(context.rstrip()))
+        assert total == pytest.approx(summed(harness, ids, new), abs=1e-4)
+
+
+def written(harness: LmEvalModel) -> tuple[str, str]:
+    """A context after which this random model writes several letters."""
+    contexts = ["abc", "a", "jih", "ee", "bad", "cab", "fig"]
+    texts = harness.generate_until([asked("generate_until", c, {"until": [], "max_gen_toks": 12}) for c in contexts])
+    return next((c, text) for c, text in zip(contexts, texts, strict=True) if len(text) > 2 and text[-1].isalpha())
+
+
+def test_greedy_is_recognised(harness: LmEvalModel) -> None:
+    context, text = written(harness)
+    other = text[:-1] + ("b" if text[-1] == "a" else "a")
+    likely = harness.loglikelihood([asked("loglikelihood", context, one) for one in (text, other)])
+    assert [greedy for _, greedy in likely] == [True, False]
+
+
+def test_a_long_text_is_predicted_token_by_token_with_the_most_context_there_is_room_for(harness: LmEvalModel) -> None:
+    text = "abcdefghij abcdefghij jihgfedcba bbaacc dd e"
+    ids = harness.encode_prompt(text)
+    windows = harness.rolling_windows(ids[1:])
+    assert sum(new for _, new in windows) == len(ids) - 1
+    assert [len(row) for row, _ in windows] == [25] * len(windows)
+    expected, done = 0.0, 1
+    for row, new in windows:
+        assert ids[done : done + new] == row[-new:]
+        expected += summed(harness, row, new)
+        done += new
+    assert harness.loglikelihood_rolling([asked("loglikelihood_rolling", text)])[0] == pytest.approx(expected, abs=1e-3)
+    assert harness.rolling_windows([3]) == [([TOKENIZER.start_token_id, 3], 1)]
+
+
+def test_a_stop_ends_the_text_and_is_not_part_of_it(harness: LmEvalModel) -> None:
+    context, free = written(harness)
+    (cut,) = harness.generate_until([asked("generate_until", context, {"until": [free[-1]], "max_gen_toks": 12})])
+    assert cut == free[: free.index(free[-1])]
+
+
+def test_a_task_runs_through_the_harness(tmp_path: Path) -> None:
+    rows = [{"question": f"a{sign}", "choices": [" b", " c"], "gold": i % 2} for i, sign in enumerate("abcdef")]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    quest.save(build(CONFIG), tmp_path / "model", tokenizer=TOKENIZER)
+    task = {
+        "task": "letters", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    scores = harnesses.run_lm_eval(
+        str(tmp_path / "model"), [task], limit=None, device="cpu", dtype="float32", log=lambda text: None
+    )
+    assert 0.0 <= scores.tasks["letters"]["acc,none"] <= 1.0
+    assert any(line.startswith("letters") for line in scores.lines())

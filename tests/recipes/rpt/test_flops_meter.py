@@ -1,0 +1,59 @@
+"""The bill of a rollout, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, collate_policy_rows
+from llm_quest.models.flops import FlopCost
+from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
+from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
+from llm_quest.rollouts.sample import Sample
+
+COST = FlopCost(per_token=100.0, per_pair=0.0)
+
+
+def sample(prompt: int, tokens: int) -> Sample:
+    return Sample((1,) * prompt, (2,) * tokens, (0.0,) * tokens, "eos", "")
+
+
+def test_a_prompt_is_read_once_for_its_group_and_the_last_token_never():
+    meter = FlopsMeter(COST)
+    meter.count_sampling([[sample(4, 3), sample(4, 1)], [sample(2, 2), sample(2, 2)]], torch.zeros(1, 2, 2))
+    assert meter.flops == 100 * (4 + (2 + 0) + 2 + (1 + 1))
+    scored = FlopsMeter(COST, num_scorings=2)
+    scored.count_sampling([[sample(4, 3), sample(4, 1)]], torch.zeros(1, 1, 2))
+    assert scored.flops == 100 * (4 + 2) + 2 * 100 * (6 + 4)
+
+
+def test_training_is_three_passes_over_each_row_alone():
+    value = np.ones(2, np.float32)
+    rows = [PolicyRow((1, 2, 3), (4, 5), value, value), PolicyRow((1,), (4, 5), value, value)]
+    meter = FlopsMeter(COST)
+    meter.count_training(rows)
+    meter.count_training([])
+    assert meter.flops == 3 * 100 * (4 + 2)
+
+
+def test_samples_without_an_advantage_are_not_billed_for_training():
+    """Of three samples one has the advantage 0."""
+
+    class Fed:
+        """Rollouts whose rows are given."""
+
+        plan = RolloutPlan()
+
+        def batches(self, step: int) -> list[PolicyBatch]:
+            return [collate_policy_rows(self.read(self.minibatch(step)))]
+
+        def minibatch(self, inner: int) -> list[PolicyRow]:
+            one, none = np.ones(2, np.float32), np.zeros(2, np.float32)
+            return [PolicyRow((1, 2, 3), (4, 5), worth, none) for worth in (one, none, -one)]
+
+        read = RolloutLoader.read
+        read_all = False
+
+    meter = FlopsMeter(COST)
+    MeteredRolloutLoader(Fed(), meter).batches(0)
+    assert meter.flops == 3 * 100 * (4 + 4)

@@ -1,0 +1,197 @@
+"""Reward model and DPO as runs, tiny: they learn the rule, keep the reference, and resume with the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llm_quest.cli.chat import load_model_and_tokenizer as opened_to_talk
+from llm_quest.data.preferences import Preference
+from llm_quest.errors import UsageError
+from llm_quest.hub.load_save import load
+from llm_quest.objectives.reward_model import score_rows
+from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.dpo import build_dpo_job, train_dpo
+from llm_quest.recipes.preference_data import flip_labels, preference_metrics
+from llm_quest.recipes.reward import train_reward
+from llm_quest.recipes.tuning_config import DpoConfig, RewardConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.train.parallel import DistributedContext
+from tests.recipes.tuned import COMMON, WORDS, base, metrics, started, weights, written
+from tests.recipes.two import recipe_by_two
+
+pytestmark = pytest.mark.xdist_group("preferring")
+"""One worker makes what these tests share, once."""
+
+REWARD = """
+recipe: reward
+batch: {rows: 4, length: 40}
+steps: 24
+evaluate: {every: 12}
+"""
+DPO = """
+recipe: dpo
+batch: {rows: 4, length: 40}
+steps: 24
+beta: 0.5
+evaluate: {every: 12}
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words of the first half are better than those of the second, whatever was asked."""
+    good, bad = WORDS[:5], WORDS[5:]
+    pairs = [(f"say {w}", good[i % 5], bad[(i + j) % 5]) for i, w in enumerate(WORDS) for j in range(6)]
+    asked = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs]
+    return written(
+        tmp_path_factory.mktemp("rows") / "rows.jsonl", [*asked, {"prompt": "say", "chosen": "x", "rejected": "x"}]
+    )
+
+
+@pytest.fixture
+def pairs(start: Path, rows: Path) -> list[str]:
+    return [f"model.load={start}", f"data.source={rows}"]
+
+
+def test_a_reward_model_learns_which_answer_is_better(pairs: list[str], tmp_path: Path):
+    out = tmp_path / "rm"
+    outcome = started(RewardConfig, train_reward, REWARD, out, *pairs)
+    assert outcome.scores["accuracy"] == 1.0
+    assert outcome.scores["margin"] > 0.5
+    assert json.loads((out / "data.json").read_text())["dropped"] == {"chosen and rejected are the same": 1}
+    model = load(out)
+    assert len(score_rows(model, [[1, 2], [3]])) == 2
+    with pytest.raises(UsageError, match="gives 1 numbers and no text"):
+        opened_to_talk(str(out), "cpu", "float32", lambda line: None)
+
+
+def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], tmp_path: Path):
+    out, said = tmp_path / "dpo", list[str]()
+    outcome = started(DpoConfig, train_dpo, DPO, out, *pairs, log=said.append)
+    first = metrics(out)[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert first["rewards/margin"] == pytest.approx(0, abs=1e-4)
+    assert outcome.scores["accuracy"] == 1.0
+    assert any("reference: log-probabilities of" in line for line in said)
+    kept = (out / "reference.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoints" / "step-00000024")
+    said.clear()
+    started(DpoConfig, train_dpo, DPO, out, *pairs, log=said.append)
+    assert not any("reference:" in line for line in said)
+    assert (out / "reference.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("reward", []),
+        ("dpo", ["loss=cdpo", "flips=0.1"]),
+        ("dpo", ["sync={every: 5, mix: 0.6}"]),
+        ("dpo", ["techniques=[lora]", "reference=adapters_off", "optimizer.name=adamw"]),
+    ],
+    ids=["reward", "cached", "sync", "adapters_off"],
+)
+def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(recipe, options, pairs, tmp_path: Path):
+    schema, run, text = (RewardConfig, train_reward, REWARD) if recipe == "reward" else (DpoConfig, train_dpo, DPO)
+    options = [*pairs, *options, "steps=16", "checkpoint.every=8", "checkpoint.keep=9", "evaluate.every=0"]
+    out = tmp_path / "run"
+    started(schema, run, text, out, *options)
+    straight, told = weights(out, 16), metrics(out)
+    shutil.rmtree(out / "checkpoints" / "step-00000016")
+    started(schema, run, text, out, *options)
+    assert weights(out, 16) == straight
+    assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in told]
+
+
+def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_the_losses_are_the_same(
+    pairs: list[str], tmp_path: Path
+):
+    losses = []
+    for techniques, shared in (([], True), (["techniques=[checkpointing]"], False)):
+        options = [*pairs, *techniques, "steps=4", "evaluate.every=0", "optimizer={name: adamw, lr: 1e-3}"]
+        config = parse_config(DpoConfig, apply_overrides(read_yaml(DPO + COMMON, "recipe.yaml"), options))
+        batch = build_dpo_job(config, tmp_path, DistributedContext(), lambda line: None).loader.batches(0)[0]
+        assert (batch.prefix is not None) == shared
+        started(DpoConfig, train_dpo, DPO, tmp_path / str(shared), *options)
+        losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_prefer_what_one_does(engine: str, pairs: list[str], tmp_path: Path):
+    rest = [*pairs, "steps=3", "batch={rows: 4, length: 40}", "precision=fp32", "log_every=1", "schedule.warmup=1"]
+    rest += ["optimizer={name: adamw, lr: 1e-3}", "evaluate.every=0", "device=cpu"]
+    recipe_by_two("dpo", [*rest, f"parallel={engine}"], tmp_path / "two")
+    settings = load_raw_config("dpo", rest)
+    train_dpo(parse_config(DpoConfig, settings), settings, tmp_path / "one", quiet=True, log=lambda line: None)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: Path):
+    losses = []
+    for reference in ("cached", "adapters_off"):
+        out = tmp_path / reference
+        options = ["techniques=[lora]", f"reference={reference}", "steps=6", "optimizer.name=adamw"]
+        started(DpoConfig, train_dpo, DPO, out, *pairs, *options)
+        losses.append([row["loss"] for row in metrics(out)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_a_moving_reference_takes_the_part_it_was_told(pairs: list[str], tmp_path: Path):
+    """Reward margins shrink when the reference comes closer; at mix 1 they are zero after each sync."""
+    out = tmp_path / "run"
+    started(DpoConfig, train_dpo, DPO, out, *pairs, "sync={every: 6, mix: 1.0}")
+    margins = {row["step"]: row["rewards/margin"] for row in metrics(out)}
+    assert margins[7] == pytest.approx(0, abs=1e-4)
+    assert margins[6] > 0.01
+    assert margins[13] == pytest.approx(0, abs=1e-4)
+
+
+def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said(pairs: list[str], tmp_path: Path):
+    many = [Preference((("user", str(n)),), ("better", "worse")) for n in range(50)]
+    turned = flip_labels(many, 0.2, seed=1)
+    assert sum(one.answers == ("worse", "better") for one in turned) == 10
+    assert [one.question for one in turned] == [one.question for one in many]
+    out = tmp_path / "run"
+    started(DpoConfig, train_dpo, DPO, out, *pairs, "data.flipped=0.2", "steps=2")
+    notes = json.loads((out / "data.json").read_text())["notes"]
+    assert "11 of the training pairs are turned round on purpose" in notes
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["flips=0.1"], "flips 0.1 has no effect on dpo"),
+        (["loss=cdpo"], "cdpo needs flips"),
+        (["reference=adapters_off"], "this model has no adapter"),
+        (["sync={every: 2}", "reference=adapters_off"], "would have no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(options, said, pairs: list[str], tmp_path: Path):
+    with pytest.raises(ValueError, match=said):
+        started(DpoConfig, train_dpo, DPO, tmp_path / "run", *pairs, *options)
+
+
+def test_held_out_measures_by_hand():
+    """Better, worse, length of each: right, wrong, right, a tie."""
+    found = preference_metrics(np.array([[2.0, 1.0, 10, 10], [0.0, 1.0, 20, 10], [3.0, 0.0, 30, 29], [1.0, 1.0, 5, 9]]))
+    assert found["accuracy"] == 0.5
+    assert found["margin"] == pytest.approx(0.75)
+    assert found["accuracy_same_length"] == 1.0
+    rewards, lengths = [2, 0, 3, 1, 1, 1, 0, 1], [10, 20, 30, 5, 10, 10, 29, 9]
+    assert found["reward_length_correlation"] == pytest.approx(np.corrcoef(rewards, lengths)[0, 1])
+    assert found["loss"] == pytest.approx(torch.nn.functional.softplus(-torch.tensor([1.0, -1, 3, 0])).mean().item())

@@ -1,0 +1,115 @@
+"""The doctor: every sign is seen, said once in words, and what cannot learn is stopped."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from llm_quest.contracts import Loss
+from llm_quest.errors import GuardStop
+from llm_quest.rollouts.diagnostics import SYMPTOMS, Diagnostics
+from llm_quest.train.arguments import TrainingArguments
+from llm_quest.train.loop import train
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.run_dir import RunDir
+
+WELL = {
+    "reward": 0.5, "flat": 0.2, "truncated": 0.0, "unscorable": 0.0, "length": 10.0, "entropy": 0.8, "kl": 0.01,
+    "ratio/max": 1.2,
+}  # fmt: skip
+
+ILL = {
+    "never right": [{"flat": 1.0, "reward": 0.0}],
+    "always right": [{"flat": 1.0, "reward": 1.0}],
+    "nothing scored": [{"unscorable": 1.0, "reward": math.nan}],
+    "mostly flat": [{"flat": 0.95}],
+    "unscorable": [{"unscorable": 0.2}],
+    "cut off": [{"truncated": 0.6}],
+    "no chance left": [{"entropy": 0.01}],
+    "far ratio": [{"ratio/max": 30.0}],
+    "far from the reference": [{"kl": 3.0}],
+    "longer for nothing": [{"length": 10.0}, {"length": 20.0}],
+    "reward without accuracy": [{"reward": 0.3, "eval/accuracy": 0.4}, {"reward": 0.6, "eval/accuracy": 0.38}],
+}
+
+
+def watched(doctor: Diagnostics, *rows: dict) -> list[list[str]]:
+    return [doctor.on_log({"step": len(doctor.rows), **WELL, **row}) for row in rows]
+
+
+def test_a_healthy_run_is_left_in_peace():
+    assert (
+        watched(Diagnostics(), *[{"reward": 0.5 + i / 10, "eval/accuracy": 0.4 + i / 10} for i in range(5)]) == [[]] * 5
+    )
+
+
+@pytest.mark.parametrize("sign", SYMPTOMS, ids=lambda sign: sign.name)
+def test_every_sign_is_seen_and_said_once(sign):
+    doctor = Diagnostics()
+    told = watched(doctor, *ILL[sign.name])[-1]
+    assert [sign.advice({**WELL, **ILL[sign.name][-1]})] == told
+    assert watched(doctor, ILL[sign.name][-1]) == [[]]
+    assert set(ILL) == {sign.name for sign in SYMPTOMS}
+
+
+def test_a_sign_that_comes_back_is_said_again():
+    assert [len(each) for each in watched(Diagnostics(), {"kl": 3.0}, {"kl": 0.1}, {"kl": 3.0})] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["never right", "always right", "nothing scored"])
+def test_what_cannot_learn_is_stopped_and_told_why(name: str):
+    doctor = Diagnostics(patience_steps=3)
+    watched(doctor, *[ILL[name][0]] * 3)
+    with pytest.raises(GuardStop, match="cannot learn"):
+        watched(doctor, ILL[name][0])
+    assert GuardStop.exit_code == 4
+
+
+def test_patience_begins_again_when_there_is_news():
+    doctor = Diagnostics(patience_steps=3)
+    watched(doctor, *[{"flat": 1.0, "reward": 0.0}] * 3, {}, *[{"flat": 1.0, "reward": 0.0}] * 3)
+
+
+class Number(nn.Module):
+    """An objective over one number, which reports what the doctor reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(1, 1)
+
+    def forward(self, batch):
+        total = self.model.weight.square().sum()
+        one = torch.ones(())
+        return Loss(total, one, {"flat": (one, one), "reward": (0 * one, one)})
+
+
+class Ones:
+    num_tokens = 1
+
+    def batches(self, step):
+        return [self]
+
+    def to(self, device):
+        return self
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def test_the_loop_writes_advice_down_and_ends_with_it(tmp_path):
+    objective = Number()
+    with RunDir(tmp_path / "run") as run, pytest.raises(GuardStop, match="cannot learn"):
+        train(
+            objective, Ones(), torch.optim.SGD(objective.parameters(), lr=0.1), make_lr_schedule(50),
+            TrainingArguments(steps=50, log_every=1), run, watchers=[Diagnostics(patience_steps=4)],
+        )  # fmt: skip
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "advice"] == [1]
+    crash = json.loads((tmp_path / "run" / "crash.json").read_text())
+    assert crash["step"] == 5
+    assert "Fine-tune longer" in crash["reason"]

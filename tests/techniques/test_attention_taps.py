@@ -1,0 +1,82 @@
+"""Taps: the recorded weights are those that were used, no logit moves, and gradients flow through them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from llm_quest.errors import UsageError
+from llm_quest.layers.attention import GroupedQueryAttention
+from llm_quest.models.build import build
+from llm_quest.scope import Scope
+from llm_quest.techniques.attention_taps import AttentionTaps
+from tests.laws.subjects import own, random_tokens
+
+
+def recorded(model, tokens, **more):
+    records: dict = {}
+    model(tokens, Scope.unpadded(tokens, records=records, **more))
+    return records.get("attention", [])
+
+
+@pytest.mark.parametrize("page", ["gpt2-tiny", "llama3.2-tiny", "gemma2-tiny", "mimo-tiny", "deepseek-v3-tiny"])
+def test_the_weights_are_those_that_mixed_the_values(page: str):
+    """Their product with the values, through the output matrix, is what the layer said: caps and sinks included."""
+    model = AttentionTaps((1,))(own(page))
+    tokens = random_tokens(model, 2, 9)
+    seen = []
+    mixer = model.blocks[1].mixer.layer
+    attend = mixer.attend
+
+    def spy(q, k, v, visible, **options):
+        seen.append((v, attend(q, k, v, visible, **options)))
+        return seen[-1][1]
+
+    mixer.attend = spy
+    if page == "gemma2-tiny":  # a tap reads the cap from the form of attention, so the spy keeps it in sight
+        mixer.attend, attend = partial(spy, **attend.keywords), attend.func
+    [(layer, weights)] = recorded(model, tokens)
+    assert layer == 1
+    values, out = seen[0]
+    spread = values.repeat_interleave(weights.shape[1] // values.shape[2], dim=2)
+    torch.testing.assert_close(torch.einsum("bhts,bshd->bthd", weights, spread), out)
+    assert weights.triu(1).abs().max() == 0
+    sums = weights.sum(-1)
+    assert (sums <= 1 + 1e-12).all()
+    if getattr(mixer, "sink", None) is None:
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_nothing_is_recorded_unless_somebody_asks_and_no_logit_moves():
+    model = AttentionTaps((0, -1))(own("llama3.2-tiny"))
+    tokens = random_tokens(model, 2, 9)
+    assert torch.equal(model(tokens), own("llama3.2-tiny")(tokens))
+    records: dict = {}
+    assert torch.equal(model(tokens, Scope.unpadded(tokens, records=records)), model(tokens))
+    assert [tapped.layer for tapped in records["attention"]] == [0, 1]
+
+
+def test_with_a_cache_the_queries_see_all_keys_and_gradients_flow():
+    model = AttentionTaps()(own("qwen3-next-tiny"))
+    tokens = random_tokens(model, 1, 8)
+    [(_, whole)] = recorded(model, tokens)
+    cache = model.new_cache(1, 8)
+    recorded(model, tokens[:, :5], cache=cache)
+    [(_, rest)] = recorded(model, tokens[:, 5:], cache=cache, start=5)
+    torch.testing.assert_close(rest[..., -8:], whole[:, :, 5:])
+    whole.square().sum().backward()
+    mixer = next(m for m in model.modules() if isinstance(m, GroupedQueryAttention))
+    assert mixer.q_norm.weight.grad is not None
+    assert mixer.qkv.weight.grad.abs().max() > 1e-6
+
+
+def test_mistakes_are_named():
+    assert AttentionTaps()(build("qwen3-next-tiny")) is not None
+    with pytest.raises(UsageError, match="layer 0 has no attention weights to tap: it is a GatedDeltaNet"):
+        AttentionTaps((0,))(build("qwen3-next-tiny"))
+    with pytest.raises(UsageError, match="this model has layers 0 to 1"):
+        AttentionTaps((2,))(build("gpt2-tiny"))
+    with pytest.raises(UsageError, match="this model has layers"):
+        AttentionTaps(())(build("gpt2-tiny"))

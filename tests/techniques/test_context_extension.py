@@ -1,0 +1,113 @@
+"""Length extension: the longer model is the one that its config, published and read again, would make; and
+transformers computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import llm_quest as quest
+from llm_quest.errors import UsageError
+from llm_quest.layers.rotary import LinearScaling, NTKScaling, RotaryEmbedding, YaRNScaling, default_inv_freq
+from llm_quest.models.build import build, preset
+from llm_quest.models.decoder import Decoder
+from llm_quest.techniques.context_extension import ContextExtension
+from tests.later import Later
+from tests.laws.subjects import TINY, own, random_tokens, randomize_, shared
+
+transformers = Later("transformers")
+
+KINDS = ("yarn", "ntk", "linear")
+PLAIN = ("gemma2-tiny", "mixtral-tiny", "qwen3-tiny", "qwen3-next-tiny", "mimo-tiny")
+
+
+def llama(dtype: torch.dtype = torch.float64) -> Decoder:
+    """A Llama whose rotation is not stretched yet."""
+    return randomize_(
+        build(replace(preset("llama3.2-tiny").config, rotary=RotaryEmbedding(16, 10_000.0), max_position_embeddings=64))
+    ).to(dtype)
+
+
+def mla(dtype: torch.dtype = torch.float64) -> Decoder:
+    config = replace(
+        preset("deepseek-v3-tiny").config,
+        rotary=RotaryEmbedding(8, 10_000.0, interleaved=True),
+        max_position_embeddings=64,
+    )
+    return randomize_(build(config)).to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [llama, mla], ids=["llama", "mla"])
+def test_factor_1_is_neutral(kind: str, make):
+    plain, model = make(), ContextExtension(1.0, kind)(make())
+    tokens = random_tokens(plain, 2, 40)
+    torch.testing.assert_close(model(tokens), plain(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [llama, mla], ids=["llama", "mla"])
+def test_the_saved_model_is_the_published_spelling_and_transformers_computes_it(kind: str, make, tmp_path):
+    model = ContextExtension(4.0, kind)(make(torch.float32))
+    folder = quest.save(model, tmp_path / "model")
+    tokens = random_tokens(model, 2, 150)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert theirs.config.max_position_embeddings == model.config.max_position_embeddings == 256
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs.eval()(tokens).logits, atol=5e-5, rtol=1e-4)
+    again = quest.load(folder)
+    assert torch.equal(again(tokens), model(tokens))
+    assert again.spec.techniques == (ContextExtension(4.0, kind),)
+
+
+@pytest.mark.parametrize("page", PLAIN)
+def test_every_layer_turns_as_the_read_config_says(page: str, tmp_path):
+    model = ContextExtension(4.0)(own(page))
+    again = quest.load(quest.save(model, tmp_path / "model"))
+    tokens = random_tokens(model, 2, 20)
+    torch.testing.assert_close(again(tokens), model(tokens), atol=1e-10, rtol=0)
+    assert (model(tokens) - shared(page)(tokens)).abs().max() > 1e-4
+
+
+def test_windowed_layers_with_a_rotation_of_their_own_keep_it():
+    model, before = ContextExtension(4.0)(own("mimo-tiny")), own("mimo-tiny")
+    changed = [a.mixer.layer.rotary != b.mixer.layer.rotary for a, b in zip(model.blocks, before.blocks, strict=True)]
+    assert changed == [True, False, False, True]
+
+
+def test_what_is_computed():
+    model = ContextExtension(4.0)(llama())
+    assert model.config.rotary == RotaryEmbedding(16, 10_000.0, YaRNScaling(4.0, 64))
+    assert ContextExtension(4.0, original=32)(llama()).config.rotary.scaling == YaRNScaling(4.0, 32)
+    assert ContextExtension(4.0, "linear")(llama()).config.rotary.scaling == LinearScaling(4.0)
+    larger_base = ContextExtension(4.0, "ntk")(llama()).config.rotary
+    expected = NTKScaling(4.0).inv_freq(16, 10_000.0)
+    torch.testing.assert_close(torch.tensor(larger_base.inv_freq), expected)
+    torch.testing.assert_close(expected[-1], default_inv_freq(16, 10_000.0)[-1] / 4)
+    deep = ContextExtension(4.0)(mla())
+    assert deep.config.rotary.scaling.attention_factor == 1.0, "the temperature is on the whole score"
+    assert deep.blocks[0].mixer.layer.scale == deep.config.softmax_scale > mla().config.softmax_scale
+    assert deep.mtp_modules[0].block.mixer.layer.scale == deep.config.softmax_scale
+
+
+def test_every_page_with_learned_positions_or_a_stretch_refuses():
+    refused = []
+    for page in TINY:
+        try:
+            ContextExtension()(build(page))
+        except UsageError:
+            refused.append(page)
+    assert refused == ["gpt2-tiny", "llama3.2-tiny", "gemma3-tiny", "deepseek-v3-tiny"]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UsageError, match="below 1: a length is extended, not cut"):
+        ContextExtension(0.5)
+    with pytest.raises(UsageError, match="known: yarn, ntk, linear"):
+        ContextExtension(kind="dynamic")
+    with pytest.raises(UsageError, match="original has no effect with kind 'ntk'"):
+        ContextExtension(kind="ntk", original=64)
+    with pytest.raises(ValueError, match="applied once"):
+        ContextExtension(4.0)(ContextExtension(2.0)(llama()))
