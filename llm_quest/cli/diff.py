@@ -25,9 +25,9 @@ from llm_quest.cli.models import (
 )
 from llm_quest.contracts import Preset
 from llm_quest.errors import UsageError
+from llm_quest.formatting import align_columns, format_bytes
 from llm_quest.models.build import family_of, preset, presets
 from llm_quest.models.family import Family
-from llm_quest.report.format import align_columns, format_bytes
 
 CODE_PARTS = ("Config", "block", "assemble")
 STYLE_CODES = {"heading": "\033[1m", "gone": "\033[31m", "new": "\033[32m", "same": "", "faint": "\033[2m"}

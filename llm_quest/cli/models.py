@@ -18,13 +18,13 @@ from llm_quest.cli.diagram import describe_rotary, draw_model
 from llm_quest.contracts import Preset
 from llm_quest.cost.model_cost import cache_bytes, flops_per_token, image_flops
 from llm_quest.errors import DataError, UsageError
+from llm_quest.formatting import align_columns, format_bytes
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES, build_meta_model, count_parameters, family_of, preset
 from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
-from llm_quest.report.format import align_columns, format_bytes
 
 ALL_FAMILIES = (*FAMILIES, *VISION_FAMILIES)
 DEFAULT_CONTEXT = 4096

@@ -24,6 +24,7 @@ from llm_quest.cli.output import print_json
 from llm_quest.data.image_text import ImageTextCollator
 from llm_quest.data.images import IMAGE_SUFFIXES, ImageProcessor, load_image
 from llm_quest.errors import DataError, UsageError
+from llm_quest.formatting import align_columns
 from llm_quest.generation.generate import generate_completions
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
 from llm_quest.models.image_encoder import ImageEncoder
@@ -32,7 +33,6 @@ from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.vision_config import VitConfig, VlmConfig
 from llm_quest.recipes.vit import ImageAccuracyEvaluator, load_images
 from llm_quest.recipes.vlm import ImageQuestionEvaluator, load_image_text
-from llm_quest.report.format import align_columns
 from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]

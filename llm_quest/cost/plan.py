@@ -29,13 +29,13 @@ from llm_quest.cli.doctor import matmul_peak
 from llm_quest.cost.model_cost import flops_per_token
 from llm_quest.data.batch import TokenBatch
 from llm_quest.errors import UsageError
+from llm_quest.formatting import align_columns, format_bytes, format_duration, format_quantity
 from llm_quest.models.build import build, build_meta_model, count_parameters, family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.cross_entropy import CHUNK_ROWS, MAX_FULL_LOGITS_BYTES
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.techniques import apply_techniques
-from llm_quest.report.format import align_columns, format_bytes, format_duration, format_quantity
 from llm_quest.scope import Scope
 from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
 from llm_quest.train.optimizers import make_adamw, make_muon

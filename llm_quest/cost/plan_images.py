@@ -20,6 +20,7 @@ from llm_quest.cost.plan import (
     parameter_memory,
 )
 from llm_quest.cost.profile import profile_step, time_step
+from llm_quest.formatting import align_columns, format_duration
 from llm_quest.models.build import family_of
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.run import build_optimizer
@@ -27,7 +28,6 @@ from llm_quest.recipes.techniques import apply_techniques, split_checkpointing
 from llm_quest.recipes.vision_config import VitConfig, VlmConfig
 from llm_quest.recipes.vit import build_vit_job as assembled_vit
 from llm_quest.recipes.vlm import build_vlm_job as assembled_vlm
-from llm_quest.report.format import align_columns, format_duration
 from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
 from llm_quest.train.parallel import DistributedContext, resolve_device
 

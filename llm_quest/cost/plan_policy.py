@@ -28,6 +28,7 @@ from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import parse_task
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.formatting import align_columns, format_duration
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.flops import measure_flop_cost
@@ -40,7 +41,6 @@ from llm_quest.recipes.run import build_optimizer
 from llm_quest.recipes.sft_warmup import init_model
 from llm_quest.recipes.tuning_config import StartModelConfig
 from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.report.format import align_columns, format_duration
 from llm_quest.rollouts.reward_pipeline import WeightedReward
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.scope import Scope

@@ -26,6 +26,7 @@ from llm_quest.cost.plan import (
 )
 from llm_quest.cost.profile import StepProfile, profile_step, time_step
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.formatting import align_columns, format_duration, format_quantity
 from llm_quest.models.build import family_of
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.recipes import classify, dpo, reward, sft
@@ -35,7 +36,6 @@ from llm_quest.recipes.reference_model import SyncedReference
 from llm_quest.recipes.run import build_optimizer
 from llm_quest.recipes.techniques import split_checkpointing
 from llm_quest.recipes.tuning_config import ClassifyConfig, DpoConfig, RewardConfig, SftConfig
-from llm_quest.report.format import align_columns, format_duration, format_quantity
 from llm_quest.techniques.activation_checkpointing import disable_checkpointing
 from llm_quest.train.parallel import DistributedContext, resolve_device
 

@@ -27,9 +27,9 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import DataError, UsageError
 from llm_quest.eval.baselines import COMPRESSORS, compressor_bits_per_byte, compute_baselines
+from llm_quest.formatting import align_columns
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import batch_scope
-from llm_quest.report.format import align_columns
 
 EVAL_TOKENS = 4096
 LOGITS_PER_CHUNK = 2**22

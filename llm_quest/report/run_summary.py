@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.report.format import format_bytes, format_duration, format_quantity
+from llm_quest.formatting import format_bytes, format_duration, format_quantity
 from llm_quest.report.record import RunRecord, SampleRow
 
 MAX_SAMPLES_SHOWN = 6

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def format_bytes(held_out: float) -> str:
+def format_bytes(number_of_bytes: float) -> str:
     """Bytes in powers of ten: 512 bytes, 32.8 kB, 2.47 GB."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if held_out < 999.5 or unit == "TB":
-            return f"{held_out:,.0f} bytes" if unit == "bytes" else f"{held_out:.3g} {unit}"
-        held_out /= 1000
+        if number_of_bytes < 999.5 or unit == "TB":
+            return f"{number_of_bytes:,.0f} bytes" if unit == "bytes" else f"{number_of_bytes:.3g} {unit}"
+        number_of_bytes /= 1000
     raise AssertionError("the last unit takes everything")
 
 
