@@ -1,0 +1,134 @@
+"""Bounds on names and sizes, so that the package stays as readable as it is: each was reached once, and growing past it
+is a decision, made here.
+
+The names are counted by three rules: functions whose name begins with a past participle say what happened instead of
+what they do; names that are defined in three or more files need their file to be understood; terms of the field that
+occur in no identifier cannot be found by who knows them."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import functools
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "llm_quest"
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
+
+
+MAX_PARTICIPLE_SHARE = 0.02
+MAX_SHARED_NAMES = 14
+MAX_ABSENT_TERMS = 14
+MAX_FILES = 299  # goal: 260
+MAX_LINES = 40_700  # goal: 35,000
+MEDIAN_LENGTH, P90_LENGTH, MAX_LENGTH = 7, 19, 69  # goal: 7, 18, 60
+"""Lines of a function from `def` to its last one, its docstring included."""
+MAX_ATTENTION_ARGUMENTS = 17  # goal: 10
+
+IRREGULAR = words("""
+told kept made known found seen drawn shown begun said taken given written taught laid lying held spent cut left lost
+become understood dealt thought spelled heard met sung struck woven built chosen
+""")
+"""Past participles that do not end in -ed."""
+NOT_PARTICIPLES = words("embed feed speed seed need speculated shared packed chunked masked fused compiled")
+"""Nouns and verbs that end in -ed, and adjectives of the field."""
+CONTRACTS = words("""
+forward step call state_dict load_state_dict batches block assemble initialize names read publish main Config
+make_arm verdict
+""")
+"""Names that several files define on purpose: a contract asks them to."""
+TERMS = words("""
+attention_mask position_ids input_ids labels kv_cache past_key_values num_key_value_heads num_attention_heads head_dim
+hidden_size intermediate_size vocab_size max_position_embeddings num_hidden_layers rope_theta rms_norm_eps norm_eps
+num_experts top_k router aux_loss collate dataloader dataset pad padding pack state_dict load_state_dict
+gradient_accumulation micro_batch batch_size learning_rate lr warmup_steps scheduler trainer train_step evaluate eval
+callback hook logger metrics checkpoint resume set_seed mixed_precision prefill decode_one_token sampler
+logits_processor stopping_criteria rejection_sampler draft_model speculative max_new_tokens reward_fn reward_model
+advantages reference_model log_probs kl_coef clip_range epsilon importance_ratio importance_sampling rollout completions
+num_generations policy group_size lora_a lora_b rank alpha target_modules merge adapter optimizer_state grad_norm
+weight_decay loss_scale data_parallel tensor_parallel process_group world_size local_rank perplexity accuracy pass_at_k
+confidence_interval baseline tokenizer chat_template special_tokens stop_strings logprobs temperature top_p min_p
+""")
+
+
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """All functions and methods, with the file and the line of each."""
+    for file, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{file.relative_to(PACKAGE)}:{node.lineno}: {node.name}", node
+
+
+def begins_with_participle(name: str) -> bool:
+    first = name.strip("_").split("_")[0]
+    return first not in NOT_PARTICIPLES and (first in IRREGULAR or bool(re.fullmatch(r"[a-z]+ed", first)))
+
+
+def identifiers(tree: ast.Module) -> Iterator[str]:
+    """What a file defines, stores or takes as an argument."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.arg(arg=name):
+                yield name
+            case ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
+                yield name
+
+
+def test_participles_are_recognised():
+    assert all(map(begins_with_participle, ("told", "kept_rows", "_padded")))
+    assert not any(map(begins_with_participle, ("embed", "seed_of", "packed_rows", "tell", "red_rows_left"[4:])))
+
+
+def test_hardly_a_functions_name_begins_with_a_participle():
+    named = [(place, node.name) for place, node in functions() if not node.name.startswith("__")]
+    found = [place for place, name in named if begins_with_participle(name)]
+    assert len(found) / len(named) < MAX_PARTICIPLE_SHARE, found
+
+
+def test_few_names_are_defined_in_three_files_or_more():
+    files = collections.defaultdict(set)
+    for file, tree in trees().items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                files[node.name].add(file)
+    shared = {name: len(found) for name, found in files.items() if len(found) >= 3 and name not in CONTRACTS}
+    assert len(shared) <= MAX_SHARED_NAMES, shared
+
+
+def test_the_fields_terms_occur_in_names():
+    spelled = {name.lower().replace("_", "") for tree in trees().values() for name in identifiers(tree)}
+    spelled |= {file.stem.replace("_", "") for file in trees()}
+    absent = [term for term in TERMS if not any(term.replace("_", "") in word for word in spelled)]
+    assert len(absent) <= MAX_ABSENT_TERMS, absent
+
+
+def test_functions_stay_short():
+    lengths = {place: (node.end_lineno or node.lineno) - node.lineno + 1 for place, node in functions()}
+    ordered = sorted(lengths.values())
+    assert statistics.median(ordered) <= MEDIAN_LENGTH
+    assert ordered[len(ordered) * 9 // 10] <= P90_LENGTH
+    assert {place: length for place, length in lengths.items() if length > MAX_LENGTH} == {}
+
+
+def test_the_package_stays_small():
+    assert len(trees()) <= MAX_FILES
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in trees()) <= MAX_LINES
+
+
+def test_attention_has_few_constructor_arguments():
+    tree = trees()[PACKAGE / "layers" / "attention.py"]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            made = [one.args for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+            assert all(len(args.args) + len(args.kwonlyargs) - 1 <= MAX_ATTENTION_ARGUMENTS for args in made), node.name

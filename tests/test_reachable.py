@@ -1,0 +1,138 @@
+"""Every public class and function of the package is used: a command, a recipe, a paper or `llm_quest.__all__` leads to
+it. What only tests use is not a feature; it is wired, removed, or named in EXCEPTIONS with the reason.
+
+The search follows names through the source text (`ast`), without types: a definition is reached when a reached
+definition mentions its name, be it as a name, an attribute or a string (tables of lazily imported names are strings).
+It errs on the side of reaching, so what it names is certain."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import llm_quest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llm_quest"
+ROOTS = ("main", *llm_quest.__all__, "FAMILIES", "PAPER")
+"""The command `quest` (and through it the recipes), the exported names, the families' table and the papers."""
+EXCEPTIONS = {
+    "Mixer": "a protocol of contracts.py: it documents what a sequence mixer promises",
+    "Objective": "a protocol of contracts.py: it documents what an objective promises",
+    "gsm8k_demonstration": "CORE removes it or wires it",
+    "ScoreObserver": "LAYERS removes it",
+    "layer_edits": "LAYERS removes it",
+    "relu_squared": "LAYERS wires it or removes it",
+    "LatentMoE": "LAYERS wires it or removes it",
+    "unmerge_adapter": "LAYERS wires it or removes it",
+    "AttentionPolicyBatch": "POLICY wires it or removes it",
+    "AttentionDivergenceLoss": "POLICY wires it or removes it",
+    "attention_divergence_loss": "POLICY wires it or removes it",
+    "generalized_jsd": "POLICY wires it or removes it",
+    "is_held_out_document": "POLICY removes it",
+    "WeightedSumReward": "POLICY wires it or removes it",
+    "SafeReward": "POLICY wires it or removes it",
+    "PromptedProblem": "POLICY removes it",
+    "ProblemSource": "POLICY removes it",
+    "VerifierProcess": "POLICY wires it or removes it",
+    "serve_verifier": "POLICY wires it or removes it",
+    "verify_with_math_verify": "POLICY wires it or removes it",
+}
+"""Public name -> why nothing of ours uses it."""
+
+AT_IMPORT = "<import>"
+
+
+def names_bound(node: ast.stmt) -> Iterator[str]:
+    """The names that a statement at the top of a file defines."""
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
+        case ast.Assign(targets=targets):
+            yield from (one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name))
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            yield name
+
+
+def names_mentioned(node: ast.AST) -> Iterator[str]:
+    for one in ast.walk(node):
+        match one:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                yield name
+            case ast.Constant(value=str(text)):
+                yield from re.findall(r"\w+", text) if " import " in text else [text]
+
+
+@functools.cache
+def definitions() -> dict[str, list[tuple[Path, ast.stmt]]]:
+    """Name -> where it is defined at the top of a file."""
+    found: dict[str, list[tuple[Path, ast.stmt]]] = collections.defaultdict(list)
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in top_level(ast.parse(file.read_text(encoding="utf-8")).body):
+            for name in names_bound(node):
+                found[name].append((file, node))
+            if isinstance(node, ast.ImportFrom):  # `import f as g`: who says g means f
+                for alias in node.names:
+                    if alias.asname and alias.asname != alias.name:
+                        found[alias.asname].append((file, ast.Expr(ast.Name(alias.name))))
+            if isinstance(node, ast.Expr):  # runs when the file is imported
+                found[AT_IMPORT].append((file, node))
+    return found
+
+
+def top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Also inside `if` and `try` at the top of a file."""
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            yield from top_level([*node.body, *node.orelse])
+        else:
+            yield node
+
+
+def reach(roots: Iterable[str]) -> set[str]:
+    """All names that the definitions of the roots mention, and theirs, and so on."""
+    seen: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for _, node in definitions().get(name, ()):
+            waiting += names_mentioned(node)
+    return seen
+
+
+def decorated_functions() -> set[str]:
+    """Functions with a decorator are called by what decorates them: the commands of `quest`, validators."""
+    nodes = [(name, node) for name, found in definitions().items() for _, node in found]
+    return {name for name, node in nodes if isinstance(node, ast.FunctionDef) and node.decorator_list}
+
+
+def public_names() -> dict[str, str]:
+    """Public functions and classes, with their file."""
+    return {
+        name: str(file.relative_to(PACKAGE))
+        for name, found in definitions().items()
+        for file, node in found
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not name.startswith("_") and "flat" not in file.parts
+    }
+
+
+def test_every_public_class_and_function_is_used():
+    reached = reach([*ROOTS, AT_IMPORT, *decorated_functions()])
+    lost = {f"{file}: {name}" for name, file in public_names().items() if name not in reached | set(EXCEPTIONS)}
+    assert not lost, "only tests use these: wire them, remove them or name them in EXCEPTIONS"
+
+
+def test_every_exception_is_a_name_that_nothing_uses():
+    assert set(EXCEPTIONS) <= set(public_names()) - reach([*ROOTS, AT_IMPORT, *decorated_functions()])
+
+
+def test_what_nothing_mentions_is_not_reached():
+    assert "test_what_nothing_mentions_is_not_reached" not in reach(ROOTS)
+    assert reach(["CorrectnessReward"]) < reach(ROOTS)
