@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm_quest.errors import UsageError
+from llm_quest.recipes.choice import find_choices
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
     KeyPath,
@@ -178,7 +179,8 @@ def describe_field(field: FieldInfo | None) -> str:
     """What a field takes, in words: the choices, or the type with its bounds, and what it is for."""
     if field is None:
         return "allowed here"
-    phrases = [describe_type(field.annotation), *bounds(field.metadata)]
+    own = find_choices(None, field.metadata)
+    phrases = [str(own[0]) if own else describe_type(field.annotation), *bounds(field.metadata)]
     return " ".join(phrases) + (f" ({field.description})" if field.description else "")
 
 
@@ -207,6 +209,8 @@ def describe_type(annotation: Any) -> str:
         return TYPE_NAMES[annotation]
     if get_origin(annotation) is Annotated:
         kind, *notes = get_args(annotation)
+        if own := find_choices(None, notes):
+            return str(own[0])
         return " ".join(
             [describe_type(kind), *bounds(bound for note in notes for bound in getattr(note, "metadata", ()))]
         )
@@ -223,6 +227,7 @@ def suggest_choice(finding: Any, field: FieldInfo | None) -> str:
     """The nearest of a field's choices, where it has choices and text came."""
     parts = (field.annotation, *get_args(field.annotation)) if field else ()
     choices = [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    choices += [name for one in find_choices(field.annotation, field.metadata) for name in one.names] if field else []
     return did_you_mean(str(finding["input"]), choices)
 
 

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llm_quest.data.corpus import builtin_parts
+from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.techniques import TechniqueEntry
+from llm_quest.train.lr_schedule import SCHEDULE_SHAPES
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -101,7 +103,7 @@ class OptimizerConfig(StrictModel):
 class SchedulerConfig(StrictModel):
     """The rate over the run: a linear warm-up, then a shape down to floor x lr."""
 
-    shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    shape: Annotated[str, Choice(SCHEDULE_SHAPES)] = "cosine"
     warmup: NonNegativeInt = Field(default=20, description="steps")
     floor: UnitFraction = Field(default=0.1, description="what is left of the rate at the end")
     decay_fraction: float = Field(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.objectives.number_token import NumberTokenLoss, number_values
+from llm_quest.objectives.number_token import DISTANCES, NumberTokenLoss, number_values
+from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveFloat
 
@@ -16,7 +17,7 @@ class NumberTokenLossConfig(StrictModel):
     """The Number Token Loss, added to the loss of the next token."""
 
     weight: PositiveFloat = Field(default=0.3, description="lambda; per learned token, not per number")
-    distance: Literal["was", "mse"] = Field(
+    distance: Annotated[str, Choice(DISTANCES)] = Field(
         default="was", description="was: expected distance; mse: of the expected value"
     )
     multi_digit: bool = Field(default=False, description="tokens of several digits are numbers too")

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.objectives.kl_penalty import KLPenalty
-from llm_quest.objectives.policy_gradient import ImportanceSamplingCorrection
+from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
+from llm_quest.objectives.policy_gradient import TOKEN_WEIGHTS, ImportanceSamplingCorrection
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
+from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 
 UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -56,7 +58,7 @@ class KlConfig(StrictModel):
     """How the policy is held near its reference: the model it began as."""
 
     beta: PositiveFloat
-    estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
+    estimator: Annotated[str, Choice(KL_ESTIMATORS)] = "k3"
     place: Literal["loss", "reward"] = "loss"
 
     @model_validator(mode="after")
@@ -82,14 +84,14 @@ class SamplerCorrectionConfig(StrictModel):
 class PolicyConfig(RunConfig):
     """How a policy learns from what it wrote."""
 
-    variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "sapo", "cispo", "reinforce"] = "grpo"
+    variant: Annotated[str, Choice(POLICY_VARIANTS)] = "grpo"
     surrogate: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict, description="the variant's own numbers: low, high, dual, delta; up, down; cap, floor"
     )
-    count: Literal["sequences", "tokens", "horizon", "sums"] | None = Field(
+    count: Annotated[str, Choice(TOKEN_WEIGHTS)] | None = Field(
         default=None, description="what the loss is divided by; null: as the variant has it"
     )
-    advantages: Literal["std", "mean", "leave_one_out", "batch_std", "maxrl"] | None = Field(
+    advantages: Annotated[str, Choice(ADVANTAGE_ESTIMATORS)] | None = Field(
         default=None, description="how rewards become advantages; null: as the variant has it"
     )
     rollout: RolloutConfig = RolloutConfig()

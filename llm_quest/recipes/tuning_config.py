@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from llm_quest.objectives.preference import PREFERENCE_LOSSES
 from llm_quest.objectives.preference import check_preference_options as require_preference_loss
+from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchConfig, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 from llm_quest.recipes.distillation import TeacherConfig
@@ -154,7 +156,7 @@ class DpoConfig(RunConfig):
     model: StartModelConfig
     data: PreferenceDataConfig = PreferenceDataConfig()
     batch: PairBatchConfig = PairBatchConfig()
-    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge"] = "dpo"
+    loss: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
     beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
     flips: float = Field(default=0.0, ge=0, lt=0.5, description="cdpo and robust: the part of wrong labels")
     per_token: bool = Field(default=False, description="means over tokens in place of sums, as TRL has it for ipo")

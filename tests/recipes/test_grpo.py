@@ -23,7 +23,7 @@ from llm_quest.data.problems.strings import Reverse
 from llm_quest.errors import DataError, GuardStop, UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.grpo import train_grpo
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.sft_warmup import run_sft_warmup
@@ -40,9 +40,16 @@ RECIPE = """
 recipe: grpo
 task: reverse:shortest=3,longest=3,letters=8,noise=0.5
 model: {page: llama, sizes: {hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2,
-intermediate_size: 96}} warmup: {rows: 48, lr: 5e-3, until: 0.3} rollout: {prompts: 16, group: 8, new_tokens: 5} steps:
-4 optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0} schedule: {shape: constant, warmup: 0} evaluate: {every: 0,
-problems: 40} checkpoint: {every: 0, keep: 9} precision: fp32 log_every: 1
+  intermediate_size: 96}}
+warmup: {rows: 48, lr: 5e-3, until: 0.3}
+rollout: {prompts: 16, group: 8, new_tokens: 5}
+steps: 4
+optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0}
+schedule: {shape: constant, warmup: 0}
+evaluate: {every: 0, problems: 40}
+checkpoint: {every: 0, keep: 9}
+precision: fp32
+log_every: 1
 """
 
 
@@ -227,6 +234,17 @@ def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
 def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str], told: str):
     with pytest.raises(UsageError, match=told):
         parse_config(GrpoConfig, apply_overrides(read_yaml(RECIPE, "recipe.yaml"), pairs))
+
+
+@pytest.mark.parametrize("variant", POLICY_VARIANTS)
+def test_every_variant_may_be_taken_with_the_recipes_defaults(variant: str):
+    config = parse_config(GrpoConfig, load_raw_config("grpo", [f"variant={variant}"]))
+    assert config.variant == variant
+
+
+def test_an_explicit_wish_for_groups_that_dynamic_sampling_removes_is_refused():
+    with pytest.raises(UsageError, match="leaves no group without spread"):
+        parse_config(GrpoConfig, load_raw_config("grpo", ["variant=dapo", "rollout.keep_flat=true"]))
 
 
 def test_mistakes_that_only_the_run_can_see(warm: Path, tmp_path: Path):

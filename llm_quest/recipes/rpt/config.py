@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from llm_quest.contracts import Reward
 from llm_quest.data.problems import TASKS, parse_task
+from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt, RunConfig, TextDataConfig
 from llm_quest.recipes.policy_config import PolicyConfig
 from llm_quest.recipes.rpt.demonstrations import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from llm_quest.recipes.rpt.positions import ENTROPY_THRESHOLDS, TOP_K_ENTROPY
+from llm_quest.recipes.rpt.prefix_match import AnswerFormatReward, PrefixMatchReward
 from llm_quest.recipes.tuning_config import EvalIntervalConfig
+from llm_quest.rollouts.rewards import RandomReward
+from llm_quest.train.state_dict import derive_seed
 
 
 class RptDataConfig(TextDataConfig):
@@ -109,6 +115,13 @@ class PositionEvalConfig(StrictModel):
     each: PositiveInt = Field(default=150, description="places of each bucket (trivial, easy, medium, hard)")
 
 
+RPT_REWARD_BUILDERS: dict[str, Callable[[RptConfig], Reward]] = {
+    "prefix": lambda config: PrefixMatchReward(config.ask.opening_tag),
+    "format": lambda config: AnswerFormatReward(config.ask.opening_tag),
+    "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
+}
+
+
 class RptConfig(PolicyConfig):
     """A model and text in, a model that thinks before it says the next token out."""
 
@@ -118,7 +131,7 @@ class RptConfig(PolicyConfig):
     schooling: RptWarmupConfig | None = Field(default=None, description="for a fresh model, on a task's documents")
     select: PositionSelectionConfig = PositionSelectionConfig()
     ask: PromptConfig = PromptConfig()
-    reward: Literal["prefix", "format", "random"] = Field(
+    reward: Annotated[str, Choice(RPT_REWARD_BUILDERS)] = Field(
         default="prefix", description="format and random are controls, without which a curve proves nothing"
     )
     evaluate: PositionEvalConfig = PositionEvalConfig()

@@ -60,7 +60,7 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"run={run} is no run folder; train one first: quest train rpt --out {run}")
-    found = load_raw_config(str(folder))
+    found = load_raw_config(str(folder / "config.yaml"))  # the folder may have the name of a recipe
     if found.tree.get("recipe") != "rpt":
         raise UsageError(f"{run} is a run of the recipe {found.tree.get('recipe')}; give one of rpt")
     summary = folder / "summary.json"

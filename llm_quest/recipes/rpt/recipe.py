@@ -9,13 +9,13 @@ plain next tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from llm_quest.contracts import Evaluator, Reward
+from llm_quest.contracts import Evaluator
 from llm_quest.data.packing import shuffle_indices
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
@@ -23,19 +23,18 @@ from llm_quest.models.flops import FlopCost, measure_flop_cost
 from llm_quest.recipes.job import TrainingJob, run_job
 from llm_quest.recipes.policy import LogFn, PolicySetup, build_policy_setup, policy_sampler, setup_policy_run
 from llm_quest.recipes.policy_evaluators import RatioRangeEvaluator
-from llm_quest.recipes.rpt.config import RptConfig
+from llm_quest.recipes.rpt.config import RPT_REWARD_BUILDERS, RptConfig
 from llm_quest.recipes.rpt.evaluation import NextTokenReasoningEval
 from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
 from llm_quest.recipes.rpt.passages import RptDocuments, SelectedPositions, find_or_load_positions, load_documents
 from llm_quest.recipes.rpt.positions import Position
-from llm_quest.recipes.rpt.prefix_match import AnswerFormatReward, PrefixMatchReward
+from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward
 from llm_quest.recipes.rpt.probe import TABLES_FILE, PositionEvaluator
 from llm_quest.recipes.rpt.start_model import RptStart, init_rpt_models
 from llm_quest.recipes.run import RunOutcome
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.reward_pipeline import WeightedReward
-from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.rollouts.sampler import PolicyPrompt
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
@@ -145,10 +144,3 @@ def make_position_evaluation(
     return NextTokenReasoningEval(
         text.held_out, found.held_out, text.prompt_builder, writer, PrefixMatchReward(config.ask.opening_tag)
     )
-
-
-RPT_REWARD_BUILDERS: dict[str, Callable[[RptConfig], Reward]] = {
-    "prefix": lambda config: PrefixMatchReward(config.ask.opening_tag),
-    "format": lambda config: AnswerFormatReward(config.ask.opening_tag),
-    "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
-}

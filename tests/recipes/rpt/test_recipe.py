@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -30,7 +31,8 @@ RECIPE = """
 recipe: rpt
 data: {source: "registers:longest=2", documents: 400}
 model: {page: llama, sizes: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2,
-intermediate_size: 64}} schooling:
+  intermediate_size: 64}}
+schooling:
   read: {steps: 10, rows: 16, lr: 5e-3}
   think: {steps: 75, rows: 16, until: 0.05, examples: 40, lr: 5e-3}
 select: {above: 1.2}
@@ -254,6 +256,9 @@ def test_mistakes_that_only_the_run_can_see(done: tuple[Path, list[str]], tmp_pa
     (unfinished / "summary.json").unlink()
     with pytest.raises(UsageError, match="is not finished"):
         controlled(tmp_path / "j", unfinished)
+    shutil.copytree(unfinished, tmp_path / "rpt")  # a run folder with a recipe's name is the folder
+    with contextlib.chdir(tmp_path), pytest.raises(UsageError, match="is not finished"):
+        controlled(tmp_path / "l", Path("rpt"))
     kept = json.loads((done[0] / "positions.json").read_text())
     other = tmp_path / "other"
     shutil.copytree(done[0], other)
