@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.chat import GenerationOptions, LogFn, load_model_and_tokenizer, require_compiler
+from llm_quest.cli.chat import GenerationOptions, LogFn, load_text_model, require_compiler
 from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
 from llm_quest.data.documents import Document
 from llm_quest.data.prompts import read_prompts
@@ -107,7 +107,7 @@ def generate_batch(
     """A row in `out_features` for every prompt that leaves room for a text; rows that are there already stay."""
     asked = read_prompts(prompts)
     options.sampling  # noqa: B018  (mistakes are told before a model is loaded)
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     work = tokenize_prompts(asked, tokenizer)
     fit = select_fitting_prompts(work, model, options.slide, prompts, log)
     until = options.stopping_criteria(model, tokenizer)

@@ -18,11 +18,10 @@ from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate_completions, stream_tokens
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.auto import find_cpp_compiler, resolve_precision
-from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]
@@ -66,27 +65,24 @@ class GenerationOptions:
         )
 
 
-def load_model_and_tokenizer(name_or_path: str, device: str, dtype: str, log: LogFn) -> tuple[Decoder, Tokenizer]:
-    """A model with its tokenizer. dtype auto: bfloat16 on a GPU that has it, else float32."""
+def load_text_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> tuple[Decoder, Tokenizer]:
+    """The model and tokenizer of a command. dtype auto: bfloat16 on a GPU that has it, else float32."""
     torch_device = resolve_device(device)
-    kind = dtype
-    if dtype == "auto":
-        kind = (
-            "bfloat16"
-            if torch_device.type == "cuda" and resolve_precision("auto", torch_device).value == "bf16"
-            else "float32"
-        )
-    if kind not in DTYPES:
-        raise UsageError(f"--dtype {dtype!r} is not known; give auto, {', '.join(DTYPES)}")
-    model, tokenizer = load(name_or_path, device=torch_device, dtype=kind), load_tokenizer(name_or_path)
-    if (head := find_score_head(model)) is not None:
-        raise UsageError(
-            f"{name_or_path} gives {head.outputs} numbers and no text: it is a reward model or a classifier"
-        )
-    log(
-        f"{name_or_path}: {model.spec.family}, {sum(p.numel() for p in model.parameters()):,} parameters, {kind} on {torch_device}"
-    )
+    kind = resolve_dtype(dtype, torch_device)
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind)
+    size = sum(p.numel() for p in model.parameters())
+    log(f"{name_or_path}: {model.spec.family}, {size:,} parameters, {kind} on {torch_device}")
     return model, tokenizer
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """The dtype that `--dtype` names; UsageError for a name that is not known."""
+    if dtype == "auto":
+        fast = device.type == "cuda" and resolve_precision("auto", device).value == "bf16"
+        return "bfloat16" if fast else "float32"
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known; give auto, {', '.join(DTYPES)}")
+    return dtype
 
 
 def generate_text(
@@ -94,7 +90,7 @@ def generate_text(
 ) -> None:
     """Print the continuation of a prompt; with as_json everything at its end."""
     sampling = options.sampling
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
     require_room_in_context(tokens, model, options.slide)
     until = options.stopping_criteria(model, tokenizer)
@@ -119,10 +115,9 @@ def require_compiler(device: torch.device, log: LogFn) -> None:
 
 def require_room_in_context(tokens: list[int], model: Decoder, slide: bool) -> None:
     """UsageError for a prompt that leaves no room for an answer."""
-    if len(tokens) >= model.config.max_position_embeddings and not slide:
-        raise UsageError(
-            f"the prompt has {len(tokens)} tokens, the context is {model.config.max_position_embeddings}; shorten it, or --slide"
-        )
+    context = model.config.max_position_embeddings
+    if len(tokens) >= context and not slide:
+        raise UsageError(f"the prompt has {len(tokens)} tokens, the context is {context}; shorten it, or --slide")
 
 
 def stream_text(
@@ -157,7 +152,7 @@ def run_chat(
 ) -> None:
     """The conversation: read a line, answer it, remember both."""
     sampling = options.sampling
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     history = make_conversation(tokenizer, system, template, log)
     log("/reset forgets the conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
     until = options.stopping_criteria(model, tokenizer)

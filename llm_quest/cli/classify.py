@@ -1,17 +1,21 @@
-"""`quest classify MODEL_FILE TEXT`: what a classifier takes a text for, and how sure it is."""
+"""`quest classify MODEL TEXT|IMAGE`: the probabilities that a classifier gives to each label."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm_quest.cli.vision import load_matching_preprocess
+from llm_quest.data.images import IMAGE_SUFFIXES, load_image
 from llm_quest.data.text_classification import encode_truncated
 from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.last_token import last_token_outputs, pad_rows
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import resolve_device
@@ -53,3 +57,39 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
     names = head.labels or tuple(f"LABEL_{i}" for i in range(head.outputs))
     ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
     return TextPrediction(next(iter(ordered)), ordered, tokens.shape[1], len(whole) - tokens.shape[1])
+
+
+def is_image_path(text: str) -> bool:
+    """Is this the name of an image, and no text to be read?"""
+    return "\n" not in text and Path(text).suffix.lower() in IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """label: the likeliest class. probabilities: of every class, the likeliest first."""
+
+    label: str
+    probabilities: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        shown = list(self.probabilities.items())[:10]
+        left = len(self.probabilities) - len(shown)
+        result = align_columns([(name, f"{p:.4f}") for name, p in shown], right=(1,))
+        return result + ([f"(and {left:,} classes less likely)"] if left else [])
+
+
+@torch.no_grad()
+def classify_image(model: str, path: str | Path, *, device: str = "auto") -> ImagePrediction:
+    """By an image classifier: a run of `quest train vit`, or a published ViT."""
+    torch_device = resolve_device(device)
+    loaded: Any = load(model, device=torch_device, dtype="float32")
+    if not isinstance(loaded, ImageEncoder) or isinstance(loaded.head, torch.nn.Identity):
+        raise UsageError(f"{model} is no classifier of images; make one with quest train vit")
+    preprocess = load_matching_preprocess(model, loaded.config)
+    probabilities = loaded(preprocess(load_image(Path(path)))[None].to(torch_device))[0].softmax(dim=0).tolist()
+    names = loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels))
+    ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
+    return ImagePrediction(next(iter(ordered)), ordered)

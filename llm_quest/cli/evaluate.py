@@ -1,19 +1,30 @@
-"""`quest eval MODEL_FILE`: the model on a text, beside what counting and compressing reach on the same bytes."""
+"""`quest eval MODEL`: bits per byte on a text, accuracy on problems, lm-eval tasks, or accuracy on held-out images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from llm_quest.cli.chat import load_model_and_tokenizer
+from llm_quest.cli.chat import load_text_model
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.documents import Document
+from llm_quest.data.image_text import ImageTextCollator
+from llm_quest.data.images import ImageProcessor
 from llm_quest.data.split import split_corpus
-from llm_quest.errors import UsageError
+from llm_quest.errors import MissingError, UsageError
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
-from llm_quest.recipes.config import load_raw_config as load_raw_config
-from llm_quest.recipes.config import parse_config
+from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
+from llm_quest.formatting import align_columns
+from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
+from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.vision_config import VitConfig, VlmConfig
+from llm_quest.recipes.vit import ImageAccuracyEvaluator, load_images
+from llm_quest.recipes.vlm import ImageQuestionEvaluator, load_image_text
+from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]
 
@@ -21,10 +32,33 @@ LogFn = Callable[[str], None]
 def evaluate_text(
     name_or_path: str, source: str, *, max_tokens: int | None, device: str, dtype: str, log: LogFn
 ) -> PerplexityReport:
-    """On a source; without one, a run is judged on what it held out, and the baselines read what it was trained on."""
+    """Bits per byte on a source; without one, on the text that a run held out, with baselines fitted to its training
+    text."""
     train, documents, name = load_eval_documents(name_or_path, source)
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     return evaluate_documents(model, tokenizer, documents, train=train, source=name, max_tokens=max_tokens, log=log)
+
+
+def evaluate_problem_task(
+    name_or_path: str, options: ProblemEvalOptions, *, device: str, dtype: str, log: LogFn
+) -> ProblemAccuracy:
+    """Greedy accuracy, mean@k and pass@k on a task."""
+    problems = load_eval_problems(options)  # a mistake in its name is reported before the model is loaded
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    samples = f" and {options.num_samples} samples" if options.num_samples else ""
+    log(f"{options.task}: {len(problems):,} problems, greedy{samples}")
+    return evaluate_task(model, tokenizer, problems, options)
+
+
+def evaluate_with_lm_eval(
+    name_or_path: str, tasks: Sequence[str], *, limit: int | None, device: str, dtype: str, log: LogFn
+) -> Any:
+    """The tasks of EleutherAI's harness. MissingError without its package."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingError("lm_eval is not installed: pip install 'llm-quest[harness]'")
+    from llm_quest.eval.lm_eval_harness import run_lm_eval
+
+    return run_lm_eval(*load_text_model(name_or_path, device, dtype, log), tasks, limit=limit)
 
 
 def load_eval_documents(name_or_path: str, source: str) -> tuple[Sequence[Document], Sequence[Document], str]:
@@ -43,3 +77,44 @@ def load_eval_documents(name_or_path: str, source: str) -> tuple[Sequence[Docume
         raise UsageError(f"{name_or_path} was trained on prepared numbers, not on text; say what to read: --data FILE")
     parts = split_corpus(load_corpus(data.source, column=data.column, separator=data.separator), held_out=data.held_out)
     return parts.train, parts.val, f"what {name_or_path} held out of {data.source}"
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """scores: accuracy, or the share of right answers by kind of question; on what."""
+
+    source: str
+    scores: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        return align_columns(
+            [("held out", self.source), *((name, f"{value:.4f}") for name, value in self.scores.items())]
+        )
+
+
+def evaluate_images(name_or_path: str, *, device: str, log: LogFn) -> ImageScores | None:
+    """A run of `quest train vit` or `vlm` on what it held out; None for anything else."""
+    run = Path(name_or_path).resolve()
+    run = run.parent.parent if run.parent.name == "checkpoints" else run
+    settings = load_raw_config(str(run)) if (run / "config.yaml").is_file() else None
+    if settings is None or settings.tree.get("recipe") not in ("vit", "vlm"):
+        return None
+    model: Any = load(name_or_path, device=resolve_device(device), dtype="float32")
+    log(f"{name_or_path}: {model.spec.family}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    if settings.tree["recipe"] == "vit":
+        part = parse_config(VitConfig, settings).images
+        preprocess = ImageProcessor(part.size, part.mean, part.std)
+        images = load_images(part, preprocess).held_out
+        return ImageScores(
+            f"{len(images):,} images of {part.source}", ImageAccuracyEvaluator(images, preprocess, 0).evaluate(model, 0)
+        )
+    config, preprocess, numbers = parse_config(VlmConfig, settings), load_preprocess(name_or_path), model.config
+    writer = ImageTextCollator(
+        load_tokenizer(name_or_path), numbers.image_token_id, numbers.image_seq_length, config.batch.length
+    )
+    number = config.evaluate.sights
+    asking = ImageQuestionEvaluator(load_image_text(config, preprocess), writer, preprocess, number, 0)
+    return ImageScores(f"{number:,} {config.sights.source}", asking.evaluate(model, 0))

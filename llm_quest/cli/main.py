@@ -3,11 +3,10 @@ runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -233,13 +232,11 @@ def classify(
 ) -> None:
     """What a classifier takes a text or an image for, and how sure it is."""
     set_environment(threads, offline)
-    from llm_quest.cli.vision import classify_image, is_image_path
+    from llm_quest.cli.classify import classify_image, classify_text, is_image_path
 
     if is_image_path(text):
         print_result(classify_image(model, text, device=device), json)
         return
-    from llm_quest.cli.classify import classify_text as classify_text
-
     print_result(classify_text(model, sys.stdin.read() if text == "-" else text, device=device), json)
 
 
@@ -266,31 +263,18 @@ def evaluate(
     (--task): greedy accuracy with its interval, mean@k and pass@k. A run that looks (vit, vlm): its score on the images
     it held out."""
     set_environment(threads, offline)
+    from llm_quest.cli import evaluate as commands
+
+    log, found = status_printer(quiet), None
     if harness:
-        run_lm_eval = import_optional("llm_quest.eval.lm_eval_harness", "lm_eval", "harness").run_lm_eval
-        print_result(
-            run_lm_eval(
-                model, harness.split(","), limit=problems, device=device, dtype=dtype, log=status_printer(quiet)
-            ),
-            json,
-        )
-        return
-    if task:
-        from llm_quest.eval.tasks import ProblemEvalOptions, evaluate_on_problems
-
-        exam = ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
-        print_result(evaluate_on_problems(model, exam, device=device, dtype=dtype, log=status_printer(quiet)), json)
-        return
-    from llm_quest.cli.evaluate import evaluate_text
-    from llm_quest.cli.vision import evaluate_images
-
-    if not data and (marks := evaluate_images(model, device=device, log=status_printer(quiet))) is not None:
-        print_result(marks, json)
-        return
-    print_result(
-        evaluate_text(model, data, max_tokens=tokens or None, device=device, dtype=dtype, log=status_printer(quiet)),
-        json,
-    )
+        names = harness.split(",")
+        found = commands.evaluate_with_lm_eval(model, names, limit=problems, device=device, dtype=dtype, log=log)
+    elif task:
+        options = commands.ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
+        found = commands.evaluate_problem_task(model, options, device=device, dtype=dtype, log=log)
+    elif data or (found := commands.evaluate_images(model, device=device, log=log)) is None:
+        found = commands.evaluate_text(model, data, max_tokens=tokens or None, device=device, dtype=dtype, log=log)
+    print_result(found, json)
 
 
 @app.command()
@@ -465,15 +449,6 @@ def data(
     print_result(
         list_builtin_corpora() if source is None else load_source(source, column=column, separator=separator), json
     )
-
-
-def import_optional(file: str, package: str, extra: str) -> Any:
-    """A file of ours that needs a package which is not always there; MissingError says how to get it."""
-    from llm_quest.errors import MissingError
-
-    if importlib.util.find_spec(package) is None:
-        raise MissingError(f"{package} is not installed: pip install 'llm-quest[{extra}]'")
-    return importlib.import_module(file)
 
 
 def set_environment(threads: int, offline: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from llm_quest.cli.chat import (
     GenerationOptions,
     LogFn,
-    load_model_and_tokenizer,
+    load_text_model,
     print_text,
     require_compiler,
     require_room_in_context,
@@ -60,7 +60,7 @@ def generate_speculative(
 ) -> None:
     """Print the continuation, then what the draft brought; with as_json everything at its end. Compiled, the text is
     made once unseen, so that no compiling is in the speeds."""
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     draft = load_draft(draft_name, model, tokenizer, name_or_path, device, dtype, log)
     tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
     require_room_in_context(tokens, model, options.slide)
@@ -98,11 +98,11 @@ def load_draft(
     """What --draft names. A model must read the same tokens."""
     if draft_name in ("mtp", "ngram"):
         return draft_name
-    draft, own = load_model_and_tokenizer(draft_name, device, dtype, log)
+    draft, own = load_text_model(draft_name, device, dtype, log)
     if own.hash != tokenizer.hash:
         raise UsageError(
-            f"{clean_text(draft_name)} has another tokenizer than {clean_text(name_or_path)}, so its guesses mean other tokens: take a "
-            "draft trained with the same one (tokenizer.load=...), or --draft ngram"
+            f"{clean_text(draft_name)} has another tokenizer than {clean_text(name_or_path)}, so its token ids mean "
+            "other tokens: take a draft trained with the same tokenizer (tokenizer.load=...), or --draft ngram"
         )
     return draft
 

@@ -14,7 +14,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from llm_quest.cli.chat import load_model_and_tokenizer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.generation.decoding import pad_left
 from llm_quest.generation.generate import generate
@@ -131,10 +130,9 @@ class HarnessResults:
 
 
 def run_lm_eval(
-    name_or_path: str, tasks: Sequence[str | Any], *, limit: int | None, device: str, dtype: str, log: Any
+    model: Decoder, tokenizer: Tokenizer, tasks: Sequence[str | Any], *, limit: int | None
 ) -> HarnessResults:
     """The harness's tasks (their data come from the hub, or from its cache)."""
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device, dtype, log)
     found = lm_eval.simple_evaluate(
         model=LmEvalModel(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
     )

@@ -1,7 +1,7 @@
-"""How often is a model right on problems that can be checked? Greedy accuracy with its interval, and from several
-samples of each problem mean@k and pass@k.
+"""Accuracy on problems that a program can check: greedy accuracy with its confidence interval, and mean@k and pass@k
+from several samples of each problem.
 
-Report both: reinforcement learning raises pass@1, and the model it began from often wins at large k
+Report both: reinforcement learning raises pass@1, and the model it started from is often ahead at large k
 (arXiv:2504.13837)."""
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llm_quest.data.problems import Problem
+from llm_quest.data.problems import SPLIT_NAMES, Problem, SplitName, draw_problem, parse_task
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.eval.statistics import ConfidenceInterval, mean_at_k, mean_pass_at_k, wilson_confidence_interval
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.hub.gsm8k import is_gsm8k, load_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sample import Sample
@@ -30,9 +31,9 @@ PROBLEM_EVAL_BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class ProblemAccuracy:
-    """greedy: share right of problems answered greedily, with its 95 % interval. mean: mean@n over n samples at
-    `yarn_mscale`; passes: pass@k by k. truncated: share of greedy answers cut by the length; tokens: their mean
-    length."""
+    """The result of `evaluate_problems`. greedy_accuracy: share of greedy answers that are right, with its 95 %
+    interval. mean_at_k: over all samples, drawn at `temperature`. pass_at_k: by k. truncated: share of greedy answers
+    cut at the length limit. mean_tokens: mean length of the greedy answers."""
 
     source: str
     num_problems: int
@@ -72,6 +73,48 @@ class ProblemAccuracy:
         ]
 
 
+@dataclass(frozen=True)
+class ProblemEvalOptions:
+    """Which problems to evaluate on, and how. task: a name, with options after a colon
+    (countdown:count=4,largest=9), gsm8k (from the hub), or a file in GSM8K's format. num_samples: samples of each
+    problem for pass@k; 0: greedy answers only."""
+
+    task: str
+    split: str = "test"
+    num_problems: int = 200
+    num_samples: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    seed: int = 0
+
+
+def evaluate_task(
+    model: Decoder, tokenizer: Tokenizer, problems: Sequence[Problem], options: ProblemEvalOptions
+) -> ProblemAccuracy:
+    """`evaluate_problems` on the problems that `load_eval_problems` returns for these options."""
+    return evaluate_problems(
+        model,
+        tokenizer,
+        problems,
+        source=options.task,
+        num_samples=options.num_samples,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+
+
+def load_eval_problems(options: ProblemEvalOptions) -> Sequence[Problem]:
+    """The first problems of GSM8K, or of a task. UsageError for a name that is not known."""
+    if options.split not in SPLIT_NAMES:
+        raise UsageError(f"no split is called {options.split!r}; known: {', '.join(SPLIT_NAMES)}")
+    if is_gsm8k(options.task):
+        return load_gsm8k(options.task, options.split)[: options.num_problems]
+    part: SplitName = options.split  # type: ignore[assignment]
+    made = parse_task(options.task)
+    return [draw_problem(made, part, index, options.seed) for index in range(options.num_problems)]
+
+
 def evaluate_problems(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -85,8 +128,8 @@ def evaluate_problems(
     seed: int = 0,
     encode_prompt: EncodePrompt | None = None,
 ) -> ProblemAccuracy:
-    """samples: of each problem, for mean@k and pass@k (those of `ks` that samples suffice for); 0: greedy only.
-    encode: from a problem's prompt to ids; by default the tokenizer's start and the text."""
+    """Answer each problem greedily and, with num_samples, by sampling. pass@k is reported for those of `ks` that do not
+    exceed num_samples. encode_prompt: from a problem's prompt to ids; by default the start token and the text."""
     if not problems:
         raise UsageError("no problem to evaluate on")
     began = time.perf_counter()
@@ -135,7 +178,7 @@ def sample_answers(
     n: int = 1,
     seed: int = 0,
 ) -> list[list[Sample]]:
-    """n samples of each problem. The same seed gives the same answers, however many problems there are."""
+    """Draw n samples of each problem. A problem's samples depend on the seed and not on the other problems."""
     stopping_criteria = StoppingCriteria(max_new_tokens=max_new_tokens, eos_token_ids=tokenizer.eos_token_ids)
     groups: list[list[Sample]] = []
     prompts_per_batch = max(1, PROBLEM_EVAL_BATCH_SIZE // n)
@@ -150,7 +193,7 @@ def sample_answers(
 
 
 def completion_to_sample(prompt: Sequence[int], done: Completion, problem: Any, tokenizer: Tokenizer) -> Sample:
-    """A completion as what rewards read: its text without the token that ended it."""
+    """A completion in the form that rewards take: its text is without the token that ended it."""
     text = tokenizer.decode(done.tokens)
     return Sample(tuple(prompt), tuple(done.tokens), tuple(done.logprobs), done.finish_reason, text, problem)
 

@@ -34,6 +34,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import techniques_to_json
+from llm_quest.techniques.score_head import find_score_head
 from llm_quest.tensor_files import nbytes, write_tensors
 
 if TYPE_CHECKING:
@@ -214,6 +215,18 @@ def split_shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str
         part.append(name)
         size += nbytes(tensor)
     yield part
+
+
+def load_model_and_tokenizer(
+    name_or_path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> tuple[Decoder, Tokenizer]:
+    """A model that writes text, with its tokenizer. UsageError for a model whose head gives scores instead."""
+    model, tokenizer = load(name_or_path, device=device, dtype=dtype), load_tokenizer(name_or_path)
+    if (head := find_score_head(model)) is not None:
+        raise UsageError(
+            f"{name_or_path} gives {head.outputs} numbers and no text: it is a reward model or a classifier"
+        )
+    return model, tokenizer
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:

@@ -14,7 +14,7 @@ from filelock import FileLock
 import llm_quest as quest
 from llm_quest.cli import batch_generate
 from llm_quest.cli.batch_generate import BatchGenerateReport, generate_batch
-from llm_quest.cli.chat import GenerationOptions, load_model_and_tokenizer
+from llm_quest.cli.chat import GenerationOptions, load_text_model
 from llm_quest.cli.errors import run_with_exit_code
 from llm_quest.cli.main import app
 from llm_quest.data.char_tokenizer import character_tokenizer
@@ -85,7 +85,7 @@ def test_a_row_for_every_prompt_in_their_order_whatever_the_batch(model: str, pr
 
 def test_a_row_is_what_generate_says_alone(model: str, prompts: Path, tmp_path: Path) -> None:
     wrote(model, prompts, tmp_path / "texts.jsonl")
-    built, tokenizer = load_model_and_tokenizer(model, "cpu", "float32", lambda text: None)
+    built, tokenizer = load_text_model(model, "cpu", "float32", lambda text: None)
     ids, until = tokenizer.encode("abc"), MANNER.stopping_criteria(built, tokenizer)
     alone = generate(
         built, [ids], n=4, max_new_tokens=9, seed=3, eos_token_id=until.eos_token_ids, stop="h", tokenizer=tokenizer

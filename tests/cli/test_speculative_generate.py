@@ -12,7 +12,7 @@ import pytest
 
 import llm_quest as quest
 from llm_quest.cli import chat
-from llm_quest.cli.chat import GenerationOptions, load_model_and_tokenizer
+from llm_quest.cli.chat import GenerationOptions, load_text_model
 from llm_quest.cli.speculative_generate import generate_speculative, load_draft
 from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.errors import UsageError
@@ -39,7 +39,7 @@ def test_a_drafted_text_is_the_plain_one_and_its_gain_is_told(
         target, draft, "abc abc", MANNER, device="cpu", dtype="float32", as_json=True, log=lambda text: None
     )
     told = json.loads(capsys.readouterr().out)
-    model, tokenizer = load_model_and_tokenizer(target, "cpu", "float32", lambda text: None)
+    model, tokenizer = load_text_model(target, "cpu", "float32", lambda text: None)
     ids = tokenizer.encode("abc abc") or [tokenizer.start_token_id]
     (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos_token_id=tokenizer.eos_token_ids)
     assert told["tokens"] == plain.tokens
@@ -49,7 +49,7 @@ def test_a_drafted_text_is_the_plain_one_and_its_gain_is_told(
 
 def test_a_draft_with_another_tokenizer_is_refused_with_the_remedy(tmp_path: Path) -> None:
     target, other = saved(tmp_path, "target", "abcd", 0), saved(tmp_path, "other", "abcx", 0)
-    model, tokenizer = load_model_and_tokenizer(target, "cpu", "float32", lambda text: None)
+    model, tokenizer = load_text_model(target, "cpu", "float32", lambda text: None)
     with pytest.raises(UsageError, match=r"another tokenizer than .*--draft ngram"):
         load_draft(other, model, tokenizer, target, "cpu", "float32", lambda text: None)
 
@@ -66,7 +66,7 @@ def test_without_a_compiler_compile_is_refused_before_the_text(monkeypatch: pyte
 
 def test_compiled_passes_write_the_plain_text(tmp_path: Path) -> None:
     target = saved(tmp_path, "target", "abcdefgh ", 0)
-    model, tokenizer = load_model_and_tokenizer(target, "cpu", "float32", lambda text: None)
+    model, tokenizer = load_text_model(target, "cpu", "float32", lambda text: None)
     ids = tokenizer.encode("abc abc") or [tokenizer.start_token_id]
     (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos_token_id=tokenizer.eos_token_ids)
     words = ["generate", target, "-p", "abc abc", "-n", "12", "--temperature", "0", "--compile", "--json", "--quiet"]

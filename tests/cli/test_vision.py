@@ -11,8 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import llm_quest as quest
+from llm_quest.cli.classify import classify_image, is_image_path
+from llm_quest.cli.evaluate import evaluate_images
 from llm_quest.cli.main import app
-from llm_quest.cli.vision import classify_image, evaluate_images, is_image_path
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.synthetic_shapes import split_scene
 from llm_quest.errors import DataError, UsageError

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-import llm_quest as quest
 from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build
@@ -88,7 +87,6 @@ def test_a_stop_ends_the_text_and_is_not_part_of_it(harness: LmEvalModel) -> Non
 def test_a_task_runs_through_the_harness(tmp_path: Path) -> None:
     rows = [{"question": f"a{sign}", "choices": [" b", " c"], "gold": i % 2} for i, sign in enumerate("abcdef")]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
-    quest.save(build(CONFIG), tmp_path / "model", tokenizer=TOKENIZER)
     task = {
         "task": "letters", "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
@@ -96,8 +94,6 @@ def test_a_task_runs_through_the_harness(tmp_path: Path) -> None:
         "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
-    scores = harnesses.run_lm_eval(
-        str(tmp_path / "model"), [task], limit=None, device="cpu", dtype="float32", log=lambda text: None
-    )
+    scores = harnesses.run_lm_eval(build(CONFIG), TOKENIZER, [task], limit=None)
     assert 0.0 <= scores.tasks["letters"]["acc,none"] <= 1.0
     assert any(line.startswith("letters") for line in scores.lines())

@@ -10,16 +10,18 @@ import llm_quest as quest
 from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import make_task
 from llm_quest.errors import UsageError
-from llm_quest.eval.tasks import ProblemEvalOptions, evaluate_on_problems, load_eval_problems
+from llm_quest.eval.problems import ProblemEvalOptions, evaluate_task, load_eval_problems
+from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.models.build import build, preset
 
 
-def test_a_saved_model_is_examined(tmp_path: Path) -> None:
+def test_a_saved_model_is_evaluated(tmp_path: Path) -> None:
     tokenizer = character_tokenizer(make_task("countdown").alphabet)
     model = build(replace(preset("llama3.2-tiny").config, vocab_size=tokenizer.vocab_size))
     quest.save(model, tmp_path / "model", tokenizer=tokenizer)
-    exam = ProblemEvalOptions("countdown:count=4,largest=9", num_problems=6, num_samples=4, max_new_tokens=5)
-    found = evaluate_on_problems(str(tmp_path / "model"), exam, device="cpu", dtype="float32", log=lambda text: None)
+    options = ProblemEvalOptions("countdown:count=4,largest=9", num_problems=6, num_samples=4, max_new_tokens=5)
+    loaded = load_model_and_tokenizer(tmp_path / "model", dtype="float32")
+    found = evaluate_task(*loaded, load_eval_problems(options), options)
     assert found.num_problems == 6
     assert set(found.pass_at_k) == {1, 4}
     assert json.loads(json.dumps(found.as_json()))["greedy_accuracy"]["count"] == 6
@@ -41,5 +43,5 @@ def test_what_is_no_task_is_told(name: str, said: str) -> None:
 
 
 def test_a_part_that_does_not_exist_is_told() -> None:
-    with pytest.raises(UsageError, match="known: train, validation, test"):
+    with pytest.raises(UsageError, match=r"no split is called .* known: train, validation, test"):
         load_eval_problems(ProblemEvalOptions("reverse", split="dev"))

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.eval.tasks import ProblemEvalOptions, load_eval_problems
+from llm_quest.eval.problems import ProblemEvalOptions, load_eval_problems
 from llm_quest.hub.gsm8k import FILES, is_gsm8k, load_gsm8k
 
 ROWS = [
@@ -72,7 +72,7 @@ def test_what_is_missing_is_said_with_its_remedy(cache: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(MissingError, match=r"llm-quest\[parquet\]"):
         load_gsm8k("gsm8k", "test")
-    with pytest.raises(UsageError, match="no part"):
+    with pytest.raises(UsageError, match="no split"):
         load_eval_problems(ProblemEvalOptions("gsm8k", "dev"))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_quest.cli.chat import load_model_and_tokenizer as opened_to_talk
+from llm_quest.cli.chat import load_text_model as opened_to_talk
 from llm_quest.data.preferences import Preference
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
