@@ -44,7 +44,6 @@ CIRCLES = (
         "llm_quest.recipes.distillation",
         "llm_quest.recipes.tuning_config",
     },  # ENGINE
-    {"llm_quest.train.snapshot", "llm_quest.train.session"},  # CORE
 )
 """Files that import each other in a circle, with the one who ends it. Nothing may be added."""
 TRAIN_MAY_IMPORT = ("contracts", "errors", "files", "tensor_files")

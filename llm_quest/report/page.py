@@ -89,7 +89,7 @@ def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     yield "Held-out scores", plot_curves("held-out scores", list(score_lines(records))), False
     yield (
         "Learning rate",
-        plot_curves("learning rate", [metric_curve(r, "lr", n) for n, r in enumerate(records)]),
+        plot_curves("learning rate", [metric_curve(r, "learning_rate", n) for n, r in enumerate(records)]),
         False,
     )
     norms = [metric_curve(record, "grad_norm", number, rough=True) for number, record in enumerate(records)]

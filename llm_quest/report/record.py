@@ -2,7 +2,8 @@
 was killed, or was copied in part has a report too.
 
       config.yaml    the resolved settings, as text         env.json        what `quest doctor` finds (cli/doctor.py)
-      metrics.jsonl  step, tokens, loss, lr, grad_norm, tokens_per_second, seconds, skipped, eval/loss, ... a row;
+      metrics.jsonl  step, tokens, loss, learning_rate, grad_norm, num_targets, tokens_per_second, train_seconds,
+                     skipped_steps, eval/loss, ... a row; a run of the first version has OLD_METRICS;
                      a number that was not finite is null and named in "nonfinite"
       events.jsonl   time, event, ... a row                 data.json       what the text consists of, with its ledger
       plan.json      what it was to cost (cost/plan.py)  summary.json    how it ended, and the baselines
@@ -26,6 +27,15 @@ from llm_quest.errors import DataError
 MAX_FILE_BYTES = 64 * 2**20
 SECRET_KEY = re.compile(r"TOKEN$|_KEY$|^KEY$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 REDACTED = "(not shown)"
+OLD_METRICS = {
+    "lr": "learning_rate",
+    "seconds": "train_seconds",
+    "skipped": "skipped_steps",
+    "empty": "empty_steps",
+    "count": "num_targets",
+}
+OLD_EVENTS = {"set aside": "checkpoint_renamed", "not saved": "save_failed", "guard stop": "stopped_by_guard"}
+"""Names of the first version -> names of today."""
 EXCLUDED_SCORES = ("eval/loss", "eval/bits_per_byte")
 
 
@@ -96,8 +106,8 @@ def read_run(folder: Path) -> RunRecord:
         config=read_text_file(folder / "config.yaml"),
         env=redact(read_json_object(folder / "env.json")),
         model=read_json_object(folder / "model.json"),
-        rows=tuple(row for row in read_jsonl(folder / "metrics.jsonl") if type(row.get("step")) is int),
-        events=tuple(read_jsonl(folder / "events.jsonl")),
+        rows=tuple(read_metrics(folder / "metrics.jsonl")),
+        events=tuple(read_events(folder / "events.jsonl")),
         samples=tuple(read_samples(folder / "samples")),
         data=read_json_object(folder / "data.json"),
         plan=read_json_object(folder / "plan.json"),
@@ -144,6 +154,20 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"{file}:{number} is not JSON; remove the line, and the report will do without") from None
         if isinstance(row, dict):
             yield row
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows that have a step, under today's names."""
+    for row in read_jsonl(file):
+        if type(row.get("step")) is int:
+            yield {OLD_METRICS.get(name, name): value for name, value in row.items()}
+
+
+def read_events(file: Path) -> Iterator[dict[str, Any]]:
+    """The events, under today's names."""
+    for row in read_jsonl(file):
+        name = row.get("event")
+        yield row | {"event": OLD_EVENTS.get(name, name)} if isinstance(name, str) else row
 
 
 def read_samples(folder: Path) -> Iterator[SampleRow]:

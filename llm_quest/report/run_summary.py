@@ -84,7 +84,7 @@ def summarize_run(record: RunRecord, number: int) -> RunSummary:
 def run_status(record: RunRecord) -> tuple[str, bool]:
     """Where a run stands, and whether that is nothing to worry about."""
     last = str(record.events[-1].get("event", "")) if record.events else ""
-    if last == "guard stop":
+    if last == "stopped_by_guard":
         return "stopped by a guard", False
     if record.summary.get("step") == record.step and record.summary.get("status"):
         status = str(record.summary["status"])
@@ -106,7 +106,7 @@ def summary_sentence(record: RunRecord) -> str:
         text += f" on {format_quantity(tokens)} {record.unit}"
     if source := (record.data.get("corpus") or {}).get("name"):
         text += f" of {source}"
-    if seconds := record.last("seconds"):
+    if seconds := record.last("train_seconds"):
         text += f" in {format_duration(seconds)}"
     text += "."
     reached, others = final_bits_per_byte(record), recorded_baselines(record)
@@ -162,12 +162,12 @@ def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
         yield KeyFigure(f"{record.unit} read", format_quantity(tokens), ratio)
     if speed := median_speed(record):
         yield KeyFigure(f"{record.unit} per second", f"{speed:,.0f}", "median over the run")
-    if seconds := record.last("seconds"):
+    if seconds := record.last("train_seconds"):
         yield KeyFigure("time in steps", format_duration(seconds), f"{record.step:,} steps")
     resumed = sum(event.get("event") == "resumed" for event in record.events)
     if resumed:
         yield KeyFigure("resumed", f"{resumed}", "going on where it stood")
-    if skipped := record.last("skipped"):
+    if skipped := record.last("skipped_steps"):
         yield KeyFigure("skipped updates", f"{skipped:,.0f}", "not finite, left out")
 
 
@@ -216,7 +216,7 @@ def plan_rows(record: RunRecord) -> Iterator[TableRow]:
     measured = {
         "tokens_per_second": speed,
         "step_seconds": per_step / speed if per_step and speed else None,
-        "seconds": record.last("seconds"),
+        "seconds": record.last("train_seconds"),
         "tokens": record.last("tokens"),
         "memory_total": record.summary.get("peak_memory_bytes"),
         "checkpoint_bytes": max(record.checkpoints.values(), default=None),

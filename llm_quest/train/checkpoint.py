@@ -23,33 +23,32 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from llm_quest.errors import BusyError, DataError, ResourceError
 from llm_quest.files import atomic_write_text, file_sha256, fsync_path, write_text
 from llm_quest.tensor_files import write_tensors
 
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE, LATEST_FILE = (
-    "model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json", "LATEST",
-)  # fmt: skip
+FORMAT = 2
+"""1: the first version, whose states are of other names: its weights load, and it cannot be resumed."""
+TENSOR_FILES = {"model": "model.safetensors", "optimizer": "optim.safetensors"}
+STATE_FILE, MANIFEST_FILE, LATEST_FILE = "state.json", "MANIFEST.json", "LATEST"
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A moment of a run on the host. identity: name -> hash of what the run must not change (config, tokenizer,
-    data)."""
+    """The `state_dict` of a `TrainState` on the host: "model" and "optimizer" are tensors by name, the rest is JSON.
+    identity: name -> hash of what the run must not change (config, tokenizer, data)."""
 
     step: int
-    model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    state: Mapping[str, Any]
+    state_dict: Mapping[str, Any]
     identity: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors."""
-        return sum(t.numel() * t.element_size() for t in [*self.model.values(), *self.optimizer.values()])
+        """Bytes of the tensors."""
+        tensors = [t for name in TENSOR_FILES for t in self.state_dict[name].values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def checkpoint_dir(root: Path, step: int) -> Path:
@@ -84,26 +83,35 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 
 def _write_files(staged: Path, checkpoint: Checkpoint) -> None:
     """Every file synced, the manifest last."""
-    write_text(staged / STATE_FILE, json.dumps(checkpoint.state))
+    values = {name: value for name, value in checkpoint.state_dict.items() if name not in TENSOR_FILES}
+    write_text(staged / STATE_FILE, json.dumps(values))
     mode = (staged / STATE_FILE).stat().st_mode & 0o777
-    write_tensors(staged / MODEL_FILE, checkpoint.model)
-    write_tensors(staged / OPTIMIZER_FILE, checkpoint.optimizer)
+    for name, file in TENSOR_FILES.items():
+        write_tensors(staged / file, checkpoint.state_dict[name])
     os.chmod(staged, mode | (mode & 0o444) >> 2)
     files = {
         name: {"size": (staged / name).stat().st_size, "sha256": file_sha256(staged / name)}
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+        for name in (*TENSOR_FILES.values(), STATE_FILE)
     }
-    manifest = {"format": 1, "step": checkpoint.step, "identity": dict(checkpoint.identity), "files": files}
+    manifest = {"format": FORMAT, "step": checkpoint.step, "identity": dict(checkpoint.identity), "files": files}
     write_text(staged / MANIFEST_FILE, json.dumps(manifest, indent=1))
     fsync_path(staged)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose manifest holds (call `find_fault` first)."""
-    state = json.loads((folder / STATE_FILE).read_text())
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    model, optim = load_file(folder / MODEL_FILE), load_file(folder / OPTIMIZER_FILE)
-    return Checkpoint(manifest["step"], model, optim, state, manifest["identity"])
+    """Read a checkpoint whose manifest is right (call `find_fault` first). DataError for one of another format."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        tensors = {name: load_file(folder / file) for name, file in TENSOR_FILES.items()}
+        values = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"the checkpoint {folder} cannot be read: {error}") from error
+    if manifest["format"] != FORMAT:
+        raise DataError(
+            f"{folder} was saved by another version of LLM Quest (format {manifest['format']}; this version resumes "
+            f"{FORMAT}): it loads for generate, eval and export; to train on, start a new run from its weights"
+        )
+    return Checkpoint(manifest["step"], tensors | values, manifest["identity"])
 
 
 def find_fault(folder: Path, verify: str = "full") -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,6 +52,10 @@ class NonFiniteGuard:
     def state_dict(self) -> dict[str, int]:
         """For the checkpoint."""
         return {name: value for name, value in asdict(self).items() if not name.startswith("max_")}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        for name in self.state_dict():
+            setattr(self, name, state_dict[name])
 
 
 def initial_loss_warning(loss: float, expected: float) -> str:

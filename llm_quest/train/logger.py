@@ -153,7 +153,7 @@ def make_logger(rank: int = 0, *, quiet: bool = False) -> Logger:
 
 def format_metrics(row: Mapping[str, Any]) -> str:
     """A row in one line: the loss, the rate of tokens, what probes found, what was skipped."""
-    parts = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tok/s", f"lr {row['lr']:.2e}"]
+    parts = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tok/s", f"lr {row['learning_rate']:.2e}"]
     parts += [f"{name} {value:.4f}" for name, value in row.items() if "/" in name and isinstance(value, float)]
-    parts += [f"{name} {row[name]}" for name in ("skipped", "empty") if row.get(name)]
+    parts += [f"{name} {row[name]}" for name in ("skipped_steps", "empty_steps") if row.get(name)]
     return "  ".join(parts)

@@ -46,11 +46,13 @@ def train(
     at the end. watchers: read each row of metrics and advise. GuardStop: numbers that stay non-finite, or what a
     watcher saw. ResourceError: memory or disk. ValueError: a checkpoint of something else."""
     parallel = parallel or DistributedContext()
-    session = TrainSession(objective, dataloader, optimizer, args, run_dir, parallel, logger or NullLogger())
+    session = TrainSession(
+        objective, dataloader, optimizer, lr_schedule, args, run_dir, parallel, logger or NullLogger()
+    )
     with SignalHandler(SIGNAL_ECHO_SECONDS if parallel.world_size > 1 else 0.0) as signals, session:
         while not session.is_finished:
             numbers = session.forward_backward(signals)
-            session.optimizer_step(numbers, lr_schedule, callbacks)
+            session.optimizer_step(numbers, callbacks)
             session.evaluate(evaluators)
             session.log(numbers, watchers)
             session.save()

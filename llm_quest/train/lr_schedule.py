@@ -30,7 +30,8 @@ def make_lr_schedule(
         raise UsageError(f"warm-up of {warmup_steps} steps does not fit a run of {steps}: choose 0 to {steps}")
     if not 0 <= min_lr_ratio <= 1 or not 0 < decay_fraction <= 1:
         raise UsageError(
-            f"min_lr_ratio must lie in 0..1 (is {min_lr_ratio}) and decay_fraction in 0..1, above 0 (is {decay_fraction})"
+            f"min_lr_ratio must lie in 0..1 (is {min_lr_ratio}) and decay_fraction in 0..1, above 0 "
+            f"(is {decay_fraction})"
         )
     fall, rest = SCHEDULE_SHAPES[shape], max(1, steps - warmup_steps)
     decay = min(1.0, decay_fraction * steps / rest)  # as a part of what follows the warm-up

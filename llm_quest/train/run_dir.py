@@ -115,7 +115,9 @@ class RunDir:
             raise BusyError(f"{self.folder} holds a run already and cannot go on from {chosen}; choose another folder")
         for later in own:
             if files.checkpoint_step(later) > step:
-                self.log_event("set aside", checkpoint=later.name, renamed=files.rename_aside(later, "aside").name)
+                self.log_event(
+                    "checkpoint_renamed", checkpoint=later.name, renamed=files.rename_aside(later, "aside").name
+                )
         self._truncate_metrics(step)
         return chosen
 

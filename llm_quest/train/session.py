@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch.optim import Optimizer
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.errors import GuardStop, ResourceError, UsageError
-from llm_quest.train import checkpoint as files
-from llm_quest.train import snapshot, step
+from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
+from llm_quest.train.checkpoint import Checkpoint, checkpoint_step, load_checkpoint
 from llm_quest.train.checkpoint_saver import CheckpointSaver
 from llm_quest.train.guards import NonFiniteGuard, find_first_nonfinite, find_nonfinite_parameter, initial_loss_warning
 from llm_quest.train.logger import Logger
@@ -27,24 +28,12 @@ from llm_quest.train.lr_schedule import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.signals import SignalHandler
-from llm_quest.train.state_dict import derive_seed, evaluation_mode, set_seed
+from llm_quest.train.state import Progress, TrainState
+from llm_quest.train.state_dict import RNGState, evaluation_mode
 
 OUT_OF_MEMORY_REMEDY = (
     "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
 )
-
-
-@dataclass
-class TrainState:
-    """Where a run is; saved with it. step: how many are done. busy: seconds spent in steps. latest: the newest
-    numbers."""
-
-    step: int = 0
-    tokens: int = 0
-    step_seconds: float = 0.0
-    best_metric: float | None = None
-    best_step: int | None = None
-    latest_metrics: dict[str, Any] = field(default_factory=dict)
 
 
 class TrainSession:
@@ -55,6 +44,7 @@ class TrainSession:
         objective: nn.Module,
         dataloader: Loader,
         optimizer: Optimizer,
+        lr_schedule: LRSchedule,
         args: TrainingArguments,
         run_dir: RunDir | None,
         parallel: DistributedContext,
@@ -64,8 +54,11 @@ class TrainSession:
         self.model: nn.Module = objective.model  # type: ignore[assignment]
         self.args, self.run_dir, self.parallel, self.logger = args, run_dir, parallel, logger
         self.trainable_parameters = require_fp32_parameters(self.model)
-        self.train_state = TrainState()
         self.guard = NonFiniteGuard(args.max_bad_steps, args.max_empty_steps)
+        self.state = TrainState(
+            self.model, optimizer, dataloader, lr_schedule, self.guard, RNGState(args.seed, parallel.rank),
+            parallel=parallel, settings={"precision": args.precision, "compile": args.compile},
+        )  # fmt: skip
         self.saver = CheckpointSaver(args.background_save)
         self.micro_batches: Sequence[Any] = ()
         self.status = "" if args.steps else "finished"
@@ -75,26 +68,26 @@ class TrainSession:
         self.callback_metrics: dict[str, Any] = {}
 
     @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self.state.progress
+
+    @property
     def is_finished(self) -> bool:
         """Has the run ended, one way or another?"""
         return self.status != ""
 
     def __enter__(self) -> TrainSession:
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
         self.model.train()
         self._resume_or_start()
-        if self.train_state.step >= self.args.steps:
+        if self.progress.step >= self.args.steps:
             self.status = "finished"
         self.engine = self.parallel.wrap_model(
             compile_objective(self.objective) if self.args.compile else self.objective
         )
-        self.initial_state, self.start_time, self.last_logged_state = (
-            TrainState(**vars(self.train_state)),
-            time.monotonic(),
-            TrainState(**vars(self.train_state)),
-        )
-        self.logger.start(self.train_state.step, self.args.steps)
+        self.initial_progress, self.start_time = replace(self.progress), time.monotonic()
+        self.last_logged = self.initial_progress
+        self.logger.start(self.progress.step, self.args.steps)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -108,14 +101,14 @@ class TrainSession:
             str(self.run_dir.resolve_checkpoint() or "") if leads and self.run_dir is not None else ""
         )
         if folder:
-            checkpoint = snapshot.read_snapshot(folder)
-            notes = snapshot.restore_snapshot(self, checkpoint)
+            checkpoint = load_checkpoint(Path(folder))
+            self.state.load_state_dict(checkpoint.state_dict)
             self.checkpoint_path, self.checkpoint_step = folder, checkpoint.step
             self.log_event("resumed", checkpoint=folder, step=checkpoint.step)
-            for note in notes:
+            for note in self.state.environment_changes(checkpoint.state_dict):
                 self.log_event("changed", message=note)
             return
-        set_seed(derive_seed(self.args.seed, "train", self.parallel.rank))
+        self.state.rng.seed()
         if bad := next(
             (found for found in self.parallel.all_gather(find_nonfinite_parameter(self.model)) if found), ""
         ):
@@ -128,13 +121,13 @@ class TrainSession:
         """Forward and backward over the step's micro-batches; afterwards every gradient is a sum, and nothing is
         updated."""
         self.step_start = time.perf_counter()
-        self.micro_batches = list(self.dataloader.batches(self.train_state.step))
+        self.micro_batches = list(self.dataloader.batches(self.progress.step))
         try:
             sums, tokens = step.accumulate_gradients(
                 self.engine, self.micro_batches, self.parallel, self.args.precision
             )
         except RuntimeError as error:
-            raise_if_out_of_memory(error, self.train_state.step)
+            raise_if_out_of_memory(error, self.progress.step)
             raise
         limit = self.args.max_seconds
         late = limit is not None and time.monotonic() - self.start_time >= limit
@@ -142,74 +135,74 @@ class TrainSession:
         signal_handler.save_requested = False
         return step.reduce_step_stats(sums, tokens, asked, self.trainable_parameters, self.parallel)
 
-    def optimizer_step(self, stats: step.StepStats, lr_schedule: LRSchedule, callbacks: Sequence[Callback]) -> None:
+    def optimizer_step(self, stats: step.StepStats, callbacks: Sequence[Callback]) -> None:
         """Divide, clip, step; or leave the model as it is and say why. Then this step is done."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_schedule(self.train_state.step)
+        self.state.set_learning_rate()
         refused = self.guard.refusal_reason(stats.loss, stats.grad_norm, stats.count)
         if not refused:
             step.scale_gradients_(self.trainable_parameters, stats, self.args.max_grad_norm)
             self.optimizer.step()
         elif self.guard.stop_reason:
             self._stop_on_nonfinite(refused)
-        self.train_state.step += 1
+        self.progress.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.callback_metrics = {}
         if refused:
-            self.log_event("skipped", step=self.train_state.step, message=refused)
+            self.log_event("skipped", step=self.progress.step, message=refused)
         for callback in callbacks:
             if refused:
                 callback.on_step_skipped(self.model)
             else:
-                self.callback_metrics |= callback.on_step_end(self.model, self.train_state.step) or {}
-        self.train_state.tokens += stats.tokens
-        self.train_state.step_seconds += time.perf_counter() - self.step_start
+                self.callback_metrics |= callback.on_step_end(self.model, self.progress.step) or {}
+        self.progress.tokens += stats.tokens
+        self.progress.train_seconds += time.perf_counter() - self.step_start
         self._update_status(stats)
 
     def _update_status(self, stats: step.StepStats) -> None:
         """Every process has the same answer: who was asked to stop travelled with the step's numbers."""
         interrupt, terminate, self.save_requested, late = stats.requests
-        if self.train_state.step >= self.args.steps:
+        if self.progress.step >= self.args.steps:
             self.status = "finished"
         elif interrupt or terminate:
             self.status, self.signal_number = "interrupted", 2 if interrupt else 15
         elif late:
             self.status = "time"
         expected = self.args.expected_loss
-        if self.train_state.step == 1 and expected is not None and (text := initial_loss_warning(stats.loss, expected)):
+        if self.progress.step == 1 and expected is not None and (text := initial_loss_warning(stats.loss, expected)):
             self.log_event("warning", message=text)
 
     def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
         """The probes that are due, on a model that does not notice. A run that was told to stop does not dally."""
         final = self.status == "finished"
-        due = [
-            probe for probe in evaluators if final or (probe.interval and self.train_state.step % probe.interval == 0)
-        ]
+        due = [probe for probe in evaluators if final or (probe.interval and self.progress.step % probe.interval == 0)]
         self.eval_metrics = {}
         if not due or self.status == "interrupted":
             return
         precision, device = self.args.precision, self.parallel.device
         with self.parallel.unshard_model(self.objective), evaluation_mode(self.model), step.autocast(precision, device):
             for probe in due:
-                found = probe.evaluate(self.model, self.train_state.step)
+                found = probe.evaluate(self.model, self.progress.step)
                 self.eval_metrics |= {f"{probe.name}/{name}": value for name, value in found.items()}
 
     def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
         """A row of metrics, if it is time for one or there is something to tell; and what the watchers say to it."""
-        train_state, before = self.train_state, self.last_logged_state
-        due = self.eval_metrics or self.is_finished or train_state.step == 1
-        if not due and train_state.step % self.args.log_every:
+        progress, before = self.progress, self.last_logged
+        due = self.eval_metrics or self.is_finished or progress.step == 1
+        if not due and progress.step % self.args.log_every:
             return
-        seconds = train_state.step_seconds - before.step_seconds
+        seconds = progress.train_seconds - before.train_seconds
         callback_metrics = {name: float(value) for name, value in self.callback_metrics.items()}
         row = {
-            "step": train_state.step, "tokens": train_state.tokens, "loss": stats.loss, **stats.metrics,
-            "grad_norm": stats.grad_norm, "lr": self.optimizer.param_groups[0]["lr"], "count": stats.count,
-            "tokens_per_second": (train_state.tokens - before.tokens) / seconds if seconds else 0.0,
-            "seconds": train_state.step_seconds, "skipped": self.guard.skipped, "empty": self.guard.empty, **callback_metrics, **self.eval_metrics,
+            "step": progress.step, "tokens": progress.tokens, "loss": stats.loss, **stats.metrics,
+            "grad_norm": stats.grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "num_targets": stats.count,
+            "tokens_per_second": (progress.tokens - before.tokens) / seconds if seconds else 0.0,
+            "train_seconds": progress.train_seconds,
+            "skipped_steps": self.guard.skipped, "empty_steps": self.guard.empty,
+            **callback_metrics, **self.eval_metrics,
         }  # fmt: skip
-        train_state.latest_metrics = train_state.latest_metrics | json_safe(row)
-        self.last_logged_state = TrainState(**vars(train_state))
+        progress.latest_metrics = progress.latest_metrics | json_safe(row)
+        self.last_logged = replace(progress)
         if self.parallel.is_main_process:
             self.logger.log_metrics(row)
             if self.run_dir is not None:
@@ -221,25 +214,25 @@ class TrainSession:
         """Advice becomes an event; a stop leaves a crash.json first."""
         try:
             for advice in watcher.on_log(row):
-                self.log_event("advice", step=self.train_state.step, message=advice)
+                self.log_event("advice", step=self.progress.step, message=advice)
         except GuardStop as stop:
-            report = {"step": self.train_state.step, "reason": str(stop), "last_row": self.train_state.latest_metrics}
+            report = {"step": self.progress.step, "reason": str(stop), "last_row": self.progress.latest_metrics}
             if self.run_dir is not None:
                 self.run_dir.write_crash_report(report)
-            self.log_event("guard stop", **report)
+            self.log_event("stopped_by_guard", **report)
             raise
 
     def save(self) -> None:
         """A checkpoint, if one is due or wished for; and word of the one that has been written meanwhile."""
-        train_state, every = self.train_state, self.args.save_every
-        due = self.is_finished or self.save_requested or (every > 0 and train_state.step % every == 0)
+        progress, every = self.progress, self.args.save_every
+        due = self.is_finished or self.save_requested or (every > 0 and progress.step % every == 0)
         self._collect_saved(wait=due)
-        if due and self.run_dir is not None and train_state.step != self.checkpoint_step:
+        if due and self.run_dir is not None and progress.step != self.checkpoint_step:
             self._update_best()
-            checkpoint = snapshot.take_snapshot(self)
-            self.checkpoint_step = train_state.step
+            checkpoint = Checkpoint(progress.step, self.state.state_dict(), self.run_dir.identity)
+            self.checkpoint_step = progress.step
             if self.parallel.is_main_process:
-                keep = (self.args.keep_last, self.args.keep_every, train_state.best_step)
+                keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
                 self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep))
         self._collect_saved(wait=self.is_finished)
 
@@ -248,21 +241,21 @@ class TrainSession:
         if (
             found is not None
             and math.isfinite(found)
-            and (self.train_state.best_metric is None or found < self.train_state.best_metric)
+            and (self.progress.best_metric is None or found < self.progress.best_metric)
         ):
-            self.train_state.best_metric, self.train_state.best_step = found, self.train_state.step
+            self.progress.best_metric, self.progress.best_step = found, self.progress.step
 
     def _collect_saved(self, wait: bool) -> None:
         try:
             folder = self.saver.take_result(wait)
         except ResourceError as error:
-            self.log_event("not saved", message=str(error))
+            self.log_event("save_failed", message=str(error))
             if self.args.on_disk_full == "stop":
                 raise
             return
         if folder is not None:
             self.checkpoint_path = str(folder)
-            self.log_event("saved", checkpoint=self.checkpoint_path, step=files.checkpoint_step(folder))
+            self.log_event("saved", checkpoint=self.checkpoint_path, step=checkpoint_step(folder))
 
     def _stop_on_nonfinite(self, refused: str) -> None:
         """Find the first bad module by running the step again, leave a crash.json, raise GuardStop."""
@@ -270,7 +263,7 @@ class TrainSession:
             (found for found in self.parallel.all_gather(self._find_culprit()) if found), "no module, this time"
         )
         report = {
-            "step": self.train_state.step + 1,
+            "step": self.progress.step + 1,
             "reason": self.guard.stop_reason,
             "last": refused,
             "first_bad": culprit,
@@ -278,14 +271,14 @@ class TrainSession:
         report |= {
             "feed": self.dataloader.state_dict(),
             "guard": asdict(self.guard),
-            "last_row": self.train_state.latest_metrics,
+            "last_row": self.progress.latest_metrics,
         }
         where = f" ({self.run_dir.write_crash_report(report)})" if self.run_dir is not None else ""
-        self.log_event("guard stop", **report)
+        self.log_event("stopped_by_guard", **report)
         raise GuardStop(
-            f"stopped at step {self.train_state.step + 1}: {self.guard.stop_reason}. The first number that is not finite is "
-            f"in: {culprit}{where}. Lower the learning rate, look at the data of this step, or resume from an earlier "
-            "checkpoint"
+            f"stopped at step {self.progress.step + 1}: {self.guard.stop_reason}. The first number that is not finite "
+            f"is in: {culprit}{where}. Lower the learning rate, look at the data of this step, or resume from an "
+            "earlier checkpoint"
         )
 
     def _find_culprit(self) -> str:
@@ -310,16 +303,16 @@ class TrainSession:
 
     def result(self) -> TrainResult:
         """How it ended."""
-        self.log_event(self.status, step=self.train_state.step)
+        self.log_event(self.status, step=self.progress.step)
         tokens, busy = (
-            self.train_state.tokens - self.initial_state.tokens,
-            self.train_state.step_seconds - self.initial_state.step_seconds,
+            self.progress.tokens - self.initial_progress.tokens,
+            self.progress.train_seconds - self.initial_progress.train_seconds,
         )
         return TrainResult(
-            step=self.train_state.step,
+            step=self.progress.step,
             status=self.status,
             exit_code=128 + self.signal_number if self.signal_number else 0,
-            metrics=self.train_state.latest_metrics,
+            metrics=self.progress.latest_metrics,
             seconds=time.monotonic() - self.start_time,
             tokens=tokens,
             tokens_per_second=tokens / busy if busy else 0.0,

@@ -142,6 +142,23 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(_decode_tensor(state["mps"]))
 
 
+class RNGState:
+    """The random-number generators of one process: Python's, NumPy's, torch's and the accelerator's."""
+
+    def __init__(self, seed: int, rank: int = 0):
+        self.initial_seed, self.rank = seed, rank
+
+    def seed(self, *names: object) -> None:
+        """Seed them all, each rank differently; names: what else the seed depends on."""
+        set_seed(derive_seed(self.initial_seed, "train", self.rank, *names))
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_rng_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        set_rng_state(state_dict)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside: no gradients, evaluation mode. Afterwards every module's mode and every generator is as it was."""

@@ -130,10 +130,11 @@ def test_a_resumed_optimizer_does_not_lie_in_its_checkpoint_unaligned(tmp_path):
     optimizer.step()
     tensors, numbers = state_dict.optimizer_state_dict(model, optimizer, is_main_process=True)
     folder = checkpoint.save_checkpoint(
-        tmp_path / "checkpoints", checkpoint.Checkpoint(1, state_dict.model_state_dict(model, True), tensors, {})
+        tmp_path / "checkpoints",
+        checkpoint.Checkpoint(1, {"model": state_dict.model_state_dict(model, True), "optimizer": tensors}),
     )
-    shift_file(folder / checkpoint.OPTIMIZER_FILE, 4)
-    saved = checkpoint.load_checkpoint(folder).optimizer
+    shift_file(folder / checkpoint.TENSOR_FILES["optimizer"], 4)
+    saved = checkpoint.load_checkpoint(folder).state_dict["optimizer"]
     assert not all(map(lies_aligned, saved.values()))
     state_dict.load_optimizer_state_dict(model, optimizer, saved, numbers)
     kept = [value for one in optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
@@ -190,7 +191,8 @@ def test_all_other_writers_align_too(tmp_path):
     model = quest.build("llama3.2-tiny", seed=4)
     weights = state_dict.model_state_dict(model, is_main_process=True)
     checkpoint.save_checkpoint(
-        tmp_path / "run" / "checkpoints", checkpoint.Checkpoint(1, weights, {"a|b": torch.ones(3)} | weights, {})
+        tmp_path / "run" / "checkpoints",
+        checkpoint.Checkpoint(1, {"model": weights, "optimizer": {"a|b": torch.ones(3)} | weights}),
     )
     reference_model.save_tensors(tmp_path / "reference.safetensors", {"odd": torch.ones(3)} | weights, {"step": "1"})
     save(quest.build("llama3.2-tiny"), tmp_path / "shards", max_shard_size="20KB")

@@ -51,7 +51,7 @@ def test_a_refused_step_leaves_nothing_for_the_next(callback: Callback):
         result = train(
             NextTokenLoss(model), feed, make_adamw(model, lr=1e-3), lambda step: 1.0, steps, callbacks=[callback]
         )
-        assert result.metrics["empty"] == len(seeds) - 2
+        assert result.metrics["empty_steps"] == len(seeds) - 2
         ends.append(model.state_dict())
     for name, tensor in ends[1].items():
         assert torch.equal(ends[0][name], tensor), name

@@ -57,7 +57,7 @@ def test_two_processes_learn_what_one_does(engine: str, text: Path, target: Path
     run(text, tmp_path / "one", *pairs)
     by_two(BASE, [f"data.source={text}", *pairs, f"parallel={engine}"], tmp_path / "two")
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in ("loss", "next_token", "distillation", "count"):
+        for name in ("loss", "next_token", "distillation", "num_targets"):
             assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 

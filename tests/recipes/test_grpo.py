@@ -149,7 +149,7 @@ def test_two_processes_learn_what_one_does(warm: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("held out, before") == 1
     for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        for name in ("loss", "reward", "kl", "grad_norm", "count", "length", "ratio"):
+        for name in ("loss", "reward", "kl", "grad_norm", "num_targets", "length", "ratio"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
     shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
     started(tmp_path / "two", *pairs)

@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(text: Path, tmp_
     assert weights(tmp_path / "twice") == weights(tmp_path / "straight")
     timeless = [
         [
-            {key: value for key, value in row.items() if key not in ("seconds", "tokens_per_second")}
+            {key: value for key, value in row.items() if key not in ("train_seconds", "tokens_per_second")}
             for row in rows(tmp_path / name)
         ]
         for name in ("straight", "twice")

@@ -83,7 +83,7 @@ def test_the_split_into_micro_batches_changes_nothing(tuned: Path, start: Path, 
     pairs[2] = "batch.micro_rows=4"
     started(SftConfig, train_sft, RECIPE, tmp_path / "whole", *pairs)
     split, whole = metrics(tmp_path / "split")[0], metrics(tmp_path / "whole")[0]
-    for key in ("loss", "grad_norm", "count"):
+    for key in ("loss", "grad_norm", "num_targets"):
         assert split[key] == pytest.approx(whole[key], rel=1e-6)
 
 

@@ -198,7 +198,7 @@ def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
 def test_questions_are_learned_at_a_part_of_the_captions_rate(tmp_path: Path):
     lesson = ["steps=4", "batch.captions=2", "questions_rate=0.25", "schedule={shape: constant, warmup: 0}"]
     vlm_run(tmp_path, "run", *lesson, "optimizer.lr=1e-2", "log_every=1")
-    assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx([1e-2, 1e-2, 2.5e-3, 2.5e-3])
+    assert [row["learning_rate"] for row in rows(tmp_path / "run")] == pytest.approx([1e-2, 1e-2, 2.5e-3, 2.5e-3])
 
 
 def test_a_frozen_part_stays_bit_by_bit_what_it_was(tmp_path: Path):

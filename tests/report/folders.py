@@ -21,8 +21,8 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 def row(step: int, **more: Any) -> dict[str, Any]:
     """One row of metrics."""
     loss = 2.0 + 5.0 * math.exp(-step / 20)
-    speed = {"tokens": step * 512, "tokens_per_second": 1000.0 + step, "seconds": step * 0.5, "skipped": 0}
-    return {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0 + 1 / step, **speed, **more}
+    speed = {"tokens": step * 512, "tokens_per_second": 1000.0 + step, "train_seconds": step * 0.5, "skipped_steps": 0}
+    return {"step": step, "loss": loss, "learning_rate": 1e-3, "grad_norm": 1.0 + 1 / step, **speed, **more}
 
 
 def finished_run(folder: Path, *, steps: int = 60, config: str = "seed: 0\noptimizer:\n  lr: 0.001\n") -> Path:

@@ -10,6 +10,7 @@ import pytest
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.report.page import parse_settings, write_report
+from llm_quest.report.record import OLD_METRICS, read_run
 from tests.report.folders import finished_run, row, write_json, write_rows
 
 
@@ -120,7 +121,7 @@ def test_a_run_in_progress_with_a_torn_last_line_has_a_page(tmp_path):
 
 
 def test_steps_that_were_not_finite_are_marked_and_counted(tmp_path):
-    bad = {"loss": None, "grad_norm": None, "nonfinite": ["loss", "grad_norm"], "skipped": 1}
+    bad = {"loss": None, "grad_norm": None, "nonfinite": ["loss", "grad_norm"], "skipped_steps": 1}
     write_rows(tmp_path / "metrics.jsonl", [row(step) for step in range(1, 30)] + [row(30, **bad), row(31, skipped=1)])
     page = write_report([tmp_path])
     assert "skipped updates" in read(page).text
@@ -187,3 +188,20 @@ def test_an_earlier_page_survives_a_failed_one(tmp_path):
         write_report([folder])
     assert (folder / "report.html").read_text() == "an earlier page"
     assert [file.name for file in folder.iterdir() if file.name.startswith(".report")] == []
+
+
+def test_the_metrics_of_the_first_version_are_shown_under_todays_names(tmp_path):
+    folder = finished_run(tmp_path / "run")
+    new = (folder / "metrics.jsonl").read_text()
+    record = read_run(folder)
+    old = new
+    for before, now in OLD_METRICS.items():
+        old = old.replace(f'"{now}"', f'"{before}"')
+    assert old != new
+    (folder / "metrics.jsonl").write_text(old)
+    with (folder / "events.jsonl").open("a") as file:
+        file.write('{"event": "guard stop", "step": 60}\n')
+    again = read_run(folder)
+    assert again.rows == record.rows
+    assert again.events[-1]["event"] == "stopped_by_guard"
+    assert set(again.rows[0]) >= {"learning_rate", "train_seconds", "skipped_steps"}

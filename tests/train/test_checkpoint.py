@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ import torch
 from llm_quest.errors import BusyError, DataError, ResourceError
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
+from llm_quest.train.guards import NonFiniteGuard
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_adamw
 from llm_quest.train.run_dir import RunDir
-from tests.train.small import digest, go
+from llm_quest.train.state import TrainState
+from llm_quest.train.state_dict import RNGState
+from tests.train.small import Rule, digest, go, objective
 
 
 def made(step: int, size: int = 100) -> Checkpoint:
-    return Checkpoint(step, {"w": torch.full((size,), float(step))}, {"w|exp_avg": torch.zeros(size)}, {"step": step})
+    tensors = {"model": {"w": torch.full((size,), float(step))}, "optimizer": {"w|exp_avg": torch.zeros(size)}}
+    return Checkpoint(step, {**tensors, "progress": {"step": step}})
 
 
 def names(root) -> list[str]:
@@ -31,8 +38,8 @@ def test_what_is_written_is_read_and_latest_names_it(tmp_path):
     assert (tmp_path / "LATEST").read_text() == "step-00001000\n"
     assert files.find_fault(folder) == ""
     back = files.load_checkpoint(folder)
-    assert torch.equal(back.model["w"], made(1000).model["w"])
-    assert (back.step, back.state) == (1000, {"step": 1000})
+    assert torch.equal(back.state_dict["model"]["w"], made(1000).state_dict["model"]["w"])
+    assert (back.step, back.state_dict["progress"]) == (1000, {"step": 1000})
 
 
 def test_files_have_the_modes_of_the_umask_and_no_pickle(tmp_path):
@@ -157,7 +164,7 @@ def test_a_full_disk_stops_the_run_or_not_as_the_settings_say(tmp_path, monkeypa
         assert names(run.checkpoints) == ["step-00000002", "step-00000004"]
         assert go(10, run).checkpoint_path.endswith("step-00000010")
     events = [json.loads(line)["event"] for line in (run.folder / "events.jsonl").read_text().splitlines()]
-    assert events.count("not saved") == 3
+    assert events.count("save_failed") == 3
 
 
 def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
@@ -167,3 +174,43 @@ def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
             ends.append(digest(go(6, run, save_every=2, background_save=background).checkpoint_path))
     assert ends[0] == ends[1]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path):
+    with RunDir(tmp_path / "run") as run:
+        manifest = Path(go(4, run).checkpoint_path) / files.MANIFEST_FILE
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    with (
+        RunDir(tmp_path / "run") as run,
+        pytest.raises(DataError, match=r"format 1; this version resumes 2\): it loads for generate") as refused,
+    ):
+        go(8, run)
+    assert "\n" not in str(refused.value)
+
+
+def state(seed: int, steps: int = 0) -> TrainState:
+    """Of the small model after some AdamW steps."""
+    model = objective(seed).model
+    optimizer = make_adamw(model, lr=3e-2)
+    found = TrainState(model, optimizer, Rule(), make_lr_schedule(40), NonFiniteGuard(9, 9), RNGState(seed))
+    for _ in range(steps):
+        found.set_learning_rate()
+        model(torch.zeros(1, 3, dtype=torch.int64)).logsumexp(-1).sum().backward()
+        optimizer.step()
+        found.progress.step += 1
+    return found
+
+
+def test_a_train_state_is_restored_whole():
+    one, other = state(1, steps=3), state(2)
+    one.guard.refusal_reason(float("nan"), 1.0, 1.0)
+    saved = one.state_dict()
+    expected = torch.rand(3)
+    other.load_state_dict(saved)
+    assert torch.equal(torch.rand(3), expected)
+    assert (other.progress, other.guard) == (one.progress, one.guard)
+    again = other.state_dict()
+    assert all(torch.equal(saved[part][name], t) for part in ("model", "optimizer") for name, t in again[part].items())
+    assert {name: again[name] for name in again if name not in ("model", "optimizer", "rng")} == {
+        name: saved[name] for name in saved if name not in ("model", "optimizer", "rng")
+    }

@@ -172,7 +172,7 @@ def test_a_nan_is_skipped_counted_shown_and_null_in_the_log(tmp_path):
     calls, show = Calls(), Losses()
     with RunDir(tmp_path / "run") as run:
         result = go(8, run, made=trapped(), feed=Poisoned({3, 4}), callbacks=[calls], show=show)
-    assert result.metrics["skipped"] == 2
+    assert result.metrics["skipped_steps"] == 2
     assert calls.at == [1, 2, 3, None, None, 6, 7, 8]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] is None for row in rows] == [False, False, False, True, True, False, False, False]
@@ -211,7 +211,7 @@ def test_steps_without_a_target_change_nothing_and_too_many_stop_the_run():
             )
 
     result = go(6, feed=Mute())
-    assert result.metrics["empty"] == 3
+    assert result.metrics["empty_steps"] == 3
 
     class Nothing(Rule):
         def batches(self, step):

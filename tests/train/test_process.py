@@ -160,7 +160,7 @@ def test_two_processes_see_the_data_of_one_and_have_its_losses(tmp_path, engine,
     assert any("processes was 2 and is 1" in text for text in events.events)
     pair = rows(tmp_path / "run")
     assert [row["tokens"] for row in pair] == show["tokens"]
-    assert [row["count"] for row in pair] == show["count"]
+    assert [row["num_targets"] for row in pair] == show["num_targets"]
     assert [row["loss"] for row in pair][:3] == pytest.approx(show["loss"][:3], rel=1e-5)
     assert [row["loss"] for row in pair] == pytest.approx(show["loss"], rel=close), "Muon's bfloat16 amplifies rounding"
     assert [row["accuracy"] for row in pair][:3] == show["accuracy"][:3]

@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_model_optimiser_or_feed_is_refused(tmp_path):
         wider.model.norm = torch.nn.LayerNorm(16, bias=False)
         with pytest.raises(ValueError, match=r"another model: unexpected norm\.bias"):
             go(4, run, made=wider)
-        with pytest.raises(DataError, match="optimiser is AdamW, this run's is Muon"):
+        with pytest.raises(DataError, match="optimizer is AdamW, this run's is Muon"):
             go(4, run, optimizer="muon")
         with pytest.raises(ValueError, match="the bookmark is of seed 0"):
             go(4, run, feed=Rule(seed=1))
