@@ -97,8 +97,8 @@ class Mixer(Protocol):
 
     def rescale_logits_(self, gamma: Tensor, key_share: str = "query") -> None:
         """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged; a gamma of
-        1 leaves its head bit by bit. shared: a name in `layers.attention.KEY_SHARE_RULES`, for heads that share a key.
-        A mixer where rescaling has no effect raises ValueError and says why."""
+        1 leaves its head bit by bit. key_share: a name in `layers.attention.KEY_SHARE_RULES`, for heads that share a
+        key. A mixer where rescaling has no effect raises ValueError and says why."""
 
 
 @runtime_checkable
@@ -134,9 +134,9 @@ class Technique(Protocol):
     and a load (the card replays them); all leave the decoder's laws standing, or refuse with a ValueError that says
     why.
 
-    published: the page's config and published tensors alone are the edited model (YaRN changes the config's rotary, and
-    any reader computes it): such a one is noted when a folder is read, not called again. One that is not (LoRA, DyT)
-    makes the saved folder ours alone: config.json then says so, and transformers refuses it.
+    exportable: the page's config and published tensors alone are the edited model (YaRN changes the config's rotary,
+    and any reader computes it): such a one is noted when a folder is read, not called again. One that is not (LoRA,
+    DyT) makes the saved folder ours alone: config.json then says so, and transformers refuses it.
     """
 
     is_identity_at_init: ClassVar[bool]
@@ -225,8 +225,8 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Preset:
-    """A published size. hub: the repository that these numbers are of. Not each can be read as it lies there: files in
-    fp8 are refused, and so are multimodal models of which the page is the language model (`notes` says which).
+    """A published size. hub_id: the repository that these numbers are of. Not each can be read as it lies there: files
+    in fp8 are refused, and so are multimodal models of which the page is the language model (`notes` says which).
     `num_parameters` counts tied weights once."""
 
     name: str

@@ -45,9 +45,10 @@ MaskSpec = Tensor | CausalMask | SlidingWindow
 class Scope:
     """What one pass may see. Build it with `Scope(positions, ...)`, or `Scope.plain(tokens)` for whole rows.
 
-    positions: (B,T) int64, -1 for padding; within a row and segment they increase. segments: (B,T) for packed documents
-    (positions restart in each). ahead: may a token look at later ones (vision)? cache: what earlier passes left.
-    reach: one more than the largest position, if the caller knows it on the host; lets eager code slice the cache.
+    position_ids: (B,T) int64, -1 for padding; within a row and segment they increase. segment_ids: (B,T) for packed
+    documents (positions restart in each). bidirectional: may a token look at later ones (vision)? cache: what earlier
+    passes left. max_seq_len: one more than the largest position, if the caller knows it on the host; lets eager code
+    slice the cache.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ StyledLine = tuple[str, str]
 
 @dataclass(frozen=True)
 class FamilyDiff:
-    """From `a` to `b`. words: what b's page says of itself. leaving, coming, staying: layers with their defining
+    """From `a` to `b`. docstring: what b's page says of itself. removed, added, shared: layers with their defining
     sentence. numbers: (name, a's, b's). code: per definition its lines, each a (style, text): gone, new, same."""
 
     a: str

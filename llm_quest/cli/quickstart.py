@@ -120,7 +120,7 @@ def run_quickstart(
 ) -> QuickstartReport:  # fmt: skip
     """The tour, in a folder. An earlier tour in it is replaced; anything else there is left alone (UsageError).
 
-    pairs: settings of the pretraining. changes: of the stages after it, by recipe."""
+    overrides: settings of the pretraining. stage_overrides: of the stages after it, by recipe."""
     began = time.monotonic()
     settings, config, run = load_recipe("quickstart", [f"seed={seed}", f"device={device}", *overrides])
     clear_previous_run(out, config)

@@ -52,7 +52,7 @@ class TrainingWorkload:
     """What is to be done: `steps` optimiser steps of `rows` rows of `length` tokens, `micro_rows` at once, on
     `world_size` processes.
 
-    config: a page's. optimizer: adamw | muon. precision: fp32 | bf16 (autocast over float32 masters). keep:
+    config: a page's. optimizer: adamw | muon. precision: fp32 | bf16 (autocast over float32 masters). save_total_limit:
     checkpoints that lie on disk at once. checkpointing: activations are computed again in the backward pass.
     techniques: entries of a recipe's `techniques`. teacher: the term beside the loss, with a real teacher."""
 
@@ -142,7 +142,8 @@ class ResourceEstimate:
 def estimate_resources(
     memory: dict[str, int], *, save_total_limit: int, bf16: bool, device: torch.device | str
 ) -> dict[str, Any]:
-    """A `ResourceEstimate`'s fields. keep: checkpoints that lie on disk at once, beside one that is being written."""
+    """A `ResourceEstimate`'s fields. save_total_limit: checkpoints that lie on disk at once, beside one that is being
+    written."""
     saved = memory["weights"] + memory["optimizer"]
     return {
         "memory": memory,

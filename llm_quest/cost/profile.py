@@ -21,8 +21,8 @@ from llm_quest.models.flops import Shape, attention_flops, flop_formulas
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Of one micro-batch. flops: forward and backward; forward: alone. kept: bytes that the forward pass hands to
-    autograd; largest: the most that one block hands to it."""
+    """Of one micro-batch. total_flops: forward and backward; forward_flops: alone. saved_bytes: bytes that the forward
+    pass hands to autograd; largest_block_bytes: the most that one block hands to it."""
 
     total_flops: int
     forward_flops: int

@@ -17,8 +17,8 @@ class TokenBatch:
     """tokens (B,T) int64; targets (B,T) int64, already shifted: `targets[b, t]` is to be predicted *at* t, -100 is not
     learned.
 
-    positions (B,T): -1 for padding; None means plain rows that count from zero. segments (B,T): which of a packed row's
-    documents a token belongs to; None means one document per row. prefix: none is shared (as in `PolicyBatch`).
+    position_ids (B,T): -1 for padding; None means plain rows that count from zero. segment_ids (B,T): which of a packed
+    row's documents a token belongs to; None means one document per row. prefix: none is shared (as in `PolicyBatch`).
 
         tokens      <s>  a   b   <s>  c   <s>        two documents, "a b" and "c", and the beginning of a third
         targets      a   b  </s>  c  </s>  d         the last target is the true next token, in the next row

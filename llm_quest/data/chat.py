@@ -52,8 +52,8 @@ def default_chat_template(tokenizer: Tokenizer) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ChatExample:
-    """ids of a whole conversation; learned: which of them the model is to write. The last of its learned ids ends its
-    last answer. where: file:line."""
+    """ids of a whole conversation; assistant_mask: which of them the model is to write. The last of its learned ids
+    ends its last answer. where: file:line."""
 
     input_ids: np.ndarray
     assistant_mask: np.ndarray

@@ -13,8 +13,8 @@ from llm_quest.data.tokenizer import Tokenizer
 
 
 class DemonstrationLoader:
-    """`rows` problems of the training split in each step; only the answer and its end are learned. examples: the first
-    so many, again and again; None: all."""
+    """`rows` problems of the training split in each step; only the answer and its end are learned. num_examples: the
+    first so many, again and again; None: all."""
 
     def __init__(
         self, task: Task, tokenizer: Tokenizer, *, batch_size: int, seed: int = 0, num_examples: int | None = None

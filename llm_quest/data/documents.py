@@ -228,7 +228,7 @@ def open_maybe_gzip(file: Path) -> gzip.GzipFile | IO[bytes]:
 
 
 def decode_utf8(content: bytes, file: Path, first_line: int = 1) -> str:
-    """UTF-8 with or without a byte-order mark. first: the number of the first line, for the message."""
+    """UTF-8 with or without a byte-order mark. first_line: the number of the first line, for the message."""
     if b"\0" in content:
         line = first_line + content.count(b"\n", 0, content.index(b"\0"))
         raise DataError(f"{file}:{line} holds a zero byte: this is a binary file (or UTF-16), expected UTF-8 text")

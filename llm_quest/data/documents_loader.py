@@ -22,9 +22,9 @@ TokenIds = Sequence[int]
 
 
 class DocumentLoader:
-    """documents: ids with start and end. learn: for each document the places that are learned (tokens[place] is to be
-    foretold from what stands before it); None: all. micro_tokens: what a micro-batch reads at most, padding
-    included."""
+    """documents: ids with start and end. target_positions: for each document the places that are learned (tokens[place]
+    is to be foretold from what stands before it); None: all. max_micro_batch_tokens: what a micro-batch reads at most,
+    padding included."""
 
     def __init__(
         self,

@@ -101,7 +101,7 @@ def load_image_folder(path: str | Path, image_processor: ImageProcessor, held_ou
 def read_class_folders(
     path: Path, image_processor: ImageProcessor, class_names: Sequence[str] | None = None
 ) -> ImageDataset:
-    """Every image of every sub-folder; names: the classes that must be meant."""
+    """Every image of every sub-folder; class_names: the classes that must be meant."""
     there = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and list_image_files(entry))
     if class_names is None and len(there) < 2:
         raise DataError(
@@ -174,7 +174,7 @@ class ImageAugmentation:
     erase: float = 0.0
 
     def __call__(self, images: Float[Tensor, "B C H W"], uniforms: Float[Tensor, "B 8"]) -> Float[Tensor, "B C H W"]:
-        """chance: numbers in 0..1, a row for each image. What lies outside the image is 0, the mean."""
+        """uniforms: numbers in 0..1, a row for each image. What lies outside the image is 0, the mean."""
         if self == ImageAugmentation():
             return images
         signed = 2 * uniforms - 1

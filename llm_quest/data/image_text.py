@@ -226,8 +226,8 @@ class ImageTextCollator:
 class ImageTextLoader:
     """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come.
 
-    turns: so many of them at most; None: all that fit. captions: in so many first steps the caption comes first, where
-    there is one: it tells everything, and captions are hardly learned among questions.
+    max_turns: so many of them at most; None: all that fit. caption_first_steps: in so many first steps the caption
+    comes first, where there is one: it tells everything, and captions are hardly learned among questions.
 
     Commonly got wrong: of several turns in a row the later ones can be copied from the earlier ("how many red circles"
     tells the circles' colour), and the model learns to read, not to see."""

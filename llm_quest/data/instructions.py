@@ -80,8 +80,8 @@ class PackedExamples:
 class InstructionLoader:
     """A `contracts.Feed` over rows of conversations, in another order each epoch.
 
-    rows: of the global batch. micro_rows: at most so many in a micro-batch. Rank r has the r-th of `world_size` equal
-    runs of a step's rows."""
+    batch_size: of the global batch. micro_batch_size: at most so many in a micro-batch. Rank r has the r-th of
+    `world_size` equal runs of a step's rows."""
 
     def __init__(
         self,

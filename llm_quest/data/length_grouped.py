@@ -33,8 +33,8 @@ DatasetT = TypeVar("DatasetT", bound=LengthGroupedDataset[Any])
 
 
 class LengthGroupedLoader(Generic[DatasetT]):
-    """A `contracts.Feed`. rows: items of the global batch. micro_rows: at most so many in a micro-batch. Rank r has the
-    r-th of `world_size` equal runs of a step's items."""
+    """A `contracts.Feed`. batch_size: items of the global batch. micro_batch_size: at most so many in a micro-batch.
+    Rank r has the r-th of `world_size` equal runs of a step's items."""
 
     def __init__(
         self, dataset: DatasetT, *, batch_size: int, micro_batch_size: int, seed: int, share: DataShard = DataShard()

@@ -39,10 +39,10 @@ class EpochOrder(NamedTuple):
 class PackedLoader:
     """A `contracts.Feed` over one split.
 
-    length: inputs per row. rows: of the global batch. micro_rows: at most so many in a micro-batch. Of the rows of a
-    step, rank r has the r-th of `world_size` equal runs. In an epoch every input is seen exactly once: documents and
-    rows are ordered by (seed, epoch), the epoch's last row is padded. A single document gives plain rows (no positions,
-    no segments), for which attention needs no mask."""
+    sequence_length: inputs per row. batch_size: of the global batch. micro_batch_size: at most so many in a
+    micro-batch. Of the rows of a step, rank r has the r-th of `world_size` equal runs. In an epoch every input is seen
+    exactly once: documents and rows are ordered by (seed, epoch), the epoch's last row is padded. A single document
+    gives plain rows (no positions, no segments), for which attention needs no mask."""
 
     def __init__(
         self,

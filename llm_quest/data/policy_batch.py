@@ -22,8 +22,8 @@ MetricSums = Mapping[str, tuple[float, float]]
 @dataclass(frozen=True)
 class PolicyRow:
     """One sample, ready to learn from. advantages, sampled and the others are arrays (float32), one number per token
-    of `tokens`, the completion. old: scored again by the trainer; reference: by the reference policy. looks (tokens,
-    length): where the place that predicts each token looked when it was written."""
+    of `tokens`, the completion. old_log_probs: scored again by the trainer; reference_log_probs: by the reference
+    policy. attention_maps (tokens, length): where the place that predicts each token looked when it was written."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -91,7 +91,7 @@ def empty_row(*more: str) -> PolicyRow:
 def collate_policy_rows(
     rows: Sequence[PolicyRow], metric_sums: MetricSums | None = None, *, share_prompts: bool = False
 ) -> PolicyBatch:
-    """Rows side by side, on the host; shared: equal prompts are read once."""
+    """Rows side by side, on the host; share_prompts: equal prompts are read once."""
     assert not share_prompts or all(row.attention_maps is None for row in rows), "looks go over whole rows"
     made = pad_with_shared_prefix([(row.prompt_ids, row.completion_ids[:-1]) for row in rows], shared=share_prompts)
     targets = np.full(made.tokens.shape, IGNORE_INDEX)

@@ -29,10 +29,10 @@ from llm_quest.data.shared_prefix import SharedPrefix, full_token_count, pad_wit
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """tokens, targets, positions (R,T): as in TokenBatch, answers alone learned, padded on the right; the last token of
-    a row, its end, predicts nothing. better, worse (M,): rows compared. weights, margins (M,). reference (R,): the
-    reference's log-probability of each answer, where it is known. prefix: the questions that rows go on from, where
-    they are shared."""
+    """input_ids, targets, position_ids (R,T): as in TokenBatch, answers alone learned, padded on the right; the last
+    token of a row, its end, predicts nothing. chosen, rejected (M,): rows compared. weights, margins (M,).
+    reference_log_probs (R,): the reference's log-probability of each answer, where it is known. prefix: the questions
+    that rows go on from, where they are shared."""
 
     input_ids: Int[Tensor, "R T"]
     targets: Int[Tensor, "R T"]
@@ -78,8 +78,8 @@ def collate_preferences(
     *,
     share_prompts: bool = False,
 ) -> PreferenceBatch:
-    """These elements as a batch. reference: of each element, a number for each answer. shared: a question is read once
-    for all of its answers, where that reads fewer tokens."""
+    """These elements as a batch. reference_log_probs: of each element, a number for each answer. share_prompts: a
+    question is read once for all of its answers, where that reads fewer tokens."""
     rows = [(one.prompt.tolist(), answer.tolist()) for one in preferences for answer in one.answers]
     unshared, shared_rows = ([(prompt, len(answer) - less) for prompt, answer in rows] for less in (0, 1))
     share_prompts = share_prompts and shared_token_count(shared_rows) < full_token_count(unshared)
@@ -104,8 +104,8 @@ def collate_preferences(
 
 
 class PreferenceDataset:
-    """A `by_length.Source` of rated answers. reference, shared: see `compared`; the first may be set when it is
-    known."""
+    """A `by_length.Source` of rated answers. reference_log_probs, share_prompts: see `compared`; the first may be set
+    when it is known."""
 
     def __init__(self, preferences: Sequence[TokenizedPreference], *, share_prompts: bool = False):
         self.preferences, self.share_prompts = preferences, share_prompts

@@ -19,8 +19,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """tokens, positions (P,L): beginnings, padded on the right. of (R,): which of them row r goes on from. reach: one
-    more than the largest position that any row holds."""
+    """input_ids, position_ids (P,L): beginnings, padded on the right. prefix_index (R,): which of them row r goes on
+    from. reach: one more than the largest position that any row holds."""
 
     input_ids: Int[Tensor, "P L"]
     position_ids: Int[Tensor, "P L"]

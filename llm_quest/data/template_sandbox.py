@@ -34,7 +34,8 @@ class RenderedChat(NamedTuple):
 
 
 class RenderJob(NamedTuple):
-    """messages: what was said. ask: does the text end where the assistant's next message begins? where: for errors."""
+    """messages: what was said. add_generation_prompt: does the text end where the assistant's next message begins?
+    where: for errors."""
 
     messages: Messages
     add_generation_prompt: bool
@@ -42,7 +43,8 @@ class RenderJob(NamedTuple):
 
 
 def render_prompt(template: str, messages: Messages, *, special_tokens: dict[str, str] | None = None) -> str:
-    """The prompt that asks for the assistant's next message. special: bos_token, eos_token and their like, by name."""
+    """The prompt that asks for the assistant's next message. special_tokens: bos_token, eos_token and their like, by
+    name."""
     return render_batch(template, [RenderJob(messages, add_generation_prompt=True)], special_tokens=special_tokens)[
         0
     ].text

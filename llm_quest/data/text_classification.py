@@ -56,7 +56,7 @@ class TextClassificationBatch:
 
 
 class TextClassificationDataset:
-    """A `by_length.Source` of texts as ids. names: the classes, in the order of their numbers."""
+    """A `by_length.Source` of texts as ids. label_names: the classes, in the order of their numbers."""
 
     def __init__(self, rows: Sequence[np.ndarray], label_ids: Sequence[int], label_names: Sequence[str]):
         self.rows, self.label_ids, self.label_names = rows, label_ids, tuple(label_names)

@@ -39,8 +39,10 @@ KNOWN_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 class Tokenizer:
     """`encode_prompt(text) -> ids`, `decode(ids) -> text`. Load one with `Tokenizer.load`, make one with `train_bpe`.
 
-    engine: a `tokenizers.Tokenizer`. ends: the tokens that end a text, the first one is written after each document.
-    begin, pad, unknown: names of tokens, or None. limit: the context length written into its files."""
+    backend_tokenizer: a `tokenizers.Tokenizer`. eos_tokens: the tokens that end a text, the first one is written after
+    each document. bos_token, pad_token, unk_token: names of tokens, or None. model_max_length: the context length
+    written into its
+    files."""
 
     def __init__(
         self,
@@ -117,9 +119,9 @@ class Tokenizer:
         return cls(engine, eos_tokens=(END_OF_TEXT,), bos_token=END_OF_TEXT)
 
     def encode(self, text: str, *, allow_special_tokens: bool = False, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text. special: may control tokens be written out in it (`<|im_end|>`)? Off, they are ordinary
-        text. template: add what this tokenizer puts around a text, as transformers does (Llama's `<s>`); documents go
-        without."""
+        """The ids of a text. allow_special_tokens: may control tokens be written out in it (`<|im_end|>`)? Off, they
+        are ordinary text. add_special_tokens: add what this tokenizer puts around a text, as transformers does (Llama's
+        `<s>`); documents go without."""
         return (
             self._backend_for(allow_special_tokens)
             .encode(_require_valid_unicode(text), add_special_tokens=add_special_tokens)

@@ -47,8 +47,8 @@ class Baseline:
 @dataclass(frozen=True, eq=False)
 class NgramLevel:
     """The n-grams of one order. grams: sorted keys, context * base + symbol; the context is its number at the order
-    below. reduced: (c - D) / c(h) of each gram; passed: what each context leaves to the shorter one (1 if it was never
-    seen)."""
+    below. discounted: (c - D) / c(h) of each gram; backoff_weights: what each context leaves to the shorter one (1 if
+    it was never seen)."""
 
     grams: np.ndarray
     discounted: np.ndarray

@@ -24,7 +24,7 @@ DEFAULT_MAX_GEN_TOKS = 256
 
 
 class LmEvalModel(LM):
-    """A model with its tokenizer, as lm_eval asks it. rows: sequences in a pass."""
+    """A model with its tokenizer, as lm_eval asks it. batch_size: sequences in a pass."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 16):
         super().__init__()

@@ -88,8 +88,8 @@ def evaluate_documents(
     log: Callable[[str], None] = lambda text: None,
 ) -> PerplexityReport:
     """On documents. train: what the model and the n-gram baselines learned from; without it only compressors are
-    compared. length: tokens in a row, by default the model's context (at most 4,096); limit: look at so many tokens'
-    worth of documents."""
+    compared. length: tokens in a row, by default the model's context (at most 4,096); max_tokens: look at so many
+    tokens' worth of documents."""
     if not documents:
         raise DataError(f"{source} holds no document to evaluate on")
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -44,7 +44,7 @@ def pass_at_k(k: int, num_samples: int, num_correct: int) -> float:
 
 
 def mean_pass_at_k(k: int, scores: Sequence[Sequence[float]]) -> float:
-    """pass@k, averaged over problems. verdicts: for every problem, its samples' outcomes; NaN is left out."""
+    """pass@k, averaged over problems. scores: for every problem, its samples' outcomes; NaN is left out."""
     shares = []
     for samples in scores:
         known = [verdict for verdict in samples if not math.isnan(verdict)]

@@ -45,9 +45,9 @@ def generate(
     """`n` completions of each prompt (a list of token ids; lengths may differ), those of one prompt side by side.
 
     temperature ... repetition_penalty: see `SamplingParams`. seed: with it, the prompt and its number among equal
-    prompts, a row's text is decided, whoever its neighbours are. eos: ends a row; None: the model's own; (): nothing
-    does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow once, then
-    faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same law in
+    prompts, a row's text is decided, whoever its neighbours are. eos_token_id: ends a row; None: the model's own; ():
+    nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow once,
+    then faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same law in
     fewer passes (greedy: the same text)."""
     sampling_params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -77,8 +77,9 @@ def generate_completions(
     stats: SpeculationStats | None = None,
     copy_offsets: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """`generate` with its choices as the two objects they are. tally: counts what speculation did. which: of prompts
-    that are a part of a longer list, how many equal ones came before each there; it gets the text it has there."""
+    """`generate` with its choices as the two objects they are. stats: counts what speculation did. copy_offsets: of
+    prompts that are a part of a longer list, how many equal ones came before each there; it gets the text it has
+    there."""
     rows: dict[int, list[GeneratedToken]] = {}
     choices = (model, prompts, sampling_params, stopping_criteria)
     for made in stream_tokens(
@@ -172,8 +173,8 @@ def prefill_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: i
 
 
 def validate_prompts(prompts: TokenPrompts, vocab_size: int, max_context: int | None) -> list[list[int]]:
-    """Plain lists of token ids, every one of them fit for the model. room: the longest context that leaves space for
-    a token."""
+    """Plain lists of token ids, every one of them fit for the model. max_context: the longest context that leaves space
+    for a token."""
     try:
         listed = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         read = [[operator.index(token) for token in prompt] for prompt in listed]

@@ -145,7 +145,7 @@ def row_uniforms(
 ) -> Float[Tensor, "R length"]:
     """The random numbers of `copies` rows per prompt, on the host. A row's stream is named by the seed (perhaps with
     what the numbers are for), its prompt and which copy of that prompt it is, so its text is the same alone, in any
-    batch and in any order. which: how many equal prompts came before each; None: they are counted here."""
+    batch and in any order. copy_offsets: how many equal prompts came before each; None: they are counted here."""
     streams, prompt_counts = [], Counter[tuple[int, ...]]()
     for place, prompt in enumerate(prompts):
         before = prompt_counts[tuple(prompt)] if copy_offsets is None else copy_offsets[place]

@@ -21,8 +21,8 @@ def atomic_dir(
     """A new empty folder to write into; on success it takes the place of `folder`, on any error it is removed.
 
     A folder that is not empty is refused, unless `overwrite` and every file in it is one that we would write (`ours`):
-    so a mistyped path never costs anybody's files. Links, files and devices are refused. needed: bytes that must be
-    free."""
+    so a mistyped path never costs anybody's files. Links, files and devices are refused. required_bytes: bytes that
+    must be free."""
     target = Path(folder).expanduser().absolute()
     check_target(target, overwrite, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -59,10 +59,10 @@ def load(
 ) -> Decoder:
     """A Decoder in eval mode, with `model.generation_config` as published.
 
-    where: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a PEFT
-    adapter (with the base that it names), or a hub id. dtype None: as config.json says, else as the weights are stored.
-    On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like, but
-    don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
+    name_or_path: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a
+    PEFT adapter (with the base that it names), or a hub id. dtype None: as config.json says, else as the weights are
+    stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like,
+    but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
     until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
     Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
     config no page computes), MissingError offline."""
@@ -93,7 +93,7 @@ def load(
 
 def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str]:
     """Every tensor into its place, and what only the numbers can tell: which are not finite, which second copies
-    differ. there: parameters that lie in their files.
+    differ. mapped: parameters that lie in their files.
 
     Two at once: one reads while the other checks; both are out of Python's hands."""
     assert report.model is not None

@@ -22,7 +22,8 @@ PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.i
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """folder: holds the weights. run: the run folder they belong to, if they are ours. name: as the user gave it."""
+    """folder: holds the weights. run_dir: the run folder they belong to, if they are ours. name: as the user gave
+    it."""
 
     folder: Path
     name: str

@@ -85,7 +85,7 @@ def map_parameter(
 
 
 def reshape_memory(memory: Tensor, parameter: nn.Parameter, *, transposed: bool) -> Tensor:
-    """Flat memory in the parameter's shape; turned: its last two dimensions lie the other way round."""
+    """Flat memory in the parameter's shape; transposed: its last two dimensions lie the other way round."""
     if not transposed:
         return memory.view(parameter.shape)
     *outer, rows, columns = parameter.shape

@@ -76,7 +76,7 @@ def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
 
 
 def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None) -> PublishedMatrix:
-    """stack: the layer, where its whole matrix is published as one."""
+    """packed: the layer, where its whole matrix is published as one."""
     rows, width = site.weight.shape
     module = name.removesuffix(".weight")
     if isinstance(packed, PackedLinear):

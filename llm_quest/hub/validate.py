@@ -48,8 +48,8 @@ TensorSource = StoredTensor | Tensor
 @dataclass
 class FolderReport:
     """What was found. sources: published name -> where its numbers are. model: on the meta device; None if the config
-    is unusable. places: name in the files -> its place in the model. twins: tensors stored twice, (copy, original).
-    techniques: what its card says was done to it. problems forbid loading; notes do not."""
+    is unusable. weight_views: name in the files -> its place in the model. duplicates: tensors stored twice, (copy,
+    original). techniques: what its card says was done to it. problems forbid loading; notes do not."""
 
     location: ModelLocation
     hf_config: Mapping[str, Any] = field(default_factory=dict)

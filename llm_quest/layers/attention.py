@@ -67,8 +67,8 @@ def attention_weights(
 ) -> Float[Tensor, "B H T S"]:
     """How each query shares its attention out, softmax in at least float32.
 
-    cap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a hidden key would get -cap instead
-    of nothing). sink: one more logit per head that takes weight and brings no value (gpt-oss, MiMo)."""
+    softcap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a hidden key would get -cap
+    instead of nothing). sink: one more logit per head that takes weight and brings no value (gpt-oss, MiMo)."""
     k_BSHd = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q, k_BSHd) * scale
     if softcap is not None:
@@ -252,12 +252,12 @@ KEY_SHARE_RULES: dict[str, KeyShareRule] = {
 class GroupedQueryAttention(nn.Module):
     """H query heads share G key/value heads (G = H: multi-head attention; G = 1: multi-query).
 
-    rotary: turns queries and keys by their positions (NoRotary: not at all). window: look back at most that many
-    tokens, the token itself included; None: all. bias: on q, k, v; out_bias: on the output projection. q_norm, k_norm:
-    act on each head before the rotation; v_norm on each value head. scale: of the scores, head_width^-0.5 unless given.
-    value_width: of a value head, head_width unless given. gated: the output times sigmoid of a gate, made beside the
-    query (arXiv:2505.06708). sinks: a learned logit per head that takes weight and brings nothing. attend: fused, or
-    the explicit definition. Techniques put watchers beside it, which look on."""
+    rotary: turns queries and keys by their positions (NoRotary: not at all). sliding_window: look back at most that
+    many tokens, the token itself included; None: all. qkv_bias: on q, k, v; out_bias: on the output projection. q_norm,
+    k_norm: act on each head before the rotation; v_norm on each value head. scale: of the scores, head_width^-0.5
+    unless given. v_head_dim: of a value head, head_width unless given. output_gate: the output times sigmoid of a gate,
+    made beside the query (arXiv:2505.06708). use_sinks: a learned logit per head that takes weight and brings nothing.
+    attend: fused, or the explicit definition. Techniques put watchers beside it, which look on."""
 
     def __init__(
         self,
@@ -308,7 +308,7 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], scope: Scope, num_queries: int | None = None
     ) -> Float[Tensor, "B N D"]:
-        """wanted: only so many first positions ask (N of T; there is no cache then); all are looked at."""
+        """num_queries: only so many first positions ask (N of T; there is no cache then); all are looked at."""
         head_counts = (self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads)
         q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(self.qkv(x), head_counts, strict=True))
         q, gate = q.chunk(2, dim=-1) if self.output_gate else (q, None)

@@ -66,7 +66,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int | None = None
     ) -> Float[Tensor, "B N *streams D"]:
-        """wanted: only so many first positions are read by what follows; no others are worked out."""
+        """num_queries: only so many first positions are read by what follows; no others are worked out."""
         return self.feed_forward(
             self.mixer(x, scope) if num_queries is None else self.mixer.forward_first(x, scope, num_queries), scope
         )

@@ -132,8 +132,9 @@ def prepare_chunks(
 
 
 class ChunkBoundaries(NamedTuple):
-    """Where documents meet, for N chunks of R = B H rows: pairs (N,R,C,C) in one document; entered (N,R,C): in the
-    document the chunk began with; continues (N,R): the next chunk begins in the document this one ended with."""
+    """Where documents meet, for N chunks of R = B H rows: pairs (N,R,C,C) in one document; same_as_first (N,R,C): in
+    the document the chunk began with; continues_into_next (N,R): the next chunk begins in the document this one ended
+    with."""
 
     same_document: Bool[Tensor, "N R C C"]
     same_as_first: Bool[Tensor, "N R C"]
@@ -200,8 +201,8 @@ class InterleavedProjection(nn.Module):
 
 class GatedDeltaNet(nn.Module):
     """key_heads heads of width key_width for queries and keys, each serving value_heads // key_heads heads of width
-    value_width. kernel: taps of the causal convolution that q, k and v pass first. inputs: FlatInputs or WovenInputs,
-    how the published files lay out the projections."""
+    value_width. conv_kernel_size: taps of the causal convolution that q, k and v pass first. inputs: FlatInputs or
+    WovenInputs, how the published files lay out the projections."""
 
     def __init__(
         self,

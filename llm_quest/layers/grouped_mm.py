@@ -57,7 +57,7 @@ class GroupedLinear(Function):
 
 class ExpertPermutation(NamedTuple):
     """Where N tokens with K experts each stand among N K rows sorted by expert. order: sorted row -> row (token K +
-    k); back: its inverse; ends (E,): where each expert's rows end; top: K."""
+    k); inverse: its inverse; offsets (E,): where each expert's rows end; top_k: K."""
 
     order: Int[Tensor, " NK"]
     inverse: Int[Tensor, " NK"]

@@ -95,8 +95,8 @@ class WeightedStreamSum(nn.Module):
 
 
 class StaticWeights(nn.Module):
-    """Weights that are learned and the same for every token. reads: the stream that the layer reads at first. They are
-    vectors, so that nothing decays them to zero."""
+    """Weights that are learned and the same for every token. read_stream: the stream that the layer reads at first.
+    They are vectors, so that nothing decays them to zero."""
 
     def __init__(self, dim: int, num_streams: int, read_stream: int):
         super().__init__()

@@ -30,7 +30,7 @@ def materialize(
     preallocated: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one, and whole
-    numbers stay whole. given: those (by name) that have some already."""
+    numbers stay whole. preallocated: those (by name) that have some already."""
     named = dict(model.named_parameters())
     preallocated_by_id = {id(named[path]): tensor for path, tensor in (preallocated or {}).items()}
     parameters_by_id: dict[int, nn.Parameter] = {}

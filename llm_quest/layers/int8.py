@@ -86,7 +86,7 @@ def empty_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """In the place of a linear layer. cap: of a head whose logits are capped."""
+    """In the place of a linear layer. softcap: of a head whose logits are capped."""
 
     def __init__(self, matrix: Int8Matrix, bias: nn.Parameter | None, softcap: float | None = None):
         super().__init__()

@@ -79,9 +79,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class SlotWrite:
-    """One pass's dealings with a shelf. row (B,1), slot (B,T): where each token goes; before, after (B, slots+1):
-    positions lying in the slots before and after the pass; start: the common slot of a plain pass's first token, where
-    it is known; fresh: nothing lay there before; whole: rows 0..n without gap or padding."""
+    """One pass's dealings with a shelf. row (B,1), slot (B,T): where each token goes; positions_before, positions_after
+    (B, slots+1): positions lying in the slots before and after the pass; start: the common slot of a plain pass's first
+    token, where it is known; is_first: nothing lay there before; is_contiguous: rows 0..n without gap or padding."""
 
     rows: Tensor
     slots: Tensor
@@ -96,8 +96,8 @@ class SlotWrite:
 class SlotIndex:
     """The positions (B, slots+1) lying in the slots of all parts that have this many; -1 where a slot is free.
 
-    whole: rows lie in slots 1..run without gap or padding. highest (B,): the latest position a ring has ever held, so
-    what lies `num_slots` below it is overwritten for good, also after a rewind."""
+    is_contiguous: rows lie in slots 1..run without gap or padding. max_positions (B,): the latest position a ring has
+    ever held, so what lies `num_slots` below it is overwritten for good, also after a rewind."""
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots

@@ -30,9 +30,9 @@ LATENT_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """heads: H. q_rank: width of the query's own latent, None: queries are projected directly. kv_rank: r, the
-    remembered latent. nope, rope: widths of a head's part without and with rotation; value: of its value. scale: on the
-    whole score."""
+    """num_attention_heads: H. q_lora_rank: width of the query's own latent, None: queries are projected directly.
+    kv_lora_rank: r, the remembered latent. qk_nope_head_dim, qk_rope_head_dim: widths of a head's part without and with
+    rotation; v_head_dim: of its value. scale: on the whole score."""
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ class LowRankUpdate(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Tensor
     ) -> Float[Tensor, "*batch out"]:
-        """plain: W x. Dropout acts on x, on its way through the adapter alone."""
+        """base_output: W x. Dropout acts on x, on its way through the adapter alone."""
         return base_output + self.update(self.dropout(x))
 
     def update(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:

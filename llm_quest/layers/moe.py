@@ -26,8 +26,8 @@ class RouterOutput(NamedTuple):
     callbacks.
 
     scores (N,E): what the router thinks of each expert (softmax or sigmoid). logits (N,E). experts (N,K), weights
-    (N,K): the choice. real (N): False for padding. router: who decided (its bias may be balanced after the step). rows:
-    how many rows (sequences) the N tokens come from."""
+    (N,K): the choice. non_padding (N): False for padding. router: who decided (its bias may be balanced after the
+    step). num_rows: how many rows (sequences) the N tokens come from."""
 
     scores: Float[Tensor, "N E"]
     logits: Float[Tensor, "N E"]
@@ -45,7 +45,7 @@ class RouterOutput(NamedTuple):
 
 class SoftmaxRouter(nn.Module):
     """Mixtral's and Qwen3's: softmax over all experts, the K largest, weights renormalised to sum 1 if
-    `norm_topk_prob`. balance: the coefficient of the load-balancing loss that its family is trained with, for
+    `norm_topk_prob`. aux_loss_coef: the coefficient of the load-balancing loss that its family is trained with, for
     recipes."""
 
     def __init__(self, dim: int, num_experts: int, *, top_k: int, norm_topk_prob: bool, aux_loss_coef: float = 0.001):
@@ -71,8 +71,8 @@ class SigmoidRouter(nn.Module):
     """DeepSeek-V3's (arXiv:2412.19437, eq. 12-16): sigmoid scores; a bias that balances the load *chooses* but never
     weighs; experts lie in `groups`, of which the `topk_group` best (by the sum of their two best) take part.
 
-    load (E): tokens received since the last balancing step; the objective adds to it, the balancing callback empties
-    it.
+    tokens_per_expert (E): tokens received since the last balancing step; the objective adds to it, the balancing
+    callback empties it.
 
     Commonly got wrong: dropped groups are -inf, not 0 (biased scores may be negative); the weights are the unbiased
     scores, renormalised, times `scale`. The bias is float32 whatever the model's dtype, without gradient, and changes
@@ -286,7 +286,7 @@ class LatentMoE(nn.Module):
     and more a token, cost the same. x goes down once, its experts' weighted sum comes up once; router and shared expert
     see all of x.
 
-    latent: its width. With a ratio r = width / latent, experts and top are taken r times as many as without."""
+    latent_dim: its width. With a ratio r = width / latent, experts and top are taken r times as many as without."""
 
     def __init__(self, dim: int, latent_dim: int, router: nn.Module, experts: Experts, shared: nn.Module):
         super().__init__()

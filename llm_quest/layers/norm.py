@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
 
 class DynamicTanh(nn.Module):
     """y = weight * tanh(alpha x) + bias (DyT, Zhu et al. 2025, arXiv:2503.10622, section 4), in a norm's place: one
-    learned scalar alpha, and no number of a token depends on another. start: alpha's first value."""
+    learned scalar alpha, and no number of a token depends on another. alpha_init: alpha's first value."""
 
     def __init__(self, dim: int, alpha_init: float, *, bias: bool):
         super().__init__()

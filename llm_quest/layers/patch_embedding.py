@@ -27,7 +27,7 @@ class PatchEmbedding(nn.Linear):
 
 class ImageEmbedding(nn.Module):
     """[start; patches] + positions: a learned class token stands before the patches, and every one of them, the class
-    token included, has a learned position (eq. 1). image: side of the square images it reads.
+    token included, has a learned position (eq. 1). image_size: side of the square images it reads.
 
     Raises ValueError for images of another shape: the positions belong to one grid (`interpolate_pos_encoding` makes
     another's)."""

@@ -66,8 +66,8 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "float32",
 ) -> Decoder:
-    """A model with random first values, in eval mode. what: a preset's name or a page's Config. The same seed gives the
-    same weights on any machine: they are drawn in float32 on the host, then moved."""
+    """A model with random first values, in eval mode. preset_or_config: a preset's name or a page's Config. The same
+    seed gives the same weights on any machine: they are drawn in float32 on the host, then moved."""
     config = preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     dtype = dtype_from_name(dtype) if isinstance(dtype, str) else dtype
     model = materialize(build_meta_model(config), "cpu", torch.float32)

@@ -33,7 +33,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 
 @dataclass(frozen=True)
 class Config:
-    """The tower's numbers. image, patch: sides in pixels."""
+    """The tower's numbers. image_size, patch_size: sides in pixels."""
 
     image_size: int
     patch_size: int

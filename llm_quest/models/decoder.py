@@ -20,7 +20,7 @@ class Decoder(nn.Module):
 
     embed(tokens, scope) -> (B,T,D). enter, leave: widen and close the stream (Identity but for hyper-connections). Each
     of `blocks` is called with the scope as its layer sees it. head: after the projection it may cap the logits.
-    lookahead: multi-token prediction modules, read by their objective and by drafting alone."""
+    mtp_modules: multi-token prediction modules, read by their objective and by drafting alone."""
 
     def __init__(
         self,

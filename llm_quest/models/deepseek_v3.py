@@ -51,10 +51,11 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class Config:
-    """V3's numbers. q_rank, kv_rank: the latents; nope, rope, value: widths of a head's parts; dense: how many first
-    layers are dense, of width hidden; expert_hidden: an expert's width; shared: how many experts' widths the shared one
-    has; the experts lie in expert_groups, of which a token may use top_groups; lookahead: how many multi-token
-    prediction modules stand behind the model."""
+    """V3's numbers. q_lora_rank, kv_lora_rank: the latents; qk_nope_head_dim, qk_rope_head_dim, v_head_dim: widths of a
+    head's parts; first_k_dense_replace: how many first layers are dense, of width hidden; moe_intermediate_size: an
+    expert's width; n_shared_experts: how many experts' widths the shared one has; the experts lie in expert_groups, of
+    which a token may use top_groups; num_nextn_predict_layers: how many multi-token prediction modules stand behind the
+    model."""
 
     vocab_size: int
     hidden_size: int

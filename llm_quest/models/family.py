@@ -63,11 +63,11 @@ class Family:
     name: of the file. model_type, architecture: what `config.json` calls it. Config: the frozen dataclass of its
     numbers. assemble(config) -> Decoder (call it under `torch.device("meta")` to spend no memory); initialize(model,
     generator) fills it. names(config): our parameter names -> published ones. read(config.json's contents) -> Config,
-    publish its inverse. ignore: published tensors that are not weights, as regular expressions. also: further
-    model_types read by this page (`to_preprocessor_config` says which one a config is, where that changes what is
-    computed). copies(config): published names that hold another one's tensor again. settle(config, names in the files):
-    the config that fits what is there, where files may leave a part out. task: the hub's word for what it does.
-    optional_prefix: a piece of the names that some files leave out."""
+    publish its inverse. keys_to_ignore: published tensors that are not weights, as regular expressions.
+    extra_model_types: further model_types read by this page (`to_preprocessor_config` says which one a config is, where
+    that changes what is computed). copies(config): published names that hold another one's tensor again. settle(config,
+    names in the files): the config that fits what is there, where files may leave a part out. pipeline_tag: the hub's
+    word for what it does. optional_prefix: a piece of the names that some files leave out."""
 
     name: str
     model_type: str

@@ -47,9 +47,9 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class Config:
-    """Gemma's numbers. windows: per layer, how far it looks back; None: everything. scalar: scores are divided by its
-    root. rotary: of the global layers, local_rotary: of the windowed ones. attention_cap, final_cap: None in Gemma 3,
-    whose qk_norm is True."""
+    """Gemma's numbers. sliding_windows: per layer, how far it looks back; None: everything. query_pre_attn_scalar:
+    scores are divided by its root. rotary: of the global layers, local_rotary: of the windowed ones.
+    attn_logit_softcapping, final_logit_softcapping: None in Gemma 3, whose qk_norm is True."""
 
     vocab_size: int
     hidden_size: int

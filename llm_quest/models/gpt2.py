@@ -43,8 +43,8 @@ DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 @dataclass(frozen=True)
 class Config:
-    """GPT-2's numbers. context: learned positions; dropout: on attention weights, branches and embedding, in
-    training."""
+    """GPT-2's numbers. max_position_embeddings: learned positions; dropout: on attention weights, branches and
+    embedding, in training."""
 
     vocab_size: int
     hidden_size: int

@@ -45,7 +45,8 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class Config:
-    """Llama's numbers. groups: key/value heads; context: longest sequence it was made for; tied: output = embedding."""
+    """Llama's numbers. num_key_value_heads: key/value heads; max_position_embeddings: longest sequence it was made for;
+    tie_word_embeddings: output = embedding."""
 
     vocab_size: int
     hidden_size: int

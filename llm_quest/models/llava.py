@@ -42,9 +42,10 @@ TEXT_FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
 
 @dataclass(frozen=True)
 class Config:
-    """vision: of the image encoder (clip or vit); text: of the decoder. image_token: the placeholder's id. depth: after
-    how many of the encoder's blocks the patches are taken. mlp: two matrices in the adapter rather than one. bias: the
-    adapter's. keep_class: is the class token shown too?"""
+    """vision_config: of the image encoder (clip or vit); text_config: of the decoder. image_token_id: the placeholder's
+    id. num_vision_blocks: after how many of the encoder's blocks the patches are taken. mlp_projector: two matrices in
+    the adapter rather than one. multimodal_projector_bias: the adapter's. keep_cls_token: is the class token shown
+    too?"""
 
     vision_config: Any
     text_config: Any

@@ -51,9 +51,10 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class Config:
-    """windows: per layer, how many tokens it sees, itself included; None: all. groups, local_groups: key/value heads of
-    global and windowed layers; dense: per layer, whether its feed-forward layer is dense, of width hidden; lookahead:
-    how many multi-token prediction modules stand behind the model."""
+    """sliding_windows: per layer, how many tokens it sees, itself included; None: all. num_key_value_heads,
+    swa_num_key_value_heads: key/value heads of global and windowed layers; dense_layers: per layer, whether its
+    feed-forward layer is dense, of width hidden; num_nextn_predict_layers: how many multi-token prediction modules
+    stand behind the model."""
 
     vocab_size: int
     hidden_size: int

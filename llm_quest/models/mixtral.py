@@ -42,8 +42,8 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class Config:
-    """Mixtral's numbers. experts: feed-forward layers a layer has; top: how many a token visits; hidden: the width of
-    each."""
+    """Mixtral's numbers. num_local_experts: feed-forward layers a layer has; num_experts_per_tok: how many a token
+    visits; intermediate_size: the width of each."""
 
     vocab_size: int
     hidden_size: int

@@ -47,7 +47,7 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The mixture's numbers. layers: which are sparse; hidden: an expert's width."""
+    """The mixture's numbers. sparse_layers: which are sparse; moe_intermediate_size: an expert's width."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -59,7 +59,7 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Qwen3's numbers. hidden: of the dense layers; sparse: the mixture, None in the dense models."""
+    """Qwen3's numbers. intermediate_size: of the dense layers; moe: the mixture, None in the dense models."""
 
     vocab_size: int
     hidden_size: int

@@ -48,7 +48,7 @@ from llm_quest.models.family import (
 
 @dataclass(frozen=True)
 class DeltaNetConfig:
-    """The Gated DeltaNet's numbers. woven: Qwen3-Next's layout of its projections; Qwen3.5's is flat."""
+    """The Gated DeltaNet's numbers. interleaved: Qwen3-Next's layout of its projections; Qwen3.5's is flat."""
 
     linear_num_key_heads: int
     linear_num_value_heads: int
@@ -72,7 +72,8 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """attention: per layer, whether it attends (True) or is a DeltaNet. hidden: width of a dense feed-forward layer."""
+    """full_attention_layers: per layer, whether it attends (True) or is a DeltaNet. intermediate_size: width of a dense
+    feed-forward layer."""
 
     vocab_size: int
     hidden_size: int

@@ -36,8 +36,8 @@ from llm_quest.models.image_encoder import ImageEncoder
 
 @dataclass(frozen=True)
 class Config:
-    """ViT's numbers. image, patch: sides in pixels; labels: names of the classes, where they have names; dropout: on
-    attention weights, branches and embedding, in training."""
+    """ViT's numbers. image_size, patch_size: sides in pixels; label_names: names of the classes, where they have names;
+    hidden_dropout_prob: on attention weights, branches and embedding, in training."""
 
     image_size: int
     patch_size: int

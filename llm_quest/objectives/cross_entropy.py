@@ -41,7 +41,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(x W^T)[target] over the rows whose target is not -100, in float32. form: a name in FORMS.
-    cap: the logits are cap * tanh(logits / cap)."""
+    softcap: the logits are cap * tanh(logits / cap)."""
     return CROSS_ENTROPY_FORMS[choose_form(x, weight, softcap) if form == "auto" else form](x, weight, targets, softcap)
 
 

@@ -54,8 +54,8 @@ class FrozenTeacher:
 
 class DistillationLoss(nn.Module):
     """A term beside next-token prediction. teacher: in evaluation mode, on the student's device; under autocast it
-    computes as the student does. weight: of the divergence; what is missing to 1 stays with the main loss. ids: how
-    many token ids count (`tokenizer.vocab_size`): what either vocabulary has beyond, padding, stays out of both
+    computes as the student does. weight: of the divergence; what is missing to 1 stays with the main loss. vocab_size:
+    how many token ids count (`tokenizer.vocab_size`): what either vocabulary has beyond, padding, stays out of both
     distributions. None: all of the teacher's."""
 
     name = "distillation"

@@ -50,7 +50,7 @@ class ImportanceSamplingCorrection:
             )
 
     def __call__(self, log_ratio: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """gap: log pi_old - log pi_sampled."""
+        """log_ratio: log pi_old - log pi_sampled."""
         if self.level == "sequence":
             log_ratio = (log_ratio * loss_mask).sum(dim=1, keepdim=True).expand_as(log_ratio)
         elif self.level == "geometric":
@@ -69,9 +69,9 @@ class PolicyGradientLoss(nn.Module):
     """`PolicyGradientLoss(model, surrogate, count=...)(batch) -> Loss`.
 
     count: what the loss is divided by (`WEIGHTS`), samples without an advantage included; horizon: the constant length
-    that count "horizon" multiplies by. temperature: what the samples were drawn at. stale: delta of the off-policy
-    sequence mask. entropy: coefficient of the bonus. looking: lambda of Reinforced Attention Learning
-    (`attention_divergence_loss`), for batches that hold looks and a model with one tap. The policy is put into
+    that count "horizon" multiplies by. temperature: what the samples were drawn at. off_policy_delta: delta of the
+    off-policy sequence mask. entropy_coef: coefficient of the bonus. attention_coef: lambda of Reinforced Attention
+    Learning (`attention_divergence_loss`), for batches that hold looks and a model with one tap. The policy is put into
     evaluation mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward that
     computes a block again must find the mode of the forward.
 

@@ -32,11 +32,11 @@ ReferenceLogProbs = Callable[[PreferenceBatch], Tensor]
 class PreferenceLoss(nn.Module):
     """`PreferenceLoss(model)(batch) -> Loss`: count = elements (a pair is one, K ranked answers are one).
 
-    loss: a name in LOSSES. beta: how far the policy may go from the reference. flips: the part of the pairs that are
-    believed to be labelled the wrong way round (cdpo and robust need it, the others have no use for it). per_token:
-    means in place of sums (for IPO TRL does so: its authors say that the paper's experiments had means, though its
-    equations have sums). reference: computes the reference's log-probability
-    of each row where the batch does not carry it."""
+    loss_type: a name in LOSSES. beta: how far the policy may go from the reference. label_smoothing: the part of the
+    pairs that are believed to be labelled the wrong way round (cdpo and robust need it, the others have no use for it).
+    per_token: means in place of sums (for IPO TRL does so: its authors say that the paper's experiments had means,
+    though its equations have sums). reference: computes the reference's log-probability of each row where the batch
+    does not carry it."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ def sequence_log_probs(model: Any, batch: PreferenceBatch) -> Float[Tensor, " R"
 
 
 class PreferenceForm(NamedTuple):
-    """of(D, beta, flips) -> the loss of each comparison. flips: has that number an effect?"""
+    """of(D, beta, flips) -> the loss of each comparison. uses_label_smoothing: has that number an effect?"""
 
     loss: Callable[[Tensor, float, float], Tensor]
     uses_label_smoothing: bool = False

@@ -61,8 +61,8 @@ def gold_score(groups: list[list[Sample]]) -> float:
 
 
 def make_arm(*, gold_reward: bool = False, iterative: bool = False) -> Callable[[int], Measurement]:
-    """gold: the verifier rewards. trained_on: the judge learns in every phase; else it learns at once from as many
-    questions, put to the first policy."""
+    """gold_reward: the verifier rewards. iterative: the judge learns in every phase; else it learns at once from as
+    many questions, put to the first policy."""
 
     def run_arm(seed: int) -> Measurement:
         policy = base_policy(EXPERIMENT, seed)

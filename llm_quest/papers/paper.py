@@ -77,7 +77,7 @@ class ExperimentResults:
 
 @dataclass(frozen=True)
 class Verdict:
-    """words: one sentence with the numbers it rests on."""
+    """explanation: one sentence with the numbers it rests on."""
 
     outcome: VerdictOutcome
     explanation: str

@@ -44,10 +44,13 @@ HEAD_DIM = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RLExperiment:
-    """name: of the experiment. lessons, rate: steps of imitation before anything else, 64 rows each, and their learning
-    rate. examples: demonstrations that the teacher has, shown again and again; None: never one twice. prompts, group: a
-    step's questions and samples of each; every arm learns from as many rows in a step, or asks for as many. steps: of
-    every arm. every: steps between two points of the curve. exam: problems asked for one; finals: at the end."""
+    """name: of the experiment. sft_steps, sft_learning_rate: steps of imitation before anything else, 64 rows each, and
+    their learning rate. num_demonstrations: demonstrations that the teacher has, shown again and again; None: never one
+    twice. prompts, group: a step's questions and samples of each; every arm learns from as many rows in a step, or asks
+    for as many. steps: of every arm. every: steps between two points of the curve. eval_problems: problems asked for
+    one;
+    final_problems: at
+    the end."""
 
     name: str
     task: Task

@@ -45,9 +45,9 @@ LogFn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a recipe has assembled. probes: made when the run folder is there. facts: what the report tells about the
-    data. identity: name -> hash of what a run may not change. before: the work to be done while the model is whole;
-    what it returns is called with the run folder, once that is there."""
+    """What a recipe has assembled. make_evaluators: made when the run folder is there. facts: what the report tells
+    about the data. identity: name -> hash of what a run may not change. prepare_whole_model: the work to be done while
+    the model is whole; what it returns is called with the run folder, once that is there."""
 
     objective: nn.Module
     loader: Loader

@@ -84,8 +84,8 @@ def build_policy_setup(
     on_sampled: RolloutCallback | None = None,
     read_all: bool = False,
 ) -> PolicySetup:
-    """From a model that stands on its device. judges, separately, steps: see `RewardPipeline`. read_all: see
-    `RolloutLoader`; an entropy bonus wants it in any case."""
+    """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
+    read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
     initial_model = copy.deepcopy(model).requires_grad_(False) if config.kl is not None else None
     adapted_before = any(map(is_adapter, model.spec.techniques))
     callbacks = apply_config_techniques(config, model, log)
@@ -177,7 +177,7 @@ def attention_scorer(model: Decoder) -> LogProbScorer:
 
 
 def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> LogProbScorer:
-    """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
+    """Scores a batch at the temperature it was sampled at. adapters_disabled: with the adapters off."""
 
     def score(batch: Any) -> torch.Tensor:
         with disable_adapter(model) if adapters_disabled else nullcontext():

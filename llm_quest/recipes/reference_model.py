@@ -34,7 +34,7 @@ REFERENCE_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class CachedLogProbs:
-    """log_probs: of each pair, a number for each answer. key: what they were computed from. fresh: not on disk yet."""
+    """log_probs: of each pair, a number for each answer. key: what they were computed from. is_new: not on disk yet."""
 
     log_probs: list[np.ndarray]
     key: str
@@ -113,7 +113,7 @@ class SyncedReference:
     """A reference of its own: every `every` steps it becomes mix x policy + (1 - mix) x reference. It is the feed too,
     for what the reference is belongs to where a run stands: the bookmark names the file it was kept in.
 
-    keep: so many files stay, one for each checkpoint and one more."""
+    save_total_limit: so many files stay, one for each checkpoint and one more."""
 
     def __init__(
         self,

@@ -67,7 +67,8 @@ class RunOutcome:
 
 @contextmanager
 def init_distributed(config: RunConfig, batch_size: int) -> Iterator[DistributedContext]:
-    """Threads, device and the other processes, for as long as a run takes. rows: of one step, over all of them."""
+    """Threads, device and the other processes, for as long as a run takes. batch_size: of one step, over all of
+    them."""
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = DistributedContext.from_environment(config.device, config.parallel)
@@ -105,7 +106,7 @@ def micro_rows_of(part: Rows, parallel: DistributedContext, length: int) -> int:
 
 
 def require_run_exists(name_or_path: str, key: str, command: str) -> None:
-    """UsageError for a run that is not there, which would be looked for on the hub. key: of the recipe; made: the
+    """UsageError for a run that is not there, which would be looked for on the hub. key: of the recipe; command: the
     command that trains one."""
     if name_or_path.startswith("runs/") and not Path(name_or_path).is_dir():
         raise UsageError(f"there is no run {name_or_path}: train one first ({command}), or give {key}=FOLDER")

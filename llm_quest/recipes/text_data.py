@@ -27,7 +27,7 @@ LogFn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TextData:
-    """What a run reads. parts: the documents themselves, None where only numbers were given or another process
+    """What a run reads. split: the documents themselves, None where only numbers were given or another process
     prepared them."""
 
     tokens: TokenFolder

@@ -39,8 +39,8 @@ LogFn = Callable[[str], None]
 @dataclass(frozen=True)
 class ImageTrainingJob:
     """What a recipe has assembled. identity: name -> hash of what a run may not change; facts: about the images, for
-    the report; by_adamw: what Muon leaves to AdamW; tokenizer: of a model that speaks;
-    slower: from this step on so much of the rate is left."""
+    the report; adamw_parameters: what Muon leaves to AdamW; tokenizer: of a model that speaks;
+    lr_scale_after: from this step on so much of the rate is left."""
 
     objective: nn.Module
     loader: Loader

@@ -25,8 +25,8 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ConfigProblem:
-    """One thing wrong with the settings. where: `file:line` or the argument; path: the key, dotted; what: and what to
-    do."""
+    """One thing wrong with the settings. location: `file:line` or the argument; key: the key, dotted; message: and what
+    to do."""
 
     location: str
     key: str
@@ -38,7 +38,7 @@ class ConfigProblem:
 
 @dataclass
 class RawConfig:
-    """A tree of plain values. places: where each key was written, by path; mistakes: what was wrong with the text
+    """A tree of plain values. locations: where each key was written, by path; problems: what was wrong with the text
     itself."""
 
     tree: dict[str, Any]

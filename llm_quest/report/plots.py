@@ -52,8 +52,8 @@ RC_PARAMS: dict[Any, Any] = {
 @dataclass(frozen=True)
 class Curve:
     """A named line over steps. values: NaN leaves a gap and a mark at the foot; so does a step in `nonfinite_steps`.
-    rough: drawn faint under its running mean. dots: measured only now and then, so each point is shown. colour: a
-    number, the same for one run on the whole page."""
+    smooth: drawn faint under its running mean. show_points: measured only now and then, so each point is shown. colour:
+    a number, the same for one run on the whole page."""
 
     name: str
     steps: Sequence[float]

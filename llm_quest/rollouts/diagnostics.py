@@ -29,8 +29,8 @@ class Symptom:
 
 @dataclass
 class Diagnostics:
-    """`watch(row) -> advice`, each piece once, until its sign is gone and comes back. patience: steps that a fatal sign
-    may last, over at least three rows. What was seen before a resumption is not remembered."""
+    """`watch(row) -> advice`, each piece once, until its sign is gone and comes back. patience_steps: steps that a
+    fatal sign may last, over at least three rows. What was seen before a resumption is not remembered."""
 
     patience_steps: int = 30
     rows: list[MetricsRow] = field(default_factory=list)

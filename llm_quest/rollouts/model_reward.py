@@ -25,7 +25,7 @@ RewardModelScorer = Callable[[Sequence[Sequence[int]]], Tensor]
 
 @dataclass(frozen=True)
 class ModelReward:
-    """The model's number for each sample, read where it ends. score: rows of ids (prompt and completion) -> numbers.
+    """The model's number for each sample, read where it ends. scorer: rows of ids (prompt and completion) -> numbers.
     The ids are those that were sampled: both models read the same tokenizer's."""
 
     scorer: RewardModelScorer

@@ -44,12 +44,12 @@ class WeightedReward:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPipeline:
-    """judges: the first one says what is right. estimator: how rewards become advantages. separately: each reward is
-    made an advantage by itself, then they are added and normalised over the batch (GDPO). overlong, budget: the last
-    `overlong` tokens of the budget are penalised more and more (DAPO's soft punishment); 0: not. filter_truncated: what
-    the budget cut is not learned from. steps: process supervision in place of the outcome. keep_flat: groups without
-    spread count in the loss's divisor, and a KL term acts on them, as in GRPO, Dr. GRPO and TRL; off: they leave the
-    batch, and a step is the larger, the more of the groups are flat."""
+    """rewards: the first one says what is right. estimator: how rewards become advantages. per_reward_advantages: each
+    reward is made an advantage by itself, then they are added and normalised over the batch (GDPO). overlong_window,
+    max_new_tokens: the last `overlong` tokens of the budget are penalised more and more (DAPO's soft punishment); 0:
+    not. filter_truncated: what the budget cut is not learned from. step_rewards: process supervision in place of the
+    outcome. keep_uniform_groups: groups without spread count in the loss's divisor, and a KL term acts on them, as in
+    GRPO, Dr. GRPO and TRL; off: they leave the batch, and a step is the larger, the more of the groups are flat."""
 
     rewards: tuple[WeightedReward, ...]
     estimator: AdvantageEstimator = ADVANTAGE_ESTIMATORS["std"]

@@ -56,12 +56,12 @@ MAX_REJECTED_PROMPTS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlan:
-    """prompts, group: how many questions a rollout holds, and samples of each. updates, minibatches: passes over the
-    rows, and parts of each pass; their product is the optimiser steps per rollout. draws: dynamic sampling, at most so
-    many rounds of questions until `prompts` groups are mixed (1: take what comes). micro_tokens: what a micro-batch
-    reads at most. share_prompts: a prompt is read once for all of its samples, where that reads fewer tokens.
-    kl_in_reward: beta of k1, taken off the reward. rescore: the trainer scores the samples again before the first
-    update, for corrections that compare it with the sampler."""
+    """prompts_per_rollout, num_generations: how many questions a rollout holds, and samples of each. num_iterations,
+    minibatches: passes over the rows, and parts of each pass; their product is the optimiser steps per rollout.
+    max_sampling_rounds: dynamic sampling, at most so many rounds of questions until `prompts` groups are mixed (1: take
+    what comes). max_micro_batch_tokens: what a micro-batch reads at most. share_prompts: a prompt is read once for all
+    of its samples, where that reads fewer tokens. kl_coef: beta of k1, taken off the reward. rescore_old_log_probs: the
+    trainer scores the samples again before the first update, for corrections that compare it with the sampler."""
 
     prompts_per_rollout: int = 8
     num_generations: int = 8
@@ -91,12 +91,12 @@ class RolloutBuffer:
 class RolloutLoader:
     """`RolloutLoader(policy, ask, writer, reward_pipeline, plan).at(step) -> micro_batch-batches`.
 
-    reference: scores a batch under the reference policy; needed by a KL term and by nothing else. score: under the
-    policy itself (for plan.rescore). look: where its tokens look, kept with the rows (plan.share_prompts off). seen:
-    called with the groups of every rollout and their rewards, for whoever wants to look (reports, a reward model's
-    data). share, gather: this process's part of the work, and how it hears of the others'. read_all: samples whose
-    advantage is 0 are read too, for an objective with an entropy bonus (with a KL term in the loss they are in any
-    case)."""
+    reference_scorer: scores a batch under the reference policy; needed by a KL term and by nothing else. policy_scorer:
+    under the policy itself (for plan.rescore). attention_scorer: where its tokens look, kept with the rows
+    (plan.share_prompts off). on_rollout: called with the groups of every rollout and their rewards, for whoever wants
+    to look (reports, a reward model's data). share, all_gather: this process's part of the work, and how it hears of
+    the others'. read_all: samples whose advantage is 0 are read too, for an objective with an entropy bonus (with a KL
+    term in the loss they are in any case)."""
 
     def __init__(
         self,

@@ -24,9 +24,9 @@ class ProblemSource(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """prompt: ids. tokens: the completion's ids, the end-of-text token included if it was sampled; logprobs: of each,
-    under the distribution that was sampled. finished: "eos", "stop", or "length" (cut by the budget). text: the
-    decoded completion, without the prompt and the end-of-text token. problem: what was asked."""
+    """prompt_ids: ids. completion_ids: the completion's ids, the end-of-text token included if it was sampled;
+    logprobs: of each, under the distribution that was sampled. finish_reason: "eos", "stop", or "length" (cut by the
+    budget). text: the decoded completion, without the prompt and the end-of-text token. problem: what was asked."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]

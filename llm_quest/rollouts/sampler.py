@@ -40,8 +40,8 @@ class PolicyPrompt:
 class Sampler:
     """`writer(policy, questions, n, seed) -> groups`: n samples of each question, those of one question together.
 
-    eos: every token that ends a text. within: what to sample under (autocast, the same as in training). at_once: rows
-    sampled together, 0 for all."""
+    eos_token_ids: every token that ends a text. autocast_context: what to sample under (autocast, the same as in
+    training). batch_size: rows sampled together, 0 for all."""
 
     tokenizer: DecodingTokenizer
     eos_token_ids: tuple[int, ...]

@@ -34,8 +34,8 @@ class QKClip:
     """A technique (it puts a measure beside every mixer) and the callback that clips after each step.
 
     tau: the largest logit that stays. heads: "each" has its own gamma, or the whole "layer" one (the naive form).
-    magnitude: S is the largest absolute value, so that strongly negative logits are bounded too. shared: who gives way
-    where heads share a key, a name in `layers.attention.KEY_SHARE_RULES`."""
+    magnitude: S is the largest absolute value, so that strongly negative logits are bounded too. key_share: who gives
+    way where heads share a key, a name in `layers.attention.KEY_SHARE_RULES`."""
 
     tau: float = 100.0
     heads: str = "each"

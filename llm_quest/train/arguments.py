@@ -14,13 +14,13 @@ ON_DISK_FULL = ("stop", "continue")
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """steps: optimiser steps of the whole run. clip: largest gradient norm, None for any. log_every: steps per row of
-    metrics. save_every: 0 saves at the end only. keep: so many newest checkpoints stay (0: all), and those at
-    multiples of keep_every, and the one with the lowest `best` (a probe's number, such as "eval/loss"). precision:
+    """steps: optimiser steps of the whole run. max_grad_norm: largest gradient norm, None for any. log_every: steps per
+    row of metrics. save_every: 0 saves at the end only. keep_last: so many newest checkpoints stay (0: all), and those
+    at multiples of keep_every, and the one with the lowest `best` (a probe's number, such as "eval/loss"). precision:
     fp32, or bf16 (autocast; the weights stay float32). max_bad_steps, max_empty_steps: more than these in a row stop
-    the run. max_time: seconds after which it saves and ends. expected_loss: of the first step (ln V); far from it
-    warns. on_disk_full: stop, or continue without that checkpoint. background_save: write checkpoints beside
-    training, from a copy in memory."""
+    the run. max_seconds: seconds after which it saves and ends. expected_loss: of the first step (ln V); far from it
+    warns. on_disk_full: stop, or continue without that checkpoint. background_save: write checkpoints beside training,
+    from a copy in memory."""
 
     steps: int
     max_grad_norm: float | None = 1.0
@@ -58,8 +58,8 @@ class TrainingArguments:
 class TrainResult:
     """status: finished, interrupted (a signal) or time. exit_code: 0, or 128 + the signal's number. metrics: the last
     row, with the last numbers of every probe. seconds: wall time of this process in the loop; tokens,
-    tokens_per_second: what it trained on, and how fast in its steps alone. saved: the last checkpoint's folder, as
-    text."""
+    tokens_per_second: what it trained on, and how fast in its steps alone. checkpoint_path: the last checkpoint's
+    folder, as text."""
 
     step: int
     status: str

@@ -21,7 +21,8 @@ from llm_quest.train.parallel import local_tensor
 
 @dataclass
 class NonFiniteGuard:
-    """Judges every step. skipped, empty: how many so far; bad_run, empty_run: how many of the last ones in a row."""
+    """Judges every step. skipped, empty: how many so far; nonfinite_streak, empty_streak: how many of the last ones in
+    a row."""
 
     max_bad: int
     max_empty: int

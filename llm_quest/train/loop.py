@@ -41,9 +41,9 @@ def train(
 ) -> TrainResult:
     """Train `objective.model` until `args.steps` steps are done, going on from the run's checkpoint if it has one.
 
-    The objective has been through `parallel.place` (one process on the CPU needs no `parallel`). run: entered; None
-    writes nothing. callbacks: after every update, with the number of steps done. probes: at multiples of `every`, and
-    at the end. watchers: read each row of metrics and advise. GuardStop: numbers that stay non-finite, or what a
+    The objective has been through `parallel.place` (one process on the CPU needs no `parallel`). run_dir: entered; None
+    writes nothing. callbacks: after every update, with the number of steps done. evaluators: at multiples of `every`,
+    and at the end. watchers: read each row of metrics and advise. GuardStop: numbers that stay non-finite, or what a
     watcher saw. ResourceError: memory or disk. ValueError: a checkpoint of something else."""
     parallel = parallel or DistributedContext()
     session = TrainSession(

@@ -21,9 +21,9 @@ def make_lr_schedule(
 ) -> LRSchedule:
     """The multiplier of the peak rate at each step of a run of `steps`.
 
-    warmup: so many steps rise linearly; step 0 has 1/warmup, step warmup-1 has 1. floor: what is left at the end, as a
-    part of the peak. decay_fraction: wsd falls, linearly, in this last part of the whole run, or from the end of the
-    warm-up where that is later. After the last step: floor."""
+    warmup_steps: so many steps rise linearly; step 0 has 1/warmup, step warmup-1 has 1. min_lr_ratio: what is left at
+    the end, as a part of the peak. decay_fraction: wsd falls, linearly, in this last part of the whole run, or from the
+    end of the warm-up where that is later. After the last step: floor."""
     if shape not in SCHEDULE_SHAPES:
         raise UsageError(f"no schedule is called {shape!r}; known: {', '.join(SCHEDULE_SHAPES)}")
     if not 0 <= warmup_steps <= steps:

@@ -56,8 +56,8 @@ def make_muon(
 ) -> Optimizer:
     """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of `by_adamw`.
 
-    splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional parameter
-    (a stack of experts' matrices) belongs to Muon if `row_splits` names it."""
+    row_splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional
+    parameter (a stack of experts' matrices) belongs to Muon if `row_splits` names it."""
     row_splits = {} if row_splits is None else row_splits
     unknown = sorted(set(row_splits) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     if unknown:
@@ -133,8 +133,8 @@ class Muon(Optimizer):
 def orthogonalize(gradient: Tensor, steps: int = 5, compute_dtype: torch.dtype | None = None) -> Tensor:
     """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). float32 or wider out.
 
-    The five steps need few bits; iterate: their dtype. None: bfloat16, as published, where the hardware multiplies it,
-    float32 elsewhere. Two correct versions may differ by 2.5e-2."""
+    The five steps need few bits; compute_dtype: their dtype. None: bfloat16, as published, where the hardware
+    multiplies it, float32 elsewhere. Two correct versions may differ by 2.5e-2."""
     rows, columns = gradient.shape[-2:]
     compute_dtype = iteration_dtype(gradient.device) if compute_dtype is None else compute_dtype
     return newton_schulz(gradient.to(compute_dtype), steps).to(gradient.dtype) * (0.2 * math.sqrt(max(rows, columns)))

@@ -32,8 +32,8 @@ class RunDir:
 
     config: the resolved configuration as YAML text. env: what machine and packages this is. identity: name -> hash of
     what may not change between a checkpoint and its resumption. resume: auto (go on if there is something to go on
-    from), never (BusyError if there is), or the path of a checkpoint. leader: False for the other ranks, which write
-    nothing."""
+    from), never (BusyError if there is), or the path of a checkpoint. is_main_process: False for the other ranks, which
+    write nothing."""
 
     def __init__(
         self,

@@ -22,8 +22,9 @@ class SignalHandler:
     """`with SignalHandler() as signal_handler:` and then `signal_handler.stop_signal` (0, 2 or 15) and
     `signal_handler.save` (taken down by whoever saves).
 
-    patience: seconds after the first signal during which a second one is taken for its echo (torchrun passes Ctrl-C on,
-    so that a worker hears it twice). Outside the main thread nothing is installed: Python allows it nowhere else."""
+    echo_seconds: seconds after the first signal during which a second one is taken for its echo (torchrun passes Ctrl-C
+    on, so that a worker hears it twice). Outside the main thread nothing is installed: Python allows it nowhere
+    else."""
 
     def __init__(self, echo_seconds: float = 0.0):
         self.echo_seconds = echo_seconds

@@ -34,8 +34,8 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_state_dict(model: nn.Module, is_main_process: bool) -> dict[str, Tensor]:
-    """A copy on the CPU of `tensors_by_name`, whole. keep: only the leader keeps it; every process takes part in
-    gathering."""
+    """A copy on the CPU of `tensors_by_name`, whole. is_main_process: only the leader keeps it; every process takes
+    part in gathering."""
     return {name: _copy_to_cpu(tensor) for name, tensor in _gather_full(tensors_by_name(model)) if is_main_process}
 
 

@@ -23,8 +23,8 @@ from llm_quest.train.parallel import DistributedContext, gradient_accumulation, 
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step, over all micro-batches and processes. norm: of the mean gradient, before clipping. asked: how many
-    processes were asked for each wish. loss is NaN if count is 0."""
+    """One step, over all micro-batches and processes. grad_norm: of the mean gradient, before clipping. requests: how
+    many processes were asked for each wish. loss is NaN if count is 0."""
 
     loss: float
     count: float

@@ -21,9 +21,9 @@ MAX_DRAW_ATTEMPTS = 10_000
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt: what the model reads. answer: the right answer, or what it must come to. check: the name of the verifier
-    (`rollouts.verifiers.VERIFIERS`). key: the content that makes two problems the same. numbers: those that must be
-    used (countdown). steps: right intermediate steps (chained)."""
+    """prompt: what the model reads. answer: the right answer, or what it must come to. verifier: the name of the
+    verifier (`rollouts.verifiers.VERIFIERS`). key: the content that makes two problems the same. numbers: those that
+    must be used (countdown). steps: right intermediate steps (chained)."""
 
     prompt: str
     answer: str

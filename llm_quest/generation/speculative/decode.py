@@ -217,7 +217,7 @@ class SpeculativeDecoder:
             self.stats.num_accepted_tokens += min(accepted, len(tested))
 
     def keep_rows(self, active: dict[int, GeneratedSequence], previous_lengths: dict[int, int]) -> None:
-        """Only these rows go on, each from its new end; before: how long each row's text was."""
+        """Only these rows go on, each from its new end; previous_lengths: how long each row's text was."""
         stay = [seat for seat, row in enumerate(self.seats) if row and row.number in active]
         if self.compile:
             self.seats = [row if row and row.number in active else None for row in self.seats]

@@ -45,9 +45,11 @@ class SpeculationStats:
 
 
 class DraftLengthController:
-    """most: the longest lookahead. timed: may the clock decide? It may where the text cannot depend on the lookahead
-    (greedy); then a draft that does not pay rests, longer each time. Otherwise only how far to look is decided here.
-    stride: so many tokens are drafted before the host is asked. padded: how many columns a compiled pass has."""
+    """max_draft_tokens: the longest lookahead. use_clock: may the clock decide? It may where the text cannot depend on
+    the lookahead (greedy); then a draft that does not pay rests, longer each time. Otherwise only how far to look is
+    decided here. tokens_per_step: so many tokens are drafted before the host is asked. padded_width: how many columns a
+    compiled pass
+    has."""
 
     def __init__(
         self,

@@ -34,8 +34,8 @@ MAX_UNREAD_TOKENS = 2
 
 
 class DraftModelDrafter:
-    """It has a cache of its own. `known`: how many tokens of each row it holds; what is missing is read with the first
-    step.
+    """It has a cache of its own. `cached_lengths`: how many tokens of each row it holds; what is missing is read with
+    the first step.
 
     compile: `tokens_per_step` tokens are drawn in one graph, each read by the next step without leaving it
     (`lookahead`)."""

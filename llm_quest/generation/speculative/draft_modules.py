@@ -213,7 +213,7 @@ def run_mtp_chain(
     seen: Bool[Tensor, "B V"] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
     """All modules as one graph: guesses (B,m), how sure each is (B,m), what they were drawn from (B,m,V), and what the
-    next cycle begins with. room: each text's length, and how many guesses it wants."""
+    next cycle begins with. lengths_and_wanted: each text's length, and how many guesses it wants."""
     at, verified = module_input.last_column, module_input.tokens.shape[1]
     ends, wanted = lengths_and_wanted
     made, kept = [], []

@@ -32,7 +32,7 @@ def residual_distribution(p: Float[Tensor, "*batch V"], q: Float[Tensor, "*batch
 
 
 class Acceptance(NamedTuple):
-    """Per row the tokens that now follow, and their log-probabilities under p; accepted: how many were guesses."""
+    """Per row the tokens that now follow, and their log-probabilities under p; num_accepted: how many were guesses."""
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
@@ -40,7 +40,8 @@ class Acceptance(NamedTuple):
 
 
 class RejectionSampler:
-    """Holds the guesses against the target. accept, draw: (R, steps) uniforms, one of each for every place of a row."""
+    """Holds the guesses against the target. accept_uniforms, residual_uniforms: (R, steps) uniforms, one of each for
+    every place of a row."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class RejectionSampler:
         num_generated: Sequence[int],
         seen: Tensor | None,
     ) -> Acceptance:
-        """rows, made: which row sits where, and how many tokens it has."""
+        """rows, num_generated: which row sits where, and how many tokens it has."""
         width = logits.shape[1]
         if drafts.max_length == 0:
             return self.sample_without_drafts(logits[:, 0], rows, num_generated, seen)

@@ -71,8 +71,10 @@ def sample_group(
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Rows of prompt and completion, padded on the right. learn (B,T): the tokens of completions, each standing where
-    it is predicted. old, reference: log-probabilities of the policy that sampled, and of the one it began as."""
+    """Rows of prompt and completion, padded on the right. completion_mask (B,T): the tokens of completions, each
+    standing where it is predicted. old_log_probs, reference_log_probs: log-probabilities of the policy that sampled,
+    and of the one it
+    began as."""
 
     inputs: Tensor
     targets: Tensor

@@ -33,8 +33,8 @@ EVAL_BATCH_SIZE = 256
 class PositionResult:
     """One place: was the likeliest next token right, and was the answer after thinking?
 
-    said: the answer, None where there was none to be read; tokens: the completion's; several: it foretold more than one
-    true token, or tried to."""
+    answer: the answer, None where there was none to be read; num_tokens: the completion's; multi_token: it foretold
+    more than one true token, or tried to."""
 
     position: Position
     direct_correct: bool
@@ -66,7 +66,7 @@ class BucketAccuracy:
 
 @dataclass(frozen=True)
 class BucketTable:
-    """buckets: disjoint; nested: the paper's sets, each holding the harder ones."""
+    """buckets: disjoint; nested_buckets: the paper's sets, each holding the harder ones."""
 
     buckets: tuple[BucketAccuracy, ...]
     nested_buckets: tuple[BucketAccuracy, ...]
@@ -90,8 +90,8 @@ class BucketTable:
 
 @dataclass(frozen=True)
 class NextTokenReasoningEval:
-    """documents, positions: the held-out places. asking: how they become questions. writer: tokenizer, ends, budget and
-    precision; the answers are greedy."""
+    """documents, positions: the held-out places. prompt_builder: how they become questions. sampler: tokenizer, ends,
+    budget and precision; the answers are greedy."""
 
     documents: Sequence[Sequence[int]]
     positions: Sequence[Position]

@@ -22,7 +22,7 @@ TERA = 1e12
 
 
 class FlopsMeter:
-    """flops: so far. scorings: how often a sample is scored beside the training itself (a reference, a second
+    """flops: so far. num_scorings: how often a sample is scored beside the training itself (a reference, a second
     opinion)."""
 
     def __init__(self, cost: FlopCost, *, num_scorings: int = 0, flops: float = 0.0):

@@ -26,8 +26,8 @@ DOCUMENT_END, INSIDE_CHARACTER = "the document ends there", "it begins inside a 
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """before, after: ids around the text so far. ahead: true tokens that an answer may foretell. pieces: the bytes of
-    every id that occurs. start: the token every document begins with."""
+    """prefix_ids, suffix_ids: ids around the text so far. max_target_tokens: true tokens that an answer may foretell.
+    token_bytes_by_id: the bytes of every id that occurs. start_token_id: the token every document begins with."""
 
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
@@ -67,7 +67,7 @@ class PromptBuilder:
 def make_prompt_builder(
     tokenizer: Tokenizer, documents: Sequence[Sequence[int]], *, prefix: str, suffix: str, max_target_tokens: int
 ) -> PromptBuilder:
-    """before, after: as text; control tokens may be written out in them (a chat template's)."""
+    """prefix, suffix: as text; control tokens may be written out in them (a chat template's)."""
     parts = [np.asarray(ids, np.int64) for ids in documents]
     known = np.unique(np.concatenate(parts)).tolist() if parts else []
     spelled = [
