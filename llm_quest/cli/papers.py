@@ -1,4 +1,4 @@
-"""`quest papers` and `quest reproduce RECORD_NAME`."""
+"""`quest papers` and `quest reproduce NAME`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_quest.files import atomic_write_json
 from llm_quest.papers import PAPERS, load_paper
-from llm_quest.papers.card import VERDICTS, PaperCard, drawn, recorded_verdict, write_card
+from llm_quest.papers.card import VERDICTS, PaperCard, outcome_of_card, recorded_verdict, write_card
 from llm_quest.papers.reproduce import run_experiment
 
 LogFn = Callable[[str], None]
@@ -18,7 +18,7 @@ CARDS_DIR = Path("docs/papers")
 
 @dataclass(frozen=True)
 class PaperEntry:
-    """A paper on the shelf. verdict: from its card."""
+    """A paper with the outcome that its card states."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class PaperEntry:
 
 @dataclass(frozen=True)
 class PaperList:
-    """All of them."""
+    """The reproductions that can be run."""
 
     entries: tuple[PaperEntry, ...]
 
@@ -66,5 +66,7 @@ def reproduce_paper(name: str, *, seeds: int, out: Path | None, jobs: int, log: 
     )
     card = write_card(chosen, run_experiment(name, seeds=seeds, out=folder, jobs=jobs, log=log), folder)
     if folder.resolve() == VERDICTS.parents[2] / CARDS_DIR:  # the project's own docs: the package ships their outcomes
-        atomic_write_json(VERDICTS, {name: verdict for name in sorted(PAPERS) if (verdict := drawn(folder, name))})
+        atomic_write_json(
+            VERDICTS, {name: verdict for name in sorted(PAPERS) if (verdict := outcome_of_card(folder, name))}
+        )
     return card

@@ -1,7 +1,8 @@
-"""Roof: one file per paper: its claim, the experiment that tests it beside a control, the verdict that the numbers
-give. `quest papers` lists them, `quest reproduce NAME` makes the measurements again and draws the card.
+"""Reproductions of papers, one file each: the claim, a small experiment with a control, and the rule that turns its
+numbers into a verdict. `quest papers` lists them; `quest reproduce NAME` measures one again and writes its card.
 
-A new paper is its file and one name here. They are imported when asked for: each brings models and training along."""
+To add a paper, write its file and add its name here. A paper is imported when it is loaded: it imports models and
+training."""
 
 from __future__ import annotations
 

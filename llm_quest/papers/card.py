@@ -1,4 +1,4 @@
-"""A paper's card: what was claimed, what was done, what came out, on one page with its picture."""
+"""The card of a paper: claim, experiment, criteria, verdict, plot and table as Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CURVE_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2
 
 @dataclass(frozen=True)
 class PaperCard:
-    """What `quest reproduce` shows."""
+    """The result of `quest reproduce`."""
 
     paper: Paper
     results: ExperimentResults
@@ -41,7 +41,7 @@ class PaperCard:
 
 
 def write_card(paper: Paper, results: ExperimentResults, out: Path) -> PaperCard:
-    """The verdict, the picture and the page."""
+    """Decides the verdict, plots the curves and writes the card."""
     verdict = paper.verdict(results)
     plot_experiment(paper, results, out / f"{paper.name}.svg")
     file = out / f"{paper.name}.md"
@@ -50,7 +50,7 @@ def write_card(paper: Paper, results: ExperimentResults, out: Path) -> PaperCard
 
 
 def card_markdown(paper: Paper, results: ExperimentResults, verdict: Verdict) -> str:
-    """The card as Markdown."""
+    """The text of the card."""
     seeds = len(next(iter(results.arms.values())))
     parts = [
         f"# {paper.title}\n\n[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})",
@@ -60,14 +60,14 @@ def card_markdown(paper: Paper, results: ExperimentResults, verdict: Verdict) ->
         f"## Verdict: {verdict.outcome}\n\n{verdict.explanation}",
         f"![{paper.plot.y} against {paper.plot.x}]({paper.name}.svg)",
         "\n".join(results_table(results)),
-        f"Means over {seeds} seeds with 95 % intervals. Made on {datetime.date.today().isoformat()} by "
+        f"Means over {seeds} seeds with 95 % intervals. Measured on {datetime.date.today().isoformat()} by "
         f"`quest reproduce {paper.name} --seeds {seeds}`; all numbers are in [{paper.name}.json]({paper.name}.json).",
     ]
     return "\n\n".join([*parts, *([paper.notes] if paper.notes else [])]) + "\n"
 
 
 def results_table(results: ExperimentResults) -> list[str]:
-    """Arms by numbers, in Markdown."""
+    """A Markdown table with a row for each arm and a column for each number."""
     names = list(dict.fromkeys(name for arm in results.arms for name in number_names(results, arm)))
     rows = [["", *names], ["---"] * (len(names) + 1)]
     for arm in results.arms:
@@ -81,7 +81,7 @@ def number_names(results: ExperimentResults, arm: str) -> Sequence[str]:
 
 
 def plot_experiment(paper: Paper, results: ExperimentResults, file: Path) -> None:
-    """Every arm's curves in its colour: each seed faint, their mean strong."""
+    """Writes the plot as SVG: thin lines for the seeds of an arm, a thick line for their mean."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -112,7 +112,7 @@ def plot_experiment(paper: Paper, results: ExperimentResults, file: Path) -> Non
 
 
 def mean_curve(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """The mean curve, as far as all of them go and are finite."""
+    """The mean of curves, up to the length of the shortest and without points that are not finite."""
     length = min(len(line) for line in lines)
     columns = [[line[place] for line in lines] for place in range(length)]
     points = [(column[0][0], sum(y for _, y in column) / len(column)) for column in columns]
@@ -121,17 +121,16 @@ def mean_curve(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[flo
 
 
 VERDICTS = Path(__file__).with_name("verdicts.json")
-"""Name -> outcome of the cards in the project's docs/papers, which a wheel does not hold."""
+"""Name -> outcome of the cards in docs/papers, which a wheel does not contain."""
 
 
 def recorded_verdict(docs: Path, name: str) -> str:
-    """The outcome on a card that was drawn in `docs`, else the one that comes with the package; empty where there is
-    none."""
-    return drawn(docs, name) or str(json.loads(VERDICTS.read_text(encoding="utf-8")).get(name, ""))
+    """The outcome of the card in `docs`, otherwise the one shipped with the package; empty without either."""
+    return outcome_of_card(docs, name) or str(json.loads(VERDICTS.read_text(encoding="utf-8")).get(name, ""))
 
 
-def drawn(docs: Path, name: str) -> str:
-    """The outcome on a card that was drawn before; empty where there is none."""
+def outcome_of_card(docs: Path, name: str) -> str:
+    """The outcome that a card in `docs` states; empty without a card."""
     file = docs / f"{name}.md"
     if not file.is_file():
         return ""

@@ -1,5 +1,5 @@
-"""What reinforcement learning adds to what a model can do already (Yue et al. 2025, arXiv:2504.13837), on countdown
-with three numbers: many answers are right, and a program can tell."""
+"""Does reinforcement learning add to what the base model can solve (Yue et al. 2025, arXiv:2504.13837)? On countdown
+with three numbers, where many answers are correct and a program verifies them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ARMS = {name: arm for name, arm in standard_arms(EXPERIMENT, LEARNING_RATE).item
 
 
 def verdict(results: ExperimentResults) -> Verdict:
-    """Likelier in one try, and rarer in eight."""
-    one, eight = (results.difference("GRPO", "the beginner", number) for number in ("mean@8", "pass@8"))
-    told = {number: results.difference("GRPO", "more of the teacher", number) for number in ("mean@8", "greedy")}
+    """Confirmed if mean@8 rises and pass@8 falls."""
+    one, eight = (results.difference("GRPO", "base policy", number) for number in ("mean@8", "pass@8"))
+    gaps = {number: results.difference("GRPO", "more SFT", number) for number in ("mean@8", "greedy")}
     words = (
-        f"GRPO changes mean@8 by {one} and pass@8 by {eight}; to more of the teacher it is {told['mean@8']} by samples "
-        f"and {told['greedy']} by greedy answers"
+        f"GRPO changes mean@8 by {one} and pass@8 by {eight}; compared with more SFT the difference is "
+        f"{gaps['mean@8']} in mean@8 and {gaps['greedy']} in greedy accuracy"
     )
     if one.positive and eight.negative:
         return Verdict("confirmed", words)
@@ -32,17 +32,18 @@ PAPER = Paper(
     name="countdown",
     title="Does Reinforcement Learning Really Incentivize Reasoning Capacity in LLMs Beyond the Base Model?",
     arxiv="2504.13837",
-    claim="Rewards make right answers likelier in one try; with many tries the model they began with solves more.",
-    experiment="Countdown: three numbers to 9 and a target, any right expression counts. A Llama of "
-    f"{EXPERIMENT.width} x {EXPERIMENT.layers} learns for {EXPERIMENT.sft_steps} steps of 64 rows from solutions "
-    f"found by trying at random; then every arm has {EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows at "
-    f"{LEARNING_RATE:g}: GRPO on {EXPERIMENT.prompts} questions x {EXPERIMENT.group} samples; more of the teacher; "
-    "the beginner's own right samples out of as many; GRPO on the toss of a coin. Control: the beginner. One try is "
-    f"mean@8, many are pass@8, of {EXPERIMENT.eval_problems} problems that no step has seen; greedy answers to "
-    f"{EXPERIMENT.final_problems}.",
-    confirms="mean@8 is above the beginner's and pass@8 below it, the 95 % intervals of the paired differences clear "
-    "of zero.",
-    refutes="pass@8 is above the beginner's, likewise.",
+    claim="Reinforcement learning makes correct answers more likely in one sample; with many samples the base model "
+    "solves more problems.",
+    experiment="Countdown: three numbers up to 9 and a target; any correct expression counts. A Llama of width "
+    f"{EXPERIMENT.width} with {EXPERIMENT.layers} layers is fine-tuned for {EXPERIMENT.sft_steps} steps of 64 rows on "
+    f"solutions found by random search (base policy). Every arm then has {EXPERIMENT.steps} steps of {EXPERIMENT.rows} "
+    f"rows at {LEARNING_RATE:g}: GRPO on {EXPERIMENT.prompts} questions x {EXPERIMENT.group} samples; more SFT; "
+    "rejection fine-tuning on the correct ones of as many samples of the base policy; GRPO with random rewards. "
+    "Control: the base policy. One sample is mean@8 and many are pass@8, on "
+    f"{EXPERIMENT.eval_problems} held-out problems; greedy accuracy is on {EXPERIMENT.final_problems}.",
+    confirms="mean@8 is above the base policy's and pass@8 below it; zero lies outside the 95 % intervals of both "
+    "paired differences.",
+    refutes="pass@8 is above the base policy's, its interval above zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "held-out greedy accuracy"),

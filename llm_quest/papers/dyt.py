@@ -1,4 +1,4 @@
-"""Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622) in place of RMSNorm."""
+"""Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622) instead of RMSNorm."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAPER = Paper(
     name="dyt",
     title="Transformers without Normalization",
     arxiv="2503.10622",
-    claim="tanh(alpha x) in place of every norm matches or exceeds the normalised model.",
+    claim="tanh(alpha x) instead of every norm matches or exceeds the normalized model.",
     experiment=f"A 0.9M-parameter Llama, {STEPS} steps of 2,048 tokens on Python's manual, AdamW at "
     f"{LEARNING_RATE:g}, the same data order. Control: RMSNorm.",
     confirms=f"the LLaMA form's held-out loss is at most {MARGIN} nats above RMSNorm's (upper end).",
@@ -50,7 +50,7 @@ PAPER = Paper(
     verdict=verdict,
     plot=CurvePlot("step", "training loss"),
     minutes=9,
-    notes="A later study (arXiv:2604.23434) reports that DyT helps where data are scarce and hurts where they are not, "
-    "that the help vanishes as the model grows, and that a Llama collapses with DyT because of its SwiGLU: which is "
-    "what this experiment, a Llama on scarce data, shows.",
+    notes="A later study (arXiv:2604.23434) reports that DyT helps where data are scarce and hurts where they are "
+    "not, that the benefit vanishes as the model grows, and that a Llama collapses with DyT because of its SwiGLU. "
+    "This experiment, a Llama on scarce data, agrees with the last.",
 )

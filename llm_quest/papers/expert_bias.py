@@ -25,11 +25,11 @@ from llm_quest.train.optimizers import make_adamw
 STEPS, LEARNING_RATE, LAST_ROWS = 300, 2e-3, 10
 VIOLATION = "max_violation"
 ALLOWED_COST = 0.02
-"""Nats of held-out loss that count as a cost."""
+"""An increase of held-out loss in nats that is accepted."""
 
 
 def small_moe_config() -> Any:
-    """DeepSeek-V3's page, small: 16 experts of which a token uses 2, no groups, no multi-token modules."""
+    """A small DeepSeek-V3: 16 experts of which a token uses 2, without expert groups and multi-token modules."""
     tiny, plain = preset("deepseek-v3-tiny").config, {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0}
     return replace(
         tiny,
@@ -47,14 +47,13 @@ def make_arm(callbacks: Callable[[], Sequence[Callback]], losses: dict[str, floa
     def run_arm(seed: int) -> Measurement:
         model = init_lab_model(small_moe_config(), seed)
         objective = NextTokenLoss(model, router_coefs=losses)
-        rides = list(callbacks())
         trace = train_lab_model(
             objective,
             lab_text().loader(seed),
             make_adamw(model, lr=LEARNING_RATE),
             steps=STEPS,
             seed=seed,
-            callbacks=rides,
+            callbacks=callbacks(),
         )
         violations = [(row["step"], row[VIOLATION]) for row in trace.metrics]
         tail = sum(value for _, value in violations[-LAST_ROWS:]) / LAST_ROWS
@@ -86,10 +85,11 @@ PAPER = Paper(
     name="expert_bias",
     title="Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts",
     arxiv="2408.15664",
-    claim="A bias that only chooses experts, nudged after every step, balances the load at no cost in loss.",
-    experiment=f"DeepSeek-V3's page with 16 small experts, of which a token uses 2, {STEPS} steps of 2,048 tokens on "
-    f"Python's documentation; MaxVio is the mean over the last {LAST_ROWS} logged steps. The bias moves by 0.01 a "
-    "step (the paper: 0.001, over far more steps). Control: no balancing; beside it DeepSeek-V3's sequence-wise "
+    claim="A bias that affects only the choice of experts and is updated after every step balances the load without a "
+    "cost in loss.",
+    experiment=f"A DeepSeek-V3 with 16 small experts, of which a token uses 2, {STEPS} steps of 2,048 tokens on "
+    f"Python's documentation; MaxVio is the mean over the last {LAST_ROWS} logged steps. The bias changes by 0.01 a "
+    "step (the paper: 0.001, over far more steps). Control: no balancing; also DeepSeek-V3's sequence-wise "
     "auxiliary loss, times 0.01 (the paper compares with the Switch loss).",
     confirms="MaxVio falls (95 % interval of the paired difference below zero) and the held-out loss rises by less "
     f"than {ALLOWED_COST} nats.",

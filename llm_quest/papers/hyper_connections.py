@@ -38,9 +38,9 @@ def verdict(results: ExperimentResults) -> Verdict:
         for name in ("HC", "mHC")
         for depth in DEPTHS
     }
-    told = "; ".join(f"{name} at {depth} layers {gain}" for (name, depth), gain in gains.items())
+    gaps = "; ".join(f"{name} at {depth} layers {gain}" for (name, depth), gain in gains.items())
     return verdict_from_interval(
-        gains["mHC", deep], f"change of the held-out loss against residuals, nats: {told}", wanted="negative"
+        gains["mHC", deep], f"change of the held-out loss against residuals, nats: {gaps}", wanted="negative"
     )
 
 
@@ -48,11 +48,11 @@ PAPER = Paper(
     name="hyper_connections",
     title="mHC: Manifold-Constrained Hyper-Connections",
     arxiv="2512.24880",
-    claim="Several streams with learned, doubly stochastic mixing lower the loss, and more so in deeper models.",
+    claim="Several residual streams with learned, doubly stochastic mixing lower the loss, more so in deeper models.",
     experiment=f"Llamas of width 64 with {DEPTHS[0]} and {DEPTHS[1]} layers, two streams, {STEPS} steps of 2,048 "
     "tokens on Python's documentation, AdamW. Control: plain residuals at the same depth.",
     confirms=f"mHC's held-out loss at {DEPTHS[1]} layers lies below the plain model's (95 % interval).",
-    refutes="it lies above, likewise.",
+    refutes="it lies above, the interval above zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "training loss"),

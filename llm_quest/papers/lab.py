@@ -1,5 +1,5 @@
-"""The bench on which small experiments are made: the interpreter's own text, a model of under a million parameters, a
-few hundred steps, and the house's own loop."""
+"""Shared parts of the pretraining experiments: a small text corpus (Python's documentation), a Llama of under a million
+parameters, and runs of a few hundred steps with the training loop of the package."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAB_VOCAB_SIZE, LAB_SEQUENCE_LENGTH, LAB_BATCH_SIZE = 1024, 128, 16
 
 @dataclass(frozen=True)
 class LabText:
-    """Prepared tokens, with their tokenizer."""
+    """A tokenized corpus with its tokenizer."""
 
     folder: TokenFolder
     tokenizer: Tokenizer
@@ -54,7 +54,8 @@ class LabText:
 
 @functools.cache
 def lab_text(source: str = "builtin:topics,docstrings") -> LabText:
-    """Python's manual and docstrings (or another part of what it brings), in the manual's 1,024 tokens."""
+    """Python's manual and docstrings, or another builtin source, tokenized with a vocabulary of 1,024 that is trained
+    on the former."""
     parts = split_corpus(load_corpus(source), held_out=0.05)
     own = source == "builtin:topics,docstrings"
     tokenizer = train_bpe((document.text for document in parts.train), LAB_VOCAB_SIZE) if own else lab_text().tokenizer
@@ -62,16 +63,17 @@ def lab_text(source: str = "builtin:topics,docstrings") -> LabText:
 
 
 def cached_model(name: str, seed: int, config: Any, train: Callable[[], Decoder]) -> Decoder:
-    """The model that `train` makes: once for each name, seed and config, for arms that begin at the same one."""
+    """The model that `train` returns. It is trained once for each name, seed and config and then loaded from the cache,
+    so that the arms of an experiment start from the same weights."""
     folder = default_cache_dir().parent / "lab"
     file = folder / f"{name}-{seed}-{hashlib.sha256(repr(config).encode()).hexdigest()[:12]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if not file.is_file():
-            made = train()
+            model = train()
             unfinished = file.with_suffix(".part")
             unfinished.unlink(missing_ok=True)
-            write_tensors(unfinished, dict(made.named_parameters()))
+            write_tensors(unfinished, dict(model.named_parameters()))
             unfinished.replace(file)
     model = build(config)
     with torch.no_grad():
@@ -83,35 +85,35 @@ def cached_model(name: str, seed: int, config: Any, train: Callable[[], Decoder]
 def small_llama_config(
     *, width: int = 128, layers: int = 4, context: int = LAB_SEQUENCE_LENGTH, vocab: int = LAB_VOCAB_SIZE
 ) -> llama.Config:
-    """Llama at 0.9 million parameters."""
+    """A Llama of 0.9 million parameters."""
     return llama.Config(
         vocab, width, layers, width // 32, width // 64, 32, 8 * width // 3, context, RotaryEmbedding(32, 1e4), True
     )
 
 
 @dataclass
-class TraceDisplay:
-    """A display that shows nothing and remembers every row."""
+class MetricsRecorder:
+    """A logger that prints nothing and keeps every row of metrics."""
 
     losses: list[tuple[float, float]] = field(default_factory=list)
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
 
     def start(self, step: int, steps: int) -> None:
-        """A display is told where a run begins."""
+        """Nothing to do."""
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         self.losses.append((row["step"], row["loss"]))
         self.metrics.append(dict(row))
 
     def log_event(self, text: str) -> None:
-        """Nothing is said."""
+        """Nothing to do."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Nothing to do."""
 
 
 def init_lab_model(config: Any, seed: int) -> Decoder:
-    """A model in training mode."""
+    """A new model in training mode."""
     return build(config, seed=seed).train()
 
 
@@ -127,9 +129,9 @@ def train_lab_model(
     log_every: int = 5,
     callbacks: Sequence[Callback] = (),
     shape: str = "cosine",
-) -> TraceDisplay:
-    """A run without a folder. One that a guard stops keeps its curve, with a last loss that is not finite."""
-    trace = TraceDisplay()
+) -> MetricsRecorder:
+    """Trains without a run folder. If a guard stops the run, its curve ends with a loss of NaN."""
+    trace = MetricsRecorder()
     settings = TrainingArguments(steps=steps, max_grad_norm=clip, log_every=log_every, seed=seed)
     rate = make_lr_schedule(steps, warmup_steps=min(warmup, steps), shape=shape, min_lr_ratio=0.1)
     try:
@@ -143,16 +145,15 @@ def train_lab_model(
 def held_out_loss(
     model: Decoder, held_out: HeldOutLoader, objective: Callable[[Any], nn.Module] = NextTokenLoss
 ) -> float:
-    """Nats per token; infinite where the model's numbers are not finite."""
-    was, _ = model.training, model.eval()
-    scored = objective(model)
-    total = math.fsum(float(scored(batch).total) for batch in held_out) / held_out.num_targets
-    model.train(was)
-    return total if math.isfinite(total) else math.inf
+    """Mean loss in nats per token; infinite if it is not finite."""
+    training, loss = model.training, objective(model.eval())
+    mean = math.fsum(float(loss(batch).total) for batch in held_out) / held_out.num_targets
+    model.train(training)
+    return mean if math.isfinite(mean) else math.inf
 
 
 def steps_to_reach(curve: Sequence[tuple[float, float]], level: float, window: int = 5) -> float:
-    """The first x from which the running mean of `window` points is at most `level`; the last x if it never is."""
+    """The first x at which the running mean of `window` points is at most `level`; the last x if there is none."""
     for place in range(window - 1, len(curve)):
         if sum(y for _, y in curve[place - window + 1 : place + 1]) / window <= level:
             return curve[place][0]

@@ -1,4 +1,4 @@
-"""Preferences with some labels the wrong way round: DPO (Rafailov et al. 2023), conservative DPO (Mitchell 2023) and
+"""Preferences with some labels flipped: DPO (Rafailov et al. 2023), conservative DPO (Mitchell 2023) and
 robust DPO (Chowdhury et al. 2024, arXiv:2403.00409)."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HIGHEST_RATE = f"{FLIP_RATES[-1]:.0%}"
 
 
 def make_pair(problem: Problem, *, flipped: bool) -> TokenizedPreference:
-    """The word reversed beside its letters in another order; flipped: with the wrong label."""
+    """The reversed word against its letters in another order; flipped: with the wrong label."""
     tokenizer, letters = EXPERIMENT.tokenizer, list(problem.answer)
     wrong, shuffle = problem.answer, make_rng("pair", problem.key)
     while wrong == problem.answer:
@@ -43,7 +43,7 @@ def make_pair(problem: Problem, *, flipped: bool) -> TokenizedPreference:
 
 
 def make_pairs(part: SplitName, number: int, flips: float, seed: int) -> PreferenceDataset:
-    """Of words with more than one letter in them."""
+    """Pairs of words with more than one distinct letter."""
     drawn = (draw_problem(EXPERIMENT.task, part, index, seed) for index in range(10 * number))
     some = [problem for problem in drawn if len(set(problem.answer)) > 1][:number]
     return PreferenceDataset(
@@ -51,17 +51,17 @@ def make_pairs(part: SplitName, number: int, flips: float, seed: int) -> Prefere
     )
 
 
-def add_reference_log_probs(model: Decoder, made: PreferenceDataset) -> PreferenceDataset:
-    """With the reference's log-probabilities."""
+def add_reference_log_probs(model: Decoder, pairs: PreferenceDataset) -> PreferenceDataset:
+    """Adds the log-probabilities of the reference model."""
     with torch.no_grad():
-        found = sequence_log_probs(model, made.collate(range(len(made)))).numpy()
-    made.reference_log_probs = list(found.reshape(-1, 2))
-    return made
+        log_probs = sequence_log_probs(model, pairs.collate(range(len(pairs)))).numpy()
+    pairs.reference_log_probs = list(log_probs.reshape(-1, 2))
+    return pairs
 
 
 @dataclass
 class RepeatedPairsLoader:
-    """The same pairs again and again, in a new order every time."""
+    """The same pairs in every epoch, in a new order each time."""
 
     pairs: PreferenceDataset
     seed: int
@@ -76,41 +76,45 @@ class RepeatedPairsLoader:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to go on from."""
+        """Nothing to do: batches are a function of the step."""
 
 
 @dataclass
 class CleanPairsEvaluator:
-    """A probe: how many held-out pairs, all labelled rightly, have the better answer's reward above the other's."""
+    """The share of held-out pairs, all labelled correctly, in which the better answer has the higher reward."""
 
     pairs: PreferenceDataset
     interval: int = EVERY
-    name: str = "exam"
+    name: str = "eval"
 
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
-        told = PreferenceLoss(model, beta=BETA)(self.pairs.collate(range(len(self.pairs)))).metrics
-        return {key: float(told[f"rewards/{key}"][0] / told[f"rewards/{key}"][1]) for key in ("accuracy", "margin")}
+        metrics = PreferenceLoss(model, beta=BETA)(self.pairs.collate(range(len(self.pairs)))).metrics
+        return {
+            key: float(metrics[f"rewards/{key}"][0] / metrics[f"rewards/{key}"][1]) for key in ("accuracy", "margin")
+        }
 
 
 def make_arm(loss: str, flips: float) -> Callable[[int], Measurement]:
+    """An arm of preference training; the share of flipped labels is known to cDPO and robust DPO."""
+
     def run_arm(seed: int) -> Measurement:
         model = base_policy(EXPERIMENT, seed)
-        learned = add_reference_log_probs(model, make_pairs("train", PAIRS, flips, seed))
-        held = add_reference_log_probs(model, make_pairs("test", HELD_OUT, 0.0, 0))
-        believed = flips if loss != "dpo" else 0.0
-        objective = PreferenceLoss(model, loss_type=loss, beta=BETA, label_smoothing=believed)
+        train = add_reference_log_probs(model, make_pairs("train", PAIRS, flips, seed))
+        held_out = add_reference_log_probs(model, make_pairs("test", HELD_OUT, 0.0, 0))
+        smoothing = flips if loss != "dpo" else 0.0
+        objective = PreferenceLoss(model, loss_type=loss, beta=BETA, label_smoothing=smoothing)
         rows = train_for_steps(
             objective,
-            RepeatedPairsLoader(learned, seed),
+            RepeatedPairsLoader(train, seed),
             LEARNING_RATE,
             steps=STEPS,
             seed=seed,
             warmup=10,
-            probes=[CleanPairsEvaluator(held)],
+            evaluators=[CleanPairsEvaluator(held_out)],
         )
-        curve = [(row["step"], row["exam/accuracy"]) for row in rows if "exam/accuracy" in row]
-        return Measurement({"accuracy": curve[-1][1], "margin": rows[-1]["exam/margin"]}, curve)
+        curve = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+        return Measurement({"accuracy": curve[-1][1], "margin": rows[-1]["eval/margin"]}, curve)
 
     return run_arm
 
@@ -140,16 +144,16 @@ PAPER = Paper(
     name="label_noise",
     title="Provably Robust DPO: Aligning Language Models with Noisy Feedback",
     arxiv="2403.00409",
-    claim="Where labels are flipped at random, DPO's loss made unbiased (robust DPO) prefers rightly more often "
-    "than DPO and than cDPO.",
-    experiment=f"{PAIRS} pairs of a word reversed and its letters in another order, of which 0 to {HIGHEST_RATE} have "
-    f"the wrong label; the beginner of `quest reproduce reverse`; {STEPS} steps of {ROWS} pairs "
-    f"({STEPS * ROWS // PAIRS} epochs) at {LEARNING_RATE:g}, beta {BETA:g}, the flips known to cDPO and robust DPO. "
-    f"Control: DPO. Held out: {HELD_OUT} pairs of other words, all rightly labelled; accuracy: how often the better "
-    "answer's reward is higher; margin: by how much.",
+    claim="Where labels are flipped at random, the unbiased form of DPO's loss (robust DPO) prefers the better answer "
+    "more often than DPO and cDPO do.",
+    experiment=f"{PAIRS} pairs of a reversed word and its letters in another order, of which 0 to {HIGHEST_RATE} have "
+    f"the wrong label; the base policy of `quest reproduce reverse`; {STEPS} steps of {ROWS} pairs "
+    f"({STEPS * ROWS // PAIRS} epochs) at {LEARNING_RATE:g}, beta {BETA:g}; cDPO and robust DPO know the share of "
+    f"flipped labels. Control: DPO. Held out: {HELD_OUT} pairs of other words, all labelled correctly; accuracy: how "
+    "often the better answer has the higher reward; margin: by how much.",
     confirms=f"at {HIGHEST_RATE} robust DPO's accuracy is above DPO's, the 95 % interval of the paired difference "
     "above zero.",
-    refutes="it is below, likewise.",
+    refutes="it is below, the interval below zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "accuracy on clean held-out pairs"),

@@ -1,4 +1,5 @@
-"""LoRA and its kin (arXiv:2106.09685, 2405.17604 and others): how much of full fine-tuning do how few numbers buy?"""
+"""LoRA and TinyLoRA (arXiv:2106.09685, 2405.17604 and others): how much of the gain of full fine-tuning do few
+parameters reach?"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ SOURCE = "builtin:source"
 
 
 def lora_base_model(seed: int) -> Decoder:
-    """A model that has read documentation, and no code."""
+    """A model trained on documentation and not on code."""
 
     def make() -> Decoder:
         model = init_lab_model(small_llama_config(), seed)
@@ -43,12 +44,12 @@ def make_arm(technique: Technique | None, rate: float) -> Callable[[int], Measur
         model: Any = lora_base_model(seed)
         before = held_out_loss(model, lab_text(SOURCE).held_out())
         model = model if technique is None else technique(model).train()
-        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trace = train_lab_model(
             NextTokenLoss(model), lab_text(SOURCE).loader(seed), make_adamw(model, lr=rate), steps=STEPS, seed=seed
         )
         after = held_out_loss(model, lab_text(SOURCE).held_out())
-        share = learned / count_parameters(lora_base_model(seed))
+        share = num_trained / count_parameters(lora_base_model(seed))
         return Measurement({"trained share": share, "held-out loss": after, "gain": before - after}, trace.losses)
 
     return run_arm
@@ -81,9 +82,10 @@ PAPER = Paper(
     title="LoRA: Low-Rank Adaptation of Large Language Models",
     arxiv="2106.09685",
     claim="Low-rank updates of few parameters do what fine-tuning all of them does (the paper: on a par, with 0.01 % "
-    "of GPT-3's). Asked here of a small model, with bounds of our own: a few per cent buy most of it.",
-    experiment=f"A 0.9M-parameter Llama that has read Python's manual ({BASE_STEPS} steps) learns its source code "
-    f"({STEPS} steps of 2,048 tokens), each form at a rate of its own. Control: all parameters.",
+    "of GPT-3's). Tested here on a small model with bounds of our own: a few per cent of the parameters reach most of "
+    "it.",
+    experiment=f"A 0.9M-parameter Llama trained on Python's manual ({BASE_STEPS} steps) is fine-tuned on its source "
+    f"code ({STEPS} steps of 2,048 tokens), each form at a learning rate of its own. Control: all parameters.",
     confirms=f"rank 8 reaches at least {REQUIRED_SHARE:.0%} of the gain in held-out loss.",
     refutes="it reaches less.",
     arms=ARMS,

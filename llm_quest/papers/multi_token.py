@@ -1,5 +1,5 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): what the added module costs or brings the main
-loss, and how often its guess is what the model says next."""
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the effect of the added module on the main loss,
+and how often its prediction equals the next prediction of the model."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def main_loss_only(model: Any) -> NextTokenLoss:
 
 @torch.no_grad()
 def acceptance_rate(model: Any) -> float:
-    """How often the module's likeliest token is the one the model itself finds likeliest a step later: what a greedy
-    verifier would accept, on held-out text."""
-    agreed = asked = 0
+    """How often the module's most likely token is the one that the model finds most likely a step later: the acceptance
+    rate of greedy speculative decoding, on held-out text."""
+    accepted = total = 0
     model.eval()
     for batch in lab_text().held_out(tokens=10_000):
         scope = batch_scope(batch)
         h = model.hidden_states(batch.input_ids, scope)
-        said = model.head(h).argmax(dim=-1)
-        further = Scope(shift_position_ids(scope, 1), segment_ids=scope.segment_ids)
+        predicted = model.head(h).argmax(dim=-1)
+        shifted = Scope(shift_position_ids(scope, 1), segment_ids=scope.segment_ids)
         guess = model.head(
-            model.mtp_modules[0](h, model.embed(shift_left(batch.input_ids, 1, 0), further), further)
+            model.mtp_modules[0](h, model.embed(shift_left(batch.input_ids, 1, 0), shifted), shifted)
         ).argmax(dim=-1)
-        there = (shift_left(batch.targets, 1, IGNORE_INDEX) != IGNORE_INDEX) & (further.position_ids >= 0)
-        agreed += int(((guess == shift_left(said, 1, -1)) & there).sum())
-        asked += int(there.sum())
+        valid = (shift_left(batch.targets, 1, IGNORE_INDEX) != IGNORE_INDEX) & (shifted.position_ids >= 0)
+        accepted += int(((guess == shift_left(predicted, 1, -1)) & valid).sum())
+        total += int(valid.sum())
     model.train()
-    return agreed / asked
+    return accepted / total
 
 
 ARMS = {"next token": make_arm(0), "with one module": make_arm(1)}
@@ -65,7 +65,9 @@ ARMS = {"next token": make_arm(0), "with one module": make_arm(1)}
 def verdict(results: ExperimentResults) -> Verdict:
     cost = results.difference("with one module", "next token", "held-out loss")
     share = results.interval("with one module", "acceptance")
-    words = f"the module changes the main held-out loss by {cost} nats, and {share} of its guesses are the model's own"
+    words = (
+        f"the module changes the main held-out loss by {cost} nats, and {share} of its predictions are the model's own"
+    )
     if cost.mean + cost.half_width < MAX_LOSS_INCREASE and share.mean - share.half_width > REQUIRED_ACCEPTANCE:
         return Verdict("confirmed", words)
     refuted = cost.mean - cost.half_width > MAX_LOSS_INCREASE or share.mean + share.half_width < REQUIRED_ACCEPTANCE
@@ -76,14 +78,14 @@ PAPER = Paper(
     name="multi_token",
     title="DeepSeek-V3 Technical Report (multi-token prediction)",
     arxiv="2412.19437",
-    claim="A module that predicts one token further does not hurt the main loss, and its guesses are good drafts (85 "
-    "to 90 % accepted at their size).",
+    claim="A module that predicts one token further does not hurt the main loss, and its predictions are good drafts "
+    "(85 to 90 % accepted at their size).",
     experiment=f"A 0.9M-parameter Llama with one added module, lambda {WEIGHT:g}, {STEPS} steps of 2,048 tokens on "
-    "Python's documentation. Control: next-token prediction alone, same data order and first values.",
+    "Python's documentation. Control: next-token prediction alone, same data order and initial weights.",
     confirms=f"the main held-out loss rises by less than {MAX_LOSS_INCREASE} nats, and more than "
-    f"{REQUIRED_ACCEPTANCE:.0%} of the guesses are what the model itself says next (a small model's drafts are worse "
-    "than a large one's; chance is 0.1 %).",
-    refutes="it costs more, or fewer are.",
+    f"{REQUIRED_ACCEPTANCE:.0%} of the predictions are what the model itself predicts next (a small model's drafts "
+    "are worse than a large one's; chance is 0.1 %).",
+    refutes="the loss rises by more, or fewer are.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "training loss (with the module's)"),

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024; at scale Liu et al. 2025, arXiv:2502.16982) against AdamW, in steps to a loss."""
+"""Muon (Jordan et al. 2024; at scale Liu et al. 2025, arXiv:2502.16982) against AdamW: steps to reach a loss."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from llm_quest.train.optimizers import make_adamw, make_muon
 
 STEPS = 300
 LEARNING_RATES = {"AdamW": 2e-3, "Muon": 1e-2}
-"""The best of a sweep on seed 100, which is not reported. Held-out nats: AdamW at 1, 2, 3 and 6e-3 4.50, 4.33, 4.72 and
-4.77; Muon at 3e-3, 1e-2, 2e-2 and 5e-2 3.95, 3.77, 3.83 and 3.97."""
+"""The best of a sweep on seed 100, which is not reported. Held-out loss in nats: AdamW at 1, 2, 3 and 6e-3: 4.50, 4.33,
+4.72 and 4.77; Muon at 3e-3, 1e-2, 2e-2 and 5e-2: 3.95, 3.77, 3.83 and 3.97."""
 
 
 def make_arm(optimizer: Callable[[Decoder, float], torch.optim.Optimizer], name: str) -> Callable[[int], Measurement]:
@@ -60,11 +60,11 @@ PAPER = Paper(
     name="muon",
     title="Muon is Scalable for LLM Training",
     arxiv="2502.16982",
-    claim="Orthogonalised momentum reaches a loss in fewer steps than AdamW: about half the compute at scale.",
+    claim="Orthogonalized momentum reaches a loss in fewer steps than AdamW: about half the compute at scale.",
     experiment=f"A 0.9M-parameter Llama, {STEPS} steps of 2,048 tokens on Python's documentation, the same data order "
-    "and first values for both, each optimiser at a rate of its own. Control: AdamW.",
+    "and initial weights for both, each optimizer at a learning rate of its own. Control: AdamW.",
     confirms="Muon's held-out loss lies below AdamW's, the 95 % interval of the paired difference below zero.",
-    refutes="It lies above, likewise.",
+    refutes="it lies above, the interval above zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "training loss"),

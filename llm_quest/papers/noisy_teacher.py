@@ -1,7 +1,7 @@
-"""Reinforcement learning from verifiable rewards (DeepSeek-R1, arXiv:2501.12948) where the teacher is often wrong:
-imitation converges to the teacher, a verifier does not.
+"""Reinforcement learning from verifiable rewards (DeepSeek-R1, arXiv:2501.12948) with wrong demonstrations: imitation
+converges to the demonstrations, reinforcement learning to what the verifier accepts.
 
-He forgets to carry in eight of ten sums. Half of the sums have nothing to carry, so 41 % of his answers are wrong."""
+The teacher omits the carry in eight of ten sums. Half of the sums have no carry, so 41 % of its answers are wrong."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def verdict(results: ExperimentResults) -> Verdict:
 
 PAPER = Paper(
     name="noisy_teacher",
-    title="DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement Learning (a teacher often wrong)",
+    title="DeepSeek-R1: Incentivizing Reasoning Capability in LLMs via Reinforcement Learning (wrong demonstrations)",
     arxiv="2501.12948",
-    claim="Rewards that a program checks take a policy past the demonstrations it began with; more of the same "
+    claim="Verifiable rewards take a policy beyond the demonstrations it was fine-tuned on; more of the same "
     "demonstrations do not.",
-    experiment="Sums of numbers of one and two digits. The teacher forgets to carry in eight of ten, which makes 41 % "
-    f"of his answers wrong. A Llama of {EXPERIMENT.width} x {EXPERIMENT.layers} learns from him for "
-    f"{EXPERIMENT.sft_steps} steps of 64 rows; then every arm has {EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows "
-    f"at {LEARNING_RATE:g}: GRPO on {EXPERIMENT.prompts} questions x {EXPERIMENT.group} samples; more of the teacher "
-    "(the control); the beginner's own right samples out of as many; GRPO on the toss of a coin; GRPO on the form of "
-    f"the answer. Held out: {EXPERIMENT.final_problems} sums that no step has seen, answered greedily; mean@8 and "
-    f"pass@8 of {EXPERIMENT.eval_problems} of them.",
-    confirms=f"GRPO's greedy accuracy is {POINTS:.0%} or more above that of more teaching and the 95 % interval of "
-    "the paired difference lies above zero, as do those to the coin and to the form.",
-    refutes="It lies below that of more teaching, likewise.",
+    experiment="Sums of numbers of one and two digits. The teacher omits the carry in eight of ten, so 41 % of its "
+    f"answers are wrong. A Llama of width {EXPERIMENT.width} with {EXPERIMENT.layers} layers is fine-tuned on them "
+    f"for {EXPERIMENT.sft_steps} steps of 64 rows (base policy). Every arm then has {EXPERIMENT.steps} steps of "
+    f"{EXPERIMENT.rows} rows at {LEARNING_RATE:g}: GRPO on {EXPERIMENT.prompts} questions x {EXPERIMENT.group} "
+    "samples; more SFT (the control); rejection fine-tuning on the correct ones of as many samples of the base "
+    "policy; GRPO with random rewards; GRPO with rewards for the format. Held out: greedy accuracy on "
+    f"{EXPERIMENT.final_problems} sums; mean@8 and pass@8 of {EXPERIMENT.eval_problems} of them.",
+    confirms=f"GRPO's greedy accuracy is at least {POINTS:.0%} above that of more SFT; the 95 % interval of the paired "
+    "difference lies above zero, as do those to random rewards and to rewards for the format.",
+    refutes="it is below that of more SFT, the interval below zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "held-out greedy accuracy"),

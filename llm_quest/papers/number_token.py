@@ -1,4 +1,4 @@
-"""Number Token Loss (Zausinger et al. 2024, arXiv:2411.02083): does it lower the error of predicted numbers?"""
+"""Number Token Loss (Zausinger et al. 2024, arXiv:2411.02083): does it lower the error of generated numbers?"""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def make_arm(distance: str | None) -> Callable[[int], Measurement]:
     def run_arm(seed: int) -> Measurement:
         config = small_llama_config(width=64, layers=2, context=16, vocab=TOKENIZER.vocab_size)
         model = init_lab_model(config, seed)
-        beside = [] if distance is None else [number_token_term(distance)]
+        auxiliary = [] if distance is None else [number_token_term(distance)]
         loader = DemonstrationLoader(TASK, TOKENIZER, batch_size=128, seed=seed)
         trace = train_lab_model(
-            NextTokenLoss(model, auxiliary=beside),
+            NextTokenLoss(model, auxiliary=auxiliary),
             loader,
             make_adamw(model, lr=LEARNING_RATE),
             steps=STEPS,
@@ -57,7 +57,7 @@ def encode_text(text: str) -> list[int]:
 
 
 def number_token_term(distance: str) -> NumberTokenLoss:
-    """The term beside cross-entropy."""
+    """The loss that is added to cross-entropy."""
     return NumberTokenLoss(number_values(TOKENIZER, TOKENIZER.vocab_size), weight=WEIGHT, distance=distance)
 
 
@@ -75,11 +75,11 @@ PAPER = Paper(
     name="number_token",
     title="Regress, Don't Guess: A Regression-like Loss on Number Tokens",
     arxiv="2411.02083",
-    claim="A loss that knows how far digits lie apart lowers the error of the numbers a model writes.",
+    claim="A loss that depends on the distance between digits lowers the error of generated numbers.",
     experiment=f"A 0.1M-parameter Llama learns two-digit addition, digit by digit, for {STEPS} steps of 128 sums; "
-    f"{PROBLEMS} held-out sums are answered greedily. Control: cross-entropy alone; lambda {WEIGHT:g} for the others.",
+    f"{PROBLEMS} held-out sums are decoded greedily. Control: cross-entropy alone; lambda {WEIGHT:g} for the others.",
     confirms="the mean absolute error falls (95 % interval of the paired difference below zero).",
-    refutes="it rises, likewise.",
+    refutes="it rises, the interval above zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "training loss (with its own terms)"),

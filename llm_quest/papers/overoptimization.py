@@ -1,5 +1,5 @@
-"""Scaling laws for reward model over-optimisation (Gao et al. 2022, arXiv:2210.10760), and DeepSeekMath's remedy, a
-reward model that is trained on with what the policy has become (arXiv:2402.03300, algorithm 1)."""
+"""Overoptimization of a reward model (Gao et al. 2022, arXiv:2210.10760) and DeepSeekMath's remedy: a reward model that
+is trained further on samples of the current policy (arXiv:2402.03300, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ EXPERIMENT = replace(REVERSE, name="overoptimization", steps=PHASES * STEPS, eve
 QUESTIONS, REWARD_MODEL_STEPS, REWARD_MODEL_RATE, REPLAY = 64, 60, 1e-3, 0.1
 LEARNING_RATE = 5e-4
 QUESTION_OFFSET = 1_000_000
-"""Questions for comparisons and for looking on stand so far on in the list that no rollout asks them."""
+"""Index of the first question for comparisons and for scoring; no rollout reaches it."""
 
 
 def sample_groups(model: Decoder, seed: int, phase: int, number: int = QUESTIONS) -> list[list[Sample]]:
-    """What the policy writes now."""
+    """Samples of the current policy, a group for each question."""
     first = QUESTION_OFFSET * (phase + 1)
     questions = [EXPERIMENT.question(seed, first + index) for index in range(number)]
     return EXPERIMENT.make_sampler()(model, questions, EXPERIMENT.group, seed + phase)
@@ -40,7 +40,7 @@ def sample_groups(model: Decoder, seed: int, phase: int, number: int = QUESTIONS
 def update_reward_model(
     reward_model: Decoder, new: list[TokenizedPreference], history: list[TokenizedPreference], seed: int
 ) -> None:
-    """The judge, trained on."""
+    """Trains the reward model further on new comparisons, with a share of old ones."""
     if new:
         loader = ReplayLoader(new, history, batch_size=32, replay_fraction=REPLAY, seed=seed)
         train_for_steps(
@@ -49,37 +49,39 @@ def update_reward_model(
 
 
 def proxy_score(reward_model: Decoder, groups: list[list[Sample]]) -> float:
-    """The judge's mean score."""
+    """Mean score of the reward model."""
     rows = [sample.prompt_ids + sample.completion_ids for group in groups for sample in group]
     return float(score_rows(reward_model, rows, micro_batch_size=256).mean())
 
 
 def gold_score(groups: list[list[Sample]]) -> float:
-    """The share that is right."""
+    """The share of correct samples."""
     verdicts = [value for group in groups for value in CorrectnessReward()(group)]
     return sum(verdicts) / len(verdicts)
 
 
 def make_arm(*, gold_reward: bool = False, iterative: bool = False) -> Callable[[int], Measurement]:
-    """gold_reward: the verifier rewards. iterative: the judge learns in every phase; else it learns at once from as
-    many questions, put to the first policy."""
+    """An arm. gold_reward: the verifier gives the rewards. iterative: the reward model is trained in every phase;
+    otherwise once, on as many questions answered by the base policy."""
 
     def run_arm(seed: int) -> Measurement:
         policy = base_policy(EXPERIMENT, seed)
-        judge = ScoreHead(1, seed=seed)(copy.deepcopy(policy))
-        exam = HeldOutProblemsEvaluator(EXPERIMENT, EXPERIMENT.every)
+        reward_model = ScoreHead(1, seed=seed)(copy.deepcopy(policy))
+        evaluator = HeldOutProblemsEvaluator(EXPERIMENT, EXPERIMENT.every)
         history: list[TokenizedPreference] = []
-        curve = [(0.0, exam.evaluate(policy.eval(), 0)["accuracy"])]
-        reward = CorrectnessReward() if gold_reward else ModelReward(partial(score_rows, judge, micro_batch_size=256))
+        curve = [(0.0, evaluator.evaluate(policy.eval(), 0)["accuracy"])]
+        reward = (
+            CorrectnessReward() if gold_reward else ModelReward(partial(score_rows, reward_model, micro_batch_size=256))
+        )
         first = 0.0
         for phase in range(PHASES):
             if not gold_reward and (iterative or phase == 0):
                 groups = sample_groups(policy, seed, phase, QUESTIONS if iterative else QUESTIONS * PHASES)
                 new = make_comparisons(groups, CorrectnessReward(), seed + phase)
-                update_reward_model(judge, new, history, seed + phase)
+                update_reward_model(reward_model, new, history, seed + phase)
                 history += new
             if phase == 0 and not gold_reward:
-                first = proxy_score(judge, sample_groups(policy, seed, PHASES))
+                first = proxy_score(reward_model, sample_groups(policy, seed, PHASES))
             plan = RolloutPlan(
                 prompts_per_rollout=EXPERIMENT.prompts, num_generations=EXPERIMENT.group, seed=seed * PHASES + phase
             )
@@ -93,11 +95,11 @@ def make_arm(*, gold_reward: bool = False, iterative: bool = False) -> Callable[
                 steps=STEPS,
                 seed=seed + phase,
                 warmup=5,
-                probes=[exam],
+                evaluators=[evaluator],
             )
-            curve += [(phase * STEPS + r["step"], r["exam/accuracy"]) for r in rows if "exam/accuracy" in r]
+            curve += [(phase * STEPS + r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r]
         last = sample_groups(policy, seed, PHASES)
-        gained = {} if gold_reward else {"proxy gained": proxy_score(judge, last) - first}
+        gained = {} if gold_reward else {"proxy gained": proxy_score(reward_model, last) - first}
         greedy = {"greedy at the end": curve[-1][1], "best greedy": max(y for _, y in curve)}
         return Measurement({"samples right at the end": gold_score(last), **greedy, **gained}, curve)
 
@@ -108,14 +110,14 @@ ARMS = {"fixed": make_arm(), "iterative": make_arm(iterative=True), "gold reward
 
 
 def verdict(results: ExperimentResults) -> Verdict:
-    """Over-optimised: the proxy rises while the gold falls. Samples are compared with samples, greedy answers with
-    greedy ones."""
+    """Overoptimization: the proxy rises while the gold reward falls. Samples are compared with samples and greedy
+    answers with greedy answers."""
     ahead = results.difference("iterative", "fixed", "samples right at the end")
     proxy_up = results.interval("fixed", "proxy gained")
     words = (
-        f"under the fixed judge the proxy gains {proxy_up} while the gold of greedy answers goes from a best of "
-        f"{results.interval('fixed', 'best greedy')} to {results.interval('fixed', 'greedy at the end')}, of samples "
-        f"to {results.interval('fixed', 'samples right at the end')}; trained on, samples end at "
+        f"with the fixed reward model the proxy gains {proxy_up} while the gold reward of greedy answers goes from a "
+        f"best of {results.interval('fixed', 'best greedy')} to {results.interval('fixed', 'greedy at the end')}, of "
+        f"samples to {results.interval('fixed', 'samples right at the end')}; with the iterative one, samples end at "
         f"{results.interval('iterative', 'samples right at the end')}: {ahead} more"
     )
     if ahead.negative:
@@ -127,20 +129,20 @@ PAPER = Paper(
     name="overoptimization",
     title="Scaling Laws for Reward Model Overoptimization",
     arxiv="2210.10760",
-    claim="A policy that is trained against a fixed reward model ends up better by the model's word and worse in "
-    "truth; one that is trained on with the policy's newest samples does not (Gao et al. do not test that; it is "
-    "DeepSeekMath's iterative GRPO, arXiv:2402.03300).",
-    experiment="Words to reverse, so that the gold reward is known; the beginner of `quest reproduce reverse`. A "
-    f"reward model learns from {QUESTIONS * PHASES} questions of {EXPERIMENT.group} samples labelled by the verifier: "
-    f"all of them put to the beginner (fixed, the control), or {QUESTIONS} to the policy of each of {PHASES} phases, "
-    f"a tenth of a batch replayed (iterative), {REWARD_MODEL_STEPS} steps each time. Then GRPO on its scores, "
-    f"{PHASES} x {STEPS} steps of {EXPERIMENT.rows} samples at {LEARNING_RATE:g}, without KL. Gold: the share that is "
-    "right, of samples or of greedy answers.",
-    confirms="the fixed judge's proxy gains and the iterative one's policy ends with more gold, both 95 % intervals "
-    "above zero.",
-    refutes="the iterative one's policy ends with less.",
+    claim="A policy trained against a fixed reward model ends with a higher proxy reward and a lower gold reward; "
+    "with a reward model that is trained further on the policy's newest samples it does not (Gao et al. do not test "
+    "that; it is DeepSeekMath's iterative GRPO, arXiv:2402.03300).",
+    experiment="Words to reverse, so that the gold reward is known; the base policy of `quest reproduce reverse`. The "
+    f"reward model is trained on {QUESTIONS * PHASES} questions of {EXPERIMENT.group} samples labelled by the "
+    f"verifier: all of them answered by the base policy (fixed, the control), or {QUESTIONS} by the policy of each of "
+    f"{PHASES} phases with a tenth of a batch replayed (iterative), {REWARD_MODEL_STEPS} steps each time. Then GRPO "
+    f"on its scores, {PHASES} x {STEPS} steps of {EXPERIMENT.rows} samples at {LEARNING_RATE:g}, without KL. Gold "
+    "reward: the share of samples or of greedy answers that is correct.",
+    confirms="the proxy of the fixed reward model rises and the policy of the iterative one ends with more gold "
+    "reward, both 95 % intervals above zero.",
+    refutes="the policy of the iterative one ends with less.",
     arms=ARMS,
     verdict=verdict,
-    plot=CurvePlot("step", "gold: held-out greedy accuracy"),
+    plot=CurvePlot("step", "gold reward: held-out greedy accuracy"),
     minutes=5,
 )

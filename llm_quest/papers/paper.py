@@ -1,8 +1,9 @@
-"""What a paper is here: a claim, the experiment that tests it beside its control, and a verdict that the numbers give.
+"""Types of a reproduction: `Paper` (claim, experiment, arms, verdict), `Measurement`, `ExperimentResults`, and the
+statistics of a verdict.
 
-An experiment has arms, one of them the control; each arm is a function of a seed and returns what it measured. The
-judge is a function of all measurements, written before they were made: it says what would confirm the claim, what
-would refute it, and that anything between is "no effect seen"."""
+An experiment has arms, one of which is the control. An arm is a function of a seed that returns a `Measurement`. The
+verdict is a function of all measurements and is written before they are made: it states which numbers confirm the claim
+and which refute it; everything between is "no effect seen"."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ STUDENT_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one arm reached with one seed. curve: (x, y) pairs to draw, NaN where a number was not finite."""
+    """The result of one arm with one seed. curve: (x, y) pairs to plot, y NaN where it was not finite."""
 
     numbers: Mapping[str, float]
     curve: Sequence[tuple[float, float]] = ()
@@ -27,18 +28,19 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean over seeds and the half width of its 95 % interval (infinite for one seed)."""
+    """A mean over seeds with the half width of its 95 % interval (infinite for one seed)."""
 
     mean: float
     half_width: float
 
     @property
     def positive(self) -> bool:
-        """Is zero below the whole interval?"""
+        """Whether the whole interval lies above zero."""
         return self.mean - self.half_width > 0
 
     @property
     def negative(self) -> bool:
+        """Whether the whole interval lies below zero."""
         return self.mean + self.half_width < 0
 
     def __str__(self) -> str:
@@ -46,7 +48,7 @@ class MeanInterval:
 
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
-    """Student's interval of the mean."""
+    """The mean of `values` with Student's 95 % interval."""
     if len(values) < 2:
         return MeanInterval(values[0], math.inf)
     error = statistics.stdev(values) / math.sqrt(len(values))
@@ -55,7 +57,7 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
 
 @dataclass
 class ExperimentResults:
-    """arm -> seed -> what was measured."""
+    """Measurements of an experiment: arm -> seed -> `Measurement`."""
 
     arms: dict[str, dict[int, Measurement]] = field(default_factory=dict)
 
@@ -63,21 +65,21 @@ class ExperimentResults:
         self.arms.setdefault(arm, {})[seed] = measured
 
     def values(self, arm: str, number: str) -> list[float]:
-        """One per seed, in the seeds' order."""
+        """A number of an arm for every seed, in the order of the seeds."""
         return [measured.numbers[number] for _, measured in sorted(self.arms[arm].items())]
 
     def interval(self, arm: str, number: str) -> MeanInterval:
         return mean_interval(self.values(arm, number))
 
     def difference(self, arm: str, control: str, number: str) -> MeanInterval:
-        """Arm minus control, paired by seed: what the seeds share falls out."""
+        """Arm minus control, paired by seed, so that variation between seeds cancels."""
         seeds = sorted(self.arms[arm].keys() & self.arms[control].keys())
         return mean_interval([self.arms[arm][s].numbers[number] - self.arms[control][s].numbers[number] for s in seeds])
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """explanation: one sentence with the numbers it rests on."""
+    """An outcome with its explanation: one sentence with the numbers that decide it."""
 
     outcome: VerdictOutcome
     explanation: str
@@ -86,16 +88,18 @@ class Verdict:
         return f"{self.outcome}: {self.explanation}"
 
 
-def verdict_from_interval(effect: MeanInterval, words: str, *, wanted: Literal["positive", "negative"]) -> Verdict:
-    """confirmed if the whole interval lies on the wanted side of zero, refuted if on the other."""
+def verdict_from_interval(
+    effect: MeanInterval, explanation: str, *, wanted: Literal["positive", "negative"]
+) -> Verdict:
+    """Confirmed if the whole interval lies on the wanted side of zero, refuted if it lies on the other side."""
     if effect.positive or effect.negative:
-        return Verdict("confirmed" if effect.positive == (wanted == "positive") else "refuted", words)
-    return Verdict("no effect seen", words)
+        return Verdict("confirmed" if effect.positive == (wanted == "positive") else "refuted", explanation)
+    return Verdict("no effect seen", explanation)
 
 
 @dataclass(frozen=True)
 class CurvePlot:
-    """How an experiment is drawn: x and y of the arms' curves."""
+    """Axis labels of the plot of the arms' curves; log: a logarithmic y axis."""
 
     x: str
     y: str
@@ -104,8 +108,9 @@ class CurvePlot:
 
 @dataclass(frozen=True)
 class Paper:
-    """claim: in a sentence. experiment: what is done and what the control is. confirms, refutes: said beforehand.
-    arms: name -> function of a seed, the control among them. minutes: for all arms and three seeds, on one core."""
+    """A reproduction. claim: one sentence. experiment: the setup and the control. confirms, refutes: the criteria,
+    stated beforehand. arms: name -> function of a seed, the control included. minutes: of all arms with three seeds on
+    one core."""
 
     name: str
     title: str

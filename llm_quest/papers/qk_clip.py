@@ -37,17 +37,17 @@ def make_arm(qk_clip: QKClip, cap: float | None = None) -> Callable[[int], Measu
             callbacks=[qk_clip],
             shape="constant",
         )
-        seen = [(row["step"], capped_logit(row["max_logit"], cap)) for row in trace.metrics]
-        largest = max(value for _, value in seen[len(seen) // 2 :])
+        logits = [(row["step"], capped_logit(row["max_logit"], cap)) for row in trace.metrics]
+        largest = max(value for _, value in logits[len(logits) // 2 :])
         return Measurement(
-            {"largest logit": largest, "held-out loss": held_out_loss(model, lab_text().held_out())}, seen
+            {"largest logit": largest, "held-out loss": held_out_loss(model, lab_text().held_out())}, logits
         )
 
     return run_arm
 
 
 def capped_logit(logit: float, cap: float | None) -> float:
-    """What the softmax sees: QK-Clip's watch measures before the cap."""
+    """The logit that enters the softmax: QK-Clip measures it before the cap."""
     return logit if cap is None else cap * math.tanh(logit / cap)
 
 
@@ -73,13 +73,13 @@ def verdict(results: ExperimentResults) -> Verdict:
 
 PAPER = Paper(
     name="qk_clip",
-    title="Kimi K2: Open Agentic Intelligence (QK-Clip), beside Gemma 2's soft-capping",
+    title="Kimi K2: Open Agentic Intelligence (QK-Clip), with Gemma 2's soft-capping",
     arxiv="2507.20534",
-    claim="Rescaling query and key weights after the step keeps attention logits near tau, at no cost in loss, where "
-    "Muon alone lets them grow.",
+    claim="Rescaling query and key weights after the step keeps attention logits near tau, without a cost in loss, "
+    "where they grow under Muon alone.",
     experiment=f"A 0.9M-parameter Llama under Muon at a constant rate of {LEARNING_RATE} without weight decay, "
-    f"{STEPS} steps, tau and cap {TAU:g}. Control: the plain model, measured alike. A logit: the largest magnitude "
-    "over all heads.",
+    f"{STEPS} steps, tau and cap {TAU:g}. Control: the plain model, measured the same way. Logit: the largest "
+    "magnitude over all heads.",
     confirms=f"the plain model's logits pass {2 * TAU:g}, those under QK-Clip do not (they may pass tau for one step, "
     "before the clip), and its held-out loss is not higher.",
     refutes="QK-Clip's logits grow too, or it costs loss.",

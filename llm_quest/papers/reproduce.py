@@ -1,8 +1,9 @@
-"""Making a paper's measurements: every arm with every seed, side by side on the cores, each kept as soon as it is made.
+"""Runs the experiment of a paper: every arm with every seed, in parallel processes; each measurement is saved as soon
+as it is finished.
 
-      docs/papers/  NAME.json (what was measured)  NAME.svg  NAME.md (the card)
+      docs/papers/  NAME.json (measurements)  NAME.svg (plot)  NAME.md (card)
 
-The same command again measures only what is missing, as long as the experiment's code is what it was."""
+A second run of the same command measures only what is missing, unless the code of the experiment has changed."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ LAB_IMPORT = re.compile(r"^from llm_quest\.papers\.(\w+) import", re.MULTILINE)
 
 
 def run_experiment(name: str, *, seeds: int, out: Path, jobs: int, log: LogFn) -> ExperimentResults:
-    """All measurements of a paper, in `out`/NAME.json."""
+    """All measurements of a paper; they are saved in `out`/NAME.json."""
     chosen = load_paper(name)
     file = out / f"{name}.json"
     results = load_results(file, chosen)
@@ -44,13 +45,14 @@ def run_experiment(name: str, *, seeds: int, out: Path, jobs: int, log: LogFn) -
         results.add(arm, seed, measured)
         save_results(file, chosen, results)
         left = (time.monotonic() - began) / number * (len(missing) - number)
-        told = ", ".join(f"{key} {value:.4g}" for key, value in measured.numbers.items())
-        log(f"[{number}/{len(missing)}] {arm}, seed {seed}: {told}   ({left:.0f} s left)")
+        summary = ", ".join(f"{key} {value:.4g}" for key, value in measured.numbers.items())
+        log(f"[{number}/{len(missing)}] {arm}, seed {seed}: {summary}   ({left:.0f} s left)")
     return ExperimentResults({arm: {s: results.arms[arm][s] for s in range(1, seeds + 1)} for arm in chosen.arms})
 
 
 def run_measurements(name: str, arm_seeds: Iterable[ArmSeed], jobs: int) -> Iterator[tuple[ArmSeed, Measurement]]:
-    """In whatever order they are done, each in a process with one thread: the same bits however many run at once."""
+    """Measurements in the order in which they finish. Every process has one thread, so the number of jobs does not
+    change the results."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         futures = {pool.submit(measure_arm, name, arm, seed): (arm, seed) for arm, seed in arm_seeds}
@@ -59,25 +61,24 @@ def run_measurements(name: str, arm_seeds: Iterable[ArmSeed], jobs: int) -> Iter
 
 
 def measure_arm(name: str, arm: str, seed: int) -> Measurement:
-    """One arm with one seed."""
+    """The measurement of one arm with one seed."""
     torch.set_num_threads(1)
     return load_paper(name).arms[arm](seed)
 
 
 def code_fingerprint(chosen: Paper) -> str:
-    """Of the code that measures: a paper's own file and the benches of this room that it imports."""
+    """A hash of the source of the paper's file and of the modules of llm_quest.papers that it imports."""
     own = inspect.getmodule(chosen.verdict)
-    assert own is not None, "a judge is a function of the paper's file"
+    assert own is not None, "a verdict is a function of the paper's file"
     source = inspect.getsource(own)
-    benches = sorted(set(LAB_IMPORT.findall(source)) - {"paper"})
-    whole = source + "".join(
-        inspect.getsource(importlib.import_module(f"llm_quest.papers.{bench}")) for bench in benches
-    )
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    modules = [
+        importlib.import_module(f"llm_quest.papers.{m}") for m in sorted(set(LAB_IMPORT.findall(source)) - {"paper"})
+    ]
+    return hashlib.sha256((source + "".join(map(inspect.getsource, modules))).encode()).hexdigest()[:16]
 
 
 def load_results(file: Path, chosen: Paper) -> ExperimentResults:
-    """What was measured before by the same code."""
+    """The saved measurements, if the same code made them."""
     results = ExperimentResults()
     if file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -90,6 +91,7 @@ def load_results(file: Path, chosen: Paper) -> ExperimentResults:
 
 
 def save_results(file: Path, chosen: Paper, results: ExperimentResults) -> None:
+    """Writes NAME.json. The file also holds the fingerprint of the code and the version of torch."""
     file.parent.mkdir(parents=True, exist_ok=True)
     arms = {
         arm: {
@@ -107,7 +109,7 @@ def save_results(file: Path, chosen: Paper, results: ExperimentResults) -> None:
 
 
 def finite_or_text(value: float) -> float | str:
-    """JSON has no NaN and no infinity."""
+    """NaN and infinities as text, because JSON has no numbers for them."""
     return value if math.isfinite(value) else str(value)
 
 

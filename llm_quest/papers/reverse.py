@@ -1,4 +1,4 @@
-"""Spurious rewards (Shao et al. 2025, arXiv:2506.10947): some models improve under any reward. Does this one?"""
+"""Spurious rewards (Shao et al. 2025, arXiv:2506.10947): some models improve under random rewards. Does this one?"""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ARMS = standard_arms(EXPERIMENT, LEARNING_RATE)
 
 
 def verdict(results: ExperimentResults) -> Verdict:
-    """Up with the verifier, not with a coin."""
-    gain, coin = (results.difference(arm, "the beginner", "greedy") for arm in ("GRPO", "random reward"))
-    words = f"greedy accuracy changes by {gain} under the verifier's rewards and by {coin} under a coin's"
-    if coin.positive:
+    """Refuted if accuracy rises under the verifier and not under random rewards."""
+    gain, random = (results.difference(arm, "base policy", "greedy") for arm in ("GRPO", "random reward"))
+    words = f"greedy accuracy changes by {gain} under the verifier's rewards and by {random} under random ones"
+    if random.positive:
         return Verdict("confirmed", words)
     return Verdict("refuted" if gain.positive and gain.mean >= POINTS else "no effect seen", words)
 
@@ -27,15 +27,16 @@ PAPER = Paper(
     name="reverse",
     title="Spurious Rewards: Rethinking Training Signals in RLVR",
     arxiv="2506.10947",
-    claim="Reinforcement learning lifts accuracy even when the reward is the toss of a coin (found on Qwen2.5 "
-    "models, not on Llama 3 and OLMo 2).",
-    experiment="Words of 3 and 4 of 8 letters, to be reversed; the teacher copies half of them. A Llama of "
-    f"{EXPERIMENT.width} x {EXPERIMENT.layers} learns from him for {EXPERIMENT.sft_steps} steps; then every arm has "
-    f"{EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows at {LEARNING_RATE:g}. Control: the beginner; beside it the "
-    f"same GRPO on the verifier's word. Held out: {EXPERIMENT.final_problems} words that no step has seen.",
-    confirms="accuracy under a coin's rewards is above the beginner's, the 95 % interval of the paired difference "
+    claim="Reinforcement learning raises accuracy even with random rewards (found for Qwen2.5 models, not for Llama 3 "
+    "and OLMo 2).",
+    experiment="Words of 3 and 4 of 8 letters are to be reversed; the teacher copies half of them. A Llama of width "
+    f"{EXPERIMENT.width} with {EXPERIMENT.layers} layers is fine-tuned on its answers for {EXPERIMENT.sft_steps} "
+    f"steps (base policy). Every arm then has {EXPERIMENT.steps} steps of {EXPERIMENT.rows} rows at "
+    f"{LEARNING_RATE:g}. Control: the base policy; also GRPO with the verifier's rewards. Held out: "
+    f"{EXPERIMENT.final_problems} words.",
+    confirms="accuracy under random rewards is above the base policy's, the 95 % interval of the paired difference "
     "above zero.",
-    refutes=f"it is not, though the verifier's rewards add at least {POINTS:.0%}, likewise.",
+    refutes=f"it is not, although the verifier's rewards add at least {POINTS:.0%}, their interval above zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("step", "held-out greedy accuracy"),

@@ -1,8 +1,8 @@
-"""The bench on which policies are taught: a task that a program can check, a small Llama that has learned a little from
-a teacher, and then so many steps of one thing or another, all with the same number of rows.
+"""Shared parts of the reinforcement learning experiments: a task with a verifier, a small Llama that is fine-tuned on
+demonstrations (the base policy), and then the same number of steps and rows for every arm.
 
-The arms of an experiment begin at the same weights. What they are compared by is asked of problems that no step has
-seen: accuracy of greedy answers, the mean of samples, and how often one of eight samples is right."""
+All arms of an experiment start from the same weights. They are compared on problems of the test split: accuracy of
+greedy answers, mean@8 and pass@8."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.papers.lab import TraceDisplay, cached_model, init_lab_model
+from llm_quest.papers.lab import MetricsRecorder, cached_model, init_lab_model
 from llm_quest.papers.paper import ExperimentResults, Measurement, Verdict
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
@@ -44,13 +44,10 @@ HEAD_DIM = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RLExperiment:
-    """name: of the experiment. sft_steps, sft_learning_rate: steps of imitation before anything else, 64 rows each, and
-    their learning rate. num_demonstrations: demonstrations that the teacher has, shown again and again; None: never one
-    twice. prompts, group: a step's questions and samples of each; every arm learns from as many rows in a step, or asks
-    for as many. steps: of every arm. every: steps between two points of the curve. eval_problems: problems asked for
-    one;
-    final_problems: at
-    the end."""
+    """Settings of an experiment. sft_steps, sft_learning_rate: of the base policy, 64 rows a step. num_demonstrations:
+    how many there are, repeated in epochs; None: every demonstration is new. prompts, group: questions of a step and
+    samples of each; every arm trains on as many rows in a step, or samples as many. steps: of every arm. every: steps
+    between evaluations. eval_problems: problems of an evaluation; final_problems: of the one at the end."""
 
     name: str
     task: Task
@@ -88,14 +85,14 @@ class RLExperiment:
         )
 
     def demonstration_loader(self, seed: int, rows: int, *, more: bool = False) -> DemonstrationLoader:
-        """What the teacher shows. more: after the lessons, on problems that come next if he has them."""
+        """The teacher's demonstrations. more: those after the base policy's, unless their number is limited."""
         first = seed + 1_000 if more and self.num_demonstrations is None else seed
         return DemonstrationLoader(
             self.task, self.tokenizer, batch_size=rows, seed=first, num_examples=self.num_demonstrations
         )
 
     def question(self, seed: int, index: int) -> PolicyPrompt:
-        """Number `index` of the training split."""
+        """Problem `index` of the training split as a prompt."""
         problem = TaskSplit(self.task)(seed, index)
         return PolicyPrompt(
             (self.tokenizer.start_token_id, *self.tokenizer.encode(problem.prompt, add_special_tokens=False)), problem
@@ -103,14 +100,14 @@ class RLExperiment:
 
 
 def base_policy(experiment: RLExperiment, seed: int) -> Decoder:
-    """The model that all arms of this seed begin with."""
-    told = (
+    """The fine-tuned model that all arms of this seed start from."""
+    settings = (
         experiment.task,
         experiment.sft_steps,
         experiment.sft_learning_rate,
         *([experiment.num_demonstrations] if experiment.num_demonstrations else []),
     )
-    distillation_terms = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
 
     def train_base_policy() -> Decoder:
         model = init_lab_model(experiment.config(), seed)
@@ -124,7 +121,7 @@ def base_policy(experiment: RLExperiment, seed: int) -> Decoder:
         )
         return model
 
-    return cached_model(f"{experiment.name}-{distillation_terms}", seed, experiment.config(), train_base_policy)
+    return cached_model(f"{experiment.name}-{digest}", seed, experiment.config(), train_base_policy)
 
 
 def rl_arm(
@@ -136,34 +133,33 @@ def rl_arm(
     minibatches: int = 1,
     process: bool = False,
 ) -> Callable[[int], Measurement]:
-    """An arm: fresh samples in every rollout, judged, learned from. reward: from the seed. minibatches: optimiser steps
-    for each rollout; a step then learns from that part of the rows."""
+    """An arm of policy-gradient training. reward: a function of the seed. minibatches: optimizer steps for each
+    rollout, each on its share of the rows. process: rewards for every step of an answer."""
 
     def run_arm(seed: int) -> Measurement:
-        model, made = base_policy(experiment, seed), POLICY_VARIANTS[variant]
+        model, recipe = base_policy(experiment, seed), POLICY_VARIANTS[variant]
         scoring = RewardPipeline(
             rewards=(WeightedReward("reward", reward(seed)),),
-            estimator=ADVANTAGE_ESTIMATORS[made.advantages],
+            estimator=ADVANTAGE_ESTIMATORS[recipe.advantages],
             step_rewards=partial(compute_step_rewards, experiment.tokenizer) if process else None,
         )
-        draws = 4 if variant == "dapo" else 1
         plan = RolloutPlan(
             prompts_per_rollout=experiment.prompts,
             num_generations=experiment.group,
             minibatches=minibatches,
-            max_sampling_rounds=draws,
+            max_sampling_rounds=4 if variant == "dapo" else 1,
             seed=seed,
         )
         loader = RolloutLoader(model, partial(experiment.question, seed), experiment.make_sampler(), scoring, plan)
-        horizon = experiment.new_tokens if made.count == "horizon" else None
-        objective = PolicyGradientLoss(model, made.surrogate, count=made.count, horizon=horizon)
+        horizon = experiment.new_tokens if recipe.count == "horizon" else None
+        objective = PolicyGradientLoss(model, recipe.surrogate, count=recipe.count, horizon=horizon)
         return train_and_evaluate(experiment, objective, loader, rate, seed, inner=minibatches)
 
     return run_arm
 
 
 def sft_arm(experiment: RLExperiment, *, rate: float) -> Callable[[int], Measurement]:
-    """An arm: more of the same teacher, on problems that come next (or on his few again)."""
+    """An arm of further fine-tuning on demonstrations: new ones, or the limited number again."""
 
     def run_arm(seed: int) -> Measurement:
         loader = experiment.demonstration_loader(seed, experiment.rows, more=True)
@@ -173,8 +169,8 @@ def sft_arm(experiment: RLExperiment, *, rate: float) -> Callable[[int], Measure
 
 
 def rejection_sampling_arm(experiment: RLExperiment, *, rate: float) -> Callable[[int], Measurement]:
-    """An arm: rejection fine-tuning. As many samples as reinforcement learning sees, all written by the beginner; those
-    that are right are imitated (Yuan et al. 2023, arXiv:2308.01825)."""
+    """An arm of rejection fine-tuning (Yuan et al. 2023, arXiv:2308.01825): as many samples as reinforcement learning
+    draws, all from the base policy; the correct ones are demonstrations."""
 
     def run_arm(seed: int) -> Measurement:
         return train_and_evaluate(
@@ -190,19 +186,19 @@ def rejection_sampling_arm(experiment: RLExperiment, *, rate: float) -> Callable
 
 @dataclass
 class RejectionSamplingLoader:
-    """What the beginner wrote and was right."""
+    """Correct samples of the base policy as demonstrations."""
 
     experiment: RLExperiment
     seed: int
 
     def __post_init__(self) -> None:
-        self.author = base_policy(self.experiment, self.seed).eval()
+        self.policy = base_policy(self.experiment, self.seed).eval()
 
     def batches(self, step: int) -> Sequence[TokenBatch]:
         first = step * self.experiment.prompts
         questions = [self.experiment.question(self.seed, first + place) for place in range(self.experiment.prompts)]
         drawn = make_rng("kept", self.seed, step).getrandbits(62)
-        groups = self.experiment.make_sampler()(self.author, questions, self.experiment.group, drawn)
+        groups = self.experiment.make_sampler()(self.policy, questions, self.experiment.group, drawn)
         right = [
             (list(s.prompt_ids), list(s.completion_ids)) for group in groups for s in group if score_correctness(s) == 1
         ]
@@ -212,16 +208,16 @@ class RejectionSamplingLoader:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to go on from."""
+        """Nothing to do: batches are a function of the step."""
 
 
 @dataclass
 class HeldOutProblemsEvaluator:
-    """A probe: greedy accuracy on problems that no step has seen. `finals` asks more of them, and for samples too."""
+    """Greedy accuracy on problems of the test split. `final_scores` uses more of them and also draws samples."""
 
     experiment: RLExperiment
     interval: int
-    name: str = "exam"
+    name: str = "eval"
     problems: list[Problem] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -247,18 +243,18 @@ class HeldOutProblemsEvaluator:
 def train_and_evaluate(
     experiment: RLExperiment, objective: Any, loader: Loader, rate: float, seed: int, inner: int = 1
 ) -> Measurement:
-    """The run and what came of it. inner: optimiser steps in a step of the curve."""
-    exam = HeldOutProblemsEvaluator(experiment, experiment.every * inner)
-    before = exam.evaluate(objective.model.eval(), 0)["accuracy"]
+    """Trains and evaluates one arm. inner: optimizer steps in a step of the curve."""
+    evaluator = HeldOutProblemsEvaluator(experiment, experiment.every * inner)
+    before = evaluator.evaluate(objective.model.eval(), 0)["accuracy"]
     rows = train_for_steps(
-        objective, loader, rate, steps=experiment.steps * inner, seed=seed, warmup=10 * inner, probes=[exam]
+        objective, loader, rate, steps=experiment.steps * inner, seed=seed, warmup=10 * inner, evaluators=[evaluator]
     )
-    curve = [(row["step"] / inner, row["exam/accuracy"]) for row in rows if "exam/accuracy" in row]
-    return Measurement(exam.final_scores(objective.model), [(0.0, before), *curve])
+    curve = [(row["step"] / inner, row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+    return Measurement(evaluator.final_scores(objective.model), [(0.0, before), *curve])
 
 
 def untrained_arm(experiment: RLExperiment) -> Callable[[int], Measurement]:
-    """An arm: the beginner as it is."""
+    """An arm without training: the base policy."""
 
     def run_arm(seed: int) -> Measurement:
         return Measurement(HeldOutProblemsEvaluator(experiment, 0).final_scores(base_policy(experiment, seed)))
@@ -267,12 +263,11 @@ def untrained_arm(experiment: RLExperiment) -> Callable[[int], Measurement]:
 
 
 def standard_arms(experiment: RLExperiment, rate: float) -> dict[str, Callable[[int], Measurement]]:
-    """Rewards against the controls without which a curve proves nothing; all at one learning rate, with as many steps
-    and rows."""
+    """GRPO and its controls, all with the same learning rate and the same number of steps and rows."""
     return {
-        "the beginner": untrained_arm(experiment),
+        "base policy": untrained_arm(experiment),
         "GRPO": rl_arm(experiment, rate=rate),
-        "more of the teacher": sft_arm(experiment, rate=rate),
+        "more SFT": sft_arm(experiment, rate=rate),
         "rejection fine-tuning": rejection_sampling_arm(experiment, rate=rate),
         "random reward": rl_arm(experiment, rate=rate, reward=RandomReward),
         "format-only reward": rl_arm(experiment, rate=rate, reward=lambda seed: FormatReward()),
@@ -280,12 +275,12 @@ def standard_arms(experiment: RLExperiment, rate: float) -> dict[str, Callable[[
 
 
 def margin_verdict(results: ExperimentResults, number: str, points: float) -> Verdict:
-    """Is GRPO that far ahead of more teaching, with zero below the whole interval, and ahead of rewards that know
-    nothing? Refuted if it is behind."""
-    gain = results.difference("GRPO", "more of the teacher", number)
-    more = {arm: results.difference("GRPO", arm, number) for arm in results.arms if arm not in ("GRPO", "the beginner")}
-    words = f"GRPO's {number} differs from that of " + ", ".join(f"{arm} by {more[arm]}" for arm in more)
-    if gain.negative or not (more["random reward"].positive and more["format-only reward"].positive):
+    """Confirmed if GRPO exceeds more fine-tuning by `points`, the whole interval above zero, and exceeds rewards
+    without information. Refuted if it is below more fine-tuning."""
+    gain = results.difference("GRPO", "more SFT", number)
+    gaps = {arm: results.difference("GRPO", arm, number) for arm in results.arms if arm not in ("GRPO", "base policy")}
+    words = f"GRPO's {number} differs from that of " + ", ".join(f"{arm} by {gap}" for arm, gap in gaps.items())
+    if gain.negative or not (gaps["random reward"].positive and gaps["format-only reward"].positive):
         return Verdict("refuted" if gain.negative else "no effect seen", words)
     return Verdict("confirmed" if gain.positive and gain.mean >= points else "no effect seen", words)
 
@@ -298,12 +293,12 @@ def train_for_steps(
     steps: int,
     seed: int,
     warmup: int = 0,
-    probes: Sequence[Evaluator] = (),
+    evaluators: Sequence[Evaluator] = (),
 ) -> list[Mapping[str, Any]]:
-    """AdamW without decay of weights, the rate falling to a tenth; the rows of metrics."""
-    trace = TraceDisplay()
+    """Trains with AdamW without weight decay, the learning rate decaying to a tenth; returns the rows of metrics."""
+    recorder = MetricsRecorder()
     optimizer = make_adamw(objective.model, lr=rate, weight_decay=0.0)
-    falling = make_lr_schedule(steps, warmup_steps=min(warmup, steps), shape="cosine", min_lr_ratio=0.1)
+    schedule = make_lr_schedule(steps, warmup_steps=min(warmup, steps), shape="cosine", min_lr_ratio=0.1)
     settings = TrainingArguments(steps=steps, log_every=max(1, steps // 20), seed=seed)
-    train(objective, loader, optimizer, falling, settings, evaluators=probes, logger=trace)
-    return trace.metrics
+    train(objective, loader, optimizer, schedule, settings, evaluators=evaluators, logger=recorder)
+    return recorder.metrics

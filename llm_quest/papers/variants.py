@@ -1,5 +1,5 @@
-"""The GRPO family (GSPO, Zheng et al. 2025, arXiv:2507.18071, and its relatives) where its members differ: four
-minibatches to a rollout, so that three of four updates are made off-policy."""
+"""GRPO and its variants (GSPO, Zheng et al. 2025, arXiv:2507.18071, and others) where they differ: with four
+minibatches for each rollout, so that three of four updates are off-policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARMS = {
 
 
 def verdict(results: ExperimentResults) -> Verdict:
-    """Is any of the five told apart from GRPO?"""
+    """Confirmed if GSPO exceeds GRPO; the other variants are reported."""
     gaps = {name: results.difference(name, "GRPO", "greedy") for name in NAMES if name != "GRPO"}
     words = "greedy accuracy, less GRPO's: " + ", ".join(f"{name} {gap}" for name, gap in gaps.items())
     if gaps["GSPO"].negative:
@@ -28,17 +28,17 @@ def verdict(results: ExperimentResults) -> Verdict:
 
 PAPER = Paper(
     name="variants",
-    title="Group Sequence Policy Optimization, beside GRPO, Dr. GRPO, DAPO, SAPO and CISPO",
+    title="Group Sequence Policy Optimization, with GRPO, Dr. GRPO, DAPO, SAPO and CISPO",
     arxiv="2507.18071",
-    claim="With several updates per rollout a ratio of the whole sequence, clipped tightly, learns more from the "
-    "same samples than GRPO's ratio of each token.",
-    experiment=f"The words and the beginner of `quest reproduce reverse`; {EXPERIMENT.steps} rollouts of "
-    f"{EXPERIMENT.rows} samples, each learned from in {MINIBATCHES} minibatches, at {LEARNING_RATE:g} for all; each "
-    "variant with its own divisor and advantages, and the clip of its paper or, where that gives no number, the usual "
-    "one (GRPO and Dr. GRPO 0.2 and 0.2, CISPO 5, which is ScaleRL's, arXiv:2510.13786). DAPO draws until groups are "
-    "mixed, so it asks for more samples. Control: GRPO.",
+    claim="With several updates per rollout, a tightly clipped importance ratio of the whole sequence learns more "
+    "from the same samples than GRPO's ratio of each token.",
+    experiment=f"The words and the base policy of `quest reproduce reverse`; {EXPERIMENT.steps} rollouts of "
+    f"{EXPERIMENT.rows} samples, each trained on in {MINIBATCHES} minibatches, at {LEARNING_RATE:g} for all; each "
+    "variant with its own divisor and advantages, and the clip range of its paper or, without a number there, the "
+    "usual one (GRPO and Dr. GRPO 0.2 and 0.2; CISPO 5, which is ScaleRL's, arXiv:2510.13786). DAPO samples until "
+    "groups are mixed, so it draws more samples. Control: GRPO.",
     confirms="GSPO's held-out accuracy is above GRPO's, the 95 % interval of the paired difference above zero.",
-    refutes="it is below, likewise.",
+    refutes="it is below, the interval below zero.",
     arms=ARMS,
     verdict=verdict,
     plot=CurvePlot("rollout", "held-out greedy accuracy"),

@@ -1,5 +1,5 @@
-"""YaRN (Peng et al. 2023, arXiv:2309.00071) and the other stretches, on a model that was trained at a quarter of the
-length: perplexity and retrieval, without any further training."""
+"""YaRN (Peng et al. 2023, arXiv:2309.00071) and other context extensions, on a model trained at a quarter of the
+length: perplexity and retrieval without further training."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from llm_quest.train.optimizers import make_adamw
 TRAINED_LENGTH, FACTOR, STEPS, ROWS, LEARNING_RATE = 64, 4, 700, 32, 2e-3
 EVAL_LENGTH = TRAINED_LENGTH * FACTOR
 NUM_REPEATED_TOKENS = 64
-"""How many different tokens a text that is to be repeated is made of."""
+"""Number of distinct tokens in the random texts to be repeated."""
 
 
 class HalfCopiesLoader:
-    """A feed: half of the rows are text, half a random text and itself again, of which only the repetition is learned
-    (it can be retrieved, and nothing else helps)."""
+    """Half of the rows are text; the other half are a random text followed by itself, with a loss on the repetition
+    only (it can be retrieved and not predicted otherwise)."""
 
     def __init__(self, seed: int):
         self.text, self.seed = lab_text().loader(seed, length=TRAINED_LENGTH, rows=ROWS // 2), seed
@@ -47,11 +47,11 @@ class HalfCopiesLoader:
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """It has no state."""
+        """Nothing to do: batches are a function of the step."""
 
 
 def repeated_texts(rows: int, length: int, seed: int) -> TokenBatch:
-    """Rows of `length` inputs: a random text of half that length, and again."""
+    """Rows of `length` inputs: a random text of half that length, twice."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     half = torch.randint(LAB_VOCAB_SIZE - NUM_REPEATED_TOKENS, LAB_VOCAB_SIZE, (rows, length // 2), generator=generator)
     ids = torch.cat((half, half, half[:, :1]), dim=1)
@@ -61,7 +61,7 @@ def repeated_texts(rows: int, length: int, seed: int) -> TokenBatch:
 
 
 def yarn_base_model(seed: int) -> Decoder:
-    """Trained at 64 tokens."""
+    """The model trained at 64 tokens."""
 
     def make() -> Decoder:
         model = init_lab_model(small_llama_config(layers=3, context=TRAINED_LENGTH), seed)
@@ -88,7 +88,7 @@ def make_arm(technique: ContextExtension | None) -> Callable[[int], Measurement]
 
 @torch.no_grad()
 def loss_by_position(model: Decoder, step: int = 8) -> list[tuple[float, float]]:
-    """Mean loss of held-out text, by position: documents that are long enough, laid out alone."""
+    """Mean loss on held-out text by position, in documents that are long enough, one a row."""
     batch = long_documents()
     losses = -token_log_probs(model, batch).mean(dim=0)
     return [(place, float(losses[place : place + step].mean())) for place in range(0, EVAL_LENGTH, step)]
@@ -106,11 +106,11 @@ def long_documents(rows: int = 48) -> TokenBatch:
 
 @torch.no_grad()
 def retrieval_accuracy(model: Decoder, length: int) -> float:
-    """The share of a repeated random text that is predicted greedily, at half the length's distance."""
+    """The share of a repeated random text that is predicted greedily, at a distance of half the length."""
     batch = repeated_texts(16, length, 5)
-    said: Tensor = model(batch.input_ids).argmax(dim=-1)
-    learned = batch.targets != IGNORE_INDEX
-    return float((said == batch.targets)[learned].float().mean())
+    predicted: Tensor = model(batch.input_ids).argmax(dim=-1)
+    repeated = batch.targets != IGNORE_INDEX
+    return float((predicted == batch.targets)[repeated].float().mean())
 
 
 ARMS = {
@@ -123,21 +123,23 @@ ARMS = {
 
 def verdict(results: ExperimentResults) -> Verdict:
     loss = results.difference("YaRN", "plain", "loss at 192-256")
-    kept = results.difference("YaRN", "plain", "retrieved at 256")
-    words = f"at four times the trained length YaRN changes the loss by {loss} nats and the retrieved share by {kept}"
-    if loss.negative and kept.mean + kept.half_width > 0:
+    retrieved = results.difference("YaRN", "plain", "retrieved at 256")
+    words = (
+        f"at four times the trained length YaRN changes the loss by {loss} nats and the retrieved share by {retrieved}"
+    )
+    if loss.negative and retrieved.mean + retrieved.half_width > 0:
         return Verdict("confirmed", words)
-    return Verdict("refuted" if loss.positive or kept.negative else "no effect seen", words)
+    return Verdict("refuted" if loss.positive or retrieved.negative else "no effect seen", words)
 
 
 PAPER = Paper(
     name="yarn",
     title="YaRN: Efficient Context Window Extension of Large Language Models",
     arxiv="2309.00071",
-    claim="Stretching slow rotations and leaving fast ones keeps perplexity and retrieval far beyond the trained "
+    claim="Interpolating slow rotations and leaving fast ones keeps perplexity and retrieval far beyond the trained "
     "length, where plain RoPE fails.",
     experiment=f"A 0.7M-parameter Llama trained at {TRAINED_LENGTH} tokens ({STEPS} steps, half text, half random "
-    f"texts to be repeated) is read at {EVAL_LENGTH} without further training. Control: no stretch; beside it linear "
+    f"texts to be repeated) is evaluated at {EVAL_LENGTH} without further training. Control: no extension; also linear "
     "and NTK-aware.",
     confirms="the loss at positions 192 to 256 falls (95 % interval of the paired difference below zero) and no less "
     "is retrieved.",

@@ -12,7 +12,7 @@ import pytest
 from llm_quest.cli.papers import list_papers
 from llm_quest.errors import UsageError
 from llm_quest.papers import PAPERS, load_paper
-from llm_quest.papers.card import VERDICTS, drawn, recorded_verdict, results_table, write_card
+from llm_quest.papers.card import VERDICTS, outcome_of_card, recorded_verdict, results_table, write_card
 from llm_quest.papers.lab import steps_to_reach
 from llm_quest.papers.paper import ExperimentResults, MeanInterval, Measurement, mean_interval, verdict_from_interval
 from llm_quest.papers.reproduce import load_results, save_results
@@ -89,14 +89,14 @@ def test_the_card_holds_the_verdict_the_picture_and_the_table(tmp_path: Path) ->
         verdict=lambda r: verdict_from_interval(r.difference("Muon", "AdamW", "loss"), "by a tenth", wanted="negative"),
     )
     card = write_card(chosen, found, tmp_path)
-    assert write_card(chosen, found, tmp_path).file == card.file, "a card is drawn again by the same command"
+    assert write_card(chosen, found, tmp_path).file == card.file, "a card is outcome_of_card again by the same command"
     page = card.file.read_text()
     assert "## Verdict: confirmed" in page
     assert "by a tenth" in page
     assert "![training loss against step](muon.svg)" in page
     assert (tmp_path / "muon.svg").read_text().lstrip().startswith("<?xml")
     assert recorded_verdict(tmp_path, "muon") == "confirmed"
-    assert drawn(tmp_path, "yarn") == ""
+    assert outcome_of_card(tmp_path, "yarn") == ""
     assert results_table(found)[2].startswith("| AdamW | 4.1 ± 0.25 |")
 
 
@@ -108,13 +108,13 @@ def test_a_paper_that_is_not_there_is_told_with_the_nearest() -> None:
 def test_the_packages_outcomes_are_those_of_the_cards_and_are_found_anywhere(tmp_path, monkeypatch):
     docs = Path(__file__).parents[2] / "docs" / "papers"
     shipped = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    assert shipped == {name: found for name in PAPERS if (found := drawn(docs, name))}
+    assert shipped == {name: found for name in PAPERS if (found := outcome_of_card(docs, name))}
     monkeypatch.chdir(tmp_path)
     found = {entry.name: entry.verdict for entry in list_papers().entries}
     assert found == {name: shipped.get(name, "") for name in PAPERS}
     assert found["muon"] == "confirmed"
 
 
-def test_an_outcome_drawn_here_comes_before_the_packages(tmp_path):
+def test_an_outcome_outcome_of_card_here_comes_before_the_packages(tmp_path):
     (tmp_path / "muon.md").write_text("## Verdict: no effect seen\n")
     assert recorded_verdict(tmp_path, "muon") == "no effect seen"

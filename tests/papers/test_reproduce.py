@@ -11,8 +11,7 @@ from llm_quest.data.corpus import load_corpus
 from llm_quest.data.split import split_corpus
 from llm_quest.data.tokenizer import train_bpe
 from llm_quest.data.tokens import prepare_token_folder
-from llm_quest.papers import load_paper, muon
-from llm_quest.papers import reproduce as room
+from llm_quest.papers import load_paper, muon, reproduce
 from llm_quest.papers.lab import LAB_VOCAB_SIZE, LabText
 from llm_quest.papers.paper import Measurement
 from llm_quest.papers.reproduce import measure_arm, run_experiment
@@ -49,7 +48,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
             asked.append(piece)
             yield piece, Measurement({"held-out loss": 4.0 + len(asked)}, [(0.0, 1.0)])
 
-    monkeypatch.setattr(room, "run_measurements", pretend)
+    monkeypatch.setattr(reproduce, "run_measurements", pretend)
     run_experiment("muon", seeds=1, out=tmp_path, jobs=1, log=lambda text: None)
     run_experiment("muon", seeds=2, out=tmp_path, jobs=1, log=lambda text: None)
     assert asked == [("AdamW", 1), ("Muon", 1), ("AdamW", 2), ("Muon", 2)]

@@ -1,4 +1,5 @@
-"""The bench of policies: every kind of arm for two steps of a tiny model; the judges on made-up numbers."""
+"""The reinforcement learning experiments: every kind of arm for two steps of a tiny model; verdicts on made-up
+numbers."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ from llm_quest.papers import (
     noisy_teacher,
     overoptimization,
     process,
+    reproduce,
     reverse,
     rl_lab,
     variants,
 )
-from llm_quest.papers import reproduce as room
 from llm_quest.papers.paper import ExperimentResults, Measurement
 from llm_quest.papers.reproduce import code_fingerprint
 from llm_quest.papers.rl_lab import (
@@ -43,8 +44,8 @@ TINY = RLExperiment(
 
 
 @pytest.fixture(autouse=True)
-def own_shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beginners are remembered in a folder of this test."""
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base policies are cached in a folder of this test."""
     monkeypatch.setattr(lab, "default_cache_dir", lambda: tmp_path / "cache")
 
 
@@ -53,7 +54,7 @@ def test_every_arm_begins_at_the_same_weights_and_measures_the_same_bits_again()
     found = {name: arm(1) for name, arm in made.items()}
     starts = {measured.curve[0] for measured in found.values() if measured.curve}
     assert len(starts) == 1
-    assert all([x for x, _ in one.curve] == [0, 1, 2] for name, one in found.items() if name != "the beginner")
+    assert all([x for x, _ in one.curve] == [0, 1, 2] for name, one in found.items() if name != "base policy")
     assert all(0 <= value <= 1 for one in found.values() for value in one.numbers.values())
     assert made["GRPO"](1) == found["GRPO"]
 
@@ -63,7 +64,7 @@ def test_four_minibatches_are_four_steps_for_each_rollout(variant: str, monkeypa
     asked: list[int] = []
     monkeypatch.setattr(rl_lab, "train", lambda o, feed, opt, rate, settings, **rest: asked.append(settings.steps))
     rl_arm(TINY, rate=1e-2, variant=variant, minibatches=4)(1)
-    assert asked == [4, 4 * TINY.steps]  # the beginner's lessons come first
+    assert asked == [4, 4 * TINY.steps]  # the base policy's first
 
 
 def test_steps_of_an_answer_are_rewarded() -> None:
@@ -71,8 +72,8 @@ def test_steps_of_an_answer_are_rewarded() -> None:
     assert rl_arm(chained, rate=1e-2, process=True)(1).curve[-1][0] == 2
 
 
-def test_rejection_fine_tuning_learns_from_what_was_right_alone() -> None:
-    """`reverse(a)=` is `a`: the letter stands at place 9, its answer is learned at place 11, and its end after that."""
+def test_rejection_fine_tuning_learns_from_correct_samples_alone() -> None:
+    """`reverse(a)=` is `a`: the letter is token 9, its answer is the target at 11, the end of text the next."""
     taught = replace(TINY, task=Reverse(shortest=1, longest=1, letters=3), sft_steps=30)
     feed = RejectionSamplingLoader(taught, 1)
     (batch,) = feed.batches(0)
@@ -80,7 +81,7 @@ def test_rejection_fine_tuning_learns_from_what_was_right_alone() -> None:
     assert (batch.targets[:, 11] == batch.input_ids[:, 9]).all()
     assert (batch.targets[:, 12] == taught.tokenizer.eos_token_id).all()
     assert all(
-        (a == b).all() for a, b in zip(feed.author.parameters(), base_policy(taught, 1).parameters(), strict=True)
+        (a == b).all() for a, b in zip(feed.policy.parameters(), base_policy(taught, 1).parameters(), strict=True)
     )
 
 
@@ -106,7 +107,7 @@ def test_preferences_are_learned_for_two_steps(loss: str, monkeypatch: pytest.Mo
     assert found.curve[-1][0] == 2
 
 
-def test_a_judge_that_is_trained_on_gets_as_many_questions_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_iterative_reward_model_gets_as_many_questions_as_a_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overoptimization, "EXPERIMENT", replace(TINY, sft_steps=40))
     for name, value in {"PHASES": 2, "STEPS": 1, "QUESTIONS": 3, "REWARD_MODEL_STEPS": 2}.items():
         monkeypatch.setattr(overoptimization, name, value)
@@ -140,7 +141,7 @@ def made_up(numbers: Mapping[str, tuple[float, ...]], name: str) -> ExperimentRe
 
 
 def far(grpo: float, teacher: float = 0.5, coin: float = 0.1) -> ExperimentResults:
-    means = {"the beginner": 0.5, "GRPO": grpo, "more of the teacher": teacher, "random reward": coin}
+    means = {"base policy": 0.5, "GRPO": grpo, "more SFT": teacher, "random reward": coin}
     means |= {"rejection fine-tuning": 0.9, "format-only reward": 0.3}
     return made_up({arm: (m, m + 0.01, m - 0.01) for arm, m in means.items()}, "greedy")
 
@@ -152,7 +153,9 @@ def far(grpo: float, teacher: float = 0.5, coin: float = 0.1) -> ExperimentResul
         (far(0.8, coin=0.8), "no effect seen"),
     ],
 )  # fmt: skip
-def test_ahead_by_so_many_points_and_of_rewards_that_know_nothing(results: ExperimentResults, outcome: str) -> None:
+def test_confirmed_is_ahead_by_so_many_points_and_of_rewards_without_information(
+    results: ExperimentResults, outcome: str
+) -> None:
     assert margin_verdict(results, "greedy", 0.15).outcome == outcome
     assert noisy_teacher.verdict(results).outcome == outcome
 
@@ -161,7 +164,9 @@ def test_ahead_by_so_many_points_and_of_rewards_that_know_nothing(results: Exper
     ("one", "eight", "outcome"),
     [(0.5, 0.6, "confirmed"), (0.5, 0.9, "refuted"), (0.3, 0.6, "no effect seen"), (0.5, 0.8, "no effect seen")],
 )
-def test_likelier_in_one_try_and_rarer_in_eight(one: float, eight: float, outcome: str) -> None:
+def test_countdown_confirms_what_is_likelier_in_one_sample_and_rarer_in_eight(
+    one: float, eight: float, outcome: str
+) -> None:
     found = ExperimentResults()
     for seed, noise in enumerate((0.0, 0.01, -0.01), 1):
         for arm in countdown.ARMS:
@@ -178,10 +183,10 @@ def test_likelier_in_one_try_and_rarer_in_eight(one: float, eight: float, outcom
     ("grpo", "teacher", "outcome"),
     [(0.5, 0.2, "confirmed"), (0.5, 0.4, "no effect seen"), (0.2, 0.0, "no effect seen"), (0.3, 0.4, "refuted")],
 )
-def test_rewards_go_on_where_a_few_demonstrations_are_learned_by_heart(
+def test_memorizes_confirms_rewards_that_improve_where_demonstrations_are_few(
     grpo: float, teacher: float, outcome: str
 ) -> None:
-    means = {"the beginner": 0.3, "GRPO": grpo, "more of the teacher": teacher, "rejection fine-tuning": 0.4}
+    means = {"base policy": 0.3, "GRPO": grpo, "more SFT": teacher, "rejection fine-tuning": 0.4}
     means |= {"random reward": 0.0}
     found = ExperimentResults()
     for seed, noise in enumerate((0.0, 0.01, -0.01), 1):
@@ -190,7 +195,7 @@ def test_rewards_go_on_where_a_few_demonstrations_are_learned_by_heart(
     assert memorizes.verdict(found).outcome == outcome
 
 
-def test_a_teacher_with_few_examples_shows_them_again() -> None:
+def test_a_limited_number_of_demonstrations_is_repeated() -> None:
     few = replace(TINY, num_demonstrations=6)
     feed, later, endless = (
         few.demonstration_loader(3, 4),
@@ -209,13 +214,13 @@ def test_a_teacher_with_few_examples_shows_them_again() -> None:
     ("grpo", "coin", "outcome"),
     [(0.9, 0.0, "refuted"), (0.9, 0.7, "confirmed"), (0.6, 0.0, "no effect seen")],
 )
-def test_a_coin_that_teaches_confirms_and_one_that_does_not_refutes(grpo: float, coin: float, outcome: str) -> None:
-    means = {"the beginner": 0.5, "GRPO": grpo, "random reward": coin}
+def test_random_rewards_that_improve_confirm_and_others_refute(grpo: float, coin: float, outcome: str) -> None:
+    means = {"base policy": 0.5, "GRPO": grpo, "random reward": coin}
     assert reverse.verdict(made_up({arm: (m, m, m) for arm, m in means.items()}, "greedy")).outcome == outcome
 
 
-def test_the_other_judges_read_paired_differences() -> None:
-    ups = {"the beginner": (0.1, 0.2, 0.3), "outcome": (0.2, 0.5, 0.8), "process": (0.3, 0.6, 0.9)}
+def test_the_other_verdicts_read_paired_differences() -> None:
+    ups = {"base policy": (0.1, 0.2, 0.3), "outcome": (0.2, 0.5, 0.8), "process": (0.3, 0.6, 0.9)}
     assert process.verdict(made_up(ups, "mean@8")).outcome == "confirmed"
     same = dict.fromkeys(variants.NAMES, (0.5, 0.6, 0.7))
     assert variants.verdict(made_up(same | {"GSPO": (0.4, 0.5, 0.6)}, "greedy")).outcome == "refuted"
@@ -232,7 +237,7 @@ GREEDY = {"greedy at the end": 0.3, "best greedy": 0.4}
 @pytest.mark.parametrize(
     ("proxy", "gold", "outcome"), [(1, 0.5, "confirmed"), (-1, 0.5, "no effect seen"), (1, 0, "refuted")]
 )
-def test_over_optimised_is_a_proxy_that_rises_and_gold_that_the_trained_on_judge_keeps(
+def test_overoptimization_is_a_proxy_that_rises_and_gold_that_the_iterative_model_keeps(
     proxy: float, gold: float, outcome: str
 ) -> None:
     found = ExperimentResults()
@@ -246,13 +251,13 @@ def test_over_optimised_is_a_proxy_that_rises_and_gold_that_the_trained_on_judge
     )
 
 
-def test_a_change_of_the_bench_measures_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_the_shared_code_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
     own, other, real = (
         code_fingerprint(load_paper("reverse")),
         code_fingerprint(load_paper("qk_clip")),
         inspect.getsource,
     )
-    monkeypatch.setattr(room.inspect, "getsource", lambda m: real(m) + "#" * (m is rl_lab))
+    monkeypatch.setattr(reproduce.inspect, "getsource", lambda m: real(m) + "#" * (m is rl_lab))
     assert code_fingerprint(load_paper("reverse")) != own
     assert code_fingerprint(load_paper("variants")) != own
     assert code_fingerprint(load_paper("qk_clip")) == other
