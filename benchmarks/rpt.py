@@ -2,10 +2,10 @@
 
     for S in 1 2 3; do
       quest train rpt         --out runs/rpt-$S seed=$S
-      quest train rpt_control --out runs/rpt-$S-control  seed=$S run=runs/rpt-$S
-      quest train rpt_control --out runs/rpt-$S-selected seed=$S run=runs/rpt-$S targets=selected
-      quest train rpt         --out runs/rpt-$S-random   seed=$S reward=random model=null schooling=null \\
-        model.load=runs/rpt-$S/warmup select.proxy=runs/rpt-$S/base
+      quest train rpt_control --out runs/rpt-$S-control  seed=$S rpt_run=runs/rpt-$S
+      quest train rpt_control --out runs/rpt-$S-selected seed=$S rpt_run=runs/rpt-$S targets=selected
+      quest train rpt         --out runs/rpt-$S-random   seed=$S reward=random model=null warmup=null \\
+        model.load=runs/rpt-$S/warmup selection.proxy_model=runs/rpt-$S/base
     done
     python -m benchmarks.rpt runs/rpt-1 runs/rpt-2 runs/rpt-3 --out docs/rpt.svg
 

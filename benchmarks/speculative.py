@@ -38,8 +38,8 @@ PROMPTS = (
     "class Error(Exception):\n    ",
     "Raises ValueError if ",
 )
-SIZES = "model.sizes={hidden_size: 512, num_hidden_layers: 10, num_attention_heads: 8, num_key_value_heads: 2, intermediate_size: 1408, rotary: {rope_theta: 10000}}"
-QUIET = ["evaluate.every=0", "evaluate.baselines=false", "samples.every=0"]
+SIZES = "model.config={hidden_size: 512, num_hidden_layers: 10, num_attention_heads: 8, num_key_value_heads: 2, intermediate_size: 1408, rotary: {rope_theta: 10000}}"
+QUIET = ["eval_steps=0", "eval_baselines=false", "samples.every_steps=0"]
 
 
 def trained(target: Path, draft: Path) -> None:
@@ -48,21 +48,21 @@ def trained(target: Path, draft: Path) -> None:
     run = Path("runs")
     first = draft.with_name(draft.name + "-untaught")
     if not draft.is_dir() and not first.is_dir():
-        quest_("train", "quickstart", "--out", str(run / "spec-draft"), "steps=1500", *QUIET)
+        quest_("train", "quickstart", "--out", str(run / "spec-draft"), "max_steps=1500", *QUIET)
         quest_("export", str(run / "spec-draft"), str(first))
     if not target.is_dir():
-        schedule = ["schedule.shape=linear", "schedule.warmup=40", "schedule.floor=0.01"]
-        muon = ["optimizer.name=muon", "optimizer.lr=1.5e-3", "techniques=[{name: multi_token, depth: 2}]"]
+        schedule = ["lr_scheduler_type=linear", "warmup_steps=40", "min_lr_ratio=0.01"]
+        muon = ["optim=muon", "learning_rate=1.5e-3", "techniques=[{name: multi_token, depth: 2}]"]
         read = f"tokenizer.load={first if first.is_dir() else draft}"
-        size = ["batch.rows=8", "batch.length=256", "steps=900", SIZES, read]
+        size = ["batch_size=8", "sequence_length=256", "max_steps=900", SIZES, read]
         fast = ["precision=bf16", "compile=true"]
         quest_("train", "pretrain", "--out", str(run / "spec-target"), *size, *schedule, *muon, *fast, *QUIET)
         quest_("export", str(run / "spec-target"), str(target))
     if not draft.is_dir():
         both = ["model=null", f"model.load={first}", f"tokenizer.load={first}", f"teacher.load={target}"]
-        adamw = ["optimizer.name=adamw", "optimizer.lr=1e-3", "optimizer.weight_decay=0"]
-        falling = ["schedule.shape=linear", "schedule.warmup=20", "schedule.floor=0.01"]
-        size = ["batch.rows=8", "batch.length=256", "steps=1000", "precision=bf16", "compile=true"]
+        adamw = ["optim=adamw", "learning_rate=1e-3", "weight_decay=0"]
+        falling = ["lr_scheduler_type=linear", "warmup_steps=20", "min_lr_ratio=0.01"]
+        size = ["batch_size=8", "sequence_length=256", "max_steps=1000", "precision=bf16", "compile=true"]
         quest_("train", "pretrain", "--out", str(run / "spec-draft-taught"), *both, *size, *adamw, *falling, *QUIET)
         quest_("export", str(run / "spec-draft-taught"), str(draft))
 

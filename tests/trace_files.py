@@ -23,7 +23,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llm_quest"
 LOOP = "llm_quest/train/loop.py"
-GRPO = ["warmup.steps=2", "warmup.until=1.0", "rollout.prompts=2", "rollout.group=2", "steps=1", "evaluate.problems=2"]
+GRPO = [
+    "warmup.max_steps=2",
+    "warmup.target_accuracy=1.0",
+    "prompts_per_rollout=2",
+    "num_generations=2",
+    "max_steps=1",
+    "eval_problems=2",
+]
 
 
 class FileTrace:

@@ -162,7 +162,7 @@ def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
     if machine.memory_available < LOW_MEMORY:
         yield (
             f"{machine.memory_available / 1e9:.1f} GB of memory are available",
-            "close something, or train with fewer micro_rows",
+            "close something, or train with a smaller micro_batch_size",
         )
     if not os.access(nearest_existing_dir(Path(machine.hub_cache)), os.W_OK):
         yield f"the hub cache {machine.hub_cache} cannot be written", "point HF_HOME to a folder that can"

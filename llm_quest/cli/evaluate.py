@@ -19,7 +19,7 @@ from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
-from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config import load_run_config, parse_config
 from llm_quest.recipes.pretrain_config import PretrainConfig
 from llm_quest.recipes.vision_config import VitConfig, VlmConfig
 from llm_quest.recipes.vit import ImageAccuracyEvaluator, load_images
@@ -72,10 +72,12 @@ def load_eval_documents(name_or_path: str, source: str) -> tuple[Sequence[Docume
         raise UsageError(
             f"{name_or_path} is no run with held-out text of its own; say what to read (--data builtin:topics, FILE)"
         )
-    data = parse_config(PretrainConfig, load_raw_config(str(run))).data
+    data = parse_config(PretrainConfig, load_run_config(run)).data
     if (Path(data.source) / "manifest.json").is_file():
         raise UsageError(f"{name_or_path} was trained on prepared numbers, not on text; say what to read: --data FILE")
-    parts = split_corpus(load_corpus(data.source, column=data.column, separator=data.separator), held_out=data.held_out)
+    parts = split_corpus(
+        load_corpus(data.source, column=data.text_column, separator=data.separator), held_out=data.held_out
+    )
     return parts.train, parts.val, f"what {name_or_path} held out of {data.source}"
 
 
@@ -99,22 +101,22 @@ def evaluate_images(name_or_path: str, *, device: str, log: LogFn) -> ImageScore
     """A run of `quest train vit` or `vlm` on what it held out; None for anything else."""
     run = Path(name_or_path).resolve()
     run = run.parent.parent if run.parent.name == "checkpoints" else run
-    settings = load_raw_config(str(run)) if (run / "config.yaml").is_file() else None
+    settings = load_run_config(run) if (run / "config.yaml").is_file() else None
     if settings is None or settings.tree.get("recipe") not in ("vit", "vlm"):
         return None
     model: Any = load(name_or_path, device=resolve_device(device), dtype="float32")
     log(f"{name_or_path}: {model.spec.family}, {sum(p.numel() for p in model.parameters()):,} parameters")
     if settings.tree["recipe"] == "vit":
-        part = parse_config(VitConfig, settings).images
-        preprocess = ImageProcessor(part.size, part.mean, part.std)
+        part = parse_config(VitConfig, settings).data
+        preprocess = ImageProcessor(part.image_size, part.image_mean, part.image_std)
         images = load_images(part, preprocess).held_out
         return ImageScores(
             f"{len(images):,} images of {part.source}", ImageAccuracyEvaluator(images, preprocess, 0).evaluate(model, 0)
         )
     config, preprocess, numbers = parse_config(VlmConfig, settings), load_preprocess(name_or_path), model.config
     writer = ImageTextCollator(
-        load_tokenizer(name_or_path), numbers.image_token_id, numbers.image_seq_length, config.batch.length
+        load_tokenizer(name_or_path), numbers.image_token_id, numbers.image_seq_length, config.sequence_length
     )
-    number = config.evaluate.sights
+    number = config.eval_images
     asking = ImageQuestionEvaluator(load_image_text(config, preprocess), writer, preprocess, number, 0)
-    return ImageScores(f"{number:,} {config.sights.source}", asking.evaluate(model, 0))
+    return ImageScores(f"{number:,} {config.data.source}", asking.evaluate(model, 0))

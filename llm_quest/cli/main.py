@@ -37,7 +37,7 @@ ModelArgument = Annotated[
 ]
 ImageOption = Annotated[str | None, typer.Option(help="An image's file, for a model that looks (quest train vlm).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top, dotted: optimizer.lr=1e-3.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top, dotted: learning_rate=1e-3.")
 ]
 
 

@@ -128,10 +128,12 @@ def run_quickstart(
     with announce_interrupt(out, log):
         log("1. Text. No network is needed: Python brings its manual and the documentation of its library.")
         log("2. A tokenizer and a small model in the style of Llama 3: both begin knowing nothing.")
-        log(f"3. Training for {config.steps} steps; a third of the way in, the run is interrupted on purpose, as by")
+        log(
+            f"3. Training for {config.max_steps} steps; a third of the way in, the run is interrupted on purpose, as by"
+        )
         log("   Ctrl-C.")
         foreseen = plan_training(make_workload(config, resolve_model_config(config, settings)), measure=True, log=log)
-        once = InterruptCallback(max(1, config.steps // 3))
+        once = InterruptCallback(max(1, config.max_steps // 3))
         outcome = run(config, settings, out, env=env, callbacks=(once,), log=log)
         resumed_at = outcome.step
         if outcome.status == "interrupted" and once.done:

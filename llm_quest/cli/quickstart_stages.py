@@ -87,7 +87,7 @@ class QuickstartContext:
     def conversations(self) -> ConversationData:
         """The conversations that the tour's model learns from, and those it does not."""
         config = self.config("sft", model_override(self.root))
-        return talked(config.data, ChatTemplate(load_tokenizer(self.root)), config.batch.length)
+        return talked(config.data, ChatTemplate(load_tokenizer(self.root)), config.sequence_length)
 
 
 def require_finished(outcome: RunOutcome, log: LogFn) -> None:
@@ -117,7 +117,7 @@ def run_dpo_stage(guide: QuickstartContext, start: Path) -> StageResult:
     folder = guide.train("dpo", model_override(start))
     config = guide.config("dpo", model_override(start))
     held = prepare_preferences(
-        config.data, ChatTemplate(load_tokenizer(start)), config.batch.length, config.seed
+        config.data, ChatTemplate(load_tokenizer(start)), config.sequence_length, config.seed
     ).held_out
     evaluator = PairsEvaluator(held, 0, sequence_log_probs)
     shares = (evaluator.evaluate(guide.model(one), 0)["accuracy"] for one in (start, folder))
@@ -136,7 +136,7 @@ def run_grpo_stage(guide: QuickstartContext) -> StageResult:
             guide.model(one),
             tokenizer := load_tokenizer(one),
             problems,
-            max_new_tokens=config.rollout.new_tokens,
+            max_new_tokens=config.max_new_tokens,
             encode_prompt=prompt_encoder(config, tokenizer),
         ).greedy_accuracy
         for one in (folder / "warmup", folder)

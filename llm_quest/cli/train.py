@@ -33,7 +33,7 @@ from llm_quest.recipes.config import (
     nested_schema,
     parse_config,
 )
-from llm_quest.recipes.config_schema import BatchConfig, ModelConfig
+from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.distillation import build_distillation
 from llm_quest.recipes.dpo import train_dpo
 from llm_quest.recipes.grpo import train_grpo
@@ -116,7 +116,7 @@ def start_training(
     if isinstance(config, PretrainConfig) and alone and not (folder / "plan.json").exists():
         foreseen = plan_training(
             make_workload(config, resolve_model_config(config, settings)),
-            measure=config.steps >= MIN_STEPS_TO_MEASURE,
+            measure=config.max_steps >= MIN_STEPS_TO_MEASURE,
             log=log,
         )
     with removed_if_refused(folder):
@@ -167,9 +167,8 @@ def size_mistakes_of(schema: Any, settings: RawConfig) -> list[ConfigProblem]:
     field = schema.model_fields.get("model")
     if field is None or nested_schema(field.annotation) is not ModelConfig or settings.problems:
         return []
-    batch = settings.tree.get("batch", {}) if "batch" in schema.model_fields else {}
-    length = batch.get("length", BatchConfig().length) if isinstance(batch, dict) else WARMUP_CONTEXT
-    context = length if "batch" in schema.model_fields else WARMUP_CONTEXT
+    rows = schema.model_fields.get("sequence_length")
+    context = settings.tree.get("sequence_length", rows.default) if rows is not None else WARMUP_CONTEXT
     return size_mistakes(settings, vocab=512, context=context if type(context) is int else WARMUP_CONTEXT)
 
 
@@ -224,24 +223,24 @@ def plan_recipe(
     if isinstance(config, GrpoConfig):
         return plan_policy(config, settings, measure=measure, log=log)
     if not isinstance(config, PretrainConfig):
-        raise UsageError(f"runs of {config.recipe} are not planned; try {recipe} with steps=20")
+        raise UsageError(f"runs of {config.recipe} are not planned; try {recipe} with max_steps=20")
     return plan_training(make_workload(config, resolve_model_config(config, settings)), measure=measure, log=log)
 
 
 def make_workload(config: PretrainConfig, numbers: Any) -> TrainingWorkload:
     """The recipe as planning sees it."""
     device = resolve_device(config.device)
-    techniques, checkpointing = split_checkpointing(config.techniques, config.activation_checkpointing)
+    techniques, checkpointing = split_checkpointing(config.techniques, config.gradient_checkpointing)
     return TrainingWorkload(
         numbers,
-        rows=config.batch.rows,
-        length=config.batch.length,
-        steps=config.steps,
+        rows=config.batch_size,
+        length=config.sequence_length,
+        steps=config.max_steps,
         micro_rows=micro_batch_size(config),
-        optimizer=config.optimizer.name,
+        optimizer=config.optim,
         precision=resolve_precision(config.precision, device).value,
         checkpointing=checkpointing,
-        save_total_limit=config.checkpoint.keep,
+        save_total_limit=config.save_total_limit,
         device=str(device),
         techniques=techniques,
         teacher=make_teacher_term(config, numbers.vocab_size, device),
@@ -257,10 +256,10 @@ def make_teacher_term(config: PretrainConfig, vocab: int, device: torch.device) 
 
 def micro_batch_size(config: PretrainConfig) -> int:
     """As the recipe chooses them on one process."""
-    from llm_quest.recipes.run import micro_rows_of
+    from llm_quest.recipes.run import micro_batch_rows
     from llm_quest.train.parallel import DistributedContext
 
-    return micro_rows_of(config.batch, DistributedContext(), config.batch.length)
+    return micro_batch_rows(config.batch_size, config.micro_batch_size, DistributedContext(), config.sequence_length)
 
 
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
@@ -269,15 +268,15 @@ def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
         from llm_quest.hub.load_save import load
 
         return load(config.model.load, dtype="float32").config
-    return build_model_config(config.model, settings, vocab=resolve_vocab_size(config), context=config.batch.length)
+    return build_model_config(config.model, settings, vocab=resolve_vocab_size(config), context=config.sequence_length)
 
 
 def require_fit(config: PretrainConfig, numbers: Any) -> None:
     """What the run would refuse once the model is there: rows longer than its context, settings of parts that it does
     not have."""
-    require_context(config.batch.length, numbers.max_position_embeddings)
+    require_context(config.sequence_length, numbers.max_position_embeddings)
     added = any(one["name"] == "multi_token" for one in config.techniques)
-    parts = replace(config.auxiliary_losses, lookahead=None) if added else config.auxiliary_losses
+    parts = replace(config.auxiliary_losses, mtp_loss_weight=None) if added else config.auxiliary_losses
     parts.resolve(build_meta_model(numbers))
 
 
@@ -286,4 +285,4 @@ def resolve_vocab_size(config: PretrainConfig) -> int:
     if (Path(config.data.source) / "manifest.json").is_file():
         return int(open_token_folder(config.data.source, verify="size").manifest["vocab_size"])
     part = config.tokenizer
-    return part.vocab if part.load is None else load_any_tokenizer(part.load).vocab_size
+    return part.vocab_size if part.load is None else load_any_tokenizer(part.load).vocab_size

@@ -395,7 +395,9 @@ def memory_warnings(work: TrainingWorkload, memory: dict[str, int], available: i
             f"weights, gradients and optimizer need {format_bytes(resting)}, {format_bytes(available)} are available: {remedy}"
         ]
     remedies = (
-        [f"fewer rows at once (micro_rows below {work.rows_per_micro_batch})"] if work.rows_per_micro_batch > 1 else []
+        [f"fewer rows at once (micro_batch_size below {work.rows_per_micro_batch})"]
+        if work.rows_per_micro_batch > 1
+        else []
     )
     if not work.checkpointing:
         checkpointed = activation_memory(replace(work, checkpointing=True))

@@ -67,7 +67,7 @@ class ImagePlan(ResourceEstimate):
             ("the run", format_duration(self.seconds)),
         ]
         return align_columns(facts) + self.memory_warning(
-            "fewer images at once (batch.micro_rows), or activation_checkpointing=true"
+            "fewer images at once (micro_batch_size), or gradient_checkpointing=true"
         )
 
 
@@ -77,7 +77,7 @@ def plan_images(config: VitConfig | VlmConfig, *, measure: bool, log: Callable[[
     job = (
         assembled_vlm(config, parallel, log) if isinstance(config, VlmConfig) else assembled_vit(config, parallel, log)
     )
-    entries, checkpointed = split_checkpointing(config.techniques, config.activation_checkpointing)
+    entries, checkpointed = split_checkpointing(config.techniques, config.gradient_checkpointing)
     apply_techniques(entries, job.model, log)
     model, bf16 = job.model.to(device).train(), resolve_precision(config.precision, device).value == "bf16"
     batch: Any = job.loader.batches(0)[0].to(device)
@@ -87,12 +87,12 @@ def plan_images(config: VitConfig | VlmConfig, *, measure: bool, log: Callable[[
     if checkpointed:
         ActivationCheckpointing()(model)
         kept = profile_step(job.objective, batch, device, bf16).saved_bytes + cost.largest_block_bytes
-    stepper = build_optimizer(config.optimizer, model, job.adamw_parameters)
+    stepper = build_optimizer(config, model, job.adamw_parameters)
     if measure:
         log(f"timing {TIMED_STEPS} real steps of {sum(counts):,} parameters")
-    memory = {**parameter_memory(model, config.optimizer.name, job.adamw_parameters), "activations": kept}
-    machine = estimate_resources(memory, save_total_limit=config.checkpoint.keep, bf16=bf16, device=device)
-    micro_batches = -(-config.batch.rows // rows)
+    memory = {**parameter_memory(model, config.optim, job.adamw_parameters), "activations": kept}
+    machine = estimate_resources(memory, save_total_limit=config.save_total_limit, bf16=bf16, device=device)
+    micro_batches = -(-config.batch_size // rows)
     took = time_step(job.objective, stepper, batch, device, bf16).total(micro_batches) if measure else None
     done = cost.total_flops + cost.forward_flops * checkpointed
     step = done * micro_batches / (EXPECTED_UTILIZATION * machine["peak_gflops"] * 1e9) if took is None else took
@@ -100,12 +100,12 @@ def plan_images(config: VitConfig | VlmConfig, *, measure: bool, log: Callable[[
         model=family_of(model.config).name,
         parameters=sum(counts),
         learned=memory["gradients"] // BYTES_PER_PARAMETER,
-        images_per_step=config.batch.rows,
-        steps=config.steps,
+        images_per_step=config.batch_size,
+        steps=config.max_steps,
         flops_per_image=cost.total_flops // rows,
-        flops=float(cost.total_flops * micro_batches * config.steps),
+        flops=float(cost.total_flops * micro_batches * config.max_steps),
         measured=measure,
         step_seconds=step,
-        seconds=step * config.steps,
+        seconds=step * config.max_steps,
         **machine,
     )

@@ -86,7 +86,7 @@ class PolicyPlan(ResourceEstimate):
             ("the run", f"{format_duration(self.seconds)}, without a warm-up and without looking at held-out problems"),
         ]
         return align_columns(facts) + self.memory_warning(
-            "fewer tokens at once (rollout.micro_tokens), or a smaller group"
+            "fewer tokens at once (micro_batch_tokens), or a smaller group"
         )
 
 
@@ -98,7 +98,9 @@ def plan_policy(config: GrpoConfig, settings: RawConfig, *, measure: bool, log: 
     config = resolve_policy_config(config, parallel)
     model, tokenizer = init_plan_policy(config, settings)
     policy = build_plan_rollouts(config, model.to(device), tokenizer, parallel, log)
-    meter = FlopsMeter(measure_flop_cost(model), num_scorings=(config.kl is not None) + (config.correction is not None))
+    meter = FlopsMeter(
+        measure_flop_cost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None)
+    )
     policy.rollouts.on_rollout = meter.count_sampling
     log(f"timing {TIMED_ROLLOUTS} real rollouts, and the steps that learn from them")
     times, largest, length = time_policy_steps(config, policy, MeteredRolloutLoader(policy.rollouts, meter), device)
@@ -110,17 +112,17 @@ def plan_policy(config: GrpoConfig, settings: RawConfig, *, measure: bool, log: 
         model=family_of(model.config).name,
         parameters=memory["weights"] // BYTES_PER_PARAMETER,
         learned=memory["gradients"] // BYTES_PER_PARAMETER,
-        prompts=config.rollout.prompts,
-        group=config.rollout.group,
+        prompts=config.prompts_per_rollout,
+        group=config.num_generations,
         length=length,
-        steps=config.steps,
-        flops=meter.flops / (1 + TIMED_ROLLOUTS) / policy.rollouts.plan.steps_per_rollout * config.steps,
+        steps=config.max_steps,
+        flops=meter.flops / (1 + TIMED_ROLLOUTS) / policy.rollouts.plan.steps_per_rollout * config.max_steps,
         sampling=times[0],
         scoring=times[1],
         training=times[2],
         step_seconds=step,
-        seconds=step * config.steps,
-        **estimate_resources(memory, save_total_limit=config.checkpoint.keep, bf16=bf16, device=device),
+        seconds=step * config.max_steps,
+        **estimate_resources(memory, save_total_limit=config.save_total_limit, bf16=bf16, device=device),
     )
 
 
@@ -150,7 +152,7 @@ def time_policy_steps(
     """Seconds of an optimiser step by what is done in it (the rollouts after the first), the largest micro-batch, and
     how long answers are. The update has rate 0."""
     model, plan, found = policy.objective.model, policy.rollouts.plan, list[tuple[float, float, float]]()
-    torch_optimizer = build_optimizer(config.optimizer.model_copy(update={"lr": 0.0, "weight_decay": 0.0}), model)
+    torch_optimizer = build_optimizer(config.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}), model)
     batches: list[Any] = []
 
     def learn() -> None:
@@ -185,14 +187,14 @@ def time_policy_steps(
 def estimate_policy_memory(config: GrpoConfig, made: PolicySetup, kept: int) -> dict[str, int]:
     model, rollout = made.objective.model, made.rollouts.rollout
     longest = max((len(row.prompt_ids) for row in rollout.rows), default=0) if rollout is not None else 0
-    capacity = longest + config.rollout.new_tokens
-    rows = config.rollout.at_once or config.rollout.prompts * config.rollout.group
+    capacity = longest + config.max_new_tokens
+    rows = config.generation_batch_size or config.prompts_per_rollout * config.num_generations
     memory = {
-        **parameter_memory(model, config.optimizer.name),
+        **parameter_memory(model, config.optim),
         "activations": kept,
         "cache": rows * cache_row_bytes(config, model, capacity),
     }
-    own = config.kl is not None and not any(map(is_adapter, model.spec.techniques))
+    own = config.kl_coef > 0 and not any(map(is_adapter, model.spec.techniques))
     return memory | ({"reference": memory["weights"]} if own else {})
 
 

@@ -97,7 +97,7 @@ class TuningPlan(ResourceEstimate):
             ("the run", format_duration(self.seconds)),
         ]
         return align_columns(facts) + self.memory_warning(
-            "fewer rows at once (batch.micro_rows), or techniques=[checkpointing]"
+            "fewer rows at once (micro_batch_size), or techniques=[checkpointing]"
         )
 
 
@@ -106,15 +106,15 @@ def plan_tuning(config: FinetuningConfig, *, measure: bool, log: LogFn) -> Tunin
     device = resolve_device(config.device)
     job = JOB_BUILDERS[type(config)](config, log)
     model, bf16 = job.model.to(device).train(), resolve_precision(config.precision, device).value == "bf16"
-    largest, tokens = sample_micro_batches(job, config.steps)
+    largest, tokens = sample_micro_batches(job, config.max_steps)
     batch = largest.to(device)
     cost = profile_with_checkpointing(config, job, batch, device, bf16)
-    each, rows = cost.total_flops / largest.num_tokens, config.batch.rows
+    each, rows = cost.total_flops / largest.num_tokens, config.batch_size
     once = reference_flops(config, job, cost.forward_flops / largest.num_tokens * tokens / rows)
     if measure:
         log(f"timing {TIMED_STEPS} real steps on {largest.num_tokens:,} tokens")
-    stepper, memory = build_optimizer(config.optimizer, model), estimate_tuning_memory(config, job, cost)
-    machine = estimate_resources(memory, save_total_limit=config.checkpoint.keep, bf16=bf16, device=device)
+    stepper, memory = build_optimizer(config, model), estimate_tuning_memory(config, job, cost)
+    machine = estimate_resources(memory, save_total_limit=config.save_total_limit, bf16=bf16, device=device)
     rate = EXPECTED_UTILIZATION * machine["peak_gflops"] * 1e9
     step = each * tokens / rate
     if measure:
@@ -130,15 +130,15 @@ def plan_tuning(config: FinetuningConfig, *, measure: bool, log: LogFn) -> Tunin
         things=ROW_NAMES[type(config)],
         things_per_step=rows,
         tokens_per_step=tokens,
-        steps=config.steps,
-        epochs=config.steps * rows / len(inner_loader(job).dataset),
+        steps=config.max_steps,
+        epochs=config.max_steps * rows / len(inner_loader(job).dataset),
         flops_per_token=each,
-        flops=each * tokens * config.steps + once,
+        flops=each * tokens * config.max_steps + once,
         once_flops=once,
         measured=measure,
         step_seconds=step,
         once_seconds=once / rate,
-        seconds=step * config.steps + once / rate,
+        seconds=step * config.max_steps + once / rate,
         **machine,
     )
 
@@ -183,7 +183,7 @@ def reference_flops(config: FinetuningConfig, job: TrainingJob, a_pair: float) -
 
 
 def estimate_tuning_memory(config: FinetuningConfig, job: TrainingJob, cost: StepProfile) -> dict[str, int]:
-    memory = {**parameter_memory(job.model, config.optimizer.name), "activations": cost.saved_bytes}
+    memory = {**parameter_memory(job.model, config.optim), "activations": cost.saved_bytes}
     memory |= teacher_memory(next((one for one in job.objective.modules() if isinstance(one, DistillationLoss)), None))
     return memory | ({"reference": memory["weights"]} if isinstance(job.loader, SyncedReference) else {})
 

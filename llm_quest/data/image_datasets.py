@@ -128,7 +128,7 @@ def load_cifar10(path: str | Path) -> ImageSplits:
     if absent := [file.name for file in (*files, path / "test_batch.bin") if not file.is_file()]:
         raise MissingError(
             f"CIFAR-10 is not in {path}: {absent[0]} is missing. Unpack cifar-10-binary.tar.gz (the binary version; "
-            "the Python version is pickled and is not read) and set images.folder to its folder"
+            "the Python version is pickled and is not read) and set data.path to its folder"
         )
     return ImageSplits(read_cifar_files(files), read_cifar_files([path / "test_batch.bin"]))
 
@@ -164,24 +164,31 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class ImageAugmentation:
-    """Random variation of training images, at most so much: turn in degrees, zoom and shift as parts of the side, flip
-    left and right, erase one square of so large a part of the side (DeVries & Taylor 2017, arXiv:1708.04552)."""
+    """Random augmentation of training images. scale and translate are fractions of the side; random_erasing erases one
+    square of that fraction of the side (DeVries & Taylor 2017, arXiv:1708.04552)."""
 
-    turn: float = 0.0
-    zoom: float = 0.0
-    shift: float = 0.0
-    flip: bool = False
-    erase: float = 0.0
+    rotation_degrees: float = 0.0
+    scale: float = 0.0
+    translate: float = 0.0
+    horizontal_flip: bool = False
+    random_erasing: float = 0.0
 
     def __call__(self, images: Float[Tensor, "B C H W"], uniforms: Float[Tensor, "B 8"]) -> Float[Tensor, "B C H W"]:
         """uniforms: numbers in 0..1, a row for each image. What lies outside the image is 0, the mean."""
         if self == ImageAugmentation():
             return images
         signed = 2 * uniforms - 1
-        angle, scale = signed[:, 0] * self.turn * torch.pi / 180, 1 + signed[:, 1] * self.zoom
-        mirror = torch.where(uniforms[:, 4] < 0.5 * self.flip, -1.0, 1.0)
+        angle, scale = signed[:, 0] * self.rotation_degrees * torch.pi / 180, 1 + signed[:, 1] * self.scale
+        mirror = torch.where(uniforms[:, 4] < 0.5 * self.horizontal_flip, -1.0, 1.0)
         cos, sin = angle.cos() * scale, angle.sin() * scale
-        rows = (cos * mirror, -sin, 2 * self.shift * signed[:, 2], sin * mirror, cos, 2 * self.shift * signed[:, 3])
+        rows = (
+            cos * mirror,
+            -sin,
+            2 * self.translate * signed[:, 2],
+            sin * mirror,
+            cos,
+            2 * self.translate * signed[:, 3],
+        )
         theta = torch.stack(rows, dim=1).view(-1, 2, 3)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         return self.erase_square(F.grid_sample(images, grid, align_corners=False), uniforms)
@@ -189,11 +196,11 @@ class ImageAugmentation:
     def erase_square(
         self, images: Float[Tensor, "B C H W"], uniforms: Float[Tensor, "B 8"]
     ) -> Float[Tensor, "B C H W"]:
-        if not self.erase:
+        if not self.random_erasing:
             return images
         side = images.shape[-1]
         places = (torch.arange(side) + 0.5) / side
-        down, across = ((places - uniforms[:, [k]]).abs() < self.erase / 2 for k in (5, 6))
+        down, across = ((places - uniforms[:, [k]]).abs() < self.random_erasing / 2 for k in (5, 6))
         return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
 
 

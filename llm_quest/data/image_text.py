@@ -202,7 +202,7 @@ class ImageTextCollator:
             raise UsageError(
                 f"an image's {self.num_image_tokens} placeholders and {turns[0].answer[:40]!r} do not fit a row of "
                 f"{self.max_length} tokens: "
-                "set a larger batch.length or a larger patch"
+                "set a larger sequence_length or a larger patch"
             )
         return tokens[:-1], [
             token if learn else IGNORE_INDEX for token, learn in zip(tokens[1:], learned[1:], strict=True)

@@ -39,7 +39,7 @@ def drop_too_long(
     if examples and not kept:
         shortest = min(one.last_answer_span[1] - 1 for one in examples)
         raise DataError(
-            f"no conversation fits into {max_length} tokens (the shortest has {shortest}); raise batch.length"
+            f"no conversation fits into {max_length} tokens (the shortest has {shortest}); raise sequence_length"
         )
     return kept
 

@@ -165,5 +165,5 @@ def tokenize_preferences(
     if cut:
         drop_report.note(f"{cut} questions are cut on their left to fit into {max_length} tokens with their answers")
     if preferences and not kept:
-        raise DataError(f"no answer fits into {max_length} tokens beside a question; raise batch.length")
+        raise DataError(f"no answer fits into {max_length} tokens beside a question; raise sequence_length")
     return kept

@@ -95,7 +95,7 @@ def read_labeled_texts(
             if column not in record.row:
                 raise DataError(
                     f"{record.where} has no {column!r}; it has {', '.join(map(str, record.row)) or 'nothing'}: "
-                    "name the columns with data.text and data.label"
+                    "name the columns with data.text_column and data.label_column"
                 )
         said, called = record.row[text_column], record.row[label_column]
         if not isinstance(said, str) or not isinstance(called, str | int | bool) or called == "":

@@ -152,7 +152,7 @@ class PolicyGradientLoss(nn.Module):
             if batch.old_log_probs is None:
                 raise UsageError(
                     "the importance correction has no effect: the old log-probabilities are those that were sampled; "
-                    "leave it out, or score the samples again (rollout.rescore=true)"
+                    "leave it out, or score the samples again (sampler_correction={})"
                 )
             w = w * self.correction(batch.old_log_probs - batch.sampler_log_probs, terms.loss_mask)
         if self.off_policy_delta is not None:

@@ -157,10 +157,10 @@ def check_preference_options(loss_type: str, beta: float, label_smoothing: float
         raise UsageError(f"beta is {beta}; expected a number above 0")
     if PREFERENCE_LOSSES[loss_type].uses_label_smoothing and not 0 < label_smoothing < 0.5:
         raise UsageError(
-            f"{loss_type} needs flips, the part of wrong labels, above 0 and below 0.5; it is {label_smoothing}"
+            f"{loss_type} needs label_smoothing, the fraction of wrong labels, above 0 and below 0.5; it is {label_smoothing}"
         )
     if not PREFERENCE_LOSSES[loss_type].uses_label_smoothing and label_smoothing:
         able = " or ".join(name for name, form in PREFERENCE_LOSSES.items() if form.uses_label_smoothing)
         raise UsageError(
-            f"flips {label_smoothing} has no effect on {loss_type}; take the loss {able}, or leave flips out"
+            f"label_smoothing {label_smoothing} has no effect on {loss_type}; take the loss {able}, or leave it out"
         )

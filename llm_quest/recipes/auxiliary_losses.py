@@ -1,5 +1,5 @@
-"""What a model's own parts ask of its training: losses and a balancing step for experts, a weight for multi-token
-prediction modules. A setting for a part that the model does not have is refused: it would change nothing.
+"""Auxiliary losses of pretraining: routers of experts and multi-token prediction modules. A coefficient of a part that
+the model does not have is an error: it would have no effect.
 
 Routers that choose by sigmoid and a bias (DeepSeek-V3, MiMo) are balanced by that bias, with the paper's small loss
 within sequences; routers that choose by softmax (Mixtral, Qwen3) by the load-balancing loss.
@@ -11,84 +11,87 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import Field
-
 from llm_quest.contracts import Callback
 from llm_quest.errors import UsageError
 from llm_quest.layers.moe import SigmoidRouter, SoftmaxRouter
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.config import StrictModel
 from llm_quest.techniques.expert_bias import ExpertBiasBalancer
 
 BIAS_UPDATE_SPEED, SEQUENCE_BALANCE_COEF, MTP_LOSS_WEIGHT = 0.001, 0.0001, 0.3
 MTP_FAMILIES = "deepseek_v3 and mimo"
-
-
-class RouterLossConfig(StrictModel):
-    """Coefficients of the routers' losses. null: what the model's routers are trained with; 0 leaves one out."""
-
-    load_balancing: float | None = Field(
-        default=None, ge=0, description="Switch's, pooled over layers; the loss is k where the load is even"
-    )
-    sequence_balancing: float | None = Field(
-        default=None, ge=0, description="DeepSeek-V3's, within each sequence; 1 a layer where the load is even"
-    )
-    z_loss: float = Field(default=0.0, ge=0, description="ST-MoE's: keeps the logits small; 0.001 is usual")
-
-    @property
-    def active_terms(self) -> dict[str, float]:
-        """Those that are added."""
-        return {name: value for name, value in self.model_dump().items() if value}
+ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "router_seq_aux_loss_coef", "router_z_loss_coef")
 
 
 @dataclass(frozen=True)
 class AuxiliaryLosses:
-    """What is trained beside the next token; null where the model has no such part."""
+    """Coefficients of the losses besides the next token's; None where the model has no such part."""
 
-    router: RouterLossConfig | None
-    balance: float | None
-    lookahead: float | None
+    router_aux_loss_coef: float | None
+    router_seq_aux_loss_coef: float | None
+    router_z_loss_coef: float
+    expert_bias_update_speed: float | None
+    mtp_loss_weight: float | None
 
     def resolve(self, model: Decoder) -> AuxiliaryLosses:
-        """With the defaults written out. UsageError for a setting that would change nothing."""
-        family = family_of(model.config).name
+        """With the defaults of this model written out. UsageError for a coefficient that would have no effect."""
+        self.require_effect(model)
         by_softmax = [one.aux_loss_coef for one in model.modules() if isinstance(one, SoftmaxRouter)]
         by_bias = any(isinstance(one, SigmoidRouter) for one in model.modules())
-        if self.router is not None and not (by_softmax or by_bias):
-            raise UsageError(f"router has no effect: this {family} model has no experts; leave router out")
-        if self.balance is not None and not by_bias:
-            why = "its routers have no bias; use router.load_balancing" if by_softmax else "it has no experts"
-            raise UsageError(f"balance has no effect on this {family} model: {why}")
-        if self.lookahead is not None and not len(model.mtp_modules):
-            raise UsageError(
-                f"lookahead has no effect: this {family} model has no multi-token modules; {MTP_FAMILIES} build them with "
-                "model.sizes.num_nextn_predict_layers=1, the technique multi_token adds them to any"
-            )
-        router = (self.router or RouterLossConfig()) if by_softmax or by_bias else None
-        if router is not None:
-            own = {
-                "load_balancing": max(by_softmax, default=0.0),
-                "sequence_balancing": SEQUENCE_BALANCE_COEF if by_bias else 0.0,
-            }
-            given = router.model_dump(exclude_none=True)
-            router = RouterLossConfig(**{**own, **given})
-        return AuxiliaryLosses(
-            router,
-            BIAS_UPDATE_SPEED if self.balance is None and by_bias else self.balance,
-            MTP_LOSS_WEIGHT if self.lookahead is None and len(model.mtp_modules) else self.lookahead,
+        pooled, within, speed, mtp = (
+            self.router_aux_loss_coef,
+            self.router_seq_aux_loss_coef,
+            self.expert_bias_update_speed,
+            self.mtp_loss_weight,
         )
+        if by_softmax or by_bias:
+            pooled = max(by_softmax, default=0.0) if pooled is None else pooled
+            within = (SEQUENCE_BALANCE_COEF if by_bias else 0.0) if within is None else within
+        if by_bias and speed is None:
+            speed = BIAS_UPDATE_SPEED
+        if len(model.mtp_modules) and mtp is None:
+            mtp = MTP_LOSS_WEIGHT
+        return AuxiliaryLosses(pooled, within, self.router_z_loss_coef, speed, mtp)
+
+    def require_effect(self, model: Decoder) -> None:
+        """UsageError for a coefficient of a part that the model does not have."""
+        family = family_of(model.config).name
+        softmax, sigmoid = (
+            any(isinstance(one, kind) for one in model.modules()) for kind in (SoftmaxRouter, SigmoidRouter)
+        )
+        for key in ROUTER_COEFFICIENTS if not (softmax or sigmoid) else ():
+            if getattr(self, key):
+                raise UsageError(f"{key} has no effect: this {family} model has no experts; leave it out")
+        if self.expert_bias_update_speed is not None and not sigmoid:
+            why = "its routers have no bias; use router_aux_loss_coef" if softmax else "it has no experts"
+            raise UsageError(f"expert_bias_update_speed has no effect on this {family} model: {why}")
+        if self.mtp_loss_weight is not None and not len(model.mtp_modules):
+            raise UsageError(
+                f"mtp_loss_weight has no effect: this {family} model has no multi-token modules; {MTP_FAMILIES} build "
+                "them with model.config.num_nextn_predict_layers=1, the technique multi_token adds them to any"
+            )
+
+    @property
+    def router_coefs(self) -> dict[str, float]:
+        """Coefficients of the routers' losses that are added, by the loss's name."""
+        coefs = {
+            "load_balancing": self.router_aux_loss_coef,
+            "sequence_balancing": self.router_seq_aux_loss_coef,
+            "z_loss": self.router_z_loss_coef,
+        }
+        return {name: value for name, value in coefs.items() if value}
 
     def build_objective(self, model: Decoder, extra_terms: Sequence[AuxiliaryLoss] = ()) -> NextTokenLoss:
         """Next-token prediction with what the parts add, and further terms."""
-        router = self.router.active_terms if self.router else {}
-        return NextTokenLoss(model, router_coefs=router, mtp_weight=self.lookahead or 0.0, auxiliary=extra_terms)
+        return NextTokenLoss(
+            model, router_coefs=self.router_coefs, mtp_weight=self.mtp_loss_weight or 0.0, auxiliary=extra_terms
+        )
 
     def build_callbacks(self) -> list[Callback]:
         """The balancing step, where there is one."""
-        return [ExpertBiasBalancer(self.balance)] if self.balance else []
+        return [ExpertBiasBalancer(self.expert_bias_update_speed)] if self.expert_bias_update_speed else []
 
     def initial_loss(self, model: Decoder) -> float:
         """Of random weights: ln V, and the multi-token modules' share of as much again."""
-        return math.log(model.config.vocab_size) * (1 + (self.lookahead or 0.0))
+        return math.log(model.config.vocab_size) * (1 + (self.mtp_loss_weight or 0.0))

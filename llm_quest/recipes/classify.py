@@ -31,7 +31,7 @@ from llm_quest.recipes.job import (
     load_for_finetuning,
     run_job,
 )
-from llm_quest.recipes.run import RunOutcome, init_distributed, micro_rows_of, require_context
+from llm_quest.recipes.run import RunOutcome, init_distributed, micro_batch_rows, require_context
 from llm_quest.recipes.tuning_config import ClassifyConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
@@ -46,7 +46,7 @@ def train_classify(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         leader_log = log if parallel.is_main_process else lambda text: None
         return run_job(
             build_classify_job(config, parallel, leader_log),
@@ -63,26 +63,26 @@ def train_classify(
 def build_classify_job(config: ClassifyConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, texts, objective and feed."""
     model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.batch.length, model.config.max_position_embeddings)
+    require_context(config.sequence_length, model.config.max_position_embeddings)
     drop_report = DropReport()
     part = config.data
     texts = read_labeled_texts(
-        load_records(part.source, builtin_labeled_texts)[: part.limit],
+        load_records(part.source, builtin_labeled_texts)[: part.max_samples],
         drop_report,
-        text_column=part.text,
-        label_column=part.label,
+        text_column=part.text_column,
+        label_column=part.label_column,
     )
     callbacks = apply_config_techniques(config, model, log)
     names = attach_score_head(model, collect_label_names(texts), derive_seed(config.seed, "init"))
-    freeze_except(model, config.train)
+    freeze_except(model, config.trainable)
     train, held = (
-        encode_labeled_texts(s, names, tokenizer, config.batch.length, drop_report)
+        encode_labeled_texts(s, names, tokenizer, config.sequence_length, drop_report)
         for s in split_by_prompt(texts, part.held_out)
     )
     loader = LengthGroupedLoader(
         train,
-        batch_size=config.batch.rows,
-        micro_batch_size=micro_rows_of(config.batch, parallel, config.batch.length),
+        batch_size=config.batch_size,
+        micro_batch_size=micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
         seed=derive_seed(config.seed, "order"),
         share=parallel.data_shard,
     )
@@ -92,9 +92,9 @@ def build_classify_job(config: ClassifyConfig, parallel: DistributedContext, log
     dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
     facts = {"source": part.source, "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
     facts |= {"dropped": dropped, "notes": list(drop_report.notes), "tokenizer_sha256": tokenizer.hash}
-    probe = ClassifierEvaluator(held, config.evaluate.every)
+    probe = ClassifierEvaluator(held, config.eval_steps)
     return TrainingJob(
-        TextClassificationLoss(model, label_smoothing=config.smoothing), loader, lambda run: [probe], tokenizer, facts,
+        TextClassificationLoss(model, label_smoothing=config.label_smoothing), loader, lambda run: [probe], tokenizer, facts,
         {"data": train.hash}, callbacks,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from llm_quest.errors import UsageError
 from llm_quest.recipes.choice import find_choices
+from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
     KeyPath,
@@ -69,14 +70,21 @@ def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
     """The settings of a recipe with the pairs on top; mistakes are noted, not raised."""
     settings = read_yaml_file(find_recipe_file(recipe))
     own = settings.tree.get("model")
-    page = own.get("page") if isinstance(own, dict) else None
+    page = own.get("family") if isinstance(own, dict) else None
     apply_overrides(settings, overrides)
     give_way(settings, {tuple(pair.partition("=")[0].strip().split(".")) for pair in overrides}, page)
     return settings
 
 
+def load_run_config(run: File) -> RawConfig:
+    """What a run was trained with, from its folder; a run of an earlier version under the present keys."""
+    settings = read_yaml_file(run / "config.yaml")
+    settings.tree = with_new_keys(settings.tree)
+    return settings
+
+
 def give_way(settings: RawConfig, given: Collection[KeyPath], page: Any) -> None:
-    """A model that is chosen on the command line (`model.preset=RECORD_NAME`, `model.page=RECORD_NAME`,
+    """A model that is chosen on the command line (`model.preset=NAME`, `model.family=NAME`,
     `model.load=FOLDER`) takes the place of the recipe's own, with what belongs to that one: its sizes, and for a model
     that is loaded the training that a fresh one needs and a tokenizer. given: the keys on the command line, which stay;
     page: the recipe's own."""
@@ -87,15 +95,19 @@ def give_way(settings: RawConfig, given: Collection[KeyPath], page: Any) -> None
     for key in ALTERNATIVES:
         if ("model", key) not in given:
             model.pop(key, None)
-    sizes = model.get("sizes")
-    if isinstance(sizes, dict) and ("model", "sizes") not in given and (chosen != ["page"] or model["page"] != page):
-        model["sizes"] = {key: value for key, value in sizes.items() if ("model", "sizes", key) in given}
-    for key in ("warmup", "schooling", "tokenizer") if chosen == ["load"] else ():
+    sizes = model.get("config")
+    if (
+        isinstance(sizes, dict)
+        and ("model", "config") not in given
+        and (chosen != ["family"] or model["family"] != page)
+    ):
+        model["config"] = {key: value for key, value in sizes.items() if ("model", "config", key) in given}
+    for key in ("warmup", "tokenizer") if chosen == ["load"] else ():
         if not any(path[0] == key for path in given):
             settings.tree.pop(key, None)
 
 
-ALTERNATIVES = ("preset", "page", "load")
+ALTERNATIVES = ("preset", "family", "load")
 """What a model may come from; one of them is given."""
 
 
@@ -106,10 +118,23 @@ def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[Conf
     try:
         config = schema.model_validate(settings.tree)
     except ValidationError as error:
+        refuse_earlier_version(error, settings)
         raise config_error([*explain_validation_error(error, schema, settings), *more]) from None
     if more:
         raise config_error(more)
     return config
+
+
+def refuse_earlier_version(error: ValidationError, settings: RawConfig) -> None:
+    """UsageError, in one line, for a run folder whose config.yaml has the keys of an earlier version."""
+    file = File(settings.source)
+    paths = [".".join(map(str, one["loc"])) for one in error.errors() if one["type"] == "extra_forbidden"]
+    old = [path for path in paths if new_key(path) and settings.location(tuple(path.split("."))).startswith(str(file))]
+    if old and file.name == "config.yaml" and (file.parent / "checkpoints").is_dir():
+        raise UsageError(
+            f"{file.parent} was trained by an earlier version, whose keys have changed since ({old[0]} is now "
+            f"{new_key(old[0])}), and cannot be resumed: start a new run from its weights with model.load={file.parent}"
+        )
 
 
 def config_error(problems: Sequence[ConfigProblem]) -> UsageError:
@@ -138,7 +163,12 @@ def explain_validation_error(
     for finding in error.errors():
         path = tuple(str(part) for part in finding["loc"])
         fields = schema_fields(schema, path[:-1])
-        if finding["type"] == "extra_forbidden":
+        if finding["type"] == "extra_forbidden" and (renamed := list(renamed_keys(path, finding["input"], settings))):
+            yield from renamed
+            continue
+        if (new_value := OLD_VALUES.get((".".join(path), str(finding["input"])))) is not None:
+            what = f"{finding['input']} is now {new_value}"
+        elif finding["type"] == "extra_forbidden":
             what = f"unknown key{did_you_mean(path[-1], list(fields))}; allowed here: {', '.join(fields)}"
         elif finding["type"] == "missing":
             what = f"missing; give {describe_field(fields.get(path[-1]))}"
@@ -148,6 +178,14 @@ def explain_validation_error(
             field = schema_field(schema, path)
             what = f"{short_repr(finding['input'])} is not {describe_field(field)}{suggest_choice(finding, field)}"
         yield ConfigProblem(settings.location(path), ".".join(path), what)
+
+
+def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[ConfigProblem]:
+    """Every key at a path, or in the group there, that has another name now."""
+    leaves = [".".join((*path, key)) for key, _ in flatten_tree(value)] if isinstance(value, dict) and value else []
+    for key in leaves or [".".join(path)]:
+        if (new := new_key(key)) is not None:
+            yield ConfigProblem(settings.location(tuple(key.split("."))), key, f"{key} is now {new}")
 
 
 def schema_fields(schema: type[StrictModel], path: KeyPath) -> dict[str, FieldInfo]:

@@ -73,9 +73,9 @@ def build_distillation(
     if model.config.vocab_size < ids:
         remedy = "" if config.model.load else f": set tokenizer.load={where}"
         raise UsageError(f"the teacher {where} knows {model.config.vocab_size} tokens, this run has {ids}{remedy}")
-    if config.batch.length > model.config.max_position_embeddings:
+    if config.sequence_length > model.config.max_position_embeddings:
         raise UsageError(
-            f"batch.length {config.batch.length} is longer than the context of {model.config.max_position_embeddings} of the teacher "
+            f"sequence_length {config.sequence_length} is longer than the context of {model.config.max_position_embeddings} of the teacher "
             f"{where}; shorten the rows, or take another teacher"
         )
     shared_ids = vocab if vocab == model.config.vocab_size else ids

@@ -40,7 +40,7 @@ def train_dpo(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         leader_log = log if parallel.is_main_process else lambda text: None
         job = build_dpo_job(config, out, parallel, leader_log)
         return run_job(job, config, out, resume, env or {}, quiet, leader_log, parallel)
@@ -49,27 +49,31 @@ def train_dpo(
 def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, pairs, reference, objective and feed."""
     model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.batch.length, model.config.max_position_embeddings)
+    require_context(config.sequence_length, model.config.max_position_embeddings)
     seed = derive_seed(config.seed, "flips")
     pairs = prepare_preferences(
-        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.batch.length, seed
+        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length, seed
     )
     set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
     callbacks = apply_config_techniques(config, model, log)
     objective = PreferenceLoss(
-        model, loss_type=config.loss, beta=config.beta, label_smoothing=config.flips, per_token=config.per_token
+        model,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        per_token=config.average_log_prob,
     )
     row_loader = pairs_loader(config, pairs, parallel)
     share = can_share_prompts(config) and parallel.strategy != "fsdp"  # which shards a block again after its first pass
     row_loader.dataset.share_prompts = share
     loader: Loader = row_loader
-    if config.sync is not None:
+    if config.sync_ref_model:
         synced_reference = SyncedReference(
             row_loader, model.to(parallel.device), out,
-            sync_steps=config.sync.every, mixup_alpha=config.sync.mix, save_total_limit=config.checkpoint.keep, leader=parallel.is_main_process,
+            sync_steps=config.ref_model_sync_steps, mixup_alpha=config.ref_model_mixup_alpha, save_total_limit=config.save_total_limit, leader=parallel.is_main_process,
         )  # fmt: skip
         objective.reference, loader, callbacks = synced_reference, synced_reference, [*callbacks, synced_reference]
-    elif config.reference == "adapters_off":
+    elif not config.precompute_ref_log_probs:
         require_adapters(model)
         objective.reference = lambda batch: log_probs_without_adapters(model, batch)
 
@@ -87,7 +91,7 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
         assert batch.reference_log_probs is not None, "the probe gives it"
         return config.beta * (sequence_log_probs(model, batch) - batch.reference_log_probs)
 
-    evaluator = PairsEvaluator(pairs.held_out, config.evaluate.every, implicit_rewards)
+    evaluator = PairsEvaluator(pairs.held_out, config.eval_steps, implicit_rewards)
     data_info = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
     all_callbacks: list[Callback] = list(callbacks)
     return TrainingJob(

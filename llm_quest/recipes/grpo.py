@@ -80,24 +80,24 @@ def build_grpo_job(
     rewards = [
         WeightedReward(one.name, build_reward(config, one, tokenizer, parallel), one.weight) for one in config.rewards
     ]
-    steps = partial(compute_step_rewards, tokenizer) if config.process else None
+    steps = partial(compute_step_rewards, tokenizer) if config.process_supervision else None
     policy = build_policy_setup(
         config, model, tokenizer, partial(make_question, problems, encode), rewards, parallel, log,
-        normalize_rewards_separately=config.separately, steps=steps,
+        normalize_rewards_separately=config.normalize_rewards_separately, steps=steps,
     )  # fmt: skip
     evaluator = ProblemEvaluator(
-        problems.held_out, tokenizer, encode, config.evaluate.every, config.rollout.new_tokens,
-        config.evaluate.samples, config.rollout.temperature, derive_seed(config.seed, "evaluation"),
+        problems.held_out, tokenizer, encode, config.eval_steps, config.max_new_tokens,
+        config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"),
     )  # fmt: skip
 
     def probes(run: RunDir) -> Sequence[Evaluator]:
         evaluator.samples_dir = run.samples if run.is_main_process else None
-        return [evaluator, RatioRangeEvaluator(policy.objective, config.log_every)]
+        return [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)]
 
     facts = {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash}
     job = TrainingJob(
         policy.objective, policy.rollouts, probes, tokenizer, facts, {"task": problems.identity}, policy.callbacks,
-        watchers=[Diagnostics(config.patience)],
+        watchers=[Diagnostics(config.early_stopping_patience)],
     )  # fmt: skip
     return GrpoJob(job, evaluator)
 
@@ -113,7 +113,7 @@ class ProblemSet:
 
 def load_problems(config: GrpoConfig) -> ProblemSet:
     """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
-    seed, number = derive_seed(config.seed, "order"), config.evaluate.problems
+    seed, number = derive_seed(config.seed, "order"), config.eval_problems
     if not is_gsm8k(config.task):
         task = parse_task(config.task)
         return ProblemSet(
@@ -145,7 +145,7 @@ def init_policy(
 
 def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer) -> EncodeFn:
     """From a problem's prompt to ids: as plain text after the start token, or through the chat template."""
-    if not config.chat:
+    if not config.apply_chat_template:
         return lambda text: [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False)]
     chat = ChatTemplate(tokenizer)
     return lambda text: chat.encode_prompt([{"role": "user", "content": text}])

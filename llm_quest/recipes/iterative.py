@@ -49,14 +49,14 @@ def train_iterative(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder; the outcome is that of the last policy."""
-    with init_distributed(config, config.rollout.prompts) as parallel:
+    with init_distributed(config, config.prompts_per_rollout) as parallel:
         if parallel.world_size > 1:
             raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
         init_run_dir(config, out, parallel)
         init_policy(config, settings, out, parallel, log)
         policy = config.model.load or str(out / "warmup")
-        reward_model, outcome = config.judge.load, None
-        for number in range(config.iterations + 1):
+        reward_model, outcome = config.reward_model.load, None
+        for number in range(config.num_outer_iterations + 1):
             folder = out / f"iteration-{number}"
             if number > 0:
                 stage = policy_stage_config(config, policy, str(reward_model), number)
@@ -72,7 +72,9 @@ def train_iterative(
 
 def policy_stage_config(config: IterativeConfig, policy: str, reward_model: str, number: int) -> GrpoConfig:
     """One iteration's policy run: the verifier watches, the judge rewards."""
-    given = config.model_dump(exclude={"iterations", "judge", "recipe", "model", "warmup", "rewards", "seed"})
+    given = config.model_dump(
+        exclude={"num_outer_iterations", "reward_model", "recipe", "model", "warmup", "rewards", "seed"}
+    )
     rewards = (RewardSpec(name="correct", weight=0.0), RewardSpec(name="model", load=reward_model))
     seed = config.seed + number
     return GrpoConfig(recipe="grpo", model=ModelConfig(load=policy), warmup=None, rewards=rewards, seed=seed, **given)
@@ -88,7 +90,7 @@ def train_reward_model_stage(
     log: LogFn,
 ) -> Path:
     """The judge of this iteration, trained on; its folder."""
-    folder, part = out / f"iteration-{number}" / "judge", config.judge
+    folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,16 +109,16 @@ def train_reward_model_stage(
     loader = ReplayLoader(
         new,
         history,
-        batch_size=part.rows,
-        replay_fraction=part.replay,
+        batch_size=part.batch_size,
+        replay_fraction=part.replay_fraction,
         seed=derive_seed(config.seed, f"judge {number}"),
     )
     with RunDir(folder, identity={"tokenizer": tokenizer.hash}) as run:
         write_model_json(folder, model)
         tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
         result = train(
-            objective, loader, make_adamw(model, lr=part.lr), lambda step: 1.0,
-            LoopSettings(steps=part.steps, log_every=10, keep_last=1), run, parallel=parallel,
+            objective, loader, make_adamw(model, lr=part.learning_rate), lambda step: 1.0,
+            LoopSettings(steps=part.max_steps, log_every=10, keep_last=1), run, parallel=parallel,
         )  # fmt: skip
     right = result.metrics["rewards/accuracy"]
     log(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")
@@ -137,10 +139,12 @@ def collect_comparisons(
     """What the policy writes now, better beside worse by the verifier's word."""
     model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
     encode, problems = prompt_encoder(config, tokenizer), load_problems(config)
-    asked = [problems.train_problem(10_000_000 * (number + 1) + index) for index in range(config.judge.questions)]
+    asked = [
+        problems.train_problem(10_000_000 * (number + 1) + index) for index in range(config.reward_model.num_prompts)
+    ]
     questions = [PolicyPrompt(tuple(encode(problem.prompt)), problem) for problem in asked]
     seed = derive_seed(config.seed, f"comparisons {number}")
-    groups = policy_sampler(config, model, tokenizer, parallel)(model, questions, config.rollout.group, seed)
+    groups = policy_sampler(config, model, tokenizer, parallel)(model, questions, config.num_generations, seed)
     return make_comparisons(groups, CorrectnessReward(), seed)
 
 

@@ -81,12 +81,12 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
 
 def read_chat_template(config: ConversationDataConfig) -> str | None:
     """The text of the template file, where one is named."""
-    if config.template is None:
+    if config.chat_template_path is None:
         return None
     try:
-        return Path(config.template).read_text(encoding="utf-8")
+        return Path(config.chat_template_path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.template {config.template} cannot be read: {error}") from None
+        raise UsageError(f"data.chat_template_path {config.chat_template_path} cannot be read: {error}") from None
 
 
 def set_generation_eos(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
@@ -134,7 +134,7 @@ def run_job(
         result = train(
             job.objective,
             job.loader,
-            build_optimizer(config.optimizer, job.model),
+            build_optimizer(config, job.model),
             build_lr_schedule(config),
             train_settings(config),
             run,

@@ -84,17 +84,17 @@ def planned(part: ModelConfig, settings: RawConfig, vocab: int, context: int) ->
             base = preset(part.preset).config
         except UsageError as error:
             raise Mistaken(ConfigProblem(settings.location(("model", "preset")), "model.preset", str(error))) from None
-        return Sized(family_of(base), base, part.sizes, {**field_values(base), **part.sizes, "vocab_size": vocab})
-    page = find_family(part.page or "", settings)
-    if not part.sizes:
+        return Sized(family_of(base), base, part.config, {**field_values(base), **part.config, "vocab_size": vocab})
+    page = find_family(part.family or "", settings)
+    if not part.config:
         base = next(one.config for one in page.presets if one.name.endswith("-tiny"))
         return Sized(page, base, {}, {**field_values(base), "vocab_size": vocab, "max_position_embeddings": context})
-    sizes = {"vocab_size": vocab, "max_position_embeddings": context, **part.sizes}
+    sizes = {"vocab_size": vocab, "max_position_embeddings": context, **part.config}
     for key, derive in DERIVED_DEFAULTS.items():
         if key in config_fields(page) and key not in sizes:
             with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is missing or wrong
                 sizes[key] = derive(sizes)
-    return Sized(page, None, part.sizes, sizes)
+    return Sized(page, None, part.config, sizes)
 
 
 def mistakes_in(plan: Sized, settings: RawConfig) -> Iterator[ConfigProblem]:
@@ -111,7 +111,7 @@ def mistakes_in(plan: Sized, settings: RawConfig) -> Iterator[ConfigProblem]:
         }:
             found += [(key, what) for what in rotary_mistakes(key, plan)]
     for key, what in found:
-        yield ConfigProblem(settings.location(("model", "sizes", key)), f"model.sizes.{key}", what)
+        yield ConfigProblem(settings.location(("model", "config", key)), f"model.config.{key}", what)
 
 
 def find_family(name: str, settings: RawConfig) -> Family:
@@ -120,8 +120,8 @@ def find_family(name: str, settings: RawConfig) -> Family:
         if family.name == name:
             return family
     known = [family.name for family in FAMILIES]
-    what = f"no page is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-    raise Mistaken(ConfigProblem(settings.location(("model", "page")), "model.page", what))
+    what = f"no family is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+    raise Mistaken(ConfigProblem(settings.location(("model", "family")), "model.family", what))
 
 
 def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
@@ -129,7 +129,7 @@ def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
     family, fields = plan.page, config_fields(plan.page)
     for key, value in plan.own.items():
         if key == "vocab_size":
-            yield key, "the tokenizer decides it; set tokenizer.vocab"
+            yield key, "the tokenizer decides it; set tokenizer.vocab_size"
         elif key not in fields:
             yield key, f"unknown number{did_you_mean(key, list(fields))}; {family.name} has: {', '.join(fields)}"
         elif wrong := describe_type_error(value, fields[key], least=0 if key in MAY_BE_ZERO else 1):

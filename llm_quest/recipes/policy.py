@@ -44,7 +44,7 @@ PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)
 def resolve_policy_config(config: PolicyConfigT, parallel: DistributedContext) -> PolicyConfigT:
     """The config with what `auto` means here written out."""
     chosen = resolve_precision(config.precision, parallel.device)
-    if config.precision == "auto" and config.variant.startswith("gspo"):
+    if config.precision == "auto" and config.loss_type.startswith("gspo"):
         chosen = replace(chosen, value="fp32")  # its clip range is finer than bfloat16's rounding
     return config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
 
@@ -55,7 +55,7 @@ def setup_policy_run(
 ) -> Iterator[tuple[PolicyConfigT, DistributedContext, LogFn]]:
     """The processes of a run that writes into its folder before it begins, the config with what `auto` means here, and
     who speaks: the leader alone."""
-    with init_distributed(config, config.rollout.prompts) as parallel:
+    with init_distributed(config, config.prompts_per_rollout) as parallel:
         config = resolve_policy_config(config, parallel)
         init_run_dir(config, out, parallel)
         yield config, parallel, log if parallel.is_main_process else lambda line: None
@@ -86,7 +86,7 @@ def build_policy_setup(
 ) -> PolicySetup:
     """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
     read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
-    initial_model = copy.deepcopy(model).requires_grad_(False) if config.kl is not None else None
+    initial_model = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
     adapted_before = any(map(is_adapter, model.spec.techniques))
     callbacks = apply_config_techniques(config, model, log)
     reference_is_adapter_free = any(map(is_adapter, model.spec.techniques)) and not adapted_before
@@ -99,22 +99,22 @@ def build_policy_setup(
     )
     scoring = RewardPipeline(
         rewards=tuple(rewards),
-        estimator=ADVANTAGE_ESTIMATORS[config.advantages or POLICY_VARIANTS[config.variant].advantages],
+        estimator=ADVANTAGE_ESTIMATORS[config.advantage_estimator or POLICY_VARIANTS[config.loss_type].advantages],
         per_reward_advantages=normalize_rewards_separately,
-        max_new_tokens=config.rollout.new_tokens,
-        overlong_window=config.rollout.overlong,
-        filter_truncated=config.rollout.filter_truncated,
+        max_new_tokens=config.max_new_tokens,
+        overlong_window=config.overlong_buffer_tokens,
+        filter_truncated=config.mask_truncated_completions,
         step_rewards=steps,
-        keep_uniform_groups=config.rollout.keep_flat is not False,
+        keep_uniform_groups=config.keep_zero_std_groups is not False,
     )
-    if config.attention:
+    if config.attention_coef:
         tap_last_layer(model)
     writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config)
     score = log_prob_scorer(model, config) if plan.rescore_old_log_probs else None
-    look = attention_scorer(model) if config.attention else None
+    look = attention_scorer(model) if config.attention_coef else None
     loader = RolloutLoader(
         model, make_question, writer, scoring, plan, reference_scorer=reference, policy_scorer=score, attention_scorer=look, on_rollout=on_sampled,
-        share=parallel.data_shard, all_gather=parallel.all_gather, read_all=read_all or config.entropy > 0,
+        share=parallel.data_shard, all_gather=parallel.all_gather, read_all=read_all or config.entropy_coef > 0,
     )  # fmt: skip
     return PolicySetup(policy_objective(config, model), loader, callbacks)
 
@@ -123,30 +123,29 @@ def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss
     return PolicyGradientLoss(
         model,
         config.build_surrogate(),
-        count=(count := config.count or POLICY_VARIANTS[config.variant].count),
-        horizon=config.rollout.new_tokens if count == "horizon" else None,
-        temperature=config.rollout.temperature,
+        count=(count := config.loss_aggregation or POLICY_VARIANTS[config.loss_type].count),
+        horizon=config.max_new_tokens if count == "horizon" else None,
+        temperature=config.temperature,
         kl=config.build_kl(),
-        entropy_coef=config.entropy,
-        attention_coef=config.attention,
+        entropy_coef=config.entropy_coef,
+        attention_coef=config.attention_coef,
         correction=config.build_sampler_correction(),
-        off_policy_delta=config.stale,
+        off_policy_delta=config.off_policy_mask_threshold,
     )
 
 
 def rollout_plan(config: PolicyConfig) -> RolloutPlan:
     """Prompts that are shared leave no whole rows of attention to learn."""
-    part = config.rollout
     return RolloutPlan(
-        prompts_per_rollout=part.prompts,
-        num_generations=part.group,
-        num_iterations=part.updates,
-        minibatches=part.minibatches,
+        prompts_per_rollout=config.prompts_per_rollout,
+        num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
+        minibatches=config.num_mini_batches,
         max_sampling_rounds=config.sampling_rounds,
-        max_micro_batch_tokens=part.micro_tokens,
-        share_prompts=can_share_prompts(config) and not config.attention,
-        kl_coef=config.kl.beta if config.kl is not None and config.kl.place == "reward" else 0.0,
-        rescore_old_log_probs=config.correction is not None,
+        max_micro_batch_tokens=config.micro_batch_tokens,
+        share_prompts=can_share_prompts(config) and not config.attention_coef,
+        kl_coef=config.kl_coef if config.kl_placement == "reward" else 0.0,
+        rescore_old_log_probs=config.sampler_correction is not None,
         seed=derive_seed(config.seed, "sampling"),
     )
 
@@ -157,10 +156,10 @@ def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, p
     return Sampler(
         tokenizer=tokenizer,
         eos_token_ids=tuple(sorted({*own, *tokenizer.eos_token_ids})),
-        max_new_tokens=config.rollout.new_tokens,
-        temperature=config.rollout.temperature,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
         autocast_context=partial(autocast, resolve_precision(config.precision, parallel.device).value, parallel.device),
-        batch_size=config.rollout.at_once,
+        batch_size=config.generation_batch_size,
     )
 
 
@@ -181,6 +180,6 @@ def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: 
 
     def score(batch: Any) -> torch.Tensor:
         with disable_adapter(model) if adapters_disabled else nullcontext():
-            return token_log_probs(model, batch, config.rollout.temperature)
+            return token_log_probs(model, batch, config.temperature)
 
     return score

@@ -19,29 +19,69 @@ from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
-class RolloutConfig(StrictModel):
-    """What the policy writes, and how often it learns from it. Sampling is pure: temperature alone."""
+class SamplerCorrectionConfig(StrictModel):
+    """The samples are scored again by the trainer, and what differs from the sampler's word is corrected."""
 
-    prompts: PositiveInt = Field(default=16, description="questions in a rollout")
-    group: PositiveInt = Field(default=8, description="samples of each")
-    new_tokens: PositiveInt = Field(default=32, description="the longest answer")
-    temperature: float = Field(default=1.0, gt=0)
-    updates: PositiveInt = Field(default=1, description="passes over a rollout (mu)")
-    minibatches: PositiveInt = Field(default=1, description="optimiser steps per pass")
-    draws: PositiveInt | None = Field(
-        default=None,
-        description="dynamic sampling: rounds of questions until all groups are mixed; null: 4 for dapo, 1",
+    cap: PositiveFloat = 2.0
+    mode: Literal["truncate", "mask"] = "truncate"
+    level: Literal["token", "sequence", "geometric"] = "token"
+
+
+class PolicyConfig(RunConfig):
+    """How a policy learns from what it wrote."""
+
+    loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = "grpo"
+    loss_kwargs: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="the loss's own numbers: epsilon_low, epsilon_high, dual, delta; tau_positive, tau_negative; "
+        "cap, floor",
     )
-    overlong: NonNegativeInt = Field(
+    loss_aggregation: Annotated[str, Choice(TOKEN_WEIGHTS)] | None = Field(
+        default=None, description="what the loss is divided by; null: as the loss has it"
+    )
+    advantage_estimator: Annotated[str, Choice(ADVANTAGE_ESTIMATORS)] | None = Field(
+        default=None, description="how rewards become advantages; null: as the loss has it"
+    )
+    prompts_per_rollout: PositiveInt = Field(default=16, description="prompts in a rollout")
+    num_generations: PositiveInt = Field(default=8, description="completions of each prompt (the group)")
+    max_new_tokens: PositiveInt = Field(default=32, description="tokens of a completion, at most")
+    temperature: float = Field(default=1.0, gt=0)
+    num_iterations: PositiveInt = Field(default=1, description="passes over a rollout (mu)")
+    num_mini_batches: PositiveInt = Field(default=1, description="optimiser steps per pass")
+    dynamic_sampling_rounds: PositiveInt | None = Field(
+        default=None,
+        description="rounds of prompts until all groups have a spread (DAPO); null: 4 for dapo, else 1",
+    )
+    overlong_buffer_tokens: NonNegativeInt = Field(
         default=0, description="the last tokens of the budget cost more and more (DAPO); 0: none do"
     )
-    filter_truncated: bool = Field(default=False, description="what the budget cut is not learned from")
-    keep_flat: bool | None = Field(
+    mask_truncated_completions: bool = Field(
+        default=False, description="completions that the budget cut are left out of the loss"
+    )
+    keep_zero_std_groups: bool | None = Field(
         default=None,
         description="groups without spread count in the loss's divisor; null: they do, where there are any",
     )
-    micro_tokens: PositiveInt = Field(default=4096, description="tokens in a micro-batch")
-    at_once: NonNegativeInt = Field(default=0, description="rows sampled together; 0: all")
+    micro_batch_tokens: PositiveInt = Field(default=4096, description="tokens in a micro-batch")
+    generation_batch_size: NonNegativeInt = Field(default=0, description="rows sampled together; 0: all")
+    kl_coef: float = Field(default=0.0, ge=0, description="weight of the divergence from the first policy; 0: off")
+    kl_estimator: Annotated[str, Choice(KL_ESTIMATORS)] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"
+    sampler_correction: SamplerCorrectionConfig | None = Field(
+        default=None, description="importance weights between sampler and trainer (cap, mode, level); null: none"
+    )
+    off_policy_mask_threshold: PositiveFloat | None = Field(
+        default=None, description="nats per token beyond which a sequence is masked; null: none is"
+    )
+    entropy_coef: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
+    attention_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of Reinforced Attention Learning: the last layer's attention is trained too",
+    )
+    early_stopping_patience: PositiveInt = Field(
+        default=30, description="steps after which a run that cannot learn is stopped"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -53,58 +93,20 @@ class RolloutConfig(StrictModel):
             )
         return given
 
-
-class KlConfig(StrictModel):
-    """How the policy is held near its reference: the model it began as."""
-
-    beta: PositiveFloat
-    estimator: Annotated[str, Choice(KL_ESTIMATORS)] = "k3"
-    place: Literal["loss", "reward"] = "loss"
-
     @model_validator(mode="after")
-    def check_placement(self) -> KlConfig:
-        if (self.estimator == "k1") != (self.place == "reward"):
+    def check_kl(self) -> PolicyConfig:
+        if not self.kl_coef:
+            for key in ("kl_estimator", "kl_placement"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} has no effect while kl_coef is 0; set kl_coef, or leave {key} out")
+        elif (self.kl_estimator == "k1") != (self.kl_placement == "reward"):
             raise ValueError(
-                "k1 in a loss has an expected gradient of 0: set kl.place=reward, or take k2, k3 or unbiased"
-                if self.estimator == "k1"
-                else f"kl.estimator={self.estimator} has no effect in the reward, where the log-ratio itself (k1) is "
-                "right: set kl.estimator=k1"
+                "k1 in a loss has an expected gradient of 0: set kl_placement=reward, or take k2, k3 or unbiased"
+                if self.kl_estimator == "k1"
+                else f"kl_estimator={self.kl_estimator} has no effect in the reward, where the log-ratio itself (k1) is "
+                "right: set kl_estimator=k1"
             )
         return self
-
-
-class SamplerCorrectionConfig(StrictModel):
-    """The samples are scored again by the trainer, and what differs from the sampler's word is corrected."""
-
-    limit: PositiveFloat = 2.0
-    kind: Literal["truncate", "mask"] = "truncate"
-    level: Literal["token", "sequence", "geometric"] = "token"
-
-
-class PolicyConfig(RunConfig):
-    """How a policy learns from what it wrote."""
-
-    variant: Annotated[str, Choice(POLICY_VARIANTS)] = "grpo"
-    surrogate: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="the variant's own numbers: low, high, dual, delta; up, down; cap, floor"
-    )
-    count: Annotated[str, Choice(TOKEN_WEIGHTS)] | None = Field(
-        default=None, description="what the loss is divided by; null: as the variant has it"
-    )
-    advantages: Annotated[str, Choice(ADVANTAGE_ESTIMATORS)] | None = Field(
-        default=None, description="how rewards become advantages; null: as the variant has it"
-    )
-    rollout: RolloutConfig = RolloutConfig()
-    kl: KlConfig | None = None
-    correction: SamplerCorrectionConfig | None = None
-    stale: PositiveFloat | None = Field(default=None, description="off-policy sequence mask: nats a token")
-    entropy: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
-    attention: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of Reinforced Attention Learning: where the last layer looks is learned too",
-    )
-    patience: PositiveInt = Field(default=30, description="steps after which a run that cannot learn is stopped")
 
     @model_validator(mode="after")
     def whole_in_every_process(self) -> PolicyConfig:
@@ -115,19 +117,20 @@ class PolicyConfig(RunConfig):
 
     @model_validator(mode="after")
     def groups_and_budget(self) -> PolicyConfig:
-        part = self.rollout
-        if part.overlong and part.overlong >= part.new_tokens:
+        if self.overlong_buffer_tokens and self.overlong_buffer_tokens >= self.max_new_tokens:
             raise ValueError(
-                f"rollout.overlong is {part.overlong}: give fewer tokens than the budget of rollout.new_tokens "
-                f"{part.new_tokens}"
+                f"overlong_buffer_tokens is {self.overlong_buffer_tokens}: give fewer tokens than the budget of "
+                f"max_new_tokens {self.max_new_tokens}"
             )
-        if self.sampling_rounds > 1 and part.keep_flat:
+        if self.sampling_rounds > 1 and self.keep_zero_std_groups:
             raise ValueError(
-                "dynamic sampling (rollout.draws) leaves no group without spread to keep: leave rollout.keep_flat out"
+                "dynamic sampling (dynamic_sampling_rounds) leaves no group without spread to keep: leave "
+                "keep_zero_std_groups out"
             )
-        if part.group < 2 and not self.by_steps:
+        if self.num_generations < 2 and not self.by_steps:
             raise ValueError(
-                "rollout.group is 1: a sample is judged beside its siblings; take at least 2 (one alone has no spread)"
+                "num_generations is 1: a completion is compared with others of its group; take at least 2 (one alone "
+                "has no spread)"
             )
         return self
 
@@ -143,40 +146,42 @@ class PolicyConfig(RunConfig):
 
     @model_validator(mode="after")
     def check_attention(self) -> PolicyConfig:
-        if not self.attention:
+        if not self.attention_coef:
             return self
-        if self.rollout.updates * self.rollout.minibatches == 1:
+        if self.num_iterations * self.num_mini_batches == 1:
             raise ValueError(
-                "attention has no effect where a rollout is learned from once: the policy does not "
-                "differ from itself; set rollout.updates or rollout.minibatches to 2 or more, or leave it out"
+                "attention_coef has no effect where a rollout is learned from once: the policy does not "
+                "differ from itself; set num_iterations or num_mini_batches to 2 or more, or leave it out"
             )
         named = {one["name"] for one in self.techniques} & {"taps", "checkpointing"}
         if named:
-            raise ValueError(f"attention taps the last layer, which {named.pop()} disturbs: leave one out")
+            raise ValueError(f"attention_coef taps the last layer, which {named.pop()} disturbs: leave one out")
         if self.compile is True:
-            raise ValueError("attention is read beside the pass, which a compiled pass cannot do: set compile=false")
+            raise ValueError(
+                "attention_coef reads what is computed beside the pass, which a compiled pass cannot do: set compile=false"
+            )
         return self
 
     def build_surrogate(self) -> Surrogate:
         """The variant's, with the numbers that were given."""
-        base: Any = POLICY_VARIANTS[self.variant].surrogate
+        base: Any = POLICY_VARIANTS[self.loss_type].surrogate
         known = [field.name for field in dataclasses.fields(base) if field.name != "ratio"]
-        for name in self.surrogate:
+        for name in self.loss_kwargs:
             if name not in known:
                 raise ValueError(
-                    f"surrogate.{name} has no effect on {self.variant}{did_you_mean(name, known)}; it has "
+                    f"loss_kwargs.{name} has no effect on {self.loss_type}{did_you_mean(name, known)}; it has "
                     f"{', '.join(known) or 'no numbers'}"
                 )
-        found: Surrogate = dataclasses.replace(base, **self.surrogate)
+        found: Surrogate = dataclasses.replace(base, **self.loss_kwargs)
         return found
 
     @property
     def sampling_rounds(self) -> int:
-        return self.rollout.draws or (4 if self.variant == "dapo" else 1)
+        return self.dynamic_sampling_rounds or (4 if self.loss_type == "dapo" else 1)
 
     def build_kl(self) -> KLPenalty | None:
-        return KLPenalty(self.kl.beta, self.kl.estimator) if self.kl is not None and self.kl.place == "loss" else None
+        return KLPenalty(self.kl_coef, self.kl_estimator) if self.kl_coef and self.kl_placement == "loss" else None
 
     def build_sampler_correction(self) -> ImportanceSamplingCorrection | None:
-        part = self.correction
-        return None if part is None else ImportanceSamplingCorrection(part.limit, part.kind, part.level)
+        part = self.sampler_correction
+        return None if part is None else ImportanceSamplingCorrection(part.cap, part.mode, part.level)

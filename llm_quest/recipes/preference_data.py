@@ -20,7 +20,7 @@ from llm_quest.data.length_grouped import LengthGroupedLoader, length_grouped_in
 from llm_quest.data.packing import shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
-from llm_quest.recipes.run import micro_rows_of
+from llm_quest.recipes.run import micro_batch_rows
 from llm_quest.recipes.tuning_config import DpoConfig, PreferenceDataConfig, RewardConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
@@ -41,11 +41,13 @@ class PreferenceData:
 def prepare_preferences(config: PreferenceDataConfig, chat: ChatTemplate, length: int, seed: int) -> PreferenceData:
     """From a source to pairs; what is left out is in the ledger."""
     drop_report = DropReport()
-    pairs = read_preferences(load_records(config.source, builtin)[: config.limit], drop_report)
+    pairs = read_preferences(load_records(config.source, builtin)[: config.max_samples], drop_report)
     train, held = split_by_prompt(pairs, config.held_out)
-    train = flip_labels(train, config.flipped, seed)
-    if config.flipped:
-        drop_report.note(f"{round(config.flipped * len(train))} of the training pairs are turned round on purpose")
+    train = flip_labels(train, config.label_flip_fraction, seed)
+    if config.label_flip_fraction:
+        drop_report.note(
+            f"{round(config.label_flip_fraction * len(train))} of the training pairs are turned round on purpose"
+        )
     return PreferenceData(
         chat,
         tokenize_preferences(chat, train, length, drop_report),
@@ -65,9 +67,12 @@ def pairs_loader(
 ) -> LengthGroupedLoader[PreferenceDataset]:
     return LengthGroupedLoader(
         PreferenceDataset(data.train),
-        batch_size=config.batch.rows,
-        micro_batch_size=micro_rows_of(
-            config.batch, parallel, max(len(one.answers) * one.length for one in data.train)
+        batch_size=config.batch_size,
+        micro_batch_size=micro_batch_rows(
+            config.batch_size,
+            config.micro_batch_size,
+            parallel,
+            max(len(one.answers) * one.length for one in data.train),
         ),
         seed=derive_seed(config.seed, "order"),
         share=parallel.data_shard,

@@ -35,7 +35,7 @@ from llm_quest.recipes.run import (
     finish_run,
     init_distributed,
     make_display,
-    micro_rows_of,
+    micro_batch_rows,
     open_run_dir,
     require_context,
     require_matching_run,
@@ -71,7 +71,7 @@ def train_pretrain(
     """Run the recipe in a folder. settings: where each key was written, for messages. env: what machine this is.
     callbacks: of whoever assembles more than this (the tour interrupts itself). Every process of a torchrun calls
     this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         return run_pretrain(
             config,
             settings,
@@ -103,13 +103,16 @@ def run_pretrain(
     technique_callbacks = apply_techniques(config.techniques, model, log)
     config = resolve_pretrain_config(config, model, parallel, log)
     require_matching_run(config, folder)
-    if config.activation_checkpointing:
+    if config.gradient_checkpointing:
         model = ActivationCheckpointing()(model)
     distillation_terms = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)
-    terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token, text.tokenizer, model), *distillation_terms]
+    terms: list[AuxiliaryLoss] = [
+        *number_token_terms(config.number_token_loss, text.tokenizer, model),
+        *distillation_terms,
+    ]
     objective = parallel.parallelize(config.auxiliary_losses.build_objective(model, terms), list(model.blocks))
     micro_rows, loader = (
-        micro_rows_of(config.batch, parallel, config.batch.length),
+        micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
         pretrain_loader(config, text, parallel),
     )
     identity = {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation_terms)}
@@ -120,7 +123,7 @@ def run_pretrain(
         result = train(
             objective,
             loader,
-            build_optimizer(config.optimizer, model),
+            build_optimizer(config, model),
             build_lr_schedule(config),
             train_settings(config, expected_loss=config.auxiliary_losses.initial_loss(model) if random_first else None),
             run,
@@ -136,9 +139,9 @@ def pretrain_loader(config: PretrainConfig, text: TextData, parallel: Distribute
     """This process's rows."""
     return PackedLoader(
         text.tokens.train,
-        sequence_length=config.batch.length,
-        batch_size=config.batch.rows,
-        micro_batch_size=micro_rows_of(config.batch, parallel, config.batch.length),
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        micro_batch_size=micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
         seed=derive_seed(config.seed, "order"),
         share=parallel.data_shard,
     )
@@ -155,10 +158,10 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
             )
     else:
         numbers = build_model_config(
-            config.model, settings, vocab=text.tokenizer.vocab_size, context=config.batch.length
+            config.model, settings, vocab=text.tokenizer.vocab_size, context=config.sequence_length
         )
         model = build(numbers, seed=derive_seed(config.seed, "init"))
-    require_context(config.batch.length, model.config.max_position_embeddings)
+    require_context(config.sequence_length, model.config.max_position_embeddings)
     model.generation_config = GenerationConfig(
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_ids=tuple(text.tokenizer.eos_token_ids),
@@ -172,7 +175,7 @@ def resolve_pretrain_config(
 ) -> PretrainConfig:
     """The config with what `auto` means here written out, and said why."""
     parameters = count_parameters(model)
-    flops = 6.0 * parameters * config.batch.rows * config.batch.length * config.steps / parallel.world_size
+    flops = 6.0 * parameters * config.batch_size * config.sequence_length * config.max_steps / parallel.world_size
     number = resolve_precision(config.precision, parallel.device)
     graph = resolve_compile(config.compile, parallel.device, flops)
     log(
@@ -193,21 +196,21 @@ def build_evaluators(config: PretrainConfig, text: TextData, run: RunDir, micro_
     if text.tokens.val.num_documents:
         yield LossEvaluator(
             text.tokens.val,
-            every=config.evaluate.every,
-            max_tokens=config.evaluate.tokens,
-            last_step=config.steps,
-            length=config.batch.length,
+            every=config.eval_steps,
+            max_tokens=config.eval_tokens,
+            last_step=config.max_steps,
+            length=config.sequence_length,
             micro_rows=micro_rows,
         )
-    if config.samples.every and config.samples.prompts:
+    if config.samples.every_steps and config.samples.prompts:
         part = config.samples
         keeps = run.samples if run.is_main_process else None
         yield TextSampler(
             text.tokenizer,
             keeps,
             part.prompts,
-            part.every,
-            part.tokens,
+            part.every_steps,
+            part.max_new_tokens,
             part.temperature,
             derive_seed(config.seed, "sampling"),
         )
@@ -230,7 +233,7 @@ def finish_pretrain(
     log: LogFn,
 ) -> RunOutcome:
     """The outcome; a finished run is set beside what counting and compressing reach on the same held-out bytes."""
-    wanted = result.status == "finished" and parallel.is_main_process and config.evaluate.baselines
+    wanted = result.status == "finished" and parallel.is_main_process and config.eval_baselines
     others = baseline_bits_per_byte(text, log) if wanted else {}
     return finish_run(
         config, folder, result, count_parameters(model), leader=parallel.is_main_process, baselines=others

@@ -36,7 +36,7 @@ def train_reward(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         leader_log = log if parallel.is_main_process else lambda text: None
         return run_job(
             build_reward_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
@@ -46,19 +46,19 @@ def train_reward(
 def build_reward_job(config: RewardConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, pairs, objective and feed."""
     model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.batch.length, model.config.max_position_embeddings)
+    require_context(config.sequence_length, model.config.max_position_embeddings)
     seed = derive_seed(config.seed, "flips")
     pairs = prepare_preferences(
-        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.batch.length, seed
+        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length, seed
     )
     callbacks = apply_config_techniques(config, model, log)
     if find_score_head(model) is None:
         ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)
     loader = pairs_loader(config, pairs, parallel)
     facts = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
-    probe = PairsEvaluator(pairs.held_out, config.evaluate.every, score_answers)
+    probe = PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)
     return TrainingJob(
-        RewardModelLoss(model, center_coefficient=config.center), loader, lambda run: [probe], tokenizer, facts,
+        RewardModelLoss(model, center_coefficient=config.center_rewards_coefficient), loader, lambda run: [probe], tokenizer, facts,
         {"data": loader.dataset.hash}, callbacks,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,7 +14,6 @@ from llm_quest.errors import BusyError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
-from llm_quest.recipes.config_schema import OptimizerConfig as OptimizerPart
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import list_checkpoints
 from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
@@ -75,33 +74,24 @@ def init_distributed(config: RunConfig, batch_size: int) -> Iterator[Distributed
     try:
         if batch_size % parallel.world_size:
             raise UsageError(
-                f"batch.rows {batch_size} can't be shared by {parallel.world_size} processes; make it a multiple"
+                f"a batch of {batch_size} rows can't be shared by {parallel.world_size} processes; make it a multiple"
             )
         yield parallel
     finally:
         parallel.destroy_process_group()
 
 
-AT_ONCE = 8192
-"""Tokens of a micro-batch, where its rows are not given."""
+MICRO_BATCH_TOKENS = 8192
+"""Tokens of a micro-batch where micro_batch_size is null."""
 
 
-class Rows(Protocol):
-    """The rows of an optimiser step, over all processes, and those of a micro-batch, where they are given."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def micro_rows(self) -> int | None: ...
-
-
-def micro_rows_of(part: Rows, parallel: DistributedContext, length: int) -> int:
-    """Rows of a micro-batch: what was asked for, else the largest equal part of this process's rows within AT_ONCE
-    tokens. length: tokens of the longest row."""
-    mine = part.rows // parallel.world_size
-    if part.micro_rows is not None:
-        return min(part.micro_rows, mine)
-    most = max(1, min(mine, AT_ONCE // length))
+def micro_batch_rows(batch_size: int, micro_batch_size: int | None, parallel: DistributedContext, length: int) -> int:
+    """Rows of a micro-batch: the given number, else the largest equal part of this process's rows within
+    MICRO_BATCH_TOKENS. length: tokens of the longest row."""
+    mine = batch_size // parallel.world_size
+    if micro_batch_size is not None:
+        return min(micro_batch_size, mine)
+    most = max(1, min(mine, MICRO_BATCH_TOKENS // length))
     return max(number for number in range(1, most + 1) if mine % number == 0)
 
 
@@ -115,7 +105,9 @@ def require_run_exists(name_or_path: str, key: str, command: str) -> None:
 def require_context(length: int, context: int) -> None:
     """Rows no longer than what the model can see."""
     if length > context:
-        raise UsageError(f"batch.length {length} is longer than the model's context of {context}; lower batch.length")
+        raise UsageError(
+            f"sequence_length {length} is longer than the model's context of {context}; lower sequence_length"
+        )
 
 
 def require_matching_run(config: RunConfig, folder: Path) -> None:
@@ -168,42 +160,41 @@ def open_run_dir(
 
 
 def build_optimizer(
-    config: OptimizerPart, model: Any, adamw_parameters: Sequence[str] = ("embed.", "head.")
+    config: RunConfig, model: Any, adamw_parameters: Sequence[str] = ("embed.", "head.")
 ) -> torch.optim.Optimizer:
     """AdamW or Muon over what is trained; Muon is told which rows are matrices of their own, and what is AdamW's."""
     common: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
+        "lr": config.learning_rate,
+        "betas": config.adam_betas,
+        "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    if config.name == "adamw":
+    if config.optim == "adamw":
         return make_adamw(model, **common)
     return make_muon(
-        model, row_splits=model.row_splits(), adamw_prefixes=adamw_parameters, momentum=config.momentum, **common
+        model, row_splits=model.row_splits(), adamw_prefixes=adamw_parameters, momentum=config.muon_momentum, **common
     )
 
 
 def build_lr_schedule(config: RunConfig) -> LRSchedule:
     """The multiplier of the peak rate at each step."""
-    part = config.schedule
     return make_lr_schedule(
-        config.steps,
-        warmup_steps=part.warmup,
-        shape=part.shape,
-        min_lr_ratio=part.floor,
-        decay_fraction=part.decay_fraction,
+        config.max_steps,
+        warmup_steps=config.warmup_steps,
+        shape=config.lr_scheduler_type,
+        min_lr_ratio=config.min_lr_ratio,
+        decay_fraction=config.lr_decay_ratio,
     )
 
 
 def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> TrainingArguments:
     """The engine's view of the config, whose `auto`s are decided."""
     return TrainingArguments(
-        steps=config.steps,
-        max_grad_norm=config.clip,
-        log_every=config.log_every,
-        save_every=config.checkpoint.every,
-        keep_last=config.checkpoint.keep,
+        steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        log_every=config.logging_steps,
+        save_every=config.save_steps,
+        keep_last=config.save_total_limit,
         precision=config.precision,
         compile=bool(config.compile),
         max_seconds=config.max_seconds,
@@ -234,7 +225,7 @@ def finish_run(
         run=str(folder),
         status=result.status,
         step=result.step,
-        steps=config.steps,
+        steps=config.max_steps,
         exit_code=result.exit_code,
         parameters=parameters,
         seconds=result.seconds,

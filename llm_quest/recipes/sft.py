@@ -32,7 +32,7 @@ from llm_quest.recipes.job import (
     set_generation_eos,
 )
 from llm_quest.recipes.number_token_loss import number_token_terms
-from llm_quest.recipes.run import RunOutcome, init_distributed, micro_rows_of, require_context
+from llm_quest.recipes.run import RunOutcome, init_distributed, micro_batch_rows, require_context
 from llm_quest.recipes.tuning_config import ConversationDataConfig, SftConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
@@ -45,7 +45,7 @@ def train_sft(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         leader_log = log if parallel.is_main_process else lambda text: None
         return run_job(
             build_sft_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
@@ -55,15 +55,15 @@ def train_sft(
 def build_sft_job(config: SftConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
     """Model, conversations, objective and feed."""
     model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.batch.length, model.config.max_position_embeddings)
+    require_context(config.sequence_length, model.config.max_position_embeddings)
     data = prepare_conversations(
-        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.batch.length
+        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length
     )
     set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
-    micro_rows = micro_rows_of(config.batch, parallel, config.batch.length)
+    micro_rows = micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length)
     loader = InstructionLoader(
         data.train,
-        batch_size=config.batch.rows,
+        batch_size=config.batch_size,
         micro_batch_size=micro_rows,
         seed=derive_seed(config.seed, "order"),
         share=parallel.data_shard,
@@ -74,11 +74,11 @@ def build_sft_job(config: SftConfig, parallel: DistributedContext, log: LogFn) -
     log(f"learned: {data.train.num_targets:,} tokens of answers, in {len(data.train):,} rows an epoch")
 
     distillation_terms = build_distillation_terms(config, tokenizer, model.config.vocab_size, parallel, log)
-    terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token, tokenizer, model), *distillation_terms]
+    terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token_loss, tokenizer, model), *distillation_terms]
 
     def build_evaluators(run: RunDir) -> list[Any]:
-        asked = [AnswerSampler(data, config.samples.number, config, run)] if config.samples.every else []
-        return [AnswerLossEvaluator(data.held_out, config.evaluate.every, micro_rows), *asked]
+        asked = [AnswerSampler(data, config.samples.num_prompts, config, run)] if config.samples.every_steps else []
+        return [AnswerLossEvaluator(data.held_out, config.eval_steps, micro_rows), *asked]
 
     return TrainingJob(
         NextTokenLoss(model, auxiliary=terms), loader, build_evaluators, tokenizer, facts,
@@ -100,7 +100,7 @@ class ConversationData:
 def prepare_conversations(config: ConversationDataConfig, chat: ChatTemplate, length: int) -> ConversationData:
     """From a source to rows; what is left out is in the ledger."""
     drop_report = DropReport()
-    said = read_conversations(load_records(config.source, builtin_instructions)[: config.limit], drop_report)
+    said = read_conversations(load_records(config.source, builtin_instructions)[: config.max_samples], drop_report)
     train, held = split_by_prompt(said, config.held_out)
     learned, looked_at = (
         PackedExamples(drop_too_long(chat.encode_conversations(side), length, drop_report), length)
@@ -133,7 +133,7 @@ class AnswerSampler:
     name = "samples"
 
     def __init__(self, data: ConversationData, num_questions: int, config: SftConfig, run: RunDir):
-        self.interval, self.part, self.tokenizer = config.samples.every, config.samples, data.chat.tokenizer
+        self.interval, self.part, self.tokenizer = config.samples.every_steps, config.samples, data.chat.tokenizer
         self.folder = run.samples if run.is_main_process else None
         self.seed = derive_seed(config.seed, "sampling")
         self.questions = list(data.questions[:num_questions])
@@ -146,7 +146,7 @@ class AnswerSampler:
         done = generate(
             model,
             [ids for _, ids in asked],
-            max_new_tokens=self.part.tokens,
+            max_new_tokens=self.part.max_new_tokens,
             temperature=self.part.temperature,
             seed=self.seed,
             tokenizer=self.tokenizer,

@@ -61,17 +61,17 @@ def run_sft_warmup(
     tokenizer = character_tokenizer(task.alphabet)
     model = init_model(config.model, settings, tokenizer, config.seed)
     loader = DemonstrationLoader(
-        task, tokenizer, batch_size=warmup.rows, seed=derive_seed(config.seed, "demonstrations")
+        task, tokenizer, batch_size=warmup.batch_size, seed=derive_seed(config.seed, "demonstrations")
     )
     problems = [draw_problem(task, "validation", index) for index in range(CHECK_PROBLEMS)]
 
     def measure_accuracy() -> float:
-        max_new_tokens = config.rollout.new_tokens
+        max_new_tokens = config.max_new_tokens
         return evaluate_problems(
             model, tokenizer, problems, num_samples=CHECK_SAMPLES, max_new_tokens=max_new_tokens
         ).mean_at_k
 
-    stop_rule = StopRule(warmup.steps, warmup.lr, warmup.until, measure_accuracy)
+    stop_rule = StopRule(warmup.max_steps, warmup.learning_rate, warmup.target_accuracy, measure_accuracy)
     step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
     log(f"warm-up: {step} steps on demonstrations; {reached:.0%} of samples are right")
     return model, tokenizer

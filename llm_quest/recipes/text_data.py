@@ -55,11 +55,13 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
                 f"{data.source} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
             )
         return TextData(folder, folder.load_tokenizer(), text_facts(folder))
-    parts = split_corpus(load_corpus(data.source, column=data.column, separator=data.separator), held_out=data.held_out)
+    parts = split_corpus(
+        load_corpus(data.source, column=data.text_column, separator=data.separator), held_out=data.held_out
+    )
     tokenizer = (
         load_any_tokenizer(choice.load)
         if choice.load is not None
-        else train_or_load_tokenizer(parts, choice.vocab, log)
+        else train_or_load_tokenizer(parts, choice.vocab_size, log)
     )
     folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
     facts = text_facts(folder)

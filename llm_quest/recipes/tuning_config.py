@@ -10,7 +10,13 @@ from llm_quest.objectives.preference import PREFERENCE_LOSSES
 from llm_quest.objectives.preference import check_preference_options as require_preference_loss
 from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
-from llm_quest.recipes.config_schema import BatchConfig, NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
+from llm_quest.recipes.config_schema import (
+    BatchedConfig,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TextBatchedConfig,
+)
 from llm_quest.recipes.distillation import TeacherConfig
 from llm_quest.recipes.number_token_loss import NumberTokenLossConfig
 
@@ -28,77 +34,60 @@ class ConversationDataConfig(StrictModel):
         default="builtin", min_length=1, description="builtin, or a .json, .jsonl, .csv or .tsv file of rows"
     )
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
-    limit: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
-    template: str | None = Field(
+    max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
+    chat_template_path: str | None = Field(
         default=None, min_length=1, description="a file with a chat template, in place of the model's own"
     )
-
-
-class EvalIntervalConfig(StrictModel):
-    """Held-out measures during the run."""
-
-    every: NonNegativeInt = Field(default=50, description="steps; 0: only at the end")
 
 
 class AnswerSamplesConfig(StrictModel):
     """Held-out questions that the model answers during the run."""
 
-    every: NonNegativeInt = Field(default=100, description="steps; 0: none")
-    number: PositiveInt = Field(default=4, description="how many questions")
-    tokens: PositiveInt = Field(default=64, description="how long an answer may be")
+    every_steps: NonNegativeInt = Field(default=100, description="steps; 0: none")
+    num_prompts: PositiveInt = Field(default=4, description="how many questions")
+    max_new_tokens: PositiveInt = Field(default=64, description="tokens of an answer, at most")
     temperature: float = Field(default=0.0, ge=0)
 
 
-class SftConfig(RunConfig):
+class SftConfig(TextBatchedConfig):
     """A model and conversations in, a model that answers out."""
 
     recipe: Literal["sft"]
     model: StartModelConfig
     data: ConversationDataConfig = ConversationDataConfig()
-    batch: BatchConfig = Field(default_factory=BatchConfig)
-    number_token: NumberTokenLossConfig | None = Field(
-        default=None, description="how far off a number is counts too (weight, distance, multi_digit); null: no"
+    number_token_loss: NumberTokenLossConfig | None = Field(
+        default=None, description="adds the distance between numbers (weight, distance, multi_digit); null: no"
     )
     teacher: TeacherConfig | None = Field(
         default=None, description="a model to learn from (load, weight, beta, temperature, dtype); null: none"
     )
-    evaluate: EvalIntervalConfig = EvalIntervalConfig()
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
     samples: AnswerSamplesConfig = AnswerSamplesConfig()
 
 
 class PreferenceDataConfig(ConversationDataConfig):
     """Preferences: a question, the better answer and the worse one."""
 
-    flipped: float = Field(
+    label_flip_fraction: float = Field(
         default=0.0, ge=0, lt=0.5, description="turn round this part of the training pairs, to see what noise does"
     )
 
 
-class PairBatchConfig(StrictModel):
-    """The pairs of one optimiser step, over all processes."""
+class PairBatchedConfig(BatchedConfig):
+    """Preference pairs in rows."""
 
-    rows: PositiveInt = Field(default=16, description="pairs in a step")
-    micro_rows: PositiveInt | None = Field(
-        default=None, description="pairs at once on each process; null: as many as fit 8,192 tokens"
-    )
-    length: int = Field(default=256, ge=4, description="tokens of a question with an answer, at most")
-
-    @model_validator(mode="after")
-    def check_micro_batch_size(self) -> PairBatchConfig:
-        if self.micro_rows is not None and self.rows % self.micro_rows:
-            raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
-        return self
+    batch_size: PositiveInt = Field(default=16, description="pairs in an optimiser step, over all processes")
+    sequence_length: int = Field(default=256, ge=4, description="tokens of a prompt with an answer, at most")
 
 
-class RewardConfig(RunConfig):
+class RewardConfig(PairBatchedConfig):
     """A model and preferences in, a model that gives an answer one number out."""
 
     recipe: Literal["reward"]
     model: StartModelConfig
     data: PreferenceDataConfig = PreferenceDataConfig()
-    batch: PairBatchConfig = PairBatchConfig()
-    center: float = Field(default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2")
-    evaluate: EvalIntervalConfig = EvalIntervalConfig()
+    center_rewards_coefficient: float = Field(default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
 
 class LabelledTextConfig(StrictModel):
@@ -107,76 +96,74 @@ class LabelledTextConfig(StrictModel):
     source: str = Field(
         default="builtin", min_length=1, description="builtin, or a .csv, .tsv, .json or .jsonl file of rows"
     )
-    text: str = Field(default="text", min_length=1, description="the column that holds the text")
-    label: str = Field(default="label", min_length=1, description="the column that holds its label")
+    text_column: str = Field(default="text", min_length=1, description="the column that holds the text")
+    label_column: str = Field(default="label", min_length=1, description="the column that holds its label")
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the texts that is never trained on")
-    limit: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
+    max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
 
 
-class TextBatchConfig(PairBatchConfig):
-    """The texts of one optimiser step, over all processes."""
-
-    rows: PositiveInt = Field(default=32, description="texts in a step")
-    length: int = Field(default=128, ge=1, description="tokens of a text that are read, at most")
-
-
-class ClassifyConfig(RunConfig):
+class ClassifyConfig(BatchedConfig):
     """A model and labelled texts in, a classifier out."""
 
     recipe: Literal["classify"]
     model: StartModelConfig
     data: LabelledTextConfig = LabelledTextConfig()
-    batch: TextBatchConfig = TextBatchConfig()
-    train: Literal["all", "last_block", "head"] = Field(
+    sequence_length: int = Field(default=128, ge=1, description="tokens of a text that are read, at most")
+    trainable: Literal["all", "last_block", "head"] = Field(
         default="all", description="what learns: everything, the last block with the last norm and the head, the head"
     )
-    smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
-    evaluate: EvalIntervalConfig = EvalIntervalConfig()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
     @model_validator(mode="after")
     def check_trainable(self) -> ClassifyConfig:
-        if self.techniques and self.train != "all":
-            raise ValueError(f"techniques say what learns, so train: {self.train} would have no effect; take one away")
+        if self.techniques and self.trainable != "all":
+            raise ValueError(
+                f"techniques decide what is trained, so trainable={self.trainable} has no effect; leave one out"
+            )
         return self
 
 
-class ReferenceSyncConfig(StrictModel):
-    """TR-DPO: the reference follows the policy."""
-
-    every: PositiveInt = Field(default=512, description="steps")
-    mix: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.6, description="of the policy; the rest stays the reference"
-    )
-
-
-class DpoConfig(RunConfig):
+class DpoConfig(PairBatchedConfig):
     """A model that answers and preferences in, a model that prefers out."""
 
     recipe: Literal["dpo"]
     model: StartModelConfig
     data: PreferenceDataConfig = PreferenceDataConfig()
-    batch: PairBatchConfig = PairBatchConfig()
-    loss: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
+    loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
     beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
-    flips: float = Field(default=0.0, ge=0, lt=0.5, description="cdpo and robust: the part of wrong labels")
-    per_token: bool = Field(default=False, description="means over tokens in place of sums, as TRL has it for ipo")
-    reference: Literal["cached", "adapters_off"] = Field(
-        default="cached", description="computed once and kept, or at every step with the adapters off"
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="cdpo and robust: the fraction of wrong labels"
     )
-    sync: ReferenceSyncConfig | None = Field(default=None, description="null: the reference stays")
-    evaluate: EvalIntervalConfig = EvalIntervalConfig()
+    average_log_prob: bool = Field(
+        default=False, description="means over tokens in place of sums, as TRL has it for ipo"
+    )
+    precompute_ref_log_probs: bool = Field(
+        default=True, description="before the first step; false: at every step, with the adapters off"
+    )
+    sync_ref_model: bool = Field(default=False, description="TR-DPO: the reference follows the policy")
+    ref_model_sync_steps: PositiveInt = Field(default=512, description="TR-DPO: steps between two updates")
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="TR-DPO: the policy's weight in an update of the reference"
+    )
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
     @model_validator(mode="after")
     def flips_of_the_loss(self) -> DpoConfig:
-        require_preference_loss(self.loss, self.beta, self.flips)
+        require_preference_loss(self.loss_type, self.beta, self.label_smoothing)
         return self
 
     @model_validator(mode="after")
     def check_single_reference(self) -> DpoConfig:
-        if self.sync is not None and self.parallel == "fsdp":
+        if not self.sync_ref_model:
+            return self
+        if self.parallel == "fsdp":
             raise ValueError(
-                "sync keeps a whole copy of the model on each process: set parallel=ddp, or leave sync out"
+                "sync_ref_model keeps a whole copy of the model on each process: set parallel=ddp, or leave it out"
             )
-        if self.sync is not None and self.reference != "cached":
-            raise ValueError("sync makes a reference of its own, so reference: adapters_off would have no effect")
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model makes a reference model of its own, so precompute_ref_log_probs=false has no effect; "
+                "leave one out"
+            )
         return self

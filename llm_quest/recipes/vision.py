@@ -75,7 +75,7 @@ def run_image_job(
     log(f"model: {family_of(job.model.config).name}-style, {parameters:,} parameters, on {parallel.device}")
     log(f"precision: {chosen.value} ({chosen.reason}); compiled: {'yes' if config.compile else 'no'}")
     require_matching_run(config, folder)
-    if config.activation_checkpointing:
+    if config.gradient_checkpointing:
         ActivationCheckpointing()(job.model)
     parallel.parallelize(job.objective, fsdp_blocks(job.model))
     with open_run_dir(config, folder, parallel, job.identity, env, resume) as run:
@@ -84,7 +84,7 @@ def run_image_job(
         result = train(
             job.objective,
             job.loader,
-            build_optimizer(config.optimizer, job.model, job.adamw_parameters),
+            build_optimizer(config, job.model, job.adamw_parameters),
             scale_schedule_after(build_lr_schedule(config), *job.lr_scale_after),
             train_settings(config),
             run,

@@ -10,43 +10,17 @@ from llm_quest.data.images import ImageProcessor
 from llm_quest.models import vit
 from llm_quest.models.build import preset
 from llm_quest.recipes.config import StrictModel
-from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
-
-
-class ImageBatchConfig(StrictModel):
-    """The images of one optimiser step, over all processes."""
-
-    rows: PositiveInt = Field(default=128, description="images in a step")
-    micro_rows: PositiveInt | None = Field(default=None, description="images at once on each process; null: all")
-
-    @model_validator(mode="after")
-    def check_micro_batch_size(self) -> ImageBatchConfig:
-        if self.micro_rows is not None and self.rows % self.micro_rows:
-            raise ValueError(f"micro_rows {self.micro_rows} must divide rows {self.rows}")
-        return self
-
-
-class ImageTextBatchConfig(ImageBatchConfig):
-    """The same, with the room for image and text."""
-
-    rows: PositiveInt = Field(default=64, description="images in a step")
-    turns: PositiveInt | None = Field(
-        default=None, description="questions of an image in one row at most; null: all that fit"
-    )
-    captions: NonNegativeInt = Field(
-        default=0, description="in so many first steps the caption comes first, where there is one"
-    )
-    length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and what is said about it")
+from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 
 
 class AugmentConfig(StrictModel):
     """Random variation of training images; 0 and false: none."""
 
-    turn: float = Field(default=0.0, ge=0, le=180, description="degrees")
-    zoom: float = Field(default=0.0, ge=0, lt=1, description="part of the size")
-    shift: float = Field(default=0.0, ge=0, lt=1, description="part of the side")
-    flip: bool = Field(default=False, description="left and right")
-    erase: float = Field(default=0.0, ge=0, lt=1, description="a square of this part of the side")
+    rotation_degrees: float = Field(default=0.0, ge=0, le=180, description="degrees")
+    scale: float = Field(default=0.0, ge=0, lt=1, description="part of the size")
+    translate: float = Field(default=0.0, ge=0, lt=1, description="part of the side")
+    horizontal_flip: bool = Field(default=False, description="left and right")
+    random_erasing: float = Field(default=0.0, ge=0, lt=1, description="a square of this part of the side")
 
 
 EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
@@ -60,24 +34,24 @@ class ImageDataConfig(StrictModel):
     source: Literal["digits", "folder", "cifar10"] = Field(
         default="digits", description="digits come with scikit-learn"
     )
-    folder: str | None = Field(
+    path: str | None = Field(
         default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
     )
-    size: PositiveInt = Field(default=8, description="pixels of a side")
-    mean: ChannelValues = (0.5, 0.5, 0.5)
-    std: ChannelValues = (0.5, 0.5, 0.5)
+    image_size: PositiveInt = Field(default=8, description="pixels of a side")
+    image_mean: ChannelValues = (0.5, 0.5, 0.5)
+    image_std: ChannelValues = (0.5, 0.5, 0.5)
     held_out: EvalFraction = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
-    vary: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
     def one_mean_and_std_per_channel(self) -> ImageDataConfig:
-        ImageProcessor(self.size, self.mean, self.std)
+        ImageProcessor(self.image_size, self.image_mean, self.image_std)
         return self
 
     @model_validator(mode="after")
     def check_folder(self) -> ImageDataConfig:
-        if (self.folder is None) != (self.source == "digits"):
-            raise ValueError(f"source {self.source} {'needs a folder' if self.folder is None else 'takes no folder'}")
+        if (self.path is None) != (self.source == "digits"):
+            raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
         return self
 
 
@@ -103,40 +77,36 @@ class VitModelConfig(StrictModel):
         return self
 
 
-class ImageEvalConfig(StrictModel):
-    """When the held-out images are looked at. Nothing is chosen by what is seen there."""
+class VisionConfig(BatchedConfig):
+    """A run on images."""
 
-    every: NonNegativeInt = Field(default=0, description="steps; 0: only at the end")
-
-
-class VisionConfig(RunConfig):
-    """What a run on images has beside the course of every run."""
+    micro_batch_size: PositiveInt | None = Field(default=None, description="images at once on each process; null: all")
 
     compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
-    activation_checkpointing: bool = Field(
-        default=False, description="compute each block twice instead of remembering it"
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute each block again in the backward pass instead of keeping its activations"
     )
+    eval_steps: NonNegativeInt = Field(default=0, description="steps between evaluations; 0: only at the end")
 
 
 class VitConfig(VisionConfig):
     """Images in, a classifier out."""
 
     recipe: Literal["vit"]
-    images: ImageDataConfig = ImageDataConfig()
+    data: ImageDataConfig = ImageDataConfig()
     model: VitModelConfig = VitModelConfig()
-    batch: ImageBatchConfig = ImageBatchConfig()
-    smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
-    evaluate: ImageEvalConfig = ImageEvalConfig()
+    batch_size: PositiveInt = Field(default=128, description="images in an optimiser step, over all processes")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
 
     @model_validator(mode="after")
     def images_fit(self) -> VitConfig:
-        part, images = self.model, self.images
-        size, channels = images.size, len(images.mean)
+        part, images = self.model, self.data
+        size, channels = images.image_size, len(images.image_mean)
         native = {"digits": (8, 1), "cifar10": (32, 3)}.get(images.source, (size, channels))
         if native != (size, channels):
             raise ValueError(
-                f"{images.source} are {native[0]} pixels with {native[1]} channels: set images.size={native[0]} "
-                f"and {native[1]} numbers in images.mean and images.std"
+                f"{images.source} are {native[0]} pixels with {native[1]} channels: set data.image_size={native[0]} "
+                f"and {native[1]} numbers in data.image_mean and data.image_std"
             )
         if part.load is not None:
             return self
@@ -154,84 +124,96 @@ class VitConfig(VisionConfig):
 class ImageTextDataConfig(StrictModel):
     """Rendered scenes of shapes, or a JSONL file of yours."""
 
-    source: Literal["scenes", "jsonl"] = Field(default="scenes", description="scenes are drawn as they are needed")
-    file: str | None = Field(
+    source: Literal["synthetic_shapes", "jsonl"] = Field(
+        default="synthetic_shapes", description="scenes of shapes are drawn as they are needed"
+    )
+    path: str | None = Field(
         default=None, description="of jsonl: lines with image and caption, or image, question and answer"
     )
-    size: PositiveInt = Field(default=48, description="pixels of a side")
+    image_size: PositiveInt = Field(default=48, description="pixels of a side")
     held_out: EvalFraction = Field(
-        default=0.1, description="of a JSONL file's images; of scenes, every fifth combination is held out"
+        default=0.1, description="of a JSONL file's images; of synthetic shapes, every fifth combination"
+    )
+    max_questions_per_row: PositiveInt | None = Field(
+        default=None, description="questions of an image in one row, at most; null: all that fit"
     )
 
     @model_validator(mode="after")
     def check_file(self) -> ImageTextDataConfig:
-        if (self.file is None) != (self.source == "scenes"):
-            raise ValueError(f"source {self.source} {'needs a file' if self.file is None else 'takes no file'}")
+        if (self.path is None) != (self.source == "synthetic_shapes"):
+            raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
         return self
 
 
 class VisionTowerConfig(StrictModel):
-    """The image encoder: your own numbers, or one to go on from (a ViT, a CLIP tower). depth: null: all its blocks."""
+    """The image encoder: your own config, or one to load (a ViT, a CLIP tower)."""
 
-    patch: PositiveInt = Field(default=8, description="pixels of a patch's side")
-    width: PositiveInt = 128
-    layers: PositiveInt = 4
-    heads: PositiveInt = 4
-    hidden: PositiveInt = 512
-    depth: PositiveInt | None = Field(
-        default=None, description="after how many blocks the patches are taken; null: all"
+    patch_size: PositiveInt = Field(default=8, description="pixels of a patch's side")
+    hidden_size: PositiveInt = 128
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 512
+    feature_layer: PositiveInt | None = Field(
+        default=None, description="the block after which patch features are taken; null: the last"
     )
-    keep_class: bool = Field(default=False, description="is the class token shown to the decoder too?")
+    keep_class_token: bool = Field(default=False, description="whether the decoder sees the class token too")
     load: str | None = Field(default=None, description="a Hugging Face folder or run folder")
 
 
 class LanguageModelConfig(StrictModel):
-    """The decoder, a Llama: your own numbers, or one to go on from, whose tokenizer is then used."""
+    """The decoder, a Llama: your own config, or one to load, whose tokenizer is then used."""
 
-    width: PositiveInt = 128
-    layers: PositiveInt = 3
-    heads: PositiveInt = 4
-    hidden: PositiveInt = 384
-    vocab: int = Field(default=400, ge=280, description="tokens of the tokenizer to train, the placeholder among them")
+    hidden_size: PositiveInt = 128
+    num_hidden_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 384
+    vocab_size: int = Field(
+        default=400, ge=280, description="tokens of the tokenizer to train, the image placeholder among them"
+    )
     load: str | None = Field(default=None, description="a Hugging Face folder or run folder, with its tokenizer")
 
 
-class VlmEvalConfig(ImageEvalConfig):
-    """Held-out sights asked about, each question alone, answered greedily and compared word for word."""
+class VlmModelConfig(StrictModel):
+    """A whole vision-language model to start from."""
 
-    sights: PositiveInt = Field(default=64, description="held-out images looked at")
+    load: str | None = Field(default=None, description="a LLaVA model's Hugging Face folder or a run folder")
 
 
 class VlmConfig(VisionConfig):
     """Images and words in, a vision-language model out."""
 
     recipe: Literal["vlm"]
-    sights: ImageTextDataConfig = ImageTextDataConfig()
-    tower: VisionTowerConfig = VisionTowerConfig()
-    adapter: Literal["mlp", "linear"] = "mlp"
-    decoder: LanguageModelConfig = LanguageModelConfig()
-    load: str | None = Field(
-        default=None, description="a whole vision-language model to go on from (LLaVA's layout, or a run)"
+    data: ImageTextDataConfig = ImageTextDataConfig()
+    vision_tower: VisionTowerConfig = VisionTowerConfig()
+    projector: Literal["mlp", "linear"] = "mlp"
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    model: VlmModelConfig = VlmModelConfig()
+    trainable: tuple[Literal["vision_tower", "projector", "language_model"], ...] = Field(
+        default=("vision_tower", "projector", "language_model"), min_length=1
     )
-    trained: tuple[Literal["tower", "adapter", "decoder"], ...] = Field(
-        default=("tower", "adapter", "decoder"), min_length=1
+    batch_size: PositiveInt = Field(default=64, description="images in an optimiser step, over all processes")
+    sequence_length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and its text")
+    caption_first_steps: NonNegativeInt = Field(
+        default=0, description="in so many first steps the caption comes first, where there is one"
     )
-    batch: ImageTextBatchConfig = ImageTextBatchConfig()
-    questions_rate: float = Field(
-        default=1.0, gt=0, le=1, description="of the rate, how much is left after the first batch.captions steps"
+    question_lr_scale: float = Field(
+        default=1.0, gt=0, le=1, description="factor of the learning rate after the first caption_first_steps steps"
     )
-    evaluate: VlmEvalConfig = VlmEvalConfig()
+    eval_images: PositiveInt = Field(default=64, description="held-out images whose questions are asked")
 
     @model_validator(mode="after")
-    def parts_fit(self) -> VlmConfig:
-        eye, speaker, size = self.tower, self.decoder, self.sights.size
-        if self.load is None and eye.load is None and (size % eye.patch or eye.width % eye.heads):
+    def check_parts_fit(self) -> VlmConfig:
+        tower, text, size = self.vision_tower, self.language_model, self.data.image_size
+        if self.model.load is not None:
+            return self
+        if tower.load is None and (size % tower.patch_size or tower.hidden_size % tower.num_attention_heads):
             raise ValueError(
-                f"tower.patch {eye.patch} must divide images of {size} pixels, and tower.heads {eye.heads} "
-                f"its width {eye.width}"
+                f"vision_tower.patch_size {tower.patch_size} must divide images of {size} pixels, and "
+                f"vision_tower.num_attention_heads {tower.num_attention_heads} its hidden_size {tower.hidden_size}"
             )
-        if self.load is None and speaker.load is None and speaker.width % (2 * speaker.heads):
+        if text.load is None and text.hidden_size % (2 * text.num_attention_heads):
             raise ValueError(
-                f"decoder.width {speaker.width} must be an even number of times decoder.heads {speaker.heads}"
+                f"language_model.hidden_size {text.hidden_size} must be an even multiple of "
+                f"language_model.num_attention_heads {text.num_attention_heads}"
             )
         return self

@@ -43,7 +43,7 @@ def train_vit(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         leader_log = log if parallel.is_main_process else lambda text: None
         return run_image_job(
             build_vit_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
@@ -52,26 +52,26 @@ def train_vit(
 
 def build_vit_job(config: VitConfig, parallel: DistributedContext, log: LogFn) -> ImageTrainingJob:
     """Data, model, objective and feed."""
-    preprocess = ImageProcessor(config.images.size, config.images.mean, config.images.std)
-    sides = load_images(config.images, preprocess)
+    preprocess = ImageProcessor(config.data.image_size, config.data.image_mean, config.data.image_std)
+    sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
     loader = ImageLoader(
         sides.train,
         preprocess,
-        batch_size=config.batch.rows,
-        micro_batch_size=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world_size),
+        batch_size=config.batch_size,
+        micro_batch_size=min(config.micro_batch_size or config.batch_size, config.batch_size // parallel.world_size),
         seed=derive_seed(config.seed, "order"),
-        augmentation=ImageAugmentation(**config.images.vary.model_dump()),
+        augmentation=ImageAugmentation(**config.data.augment.model_dump()),
         share=parallel.data_shard,
     )
-    objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.smoothing)
+    objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
-    facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.images.folder or config.images.source}}
+    facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}
     facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(sides.train.names)}
     return ImageTrainingJob(
         objective,
         loader,
-        ImageAccuracyEvaluator(sides.held_out, preprocess, config.evaluate.every),
+        ImageAccuracyEvaluator(sides.held_out, preprocess, config.eval_steps),
         preprocess,
         identity,
         facts,
@@ -82,11 +82,11 @@ def load_images(config: ImageDataConfig, preprocess: ImageProcessor) -> ImageSpl
     """The source's images, in two sides."""
     if config.source == "digits":
         return split_images(load_sklearn_digits(), config.held_out)
-    assert config.folder is not None, "the config asks for a folder with every other source"
+    assert config.path is not None, "the config asks for a folder with every other source"
     return (
-        load_cifar10(config.folder)
+        load_cifar10(config.path)
         if config.source == "cifar10"
-        else load_image_folder(config.folder, preprocess, config.held_out)
+        else load_image_folder(config.path, preprocess, config.held_out)
     )
 
 
@@ -94,7 +94,7 @@ def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
     """The model before the first step: loaded, or built with first values from its own stream of chance."""
     part, seed = config.model, derive_seed(config.seed, "init")
     channels, size = images.pixels.shape[1], images.pixels.shape[2]
-    labels = () if config.images.source == "digits" else images.names
+    labels = () if config.data.source == "digits" else images.names
     if part.load is not None:
         return adapt_to_images(load(part.load, dtype="float32", aligned=True), images, labels, seed)  # type: ignore[arg-type]
     if part.preset is not None:
@@ -124,7 +124,7 @@ def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str
     if images.pixels.shape[1] != model.config.num_channels:
         raise UsageError(
             f"the images have {images.pixels.shape[1]} channels, the model reads {model.config.num_channels}: "
-            "set as many numbers in images.mean"
+            "set as many numbers in data.image_mean"
         )
     model = vit.resize_images(model, images.pixels.shape[2])
     if len(images.names) != model.config.num_labels:

@@ -38,6 +38,8 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 
 IMAGE_TOKEN = "<image>"
+PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}
+"""The key `trainable` names parts as LLaVA does; the model's modules are these."""
 VLM_EVAL_BATCH_SIZE = 64
 ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 
@@ -47,7 +49,7 @@ def train_vlm(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         leader_log = log if parallel.is_main_process else lambda text: None
         job = build_vlm_job(config, parallel, leader_log, out / "samples" if parallel.is_main_process else None)
         return run_image_job(job, config, out, resume, env or {}, quiet, leader_log, parallel)
@@ -60,31 +62,31 @@ def build_vlm_job(
     preprocess = load_or_make_preprocess(config)
     sights = load_image_text(config, preprocess)
     tokenizer = build_vlm_tokenizer(config, sights)
-    model = init_vlm(config, tokenizer, preprocess).train_only(config.trained)
+    model = init_vlm(config, tokenizer, preprocess).train_only([PART_MODULES[part] for part in config.trainable])
     model.generation_config = GenerationConfig(
         tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id
     )
     numbers = model.config
     log(
-        f"an image is {numbers.image_seq_length} of the {config.batch.length} tokens of a row; "
-        f"{', '.join(config.trained)} trained"
+        f"an image is {numbers.image_seq_length} of the {config.sequence_length} tokens of a row; "
+        f"{', '.join(config.trainable)} trained"
     )
-    writer = ImageTextCollator(tokenizer, numbers.image_token_id, numbers.image_seq_length, config.batch.length)
+    writer = ImageTextCollator(tokenizer, numbers.image_token_id, numbers.image_seq_length, config.sequence_length)
     loader = ImageTextLoader(
         sights,
         writer,
         preprocess,
-        batch_size=config.batch.rows,
-        micro_batch_size=min(config.batch.micro_rows or config.batch.rows, config.batch.rows // parallel.world_size),
+        batch_size=config.batch_size,
+        micro_batch_size=min(config.micro_batch_size or config.batch_size, config.batch_size // parallel.world_size),
         seed=derive_seed(config.seed, "order"),
-        max_turns=config.batch.turns,
-        caption_first_steps=config.batch.captions,
+        max_turns=config.data.max_questions_per_row,
+        caption_first_steps=config.caption_first_steps,
         share=parallel.data_shard,
     )
-    probe = ImageQuestionEvaluator(sights, writer, preprocess, config.evaluate.sights, config.evaluate.every, samples)
+    probe = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
     identity = {"sights": sights.hash, "tokenizer": tokenizer.hash}
-    facts = {"corpus": {"name": config.sights.file or config.sights.source}}
-    slower = (config.batch.captions, config.questions_rate)
+    facts = {"corpus": {"name": config.data.path or config.data.source}}
+    slower = (config.caption_first_steps, config.question_lr_scale)
     return ImageTrainingJob(
         CaptioningLoss(model), loader, probe, preprocess, identity, facts, ADAMW_PARAMETERS, tokenizer, slower
     )
@@ -93,15 +95,15 @@ def build_vlm_job(
 def load_or_make_preprocess(config: VlmConfig) -> ImageProcessor:
     """How images are made: as the loaded model or tower wants them; scenes so that nothing is 0; others scaled to
     -1..1."""
-    for where in (config.load, config.tower.load):
+    for where in (config.model.load, config.vision_tower.load):
         if where is not None:
             try:
                 return load_preprocess(where)
             except DataError:
                 size = load_vision_config(where).image
-                return ImageProcessor(size, **CLIP_STATISTICS) if config.load else ImageProcessor(size)  # type: ignore[arg-type]
-    told: dict[str, Any] = SCENE_STATISTICS if config.sights.source == "scenes" else {}
-    return ImageProcessor(config.sights.size, **told)
+                return ImageProcessor(size, **CLIP_STATISTICS) if config.model.load else ImageProcessor(size)  # type: ignore[arg-type]
+    told: dict[str, Any] = SCENE_STATISTICS if config.data.source == "synthetic_shapes" else {}
+    return ImageProcessor(config.data.image_size, **told)
 
 
 def load_vision_config(name_or_path: str) -> Any:
@@ -111,18 +113,18 @@ def load_vision_config(name_or_path: str) -> Any:
 
 
 def load_image_text(config: VlmConfig, preprocess: ImageProcessor) -> ImageTextDataset:
-    if config.sights.source == "scenes":
+    if config.data.source == "synthetic_shapes":
         return SceneDataset(preprocess.size)
-    assert config.sights.file is not None, "the config asks for a file with this source"
-    return CaptionDataset(config.sights.file, preprocess, config.sights.held_out)
+    assert config.data.path is not None, "the config asks for a file with this source"
+    return CaptionDataset(config.data.path, preprocess, config.data.held_out)
 
 
 def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenizer:
     """The loaded model's tokenizer, or one trained on the training text, with a placeholder among its control
     tokens."""
-    where = config.load or config.decoder.load
+    where = config.model.load or config.language_model.load
     if where is None:
-        return train_bpe(sights.tokenizer_texts(), config.decoder.vocab, (*SPECIAL_TOKENS, IMAGE_TOKEN))
+        return train_bpe(sights.tokenizer_texts(), config.language_model.vocab_size, (*SPECIAL_TOKENS, IMAGE_TOKEN))
     tokenizer = load_tokenizer(where)
     if IMAGE_TOKEN not in tokenizer.special_tokens:
         tokenizer.backend_tokenizer.add_special_tokens([IMAGE_TOKEN])
@@ -138,27 +140,27 @@ def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenize
 
 def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor) -> VisionLanguageModel:
     """Loaded whole; or put together from parts, each loaded or built with first values."""
-    if config.load is not None:
-        loaded: Any = load(config.load, dtype="float32", aligned=True)
+    if config.model.load is not None:
+        loaded: Any = load(config.model.load, dtype="float32", aligned=True)
         if not isinstance(loaded, VisionLanguageModel):
             raise UsageError(
-                f"load={config.load} is no vision-language model; set tower.load or decoder.load to begin with a part"
+                f"model.load={config.model.load} is no vision-language model; set vision_tower.load or language_model.load to start from a part"
             )
         return loaded
-    tower = load(config.tower.load, dtype="float32", aligned=True) if config.tower.load else None
-    decoder = load(config.decoder.load, dtype="float32", aligned=True) if config.decoder.load else None
+    tower = load(config.vision_tower.load, dtype="float32", aligned=True) if config.vision_tower.load else None
+    decoder = load(config.language_model.load, dtype="float32", aligned=True) if config.language_model.load else None
     vision = tower.config if tower is not None else make_tower_config(config, preprocess)
     text = decoder.config if decoder is not None else make_decoder_config(config, tokenizer)
     if tokenizer.vocab_size > text.vocab_size:
         text = replace(text, vocab_size=tokenizer.vocab_size)
-    depth = config.tower.depth or vision.num_hidden_layers
+    depth = config.vision_tower.feature_layer or vision.num_hidden_layers
     numbers = Config(
         vision,
         text,
         tokenizer.token_to_id(IMAGE_TOKEN),
         depth,
-        config.adapter == "mlp",
-        keep_cls_token=config.tower.keep_class,
+        config.projector == "mlp",
+        keep_cls_token=config.vision_tower.keep_class_token,
     )
     seed = derive_seed(config.seed, "init")
     model: Any = build(numbers, seed=seed)
@@ -172,23 +174,31 @@ def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor
 
 
 def make_tower_config(config: VlmConfig, preprocess: ImageProcessor) -> clip.Config:
-    part, size = config.tower, preprocess.size
-    return clip.Config(size, part.patch, len(preprocess.mean), part.width, part.layers, part.heads, part.hidden)
+    part, size = config.vision_tower, preprocess.size
+    return clip.Config(
+        size,
+        part.patch_size,
+        len(preprocess.mean),
+        part.hidden_size,
+        part.num_hidden_layers,
+        part.num_attention_heads,
+        part.intermediate_size,
+    )
 
 
 def make_decoder_config(config: VlmConfig, tokenizer: Tokenizer) -> llama.Config:
-    part = config.decoder
-    head = part.width // part.heads
+    part = config.language_model
+    head = part.hidden_size // part.num_attention_heads
     rotary = RotaryEmbedding(head, 10_000.0)
     return llama.Config(
         tokenizer.vocab_size,
-        part.width,
-        part.layers,
-        part.heads,
-        part.heads,
+        part.hidden_size,
+        part.num_hidden_layers,
+        part.num_attention_heads,
+        part.num_attention_heads,
         head,
-        part.hidden,
-        config.batch.length,
+        part.intermediate_size,
+        config.sequence_length,
         rotary,
         tie_word_embeddings=True,
     )
@@ -247,7 +257,7 @@ class ImageQuestionEvaluator:
         longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in asked) + 4
         room = model.config.max_position_embeddings - max(map(len, prompts))
         if room < 1:
-            raise UsageError("a question leaves no room for its answer: set a larger batch.length")
+            raise UsageError("a question leaves no room for its answer: set a larger sequence_length")
         said = generate(
             model.with_images(images),  # type: ignore[arg-type]
             prompts,

@@ -198,7 +198,7 @@ def apply_overrides(settings: RawConfig, overrides: Iterable[str]) -> RawConfig:
         key, equals, text = pair.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            hint = "write key=value, with dots for keys inside keys (optimizer.lr=1e-3)"
+            hint = "write key=value, with dots for keys inside keys (learning_rate=1e-3)"
             settings.problems.append(ConfigProblem(f"argument {pair!r}", "", hint))
             continue
         given = read_yaml(f"value: {text}", f"argument {pair!r}")

@@ -99,7 +99,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         never_correct,
         lambda row: (
             f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): nothing tells a better sample from a "
-            "worse one. Fine-tune longer first, take an easier level, or raise rollout.group"
+            "worse one. Fine-tune longer first, take an easier level, or raise num_generations"
         ),
         fatal=True,
     ),
@@ -123,7 +123,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         mostly_uniform_groups,
         lambda row: (
             f"{metric_value(row, 'flat'):.0%} of the groups are all alike and teach nothing: draw until groups are mixed "
-            "(rollout.draws=4), or choose problems nearer to what the model can do"
+            "(dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
         ),
     ),
     Symptom(
@@ -135,7 +135,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "cut off",
         lambda rows: metric_value(rows[-1], "truncated") > 0.5,
         lambda row: (
-            f"{metric_value(row, 'truncated'):.0%} of the answers do not end within the budget: raise rollout.new_tokens, or "
+            f"{metric_value(row, 'truncated'):.0%} of the answers do not end within the budget: raise max_new_tokens, or "
             "fine-tune on answers with their end-of-text token"
         ),
     ),
@@ -143,7 +143,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "no chance left",
         lambda rows: metric_value(rows[-1], "entropy") < 0.05,
         lambda row: (
-            f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower optimizer.lr, raise "
+            f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower learning_rate, raise "
             "clip.high, or add an entropy bonus"
         ),
     ),
@@ -152,14 +152,14 @@ SYMPTOMS: tuple[Symptom, ...] = (
         lambda rows: metric_value(rows[-1], "ratio/max") > 10,
         lambda row: (
             f"a token became {metric_value(row, 'ratio/max'):.3g} times as likely between sampling and training: lower "
-            "optimizer.lr, or take fewer updates or minibatches per rollout"
+            "learning_rate, or take fewer num_iterations or num_mini_batches per rollout"
         ),
     ),
     Symptom(
         "far from the reference",
         lambda rows: metric_value(rows[-1], "kl") > 1,
         lambda row: (
-            f"the policy is {metric_value(row, 'kl'):.2f} nats a token from its reference: raise kl.beta or lower the rate"
+            f"the policy is {metric_value(row, 'kl'):.2f} nats a token from its reference: raise kl_coef or lower the rate"
         ),
     ),
     Symptom(
@@ -167,7 +167,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         longer_without_gain,
         lambda row: (
             f"answers grew to {metric_value(row, 'length'):.0f} tokens and are no better: punish length near the budget "
-            "(rollout.overlong), or take variant=dr_grpo"
+            "(overlong_buffer_tokens), or take loss_type=dr_grpo"
         ),
     ),
     Symptom(

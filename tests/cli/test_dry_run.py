@@ -31,39 +31,47 @@ def dry(recipe: str, *pairs: str) -> DryRunResult:
 @pytest.mark.parametrize(
     ("recipe", "pairs", "said"),
     [
-        ("dpo", ["loss=dpo", "flips=0.1"], "flips 0.1 has no effect on dpo; take the loss cdpo or robust"),
-        ("dpo", ["loss=cdpo"], "cdpo needs flips"),
-        ("dpo", ["sync={every: 2}", "parallel=fsdp"], "sync keeps a whole copy"),
-        ("dpo", ["sync={every: 2}", "reference=adapters_off"], "sync makes a reference of its own"),
+        (
+            "dpo",
+            ["loss_type=dpo", "label_smoothing=0.1"],
+            "label_smoothing 0.1 has no effect on dpo; take the loss cdpo or robust",
+        ),
+        ("dpo", ["loss_type=cdpo"], "cdpo needs label_smoothing"),
+        ("dpo", ["sync_ref_model=true", "parallel=fsdp"], "sync_ref_model keeps a whole copy"),
+        (
+            "dpo",
+            ["sync_ref_model=true", "precompute_ref_log_probs=false"],
+            "sync_ref_model makes a reference model of its own",
+        ),
         ("grpo", ["parallel=fsdp"], "set parallel=ddp"),
-        ("grpo", ["rollout.group=1"], "rollout.group is 1"),
-        ("grpo", ["rollout.overlong=8"], "rollout.overlong is 8: give fewer tokens than the budget"),
-        ("grpo", ["rollout.draws=2", "rollout.keep_flat=true"], "leave rollout.keep_flat out"),
-        ("grpo", ["variant=dapo", "rollout.keep_flat=true"], "leave rollout.keep_flat out"),
+        ("grpo", ["num_generations=1"], "num_generations is 1"),
+        ("grpo", ["overlong_buffer_tokens=8"], "overlong_buffer_tokens is 8: give fewer tokens than the budget"),
+        ("grpo", ["dynamic_sampling_rounds=2", "keep_zero_std_groups=true"], "keep_zero_std_groups out"),
+        ("grpo", ["loss_type=dapo", "keep_zero_std_groups=true"], "keep_zero_std_groups out"),
         ("grpo", ["task=revers"], "no task is called 'revers', did you mean 'reverse'?"),
         ("grpo", ["task=reverse:longst=3"], "the task reverse has no option longst"),
         ("grpo", ["task=gsm8k"], "a fresh model cannot be warmed up on GSM8K"),
-        ("iterative", ["rollout.group=1"], "rollout.group is 1"),
+        ("iterative", ["num_generations=1"], "num_generations is 1"),
         ("rpt", ["data.source=registers:longst=3"], "the task registers has no option longst"),
-        ("rpt", ["rollout.group=1"], "rollout.group is 1"),
+        ("rpt", ["num_generations=1"], "num_generations is 1"),
         ("pretrain", ["data.source=builtin:topcs"], "did you mean builtin:topics?"),
         ("pretrain", ["device=tpu"], "'tpu' is not text (auto, cpu, cuda, cuda:1, mps)"),
-        ("pretrain", ["router={}"], "router has no effect"),
-        ("pretrain", ["balance=0.1"], "balance has no effect"),
-        ("pretrain", ["lookahead=0.1"], "lookahead has no effect"),
-        ("pretrain", ["model.preset=llama3.2-tiny", "batch.length=4096"], "longer than the model's context"),
-        ("vit", ["images.size=9"], "digits are 8 pixels with 1 channels"),
-        ("vit", ["images.std=[0.1, 0.1]"], "1 or 3 channels"),
+        ("pretrain", ["router_z_loss_coef=0.1"], "router_z_loss_coef has no effect"),
+        ("pretrain", ["expert_bias_update_speed=0.1"], "expert_bias_update_speed has no effect"),
+        ("pretrain", ["mtp_loss_weight=0.1"], "mtp_loss_weight has no effect"),
+        ("pretrain", ["model.preset=llama3.2-tiny", "sequence_length=4096"], "longer than the model's context"),
+        ("vit", ["data.image_size=9"], "digits are 8 pixels with 1 channels"),
+        ("vit", ["data.image_std=[0.1, 0.1]"], "1 or 3 channels"),
         ("vit", ["model.patch_size=3"], "patch_size 3 must divide images of 8 pixels"),
         ("vit", ["model.preset=llama3.2-tiny"], "is no ViT"),
-        ("vlm", ["tower.patch=7"], "tower.patch 7 must divide images of 48 pixels"),
-        ("vlm", ["decoder.heads=5"], "decoder.width 96 must be an even number of times"),
+        ("vlm", ["vision_tower.patch_size=7"], "vision_tower.patch_size 7 must divide images of 48 pixels"),
+        ("vlm", ["language_model.num_attention_heads=5"], "language_model.hidden_size 96 must be an even multiple"),
         (
             "grpo",
-            ["model.sizes.num_attention_heads=5"],
+            ["model.config.num_attention_heads=5"],
             "num_attention_heads 5 must be a multiple of num_key_value_heads 4",
         ),
-        ("rpt", ["model.sizes.hiden_size=5"], "did you mean 'hidden_size'?"),
+        ("rpt", ["model.config.hiden_size=5"], "did you mean 'hidden_size'?"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pairs: list[str], said: str):
@@ -74,9 +82,9 @@ def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pai
 def test_what_is_right_passes():
     for recipe in sorted(set(recipe_names()) - {"rpt_control"}):
         assert dry(recipe).config.recipe in RECIPE_TABLE
-    dry("pretrain", "lookahead=0.1", "techniques=[multi_token]")
-    dry("dpo", "loss=cdpo", "flips=0.1")
-    dry("grpo", "rollout.group=1", "process=true", "task=chained", "rollout.new_tokens=30")
+    dry("pretrain", "mtp_loss_weight=0.1", "techniques=[multi_token]")
+    dry("dpo", "loss_type=cdpo", "label_smoothing=0.1")
+    dry("grpo", "num_generations=1", "process_supervision=true", "task=chained", "max_new_tokens=30")
 
 
 def keys_of(error: UsageError) -> list[str]:
@@ -87,13 +95,13 @@ def keys_of(error: UsageError) -> list[str]:
 def test_mistakes_in_sizes_are_told_with_all_the_others():
     with pytest.raises(UsageError) as error:
         dry(
-            "quickstart", "optimizer.lr=0", "model.sizes.hiden_size=8", "model.sizes.num_hidden_layers=x",
-            "model.sizes.num_attention_heads=5", "model.sizes.num_key_value_heads=2", "model.sizes.rotary={rope_thta: 1}",
+            "quickstart", "learning_rate=0", "model.config.hiden_size=8", "model.config.num_hidden_layers=x",
+            "model.config.num_attention_heads=5", "model.config.num_key_value_heads=2", "model.config.rotary={rope_thta: 1}",
         )  # fmt: skip
     keys = keys_of(error.value)
     assert sorted(keys) == [
-        "model.sizes.hiden_size", "model.sizes.num_hidden_layers", "model.sizes.num_key_value_heads", "model.sizes.rotary",
-        "optimizer.lr",
+        "learning_rate", "model.config.hiden_size", "model.config.num_hidden_layers",
+        "model.config.num_key_value_heads", "model.config.rotary",
     ]  # fmt: skip
 
 
@@ -101,9 +109,9 @@ def test_numbers_at_odds_are_told_with_numbers_that_are_missing():
     with pytest.raises(UsageError) as error:
         dry(
             "quickstart",
-            "model={page: llama, sizes: {num_attention_heads: 4, num_key_value_heads: 3, head_dim: 7, num_hidden_layers: 0}}",
+            "model={family: llama, config: {num_attention_heads: 4, num_key_value_heads: 3, head_dim: 7, num_hidden_layers: 0}}",
         )
-    keys = [key.removeprefix("model.sizes.") for key in keys_of(error.value)]
+    keys = [key.removeprefix("model.config.") for key in keys_of(error.value)]
     assert sorted(keys) == ["head_dim", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"]
 
 
@@ -123,26 +131,28 @@ def test_there_are_recipes_that_build_models():
 @pytest.mark.parametrize("recipe", with_a_model())
 def test_a_model_chosen_on_the_command_line_takes_the_place_of_the_recipes(recipe: str):
     """preset, page and load work alone, and nothing of the recipe's own model is left."""
-    length = [] if recipe in ("grpo", "iterative", "rpt") else ["batch.length=32"]
+    length = [] if recipe in ("grpo", "iterative", "rpt") else ["sequence_length=32"]
     model = dry(recipe, "model.preset=gpt2-tiny", *length).config.model
-    assert (model.preset, model.page, model.load, model.sizes) == ("gpt2-tiny", None, None, {})
-    model = dry(recipe, "model.page=gpt2", *length).config.model
-    assert (model.preset, model.page, model.load, model.sizes) == (None, "gpt2", None, {})
+    assert (model.preset, model.family, model.load, model.config) == ("gpt2-tiny", None, None, {})
+    model = dry(recipe, "model.family=gpt2", *length).config.model
+    assert (model.preset, model.family, model.load, model.config) == (None, "gpt2", None, {})
     _, config, _ = load_recipe(recipe, ["model.load=somewhere"])
-    assert (config.model.preset, config.model.page, config.model.load, config.model.sizes) == (
+    assert (config.model.preset, config.model.family, config.model.load, config.model.config) == (
         None, None, "somewhere", {},
     )  # fmt: skip
     assert not isinstance(part := getattr(config, "tokenizer", None), StrictModel) or part.load == "somewhere"
 
 
 def test_what_was_given_beside_the_model_stays():
-    config = dry("quickstart", "model.preset=gpt2-tiny", "model.sizes.num_hidden_layers=3", "batch.length=32").config
-    assert config.model.sizes == {"num_hidden_layers": 3}
-    assert dry("quickstart", "model.page=llama").config.model.sizes["hidden_size"] == 192
+    config = dry(
+        "quickstart", "model.preset=gpt2-tiny", "model.config.num_hidden_layers=3", "sequence_length=32"
+    ).config
+    assert config.model.config == {"num_hidden_layers": 3}
+    assert dry("quickstart", "model.family=llama").config.model.config["hidden_size"] == 192
     with pytest.raises(UsageError, match="warmup has no effect on a model that is loaded"):
-        load_recipe("grpo", ["model.load=somewhere", "warmup.steps=3"])
-    with pytest.raises(UsageError, match="preset and page given"):
-        load_recipe("quickstart", ["model.preset=gpt2-tiny", "model.page=gpt2"])
+        load_recipe("grpo", ["model.load=somewhere", "warmup.max_steps=3"])
+    with pytest.raises(UsageError, match="preset and family given"):
+        load_recipe("quickstart", ["model.preset=gpt2-tiny", "model.family=gpt2"])
 
 
 def every_field(schema: type[StrictModel]) -> list[Any]:
@@ -163,7 +173,7 @@ def test_no_words_of_pydantic_stand_in_what_a_key_takes(recipe: str):
 
 def test_a_limit_inside_a_choice_is_told():
     with pytest.raises(UsageError, match=re.escape("-1 is not a number > 0 or null (largest gradient norm")):
-        load_recipe("tiny", ["clip=-1"])
+        load_recipe("tiny", ["max_grad_norm=-1"])
 
 
 @pytest.mark.parametrize(
@@ -193,7 +203,7 @@ def refuse(recipe: str, *pairs: str, out: Path) -> None:
         ("grpo", ["model.load=nothere/nothere"]),
         ("grpo", ["task=nothere.jsonl", "model.load=somewhere"]),
         ("rpt", ["data.source=nothere.txt", "model.load=nothere/nothere"]),
-        ("pretrain", ["data.source=nothere.txt", "steps=5", "schedule.warmup=0"]),
+        ("pretrain", ["data.source=nothere.txt", "max_steps=5", "warmup_steps=0"]),
     ],
 )
 def test_a_refused_run_leaves_no_folder(recipe: str, pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

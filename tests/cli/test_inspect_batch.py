@@ -18,7 +18,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         for word in "abcdefgh"
     ]
     start = base(folder / "model")
-    return [f"model.load={start}", f"data.source={written(folder / 'rows.jsonl', rows)}", "batch.length=64"]
+    return [f"model.load={start}", f"data.source={written(folder / 'rows.jsonl', rows)}", "sequence_length=64"]
 
 
 def test_answers_stand_between_brackets_or_in_green_and_no_escape_sequence_survives(pairs: list[str]):

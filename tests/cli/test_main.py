@@ -26,15 +26,15 @@ pytestmark = pytest.mark.xdist_group("main")
 Street = Callable[..., subprocess.CompletedProcess[str]]
 QUEST = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
 TINY = [
-    "tokenizer.vocab=300",
-    "batch.rows=2",
-    "batch.length=16",
-    "schedule.warmup=1",
-    "evaluate.baselines=false",
-    "evaluate.tokens=100",
-    "samples.every=0",
+    "tokenizer.vocab_size=300",
+    "batch_size=2",
+    "sequence_length=16",
+    "warmup_steps=1",
+    "eval_baselines=false",
+    "eval_tokens=100",
+    "samples.every_steps=0",
     "precision=fp32",
-    "checkpoint.every=1",
+    "save_steps=1",
 ]
 
 
@@ -70,7 +70,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("street")
     text = "\n\n".join(f"Document {n}: " + "the cat sat on the mat and the dog ran after it. " * 8 for n in range(20))
     (folder / "text.txt").write_text(text)
-    done = quest("train", "tiny", "data.source=text.txt", "steps=3", *TINY, "--out", "run", "--json", cwd=folder)
+    done = quest("train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "--out", "run", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "outcome.json").write_text(done.stdout)
     return folder
@@ -169,7 +169,7 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, str
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["train", "tiny", "optimizer.lrr=1", "steps=x"], 2, "did you mean 'lr'"),
+        (["train", "tiny", "optimizer.lrr=1", "max_steps=x"], 2, "did you mean 'lr'"),
         (["train", "tyni"], 2, "did you mean 'tiny'"),
         (["train", "broken.yaml"], 2, "broken.yaml:3"),
         (["train", "tiny", "data.source=nothing.txt"], 3, "nothing.txt does not exist"),
@@ -177,12 +177,12 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, str
         (["train", "tiny", "data.source=empty.txt"], 3, "empty.txt"),
         (["train", "tiny", "data.source=bad.jsonl"], 3, "bad.jsonl:2 is not JSON"),
         (
-            ["train", "tiny", "data.source=text.txt", "steps=3", *TINY, "optimizer.lr=0.3", "--out", "run"],
+            ["train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "learning_rate=0.3", "--out", "run"],
             7,
             "optimizer.lr: 0.005 -> 0.3",
         ),
         (
-            ["train", "tiny", "data.source=text.txt", "steps=3", *TINY, "--out", "run", "--resume", "never"],
+            ["train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "--out", "run", "--resume", "never"],
             7,
             "holds a run already",
         ),
@@ -221,7 +221,7 @@ def test_json_tells_a_failure_as_json_too(street: Street) -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, street: Street) -> None:
-    command = ["train", "tiny", "data.source=text.txt", "steps=150", *TINY, "checkpoint.every=0", "log_every=1"]
+    command = ["train", "tiny", "data.source=text.txt", "max_steps=150", *TINY, "save_steps=0", "logging_steps=1"]
     straight = street(*command, "--out", "straight")
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
@@ -251,7 +251,7 @@ def test_a_dry_run_prints_a_recipe_and_writes_nothing(
     street: Street, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = street("train", "tiny", "steps=7", "--seed", "3", "--dry-run")
+    done = street("train", "tiny", "max_steps=7", "--seed", "3", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "steps: 7\n" in done.stdout
     assert "seed: 3\n" in done.stdout

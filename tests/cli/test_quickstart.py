@@ -16,15 +16,16 @@ from llm_quest.hub.load_save import load_tokenizer
 
 SMALL = (
     "data.source=builtin:topics",
-    "tokenizer.vocab=300",
-    "model.sizes={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}",
-    "batch={rows: 2, length: 64}",
-    "steps=6",
-    "schedule.warmup=1",
-    "evaluate.tokens=200",
-    "evaluate.every=0",
-    "samples.every=3",
-    "samples.tokens=4",
+    "tokenizer.vocab_size=300",
+    "model.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}",
+    "batch_size=2",
+    "sequence_length=64",
+    "max_steps=6",
+    "warmup_steps=1",
+    "eval_tokens=200",
+    "eval_steps=0",
+    "samples.every_steps=3",
+    "samples.max_new_tokens=4",
     "precision=fp32",
 )
 WORDS = ("red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "tree", "sea", "hill")
@@ -36,14 +37,14 @@ def changes(folder: Path) -> dict[str, list[str]]:
     pairs = [(word, other) for word in WORDS for other in WORDS if word != other]
     told = [{"prompt": f"say {a} {b}", "completion": a, "chosen": a, "rejected": b} for a, b in pairs]
     rows.write_text("".join(json.dumps(row) + "\n" for row in told))
-    common = ["schedule.warmup=1", "precision=fp32", "evaluate.every=0"]
-    tuned = [f"data.source={json.dumps(str(rows))}", *common, "batch={rows: 4, length: 64}", "steps=3"]
-    sizes = "model.sizes={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 64}"
+    common = ["warmup_steps=1", "precision=fp32", "eval_steps=0"]
+    tuned = [f"data.source={json.dumps(str(rows))}", *common, "batch_size=4", "sequence_length=64", "max_steps=3"]
+    sizes = "model.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 64}"
     return {
-        "sft": [*tuned, "optimizer.lr=1e-2", "samples.every=0"],
-        "dpo": [*tuned, "optimizer.lr=1e-2"],
-        "grpo": [*common, sizes, "warmup={steps: 25, rows: 8}", "rollout={prompts: 4, group: 2, new_tokens: 6}",
-                 "steps=2", "evaluate.problems=20"],
+        "sft": [*tuned, "learning_rate=1e-2", "samples.every_steps=0"],
+        "dpo": [*tuned, "learning_rate=1e-2"],
+        "grpo": [*common, sizes, "warmup={max_steps: 25, batch_size: 8}", "prompts_per_rollout=4", "num_generations=2", "max_new_tokens=6",
+                 "max_steps=2", "eval_problems=20"],
     }  # fmt: skip
 
 

@@ -32,14 +32,14 @@ def quiet(text: str) -> None:
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vit")
     two_classes(folder / "images")
-    vit_run(folder, "run", "steps=40", "images.vary.shift=0")
+    vit_run(folder, "run", "max_steps=40", "data.augment.translate=0")
     return folder
 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
-    settings = load_raw_config("vlm", [*SMALL_VLM, "steps=2"])
+    settings = load_raw_config("vlm", [*SMALL_VLM, "max_steps=2"])
     train_vlm(parse_config(VlmConfig, settings), settings, folder / "run", quiet=True, log=quiet)
     split_scene(0, 0).render(30).save(folder / "scene.png")
     return folder

@@ -24,7 +24,7 @@ def quiet(text: str) -> None:
 
 
 def test_a_vits_plan_by_hand(tmp_path: Path):
-    pairs = [*SMALL_VIT, f"images.folder={two_classes(tmp_path / 'images')}", "steps=10", "batch.micro_rows=8"]
+    pairs = [*SMALL_VIT, f"data.path={two_classes(tmp_path / 'images')}", "max_steps=10", "micro_batch_size=8"]
     found = plan_recipe("vit", pairs, measure=False, log=quiet)
     assert isinstance(found, ImagePlan)
     patches, width, hidden, tokens = 4, 16, 32, 5
@@ -40,7 +40,7 @@ def test_a_vits_plan_by_hand(tmp_path: Path):
 
 
 def test_a_vlms_plan_holds_what_its_optimizer_holds():
-    settings = load_raw_config("vlm", [*SMALL_VLM, "trained=[adapter,decoder]"])
+    settings = load_raw_config("vlm", [*SMALL_VLM, "trainable=[projector,language_model]"])
     config = parse_config(VlmConfig, settings)
     found = plan_images(config, measure=True, log=quiet)
     job = build_vlm_job(config, DistributedContext(), quiet)
@@ -52,11 +52,11 @@ def test_a_vlms_plan_holds_what_its_optimizer_holds():
     assert found.memory["optimizer"] == sum(t.nbytes for t in tensors)
     assert found.learned < found.parameters
     assert found.measured
-    assert found.seconds == pytest.approx(config.steps * found.step_seconds)
+    assert found.seconds == pytest.approx(config.max_steps * found.step_seconds)
 
 
 def seen_plan(*pairs: str) -> ImagePlan:
-    sizes = ("tower.layers=3", "decoder.layers=3", "batch.rows=4")
+    sizes = ("vision_tower.num_hidden_layers=3", "language_model.num_hidden_layers=3", "batch_size=4")
     return plan_images(
         parse_config(VlmConfig, load_raw_config("vlm", [*SMALL_VLM, *sizes, *pairs])), measure=False, log=quiet
     )
@@ -64,7 +64,7 @@ def seen_plan(*pairs: str) -> ImagePlan:
 
 def test_checkpointed_activations_are_planned_whichever_way_they_are_asked_for():
     plain, key, entry = (
-        seen_plan(*pairs) for pairs in ((), ("activation_checkpointing=true",), ("techniques=[checkpointing]",))
+        seen_plan(*pairs) for pairs in ((), ("gradient_checkpointing=true",), ("techniques=[checkpointing]",))
     )
     assert key.memory == entry.memory
     assert key.memory["activations"] < 0.8 * plain.memory["activations"]
@@ -76,7 +76,7 @@ def test_an_adapter_and_frozen_parts_are_planned_as_they_are_trained():
     whole, adapter, frozen = (
         seen_plan(),
         seen_plan("techniques=[{name: lora, rank: 1}]"),
-        seen_plan("trained=[adapter]"),
+        seen_plan("trainable=[projector]"),
     )
     assert adapter.learned < whole.learned / 2
     assert adapter.memory["gradients"] == 4 * adapter.learned
@@ -90,4 +90,4 @@ def test_a_technique_that_does_not_fit_is_refused_before_it_is_planned():
 
 def test_a_plan_of_images_that_are_not_there_says_what_to_do(tmp_path: Path):
     with pytest.raises(MissingError, match=r"CIFAR-10 is not in .*Unpack cifar-10-binary\.tar\.gz"):
-        plan_recipe("cifar10", [f"images.folder={tmp_path}"], measure=False, log=quiet)
+        plan_recipe("cifar10", [f"data.path={tmp_path}"], measure=False, log=quiet)

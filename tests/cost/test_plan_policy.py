@@ -15,10 +15,10 @@ from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.grpo_config import GrpoConfig
 
 SMALL = [
-    "model.sizes={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}",
+    "model.config={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}",
     "task=reverse:shortest=3,longest=3,letters=4",
-    "rollout={prompts: 4, group: 3, new_tokens: 5}",
-    "steps=10", "precision=fp32", "evaluate.problems=4",
+    "prompts_per_rollout=4", "num_generations=3", "max_new_tokens=5",
+    "max_steps=10", "precision=fp32", "eval_problems=4",
 ]  # fmt: skip
 PROMPT = 1 + len("reverse(abc)=")
 
@@ -60,19 +60,19 @@ def test_time_is_told_by_what_is_done_in_a_step():
 def test_a_reference_costs_a_copy_and_a_pass_over_every_row():
     settings = load_raw_config("grpo", SMALL)
     cost = measure_flop_cost(init_plan_policy(parse_config(GrpoConfig, settings), settings)[0])
-    without, held_to = planned(), planned("kl={beta: 0.1}")
+    without, held_to = planned(), planned("kl_coef=0.1")
     a_pass = (held_to.flops - without.flops) / 10
     assert 12 * cost.forward(PROMPT) <= a_pass <= 12 * cost.forward(PROMPT + 4)
     sampling = without.flops / 10 - 3 * a_pass
     assert 4 * cost.forward(PROMPT) <= sampling <= 4 * cost.forward(PROMPT) + 12 * cost.decoding(PROMPT, 5)
     assert held_to.memory["reference"] == held_to.memory["weights"]
-    adapted = planned("kl={beta: 0.1}", "techniques=[lora]")
+    adapted = planned("kl_coef=0.1", "techniques=[lora]")
     assert "reference" not in adapted.memory, "the same memory, with the adapters off"
     assert adapted.learned < adapted.parameters / 2
 
 
 def test_a_rollout_that_serves_four_steps_is_sampled_once_for_them():
-    once, four = planned(), planned("rollout.updates=2", "rollout.minibatches=2", "surrogate.epsilon_low=0.2")
+    once, four = planned(), planned("num_iterations=2", "num_mini_batches=2", "loss_kwargs.epsilon_low=0.2")
     assert four.flops < 0.75 * once.flops
 
 

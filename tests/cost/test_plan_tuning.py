@@ -34,7 +34,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         if a != b
     ]
     given = [f"model.load={base(folder / 'model')}", f"data.source={written(folder / 'rows.jsonl', rows)}"]
-    return [*given, "precision=fp32", "steps=20", "schedule.warmup=1", "batch={rows: 8, length: 40}"]
+    return [*given, "precision=fp32", "max_steps=20", "warmup_steps=1", "batch_size=8", "sequence_length=40"]
 
 
 def planned(recipe: str, pairs: list[str], *more: str, measure: bool = False) -> TuningPlan:
@@ -46,7 +46,7 @@ def planned(recipe: str, pairs: list[str], *more: str, measure: bool = False) ->
 def test_fine_tunings_flops_are_three_passes_over_its_rows_padding_included(pairs: list[str]):
     found = planned("sft", pairs)
     config = parse_config(SftConfig, load_raw_config("sft", pairs))
-    batch, tokens = sample_micro_batches(sft.build_sft_job(config, DistributedContext(), quiet), config.steps)
+    batch, tokens = sample_micro_batches(sft.build_sft_job(config, DistributedContext(), quiet), config.max_steps)
     model = load(config.model.load)
     products = 3 * sum(flops_per_token(model.config, batch.input_ids.shape[1])) * batch.input_ids.numel()
     assert found.flops_per_token * batch.num_tokens == pytest.approx(products, rel=1e-3)
@@ -72,7 +72,7 @@ def test_every_recipe_that_fine_tunes_is_planned_and_timed(pairs: list[str], rec
 
 
 def test_the_reference_is_paid_once_and_of_held_out_pairs_alone_where_a_model_follows(pairs: list[str]):
-    cached, moving = planned("dpo", pairs), planned("dpo", pairs, "sync={every: 5}")
+    cached, moving = planned("dpo", pairs), planned("dpo", pairs, "sync_ref_model=true", "ref_model_sync_steps=5")
     a_pass_more = (moving.flops_per_token - cached.flops_per_token) * cached.tokens_per_step / 8
     assert cached.once_flops == pytest.approx(90 * a_pass_more)
     facts = dpo.build_dpo_job(
@@ -111,6 +111,6 @@ def test_an_adapter_and_checkpointing_are_planned_as_they_are_trained(pairs: lis
 
 
 def test_a_frozen_body_costs_no_gradient(pairs: list[str]):
-    whole, head = planned("classify", pairs), planned("classify", pairs, "train=head")
+    whole, head = planned("classify", pairs), planned("classify", pairs, "trainable=head")
     assert head.flops_per_token == pytest.approx(whole.flops_per_token / 3, rel=0.1)
     assert head.learned == 2 * load(pairs[0].partition("=")[2]).config.hidden_size

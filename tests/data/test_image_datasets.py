@@ -38,7 +38,7 @@ def feed(**changes) -> ImageLoader:
             "batch_size": 12,
             "micro_batch_size": 12,
             "seed": 3,
-            "augmentation": ImageAugmentation(shift=0.2, turn=20),
+            "augmentation": ImageAugmentation(translate=0.2, rotation_degrees=20),
             **changes,
         },
     )
@@ -93,7 +93,7 @@ def test_flip_mirrors_half_of_the_images():
     images = torch.arange(8.0).expand(2, 1, 8, 8)
     chance = torch.full((2, 8), 0.5)
     chance[0, 4] = 0.1
-    flipped = ImageAugmentation(flip=True)(images, chance)
+    flipped = ImageAugmentation(horizontal_flip=True)(images, chance)
     assert flipped[0, 0, 0].tolist() == pytest.approx(list(range(7, -1, -1)), abs=1e-4)
     assert flipped[1, 0, 0].tolist() == pytest.approx(list(range(8)), abs=1e-4)
 
@@ -102,7 +102,7 @@ def test_shift_moves_by_that_part_of_the_side_and_fills_with_the_mean():
     images = torch.ones(1, 1, 8, 8)
     chance = torch.full((1, 8), 0.5)
     chance[0, 2] = 1.0
-    assert ImageAugmentation(shift=0.25)(images, chance)[0, 0, 0].tolist() == pytest.approx(
+    assert ImageAugmentation(translate=0.25)(images, chance)[0, 0, 0].tolist() == pytest.approx(
         [1, 1, 1, 1, 1, 1, 0, 0], abs=1e-4
     )
 
@@ -111,14 +111,14 @@ def test_turning_by_90_degrees_is_a_rotation_and_no_mirror_image():
     images = torch.rand(1, 1, 8, 8)
     chance = torch.full((1, 8), 0.5)
     chance[0, 0] = 1.0
-    turned = ImageAugmentation(turn=90)(images, chance)
+    turned = ImageAugmentation(rotation_degrees=90)(images, chance)
     assert torch.allclose(turned, images.rot90(1, (2, 3)), atol=1e-4) or torch.allclose(
         turned, images.rot90(-1, (2, 3)), atol=1e-4
     )
 
 
 def test_erasing_blanks_one_square():
-    erased = ImageAugmentation(erase=0.5)(torch.ones(1, 1, 8, 8), torch.full((1, 8), 0.5))
+    erased = ImageAugmentation(random_erasing=0.5)(torch.ones(1, 1, 8, 8), torch.full((1, 8), 0.5))
     assert int((erased == 0).sum()) == 16
 
 

@@ -71,7 +71,7 @@ def test_a_conversation_longer_than_a_row_is_dropped_and_counted_and_all_of_them
     assert len(drop_too_long(many(5), 4, ledger)) == 3  # 4, 5, 6 and 7 ids; the last is no input
     assert ledger.dropped == {"longer than a row of 4 tokens": [2, 0]}
     with pytest.raises(
-        DataError, match=r"no conversation fits into 1 tokens \(the shortest has 2\); raise batch.length"
+        DataError, match=r"no conversation fits into 1 tokens \(the shortest has 2\); raise sequence_length"
     ):
         drop_too_long(many(5), 1, DropReport())
 

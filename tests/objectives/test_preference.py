@@ -180,10 +180,10 @@ def test_a_reference_may_be_computed_and_has_no_gradient():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"label_smoothing": 0.1}, "flips 0.1 has no effect on dpo; take the loss cdpo or robust"),
+        ({"label_smoothing": 0.1}, "label_smoothing 0.1 has no effect on dpo; take the loss cdpo or robust"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "has no effect on ipo"),
-        ({"loss_type": "cdpo"}, "cdpo needs flips"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs flips"),
+        ({"loss_type": "cdpo"}, "cdpo needs label_smoothing"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs label_smoothing"),
         ({"loss_type": "dqo"}, "no preference loss is called 'dqo'; known: dpo, cdpo"),
         ({"beta": 0.0}, "beta is 0.0"),
     ],

@@ -15,7 +15,7 @@ from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import UsageError
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build
-from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses, RouterLossConfig
+from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses
 from llm_quest.recipes.config import config_to_yaml, parse_config
 from llm_quest.recipes.evaluators import language_model_loss
 from llm_quest.recipes.pretrain_config import PretrainConfig
@@ -25,21 +25,21 @@ from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights
 from tests.recipes.two import by_two
 
 TINY = [preset.name for page in FAMILIES for preset in page.presets if preset.name.endswith("-tiny")]
-QUICK = ("evaluate.every=0", "evaluate.baselines=false", "samples.every=0", "checkpoint.every=0")
-NONE = AuxiliaryLosses(None, None, None)
+QUICK = ("eval_steps=0", "eval_baselines=false", "samples.every_steps=0", "save_steps=0")
+NONE = AuxiliaryLosses(None, None, 0.0, None, None)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_page_trains_through_the_recipe_and_its_experts_tell_how_even_they_are(
     text: Path, tmp_path: Path, name: str
 ):
-    outcome = run(text, tmp_path / "run", f"model.preset={name}", "steps=3", *QUICK)
+    outcome = run(text, tmp_path / "run", f"model.preset={name}", "max_steps=3", *QUICK)
     assert outcome.status == "finished"
     history = rows(tmp_path / "run")
     assert history[-1]["loss"] < history[0]["loss"]
     assert "warning" not in (tmp_path / "run" / "events.jsonl").read_text(), "the first loss is about ln V"
     experts = build(name).config
-    if {"experts", "sparse"} & {key for key, value in vars(experts).items() if value}:
+    if {"n_routed_experts", "num_local_experts", "moe"} & {key for key, value in vars(experts).items() if value}:
         assert history[-1]["max_violation"] > 0
         assert 0 < history[-1]["routing_entropy"] <= math.log(8)
     else:
@@ -49,13 +49,12 @@ def test_every_page_trains_through_the_recipe_and_its_experts_tell_how_even_they
 def test_defaults_are_what_the_models_own_parts_are_trained_with():
     assert NONE.resolve(build("llama3.2-tiny")) == NONE
     by_softmax = NONE.resolve(build("mixtral-tiny"))
-    assert by_softmax == AuxiliaryLosses(RouterLossConfig(load_balancing=0.001, sequence_balancing=0.0), None, None)
+    assert by_softmax == AuxiliaryLosses(0.001, 0.0, 0.0, None, None)
     by_bias = NONE.resolve(build("mimo-tiny"))
-    assert (by_bias.balance, by_bias.router) == (0.001, RouterLossConfig(load_balancing=0.0, sequence_balancing=0.0001))
-    assert NONE.resolve(build("deepseek-v3-tiny")).lookahead == 0.3
-    more = AuxiliaryLosses(RouterLossConfig(z_loss=0.01), None, None).resolve(build("mixtral-tiny"))
-    assert more.router is not None
-    assert more.router.active_terms == {"load_balancing": 0.001, "z_loss": 0.01}, "one more loss takes none away"
+    assert by_bias == AuxiliaryLosses(0.0, 0.0001, 0.0, 0.001, 0.3)
+    assert NONE.resolve(build("deepseek-v3-tiny")).mtp_loss_weight == 0.3
+    more = AuxiliaryLosses(None, None, 0.01, None, None).resolve(build("mixtral-tiny"))
+    assert more.router_coefs == {"load_balancing": 0.001, "z_loss": 0.01}, "one more loss takes none away"
 
 
 @pytest.mark.parametrize(
@@ -63,19 +62,19 @@ def test_defaults_are_what_the_models_own_parts_are_trained_with():
     [
         (
             "llama3.2-tiny",
-            AuxiliaryLosses(RouterLossConfig(z_loss=0.001), None, None),
-            "router has no effect: this llama model has no exp",
+            AuxiliaryLosses(None, None, 0.001, None, None),
+            "router_z_loss_coef has no effect: this llama model has no exp",
         ),
         (
             "llama3.2-tiny",
-            AuxiliaryLosses(None, 0.001, None),
-            "balance has no effect on this llama model: it has no experts",
+            AuxiliaryLosses(None, None, 0.0, 0.001, None),
+            "expert_bias_update_speed has no effect on this llama model: it has no experts",
         ),
-        ("mixtral-tiny", AuxiliaryLosses(None, 0.001, None), "no bias; use router.load_balancing"),
+        ("mixtral-tiny", AuxiliaryLosses(None, None, 0.0, 0.001, None), "no bias; use router_aux_loss_coef"),
         (
             "mixtral-tiny",
-            AuxiliaryLosses(None, None, 0.3),
-            "lookahead has no effect: this mixtral model has no multi-token mod",
+            AuxiliaryLosses(None, None, 0.0, None, 0.3),
+            "mtp_loss_weight has no effect: this mixtral model has no multi-token mod",
         ),
     ],
 )
@@ -85,19 +84,23 @@ def test_a_setting_for_a_part_the_model_lacks_is_refused(name: str, parts: Auxil
 
 
 def test_the_settings_are_typed_and_written_into_the_run(text: Path, tmp_path: Path):
-    pairs = ("model.preset=deepseek-v3-tiny", "router={z_loss: 0.01}", "balance=0.01", "lookahead=0.1", "steps=2")
+    pairs = (
+        "model.preset=deepseek-v3-tiny",
+        "router_z_loss_coef=0.01",
+        "expert_bias_update_speed=0.01",
+        "mtp_loss_weight=0.1",
+        "max_steps=2",
+    )
     run(text, tmp_path / "run", *pairs, *QUICK)
     written = parse_config(PretrainConfig, read_yaml((tmp_path / "run" / "config.yaml").read_text(), "config.yaml"))
-    assert written.auxiliary_losses == AuxiliaryLosses(
-        RouterLossConfig(load_balancing=0.0, sequence_balancing=0.0001, z_loss=0.01), 0.01, 0.1
-    )
+    assert written.auxiliary_losses == AuxiliaryLosses(0.0, 0.0001, 0.01, 0.01, 0.1)
     assert parse_config(PretrainConfig, read_yaml(config_to_yaml(written), "again.yaml")) == written
     bias = load_file(saved(tmp_path / "run", 2))
     moved = bias["blocks.1.feed_forward.layer.router.bias"]
     assert set((moved / 0.01).round().abs().tolist()) <= {0.0, 1.0, 2.0}
     assert moved.abs().max() > 0
-    with pytest.raises(UsageError, match=r"router\.z: unknown key"):
-        run(text, tmp_path / "other", *pairs, "router={z: 0.01}")
+    with pytest.raises(UsageError, match=r"router_z_coef: unknown key, did you mean 'router_z_loss_coef'"):
+        run(text, tmp_path / "other", *pairs, "router_z_coef=0.01")
 
 
 def test_balanced_experts_and_lookahead_resume_to_the_same_bits(text: Path, tmp_path: Path):
@@ -109,16 +112,16 @@ def test_balanced_experts_and_lookahead_resume_to_the_same_bits(text: Path, tmp_
 
 
 def test_activation_checkpointing_counts_no_load_twice(text: Path, tmp_path: Path):
-    quick = ("model.preset=deepseek-v3-tiny", "steps=4", *QUICK)
+    quick = ("model.preset=deepseek-v3-tiny", "max_steps=4", *QUICK)
     run(text, tmp_path / "plain", *quick)
-    run(text, tmp_path / "again", *quick, "activation_checkpointing=true")
+    run(text, tmp_path / "again", *quick, "gradient_checkpointing=true")
     assert weights(tmp_path / "plain", 4) == weights(tmp_path / "again", 4)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_balance_by_the_load_of_both(text: Path, tmp_path: Path, engine: str):
     """The bias moves by the sign of the whole step's load: one process's alone would go another way."""
-    pairs = ("model.preset=deepseek-v3-tiny", "steps=3", "optimizer={name: adamw, lr: 1e-4}", *QUICK)
+    pairs = ("model.preset=deepseek-v3-tiny", "max_steps=3", "optim=adamw", "learning_rate=1e-4", *QUICK)
     run(text, tmp_path / "one", *pairs)
     by_two(BASE, [*pairs, f"data.source={text}", f"parallel={engine}"], tmp_path / "two")
     one, two = (load_file(saved(tmp_path / name, 3)) for name in ("one", "two"))

@@ -28,9 +28,10 @@ transformers = Later("transformers")
 RECIPE = """
 recipe: classify
 data: {held_out: 0.2}
-batch: {rows: 8, length: 24}
-steps: 20
-evaluate: {every: 10}
+batch_size: 8
+sequence_length: 24
+max_steps: 20
+eval_steps: 10
 """
 
 
@@ -55,13 +56,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pairs(start: Path, table: Path) -> list[str]:
-    return [f"model.load={start}", f"data.source={table}", "data.text=mail", "data.label=kind"]
+    return [f"model.load={start}", f"data.source={table}", "data.text_column=mail", "data.label_column=kind"]
 
 
 @pytest.fixture(scope="module")
 def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    pairs = [f"model.load={start}", f"data.source={table}", "data.text=mail", "data.label=kind"]
+    pairs = [f"model.load={start}", f"data.source={table}", "data.text_column=mail", "data.label_column=kind"]
     outcome = started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["macro_f1"] == 1.0
@@ -91,7 +92,7 @@ def test_the_export_is_a_classifier_in_transformers(trained: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("what", ["last_block", "head"])
 def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], tmp_path: Path):
-    started(ClassifyConfig, train_classify, RECIPE, tmp_path / "run", *pairs, f"train={what}", "steps=3")
+    started(ClassifyConfig, train_classify, RECIPE, tmp_path / "run", *pairs, f"trainable={what}", "max_steps=3")
     before, after = load(start), load(tmp_path / "run")
     moved = {name for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=False) if not torch.equal(a, b)}  # fmt: skip # noqa: E501
     assert all(name.startswith(("blocks.1.", "norm.")) for name in moved)
@@ -100,7 +101,7 @@ def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], 
 
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(trained: Path, pairs: list[str], tmp_path: Path):
     out = tmp_path / "again"
-    pairs = [*pairs, "checkpoint.every=10"]
+    pairs = [*pairs, "save_steps=10"]
     started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000020")
     started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
@@ -110,8 +111,8 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(trained: P
 def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"rows\.csv:2 has no 'text'; it has mail, kind: name the columns"):
         started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs[:2])
-    with pytest.raises(UsageError, match="techniques say what learns"):
-        started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "train=head")
+    with pytest.raises(UsageError, match="techniques decide what is trained"):
+        started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
     with pytest.raises(UsageError, match="the model tells apart colour, thing, the texts say"):
         started(
             ClassifyConfig,
@@ -120,7 +121,7 @@ def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_pat
             tmp_path / "a",
             f"model.load={trained}",
             *pairs[1:3],
-            "data.label=mail",
+            "data.label_column=mail",
         )
     with pytest.raises(UsageError, match="is no classifier of texts"):
         classify_text(str(start), "hello")

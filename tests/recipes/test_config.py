@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from llm_quest.cli.train import RECIPE_TABLE
 from llm_quest.errors import UsageError
 from llm_quest.recipes.config import (
+    StrictModel,
     config_differences,
     config_to_yaml,
     find_recipe_file,
     load_raw_config,
+    load_run_config,
+    nested_schema,
     parse_config,
     recipe_names,
 )
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
+from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.old_keys import OLD_KEYS
 from llm_quest.recipes.pretrain_config import PretrainConfig
-from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.recipes.vision_config import VitConfig, VlmConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml, read_yaml_file
 
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"
 
@@ -32,23 +40,23 @@ def told(text: str, *pairs: str) -> list[str]:
 @pytest.mark.parametrize(
     ("pair", "path", "said"),
     [
-        ("optimizer.lrr=1", "optimizer.lrr", "did you mean 'lr'?; allowed here: name, lr,"),
-        ("optimzer.lr=1", "optimzer", "did you mean 'optimizer'?"),
-        ("steps=many", "steps", "'many' is not a whole number >= 1"),
-        ("steps=0", "steps", "0 is not a whole number >= 1"),
-        ("steps=1.5", "steps", "1.5 is not a whole number"),
-        ("optimizer.lr=-1", "optimizer.lr", "-1 is not a number > 0"),
-        ("optimizer.lr=.inf", "optimizer.lr", "inf is not a number"),
-        ("optimizer.lr=.nan", "optimizer.lr", "nan is not a number"),
-        ("optimizer.name=muno", "optimizer.name", "'muno' is not one of adamw, muon, did you mean 'muon'?"),
-        ("optimizer.betas=[0.9, 2]", "optimizer.betas.1", "2 is not"),
-        ("optimizer=adamw", "optimizer", "'adamw' is not a group of keys (name, lr,"),
-        ("schedule.shape=cosin", "schedule.shape", "did you mean 'cosine'?"),
-        ("schedule.warmup=2000", "", "schedule.warmup 2000 is longer than the run of 1000 steps"),
-        ("batch={rows: 10, micro_rows: 4}", "batch", "micro_rows 4 must divide rows 10; the nearest below is 2"),
-        ("tokenizer.vocab=10", "tokenizer.vocab", "10 is not a whole number >= 300 <= 1000000"),
+        ("samples.promts=1", "samples.promts", "did you mean 'prompts'?; allowed here: every_steps, prompts,"),
+        ("lerning_rate=1", "lerning_rate", "did you mean 'learning_rate'?"),
+        ("max_steps=many", "max_steps", "'many' is not a whole number >= 1"),
+        ("max_steps=0", "max_steps", "0 is not a whole number >= 1"),
+        ("max_steps=1.5", "max_steps", "1.5 is not a whole number"),
+        ("learning_rate=-1", "learning_rate", "-1 is not a number > 0"),
+        ("learning_rate=.inf", "learning_rate", "inf is not a number"),
+        ("learning_rate=.nan", "learning_rate", "nan is not a number"),
+        ("optim=muno", "optim", "did you mean 'muon'?"),
+        ("adam_betas=[0.9, 2]", "adam_betas.1", "2 is not"),
+        ("tokenizer=bpe", "tokenizer", "'bpe' is not a group of keys (vocab_size, load)"),
+        ("lr_scheduler_type=cosin", "lr_scheduler_type", "did you mean 'cosine'?"),
+        ("warmup_steps=2000", "", "warmup_steps 2000 is more than max_steps 1000"),
+        ("micro_batch_size=5", "", "micro_batch_size 5 must divide batch_size 32; the nearest below is 4"),
+        ("tokenizer.vocab_size=10", "tokenizer.vocab_size", "10 is not a whole number >= 300 <= 1000000"),
         ("data.held_out=1", "data.held_out", "1 is not a number > 0 < 0.5"),
-        ("model.page=llama", "model", "exactly one of preset, page, load (preset and page given"),
+        ("model.family=llama", "model", "exactly one of preset, family, load (preset and family given"),
         ("precision=fp8", "precision", "'fp8' is not one of auto, fp32, bf16"),
         ("compile=maybe", "compile", "is not true or false or one of auto"),
         ("max_time=soon", "max_time", "like 90s, 30m or 2h"),
@@ -58,30 +66,30 @@ def told(text: str, *pairs: str) -> list[str]:
 )
 def test_a_wrong_setting_is_told_with_its_key_and_what_is_allowed(pair: str, path: str, said: str) -> None:
     lines = told(GOOD, pair)
-    places = (f"argument {pair!r}: {path}", f"my.yaml:2: {path}", "my.yaml: schedule.warmup")
+    places = (f"argument {pair!r}: {path}", f"my.yaml:2: {path}", "my.yaml: warmup_steps", "my.yaml: micro_batch_size")
     assert any(line.startswith(places) and said in line for line in lines), lines
 
 
 def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines() -> None:
     text = "recipe: pretrain\nstep: 10\nmodel:\n  preset: llama3.2-tiny\n"
-    text += "batch:\n  rows: x\n  lenght: 8\noptimizer: {lr: 0}\n"
+    text += "batch_size: x\nsamples:\n  lenght: 8\nlearning_rate: 0\n"
     lines = told(text)
     assert [line.split(": ")[:2] for line in lines] == [
-        ["my.yaml:8", "optimizer.lr"],
-        ["my.yaml:6", "batch.rows"],
-        ["my.yaml:7", "batch.lenght"],
+        ["my.yaml:8", "learning_rate"],
+        ["my.yaml:5", "batch_size"],
+        ["my.yaml:7", "samples.lenght"],
         ["my.yaml:2", "step"],
     ]
 
 
 def test_a_missing_key_is_told_with_what_it_takes() -> None:
-    assert told("recipe: pretrain") == ["my.yaml: model: missing; give a group of keys (preset, page, sizes, load)"]
+    assert told("recipe: pretrain") == ["my.yaml: model: missing; give a group of keys (preset, family, config, load)"]
 
 
 @pytest.mark.parametrize("name", ["pretrain", "tiny"])
 def test_a_resolved_config_is_itself_a_valid_input(name: str, tmp_path: Path) -> None:
     config = parse_config(
-        PretrainConfig, load_raw_config(name, ["optimizer.lr=1e-5", "samples.prompts=['no', '1e3', 'a: b', \"é\\n\"]"])
+        PretrainConfig, load_raw_config(name, ["learning_rate=1e-5", "samples.prompts=['no', '1e3', 'a: b', \"é\\n\"]"])
     )
     (tmp_path / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     assert parse_config(PretrainConfig, load_raw_config(str(tmp_path / "config.yaml"))) == config
@@ -92,13 +100,11 @@ def test_differences_name_what_changed_but_for_what_is_free() -> None:
     config = parse_config(PretrainConfig, read_yaml(GOOD, "a"))
     other = parse_config(
         PretrainConfig,
-        apply_overrides(
-            read_yaml(GOOD, "b"), ["optimizer.lr=0.5", "device=cpu", "checkpoint.every=7", "batch.length=9"]
-        ),
+        apply_overrides(read_yaml(GOOD, "b"), ["learning_rate=0.5", "device=cpu", "save_steps=7", "sequence_length=9"]),
     )
     assert config_differences(config, other, KEYS_FREE_ON_RESUME) == [
-        "optimizer.lr: 0.001 -> 0.5",
-        "batch.length: 256 -> 9",
+        "learning_rate: 0.001 -> 0.5",
+        "sequence_length: 256 -> 9",
     ]
 
 
@@ -108,3 +114,61 @@ def test_an_unknown_recipe_is_answered_with_the_nearest(tmp_path: Path) -> None:
         find_recipe_file("pretrian")
     with pytest.raises(UsageError, match=r"there is no file .*none\.yaml"):
         find_recipe_file(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("old", list(OLD_KEYS))
+def test_every_old_key_is_an_error_that_names_the_new_one(old: str) -> None:
+    pair = f"{old}=1"
+    assert f"argument {pair!r}: {old}: {old} is now {OLD_KEYS[old]}" in told(GOOD, pair)
+
+
+def test_every_new_key_is_known_and_no_old_one_is() -> None:
+    known = {
+        name for name in recipe_names() for name in dotted_keys(RECIPE_TABLE[load_raw_config(name).tree["recipe"]][0])
+    }
+    assert not known & set(OLD_KEYS), known & set(OLD_KEYS)
+    new = {word for value in OLD_KEYS.values() for word in value.partition(" (")[0].replace(" and ", ", ").split(", ")}
+    free = {key for key in new if key.startswith(("model.config.", "loss_kwargs."))}
+    assert new - free <= known, new - free - known
+
+
+def dotted_keys(schema: type[StrictModel], before: str = "") -> set[str]:
+    """Every key of a schema, groups included."""
+    found = set()
+    for name, field in schema.model_fields.items():
+        found.add(before + name)
+        inner = [part for one in (field.annotation, *get_args(field.annotation)) if (part := nested_schema(one))]
+        for part in inner:
+            found |= dotted_keys(part, f"{before}{name}.")
+    return found
+
+
+def test_every_key_of_an_old_group_is_told_with_its_line() -> None:
+    assert told(GOOD + "optimizer:\n  name: muon\n  lr: 1e-3\nkl: null\n") == [
+        "my.yaml:5: optimizer.name: optimizer.name is now optim",
+        "my.yaml:6: optimizer.lr: optimizer.lr is now learning_rate",
+        "my.yaml:7: kl: kl is now kl_coef",
+    ]
+
+
+def test_a_value_of_another_name_is_an_error_that_names_it() -> None:
+    with pytest.raises(UsageError, match=r"data\.source: scenes is now synthetic_shapes"):
+        parse_config(VlmConfig, apply_overrides(load_raw_config("vlm"), ["data.source=scenes"]))
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(GOOD + "optimizer: {lr: 1e-3}\nsteps: 3\n")
+    with pytest.raises(
+        UsageError, match=r"cannot be resumed: start a new run from its weights with model.load="
+    ) as error:
+        parse_config(PretrainConfig, load_raw_config(str(tmp_path / "run")))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("run", "schema"), [("pretrain", PretrainConfig), ("vit", VitConfig), ("grpo", GrpoConfig)])
+def test_what_a_run_of_an_earlier_version_was_trained_on_is_read(run: str, schema: type[StrictModel]) -> None:
+    folder = Path(__file__).parents[1] / "data" / "v1" / "runs" / run
+    old, new = read_yaml_file(folder / "config.yaml").tree, parse_config(schema, load_run_config(folder))
+    assert new.model_dump()["max_steps"] == old["steps"]
+    assert new.model_dump()["learning_rate"] == old["optimizer"]["lr"]

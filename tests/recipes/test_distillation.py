@@ -24,18 +24,18 @@ from tests.recipes.test_sft import RECIPE, WORDS
 from tests.recipes.tuned import base, metrics, started, written
 from tests.recipes.two import by_two
 
-SMALL = ("model={preset: gpt2-tiny}", "samples.every=0", "evaluate.baselines=false")
+SMALL = ("model={preset: gpt2-tiny}", "samples.every_steps=0", "eval_baselines=false")
 
 
 @pytest.fixture
 def target(text: Path, tmp_path: Path) -> Path:
     """A teacher that knows the text."""
-    run(text, tmp_path / "target", "steps=40", "samples.every=0", "evaluate.every=0", "evaluate.baselines=false")
+    run(text, tmp_path / "target", "max_steps=40", "samples.every_steps=0", "eval_steps=0", "eval_baselines=false")
     return tmp_path / "target"
 
 
 def test_a_draft_learns_from_its_target_and_resumes_to_the_bit(text: Path, target: Path, tmp_path: Path) -> None:
-    pairs = (*SMALL, f"teacher.load={target}", "teacher.weight=0.8", "steps=20")
+    pairs = (*SMALL, f"teacher.load={target}", "teacher.weight=0.8", "max_steps=20")
     before, said = {file: file_sha256(file) for file in target.rglob("*.safetensors")}, []
     run(text, tmp_path / "whole", *pairs, log=said.append)
     assert {file: file_sha256(file) for file in before} == before
@@ -53,7 +53,7 @@ def test_a_draft_learns_from_its_target_and_resumes_to_the_bit(text: Path, targe
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(engine: str, text: Path, target: Path, tmp_path: Path) -> None:
     """Each holds the teacher whole, outside of what the engine shares."""
-    pairs = (*SMALL, f"teacher.load={target}", "steps=2", "evaluate.every=0")
+    pairs = (*SMALL, f"teacher.load={target}", "max_steps=2", "eval_steps=0")
     run(text, tmp_path / "one", *pairs)
     by_two(BASE, [f"data.source={text}", *pairs, f"parallel={engine}"], tmp_path / "two")
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -62,7 +62,7 @@ def test_two_processes_learn_what_one_does(engine: str, text: Path, target: Path
 
 
 def test_the_checkpoint_is_the_students_alone_and_held_out_loss_is_plain(text, target: Path, tmp_path: Path) -> None:
-    still = (*SMALL, "steps=2", "optimizer.lr=1e-9")
+    still = (*SMALL, "max_steps=2", "learning_rate=1e-9")
     run(text, tmp_path / "alone", *still)
     run(text, tmp_path / "taught", *still, f"teacher.load={target}")
     alone, taught = (tmp_path / name / "checkpoints" / "step-00000002" for name in ("alone", "taught"))
@@ -80,7 +80,7 @@ def test_the_checkpoint_is_the_students_alone_and_held_out_loss_is_plain(text, t
 def test_a_run_does_not_go_on_under_another_teacher_of_the_same_name(text, target: Path, tmp_path: Path) -> None:
     pairs = (*SMALL, f"teacher.load={target}")
     run(text, tmp_path / "run", *pairs, callbacks=(CtrlC(4),))
-    run(text, tmp_path / "other", "steps=41", "samples.every=0", "evaluate.every=0", "evaluate.baselines=false")
+    run(text, tmp_path / "other", "max_steps=41", "samples.every_steps=0", "eval_steps=0", "eval_baselines=false")
     (target / "checkpoints").rename(target / "before")
     (tmp_path / "other" / "checkpoints").rename(target / "checkpoints")
     (target / "LATEST").write_text((tmp_path / "other" / "LATEST").read_text())
@@ -94,25 +94,25 @@ def test_a_plan_knows_the_tokens_of_a_folder_that_was_prepared(target: Path) -> 
     """Not the size that a tokenizer would be trained with; so it does not take the teacher for one of another's."""
     source = json.loads((target / "data.json").read_text())["folder"]
     pairs = [f"data.source={source}", "model={preset: gpt2-tiny}", f"teacher.load={target}"]
-    found = plan_recipe("pretrain", [*pairs, "batch.length=32"], measure=False, log=lambda line: None)
+    found = plan_recipe("pretrain", [*pairs, "sequence_length=32"], measure=False, log=lambda line: None)
     assert isinstance(found, TrainingPlan)
     assert found.memory["teacher"] > 0
     with pytest.raises(UsageError, match=r"knows 300 tokens, this run has 4096: set tokenizer\.load="):
-        plan_recipe("pretrain", [*pairs[1:], "batch.length=32"], measure=False, log=lambda line: None)
+        plan_recipe("pretrain", [*pairs[1:], "sequence_length=32"], measure=False, log=lambda line: None)
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy(text: Path, target: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"target has another tokenizer \(of \d+ tokens\) than this run \(of 310\)"
     ) as no:
-        run(text, tmp_path / "a", *SMALL, f"teacher.load={target}", "tokenizer.vocab=310")
+        run(text, tmp_path / "a", *SMALL, f"teacher.load={target}", "tokenizer.vocab_size=310")
     assert str(no.value).endswith(f"set tokenizer.load={target}")
     (text / "00.txt").write_text("zebras zigzag, zithers buzz. " * 99)
     with pytest.raises(UsageError, match=r"another tokenizer .*of 300 tokens.* than this run .*of 300"):
         run(text, tmp_path / "d", *SMALL, f"teacher.load={target}")
-    run(text, tmp_path / "short", *SMALL, "steps=1", "schedule.warmup=0", "evaluate.every=0")
+    run(text, tmp_path / "short", *SMALL, "max_steps=1", "warmup_steps=0", "eval_steps=0")
     with pytest.raises(UsageError, match=r"batch\.length 65 is longer than the context of 64 of the teacher .*short"):
-        run(text, tmp_path / "b", f"teacher.load={tmp_path / 'short'}", "batch.length=65")
+        run(text, tmp_path / "b", f"teacher.load={tmp_path / 'short'}", "sequence_length=65")
     with pytest.raises(UsageError, match=r"there is no run runs/nobody: train one first .*teacher\.load"):
         run(text, tmp_path / "c", *SMALL, "teacher.load=runs/nobody")
 
@@ -136,12 +136,12 @@ def test_conversations_are_learned_from_a_teacher_too(tmp_path: Path) -> None:
     asked = [{"prompt": f"say {word} {other}", "completion": word} for word in WORDS for other in WORDS[:4]]
     source = written(tmp_path / "rows.jsonl", asked)
     start, same = base(tmp_path / "start"), base(tmp_path / "teacher", "gpt2-tiny")
-    pairs = [f"model.load={start}", f"data.source={source}", "steps=6", "evaluate.every=0", "samples.every=0"]
+    pairs = [f"model.load={start}", f"data.source={source}", "max_steps=6", "eval_steps=0", "samples.every_steps=0"]
     pairs += ["teacher={load: " + json.dumps(str(same)) + ", weight: 0.5, beta: 0.5, temperature: 2}"]
     started(SftConfig, train_sft, RECIPE, tmp_path / "run", *pairs)
     for row in metrics(tmp_path / "run"):
         assert row["loss"] == pytest.approx((row["next_token"] + row["distillation"]) / 2, rel=1e-5)
-    split = [*pairs, "batch.micro_rows=1"]
+    split = [*pairs, "micro_batch_size=1"]
     started(SftConfig, train_sft, RECIPE, tmp_path / "split", *split)
     last, other = metrics(tmp_path / "run")[-1], metrics(tmp_path / "split")[-1]
     assert last["distillation"] == pytest.approx(other["distillation"], rel=1e-3)
@@ -157,8 +157,8 @@ def padded(folder: Path, start: Path, by: int) -> Path:
 def test_padding_counts_where_both_have_it_and_else_asks_for_some_cross_entropy(tmp_path: Path) -> None:
     asked = [{"prompt": f"say {word} {other}", "completion": word} for word in WORDS for other in WORDS[:2]]
     start, model = base(tmp_path / "start"), padded(tmp_path / "model", tmp_path / "start", 6)
-    pairs = [f"model.load={model}", f"data.source={written(tmp_path / 'rows.jsonl', asked)}", "steps=2"]
-    pairs += ["evaluate.every=0", "samples.every=0"]
+    pairs = [f"model.load={model}", f"data.source={written(tmp_path / 'rows.jsonl', asked)}", "max_steps=2"]
+    pairs += ["eval_steps=0", "samples.every_steps=0"]
     for name, by, weight in (("alike", 6, 1.0), ("wider", 9, 0.9), ("narrower", 0, 0.9)):
         teacher = padded(tmp_path / f"teacher {name}", start, by)
         given = [*pairs, f"teacher={{load: '{teacher}', weight: {weight}}}"]

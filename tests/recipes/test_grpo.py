@@ -39,17 +39,29 @@ pytestmark = pytest.mark.xdist_group("grpo")
 RECIPE = """
 recipe: grpo
 task: reverse:shortest=3,longest=3,letters=8,noise=0.5
-model: {page: llama, sizes: {hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2,
-  intermediate_size: 96}}
-warmup: {rows: 48, lr: 5e-3, until: 0.3}
-rollout: {prompts: 16, group: 8, new_tokens: 5}
-steps: 4
-optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0}
-schedule: {shape: constant, warmup: 0}
-evaluate: {every: 0, problems: 40}
-checkpoint: {every: 0, keep: 9}
+model:
+  family: llama
+  config:
+    hidden_size: 48
+    num_hidden_layers: 2
+    num_attention_heads: 2
+    num_key_value_heads: 2
+    intermediate_size: 96
+warmup: {batch_size: 48, learning_rate: 5e-3, target_accuracy: 0.3}
+prompts_per_rollout: 16
+num_generations: 8
+max_new_tokens: 5
+max_steps: 4
+learning_rate: 1e-3
+weight_decay: 0.0
+lr_scheduler_type: constant
+warmup_steps: 0
+eval_steps: 0
+eval_problems: 40
+save_steps: 0
+save_total_limit: 9
 precision: fp32
-log_every: 1
+logging_steps: 1
 """
 
 
@@ -62,7 +74,7 @@ def started(out: Path, *pairs: str, say=lambda line: None):
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose teacher copied half of the words where it should have reversed them."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    started(out, "steps=1")
+    started(out, "max_steps=1")
     return out / "warmup"
 
 
@@ -77,19 +89,19 @@ def rewards(out: Path) -> list[float]:
 def test_the_reward_rises_and_not_by_chance(warm: Path, tmp_path: Path):
     """Held-out accuracy rises with it; under a reward that knows nothing, neither does."""
     said: list[str] = []
-    started(tmp_path / "true", *from_(warm, "steps=40"), say=said.append)
+    started(tmp_path / "true", *from_(warm, "max_steps=40"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     found = rewards(tmp_path / "true")
     assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
     assert told[1] - told[0] >= 0.2
-    started(tmp_path / "random", *from_(warm, "steps=40", "rewards=[{name: random}]"), say=said.append)
+    started(tmp_path / "random", *from_(warm, "max_steps=40", "rewards=[{name: random}]"), say=said.append)
     told = [float(line.split("accuracy ")[1].split()[0]) for line in said if line.startswith("held out")]
     assert told[3] - told[2] < 0.1
 
 
 @pytest.mark.parametrize("variant", POLICY_VARIANTS)
 def test_every_variant_runs_with_updates_minibatches_and_a_reference(variant: str, warm: Path, tmp_path: Path):
-    pairs = ["rollout.updates=2", "rollout.minibatches=2", "kl.beta=0.01", f"variant={variant}"]
+    pairs = ["num_iterations=2", "num_mini_batches=2", "kl_coef=0.01", f"loss_type={variant}"]
     started(tmp_path / "run", *from_(warm, *pairs))
     rows = metrics(tmp_path / "run")
     assert all(row["grad_norm"] > 0 for row in rows)
@@ -98,7 +110,7 @@ def test_every_variant_runs_with_updates_minibatches_and_a_reference(variant: st
 
 
 def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, tmp_path: Path):
-    pairs = from_(warm, "rollout.updates=2", "rollout.minibatches=2", "kl.beta=0.01", "checkpoint.every=1", "steps=6")
+    pairs = from_(warm, "num_iterations=2", "num_mini_batches=2", "kl_coef=0.01", "save_steps=1", "max_steps=6")
     started(tmp_path / "straight", *pairs)
     for stopped in (2, 4):
         out = tmp_path / f"stopped-{stopped}"
@@ -112,9 +124,9 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
 
 def test_attention_is_learned_beside_the_tokens_and_a_resumed_run_has_the_same_bits(warm: Path, tmp_path: Path):
     """At the first update of a rollout the policy is the old one: no divergence, and the step of the plain run."""
-    pairs = from_(warm, "rollout.updates=2", "checkpoint.every=1", "steps=4")
-    started(tmp_path / "plain", *pairs, "attention=0")
-    started(tmp_path / "looking", *pairs, "attention=4.0")
+    pairs = from_(warm, "num_iterations=2", "save_steps=1", "max_steps=4")
+    started(tmp_path / "plain", *pairs, "attention_coef=0")
+    started(tmp_path / "looking", *pairs, "attention_coef=4.0")
     rows = metrics(tmp_path / "looking")
     assert rows[0]["attention_divergence"] < 1e-7 < 1e-5 < rows[1]["attention_divergence"]
     one, two = (metrics(tmp_path / name) for name in ("plain", "looking"))
@@ -125,21 +137,21 @@ def test_attention_is_learned_beside_the_tokens_and_a_resumed_run_has_the_same_b
     shutil.copytree(tmp_path / "looking", out)
     for step in (2, 3, 4):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
-    started(out, *pairs, "attention=4.0")
+    started(out, *pairs, "attention_coef=4.0")
     assert weights(out, 4) == weights(tmp_path / "looking", 4)
 
 
 def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):
     for name in ("one", "two"):
-        started(tmp_path / name, *from_(warm, "steps=3"))
+        started(tmp_path / name, *from_(warm, "max_steps=3"))
     assert weights(tmp_path / "one", 3) == weights(tmp_path / "two", 3)
 
 
 def test_two_processes_learn_what_one_does(warm: Path, tmp_path: Path):
     """Under torchrun, against one process that samples half of the rows at a time. Then one goes on
     where two were."""
-    pairs = from_(warm, "rollout.minibatches=2", "rollout.micro_tokens=200", "kl.beta=0.1", "checkpoint.every=2")
-    started(tmp_path / "one", *pairs, "rollout.at_once=64")
+    pairs = from_(warm, "num_mini_batches=2", "micro_batch_tokens=200", "kl_coef=0.1", "save_steps=2")
+    started(tmp_path / "one", *pairs, "generation_batch_size=64")
     recipe = tmp_path / "grpo.yaml"
     recipe.write_text(RECIPE)
     words = [str(recipe), *pairs, "parallel=ddp", "--out", str(tmp_path / "two")]
@@ -158,7 +170,7 @@ def test_two_processes_learn_what_one_does(warm: Path, tmp_path: Path):
 
 def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, tmp_path: Path):
     out = tmp_path / "run"
-    started(out, *from_(warm, "techniques=[{name: lora, rank: 4}]", "kl.beta=0.1", "kl.estimator=unbiased"))
+    started(out, *from_(warm, "techniques=[{name: lora, rank: 4}]", "kl_coef=0.1", "kl_estimator=unbiased"))
     rows = metrics(out)
     assert rows[0]["kl"] < 1e-6 < rows[-1]["kl"]
     before, after = load(warm), load(out)
@@ -171,11 +183,11 @@ def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, t
 def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
     pairs = [
         "task=chained:shortest=1,longest=2,modulus=5",
-        "rollout.new_tokens=20",
-        "process=true",
-        "variant=gspo_token",
+        "max_new_tokens=20",
+        "process_supervision=true",
+        "loss_type=gspo_token",
     ]
-    started(tmp_path / "run", *pairs, "steps=2")
+    started(tmp_path / "run", *pairs, "max_steps=2")
     assert all(row["length"] > 0 for row in metrics(tmp_path / "run"))
 
 
@@ -198,12 +210,12 @@ def test_a_file_of_problems_is_asked_in_a_new_order_every_epoch(warm: Path, tmp_
     file = tmp_path / "gsm.jsonl"
     rows = [{"question": "abcde"[i % 5] * (1 + i // 5), "answer": f"{i} #### {i}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    started(tmp_path / "run", *from_(warm, f"task={file}", "steps=1"))
+    started(tmp_path / "run", *from_(warm, f"task={file}", "max_steps=1"))
     assert metrics(tmp_path / "run")[-1]["flat"] == 1
 
 
 def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
-    pairs = from_(warm, "task=reverse:shortest=30,longest=40", "patience=3", "steps=50")
+    pairs = from_(warm, "task=reverse:shortest=30,longest=40", "early_stopping_patience=3", "max_steps=50")
     with pytest.raises(GuardStop, match="cannot learn"):
         started(tmp_path / "run", *pairs)
     assert json.loads((tmp_path / "run" / "crash.json").read_text())["step"] <= 6
@@ -212,23 +224,23 @@ def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("pairs", "told"),
     [
-        (["kl.beta=0.1", "kl.estimator=k1"], "expected gradient of 0"),
-        (["kl.beta=0.1", "kl.place=reward"], "k1"),
-        (["kl.beta=0"], "kl.beta"),
-        (["rollout.top_k=20"], "another distribution"),
-        (["variant=sapo", "surrogate.high=0.3"], "no effect on sapo"),
-        (["variant=reinforce", "surrogate.low=0.3"], "no numbers"),
-        (["separately=true"], "no effect"),
-        (["process=true", "variant=gspo"], "gspo_token"),
-        (["process=true", "advantages=mean"], "no effect"),
+        (["kl_coef=0.1", "kl_estimator=k1"], "expected gradient of 0"),
+        (["kl_coef=0.1", "kl_placement=reward"], "k1"),
+        (["kl_coef=-1"], "kl_coef"),
+        (["top_k=20"], "another distribution"),
+        (["loss_type=sapo", "loss_kwargs.epsilon_high=0.3"], "no effect on sapo"),
+        (["loss_type=reinforce", "loss_kwargs.epsilon_low=0.3"], "no numbers"),
+        (["normalize_rewards_separately=true"], "no effect"),
+        (["process_supervision=true", "loss_type=gspo"], "gspo_token"),
+        (["process_supervision=true", "advantage_estimator=mean"], "no effect"),
         (["warmup=null"], "fresh model"),
         (["rewards=[{name: model}]"], "needs its folder"),
         (["rewards=[{name: correct, load: x}]"], "no effect"),
-        (["rollout.group=0"], "whole number"),
-        (["attention=0.5"], "differ from itself"),
-        (["attention=0.5", "rollout.updates=2", "techniques=[taps]"], "taps disturbs"),
-        (["attention=0.5", "rollout.updates=2", "compile=true"], "compile=false"),
-        (["variant=gropo"], "did you mean 'grpo'"),
+        (["num_generations=0"], "whole number"),
+        (["attention_coef=0.5"], "differ from itself"),
+        (["attention_coef=0.5", "num_iterations=2", "techniques=[taps]"], "taps disturbs"),
+        (["attention_coef=0.5", "num_iterations=2", "compile=true"], "compile=false"),
+        (["loss_type=gropo"], "did you mean 'grpo'"),
     ],
 )
 def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str], told: str):
@@ -238,24 +250,24 @@ def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str
 
 @pytest.mark.parametrize("variant", POLICY_VARIANTS)
 def test_every_variant_may_be_taken_with_the_recipes_defaults(variant: str):
-    config = parse_config(GrpoConfig, load_raw_config("grpo", [f"variant={variant}"]))
-    assert config.variant == variant
+    config = parse_config(GrpoConfig, load_raw_config("grpo", [f"loss_type={variant}"]))
+    assert config.loss_type == variant
 
 
 def test_an_explicit_wish_for_groups_that_dynamic_sampling_removes_is_refused():
     with pytest.raises(UsageError, match="leaves no group without spread"):
-        parse_config(GrpoConfig, load_raw_config("grpo", ["variant=dapo", "rollout.keep_flat=true"]))
+        parse_config(GrpoConfig, load_raw_config("grpo", ["loss_type=dapo", "keep_zero_std_groups=true"]))
 
 
 def test_mistakes_that_only_the_run_can_see(warm: Path, tmp_path: Path):
-    with pytest.raises(UsageError, match="siblings"):
-        started(tmp_path / "a", *from_(warm, "rollout.group=1"))
+    with pytest.raises(UsageError, match="compared with others of its group"):
+        started(tmp_path / "a", *from_(warm, "num_generations=1"))
     with pytest.raises(UsageError, match="no task is called 'revers', did you mean 'reverse'"):
         started(tmp_path / "b", *from_(warm, "task=revers"))
     with pytest.raises(DataError, match="there is no file"):
         started(tmp_path / "c", *from_(warm, "task=nothing.jsonl"))
     with pytest.raises(DataError, match="no room"):
-        started(tmp_path / "d", *from_(warm, "rollout.new_tokens=1000", "evaluate.problems=1"))
+        started(tmp_path / "d", *from_(warm, "max_new_tokens=1000", "eval_problems=1"))
     with pytest.raises(UsageError, match="warmup has no effect"):
         started(tmp_path / "e", "model=null", f"model.load={warm}")
 
@@ -273,7 +285,9 @@ class Interrupting(Reverse):
 
 
 def test_an_interrupted_warm_up_stops_and_goes_on_to_the_same_bits(tmp_path: Path):
-    settings = apply_overrides(read_yaml(RECIPE, "recipe.yaml"), ["warmup={rows: 4, steps: 60, until: 1.0}"])
+    settings = apply_overrides(
+        read_yaml(RECIPE, "recipe.yaml"), ["warmup={batch_size: 4, max_steps: 60, target_accuracy: 1.0}"]
+    )
     config = parse_config(GrpoConfig, settings)
 
     def warm_up(task: Reverse, name: str) -> list[str]:

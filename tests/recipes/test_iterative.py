@@ -26,8 +26,9 @@ ITERATIVE = (
     RECIPE.replace("recipe: grpo", "recipe: iterative")
     + """
 iterations: 2
-kl: {beta: 0.05, estimator: k2}
-judge: {steps: 12, rows: 10, questions: 24}
+kl_coef: 0.05
+kl_estimator: k2
+reward_model: {max_steps: 12, batch_size: 10, num_prompts: 24}
 """
 )
 
@@ -41,7 +42,7 @@ def iterated(out: Path, *pairs: str) -> list[str]:
 @pytest.fixture(scope="module")
 def done(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:  # noqa: F811
     out = tmp_path_factory.mktemp("runs") / "iterative"
-    return out, iterated(out, *from_(warm, "steps=2"))
+    return out, iterated(out, *from_(warm, "max_steps=2"))
 
 
 def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
@@ -62,19 +63,19 @@ def test_the_whole_goes_on_where_it_was_interrupted(done: tuple[Path, list[str]]
     before = weights(out / "iteration-2" / "policy", 2), weights(out / "iteration-2" / "judge", 12)
     shutil.rmtree(out / "iteration-2")
     shutil.rmtree(out / "iteration-1" / "judge" / "checkpoints")
-    iterated(out, *from_(warm, "steps=2"))
+    iterated(out, *from_(warm, "max_steps=2"))
     assert (weights(out / "iteration-2" / "policy", 2), weights(out / "iteration-2" / "judge", 12)) == before
 
 
 def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], warm: Path, tmp_path: Path):  # noqa: F811
     judge = done[0] / "iteration-0" / "judge"
-    started(tmp_path / "run", *from_(warm, "steps=2", f"rewards=[{{name: model, load: {judge}}}]"))
+    started(tmp_path / "run", *from_(warm, "max_steps=2", f"rewards=[{{name: model, load: {judge}}}]"))
     assert metrics(tmp_path / "run")[-1]["rows_kept"] == 1
     with pytest.raises(UsageError, match="no reward model"):
         started(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
 
 
-@pytest.mark.parametrize("pairs", [["rewards=[{name: random}]"], ["process=true"]])
+@pytest.mark.parametrize("pairs", [["rewards=[{name: random}]"], ["process_supervision=true"]])
 def test_settings_without_effect_are_refused(pairs: list[str]):
     with pytest.raises(UsageError, match="no effect"):
         parse_config(IterativeConfig, apply_overrides(read_yaml(ITERATIVE, "recipe.yaml"), pairs))

@@ -30,16 +30,18 @@ pytestmark = pytest.mark.xdist_group("preferring")
 
 REWARD = """
 recipe: reward
-batch: {rows: 4, length: 40}
-steps: 24
-evaluate: {every: 12}
+batch_size: 4
+sequence_length: 40
+max_steps: 24
+eval_steps: 12
 """
 DPO = """
 recipe: dpo
-batch: {rows: 4, length: 40}
-steps: 24
+batch_size: 4
+sequence_length: 40
+max_steps: 24
 beta: 0.5
-evaluate: {every: 12}
+eval_steps: 12
 """
 
 
@@ -96,15 +98,15 @@ def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], 
     ("recipe", "options"),
     [
         ("reward", []),
-        ("dpo", ["loss=cdpo", "flips=0.1"]),
-        ("dpo", ["sync={every: 5, mix: 0.6}"]),
-        ("dpo", ["techniques=[lora]", "reference=adapters_off", "optimizer.name=adamw"]),
+        ("dpo", ["loss_type=cdpo", "label_smoothing=0.1"]),
+        ("dpo", ["sync_ref_model=true", "ref_model_sync_steps=5", "ref_model_mixup_alpha=0.6"]),
+        ("dpo", ["techniques=[lora]", "precompute_ref_log_probs=false", "optim=adamw"]),
     ],
     ids=["reward", "cached", "sync", "adapters_off"],
 )
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(recipe, options, pairs, tmp_path: Path):
     schema, run, text = (RewardConfig, train_reward, REWARD) if recipe == "reward" else (DpoConfig, train_dpo, DPO)
-    options = [*pairs, *options, "steps=16", "checkpoint.every=8", "checkpoint.keep=9", "evaluate.every=0"]
+    options = [*pairs, *options, "max_steps=16", "save_steps=8", "save_total_limit=9", "eval_steps=0"]
     out = tmp_path / "run"
     started(schema, run, text, out, *options)
     straight, told = weights(out, 16), metrics(out)
@@ -119,7 +121,7 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
 ):
     losses = []
     for techniques, shared in (([], True), (["techniques=[checkpointing]"], False)):
-        options = [*pairs, *techniques, "steps=4", "evaluate.every=0", "optimizer={name: adamw, lr: 1e-3}"]
+        options = [*pairs, *techniques, "max_steps=4", "eval_steps=0", "optim=adamw", "learning_rate=1e-3"]
         config = parse_config(DpoConfig, apply_overrides(read_yaml(DPO + COMMON, "recipe.yaml"), options))
         batch = build_dpo_job(config, tmp_path, DistributedContext(), lambda line: None).loader.batches(0)[0]
         assert (batch.prefix is not None) == shared
@@ -130,8 +132,16 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_prefer_what_one_does(engine: str, pairs: list[str], tmp_path: Path):
-    rest = [*pairs, "steps=3", "batch={rows: 4, length: 40}", "precision=fp32", "log_every=1", "schedule.warmup=1"]
-    rest += ["optimizer={name: adamw, lr: 1e-3}", "evaluate.every=0", "device=cpu"]
+    rest = [
+        *pairs,
+        "max_steps=3",
+        "batch_size=4",
+        "sequence_length=40",
+        "precision=fp32",
+        "logging_steps=1",
+        "warmup_steps=1",
+    ]
+    rest += ["optim=adamw", "learning_rate=1e-3", "eval_steps=0", "device=cpu"]
     recipe_by_two("dpo", [*rest, f"parallel={engine}"], tmp_path / "two")
     settings = load_raw_config("dpo", rest)
     train_dpo(parse_config(DpoConfig, settings), settings, tmp_path / "one", quiet=True, log=lambda line: None)
@@ -144,7 +154,7 @@ def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: P
     losses = []
     for reference in ("cached", "adapters_off"):
         out = tmp_path / reference
-        options = ["techniques=[lora]", f"reference={reference}", "steps=6", "optimizer.name=adamw"]
+        options = ["techniques=[lora]", f"precompute_ref_log_probs={reference}", "max_steps=6", "optim=adamw"]
         started(DpoConfig, train_dpo, DPO, out, *pairs, *options)
         losses.append([row["loss"] for row in metrics(out)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -154,7 +164,16 @@ def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: P
 def test_a_moving_reference_takes_the_part_it_was_told(pairs: list[str], tmp_path: Path):
     """Reward margins shrink when the reference comes closer; at mix 1 they are zero after each sync."""
     out = tmp_path / "run"
-    started(DpoConfig, train_dpo, DPO, out, *pairs, "sync={every: 6, mix: 1.0}")
+    started(
+        DpoConfig,
+        train_dpo,
+        DPO,
+        out,
+        *pairs,
+        "sync_ref_model=true",
+        "ref_model_sync_steps=6",
+        "ref_model_mixup_alpha=1.0",
+    )
     margins = {row["step"]: row["rewards/margin"] for row in metrics(out)}
     assert margins[7] == pytest.approx(0, abs=1e-4)
     assert margins[6] > 0.01
@@ -167,7 +186,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
     assert sum(one.answers == ("worse", "better") for one in turned) == 10
     assert [one.question for one in turned] == [one.question for one in many]
     out = tmp_path / "run"
-    started(DpoConfig, train_dpo, DPO, out, *pairs, "data.flipped=0.2", "steps=2")
+    started(DpoConfig, train_dpo, DPO, out, *pairs, "data.label_flip_fraction=0.2", "max_steps=2")
     notes = json.loads((out / "data.json").read_text())["notes"]
     assert "11 of the training pairs are turned round on purpose" in notes
 
@@ -175,10 +194,10 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["flips=0.1"], "flips 0.1 has no effect on dpo"),
-        (["loss=cdpo"], "cdpo needs flips"),
-        (["reference=adapters_off"], "this model has no adapter"),
-        (["sync={every: 2}", "reference=adapters_off"], "would have no effect"),
+        (["label_smoothing=0.1"], "label_smoothing 0.1 has no effect on dpo"),
+        (["loss_type=cdpo"], "cdpo needs label_smoothing"),
+        (["precompute_ref_log_probs=false"], "this model has no adapter"),
+        (["sync_ref_model=true", "precompute_ref_log_probs=false"], "has no effect"),
     ],
 )
 def test_options_without_effect_are_refused(options, said, pairs: list[str], tmp_path: Path):

@@ -23,17 +23,20 @@ from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 BASE = """
 recipe: pretrain
 data: {held_out: 0.2}
-tokenizer: {vocab: 300}
+tokenizer: {vocab_size: 300}
 model: {preset: llama3.2-tiny}
-batch: {rows: 4, length: 32}
-steps: 8
-optimizer: {name: muon, lr: 0.01}
-schedule: {warmup: 2}
-evaluate: {every: 4, tokens: 200}
-samples: {every: 4, prompts: [the], tokens: 4}
-checkpoint: {every: 3}
+batch_size: 4
+sequence_length: 32
+max_steps: 8
+optim: muon
+learning_rate: 0.01
+warmup_steps: 2
+eval_steps: 4
+eval_tokens: 200
+samples: {every_steps: 4, prompts: [the], max_new_tokens: 4}
+save_steps: 3
 precision: fp32
-log_every: 1
+logging_steps: 1
 """
 
 
@@ -70,7 +73,7 @@ class CtrlC:
 
 def test_a_run_learns_and_leaves_a_folder_with_everything(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    outcome = run(text, out, "steps=30")
+    outcome = run(text, out, "max_steps=30")
     assert (outcome.status, outcome.step, outcome.exit_code) == ("finished", 30, 0)
     losses = [row["loss"] for row in rows(out)]
     assert losses[-1] < losses[0] - 1
@@ -124,29 +127,29 @@ def test_a_finished_run_is_left_as_it_is(text: Path, tmp_path: Path) -> None:
 
 
 def test_the_split_into_micro_batches_changes_rounding_only(text: Path, tmp_path: Path) -> None:
-    whole, parts = run(text, tmp_path / "whole"), run(text, tmp_path / "parts", "batch.micro_rows=1")
+    whole, parts = run(text, tmp_path / "whole"), run(text, tmp_path / "parts", "micro_batch_size=1")
     assert whole.metrics["loss"] == pytest.approx(parts.metrics["loss"], abs=1e-4)
 
 
 def test_activation_checkpointing_changes_nothing(text: Path, tmp_path: Path) -> None:
     run(text, tmp_path / "plain")
-    run(text, tmp_path / "again", "activation_checkpointing=true")
+    run(text, tmp_path / "again", "gradient_checkpointing=true")
     assert weights(tmp_path / "plain") == weights(tmp_path / "again")
 
 
 def test_another_seed_is_another_run(text: Path, tmp_path: Path) -> None:
-    run(text, tmp_path / "a", "steps=2")
-    run(text, tmp_path / "b", "steps=2", "seed=1")
+    run(text, tmp_path / "a", "max_steps=2")
+    run(text, tmp_path / "b", "max_steps=2", "seed=1")
     assert weights(tmp_path / "a", 2) != weights(tmp_path / "b", 2)
 
 
 def test_a_folder_with_another_run_is_refused_and_the_keys_are_named(text: Path, tmp_path: Path) -> None:
-    run(text, tmp_path / "run", "steps=2")
-    with pytest.raises(BusyError, match=r"optimizer\.lr: 0\.01 -> 0\.5") as error:
-        run(text, tmp_path / "run", "steps=2", "optimizer.lr=0.5")
+    run(text, tmp_path / "run", "max_steps=2")
+    with pytest.raises(BusyError, match=r"learning_rate: 0\.01 -> 0\.5") as error:
+        run(text, tmp_path / "run", "max_steps=2", "learning_rate=0.5")
     assert error.value.exit_code == 7
     assert len(str(error.value).splitlines()) <= 4
-    assert run(text, tmp_path / "run", "steps=2", "checkpoint.every=1", "log_every=5").status == "finished"
+    assert run(text, tmp_path / "run", "max_steps=2", "save_steps=1", "logging_steps=5").status == "finished"
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(text: Path, tmp_path: Path) -> None:
@@ -158,37 +161,37 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(text: Path, tmp_
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_checkpoint(text: Path, tmp_path: Path) -> None:
-    run(text, tmp_path / "run", "steps=2")
+    run(text, tmp_path / "run", "max_steps=2")
     with pytest.raises(BusyError, match="holds a run already"):
-        run(text, tmp_path / "run", "steps=2", resume="never")
+        run(text, tmp_path / "run", "max_steps=2", resume="never")
 
 
 def test_training_goes_on_from_the_weights_of_another_run(text: Path, tmp_path: Path) -> None:
-    first = run(text, tmp_path / "first", "steps=30")
+    first = run(text, tmp_path / "first", "max_steps=30")
     second = run(
         text,
         tmp_path / "second",
         "model={load: " + str(tmp_path / "first") + "}",
         f"tokenizer.load={tmp_path / 'first'}",
-        "steps=2",
-        "optimizer.lr=1e-5",
+        "max_steps=2",
+        "learning_rate=1e-5",
     )
     assert second.metrics["eval/loss"] == pytest.approx(first.metrics["eval/loss"], abs=0.1)
 
 
 def test_prepared_tokens_are_a_source_too(text: Path, tmp_path: Path) -> None:
-    run(text, tmp_path / "first", "steps=2")
+    run(text, tmp_path / "first", "max_steps=2")
     prepared = json.loads((tmp_path / "first" / "data.json").read_text())["folder"]
-    run(Path(prepared), tmp_path / "second", "steps=2")
+    run(Path(prepared), tmp_path / "second", "max_steps=2")
     assert weights(tmp_path / "first", 2) == weights(tmp_path / "second", 2)
 
 
 def test_rows_longer_than_the_context_are_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="longer than the model's context of 256"):
-        run(text, tmp_path / "run", "batch.length=300")
+        run(text, tmp_path / "run", "sequence_length=300")
 
 
 def test_what_was_chosen_is_said_with_the_reason(text: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    run(text, tmp_path / "run", "steps=2", "precision=auto", log=told.append)
+    run(text, tmp_path / "run", "max_steps=2", "precision=auto", log=told.append)
     assert any(line.startswith("precision: ") and "compiled: no (a run of about 0 s" in line for line in told), told

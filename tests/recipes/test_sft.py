@@ -29,10 +29,11 @@ pytestmark = pytest.mark.xdist_group("sft")
 RECIPE = """
 recipe: sft
 data: {held_out: 0.1}
-batch: {rows: 4, length: 48}
-steps: 60
-evaluate: {every: 30}
-samples: {every: 30, number: 2, tokens: 6}
+batch_size: 4
+sequence_length: 48
+max_steps: 60
+eval_steps: 30
+samples: {every_steps: 30, num_prompts: 2, max_new_tokens: 6}
 """
 
 
@@ -68,7 +69,7 @@ def test_held_out_answers_are_learned_and_everything_is_left_in_the_folder(tuned
 
 
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(tuned: Path, start: Path, rows: Path, tmp_path):
-    pairs = [f"model.load={start}", f"data.source={rows}", "checkpoint.every=30", "checkpoint.keep=9"]
+    pairs = [f"model.load={start}", f"data.source={rows}", "save_steps=30", "save_total_limit=9"]
     out = tmp_path / "again"
     started(SftConfig, train_sft, RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000060")
@@ -78,9 +79,9 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(tuned: Pat
 
 
 def test_the_split_into_micro_batches_changes_nothing(tuned: Path, start: Path, rows: Path, tmp_path):
-    pairs = [f"model.load={start}", f"data.source={rows}", "batch.micro_rows=1", "steps=2"]
+    pairs = [f"model.load={start}", f"data.source={rows}", "micro_batch_size=1", "max_steps=2"]
     started(SftConfig, train_sft, RECIPE, tmp_path / "split", *pairs)
-    pairs[2] = "batch.micro_rows=4"
+    pairs[2] = "micro_batch_size=4"
     started(SftConfig, train_sft, RECIPE, tmp_path / "whole", *pairs)
     split, whole = metrics(tmp_path / "split")[0], metrics(tmp_path / "whole")[0]
     for key in ("loss", "grad_norm", "num_targets"):
@@ -111,8 +112,8 @@ def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
 
 def test_with_lora_only_adapters_learn_and_the_run_still_talks(start: Path, rows: Path, tmp_path: Path):
     out = tmp_path / "run"
-    pairs = [f"model.load={start}", f"data.source={rows}", "techniques=[{name: lora, rank: 4}]", "steps=12"]
-    started(SftConfig, train_sft, RECIPE, out, *pairs, "optimizer.name=adamw", "samples.every=0")
+    pairs = [f"model.load={start}", f"data.source={rows}", "techniques=[{name: lora, rank: 4}]", "max_steps=12"]
+    started(SftConfig, train_sft, RECIPE, out, *pairs, "optim=adamw", "samples.every_steps=0")
     told = metrics(out)
     assert told[-1]["loss"] < told[0]["loss"] - 0.2
     before, after = load(start), load(out)
@@ -126,12 +127,12 @@ def test_with_lora_only_adapters_learn_and_the_run_still_talks(start: Path, rows
 
 def test_dropped_rows_are_said_and_mistakes_are_told(start: Path, rows: Path, tmp_path: Path):
     said: list[str] = []
-    pairs = [f"model.load={start}", f"data.source={rows}", "steps=2"]
+    pairs = [f"model.load={start}", f"data.source={rows}", "max_steps=2"]
     started(SftConfig, train_sft, RECIPE, tmp_path / "a", *pairs, log=said.append)
     assert any("dropped, empty answer: 1; dropped, longer than a row of 48 tokens: 1" in line for line in said)
     with pytest.raises(UsageError, match="there is no run runs/nothing: train one first"):
         started(SftConfig, train_sft, RECIPE, tmp_path / "b", "model.load=runs/nothing", f"data.source={rows}")
-    with pytest.raises(UsageError, match=r"batch\.length 4096 is longer than the model's context of 256"):
-        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4096")
+    with pytest.raises(UsageError, match=r"sequence_length 4096 is longer than the model's context of 256"):
+        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "sequence_length=4096")
     with pytest.raises(DataError, match="no conversation fits into 4 tokens"):
-        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "batch.length=4")
+        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "sequence_length=4")

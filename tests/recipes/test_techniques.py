@@ -53,7 +53,10 @@ def test_a_wrong_technique_is_told_with_its_place_and_what_is_allowed(pair: str,
 
 
 def test_the_largest_logit_and_the_number_loss_are_logged_and_streams_resume(text: Path, tmp_path: Path) -> None:
-    pairs = ("techniques=[qk_clip, {name: hyper_connections, streams: 2}, multi_token]", "number_token={weight: 0.5}")
+    pairs = (
+        "techniques=[qk_clip, {name: hyper_connections, streams: 2}, multi_token]",
+        "number_token_loss={weight: 0.5}",
+    )
     lines: list[str] = []
     run(text, tmp_path / "whole", *pairs, log=lines.append)
     assert [line.split(";")[0] for line in lines if line.startswith("technique")] == [
@@ -80,7 +83,7 @@ def test_the_line_of_a_file_is_named() -> None:
 
 
 def adapted(text: Path, out: Path, *pairs: str, **more: Any) -> Any:
-    return run(text, out, "techniques=[{name: lora, rank: 2, targets: [q, v]}]", "optimizer.name=adamw", *pairs, **more)
+    return run(text, out, "techniques=[{name: lora, rank: 2, targets: [q, v]}]", "optim=adamw", *pairs, **more)
 
 
 def test_lora_trains_its_own_numbers_alone_and_says_what_it_matched(text: Path, tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_an_interrupted_run_with_an_adapter_ends_with_the_same_bits(text: Path, 
 
 
 def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: Path) -> None:
-    adapted(text, tmp_path / "run", "steps=4")
+    adapted(text, tmp_path / "run", "max_steps=4")
     model, tokens = quest.load(tmp_path / "run"), torch.arange(20)[None]
     with pytest.raises(UsageError, match=r"--merge writes the whole model .* --adapter the adapter alone"):
         export_run(tmp_path / "run", tmp_path / "undecided")
@@ -130,8 +133,8 @@ def bare(model: Any) -> Any:
 
 
 def test_training_goes_on_from_an_adapted_run_and_adapts_it_no_second_time(text: Path, tmp_path: Path) -> None:
-    adapted(text, tmp_path / "first", "steps=2")
-    on = ["model={load: " + str(tmp_path / "first") + "}", f"tokenizer.load={tmp_path / 'first'}", "steps=2"]
+    adapted(text, tmp_path / "first", "max_steps=2")
+    on = ["model={load: " + str(tmp_path / "first") + "}", f"tokenizer.load={tmp_path / 'first'}", "max_steps=2"]
     run(text, tmp_path / "second", *on)
     assert adapter_addresses(quest.load(tmp_path / "second")) == adapter_addresses(quest.load(tmp_path / "first"))
     with pytest.raises(UsageError, match=r"technique lora: this model has an adapter already"):

@@ -26,13 +26,13 @@ from llm_quest.report.page import write_report
 from tests.recipes.two import recipe_by_two
 
 SMALL_VIT = [
-    "images.source=folder", "images.size=8", "images.mean=[0.5]", "images.std=[0.5]", "model.patch_size=4",
-    "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=32", "batch.rows=16", "precision=fp32", "schedule.warmup=2",
+    "data.source=folder", "data.image_size=8", "data.image_mean=[0.5]", "data.image_std=[0.5]", "model.patch_size=4",
+    "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=32", "batch_size=16", "precision=fp32", "warmup_steps=2",
 ]  # fmt: skip
 SMALL_VLM = [
-    "sights.size=24", "tower.patch=12", "tower.width=16", "tower.layers=1", "tower.hidden=32", "decoder.width=16",
-    "decoder.layers=1", "decoder.hidden=32", "batch.rows=4", "precision=fp32", "schedule.warmup=1",
-    "evaluate.sights=2",
+    "data.image_size=24", "vision_tower.patch_size=12", "vision_tower.hidden_size=16", "vision_tower.num_hidden_layers=1", "vision_tower.intermediate_size=32", "language_model.hidden_size=16",
+    "language_model.num_hidden_layers=1", "language_model.intermediate_size=32", "batch_size=4", "precision=fp32", "warmup_steps=1",
+    "eval_images=2",
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def two_classes(folder: Path) -> str:
 
 
 def vit_run(tmp_path: Path, out: str, *pairs: str) -> Any:
-    settings = load_raw_config("vit", [*SMALL_VIT, f"images.folder={tmp_path / 'images'}", *pairs])
+    settings = load_raw_config("vit", [*SMALL_VIT, f"data.path={tmp_path / 'images'}", *pairs])
     return train_vit(parse_config(VitConfig, settings), settings, tmp_path / out, quiet=True, log=lambda text: None)
 
 
@@ -66,7 +66,7 @@ def test_the_recipes_that_come_with_the_package_are_valid(recipe: str):
 
 def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Path):
     two_classes(tmp_path / "images")
-    outcome = vit_run(tmp_path, "run", "steps=60", "images.vary.shift=0")
+    outcome = vit_run(tmp_path, "run", "max_steps=60", "data.augment.translate=0")
     assert outcome.status == "finished"
     assert outcome.scores["accuracy"] > 0.9
     model = quest.load(tmp_path / "run")
@@ -78,11 +78,11 @@ def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Pa
 
 def test_a_run_goes_on_with_the_bits_of_one_that_was_never_interrupted(tmp_path: Path):
     two_classes(tmp_path / "images")
-    whole = vit_run(tmp_path, "whole", "steps=8")
-    vit_run(tmp_path, "halved", "steps=8", "checkpoint.every=4")
+    whole = vit_run(tmp_path, "whole", "max_steps=8")
+    vit_run(tmp_path, "halved", "max_steps=8", "save_steps=4")
     for later in sorted((tmp_path / "halved" / "checkpoints").iterdir())[1:]:
         later.rename(tmp_path / later.name)
-    again = vit_run(tmp_path, "halved", "steps=8")
+    again = vit_run(tmp_path, "halved", "max_steps=8")
     assert again.scores == whole.scores
     for a, b in zip(
         quest.load(tmp_path / "whole").parameters(), quest.load(tmp_path / "halved").parameters(), strict=True
@@ -94,9 +94,9 @@ def test_a_run_goes_on_with_the_bits_of_one_that_was_never_interrupted(tmp_path:
 def test_two_processes_that_go_on_lose_what_one_loses(tmp_path: Path, recipe: str):
     """The ViT by ddp in one go; the VLM by fsdp, stopped after step 2 as if killed while step 3 was on its way."""
     two_classes(tmp_path / "images")
-    small = [*SMALL_VIT, f"images.folder={tmp_path / 'images'}"] if recipe == "vit" else SMALL_VLM
-    pairs = [*small, "steps=4", "checkpoint.every=2", "log_every=1", "schedule.warmup=1"]
-    pairs += ["optimizer.name=adamw", "optimizer.lr=1e-4"]
+    small = [*SMALL_VIT, f"data.path={tmp_path / 'images'}"] if recipe == "vit" else SMALL_VLM
+    pairs = [*small, "max_steps=4", "save_steps=2", "logging_steps=1", "warmup_steps=1"]
+    pairs += ["optim=adamw", "learning_rate=1e-4"]
     (vit_run if recipe == "vit" else vlm_run)(tmp_path, "one", *pairs)
     both = [*pairs, f"parallel={'ddp' if recipe == 'vit' else 'fsdp'}"]
     recipe_by_two(recipe, both, tmp_path / "two")
@@ -119,11 +119,11 @@ def test_checkpointed_activations_give_the_same_bits(tmp_path: Path, recipe: str
     two_classes(tmp_path / "images")
     run = vit_run if recipe == "vit" else vlm_run
     for name in ("false", "true"):
-        run(tmp_path, name, "steps=2", f"activation_checkpointing={name}")
+        run(tmp_path, name, "max_steps=2", f"gradient_checkpointing={name}")
     for a, b in zip(*(quest.load(tmp_path / name).parameters() for name in ("false", "true")), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(UsageError, match="applied to this model already"):
-        run(tmp_path, "twice", "steps=2", "activation_checkpointing=true", "techniques=[checkpointing]")
+        run(tmp_path, "twice", "max_steps=2", "gradient_checkpointing=true", "techniques=[checkpointing]")
 
 
 @pytest.mark.parametrize(
@@ -140,17 +140,17 @@ def test_techniques_that_need_a_decoder_are_refused_by_name(tmp_path: Path, tech
     two_classes(tmp_path / "images")
     for run, page in ((vit_run, "vit"), (vlm_run, "vision_language")):
         with pytest.raises(UsageError, match=message.format(page)):
-            run(tmp_path, "run", "steps=1", "schedule.warmup=1", f"techniques=[{technique}]")
+            run(tmp_path, "run", "max_steps=1", "warmup_steps=1", f"techniques=[{technique}]")
     with pytest.raises(UsageError, match="logits of classes are not capped: set final to null"):
-        vit_run(tmp_path, "run", "steps=1", "schedule.warmup=1", "techniques=[softcap]")
+        vit_run(tmp_path, "run", "max_steps=1", "warmup_steps=1", "techniques=[softcap]")
     with pytest.raises(UsageError, match="no trainable parameter: every one is frozen"):
-        vit_run(tmp_path, "other", "steps=1", "schedule.warmup=1", "techniques=[int8]")
+        vit_run(tmp_path, "other", "max_steps=1", "warmup_steps=1", "techniques=[int8]")
 
 
 def test_the_report_tells_what_was_seen_and_said(tmp_path: Path):
     two_classes(tmp_path / "images")
-    vit_run(tmp_path, "looks", "steps=2")
-    vlm_run(tmp_path, "speaks", "steps=2")
+    vit_run(tmp_path, "looks", "max_steps=2")
+    vlm_run(tmp_path, "speaks", "max_steps=2")
     looks, speaks = (write_report([tmp_path / name]).read_text(encoding="utf-8") for name in ("looks", "speaks"))
     for told in ("on 32 images of", "held-out accuracy", "nats per image", "images read"):
         assert told in looks, told
@@ -161,17 +161,17 @@ def test_the_report_tells_what_was_seen_and_said(tmp_path: Path):
 
 def test_a_folder_of_other_settings_is_left_alone(tmp_path: Path):
     two_classes(tmp_path / "images")
-    vit_run(tmp_path, "run", "steps=2")
+    vit_run(tmp_path, "run", "max_steps=2")
     with pytest.raises(BusyError, match="holds a run of other settings"):
-        vit_run(tmp_path, "run", "steps=2", "batch.rows=8")
+        vit_run(tmp_path, "run", "max_steps=2", "batch_size=8")
     with pytest.raises(BusyError, match="holds a run of another recipe"):
-        vlm_run(tmp_path, "run", "steps=1")
+        vlm_run(tmp_path, "run", "max_steps=1")
 
 
 def test_a_trained_vit_goes_on_with_other_classes_and_another_size(tmp_path: Path):
     two_classes(tmp_path / "images")
-    vit_run(tmp_path, "first", "steps=2")
-    vit_run(tmp_path, "second", "steps=2", f"model.load={tmp_path / 'first'}", "images.size=16", "batch.rows=8")
+    vit_run(tmp_path, "first", "max_steps=2")
+    vit_run(tmp_path, "second", "max_steps=2", f"model.load={tmp_path / 'first'}", "data.image_size=16", "batch_size=8")
     assert quest.load(tmp_path / "second").config.image_size == 16
 
 
@@ -179,16 +179,16 @@ def test_settings_that_do_not_fit_are_refused_with_what_to_do(tmp_path: Path):
     two_classes(tmp_path / "images")
     with pytest.raises(UsageError, match="patch_size 5 must divide images of 8 pixels"):
         vit_run(tmp_path, "a", "model.patch_size=5")
-    with pytest.raises(UsageError, match=r"digits are 8 pixels with 1 channels: set images\.size=8"):
-        vit_run(tmp_path, "b", "images.source=digits", "images.folder=null", "images.size=16")
-    with pytest.raises(UsageError, match="source folder needs a folder"):
-        vit_run(tmp_path, "c", "images.folder=null")
+    with pytest.raises(UsageError, match=r"digits are 8 pixels with 1 channels: set data\.image_size=8"):
+        vit_run(tmp_path, "b", "data.source=digits", "data.path=null", "data.image_size=16")
+    with pytest.raises(UsageError, match="source folder needs a path"):
+        vit_run(tmp_path, "c", "data.path=null")
     with pytest.raises(UsageError, match=r"unknown key; allowed here: patch_size"):
         vit_run(tmp_path, "d", "model.pach=2")
 
 
 def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
-    outcome = vlm_run(tmp_path, "run", "steps=3")
+    outcome = vlm_run(tmp_path, "run", "max_steps=3")
     assert set(outcome.scores) == {"caption", "colour", "count", "relation"}
     model, tokenizer = quest.load(tmp_path / "run"), load_tokenizer(tmp_path / "run")
     assert tokenizer.token_to_id("<image>") == model.config.image_token_id
@@ -196,8 +196,14 @@ def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
 
 
 def test_questions_are_learned_at_a_part_of_the_captions_rate(tmp_path: Path):
-    lesson = ["steps=4", "batch.captions=2", "questions_rate=0.25", "schedule={shape: constant, warmup: 0}"]
-    vlm_run(tmp_path, "run", *lesson, "optimizer.lr=1e-2", "log_every=1")
+    lesson = [
+        "max_steps=4",
+        "caption_first_steps=2",
+        "question_lr_scale=0.25",
+        "lr_scheduler_type=constant",
+        "warmup_steps=0",
+    ]
+    vlm_run(tmp_path, "run", *lesson, "learning_rate=1e-2", "logging_steps=1")
     assert [row["learning_rate"] for row in rows(tmp_path / "run")] == pytest.approx([1e-2, 1e-2, 2.5e-3, 2.5e-3])
 
 
@@ -205,7 +211,12 @@ def test_a_frozen_part_stays_bit_by_bit_what_it_was(tmp_path: Path):
     tower = build(clip.Config(24, 12, 3, 16, 2, 4, 32), seed=5)
     quest.save(tower, tmp_path / "tower", preprocess=ImageProcessor(24, (0.4, 0.4, 0.4)))
     vlm_run(
-        tmp_path, "run", "steps=2", f"tower.load={tmp_path / 'tower'}", "trained=[adapter,decoder]", "adapter=linear"
+        tmp_path,
+        "run",
+        "max_steps=2",
+        f"vision_tower.load={tmp_path / 'tower'}",
+        "trainable=[projector,language_model]",
+        "projector=linear",
     )
     model = quest.load(tmp_path / "run")
     for name, parameter in tower.named_parameters():
@@ -223,10 +234,10 @@ def test_captions_of_ones_own_are_trained_on(tmp_path: Path):
     outcome = vlm_run(
         tmp_path,
         "run",
-        "steps=2",
-        "sights.source=jsonl",
-        f"sights.file={tmp_path / 'captions.jsonl'}",
-        "sights.held_out=0.3",
+        "max_steps=2",
+        "data.source=jsonl",
+        f"data.path={tmp_path / 'captions.jsonl'}",
+        "data.held_out=0.3",
     )
     assert set(outcome.scores) == {"caption"}
 
@@ -243,10 +254,10 @@ def test_cifar_10_as_it_is_distributed_is_trained_on(tmp_path: Path):
         "model.num_attention_heads=2",
         "model.num_hidden_layers=1",
         "model.intermediate_size=32",
-        "batch.rows=4",
+        "batch_size=4",
         "precision=fp32",
     ]
-    settings = load_raw_config("cifar10", [*small, f"images.folder={tmp_path}", "steps=2", "schedule.warmup=1"])
+    settings = load_raw_config("cifar10", [*small, f"data.path={tmp_path}", "max_steps=2", "warmup_steps=1"])
     outcome = train_vit(
         parse_config(VitConfig, settings), settings, tmp_path / "run", quiet=True, log=lambda text: None
     )

@@ -95,16 +95,15 @@ def test_every_key_twice_is_told_not_only_the_first() -> None:
 
 def test_a_pair_replaces_what_the_file_says_and_is_named_in_messages() -> None:
     settings = apply_overrides(
-        read_yaml("optimizer:\n  lr: 1\n  name: adamw", "my.yaml"),
-        ["optimizer.lr=1e-4", "samples.prompts=[a, b]", "note=a: b"],
+        read_yaml("samples:\n  temperature: 1\n  name: adamw", "my.yaml"),
+        ["samples.temperature=1e-4", "samples.prompts=[a, b]", "note=a: b"],
     )
     assert settings.tree == {
-        "optimizer": {"lr": 1e-4, "name": "adamw"},
-        "samples": {"prompts": ["a", "b"]},
+        "samples": {"temperature": 1e-4, "name": "adamw", "prompts": ["a", "b"]},
         "note": "a: b",
     }
-    assert settings.location(("optimizer", "name")) == "my.yaml:3"
-    assert settings.location(("optimizer", "lr")) == "argument 'optimizer.lr=1e-4'"
+    assert settings.location(("samples", "name")) == "my.yaml:3"
+    assert settings.location(("samples", "temperature")) == "argument 'samples.temperature=1e-4'"
     assert settings.location(("samples", "prompts", "0")) == "argument 'samples.prompts=[a, b]'"
 
 

@@ -19,10 +19,12 @@ from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "tree"]
 
 COMMON = """
-schedule: {warmup: 2}
+warmup_steps: 2
 precision: fp32
-log_every: 1
-optimizer: {name: muon, lr: 2e-2, weight_decay: 0.0}
+logging_steps: 1
+optim: muon
+learning_rate: 2e-2
+weight_decay: 0.0
 """
 
 

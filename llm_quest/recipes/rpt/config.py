@@ -16,7 +16,6 @@ from llm_quest.recipes.policy_config import PolicyConfig
 from llm_quest.recipes.rpt.demonstrations import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 from llm_quest.recipes.rpt.positions import ENTROPY_THRESHOLDS, TOP_K_ENTROPY
 from llm_quest.recipes.rpt.prefix_match import AnswerFormatReward, PrefixMatchReward
-from llm_quest.recipes.tuning_config import EvalIntervalConfig
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.train.state_dict import derive_seed
 
@@ -30,8 +29,8 @@ class RptDataConfig(TextDataConfig):
         min_length=1,
         description="a task, options after a colon; or builtin, builtin:PARTS, a text or JSONL file, a folder",
     )
-    documents: PositiveInt | None = Field(default=None, description="of a task: how many are drawn; null: 8000")
-    length: PositiveInt | None = Field(
+    num_documents: PositiveInt | None = Field(default=None, description="of a task: how many are drawn; null: 8000")
+    max_document_tokens: PositiveInt | None = Field(
         default=None, description="tokens of a document that are read at once; null: as many as leave room to think"
     )
 
@@ -41,17 +40,17 @@ class RptDataConfig(TextDataConfig):
 
     @property
     def document_count(self) -> int:
-        return self.documents or 8000
+        return self.num_documents or 8000
 
     @model_validator(mode="after")
     def check_source_keys(self) -> RptDataConfig:
         if self.is_task:
             parse_task(self.source)
-        if not self.is_task and self.documents is not None:
+        if not self.is_task and self.num_documents is not None:
             raise ValueError(
-                f"data.documents has no effect on {self.source}, whose documents are what they are: leave out"
+                f"data.num_documents has no effect on {self.source}, whose documents are what they are: leave out"
             )
-        for name in ("column", "separator", "held_out") if self.is_task else ():
+        for name in ("text_column", "separator", "held_out") if self.is_task else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
         return self
@@ -60,64 +59,61 @@ class RptDataConfig(TextDataConfig):
 class PretrainStageConfig(StrictModel):
     """A fresh model learns the text, by its next tokens."""
 
-    steps: PositiveInt = 600
-    rows: PositiveInt = Field(default=64, description="documents in a step")
-    lr: float = Field(default=3e-3, gt=0, le=1)
+    max_steps: PositiveInt = 600
+    batch_size: PositiveInt = Field(default=64, description="documents in a step")
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
 
 
 class ThinkingStageConfig(StrictModel):
     """And in which form to think, from a teacher's thoughts about a few documents. Best stopped where thoughts help now
     and then."""
 
-    steps: PositiveInt = Field(default=600, description="at most")
-    until: float = Field(default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out")
-    examples: PositiveInt = Field(default=400, description="documents that the teacher has thought about")
-    rows: PositiveInt = 48
-    lr: float = Field(default=3e-3, gt=0, le=1)
+    max_steps: PositiveInt = Field(default=600, description="at most")
+    target_accuracy: float = Field(
+        default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
+    )
+    num_examples: PositiveInt = Field(default=400, description="documents that the teacher has thought about")
+    batch_size: PositiveInt = 48
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
 
 
 class RptWarmupConfig(StrictModel):
     """What a fresh model goes through before it can be asked to think."""
 
-    read: PretrainStageConfig = PretrainStageConfig()
-    think: ThinkingStageConfig = ThinkingStageConfig()
+    pretrain: PretrainStageConfig = PretrainStageConfig()
+    sft: ThinkingStageConfig = ThinkingStageConfig()
 
 
 class PositionSelectionConfig(StrictModel):
     """Which places are worth thinking about: where a proxy does not know the next token."""
 
-    proxy: str | None = Field(default=None, description="a model's folder or run; null: the model as it began to think")
-    above: float = Field(
-        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest `top` tokens"
+    proxy_model: str | None = Field(
+        default=None, description="a model's folder or run; null: the model as it began to think"
     )
-    top: int = Field(default=TOP_K_ENTROPY, ge=2)
-    renormalised: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
-    number: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
+    entropy_threshold: float = Field(
+        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest top_k tokens"
+    )
+    top_k: int = Field(default=TOP_K_ENTROPY, ge=2)
+    renormalize: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
+    max_positions: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
 
 
 class PromptConfig(StrictModel):
     """What stands around the text so far; control tokens may be written out (a chat template's). The answer has to
-    have the form <think>...</think><answer>...</answer>, of which `after` may hold the beginning."""
+    have the form <think>...</think><answer>...</answer>, of which `suffix` may hold the beginning."""
 
-    before: str = ""
-    after: str = THINK_OPEN
-    ahead: PositiveInt = Field(default=8, description="true tokens that an answer may foretell")
+    prefix: str = ""
+    suffix: str = THINK_OPEN
+    max_target_tokens: PositiveInt = Field(default=8, description="true tokens that an answer may foretell")
 
     @property
     def opening_tag(self) -> str:
-        return THINK_OPEN if self.after.endswith(THINK_OPEN) else ""
-
-
-class PositionEvalConfig(StrictModel):
-    """Held-out places, by the proxy's entropy."""
-
-    every: NonNegativeInt = Field(default=50, description="steps; 0: only at the end")
-    each: PositiveInt = Field(default=150, description="places of each bucket (trivial, easy, medium, hard)")
+        return THINK_OPEN if self.suffix.endswith(THINK_OPEN) else ""
 
 
 RPT_REWARD_BUILDERS: dict[str, Callable[[RptConfig], Reward]] = {
-    "prefix": lambda config: PrefixMatchReward(config.ask.opening_tag),
-    "format": lambda config: AnswerFormatReward(config.ask.opening_tag),
+    "prefix": lambda config: PrefixMatchReward(config.prompt.opening_tag),
+    "format": lambda config: AnswerFormatReward(config.prompt.opening_tag),
     "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
 }
 
@@ -128,41 +124,37 @@ class RptConfig(PolicyConfig):
     recipe: Literal["rpt"]
     data: RptDataConfig = RptDataConfig()
     model: ModelConfig
-    schooling: RptWarmupConfig | None = Field(default=None, description="for a fresh model, on a task's documents")
-    select: PositionSelectionConfig = PositionSelectionConfig()
-    ask: PromptConfig = PromptConfig()
+    warmup: RptWarmupConfig | None = Field(default=None, description="for a fresh model, on a task's documents")
+    selection: PositionSelectionConfig = PositionSelectionConfig()
+    prompt: PromptConfig = PromptConfig()
     reward: Annotated[str, Choice(RPT_REWARD_BUILDERS)] = Field(
         default="prefix", description="format and random are controls, without which a curve proves nothing"
     )
-    evaluate: PositionEvalConfig = PositionEvalConfig()
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+    eval_positions_per_bucket: PositiveInt = Field(
+        default=150, description="held-out positions of each bucket (trivial, easy, medium, hard)"
+    )
 
     @model_validator(mode="after")
     def check_combination(self) -> RptConfig:
         fresh = self.model.load is None
-        if fresh and (self.schooling is None or not self.data.is_task):
+        if fresh and (self.warmup is None or not self.data.is_task):
             raise ValueError(
                 "a fresh model has not learned to think, and only a task's documents come with thoughts to learn from "
-                "(data.source=registers schooling={}); or give model.load=FOLDER"
+                "(data.source=registers warmup={}); or give model.load=FOLDER"
             )
-        if not fresh and self.schooling is not None:
-            raise ValueError("schooling has no effect on a model that is loaded; leave it out (schooling=null)")
-        if fresh and (self.ask.before or self.ask.after != THINK_OPEN):
+        if not fresh and self.warmup is not None:
+            raise ValueError("warmup has no effect on a model that is loaded; leave it out (warmup=null)")
+        if fresh and (self.prompt.prefix or self.prompt.suffix != THINK_OPEN):
             raise ValueError(
-                "a fresh model is taught to think behind the text alone; leave ask.before and ask.after out"
+                "a fresh model is taught to think behind the text alone; leave prompt.prefix and prompt.suffix out"
             )
         if any(
-            tag in self.ask.after.removesuffix(THINK_OPEN)
+            tag in self.prompt.suffix.removesuffix(THINK_OPEN)
             for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
         ):
-            raise ValueError(f"ask.after may end with {THINK_OPEN} and hold no other tag of the answer's form")
+            raise ValueError(f"prompt.suffix may end with {THINK_OPEN} and hold no other tag of the answer's form")
         return self
-
-
-class DocumentBatchConfig(StrictModel):
-    """Documents of a step."""
-
-    rows: PositiveInt = Field(default=64, description="documents in a step, over all processes")
-    micro_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
 
 
 class RptControlConfig(RunConfig):
@@ -170,9 +162,10 @@ class RptControlConfig(RunConfig):
     took."""
 
     recipe: Literal["rpt_control"]
-    run: str = Field(min_length=1, description="the RPT run: its start, documents, places and FLOPs are taken")
+    rpt_run: str = Field(min_length=1, description="the RPT run: its start, documents, places and FLOPs are taken")
     targets: Literal["all", "selected"] = Field(
         default="all", description="what is learned: every token, or those at the places that RPT thought about"
     )
-    batch: DocumentBatchConfig = DocumentBatchConfig()
-    evaluate: EvalIntervalConfig = EvalIntervalConfig()
+    batch_size: PositiveInt = Field(default=64, description="documents in an optimiser step, over all processes")
+    micro_batch_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")

@@ -1,4 +1,4 @@
-"""`quest train rpt_control run=RUN`: what RPT has to be compared with. Its start goes on with plain next-token training
+"""`quest train rpt_control rpt_run=RUN`: what RPT has to be compared with. Its start goes on with plain next-token training
 on the same documents for as many FLOPs as RPT took, its places searched and its samples drawn included.
 
 A step of n documents of T tokens costs 3 (a T + b T^2) each (`models/flops.py`); the run ends with the first step that
@@ -42,9 +42,9 @@ def train_rpt_control(
     quiet: bool = False, log: LogFn = print,
 ) -> RunOutcome:  # fmt: skip
     """Run the recipe in a folder."""
-    with init_distributed(config, config.batch.rows) as parallel:
+    with init_distributed(config, config.batch_size) as parallel:
         log = log if parallel.is_main_process else lambda text: None
-        rpt, teraflops = load_rpt_run(config.run)
+        rpt, teraflops = load_rpt_run(config.rpt_run)
         chosen = resolve_precision(config.precision, parallel.device).value
         config = config.model_copy(update={"precision": chosen, "compile": config.compile is True})
         config, control_job = build_rpt_control_job(config, settings, rpt, teraflops, out, parallel, log)
@@ -59,7 +59,7 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
     """The RPT run's settings, and what it spent."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
-        raise UsageError(f"run={run} is no run folder; train one first: quest train rpt --out {run}")
+        raise UsageError(f"rpt_run={run} is no run folder; train one first: quest train rpt --out {run}")
     found = load_raw_config(str(folder / "config.yaml"))  # the folder may have the name of a recipe
     if found.tree.get("recipe") != "rpt":
         raise UsageError(f"{run} is a run of the recipe {found.tree.get('recipe')}; give one of rpt")
@@ -80,31 +80,31 @@ def build_rpt_control_job(
     log: LogFn,
 ) -> tuple[RptControlConfig, RptJob]:
     """The config with its steps, which the compute decides; model, documents, objective."""
-    model, tokenizer = load_for_finetuning(StartModelConfig(load=start_model_path(rpt, Path(config.run))))
+    model, tokenizer = load_for_finetuning(StartModelConfig(load=start_model_path(rpt, Path(config.rpt_run))))
     model.to(parallel.device)
     text = load_documents(rpt, tokenizer, model.config.max_position_embeddings, parallel, log)
-    positions = load_positions(Path(config.run), {"documents": text.hash})
+    positions = load_positions(Path(config.rpt_run), {"documents": text.hash})
     if positions is None:
-        raise DataError(f"the places of {config.run} belong to another text than its config names; train it anew")
+        raise DataError(f"the places of {config.rpt_run} belong to another text than its config names; train it anew")
     technique_callbacks = apply_config_techniques(config, model, log)
     loader = documents_loader(config, text, positions, parallel)
     flops_counter = FlopsCallback(loader, measure_flop_cost(model))
     config = set_max_steps(config, settings, flops_counter, teraflops)
-    log(f"compute: {teraflops:.4g} teraflops of RPT are {config.steps:,} steps of {config.batch.rows} documents")
+    log(f"compute: {teraflops:.4g} teraflops of RPT are {config.max_steps:,} steps of {config.batch_size} documents")
     require_matching_run(config, out)
     if parallel.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out / "config.yaml", config_to_yaml(config))
     evaluation = make_position_evaluation(rpt, model, tokenizer, text, positions, parallel)
     evaluator = PositionEvaluator(
-        evaluation, model, config.evaluate.every, out / TABLES_FILE if parallel.is_main_process else None
+        evaluation, model, config.eval_steps, out / TABLES_FILE if parallel.is_main_process else None
     )
 
     def probes(run: RunDir) -> Sequence[Evaluator]:
         evaluator.samples = run.samples if run.is_main_process else None
         return [evaluator]
 
-    facts = {"source": rpt.data.source, **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.run}
+    facts = {"source": rpt.data.source, **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run}
     identity = {"documents": text.hash}
     return config, RptJob(
         TrainingJob(
@@ -124,10 +124,10 @@ def documents_loader(
     numbers = sorted(places)
     return DocumentLoader(
         [text.train[number] for number in numbers],
-        batch_size=config.batch.rows,
+        batch_size=config.batch_size,
         seed=derive_seed(config.seed, "order"),
         target_positions=[places[number] for number in numbers] if config.targets == "selected" else None,
-        max_micro_batch_tokens=config.batch.micro_tokens,
+        max_micro_batch_tokens=config.micro_batch_tokens,
         share=parallel.data_shard,
     )
 
@@ -163,9 +163,9 @@ def set_max_steps(
     steps = 1
     while flops_counter.flops_after(steps) < teraflops * TERA:
         steps += 1
-    if "steps" in settings.tree and config.steps != steps:
+    if "max_steps" in settings.tree and config.max_steps != steps:
         raise UsageError(
-            f"steps follows from what {config.run} spent and is {steps:,}, not {config.steps:,}: leave it out"
+            f"max_steps follows from what {config.rpt_run} spent and is {steps:,}, not {config.max_steps:,}: leave it out"
         )
-    warmup = min(config.schedule.warmup, steps)
-    return config.model_copy(update={"steps": steps, "schedule": config.schedule.model_copy(update={"warmup": warmup})})
+    warmup = min(config.warmup_steps, steps)
+    return config.model_copy(update={"max_steps": steps, "warmup_steps": warmup})

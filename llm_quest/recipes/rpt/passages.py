@@ -76,11 +76,11 @@ def load_documents(
     asking = make_prompt_builder(
         tokenizer,
         [*train, *held],
-        prefix=config.ask.before,
-        suffix=config.ask.after,
-        max_target_tokens=config.ask.ahead,
+        prefix=config.prompt.prefix,
+        suffix=config.prompt.suffix,
+        max_target_tokens=config.prompt.max_target_tokens,
     )
-    length = max_document_length(context, config.rollout.new_tokens, asking, config.data.length)
+    length = max_document_length(context, config.max_new_tokens, asking, config.data.max_document_tokens)
     return RptDocuments(
         split_documents(train, length, tokenizer.start_token_id),
         split_documents(held, length, tokenizer.start_token_id),
@@ -104,16 +104,22 @@ def find_or_load_positions(
     config: RptConfig, proxy: Decoder, cost: float, text: RptDocuments, folder: Path
 ) -> SelectedPositions:
     """From the file where they were kept, or found now. cost: of a forward pass of the proxy over the training text."""
-    key = {"documents": text.hash, "select": config.select.model_dump(mode="json"), "each": config.evaluate.each}
+    key = {
+        "documents": text.hash,
+        "select": config.selection.model_dump(mode="json"),
+        "each": config.eval_positions_per_bucket,
+    }
     if (found := load_positions(folder, key)) is not None:
         return found
-    part, seed = config.select, derive_seed(config.seed, "positions")
-    train, lost = text.prompt_builder.filter_positions(text.train, hard_positions(proxy, text.train, part, part.above))
+    part, seed = config.selection, derive_seed(config.seed, "positions")
+    train, lost = text.prompt_builder.filter_positions(
+        text.train, hard_positions(proxy, text.train, part, part.entropy_threshold)
+    )
     held, _ = text.prompt_builder.filter_positions(
         text.held_out, hard_positions(proxy, text.held_out, part, NO_THRESHOLD)
     )
-    train = train if part.number is None else subsample_positions(train, part.number, seed)
-    held = sample_per_bucket(held, config.evaluate.each, seed)
+    train = train if part.max_positions is None else subsample_positions(train, part.max_positions, seed)
+    held = sample_per_bucket(held, config.eval_positions_per_bucket, seed)
     short = sum(len(ids) < 2 for ids in text.train)
     facts = position_facts(text, train, held, lost, short)
     require_positions(config, train, held, lost, short)
@@ -147,7 +153,7 @@ def hard_positions(
     proxy: Decoder, documents: Documents, selection: PositionSelectionConfig, above: float
 ) -> list[Position]:
     return select_positions(
-        proxy, documents, min_entropy=above, top_k=selection.top, renormalised=selection.renormalised
+        proxy, documents, min_entropy=above, top_k=selection.top_k, renormalised=selection.renormalize
     )
 
 
@@ -168,7 +174,7 @@ def require_positions(
         why += f"; {short:,} documents have nothing to foretell" if short else ""
         raise DataError(
             f"no place in {config.data.source} is left to think about: the proxy finds none harder than "
-            f"{config.select.above:g} nats{why}; lower select.above, or take a smaller proxy or more text"
+            f"{config.selection.entropy_threshold:g} nats{why}; lower selection.entropy_threshold, or take a smaller proxy or more text"
         )
     if not held_out:
         raise DataError(f"nothing of {config.data.source} that was held out can be asked for; add text")

@@ -80,18 +80,18 @@ def build_rpt_job(
     cost = measure_flop_cost(start.model)
     policy, meter = build_rollouts(config, start, text, positions, cost, parallel, log)
     evaluator = PositionEvaluator(
-        make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel), start.model, config.evaluate.every,
+        make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel), start.model, config.eval_steps,
         out / TABLES_FILE if parallel.is_main_process else None,
     )  # fmt: skip
 
     def probes(run: RunDir) -> Sequence[Evaluator]:
         evaluator.samples = run.samples if run.is_main_process else None
-        return [evaluator, RatioRangeEvaluator(policy.objective, config.log_every)]
+        return [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)]
 
     facts = {"source": config.data.source, **positions.facts, "tokenizer_sha256": start.tokenizer.hash}
     job = TrainingJob(
         policy.objective, MeteredRolloutLoader(policy.rollouts, meter), probes, start.tokenizer, facts, {"documents": text.hash},
-        policy.callbacks, watchers=[Diagnostics(config.patience)],
+        policy.callbacks, watchers=[Diagnostics(config.early_stopping_patience)],
     )  # fmt: skip
     return RptJob(job, evaluator)
 
@@ -111,7 +111,9 @@ def build_rollouts(
 ) -> tuple[PolicySetup, FlopsMeter]:
     """Every place once per epoch, in an order of its own. The meter begins with what finding the places cost."""
     ask = partial(position_question, text, found.train, derive_seed(config.seed, "order"))
-    meter = FlopsMeter(cost, num_scorings=(config.kl is not None) + (config.correction is not None), flops=found.flops)
+    meter = FlopsMeter(
+        cost, num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None), flops=found.flops
+    )
     judges = [WeightedReward(config.reward, RPT_REWARD_BUILDERS[config.reward](config))]
     made = build_policy_setup(
         config, start.model, start.tokenizer, ask, judges, parallel, log, on_sampled=meter.count_sampling
@@ -142,5 +144,5 @@ def make_position_evaluation(
     """How held-out places are looked at."""
     writer = policy_sampler(config, model, tokenizer, parallel)
     return NextTokenReasoningEval(
-        text.held_out, found.held_out, text.prompt_builder, writer, PrefixMatchReward(config.ask.opening_tag)
+        text.held_out, found.held_out, text.prompt_builder, writer, PrefixMatchReward(config.prompt.opening_tag)
     )

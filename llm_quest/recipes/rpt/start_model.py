@@ -52,11 +52,11 @@ def init_rpt_models(
         proxy = model
     else:
         model, tokenizer, proxy = train_start_models(config, settings, out, parallel, log)
-    if config.select.proxy is not None:
-        proxy = load(config.select.proxy, dtype="float32", aligned=True)
-        if load_tokenizer(config.select.proxy).hash != tokenizer.hash:
+    if config.selection.proxy_model is not None:
+        proxy = load(config.selection.proxy_model, dtype="float32", aligned=True)
+        if load_tokenizer(config.selection.proxy_model).hash != tokenizer.hash:
             raise UsageError(
-                f"the proxy {config.select.proxy} has another tokenizer than the model: it reads other ids"
+                f"the proxy {config.selection.proxy_model} has another tokenizer than the model: it reads other ids"
             )
     proxy = copy.deepcopy(proxy) if proxy is model else proxy
     return RptStart(model.to(parallel.device), tokenizer, proxy.to(parallel.device).eval())
@@ -66,16 +66,16 @@ def train_start_models(
     config: RptConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
 ) -> tuple[Decoder, Tokenizer, Decoder]:
     """A fresh model that reads and thinks, its tokenizer, and a copy that only reads."""
-    assert config.schooling is not None
-    warmup = config.schooling
+    assert config.warmup is not None
+    warmup = config.warmup
     tokenizer = reasoning_tokenizer(parse_task(config.data.source))
     model = init_model(config.model, settings, tokenizer, config.seed)
     train, _ = split_problems(config.data, config.seed)
     documents = [encode_problem(problem, tokenizer) for problem in train]
-    reading = DocumentLoader(documents, batch_size=warmup.read.rows, seed=derive_seed(config.seed, "reading"))
-    stop_rule = StopRule(warmup.read.steps, warmup.read.lr)
+    reading = DocumentLoader(documents, batch_size=warmup.pretrain.batch_size, seed=derive_seed(config.seed, "reading"))
+    stop_rule = StopRule(warmup.pretrain.max_steps, warmup.pretrain.learning_rate)
     train_until(config, model, tokenizer, reading, stop_rule, out / "base", parallel, log)
-    log(f"read: {warmup.read.steps} steps on {len(documents):,} documents")
+    log(f"read: {warmup.pretrain.max_steps} steps on {len(documents):,} documents")
     proxy = copy.deepcopy(model)
     train_thinking(config, warmup, model, tokenizer, out / "warmup", parallel, log)
     return model, tokenizer, proxy
@@ -93,7 +93,7 @@ def train_thinking(
     """The model sees a teacher think, until that helps it now and then on held-out documents."""
     task, (train, held) = parse_task(config.data.source), split_problems(config.data, config.seed)
     loader = ReasoningLoader(
-        task, train, tokenizer, num_examples=part.think.examples, batch_size=part.think.rows,
+        task, train, tokenizer, num_examples=part.sft.num_examples, batch_size=part.sft.batch_size,
         seed=derive_seed(config.seed, "demonstrations"),
     )  # fmt: skip
     held_out_documents = [encode_problem(problem, tokenizer) for problem in held[:CHECK_PROBLEMS]]
@@ -101,17 +101,17 @@ def train_thinking(
     prompt_builder = make_prompt_builder(
         tokenizer,
         held_out_documents,
-        prefix=config.ask.before,
-        suffix=config.ask.after,
-        max_target_tokens=config.ask.ahead,
+        prefix=config.prompt.prefix,
+        suffix=config.prompt.suffix,
+        max_target_tokens=config.prompt.max_target_tokens,
     )
     questions = [prompt_builder.build_prompt(ids, end) for ids, end in zip(held_out_documents, ends, strict=True)]
-    reward, writer = PrefixMatchReward(config.ask.opening_tag), policy_sampler(config, model, tokenizer, parallel)
+    reward, writer = PrefixMatchReward(config.prompt.opening_tag), policy_sampler(config, model, tokenizer, parallel)
 
     def share() -> float:
         values = [value for group in writer(model, questions, CHECK_SAMPLES, config.seed) for value in reward(group)]
         return sum(values) / len(values)
 
-    stop_rule = StopRule(part.think.steps, part.think.lr, part.think.until, share)
+    stop_rule = StopRule(part.sft.max_steps, part.sft.learning_rate, part.sft.target_accuracy, share)
     step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
     log(f"warm-up: {step} steps on {len(loader.problems)} thoughts; {reached:.0%} of sampled answers are right")

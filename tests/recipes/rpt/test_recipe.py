@@ -29,33 +29,48 @@ pytestmark = pytest.mark.xdist_group("rpt")
 
 RECIPE = """
 recipe: rpt
-data: {source: "registers:longest=2", documents: 400}
-model: {page: llama, sizes: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2,
-  intermediate_size: 64}}
-schooling:
-  read: {steps: 10, rows: 16, lr: 5e-3}
-  think: {steps: 75, rows: 16, until: 0.05, examples: 40, lr: 5e-3}
-select: {above: 1.2}
-rollout: {prompts: 8, group: 4, new_tokens: 24}
-steps: 4
-optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0}
-schedule: {shape: constant, warmup: 0}
-evaluate: {every: 0, each: 12}
-checkpoint: {every: 1, keep: 9}
+data: {source: "registers:longest=2", num_documents: 400}
+model:
+  family: llama
+  config:
+    hidden_size: 32
+    num_hidden_layers: 1
+    num_attention_heads: 2
+    num_key_value_heads: 2
+    intermediate_size: 64
+warmup:
+  pretrain: {max_steps: 10, batch_size: 16, learning_rate: 5e-3}
+  sft: {max_steps: 75, batch_size: 16, target_accuracy: 0.05, num_examples: 40, learning_rate: 5e-3}
+selection: {entropy_threshold: 1.2}
+prompts_per_rollout: 8
+num_generations: 4
+max_new_tokens: 24
+max_steps: 4
+learning_rate: 1e-3
+weight_decay: 0.0
+lr_scheduler_type: constant
+warmup_steps: 0
+eval_steps: 0
+eval_positions_per_bucket: 12
+save_steps: 1
+save_total_limit: 9
 precision: fp32
-log_every: 1
+logging_steps: 1
 """
 
 CONTROL = """
 recipe: rpt_control
-run: null
-batch: {rows: 16}
-optimizer: {name: adamw, lr: 1e-3, weight_decay: 0.0}
-schedule: {shape: constant, warmup: 0}
-evaluate: {every: 0}
-checkpoint: {every: 1, keep: 99}
+rpt_run: null
+batch_size: 16
+learning_rate: 1e-3
+weight_decay: 0.0
+lr_scheduler_type: constant
+warmup_steps: 0
+eval_steps: 0
+save_steps: 1
+save_total_limit: 99
 precision: fp32
-log_every: 1
+logging_steps: 1
 """
 
 
@@ -66,7 +81,7 @@ def started(out: Path, *pairs: str) -> list[str]:
 
 
 def controlled(out: Path, run: Path, *pairs: str) -> list[str]:
-    settings, said = apply_overrides(read_yaml(CONTROL, "control.yaml"), [f"run={run}", *pairs]), []
+    settings, said = apply_overrides(read_yaml(CONTROL, "control.yaml"), [f"rpt_run={run}", *pairs]), []
     train_rpt_control(parse_config(RptControlConfig, settings), settings, out, quiet=True, log=said.append)
     return said
 
@@ -78,7 +93,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def from_(run: Path, *pairs: str) -> list[str]:
-    return ["model=null", f"model.load={run / 'warmup'}", "schooling=null", f"select.proxy={run / 'base'}", *pairs]
+    return [
+        "model=null",
+        f"model.load={run / 'warmup'}",
+        "warmup=null",
+        f"selection.proxy_model={run / 'base'}",
+        *pairs,
+    ]
 
 
 def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[str]]):
@@ -100,7 +121,7 @@ def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[s
 
 
 def test_a_reference_is_paid_for(done: tuple[Path, list[str]], tmp_path: Path):
-    started(tmp_path / "run", *from_(done[0], "kl={beta: 0.1}", "steps=1"))
+    started(tmp_path / "run", *from_(done[0], "kl_coef=0.1", "max_steps=1"))
     first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
     assert first["length"] == other["length"], "the same samples"
     assert other["teraflops"] > first["teraflops"]
@@ -114,7 +135,9 @@ def test_held_out_places_are_hard_and_easy_ones_and_learned_from_are_hard_ones(
     asking = make_prompt_builder(tokenizer, documents, prefix="", suffix="<think>", max_target_tokens=1)
     text = RptDocuments(documents[:6], documents[6:], asking)
     middle = statistics.median(one.entropy for one in select_positions(proxy, documents, min_entropy=-1.0))
-    config = parse_config(RptConfig, apply_overrides(read_yaml(RECIPE, "recipe.yaml"), [f"select.above={middle}"]))
+    config = parse_config(
+        RptConfig, apply_overrides(read_yaml(RECIPE, "recipe.yaml"), [f"selection.entropy_threshold={middle}"])
+    )
     found = find_or_load_positions(config, proxy, 0.0, text, tmp_path)
     assert min(one.entropy for one in found.train) > middle
     assert min(one.entropy for one in found.held_out) < middle < max(one.entropy for one in found.held_out)
@@ -172,7 +195,7 @@ def test_the_control_spends_what_rpt_spent(done: tuple[Path, list[str]], tmp_pat
     assert tables[0]["before"] == tables[1]["before"], "the same start, looked at in the same places"
     before = weights(tmp_path / "run", len(rows))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{len(rows):08d}")
-    controlled(tmp_path / "run", done[0], f"steps={len(rows)}")
+    controlled(tmp_path / "run", done[0], f"max_steps={len(rows)}")
     assert weights(tmp_path / "run", len(rows)) == before
 
 
@@ -186,7 +209,7 @@ def test_a_control_that_learns_the_selected_places_alone(done: tuple[Path, list[
 
 @pytest.mark.parametrize("reward", ["format", "random"])
 def test_controls_of_the_reward(reward: str, done: tuple[Path, list[str]], tmp_path: Path):
-    started(tmp_path / "run", *from_(done[0], f"reward={reward}", "steps=2"))
+    started(tmp_path / "run", *from_(done[0], f"reward={reward}", "max_steps=2"))
     first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
     assert first["length"] == other["length"], "the same samples"
     assert first["reward"] < other["reward"]
@@ -197,8 +220,8 @@ def test_a_text_file_is_read_in_the_models_own_ids(done: tuple[Path, list[str]],
     file = tmp_path / "text.txt"
     lines = [f"a{i % 3}b+{i % 7}c*{i % 5}: {i}" for i in range(60)]
     file.write_text("\n\n".join(lines))
-    source = [f"data.source={file}", "data.documents=null", "data.separator=\n\n", "data.held_out=0.2"]
-    pairs = from_(done[0], *source, "steps=1", "select.above=0", "data.length=9")
+    source = [f"data.source={file}", "data.num_documents=null", "data.separator=\n\n", "data.held_out=0.2"]
+    pairs = from_(done[0], *source, "max_steps=1", "selection.entropy_threshold=0", "data.max_document_tokens=9")
     said = started(tmp_path / "run", *pairs)
     places = json.loads((tmp_path / "run" / "positions.json").read_text())
     assert places["facts"]["train_documents"] > 48, "cut to nine tokens each"
@@ -211,17 +234,17 @@ def test_a_text_file_is_read_in_the_models_own_ids(done: tuple[Path, list[str]],
 @pytest.mark.parametrize(
     ("pairs", "told"),
     [
-        (["schooling=null"], "has not learned to think"),
-        (["data.source=builtin", "data.documents=null"], "only a task's documents"),
-        (["data.source=builtin"], "data.documents has no effect on builtin"),
-        (["model=null", "model.load=x"], "schooling has no effect"),
+        (["warmup=null"], "has not learned to think"),
+        (["data.source=builtin", "data.num_documents=null"], "only a task's documents"),
+        (["data.source=builtin"], "data.num_documents has no effect on builtin"),
+        (["model=null", "model.load=x"], "warmup has no effect"),
         (["data.held_out=0.2"], "data.held_out has no effect on a task"),
-        (["ask.before=Think."], "leave ask.before and ask.after out"),
-        (["model=null", "model.load=x", "schooling=null", "ask.after=<answer>"], "no other tag"),
+        (["prompt.prefix=Think."], "leave prompt.prefix and prompt.suffix out"),
+        (["model=null", "model.load=x", "warmup=null", "prompt.suffix=<answer>"], "no other tag"),
         (["reward=prefx"], "did you mean 'prefix'"),
-        (["select.above=-1"], "select.above"),
-        (["rollout.top_p=0.9"], "another distribution"),
-        (["surrogate.cap=3"], "no effect on grpo"),
+        (["selection.entropy_threshold=-1"], "selection.entropy_threshold"),
+        (["top_p=0.9"], "another distribution"),
+        (["loss_kwargs.cap=3"], "no effect on grpo"),
     ],
 )
 def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str], told: str):
@@ -231,22 +254,22 @@ def test_settings_without_sense_are_refused_before_anything_runs(pairs: list[str
 
 def test_mistakes_that_only_the_run_can_see(done: tuple[Path, list[str]], tmp_path: Path):
     start = from_(done[0])
-    with pytest.raises(DataError, match=r"finds none harder than 9 nats; lower select.above"):
-        started(tmp_path / "a", *start, "select.above=9")
+    with pytest.raises(DataError, match=r"finds none harder than 9 nats; lower selection.entropy_threshold"):
+        started(tmp_path / "a", *start, "selection.entropy_threshold=9")
     with pytest.raises(UsageError, match="context of 128 has no room for any text: 127 new tokens and 1"):
-        started(tmp_path / "b", *start, "rollout.new_tokens=127")
+        started(tmp_path / "b", *start, "max_new_tokens=127")
     with pytest.raises(UsageError, match="no room for texts of 120 tokens"):
-        started(tmp_path / "c", *start, "data.length=120")
+        started(tmp_path / "c", *start, "data.max_document_tokens=120")
     with pytest.raises(UsageError, match="the task registers has no option deepest"):
         started(tmp_path / "d", *start, "data.source=registers:deepest=3")
     (tmp_path / "short.txt").write_text("a")
-    source = [f"data.source={tmp_path / 'short.txt'}", "data.documents=null"]
+    source = [f"data.source={tmp_path / 'short.txt'}", "data.num_documents=null"]
     with pytest.raises(DataError, match="too few"):
         started(tmp_path / "e", *start, *source)
     with pytest.raises(UsageError, match="is no run folder; train one first"):
         controlled(tmp_path / "f", tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"steps follows from what .* spent and is \d+, not 7"):
-        controlled(tmp_path / "g", done[0], "steps=7")
+        controlled(tmp_path / "g", done[0], "max_steps=7")
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "config.yaml").write_text(CONTROL)
     with pytest.raises(UsageError, match="recipe rpt_control; give one of rpt"):
