@@ -111,13 +111,14 @@ def latent(pairs: int) -> None:
     from llm_quest.layers.kv_cache import Cache
     from llm_quest.layers.latent_attention import MultiHeadLatentAttention
     from llm_quest.layers.rotary import RotaryEmbedding
+    from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 
     widths = {
         "num_attention_heads": 16, "q_lora_rank": 512, "kv_lora_rank": 512,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     }  # fmt: skip
     mixer = MultiHeadLatentAttention(
-        1024, **widths, rotary=RotaryEmbedding(64, 1e4, interleaved=True), scale=192**-0.5
+        1024, **widths, rotary=RotaryEmbedding(64, 1e4, interleaved=True), attend=ScaledDotProduct(192**-0.5)
     ).eval()
     init_normal_(mixer, std=0.02, out_std=0.02)
     x, context = torch.randn(1, 4096, 1024), 4096
@@ -137,7 +138,7 @@ def window(pairs: int) -> None:
     """Prefill at T 4096 with a window of 256: blocks of the band against one kernel call under the full mask."""
     q, k, v = attention_inputs()
     full = Scope(torch.arange(4096)[None]).attention_mask(256)
-    from llm_quest.layers.attention import fused_attention
+    from llm_quest.layers.scaled_dot_product import fused_attention
 
     def run(visible: object) -> Callable[[], object]:
         return lambda: fused_attention(q, k, v, visible, scale=0.125)
@@ -163,7 +164,7 @@ def attention_inputs() -> tuple[torch.Tensor, ...]:
 
 def peak_of(form: str) -> None:
     """Extra resident memory of one prefill, mask and all, in a process of its own; prints MB."""
-    from llm_quest.layers.attention import fused_attention
+    from llm_quest.layers.scaled_dot_product import fused_attention
 
     inputs = attention_inputs()
     small = [part[:, :128] for part in inputs]

@@ -40,7 +40,7 @@ from llm_quest.techniques.model_spec import replay_techniques, techniques_from_j
 
 LM_HEAD = "lm_head.weight"
 TECHNIQUES_FILE = "techniques.safetensors"
-FIRST_VERSION_MODULES = {"ffn": "feed_forward", "lookahead": "mtp_modules"}
+FIRST_VERSION_MODULES = {"ffn": "feed_forward", "lookahead": "mtp_modules", "layer.sink": "layer.attend.sink"}
 """Modules that the first version's own files (checkpoints, techniques.safetensors) name differently: theirs -> ours."""
 TensorSource = StoredTensor | Tensor
 
@@ -121,7 +121,10 @@ def read_sources(report: FolderReport, allow_pickle: bool) -> None:
 
 def current_parameter_name(name: str) -> str:
     """The name that this version gives to a parameter of a file that the first version wrote."""
-    return ".".join(FIRST_VERSION_MODULES.get(part, part) for part in name.split("."))
+    path = f".{name}."
+    for old, new in FIRST_VERSION_MODULES.items():
+        path = path.replace(f".{old}.", f".{new}.")
+    return path.strip(".")
 
 
 def read_index(index: Path) -> dict[str, str]:

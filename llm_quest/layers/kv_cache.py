@@ -255,6 +255,14 @@ class KVCache:
         return sum(kept.nbytes for kept in self.tensors.values())
 
 
+def extend_layer_cache(scope: Scope, window: int | None, **new: Tensor) -> tuple[dict[str, Tensor], MaskSpec]:
+    """What this pass's queries may read, and its mask: the new tensors (B,T,...) alone without a cache, else with the
+    tokens of earlier passes."""
+    if scope.layer_cache is None:
+        return new, scope.attention_mask(window)
+    return scope.layer_cache.extend(scope, **new)
+
+
 def allocate_slots(like: Tensor, num_slots: int) -> Tensor:
     """Zeros (B,slots,...) for tensors like this (B,T,...). Keys and values (B,T,G,d) lie in memory head by head: a step
     of decoding then reads each head's slots in one run (twice as fast at batch 32 in bfloat16)."""

@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_quest.layers.attention import AttentionFunction, AttentionInputs, fused_attention, softcap_of
-from llm_quest.layers.kv_cache import KVCache
+from llm_quest.layers.kv_cache import KVCache, extend_layer_cache
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.packed_linear import PackedLinear, require_unwrapped, scale_rows_
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.scope import MaskSpec, Scope
 
 LATENT_NORM_EPS = 1e-6
@@ -45,7 +45,7 @@ class MultiHeadLatentAttention(nn.Module):
         qk_rope_head_dim: int,
         v_head_dim: int,
         rotary: Callable[[Tensor, Scope], Tensor],
-        scale: float,
+        attend: ScaledDotProduct,
         bias: bool = False,
     ):
         super().__init__()
@@ -56,9 +56,7 @@ class MultiHeadLatentAttention(nn.Module):
             qk_rope_head_dim,
             v_head_dim,
         )
-        self.rotary, self.scale = rotary, scale
-        self.attend: AttentionFunction = fused_attention
-        self.observers = nn.ModuleList()
+        self.rotary, self.attend = rotary, attend
         if q_lora_rank is None:
             self.q_down, self.q_norm = nn.Identity(), nn.Identity()
         else:
@@ -79,11 +77,8 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = self.rotary(k_rope[:, :, None], scope)[:, :, 0]
         q_rope = self.rotary(q_rope, scope)
         latent = torch.cat((self.kv_norm(c), k_rope), dim=-1)
-        if scope.layer_cache is None:
-            attention_mask = scope.attention_mask()
-        else:
-            cached, attention_mask = scope.layer_cache.extend(scope, latent=latent)
-            latent = cached["latent"]
+        cached, attention_mask = extend_layer_cache(scope, None, latent=latent)
+        latent = cached["latent"]
         attend_form = (
             self.attend_absorbed if self.is_absorbed_cheaper(q.shape[1], latent.shape[1]) else self.attend_expanded
         )
@@ -116,7 +111,7 @@ class MultiHeadLatentAttention(nn.Module):
             .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         )
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.num_attention_heads, -1)), dim=-1)
-        return self.attend_and_observe(torch.cat((q_nope, q_rope), dim=-1), k, v, attention_mask, scope)
+        return self.attend(torch.cat((q_nope, q_rope), dim=-1), k, v, attention_mask, scope)
 
     def attend_absorbed(
         self,
@@ -131,14 +126,8 @@ class MultiHeadLatentAttention(nn.Module):
         W_uk, W_uv = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, W_uk), q_rope), dim=-1)
         k = latent[:, :, None]
-        mixed = self.attend_and_observe(q, k, k[..., : self.kv_lora_rank], attention_mask, scope)
+        mixed = self.attend(q, k, k[..., : self.kv_lora_rank], attention_mask, scope)
         return torch.einsum("bthc,hvc->bthv", mixed, W_uv)
-
-    def attend_and_observe(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: MaskSpec, scope: Scope) -> Tensor:
-        """Attention, under the eyes of the watchers; both forms have the same scores."""
-        for observer in self.observers:
-            observer(AttentionInputs(q, k, attention_mask, self.scale, None, softcap_of(self.attend)), scope)
-        return self.attend(q, k, v, attention_mask, scale=self.scale)
 
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> KVCache:
         """kv_rank + rope numbers per token, for all heads together."""

@@ -63,8 +63,7 @@ def block(config: Config, layer_idx: int) -> Block:
         num_key_value_heads=config.num_attention_heads,
         head_dim=config.hidden_size // config.num_attention_heads,
         rotary=NoRotary(),
-        qkv_bias=True,
-        out_bias=True,
+        bias=True,
     )
     mlp = MLP(config.hidden_size, config.intermediate_size, quick_gelu, bias=True)
     return Block(

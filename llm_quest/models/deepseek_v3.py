@@ -35,6 +35,7 @@ from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding, YaRNScaling, yarn_mscale
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import (
     Family,
@@ -106,7 +107,7 @@ def block(config: Config, layer_idx: int) -> Block:
         qk_rope_head_dim=config.qk_rope_head_dim,
         v_head_dim=config.v_head_dim,
         rotary=config.rotary,
-        scale=config.softmax_scale,
+        attend=ScaledDotProduct(config.softmax_scale),
         bias=config.attention_bias,
     )
     return Block(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_quest.contracts import ModelSpec, Preset
-from llm_quest.layers.attention import GroupedQueryAttention, attention_with_softcap, fused_attention
+from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP, gelu_tanh
@@ -29,6 +29,7 @@ from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
 from llm_quest.layers.rotary import LinearScaling, RotaryEmbedding
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import (
     ConcatRows,
@@ -84,10 +85,7 @@ def block(config: Config, layer_idx: int) -> Block:
         sliding_window=window,
         q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None,
         k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else None,
-        scale=config.query_pre_attn_scalar**-0.5,
-        attend=fused_attention
-        if config.attn_logit_softcapping is None
-        else attention_with_softcap(config.attn_logit_softcapping),
+        attend=ScaledDotProduct(config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping),
     )
     mlp = GatedMLP(config.hidden_size, config.intermediate_size, gelu_tanh)
     norm, post_norm, ffn_norm, ffn_post_norm = (

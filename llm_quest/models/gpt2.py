@@ -27,6 +27,7 @@ from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import (
     Family,
@@ -58,15 +59,15 @@ class Config:
 
 def block(config: Config, layer_idx: int) -> Block:
     """One layer: multi-head attention, then the MLP."""
+    head_dim = config.hidden_size // config.num_attention_heads
     attention = GroupedQueryAttention(
         config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         rotary=NoRotary(),
-        qkv_bias=True,
-        out_bias=True,
-        dropout=config.dropout,
+        bias=True,
+        attend=ScaledDotProduct(head_dim**-0.5, dropout=config.dropout),
     )
     mlp = MLP(config.hidden_size, config.intermediate_size, gelu_tanh, bias=True)
     return Block(

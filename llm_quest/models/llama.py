@@ -71,8 +71,7 @@ def block(config: Config, layer_idx: int) -> Block:
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         rotary=config.rotary,
-        qkv_bias=config.attention_bias,
-        out_bias=config.attention_bias,
+        bias=config.attention_bias,
     )
     mlp = GatedMLP(config.hidden_size, config.intermediate_size, F.silu, bias=config.mlp_bias)
     return Block(

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,11 +28,14 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.initialize import init_depth_scaled_
+from llm_quest.layers.linear import Linear
 from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import RMSNorm
+from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import (
     ConcatRows,
@@ -111,18 +115,24 @@ def block(config: Config, layer_idx: int) -> Block:
 
 
 def attention(config: Config, sliding_window: int | None) -> GroupedQueryAttention:
-    """Global or windowed."""
-    return GroupedQueryAttention(
+    """Global or windowed; values are narrower than keys, and scaled."""
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads if sliding_window is None else config.swa_num_key_value_heads
+    sink = None if sliding_window is None else nn.Parameter(torch.zeros(heads))
+    attention = GroupedQueryAttention(
         config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads if sliding_window is None else config.swa_num_key_value_heads,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=config.head_dim,
-        v_head_dim=config.v_head_dim,
         rotary=config.rotary if sliding_window is None else config.swa_rotary,
         sliding_window=sliding_window,
-        v_norm=ConstantScale(config.attention_value_scale),
-        use_sinks=sliding_window is not None,
+        attend=ScaledDotProduct(config.head_dim**-0.5, sink=sink),
     )
+    q_rows, k_rows, v_rows = heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.v_head_dim
+    attention.qkv = PackedLinear(config.hidden_size, q=q_rows, k=k_rows, v=v_rows)
+    attention.v_norm = ConstantScale(config.attention_value_scale)
+    attention.out = Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
+    return attention
 
 
 def feed_forward(config: Config, layer_idx: int) -> nn.Module:
@@ -186,7 +196,7 @@ def names(config: Config) -> WeightMap:
     }
     if not config.tie_word_embeddings:
         table["head.weight"] = "lm_head.weight"
-    sinks = {"blocks.{i}.mixer.layer.sink": f"{layer}self_attn.attention_sink_bias"}
+    sinks = {"blocks.{i}.mixer.layer.attend.sink": f"{layer}self_attn.attention_sink_bias"}
     ffn, mlp = "blocks.{i}.feed_forward.layer.", f"{layer}mlp."
     bias = {f"{ffn}router.bias": f"{mlp}gate.e_score_correction_bias"}
     dense, sparse = swiglu_names(ffn, mlp), expert_names(ffn, mlp, config.n_routed_experts) | bias
@@ -207,7 +217,7 @@ def mtp_names() -> dict[str, PublishedWeight]:
         f"{ours}join.weight": f"{theirs}eh_proj.weight",
         f"{attention}qkv.weight": ConcatRows(*(f"{theirs}self_attn.{part}_proj.weight" for part in "qkv")),
         f"{attention}out.weight": f"{theirs}self_attn.o_proj.weight",
-        f"{attention}sink": f"{theirs}self_attn.attention_sink_bias",
+        f"{attention}attend.sink": f"{theirs}self_attn.attention_sink_bias",
         **dense,
     }
 

@@ -84,8 +84,7 @@ def block(config: Config, layer_idx: int) -> Block:
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         rotary=config.rotary,
-        qkv_bias=config.attention_bias,
-        out_bias=config.attention_bias,
+        bias=config.attention_bias,
         q_norm=RMSNorm(config.head_dim, config.rms_norm_eps),
         k_norm=RMSNorm(config.head_dim, config.rms_norm_eps),
     )

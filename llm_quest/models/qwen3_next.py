@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import ModelSpec, Preset
-from llm_quest.layers.attention import GroupedQueryAttention
+from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
 from llm_quest.layers.embedding import TokenEmbedding
@@ -28,6 +28,7 @@ from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
+from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import (
@@ -105,16 +106,7 @@ def block(config: Config, layer_idx: int) -> Block:
 def mixer(config: Config, layer_idx: int) -> nn.Module:
     """What moves information between positions in this layer."""
     if config.full_attention_layers[layer_idx]:
-        return GroupedQueryAttention(
-            config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rotary=config.rotary,
-            q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
-            k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
-            output_gate=True,
-        )
+        return gated_attention(config)
     delta_net = config.delta_net
     return GatedDeltaNet(
         config.hidden_size,
@@ -126,6 +118,23 @@ def mixer(config: Config, layer_idx: int) -> nn.Module:
         eps=config.rms_norm_eps,
         inputs=InterleavedProjection if delta_net.interleaved else FlatProjection,
     )
+
+
+def gated_attention(config: Config) -> GroupedQueryAttention:
+    """Grouped-query attention whose output is gated; the gate is projected with the query."""
+    attention = GroupedQueryAttention(
+        config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rotary=config.rotary,
+        q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
+        k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
+    )
+    q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention.qkv = PackedLinear(config.hidden_size, q=2 * q_rows, k=kv_rows, v=kv_rows)
+    attention.output_gate = SigmoidOutputGate()
+    return attention
 
 
 def feed_forward(config: Config) -> nn.Module:

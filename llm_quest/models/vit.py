@@ -27,9 +27,11 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP
 from llm_quest.layers.initialize import init_depth_scaled_
+from llm_quest.layers.linear import Linear
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.patch_embedding import ImageEmbedding, interpolate_pos_encoding
 from llm_quest.layers.rotary import NoRotary
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.family import ConcatRows, Family, Reshaped, WeightMap, expand_layers, require_field, require_value
 from llm_quest.models.image_encoder import ImageEncoder
 
@@ -65,16 +67,17 @@ class Config:
 
 def block(config: Config, layer_idx: int) -> Block:
     """One layer: multi-head attention to everybody, then the MLP."""
+    head_dim = config.hidden_size // config.num_attention_heads
     attention = GroupedQueryAttention(
         config.hidden_size,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         rotary=NoRotary(),
-        qkv_bias=config.qkv_bias,
-        out_bias=True,
-        dropout=config.hidden_dropout_prob,
+        bias=config.qkv_bias,
+        attend=ScaledDotProduct(head_dim**-0.5, dropout=config.hidden_dropout_prob),
     )
+    attention.out = Linear(config.hidden_size, config.hidden_size)
     return Block(
         mixer=Sublayer(
             LayerNorm(config.hidden_size, config.layer_norm_eps), attention, dropout=config.hidden_dropout_prob

@@ -1,19 +1,17 @@
-"""Attention taps: chosen layers leave their attention weights in the pass's records, for whoever asked
-(`Scope(..., records={})`), and no logit moves. The weights are worked out a second time, explicitly, since the fused
-kernel does not give them away; they carry gradients."""
+"""Attention taps: chosen layers record their attention weights in `Scope(..., records={})`, and no logit changes. The
+weights are computed a second time, explicitly, since the fused kernel does not return them; they carry gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.attention import AttentionInputs, attention_weights
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.scope import Scope
 from llm_quest.techniques.attention_layers import Attention
 from llm_quest.techniques.model_spec import Model, require_decoder
 
@@ -21,7 +19,7 @@ RECORD_NAME = "attention"
 
 
 class TappedAttention(NamedTuple):
-    """What a tap leaves in the records under "attention": which layer, and weights (B,H,T,S)."""
+    """What a tap records under "attention": the layer and its weights (B,H,T,S)."""
 
     layer: int
     weights: Float[Tensor, "B H T S"]
@@ -29,7 +27,7 @@ class TappedAttention(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionTaps:
-    """layers: which, from 0, or from -1 backwards."""
+    """layers: which layers to record, counted from 0, or backwards from -1."""
 
     layers: tuple[int, ...] = (-1,)
     is_identity_at_init: ClassVar[bool] = True
@@ -45,23 +43,21 @@ class AttentionTaps:
             mixer = model.blocks[layer].mixer.layer
             if not isinstance(mixer, Attention):
                 raise UsageError(f"layer {layer} has no attention weights to tap: it is a {type(mixer).__name__}")
-            if any(isinstance(watch, AttentionTapObserver) for watch in mixer.observers):
+            if any(isinstance(module, AttentionTap) for module in mixer.modules()):
                 raise ValueError(f"layer {layer} has a tap already")
-            mixer.observers.append(AttentionTapObserver(layer))
+            mixer.attend.tap = AttentionTap(layer)
+            mixer.attend.register_forward_hook(mixer.attend.tap)
         return model
 
 
-class AttentionTapObserver(nn.Module):
-    """A watch that records."""
+class AttentionTap(nn.Module):
+    """A forward hook on `attend` that records its weights."""
 
     def __init__(self, layer: int):
         super().__init__()
         self.layer = layer
 
-    def forward(self, inputs: AttentionInputs, scope: Scope) -> None:
+    def forward(self, attend: ScaledDotProduct, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, _, attention_mask, scope = inputs
         if scope.records is not None:
-            q, k, visible, scale, sink, cap = inputs
-            scope.record(
-                RECORD_NAME,
-                TappedAttention(self.layer, attention_weights(q, k, visible, scale=scale, sink=sink, softcap=cap)),
-            )
+            scope.record(RECORD_NAME, TappedAttention(self.layer, attend.weights(q, k, attention_mask)))

@@ -51,7 +51,7 @@ class ContextExtension:
         for path, mixer in model.named_modules():
             if mixer in attention_layers(model, self):
                 like: Any = reference.get(path) or next(one for one in reversed(last) if type(one) is type(mixer))
-                mixer.rotary, mixer.scale = like.rotary, like.scale
+                mixer.rotary, mixer.attend.scale = like.rotary, like.attend.scale
         model.spec = replace(model.spec, config=config)
         return record_technique(model, self)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.attention import attention_with_softcap, softcap_of
 from llm_quest.layers.lm_head import LMHead
 from llm_quest.techniques.attention_layers import attention_layers
 from llm_quest.techniques.model_spec import Model, record_technique, require_not_applied
@@ -41,13 +40,12 @@ class SoftCap:
             model.head.softcap = self.final
         if self.attention is not None:
             mixers = attention_layers(model, self)
-            if before := next((cap for mixer in mixers if (cap := softcap_of(mixer.attend)) is not None), None):
+            if before := next((cap for mixer in mixers if (cap := mixer.attend.softcap) is not None), None):
                 raise UsageError(f"the model's scores are capped at {before} already: set attention to null")
             for mixer in mixers:
-                mixer.attend = attention_with_softcap(self.attention)
+                mixer.attend.softcap = self.attention
             warnings.warn(
-                "softcap: attention runs in its explicit form, with every score in memory: the fused kernel knows no "
-                "cap",
+                "softcap: attention runs in its explicit form, with every score in memory: the fused kernel has no cap",
                 stacklevel=2,
             )
         return record_technique(model, self)

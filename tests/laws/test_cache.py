@@ -237,7 +237,7 @@ def test_the_bytes_are_those_of_the_slots_and_the_spare_one(name: str):
     assert cache.nbytes() > 0
     for part, block in zip(cache.layers, model.blocks, strict=True):
         if isinstance(mixer := block.mixer.layer, GroupedQueryAttention):
-            numbers = mixer.num_key_value_heads * (mixer.head_dim + mixer.v_head_dim)
+            numbers = mixer.qkv.parts["k"] + mixer.qkv.parts["v"]
             assert part.nbytes() == 2 * (part.num_slots + 1) * numbers * 8
 
 

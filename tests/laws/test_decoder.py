@@ -21,9 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import llm_quest as quest
 from llm_quest.data.batch import TokenBatch
-from llm_quest.layers.attention import GroupedQueryAttention, explicit_attention, fused_attention
 from llm_quest.layers.delta_net import GatedDeltaNet
-from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct, explicit_attention
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
@@ -322,8 +321,8 @@ def test_activation_checkpointing_repeats_the_same_dropout():
 def test_fused_attention_equals_the_explicit_definition(name: str):
     fused, explicit = shared(name), own(name)
     for mixer in explicit.modules():
-        if isinstance(mixer, GroupedQueryAttention | MultiHeadLatentAttention) and mixer.attend is fused_attention:
-            mixer.attend = explicit_attention
+        if isinstance(mixer, ScaledDotProduct):
+            mixer.implementation = explicit_attention
     tokens = random_tokens(fused, 3, 17)
     torch.testing.assert_close(fused(tokens), explicit(tokens), **EXACT)
     torch.testing.assert_close(fused(tokens), in_chunks(explicit, tokens, (7, 1, 1, 8)), **EXACT)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.layers.attention import AttentionFunction, GroupedQueryAttention, explicit_attention, fused_attention
+from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
+from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import NoRotary, RotaryEmbedding
+from llm_quest.layers.scaled_dot_product import AttentionFunction, ScaledDotProduct, explicit_attention, fused_attention
 from llm_quest.scope import CausalMask, Scope, SlidingWindow
 
 both = pytest.mark.parametrize("attend", [explicit_attention, fused_attention], ids=["explicit", "fused"])
@@ -91,13 +93,14 @@ def test_a_sink_takes_weight_and_brings_nothing(length: int, generator: torch.Ge
         torch.testing.assert_close(attend(q, k, v, visible, scale=0.4, sink=sink), expected)
 
 
-def test_a_cap_bounds_the_scores_before_the_mask(generator: torch.Generator):
+@both
+def test_a_cap_bounds_the_scores_before_the_mask(attend: AttentionFunction, generator: torch.Generator):
     q, k, v = qkv(generator, 4, 2, 5, keys=5)
     visible = torch.ones(2, 5, 5, dtype=torch.bool).tril()
-    out = explicit_attention(q * 100, k, v, visible, scale=1.0, softcap=0.5)
+    out = attend(q * 100, k, v, visible, scale=1.0, softcap=0.5)
     torch.testing.assert_close(out[:, 0], v[:, 0].repeat_interleave(2, dim=1))
     one_hot = torch.eye(5, dtype=v.dtype)[None, :, None].expand(2, 5, 2, 5)
-    weights = explicit_attention(q * 1e6, k, one_hot, visible, scale=1.0, softcap=0.5)[:, 4]
+    weights = attend(q * 1e6, k, one_hot, visible, scale=1.0, softcap=0.5)[:, 4]
     assert (weights.amax(-1) / weights.amin(-1)).max() < 2.72, "scores of at most 0.5 leave weights within a factor e"
 
 
@@ -124,16 +127,19 @@ def test_explicit_softmax_is_worked_out_in_float32_for_half_types(generator: tor
     assert not torch.equal((powers / powers.sum(-1, keepdim=True))[0, 0], expected), "bfloat16 throughout must differ"
 
 
-def mixer(heads: int, groups: int, **options: object) -> GroupedQueryAttention:
+def mixer(heads: int, groups: int, gated: bool = False, **options: object) -> GroupedQueryAttention:
     layer = GroupedQueryAttention(
         12,
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=4,
         rotary=RotaryEmbedding(4, 100.0),
-        qkv_bias=True,
+        bias=True,
         **options,
     )
+    if gated:
+        layer.qkv = PackedLinear(12, q=heads * 8, k=groups * 4, v=groups * 4, bias=True)
+        layer.output_gate = SigmoidOutputGate()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(
@@ -146,13 +152,14 @@ def logits_of(layer: GroupedQueryAttention, x: Tensor) -> Tensor:
     """(B,T,H,T) scaled scores, caught where attention is called."""
     caught = []
 
-    def catch(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | CausalMask, *, scale: float, **rest: object) -> Tensor:
+    def catch(attend: ScaledDotProduct, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        q, k = inputs[:2]
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-        caught.append(torch.einsum("bthd,bshd->bths", q, k) * scale)
-        return q
+        caught.append(torch.einsum("bthd,bshd->bths", q, k) * attend.scale)
 
-    layer.attend = catch
+    handle = layer.attend.register_forward_hook(catch)
     layer(x, Scope.unpadded(x[..., 0]))
+    handle.remove()
     return caught[0]
 
 
@@ -190,7 +197,7 @@ def test_values_are_not_rotated_and_keys_are(generator: torch.Generator):
 
 
 def test_dropout_acts_in_training_only(generator: torch.Generator):
-    layer = mixer(2, 2, dropout=0.5)
+    layer = mixer(2, 2, attend=ScaledDotProduct(0.5, dropout=0.5))
     x = torch.randn(1, 6, 12, generator=generator, dtype=torch.float64)
     scope = Scope.unpadded(x[..., 0])
     assert not torch.equal(layer.train()(x, scope), layer(x, scope))
@@ -200,7 +207,7 @@ def test_dropout_acts_in_training_only(generator: torch.Generator):
 @pytest.mark.parametrize("kind", ["causal", "window", "all", "padded"])
 @pytest.mark.parametrize("wanted", [1, 3])
 def test_the_first_positions_alone_are_answered_as_among_all(kind: str, wanted: int, generator: torch.Generator):
-    layer = mixer(6, 2, output_gate=True, sliding_window=2 if kind == "window" else None)
+    layer = mixer(6, 2, gated=True, sliding_window=2 if kind == "window" else None)
     x = torch.randn(2, 5, 12, generator=generator).double()
     positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, -1, 2, 3]])
     scope = Scope(positions, bidirectional=True) if kind == "padded" else Scope.unpadded(x, bidirectional=kind == "all")

@@ -4,10 +4,10 @@ logits."""
 import pytest
 import torch
 
-from llm_quest.layers.attention import explicit_attention
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.scope import Scope
 
 
@@ -22,7 +22,7 @@ def layer(q_rank=12) -> MultiHeadLatentAttention:
         qk_rope_head_dim=4,
         v_head_dim=5,
         rotary=RotaryEmbedding(4, 10_000.0, interleaved=True),
-        scale=0.3,
+        attend=ScaledDotProduct(0.3),
     ).double()
     with torch.no_grad():
         for norm in (made.kv_norm, made.q_norm):
@@ -51,7 +51,7 @@ def test_absorbing_pays_for_one_query_and_a_long_memory_and_not_for_a_prefill():
         qk_rope_head_dim=64,
         v_head_dim=128,
         rotary=RotaryEmbedding(64, 1e4),
-        scale=1.0,
+        attend=ScaledDotProduct(1.0),
     )
     assert mixer.is_absorbed_cheaper(1, 4096)
     assert not mixer.is_absorbed_cheaper(4096, 4096)
@@ -72,11 +72,11 @@ def test_rescaling_multiplies_each_heads_logits_and_leaves_the_shared_key(q_rank
     mixer, x = layer(q_rank), torch.randn(1, 6, 32, dtype=torch.float64)
     seen = []
 
-    def spy(q, k, v, visible, **options):
+    def spy(attend, inputs, output):
+        q, k = inputs[:2]
         seen.append(torch.einsum("bthd,bshd->bhts", q, k.expand(-1, -1, q.shape[2], -1)))
-        return explicit_attention(q, k, v, visible, **options)
 
-    mixer.attend = spy
+    mixer.attend.register_forward_hook(spy)
     mixer.is_absorbed_cheaper = lambda queries, keys: False
     shared = mixer.kv_down.weight.clone()
     mixer(x, Scope.unpadded(x[..., 0]))

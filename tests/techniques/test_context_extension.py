@@ -88,8 +88,8 @@ def test_what_is_computed():
     torch.testing.assert_close(expected[-1], default_inv_freq(16, 10_000.0)[-1] / 4)
     deep = ContextExtension(4.0)(mla())
     assert deep.config.rotary.scaling.attention_factor == 1.0, "the temperature is on the whole score"
-    assert deep.blocks[0].mixer.layer.scale == deep.config.softmax_scale > mla().config.softmax_scale
-    assert deep.mtp_modules[0].block.mixer.layer.scale == deep.config.softmax_scale
+    assert deep.blocks[0].mixer.layer.attend.scale == deep.config.softmax_scale > mla().config.softmax_scale
+    assert deep.mtp_modules[0].block.mixer.layer.attend.scale == deep.config.softmax_scale
 
 
 def test_every_page_with_learned_positions_or_a_stretch_refuses():

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from llm_quest.contracts import ModelSpec
 from llm_quest.data.batch import TokenBatch
 from llm_quest.errors import UsageError
-from llm_quest.layers.attention import AttentionInputs, GroupedQueryAttention, explicit_attention
+from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.layers.norm import RMSNorm
+from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct, explicit_attention
 from llm_quest.models.build import build
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.scope import CausalMask, Scope, SlidingWindow
-from llm_quest.techniques.qk_clip import MaxLogitObserver, QKClip, max_attention_logits
+from llm_quest.scope import CausalMask, MaskSpec, Scope, SlidingWindow
+from llm_quest.techniques.qk_clip import MaxLogitMeter, QKClip, max_attention_logits
 
 TAU = 0.5
 
@@ -41,6 +43,20 @@ def grouped(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
     return GroupedQueryAttention(24, **(sizes | more)).to(dtype)
 
 
+def gated(heads: int, groups: int, dtype: torch.dtype) -> nn.Module:
+    mixer = grouped(heads, groups, dtype, bias=True)
+    mixer.qkv = PackedLinear(24, q=heads * 16, k=groups * 8, v=groups * 8, bias=True).to(dtype)
+    mixer.output_gate = SigmoidOutputGate()
+    return mixer
+
+
+def narrow_values(heads: int, groups: int, dtype: torch.dtype, **more) -> nn.Module:
+    mixer = grouped(heads, groups, dtype, **more)
+    mixer.qkv = PackedLinear(24, q=heads * 8, k=groups * 8, v=groups * 5).to(dtype)
+    mixer.out = nn.Linear(heads * 5, 24, bias=False).to(dtype)
+    return mixer
+
+
 def latent(q_rank: int | None, dtype: torch.dtype) -> nn.Module:
     sizes = {
         "num_attention_heads": 4,
@@ -50,14 +66,16 @@ def latent(q_rank: int | None, dtype: torch.dtype) -> nn.Module:
         "qk_rope_head_dim": 4,
         "v_head_dim": 5,
     }
-    return MultiHeadLatentAttention(24, **sizes, rotary=RotaryEmbedding(4, 10_000.0), scale=0.3, bias=True).to(dtype)
+    return MultiHeadLatentAttention(
+        24, **sizes, rotary=RotaryEmbedding(4, 10_000.0), attend=ScaledDotProduct(0.3), bias=True
+    ).to(dtype)
 
 
 MIXERS = {
     "MHA": lambda dtype: grouped(4, 4, dtype),
-    "MHA with biases": lambda dtype: grouped(4, 4, dtype, qkv_bias=True),
-    "GQA, gated, biases": lambda dtype: grouped(6, 2, dtype, qkv_bias=True, output_gate=True),
-    "MQA, window": lambda dtype: grouped(4, 1, dtype, sliding_window=3, v_head_dim=5),
+    "MHA with biases": lambda dtype: grouped(4, 4, dtype, bias=True),
+    "GQA, gated, biases": lambda dtype: gated(6, 2, dtype),
+    "MQA, window": lambda dtype: narrow_values(4, 1, dtype, sliding_window=3),
     "MLA": lambda dtype: latent(10, dtype),
     "MLA without q_rank": lambda dtype: latent(None, dtype),
 }
@@ -86,7 +104,7 @@ def one(name: str, dtype: torch.dtype = torch.float64) -> tuple[One, Tensor]:
 def measured(model: One, x: Tensor) -> Tensor:
     """S of a training pass, taken away."""
     model.mixer(x, Scope.unpadded(x[..., 0]))
-    return model.mixer.observers[0].take()
+    return model.mixer.attend.max_logits.take()
 
 
 def clipped(model: One, x: Tensor, clip: QKClip) -> Tensor:
@@ -137,8 +155,7 @@ def test_heads_below_tau_and_all_values_stay_bit_by_bit(name: str):
     clip = QKClip(TAU)
     clip(model)
     heads: list[Tensor] = []
-    attend = model.mixer.attend
-    model.mixer.attend = lambda *args, **options: heads.append(attend(*args, **options)) or heads[-1]
+    model.mixer.attend.register_forward_hook(lambda attend, inputs, output: heads.append(output))
     before = measured(model, x)
     clipped(model, x, clip)
     stays = (before <= TAU).nonzero()[:, 0].tolist()
@@ -171,13 +188,13 @@ def test_mlas_shared_rotary_key_stays():
     assert moved == ["mixer.q_up.weight", "mixer.kv_up.weight"]
 
 
-def by_definition(meeting: AttentionInputs, scope: Scope) -> Tensor:
-    q, k = meeting.q, meeting.k.repeat_interleave(meeting.q.shape[2] // meeting.k.shape[2], dim=2)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * meeting.scale
+def by_definition(q: Tensor, k: Tensor, attention_mask: MaskSpec, scope: Scope) -> Tensor:
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k)
     seen = scope.build_mask(
-        scope.position_ids, scope.segment_ids, 5 if isinstance(meeting.attention_mask, SlidingWindow) else None
+        scope.position_ids, scope.segment_ids, 5 if isinstance(attention_mask, SlidingWindow) else None
     )
-    seen = torch.ones_like(seen) if meeting.attention_mask is CausalMask.FULL else seen
+    seen = torch.ones_like(seen) if attention_mask is CausalMask.FULL else seen
     real = (scope.position_ids >= 0)[:, None, :, None]
     return scores.masked_fill(~(seen[:, None] & real), float("-inf")).amax(dim=(0, 2, 3))
 
@@ -196,8 +213,7 @@ def test_only_visible_keys_of_real_queries_count(kind: str, generator):
         q[0, :9] *= 50
         scope = Scope(places, segment_ids=torch.arange(150).expand(3, -1) // 40)
         visible = scope.attention_mask()
-    meeting = AttentionInputs(q, k, visible, 0.4, None, None)
-    torch.testing.assert_close(max_attention_logits(meeting, scope, False), by_definition(meeting, scope))
+    torch.testing.assert_close(max_attention_logits(q, k, visible, scope, False), by_definition(q, k, visible, scope))
 
 
 def test_negative_logits_clip_nothing_and_bring_no_nan():
@@ -208,7 +224,7 @@ def test_negative_logits_clip_nothing_and_bring_no_nan():
 def test_measured_in_training_only_in_both_forms_and_over_micro_batches():
     model = build("gpt2-tiny").double()
     QKClip()(model)
-    watches = [block.mixer.layer.observers[0] for block in model.blocks]
+    watches = [block.mixer.layer.attend.max_logits for block in model.blocks]
     tokens = [torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     model(tokens[0])
     assert all(watch.max_logits is None for watch in watches)
@@ -223,7 +239,7 @@ def test_measured_in_training_only_in_both_forms_and_over_micro_batches():
     for i, seen in enumerate(both):
         assert torch.equal(seen, torch.maximum(alone[0][i], alone[1][i]))
     for block in model.blocks:
-        block.mixer.layer.attend = explicit_attention
+        block.mixer.layer.attend.implementation = explicit_attention
     model(tokens[0])
     for i, watch in enumerate(watches):
         torch.testing.assert_close(watch.take(), alone[0][i])
@@ -272,4 +288,4 @@ def test_a_watch_is_no_parameter():
     model = build("gpt2-tiny")
     names = list(model.state_dict())
     assert list(QKClip()(model).state_dict()) == names
-    assert sum(isinstance(module, MaxLogitObserver) for module in model.modules()) == 2
+    assert sum(isinstance(module, MaxLogitMeter) for module in model.modules()) == 2

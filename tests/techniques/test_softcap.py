@@ -35,7 +35,7 @@ def test_capped_on_a_gemma_without_caps_it_is_gemma_2():
 
 
 def test_the_reason_for_the_slower_form_is_printed():
-    with pytest.warns(UserWarning, match="the fused kernel knows no cap"):
+    with pytest.warns(UserWarning, match="the fused kernel has no cap"):
         SoftCap()(build("gpt2-tiny"))
 
 

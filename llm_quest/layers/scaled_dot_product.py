@@ -1,0 +1,225 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1): softmax(q k^T * scale) v.
+
+`explicit_attention` is the definition; `fused_attention` computes the same through PyTorch's kernel; a law holds them
+equal. `ScaledDotProduct` is the module that mixers call. Its scale, dropout, soft cap and sinks are its attributes, and
+forward hooks on it see the queries and keys of every pass (QK-Clip, attention taps).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_quest.scope import CausalMask, MaskSpec, Scope, SlidingWindow
+
+AttentionMask = Bool[Tensor, "B T S"] | CausalMask | SlidingWindow
+
+
+class AttentionFunction(Protocol):
+    """q (B,T,H,d), k (B,S,G,d), v (B,S,G,dv), a mask -> (B,T,H,dv)."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: MaskSpec,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        sink: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> Tensor: ...
+
+
+def explicit_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B S G d"],
+    v: Float[Tensor, "B S G dv"],
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "B T H dv"]:
+    """softmax(q k^T * scale) v over the visible keys: the definition. Keeps every score in memory."""
+    weights = attention_weights(q, k, attention_mask, scale=scale, sink=sink, softcap=softcap).to(v.dtype)
+    weights = F.dropout(weights, dropout, training=dropout > 0)
+    return torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(q.shape[2] // k.shape[2], dim=2))
+
+
+def attention_weights(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B S G d"],
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    sink: Float[Tensor, " H"] | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """Attention weights, softmax(q k^T * scale), computed in at least float32.
+
+    softcap: scores become cap * tanh(score / cap) *before* the mask (Gemma 2; after it, a masked key would score -cap
+    instead of -inf). sink: one more logit per head, which takes weight and has no value (gpt-oss, MiMo)."""
+    k_BSHd = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k_BSHd) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not CausalMask.FULL:
+        scores = scores.masked_fill(~dense_mask(attention_mask, q, k)[:, None], float("-inf"))
+    if sink is not None:
+        sink_column = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink_column), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., : k.shape[1]]
+
+
+def dense_mask(attention_mask: AttentionMask, q: Tensor, k: Tensor) -> Bool[Tensor, "batch T S"]:
+    """The mask as a tensor."""
+    if isinstance(attention_mask, Tensor):
+        return attention_mask
+    allowed = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    allowed = allowed if attention_mask is CausalMask.FULL else allowed.tril()
+    return allowed.triu(1 - attention_mask.window) if isinstance(attention_mask, SlidingWindow) else allowed
+
+
+def fused_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B S G d"],
+    v: Float[Tensor, "B S G dv"],
+    attention_mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "B T H dv"]:
+    """The same through PyTorch's fused kernel, which does not keep the scores. For a single query, the heads of a group
+    are the rows of one product, so that k is read once. The kernel has no soft cap: with one, the explicit form runs.
+    It has no sink: `sink_attention`."""
+    if softcap is not None:
+        return explicit_attention(q, k, v, attention_mask, scale=scale, dropout=dropout, sink=sink, softcap=softcap)
+    if isinstance(attention_mask, SlidingWindow):
+        return sliding_window_attention(q, k, v, attention_mask.window, scale=scale, dropout=dropout, sink=sink)
+    if sink is not None:
+        return sink_attention(q, k, v, attention_mask, sink, scale=scale, dropout=dropout)
+    batch_size, length, num_attention_heads, head_dim = q.shape
+    num_key_value_heads = k.shape[2]
+    k_BGSd, v_BGSd = k.transpose(1, 2), v.transpose(1, 2)
+    mask = None if isinstance(attention_mask, CausalMask) else attention_mask[:, None]
+    if length == 1:
+        q_BGrd = q.reshape(batch_size, num_key_value_heads, num_attention_heads // num_key_value_heads, head_dim)
+        out = F.scaled_dot_product_attention(q_BGrd, k_BGSd, v_BGSd, attn_mask=mask, dropout_p=dropout, scale=scale)
+        return out.reshape(batch_size, 1, num_attention_heads, -1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k_BGSd,
+        v_BGSd,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=attention_mask is CausalMask.CAUSAL,
+        scale=scale,
+        enable_gqa=num_key_value_heads != num_attention_heads,
+    )
+    return out.transpose(1, 2)
+
+
+def sliding_window_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B T G d"],
+    v: Float[Tensor, "B T G dv"],
+    window: int,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
+) -> Float[Tensor, "B T H dv"]:
+    """Blocks of as many queries as the window is long, each with the keys that it can see: 2 x window scores per query
+    instead of T."""
+    block_size, length, outputs = max(window, 64), q.shape[1], []
+    for start in range(0, length, block_size):
+        stop, first = min(start + block_size, length), max(0, start - window + 1)
+        offset = start - first
+        allowed = torch.ones(stop - start, stop - first, dtype=torch.bool, device=q.device)
+        allowed = allowed.tril(offset).triu(offset - window + 1).expand(q.shape[0], -1, -1)
+        block = (q[:, start:stop], k[:, first:stop], v[:, first:stop])
+        outputs.append(fused_attention(*block, allowed, scale=scale, dropout=dropout, sink=sink))
+    return torch.cat(outputs, dim=1)
+
+
+def sink_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B S G d"],
+    v: Float[Tensor, "B S G dv"],
+    attention_mask: AttentionMask,
+    sink: Float[Tensor, " H"],
+    *,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B T H dv"]:
+    """The sink as one more key and value of zeros, whose column in a float mask holds the sink itself."""
+    length, num_attention_heads = q.shape[1:3]
+    keys = k.shape[1]
+    allowed = dense_mask(attention_mask, q, k)
+    mask = q.new_zeros(allowed.shape[0], 1, length, keys).masked_fill(~allowed[:, None], float("-inf"))
+    column = sink.to(q.dtype)[None, :, None, None].expand(mask.shape[0], num_attention_heads, length, 1)
+    mask = torch.cat((mask.expand(-1, num_attention_heads, -1, -1), column), dim=-1)
+    k_BGSd, v_BGSd = (F.pad(part, (0, 0, 0, 0, 0, 1)).transpose(1, 2) for part in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k_BGSd,
+        v_BGSd,
+        attn_mask=mask,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=k.shape[2] != num_attention_heads,
+    )
+    return out.transpose(1, 2)
+
+
+class ScaledDotProduct(nn.Module):
+    """softmax(q k^T * scale) v, as a module. H query heads read G key/value heads: head h reads h // (H/G).
+
+    dropout: of the weights, in training. softcap: scores s become softcap * tanh(s / softcap) (Gemma 2). sink (H): a
+    learned logit per head that takes weight and has no value (MiMo). implementation: `fused_attention`, or
+    `explicit_attention`, the definition."""
+
+    def __init__(
+        self,
+        scale: float,
+        *,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        sink: nn.Parameter | None = None,
+    ):
+        super().__init__()
+        self.scale, self.dropout, self.softcap, self.sink = scale, dropout, softcap, sink
+        self.implementation: AttentionFunction = fused_attention
+
+    def forward(
+        self,
+        q: Float[Tensor, "B T H d"],
+        k: Float[Tensor, "B S G d"],
+        v: Float[Tensor, "B S G dv"],
+        attention_mask: AttentionMask,
+        scope: Scope,
+    ) -> Float[Tensor, "B T H dv"]:
+        """scope: not read here; forward hooks need it (positions of padding, records)."""
+        dropout = self.dropout if self.training else 0.0
+        return self.implementation(
+            q, k, v, attention_mask, scale=self.scale, dropout=dropout, sink=self.sink, softcap=self.softcap
+        )
+
+    def weights(self, q: Tensor, k: Tensor, attention_mask: MaskSpec) -> Float[Tensor, "B H T S"]:
+        """The attention weights of these queries and keys, without dropout."""
+        return attention_weights(q, k, attention_mask, scale=self.scale, sink=self.sink, softcap=self.softcap)
+
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        """A sink starts at 0."""
+        if self.sink is not None:
+            nn.init.zeros_(self.sink)
