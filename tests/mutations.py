@@ -212,7 +212,7 @@ MUTATIONS = (
     Mutation("nobody is told that a step was refused", "train/session.py", "callback.on_step_skipped(self.model)", "pass", "tests/laws/test_callbacks.py"),
     Mutation("a plan takes checkpointed activations for whole ones", "cost/plan_images.py", "kept = profile_step(job.objective, batch, device, bf16).saved_bytes + cost.largest_block_bytes", "pass", "tests/cost/test_plan_images.py -k checkpointed"),
     Mutation("a plan of images forgets its techniques", "cost/plan_images.py", "    apply_techniques(entries, job.model, log)\n", "", "tests/cost/test_plan_images.py -k adapter"),
-    Mutation("a recipe that looks accepts activation_checkpointing and never reads it", "recipes/vision.py", "    if config.gradient_checkpointing:", "    if False:", "tests/recipes/test_vision.py -k checkpointed"),
+    Mutation("a recipe that looks accepts activation_checkpointing and never reads it", "recipes/config_schema.py", "if self.gradient_checkpointing else", "if False else", "tests/recipes/test_vision.py -k checkpointed"),
     # Fine-tuning and preferences (alignment.md, section 2)
     Mutation("what somebody types is read as a control token", "data/chat.py", "self.control_pattern.sub(escape_control, message[\"content\"].replace(ESCAPE_MARK, \"\"))", 'message["content"]', CHAT),
     Mutation("prompt and answer are encoded as one text", "data/chat.py", "for start, upto, is_answer in ((at, begin, False), (begin, end, True)):", "for start, upto, is_answer in ((at, end, True),):", CHAT),

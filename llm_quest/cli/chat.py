@@ -1,4 +1,4 @@
-"""`quest generate` and `quest chat_template`: text that appears while it is made, cleaned before it reaches the
+"""`quest generate` and `quest chat`: text that appears while it is made, cleaned before it reaches the
 terminal."""
 
 from __future__ import annotations

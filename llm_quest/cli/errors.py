@@ -24,8 +24,8 @@ EXIT_INTERRUPTED = 130
 OUT_OF_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "not enough memory")
 OUT_OF_MEMORY_REMEDIES = (
-    "cheapest remedies: fewer rows at once (micro_batch_size=1, the result stays the same),",
-    "activation checkpointing (gradient_checkpointing=true), shorter rows (sequence_length=...)",
+    "cheapest remedies: fewer rows at once (micro_batch_size=1; grpo, iterative and rpt: micro_batch_tokens=512; the",
+    "result stays the same), activation checkpointing (gradient_checkpointing=true), shorter rows",
 )
 
 

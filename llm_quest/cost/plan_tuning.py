@@ -97,7 +97,7 @@ class TuningPlan(ResourceEstimate):
             ("the run", format_duration(self.seconds)),
         ]
         return align_columns(facts) + self.memory_warning(
-            "fewer rows at once (micro_batch_size), or techniques=[checkpointing]"
+            "fewer rows at once (micro_batch_size), or gradient_checkpointing=true"
         )
 
 
@@ -158,7 +158,7 @@ def profile_with_checkpointing(
 ) -> StepProfile:
     """One micro-batch. A checkpointed model keeps what it keeps, and the largest block in full on the way back."""
     cost = profile_step(job.objective, batch, device, bf16)
-    if split_checkpointing(config.techniques, False)[1]:
+    if split_checkpointing(config.techniques, config.gradient_checkpointing)[1]:
         with disable_checkpointing(job.model):
             largest = profile_step(job.objective, batch, device, bf16).largest_block_bytes
         cost = replace(cost, saved_bytes=cost.saved_bytes + largest)

@@ -67,11 +67,11 @@ def render_batch(
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise DataError(
-            f"the chat template did not end within {seconds * 5} s; talk without it (--no-template)"
+            f"the chat template did not end within {seconds * 5} s; talk without it (quest chat --no-template)"
         ) from None
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it used more than its share of time or memory"])[-1]
-        raise DataError(f"the chat template failed: {why[:200]}; talk without it (--no-template)")
+        raise DataError(f"the chat template failed: {why[:200]}; talk without it (quest chat --no-template)")
     return [RenderedChat(text, tuple((a, b) for a, b in spans)) for text, spans in json.loads(done.stdout)]
 
 

@@ -127,6 +127,9 @@ class RunConfig(StrictModel):
     techniques: tuple[TechniqueEntry, ...] = Field(
         default=(), description="edits of the model, in order: names, or {name: lora, rank: 8}"
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute each block again in the backward pass instead of keeping its activations"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="largest gradient norm; null: any"
     )
@@ -162,8 +165,13 @@ class RunConfig(StrictModel):
         return self
 
     @property
+    def all_techniques(self) -> tuple[TechniqueEntry, ...]:
+        """The techniques in the order in which they are applied; `gradient_checkpointing` is one and the last."""
+        return (*self.techniques, {"name": "checkpointing"}) if self.gradient_checkpointing else self.techniques
+
+    @property
     def max_seconds(self) -> float | None:
-        """`max_seconds` in seconds."""
+        """`max_time` in seconds."""
         return (
             None
             if self.max_time is None

@@ -75,8 +75,8 @@ def build_distillation(
         raise UsageError(f"the teacher {where} knows {model.config.vocab_size} tokens, this run has {ids}{remedy}")
     if config.sequence_length > model.config.max_position_embeddings:
         raise UsageError(
-            f"sequence_length {config.sequence_length} is longer than the context of {model.config.max_position_embeddings} of the teacher "
-            f"{where}; shorten the rows, or take another teacher"
+            f"sequence_length {config.sequence_length} is longer than the context of "
+            f"{model.config.max_position_embeddings} of the teacher {where}; shorten the rows, or take another teacher"
         )
     shared_ids = vocab if vocab == model.config.vocab_size else ids
     term = DistillationLoss(
@@ -94,8 +94,8 @@ def require_same_tokenizer(name_or_path: str, tokenizer: Tokenizer, start: str |
     if theirs.hash != tokenizer.hash:
         remedy = f"set tokenizer.load={name_or_path}" if start is None else "go on from a model trained with that one"
         raise UsageError(
-            f"the teacher {name_or_path} has another tokenizer (of {theirs.vocab_size} tokens) than {start or 'this run'} "
-            f"(of {tokenizer.vocab_size}), so its probabilities are of other tokens: {remedy}"
+            f"the teacher {name_or_path} has another tokenizer (of {theirs.vocab_size} tokens) than "
+            f"{start or 'this run'} (of {tokenizer.vocab_size}), so its probabilities are of other tokens: {remedy}"
         )
 
 

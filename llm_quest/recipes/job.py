@@ -150,9 +150,9 @@ def run_job(
 def can_share_prompts(config: RunConfig) -> bool:
     """May rows share a beginning? It is read into a cache, in which a checkpointed block must not file twice, and whose
     shapes a compiled step would follow with ever new graphs."""
-    return config.compile is not True and all(one["name"] != "checkpointing" for one in config.techniques)
+    return config.compile is not True and all(one["name"] != "checkpointing" for one in config.all_techniques)
 
 
 def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn) -> list[Callback]:
     """The recipe's techniques, applied; those that ride along."""
-    return apply_techniques(config.techniques, model, log)
+    return apply_techniques(config.all_techniques, model, log)

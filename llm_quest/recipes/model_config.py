@@ -167,7 +167,8 @@ def relations(plan: Sized) -> Iterator[tuple[str, str]]:
     ):
         yield (
             "hidden_size",
-            f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads {sizes['num_attention_heads']}",
+            f"hidden_size {sizes['hidden_size']} must be a multiple of num_attention_heads "
+            f"{sizes['num_attention_heads']}",
         )
     for key in ("head_dim", "qk_rope_head_dim"):
         if sizes.get(key, 2) % 2:

@@ -153,12 +153,13 @@ class PolicyConfig(RunConfig):
                 "attention_coef has no effect where a rollout is learned from once: the policy does not "
                 "differ from itself; set num_iterations or num_mini_batches to 2 or more, or leave it out"
             )
-        named = {one["name"] for one in self.techniques} & {"taps", "checkpointing"}
+        named = {one["name"] for one in self.all_techniques} & {"taps", "checkpointing"}
         if named:
             raise ValueError(f"attention_coef taps the last layer, which {named.pop()} disturbs: leave one out")
         if self.compile is True:
             raise ValueError(
-                "attention_coef reads what is computed beside the pass, which a compiled pass cannot do: set compile=false"
+                "attention_coef reads what is computed beside the pass, which a compiled pass cannot do: set "
+                "compile=false"
             )
         return self
 

@@ -44,7 +44,6 @@ from llm_quest.recipes.run import (
 from llm_quest.recipes.techniques import apply_techniques
 from llm_quest.recipes.text_data import TextData, load_text_data
 from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.logger import Logger
 from llm_quest.train.loop import train
@@ -100,11 +99,9 @@ def run_pretrain(
     """The recipe itself."""
     text = load_text_data(config.data, config.tokenizer, parallel, log)
     model = init_pretrain_model(config, settings, text)
-    technique_callbacks = apply_techniques(config.techniques, model, log)
+    technique_callbacks = apply_techniques(config.all_techniques, model, log)
     config = resolve_pretrain_config(config, model, parallel, log)
     require_matching_run(config, folder)
-    if config.gradient_checkpointing:
-        model = ActivationCheckpointing()(model)
     distillation_terms = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)
     terms: list[AuxiliaryLoss] = [
         *number_token_terms(config.number_token_loss, text.tokenizer, model),
@@ -153,8 +150,8 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
         model = load(config.model.load, dtype="float32", aligned=True)
         if model.config.vocab_size < text.tokenizer.vocab_size:
             raise UsageError(
-                f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer {text.tokenizer.vocab_size}; "
-                f"set tokenizer.load={config.model.load}"
+                f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer "
+                f"{text.tokenizer.vocab_size}; set tokenizer.load={config.model.load}"
             )
     else:
         numbers = build_model_config(

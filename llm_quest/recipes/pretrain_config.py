@@ -27,9 +27,6 @@ class PretrainConfig(TextBatchedConfig):
     data: TextDataConfig = Field(default_factory=TextDataConfig)
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig
-    gradient_checkpointing: bool = Field(
-        default=False, description="compute each block again in the backward pass instead of keeping its activations"
-    )
     router_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="load-balancing loss of experts (Switch); null: the model's own"
     )

@@ -28,7 +28,6 @@ from llm_quest.recipes.run import (
 )
 from llm_quest.recipes.techniques import apply_techniques
 from llm_quest.recipes.vision_config import VisionConfig
-from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
 from llm_quest.train.loop import train
 from llm_quest.train.lr_schedule import scale_schedule_after
 from llm_quest.train.parallel import DistributedContext
@@ -70,13 +69,11 @@ def run_image_job(
     """The loop over an assembled job, in a run folder."""
     chosen = resolve_precision(config.precision, parallel.device)
     config = config.model_copy(update={"precision": chosen.value})
-    technique_callbacks = apply_techniques(config.techniques, job.model, log)
+    technique_callbacks = apply_techniques(config.all_techniques, job.model, log)
     parameters = count_parameters(job.model)
     log(f"model: {family_of(job.model.config).name}-style, {parameters:,} parameters, on {parallel.device}")
     log(f"precision: {chosen.value} ({chosen.reason}); compiled: {'yes' if config.compile else 'no'}")
     require_matching_run(config, folder)
-    if config.gradient_checkpointing:
-        ActivationCheckpointing()(job.model)
     parallel.parallelize(job.objective, fsdp_blocks(job.model))
     with open_run_dir(config, folder, parallel, job.identity, env, resume) as run:
         if parallel.is_main_process:

@@ -83,9 +83,6 @@ class VisionConfig(BatchedConfig):
     micro_batch_size: PositiveInt | None = Field(default=None, description="images at once on each process; null: all")
 
     compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
-    gradient_checkpointing: bool = Field(
-        default=False, description="compute each block again in the backward pass instead of keeping its activations"
-    )
     eval_steps: NonNegativeInt = Field(default=0, description="steps between evaluations; 0: only at the end")
 
 

@@ -144,7 +144,8 @@ def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor
         loaded: Any = load(config.model.load, dtype="float32", aligned=True)
         if not isinstance(loaded, VisionLanguageModel):
             raise UsageError(
-                f"model.load={config.model.load} is no vision-language model; set vision_tower.load or language_model.load to start from a part"
+                f"model.load={config.model.load} is no vision-language model; set vision_tower.load or "
+                "language_model.load to start from a part"
             )
         return loaded
     tower = load(config.vision_tower.load, dtype="float32", aligned=True) if config.vision_tower.load else None

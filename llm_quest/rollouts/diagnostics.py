@@ -98,8 +98,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "never right",
         never_correct,
         lambda row: (
-            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): nothing tells a better sample from a "
-            "worse one. Fine-tune longer first, take an easier level, or raise num_generations"
+            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): nothing tells a better sample "
+            "from a worse one. Fine-tune longer first, take an easier level, or raise num_generations"
         ),
         fatal=True,
     ),
@@ -107,8 +107,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "always right",
         always_correct,
         lambda row: (
-            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): there is nothing left to learn here. "
-            "Take a harder level"
+            f"every group is all alike (mean reward {metric_value(row, 'reward'):.3g}): there is nothing left to "
+            "learn here. Take a harder level"
         ),
         fatal=True,
     ),
@@ -122,8 +122,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "mostly flat",
         mostly_uniform_groups,
         lambda row: (
-            f"{metric_value(row, 'flat'):.0%} of the groups are all alike and teach nothing: draw until groups are mixed "
-            "(dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
+            f"{metric_value(row, 'flat'):.0%} of the groups are all alike and teach nothing: draw until groups are "
+            "mixed (dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
         ),
     ),
     Symptom(
@@ -135,16 +135,16 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "cut off",
         lambda rows: metric_value(rows[-1], "truncated") > 0.5,
         lambda row: (
-            f"{metric_value(row, 'truncated'):.0%} of the answers do not end within the budget: raise max_new_tokens, or "
-            "fine-tune on answers with their end-of-text token"
+            f"{metric_value(row, 'truncated'):.0%} of the answers do not end within the budget: raise max_new_tokens, "
+            "or fine-tune on answers with their end-of-text token"
         ),
     ),
     Symptom(
         "no chance left",
         lambda rows: metric_value(rows[-1], "entropy") < 0.05,
         lambda row: (
-            f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower learning_rate, raise "
-            "clip.high, or add an entropy bonus"
+            f"the policy hardly varies any more ({metric_value(row, 'entropy'):.3f} nats a token): lower "
+            "learning_rate, raise loss_kwargs.epsilon_high, or add an entropy bonus (entropy_coef)"
         ),
     ),
     Symptom(
@@ -159,15 +159,16 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "far from the reference",
         lambda rows: metric_value(rows[-1], "kl") > 1,
         lambda row: (
-            f"the policy is {metric_value(row, 'kl'):.2f} nats a token from its reference: raise kl_coef or lower the rate"
+            f"the policy is {metric_value(row, 'kl'):.2f} nats a token from its reference: raise kl_coef or lower the "
+            "rate"
         ),
     ),
     Symptom(
         "longer for nothing",
         longer_without_gain,
         lambda row: (
-            f"answers grew to {metric_value(row, 'length'):.0f} tokens and are no better: punish length near the budget "
-            "(overlong_buffer_tokens), or take loss_type=dr_grpo"
+            f"answers grew to {metric_value(row, 'length'):.0f} tokens and are no better: punish length near the "
+            "budget (overlong_buffer_tokens), or take loss_type=dr_grpo"
         ),
     ),
     Symptom(
@@ -175,7 +176,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         reward_without_accuracy,
         lambda row: (
             f"the reward rises ({metric_value(row, 'reward'):.3f}) and held-out accuracy does not "
-            f"({metric_value(row, 'eval/accuracy'):.3f}): the policy has learned the reward, not the task; read its samples"
+            f"({metric_value(row, 'eval/accuracy'):.3f}): the policy has learned the reward, not the task; read its "
+            "samples"
         ),
     ),
 )

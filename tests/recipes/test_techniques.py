@@ -11,10 +11,14 @@ import torch
 
 import llm_quest as quest
 from llm_quest.cli.export import export_run
+from llm_quest.cli.train import RECIPE_TABLE
 from llm_quest.errors import UsageError
 from llm_quest.recipes.config import config_to_yaml, parse_config
+from llm_quest.recipes.config_schema import RunConfig
+from llm_quest.recipes.job import apply_config_techniques
 from llm_quest.recipes.pretrain_config import PretrainConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.techniques.activation_checkpointing import CheckpointedForward
 from llm_quest.techniques.lora import LoRA, adapter_addresses, disable_adapter
 from tests.oracles import transformers
 from tests.recipes.test_config import GOOD, told
@@ -34,6 +38,15 @@ def test_names_and_options_are_understood_and_written_out_whole() -> None:
     assert config.techniques[1]["targets"] == ("q", "v")
     again = parse_config(PretrainConfig, read_yaml(config_to_yaml(config), "written.yaml"))
     assert config_to_yaml(again) == config_to_yaml(config)
+
+
+def test_gradient_checkpointing_is_the_last_technique_of_every_recipe() -> None:
+    config = understood("techniques=[lora]", "gradient_checkpointing=true")
+    assert [entry["name"] for entry in config.all_techniques] == ["lora", "checkpointing"]
+    model = quest.build("llama3.2-tiny", seed=0)
+    apply_config_techniques(config, model, lambda text: None)
+    assert all(isinstance(block.forward, CheckpointedForward) for block in model.blocks)
+    assert all(issubclass(schema, RunConfig) for schema, _ in RECIPE_TABLE.values())
 
 
 @pytest.mark.parametrize(
