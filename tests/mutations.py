@@ -232,7 +232,7 @@ MUTATIONS = (
     Mutation("DPO: a question is shared where rows in full are less to read", "data/preference_pairs.py", "share_prompts = share_prompts and shared_token_count(shared_rows) < full_token_count(unshared)", "share_prompts = share_prompts", SHARED),
     Mutation("DPO: questions are shared under FSDP2", "recipes/dpo.py", " and parallel.strategy != \"fsdp\"", "", "tests/recipes/test_preference_data.py -k two_processes"),
     Mutation("DPO: shared rows are counted as they are laid", "data/preference_pairs.py", "token_count=sum(len(prompt) + len(answer) for prompt, answer in rows),", "", SHARED),
-    Mutation("DPO: a checkpointed model reads questions into a cache", "recipes/job.py", ' and all(one["name"] != "checkpointing" for one in config.techniques)', "", "tests/recipes/test_preference_data.py -k question_is_read"),
+    Mutation("DPO: a checkpointed model reads questions into a cache", "recipes/job.py", ' and all(one["name"] != "checkpointing" for one in config.all_techniques)', "", "tests/recipes/test_preference_data.py -k question_is_read"),
     Mutation("the clipped share forgets the dual clip", "objectives/surrogates.py", "held = held | ((A < 0) & (objective < self.dual * A))", "pass", "tests/objectives/test_surrogates.py"),
     Mutation("GDPO's sum is not normalised", "rollouts/advantages.py", "normalised = (summed - summed.nanmean()) / (nan_std(summed.reshape(1, -1), dim=1) + ADVANTAGE_EPS)", "normalised = summed", "tests/rollouts/test_advantages.py"),
     Mutation("the complementary loss counts what the bias chose", "objectives/routing.py", "largest = routing.scores.topk(top, dim=-1).indices", "largest = routing.topk_ids", "tests/layers/test_moe.py"),

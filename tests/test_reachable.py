@@ -24,7 +24,6 @@ EXCEPTIONS = {
     "Mixer": "a protocol of contracts.py: it documents what a sequence mixer promises",
     "Objective": "a protocol of contracts.py: it documents what an objective promises",
     "gsm8k_demonstration": "CORE removes it or wires it",
-    "ScoreObserver": "LAYERS removes it",
     "layer_edits": "LAYERS removes it",
     "relu_squared": "LAYERS wires it or removes it",
     "LatentMoE": "LAYERS wires it or removes it",
