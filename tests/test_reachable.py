@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 import collections
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import llm_quest
+from llm_quest.train.arguments import TrainingArguments
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llm_quest"
@@ -135,3 +137,46 @@ def test_every_exception_is_a_name_that_nothing_uses():
 def test_what_nothing_mentions_is_not_reached():
     assert "test_what_nothing_mentions_is_not_reached" not in reach(ROOTS)
     assert reach(["CorrectnessReward"]) < reach(ROOTS)
+
+
+CALLED_BY_OTHERS = {
+    "ignore_aliases": "PyYAML calls it",
+    "loglikelihood": "lm-eval calls it",
+    "loglikelihood_rolling": "lm-eval calls it",
+    "generate_until": "lm-eval calls it",
+    "epochs_done": "CORE wires it or removes it",
+    "next_symbol_probs": "the definition that the fast sum is tested against",
+}
+"""Public methods that nothing of ours calls, and why."""
+UNSET_ARGUMENTS = {
+    "keep_every": "CORE", "best_metric": "CORE", "max_bad_steps": "CORE", "max_empty_steps": "CORE",
+    "on_disk_full": "CORE", "background_save": "CORE",
+}  # fmt: skip
+"""Fields of TrainingArguments that no recipe sets, and who makes them keys or removes them."""
+
+
+def classes() -> Iterator[tuple[str, ast.ClassDef]]:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and "flat" not in file.parts:
+                yield str(file.relative_to(PACKAGE)), node
+
+
+def test_every_public_method_is_called():
+    mentioned = {name for nodes in definitions().values() for _, node in nodes for name in names_mentioned(node)}
+    lost = {
+        f"{file}: {owner.name}.{node.name}"
+        for file, owner in classes()
+        for node in owner.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        if node.name not in mentioned | set(CALLED_BY_OTHERS)
+        and "validator" not in "".join(map(ast.unparse, node.decorator_list))
+    }
+    assert not lost, "only tests call these: wire them, remove them or name them in CALLED_BY_OTHERS"
+
+
+def test_every_training_argument_is_set_by_a_recipe():
+    fields = {one.name for one in dataclasses.fields(TrainingArguments)}
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (PACKAGE / "recipes").rglob("*.py")]
+    given = {node.arg for tree in trees for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    assert fields - given == set(UNSET_ARGUMENTS)
