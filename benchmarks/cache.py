@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm_quest.cost.model_cost import cache_bytes
+from llm_quest.cost.flops import ModelCost
 from llm_quest.models.build import preset
 
 CONTEXT = 32_768
@@ -57,7 +57,7 @@ def main() -> None:
     print("| preset | by hand | bytes per token, measured | fixed bytes, measured | at 32,768 tokens | of plain |")
     print("| --- | --- | --- | --- | --- | --- |")
     for theory in THEORY:
-        growing, fixed, total = cache_bytes(preset(theory.preset).config, CONTEXT)
+        growing, fixed, total = ModelCost.from_config(preset(theory.preset).config).cache_bytes(CONTEXT)
         agrees = "" if (growing, fixed) == (theory.per_token, theory.fixed) else " (by hand otherwise!)"
         share = total / (theory.plain * CONTEXT)
         numbers = f"{growing:,} | {fixed:,}{agrees} | {total / 2**20:,.0f} MB | {100 * share:.1f} %"

@@ -280,7 +280,7 @@ MUTATIONS = (
     Mutation("RPT: a nested set is its bucket alone", "recipes/rpt/evaluation.py", "if at >= number", "if at == number", "tests/recipes/rpt/test_evaluation.py"),
     Mutation("RPT: padding is a place", "recipes/rpt/positions.py", "row[: len(documents[number]) - 1].tolist(), start=1)", "row.tolist(), start=1)", "tests/recipes/rpt/test_positions.py"),
     Mutation("RPT: a prompt is billed once per sample", "recipes/rpt/flops_meter.py", "self.flops += self.cost.decoding(before, len(sample.completion_ids))", "self.flops += self.cost.decoding(before, len(sample.completion_ids)) + self.cost.forward(before)", "tests/recipes/rpt/test_flops_meter.py"),
-    Mutation("RPT: training is billed as one pass", "models/flops.py", "return 3 * self.forward(length)", "return self.forward(length)", "tests/models/test_flops.py tests/recipes/rpt/test_flops_meter.py"),
+    Mutation("RPT: training is billed as one pass", "cost/flops.py", "return 3 * self.forward(length)", "return self.forward(length)", "tests/cost/test_flops.py -k decoding"),
     Mutation("RPT: the bill begins anew on resuming", "recipes/rpt/flops_meter.py", "self.meter.flops = state_dict[\"flops\"]", "self.meter.flops = 0.0", RPT),
     Mutation("RPT: places are searched at every start", "recipes/rpt/passages.py", "if (found := load_positions(folder, key)) is not None:", "if (found := load_positions(folder, key)) is None and found:", RPT),
     Mutation("RPT: held-out documents are training documents", "recipes/rpt/passages.py", "task, \"validation\", NUM_HELD_OUT", "task, \"train\", NUM_HELD_OUT", RPT),
@@ -329,7 +329,7 @@ MUTATIONS = (
     Mutation("distillation: a teacher that sees less than a row", "recipes/distillation.py", "if config.sequence_length > model.config.max_position_embeddings:", "if config.sequence_length > 10 * model.config.max_position_embeddings:", TEACHING),
     Mutation("distillation: fine-tuning forgets its teacher", "recipes/sft.py", "tokenizer, model), *distillation_terms]", "tokenizer, model)]", TEACHING),
     Mutation("distillation: the plan takes the teacher for free", "cost/plan.py", "per_token = passes * forward + distillation_flops(work)", "per_token = passes * forward", "tests/cost/test_plan.py -k teacher"),
-    Mutation("distillation: plan: the teacher's forward pass left out", "cost/plan.py", "return again + sum(flops_per_token(work.teacher.teacher.model.config, work.length))", "return again", "tests/cost/test_plan.py -k teacher"),
+    Mutation("distillation: plan: the teacher's forward pass left out", "cost/plan.py", "return again + ModelCost.from_config(work.teacher.teacher.model.config).forward(work.length) // work.length", "return again", "tests/cost/test_plan.py -k teacher"),
     Mutation("distillation: of vocabularies padded alike the padding is not learned", "recipes/distillation.py", "shared_ids = vocab if vocab == model.config.vocab_size else ids", "shared_ids = ids", TEACHING),
     # Texts for a file of prompts
     Mutation("prompts: an equal prompt gets the first one's text again", "cli/batch_generate.py", "copy_offsets=[work.occurrence[row] for row in some]", "occurrence=[0 for _ in some]", WRITING),

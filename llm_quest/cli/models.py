@@ -16,7 +16,7 @@ from typing import Any
 
 from llm_quest.cli.diagram import describe_rotary, draw_model
 from llm_quest.contracts import Preset
-from llm_quest.cost.model_cost import cache_bytes, flops_per_token, image_flops
+from llm_quest.cost.flops import ModelCost, image_flops
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns, format_bytes
 from llm_quest.layers.rotary import RotaryEmbedding
@@ -180,10 +180,11 @@ def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
         image, config = image_cost_fields(config.image_seq_length, sum(image_flops(config))), config.text_config
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     try:
-        linear, scores = flops_per_token(config, context)
+        cost = ModelCost.from_config(config)
+        linear, scores = (round(flops / context) for flops in cost.count_pass(context))
     except ValueError as error:
         raise UsageError(f"{title} cannot be shown at {context:,} tokens: {error}") from None
-    growing, fixed, total = cache_bytes(config, context)
+    growing, fixed, total = cost.cache_bytes(context)
     held = {"cache_per_token": growing, "cache_fixed": fixed, "cache_total": total}
     return {"context": context, **held, "flops_linear": linear, "flops_scores": scores, **image}
 

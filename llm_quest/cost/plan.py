@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm_quest.cli.doctor import matmul_peak
-from llm_quest.cost.model_cost import flops_per_token
+from llm_quest.cost.flops import ModelCost
 from llm_quest.data.batch import TokenBatch
 from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns, format_bytes, format_duration, format_quantity
@@ -204,7 +204,7 @@ def plan_training(
     model = work.with_techniques(build_meta_model(work.config))
     parameters = count_parameters(model)
     passes = 3 if count_trainable(model) > parameters // 2 else 2
-    forward = sum(flops_per_token(work.config, work.length))
+    forward = ModelCost.from_config(work.config).forward(work.length) // work.length
     per_token = passes * forward + distillation_flops(work)
     tokens_per_step = work.rows * work.length
     memory = estimate_training_memory(work, model)
@@ -271,7 +271,7 @@ def distillation_flops(work: TrainingWorkload) -> int:
         return 0
     head = 2 * work.config.vocab_size * work.config.hidden_size
     again = head if work.teacher.weight == 1 else 3 * head
-    return again + sum(flops_per_token(work.teacher.teacher.model.config, work.length))
+    return again + ModelCost.from_config(work.teacher.teacher.model.config).forward(work.length) // work.length
 
 
 def parameter_memory(

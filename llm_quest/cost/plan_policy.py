@@ -31,7 +31,7 @@ from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns, format_duration
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.flops import measure_flop_cost
+from llm_quest.cost.flops import ModelCost
 from llm_quest.recipes.grpo import build_reward, load_problems, make_question, prompt_encoder
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.job import load_for_finetuning
@@ -99,7 +99,7 @@ def plan_policy(config: GrpoConfig, settings: RawConfig, *, measure: bool, log: 
     model, tokenizer = init_plan_policy(config, settings)
     policy = build_plan_rollouts(config, model.to(device), tokenizer, parallel, log)
     meter = FlopsMeter(
-        measure_flop_cost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None)
+        ModelCost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None)
     )
     policy.rollouts.on_rollout = meter.count_sampling
     log(f"timing {TIMED_ROLLOUTS} real rollouts, and the steps that learn from them")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm_quest.cost.flops import flop_formulas
 from llm_quest.cost.plan import TIMED_STEPS, step_optimizer, time_call
 from llm_quest.layers.block import Block
-from llm_quest.models.flops import Shape, attention_flops, flop_formulas
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def profile_step(objective: nn.Module, batch: Any, device: torch.device, bf16: b
     marks = [block.register_forward_pre_hook(lambda *_, n=n: inside.append(n)) for n, block in enumerate(blocks)]
     marks += [block.register_forward_hook(lambda *_: inside.clear()) for block in blocks]
     hooks = torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor)
-    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas() | BACKWARD_FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with counter, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         with hooks:
             loss = objective(batch)
@@ -61,14 +61,6 @@ def profile_step(objective: nn.Module, batch: Any, device: torch.device, bf16: b
             sizes[block] += storage.nbytes()
     whole = sum(storage.nbytes() for storage, _ in kept.values())
     return StepProfile(counter.get_total_flops(), forward, whole, max(sizes))
-
-
-def attention_backward_flops(g: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
-    """Twice `attention_flops`, as every product's backward pass."""
-    return 2 * attention_flops(q, k, v)
-
-
-BACKWARD_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import llm_quest as quest
 from benchmarks.cache import THEORY
 from llm_quest.cli.diagram import describe_layer_range
 from llm_quest.cli.models import list_presets, make_model_card
-from llm_quest.cost.model_cost import cache_bytes, flops_per_token
+from llm_quest.cost.flops import ModelCost
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import build, preset
@@ -39,7 +39,7 @@ def test_the_cache_is_what_a_real_model_holds(name):
 @pytest.mark.parametrize("theory", THEORY, ids=lambda theory: theory.preset)
 def test_a_published_sizes_cache_holds_what_its_paper_says(theory):
     """576 numbers per token and layer in DeepSeek-V3; windows and states that do not grow."""
-    growing, fixed, total = cache_bytes(preset(theory.preset).config, 2048)
+    growing, fixed, total = ModelCost.from_config(preset(theory.preset).config).cache_bytes(2048)
     assert (growing, fixed) == (theory.per_token, theory.fixed)
     assert total == fixed + growing * (2048 + 1), "and one spare slot"
 
@@ -100,7 +100,7 @@ def test_the_published_numbers_of_llama_3_2_1b():
 def test_flops_are_two_per_weight_and_four_per_pair_and_channel():
     config = preset("llama3.2-tiny").config
     matrices = config.num_hidden_layers * (48 * (64 + 32 + 32) + 64 * 48 + 3 * 48 * 96) + 97 * 48
-    linear, scores = flops_per_token(config, 32)
+    linear, scores = (flops // 32 for flops in ModelCost.from_config(config).count_pass(32))
     assert linear == 2 * matrices
     assert scores == config.num_hidden_layers * 4 * 32 * config.num_attention_heads * config.head_dim
 

@@ -10,7 +10,7 @@ import pytest
 from llm_quest.cli.train import plan_recipe
 from llm_quest.cost.plan_policy import PolicyPlan, init_plan_policy
 from llm_quest.errors import UsageError
-from llm_quest.models.flops import measure_flop_cost
+from llm_quest.cost.flops import ModelCost
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.grpo_config import GrpoConfig
 
@@ -59,7 +59,7 @@ def test_time_is_told_by_what_is_done_in_a_step():
 
 def test_a_reference_costs_a_copy_and_a_pass_over_every_row():
     settings = load_raw_config("grpo", SMALL)
-    cost = measure_flop_cost(init_plan_policy(parse_config(GrpoConfig, settings), settings)[0])
+    cost = ModelCost(init_plan_policy(parse_config(GrpoConfig, settings), settings)[0])
     without, held_to = planned(), planned("kl_coef=0.1")
     a_pass = (held_to.flops - without.flops) / 10
     assert 12 * cost.forward(PROMPT) <= a_pass <= 12 * cost.forward(PROMPT + 4)

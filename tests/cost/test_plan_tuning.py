@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm_quest.cli.train import plan_recipe
-from llm_quest.cost.model_cost import flops_per_token
+from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan_tuning import TuningPlan, sample_micro_batches
 from llm_quest.cost.profile import profile_step
 from llm_quest.hub.load_save import load
@@ -48,7 +48,7 @@ def test_fine_tunings_flops_are_three_passes_over_its_rows_padding_included(pair
     config = parse_config(SftConfig, load_raw_config("sft", pairs))
     batch, tokens = sample_micro_batches(sft.build_sft_job(config, DistributedContext(), quiet), config.max_steps)
     model = load(config.model.load)
-    products = 3 * sum(flops_per_token(model.config, batch.input_ids.shape[1])) * batch.input_ids.numel()
+    products = 3 * ModelCost(model).forward(batch.input_ids.shape[1]) * batch.input_ids.shape[0]
     assert found.flops_per_token * batch.num_tokens == pytest.approx(products, rel=1e-3)
     assert found.tokens_per_step == tokens
     assert found.flops == pytest.approx(20 * found.flops_per_token * tokens)

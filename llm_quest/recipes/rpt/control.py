@@ -1,8 +1,8 @@
 """`quest train rpt_control rpt_run=RUN`: what RPT has to be compared with. Its start goes on with plain next-token training
 on the same documents for as many FLOPs as RPT took, its places searched and its samples drawn included.
 
-A step of n documents of T tokens costs 3 (a T + b T^2) each (`models/flops.py`); the run ends with the first step that
-reaches what RPT spent."""
+A step of n documents of T tokens costs three forward passes over T each (`cost/flops.py`); the run ends with the first
+step that reaches what RPT spent."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from llm_quest.contracts import Evaluator
+from llm_quest.cost.flops import ModelCost, PassCost
 from llm_quest.data.documents_loader import DocumentLoader
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_text
-from llm_quest.models.flops import FlopCost, measure_flop_cost
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.config import config_to_yaml, load_raw_config, parse_config
@@ -88,7 +88,7 @@ def build_rpt_control_job(
         raise DataError(f"the places of {config.rpt_run} belong to another text than its config names; train it anew")
     technique_callbacks = apply_config_techniques(config, model, log)
     loader = documents_loader(config, text, positions, parallel)
-    flops_counter = FlopsCallback(loader, measure_flop_cost(model))
+    flops_counter = FlopsCallback(loader, ModelCost(model))
     config = set_max_steps(config, settings, flops_counter, teraflops)
     log(f"compute: {teraflops:.4g} teraflops of RPT are {config.max_steps:,} steps of {config.batch_size} documents")
     require_matching_run(config, out)
@@ -135,7 +135,7 @@ def documents_loader(
 class FlopsCallback:
     """A callback that tells what has been spent, over all processes. `at(step)` is a function of the step alone."""
 
-    def __init__(self, loader: DocumentLoader, cost: FlopCost):
+    def __init__(self, loader: DocumentLoader, cost: PassCost):
         self.feed, self.cost = loader, cost
         self.sums = [0.0]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_quest.cost.flops import PassCost
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
-from llm_quest.models.flops import FlopCost
 from llm_quest.rollouts.rollouts import RolloutLoader
 from llm_quest.rollouts.sample import Sample
 
@@ -25,7 +25,7 @@ class FlopsMeter:
     """flops: so far. num_scorings: how often a sample is scored beside the training itself (a reference, a second
     opinion)."""
 
-    def __init__(self, cost: FlopCost, *, num_scorings: int = 0, flops: float = 0.0):
+    def __init__(self, cost: PassCost, *, num_scorings: int = 0, flops: float = 0.0):
         self.cost, self.num_scorings, self.flops = cost, num_scorings, flops
 
     def count_sampling(self, groups: Sequence[Sequence[Sample]], rewards: Tensor) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.contracts import Evaluator
+from llm_quest.cost.flops import ModelCost, PassCost
 from llm_quest.data.packing import shuffle_indices
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.flops import FlopCost, measure_flop_cost
 from llm_quest.recipes.job import TrainingJob, run_job
 from llm_quest.recipes.policy import LogFn, PolicySetup, build_policy_setup, policy_sampler, setup_policy_run
 from llm_quest.recipes.policy_evaluators import RatioRangeEvaluator
@@ -69,7 +69,7 @@ def build_rpt_job(
     """Model, text, places, rollouts, objective."""
     start = init_rpt_models(config, settings, out, parallel, log)
     text = load_documents(config, start.tokenizer, start.model.config.max_position_embeddings, parallel, log)
-    proxy_cost = measure_flop_cost(start.proxy)
+    proxy_cost = ModelCost(start.proxy)
     flops = sum(proxy_cost.forward(len(ids) - 1) for ids in text.train)
     positions = parallel.broadcast(
         find_or_load_positions(config, start.proxy, flops, text, out) if parallel.is_main_process else None
@@ -77,7 +77,7 @@ def build_rpt_job(
     log(
         f"places: {len(positions.train):,} to think about, {len(positions.held_out):,} held out{dropped_summary(positions)}"
     )
-    cost = measure_flop_cost(start.model)
+    cost = ModelCost(start.model)
     policy, meter = build_rollouts(config, start, text, positions, cost, parallel, log)
     evaluator = PositionEvaluator(
         make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel), start.model, config.eval_steps,
@@ -105,7 +105,7 @@ def build_rollouts(
     start: RptStart,
     text: RptDocuments,
     found: SelectedPositions,
-    cost: FlopCost,
+    cost: PassCost,
     parallel: DistributedContext,
     log: LogFn,
 ) -> tuple[PolicySetup, FlopsMeter]:

@@ -6,12 +6,25 @@ import numpy as np
 import torch
 
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, collate_policy_rows
-from llm_quest.models.flops import FlopCost
 from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sample import Sample
 
-COST = FlopCost(per_token=100.0, per_pair=0.0)
+
+class TokenPrice:
+    """100 FLOPs a token, wherever it stands."""
+
+    def forward(self, length: int) -> int:
+        return 100 * length
+
+    def training(self, length: int) -> int:
+        return 3 * self.forward(length)
+
+    def decoding(self, context_length: int, num_tokens: int) -> int:
+        return self.forward(num_tokens - 1)
+
+
+COST = TokenPrice()
 
 
 def sample(prompt: int, tokens: int) -> Sample:

@@ -1,0 +1,227 @@
+"""FLOPs of a model's passes, counted with PyTorch's counter on tensors that have shapes and no memory.
+
+      a pass over T tokens             counted at T
+      training on T tokens             three passes: backward costs twice the forward pass
+      one cached token at position t   counted behind a cache of t tokens
+
+Nothing is extrapolated from other lengths: a window costs T x 2W, latent attention decodes in its absorbed form, a
+recurrence costs the same at every position, an expert costs its own tokens. Two operations per multiply-add; attention
+counts every pair that the kernel is given, those that a mask hides too (Chowdhery et al. 2022, arXiv:2204.02311,
+appendix B).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from llm_quest.layers.initialize import materialize
+from llm_quest.models.build import build_meta_model
+from llm_quest.models.multimodal import VisionLanguageModel
+from llm_quest.scope import Scope
+
+Shape = Sequence[int]
+T = TypeVar("T")
+
+LINEAR_OPS = ("aten.mm", "aten.addmm", "aten._grouped_mm", "llm_quest.grouped_product")
+"""Products of tokens with weights; all others are products of tokens with tokens."""
+LARGE_CAPACITY = 2**18
+
+
+def grouped_mm_flops(x: Shape, weights: Shape, *rest: Any, **options: Any) -> int:
+    """x (N,K), each row times one of the matrices (E,K,M): 2 N K M."""
+    return 2 * math.prod(x) * weights[-1]
+
+
+def grouped_outer_flops(x: Shape, y: Shape, *rest: Any, **options: Any) -> int:
+    """The gradient of the matrices, x (N,K) and y (N,M) -> (E,K,M): 2 N K M."""
+    return 2 * math.prod(x) * y[-1]
+
+
+def attention_flops(q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
+    """q (B,H,T,d), k (B,G,S,d), v (B,G,S,dv): 2 B H T S (d + dv)."""
+    return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
+
+
+def attention_backward_flops(gradient: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
+    """Twice the forward pass, as for every product. (The kernel also computes the scores again, which is not work.)"""
+    return 2 * attention_flops(q, k, v)
+
+
+def flop_formulas() -> dict[Any, Any]:
+    """Operators that PyTorch's counter does not know: the CPU's attention kernel, the grouped products of experts."""
+    aten, ours = torch.ops.aten, torch.ops.llm_quest
+    formulas: dict[Any, Any] = {
+        aten._grouped_mm: grouped_mm_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    }
+    for name, formula in (("grouped_product", grouped_mm_flops), ("grouped_outer", grouped_outer_flops)):
+        operator = getattr(ours, name, None)  # they exist once layers/grouped_mm.py is imported
+        if operator is not None:
+            formulas[operator] = formula
+    return formulas
+
+
+def make_flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, with our formulas."""
+    return FlopCounterMode(display=False, custom_mapping=flop_formulas())
+
+
+def fake_copy(module: T, mode: FakeTensorMode) -> T:
+    """The same module or batch on tensors without memory, of the same shapes, types and devices."""
+    with FakeCopyMode(mode):
+        return copy.deepcopy(module)
+
+
+class PassCost(Protocol):
+    """FLOPs of passes over one row, by its length."""
+
+    def forward(self, length: int) -> int: ...
+    def training(self, length: int) -> int: ...
+    def decoding(self, context_length: int, num_tokens: int) -> int: ...
+
+
+class ModelCost:
+    """What passes over a decoder cost, with whatever techniques it carries: FLOPs of a forward pass, of training, of
+    cached decoding, and bytes of the cache. The model is copied without memory, with one block of each kind."""
+
+    def __init__(self, model: Any):
+        self.mode = FakeTensorMode()
+        self.model: Any = fake_copy(model, self.mode).eval()
+        kinds: dict[Any, list[nn.Module]] = {}
+        for block in self.model.blocks:
+            kinds.setdefault(block_signature(block), []).append(block)
+        self.model.blocks = nn.ModuleList(alike[0] for alike in kinds.values())
+        self.block_counts = tuple(len(alike) for alike in kinds.values())
+        longest = model.config.max_position_embeddings
+        self._forward = PiecewisePolynomial(lambda length: sum(self.count_pass(length)), longest, degree=2)
+        self._step = PiecewisePolynomial(lambda place: sum(self.count_pass(1, start=place)), longest - 1, degree=1)
+
+    @classmethod
+    def from_config(cls, config: Any, dtype: torch.dtype = torch.bfloat16) -> ModelCost:
+        """Of the model that a config describes, however large."""
+        with FakeTensorMode():
+            return cls(materialize(build_meta_model(config).eval(), "cpu", dtype))
+
+    def forward(self, length: int) -> int:
+        """One row of `length` tokens, forward."""
+        return self._forward(length)
+
+    def training(self, length: int) -> int:
+        """One row of `length` tokens, forward and backward, where every parameter is trained."""
+        return 3 * self.forward(length)
+
+    def decoding(self, context_length: int, num_tokens: int) -> int:
+        """`num_tokens` tokens one after another behind `context_length` cached ones. The first comes out of the
+        prompt's pass, and the last is never fed."""
+        return sum(self._step(context_length + i) for i in range(num_tokens - 1))
+
+    def count_pass(self, length: int, start: int = 0) -> tuple[int, int]:
+        """FLOPs of one pass over `length` tokens behind `start` cached ones: products with weights, products of tokens
+        with tokens."""
+        with self.mode, torch.no_grad():
+            tokens = torch.zeros(1, start + length, dtype=torch.int64)
+            cache = None
+            if start:
+                cache = self.model.new_cache(1, start + length)
+                self.model(tokens[:, :start], Scope.unpadded(tokens[:, :start], cache=cache))
+            with make_flop_counter() as counter:
+                self.model(tokens[:, start:], Scope.unpadded(tokens[:, start:], cache=cache, start=start))
+        counts = counter.get_flop_counts()
+        name = type(self.model).__name__
+        parts = [(counts["Global"], 1)]
+        parts += [(counts[f"{name}.blocks.{kind}"], n - 1) for kind, n in enumerate(self.block_counts)]
+        linear = sum(n * count for part, n in parts for op, count in part.items() if str(op) in LINEAR_OPS)
+        return linear, sum(n * sum(part.values()) for part, n in parts) - linear
+
+    def cache_bytes(self, context: int) -> tuple[int, int, int]:
+        """(bytes that one more token adds, bytes that do not grow, bytes at `context` tokens), for one row."""
+        at_context, once, twice = map(self.count_cache_bytes, (context, LARGE_CAPACITY, 2 * LARGE_CAPACITY))
+        growing = (twice - once) // LARGE_CAPACITY
+        return growing, once - growing * (LARGE_CAPACITY + 1), at_context
+
+    def count_cache_bytes(self, capacity: int) -> int:
+        """Bytes of a cache for one row, after filing a token. (A slot cache has one spare slot, for padding.)"""
+        with self.mode, torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            cache = self.model.new_cache(1, capacity)
+            self.model(token, Scope.unpadded(token, cache=cache))
+        return sum(n * layer.nbytes() for n, layer in zip(self.block_counts, cache.layers, strict=True))
+
+
+def block_signature(block: nn.Module) -> Any:
+    """Equal for blocks that cost the same: the classes, plain attributes and parameter shapes of all their modules."""
+    parts: list[Any] = []
+    for path, module in block.named_modules():
+        shapes = [(name, tuple(p.shape)) for name, p in module.named_parameters(recurse=False)]
+        public = sorted((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+        values = [(name, value if isinstance(value, PLAIN) else type(value).__name__) for name, value in public]
+        parts.append((path, type(module).__name__, *shapes, *values))
+    return tuple(parts)
+
+
+PLAIN = (int, float, str, tuple, type(None))
+
+
+class PiecewisePolynomial:
+    """A count at every length. Between two powers of four it is a polynomial if four counts lie on one exactly; where
+    they do not (windows, chunks, a change of form), each length is counted, once."""
+
+    def __init__(self, count: Callable[[int], int], longest: int, *, degree: int):
+        self.count, self.longest, self.degree = count, longest, degree
+        self.counts: dict[int, int] = {}
+        self.pieces: dict[int, list[int] | None] = {}
+
+    def __call__(self, n: int) -> int:
+        low = 4 ** ((n.bit_length() - 1) // 2) if n else 0
+        if low not in self.pieces:
+            self.pieces[low] = self.nodes(low)
+        nodes = self.pieces[low]
+        return self.at(n) if nodes is None else lagrange([(x, self.at(x)) for x in nodes], n)
+
+    def at(self, n: int) -> int:
+        if n not in self.counts:
+            self.counts[n] = self.count(n)
+        return self.counts[n]
+
+    def nodes(self, low: int) -> list[int] | None:
+        """Lengths whose counts say all others of the piece that begins at `low`; None if they do not."""
+        high = min(4 * low - 1, self.longest)
+        if high - low < 8:
+            return None
+        nodes = [low, (low + high) // 2, high][-self.degree - 1 :] if self.degree == 2 else [low, high]
+        check = low + (high - low) // 3
+        exact = lagrange([(x, self.at(x)) for x in nodes], check) == self.at(check)
+        return nodes if exact else None
+
+
+def lagrange(points: Sequence[tuple[int, int]], x: int) -> int:
+    """The polynomial through the points, at x."""
+    total = Fraction(0)
+    for i, (xi, yi) in enumerate(points):
+        others = [xj for j, (xj, _) in enumerate(points) if j != i]
+        total += yi * Fraction(math.prod(x - xj for xj in others), math.prod(xi - xj for xj in others))
+    return round(total)
+
+
+def image_flops(config: Any) -> tuple[int, int]:
+    """(products with weights, products of patches with patches) of reading one image, forward: an image encoder with
+    its classifier; of a vision-language model the encoder and the projector, before the decoder reads anything."""
+    with FakeTensorMode(), make_flop_counter() as counter, torch.no_grad():
+        model: Any = materialize(build_meta_model(config).eval(), "cpu", torch.bfloat16)
+        language = isinstance(model, VisionLanguageModel)
+        seen = config.vision_config if language else config
+        images = torch.zeros(1, seen.num_channels, seen.image_size, seen.image_size, dtype=torch.bfloat16)
+        model.get_image_features(images) if language else model(images)
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(count for op, count in counts.items() if str(op) in LINEAR_OPS)
+    return linear, sum(counts.values()) - linear
