@@ -41,13 +41,13 @@ def transformers_model(family: Any, config: Any, ours: torch.nn.Module, dtype: t
     """Their class with our weights, so that both compute the same thing."""
     import transformers
 
-    from llm_quest.models.family import ConcatRows, Transposed
+    from llm_quest.models.weight_names import ConcatRows, Transposed
 
     published = {name: value for name, value in family.publish(config).items() if name != "rope_scaling"}
     model_type = family.FAMILY.model_type
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **published))
     own = theirs.to(dtype).eval().state_dict()
-    for name, source in family.names(config).items():
+    for name, source in family.weight_map(config).items():
         value = ours.get_parameter(name).detach()
         if isinstance(source, ConcatRows):
             for part, rows in zip(

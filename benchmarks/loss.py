@@ -50,12 +50,14 @@ def one_step(who: str) -> dict[str, float]:
     """Peak memory above the resting model of forward and backward, B 1, T 1024."""
     tokens = torch.randint(0, VOCAB, (1, TOKENS + 1))
     import llm_quest as quest
-    from llm_quest.models.llama import publish
+    from llm_quest.models.llama import FAMILY
 
     if who == "transformers":
         import transformers
 
-        config = transformers.LlamaConfig(**{k: v for k, v in publish(model_config()).items() if k != "rope_scaling"})
+        config = transformers.LlamaConfig(
+            **{k: v for k, v in FAMILY.publish(model_config()).items() if k != "rope_scaling"}
+        )
         model = transformers.LlamaForCausalLM(config).float()
 
         def step() -> None:

@@ -30,12 +30,14 @@ def moe(pairs: int) -> None:
     import llm_quest as quest
     from llm_quest.layers.moe import Experts, run_experts_for_loop, run_experts_grouped_mm
     from llm_quest.layers.rotary import RotaryEmbedding
-    from llm_quest.models.qwen3 import Config, MoEConfig, publish
+    from llm_quest.models.qwen3 import FAMILY, Config, MoEConfig
 
-    config = Config(512, 256, 2, 4, 2, 64, 512, 256, RotaryEmbedding(64, 1e6), False, MoEConfig(64, 8, 128, (0, 1)))
+    config = Config(512, 256, 2, 4, 2, 64, 512, 256, RotaryEmbedding(64, 1e6), False, MoEConfig(64, 8, 128))
     tokens = torch.randint(0, 512, (8, 257))
     published = {
-        name: value for name, value in publish(config).items() if name not in ("rope_scaling", "num_local_experts")
+        name: value
+        for name, value in FAMILY.publish(config).items()
+        if name not in ("rope_scaling", "num_local_experts")
     }
     theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**published)).float().train()
 

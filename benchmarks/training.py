@@ -21,7 +21,7 @@ import llm_quest as quest
 from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
 from llm_quest.layers.rotary import RotaryEmbedding
-from llm_quest.models.llama import Config, publish
+from llm_quest.models.llama import FAMILY, Config
 from llm_quest.objectives.next_token import NextTokenLoss
 
 VOCAB, LENGTH, BATCH, STEPS = 4096, 256, 8, 3
@@ -46,7 +46,7 @@ def ours() -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
 def transformers() -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    published = {name: value for name, value in publish(CONFIG).items() if name != "rope_scaling"}
+    published = {name: value for name, value in FAMILY.publish(CONFIG).items() if name != "rope_scaling"}
     model = LlamaForCausalLM(LlamaConfig(**published)).float().train()
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def contestants(config: vit.Config, batch: int, bf16: bool) -> dict[str, Callabl
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, config.num_channels, config.image_size, config.image_size, generator=generator)
     labels = torch.randint(config.num_labels, (batch,), generator=generator)
-    theirs = ViTForImageClassification(ViTConfig(**vit.publish(config))).float().train()
+    theirs = ViTForImageClassification(ViTConfig(**vit.FAMILY.publish(config))).float().train()
     ours = quest.build(config).train()
     steps = {
         "transformers": Step(theirs, lambda images: theirs(pixel_values=images).logits, bf16=bf16),

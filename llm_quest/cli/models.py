@@ -224,7 +224,7 @@ def read_family_config(file: Path) -> Any:
     for family in ALL_FAMILIES:
         if family.matches(published):
             return family.read(published)
-    known = ", ".join(name for family in ALL_FAMILIES for name in (family.model_type, *family.extra_model_types))
+    known = ", ".join(name for family in ALL_FAMILIES for name in family.model_types)
     raise DataError(f"{file}: model_type {published.get('model_type')!r} has no page here; known: {known}")
 
 

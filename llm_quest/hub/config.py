@@ -25,11 +25,6 @@ from llm_quest.techniques.score_head import ScoreHead
 
 MAX_PLAUSIBLE_INT = 2**24
 OUR_MODEL_TYPE = "llm_quest"
-CLASSIFIER_ARCHITECTURES = {
-    f"{family}ForCausalLM": f"{family}ForSequenceClassification"
-    for family in ("Llama", "Mixtral", "Qwen3", "DeepseekV3")
-} | {"GPT2LMHeadModel": "GPT2ForSequenceClassification", "Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
-"""transformers' classes with a score head, by the class with a head of tokens."""
 
 
 def read_json(file: Path, limit: int = 16_000_000) -> dict[str, Any]:
@@ -49,9 +44,7 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
     for family in (*FAMILIES, *VISION_FAMILIES):
         if family.matches(hf_config):
             return family
-    known = [
-        name for family in (*FAMILIES, *VISION_FAMILIES) for name in (family.model_type, *family.extra_model_types)
-    ]
+    known = [name for family in (*FAMILIES, *VISION_FAMILIES) for name in family.model_types]
     close_matches = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.3)
     parts = [
         part for part in (hf_config.get("text_config"), hf_config.get("vision_config")) if isinstance(part, Mapping)
@@ -115,7 +108,7 @@ def list_unsupported_settings(hf_config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
+MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "intermediate_size")
 
 
 def implausible_fields(config: Any) -> list[str]:
@@ -145,8 +138,7 @@ def build_config_json(
     """What config.json shall say: everything explicit, old and new spelling side by side."""
     name = str(dtype).removeprefix("torch.")
     ids = {} if generation_config is None else special_token_ids(generation_config)
-    head = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": name, "torch_dtype": name}
-    return head | family.publish(model.config) | ids
+    return family.publish(model.config) | {"dtype": name, "torch_dtype": name} | ids
 
 
 def add_techniques(config: dict[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
@@ -170,12 +162,16 @@ def add_techniques(config: dict[str, Any], techniques: Sequence[Technique]) -> d
 def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
     """What transformers' ForSequenceClassification reads, where a score head is all that was changed; else nothing."""
     heads = [one for one in techniques if isinstance(one, ScoreHead)]
-    known = CLASSIFIER_ARCHITECTURES.get(config["architectures"][0])
-    if known is None or len(heads) != 1 or not all_exportable([one for one in techniques if one is not heads[0]]):
+    architecture = family_for(config).classifier(config["model_type"])
+    if (
+        architecture is None
+        or len(heads) != 1
+        or not all_exportable([one for one in techniques if one is not heads[0]])
+    ):
         return {}
     names = heads[0].labels or tuple(f"LABEL_{i}" for i in range(heads[0].outputs))
     label_maps = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {"architectures": [known], "num_labels": heads[0].outputs, **label_maps}
+    return {"architectures": [architecture], "num_labels": heads[0].outputs, **label_maps}
 
 
 def split_techniques(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:

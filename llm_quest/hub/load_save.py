@@ -154,7 +154,7 @@ def save(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config.vocab_size)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    names, techniques = family.names(model.config), model.spec.techniques
+    names, techniques = family.weight_map(model.config), model.spec.techniques
     technique_names = technique_parameters(model, names) if techniques else set()
     table = weight_views(model, export_weight_map(model, names))
     stored = {name: place.view(parameters[place.parameter]) for name, place in table.items()}
@@ -266,7 +266,7 @@ def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
 def write_model_json(run: str | Path, model: Decoder) -> None:
     """model.json of a run folder: which page and numbers its checkpoints belong to. `load(run)` reads it."""
     family = family_of(model.config)
-    config = {"model_type": family.model_type, "architectures": [family.architecture]} | family.publish(model.config)
+    config = family.publish(model.config)
     generation = build_generation_json(model.generation_config or GenerationConfig())
     techniques = techniques_to_json(model.spec.techniques, TECHNIQUES)
     content = {"family": family.name, "config": config, "techniques": techniques, "generation": generation}

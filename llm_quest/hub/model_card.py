@@ -34,14 +34,16 @@ class Readme:
         head |= {"datasets": list(self.datasets)} if self.datasets else {}
         exportable = all_exportable(model.spec.techniques)
         head |= {"library_name": "transformers" if exportable else "llm-quest", "pipeline_tag": family.pipeline_tag}
-        head["tags"] = ["llm-quest", family.model_type]
+        published = family.publish(model.config)
+        (architecture,), model_type = published.pop("architectures"), published.pop("model_type")
+        head["tags"] = ["llm-quest", model_type]
         size = f"{count_parameters(model):,} parameters"
         parts = [
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
             f"# {self.title or f'{family.name}-style, {size}'}",
-            self.summary or f"A {family.architecture} of {size}, trained and exported with LLM Quest.",
+            self.summary or f"A {architecture} of {size}, trained and exported with LLM Quest.",
             "## Use\n\n```python\n" + (transformers_usage(family) if exportable else quest_usage(model)) + "\n```",
-            markdown_table("Shape", family.publish(model.config)),
+            markdown_table("Shape", published),
             markdown_table("Results", self.results),
             "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
         ]

@@ -27,7 +27,7 @@ from llm_quest.layers.low_rank import AdaptedLinear, AdaptedPackedLinear, DoRAUp
 from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build_meta_model, family_of
-from llm_quest.models.family import ConcatRows, Transposed
+from llm_quest.models.weight_names import ConcatRows, Transposed
 from llm_quest.techniques.adapter_targets import TargetMatrix, target_matrices
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, is_adapter, require_adapters
 from llm_quest.tensor_files import write_tensors
@@ -64,7 +64,7 @@ def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
     family = family_of(config)
     if family not in FAMILIES:
         raise UsageError(f"adapters of {family.name} have no PEFT form here: merge, and save the whole model")
-    meta_model, table, found = build_meta_model(config), family.names(config), {}
+    meta_model, table, found = build_meta_model(config), family.weight_map(config), {}
     for site in target_matrices(meta_model):
         match table.get(f"{site.path}.weight"):
             case ConcatRows(names=names):
@@ -195,7 +195,7 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
         "use_rslora": use_rslora,
         "use_dora": isinstance(technique, DoRA),
         "fan_in_fan_out": any(
-            isinstance(one, Transposed) for one in family_of(model.config).names(model.config).values()
+            isinstance(one, Transposed) for one in family_of(model.config).weight_map(model.config).values()
         ),
         "inference_mode": True,
         "modules_to_save": None,

@@ -208,7 +208,7 @@ def match_names(report: FolderReport) -> None:
     names = (
         identity_weight_map(report.model)
         if own_format
-        else export_weight_map(report.model, report.family.names(report.model.config))
+        else export_weight_map(report.model, report.family.weight_map(report.model.config))
     )
     views = weight_views(report.model, names)
     views_by_stored_name = {

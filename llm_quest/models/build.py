@@ -35,7 +35,7 @@ def preset(name: str) -> Preset:
 def family_of(config: Any) -> Family:
     """The page a config belongs to."""
     for family in (*FAMILIES, *VISION_FAMILIES):
-        if isinstance(config, family.Config):
+        if type(config) is family.Config:
             return family
     raise UsageError(
         f"{type(config).__name__} is no page's config; "

@@ -1,5 +1,5 @@
-"""CLIP's image tower (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
-arXiv:2103.00020): the eyes of LLaVA. What is new after ViT:
+"""CLIP's image encoder (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision",
+arXiv:2103.00020); LLaVA reads images with it. What is new after ViT:
 
 - One more LayerNorm, between the embedding and the first block (published as `pre_layrnorm`, misspelt).
 - The patches' matrix has no bias.
@@ -12,9 +12,7 @@ ImageNet's statistics in place of CLIP's own do the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,22 +25,25 @@ from llm_quest.layers.initialize import init_normal_
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
-from llm_quest.models.family import ConcatRows, Family, Reshaped, WeightMap, expand_layers, require_field, require_value
+from llm_quest.models.config_fields import config_dataclass, hf_default
+from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
 
 
-@dataclass(frozen=True)
+@config_dataclass
 class Config:
-    """The tower's numbers. image_size, patch_size: sides in pixels."""
+    """The encoder's numbers, as config.json has them. image_size, patch_size: sides in pixels."""
 
     image_size: int
     patch_size: int
-    num_channels: int
+    num_channels: int = hf_default(3)
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
     layer_norm_eps: float = 1e-5
+    hidden_act: Literal["quick_gelu"] = "quick_gelu"
 
     @property
     def num_patches(self) -> int:
@@ -73,7 +74,7 @@ def block(config: Config, layer_idx: int) -> Block:
 
 
 def assemble(config: Config) -> ImageEncoder:
-    """The tower, without first values."""
+    """The model, before its weights are initialized."""
     return ImageEncoder(
         ModelSpec("clip", config),
         embed=ImageEmbedding(config.image_size, config.patch_size, config.num_channels, config.hidden_size, bias=False),
@@ -89,86 +90,46 @@ def initialize(model: ImageEncoder, generator: torch.Generator | None = None) ->
     init_normal_(model, std=0.02, out_std=0.02 / (2 * model.config.num_hidden_layers) ** 0.5, generator=generator)
 
 
-def names(config: Config) -> WeightMap:
-    """Our parameters and their published names."""
-    root, layer = "vision_model.", "vision_model.encoder.layers.{i}."
-    table: dict[str, Any] = {
-        "embed.start": root + "embeddings.class_embedding",
-        "embed.positions": root + "embeddings.position_embedding.weight",
-        "embed.patches.weight": Reshaped(
-            root + "embeddings.patch_embedding.weight",
-            (config.hidden_size, config.num_channels, config.patch_size, config.patch_size),
-        ),
+def weight_map(config: Config) -> WeightMap:
+    """Our parameters -> published names."""
+    root, layer, P = "vision_model.", "vision_model.encoder.layers.{i}.", config.patch_size
+    pixels = (config.hidden_size, config.num_channels, P, P)
+    names: Names = {
+        "embed.start": f"{root}embeddings.class_embedding",
+        "embed.positions": f"{root}embeddings.position_embedding.weight",
+        "embed.patches.weight": Reshaped(f"{root}embeddings.patch_embedding.weight", pixels),
+    }
+    parts = {
+        "enter": f"{root}pre_layrnorm",
+        "blocks.{i}.mixer.norm": f"{layer}layer_norm1",
+        "blocks.{i}.mixer.layer.out": f"{layer}self_attn.out_proj",
+        "blocks.{i}.feed_forward.norm": f"{layer}layer_norm2",
+        "blocks.{i}.feed_forward.layer.up": f"{layer}mlp.fc1",
+        "blocks.{i}.feed_forward.layer.down": f"{layer}mlp.fc2",
+        "norm": f"{root}post_layernorm",
     }
     for kind in ("weight", "bias"):
-        table |= {
-            f"enter.{kind}": f"{root}pre_layrnorm.{kind}",
-            f"blocks.{{i}}.mixer.norm.{kind}": f"{layer}layer_norm1.{kind}",
-            f"blocks.{{i}}.mixer.layer.qkv.{kind}": ConcatRows(
-                *(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
-            ),
-            f"blocks.{{i}}.mixer.layer.out.{kind}": f"{layer}self_attn.out_proj.{kind}",
-            f"blocks.{{i}}.feed_forward.norm.{kind}": f"{layer}layer_norm2.{kind}",
-            f"blocks.{{i}}.feed_forward.layer.up.{kind}": f"{layer}mlp.fc1.{kind}",
-            f"blocks.{{i}}.feed_forward.layer.down.{kind}": f"{layer}mlp.fc2.{kind}",
-            f"norm.{kind}": f"{root}post_layernorm.{kind}",
-        }
-    return expand_layers(table, config.num_hidden_layers)
-
-
-def read(hf_config: Mapping[str, Any]) -> Config:
-    """From the contents of config.json."""
-    require_value(hf_config, "hidden_act", "quick_gelu")
-    return Config(
-        image_size=require_field(hf_config, "image_size"),
-        patch_size=require_field(hf_config, "patch_size"),
-        num_channels=hf_config.get("num_channels", 3),
-        hidden_size=require_field(hf_config, "hidden_size"),
-        num_hidden_layers=require_field(hf_config, "num_hidden_layers"),
-        num_attention_heads=require_field(hf_config, "num_attention_heads"),
-        intermediate_size=require_field(hf_config, "intermediate_size"),
-        layer_norm_eps=hf_config.get("layer_norm_eps", 1e-5),
-    )
-
-
-def publish(config: Config) -> dict[str, Any]:
-    """The contents of config.json."""
-    return {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.num_channels,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_act": "quick_gelu",
-    }
+        names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items()}
+        qkv = (f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
+        names[f"blocks.{{i}}.mixer.layer.qkv.{kind}"] = ConcatRows(*qkv)
+    return expand_layers(names, config.num_hidden_layers)
 
 
 CLIP_LARGE = Config(336, 14, 3, 1024, 24, 16, 4096)
+CLIP_NAME, CLIP_NOTE = "clip-vit-large-patch14-336", "the image encoder alone; within a whole CLIP"
 
 FAMILY = Family(
     name="clip",
-    model_type="clip_vision_model",
-    architecture="CLIPVisionModel",
     Config=Config,
-    assemble=assemble,  # type: ignore[arg-type]
-    initialize=initialize,  # type: ignore[arg-type]
-    names=names,
-    read=read,
-    publish=publish,
+    assemble=assemble,
+    initialize=initialize,
+    weight_map=weight_map,
+    architectures={"clip_vision_model": "CLIPVisionModel"},
     pipeline_tag="image-feature-extraction",
     optional_prefix="vision_model.",
     keys_to_ignore=(r"(vision_model\.)?embeddings\.position_ids",),
     presets=(
-        Preset(
-            "clip-vit-large-patch14-336",
-            CLIP_LARGE,
-            303_507_456,
-            "openai/clip-vit-large-patch14-336",
-            notes="the image tower alone; within a whole CLIP",
-        ),
+        Preset(CLIP_NAME, CLIP_LARGE, 303_507_456, f"openai/{CLIP_NAME}", CLIP_NOTE),
         Preset("clip-tiny", Config(16, 4, 3, 48, 3, 4, 96)),
     ),
 )

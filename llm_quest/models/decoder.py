@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import ModelSpec
 from llm_quest.layers.kv_cache import Cache
+from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.packed_linear import row_splits
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.scope import Scope
@@ -71,3 +72,25 @@ class Decoder(nn.Module):
         """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each
         alone)."""
         return row_splits(self)
+
+
+def decoder_of_blocks(
+    family: str,
+    config: Any,
+    block: Callable[[Any, int], nn.Module],
+    embedding: Callable[[int, int], nn.Module],
+    norm: Callable[[int, float], nn.Module],
+    mtp_modules: Sequence[nn.Module] = (),
+) -> Decoder:
+    """embedding(vocab_size, hidden_size), then block(config, layer_idx) for every layer, norm(hidden_size, eps) and a head,
+    which is the embedding where `tie_word_embeddings` says so."""
+    embed = embedding(config.vocab_size, config.hidden_size)
+    tied: Any = embed.token if config.tie_word_embeddings else None
+    return Decoder(
+        ModelSpec(family, config),
+        embed=embed,
+        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
+        norm=norm(config.hidden_size, config.rms_norm_eps),
+        head=LMHead(config.hidden_size, config.vocab_size, tied_embedding=tied),
+        mtp_modules=mtp_modules,
+    )

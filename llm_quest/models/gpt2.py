@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): where the chain begins.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): the family that the others are told from.
 
 A stack of blocks; each adds to the stream what attention found in earlier tokens, then what an MLP made of it.
 - Positions are learned vectors, added to the token's; so the context is as long as the table.
@@ -13,48 +13,40 @@ stored (in, out), and a forgotten transpose of the square `attn.c_proj` raises n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from llm_quest.contracts import ModelSpec, Preset
-from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenPositionEmbedding
 from llm_quest.layers.feed_forward import MLP, gelu_tanh
-from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
+from llm_quest.models.config_fields import config_dataclass, spelled, spelled_alike
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.family import (
-    Family,
-    PublishedWeight,
-    Transposed,
-    WeightMap,
-    expand_layers,
-    require_field,
-    require_value,
-)
-
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+from llm_quest.models.family import Family, preset_table
+from llm_quest.models.weight_names import Names, Transposed, WeightMap, expand_layers
 
 
-@dataclass(frozen=True)
+@config_dataclass
 class Config:
-    """GPT-2's numbers. max_position_embeddings: learned positions; dropout: on attention weights, branches and
-    embedding, in training."""
+    """GPT-2's numbers; config.json spells most of them its own way. max_position_embeddings: learned positions; dropout:
+    on attention weights, branches and embedding, in training."""
 
     vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    layer_norm_eps: float = 1e-5
-    dropout: float = 0.0
+    hidden_size: int = spelled("n_embd")
+    num_hidden_layers: int = spelled("n_layer")
+    num_attention_heads: int = spelled("n_head")
+    intermediate_size: int = spelled("n_inner", hf_default=lambda c: 4 * c.hidden_size)
+    max_position_embeddings: int = spelled("n_positions", "n_ctx")
+    layer_norm_eps: float = spelled("layer_norm_epsilon", default=1e-5)
+    dropout: float = spelled_alike("resid_pdrop", "embd_pdrop", "attn_pdrop", hf_default=0.1, default=0.0)
+    activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    tie_word_embeddings: Literal[True] = True
 
 
 def block(config: Config, layer_idx: int) -> Block:
@@ -77,126 +69,60 @@ def block(config: Config, layer_idx: int) -> Block:
 
 
 def assemble(config: Config) -> Decoder:
-    """The model, without first values."""
-    embed = TokenPositionEmbedding(
-        config.vocab_size, config.hidden_size, config.max_position_embeddings, dropout=config.dropout
-    )
+    """The model, before its weights are initialized."""
+    V, D, T = config.vocab_size, config.hidden_size, config.max_position_embeddings
+    embed = TokenPositionEmbedding(V, D, T, dropout=config.dropout)
     return Decoder(
         ModelSpec("gpt2", config),
         embed=embed,
         blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
-        norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
-        head=LMHead(config.hidden_size, config.vocab_size, tied_embedding=embed.token),
+        norm=LayerNorm(D, config.layer_norm_eps),
+        head=LMHead(D, V, tied_embedding=embed.token),
     )
 
 
-def names(config: Config) -> WeightMap:
-    """Our parameters and their published names."""
-    table: dict[str, PublishedWeight] = {
-        "embed.token.weight": "transformer.wte.weight",
-        "embed.position.weight": "transformer.wpe.weight",
-        "blocks.{i}.mixer.norm.weight": "transformer.h.{i}.ln_1.weight",
-        "blocks.{i}.mixer.norm.bias": "transformer.h.{i}.ln_1.bias",
-        "blocks.{i}.mixer.layer.qkv.weight": Transposed("transformer.h.{i}.attn.c_attn.weight"),
-        "blocks.{i}.mixer.layer.qkv.bias": "transformer.h.{i}.attn.c_attn.bias",
-        "blocks.{i}.mixer.layer.out.weight": Transposed("transformer.h.{i}.attn.c_proj.weight"),
-        "blocks.{i}.mixer.layer.out.bias": "transformer.h.{i}.attn.c_proj.bias",
-        "blocks.{i}.feed_forward.norm.weight": "transformer.h.{i}.ln_2.weight",
-        "blocks.{i}.feed_forward.norm.bias": "transformer.h.{i}.ln_2.bias",
-        "blocks.{i}.feed_forward.layer.up.weight": Transposed("transformer.h.{i}.mlp.c_fc.weight"),
-        "blocks.{i}.feed_forward.layer.up.bias": "transformer.h.{i}.mlp.c_fc.bias",
-        "blocks.{i}.feed_forward.layer.down.weight": Transposed("transformer.h.{i}.mlp.c_proj.weight"),
-        "blocks.{i}.feed_forward.layer.down.bias": "transformer.h.{i}.mlp.c_proj.bias",
-        "norm.weight": "transformer.ln_f.weight",
-        "norm.bias": "transformer.ln_f.bias",
+def weight_map(config: Config) -> WeightMap:
+    """Our parameters -> published names; the matrices are stored the other way round."""
+    parts = {
+        "mixer.norm": "ln_1",
+        "mixer.layer.qkv": "attn.c_attn",
+        "mixer.layer.out": "attn.c_proj",
+        "feed_forward.norm": "ln_2",
+        "feed_forward.layer.up": "mlp.c_fc",
+        "feed_forward.layer.down": "mlp.c_proj",
     }
-    return expand_layers(table, config.num_hidden_layers)
-
-
-def read(hf_config: Mapping[str, Any]) -> Config:
-    """From the contents of config.json."""
-    require_value(hf_config, "activation_function", "gelu_new", "gelu_pytorch_tanh")
-    require_value(hf_config, "scale_attn_weights", True)
-    require_value(hf_config, "scale_attn_by_inverse_layer_idx", False)
-    require_value(hf_config, "tie_word_embeddings", True)
-    dropouts = {field: hf_config.get(field, 0.1) for field in DROPOUTS}
-    if len(set(dropouts.values())) > 1:
-        told = ", ".join(f"{field} is {value}" for field, value in dropouts.items())
-        raise DataError(f"config.json: {told}; this page has one dropout for all three: set them alike")
-    hidden_size = require_field(hf_config, "n_embd")
-    return Config(
-        vocab_size=require_field(hf_config, "vocab_size"),
-        hidden_size=hidden_size,
-        num_hidden_layers=require_field(hf_config, "n_layer"),
-        num_attention_heads=require_field(hf_config, "n_head"),
-        intermediate_size=hf_config.get("n_inner") or 4 * hidden_size,
-        max_position_embeddings=hf_config.get("n_positions") or require_field(hf_config, "n_ctx"),
-        layer_norm_eps=hf_config.get("layer_norm_epsilon", 1e-5),
-        dropout=dropouts["resid_pdrop"],
-    )
-
-
-def publish(config: Config) -> dict[str, Any]:
-    """The contents of config.json."""
-    dropouts = dict.fromkeys(DROPOUTS, config.dropout)
-    sizes = {
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_hidden_layers,
-        "n_head": config.num_attention_heads,
-        "n_inner": config.intermediate_size,
-    }
-    context = {"n_positions": config.max_position_embeddings, "n_ctx": config.max_position_embeddings}
-    rest = {"layer_norm_epsilon": config.layer_norm_eps, "activation_function": "gelu_new", "tie_word_embeddings": True}
-    return {"vocab_size": config.vocab_size, **sizes, **context, **dropouts, **rest}
+    names: Names = {"embed.token.weight": "transformer.wte.weight", "embed.position.weight": "transformer.wpe.weight"}
+    for ours, theirs in parts.items():
+        weight, bias = f"transformer.h.{{i}}.{theirs}.weight", f"transformer.h.{{i}}.{theirs}.bias"
+        names[f"blocks.{{i}}.{ours}.weight"] = weight if ours.endswith("norm") else Transposed(weight)
+        names[f"blocks.{{i}}.{ours}.bias"] = bias
+    names |= {"norm.weight": "transformer.ln_f.weight", "norm.bias": "transformer.ln_f.bias"}
+    return expand_layers(names, config.num_hidden_layers)
 
 
 def gpt2_config(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> Config:
     """The four published sizes share everything else."""
-    return Config(
-        vocab_size=50257,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        intermediate_size=4 * hidden_size,
-        max_position_embeddings=1024,
-    )
+    return Config(50_257, hidden_size, num_hidden_layers, num_attention_heads, 4 * hidden_size, 1024)
 
 
 FAMILY = Family(
     name="gpt2",
-    model_type="gpt2",
-    architecture="GPT2LMHeadModel",
     Config=Config,
     assemble=assemble,
-    initialize=init_depth_scaled_,
-    names=names,
-    read=read,
-    publish=publish,
+    weight_map=weight_map,
+    architectures={"gpt2": "GPT2LMHeadModel"},
     optional_prefix="transformer.",
     keys_to_ignore=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
     presets=(
-        Preset("gpt2", gpt2_config(768, 12, 12), 124_439_808, "openai-community/gpt2", eos_token_ids=(50256,)),
-        Preset(
-            "gpt2-medium",
-            gpt2_config(1024, 24, 16),
-            354_823_168,
-            "openai-community/gpt2-medium",
-            eos_token_ids=(50256,),
+        *preset_table(
+            "hidden_size num_hidden_layers num_attention_heads",
+            ("gpt2", "openai-community/gpt2", 124_439_808, 768, 12, 12),
+            ("gpt2-medium", "openai-community/gpt2-medium", 354_823_168, 1024, 24, 16),
+            ("gpt2-large", "openai-community/gpt2-large", 774_030_080, 1280, 36, 20),
+            ("gpt2-xl", "openai-community/gpt2-xl", 1_557_611_200, 1600, 48, 25),
+            make=gpt2_config,
+            eos=(50_256,),
         ),
-        Preset(
-            "gpt2-large", gpt2_config(1280, 36, 20), 774_030_080, "openai-community/gpt2-large", eos_token_ids=(50256,)
-        ),
-        Preset("gpt2-xl", gpt2_config(1600, 48, 25), 1_557_611_200, "openai-community/gpt2-xl", eos_token_ids=(50256,)),
-        Preset(
-            "gpt2-tiny",
-            Config(
-                vocab_size=97,
-                hidden_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=192,
-                max_position_embeddings=64,
-            ),
-        ),
+        Preset("gpt2-tiny", Config(97, 48, 2, 4, 192, 64)),
     ),
 )

@@ -14,83 +14,132 @@ layer 0 is global although the pattern says every sixth. config.json does not sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_quest.contracts import ModelSpec, Preset
+from llm_quest.contracts import Preset
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.linear import Linear
-from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.family import (
-    ConcatRows,
-    Family,
-    PublishedWeight,
+from llm_quest.models.config_fields import (
+    config_dataclass,
+    hf_default,
+    json_field,
+    local_rope_field,
+    read_per_layer,
+    rope_field,
+    spelled,
+    spelled_alike,
+)
+from llm_quest.models.decoder import Decoder, decoder_of_blocks
+from llm_quest.models.family import Family
+from llm_quest.models.weight_names import (
+    OURS,
+    THEIRS,
+    Names,
     WeightMap,
+    attention_names,
+    decoder_names,
     expand_layers,
     expert_names,
-    publish_rotary,
-    read_per_layer,
-    read_rotary,
-    require_field,
-    require_value,
     swiglu_names,
 )
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 
-@dataclass(frozen=True)
+
+def read_layer_types(c: Any) -> tuple[str, ...]:
+    """hybrid_layer_pattern (the hub's: 1 is windowed), layer_types (transformers'), or the released pattern."""
+    if (pattern := read_per_layer(c.json, "hybrid_layer_pattern", c.num_hidden_layers, 0, 1)) is not None:
+        return tuple(SLIDING if windowed else FULL for windowed in pattern)
+    given = read_per_layer(c.json, "layer_types", c.num_hidden_layers, FULL, SLIDING)
+    return layer_pattern(c.num_hidden_layers) if given is None else tuple(given)
+
+
+def layer_pattern(num_hidden_layers: int) -> tuple[str, ...]:
+    """Layer 0 and every sixth see everything, the others their window."""
+    return tuple(FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(num_hidden_layers))
+
+
+def write_layer_types(layer_types: tuple[str, ...], config: Any) -> dict[str, Any]:
+    pattern = [int(kind == SLIDING) for kind in layer_types]
+    return {"layer_types": list(layer_types), "hybrid_layer_pattern": pattern}
+
+
+def read_sliding_window(c: Any) -> int:
+    """sliding_window_size (the hub's) leaves the token itself out; sliding_window (transformers') counts it."""
+    previous = c.json.get("sliding_window_size")
+    window = c.json.get("sliding_window") if previous is None else previous + 1
+    return window or 129
+
+
+def write_sliding_window(window: int, config: Any) -> dict[str, Any]:
+    return {"sliding_window": window, "sliding_window_size": window - 1}
+
+
+def read_mlp_layer_types(c: Any) -> tuple[str, ...]:
+    """moe_layer_freq (the hub's: 1 is sparse), mlp_layer_types (transformers'), or a dense first layer."""
+    if (pattern := read_per_layer(c.json, "moe_layer_freq", c.num_hidden_layers, 0, 1)) is not None:
+        return tuple("sparse" if sparse else "dense" for sparse in pattern)
+    given = read_per_layer(c.json, "mlp_layer_types", c.num_hidden_layers, "dense", "sparse")
+    return ("dense", *("sparse",) * (c.num_hidden_layers - 1)) if given is None else tuple(given)
+
+
+def write_mlp_layer_types(kinds: tuple[str, ...], config: Any) -> dict[str, Any]:
+    return {"mlp_layer_types": list(kinds), "moe_layer_freq": [int(kind == "sparse") for kind in kinds]}
+
+
+@config_dataclass
 class Config:
-    """sliding_windows: per layer, how many tokens it sees, itself included; None: all. num_key_value_heads,
-    swa_num_key_value_heads: key/value heads of global and windowed layers; dense_layers: per layer, whether its
-    feed-forward layer is dense, of width hidden; num_nextn_predict_layers: how many multi-token prediction modules
-    stand behind the model."""
+    """MiMo's numbers, in transformers' spelling; the hub's stands beside it. layer_types: full_attention or
+    sliding_attention; sliding_window: how many tokens a windowed layer sees, itself included; num_key_value_heads of
+    global, swa_num_key_value_heads of windowed layers; mlp_layer_types: dense (of width intermediate_size) or sparse;
+    num_nextn_predict_layers: multi-token prediction modules behind the model."""
 
     vocab_size: int
     hidden_size: int
-    num_attention_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int = spelled_alike("num_attention_heads", "swa_num_attention_heads")
     num_key_value_heads: int
-    swa_num_key_value_heads: int
-    head_dim: int
-    v_head_dim: int
-    attention_value_scale: float
-    sliding_windows: tuple[int | None, ...]
-    dense_layers: tuple[bool, ...]
+    swa_num_key_value_heads: int = hf_default(lambda c: 2 * c.num_key_value_heads)
+    head_dim: int = spelled_alike("head_dim", "swa_head_dim")
+    v_head_dim: int = spelled_alike("v_head_dim", "swa_v_head_dim", hf_default=lambda c: c.head_dim)
+    attention_value_scale: float = hf_default(0.707)
+    layer_types: tuple[str, ...] = json_field(read_layer_types, write_layer_types)
+    sliding_window: int = json_field(read_sliding_window, write_sliding_window)
+    mlp_layer_types: tuple[str, ...] = json_field(read_mlp_layer_types, write_mlp_layer_types)
     intermediate_size: int
     n_routed_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    max_position_embeddings: int
-    rotary: RotaryEmbedding
-    swa_rotary: RotaryEmbedding
+    max_position_embeddings: int = hf_default(262_144)
+    rotary: RotaryEmbedding = rope_field(theta=5_000_000.0, partial=0.334, rope_scaling=False)
+    swa_rotary: RotaryEmbedding = local_rope_field("swa_rope_theta", partial=True)
     routed_scaling_factor: float = 1.0
     norm_topk_prob: bool = True
     tie_word_embeddings: bool = False
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = spelled("layernorm_epsilon", "rms_norm_eps", default=1e-5)
     num_nextn_predict_layers: int = 0
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return len(self.sliding_windows)
-
-    @property
-    def sliding_window(self) -> int | None:
-        """Of the windowed layers."""
-        return next((window for window in self.sliding_windows if window is not None), None)
+    hidden_act: Literal["silu"] = "silu"
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    n_group: Literal[1] = 1
+    topk_group: Literal[1] = 1
+    attention_bias: Literal[False] = False
+    add_swa_attention_sink_bias: Literal[True] = True
+    add_full_attention_sink_bias: Literal[False] = False
 
 
 class ConstantScale(nn.Module):
@@ -106,10 +155,9 @@ class ConstantScale(nn.Module):
 
 def block(config: Config, layer_idx: int) -> Block:
     """One layer, global or windowed: attention, then SwiGLU (the first) or the experts."""
+    window = config.sliding_window if config.layer_types[layer_idx] == SLIDING else None
     return Block(
-        mixer=Sublayer(
-            RMSNorm(config.hidden_size, config.rms_norm_eps), attention(config, config.sliding_windows[layer_idx])
-        ),
+        mixer=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), attention(config, window)),
         feed_forward=Sublayer(RMSNorm(config.hidden_size, config.rms_norm_eps), feed_forward(config, layer_idx)),
     )
 
@@ -137,7 +185,7 @@ def attention(config: Config, sliding_window: int | None) -> GroupedQueryAttenti
 
 def feed_forward(config: Config, layer_idx: int) -> nn.Module:
     """Dense or sparse."""
-    if config.dense_layers[layer_idx]:
+    if config.mlp_layer_types[layer_idx] == "dense":
         return GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
     router = SigmoidRouter(
         config.hidden_size,
@@ -153,8 +201,6 @@ def feed_forward(config: Config, layer_idx: int) -> nn.Module:
 
 def mtp_module(config: Config) -> MTPModule:
     """A module that predicts one token further: its block is windowed and dense."""
-    if config.sliding_window is None:
-        raise ValueError("multi-token modules are windowed, but no layer says how wide: give one of `windows` a number")
     embed_norm, hidden_norm, mixer_norm, ffn_norm, norm = (
         RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(5)
     )
@@ -169,256 +215,72 @@ def mtp_module(config: Config) -> MTPModule:
 
 
 def assemble(config: Config) -> Decoder:
-    """The model, without first values."""
-    embed = TokenEmbedding(config.vocab_size, config.hidden_size)
-    return Decoder(
-        ModelSpec("mimo", config),
-        embed=embed,
-        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
-        norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-        head=LMHead(
-            config.hidden_size, config.vocab_size, tied_embedding=embed.token if config.tie_word_embeddings else None
-        ),
-        mtp_modules=[mtp_module(config) for _ in range(config.num_nextn_predict_layers)],
-    )
+    """The model, before its weights are initialized."""
+    modules = [mtp_module(config) for _ in range(config.num_nextn_predict_layers)]
+    return decoder_of_blocks("mimo", config, block, TokenEmbedding, RMSNorm, mtp_modules=modules)
 
 
-def names(config: Config) -> WeightMap:
-    """Our parameters and their published names."""
-    layer = "model.layers.{i}."
-    table: dict[str, PublishedWeight] = {
-        "embed.token.weight": "model.embed_tokens.weight",
-        "blocks.{i}.mixer.norm.weight": f"{layer}input_layernorm.weight",
-        "blocks.{i}.mixer.layer.qkv.weight": ConcatRows(*(f"{layer}self_attn.{part}_proj.weight" for part in "qkv")),
-        "blocks.{i}.mixer.layer.out.weight": f"{layer}self_attn.o_proj.weight",
-        "blocks.{i}.feed_forward.norm.weight": f"{layer}post_attention_layernorm.weight",
-        "norm.weight": "model.norm.weight",
-    }
-    if not config.tie_word_embeddings:
-        table["head.weight"] = "lm_head.weight"
-    sinks = {"blocks.{i}.mixer.layer.attend.sink": f"{layer}self_attn.attention_sink_bias"}
-    ffn, mlp = "blocks.{i}.feed_forward.layer.", f"{layer}mlp."
-    bias = {f"{ffn}router.bias": f"{mlp}gate.e_score_correction_bias"}
-    dense, sparse = swiglu_names(ffn, mlp), expert_names(ffn, mlp, config.n_routed_experts) | bias
-    windowed = [i for i, window in enumerate(config.sliding_windows) if window is not None]
-    kinds = [[i for i, is_dense in enumerate(config.dense_layers) if is_dense is wanted] for wanted in (True, False)]
-    written = expand_layers(table, config.num_hidden_layers) | expand_layers(sinks, windowed)
-    written |= expand_layers(dense, kinds[0]) | expand_layers(sparse, kinds[1])
-    return written | expand_layers(mtp_names(), config.num_nextn_predict_layers)
+def weight_map(config: Config) -> WeightMap:
+    """Our parameters -> published names."""
+    table = decoder_names(tied=config.tie_word_embeddings) | attention_names()
+    sinks: Names = {f"{OURS}mixer.layer.attend.sink": f"{THEIRS}self_attn.attention_sink_bias"}
+    bias: Names = {f"{OURS}feed_forward.layer.router.bias": f"{THEIRS}mlp.gate.e_score_correction_bias"}
+    windowed = (i for i, kind in enumerate(config.layer_types) if kind == SLIDING)
+    dense = (i for i, kind in enumerate(config.mlp_layer_types) if kind == "dense")
+    sparse = (i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse")
+    names = expand_layers(table, config.num_hidden_layers) | expand_layers(sinks, windowed)
+    names |= expand_layers(swiglu_names(), dense) | expand_layers(expert_names(config.n_routed_experts) | bias, sparse)
+    return names | expand_layers(mtp_names(), config.num_nextn_predict_layers)
 
 
-def mtp_names() -> dict[str, PublishedWeight]:
+def mtp_names() -> Names:
     """A multi-token prediction module's."""
     ours, theirs = "mtp_modules.{i}.", "model.mtp.layers.{i}."
     norms = {"embed_norm": "enorm", "hidden_norm": "hnorm", "norm": "final_layernorm"}
     norms |= {"block.mixer.norm": "input_layernorm", "block.feed_forward.norm": "pre_mlp_layernorm"}
-    attention, dense = f"{ours}block.mixer.layer.", swiglu_names(f"{ours}block.feed_forward.layer.", f"{theirs}mlp.")
-    return {f"{ours}{a}.weight": f"{theirs}{b}.weight" for a, b in norms.items()} | {
+    return {
+        **{f"{ours}{a}.weight": f"{theirs}{b}.weight" for a, b in norms.items()},
         f"{ours}join.weight": f"{theirs}eh_proj.weight",
-        f"{attention}qkv.weight": ConcatRows(*(f"{theirs}self_attn.{part}_proj.weight" for part in "qkv")),
-        f"{attention}out.weight": f"{theirs}self_attn.o_proj.weight",
-        f"{attention}attend.sink": f"{theirs}self_attn.attention_sink_bias",
-        **dense,
+        **attention_names(f"{ours}block.mixer.layer.", f"{theirs}self_attn."),
+        f"{ours}block.mixer.layer.attend.sink": f"{theirs}self_attn.attention_sink_bias",
+        **swiglu_names(f"{ours}block.feed_forward.layer.", f"{theirs}mlp."),
     }
 
 
 def resolve_config(config: Config, stored: Collection[str]) -> Config:
-    """As many lookahead modules as the files hold."""
+    """As many multi-token modules as the files hold."""
     num_modules = 0
     while f"model.mtp.layers.{num_modules}.eh_proj.weight" in stored:
         num_modules += 1
     return replace(config, num_nextn_predict_layers=num_modules)
 
 
-def read(hf_config: Mapping[str, Any]) -> Config:
-    """From the contents of config.json, with the hub's names first and transformers' second."""
-    require_value(hf_config, "hidden_act", "silu")
-    require_value(hf_config, "scoring_func", "sigmoid")
-    require_value(hf_config, "n_group", 1, None)
-    require_value(hf_config, "topk_group", 1, None)
-    require_value(hf_config, "attention_bias", False, None)
-    require_value(hf_config, "add_swa_attention_sink_bias", True, None)
-    require_value(hf_config, "add_full_attention_sink_bias", False, None)
-    num_hidden_layers = require_field(hf_config, "num_hidden_layers")
-    sliding_windows, head_dim = (
-        read_sliding_windows(hf_config, num_hidden_layers),
-        hf_config.get("head_dim") or require_field(hf_config, "swa_head_dim"),
-    )
-    num_attention_heads, v_head_dim = (
-        require_field(hf_config, "num_attention_heads"),
-        hf_config.get("v_head_dim") or head_dim,
-    )
-    require_value(hf_config, "swa_num_attention_heads", num_attention_heads, None)
-    require_value(hf_config, "swa_head_dim", head_dim, None)
-    require_value(hf_config, "swa_v_head_dim", v_head_dim, None)
-    rope = hf_config.get("rope_parameters") or {}
-    fraction = hf_config.get("partial_rotary_factor") or rope.get("full_attention", rope).get(
-        "partial_rotary_factor", 0.334
-    )
-    rotary_dim = int(head_dim * fraction)
-    full = {**hf_config, "rope_parameters": rope["full_attention"]} if "full_attention" in rope else hf_config
-    local = {"rope_parameters": rope.get("sliding_attention"), "rope_theta": hf_config.get("swa_rope_theta", 10_000.0)}
-    num_key_value_heads = require_field(hf_config, "num_key_value_heads")
-    dense_layers = [not sparse for sparse in read_per_layer(hf_config, "moe_layer_freq", num_hidden_layers, 0, 1) or []]
-    kinds = read_per_layer(hf_config, "mlp_layer_types", num_hidden_layers, "dense", "sparse") or []
-    dense_layers = dense_layers or [kind == "dense" for kind in kinds] or [i == 0 for i in range(num_hidden_layers)]
-    return Config(
-        vocab_size=require_field(hf_config, "vocab_size"),
-        hidden_size=require_field(hf_config, "hidden_size"),
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        swa_num_key_value_heads=hf_config.get("swa_num_key_value_heads") or 2 * num_key_value_heads,
-        head_dim=head_dim,
-        v_head_dim=v_head_dim,
-        attention_value_scale=hf_config.get("attention_value_scale", 0.707),
-        sliding_windows=sliding_windows,
-        dense_layers=tuple(dense_layers),
-        intermediate_size=require_field(hf_config, "intermediate_size"),
-        n_routed_experts=require_field(hf_config, "n_routed_experts"),
-        num_experts_per_tok=require_field(hf_config, "num_experts_per_tok"),
-        moe_intermediate_size=require_field(hf_config, "moe_intermediate_size"),
-        max_position_embeddings=hf_config.get("max_position_embeddings", 262_144),
-        rotary=read_rotary(full, rotary_dim, 5_000_000.0),
-        swa_rotary=read_rotary(local, rotary_dim),
-        routed_scaling_factor=float(hf_config.get("routed_scaling_factor") or 1.0),
-        norm_topk_prob=hf_config.get("norm_topk_prob", True),
-        tie_word_embeddings=hf_config.get("tie_word_embeddings", False),
-        rms_norm_eps=hf_config.get("layernorm_epsilon") or hf_config.get("rms_norm_eps", 1e-5),
-        num_nextn_predict_layers=hf_config.get("num_nextn_predict_layers") or 0,
-    )
-
-
-def read_sliding_windows(hf_config: Mapping[str, Any], num_hidden_layers: int) -> tuple[int | None, ...]:
-    """hybrid_layer_pattern (1: windowed) with sliding_window_size, which leaves the token itself out; or layer_types
-    with sliding_window, which counts it."""
-    previous = hf_config.get("sliding_window_size")
-    window = hf_config.get("sliding_window") if previous is None else previous + 1
-    kinds = read_per_layer(hf_config, "layer_types", num_hidden_layers, "full_attention", "sliding_attention") or [
-        "full_attention" if i == 0 or (i + 1) % 6 == 0 else "sliding" for i in range(num_hidden_layers)
-    ]
-    windowed = read_per_layer(hf_config, "hybrid_layer_pattern", num_hidden_layers, 0, 1) or [
-        kind != "full_attention" for kind in kinds
-    ]
-    return tuple(window or 129 if local else None for local in windowed)
-
-
-def publish(config: Config) -> dict[str, Any]:
-    """The contents of config.json."""
-    windows = [window for window in config.sliding_windows if window is not None]
-    rope, local = publish_rotary(config.rotary), publish_rotary(config.swa_rotary)
-    fraction = rotary_fraction(config.rotary.dim, config.head_dim)
-    per_kind = {
-        "full_attention": {**rope["rope_parameters"], "partial_rotary_factor": fraction},
-        "sliding_attention": {**local["rope_parameters"], "partial_rotary_factor": fraction},
-    }
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "swa_num_key_value_heads": config.swa_num_key_value_heads,
-        "swa_num_attention_heads": config.num_attention_heads,
-        "head_dim": config.head_dim,
-        "swa_head_dim": config.head_dim,
-        "v_head_dim": config.v_head_dim,
-        "swa_v_head_dim": config.v_head_dim,
-        "attention_value_scale": config.attention_value_scale,
-        "layer_types": [
-            "full_attention" if window is None else "sliding_attention" for window in config.sliding_windows
-        ],
-        "hybrid_layer_pattern": [0 if window is None else 1 for window in config.sliding_windows],
-        "sliding_window": windows[0] if windows else None,
-        "sliding_window_size": windows[0] - 1 if windows else None,
-        "mlp_layer_types": ["dense" if dense else "sparse" for dense in config.dense_layers],
-        "moe_layer_freq": [0 if dense else 1 for dense in config.dense_layers],
-        "intermediate_size": config.intermediate_size,
-        "n_routed_experts": config.n_routed_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "n_group": 1,
-        "topk_group": 1,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": rope["rope_theta"],
-        "rope_parameters": per_kind,
-        "swa_rope_theta": local["rope_theta"],
-        "partial_rotary_factor": fraction,
-        "add_swa_attention_sink_bias": True,
-        "routed_scaling_factor": config.routed_scaling_factor,
-        "norm_topk_prob": config.norm_topk_prob,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "layernorm_epsilon": config.rms_norm_eps,
-        "rms_norm_eps": config.rms_norm_eps,
-        "hidden_act": "silu",
-        "num_nextn_predict_layers": config.num_nextn_predict_layers,
-    }
-
-
-def rotary_fraction(rotary_dim: int, head_dim: int) -> float:
-    """A fraction whose product with head_width, rounded down, is width whatever the rounding of the division."""
-    return (rotary_dim + 0.5) / head_dim
-
-
-SLIDING_WINDOWS = tuple(None if i == 0 or (i + 1) % 6 == 0 else 129 for i in range(48))
 MIMO_V2_FLASH = Config(
-    vocab_size=152_576,
-    hidden_size=4096,
-    num_attention_heads=64,
-    num_key_value_heads=4,
-    swa_num_key_value_heads=8,
-    head_dim=192,
-    v_head_dim=128,
-    attention_value_scale=0.707,
-    sliding_windows=SLIDING_WINDOWS,
-    dense_layers=tuple(i == 0 for i in range(48)),
-    intermediate_size=16_384,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    moe_intermediate_size=2048,
-    max_position_embeddings=262_144,
-    rotary=RotaryEmbedding(64, 5_000_000.0),
-    swa_rotary=RotaryEmbedding(64, 10_000.0),
-)
+    vocab_size=152_576, hidden_size=4096, num_hidden_layers=48, num_attention_heads=64, num_key_value_heads=4,
+    swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, layer_types=layer_pattern(48),
+    sliding_window=129, mlp_layer_types=("dense", *("sparse",) * 47), intermediate_size=16_384, n_routed_experts=256,
+    num_experts_per_tok=8, moe_intermediate_size=2048, max_position_embeddings=262_144,
+    rotary=RotaryEmbedding(64, 5_000_000.0), swa_rotary=RotaryEmbedding(64, 10_000.0),
+)  # fmt: skip
 TINY = Config(
-    vocab_size=97,
-    hidden_size=48,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    swa_num_key_value_heads=4,
-    head_dim=24,
-    v_head_dim=16,
-    attention_value_scale=0.707,
-    sliding_windows=(None, 5, 5, None),
-    dense_layers=(True, False, False, False),
-    intermediate_size=96,
-    n_routed_experts=8,
-    num_experts_per_tok=3,
-    moe_intermediate_size=32,
-    max_position_embeddings=256,
-    rotary=RotaryEmbedding(8, 5_000_000.0),
-    swa_rotary=RotaryEmbedding(8, 10_000.0),
-)
+    vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+    swa_num_key_value_heads=4, head_dim=24, v_head_dim=16, attention_value_scale=0.707,
+    layer_types=(FULL, SLIDING, SLIDING, FULL), sliding_window=5, mlp_layer_types=("dense", *("sparse",) * 3),
+    intermediate_size=96, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, max_position_embeddings=256,
+    rotary=RotaryEmbedding(8, 5_000_000.0), swa_rotary=RotaryEmbedding(8, 10_000.0), num_nextn_predict_layers=1,
+)  # fmt: skip
+FLASH_NOTE, EOS_TOKEN_IDS = "without MTP; in fp8", (151_645, 151_643)
 
 FAMILY = Family(
     name="mimo",
-    model_type="mimo_v2_flash",
-    architecture="MiMoV2FlashForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=init_depth_scaled_,
-    names=names,
-    read=read,
-    publish=publish,
+    weight_map=weight_map,
+    architectures={"mimo_v2_flash": "MiMoV2FlashForCausalLM"},
+    classifiers={"mimo_v2_flash": None},
     resolve_config=resolve_config,
     presets=(
-        Preset(
-            "mimo-v2-flash",
-            MIMO_V2_FLASH,
-            308_778_780_864,
-            "XiaomiMiMo/MiMo-V2-Flash",
-            "without MTP; in fp8",
-            (151_645, 151_643),
-        ),
-        Preset("mimo-tiny", replace(TINY, num_nextn_predict_layers=1)),
+        Preset("mimo-v2-flash", MIMO_V2_FLASH, 308_778_780_864, "XiaomiMiMo/MiMo-V2-Flash", FLASH_NOTE, EOS_TOKEN_IDS),
+        Preset("mimo-tiny", TINY),
     ),
 )

@@ -11,88 +11,125 @@ divide by the rotated width, not the head's; the DeltaNet's norm comes before it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn import functional as F
 
-from llm_quest.contracts import ModelSpec, Preset
+from llm_quest.contracts import Preset
 from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.initialize import init_depth_scaled_
-from llm_quest.layers.lm_head import LMHead
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
 from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.family import (
+from llm_quest.models.config_fields import (
+    config_dataclass,
+    hf_default,
+    json_field,
+    nested,
+    per_layer,
+    rope_field,
+    unwritten,
+)
+from llm_quest.models.decoder import Decoder, decoder_of_blocks
+from llm_quest.models.family import Family, preset_table
+from llm_quest.models.weight_names import (
+    OURS,
+    THEIRS,
     ConcatRows,
-    Family,
-    PublishedWeight,
+    Names,
     WeightMap,
+    attention_names,
+    decoder_names,
     expand_layers,
     expert_names,
-    publish_rotary,
-    read_per_layer,
-    read_rotary,
-    require_field,
-    require_value,
     swiglu_names,
 )
 
+FULL, LINEAR = "full_attention", "linear_attention"
 
-@dataclass(frozen=True)
+
+def layer_pattern(num_hidden_layers: int, interval: int = 4) -> tuple[str, ...]:
+    """Every fourth layer attends."""
+    return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(num_hidden_layers))
+
+
+@config_dataclass
 class DeltaNetConfig:
     """The Gated DeltaNet's numbers. interleaved: Qwen3-Next's layout of its projections; Qwen3.5's is flat."""
 
-    linear_num_key_heads: int
-    linear_num_value_heads: int
-    linear_key_head_dim: int
-    linear_value_head_dim: int
-    linear_conv_kernel_dim: int
-    interleaved: bool
+    linear_num_key_heads: int = hf_default(16)
+    linear_num_value_heads: int = hf_default(32)
+    linear_key_head_dim: int = hf_default(128)
+    linear_value_head_dim: int = hf_default(128)
+    linear_conv_kernel_dim: int = hf_default(4)
+    interleaved: bool = json_field(lambda c: c.json.get("model_type") == "qwen3_next", unwritten)
 
 
-@dataclass(frozen=True)
+@config_dataclass
 class MoEConfig:
     """The mixture's numbers: widths of an expert and of the shared one."""
 
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    shared_expert_intermediate_size: int
+    num_experts: int = hf_default(lambda c: 512 if c.json.get("model_type") == "qwen3_next" else 256)
+    num_experts_per_tok: int = hf_default(lambda c: 10 if c.json.get("model_type") == "qwen3_next" else 8)
+    moe_intermediate_size: int = hf_default(512)
+    shared_expert_intermediate_size: int = hf_default(512)
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.001
+    decoder_sparse_step: Literal[1] = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mlp_only_layers:
+            raise ValueError(
+                f"mlp_only_layers is {list(self.mlp_only_layers)}; only a model without dense layers is computed"
+            )
 
 
-@dataclass(frozen=True)
+def mrope_sections(config: Any) -> dict[str, Any]:
+    """How the multimodal model divides the rotated pairs between time, height and width; for text they are one."""
+    pairs = config.rotary.dim // 2
+    sections = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    return {} if config.delta_net.interleaved else {"mrope_section": sections, "mrope_interleaved": True}
+
+
+@config_dataclass
 class Config:
-    """full_attention_layers: per layer, whether it attends (True) or is a DeltaNet. intermediate_size: width of a dense
-    feed-forward layer."""
+    """Their numbers, as config.json has them. intermediate_size: of a dense feed-forward layer; layer_types:
+    full_attention or linear_attention (the DeltaNet); moe: None in the dense models."""
 
     vocab_size: int
     hidden_size: int
+    num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    max_position_embeddings: int
-    full_attention_layers: tuple[bool, ...]
-    delta_net: DeltaNetConfig
-    rotary: RotaryEmbedding
-    tie_word_embeddings: bool
-    moe: MoEConfig | None = None
+    head_dim: int = hf_default(256)
+    intermediate_size: int = hf_default(0)
+    max_position_embeddings: int = hf_default(32_768)
+    layer_types: tuple[str, ...] = per_layer(
+        FULL,
+        LINEAR,
+        hf_default=lambda c: layer_pattern(c.num_hidden_layers, c.json.get("full_attention_interval") or 4),
+    )
+    delta_net: DeltaNetConfig = nested(DeltaNetConfig)
+    rotary: RotaryEmbedding = rope_field(partial=0.25, extra=mrope_sections)
+    tie_word_embeddings: bool = hf_default(False)
+    moe: MoEConfig | None = nested(
+        MoEConfig, when=lambda json: json.get("model_type") in ("qwen3_next", "qwen3_5_moe_text"), default=None
+    )
     rms_norm_eps: float = 1e-6
+    attention_bias: Literal[False] = False
+    attn_output_gate: Literal[True] = True
+    hidden_act: Literal["silu"] = "silu"
 
-    @property
-    def num_hidden_layers(self) -> int:
-        return len(self.full_attention_layers)
+    def __post_init__(self) -> None:
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
 
 
 def block(config: Config, layer_idx: int) -> Block:
@@ -105,7 +142,7 @@ def block(config: Config, layer_idx: int) -> Block:
 
 def mixer(config: Config, layer_idx: int) -> nn.Module:
     """What moves information between positions in this layer."""
-    if config.full_attention_layers[layer_idx]:
+    if config.layer_types[layer_idx] == FULL:
         return gated_attention(config)
     delta_net = config.delta_net
     return GatedDeltaNet(
@@ -157,59 +194,32 @@ def feed_forward(config: Config) -> nn.Module:
 
 
 def assemble(config: Config) -> Decoder:
-    """The model, without first values."""
-    embed = TokenEmbedding(config.vocab_size, config.hidden_size)
-    return Decoder(
-        ModelSpec("qwen3_next", config),
-        embed=embed,
-        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
-        norm=ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps),
-        head=LMHead(
-            config.hidden_size, config.vocab_size, tied_embedding=embed.token if config.tie_word_embeddings else None
-        ),
-    )
+    """The model, before its weights are initialized."""
+    return decoder_of_blocks("qwen3_next", config, block, TokenEmbedding, ZeroCenteredRMSNorm)
 
 
-def names(config: Config) -> WeightMap:
-    """Our parameters and their published names."""
-    layer = "model.layers.{i}."
-    table: dict[str, PublishedWeight] = {
-        "embed.token.weight": "model.embed_tokens.weight",
-        "blocks.{i}.mixer.norm.weight": f"{layer}input_layernorm.weight",
-        "blocks.{i}.feed_forward.norm.weight": f"{layer}post_attention_layernorm.weight",
-        "norm.weight": "model.norm.weight",
-    }
-    if not config.tie_word_embeddings:
-        table["head.weight"] = "lm_head.weight"
-    attending = [i for i in range(config.num_hidden_layers) if config.full_attention_layers[i]]
-    others = [i for i in range(config.num_hidden_layers) if not config.full_attention_layers[i]]
-    everywhere = expand_layers(table | feed_forward_names(config), config.num_hidden_layers)
+def weight_map(config: Config) -> WeightMap:
+    """Our parameters -> published names."""
+    everywhere = decoder_names(tied=config.tie_word_embeddings) | feed_forward_names(config)
+    attending = [i for i, kind in enumerate(config.layer_types) if kind == FULL]
+    others = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR]
     return (
-        everywhere | expand_layers(attention_names(), attending) | expand_layers(delta_names(config.delta_net), others)
+        expand_layers(everywhere, config.num_hidden_layers)
+        | expand_layers(attention_names(qk_norm=True), attending)
+        | expand_layers(delta_names(config.delta_net), others)
     )
 
 
-def attention_names() -> dict[str, PublishedWeight]:
-    theirs = "model.layers.{i}.self_attn."
-    return {
-        "blocks.{i}.mixer.layer.qkv.weight": ConcatRows(*(f"{theirs}{part}_proj.weight" for part in "qkv")),
-        "blocks.{i}.mixer.layer.out.weight": f"{theirs}o_proj.weight",
-        "blocks.{i}.mixer.layer.q_norm.weight": f"{theirs}q_norm.weight",
-        "blocks.{i}.mixer.layer.k_norm.weight": f"{theirs}k_norm.weight",
-    }
-
-
-def delta_names(delta_net: DeltaNetConfig) -> dict[str, PublishedWeight]:
-    ours, theirs = "blocks.{i}.mixer.layer.", "model.layers.{i}.linear_attn."
-    flat: dict[str, PublishedWeight] = {
+def delta_names(delta_net: DeltaNetConfig) -> Names:
+    """A Gated DeltaNet's."""
+    ours, theirs = f"{OURS}mixer.layer.", f"{THEIRS}linear_attn."
+    flat: Names = {
         f"{ours}inputs.qkvz.weight": ConcatRows(f"{theirs}in_proj_qkv.weight", f"{theirs}in_proj_z.weight"),
         f"{ours}inputs.ba.weight": ConcatRows(f"{theirs}in_proj_b.weight", f"{theirs}in_proj_a.weight"),
     }
-    woven: dict[str, PublishedWeight] = {
-        f"{ours}inputs.{part}.weight": f"{theirs}in_proj_{part}.weight" for part in ("qkvz", "ba")
-    }
+    interleaved: Names = {f"{ours}inputs.{part}.weight": f"{theirs}in_proj_{part}.weight" for part in ("qkvz", "ba")}
     return {
-        **(woven if delta_net.interleaved else flat),
+        **(interleaved if delta_net.interleaved else flat),
         f"{ours}conv": f"{theirs}conv1d.weight",
         f"{ours}A_log": f"{theirs}A_log",
         f"{ours}dt_bias": f"{theirs}dt_bias",
@@ -218,270 +228,82 @@ def delta_names(delta_net: DeltaNetConfig) -> dict[str, PublishedWeight]:
     }
 
 
-def feed_forward_names(config: Config) -> dict[str, PublishedWeight]:
-    ours, theirs = "blocks.{i}.feed_forward.layer.", "model.layers.{i}.mlp."
+def feed_forward_names(config: Config) -> Names:
+    """A dense feed-forward layer's, or the experts'."""
     if config.moe is None:
-        return swiglu_names(ours, theirs)
+        return swiglu_names()
+    ours, theirs = f"{OURS}feed_forward.layer.", f"{THEIRS}mlp."
     return {
-        **expert_names(ours, theirs, config.moe.num_experts),
+        **expert_names(config.moe.num_experts),
         **swiglu_names(f"{ours}shared.", f"{theirs}shared_expert."),
         f"{ours}shared_gate.weight": f"{theirs}shared_expert_gate.weight",
     }
 
 
-def read(hf_config: Mapping[str, Any]) -> Config:
-    """From the contents of config.json."""
-    require_value(hf_config, "hidden_act", "silu")
-    require_value(hf_config, "attention_bias", False)
-    require_value(hf_config, "attn_output_gate", True)
-    require_value(hf_config, "decoder_sparse_step", 1)
-    require_value({"mlp_only_layers": tuple(hf_config.get("mlp_only_layers") or ())}, "mlp_only_layers", ())
-    kind, layers = hf_config.get("model_type", ""), require_field(hf_config, "num_hidden_layers")
-    full_attention_interval, head_dim = hf_config.get("full_attention_interval", 4), hf_config.get("head_dim", 256)
-    layer_types = read_per_layer(hf_config, "layer_types", layers, "full_attention", "linear_attention")
-    rope = hf_config.get("rope_parameters") or {}
-    fraction = rope.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor", 0.25)
-    sparse = kind == "qwen3_next" or "moe" in kind
-    return Config(
-        vocab_size=require_field(hf_config, "vocab_size"),
-        hidden_size=require_field(hf_config, "hidden_size"),
-        num_attention_heads=require_field(hf_config, "num_attention_heads"),
-        num_key_value_heads=require_field(hf_config, "num_key_value_heads"),
-        head_dim=head_dim,
-        intermediate_size=hf_config.get("intermediate_size") or 0,
-        max_position_embeddings=hf_config.get("max_position_embeddings", 32_768),
-        full_attention_layers=tuple(
-            layer_types[i] == "full_attention" if layer_types else (i + 1) % full_attention_interval == 0
-            for i in range(layers)
-        ),
-        delta_net=DeltaNetConfig(
-            linear_num_key_heads=require_field(hf_config, "linear_num_key_heads"),
-            linear_num_value_heads=require_field(hf_config, "linear_num_value_heads"),
-            linear_key_head_dim=require_field(hf_config, "linear_key_head_dim"),
-            linear_value_head_dim=require_field(hf_config, "linear_value_head_dim"),
-            linear_conv_kernel_dim=hf_config.get("linear_conv_kernel_dim", 4),
-            interleaved=kind == "qwen3_next",
-        ),
-        rotary=read_rotary(hf_config, int(head_dim * fraction)),
-        tie_word_embeddings=hf_config.get("tie_word_embeddings", False),
-        moe=read_moe(hf_config) if sparse else None,
-        rms_norm_eps=hf_config.get("rms_norm_eps", 1e-6),
-    )
+def choose_model_type(config: Config) -> str:
+    """Qwen3-Next, or Qwen3.5 by its feed-forward layers."""
+    if config.delta_net.interleaved:
+        return "qwen3_next"
+    return "qwen3_5_text" if config.moe is None else "qwen3_5_moe_text"
 
 
-def read_moe(hf_config: Mapping[str, Any]) -> MoEConfig:
-    return MoEConfig(
-        num_experts=require_field(hf_config, "num_experts"),
-        num_experts_per_tok=require_field(hf_config, "num_experts_per_tok"),
-        moe_intermediate_size=require_field(hf_config, "moe_intermediate_size"),
-        shared_expert_intermediate_size=require_field(hf_config, "shared_expert_intermediate_size"),
-        norm_topk_prob=hf_config.get("norm_topk_prob", True),
-        router_aux_loss_coef=hf_config.get("router_aux_loss_coef", 0.001),
-    )
+def qwen3_next_config(*, linear_num_value_heads: int = 32, interleaved: bool = False, **numbers: Any) -> Config:
+    """The published sizes share context, head_dim, pattern and the DeltaNet's widths, Qwen3.5's their vocabulary."""
+    shared: dict[str, Any] = {"vocab_size": 248_320, "head_dim": 256, "max_position_embeddings": 262_144}
+    shared |= {"layer_types": layer_pattern(numbers["num_hidden_layers"])}
+    shared |= {"delta_net": DeltaNetConfig(16, linear_num_value_heads, 128, 128, 4, interleaved)} | numbers
+    return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"] // 4, 10_000_000.0))
 
 
-def publish(config: Config) -> dict[str, Any]:
-    """The contents of config.json."""
-    delta_net, moe, fraction = config.delta_net, config.moe, config.rotary.dim / config.head_dim
-    rope = publish_rotary(config.rotary)
-    third = config.rotary.dim // 2 // 3
-    sections = [config.rotary.dim // 2 - 2 * third, third, third]
-    extra = {} if delta_net.interleaved else {"mrope_section": sections, "mrope_interleaved": True}
-    kind, architecture = ("qwen3_next", "Qwen3NextForCausalLM")
-    if not delta_net.interleaved:
-        kind, architecture = ("qwen3_5_text", "Qwen3_5ForCausalLM")
-        kind, architecture = ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM") if moe else (kind, architecture)
-    shared = {
-        "model_type": kind,
-        "architectures": [architecture],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "layer_types": [
-            "full_attention" if attends else "linear_attention" for attends in config.full_attention_layers
-        ],
-        "linear_num_key_heads": delta_net.linear_num_key_heads,
-        "linear_num_value_heads": delta_net.linear_num_value_heads,
-        "linear_key_head_dim": delta_net.linear_key_head_dim,
-        "linear_value_head_dim": delta_net.linear_value_head_dim,
-        "linear_conv_kernel_dim": delta_net.linear_conv_kernel_dim,
-        **rope,
-        "rope_parameters": {**rope["rope_parameters"], "partial_rotary_factor": fraction, **extra},
-        "partial_rotary_factor": fraction,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": False,
-        "hidden_act": "silu",
-    }
-    if moe is None:
-        return shared
-    return {
-        **shared,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.num_experts_per_tok,
-        "moe_intermediate_size": moe.moe_intermediate_size,
-        "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
-        "norm_topk_prob": moe.norm_topk_prob,
-        "router_aux_loss_coef": moe.router_aux_loss_coef,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-
-
-def every_fourth_layer(num_hidden_layers: int) -> tuple[bool, ...]:
-    return tuple((i + 1) % 4 == 0 for i in range(num_hidden_layers))
-
-
-def qwen35_config(
-    hidden_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int,
-    intermediate_size: int,
-    linear_num_value_heads: int,
-    *,
-    tie_word_embeddings: bool,
-    moe: MoEConfig | None = None,
-) -> Config:
-    """Qwen3.5's sizes share vocabulary, context, head width, pattern and the DeltaNet's widths."""
-    delta_net = DeltaNetConfig(16, linear_num_value_heads, 128, 128, 4, interleaved=False)
-    rotary = RotaryEmbedding(64, 10_000_000.0)
-    return Config(
-        248_320,
-        hidden_size,
-        num_attention_heads,
-        num_key_value_heads,
-        256,
-        intermediate_size,
-        262_144,
-        every_fourth_layer(num_hidden_layers),
-        delta_net,
-        rotary,
-        tie_word_embeddings,
-        moe,
-    )
-
-
-QWEN3_NEXT_80B = Config(
-    vocab_size=151_936,
-    hidden_size=2048,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    head_dim=256,
-    intermediate_size=5120,
-    max_position_embeddings=262_144,
-    full_attention_layers=every_fourth_layer(48),
-    delta_net=DeltaNetConfig(16, 32, 128, 128, 4, interleaved=True),
-    rotary=RotaryEmbedding(64, 10_000_000.0),
-    tie_word_embeddings=False,
-    moe=MoEConfig(512, 10, 512, 512),
+COLUMNS = """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+    linear_num_value_heads tie_word_embeddings"""
+NEXT_80B = qwen3_next_config(
+    vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2,
+    intermediate_size=5120, tie_word_embeddings=False, moe=MoEConfig(512, 10, 512, 512), interleaved=True,
+)  # fmt: skip
+MOE_35B = qwen3_next_config(
+    hidden_size=2048, num_hidden_layers=40, num_attention_heads=16, num_key_value_heads=2, intermediate_size=0,
+    tie_word_embeddings=False, moe=MoEConfig(256, 8, 512, 512),
+)  # fmt: skip
+TINY = partial(
+    qwen3_next_config, vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, intermediate_size=96, max_position_embeddings=256,
+)  # fmt: skip
+NEXT_TINY = TINY(
+    delta_net=DeltaNetConfig(2, 4, 8, 12, 4, interleaved=True), tie_word_embeddings=False, moe=MoEConfig(8, 3, 32, 32)
 )
-TINY: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 96,
-    "max_position_embeddings": 256,
-}
-EOS_TOKEN_IDS = (248_046, 248_044)
+DENSE_TINY = TINY(delta_net=DeltaNetConfig(2, 4, 8, 12, 4, interleaved=False), tie_word_embeddings=True)
+NEXT_ID, NEXT_EOS, MOE_ID = "Qwen/Qwen3-Next-80B-A3B-Instruct", (151_645, 151_643), "Qwen/Qwen3.5-35B-A3B"
+EOS_TOKEN_IDS, MULTIMODAL = (248_046, 248_044), "text; within a multimodal model"
 
-MULTIMODAL = "text; within a multimodal model"
 FAMILY = Family(
     name="qwen3_next",
-    model_type="qwen3_next",
-    architecture="Qwen3NextForCausalLM",
     Config=Config,
     assemble=assemble,
-    initialize=init_depth_scaled_,
-    names=names,
-    read=read,
-    publish=publish,
-    extra_model_types=("qwen3_5_text", "qwen3_5_moe_text"),
+    weight_map=weight_map,
+    architectures={
+        "qwen3_next": "Qwen3NextForCausalLM",
+        "qwen3_5_text": "Qwen3_5ForCausalLM",
+        "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    },
+    choose_model_type=choose_model_type,
+    classifiers={"qwen3_5_text": "Qwen3_5TextForSequenceClassification", "qwen3_5_moe_text": None},
     keys_to_ignore=(r"mtp\..*",),
     presets=(
-        Preset(
-            "qwen3-next-80b-a3b",
-            QWEN3_NEXT_80B,
-            79_674_391_296,
-            "Qwen/Qwen3-Next-80B-A3B-Instruct",
-            "without MTP",
-            (151_645, 151_643),
+        Preset("qwen3-next-80b-a3b", NEXT_80B, 79_674_391_296, NEXT_ID, "without MTP", NEXT_EOS),
+        *preset_table(
+            COLUMNS,
+            ("qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B", 752_393_024, 1024, 24, 8, 2, 3584, 16, True),
+            ("qwen3.5-2b", "Qwen/Qwen3.5-2B", 1_881_825_088, 2048, 24, 8, 2, 6144, 16, True),
+            ("qwen3.5-4b", "Qwen/Qwen3.5-4B", 4_205_751_296, 2560, 32, 16, 4, 9216, 32, True),
+            ("qwen3.5-9b", "Qwen/Qwen3.5-9B", 8_953_803_264, 4096, 32, 16, 4, 12_288, 32, False),
+            ("qwen3.5-27b", "Qwen/Qwen3.5-27B", 26_895_998_464, 5120, 64, 24, 4, 17_408, 48, False),
+            make=qwen3_next_config,
+            eos=EOS_TOKEN_IDS,
+            notes=MULTIMODAL,
         ),
-        Preset(
-            "qwen3.5-0.8b",
-            qwen35_config(1024, 24, 8, 2, 3584, 16, tie_word_embeddings=True),
-            752_393_024,
-            "Qwen/Qwen3.5-0.8B",
-            MULTIMODAL,
-            EOS_TOKEN_IDS,
-        ),
-        Preset(
-            "qwen3.5-2b",
-            qwen35_config(2048, 24, 8, 2, 6144, 16, tie_word_embeddings=True),
-            1_881_825_088,
-            "Qwen/Qwen3.5-2B",
-            MULTIMODAL,
-            EOS_TOKEN_IDS,
-        ),
-        Preset(
-            "qwen3.5-4b",
-            qwen35_config(2560, 32, 16, 4, 9216, 32, tie_word_embeddings=True),
-            4_205_751_296,
-            "Qwen/Qwen3.5-4B",
-            MULTIMODAL,
-            EOS_TOKEN_IDS,
-        ),
-        Preset(
-            "qwen3.5-9b",
-            qwen35_config(4096, 32, 16, 4, 12_288, 32, tie_word_embeddings=False),
-            8_953_803_264,
-            "Qwen/Qwen3.5-9B",
-            MULTIMODAL,
-            EOS_TOKEN_IDS,
-        ),
-        Preset(
-            "qwen3.5-27b",
-            qwen35_config(5120, 64, 24, 4, 17_408, 48, tie_word_embeddings=False),
-            26_895_998_464,
-            "Qwen/Qwen3.5-27B",
-            MULTIMODAL,
-            EOS_TOKEN_IDS,
-        ),
-        Preset(
-            "qwen3.5-35b-a3b",
-            qwen35_config(2048, 40, 16, 2, 0, 32, tie_word_embeddings=False, moe=MoEConfig(256, 8, 512, 512)),
-            34_660_610_688,
-            "Qwen/Qwen3.5-35B-A3B",
-            MULTIMODAL,
-            EOS_TOKEN_IDS,
-        ),
-        Preset(
-            "qwen3-next-tiny",
-            Config(
-                **TINY,
-                full_attention_layers=every_fourth_layer(4),
-                delta_net=DeltaNetConfig(2, 4, 8, 12, 4, interleaved=True),
-                rotary=RotaryEmbedding(8, 10_000_000.0),
-                tie_word_embeddings=False,
-                moe=MoEConfig(8, 3, 32, 32),
-            ),
-        ),
-        Preset(
-            "qwen3.5-tiny",
-            Config(
-                **TINY,
-                full_attention_layers=every_fourth_layer(4),
-                delta_net=DeltaNetConfig(2, 4, 8, 12, 4, interleaved=False),
-                rotary=RotaryEmbedding(8, 10_000_000.0),
-                tie_word_embeddings=True,
-            ),
-        ),
+        Preset("qwen3.5-35b-a3b", MOE_35B, 34_660_610_688, MOE_ID, MULTIMODAL, EOS_TOKEN_IDS),
+        Preset("qwen3-next-tiny", NEXT_TINY),
+        Preset("qwen3.5-tiny", DENSE_TINY),
     ),
 )

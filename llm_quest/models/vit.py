@@ -14,8 +14,8 @@ channel), not normalised by ImageNet's; the wrong ones cost accuracy and raise n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,33 +26,68 @@ from llm_quest.errors import DataError
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP
-from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.layers.linear import Linear
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.patch_embedding import ImageEmbedding, interpolate_pos_encoding
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
-from llm_quest.models.family import ConcatRows, Family, Reshaped, WeightMap, expand_layers, require_field, require_value
+from llm_quest.models.config_fields import Json, config_dataclass, hf_default, json_field, spelled, unwritten
+from llm_quest.models.family import Family, preset_table
 from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
 
 
-@dataclass(frozen=True)
+def read_label_names(hf_config: Json) -> tuple[str, ...]:
+    """`id2label` in the order of its ids; a config that leaves it out has transformers' two classes."""
+    id2label = hf_config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(id2label, Mapping) or {str(i) for i in range(len(id2label))} != {str(key) for key in id2label}:
+        raise DataError("config.json: id2label must name every class from 0 on, each once: {'0': 'cat', '1': 'dog'}")
+    return tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
+
+
+def default_label_names(num_labels: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(num_labels))
+
+
+def write_label_names(names: tuple[str, ...], config: Any) -> dict[str, Any]:
+    names = names or default_label_names(config.num_labels)
+    numbered = list(enumerate(names))
+    return {"id2label": {str(i): name for i, name in numbered}, "label2id": {name: i for i, name in numbered}}
+
+
+def read_square_size(hf_config: Json, name: str, hf_default: int) -> int:
+    """A side in pixels; [224, 224] is 224."""
+    value = hf_config.get(name) or hf_default
+    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    if type(value) is not int:
+        raise DataError(f"config.json: {name} is {value!r}; only square images and patches are read")
+    return value
+
+
+def read_label_names_given(c: Any) -> tuple[str, ...]:
+    names = read_label_names(c.json)
+    return () if names == default_label_names(len(names)) else names
+
+
+@config_dataclass
 class Config:
-    """ViT's numbers. image_size, patch_size: sides in pixels; label_names: names of the classes, where they have names;
-    hidden_dropout_prob: on attention weights, branches and embedding, in training."""
+    """ViT's numbers, as config.json has them. image_size, patch_size: sides in pixels; label_names: of the classes, where
+    they have names; hidden_dropout_prob: on attention weights, branches and embedding, in training."""
 
-    image_size: int
-    patch_size: int
-    num_channels: int
+    image_size: int = json_field(lambda c: read_square_size(c.json, "image_size", 224))
+    patch_size: int = json_field(lambda c: read_square_size(c.json, "patch_size", 16))
+    num_channels: int = hf_default(3)
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    num_labels: int
+    num_labels: int = json_field(lambda c: len(read_label_names(c.json)), unwritten)
     layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.0
+    hidden_dropout_prob: float = spelled("hidden_dropout_prob", "attention_probs_dropout_prob", default=0.0)
     qkv_bias: bool = True
-    label_names: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = json_field(read_label_names_given, write_label_names, default=())
+    hidden_act: Literal["gelu"] = "gelu"
 
     @property
     def num_patches(self) -> int:
@@ -91,7 +126,7 @@ def block(config: Config, layer_idx: int) -> Block:
 
 
 def assemble(config: Config) -> ImageEncoder:
-    """The model, without first values."""
+    """The model, before its weights are initialized."""
     return ImageEncoder(
         ModelSpec("vit", config),
         embed=ImageEmbedding(
@@ -119,106 +154,31 @@ def resize_images(model: ImageEncoder, image_size: int) -> ImageEncoder:
     return other.train(model.training)
 
 
-def names(config: Config) -> WeightMap:
-    """Our parameters and their published names."""
-    layer = "vit.encoder.layer.{i}."
-    attention = layer + "attention.attention."
-    table: dict[str, Any] = {
-        "embed.start": Reshaped("vit.embeddings.cls_token", (1, 1, config.hidden_size)),
-        "embed.positions": Reshaped(
-            "vit.embeddings.position_embeddings", (1, config.max_position_embeddings, config.hidden_size)
-        ),
-        "embed.patches.weight": Reshaped(
-            "vit.embeddings.patch_embeddings.projection.weight",
-            (config.hidden_size, config.num_channels, config.patch_size, config.patch_size),
-        ),
-        "embed.patches.bias": "vit.embeddings.patch_embeddings.projection.bias",
-        "blocks.{i}.mixer.norm.weight": layer + "layernorm_before.weight",
-        "blocks.{i}.mixer.norm.bias": layer + "layernorm_before.bias",
-        "blocks.{i}.mixer.layer.qkv.weight": ConcatRows(
-            *(f"{attention}{part}.weight" for part in ("query", "key", "value"))
-        ),
-        "blocks.{i}.mixer.layer.out.weight": layer + "attention.output.dense.weight",
-        "blocks.{i}.mixer.layer.out.bias": layer + "attention.output.dense.bias",
-        "blocks.{i}.feed_forward.norm.weight": layer + "layernorm_after.weight",
-        "blocks.{i}.feed_forward.norm.bias": layer + "layernorm_after.bias",
-        "blocks.{i}.feed_forward.layer.up.weight": layer + "intermediate.dense.weight",
-        "blocks.{i}.feed_forward.layer.up.bias": layer + "intermediate.dense.bias",
-        "blocks.{i}.feed_forward.layer.down.weight": layer + "output.dense.weight",
-        "blocks.{i}.feed_forward.layer.down.bias": layer + "output.dense.bias",
-        "norm.weight": "vit.layernorm.weight",
-        "norm.bias": "vit.layernorm.bias",
-        "head.weight": "classifier.weight",
-        "head.bias": "classifier.bias",
+def weight_map(config: Config) -> WeightMap:
+    """Our parameters -> published names."""
+    embeddings, layer, P = "vit.embeddings.", "vit.encoder.layer.{i}.", config.patch_size
+    pixels, positions = (config.hidden_size, config.num_channels, P, P), config.max_position_embeddings
+    projection = f"{embeddings}patch_embeddings.projection"
+    names: Names = {
+        "embed.start": Reshaped(f"{embeddings}cls_token", (1, 1, config.hidden_size)),
+        "embed.positions": Reshaped(f"{embeddings}position_embeddings", (1, positions, config.hidden_size)),
+        "embed.patches.weight": Reshaped(f"{projection}.weight", pixels),
+        "embed.patches.bias": f"{projection}.bias",
     }
-    if config.qkv_bias:
-        table["blocks.{i}.mixer.layer.qkv.bias"] = ConcatRows(
-            *(f"{attention}{part}.bias" for part in ("query", "key", "value"))
-        )
-    return expand_layers(table, config.num_hidden_layers)
-
-
-def read(hf_config: Mapping[str, Any]) -> Config:
-    """From the contents of config.json."""
-    require_value(hf_config, "hidden_act", "gelu")
-    names = read_label_names(hf_config)
-    return Config(
-        image_size=read_square_size(hf_config, "image_size", 224),
-        patch_size=read_square_size(hf_config, "patch_size", 16),
-        num_channels=hf_config.get("num_channels", 3),
-        hidden_size=require_field(hf_config, "hidden_size"),
-        num_hidden_layers=require_field(hf_config, "num_hidden_layers"),
-        num_attention_heads=require_field(hf_config, "num_attention_heads"),
-        intermediate_size=require_field(hf_config, "intermediate_size"),
-        num_labels=len(names),
-        layer_norm_eps=hf_config.get("layer_norm_eps", 1e-12),
-        hidden_dropout_prob=hf_config.get("hidden_dropout_prob", 0.0),
-        qkv_bias=hf_config.get("qkv_bias", True),
-        label_names=() if names == default_label_names(len(names)) else names,
-    )
-
-
-def read_label_names(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """`id2label` in the order of its ids; a config that leaves it out has transformers' two classes."""
-    id2label = hf_config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(id2label, Mapping) or {str(i) for i in range(len(id2label))} != {str(key) for key in id2label}:
-        raise DataError("config.json: id2label must name every class from 0 on, each once: {'0': 'cat', '1': 'dog'}")
-    return tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
-
-
-def default_label_names(num_labels: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{i}" for i in range(num_labels))
-
-
-def read_square_size(hf_config: Mapping[str, Any], field: str, default: int) -> int:
-    """A side in pixels; [224, 224] is 224."""
-    value = hf_config.get(field, default)
-    if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-        value = value[0]
-    if type(value) is not int:
-        raise DataError(f"config.json: {field} is {value!r}; this page reads square images and patches only")
-    return value
-
-
-def publish(config: Config) -> dict[str, Any]:
-    """The contents of config.json."""
-    label_names = config.label_names or default_label_names(config.num_labels)
-    return {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": config.num_channels,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "hidden_dropout_prob": config.hidden_dropout_prob,
-        "attention_probs_dropout_prob": config.hidden_dropout_prob,
-        "qkv_bias": config.qkv_bias,
-        "hidden_act": "gelu",
-        "id2label": {str(i): name for i, name in enumerate(label_names)},
-        "label2id": {name: i for i, name in enumerate(label_names)},
+    parts = {
+        "blocks.{i}.mixer.norm": f"{layer}layernorm_before",
+        "blocks.{i}.mixer.layer.out": f"{layer}attention.output.dense",
+        "blocks.{i}.feed_forward.norm": f"{layer}layernorm_after",
+        "blocks.{i}.feed_forward.layer.up": f"{layer}intermediate.dense",
+        "blocks.{i}.feed_forward.layer.down": f"{layer}output.dense",
+        "norm": "vit.layernorm",
+        "head": "classifier",
     }
+    names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items() for kind in ("weight", "bias")}
+    for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+        qkv = (f"{layer}attention.attention.{part}.{kind}" for part in ("query", "key", "value"))
+        names[f"blocks.{{i}}.mixer.layer.qkv.{kind}"] = ConcatRows(*qkv)
+    return expand_layers(names, config.num_hidden_layers)
 
 
 def vit_config(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> Config:
@@ -228,19 +188,19 @@ def vit_config(hidden_size: int, num_hidden_layers: int, num_attention_heads: in
 
 FAMILY = Family(
     name="vit",
-    model_type="vit",
-    architecture="ViTForImageClassification",
     Config=Config,
-    assemble=assemble,  # type: ignore[arg-type]
-    initialize=init_depth_scaled_,  # type: ignore[arg-type]
-    names=names,
-    read=read,
-    publish=publish,
+    assemble=assemble,
+    weight_map=weight_map,
+    architectures={"vit": "ViTForImageClassification"},
     pipeline_tag="image-classification",
     keys_to_ignore=(r"vit\.pooler\.dense\.(weight|bias)",),
     presets=(
-        Preset("vit-base-patch16-224", vit_config(768, 12, 12), 86_567_656, "google/vit-base-patch16-224"),
-        Preset("vit-large-patch16-224", vit_config(1024, 24, 16), 304_326_632, "google/vit-large-patch16-224"),
+        *preset_table(
+            "hidden_size num_hidden_layers num_attention_heads",
+            ("vit-base-patch16-224", "google/vit-base-patch16-224", 86_567_656, 768, 12, 12),
+            ("vit-large-patch16-224", "google/vit-large-patch16-224", 304_326_632, 1024, 24, 16),
+            make=vit_config,
+        ),
         Preset("vit-tiny", Config(16, 4, 3, 48, 2, 4, 96, 10)),
     ),
 )

@@ -21,7 +21,8 @@ from llm_quest.hub.config import MAY_BE_ZERO
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import family_of, preset
-from llm_quest.models.family import Family, read_rotary
+from llm_quest.models.family import Family
+from llm_quest.models.rope_config import read_rotary
 from llm_quest.recipes.config import config_error, did_you_mean
 from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig

@@ -70,7 +70,7 @@ class ContextExtension:
         context = round(config.max_position_embeddings * self.factor)
         page = family_of(config)
         longer = replace(config, rotary=replace(config.rotary, scaling=scaling), max_position_embeddings=context)
-        read = page.read({"model_type": page.model_type} | page.publish(longer))
+        read = page.read(page.publish(longer))
         rotations = {field.name: getattr(read, field.name) for field in fields(config)}
         rotations = {name: value for name, value in rotations.items() if isinstance(value, RotaryEmbedding)}
         return replace(longer, **rotations)

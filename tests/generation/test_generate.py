@@ -289,13 +289,13 @@ def test_greedy_texts_equal_transformers_token_for_token(family):
 
 def adopt(theirs, family: str) -> Decoder:
     """Their weights in our model, by the page's own table."""
-    from llm_quest.models.family import ConcatRows, Transposed
+    from llm_quest.models.weight_names import ConcatRows, Transposed
 
     (page,) = (page for page in FAMILIES if page.name == family)
     config = page.read(theirs.config.to_dict())
     ours, published = build(config), theirs.state_dict()
     with torch.no_grad():
-        for name, source in page.names(config).items():
+        for name, source in page.weight_map(config).items():
             match source:
                 case ConcatRows(names=names):
                     value = torch.cat([published[part] for part in names])

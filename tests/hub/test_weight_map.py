@@ -10,7 +10,7 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.weight_map import compact_names, entry_views, name_in_file, weight_views
 from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.models import FAMILIES
-from llm_quest.models.family import ConcatRows, Transposed
+from llm_quest.models.weight_names import ConcatRows, Transposed
 
 TINY = [preset.name for page in FAMILIES for preset in page.presets if preset.name.endswith("-tiny")]
 
@@ -33,7 +33,7 @@ def test_the_places_of_a_model_cover_every_number_of_it_exactly_once(name):
     model = quest.build(name)
     parameters = {path: torch.zeros_like(p) for path, p in model.named_parameters()}
     page = next(page for page in FAMILIES if isinstance(model.config, page.Config))
-    for place in weight_views(model, page.names(model.config)).values():
+    for place in weight_views(model, page.weight_map(model.config)).values():
         place.view(parameters[place.parameter]).add_(1)
     assert all(bool((count == 1).all()) for count in parameters.values())
 

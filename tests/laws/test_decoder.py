@@ -308,7 +308,7 @@ def test_activation_checkpointing_changes_no_value_and_no_gradient(name: str):
 
 
 def test_activation_checkpointing_repeats_the_same_dropout():
-    model = build(replace(preset("gpt2-tiny").config, hidden_dropout_prob=0.3)).train()
+    model = build(replace(preset("gpt2-tiny").config, dropout=0.3)).train()
     tokens = random_tokens(model, 3, 12)
     plain = loss_and_gradients(model, tokens)
     model.blocks = nn.ModuleList(Checkpointed(block) for block in model.blocks)

@@ -13,7 +13,8 @@ from llm_quest.hub.config import family_for
 from llm_quest.layers.rotary import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
 from llm_quest.models import FAMILIES, gpt2, llama
 from llm_quest.models.build import build_meta_model, family_of, preset
-from llm_quest.models.family import ConcatRows, Transposed, expand_layers, read_rotary
+from llm_quest.models.rope_config import read_rotary
+from llm_quest.models.weight_names import ConcatRows, Transposed, expand_layers
 
 EVERY_PRESET = [(page, size) for page in FAMILIES for size in page.presets]
 TINY = preset("llama3.2-tiny").config
@@ -36,25 +37,25 @@ def test_what_is_published_is_read_back_as_it_was(page, size):
 @pytest.mark.parametrize("spelling", ["both", "old", "new"])
 def test_every_scaling_is_read_back_from_either_spelling(scaling: RopeScaling | None, spelling: str):
     config = replace(TINY, rotary=RotaryEmbedding(16, 500_000.0, scaling))
-    published = llama.publish(config)
+    published = llama.FAMILY.publish(config)
     if spelling == "old":
         del published["rope_parameters"]
     elif spelling == "new":
         del published["rope_theta"], published["rope_scaling"]
-    assert llama.read(published) == config
+    assert llama.FAMILY.read(published) == config
 
 
 def test_ntk_is_published_as_the_larger_base_that_it_is():
     config = replace(TINY, rotary=RotaryEmbedding(16, 10_000.0, NTKScaling(4.0)))
-    again = llama.read(llama.publish(config))
+    again = llama.FAMILY.read(llama.FAMILY.publish(config))
     assert again.rotary.scaling is None
     assert again.rotary.inv_freq == pytest.approx(config.rotary.inv_freq, rel=1e-6)
 
 
 def test_the_oldest_spelling_of_a_scalings_kind_is_understood():
-    published = llama.publish(TINY) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    published = llama.FAMILY.publish(TINY) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     del published["rope_parameters"]
-    assert llama.read(published).rotary.scaling == LinearScaling(2.0)
+    assert llama.FAMILY.read(published).rotary.scaling == LinearScaling(2.0)
 
 
 MINIMAL: dict[str, Any] = {
@@ -68,7 +69,7 @@ MINIMAL: dict[str, Any] = {
 
 
 def test_what_an_old_llama_config_leaves_out_has_the_published_defaults():
-    config = llama.read(MINIMAL)
+    config = llama.FAMILY.read(MINIMAL)
     assert (config.num_key_value_heads, config.head_dim, config.tie_word_embeddings, config.rms_norm_eps) == (
         4,
         12,
@@ -77,14 +78,14 @@ def test_what_an_old_llama_config_leaves_out_has_the_published_defaults():
     )
     assert (config.rotary.rope_theta, config.rotary.scaling, config.max_position_embeddings) == (10_000.0, None, 2048)
     nulls = {"head_dim": None, "num_key_value_heads": None, "rope_scaling": None}
-    assert llama.read(MINIMAL | nulls) == config
+    assert llama.FAMILY.read(MINIMAL | nulls) == config
 
 
 def test_yarn_without_its_original_length_takes_the_models():
-    scaling = llama.read(MINIMAL | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}).rotary.scaling
+    scaling = llama.FAMILY.read(MINIMAL | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}).rotary.scaling
     assert scaling == YaRNScaling(4.0, 2048)
     unscaled = {"rope_type": "yarn", "original_max_position_embeddings": 512}
-    assert llama.read(MINIMAL | {"rope_scaling": unscaled}).rotary.scaling == YaRNScaling(4.0, 512), (
+    assert llama.FAMILY.read(MINIMAL | {"rope_scaling": unscaled}).rotary.scaling == YaRNScaling(4.0, 512), (
         "the factor is 2048 / 512"
     )
 
@@ -100,22 +101,22 @@ def test_a_stretch_from_an_unknown_length_is_refused(kind: str):
 def test_a_missing_number_is_named(field: str):
     published = {name: value for name, value in MINIMAL.items() if name != field}
     with pytest.raises(DataError, match=rf"config.json has no '{field}', which a llama needs"):
-        llama.read(published)
+        llama.FAMILY.read(published)
 
 
 @pytest.mark.parametrize(
     ("page", "field", "value"),
     [
-        (llama, "hidden_act", "gelu"),
-        (gpt2, "activation_function", "gelu"),
-        (gpt2, "scale_attn_weights", False),
-        (gpt2, "scale_attn_by_inverse_layer_idx", True),
-        (gpt2, "tie_word_embeddings", False),
+        (llama.FAMILY, "hidden_act", "gelu"),
+        (gpt2.FAMILY, "activation_function", "gelu"),
+        (gpt2.FAMILY, "scale_attn_weights", False),
+        (gpt2.FAMILY, "scale_attn_by_inverse_layer_idx", True),
+        (gpt2.FAMILY, "tie_word_embeddings", False),
     ],
 )
 def test_a_value_that_would_change_the_computation_is_refused(page, field: str, value: object):
-    with pytest.raises(DataError, match=rf"config.json: {field} is {value!r}; this page computes"):
-        page.read(page.publish(preset(f"{'gpt2' if page is gpt2 else 'llama3.2'}-tiny").config) | {field: value})
+    with pytest.raises(DataError, match=rf"config.json: {field} is {value!r}; only .* is computed"):
+        page.read(page.publish(preset(f"{'gpt2' if page is gpt2.FAMILY else 'llama3.2'}-tiny").config) | {field: value})
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -123,24 +124,24 @@ def test_an_unknown_stretch_is_refused_and_the_known_ones_listed(kind: str):
     with pytest.raises(
         DataError, match=rf"rope type '{kind}' is unknown here; known: default, linear, ntk, llama3, yarn"
     ):
-        llama.read(MINIMAL | {"rope_scaling": {"rope_type": kind, "factor": 2.0}})
+        llama.FAMILY.read(MINIMAL | {"rope_scaling": {"rope_type": kind, "factor": 2.0}})
 
 
 def test_gpt2s_hidden_width_is_four_times_the_stream_where_it_is_null():
-    published = gpt2.publish(preset("gpt2").config) | {"n_inner": None}
-    assert gpt2.read(published).intermediate_size == 3072
+    published = gpt2.FAMILY.publish(preset("gpt2").config) | {"n_inner": None}
+    assert gpt2.FAMILY.read(published).intermediate_size == 3072
 
 
 @pytest.mark.parametrize(("page", "size"), EVERY_PRESET, ids=lambda value: getattr(value, "name", ""))
 def test_the_table_names_every_parameter_once(page, size):
-    names, model = page.names(size.config), build_meta_model(size.config)
+    names, model = page.weight_map(size.config), build_meta_model(size.config)
     assert set(names) == {path for path, _ in model.named_parameters()}
     assert len({str(theirs) for theirs in names.values()}) == len(names)
 
 
 def test_biases_and_an_untied_head_are_in_the_table_when_the_model_has_them():
     config = replace(TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
-    assert set(llama.names(config)) == {path for path, _ in build_meta_model(config).named_parameters()}
+    assert set(llama.FAMILY.weight_map(config)) == {path for path, _ in build_meta_model(config).named_parameters()}
 
 
 def test_a_layers_number_is_written_into_every_kind_of_entry():
@@ -166,8 +167,9 @@ def test_mimos_released_words_are_read_and_its_window_leaves_the_token_itself_ou
     published |= {"moe_layer_freq": [0, 0, 1, 0], "swa_num_key_value_heads": 8, "swa_rope_theta": 20_000.0}
     published |= {"layernorm_epsilon": 1e-4, "attention_value_scale": 0.5}
     config = page.read(published)
-    assert config.sliding_windows == (None, 129, None, 129)
-    assert config.dense_layers == (True, True, False, True)
+    assert config.layer_types == ("full_attention", "sliding_attention") * 2
+    assert config.sliding_window == 129
+    assert config.mlp_layer_types == ("dense", "dense", "sparse", "dense")
     assert (config.num_key_value_heads, config.swa_num_key_value_heads) == (2, 8)
     assert (config.rotary.rope_theta, config.swa_rotary.rope_theta) == (5_000_000.0, 20_000.0)
     assert (config.rms_norm_eps, config.attention_value_scale) == (1e-4, 0.5)
@@ -182,11 +184,11 @@ def test_mimos_released_words_are_read_and_its_window_leaves_the_token_itself_ou
         ("gemma3-tiny", {"sliding_window": 0}, "sliding_window is 0; a windowed layer sees at least itself"),
         ("mimo-tiny", {"hybrid_layer_pattern": [0, 1]}, "hybrid_layer_pattern has 2 entries for 4 layers"),
         ("mimo-tiny", {"moe_layer_freq": [0, 2, 1, 1]}, "moe_layer_freq names 2; known: 0, 1"),
-        ("mimo-tiny", {"n_group": 2}, "n_group is 2; this page computes 1"),
+        ("mimo-tiny", {"n_group": 2}, "n_group is 2; only 1 is computed"),
         ("mimo-tiny", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
-        ("mimo-tiny", {"add_full_attention_sink_bias": True}, "add_full_attention_sink_bias is True; this page"),
-        ("mimo-tiny", {"attention_bias": True}, "attention_bias is True; this page computes False"),
-        ("mimo-tiny", {"swa_head_dim": 32}, "swa_head_dim is 32; this page computes 24"),
+        ("mimo-tiny", {"add_full_attention_sink_bias": True}, "add_full_attention_sink_bias is True; only False"),
+        ("mimo-tiny", {"attention_bias": True}, "attention_bias is True; only False is computed"),
+        ("mimo-tiny", {"swa_head_dim": 32}, "head_dim is 24, swa_head_dim is 32; they are one number here"),
         ("qwen3-moe-tiny", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; every so many"),
         (
             "deepseek-v3-tiny",
@@ -212,11 +214,11 @@ def test_kimi_k2s_model_type_is_deepseek_v3s_page():
 
 def test_gpt2_reads_one_dropout_and_refuses_three():
     sizes = {"model_type": "gpt2", "vocab_size": 7, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 4}
-    assert gpt2.read(sizes).dropout == 0.1, "transformers' default, where a file says nothing"
+    assert gpt2.FAMILY.read(sizes).dropout == 0.1, "transformers' default, where a file says nothing"
     alike = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.3)
-    assert gpt2.read(sizes | alike).dropout == 0.3
+    assert gpt2.FAMILY.read(sizes | alike).dropout == 0.3
     with pytest.raises(DataError, match=r"attn_pdrop is 0\.0.*set them alike"):
-        gpt2.read(sizes | alike | {"attn_pdrop": 0.0})
+        gpt2.FAMILY.read(sizes | alike | {"attn_pdrop": 0.0})
 
 
 def test_numbers_that_differ_between_releases_are_the_published_ones():

@@ -227,8 +227,8 @@ def test_what_llavas_own_config_leaves_out_is_filled_in():
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }  # fmt: skip
-    assert page.read(published) == preset("llava-1.5-7b").config
-    assert page.read({"model_type": "llava"} | page.publish(TINY)) == TINY
+    assert page.FAMILY.read(published) == preset("llava-1.5-7b").config
+    assert page.FAMILY.read({"model_type": "llava"} | page.FAMILY.publish(TINY)) == TINY
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import llm_quest as quest
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.family import ConcatRows, Transposed
+from llm_quest.models.weight_names import ConcatRows, Transposed
 from llm_quest.scope import Scope
 from tests.laws.test_decoder import in_chunks, padded
 from tests.oracles import ATOL, ROPES, RTOL, logits_of, save_published, tiny_gpt2, tiny_llama
@@ -88,7 +88,7 @@ def test_gradients_equal(name: str):
     theirs_by_name = dict(
         zip(dict(theirs.named_parameters()), grads(theirs, theirs(tokens).logits, tokens), strict=True)
     )
-    for path, published in family_of(ours.config).names(ours.config).items():
+    for path, published in family_of(ours.config).weight_map(ours.config).items():
         match published:
             case ConcatRows(names=names):
                 expected = torch.cat([theirs_by_name[part] for part in names])

@@ -105,8 +105,8 @@ def test_a_published_size_has_the_published_number_of_parameters(name: str, coun
 def test_what_is_published_is_read_back_as_it_was(page: Any):
     for size in page.presets:
         assert page.read(page.publish(size.config)) == size.config
-    assert vit.read(
-        vit.publish(replace(preset("vit-tiny").config, num_labels=2, label_names=("cat", "dog")))
+    assert vit.FAMILY.read(
+        vit.FAMILY.publish(replace(preset("vit-tiny").config, num_labels=2, label_names=("cat", "dog")))
     ).label_names == (
         "cat",
         "dog",
@@ -115,23 +115,23 @@ def test_what_is_published_is_read_back_as_it_was(page: Any):
 
 @pytest.mark.parametrize(("page", "eps"), [(vit, 1e-12), (clip, 1e-5)], ids=["vit", "clip"])
 def test_where_the_config_is_silent_eps_is_the_familys(page: Any, eps: float):
-    published = page.publish(preset(f"{page.FAMILY.name}-tiny").config)
+    published = page.FAMILY.publish(preset(f"{page.FAMILY.name}-tiny").config)
     del published["layer_norm_eps"]
-    assert page.read(published).layer_norm_eps == eps
+    assert page.FAMILY.read(published).layer_norm_eps == eps
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'; this page computes 'gelu' only"),
-        ({"image_size": [32, 16]}, r"image_size is \[32, 16\]; this page reads square images"),
+        ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'; only 'gelu' is computed"),
+        ({"image_size": [32, 16]}, r"image_size is \[32, 16\]; only square images"),
         ({"id2label": {"1": "a", "2": "b"}}, "id2label must name every class from 0 on"),
         ({"hidden_size": None}, "has no 'hidden_size', which a vit needs"),
     ],
 )
 def test_a_config_that_cannot_be_computed_is_refused_with_field_and_rule(change: dict[str, Any], message: str):
     with pytest.raises(DataError, match=message):
-        vit.read({"model_type": "vit"} | vit.publish(preset("vit-tiny").config) | change)
+        vit.FAMILY.read({"model_type": "vit"} | vit.FAMILY.publish(preset("vit-tiny").config) | change)
 
 
 def test_a_folder_whose_patch_does_not_divide_its_image_is_refused(tmp_path: Path):

@@ -11,8 +11,8 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.hub.config import CLASSIFIER_ARCHITECTURES
-from llm_quest.models.build import build, family_of
+from llm_quest.models import FAMILIES
+from llm_quest.models.build import preset
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.last_token import last_token_outputs
 from llm_quest.techniques.lora import LoRA
@@ -23,11 +23,23 @@ from tests.objectives.rated import tiny
 transformers = Later("transformers")
 
 LABELS = ("no", "yes", "perhaps")
-PRESETS = ("llama3.2-tiny", "gpt2-tiny", "qwen3-tiny", "gemma3-tiny", "mixtral-tiny", "deepseek-v3-tiny")
+TINY = [(family, one.name) for family in FAMILIES for one in family.presets if one.name.endswith("-tiny")]
 
 
-def test_every_family_that_transformers_can_score_is_compared():
-    assert {family_of(build(name).config).architecture for name in PRESETS} == set(CLASSIFIER_ARCHITECTURES)
+def classifier_of(family, name: str) -> str | None:
+    return family.classifier(family.publish(preset(name).config)["model_type"])
+
+
+PRESETS = [name for family, name in TINY if classifier_of(family, name) is not None]
+
+
+def test_transformers_has_every_classifier_that_a_family_names_and_no_other():
+    assert len(PRESETS) >= 10
+    for family in FAMILIES:
+        for model_type, architecture in family.architectures.items():
+            derived = architecture.replace("ForCausalLM", "ForSequenceClassification")
+            classifier = family.classifier(model_type)
+            assert hasattr(transformers, classifier or derived) is (classifier is not None), model_type
 
 
 @pytest.mark.filterwarnings("ignore")

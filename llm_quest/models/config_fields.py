@@ -1,0 +1,256 @@
+"""The fields of a family's Config: each knows its place in config.json, so reading and writing follow from the class.
+
+    vocab_size: int                                           required, under its own name
+    max_position_embeddings: int = hf_default(2048)           2048 where config.json leaves it out, as in transformers
+    hidden_size: int = spelled("n_embd")                      another name in config.json
+    rotary: RotaryEmbedding = rope_field()                    rope_parameters, rope_scaling and rope_theta
+    layer_types: tuple[str, ...] = per_layer("full_attention", "sliding_attention")
+    moe: MoEConfig | None = nested(MoEConfig, when=...)       a part whose fields stand in the same JSON object
+    hidden_act: Literal["silu"] = "silu"                      another value is refused by name
+
+A field is read in the order of the class and may use those before it: `c.hidden_size`; `c.json` is config.json itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from types import NoneType, SimpleNamespace
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+
+from llm_quest.errors import DataError
+from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.models.rope_config import publish_rotary, read_rotary, require_field
+
+Json = Mapping[str, Any]
+Values = Any
+"""What has been read so far, as attributes; `.json` is the whole of config.json."""
+
+
+def read_config(config_class: type, hf_config: Json) -> Any:
+    """A Config from the contents of config.json; DataError for the first field that is missing or refused."""
+    values, kinds = SimpleNamespace(json=hf_config), type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        read = field.metadata.get("read") or plain_reader((), MISSING)
+        setattr(values, field.name, read(values, field, kinds[field.name]))
+    del values.json
+    try:
+        return config_class(**vars(values))
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"config.json: {error}") from None
+
+
+def publish_config(config: Any) -> dict[str, Any]:
+    """The contents of config.json for a Config: the inverse of `read_config`."""
+    published: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, write = getattr(config, field.name), field.metadata.get("write") or writer(field.name)
+        published |= write(value, config)
+    return published
+
+
+type_hints = functools.cache(get_type_hints)
+
+
+def unwritten(value: Any, config: Any) -> dict[str, Any]:
+    """Writes nothing: the field follows from others in config.json."""
+    return {}
+
+
+def json_field(
+    read: Callable[[Values], Any],
+    write: Callable[[Any, Any], dict[str, Any]] | None = None,
+    default: Any = MISSING,
+) -> Any:
+    """A field that is read by a function of what was read before and written by one of its value and the Config (None:
+    under its own name)."""
+    metadata = {"read": lambda values, field, kind: read(values), "write": write}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def hf_default(value: Any, *, default: Any = MISSING) -> Any:
+    """A field under its own name. value: where config.json leaves it out, or a function of what was read before.
+    default: of the class, where that is another one."""
+    return dataclasses.field(default=default, metadata={"read": plain_reader((), value)})
+
+
+def spelled(*names: str, hf_default: Any = MISSING, default: Any = MISSING) -> Any:
+    """A field with other names in config.json: the first that is there is read, all are written."""
+    read = plain_reader(names, hf_default)
+    return dataclasses.field(default=default, metadata={"read": read, "write": writer(*names)})
+
+
+def spelled_alike(*names: str, hf_default: Any = MISSING, default: Any = MISSING) -> Any:
+    """One number for several fields of config.json, which must agree."""
+
+    def read(values: Values, field: Any, kind: Any) -> Any:
+        given = {name: values.json.get(name) for name in names}
+        if not callable(hf_default) and hf_default is not MISSING:
+            given = {name: hf_default if value is None else value for name, value in given.items()}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(set(given.values())) > 1:
+            listed = ", ".join(f"{name} is {value!r}" for name, value in given.items())
+            raise DataError(f"config.json: {listed}; they are one number here: set them alike")
+        return plain_reader(names, hf_default)(values, field, kind)
+
+    return dataclasses.field(default=default, metadata={"read": read, "write": writer(*names)})
+
+
+def per_layer(*kinds: Any, hf_default: Callable[[Values], Any]) -> Any:
+    """A field with one of these kinds for every layer."""
+
+    def read(values: Values, field: Any, kind: Any) -> tuple[Any, ...]:
+        given = read_per_layer(values.json, field.name, values.num_hidden_layers, *kinds)
+        return tuple(hf_default(values) if given is None else given)
+
+    return dataclasses.field(metadata={"read": read})
+
+
+def nested(part: type, *, when: Callable[[Json], bool] = lambda json: True, default: Any = MISSING) -> Any:
+    """A part of the Config whose fields stand in the same JSON object; None where `when` says that there is none."""
+
+    def read(values: Values, field: Any, kind: Any) -> Any:
+        return read_config(part, values.json) if when(values.json) else None
+
+    def write(value: Any, config: Any) -> dict[str, Any]:
+        return {} if value is None else publish_config(value)
+
+    return dataclasses.field(default=default, metadata={"read": read, "write": write})
+
+
+def rope_field(
+    dim: str = "head_dim",
+    *,
+    theta: float | Callable[[Values], float] = 10_000.0,
+    partial: float | None = None,
+    interleaved: bool = False,
+    extra: Callable[[Any], dict[str, Any]] = lambda config: {},
+    rope_scaling: bool = True,
+) -> Any:
+    """Rotary positions of a head of `dim` numbers. theta: the base where config.json says none. partial: the rotated
+    part of a head where it says none. interleaved: the pairs are neighbours unless rope_interleave is false. extra:
+    what else is written into rope_parameters. rope_scaling: the old spelling is written too."""
+
+    def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
+        width = rotary_dim(values.json, getattr(values, dim), partial)
+        base = theta(values) if callable(theta) else theta
+        rope = read_rotary(rope_of_kind(values.json, "full_attention"), width, base, values.max_position_embeddings)
+        return dataclasses.replace(rope, interleaved=interleaved and bool(values.json.get("rope_interleave", True)))
+
+    def write(value: RotaryEmbedding, config: Any) -> dict[str, Any]:
+        published = publish_rotary(value)
+        more = extra(config)
+        if partial is not None:
+            published["partial_rotary_factor"] = more["partial_rotary_factor"] = rotary_fraction(config)
+        if interleaved:
+            published["rope_interleave"] = value.interleaved
+        published["rope_parameters"] |= more
+        if not rope_scaling:
+            del published["rope_scaling"]
+        return published
+
+    return dataclasses.field(metadata={"read": read, "write": write})
+
+
+def local_rope_field(theta_name: str, *, partial: bool = False, when: Callable[[Any], bool] = lambda c: True) -> Any:
+    """Rotary positions of windowed layers: rope_parameters of sliding_attention, else the base `theta_name`. Where
+    `when` is false they are those of the other layers."""
+
+    def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
+        if not when(values):
+            return values.rotary  # type: ignore[no-any-return]
+        local = (values.json.get("rope_parameters") or {}).get("sliding_attention") or {}
+        theta = values.json.get(theta_name) or 10_000.0
+        return read_rotary({"rope_parameters": local, "rope_theta": theta}, values.rotary.dim)
+
+    def write(value: RotaryEmbedding, config: Any) -> dict[str, Any]:
+        if not when(config):
+            return {}
+        more = {"partial_rotary_factor": rotary_fraction(config)} if partial else {}
+        kinds = {"full_attention": config.rotary, "sliding_attention": value}
+        by_kind = {kind: publish_rotary(rotary)["rope_parameters"] | more for kind, rotary in kinds.items()}
+        return {"rope_parameters": by_kind, theta_name: publish_rotary(value)["rope_theta"]}
+
+    return dataclasses.field(metadata={"read": read, "write": write})
+
+
+Class = TypeVar("Class")
+
+
+@dataclass_transform(
+    frozen_default=True,
+    field_specifiers=(json_field, hf_default, spelled, spelled_alike, per_layer, nested, rope_field, local_rope_field),
+)
+def config_dataclass(cls: type[Class]) -> type[Class]:
+    """A frozen dataclass of such fields. (To type checkers the functions above are what `dataclasses.field` is.)"""
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def rope_of_kind(hf_config: Json, kind: str) -> dict[str, Any]:
+    """config.json with the `rope_parameters` of one kind of layer, where they are given per kind."""
+    rope = hf_config.get("rope_parameters") or {}
+    return {**hf_config, "rope_parameters": rope[kind]} if kind in rope else dict(hf_config)
+
+
+def rotary_dim(hf_config: Json, head_dim: int, partial: float | None) -> int:
+    """How many numbers of a head are rotated: all of them, or the part that config.json says."""
+    if partial is None:
+        return head_dim
+    rope = rope_of_kind(hf_config, "full_attention").get("rope_parameters") or {}
+    return int(head_dim * (hf_config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or partial))
+
+
+def rotary_fraction(config: Any) -> float:
+    """The rotated part of a head: a fraction whose product with head_dim, rounded down, is the rotated width."""
+    fraction: float = config.rotary.dim / config.head_dim
+    return (
+        fraction
+        if int(config.head_dim * fraction) == config.rotary.dim
+        else (config.rotary.dim + 0.5) / config.head_dim
+    )
+
+
+def writer(*names: str) -> Callable[[Any, Any], dict[str, Any]]:
+    """Writes a value under these names."""
+    return lambda value, config: dict.fromkeys(names, list(value) if isinstance(value, tuple) else value)
+
+
+def plain_reader(names: tuple[str, ...], hf_default: Any) -> Callable[[Values, Any, Any], Any]:
+    """Reads a number, a truth value, a word or a list, under its own name or another."""
+
+    def read(values: Values, field: Any, kind: Any) -> Any:
+        for name in names or (field.name,):
+            value = values.json.get(name)
+            if value is not None:
+                if get_origin(kind) is Literal and value not in get_args(kind):
+                    allowed = " or ".join(map(repr, get_args(kind)))
+                    raise DataError(f"config.json: {name} is {value!r}; only {allowed} is computed")
+                return tuple(value) if isinstance(value, list) else value
+            if name in values.json and NoneType in get_args(kind):
+                return None
+        fallback = field.default if hf_default is MISSING else hf_default
+        if fallback is MISSING:
+            return require_field(values.json, (names or (field.name,))[0])
+        return fallback(values) if callable(fallback) else fallback
+
+    return read
+
+
+def read_per_layer(hf_config: Json, field: str, num_hidden_layers: int, *kinds: Any) -> list[Any] | None:
+    """A field that says one of these kinds for every layer; None where it is absent."""
+    values = hf_config.get(field)
+    if values is None:
+        return None
+    if not isinstance(values, list | tuple) or len(values) != num_hidden_layers:
+        count = len(values) if isinstance(values, list | tuple) else repr(values)
+        raise DataError(
+            f"config.json: {field} has {count} entries for {num_hidden_layers} layers; one for each is needed"
+        )
+    for kind in values:
+        if kind not in kinds:
+            raise DataError(f"config.json: {field} names {kind!r}; known: {', '.join(map(str, kinds))}")
+    return list(values)

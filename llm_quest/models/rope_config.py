@@ -1,0 +1,116 @@
+"""Rotary positions in config.json, in both generations: `rope_parameters` (transformers 5), or `rope_theta` and
+`rope_scaling` at the top level."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llm_quest.errors import DataError
+from llm_quest.layers.rotary import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
+
+
+def require_field(hf_config: Mapping[str, Any], field: str) -> Any:
+    """A field that has no default."""
+    if hf_config.get(field) is None:
+        raise DataError(f"config.json has no {field!r}, which a {hf_config.get('model_type', 'model')} needs")
+    return hf_config[field]
+
+
+def read_rotary(
+    hf_config: Mapping[str, Any], dim: int, default_theta: float = 10000.0, max_position_embeddings: int | None = None
+) -> RotaryEmbedding:
+    """Both generations: `rope_parameters` (transformers 5), else top-level `rope_theta` and `rope_scaling`."""
+    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
+    default_theta = rope.get("rope_theta") or hf_config.get("rope_theta") or default_theta
+    return RotaryEmbedding(
+        dim,
+        float(default_theta),
+        read_scaling(rope, hf_config.get("max_position_embeddings") or max_position_embeddings),
+    )
+
+
+def read_scaling(rope: Mapping[str, Any], max_position_embeddings: int | None) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    original = rope.get("original_max_position_embeddings") or max_position_embeddings
+    if kind not in ROPE_SCALINGS:
+        raise DataError(f"config.json: rope type {kind!r} is unknown here; known: {', '.join(ROPE_SCALINGS)}")
+    return ROPE_SCALINGS[kind](rope, original, max_position_embeddings)
+
+
+def read_yarn(rope: Mapping[str, Any], original: int | None, max_position_embeddings: int | None) -> YaRNScaling:
+    original = require_original_length(original)
+    factor = rope.get("factor") or (max_position_embeddings or original) / original
+    return YaRNScaling(
+        float(factor),
+        original,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        mscale=rope.get("mscale"),
+        mscale_all_dim=rope.get("mscale_all_dim"),
+        explicit_attention_factor=rope.get("attention_factor"),
+        truncate=rope.get("truncate", True),
+    )
+
+
+def read_llama3(rope: Mapping[str, Any], original: int | None, max_position_embeddings: int | None) -> Llama3Scaling:
+    low, high = require_field(rope, "low_freq_factor"), require_field(rope, "high_freq_factor")
+    return Llama3Scaling(
+        float(require_field(rope, "factor")), float(low), float(high), require_original_length(original)
+    )
+
+
+def require_original_length(original: int | None) -> int:
+    """What a stretch that depends on it is measured by."""
+    if not original:
+        raise DataError(
+            "config.json has no 'original_max_position_embeddings' to stretch from, nor 'max_position_embeddings'"
+        )
+    return int(original)
+
+
+ROPE_SCALINGS: dict[str, Callable[[Mapping[str, Any], int | None, int | None], RopeScaling | None]] = {
+    "default": lambda rope, original, context: None,
+    "linear": lambda rope, original, context: LinearScaling(float(require_field(rope, "factor"))),
+    "ntk": lambda rope, original, context: NTKScaling(float(require_field(rope, "factor"))),
+    "llama3": read_llama3,
+    "yarn": read_yarn,
+}
+
+
+def publish_rotary(rotary: RotaryEmbedding) -> dict[str, Any]:
+    """Both spellings: a folder with only the new one is read with theta 10000 by transformers 4, in silence.
+
+    NTK-aware scaling is a larger base, and is published as one: no reader has another name for it."""
+    theta, scaling = rotary.rope_theta, publish_scaling(rotary.scaling)
+    if isinstance(rotary.scaling, NTKScaling):
+        theta = rotary.rope_theta * rotary.scaling.factor ** (rotary.dim / (rotary.dim - 2))
+    rope = {"rope_type": "default"} | (scaling or {})
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": {"rope_theta": theta} | rope}
+
+
+def publish_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    match scaling:
+        case None | NTKScaling():
+            return None
+        case LinearScaling(factor=factor):
+            return {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling(
+            factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
+        ):
+            fields = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+            return {"rope_type": "llama3", **fields, "original_max_position_embeddings": original}
+        case YaRNScaling() as yarn:
+            fields = {"factor": yarn.factor, "original_max_position_embeddings": yarn.original_max_position_embeddings}
+            fields |= {"beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.truncate}
+            optional = {
+                "mscale": yarn.mscale,
+                "mscale_all_dim": yarn.mscale_all_dim,
+                "attention_factor": yarn.explicit_attention_factor,
+            }
+            return {
+                "rope_type": "yarn",
+                **fields,
+                **{name: value for name, value in optional.items() if value is not None},
+            }
+    raise ValueError(f"no published spelling for {type(scaling).__name__}")

@@ -1,0 +1,144 @@
+"""Weight maps: our parameter names -> the names in published files, for loading and for saving.
+
+An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round (`Transposed`)
+or in another shape (`Reshaped`), or one for each expert (`StackTensors`). `{i}` stands for the layer's number. Reading and
+writing follow the same map (`hub/weight_map.py`), so that export then import is the identity by construction. Below the
+entries, the rows that families share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConcatRows:
+    """Our parameter is these published ones, stacked by rows in this order."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str):
+        object.__setattr__(self, "names", names)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Stored (in, out) in the published file, (out, in) with us."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StackTensors:
+    """Our parameter is these, stacked along a new first dimension: one entry per expert."""
+
+    entries: tuple[str | ConcatRows, ...]
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """The same numbers in the same order in another shape: a convolution's (D,C,P,P) for our (D, C P P)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+PublishedWeight = str | ConcatRows | Transposed | Reshaped | StackTensors
+WeightMap = Mapping[str, PublishedWeight]
+Names = dict[str, PublishedWeight]
+
+OURS, THEIRS = "blocks.{i}.", "model.layers.{i}."
+"""The prefixes of a layer, as we and as Llama's files name it."""
+
+
+def decoder_names(*, tied: bool) -> Names:
+    """Embedding, norms and head of a decoder in Llama's spelling."""
+    head = {} if tied else {"head.weight": "lm_head.weight"}
+    return {
+        "embed.token.weight": "model.embed_tokens.weight",
+        f"{OURS}mixer.norm.weight": f"{THEIRS}input_layernorm.weight",
+        f"{OURS}feed_forward.norm.weight": f"{THEIRS}post_attention_layernorm.weight",
+        "norm.weight": "model.norm.weight",
+        **head,
+    }
+
+
+def attention_names(
+    ours: str = f"{OURS}mixer.layer.", theirs: str = f"{THEIRS}self_attn.", *, bias: bool = False, qk_norm: bool = False
+) -> Names:
+    """Grouped-query attention in Llama's spelling."""
+    names: Names = {}
+    for kind in ("weight", "bias") if bias else ("weight",):
+        names[f"{ours}qkv.{kind}"] = ConcatRows(*(f"{theirs}{part}_proj.{kind}" for part in "qkv"))
+        names[f"{ours}out.{kind}"] = f"{theirs}o_proj.{kind}"
+    norms = ("q_norm.weight", "k_norm.weight") if qk_norm else ()
+    return names | {f"{ours}{norm}": f"{theirs}{norm}" for norm in norms}
+
+
+def swiglu_names(
+    ours: str = f"{OURS}feed_forward.layer.", theirs: str = f"{THEIRS}mlp.", *, bias: bool = False
+) -> Names:
+    """A gated feed-forward layer, as all but Mixtral publish it."""
+    names: Names = {}
+    for kind in ("weight", "bias") if bias else ("weight",):
+        names[f"{ours}gate_up.{kind}"] = ConcatRows(f"{theirs}gate_proj.{kind}", f"{theirs}up_proj.{kind}")
+        names[f"{ours}down.{kind}"] = f"{theirs}down_proj.{kind}"
+    return names
+
+
+def expert_names(
+    experts: int,
+    ours: str = f"{OURS}feed_forward.layer.",
+    theirs: str = f"{THEIRS}mlp.",
+    *,
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+) -> Names:
+    """A router and its experts."""
+    one = theirs + "experts.{e}."
+    return {
+        f"{ours}router.weight": f"{theirs}gate.weight",
+        f"{ours}experts.gate_up": stack_experts(ConcatRows(f"{one}{gate}.weight", f"{one}{up}.weight"), experts),
+        f"{ours}experts.down": stack_experts(f"{one}{down}.weight", experts),
+    }
+
+
+def expand_layers(table: WeightMap, layers: int | Iterable[int]) -> Names:
+    """The map with `{i}` written out for every layer: so many, or these."""
+    numbers = list(range(layers) if isinstance(layers, int) else layers)
+    expanded: Names = {}
+    for ours, theirs in table.items():
+        for layer in numbers if "{i}" in ours else [0]:
+            expanded[format_layer(ours, layer)] = substitute_layer(theirs, layer)
+    return expanded
+
+
+def substitute_layer(theirs: PublishedWeight, layer: int) -> PublishedWeight:
+    return map_published_names(theirs, lambda name: format_layer(name, layer))
+
+
+def map_published_names(theirs: PublishedWeight, rename: Callable[[str], str]) -> PublishedWeight:
+    """The entry with every published name in it changed."""
+    match theirs:
+        case ConcatRows(names=names):
+            return ConcatRows(*(rename(name) for name in names))
+        case StackTensors(entries=entries):
+            return StackTensors(tuple(map_published_names(entry, rename) for entry in entries))  # type: ignore[misc]
+        case Transposed(name=name):
+            return Transposed(rename(name))
+        case Reshaped(name=name, shape=shape):
+            return Reshaped(rename(name), shape)
+    return rename(theirs)
+
+
+def stack_experts(entry: str | ConcatRows, experts: int) -> StackTensors:
+    """The entry with `{e}` written out for every expert."""
+    return StackTensors(
+        tuple(map_published_names(entry, lambda name, e=e: name.replace("{e}", str(e))) for e in range(experts))  # type: ignore[misc]
+    )
+
+
+def format_layer(name: str, layer: int) -> str:
+    return name.replace("{i}", str(layer))
