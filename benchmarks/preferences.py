@@ -25,7 +25,7 @@ import llm_quest as quest
 from benchmarks.alignment import tokenizer_of_its_own
 from benchmarks.pairs import race, table
 from benchmarks.training import CONFIG
-from llm_quest.data.length_grouped import LengthGroupedLoader
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def ours(model: Decoder, rows: list[TokenizedPreference], kind: str, steps: int)
     objective = PreferenceLoss(policy, beta=BETA)
 
     def run() -> None:
-        feed = LengthGroupedLoader(source, batch_size=ROWS, micro_batch_size=ROWS, seed=0)
+        feed = ShardedLoader(source, batch_size=ROWS, micro_batch_size=ROWS, seed=0)
         settings = TrainingArguments(steps=steps, precision=kind, log_every=1)
         train(objective, feed, make_adamw(policy, lr=LR), lambda step: 1.0, settings)
 

@@ -285,7 +285,7 @@ MUTATIONS = (
     Mutation("RPT: places are searched at every start", "recipes/rpt/passages.py", "if (found := load_positions(folder, key)) is not None:", "if (found := load_positions(folder, key)) is None and found:", RPT),
     Mutation("RPT: held-out documents are training documents", "recipes/rpt/passages.py", "task, \"validation\", NUM_HELD_OUT", "task, \"train\", NUM_HELD_OUT", RPT),
     Mutation("RPT's control gets a step less", "recipes/rpt/control.py", "while flops_counter.flops_after(steps) < teraflops * TERA:", "while flops_counter.flops_after(steps + 1) < teraflops * TERA:", RPT),
-    Mutation("RPT's control learns every token for `selected`", "data/documents_loader.py", "np.arange(1, end + 1) if target_positions is None else", "np.arange(1, end + 1) if True else", "tests/recipes/rpt/test_demonstrations.py"),
+    Mutation("RPT's control learns every token for `selected`", "data/whole_documents.py", "np.arange(1, len(ids)) if target_positions is None else", "np.arange(1, len(ids)) if True else", "tests/recipes/rpt/test_demonstrations.py"),
     Mutation("RPT: the proxy is the model after the thoughts", "recipes/rpt/start_model.py", "    proxy = copy.deepcopy(model)\n    train_thinking(config, warmup, model, tokenizer, out / \"warmup\", parallel, log)", "    train_thinking(config, warmup, model, tokenizer, out / \"warmup\", parallel, log)\n    proxy = copy.deepcopy(model)", RPT),
     Mutation("RPT: any beginning of the truth is right", "recipes/rpt/prefix_match.py", "and len(predicted) in token_boundaries(target_tokens)", "and len(predicted) > 0", MATCH),
     Mutation("RPT: an answer is searched for among others", "recipes/rpt/prefix_match.py", "ANSWER_PATTERN.fullmatch(text)", "ANSWER_PATTERN.search(text)", MATCH),

@@ -131,7 +131,7 @@ def plan_tuning(config: FinetuningConfig, *, measure: bool, log: LogFn) -> Tunin
         things_per_step=rows,
         tokens_per_step=tokens,
         steps=config.max_steps,
-        epochs=config.max_steps * rows / len(inner_loader(job).dataset),
+        epochs=config.max_steps * rows / len(inner_loader(job).source),
         flops_per_token=each,
         flops=each * tokens * config.max_steps + once,
         once_flops=once,

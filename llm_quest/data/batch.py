@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, length: int | None = None) -> np.ndarray:
+    """Rows (R,T) int64, padded on the right to the longest, or to `length`."""
+    padded = np.full((len(rows), max(map(len, rows)) if length is None else length), value, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
+
+
+def pad_with_positions(
+    rows: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and positions that are -1 for padding; row r counts from starts[r], or from 0."""
+    counts = [np.arange(len(row)) + start for row, start in zip(rows, starts or [0] * len(rows), strict=True)]
+    return pad(rows, 0), pad(counts, -1)
 
 
 @dataclass(frozen=True)

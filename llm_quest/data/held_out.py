@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
-from llm_quest.data.packing import shuffle_indices
+from llm_quest.data.loader import shuffle_indices
+from llm_quest.data.packing import pack_best_fit
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import DataError, UsageError
 
@@ -103,24 +104,9 @@ def _pack_documents(
 ) -> list[list[tuple[int, int, int]]]:
     """Rows of pieces (first id, last id + 1, document). Whole rows first, then the rests, longest first, each into the
     fullest row that has room (best fit, decreasing)."""
-    rows, rests = [], []
+    pieces = []
     for document in documents.tolist():
         start, stop = int(tokens.offsets[document]), int(tokens.offsets[document + 1]) - 1
-        cuts = [*range(start, stop, sequence_length), stop]
-        pieces = [(a, b, document) for a, b in pairwise(cuts)]
-        rows += [[piece] for piece in pieces if piece[1] - piece[0] == sequence_length]
-        rests += [piece for piece in pieces if piece[1] - piece[0] < sequence_length]
-    room: list[list[list[tuple[int, int, int]]]] = [
-        [] for _ in range(sequence_length + 1)
-    ]  # open rows by the room they have
-    for piece in sorted(rests, key=lambda piece: (piece[0] - piece[1], piece[0])):
-        size = piece[1] - piece[0]
-        fit = next((left for left in range(size, sequence_length) if room[left]), sequence_length)
-        if fit == sequence_length:
-            row: list[tuple[int, int, int]] = []
-            rows.append(row)
-        else:
-            row = room[fit].pop()
-        row.append(piece)
-        room[fit - size].append(row)
-    return rows
+        pieces += [(a, b, document) for a, b in pairwise([*range(start, stop, sequence_length), stop])]
+    packed = pack_best_fit([stop - start for start, stop, _ in pieces], sequence_length)
+    return [[pieces[number] for number in row] for row in packed]

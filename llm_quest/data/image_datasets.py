@@ -20,10 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_quest.contracts import DataShard
 from llm_quest.data.images import ImageProcessor, list_image_files, load_pixels
-from llm_quest.data.packing import philox_uniforms, shuffle_indices
-from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.data.loader import epoch_indices, philox_uniforms, split_rows
+from llm_quest.errors import DataError, MissingError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
@@ -204,59 +203,24 @@ class ImageAugmentation:
         return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
 
 
-class ImageLoader:
-    """Every image once an epoch, in an order of the epoch's own, each varied in a way of its own: row number r of
-    training is a pure function of (seed, r), whatever the batches and processes."""
+class AugmentedImages:
+    """A `RowSource` of labelled images: every image once an epoch, each with a variation of its own."""
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        image_processor: ImageProcessor,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        augmentation: ImageAugmentation | None = None,
-        share: DataShard | None = None,
+        self, dataset: ImageDataset, image_processor: ImageProcessor, augmentation: ImageAugmentation | None = None
     ):
-        share = share or DataShard()
-        if batch_size % share.world_size:
-            raise UsageError(
-                f"{batch_size} rows cannot be shared by {share.world_size} processes; make rows a multiple of that"
-            )
         self.dataset, self.image_processor = dataset, image_processor
-        self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
-        self.augmentation, self.share = augmentation or ImageAugmentation(), share
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0))
+        self.augmentation = augmentation or ImageAugmentation()
 
-    def batches(self, step: int) -> list[ImageBatch]:
-        """This rank's micro-batches of optimiser step `step`."""
-        local_batch_size = self.batch_size // self.share.world_size
-        first = step * self.batch_size + self.share.rank * local_batch_size
-        starts = range(first, first + local_batch_size, self.micro_batch_size)
-        return [
-            self.micro_batch(range(start, min(start + self.micro_batch_size, first + local_batch_size)))
-            for start in starts
-        ]
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[ImageBatch]:
+        return [self.collate(part, seed) for part in split_rows(rows, micro_batch_size)]
 
-    def micro_batch(self, row_numbers: range) -> ImageBatch:
+    def fingerprint(self) -> dict[str, Any]:
+        return {"loader": "images", "data": self.dataset.hash}
+
+    def collate(self, rows: range, seed: int) -> ImageBatch:
         """Rows by their number since the beginning of training."""
-        chosen = np.array([self.image_index(number) for number in row_numbers])
-        images = self.image_processor.normalize(self.dataset.pixels[chosen])
-        chance = torch.from_numpy(np.stack([philox_uniforms(self.seed, number) for number in row_numbers]))
-        return ImageBatch(self.augmentation(images, chance), torch.from_numpy(self.dataset.labels[chosen]))
-
-    def image_index(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.dataset))
-        if self._order[0] != epoch:
-            self._order = (epoch, shuffle_indices(len(self.dataset), self.seed, epoch))
-        return int(self._order[1][place])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the rows depend on. There is no state: the step says where the feed stands."""
-        return {"feed": "images", "data": self.dataset.hash, "rows": self.batch_size, "seed": self.seed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
-        if changed := [key for key, value in self.state_dict().items() if state_dict.get(key) != value]:
-            raise DataError(f"the checkpoint belongs to other images: {', '.join(changed)} differ; start a new run")
+        indices = np.array(epoch_indices(len(self.dataset), seed, rows))
+        images = self.image_processor.normalize(self.dataset.pixels[indices])
+        uniforms = torch.from_numpy(np.stack([philox_uniforms(seed, number) for number in rows]))
+        return ImageBatch(self.augmentation(images, uniforms), torch.from_numpy(self.dataset.labels[indices]))

@@ -21,11 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.contracts import DataShard
 from llm_quest.data import synthetic_shapes
-from llm_quest.data.batch import IGNORE_INDEX
+from llm_quest.data.batch import IGNORE_INDEX, pad
 from llm_quest.data.images import ImageProcessor, load_image
-from llm_quest.data.packing import shuffle_indices
+from llm_quest.data.loader import shuffle_indices, split_rows
 from llm_quest.data.synthetic_shapes import QuestionAnswer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -214,23 +213,20 @@ class ImageTextCollator:
         """Rows of one length; the turns of each in its own order."""
         rows = [self.encode_row([sight.turns[i] for i in order]) for sight, order in zip(examples, orders, strict=True)]
         length = -(-max(len(tokens) for tokens, _ in rows) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
-        tokens = torch.full((len(rows), length), self.tokenizer.eos_token_id)
-        targets = torch.full((len(rows), length), IGNORE_INDEX)
-        for number, (row, wanted) in enumerate(rows):
-            tokens[number, : len(row)] = torch.tensor(row)
-            targets[number, : len(row)] = torch.tensor(wanted)
+        tokens = torch.from_numpy(pad([row for row, _ in rows], self.tokenizer.eos_token_id, length))
+        targets = torch.from_numpy(pad([targets for _, targets in rows], IGNORE_INDEX, length))
         images = image_processor.normalize(np.stack([sight.pixels for sight in examples]))
         return ImageTextBatch(tokens, targets, images, sum(len(row) for row, _ in rows))
 
 
-class ImageTextLoader:
-    """Row number r of training is a pure function of (seed, r): which sight, and in which order its turns come.
+class ImageTextRows:
+    """A `RowSource` of images with turns: of each row, which image, and in which order its turns come.
 
-    max_turns: so many of them at most; None: all that fit. caption_first_steps: in so many first steps the caption
-    comes first, where there is one: it tells everything, and captions are hardly learned among questions.
+    max_turns: so many of them at most; None: all that fit. caption_first_rows: in so many first rows the caption comes
+    first, where there is one: it says everything, and captions are hardly learned among questions.
 
     Commonly got wrong: of several turns in a row the later ones can be copied from the earlier ("how many red circles"
-    tells the circles' colour), and the model learns to read, not to see."""
+    gives the colour of the circles away), and the model learns to read, not to see."""
 
     def __init__(
         self,
@@ -238,53 +234,31 @@ class ImageTextLoader:
         collator: ImageTextCollator,
         image_processor: ImageProcessor,
         *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
         max_turns: int | None = None,
-        caption_first_steps: int = 0,
-        share: DataShard | None = None,
+        caption_first_rows: int = 0,
     ):
-        share = share or DataShard()
-        if batch_size % share.world_size:
-            raise UsageError(
-                f"{batch_size} rows cannot be shared by {share.world_size} processes; make rows a multiple of that"
-            )
-        self.max_turns, self.caption_first_steps = max_turns, caption_first_steps
+        self.max_turns, self.caption_first_rows = max_turns, caption_first_rows
         self.dataset, self.collator, self.image_processor = dataset, collator, image_processor
-        self.batch_size, self.micro_batch_size, self.seed, self.share = batch_size, micro_batch_size, seed, share
 
-    def batches(self, step: int) -> list[ImageTextBatch]:
-        """This rank's micro-batches of optimiser step `step`."""
-        local_batch_size = self.batch_size // self.share.world_size
-        first = step * self.batch_size + self.share.rank * local_batch_size
-        starts = range(first, first + local_batch_size, self.micro_batch_size)
-        return [
-            self.micro_batch(range(start, min(start + self.micro_batch_size, first + local_batch_size)))
-            for start in starts
-        ]
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[ImageTextBatch]:
+        return [self.collate(part, seed) for part in split_rows(rows, micro_batch_size)]
 
-    def micro_batch(self, row_numbers: range) -> ImageTextBatch:
+    def fingerprint(self) -> dict[str, Any]:
+        options = {"max_turns": self.max_turns, "caption_first_rows": self.caption_first_rows}
+        return {"loader": "images with text", "data": self.dataset.hash, **options}
+
+    def collate(self, rows: range, seed: int) -> ImageTextBatch:
         """Rows by their number since the beginning of training."""
-        sights = [self.dataset.train_example(number, self.seed) for number in row_numbers]
+        examples = [self.dataset.train_example(number, seed) for number in rows]
         orders = [
-            self.turn_order(sight, number)[: self.max_turns] for number, sight in zip(row_numbers, sights, strict=True)
+            self.turn_order(example, number, seed)[: self.max_turns]
+            for number, example in zip(rows, examples, strict=True)
         ]
-        return self.collator.collate(sights, orders, self.image_processor)
+        return self.collator.collate(examples, orders, self.image_processor)
 
-    def turn_order(self, example: ImageText, number: int) -> np.ndarray:
+    def turn_order(self, example: ImageText, number: int, seed: int) -> np.ndarray:
         """In which order the turns of row `number` come."""
-        order = shuffle_indices(len(example.turns), self.seed, number)
-        if number >= self.caption_first_steps * self.batch_size:
+        order = shuffle_indices(len(example.turns), seed, number)
+        if number >= self.caption_first_rows:
             return order
         return np.array(sorted(order, key=lambda turn: example.turns[turn].kind != "caption"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the rows depend on. There is no state: the step says where the feed stands."""
-        told = {"turns": self.max_turns, "captions": self.caption_first_steps}
-        return {"feed": "sights", "data": self.dataset.hash, "rows": self.batch_size, "seed": self.seed, **told}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
-        if changed := [key for key, value in self.state_dict().items() if state_dict.get(key) != value]:
-            raise DataError(f"the checkpoint belongs to other images: {', '.join(changed)} differ; start a new run")

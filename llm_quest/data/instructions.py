@@ -1,5 +1,5 @@
-"""Rows for fine-tuning: whole conversations side by side in rows of one length, answers alone learned; the batch at a
-step is a function of (seed, step).
+"""Rows for supervised fine-tuning: whole conversations packed into rows of one length, of which only the answers are
+learned.
 
     tokens      Q Q Q a a e  Q Q a a a  .       Q question, a answer, e its end; the last id of each is no input
     targets     . . a a e .  . a a a e  .       what is to be written is learned, the question is only read
@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from llm_quest.contracts import DataShard
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.data.chat import ChatExample
 from llm_quest.data.documents import DropReport
-from llm_quest.data.packing import shuffle_indices
-from llm_quest.errors import DataError, UsageError
+from llm_quest.data.loader import shuffled_batches
+from llm_quest.data.packing import pack_best_fit
+from llm_quest.errors import DataError
 
 
 def drop_too_long(
@@ -45,7 +44,8 @@ def drop_too_long(
 
 
 class PackedExamples:
-    """Examples laid into rows once: longest first, each into the fullest row that has room (best fit, decreasing)."""
+    """The `RowSource` of fine-tuning: conversations packed into rows once (`pack_best_fit`), the rows in another order
+    each epoch."""
 
     def __init__(self, examples: Sequence[ChatExample], sequence_length: int):
         self.examples, self.sequence_length = examples, sequence_length
@@ -58,6 +58,12 @@ class PackedExamples:
 
     def __len__(self) -> int:
         return len(self.packed_rows)
+
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[TokenBatch]:
+        return shuffled_batches(self, rows, micro_batch_size, seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"loader": "instructions", "data": self.hash, "sequence_length": self.sequence_length}
 
     def collate(self, row_indices: Sequence[int]) -> TokenBatch:
         """These rows."""
@@ -75,80 +81,3 @@ class PackedExamples:
                 at += size
         tensors = [torch.from_numpy(column) for column in (tokens, targets, positions, segments)]
         return TokenBatch(tensors[0], tensors[1], tensors[2], tensors[3])
-
-
-class InstructionLoader:
-    """A `contracts.Feed` over rows of conversations, in another order each epoch.
-
-    batch_size: of the global batch. micro_batch_size: at most so many in a micro-batch. Rank r has the r-th of
-    `world_size` equal runs of a step's rows."""
-
-    def __init__(
-        self,
-        dataset: PackedExamples,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        share: DataShard = DataShard(),
-    ):
-        if batch_size % share.world_size:
-            raise UsageError(
-                f"{batch_size} rows cannot be shared by {share.world_size} processes; make rows a multiple of that"
-            )
-        self.dataset, self.batch_size, self.micro_batch_size, self.seed, self.share = (
-            dataset,
-            batch_size,
-            micro_batch_size,
-            seed,
-            share,
-        )
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: shuffle_indices(len(dataset), seed, epoch))
-
-    def batches(self, step: int) -> list[TokenBatch]:
-        """This rank's micro-batches of optimiser step `step`."""
-        local_batch_size = self.batch_size // self.share.world_size
-        first = step * self.batch_size + self.share.rank * local_batch_size
-        starts = range(first, first + local_batch_size, self.micro_batch_size)
-        return [
-            self.micro_batch(range(start, min(start + self.micro_batch_size, first + local_batch_size)))
-            for start in starts
-        ]
-
-    def micro_batch(self, row_numbers: range) -> TokenBatch:
-        """Rows by their number since the beginning of training."""
-        places = (divmod(number, len(self.dataset)) for number in row_numbers)
-        return self.dataset.collate([int(self._epoch(epoch)[place]) for epoch, place in places])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the order depends on. There is no state: the step says where the feed stands."""
-        settings = {"length": self.dataset.sequence_length, "rows": self.batch_size, "seed": self.seed}
-        return {"feed": "instructions", "data": self.dataset.hash} | settings
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore; DataError if the bookmark is of other data or another order of it."""
-        require_same_data(state_dict, self.state_dict())
-
-
-def require_same_data(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """DataError that names what differs."""
-    changed = [f"{key} was {saved.get(key)}, is {here[key]}" for key in here if saved.get(key) != here[key]]
-    if changed:
-        raise DataError(f"the checkpoint belongs to another stream of data: {'; '.join(changed)}; start a new run")
-
-
-def pack_best_fit(sizes: Sequence[int], sequence_length: int) -> list[list[int]]:
-    """Numbers of the items of each row: none longer than `length`, few rows."""
-    rows: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(sequence_length + 1)]  # rows by the room they have left
-    for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
-        size = sizes[number]
-        fit = next((left for left in range(size, sequence_length + 1) if room[left]), None)
-        if fit is None:
-            rows.append([])
-            row, fit = len(rows) - 1, sequence_length
-        else:
-            row = room[fit].pop()
-        rows[row].append(number)
-        room[fit - size].append(row)
-    return rows

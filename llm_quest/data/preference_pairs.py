@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad
+from llm_quest.data.loader import length_grouped_batches
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.shared_prefix import SharedPrefix, full_token_count, pad_with_shared_prefix, shared_token_count
 
@@ -86,9 +87,10 @@ def collate_preferences(
     padded = pad_with_shared_prefix(
         [(prompt, answer[:-1] if share_prompts else answer) for prompt, answer in rows], shared=share_prompts
     )
-    targets = np.full(padded.tokens.shape, IGNORE_INDEX, dtype=np.int64)
-    for r, ((_, answer), begin) in enumerate(zip(rows, padded.first_target_columns, strict=True)):
-        targets[r, begin : begin + len(answer)] = answer
+    starts = zip(rows, padded.first_target_columns, strict=True)
+    targets = pad(
+        [[IGNORE_INDEX] * start + answer for (_, answer), start in starts], IGNORE_INDEX, padded.tokens.shape[1]
+    )
     first, pairs = 0, []
     for one in preferences:
         K = len(one.answers)
@@ -104,8 +106,8 @@ def collate_preferences(
 
 
 class PreferenceDataset:
-    """A `by_length.Source` of rated answers. reference_log_probs, share_prompts: see `compared`; the first may be set
-    when it is known."""
+    """A `RowSource` of rated answers, those of like length together. reference_log_probs, share_prompts: see
+    `collate_preferences`; the first may be set when it is known."""
 
     def __init__(self, preferences: Sequence[TokenizedPreference], *, share_prompts: bool = False):
         self.preferences, self.share_prompts = preferences, share_prompts
@@ -122,6 +124,12 @@ class PreferenceDataset:
             digest.update(repr((one.margin, len(one.prompt), *map(len, one.answers))).encode())
             digest.update(one.prompt.tobytes() + b"".join(answer.tobytes() for answer in one.answers))
         return digest.hexdigest()
+
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[PreferenceBatch]:
+        return length_grouped_batches(self, rows, micro_batch_size, seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"loader": "preferences", "data": self.hash}
 
     def item_length(self, index: int) -> int:
         return self.preferences[index].length

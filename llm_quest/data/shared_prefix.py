@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from llm_quest.data.batch import pad_with_positions
+
 
 @dataclass(frozen=True)
 class SharedPrefix:
@@ -48,13 +50,13 @@ def pad_with_shared_prefix(rows: Sequence[tuple[Sequence[int], Sequence[int]]], 
     """Rows (prompt, what follows it), padded on the right. firsts: the column of each row's last prompt token. shared:
     as far as there is something to share; a single token stands in every row anyway."""
     if not shared or all(len(prompt) == 1 for prompt, _ in rows):
-        tokens, positions = pad_token_rows([[*prompt, *rest] for prompt, rest in rows], [0] * len(rows))
+        tokens, positions = pad_with_positions([[*prompt, *rest] for prompt, rest in rows])
         return PaddedRows(tokens, positions, [len(prompt) - 1 for prompt, _ in rows], None)
     known: dict[tuple[int, ...], int] = {}
     of = [known.setdefault(tuple(prompt[:-1]), len(known)) for prompt, _ in rows]
     starts = [len(prompt) - 1 for prompt, _ in rows]
-    tokens, positions = pad_token_rows([[prompt[-1], *rest] for prompt, rest in rows], starts)
-    before, places = (torch.from_numpy(x) for x in pad_token_rows(list(known), [0] * len(known)))
+    tokens, positions = pad_with_positions([[prompt[-1], *rest] for prompt, rest in rows], starts)
+    before, places = (torch.from_numpy(x) for x in pad_with_positions(list(known)))
     prefix = SharedPrefix(before, places, torch.tensor(of), int(positions.max()) + 1)
     return PaddedRows(tokens, positions, [0] * len(rows), prefix)
 
@@ -68,12 +70,3 @@ def shared_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
     """The same where every prompt is read once, and of each row what it adds."""
     prompts = {tuple(prompt) for prompt, _ in rows}
     return len(rows) * (1 + max(more for _, more in rows)) + len(prompts) * (max(map(len, prompts)) - 1)
-
-
-def pad_token_rows(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """tokens and positions (R,T); row r counts from starts[r]."""
-    shape = (len(rows), max(map(len, rows)))
-    tokens, positions = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
-    for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        tokens[r, : len(row)], positions[r, : len(row)] = row, np.arange(start, start + len(row))
-    return tokens, positions

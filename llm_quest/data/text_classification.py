@@ -9,13 +9,16 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from llm_quest.data.batch import pad_with_positions
 from llm_quest.data.documents import DropReport
+from llm_quest.data.loader import length_grouped_batches
 from llm_quest.data.records import Record
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
@@ -56,7 +59,8 @@ class TextClassificationBatch:
 
 
 class TextClassificationDataset:
-    """A `by_length.Source` of texts as ids. label_names: the classes, in the order of their numbers."""
+    """A `RowSource` of texts as ids, those of like length together. label_names: the classes, in the order of their
+    numbers."""
 
     def __init__(self, rows: Sequence[np.ndarray], label_ids: Sequence[int], label_names: Sequence[str]):
         self.rows, self.label_ids, self.label_names = rows, label_ids, tuple(label_names)
@@ -72,15 +76,17 @@ class TextClassificationDataset:
         digest.update(b"".join(row.tobytes() for row in self.rows))
         return digest.hexdigest()
 
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[TextClassificationBatch]:
+        return length_grouped_batches(self, rows, micro_batch_size, seed)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"loader": "labeled texts", "data": self.hash}
+
     def item_length(self, index: int) -> int:
         return len(self.rows[index])
 
     def collate(self, indices: Sequence[int]) -> TextClassificationBatch:
-        shape = (len(indices), max(self.item_length(number) for number in indices))
-        tokens, positions = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-        for r, number in enumerate(indices):
-            size = self.item_length(number)
-            tokens[r, :size], positions[r, :size] = self.rows[number], np.arange(size)
+        tokens, positions = pad_with_positions([self.rows[number] for number in indices])
         labels = torch.tensor([self.label_ids[number] for number in indices])
         return TextClassificationBatch(torch.from_numpy(tokens), torch.from_numpy(positions), labels)
 

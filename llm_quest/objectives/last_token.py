@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_quest.data.batch import pad_with_positions
 from llm_quest.scope import Scope
 
 
@@ -24,9 +24,6 @@ def last_token_outputs(
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """tokens, positions (R,T)."""
-    shape = (len(rows), max(map(len, rows)))
-    input_ids, position_ids = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
-    for r, row in enumerate(rows):
-        input_ids[r, : len(row)], position_ids[r, : len(row)] = row, np.arange(len(row))
+    """input_ids, position_ids (R,T)."""
+    input_ids, position_ids = pad_with_positions(rows)
     return torch.from_numpy(input_ids), torch.from_numpy(position_ids)

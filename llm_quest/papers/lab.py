@@ -18,7 +18,8 @@ from torch import nn
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.held_out import HeldOutLoader, eval_batches
-from llm_quest.data.packing import PackedLoader
+from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.packing import PackedDocuments
 from llm_quest.data.split import split_corpus
 from llm_quest.data.tokenizer import Tokenizer, train_bpe
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, prepare_token_folder
@@ -43,9 +44,11 @@ class LabText:
     folder: TokenFolder
     tokenizer: Tokenizer
 
-    def loader(self, seed: int, *, length: int = LAB_SEQUENCE_LENGTH, rows: int = LAB_BATCH_SIZE) -> PackedLoader:
-        return PackedLoader(
-            self.folder.train, sequence_length=length, batch_size=rows, micro_batch_size=rows, seed=seed
+    def loader(
+        self, seed: int, *, length: int = LAB_SEQUENCE_LENGTH, rows: int = LAB_BATCH_SIZE
+    ) -> ShardedLoader[PackedDocuments]:
+        return ShardedLoader(
+            PackedDocuments(self.folder.train, length), batch_size=rows, micro_batch_size=rows, seed=seed
         )
 
     def held_out(self, *, length: int = LAB_SEQUENCE_LENGTH, tokens: int = 40_000) -> HeldOutLoader:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import DemonstrationLoader
+from llm_quest.data.demonstrations import Demonstrations
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import draw_problem, make_task
 from llm_quest.eval.problems import sample_answers
 from llm_quest.generation.sampling import SamplingParams
@@ -26,7 +27,7 @@ def make_arm(distance: str | None) -> Callable[[int], Measurement]:
         config = small_llama_config(width=64, layers=2, context=16, vocab=TOKENIZER.vocab_size)
         model = init_lab_model(config, seed)
         auxiliary = [] if distance is None else [number_token_term(distance)]
-        loader = DemonstrationLoader(TASK, TOKENIZER, batch_size=128, seed=seed)
+        loader = ShardedLoader(Demonstrations(TASK, TOKENIZER), batch_size=128, micro_batch_size=128, seed=seed)
         trace = train_lab_model(
             NextTokenLoss(model, auxiliary=auxiliary),
             loader,

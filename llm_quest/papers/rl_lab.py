@@ -15,7 +15,8 @@ from typing import Any
 from llm_quest.contracts import Evaluator, Loader, Reward
 from llm_quest.data.batch import TokenBatch
 from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import DemonstrationLoader, collate_demonstrations
+from llm_quest.data.demonstrations import Demonstrations, collate_demonstrations
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Problem, Task, TaskSplit, draw_problem
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
@@ -84,12 +85,11 @@ class RLExperiment:
             tokenizer=self.tokenizer, eos_token_ids=tuple(self.tokenizer.eos_token_ids), max_new_tokens=self.new_tokens
         )
 
-    def demonstration_loader(self, seed: int, rows: int, *, more: bool = False) -> DemonstrationLoader:
+    def demonstration_loader(self, seed: int, rows: int, *, more: bool = False) -> ShardedLoader[Demonstrations]:
         """The teacher's demonstrations. more: those after the base policy's, unless their number is limited."""
         first = seed + 1_000 if more and self.num_demonstrations is None else seed
-        return DemonstrationLoader(
-            self.task, self.tokenizer, batch_size=rows, seed=first, num_examples=self.num_demonstrations
-        )
+        source = Demonstrations(self.task, self.tokenizer, num_examples=self.num_demonstrations)
+        return ShardedLoader(source, batch_size=rows, micro_batch_size=rows, seed=first)
 
     def question(self, seed: int, index: int) -> PolicyPrompt:
         """Problem `index` of the training split as a prompt."""

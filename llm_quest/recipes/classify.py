@@ -13,7 +13,7 @@ import torch
 from llm_quest.data.builtin_qa import builtin_labeled_texts, load_records
 from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.documents import DropReport
-from llm_quest.data.length_grouped import LengthGroupedLoader, length_grouped_indices
+from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.text_classification import (
     TextClassificationDataset,
     collect_label_names,
@@ -79,12 +79,12 @@ def build_classify_job(config: ClassifyConfig, parallel: DistributedContext, log
         encode_labeled_texts(s, names, tokenizer, config.sequence_length, drop_report)
         for s in split_by_prompt(texts, part.held_out)
     )
-    loader = LengthGroupedLoader(
+    loader = ShardedLoader(
         train,
         batch_size=config.batch_size,
         micro_batch_size=micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
         seed=derive_seed(config.seed, "order"),
-        share=parallel.data_shard,
+        shard=parallel.data_shard,
     )
     log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
     for note in drop_report.notes:

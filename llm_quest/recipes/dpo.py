@@ -65,7 +65,7 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
     )
     row_loader = pairs_loader(config, pairs, parallel)
     share = can_share_prompts(config) and parallel.strategy != "fsdp"  # which shards a block again after its first pass
-    row_loader.dataset.share_prompts = share
+    row_loader.source.share_prompts = share
     loader: Loader = row_loader
     if config.sync_ref_model:
         synced_reference = SyncedReference(
@@ -83,7 +83,7 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
         kind = resolve_precision(config.precision, parallel.device).value
         mine = [] if objective.reference is not None else list(pairs.train)
         found = reference_log_probs(model, [*mine, *pairs.held_out], out, parallel, kind, log, share_prompts=share)
-        row_loader.dataset.reference_log_probs = found.log_probs[: len(mine)] or None
+        row_loader.source.reference_log_probs = found.log_probs[: len(mine)] or None
         evaluator.pairs.reference_log_probs = found.log_probs[len(mine) :]
         return found.save
 
@@ -100,7 +100,7 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
         lambda run: [evaluator],
         tokenizer,
         data_info,
-        {"data": row_loader.dataset.hash},
+        {"data": row_loader.source.hash},
         all_callbacks,
         compute_reference,
     )

@@ -16,8 +16,7 @@ from llm_quest.data.builtin_qa import load_records
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.documents import DropReport
-from llm_quest.data.length_grouped import LengthGroupedLoader, length_grouped_indices
-from llm_quest.data.packing import shuffle_indices
+from llm_quest.data.loader import ShardedLoader, length_grouped_indices, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.recipes.run import micro_batch_rows
@@ -64,8 +63,8 @@ def flip_labels(pairs: Sequence[Preference], fraction: float, seed: int) -> list
 
 def pairs_loader(
     config: RewardConfig | DpoConfig, data: PreferenceData, parallel: DistributedContext
-) -> LengthGroupedLoader[PreferenceDataset]:
-    return LengthGroupedLoader(
+) -> ShardedLoader[PreferenceDataset]:
+    return ShardedLoader(
         PreferenceDataset(data.train),
         batch_size=config.batch_size,
         micro_batch_size=micro_batch_rows(
@@ -75,7 +74,7 @@ def pairs_loader(
             max(len(one.answers) * one.length for one in data.train),
         ),
         seed=derive_seed(config.seed, "order"),
-        share=parallel.data_shard,
+        shard=parallel.data_shard,
     )
 
 

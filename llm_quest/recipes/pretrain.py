@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.contracts import Callback, Evaluator
-from llm_quest.data.packing import PackedLoader
+from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.packing import PackedDocuments
 from llm_quest.errors import UsageError
 from llm_quest.eval.baselines import compute_baselines
 from llm_quest.files import atomic_write_json
@@ -132,15 +133,16 @@ def run_pretrain(
         return finish_pretrain(config, folder, model, text, result, parallel, log)
 
 
-def pretrain_loader(config: PretrainConfig, text: TextData, parallel: DistributedContext) -> PackedLoader:
+def pretrain_loader(
+    config: PretrainConfig, text: TextData, parallel: DistributedContext
+) -> ShardedLoader[PackedDocuments]:
     """This process's rows."""
-    return PackedLoader(
-        text.tokens.train,
-        sequence_length=config.sequence_length,
+    return ShardedLoader(
+        PackedDocuments(text.tokens.train, config.sequence_length),
         batch_size=config.batch_size,
         micro_batch_size=micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
         seed=derive_seed(config.seed, "order"),
-        share=parallel.data_shard,
+        shard=parallel.data_shard,
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llm_quest.data.length_grouped import LengthGroupedLoader, length_grouped_indices
+from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
@@ -117,7 +117,7 @@ class SyncedReference:
 
     def __init__(
         self,
-        loader: LengthGroupedLoader[PreferenceDataset],
+        loader: ShardedLoader[PreferenceDataset],
         model: nn.Module,
         folder: Path,
         *,

@@ -59,7 +59,7 @@ def build_reward_job(config: RewardConfig, parallel: DistributedContext, log: Lo
     probe = PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)
     return TrainingJob(
         RewardModelLoss(model, center_coefficient=config.center_rewards_coefficient), loader, lambda run: [probe], tokenizer, facts,
-        {"data": loader.dataset.hash}, callbacks,
+        {"data": loader.source.hash}, callbacks,
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from llm_quest.data.builtin_qa import builtin_instructions, load_records
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
 from llm_quest.data.documents import DropReport
-from llm_quest.data.instructions import InstructionLoader, PackedExamples, drop_too_long
+from llm_quest.data.instructions import PackedExamples, drop_too_long
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
@@ -61,12 +62,12 @@ def build_sft_job(config: SftConfig, parallel: DistributedContext, log: LogFn) -
     )
     set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
     micro_rows = micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length)
-    loader = InstructionLoader(
+    loader = ShardedLoader(
         data.train,
         batch_size=config.batch_size,
         micro_batch_size=micro_rows,
         seed=derive_seed(config.seed, "order"),
-        share=parallel.data_shard,
+        shard=parallel.data_shard,
     )
     facts = data_facts(
         config.data, data.chat, data.drop_report, len(data.train.examples), len(data.held_out.examples), log

@@ -9,7 +9,8 @@ from typing import Any
 
 from llm_quest.contracts import Loader
 from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import DemonstrationLoader
+from llm_quest.data.demonstrations import Demonstrations
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Task, draw_problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.problems import evaluate_problems
@@ -60,8 +61,11 @@ def run_sft_warmup(
     already: read from its checkpoint."""
     tokenizer = character_tokenizer(task.alphabet)
     model = init_model(config.model, settings, tokenizer, config.seed)
-    loader = DemonstrationLoader(
-        task, tokenizer, batch_size=warmup.batch_size, seed=derive_seed(config.seed, "demonstrations")
+    loader = ShardedLoader(
+        Demonstrations(task, tokenizer),
+        batch_size=warmup.batch_size,
+        micro_batch_size=warmup.batch_size,
+        seed=derive_seed(config.seed, "demonstrations"),
     )
     problems = [draw_problem(task, "validation", index) for index in range(CHECK_PROBLEMS)]
 

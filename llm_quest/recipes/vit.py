@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from llm_quest.data.image_datasets import (
+    AugmentedImages,
     ImageAugmentation,
     ImageDataset,
-    ImageLoader,
     ImageSplits,
     load_cifar10,
     load_image_folder,
@@ -22,6 +22,7 @@ from llm_quest.data.image_datasets import (
     split_images,
 )
 from llm_quest.data.images import ImageProcessor
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.models import vit
@@ -55,14 +56,12 @@ def build_vit_job(config: VitConfig, parallel: DistributedContext, log: LogFn) -
     preprocess = ImageProcessor(config.data.image_size, config.data.image_mean, config.data.image_std)
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
-    loader = ImageLoader(
-        sides.train,
-        preprocess,
+    loader = ShardedLoader(
+        AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump())),
         batch_size=config.batch_size,
         micro_batch_size=min(config.micro_batch_size or config.batch_size, config.batch_size // parallel.world_size),
         seed=derive_seed(config.seed, "order"),
-        augmentation=ImageAugmentation(**config.data.augment.model_dump()),
-        share=parallel.data_shard,
+        shard=parallel.data_shard,
     )
     objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextLoader, SceneDataset
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextRows, SceneDataset
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.synthetic_shapes import SCENE_STATISTICS, QuestionAnswer, exact_match
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from llm_quest.errors import DataError, UsageError
@@ -72,16 +73,18 @@ def build_vlm_job(
         f"{', '.join(config.trainable)} trained"
     )
     writer = ImageTextCollator(tokenizer, numbers.image_token_id, numbers.image_seq_length, config.sequence_length)
-    loader = ImageTextLoader(
-        sights,
-        writer,
-        preprocess,
+    loader = ShardedLoader(
+        ImageTextRows(
+            sights,
+            writer,
+            preprocess,
+            max_turns=config.data.max_questions_per_row,
+            caption_first_rows=config.caption_first_steps * config.batch_size,
+        ),
         batch_size=config.batch_size,
         micro_batch_size=min(config.micro_batch_size or config.batch_size, config.batch_size // parallel.world_size),
         seed=derive_seed(config.seed, "order"),
-        max_turns=config.data.max_questions_per_row,
-        caption_first_steps=config.caption_first_steps,
-        share=parallel.data_shard,
+        shard=parallel.data_shard,
     )
     probe = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
     identity = {"sights": sights.hash, "tokenizer": tokenizer.hash}

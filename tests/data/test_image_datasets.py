@@ -13,51 +13,45 @@ from PIL import Image
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.image_datasets import (
+    AugmentedImages,
     ImageAugmentation,
     ImageDataset,
-    ImageLoader,
     load_cifar10,
     load_image_folder,
     load_sklearn_digits,
     split_images,
 )
 from llm_quest.data.images import ImageProcessor
-from llm_quest.data.packing import philox_uniforms
+from llm_quest.data.loader import ShardedLoader, epoch_indices, philox_uniforms
 from llm_quest.errors import DataError, MissingError, UsageError
 
 RANDOM = np.random.default_rng(0)
 IMAGES = ImageDataset(RANDOM.integers(0, 256, (50, 1, 8, 8)).astype(np.uint8), np.arange(50) % 5, tuple("abcde"))
 PREPROCESS = ImageProcessor(8, (0.0,), (1.0,))
+VARIED = ImageAugmentation(shift=0.2, turn=20)
 
 
-def feed(**changes) -> ImageLoader:
-    return ImageLoader(
-        IMAGES,
-        PREPROCESS,
-        **{
-            "batch_size": 12,
-            "micro_batch_size": 12,
-            "seed": 3,
-            "augmentation": ImageAugmentation(translate=0.2, rotation_degrees=20),
-            **changes,
-        },
-    )
+def feed(augmentation: ImageAugmentation | None = VARIED, **changes) -> ShardedLoader[AugmentedImages]:
+    sizes = {"batch_size": 12, "micro_batch_size": 12, "seed": 3}
+    return ShardedLoader(AugmentedImages(IMAGES, PREPROCESS, augmentation), **(sizes | changes))
 
 
-def step_of(*feeds: ImageLoader, step: int = 5) -> torch.Tensor:
+def step_of(*feeds: ShardedLoader[AugmentedImages], step: int = 5) -> torch.Tensor:
     return torch.cat([batch.images for one in feeds for batch in one.batches(step)])
 
 
 def test_a_steps_rows_are_the_same_for_any_micro_batch_and_any_number_of_processes():
     whole = step_of(feed())
     assert torch.equal(step_of(feed(micro_batch_size=5)), whole)
-    assert torch.equal(step_of(*(feed(micro_batch_size=4, share=DataShard(rank, 3)) for rank in range(3))), whole)
+    assert torch.equal(step_of(*(feed(micro_batch_size=4, shard=DataShard(rank, 3)) for rank in range(3))), whole)
     assert not torch.equal(step_of(feed(seed=4)), whole)
 
 
 def test_an_epoch_shows_every_image_once_and_every_epoch_differently():
     plain = feed(augmentation=None, batch_size=10, micro_batch_size=10)
-    order = [plain.image_index(number) for number in range(100)]
+    order = epoch_indices(50, plain.seed, range(100))
+    first = plain.source.collate(range(5), plain.seed).labels
+    assert first.tolist() == IMAGES.labels[order[:5]].tolist()
     assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))
     assert order[:50] != order[50:]
 
@@ -75,13 +69,13 @@ def test_the_split_is_by_content_alone_and_keeps_equal_images_together():
 def test_a_bookmark_of_other_images_is_refused():
     other = feed().state_dict() | {"data": "x"}
     feed().load_state_dict(feed().state_dict())
-    with pytest.raises(DataError, match="belongs to other images: data differ"):
+    with pytest.raises(DataError, match="another stream of data: data was x"):
         feed().load_state_dict(other)
 
 
 def test_rows_that_cannot_be_shared_are_refused():
     with pytest.raises(UsageError, match="12 rows cannot be shared by 5 processes"):
-        feed(share=DataShard(0, 5))
+        feed(shard=DataShard(0, 5))
 
 
 def test_without_variation_an_image_stays_what_it_is():

@@ -12,8 +12,9 @@ from PIL import Image
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.batch import IGNORE_INDEX
-from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextLoader, SceneDataset
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextRows, SceneDataset
 from llm_quest.data.images import ImageProcessor
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.synthetic_shapes import QuestionAnswer
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, train_bpe
 from llm_quest.errors import DataError, UsageError
@@ -25,8 +26,9 @@ WRITER = ImageTextCollator(TOKENIZER, IMAGE, 4, 120)
 PREPROCESS = ImageProcessor(24)
 
 
-def feed(**changes) -> ImageTextLoader:
-    return ImageTextLoader(SCENES, WRITER, PREPROCESS, **{"batch_size": 6, "micro_batch_size": 6, "seed": 1, **changes})
+def feed(*, max_turns: int | None = None, caption_first_rows: int = 0, **changes) -> ShardedLoader[ImageTextRows]:
+    source = ImageTextRows(SCENES, WRITER, PREPROCESS, max_turns=max_turns, caption_first_rows=caption_first_rows)
+    return ShardedLoader(source, **({"batch_size": 6, "micro_batch_size": 6, "seed": 1} | changes))
 
 
 def test_a_row_is_image_question_answer_and_only_the_answer_and_its_end_are_learned():
@@ -56,7 +58,7 @@ def test_a_prompt_is_the_row_up_to_its_answer():
 
 def test_a_steps_rows_are_the_same_for_any_micro_batch_and_any_number_of_processes():
     (whole,) = feed().batches(4)
-    shared = [batch for rank in range(2) for batch in feed(micro_batch_size=2, share=DataShard(rank, 2)).batches(4)]
+    shared = [batch for rank in range(2) for batch in feed(micro_batch_size=2, shard=DataShard(rank, 2)).batches(4)]
     assert torch.equal(torch.cat([batch.images for batch in shared]), whole.images)
     assert sum(batch.num_tokens for batch in shared) == whole.num_tokens
     first = shared[0]
@@ -138,7 +140,7 @@ def test_one_turn_a_row_leaves_nothing_to_copy_from():
 
 def test_captions_come_first_in_so_many_steps_and_questions_after_them():
     learning, question = (
-        feed(max_turns=1, caption_first_steps=2),
+        feed(max_turns=1, caption_first_rows=12),
         TOKENIZER.encode("describe:", add_special_tokens=False),
     )
     start = len(WRITER.row_prefix)

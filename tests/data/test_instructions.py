@@ -7,7 +7,9 @@ import torch
 from llm_quest.contracts import DataShard
 from llm_quest.data.chat import ChatExample
 from llm_quest.data.documents import DropReport
-from llm_quest.data.instructions import InstructionLoader, PackedExamples, drop_too_long, pack_best_fit
+from llm_quest.data.instructions import PackedExamples, drop_too_long
+from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.packing import pack_best_fit
 from llm_quest.errors import DataError
 
 
@@ -33,7 +35,7 @@ def test_two_conversations_on_a_blackboard():
 def test_every_learned_id_is_a_target_once_an_epoch():
     examples = many(23)
     rows = PackedExamples(examples, 16)
-    feed = InstructionLoader(rows, batch_size=1, micro_batch_size=1, seed=3)
+    feed = ShardedLoader(rows, batch_size=1, micro_batch_size=1, seed=3)
     for epoch in range(2):
         batches = [feed.batches(epoch * len(rows) + n)[0] for n in range(len(rows))]
         seen = torch.cat([batch.targets[batch.targets != -100] for batch in batches]).sort().values
@@ -43,17 +45,15 @@ def test_every_learned_id_is_a_target_once_an_epoch():
 
 def test_rows_are_a_function_of_seed_and_step_for_any_split():
     rows = PackedExamples(many(40), 16)
-    whole = InstructionLoader(rows, batch_size=4, micro_batch_size=4, seed=1).batches(5)[0]
+    whole = ShardedLoader(rows, batch_size=4, micro_batch_size=4, seed=1).batches(5)[0]
     parts = [
         batch.input_ids
         for rank in range(2)
-        for batch in InstructionLoader(
-            rows, batch_size=4, micro_batch_size=1, seed=1, share=DataShard(rank, 2)
-        ).batches(5)
+        for batch in ShardedLoader(rows, batch_size=4, micro_batch_size=1, seed=1, shard=DataShard(rank, 2)).batches(5)
     ]
     assert torch.equal(torch.cat(parts), whole.input_ids)
     assert not torch.equal(
-        InstructionLoader(rows, batch_size=4, micro_batch_size=4, seed=2).batches(5)[0].input_ids, whole.input_ids
+        ShardedLoader(rows, batch_size=4, micro_batch_size=4, seed=2).batches(5)[0].input_ids, whole.input_ids
     )
 
 
@@ -77,9 +77,9 @@ def test_a_conversation_longer_than_a_row_is_dropped_and_counted_and_all_of_them
 
 
 def test_another_data_set_cannot_go_on_from_a_bookmark():
-    feed = InstructionLoader(PackedExamples(many(9), 16), batch_size=2, micro_batch_size=2, seed=0)
+    feed = ShardedLoader(PackedExamples(many(9), 16), batch_size=2, micro_batch_size=2, seed=0)
     feed.load_state_dict(feed.state_dict())
     with pytest.raises(DataError, match="another stream of data: data was"):
-        InstructionLoader(PackedExamples(many(8), 16), batch_size=2, micro_batch_size=2, seed=0).load_state_dict(
+        ShardedLoader(PackedExamples(many(8), 16), batch_size=2, micro_batch_size=2, seed=0).load_state_dict(
             feed.state_dict()
         )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.batch import TokenBatch
-from llm_quest.data.packing import EpochOrder, PackedLoader, shuffle_indices
+from llm_quest.data.loader import ShardedLoader, shuffle_indices
+from llm_quest.data.packing import EpochOrder, PackedDocuments
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import DataError, UsageError
 
@@ -22,10 +23,13 @@ def tokens_of(documents: list[list[int]]) -> TokenizedDocuments:
     return TokenizedDocuments.from_token_lists(documents, vocab_size=51, start=START, end=END)
 
 
-def feed_of(documents: list[list[int]], **changes) -> PackedLoader:
-    return PackedLoader(
-        tokens_of(documents), **({"sequence_length": 4, "batch_size": 4, "micro_batch_size": 4, "seed": 0} | changes)
-    )
+def rows_of(documents: list[list[int]], sequence_length: int = 4) -> PackedDocuments:
+    return PackedDocuments(tokens_of(documents), sequence_length)
+
+
+def loader_of(documents: list[list[int]], *, sequence_length: int = 4, **changes) -> ShardedLoader[PackedDocuments]:
+    sizes = {"batch_size": 4, "micro_batch_size": 4, "seed": 0}
+    return ShardedLoader(rows_of(documents, sequence_length), **(sizes | changes))
 
 
 def whole(batches: list[TokenBatch]) -> list[torch.Tensor]:
@@ -40,10 +44,10 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @given(DOCUMENTS, st.integers(1, 9), st.integers(0, 5))
 def test_an_epoch_shows_every_input_once_with_its_true_next_token(documents: list[list[int]], length: int, seed: int):
-    feed = feed_of(documents, sequence_length=length, seed=seed)
+    feed = rows_of(documents, length)
     for epoch in (0, 1):
         first = epoch * feed.rows_per_epoch
-        batch = feed.micro_batch(range(first, first + feed.rows_per_epoch))
+        batch = feed.collate(range(first, first + feed.rows_per_epoch), seed)
         shown = sorted(
             pair
             for pair in zip(batch.input_ids.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
@@ -56,9 +60,10 @@ def test_an_epoch_shows_every_input_once_with_its_true_next_token(documents: lis
 
 @given(DOCUMENTS, st.integers(0, 5), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 6]))
 def test_the_rows_of_a_step_are_the_same_for_any_world_and_micro_batch(documents, step: int, micro: int, world: int):
-    alone = whole(feed_of(documents, batch_size=6, micro_batch_size=6).batches(step))
+    alone = whole(loader_of(documents, batch_size=6, micro_batch_size=6).batches(step))
     shares = [
-        feed_of(documents, batch_size=6, micro_batch_size=micro, share=DataShard(rank, world)) for rank in range(world)
+        loader_of(documents, batch_size=6, micro_batch_size=micro, shard=DataShard(rank, world))
+        for rank in range(world)
     ]
     assert same(whole([batch for feed in shares for batch in feed.batches(step)]), alone)
     assert all(len(b.input_ids) <= micro for feed in shares for b in feed.batches(step))
@@ -66,15 +71,15 @@ def test_the_rows_of_a_step_are_the_same_for_any_world_and_micro_batch(documents
 
 def test_a_step_can_be_asked_for_in_any_order():
     documents = [[i] * (i % 7) for i in range(3, 40)]
-    straight = [whole(feed_of(documents).batches(step)) for step in range(30)]
-    one = feed_of(documents)
+    straight = [whole(loader_of(documents).batches(step)) for step in range(30)]
+    one = loader_of(documents)
     assert all(same(whole(one.batches(step)), straight[step]) for step in (29, 3, 17, 3, 0, 28))
 
 
 def test_positions_restart_and_segments_count_as_drawn():
-    feed = feed_of([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]], sequence_length=5)
-    feed._epoch = lambda epoch: order([0, 1, 2], [0, 6, 9], [0, 1, 2])
-    batch = feed.micro_batch(range(3))
+    feed = rows_of([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]], 5)
+    feed._epoch = lambda seed, epoch: order([0, 1, 2], [0, 6, 9], [0, 1, 2])
+    batch = feed.collate(range(3), 0)
     assert batch.input_ids.tolist() == [[1, 3, 4, 5, 6], [7, 1, 8, 9, 1], [10, 11, 12, 1, 1]]
     assert batch.targets.tolist() == [[3, 4, 5, 6, 7], [2, 8, 9, 2, 10], [11, 12, 2, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 0], [0, 1, 2, -1, -1]]
@@ -87,7 +92,7 @@ def order(documents: list[int], begins: list[int], rows: list[int]) -> EpochOrde
 
 
 def test_a_cut_document_gets_no_false_end():
-    batch = feed_of([list(range(3, 40)), [40]], sequence_length=8).micro_batch(range(5))
+    batch = rows_of([list(range(3, 40)), [40]], 8).collate(range(5), 0)
     ends = [
         (t, n)
         for t, n in zip(batch.input_ids.flatten().tolist(), batch.targets.flatten().tolist(), strict=True)
@@ -97,8 +102,8 @@ def test_a_cut_document_gets_no_false_end():
 
 
 def test_a_single_document_gives_plain_rows():
-    feed = feed_of([list(range(3, 20))], sequence_length=8)
-    batches = [feed.micro_batch(range(r, r + 1)) for r in range(feed.rows_per_epoch)]
+    feed = rows_of([list(range(3, 20))], 8)
+    batches = [feed.collate(range(r, r + 1), 0) for r in range(feed.rows_per_epoch)]
     assert all(b.position_ids is None and b.segment_ids is None for b in batches)
     assert sum(b.num_tokens for b in batches) == 18
     assert sum(int((b.targets >= 0).sum()) for b in batches) == 18
@@ -106,12 +111,11 @@ def test_a_single_document_gives_plain_rows():
 
 def test_epochs_and_seeds_have_their_own_order_of_documents_and_rows():
     documents = [[3 + i] * 3 for i in range(40)]
-    feed = feed_of(documents, batch_size=32, sequence_length=5)  # 160 inputs are 32 rows
+    feed = loader_of(documents, batch_size=32, sequence_length=5)  # 160 inputs are 32 rows
     epochs = [feed.batches(step)[0].input_ids.tolist() for step in range(2)]
     assert sorted(epochs[0]) != sorted(epochs[1])  # other neighbours, so other documents' order
-    assert feed_of(documents, batch_size=32, sequence_length=5, seed=1).batches(0)[0].input_ids.tolist() != epochs[0]
-    assert feed.epochs_done(3) == 3.0
-    alone = feed_of([list(range(3, 43))], batch_size=10, micro_batch_size=10)
+    assert loader_of(documents, batch_size=32, sequence_length=5, seed=1).batches(0)[0].input_ids.tolist() != epochs[0]
+    alone = loader_of([list(range(3, 43))], batch_size=10, micro_batch_size=10)
     assert (
         alone.batches(0)[0].input_ids.tolist() != alone.batches(1)[0].input_ids.tolist()
     )  # one document: other rows' order
@@ -130,26 +134,28 @@ def test_the_order_is_even():
 
 
 def test_a_bookmark_of_other_data_is_refused():
-    feed = feed_of([[3, 4], [5]])
+    feed = loader_of([[3, 4], [5]])
     feed.load_state_dict(feed.state_dict())
-    feed_of([[3, 4], [5]], micro_batch_size=1, share=DataShard(1, 2)).load_state_dict(feed.state_dict())
+    loader_of([[3, 4], [5]], micro_batch_size=1, shard=DataShard(1, 2)).load_state_dict(feed.state_dict())
     with pytest.raises(DataError, match="data was"):
-        feed_of([[3, 4], [6]]).load_state_dict(feed.state_dict())
+        loader_of([[3, 4], [6]]).load_state_dict(feed.state_dict())
     with pytest.raises(DataError, match="seed was 0, is 1"):
-        feed_of([[3, 4], [5]], seed=1).load_state_dict(feed.state_dict())
+        loader_of([[3, 4], [5]], seed=1).load_state_dict(feed.state_dict())
 
 
 def test_mistakes_are_named():
-    with pytest.raises(UsageError, match="length is 0"):
-        feed_of([[3]], sequence_length=0)
+    with pytest.raises(UsageError, match="sequence_length is 0"):
+        loader_of([[3]], sequence_length=0)
+    with pytest.raises(UsageError, match="batch_size is 0, micro_batch_size is -1; expected at least 1"):
+        loader_of([[3]], batch_size=0, micro_batch_size=-1)
     with pytest.raises(UsageError, match="4 rows cannot be shared by 3 processes"):
-        feed_of([[3]], share=DataShard(0, 3))
+        loader_of([[3]], shard=DataShard(0, 3))
     with pytest.raises(DataError, match="holds no documents"):
-        feed_of([])
+        loader_of([])
 
 
 def test_a_batch_moves_and_is_cut_whole():
-    [batch] = feed_of([[3, 4], [5]]).batches(0)
+    [batch] = loader_of([[3, 4], [5]]).batches(0)
     moved = batch.to("cpu")
     assert same(whole([moved]), whole([batch]))
     assert moved.num_tokens == batch.num_tokens == int((batch.position_ids >= 0).sum())

@@ -9,7 +9,7 @@ import torch
 from llm_quest.contracts import DataShard
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.documents import DropReport
-from llm_quest.data.length_grouped import LengthGroupedLoader
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.preference_pairs import PreferenceDataset, collate_preferences
 from llm_quest.data.preferences import TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
@@ -136,11 +136,11 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
     def seen(micro: int, world: int) -> list[tuple[int, float]]:
         shares = [DataShard(rank, world) for rank in range(world)]
         feeds = [
-            LengthGroupedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=micro, seed=1, share=share)
+            ShardedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=micro, seed=1, shard=share)
             for share in shares
         ]
         for feed in feeds:
-            feed.dataset.reference_log_probs = reference
+            feed.source.reference_log_probs = reference
         batches = [batch for feed in feeds for batch in feed.batches(7)]
         return sorted(
             (int(batch.targets[row][batch.targets[row] >= 0][0]), float(batch.reference_log_probs[row]))
@@ -153,9 +153,7 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
     epoch = [
         batch
         for step in range(5)
-        for batch in LengthGroupedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=4, seed=1).batches(
-            step
-        )
+        for batch in ShardedLoader(PreferenceDataset(many), batch_size=4, micro_batch_size=4, seed=1).batches(step)
     ]
     asked = torch.cat([batch.targets[batch.rejected].max(dim=1).values for batch in epoch])
     assert sorted(asked.tolist()) == list(range(20))

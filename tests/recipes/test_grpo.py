@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import DemonstrationLoader
+from llm_quest.data.demonstrations import Demonstrations
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.strings import Reverse
 from llm_quest.errors import DataError, GuardStop, UsageError
@@ -194,7 +194,7 @@ def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
 def test_a_step_ends_at_its_token_and_the_last_one_at_the_end_of_text():
     task = parse_task("chained:shortest=2,longest=2")
     tokenizer = character_tokenizer(task.alphabet)
-    problem = DemonstrationLoader(task, tokenizer, batch_size=1).problems(0, 0)
+    problem = Demonstrations(task, tokenizer).problems(0, 0)
     text = ";".join(problem.steps) + f";#{problem.answer}"
     tokens = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
     sample = Sample((0,), tokens, (0.0,) * len(tokens), "eos", text, problem)

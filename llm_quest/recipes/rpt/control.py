@@ -15,7 +15,8 @@ from torch import nn
 
 from llm_quest.contracts import Evaluator
 from llm_quest.cost.flops import ModelCost, PassCost
-from llm_quest.data.documents_loader import DocumentLoader
+from llm_quest.data.loader import ShardedLoader, epoch_indices
+from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_text
 from llm_quest.objectives.next_token import NextTokenLoss
@@ -116,26 +117,30 @@ def build_rpt_control_job(
 
 def documents_loader(
     config: RptControlConfig, text: RptDocuments, found: SelectedPositions, parallel: DistributedContext
-) -> DocumentLoader:
+) -> ShardedLoader[WholeDocuments]:
     """The documents that RPT thought about, each whole."""
     places: dict[int, list[int]] = {}
     for one in found.train:
         places.setdefault(one.document, []).append(one.place)
     numbers = sorted(places)
-    return DocumentLoader(
+    source = WholeDocuments(
         [text.train[number] for number in numbers],
-        batch_size=config.batch_size,
-        seed=derive_seed(config.seed, "order"),
         target_positions=[places[number] for number in numbers] if config.targets == "selected" else None,
         max_micro_batch_tokens=config.micro_batch_tokens,
-        share=parallel.data_shard,
+    )
+    return ShardedLoader(
+        source,
+        batch_size=config.batch_size,
+        micro_batch_size=config.batch_size,
+        seed=derive_seed(config.seed, "order"),
+        shard=parallel.data_shard,
     )
 
 
 class FlopsCallback:
     """A callback that tells what has been spent, over all processes. `at(step)` is a function of the step alone."""
 
-    def __init__(self, loader: DocumentLoader, cost: PassCost):
+    def __init__(self, loader: ShardedLoader[WholeDocuments], cost: PassCost):
         self.feed, self.cost = loader, cost
         self.sums = [0.0]
 
@@ -143,10 +148,9 @@ class FlopsCallback:
         """FLOPs after so many steps."""
         while len(self.sums) <= step:
             first = (len(self.sums) - 1) * self.feed.batch_size
-            rows = (
-                self.feed.documents[self.feed.document_index(first + place)] for place in range(self.feed.batch_size)
-            )
-            self.sums.append(self.sums[-1] + sum(self.cost.training(len(ids) - 1) for ids in rows))
+            documents, rows = self.feed.source.documents, range(first, first + self.feed.batch_size)
+            lengths = [len(documents[i]) - 1 for i in epoch_indices(len(documents), self.feed.seed, rows)]
+            self.sums.append(self.sums[-1] + sum(map(self.cost.training, lengths)))
         return self.sums[step]
 
     def on_step_end(self, model: nn.Module, step: int) -> Mapping[str, float]:

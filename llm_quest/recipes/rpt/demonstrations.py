@@ -14,11 +14,12 @@ from typing import Any
 from llm_quest.data.batch import TokenBatch
 from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.demonstrations import collate_demonstrations
-from llm_quest.data.documents_loader import DocumentLoader
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Problem, SplitName, Task, draw_problem, teacher_demonstration
 from llm_quest.data.problems.chained import ANSWER_PREFIX
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.whole_documents import WholeDocuments
 
 THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -67,7 +68,9 @@ class ReasoningLoader:
         self.problems = list(problems[:num_examples])
         self.documents = [encode_problem(problem, tokenizer) for problem in self.problems]
         self.num_direct = max(1, batch_size // 4)
-        self.document_loader = DocumentLoader(self.documents, batch_size=self.num_direct, seed=seed)
+        self.document_loader = ShardedLoader(
+            WholeDocuments(self.documents), batch_size=self.num_direct, micro_batch_size=self.num_direct, seed=seed
+        )
 
     def batches(self, step: int) -> list[TokenBatch]:
         shown = [self.reasoning_example(step * self.batch_size + number) for number in range(self.batch_size)]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from llm_quest.data.documents_loader import collate_documents
 from llm_quest.data.problems.problem import make_rng
+from llm_quest.data.whole_documents import collate_documents
 from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams

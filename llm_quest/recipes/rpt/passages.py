@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.data.documents_loader import hash_documents
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.whole_documents import hash_documents
 from llm_quest.errors import DataError
 from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder

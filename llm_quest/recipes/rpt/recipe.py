@@ -17,7 +17,7 @@ from typing import Any
 
 from llm_quest.contracts import Evaluator
 from llm_quest.cost.flops import ModelCost, PassCost
-from llm_quest.data.packing import shuffle_indices
+from llm_quest.data.loader import shuffle_indices
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.job import TrainingJob, run_job

@@ -9,9 +9,10 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_quest.data.documents_loader import DocumentLoader
+from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import parse_task
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
@@ -72,7 +73,12 @@ def train_start_models(
     model = init_model(config.model, settings, tokenizer, config.seed)
     train, _ = split_problems(config.data, config.seed)
     documents = [encode_problem(problem, tokenizer) for problem in train]
-    reading = DocumentLoader(documents, batch_size=warmup.pretrain.batch_size, seed=derive_seed(config.seed, "reading"))
+    reading = ShardedLoader(
+        WholeDocuments(documents),
+        batch_size=warmup.pretrain.batch_size,
+        micro_batch_size=warmup.pretrain.batch_size,
+        seed=derive_seed(config.seed, "reading"),
+    )
     stop_rule = StopRule(warmup.pretrain.max_steps, warmup.pretrain.learning_rate)
     train_until(config, model, tokenizer, reading, stop_rule, out / "base", parallel, log)
     log(f"read: {warmup.pretrain.max_steps} steps on {len(documents):,} documents")

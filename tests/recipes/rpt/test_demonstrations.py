@@ -7,9 +7,10 @@ import torch
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.batch import IGNORE_INDEX
-from llm_quest.data.documents_loader import DocumentLoader, collate_documents
+from llm_quest.data.loader import ShardedLoader, epoch_indices
 from llm_quest.data.problems import SPLIT_NAMES, Problem, parse_task
 from llm_quest.data.problems.registers import parse_assignments
+from llm_quest.data.whole_documents import WholeDocuments, collate_documents
 from llm_quest.errors import DataError, UsageError
 from llm_quest.recipes.rpt.demonstrations import (
     ReasoningLoader,
@@ -90,25 +91,26 @@ def test_whole_rows_learn_everything_or_the_chosen_places():
 
 def test_every_document_once_an_epoch_shared_by_processes_and_small_passes():
     documents = [[1, *range(10, 10 + n)] for n in range(1, 8)]
-    feed = DocumentLoader(documents, batch_size=7, seed=5)
-    orders = [[feed.document_index(epoch * 7 + place) for place in range(7)] for epoch in (0, 1)]
+    source = WholeDocuments(documents)
+    orders = [epoch_indices(7, 5, range(epoch * 7, epoch * 7 + 7)) for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(7))
     assert orders[0] != orders[1]
-    alone = DocumentLoader(documents, batch_size=4, seed=5).batches(3)[0]
-    shares = [
-        DocumentLoader(documents, batch_size=4, seed=5, share=DataShard(rank, 2)).batches(3)[0] for rank in range(2)
-    ]
+    sizes = {"batch_size": 4, "micro_batch_size": 4, "seed": 5}
+    alone = ShardedLoader(source, **sizes).batches(3)[0]
+    shares = [ShardedLoader(source, **sizes, shard=DataShard(rank, 2)).batches(3)[0] for rank in range(2)]
     assert int((alone.targets != IGNORE_INDEX).sum()) == sum(
         int((part.targets != IGNORE_INDEX).sum()) for part in shares
     )
-    small = DocumentLoader(documents, batch_size=4, seed=5, max_micro_batch_tokens=8).batches(3)
+    small = ShardedLoader(WholeDocuments(documents, max_micro_batch_tokens=8), **sizes).batches(3)
     assert len(small) > 1
     assert torch.cat([part.targets.flatten() for part in small]).sort().values[-5:].tolist() == (
         alone.targets.flatten().sort().values[-5:].tolist()
     )
     with pytest.raises(DataError, match="no document"):
-        DocumentLoader([], batch_size=1, seed=0)
+        WholeDocuments([])
     with pytest.raises(UsageError, match="multiple"):
-        DocumentLoader(documents, batch_size=3, seed=0, share=DataShard(0, 2))
-    with pytest.raises(DataError, match="other documents"):
-        feed.load_state_dict(DocumentLoader(documents[1:], batch_size=7, seed=5).state_dict())
+        ShardedLoader(source, batch_size=3, micro_batch_size=3, seed=0, shard=DataShard(0, 2))
+    with pytest.raises(DataError, match="another stream of data: data was"):
+        ShardedLoader(source, **sizes).load_state_dict(
+            ShardedLoader(WholeDocuments(documents[1:]), **sizes).state_dict()
+        )

@@ -1,0 +1,67 @@
+"""Whole documents, each in a row of its own, padded on the right, where no token of a causal pass sees the padding.
+Every document once an epoch, in another order each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad
+from llm_quest.data.loader import epoch_indices
+from llm_quest.errors import DataError
+
+TokenIds = Sequence[int]
+
+
+class WholeDocuments:
+    """A `RowSource` of documents (ids with start and end). target_positions: for each document the places that are
+    learned (tokens[place] is predicted from what stands before it); None: all. max_micro_batch_tokens: what a
+    micro-batch reads at most, padding included."""
+
+    def __init__(
+        self,
+        documents: Sequence[TokenIds],
+        *,
+        target_positions: Sequence[TokenIds] | None = None,
+        max_micro_batch_tokens: int = 8192,
+    ):
+        if not documents:
+            raise DataError("there is no document to learn from; add text")
+        self.documents, self.target_positions = documents, target_positions
+        self.max_micro_batch_tokens = max_micro_batch_tokens
+
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[TokenBatch]:
+        indices = epoch_indices(len(self.documents), seed, rows)
+        longest = max(len(self.documents[index]) for index in indices) - 1
+        size = min(micro_batch_size, max(1, self.max_micro_batch_tokens // longest))
+        return [self.collate(indices[start : start + size]) for start in range(0, len(indices), size)]
+
+    def collate(self, indices: Sequence[int]) -> TokenBatch:
+        """These documents."""
+        places = None if self.target_positions is None else [self.target_positions[index] for index in indices]
+        return collate_documents([self.documents[index] for index in indices], places)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"loader": "whole documents", "data": hash_documents(self.documents)}
+
+
+def collate_documents(documents: Sequence[TokenIds], target_positions: Sequence[TokenIds] | None = None) -> TokenBatch:
+    """Every document as a row; where `target_positions` are given, only they have targets."""
+    tokens = torch.from_numpy(pad([ids[:-1] for ids in documents], 0))
+    targets = np.full(tokens.shape, IGNORE_INDEX)
+    for number, ids in enumerate(documents):
+        places = np.arange(1, len(ids)) if target_positions is None else np.asarray(target_positions[number], np.int64)
+        targets[number, places - 1] = np.asarray(ids)[places]
+    return TokenBatch(tokens, torch.from_numpy(targets), token_count=sum(len(ids) - 1 for ids in documents))
+
+
+def hash_documents(documents: Sequence[TokenIds]) -> str:
+    """sha256 of all ids, and of where each document ends."""
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(np.asarray([len(ids), *ids], "<i8").tobytes())
+    return digest.hexdigest()
