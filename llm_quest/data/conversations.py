@@ -135,7 +135,9 @@ RowParser = Callable[[Record], list[tuple[str, str]]]
 ROW_PARSERS: dict[tuple[str, ...], RowParser] = {
     ("messages",): lambda record: parse_messages(record.row["messages"], record.where),
     ("conversations",): lambda record: parse_messages(record.row["conversations"], record.where, "from", "value"),
-    ("prompt", "completion"): lambda record: message_field(record, "prompt", "user") + message_field(record, "completion", "assistant"),
+    ("prompt", "completion"): lambda record: [
+        *message_field(record, "prompt", "user"), *message_field(record, "completion", "assistant")
+    ],
     ("instruction", "output"): lambda record: [*alpaca_prompt(record), ("assistant", text_field(record, "output"))],
     ("question", "answer"): lambda record: [
         ("user", text_field(record, "question")), ("assistant", text_field(record, "answer"))

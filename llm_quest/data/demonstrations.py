@@ -1,5 +1,5 @@
-"""Demonstrations of a task: problems with the teacher's answers, learned with their ends. Row number i is problem number
-i: there is no data set and no epoch, unless the teacher shows only so many examples, again and again."""
+"""Demonstrations of a task: problems with the teacher's answers, learned with their ends. Row i is problem i: there is
+no data set and no epoch, unless the teacher has a limited number of examples, which then come again."""
 
 from __future__ import annotations
 

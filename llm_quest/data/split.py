@@ -54,7 +54,8 @@ def split_corpus(corpus: Corpus, *, held_out: float = 0.1) -> CorpusSplit:
     train = tuple(document for i, document in enumerate(corpus.documents) if i not in chosen)
     val = tuple(document for i, document in enumerate(corpus.documents) if i in chosen)
     corpus.drop_report.note(
-        f"overlap: {shingle_overlap(train, val):.1%} of the held-out runs of {SHINGLE_WORDS} words stand in training too"
+        f"overlap: {shingle_overlap(train, val):.1%} of the held-out runs of {SHINGLE_WORDS} words are in the training "
+        "text too"
     )
     return CorpusSplit(corpus, train, val)
 

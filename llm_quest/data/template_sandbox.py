@@ -63,7 +63,8 @@ def render_batch(
     try:
         done = subprocess.run(
             [sys.executable, "-c", WORKER_COMMAND],
-            input=request, capture_output=True, text=True, timeout=seconds * 5, check=False, cwd=Path(__file__).parents[2],
+            input=request, capture_output=True, text=True, timeout=seconds * 5, check=False,
+            cwd=Path(__file__).parents[2],
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise DataError(

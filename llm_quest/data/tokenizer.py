@@ -81,7 +81,8 @@ class Tokenizer:
             return cls.from_gpt2(folder / "vocab.json", folder / "merges.txt")
         if not file.exists():
             raise DataError(
-                f"no tokenizer at {path}: expected a tokenizer.json, or vocab.json with merges.txt{_sentencepiece_hint(folder)}"
+                f"no tokenizer at {path}: expected a tokenizer.json, or vocab.json with merges.txt"
+                f"{_sentencepiece_hint(folder)}"
             )
         engine = _read_tokenizer_json(file)
         settings = _read_json_object(folder / "special_tokens_map.json") | _read_json_object(

@@ -28,7 +28,7 @@ from llm_quest.errors import DataError, MissingError, UsageError
 RANDOM = np.random.default_rng(0)
 IMAGES = ImageDataset(RANDOM.integers(0, 256, (50, 1, 8, 8)).astype(np.uint8), np.arange(50) % 5, tuple("abcde"))
 PREPROCESS = ImageProcessor(8, (0.0,), (1.0,))
-VARIED = ImageAugmentation(shift=0.2, turn=20)
+VARIED = ImageAugmentation(translate=0.2, rotation_degrees=20)
 
 
 def feed(augmentation: ImageAugmentation | None = VARIED, **changes) -> ShardedLoader[AugmentedImages]:

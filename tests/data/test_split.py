@@ -70,7 +70,7 @@ def test_near_copies_lie_on_one_side():
     assert all((f"doc{2 * i}" in held) == (f"doc{2 * i + 1}" in held) for i in range(60))
     assert corpus.drop_report.notes == [
         "near-copies: 120 documents in 60 groups, each kept on one side of the split",
-        "overlap: 0.0% of the held-out runs of 8 words stand in training too",
+        "overlap: 0.0% of the held-out runs of 8 words are in the training text too",
     ]
 
 
