@@ -343,7 +343,7 @@ MUTATIONS = (
     Mutation('prompts: half a row stays in the file', "cli/jsonl_output.py", 'if len(whole) < len(content):', 'if not content:', WRITING),
     Mutation('prompts: rows stay as they were made', "cli/jsonl_output.py", 'if list(rows) != sorted(rows):', 'if not rows:', WRITING),
     Mutation('prompts: a finished file is written anew', "cli/jsonl_output.py", 'if list(rows) != sorted(rows):', 'if rows:', WRITING),
-    Mutation('prompts: a file of unknown making is written to', "cli/jsonl_output.py", 'if not self.beside.is_file():', 'if self.beside.is_dir():', WRITING),
+    Mutation('prompts: a file of unknown making is written to', "cli/jsonl_output.py", 'if not self.settings_file.is_file():', 'if self.settings_file.is_dir():', WRITING),
     Mutation('prompts: two processes write one file', "cli/jsonl_output.py", '        lock.acquire()\n', '        pass\n', WRITING),
     Mutation('aligned: what lies off a boundary is not copied', 'tensor_files.py', 'return rows.clone() if on_host and rows.data_ptr() % ALIGNMENT else rows', 'return rows', ALIGNED),
     Mutation('aligned: weights are mapped wherever they begin', "hub/mmap.py", ' or memory.data_ptr() % ALIGNMENT', '', ALIGNED),

@@ -1,8 +1,8 @@
-"""`quest generate --prompts FILE --out TEXTS.jsonl`: a text for every prompt, as rows whose `text` training reads. So
-one model's texts are another's data (sequence-level distillation, Kim & Rush 2016, arXiv:1606.07947).
+"""`quest generate --prompts FILE --out TEXTS.jsonl`: one completion for each prompt of a file, in rows whose `text` can
+be trained on (sequence-level distillation, Kim & Rush 2016, arXiv:1606.07947).
 
-Prompts of like length are written together. A row's random numbers are named by the seed, its prompt and how many
-equal prompts stand before it in the file, so neither --batch nor a pause decides its text."""
+Prompts of similar length are batched together. A row's random numbers depend on the seed, its prompt and how many equal
+prompts precede it in the file, so neither --batch nor an interruption changes its text."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class BatchGenerateReport:
-    """rows: in the file; new, tokens, seconds: of this command; dropped: reason -> prompts without a row; finished: why
-    the rows of the file end -> how many."""
+    """What a command wrote. rows: in the file. new, tokens, seconds: of this command. dropped: reason -> number of
+    prompts without a row. finished: finish reason -> number of rows in the file."""
 
     out: str
     prompts: int
@@ -59,14 +59,14 @@ class BatchGenerateReport:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as ids, and of each how many equal ones stand before it."""
+    """Tokenized prompts. occurrence: how many equal prompts precede each one in the file."""
 
     prompts: Sequence[Document]
     ids: Sequence[list[int]]
     occurrence: Sequence[int]
 
     def batches(self, rows: Sequence[int], size: int) -> list[list[int]]:
-        """Rows of like length together; the longest first, so that memory that does not suffice is known at once."""
+        """Batches of rows of similar length. The longest come first, so that running out of memory shows at once."""
         order = sorted(rows, key=lambda row: (-len(self.ids[row]), row))
         return [order[at : at + size] for at in range(0, len(order), size)]
 
@@ -77,17 +77,19 @@ class PromptSet:
 
 
 def check_prompt_options(
-    prompts: Path | None, alone: Mapping[str, object], needed: Mapping[str, object], file_only: Mapping[str, object]
+    prompts: Path | None, single: Mapping[str, object], needed: Mapping[str, object], file_only: Mapping[str, object]
 ) -> None:
-    """UsageError for options that do not go together. alone: for one prompt; needed: with --prompts, and there only;
-    file_only: with --prompts only."""
+    """UsageError for options that exclude each other. single: options for one prompt. needed: options that --prompts
+    requires. file_only: options that need --prompts."""
     if prompts is None:
         if wrong := [name for name, value in {**needed, **file_only}.items() if value is not None]:
             raise UsageError(f"{wrong[0]} belongs to --prompts FILE and does nothing without it: leave it out")
-        if alone["--prompt"] is None:
-            raise UsageError("nothing to go on from: give --prompt TEXT, or --prompts FILE and --out TEXTS.jsonl")
+        if single["--prompt"] is None:
+            raise UsageError("there is no prompt: give --prompt TEXT, or --prompts FILE and --out TEXTS.jsonl")
+        if single["--draft"] is not None and single["--image"] is not None:
+            raise UsageError("--draft does not work with --image: leave one of them out")
         return
-    if wrong := [name for name, value in alone.items() if value is not None]:
+    if wrong := [name for name, value in single.items() if value is not None]:
         raise UsageError(f"{wrong[0]} is for one text, --prompts for many: leave one of them out")
     if missing := [name for name, value in needed.items() if value is None]:
         raise UsageError(f"--prompts needs {missing[0]}: the file for the rows, such as texts.jsonl")
@@ -106,7 +108,7 @@ def generate_batch(
 ) -> BatchGenerateReport:
     """A row in `out_features` for every prompt that leaves room for a text; rows that are there already stay."""
     asked = read_prompts(prompts)
-    options.sampling  # noqa: B018  (mistakes are told before a model is loaded)
+    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     work = tokenize_prompts(asked, tokenizer)
     fit = select_fitting_prompts(work, model, options.slide, prompts, log)
@@ -115,7 +117,7 @@ def generate_batch(
         known = file.load_existing()
         missing = [row for row in fit if row not in known]
         if known and missing:
-            log(f"{out} has {len(known):,} rows; going on with {len(missing):,}")
+            log(f"{out} has {len(known):,} rows; generating the missing {len(missing):,}")
         if missing and options.compile:
             require_compiler(next(model.parameters()).device, log)
         began = time.perf_counter()
@@ -124,9 +126,7 @@ def generate_batch(
         rows = file.sort_rows()
     ends = Counter(str(row.get("finished")) for row in rows.values())
     left = len(asked) - len(fit)
-    dropped = (
-        {f"no room for a text in the context of {model.config.max_position_embeddings:,} tokens": left} if left else {}
-    )
+    dropped = {f"the prompt fills the context of {model.config.max_position_embeddings:,} tokens": left} if left else {}
     return BatchGenerateReport(
         str(out), len(asked), len(rows), len(missing), dropped, dict(sorted(ends.items())), tokens, seconds
     )
@@ -142,7 +142,7 @@ def tokenize_prompts(asked: Sequence[Document], tokenizer: Tokenizer) -> PromptS
 
 
 def select_fitting_prompts(work: PromptSet, model: Decoder, slide: bool, prompts: Path, log: LogFn) -> list[int]:
-    """The prompts that leave room for a text; UsageError if none does."""
+    """The prompts that leave room for new tokens. UsageError if none does."""
     context = model.config.max_position_embeddings
     fit = [row for row, tokens in enumerate(work.ids) if slide or len(tokens) < context]
     if not fit:
@@ -165,7 +165,7 @@ def output_settings(
     options: GenerationOptions,
     stopping_criteria: StoppingCriteria,
 ) -> dict[str, Any]:
-    """What a row depends on."""
+    """Everything that the rows depend on."""
     digest = hashlib.sha256()
     for one in asked:
         digest.update(one.text.encode() + b"\0")
@@ -193,7 +193,7 @@ def generate_missing(
     size: int,
     log: LogFn,
 ) -> int:
-    """Append them, batch by batch; how many tokens were drawn."""
+    """Generate the missing rows batch by batch and append them; returns the number of new tokens."""
     clock, began = EtaClock(0, len(missing)), time.perf_counter()
     done, tokens, told = 0, 0, began
     for some in work.batches(missing, size):

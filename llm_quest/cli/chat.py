@@ -1,5 +1,4 @@
-"""`quest generate` and `quest chat`: text that appears while it is made, cleaned before it reaches the
-terminal."""
+"""`quest generate` and `quest chat`: text is printed while it is generated, without control characters."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ LogFn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to write: at most so many tokens, drawn so, ending there. compile: by compiled passes, which take a while to
-    make and then are faster."""
+    """Options of `quest generate` and `quest chat`. tokens: the maximum of new tokens. slide: go on beyond the context
+    by dropping the oldest tokens. compile: use compiled forward passes."""
 
     tokens: int
     temperature: float
@@ -88,7 +87,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 def generate_text(
     name_or_path: str, prompt: str, options: GenerationOptions, *, device: str, dtype: str, as_json: bool, log: LogFn
 ) -> None:
-    """Print the continuation of a prompt; with as_json everything at its end."""
+    """Print the continuation of a prompt as it is generated; with as_json, one JSON document at the end."""
     sampling = options.sampling
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
@@ -107,14 +106,14 @@ def generate_text(
 
 
 def require_compiler(device: torch.device, log: LogFn) -> None:
-    """UsageError where nothing is there that could compile for the CPU."""
+    """UsageError if there is no C++ compiler, which torch.compile needs on the CPU."""
     if device.type == "cpu" and not find_cpp_compiler():
         raise UsageError("--compile needs a C++ compiler, and none was found: install g++ or clang, or leave it out")
-    log("compiling: half a minute or so before the text begins")
+    log("compiling: about half a minute before the text begins")
 
 
 def require_room_in_context(tokens: list[int], model: Decoder, slide: bool) -> None:
-    """UsageError for a prompt that leaves no room for an answer."""
+    """UsageError for a prompt that fills the context."""
     context = model.config.max_position_embeddings
     if len(tokens) >= context and not slide:
         raise UsageError(f"the prompt has {len(tokens)} tokens, the context is {context}; shorten it, or --slide")
@@ -129,13 +128,13 @@ def stream_text(
     *,
     compile: bool = False,
 ) -> Iterator[str]:
-    """The pieces of text as they become certain."""
+    """Yield the text in pieces, each as soon as its bytes are complete."""
     for made in stream_tokens(model, [tokens], sampling, stopping_criteria, seed=seed, compile=compile):
         yield made.text
 
 
 def print_text(text: str) -> None:
-    """Text on stdout at once, without what could command the terminal."""
+    """Write text to stdout at once, without control characters."""
     sys.stdout.write(clean_text(text))
     sys.stdout.flush()
 
@@ -150,11 +149,11 @@ def run_chat(
     dtype: str,
     log: LogFn,
 ) -> None:
-    """The conversation: read a line, answer it, remember both."""
+    """Read lines from the user and answer each, in one conversation."""
     sampling = options.sampling
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     history = make_conversation(tokenizer, system, template, log)
-    log("/reset forgets the conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
+    log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
     until = options.stopping_criteria(model, tokenizer)
     turn = 0
     while (line := read_user_line()) is not None:
@@ -171,7 +170,7 @@ def run_chat(
 
 
 def read_user_line() -> str | None:
-    """The next line a person types; None when they leave."""
+    """The next line of input; None at /quit or the end of input."""
     try:
         line = input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -182,34 +181,34 @@ def read_user_line() -> str | None:
 def stream_answer(
     model: Decoder, tokens: list[int], sampling: SamplingParams, stopping_criteria: StoppingCriteria, seed: int
 ) -> str:
-    """Print the answer and return it; Ctrl-C ends it early."""
-    said = ""
+    """Print the answer and return it. Ctrl-C stops it early."""
+    answer = ""
     try:
         for piece in stream_text(model, tokens, sampling, stopping_criteria, seed):
             print_text(piece)
-            said += piece
+            answer += piece
     except KeyboardInterrupt:
         print_text(" ...")
     print_text("\n")
-    return said
+    return answer
 
 
 def make_conversation(
     tokenizer: Tokenizer, system: str | None, template: bool, log: LogFn
 ) -> TemplatedConversation | PlainConversation:
-    """By the folder's template if there is one and it is wanted; else plain continuation, and it is said which."""
+    """A conversation in the folder's chat template if there is one and `template` is set, else in plain text."""
     if template and tokenizer.chat_template:
-        log("this folder has a chat template: messages are put into it")
+        log("using the chat template of this folder")
         return TemplatedConversation(tokenizer, system)
     log(
-        "plain continuation: the model goes on from everything said so far (no chat template"
-        + (" is used)" if not template else " here)")
+        "plain continuation: the model continues the text of the conversation (no chat template"
+        + (" is used)" if not template else " in this folder)")
     )
     return PlainConversation(tokenizer, system)
 
 
 class PlainConversation:
-    """One growing text."""
+    """A conversation as one plain text."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None):
         self.tokenizer, self.system = tokenizer, system
@@ -221,16 +220,16 @@ class PlainConversation:
     def add_user_message(self, line: str) -> None:
         self.text += line
 
-    def add_reply(self, said: str) -> None:
-        self.text += said + "\n"
+    def add_reply(self, reply: str) -> None:
+        self.text += reply + "\n"
 
     def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
-        """The end of the text, as much as there is room for."""
+        """The end of the text, at most `room` tokens."""
         return (self.tokenizer.encode(self.text) or [self.tokenizer.start_token_id])[-room:]
 
 
 class TemplatedConversation:
-    """Messages with roles, laid out by the folder's template."""
+    """A conversation as messages with roles, rendered with the folder's chat template."""
 
     def __init__(self, tokenizer: Tokenizer, system: str | None):
         self.chat, self.system = ChatTemplate(tokenizer), system
@@ -242,11 +241,11 @@ class TemplatedConversation:
     def add_user_message(self, line: str) -> None:
         self.messages.append({"role": "user", "content": line})
 
-    def add_reply(self, said: str) -> None:
-        self.messages.append({"role": "assistant", "content": said})
+    def add_reply(self, reply: str) -> None:
+        self.messages.append({"role": "assistant", "content": reply})
 
     def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
-        """The prompt; the oldest question and answer are forgotten where it is too long."""
+        """The prompt. If it is longer than `room`, the oldest question and answer are dropped."""
         tokens = self.chat.encode_prompt(self.messages)
         while len(tokens) > room:
             first = 1 if self.system else 0
@@ -255,6 +254,6 @@ class TemplatedConversation:
                     f"this message makes a prompt of {len(tokens)} tokens and there is room for {room}; shorten it"
                 )
             del self.messages[first : first + 2]
-            log("(the oldest question and its answer no longer fit and are forgotten)")
+            log("(the oldest question and answer no longer fit in the context and are dropped)")
             tokens = self.chat.encode_prompt(self.messages)
         return tokens

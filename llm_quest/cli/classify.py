@@ -23,7 +23,7 @@ from llm_quest.train.parallel import resolve_device
 
 @dataclass(frozen=True)
 class TextPrediction:
-    """label: the likeliest. probabilities: of every label, the likeliest first. cut: tokens of the text not read."""
+    """A text classification. probabilities: of every label, the most probable first. cut: tokens beyond the context."""
 
     label: str
     probabilities: dict[str, float]
@@ -40,13 +40,13 @@ class TextPrediction:
 
 @torch.no_grad()
 def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> TextPrediction:
-    """By a classifier that `quest train classify` made."""
+    """Classify a text with a model of `quest train classify`."""
     torch_device = resolve_device(device)
     model = load(name_or_path, device=torch_device, dtype="float32")
     head = find_score_head(model) if isinstance(model, Decoder) else None
     if head is None or head.outputs < 2:
         raise UsageError(
-            f"{name_or_path} is no classifier of texts; make one with quest train classify model.load={name_or_path}"
+            f"{name_or_path} is not a text classifier; train one with quest train classify model.load={name_or_path}"
         )
     tokenizer = load_tokenizer(name_or_path)
     whole = encode_truncated(tokenizer, text, 10**9)
@@ -60,13 +60,13 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
 
 
 def is_image_path(text: str) -> bool:
-    """Is this the name of an image, and no text to be read?"""
+    """Whether the argument names an image file and is not a text."""
     return "\n" not in text and Path(text).suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """label: the likeliest class. probabilities: of every class, the likeliest first."""
+    """An image classification. probabilities: of every class, the most probable first."""
 
     label: str
     probabilities: dict[str, float]
@@ -78,16 +78,16 @@ class ImagePrediction:
         shown = list(self.probabilities.items())[:10]
         left = len(self.probabilities) - len(shown)
         result = align_columns([(name, f"{p:.4f}") for name, p in shown], right=(1,))
-        return result + ([f"(and {left:,} classes less likely)"] if left else [])
+        return result + ([f"(and {left:,} less probable classes)"] if left else [])
 
 
 @torch.no_grad()
 def classify_image(model: str, path: str | Path, *, device: str = "auto") -> ImagePrediction:
-    """By an image classifier: a run of `quest train vit`, or a published ViT."""
+    """Classify an image with a run of `quest train vit` or a published ViT."""
     torch_device = resolve_device(device)
     loaded: Any = load(model, device=torch_device, dtype="float32")
     if not isinstance(loaded, ImageEncoder) or isinstance(loaded.head, torch.nn.Identity):
-        raise UsageError(f"{model} is no classifier of images; make one with quest train vit")
+        raise UsageError(f"{model} is not an image classifier; train one with quest train vit")
     preprocess = load_matching_preprocess(model, loaded.config)
     probabilities = loaded(preprocess(load_image(Path(path)))[None].to(torch_device))[0].softmax(dim=0).tolist()
     names = loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels))

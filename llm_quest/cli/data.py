@@ -1,4 +1,4 @@
-"""`quest data`: the built-in corpora, and what a source holds."""
+"""`quest data`: lists the built-in corpora, or summarises a data source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llm_quest.data.corpus import BUILTIN_CORPORA, Corpus, load_corpus
 
 @dataclass(frozen=True)
 class CorpusList:
-    """The parts of the built-in corpus as they are on this Python."""
+    """The parts of the built-in corpus on this version of Python."""
 
     parts: tuple[Corpus, ...]
 
@@ -21,16 +21,16 @@ class CorpusList:
         result = [f"{part.name:<20}{len(part.documents):>6,} documents {part.nbytes:>12,} bytes" for part in self.parts]
         return [
             *result,
-            f"text of Python {self.parts[0].python} itself (PSF licence): another Python has another text",
+            f"from Python {self.parts[0].python} (PSF licence); another version of Python gives another text",
             "combine parts (builtin:topics,docstrings), or give a file or folder of your own: quest data SOURCE",
         ]
 
 
 def list_builtin_corpora() -> CorpusList:
-    """All of them, read and counted."""
+    """All built-in corpora, loaded and counted."""
     return CorpusList(tuple(load_corpus(f"builtin:{part}") for part in BUILTIN_CORPORA))
 
 
 def load_source(source: str, *, column: str = "text", separator: str | None = None) -> Corpus:
-    """A source with its ledger."""
+    """A data source, with the counts of what was dropped and why."""
     return load_corpus(source, column=column, separator=separator)

@@ -1,7 +1,7 @@
-"""A model drawn in text: the stream runs down the left side, branches leave it and join it again.
+"""Draws a model as text: the residual stream runs down the left side; sublayers branch off and are added back.
 
-┣━▶ norm   RMSNorm 48             the branch reads the stream through a norm,
-┃   feed_forward GatedMLP          does its work,
+┣━▶ norm   RMSNorm 48             the sublayer reads the stream through a norm,
+┃   feed_forward GatedMLP         computes,
 ⊕◀━        96 → down 48           and is added to the stream
 """
 
@@ -24,8 +24,8 @@ from llm_quest.models.multimodal import VisionLanguageModel
 
 
 def draw_model(model: Decoder | ImageEncoder | VisionLanguageModel) -> list[str]:
-    """The model from top to bottom: the stream on the left, every branch leaving it at ┣ and joining it again at ⊕.
-    Blocks that are alike are drawn once."""
+    """The model from top to bottom. A sublayer leaves the residual stream at ┣ and is added to it at ⊕. Equal blocks
+    are drawn once."""
     if isinstance(model, VisionLanguageModel):
         return draw_vision_language(model)
     if isinstance(model, ImageEncoder):
@@ -38,20 +38,20 @@ def draw_model(model: Decoder | ImageEncoder | VisionLanguageModel) -> list[str]
     drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe_layer(model.embed)}", "  │", *draw_blocks(model.blocks)]
     tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
     head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"
-    head += ", the embedding itself" if tied else ", a matrix of its own"
+    head += ", tied to the embedding" if tied else ", not tied"
     drawn += [f"  ├── norm   {describe_layer(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
     return [*drawn, *multi_token_modules(model.mtp_modules)]
 
 
 def multi_token_modules(modules: Iterable[nn.Module]) -> list[str]:
-    """The multi-token modules in order, those that are alike drawn once. Each reads the vectors of the one before it
-    (the first: the model's) and the embedding of a token further on, and the model's head reads it."""
+    """The multi-token prediction modules in order, equal ones drawn once. Each takes the hidden states of the one
+    before it (the first: of the model) and the embedding of a later token; the model's head is applied to its
+    output."""
     kinds: dict[tuple[str, ...], list[int]] = {}
     for number, module in enumerate(modules, 1):
-        assert isinstance(module, MTPModule), "a decoder's multi-token modules are of one class"
-        norms = (
-            f"{describe_layer(module.embed_norm)} of the embedding, {describe_layer(module.hidden_norm)} of the vector"
-        )
+        assert isinstance(module, MTPModule), "all multi-token modules have one class"
+        embed_norm, hidden_norm = describe_layer(module.embed_norm), describe_layer(module.hidden_norm)
+        norms = f"{embed_norm} of the embedding, {hidden_norm} of the hidden state"
         lines = (
             f"  ├── norm   {norms}",
             f"  ├── join   {module.join.in_features:,} → {module.join.out_features:,}",
@@ -62,28 +62,28 @@ def multi_token_modules(modules: Iterable[nn.Module]) -> list[str]:
             "  │",
             f"  ├── norm   {describe_layer(module.norm)}",
             "  │",
-            "  the head, once more: logits (B,T,V) of a token further on",
+            "  the same head: logits (B,T,V) of a later token",
         )
         kinds.setdefault(lines, []).append(number)
     drawn = []
     for lines, numbers in kinds.items():
         name = describe_layer_range(numbers).replace("block", "multi-token module", 1)
-        drawn += ["", f"  {name}: the vector before the head and the embedding of a token further on", "  │", *lines]
+        drawn += ["", f"  {name}: the hidden state before the head and the embedding of a later token", "  │", *lines]
     return drawn
 
 
 def draw_vision_language(model: VisionLanguageModel) -> list[str]:
-    """What an image goes through, and the decoder that is shown it."""
+    """The image encoder, the projector and the decoder."""
     depth, adapter = model.config.num_vision_blocks, type(model.adapter).__name__
     seen = draw_encoder(model.tower, depth)
-    told = f"  ├── adapter  {adapter}"
+    described = f"  ├── adapter  {adapter}"
     inside = [f"  │          {line}" for line in describe_projections(model.adapter)]
-    end = [f"  {model.config.image_seq_length} vectors, in place of as many placeholders", ""]
-    return [*seen, told, *inside, "  │", *end, *draw_model(model.decoder)]
+    end = [f"  {model.config.image_seq_length} vectors, in place of as many placeholder tokens", ""]
+    return [*seen, described, *inside, "  │", *end, *draw_model(model.decoder)]
 
 
 def draw_encoder(model: ImageEncoder, depth: int) -> list[str]:
-    """An image encoder down to its block number `depth`."""
+    """An image encoder up to its block number `depth`."""
     drawn = ["  images (B,C,H,W)", "  │", f"  ├── embed  {describe_layer(model.embed)}"]
     if not isinstance(model.enter, nn.Identity):
         drawn += ["  │", f"  ├── enter  {describe_layer(model.enter)}"]
@@ -91,7 +91,7 @@ def draw_encoder(model: ImageEncoder, depth: int) -> list[str]:
 
 
 def draw_blocks(blocks: Iterable[nn.Module]) -> list[str]:
-    """Blocks in order, those that are alike drawn once."""
+    """Blocks in order, equal ones drawn once."""
     kinds: dict[tuple[str, ...], list[int]] = {}
     for layer, block in enumerate(blocks):
         kinds.setdefault(tuple(draw_block(block)), []).append(layer)
@@ -111,12 +111,12 @@ def describe_layer_range(layers: Sequence[int]) -> str:
             spans[-1].append(layer)
         else:
             spans.append([layer])
-    told = [f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
-    return f"blocks {', '.join(told[:4])}{', ...' if len(told) > 4 else ''}, {len(layers)} alike"
+    described = [f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans]
+    return f"blocks {', '.join(described[:4])}{', ...' if len(described) > 4 else ''}, {len(layers)} alike"
 
 
 def draw_block(block: nn.Module) -> list[str]:
-    """A block's branches, in order: what each reads, what it does, how it joins the stream again."""
+    """The sublayers of a block in order: norm, layer, and how it is added to the stream."""
     lines = []
     for name, branch in block.named_children():
         assert isinstance(branch, Sublayer), "a block consists of sublayers"
@@ -130,7 +130,7 @@ def draw_block(block: nn.Module) -> list[str]:
 
 
 def describe_layer(layer: nn.Module) -> str:
-    """A layer in one line: its kind, and the numbers that matter."""
+    """A layer in one line: its class and its sizes."""
     kind = type(layer).__name__
     if isinstance(layer, GroupedQueryAttention):
         shared = (
@@ -138,8 +138,8 @@ def describe_layer(layer: nn.Module) -> str:
             if layer.num_key_value_heads < layer.num_attention_heads
             else f"{layer.num_attention_heads} heads"
         )
-        looks = "" if layer.sliding_window is None else f", looks back {layer.sliding_window:,} tokens"
-        return f"{kind}: {shared} of {layer.head_dim}{looks}"
+        window = "" if layer.sliding_window is None else f", sliding window {layer.sliding_window:,}"
+        return f"{kind}: {shared} of {layer.head_dim}{window}"
     if isinstance(layer, ImageEmbedding):
         side, pixels = layer.patches.patch_size, f"{layer.patches.in_features:,} → {layer.patches.out_features:,}"
         return (
@@ -155,14 +155,14 @@ def describe_layer(layer: nn.Module) -> str:
 
 
 def describe_shape(layer: nn.Module) -> str:
-    """128,256 x 2,048 of a table; 768 with bias of a norm."""
+    """The shape of a layer's weight: 128,256 × 2,048, or 768 with bias."""
     own = dict(layer.named_parameters(recurse=False))
     matrix = " × ".join(f"{n:,}" for n in own["weight"].shape) if "weight" in own else ""
     return matrix + (" with bias" if "bias" in own else "")
 
 
 def describe_projections(layer: nn.Module) -> list[str]:
-    """The linear maps inside a layer, in order, and how queries and keys are told where they stand."""
+    """The linear layers inside a layer, in order, and the rotary embedding of queries and keys."""
     lines = []
     for name, inner in layer.named_modules():
         own = isinstance(inner, nn.Linear) and inner.bias is not None
@@ -175,12 +175,12 @@ def describe_projections(layer: nn.Module) -> list[str]:
             held = [(key, weight) for key, weight in inner.named_parameters(recurse=False) if weight.ndim > 1]
             lines += [f"{name} {key} {' × '.join(f'{n:,}' for n in weight.shape)}".lstrip() for key, weight in held]
     if isinstance(layer, GroupedQueryAttention):
-        turned = (
-            "not turned"
+        rotary = (
+            "without rotary positions"
             if isinstance(layer.rotary, NoRotary)
-            else f"turned by position, {describe_rotary(layer.rotary)}"
+            else f"with rotary positions, {describe_rotary(layer.rotary)}"
         )
-        lines.insert(1, f"q and k {turned}")
+        lines.insert(1, f"q and k {rotary}")
     return lines
 
 

@@ -1,8 +1,7 @@
-"""`quest diff A B`: two pages of the house read side by side, as the lesson their difference is.
+"""`quest diff A B`: compares two model families.
 
-First what the later page says is new, in its own words; then which layers leave, come and stay, each with the sentence
-that defines it; then the numbers of two sizes; at last the code of `Config`, `block` and `assemble`, line against
-line."""
+Prints the docstring of the later family, the layers that it removes and adds with the sentence that defines each, the
+numbers of two models of similar size, and the code of `Config`, `block` and `assemble` as a diff."""
 
 from __future__ import annotations
 
@@ -30,14 +29,15 @@ from llm_quest.models.build import family_of, preset, presets
 from llm_quest.models.family import Family
 
 CODE_PARTS = ("Config", "block", "assemble")
-STYLE_CODES = {"heading": "\033[1m", "gone": "\033[31m", "new": "\033[32m", "same": "", "faint": "\033[2m"}
+STYLE_CODES = {"heading": "\033[1m", "removed": "\033[31m", "added": "\033[32m", "same": "", "faint": "\033[2m"}
 StyledLine = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class FamilyDiff:
-    """From `a` to `b`. docstring: what b's page says of itself. removed, added, shared: layers with their defining
-    sentence. numbers: (name, a's, b's). code: per definition its lines, each a (style, text): gone, new, same."""
+    """The differences from `a` to `b`. docstring: of b's file. removed, added, shared: layers with their defining
+    sentence. numbers: (name, of a, of b). code: the lines of each definition as (style, text): removed, added,
+    same."""
 
     a: str
     b: str
@@ -53,23 +53,23 @@ class FamilyDiff:
         return asdict(self)
 
     def lines(self, *, colour: bool = False) -> list[str]:
-        """For people. colour: with terminal colours (all text here is our own source, none of it from strangers)."""
+        """As lines. colour: with terminal colours (all of the text is our own source)."""
         return [colorize(style, text) if colour else text for style, text in self.styled_lines()]
 
     def styled_lines(self) -> Iterator[StyledLine]:
-        """(style, line) pairs; styles: heading, gone, new, same, faint."""
+        """Yield (style, line); styles: heading, removed, added, same, faint."""
         yield "heading", self.title
         if self.docstring:
             yield "same", ""
             yield from (("same", line) for line in self.docstring)
         if self.removed or self.added:
             yield "same", ""
-            yield "heading", "The layers"
-            yield from (("gone", f"- {line}") for line in layer_lines(self.removed))
-            yield from (("new", f"+ {line}") for line in layer_lines(self.added))
+            yield "heading", "Layers"
+            yield from (("removed", f"- {line}") for line in layer_lines(self.removed))
+            yield from (("added", f"+ {line}") for line in layer_lines(self.added))
             yield "faint", f"  both: {', '.join(self.shared)}"
         yield "same", ""
-        yield "heading", "The numbers"
+        yield "heading", "Numbers"
         yield from (
             ("same" if a != b else "faint", line)
             for (_, a, b), line in zip(
@@ -80,30 +80,30 @@ class FamilyDiff:
             yield "same", ""
             yield (
                 "heading",
-                f"The code: {name}" + ("" if any(style != "same" for style, _ in lines) else ", the same in both"),
+                f"Code: {name}" + ("" if any(style != "same" for style, _ in lines) else ", the same in both"),
             )
             if any(style != "same" for style, _ in lines):
                 yield from ((style, f"{DIFF_MARKS[style]} {text}".rstrip()) for style, text in lines)
 
     def numbers_table(self) -> list[tuple[str, str, str]]:
-        """The numbers under their column heads."""
+        """The numbers with their column heads."""
         return [("", self.a, self.b), *self.numbers]
 
 
-DIFF_MARKS = {"gone": "-", "new": "+", "same": " "}
+DIFF_MARKS = {"removed": "-", "added": "+", "same": " "}
 
 
 def diff_families(a: str, b: str) -> FamilyDiff:
-    """The lesson from a to b; each a page's or a preset's name. Two pages: their sizes nearest to each other are
-    compared; two presets of one page: only their numbers."""
+    """Compare two families or presets, by name. Of two families the presets of most similar size are compared; of two
+    presets of one family only the numbers."""
     if a == b:
-        raise UsageError(f"{a} and {a} are the same; name two pages or presets (quest models lists them)")
-    page_a, page_b = resolve_family(a), resolve_family(b)
-    if page_a is page_b:
+        raise UsageError(f"{a} and {a} are the same; name two families or presets (quest models lists them)")
+    family_a, family_b = resolve_family(a), resolve_family(b)
+    if family_a is family_b:
         return FamilyDiff(
             a,
             b,
-            f"{a} and {b}: two sizes of one page ({page_a.name}.py)",
+            f"{a} and {b}: two sizes of one family ({family_a.name}.py)",
             (),
             {},
             {},
@@ -111,26 +111,26 @@ def diff_families(a: str, b: str) -> FamilyDiff:
             compare_numbers(a, b),
             {},
         )
-    left, right = closest_presets(candidate_presets(a, page_a), candidate_presets(b, page_b))
-    gone, new = family_layers(page_a), family_layers(page_b)
+    left, right = closest_presets(candidate_presets(a, family_a), candidate_presets(b, family_b))
+    old_layers, new_layers = family_layers(family_a), family_layers(family_b)
     return FamilyDiff(
         a=left.name,
         b=right.name,
-        title=f"From {page_a.name} to {page_b.name}  (llm_quest/models: {page_a.name}.py, {page_b.name}.py)",
-        docstring=tuple(family_docstring(page_b).splitlines()),
-        removed={name: text for name, text in gone.items() if name not in new},
-        added={name: text for name, text in new.items() if name not in gone},
-        shared=tuple(name for name in gone if name in new),
+        title=f"From {family_a.name} to {family_b.name}  (llm_quest/models: {family_a.name}.py, {family_b.name}.py)",
+        docstring=tuple(family_docstring(family_b).splitlines()),
+        removed={name: text for name, text in old_layers.items() if name not in new_layers},
+        added={name: text for name, text in new_layers.items() if name not in old_layers},
+        shared=tuple(name for name in old_layers if name in new_layers),
         numbers=compare_numbers(left.name, right.name),
         code={
-            name: tuple(diff_lines(definition_source(page_a, name), definition_source(page_b, name)))
+            name: tuple(diff_lines(definition_source(family_a, name), definition_source(family_b, name)))
             for name in CODE_PARTS
         },
     )
 
 
 def resolve_family(name: str) -> Family:
-    """The page of that name, or the page of a preset."""
+    """The family of that name, or the family of a preset."""
     for family in ALL_FAMILIES:
         if family.name == name:
             return family
@@ -138,7 +138,7 @@ def resolve_family(name: str) -> Family:
 
 
 def candidate_presets(name: str, family: Family) -> list[Preset]:
-    """What a name stands for: a page's published sizes, or one preset."""
+    """The presets that a name stands for: the published sizes of a family, or one preset."""
     if name in presets() and name != family.name:
         return [preset(name)]
     return [one for one in family.presets if one.num_parameters] or list(family.presets)
@@ -151,7 +151,8 @@ def closest_presets(ours: list[Preset], theirs: list[Preset]) -> tuple[Preset, P
 
 
 def compare_numbers(left: str, right: str) -> tuple[tuple[str, str, str], ...]:
-    """Field by field: the configs', then what follows from them, both at a context that both have."""
+    """Rows of (name, of left, of right): the config fields, then parameters, cache and FLOPs at a context that both
+    have."""
     context = min(
         DEFAULT_CONTEXT, find_config(left)[1].max_position_embeddings, find_config(right)[1].max_position_embeddings
     )
@@ -183,9 +184,9 @@ def format_part_share(card: ModelCard, part: str) -> str:
 
 
 def family_layers(family: Family) -> dict[str, str]:
-    """The layers a page takes from the ground floor -> the first sentence each says about itself."""
+    """The layers that a family imports from layers/ -> the first sentence of each docstring."""
     module = inspect.getmodule(family.assemble)
-    assert module is not None, "a page's assemble lives in its file"
+    assert module is not None, "assemble is defined in the family's file"
     found: dict[str, str] = {}
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_quest.layers."):
@@ -195,7 +196,7 @@ def family_layers(family: Family) -> dict[str, str]:
 
 
 def first_sentence(thing: Any) -> str:
-    """Of a docstring, up to the first full stop that ends one."""
+    """The first sentence of a docstring."""
     text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
     for stop in range(len(text)):
         if text[stop] == "." and text[stop + 1 : stop + 2] in ("", " ") and text[stop + 2 : stop + 3].isupper():
@@ -204,12 +205,12 @@ def first_sentence(thing: Any) -> str:
 
 
 def layer_lines(layers: dict[str, str]) -> list[str]:
-    """name  sentence, the names in a column."""
+    """Lines of (name, sentence) in two columns."""
     return align_columns(list(layers.items())) if layers else []
 
 
 def definition_source(family: Family, name: str) -> list[str]:
-    """The lines of one definition in a page's file; none where it has none (a page made of two others has no block)."""
+    """The source lines of a definition in a family's file; empty if there is none (LLaVA has no block)."""
     module = inspect.getmodule(family.assemble)
     if name not in vars(module):
         return []
@@ -217,13 +218,13 @@ def definition_source(family: Family, name: str) -> list[str]:
 
 
 def diff_lines(old: list[str], new: list[str]) -> Iterator[StyledLine]:
-    """Line against line, in full: what is gone before what is new."""
+    """A full line diff; removed lines come before the added lines that replace them."""
     for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if kind == "equal":
             yield from (("same", line) for line in old[i:j])
         else:
-            yield from (("gone", line) for line in old[i:j])
-            yield from (("new", line) for line in new[k:m])
+            yield from (("removed", line) for line in old[i:j])
+            yield from (("added", line) for line in new[k:m])
 
 
 def colorize(style: str, text: str) -> str:

@@ -1,8 +1,8 @@
-"""`quest doctor`: what this machine is, what can be used of it, and what to mend. The same findings are a run's
-`env.json`.
+"""`quest doctor`: reports the hardware, packages and settings of this machine, with warnings. A run writes the same
+report to `env.json`.
 
-Nothing secret is told: only variables on a list are read, and one whose name sounds like a secret is shown as set, not
-its value."""
+No secrets are shown: only environment variables on a list are read, and of one whose name suggests a secret only that
+it is set."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ LOW_DISK, LOW_MEMORY = 2e9, 1e9
 
 @dataclass(frozen=True)
 class MachineReport:
-    """What was found. devices: name -> what it is. bf16: is bfloat16 quicker here, and why. warnings: (what,
-    remedy)."""
+    """Hardware, packages and settings. devices: name -> description. bf16: whether bfloat16 is faster here, and why.
+    warnings: (problem, remedy)."""
 
     quest: str
     python: str
@@ -84,7 +84,7 @@ class MachineReport:
             ("LLM Quest", f"{self.quest}, python {self.python}, torch {self.torch}"),
             ("platform", self.platform),
             ("processor", f"{self.processor}; {cores}"),
-            ("SIMD", ", ".join(self.simd) or "nothing torch names"),
+            ("SIMD", ", ".join(self.simd) or "none that torch reports"),
             ("bfloat16", f"{'yes' if self.bf16 else 'no'}: {self.bf16_why}"),
             ("devices", "; ".join(f"{name} ({what})" for name, what in self.devices.items())),
             ("memory", f"{self.memory_available / 1e9:.1f} of {self.memory_bytes / 1e9:.1f} GB available"),
@@ -92,19 +92,19 @@ class MachineReport:
             ("compiler", self.compiler or "none"),
             ("hub cache", f"{self.hub_cache}{', offline' if self.hub_offline else ''}"),
             ("git", git),
-            ("variables", ", ".join(f"{name}={value}" for name, value in self.variables.items()) or "none that matter"),
+            ("variables", ", ".join(f"{name}={value}" for name, value in self.variables.items()) or "none set"),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items() if version)),
             ("absent", ", ".join(name for name, version in self.packages.items() if version is None) or "nothing"),
         ]
         width = max(len(name) for name, _ in facts)
         result = [f"{name:<{width}}  {what}" for name, what in facts]
         return result + (
-            [f"{'warning':<{width}}  {what}: {remedy}" for what, remedy in self.warnings] or ["all is well"]
+            [f"{'warning':<{width}}  {what}: {remedy}" for what, remedy in self.warnings] or ["no warnings"]
         )
 
 
 def inspect_machine(folder: str | Path = ".") -> MachineReport:
-    """Examine this machine, and the disk that holds `folder`. A few milliseconds once torch is loaded."""
+    """Inspect this machine, and the disk that holds `folder`."""
     memory = psutil.virtual_memory()
     fast, why = bf16_support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found = MachineReport(
@@ -138,7 +138,7 @@ def inspect_machine(folder: str | Path = ".") -> MachineReport:
 
 
 def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
-    """(what is wrong, what to do about it)"""
+    """Yield (problem, remedy)."""
     missing = [name for name, version in machine.packages.items() if version is None and name not in OPTIONAL_PACKAGES]
     if missing:
         yield f"{', '.join(missing)} cannot be found", "run `pip install llm-quest` again"
@@ -169,13 +169,13 @@ def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
 
 
 def simd_features() -> tuple[str, ...]:
-    """What torch knows of the processor's vector units, the names as the kernel spells them."""
+    """The vector instruction sets of the processor that torch reports."""
     found = torch.cpu.get_capabilities()
     return tuple(name for name, there in sorted(found.items()) if there is True and name != "architecture")
 
 
 def list_devices() -> dict[str, str]:
-    """What torch can compute on here."""
+    """The devices that torch can use here."""
     found = {"cpu": torch.backends.cpu.get_cpu_capability()}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         one = torch.cuda.get_device_properties(index)
@@ -190,7 +190,7 @@ def list_devices() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """Its name, from the kernel where the kernel tells."""
+    """The name of the processor, from /proc/cpuinfo where that exists."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -206,7 +206,7 @@ def package_version(package: str) -> str | None:
 
 
 def hub_cache_dir() -> Path:
-    """Where huggingface_hub keeps what it downloads."""
+    """The download cache of huggingface_hub."""
     home = os.environ.get("HF_HOME") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
     )
@@ -214,18 +214,18 @@ def hub_cache_dir() -> Path:
 
 
 def redact_variable(name: str, value: str) -> str:
-    """A variable's value as it may be shown: secrets are set or not, and addresses lose the credentials inside them."""
+    """The value of a variable without secrets: those are shown as set, and URLs without their credentials."""
     if SECRET_VARIABLE.search(name):
         return "(set, not shown)"
     return CREDENTIALS_IN_URL.sub("//(not shown)@", value)
 
 
 def git_state(root: Path = PACKAGE.parent) -> dict[str, Any] | None:
-    """Commit and branch of the checkout that this package runs from, and whether anything in it is uncommitted; None
-    where it is installed otherwise, or without git.
+    """Commit and branch of the checkout that this package runs from, and whether it has uncommitted changes; None if it
+    is not a checkout, or without git.
 
     Commonly got wrong: git obeys the settings of the checkout it is asked about (`core.fsmonitor` and `filter.*.clean`
-    name programs to run), so it is never asked about a run folder or the working folder, which may be a stranger's."""
+    name programs to run), so it is never run on a run folder or the working folder, which may come from elsewhere."""
     if not (root / ".git").exists():
         return None
     said = []
@@ -245,7 +245,7 @@ def git_state(root: Path = PACKAGE.parent) -> dict[str, Any] | None:
 
 
 def nearest_existing_dir(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(candidate for candidate in (folder, *folder.parents) if candidate.exists())
 

@@ -1,8 +1,8 @@
-"""How a command ends: what went wrong in one to four lines on stderr, and the exit code of its class (docs/cli.md).
+"""Exit codes and error messages. A failure is one to four lines on stderr and the exit code of its class (docs/cli.md):
 
-0 done · 1 a bug of ours (traceback in crash.txt) · 2 usage or config · 3 input data or model files · 4 stopped by a
-training guard · 5 out of memory or disk · 6 missing extra, network or device · 7 run folder busy or of another run ·
-130, 143 interrupted
+0 done · 1 a bug in LLM Quest (traceback in crash.txt) · 2 usage or config · 3 input data or model files · 4 stopped by
+a training guard · 5 out of memory or disk · 6 missing package, network or device · 7 run folder busy or of another
+run · 130, 143 interrupted
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ OUT_OF_MEMORY_REMEDIES = (
 
 
 def run_with_exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command; its exit code. With `--json` among the arguments a failure is told as JSON on stdout too."""
+    """Run a command; its exit code. With `--json` among the arguments a failure is also printed as JSON on stdout."""
     try:
         return command() or 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; python would complain again when it closes stdout.
+        # The reader of our output has closed it (`quest models | head`); python would fail again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
@@ -49,7 +49,7 @@ def run_with_exit_code(command: Callable[[], int | None]) -> int:
 
 
 def describe_failure(error: BaseException) -> tuple[int, list[str]]:
-    """The exit code of a failure, and what to say."""
+    """(exit code, lines to print) of a failure."""
     if isinstance(error, QuestError):
         return error.exit_code, [f"quest: {line}" for line in str(error).splitlines()]
     if isinstance(error, KeyboardInterrupt):
@@ -63,13 +63,13 @@ def describe_failure(error: BaseException) -> tuple[int, list[str]]:
     if isinstance(error, OSError) and error.filename is not None:
         return 3, [f"quest: {error.filename}: {error.strerror}"]
     return 1, [
-        f"quest: a bug of ours, sorry: {type(error).__name__}: {first_line(error)}",
+        f"quest: a bug in LLM Quest: {type(error).__name__}: {first_line(error)}",
         f"the details are in {write_crash_file(error)}",
     ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Python's, CUDA's, or the host allocator's way of saying it."""
+    """Whether this is an out-of-memory error of Python, CUDA or the CPU allocator."""
     said = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
     return isinstance(error, MemoryError) or said
 
@@ -79,7 +79,7 @@ def first_line(error: BaseException) -> str:
 
 
 def write_crash_file(error: BaseException) -> Path:
-    """The traceback, in the working folder or else among the temporary files. It holds no variables and no
+    """Write the traceback to the working folder, or else to the temporary folder. It contains no variables and no
     environment."""
     head = f"quest {__version__}, python {platform.python_version()}, {platform.platform()}\n\n"
     text = head + "".join(traceback.format_exception(error))

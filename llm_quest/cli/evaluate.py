@@ -62,7 +62,7 @@ def evaluate_with_lm_eval(
 
 
 def load_eval_documents(name_or_path: str, source: str) -> tuple[Sequence[Document], Sequence[Document], str]:
-    """Training and held-out documents, and what to call them."""
+    """(training documents, held-out documents, a name for them)."""
     if source:
         corpus = load_corpus(source)
         return (), corpus.documents, corpus.name
@@ -70,20 +70,20 @@ def load_eval_documents(name_or_path: str, source: str) -> tuple[Sequence[Docume
     run = run.parent.parent if run.parent.name == "checkpoints" else run
     if not (run / "config.yaml").is_file():
         raise UsageError(
-            f"{name_or_path} is no run with held-out text of its own; say what to read (--data builtin:topics, FILE)"
+            f"{name_or_path} is not a run with held-out text of its own; name a text: --data FILE, or --data "
+            "builtin:topics"
         )
     data = parse_config(PretrainConfig, load_run_config(run)).data
     if (Path(data.source) / "manifest.json").is_file():
-        raise UsageError(f"{name_or_path} was trained on prepared numbers, not on text; say what to read: --data FILE")
-    parts = split_corpus(
-        load_corpus(data.source, column=data.text_column, separator=data.separator), held_out=data.held_out
-    )
-    return parts.train, parts.val, f"what {name_or_path} held out of {data.source}"
+        raise UsageError(f"{name_or_path} was trained on prepared token files, not on text; name a text: --data FILE")
+    corpus = load_corpus(data.source, column=data.text_column, separator=data.separator)
+    parts = split_corpus(corpus, held_out=data.held_out)
+    return parts.train, parts.val, f"the text that {name_or_path} held out of {data.source}"
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """scores: accuracy, or the share of right answers by kind of question; on what."""
+    """Scores on held-out images: accuracy, or the share of right answers by kind of question."""
 
     source: str
     scores: Mapping[str, float]
@@ -98,7 +98,7 @@ class ImageScores:
 
 
 def evaluate_images(name_or_path: str, *, device: str, log: LogFn) -> ImageScores | None:
-    """A run of `quest train vit` or `vlm` on what it held out; None for anything else."""
+    """Evaluate a run of `quest train vit` or `vlm` on its held-out images; None for anything else."""
     run = Path(name_or_path).resolve()
     run = run.parent.parent if run.parent.name == "checkpoints" else run
     settings = load_run_config(run) if (run / "config.yaml").is_file() else None

@@ -1,4 +1,4 @@
-"""`quest export RUN FOLDER`: a run's newest checkpoint as a folder that transformers and vLLM load."""
+"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm_quest.techniques.model_spec import all_exportable
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written."""
+    """The files that an export wrote."""
 
     run: str
     folder: str
@@ -44,11 +44,12 @@ def export_run(
     merged: bool = False,
     adapter: bool = False,
 ) -> ExportReport:
-    """Write the Hugging Face layout, tokenizer included. Of an adapted model: merged into one, or the adapter alone."""
+    """Write a run's model and tokenizer in the Hugging Face layout. A model with an adapter is written merged, or as
+    the adapter alone."""
     if merged and adapter:
         raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
     if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
-        raise DataError(f"{run} is no run folder (it has no model.json); give the folder that quest train wrote")
+        raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:
         return export_adapter(run, folder, dtype, overwrite, merged)
     model = load(run, dtype=dtype)
@@ -62,7 +63,7 @@ def export_run(
 
 
 def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
-    """Merged in float32, whatever is written."""
+    """Export a model with an adapter. Weights are merged in float32, whatever dtype is written."""
     model = load(run, dtype="float32")
     require_adapters(model)
     kind = parse_dtype(dtype)
@@ -72,18 +73,20 @@ def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged:
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     base = base_model_path(run)
     save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)
-    return make_export_report(run, folder, model, dtype, f"an adapter of {base or 'a model that only this run has'}")
+    return make_export_report(
+        run, folder, model, dtype, f"an adapter of {base or 'a model that exists only in this run'}"
+    )
 
 
 def advise_next_step(model: Any, folder: Path) -> str:
-    """What to do with the folder next."""
+    """The next command for the folder."""
     if all_exportable(model.spec.techniques):
         return f"check it against transformers: quest verify {folder}"
-    return f"made with techniques that transformers does not compute; here: quest generate {folder}"
+    return f"it uses techniques that transformers does not support; use it here: quest generate {folder}"
 
 
 def base_model_path(run: Path) -> str | None:
-    """The model that a run began with, if it was loaded."""
+    """The model that a run was initialised from, if any."""
     config = run / "config.yaml"
     model = read_yaml_file(config).tree.get("model") if config.is_file() else None
     where = model.get("load") if isinstance(model, dict) else None
@@ -91,7 +94,7 @@ def base_model_path(run: Path) -> str | None:
 
 
 def make_export_report(run: Path, folder: Path, model: Any, dtype: str, advice: str) -> ExportReport:
-    """What lies in the folder now."""
+    """A report of the files in the folder."""
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
     adapter = (folder / "adapter_config.json").exists()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad or not adapter)

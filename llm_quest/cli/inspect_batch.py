@@ -1,6 +1,5 @@
-"""`quest inspect-batch RECIPE`: what a step's batch holds, token by token: what is read and what is learned, at which
-position, in which document; or, of texts with labels, at which token the head reads the label. Look before you
-train."""
+"""`quest inspect-batch RECIPE`: prints the rows of a training batch token by token: which tokens have a loss, their
+positions and documents, or, for a classifier, the token at which the head reads the label."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ LogFn = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """One document of one row. learned: of each id, whether the model is to write it (or, of a text with a label,
-    whether its head is read there); the last id may be a target alone."""
+    """One document of one row. learned: whether each id is a target (or, for a classifier, whether the head reads
+    there); the last id may be a target only."""
 
     row: int
     document: int
@@ -44,7 +43,7 @@ class DocumentTokens:
 
 @dataclass(frozen=True)
 class BatchView:
-    """A step's rows. kinds: what each row is called. verb: what is done at marked tokens."""
+    """The rows of a step. kinds: a note on each row. verb: what happens at marked tokens, learned or read."""
 
     step: int
     length: int
@@ -91,7 +90,7 @@ class BatchView:
         return result
 
     def highlight(self, piece: DocumentTokens, colour: bool) -> str:
-        """The text, with what is learned made visible; line ends as a sign."""
+        """The text of a piece with learned tokens marked and line ends as a sign."""
         before, after = (GREEN, RESET) if colour else ("[[", "]]")
         highlighted = ""
         for mine, run in groupby(zip(piece.ids, piece.learned, strict=True), key=lambda pair: pair[1]):
@@ -104,7 +103,7 @@ class BatchView:
 
 
 def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: int, log: LogFn) -> BatchView:
-    """The first rows of a step's batch, as the recipe would train on it."""
+    """The first rows of a step's batch, as the recipe trains on it."""
     config: RunConfig = load_recipe(recipe, overrides)[1]
     with init_distributed(config, 0) as parallel:
         batch, tokenizer, labels = load_batch(config, parallel, step, log)
@@ -166,7 +165,7 @@ def make_batch_view(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: S
 def split_row_documents(
     row: int, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
 ) -> Iterator[DocumentTokens]:
-    """The documents of a row, without padding."""
+    """Yield the documents of a row, without padding."""
     columns = zip(*(column.tolist() for column in (tokens, targets, positions, segments)), strict=True)
     for document, run in groupby((c for c in columns if c[2] >= 0), key=lambda column: column[3]):
         ids, wanted, places, _ = map(list, zip(*run, strict=True))

@@ -1,6 +1,6 @@
-"""The file that `quest generate --prompts` writes: JSON lines, appended as they are made, in the prompts' order when
-all are there. Beside it, NAME.settings.json says what the rows depend on, so that a killed command goes on as it was
-begun or not at all."""
+"""The output file of `quest generate --prompts`: JSON lines, appended as they are generated and finally sorted into the
+prompts' order. NAME.settings.json next to it records the settings that the rows depend on: a command that was killed
+continues with the same settings or is refused."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from llm_quest.files import atomic_write_json, atomic_write_text
 
 OutputRow = Mapping[str, Any]
 IGNORED_SETTING = "model"
-"""Where the model lay may change; its weights may not."""
+"""The path of the model may change; its weights may not."""
 
 
 class JsonlOutput:
-    """settings: name -> what decides a row. Use `open_jsonl_output`, which holds the lock."""
+    """A file of rows and the settings that they depend on. Open it with `open_jsonl_output`, which holds a lock."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any]):
         self.file, self.settings = file, json.loads(json.dumps(settings))
-        self.beside = file.with_name(f"{file.name}.settings.json")
+        self.settings_file = file.with_name(f"{file.name}.settings.json")
 
     def load_existing(self) -> dict[int, OutputRow]:
-        """The rows that are there, by number. UsageError if they were made in another way."""
+        """The rows of an earlier command, by number. UsageError if it had other settings."""
         if not self.file.exists() or self.file.stat().st_size == 0:
-            atomic_write_json(self.beside, self.settings)
+            atomic_write_json(self.settings_file, self.settings)
             return {}
-        if not self.beside.is_file():
+        if not self.settings_file.is_file():
             raise UsageError(
-                f"{self.file} exists, and without {self.beside.name} nobody knows how it was made; choose another --out"
+                f"{self.file} exists without {self.settings_file.name}, which records its settings; choose another "
+                "--out"
             )
-        self.require_same_settings(parse_json_object(self.beside.read_bytes().replace(b"\n", b" "), self.beside, 1))
+        self.require_same_settings(
+            parse_json_object(self.settings_file.read_bytes().replace(b"\n", b" "), self.settings_file, 1)
+        )
         return self.read_rows()
 
     def require_same_settings(self, saved: Mapping[str, Any]) -> None:
@@ -49,11 +52,11 @@ class JsonlOutput:
         ]
         if changed:
             raise UsageError(
-                f"{self.file} was begun with {'; '.join(changed)}: give the same again, or choose another --out"
+                f"{self.file} was written with {'; '.join(changed)}: give the same settings, or choose another --out"
             )
 
     def read_rows(self) -> dict[int, OutputRow]:
-        """All whole lines; what a killed process left of one is cut off."""
+        """All complete lines. A partial last line, left by a process that was killed, is removed."""
         content = self.file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -63,18 +66,18 @@ class JsonlOutput:
             row = parse_json_object(line, self.file, number)
             if type(row.get("row")) is not int or row["row"] in found:
                 raise DataError(
-                    f"{self.file}:{number} is no row of this command, or a second one; choose another --out"
+                    f"{self.file}:{number} is not a row of this command, or repeats one; choose another --out"
                 )
             found[row["row"]] = row
         return found
 
     def append(self, rows: Sequence[OutputRow]) -> None:
-        """Handed to the system as a whole, so that nothing is lost when this process is killed."""
+        """Append rows in one write, so that none is lost if this process is killed."""
         with self.file.open("ab") as file:
             file.write("".join(map(to_json_line, rows)).encode())
 
     def sort_rows(self) -> dict[int, OutputRow]:
-        """All rows, in the prompts' order."""
+        """All rows, with the file sorted into the prompts' order."""
         rows = self.read_rows() if self.file.exists() else {}
         if list(rows) != sorted(rows):
             rows = {number: rows[number] for number in sorted(rows)}
@@ -84,7 +87,7 @@ class JsonlOutput:
 
 @contextmanager
 def open_jsonl_output(file: Path, settings: Mapping[str, Any]) -> Iterator[JsonlOutput]:
-    """The file, for one process at a time."""
+    """Open the file for one process at a time."""
     if not file.name.lower().endswith((".jsonl", ".ndjson")):
         raise UsageError(f"--out {file}: the rows are JSON lines; call the file {file.with_suffix('.jsonl').name}")
     if file.exists() and not file.is_file():
@@ -106,5 +109,5 @@ def to_json_line(row: OutputRow) -> str:
 
 
 def shorten_hash(value: Any) -> str:
-    """A setting in a message: of a sha256 its beginning."""
+    """A setting as shown in a message: the first 8 digits of a sha256."""
     return value[:8] if isinstance(value, str) and len(value) == 64 else str(value)

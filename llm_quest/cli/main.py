@@ -1,12 +1,12 @@
-"""`quest`: every command, its options, and nothing else. What a command does lies in the file it imports when it
-runs."""
+"""The `quest` command: its subcommands and their options. A subcommand imports its implementation when it runs, so
+that `quest --help` does not import torch."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from llm_quest.cli.output import open_streams, print_json, print_lines, print_re
 
 app = typer.Typer(
     name="quest",
-    help="Modern LLMs from scratch: train, generate, look inside.",
+    help="Modern LLMs from scratch: train, generate, evaluate, inspect.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -24,25 +24,24 @@ app = typer.Typer(
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda[:n], mps, xpu.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
-ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS.")
-]
-OfflineOption = Annotated[bool, typer.Option("--offline", help="Never ask the network (HF_HUB_OFFLINE=1).")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0: one per core, or OMP_NUM_THREADS.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network (HF_HUB_OFFLINE=1).")]
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")
 ]
-ImageOption = Annotated[str | None, typer.Option(help="An image's file, for a model that looks (quest train vlm).")]
+ImageOption = Annotated[str | None, typer.Option(help="An image file, for a vision-language model (quest train vlm).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings on top, dotted: learning_rate=1e-3.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's: learning_rate=1e-3."),
 ]
 
 
 def main() -> None:
-    """The entry point: ends the process with the exit code of what happened."""
+    """The entry point: runs a command and ends the process with its exit code."""
     open_streams()
     sys.exit(run_with_exit_code(lambda: app(standalone_mode=True, prog_name="quest")))
 
@@ -61,9 +60,9 @@ def root_options(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Modern LLMs from scratch: train, generate, look inside. Exit codes: 0 done, 1 a bug, 2 usage, 3 data or model
-    files, 4 a training guard, 5 memory or disk, 6 something missing, 7 run folder busy, 130/143 interrupted and
-    saved."""
+    """Modern LLMs from scratch: train, generate, evaluate, inspect. Exit codes: 0 done, 1 a bug in LLM Quest, 2 usage,
+    3 data or model files, 4 a training guard, 5 memory or disk, 6 a missing package, network or device, 7 run folder
+    busy, 130/143 interrupted and saved."""
 
 
 @app.command()
@@ -75,14 +74,14 @@ def quickstart(
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
 ) -> None:
-    """The offline tour: text, tokenizer, pretraining, resuming, fine-tuning, DPO, a conversation, GRPO, exporting,
+    """Run the whole workflow once, offline: tokenizer, pretraining, resume, SFT, DPO, a conversation, GRPO, export,
     reports. About five minutes on two cores."""
     set_environment(threads)
     from llm_quest.cli.quickstart import run_quickstart
 
-    finding = run_quickstart(out, seed=seed, device=device, log=status_printer(quiet))
-    print_result(finding, json)
-    raise typer.Exit(finding.exit_code)
+    result = run_quickstart(out, seed=seed, device=device, log=status_printer(quiet))
+    print_result(result, json)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()
@@ -90,8 +89,10 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN", help="A name, a YAML file, a run folder.")],
     pairs: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
-    resume: Annotated[str, typer.Option(help="auto (go on if there is something), never, or a run folder.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, print them, train nothing.")] = False,
+    resume: Annotated[str, typer.Option(help="auto (if there is a checkpoint), never, or a run folder.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings and print them; do not train.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Short for device=...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Short for precision=...: auto, float32, bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Short for seed=...")] = None,
@@ -100,7 +101,7 @@ def train(
     quiet: QuietOption = False,
     offline: OfflineOption = False,
 ) -> None:
-    """Train by a recipe. Run the same command again to go on after an interruption."""
+    """Train with a recipe. Run the same command again to resume after an interruption."""
     set_environment(threads or 0, offline)
     from llm_quest.cli.train import start_training
 
@@ -123,26 +124,31 @@ def train(
 @app.command()
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to go on from; - reads stdin.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Many: a line each, or the key `prompt` of JSON lines.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --prompts: a row for each, such as texts.jsonl.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="With --prompts: texts at once (default: 32).")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.8,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; - reads stdin.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts: one per line, or the key `prompt` of JSON lines.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: the output file, such as texts.jsonl.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --prompts: the batch size (default: 32).")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
-    slide: Annotated[bool, typer.Option("--slide", help="Go on beyond the context, forgetting the oldest.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
+    slide: Annotated[
+        bool, typer.Option("--slide", help="Go on beyond the context by dropping the oldest tokens.")
+    ] = False,
     image: ImageOption = None,
     draft: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL|mtp|ngram", help="Speculative decoding: a smaller model, own modules, or the text itself."
+            metavar="MODEL|mtp|ngram",
+            help="Speculative decoding: with a smaller model, multi-token modules, or n-grams of the text.",
         ),
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compiled passes: slow to begin, then faster.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
@@ -151,52 +157,35 @@ def generate(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Go on from a prompt; the text appears as it is made. Or from every prompt of a file (--prompts, --out): the same
-    command again goes on with the rows that are missing."""
+    """Generate text from a prompt, or from each prompt of a file (--prompts, --out): the same command again generates
+    the rows that are missing."""
     set_environment(threads, offline)
-    from llm_quest.cli.batch_generate import check_prompt_options, generate_batch
-    from llm_quest.cli.chat import GenerationOptions, generate_text
+    from llm_quest.cli import batch_generate, chat, speculative_generate, vision
 
-    alone = {"--prompt": prompt, "--draft": draft, "--image": image}
-    check_prompt_options(prompts, alone, {"--out": out}, {"--batch": batch})
-    stops = tuple(stop or ())
-    manner = GenerationOptions(
+    single = {"--prompt": prompt, "--draft": draft, "--image": image}
+    batch_generate.check_prompt_options(prompts, single, {"--out": out}, {"--batch": batch})
+    stops, log = tuple(stop or ()), status_printer(quiet)
+    options = chat.GenerationOptions(
         tokens, temperature, top_k, top_p, min_p, repetition_penalty, stops, slide, seed, compile
     )
+    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": log}
     if prompts is not None and out is not None:
-        print_result(
-            generate_batch(
-                model, prompts, out, manner, batch=batch, device=device, dtype=dtype, log=status_printer(quiet)
-            ),
-            json,
-        )
+        print_result(batch_generate.generate_batch(model, prompts, out, options, batch=batch, **machine), json)
         return
-    assert prompt is not None, "require_fitting asked for it"
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else str(prompt)
     if draft is not None:
-        from llm_quest.cli.speculative_generate import generate_speculative
-
-        if image is not None:
-            from llm_quest.errors import UsageError
-
-            raise UsageError("--draft guesses text and does not see --image: leave one of them out")
-        generate_speculative(
-            model, draft, text, manner, device=device, dtype=dtype, as_json=json, log=status_printer(quiet)
-        )
-        return
-    if image is not None:
-        from llm_quest.cli.vision import describe_image
-
-        describe_image(model, image, text, manner, device=device, dtype=dtype, as_json=json, log=status_printer(quiet))
-        return
-    generate_text(model, text, manner, device=device, dtype=dtype, as_json=json, log=status_printer(quiet))
+        speculative_generate.generate_speculative(model, draft, text, options, as_json=json, **machine)
+    elif image is not None:
+        vision.describe_image(model, image, text, options, as_json=json, **machine)
+    else:
+        chat.generate_text(model, text, options, as_json=json, **machine)
 
 
 @app.command()
 def chat(
     model: ModelArgument,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many tokens an answer.")] = 256,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of tokens in an answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = 0.95,
     template: Annotated[bool, typer.Option("--template/--no-template", help="Use the folder's chat template.")] = True,
@@ -208,29 +197,29 @@ def chat(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Talk with a model in the terminal. /reset forgets the conversation, /quit or Ctrl-D leaves."""
+    """Chat with a model in the terminal. /reset starts a new conversation, /quit or Ctrl-D leaves."""
     set_environment(threads, offline)
     from llm_quest.cli.chat import GenerationOptions, run_chat
 
-    manner = GenerationOptions(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
+    options = GenerationOptions(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
     if image is not None:
         from llm_quest.cli.vision import chat_about_image
 
-        chat_about_image(model, image, manner, system=system, device=device, dtype=dtype, log=status_printer(quiet))
+        chat_about_image(model, image, options, system=system, device=device, dtype=dtype, log=status_printer(quiet))
         return
-    run_chat(model, manner, system=system, template=template, device=device, dtype=dtype, log=status_printer(quiet))
+    run_chat(model, options, system=system, template=template, device=device, dtype=dtype, log=status_printer(quiet))
 
 
 @app.command()
 def classify(
     model: ModelArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT|IMAGE", help="The text (- reads stdin), or an image's file.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT|IMAGE", help="The text (- reads stdin), or an image file.")],
     json: JsonOption = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """What a classifier takes a text or an image for, and how sure it is."""
+    """Classify a text or an image: the probability of each label."""
     set_environment(threads, offline)
     from llm_quest.cli.classify import classify_image, classify_text, is_image_path
 
@@ -243,11 +232,18 @@ def classify(
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
-    tokens: Annotated[int, typer.Option(min=0, help="Look at so many tokens (0: all); of an answer: at most.")] = 0,
-    task: Annotated[str, typer.Option(help="Problems to solve: countdown, addition:digits=3, gsm8k or its file.")] = "",
-    problems: Annotated[int, typer.Option(min=1, help="With --task, --harness: how many.")] = 200,
-    samples: Annotated[int, typer.Option(min=0, help="With --task: so many of each, for mean@k and pass@k.")] = 0,
+    data: Annotated[
+        str, typer.Option(help="builtin[:parts], a file, a folder; default: the text that the run held out.")
+    ] = "",
+    tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Evaluate on so many tokens (0: all); with --task: the maximum length of an answer."),
+    ] = 0,
+    task: Annotated[str, typer.Option(help="A task: countdown, addition:digits=3, gsm8k or its file.")] = "",
+    problems: Annotated[int, typer.Option(min=1, help="With --task, --harness: the number of problems.")] = 200,
+    samples: Annotated[
+        int, typer.Option(min=0, help="With --task: samples of each problem, for mean@k and pass@k.")
+    ] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="With --samples.")] = 1.0,
     part: Annotated[str, typer.Option(help="With --task: train, validation, test.")] = "test",
     harness: Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-eval, with commas: hellaswag,arc_easy.")] = "",
@@ -259,9 +255,9 @@ def evaluate(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """On text: perplexity and bits per byte beside n-gram and compressor baselines on the same bytes. On problems
-    (--task): greedy accuracy with its interval, mean@k and pass@k. A run that looks (vit, vlm): its score on the images
-    it held out."""
+    """Evaluate a model. On text: perplexity and bits per byte, with n-gram and compressor baselines on the same bytes.
+    On problems (--task): greedy accuracy with its interval, mean@k and pass@k. A run of vit or vlm: its scores on
+    held-out images."""
     set_environment(threads, offline)
     from llm_quest.cli import evaluate as commands
 
@@ -279,30 +275,30 @@ def evaluate(
 
 @app.command()
 def models(json: JsonOption = False) -> None:
-    """The published sizes that can be built by name."""
-    from llm_quest.cli.models import list_presets as list_presets
+    """List the models that can be built by name."""
+    from llm_quest.cli.models import list_presets
 
     print_result(list_presets(), json)
 
 
 @app.command("show")
 def show_model(name: Annotated[str, typer.Argument(help="A preset's name.")], json: JsonOption = False) -> None:
-    """A model's blocks, its parameters by part, its cache and its cost."""
-    from llm_quest.cli.models import make_model_card as make_model_card
+    """Describe a model: its layers, parameters by part, cache and cost."""
+    from llm_quest.cli.models import make_model_card
 
     print_result(make_model_card(name), json)
 
 
 @app.command()
-def diff(a: Annotated[str, typer.Argument(help="A page or preset.")], b: str, json: JsonOption = False) -> None:
-    """Two families compared: what is new, the numbers, the code."""
-    from llm_quest.cli.diff import diff_families as diff_families
+def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, json: JsonOption = False) -> None:
+    """Compare two families: what is new, layers, numbers, code."""
+    from llm_quest.cli.diff import diff_families
 
-    lesson = diff_families(a, b)
+    found = diff_families(a, b)
     if json or not sys.stdout.isatty():
-        print_result(lesson, json)
-    else:  # our own source in our own colours: nothing in it to be cleaned
-        print("\n".join(lesson.lines(colour=True)))
+        print_result(found, json)
+    else:  # our own source and colours: nothing in it needs cleaning
+        print("\n".join(found.lines(colour=True)))
 
 
 @app.command()
@@ -315,7 +311,7 @@ def plan(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """What a run will cost before it starts: parameters, FLOPs, memory by kind, checkpoints, time."""
+    """Estimate the cost of a run: parameters, FLOPs, memory by kind, checkpoints, time."""
     set_environment(threads, offline)
     from llm_quest.cli.train import plan_recipe
 
@@ -328,25 +324,25 @@ def inspect(
     json: JsonOption = False,
     offline: OfflineOption = False,
 ) -> None:
-    """What a model folder holds, and everything that is wrong with it."""
+    """Describe a model folder, and everything that is wrong with it."""
     set_environment(0, offline)
-    from llm_quest.hub.inspect import inspect_folder as inspected
+    from llm_quest.hub.inspect import inspect_folder
 
-    print_result(inspected(folder), json)
+    print_result(inspect_folder(folder), json)
 
 
 @app.command("inspect-batch")
 def inspect_batch(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
     pairs: Overrides = None,
-    step: Annotated[int, typer.Option(min=0, help="The optimiser step, counted from 0.")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="Show so many rows.")] = 4,
+    step: Annotated[int, typer.Option(min=0, help="The optimizer step, counted from 0.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="The number of rows to show.")] = 4,
     json: JsonOption = False,
     quiet: QuietOption = False,
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """What a step trains on, token by token: what is learned, or read by the head (in green), positions, documents."""
+    """Show the batch of a step token by token: targets (in green), positions, documents."""
     set_environment(threads, offline)
     from llm_quest.cli.inspect_batch import load_batch_view
 
@@ -361,12 +357,11 @@ def inspect_batch(
 def verify(
     folder: Annotated[str, typer.Argument(help="A model folder.")], json: JsonOption = False, threads: ThreadsOption = 0
 ) -> None:
-    """Our logits and tokens against transformers' (which must be installed)."""
+    """Compare logits and tokens of a model folder with transformers', which must be installed."""
     set_environment(threads)
-    from llm_quest.hub.inspect import compare_with_transformers as verified
+    from llm_quest.hub.inspect import compare_with_transformers
 
-    finding = verified(folder)
-    print_result(finding, json)
+    print_result(compare_with_transformers(folder), json)
 
 
 @app.command()
@@ -374,35 +369,37 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     folder: Annotated[Path, typer.Argument(help="Where to write the Hugging Face layout.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Of an adapted model: the whole, the adapter worked in.")
+        bool, typer.Option("--merge", help="Of a model with an adapter: the whole model, with the adapter merged.")
     ] = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Of an adapted model: the adapter, for PEFT.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a model with an adapter: the adapter alone, for PEFT.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Write a run's model as a folder that transformers and vLLM load."""
-    from llm_quest.cli.export import export_run as exported
+    """Export the model of a run as a folder that transformers and vLLM load."""
+    from llm_quest.cli.export import export_run
 
-    print_result(exported(run, folder, dtype=dtype, overwrite=overwrite, merged=merge, adapter=adapter), json)
+    print_result(export_run(run, folder, dtype=dtype, overwrite=overwrite, merged=merge, adapter=adapter), json)
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
-    out: Annotated[Path | None, typer.Option(help="The page (default: report.html in the first run).")] = None,
+    out: Annotated[Path | None, typer.Option(help="The output file (default: report.html in the first run).")] = None,
     json: JsonOption = False,
 ) -> None:
-    """One self-contained page: curves, samples, data, cost, environment."""
-    from llm_quest.report.page import write_report as write_report
+    """Write an HTML report: curves, samples, data, cost, environment."""
+    from llm_quest.report.page import write_report
 
-    page = write_report(runs, out=out)
-    print_json({"report": str(page)}) if json else print_lines([str(page)])
+    file = write_report(runs, out=out)
+    print_json({"report": str(file)}) if json else print_lines([str(file)])
 
 
 @app.command()
 def papers(json: JsonOption = False) -> None:
-    """Papers with a claim, the experiment that tests it here, and the verdict."""
+    """List the papers whose claims are tested here, with their verdicts."""
     set_environment(0)
     from llm_quest.cli.papers import list_papers
 
@@ -412,13 +409,14 @@ def papers(json: JsonOption = False) -> None:
 @app.command()
 def reproduce(
     paper: Annotated[str, typer.Argument(help="A name from `quest papers`.")],
-    seeds: Annotated[int, typer.Option(min=1, max=10, help="How many; the verdict rests on them.")] = 3,
-    jobs: Annotated[int, typer.Option(min=0, help="Measurements at once; 0: one per core.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where the card goes (default: docs/papers).")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="The number of seeds.")] = 3,
+    jobs: Annotated[int, typer.Option(min=0, help="Measurements in parallel; 0: one per core.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The folder of the card (default: docs/papers).")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a paper's measurements again and draw its card. What was measured is kept: an interrupted run goes on."""
+    """Run the experiment of a paper and write its card. Finished measurements are kept, so an interrupted command
+    continues."""
     from llm_quest.cli.papers import reproduce_paper
     from llm_quest.train.hardware import usable_cores
 
@@ -430,20 +428,23 @@ def reproduce(
 
 @app.command()
 def doctor(json: JsonOption = False) -> None:
-    """This machine: python, torch, cores, memory, devices, and what to mend."""
-    from llm_quest.cli.doctor import inspect_machine as inspect_machine
+    """Describe this machine: python, torch, cores, memory, devices, with warnings."""
+    from llm_quest.cli.doctor import inspect_machine
 
     print_result(inspect_machine(), json)
 
 
 @app.command()
 def data(
-    source: Annotated[str | None, typer.Argument(help="builtin[:parts], a file, a folder; without: a list.")] = None,
-    column: Annotated[str, typer.Option(help="The key of a JSONL line that holds its text.")] = "text",
-    separator: Annotated[str | None, typer.Option(help="Splits a text file into documents.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(help="builtin[:parts], a file, a folder; without it: a list of the built-in corpora."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="The key of the text in a JSONL line.")] = "text",
+    separator: Annotated[str | None, typer.Option(help="The separator between documents in a text file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """What a data source holds: documents, bytes, and what was dropped and why."""
+    """Summarise a data source: documents, bytes, and what was dropped and why."""
     from llm_quest.cli.data import list_builtin_corpora, load_source
 
     print_result(
@@ -452,7 +453,7 @@ def data(
 
 
 def set_environment(threads: int, offline: bool = False) -> None:
-    """What has to be set before torch and the hub are imported."""
+    """Set environment variables that torch and huggingface_hub read when they are imported."""
     from llm_quest.train.hardware import usable_cores
 
     if offline:
@@ -460,5 +461,5 @@ def set_environment(threads: int, offline: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if (
         threads or "OMP_NUM_THREADS" not in os.environ
-    ):  # torch alone counts physical cores, and leaves half of a small box idle
+    ):  # torch counts physical cores only, which leaves half of a small machine idle
         os.environ["OMP_NUM_THREADS"] = str(threads or usable_cores())

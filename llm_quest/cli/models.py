@@ -1,8 +1,6 @@
-"""What there is to build, and what it is made of: `quest models`, `quest show RECORD_NAME` (`quest diff` is in
-`build_distillation.py`).
+"""`quest models` lists the presets; `quest show NAME` describes one model: its layers, parameters, cache and cost.
 
-Counts come from the model itself, assembled without memory: parameters by walking it, the rest as `cost_fields.py`
-says.
+Everything is counted on the model itself, built on the meta device.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ LOADED_AS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class PresetList:
-    """Every preset of every page, one row each."""
+    """Every preset of every family, one row each."""
 
     rows: tuple[dict[str, Any], ...]
 
@@ -41,16 +39,16 @@ class PresetList:
         return list(self.rows)
 
     def lines(self) -> list[str]:
-        cells = [("name", "page", "parameters", "context", "hub id", "notes")]
+        cells = [("name", "family", "parameters", "context", "hub id", "notes")]
         for row in self.rows:
             counts = (f"{row['parameters']:,}", f"{row['context']:,}")
-            cells.append((row["name"], row["page"], *counts, row["hub"] or "-", row["notes"]))
-        hint = "quest show NAME draws one, quest diff A B tells two apart, quest plan says what training takes"
+            cells.append((row["name"], row["family"], *counts, row["hub"] or "-", row["notes"]))
+        hint = "quest show NAME describes one, quest diff A B compares two, quest plan estimates the cost of training"
         return [*align_columns(cells, right=(2, 3)), "", hint]
 
 
 def list_presets() -> PresetList:
-    """All presets. Published sizes carry their published count; the tiny ones are counted on the meta device."""
+    """All presets. Published models have their published parameter counts; others are counted on the meta device."""
     return PresetList(tuple(preset_row(family, one) for family in ALL_FAMILIES for one in family.presets))
 
 
@@ -60,28 +58,28 @@ def preset_row(family: Family, one: Preset) -> dict[str, Any]:
     )
     return {
         "name": one.name,
-        "page": family.name,
+        "family": family.name,
         "parameters": parameters,
         "context": one.config.max_position_embeddings,
         "hub": one.hub_id,
-        "notes": one.notes or ("a small one for tests and tours" if one.name.endswith("-tiny") else ""),
+        "notes": one.notes or ("small, for tests and examples" if one.name.endswith("-tiny") else ""),
     }
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model is made of.
+    """A model's layers, parameters, cache and cost.
 
     parts: parameters by part, tied matrices once (with the embedding). cache_per_token: bytes (bf16) that one more
     token adds to the cache; cache_fixed: bytes that do not grow (full windows, states); cache_total: at `context`
     tokens. flops_linear, flops_scores: FLOPs per token of a forward pass over `context` tokens (two per multiply-add;
     attention counted over all pairs, as in Chowdhery et al. 2022, appendix B); training costs three times as much.
-    load: bytes of weights by dtype. image_tokens: what one image takes of the context; 0: it reads none. flops_image:
-    FLOPs before the decoder's of reading an image, forward. An image encoder has nothing else: no cache, and no tokens
-    but an image's."""
+    load: bytes of weights by dtype. image_tokens: tokens of one image; 0 for a model without images. flops_image: FLOPs
+    of the image encoder and projector for one image, forward. An image encoder has no cache, and its only tokens are
+    those of an image."""
 
     name: str
-    page: str
+    family: str
     headline: str
     numbers: dict[str, Any]
     picture: tuple[str, ...]
@@ -107,15 +105,15 @@ class ModelCard:
 
     def lines(self) -> list[str]:
         parts = [(f"  {part}", f"{count:,}", f"{count / self.parameters:6.1%}") for part, count in self.parts.items()]
-        parts.append(("  together", f"{self.parameters:,}", ""))
+        parts.append(("  total", f"{self.parameters:,}", ""))
         facts = self.image_cost_rows() if self.image_tokens else []
         facts += self.token_cost_rows() if self.cache_per_token else []
-        facts += [("to load", ", ".join(f"{format_bytes(held)} in {dtype}" for dtype, held in self.load.items()))]
-        drawn = [f"{self.name}: {self.headline}", "", *self.picture, ""]
-        return [*drawn, "parameters", *align_columns(parts, right=(1, 2)), "", *align_columns(facts)]
+        facts += [("weights", ", ".join(f"{format_bytes(held)} in {dtype}" for dtype, held in self.load.items()))]
+        header = [f"{self.name}: {self.headline}", "", *self.picture, ""]
+        return [*header, "parameters", *align_columns(parts, right=(1, 2)), "", *align_columns(facts)]
 
     def token_cost_rows(self) -> list[tuple[str, str]]:
-        """What a decoder's token costs."""
+        """The cache and FLOPs of one token of a decoder."""
         fixed = f" and {format_bytes(self.cache_fixed)} that do not grow" if self.cache_fixed else ""
         at, scores = f"at {self.context:,} tokens", f"{self.flops_scores / self.flops:.0%} of it attention"
         return [
@@ -128,9 +126,9 @@ class ModelCard:
         ]
 
     def image_cost_rows(self) -> list[tuple[str, str]]:
-        """What reading an image costs."""
+        """The tokens and FLOPs of one image."""
         once, kept = self.flops_image / 1e9, self.image_tokens * self.cache_per_token
-        held = f"and {format_bytes(kept)} of the cache" if kept else "everyone sees everyone, nothing is cached"
+        held = f"and {format_bytes(kept)} of the cache" if kept else "each attends to all, nothing is cached"
         return [
             ("an image", f"{self.image_tokens:,} tokens, {held}"),
             ("forward, an image", f"{once:,.4g} GFLOPs" + (" before the decoder reads its tokens" if kept else "")),
@@ -139,8 +137,8 @@ class ModelCard:
 
 
 def make_model_card(name: str, *, context: int | None = None) -> ModelCard:
-    """A portrait of a preset, a page (its first preset), or a folder with a config.json. context: tokens at which
-    cache and FLOPs are counted; by default what the model was made for, at most 4,096."""
+    """Describe a preset, a family (its first preset), or a folder with a config.json. context: number of tokens at
+    which cache and FLOPs are counted; by default the model's context, at most 4,096."""
     title, config = find_config(name)
     family, model = family_of(config), build_meta_model(config)
     if context is not None and context < 1:
@@ -148,7 +146,7 @@ def make_model_card(name: str, *, context: int | None = None) -> ModelCard:
     parameters = count_parameters(model)
     return ModelCard(
         name=title,
-        page=family.name,
+        family=family.name,
         headline=family_headline(family),
         numbers=config_values(config),
         picture=tuple(draw_model(model)),
@@ -160,7 +158,7 @@ def make_model_card(name: str, *, context: int | None = None) -> ModelCard:
 
 
 def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
-    """What tokens cost, at so many of them, and what an image does."""
+    """The cost fields of a `ModelCard`."""
     config = model.config
     if isinstance(model, ImageEncoder):
         weights, pairs = image_flops(config)
@@ -194,7 +192,7 @@ def image_cost_fields(tokens: int, flops: int) -> dict[str, int]:
 
 
 def find_config(name: str) -> tuple[str, Any]:
-    """A title and a config, from a preset's name, a page's name, or a folder that holds a config.json."""
+    """(title, config) of a preset, a family, or a folder with a config.json."""
     for family in ALL_FAMILIES:
         if name in [one.name for one in family.presets]:
             return name, preset(name).config
@@ -214,7 +212,7 @@ def find_config(name: str) -> tuple[str, Any]:
 
 
 def read_family_config(file: Path) -> Any:
-    """The config of a Hugging Face folder, through its page."""
+    """The config of a Hugging Face folder, read by its family."""
     try:
         published = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -225,23 +223,23 @@ def read_family_config(file: Path) -> Any:
         if family.matches(published):
             return family.read(published)
     known = ", ".join(name for family in ALL_FAMILIES for name in family.model_types)
-    raise DataError(f"{file}: model_type {published.get('model_type')!r} has no page here; known: {known}")
+    raise DataError(f"{file}: model_type {published.get('model_type')!r} is not supported; known: {known}")
 
 
 def family_headline(family: Family) -> str:
-    """The first sentence of the page's docstring."""
+    """The first sentence of the docstring of a family's file."""
     return family_docstring(family).split("\n\n")[0].replace("\n", " ").split(". What is new")[0].rstrip(".:")
 
 
 def family_docstring(family: Family) -> str:
-    """The page's own words."""
+    """The docstring of a family's file."""
     module = inspect.getmodule(family.assemble)
-    assert module is not None, "a page's assemble lives in its file"
+    assert module is not None, "assemble is defined in the family's file"
     return inspect.cleandoc(module.__doc__ or "")
 
 
 def config_values(config: Any) -> dict[str, Any]:
-    """Field -> value; a rotary and its scaling are written as a few words."""
+    """Field -> value; rotary embeddings as a short description."""
     return {field.name: plain_value(getattr(config, field.name)) for field in fields(config)}
 
 
@@ -254,7 +252,7 @@ def plain_value(value: Any) -> Any:
 
 
 def parameters_by_part(model: Any) -> dict[str, int]:
-    """image encoder, adapter, embedding, mixers, feed-forward, norms, head: every parameter in exactly one part."""
+    """Parameter counts by part (PART_NAMES); every parameter is in exactly one part."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[parameter_part(name)] += parameter.numel()

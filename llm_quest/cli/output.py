@@ -1,7 +1,7 @@
-"""What is printed: results on stdout (as lines, or as one JSON document), everything said along the way on stderr.
+"""Output of the commands: results on stdout (as lines, or as one JSON document), progress on stderr.
 
-Text that a model wrote or a stranger's file holds is cleaned before it reaches a terminal: escape sequences can
-rewrite one, and bidirectional overrides make text read as what it is not.
+Text from a model or from a file is cleaned before it is printed: escape sequences can rewrite a terminal, and
+bidirectional overrides make text look like something else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNSAFE_CHARACTERS = re.compile(
 
 
 class Printable(Protocol):
-    """A finding that can be read by people and by programs."""
+    """A result that can be printed as lines or as JSON."""
 
     def lines(self) -> list[str]: ...
 
@@ -31,13 +31,13 @@ class Printable(Protocol):
 
 
 def clean_text(text: str) -> str:
-    """The text without characters that command a terminal; carriage returns become line ends."""
+    """Remove control characters and bidirectional overrides; carriage returns become line ends."""
     return UNSAFE_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def open_streams() -> None:
-    """A stream that was closed before we began (`quest ... >&-`, a service without a console) is the null device, and a
-    character that a stream cannot encode is written as a question mark: neither ends a command."""
+    """Make stdout and stderr safe to write to: a stream that is closed (`quest ... >&-`, a service without a console)
+    becomes the null device, and a character that a stream cannot encode becomes a question mark."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
     if sys.stderr is None:
@@ -47,39 +47,39 @@ def open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-PLAINER = str.maketrans(
+ASCII_SUBSTITUTES = str.maketrans(
     {"│": "|", "├": "|", "─": "-", "┃": "|", "┣": "|", "━": "-", "▶": ">", "◀": "<", "┢": "+", "┡": "+", "⊕": "+"}
     | {"→": "->", "×": "x", "±": "+-", "·": "-", "é": "e", "…": "...", "≥": ">=", "≤": "<="}
 )
-"""What a picture is drawn with, for streams of few characters (LC_ALL=C, code page 1252)."""
+"""Substitutes of the diagrams' characters, for streams that cannot encode them (LC_ALL=C, code page 1252)."""
 
 
-def encodable(text: str, stream: TextIO) -> str:
-    """The text with plainer characters where the stream cannot encode it, and question marks for the rest."""
+def make_encodable(text: str, stream: TextIO) -> str:
+    """The text with substitutes for characters that the stream cannot encode, and question marks for the rest."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        return text.translate(PLAINER).encode(encoding, "replace").decode(encoding)
+        return text.translate(ASCII_SUBSTITUTES).encode(encoding, "replace").decode(encoding)
     return text
 
 
 def print_status(text: str = "") -> None:
-    """One line for people, on stderr."""
-    print(encodable(clean_text(text), sys.stderr), file=sys.stderr, flush=True)
+    """Print a line of progress on stderr."""
+    print(make_encodable(clean_text(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def discard_status(text: str = "") -> None:
-    """What `--quiet` says."""
+    """Print nothing (`--quiet`)."""
 
 
 def status_printer(quiet: bool) -> Callable[[str], None]:
-    """How to tell what happens."""
+    """The function that prints progress."""
     return discard_status if quiet else print_status
 
 
 def print_result(report: Printable, as_json: bool) -> None:
-    """A finding on stdout."""
+    """Print a result on stdout."""
     if as_json:
         print_json(report.as_json())
     else:
@@ -87,21 +87,21 @@ def print_result(report: Printable, as_json: bool) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Lines on stdout."""
+    """Print lines on stdout."""
     for line in lines:
-        print(encodable(clean_text(line), sys.stdout))
+        print(make_encodable(clean_text(line), sys.stdout))
     sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; a number that JSON does not have (NaN, infinity) is null."""
+    """Print one JSON document on stdout. NaN and infinity, which JSON does not have, become null."""
     unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
     text = json.dumps(replace_nonfinite(value), indent=2, ensure_ascii=not unicode, default=str)
     print(text.encode("utf-8", "replace").decode("utf-8"), flush=True)
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """The same without NaN and infinity."""
+    """The value with NaN and infinity replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

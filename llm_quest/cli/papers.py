@@ -18,7 +18,7 @@ CARDS_DIR = Path("docs/papers")
 
 @dataclass(frozen=True)
 class PaperEntry:
-    """A paper with the outcome that its card states."""
+    """A paper with its claim. verdict: from its card, empty if there is none."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class PaperEntry:
 
 @dataclass(frozen=True)
 class PaperList:
-    """The reproductions that can be run."""
+    """All papers."""
 
     entries: tuple[PaperEntry, ...]
 
@@ -59,7 +59,7 @@ def list_papers() -> PaperList:
 
 
 def reproduce_paper(name: str, *, seeds: int, out: Path | None, jobs: int, log: LogFn) -> PaperCard:
-    """Measure, judge, draw."""
+    """Run the experiment, and write the card with its verdict and figure."""
     chosen, folder = load_paper(name), out or CARDS_DIR
     log(
         f"{chosen.title}: {len(chosen.arms)} arms, {seeds} seeds, about {chosen.minutes * seeds / 3 / jobs:.0f} minutes"

@@ -1,7 +1,7 @@
-"""`quest quickstart`: the whole way once, offline, in about five minutes, told in plain sentences.
+"""`quest quickstart`: the whole workflow once, offline, in about five minutes.
 
-Text -> tokenizer -> pretraining -> an interruption, and going on -> fine-tuning -> preferences -> a conversation ->
-reasoning by rewards -> the Hugging Face layout and back -> reports.
+Text, tokenizer, pretraining with an interruption and a resume, fine-tuning (SFT), preferences (DPO), a conversation,
+GRPO, export to the Hugging Face layout and back, reports.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ NGRAM_BASELINE = "Kneser-Ney"
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """What the tour reached. bits_per_byte on held-out text, beside the baselines on the same bytes. stages: by recipe,
-    what each changed. export: the model that answers and prefers."""
+    """Results of the quickstart. bits_per_byte: on held-out text, as the baselines are. stages: the result of each
+    recipe. export: the folder of the final model."""
 
     run: str
     export: str
@@ -79,12 +79,12 @@ class QuickstartReport:
         table = sorted({**self.baselines, ours: self.bits_per_byte}.items(), key=lambda one: one[1])
         result = ["", "Held-out text, bits per byte (fewer is better):"]
         result += [f"  {bits:6.3f}  {name}{'  <--' if name == ours else ''}" for name, bits in table]
-        result += ["", "Before and after each stage (held out; shares with their 95 % interval):"]
+        result += ["", "Before and after each stage (held-out data; shares with their 95 % interval):"]
         result += [f"  {recipe:4}  {stage.line()}" for recipe, stage in self.stages.items()]
         result += [
             "",
-            f"Took {self.seconds:.0f} s. The report: {self.report}, and one beside each stage",
-            f"The model that answers: {self.export} (transformers loads it)",
+            f"Took {self.seconds:.0f} s. Report: {self.report}; each stage has its own",
+            f"The final model: {self.export} (transformers loads it)",
         ]
         return [*result, "", "What next:", *(f"  {line}" for line in self.next_steps())]
 
@@ -93,13 +93,13 @@ class QuickstartReport:
             f"quest chat {self.export}",
             f"quest generate {self.run} -p 'The '",
             f"quest eval {self.run}",
-            "quest diff gpt2 llama                 what is new in Llama, line by line",
+            "quest diff gpt2 llama                 the changes from GPT-2 to Llama, line by line",
             "quest train pretrain data.source=YOUR_FOLDER   the same on your own text",
         ]
 
 
 class InterruptCallback:
-    """After so many steps this process sends itself what Ctrl-C sends. `done`: once is enough."""
+    """Sends SIGINT to this process, once, after step `at`."""
 
     def __init__(self, at: int):
         self.at = at
@@ -111,51 +111,50 @@ class InterruptCallback:
             os.kill(os.getpid(), signal.SIGINT)
 
     def on_step_skipped(self, model: Any) -> None:
-        """Nothing was left."""
+        """A skipped step is not counted."""
 
 
 def run_quickstart(
     out: Path, *, seed: int = 0, device: str = "auto", overrides: Sequence[str] = (),
     stage_overrides: Mapping[str, Sequence[str]] = MappingProxyType({}), log: LogFn,
 ) -> QuickstartReport:  # fmt: skip
-    """The tour, in a folder. An earlier tour in it is replaced; anything else there is left alone (UsageError).
+    """Run the quickstart in a folder. An earlier quickstart there is replaced; a folder with other files is refused
+    (UsageError).
 
-    overrides: settings of the pretraining. stage_overrides: of the stages after it, by recipe."""
+    overrides: settings of the pretraining. stage_overrides: settings of the later stages, by recipe."""
     began = time.monotonic()
     settings, config, run = load_recipe("quickstart", [f"seed={seed}", f"device={device}", *overrides])
     clear_previous_run(out, config)
     env = inspect_machine(out.parent if out.parent.exists() else Path()).as_json()
     with announce_interrupt(out, log):
-        log("1. Text. No network is needed: Python brings its manual and the documentation of its library.")
-        log("2. A tokenizer and a small model in the style of Llama 3: both begin knowing nothing.")
-        log(
-            f"3. Training for {config.max_steps} steps; a third of the way in, the run is interrupted on purpose, as by"
-        )
+        log("1. Text: the documentation that is installed with Python. No network is needed.")
+        log("2. A tokenizer and a small Llama 3 model, both trained from scratch.")
+        log(f"3. Training for {config.max_steps} steps. After a third of them an interrupt is sent on purpose, as by")
         log("   Ctrl-C.")
         foreseen = plan_training(make_workload(config, resolve_model_config(config, settings)), measure=True, log=log)
         once = InterruptCallback(max(1, config.max_steps // 3))
         outcome = run(config, settings, out, env=env, callbacks=(once,), log=log)
         resumed_at = outcome.step
         if outcome.status == "interrupted" and once.done:
-            log(f"   Interrupted, and saved at step {outcome.step}. It goes on there, and will end with the same bits:")
+            log(f"   Interrupted and saved at step {outcome.step}. It resumes there and ends with the same bits:")
             outcome = run(config, settings, out, env=env, callbacks=(), log=log)
         require_finished(outcome, log)
-        guide = QuickstartContext(out, seed, device, env, log, stage_overrides)
-        return finish_quickstart(guide, foreseen, outcome, resumed_at, began)
+        context = QuickstartContext(out, seed, device, env, log, stage_overrides)
+        return finish_quickstart(context, foreseen, outcome, resumed_at, began)
 
 
 @contextmanager
 def announce_interrupt(out: Path, log: LogFn) -> Iterator[None]:
-    """Ctrl-C at any place: what is finished stays, and it is said how to begin again."""
+    """At Ctrl-C, say which files stay and how to start again."""
     try:
         yield
     except KeyboardInterrupt:
-        log(f"The tour ends here; what it finished stays in {out}. quest quickstart --out {out} begins it anew.")
+        log(f"Interrupted. The finished stages stay in {out}; quest quickstart --out {out} starts again.")
         raise
 
 
 def clear_previous_run(out: Path, config: PretrainConfig) -> None:
-    """Only what an earlier tour left is removed."""
+    """Remove the files of an earlier quickstart; UsageError if the folder holds anything else."""
     if out.is_dir() and any(out.iterdir()):
         old = out / "config.yaml"
         ours = old.is_file() and not config_differences(
@@ -164,25 +163,25 @@ def clear_previous_run(out: Path, config: PretrainConfig) -> None:
             (*KEYS_FREE_ON_RESUME, "seed", "precision", "compile"),
         )
         if not ours:
-            raise UsageError(f"{out} is not empty and not from an earlier tour; choose another --out")
+            raise UsageError(f"{out} is not empty and not from an earlier quickstart; choose another --out")
         shutil.rmtree(out)
 
 
 def finish_quickstart(
-    guide: QuickstartContext, training_plan: TrainingPlan, outcome: RunOutcome, resumed_at: int, began: float
+    context: QuickstartContext, training_plan: TrainingPlan, outcome: RunOutcome, resumed_at: int, began: float
 ) -> QuickstartReport:
-    """Look at what was pretrained, go through the stages, export, load again, report."""
-    out, log = guide.root, guide.log
-    log("4. What it writes now (it has read two and a half megabytes; it knows the tone, not the facts):")
+    """Sample from the pretrained model, run the later stages, export, load again, report."""
+    out, log = context.root, context.log
+    log("4. Samples (after 2.5 MB of text it imitates the style; it does not know facts):")
     texts = sample_texts(load(out, dtype="float32"), out)
     for prompt, text in texts.items():
         print_quoted(f"{prompt}{text}", log)
-    stages, said = run_stages(guide)
-    log("9. Exporting the model that answers to the Hugging Face layout, and loading that again.")
+    stages, answers = run_stages(context)
+    log("9. Exporting the DPO model to the Hugging Face layout, and loading it again.")
     folder = out / "export"
     export_run(out / "dpo", folder, overwrite=True)
     model, again = load(out / "dpo", dtype="float32"), load(folder, dtype="float32")
-    log("10. The report of the pretraining; those of the stages lie beside them.")
+    log("10. The report of the pretraining. Each later stage has its own.")
     write_plan_and_report(out, training_plan, log)
     return QuickstartReport(
         run=str(out),
@@ -195,31 +194,31 @@ def finish_quickstart(
         baselines=dict(outcome.baselines),
         texts=texts,
         stages=stages,
-        answers=said,
+        answers=answers,
         reload_difference=max_logit_difference(model, again),
         exit_code=0,
     )
 
 
-def run_stages(guide: QuickstartContext) -> tuple[dict[str, StageResult], list[AnsweredQuestion]]:
-    """From the pretrained model to one that answers, and one that prefers; and from nothing to one that reasons."""
-    log, out = guide.log, guide.root
-    log("5. Fine-tuning: questions about Python's functions, and their answers. Only the answers are learned.")
-    sft = run_sft_stage(guide)
+def run_stages(context: QuickstartContext) -> tuple[dict[str, StageResult], list[AnsweredQuestion]]:
+    """SFT and DPO of the pretrained model, a conversation, and GRPO of a new model."""
+    log, out = context.log, context.root
+    log("5. Fine-tuning (SFT) on questions about Python's functions. Only the answers have a loss.")
+    sft = run_sft_stage(context)
     log(f"   {sft.line()}")
-    log("6. Preferences (DPO): an answer that is one whole sentence is preferred to one that is cut off, or that")
-    log("   runs on. How to answer can be learned; what is true takes more than so small a model holds:")
-    dpo = run_dpo_stage(guide, out / "sft")
+    log("6. Preferences (DPO): an answer of one whole sentence is preferred to one that is cut off or too long.")
+    log("   The form of an answer can be learned; facts need a larger model:")
+    dpo = run_dpo_stage(context, out / "sft")
     log(f"   {dpo.line()}")
-    log("7. A conversation. It was never taught these questions:")
-    said = answer_held_out_questions(guide, out / "dpo")
-    for one in said:
+    log("7. A conversation, with questions that it was not trained on:")
+    answers = answer_held_out_questions(context, out / "dpo")
+    for one in answers:
         print_quoted("\n".join(one.lines()), log)
-    log("8. Reasoning by rewards (GRPO). A new, smaller model learns to reverse words from a teacher who is wrong half")
-    log("   of the time; then it is told only whether its own answers are right:")
-    grpo = run_grpo_stage(guide)
+    log("8. Reinforcement learning (GRPO). A new, smaller model first imitates demonstrations of reversed words of")
+    log("   which half are wrong; then its only signal is whether its own answers are right:")
+    grpo = run_grpo_stage(context)
     log(f"   {grpo.line()}")
-    return {"sft": sft, "dpo": dpo, "grpo": grpo}, said
+    return {"sft": sft, "dpo": dpo, "grpo": grpo}, answers
 
 
 def print_quoted(text: str, log: LogFn) -> None:
@@ -227,7 +226,7 @@ def print_quoted(text: str, log: LogFn) -> None:
 
 
 def sample_texts(model: Decoder, folder: Path) -> dict[str, str]:
-    """A continuation of each prompt."""
+    """Generate a continuation of each prompt."""
     tokenizer = load_tokenizer(folder)
     starts = [
         [tokenizer.start_token_id, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in SAMPLE_PROMPTS

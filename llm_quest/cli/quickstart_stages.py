@@ -1,7 +1,7 @@
-"""What the tour does with the model it has pretrained: teach it to answer, then to prefer; and a small one to reason.
+"""The stages of `quest quickstart` after pretraining: SFT, DPO and GRPO, with one evaluation before and after each.
 
-Each stage is a recipe in a run folder of its own (`quest train FOLDER` goes on with it), measured on held-out data
-before and after, both times by the same eye and in float32."""
+Each stage is a recipe in a run folder of its own (`quest train FOLDER` resumes it), evaluated in float32 on held-out
+data."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.recipes.grpo import load_problems, prompt_encoder
-from llm_quest.recipes.preference_data import PairsEvaluator
-from llm_quest.recipes.preference_data import prepare_preferences as prepare_preferences
+from llm_quest.recipes.preference_data import PairsEvaluator, prepare_preferences
 from llm_quest.recipes.run import RunOutcome
-from llm_quest.recipes.sft import AnswerLossEvaluator, ConversationData
-from llm_quest.recipes.sft import prepare_conversations as talked
+from llm_quest.recipes.sft import AnswerLossEvaluator, ConversationData, prepare_conversations
 from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]
@@ -39,7 +37,7 @@ STAGE_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class StageResult:
-    """One measure on held-out data before and after a stage. intervals: 95 %, of both, where it is a share."""
+    """A metric on held-out data before and after a stage. intervals: 95 % confidence intervals, if it is a share."""
 
     run: str
     measure: str
@@ -57,7 +55,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class QuickstartContext:
-    """What the stages share. root: the tour's folder. changes: further settings by recipe."""
+    """What the stages share. root: the quickstart's folder. changes: further settings by recipe."""
 
     root: Path
     seed: int
@@ -73,7 +71,8 @@ class QuickstartContext:
         return [f"seed={self.seed}", f"device={self.device}", *overrides, *self.changes.get(recipe, ())]
 
     def train(self, recipe: str, *pairs: str) -> Path:
-        """The recipe in its sub-folder, with a report; which folder that is. KeyboardInterrupt if it was stopped."""
+        """Train a recipe in its sub-folder and write its report; returns the folder. KeyboardInterrupt if it was
+        stopped."""
         settings, config, run = load_recipe(recipe, self.overrides(recipe, pairs))
         folder = self.root / recipe
         require_finished(run(config, settings, folder, env=self.env, log=self.log), self.log)
@@ -85,55 +84,55 @@ class QuickstartContext:
 
     @cached_property
     def conversations(self) -> ConversationData:
-        """The conversations that the tour's model learns from, and those it does not."""
+        """The conversations of the SFT stage: for training and held out."""
         config = self.config("sft", model_override(self.root))
-        return talked(config.data, ChatTemplate(load_tokenizer(self.root)), config.sequence_length)
+        return prepare_conversations(config.data, ChatTemplate(load_tokenizer(self.root)), config.sequence_length)
 
 
 def require_finished(outcome: RunOutcome, log: LogFn) -> None:
-    """A stage that was stopped ends the tour; what it has learned is saved."""
+    """KeyboardInterrupt if a stage was stopped; its checkpoint is saved."""
     if outcome.status != "finished":
-        log(f"Interrupted; what was learned is saved. quest train {outcome.run} goes on with it.")
+        log(f"Interrupted; the checkpoint is saved. quest train {outcome.run} resumes it.")
         raise KeyboardInterrupt
 
 
 def model_override(folder: Path) -> str:
-    """The setting by which a recipe goes on from a folder, whatever its name."""
+    """The setting by which a recipe starts from the model in a folder."""
     return f"model.load={json.dumps(str(folder))}"
 
 
-def run_sft_stage(guide: QuickstartContext) -> StageResult:
-    """Fine-tuning: nats per token of answers to questions it was never taught."""
+def run_sft_stage(context: QuickstartContext) -> StageResult:
+    """SFT; the metric is the loss of held-out answers."""
     began = time.monotonic()
-    folder = guide.train("sft", model_override(guide.root))
-    evaluator = AnswerLossEvaluator(guide.conversations.held_out, 0, STAGE_BATCH_SIZE)
-    before, after = (evaluator.evaluate(guide.model(one), 0)["loss"] for one in (guide.root, folder))
+    folder = context.train("sft", model_override(context.root))
+    evaluator = AnswerLossEvaluator(context.conversations.held_out, 0, STAGE_BATCH_SIZE)
+    before, after = (evaluator.evaluate(context.model(one), 0)["loss"] for one in (context.root, folder))
     return StageResult(str(folder), "loss of held-out answers, nats per token", before, after, time.monotonic() - began)
 
 
-def run_dpo_stage(guide: QuickstartContext, start: Path) -> StageResult:
-    """DPO: the share of held-out pairs whose better answer is the likelier one."""
+def run_dpo_stage(context: QuickstartContext, start: Path) -> StageResult:
+    """DPO; the metric is the share of held-out pairs whose chosen answer is more probable."""
     began = time.monotonic()
-    folder = guide.train("dpo", model_override(start))
-    config = guide.config("dpo", model_override(start))
+    folder = context.train("dpo", model_override(start))
+    config = context.config("dpo", model_override(start))
     held = prepare_preferences(
         config.data, ChatTemplate(load_tokenizer(start)), config.sequence_length, config.seed
     ).held_out
     evaluator = PairsEvaluator(held, 0, sequence_log_probs)
-    shares = (evaluator.evaluate(guide.model(one), 0)["accuracy"] for one in (start, folder))
+    shares = (evaluator.evaluate(context.model(one), 0)["accuracy"] for one in (start, folder))
     before, after = (wilson_confidence_interval(round(share * len(held)), len(held)) for share in shares)
-    return make_stage_result(folder, "held-out pairs whose better answer is the likelier", before, after, began)
+    return make_stage_result(folder, "held-out pairs whose chosen answer is more probable", before, after, began)
 
 
-def run_grpo_stage(guide: QuickstartContext) -> StageResult:
-    """GRPO: held-out accuracy, of the model as rewards found it and as they left it."""
+def run_grpo_stage(context: QuickstartContext) -> StageResult:
+    """GRPO; the metric is held-out accuracy."""
     began = time.monotonic()
-    folder = guide.train("grpo")
-    config = guide.config("grpo")
+    folder = context.train("grpo")
+    config = context.config("grpo")
     problems = load_problems(config).held_out
     before, after = (
         evaluate_problems(
-            guide.model(one),
+            context.model(one),
             tokenizer := load_tokenizer(one),
             problems,
             max_new_tokens=config.max_new_tokens,
@@ -153,23 +152,23 @@ def make_stage_result(
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """What the model said to a question it was never taught, and what the manual says."""
+    """A held-out question, the model's answer, and the answer in the documentation."""
 
     question: str
-    said: str
-    manual: str
+    answer: str
+    reference: str
 
     def lines(self) -> list[str]:
-        return [f"> {self.question}", self.said, f"  (the manual: {self.manual})"]
+        return [f"> {self.question}", self.answer, f"  (the documentation: {self.reference})"]
 
 
-def answer_held_out_questions(guide: QuickstartContext, folder: Path) -> list[AnsweredQuestion]:
-    """The first held-out questions, asked through the chat template and answered greedily."""
-    asked: Sequence[Conversation] = guide.conversations.questions[:NUM_QUESTIONS]
+def answer_held_out_questions(context: QuickstartContext, folder: Path) -> list[AnsweredQuestion]:
+    """Answer the first held-out questions greedily, with the chat template."""
+    asked: Sequence[Conversation] = context.conversations.questions[:NUM_QUESTIONS]
     tokenizer = load_tokenizer(folder)
     prompts = ChatTemplate(tokenizer).encode_prompts([one.prompt for one in asked])
     done = generate(
-        guide.model(folder), prompts, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0, tokenizer=tokenizer
+        context.model(folder), prompts, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0, tokenizer=tokenizer
     )
     return [
         AnsweredQuestion(one.prompt[-1]["content"], (made.text or "").strip(), one.answer)

@@ -1,4 +1,4 @@
-"""`quest generate --draft`: the text of `quest generate` in fewer passes, and what that brought on this machine."""
+"""`quest generate --draft`: speculative decoding, with its speed measured against plain decoding."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.models.decoder import Decoder
 
 BASELINE_TOKENS = 48
-"""So many tokens are written plainly, for comparison."""
+"""Tokens of plain decoding that are timed for comparison."""
 
 
 @dataclass(frozen=True)
 class SpeculationReport:
-    """What speculation brought: acceptance of tested drafts, tokens per pass of the model, and the speed against plain
-    decoding of the first tokens in the same process."""
+    """The gain of speculative decoding: the acceptance rate of drafted tokens, tokens per forward pass of the model,
+    and the speed against plain decoding of the first tokens in the same process."""
 
     acceptance: float
     tokens_per_pass: float
@@ -58,13 +58,13 @@ def generate_speculative(
     as_json: bool,
     log: LogFn,
 ) -> None:
-    """Print the continuation, then what the draft brought; with as_json everything at its end. Compiled, the text is
-    made once unseen, so that no compiling is in the speeds."""
+    """Print the continuation, then the speed-up; with as_json, one JSON document at the end. With options.compile the
+    text is generated once before it is timed, so that the speeds do not include compilation."""
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
     draft = load_draft(draft_name, model, tokenizer, name_or_path, device, dtype, log)
     tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
     require_room_in_context(tokens, model, options.slide)
-    sampling, until, tally = options.sampling, options.stopping_criteria(model, tokenizer), SpeculationStats()
+    sampling, until, stats = options.sampling, options.stopping_criteria(model, tokenizer), SpeculationStats()
     if options.compile:
         require_compiler(next(model.parameters()).device, log)
         generate_completions(model, [tokens], sampling, until, seed=options.seed, compile=True, draft=draft)
@@ -72,20 +72,20 @@ def generate_speculative(
     started = time.perf_counter()
     if as_json:
         done = generate_completions(
-            model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=tally
+            model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=stats
         )[0]
-        gained = make_speculation_report(tally, len(done.tokens), time.perf_counter() - started, plain)
-        print_json(speculation_json(prompt, done, gained))
+        report = make_speculation_report(stats, len(done.tokens), time.perf_counter() - started, plain)
+        print_json(speculation_json(prompt, done, report))
         return
     print_text(prompt)
     written = 0
     for made in stream_tokens(
-        model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=tally
+        model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=stats
     ):
         written += 1
         print_text(made.text)
     print_text("\n")
-    log(make_speculation_report(tally, written, time.perf_counter() - started, plain).line())
+    log(make_speculation_report(stats, written, time.perf_counter() - started, plain).line())
 
 
 def speculation_json(prompt: str, done: Completion, speculation: SpeculationReport) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def speculation_json(prompt: str, done: Completion, speculation: SpeculationRepo
 def load_draft(
     draft_name: str, model: Decoder, tokenizer: Tokenizer, name_or_path: str, device: str, dtype: str, log: LogFn
 ) -> DraftSource:
-    """What --draft names. A model must read the same tokens."""
+    """The draft that --draft names. UsageError for a model with another tokenizer."""
     if draft_name in ("mtp", "ngram"):
         return draft_name
     draft, own = load_text_model(draft_name, device, dtype, log)
@@ -114,7 +114,7 @@ def measure_baseline_speed(
     stopping_criteria: StoppingCriteria,
     options: GenerationOptions,
 ) -> float:
-    """Tokens per second of plain decoding, after a few to warm up."""
+    """Tokens per second of plain decoding, after a warm-up."""
     few = replace(stopping_criteria, max_new_tokens=min(BASELINE_TOKENS, stopping_criteria.max_new_tokens))
     warm = (
         few if options.compile else replace(stopping_criteria, max_new_tokens=min(4, stopping_criteria.max_new_tokens))
@@ -125,6 +125,6 @@ def measure_baseline_speed(
     return len(done.tokens) / (time.perf_counter() - started)
 
 
-def make_speculation_report(tally: SpeculationStats, written: int, seconds: float, plain: float) -> SpeculationReport:
+def make_speculation_report(stats: SpeculationStats, written: int, seconds: float, plain: float) -> SpeculationReport:
     speed = written / seconds
-    return SpeculationReport(tally.acceptance_rate, written / max(tally.num_passes, 1), speed / plain, speed, plain)
+    return SpeculationReport(stats.acceptance_rate, written / max(stats.num_passes, 1), speed / plain, speed, plain)

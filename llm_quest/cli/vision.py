@@ -30,7 +30,7 @@ LogFn = Callable[[str], None]
 
 
 def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:
-    """How the images of a model are made; DataError where what the folder says is not what its model reads."""
+    """The image processor of a model. DataError if its size or channels are not those of the model."""
     preprocess = load_preprocess(name_or_path)
     declared, expected = (preprocess.size, len(preprocess.mean)), (config.image_size, config.num_channels)
     if declared != expected:
@@ -43,7 +43,7 @@ def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:
 
 @dataclass(frozen=True)
 class ImagePrompt:
-    """A vision-language model in front of one image, its tokenizer, and how its prompts begin."""
+    """A vision-language model, an image, and the collator that builds prompts about it."""
 
     model: VisionLanguageModel
     image: Tensor
@@ -55,7 +55,7 @@ class ImagePrompt:
         model, tokenizer = load_text_model(name_or_path, device, dtype, log)
         if not isinstance(model, VisionLanguageModel):
             raise UsageError(
-                f"{name_or_path} reads text alone: leave --image out, or make another with quest train vlm"
+                f"{name_or_path} does not read images: leave --image out, or train a model with quest train vlm"
             )
         numbers = model.config
         seen = load_matching_preprocess(name_or_path, numbers.vision_config)(pixels)[None]
@@ -69,7 +69,7 @@ class ImagePrompt:
 
     @property
     def decoder(self) -> Any:
-        """What `generate` drives."""
+        """The decoder, with the image in place of its placeholder tokens."""
         return self.model.with_images([self.image])
 
 
@@ -84,24 +84,27 @@ def describe_image(
     as_json: bool,
     log: LogFn,
 ) -> None:
-    """Print what is said about an image; with as_json everything at its end."""
+    """Print the continuation of a prompt about an image; with as_json, one JSON document at the end."""
     require_image_options(options)
-    sampling, gaze = options.sampling, ImagePrompt.load(name_or_path, image, device, dtype, log)
-    tokens, until = gaze.writer.encode_prompt(prompt), options.stopping_criteria(gaze.decoder, gaze.writer.tokenizer)
-    require_room_in_context(tokens, gaze.decoder, False)
+    sampling, image_prompt = options.sampling, ImagePrompt.load(name_or_path, image, device, dtype, log)
+    tokens, until = (
+        image_prompt.writer.encode_prompt(prompt),
+        options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
+    )
+    require_room_in_context(tokens, image_prompt.decoder, False)
     if as_json:
-        done = generate_completions(gaze.decoder, [tokens], sampling, until, seed=options.seed)[0]
+        done = generate_completions(image_prompt.decoder, [tokens], sampling, until, seed=options.seed)[0]
         print_json({"image": image, "prompt": prompt, **asdict(done)})
         return
     print_text(prompt)
-    for piece in stream_text(gaze.decoder, tokens, sampling, until, options.seed):
+    for piece in stream_text(image_prompt.decoder, tokens, sampling, until, options.seed):
         print_text(piece)
     print_text("\n")
 
 
 def require_image_options(options: GenerationOptions) -> None:
     if options.slide:
-        raise UsageError("--slide would leave the image behind; leave one of --slide and --image out")
+        raise UsageError("--slide would drop the image from the context; leave one of --slide and --image out")
     if options.compile:
         raise UsageError("--compile is for models that read text: leave one of --compile and --image out")
 
@@ -116,18 +119,21 @@ def chat_about_image(
     dtype: str,
     log: LogFn,
 ) -> None:
-    """Questions about one image and their answers, each after the earlier ones, as rows of training are laid out."""
+    """Answer questions about one image in one conversation, in the layout of the training rows."""
     if system is not None:
-        raise UsageError("--system has no effect on a model that looks at an image; leave it out")
-    sampling, gaze = options.sampling, ImagePrompt.load(name_or_path, image, device, dtype, log)
-    tokenizer, until = gaze.writer.tokenizer, options.stopping_criteria(gaze.decoder, gaze.writer.tokenizer)
-    log("/reset forgets the conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
-    tokens = gaze.writer.row_prefix
+        raise UsageError("--system has no effect with --image; leave it out")
+    sampling, image_prompt = options.sampling, ImagePrompt.load(name_or_path, image, device, dtype, log)
+    tokenizer, until = (
+        image_prompt.writer.tokenizer,
+        options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
+    )
+    log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
+    tokens = image_prompt.writer.row_prefix
     while (line := read_user_line()) is not None:
         if line == "/reset":
-            tokens = gaze.writer.row_prefix
+            tokens = image_prompt.writer.row_prefix
         elif line:
             tokens = tokens + tokenizer.encode(line, add_special_tokens=False)
-            require_room_in_context(tokens, gaze.decoder, False)
-            said = stream_answer(gaze.decoder, tokens, sampling, until, options.seed)
-            tokens = [*tokens, *tokenizer.encode(said, add_special_tokens=False), tokenizer.eos_token_id]
+            require_room_in_context(tokens, image_prompt.decoder, False)
+            answer = stream_answer(image_prompt.decoder, tokens, sampling, until, options.seed)
+            tokens = [*tokens, *tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]

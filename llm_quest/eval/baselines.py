@@ -1,5 +1,5 @@
-"""Baselines: what counting and compressing reach on the same held-out bytes. A model's bits per byte mean little
-without.
+"""Baselines for bits per byte: n-gram models and compressors on the same held-out bytes. A model's bits per byte mean
+little without them.
 
 Interpolated Kneser-Ney (Chen & Goodman 1998, section 4.1.6 and the modified discounts of section 4.1.7), over bytes or
 tokens. With h' the context h without its oldest symbol, and N(h, i) how many symbols were seen i times after h:
@@ -7,11 +7,11 @@ tokens. With h' the context h without its oldest symbol, and N(h, i) how many sy
     p(w | h) = max(c(h w) - D(c(h w)), 0) / c(h)  +  [D1 N(h,1) + D2 N(h,2) + D3 N(h,3+)] / c(h) * p(w | h')
 
 At the highest order c counts occurrences; below, c(h w) counts the *different* symbols seen before h w. Below the
-unigrams stands the uniform distribution, so nothing has probability zero. A context never seen passes its shorter one
-through.
+unigrams is the uniform distribution, so nothing has probability zero. An unseen context gives all its weight to the
+shorter one.
 
 Commonly got wrong: occurrences used at the lower orders too ("San Francisco" makes "Francisco" likely everywhere).
-A document's end is predicted like any symbol, here as in the models, so that all pay for it.
+The end of a document is predicted like any symbol, here as in the models, so every number includes its cost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llm_quest.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class Baseline:
-    """bits_per_byte on the held-out documents after reading the training documents."""
+    """A baseline's bits per byte on the held-out documents, fitted to the training documents."""
 
     name: str
     bits_per_byte: float
@@ -46,9 +46,9 @@ class Baseline:
 
 @dataclass(frozen=True, eq=False)
 class NgramLevel:
-    """The n-grams of one order. grams: sorted keys, context * base + symbol; the context is its number at the order
-    below. discounted: (c - D) / c(h) of each gram; backoff_weights: what each context leaves to the shorter one (1 if
-    it was never seen)."""
+    """The n-grams of one order. grams: sorted keys, context * base + symbol, where a context is its index at the order
+    below. discounted: (c - D) / c(h) of each gram. backoff_weights: the weight that each context gives to the shorter
+    one."""
 
     grams: np.ndarray
     discounted: np.ndarray
@@ -56,7 +56,7 @@ class NgramLevel:
 
 
 class KneserNey:
-    """An n-gram model of `order` over symbols 0..vocab_size-1. Train with `KneserNey.fit`; each sequence begins with a
+    """An n-gram model of `order` over symbols 0..vocab_size-1, built with `KneserNey.fit`. Each sequence begins with a
     context of unseen start symbols and should end with its own end symbol."""
 
     def __init__(self, levels: Sequence[NgramLevel], vocab_size: int):
@@ -69,7 +69,7 @@ class KneserNey:
 
     @classmethod
     def fit(cls, sequences: Iterable[np.ndarray], vocab_size: int, order: int = 5) -> KneserNey:
-        """From sequences of integers below vocab_size."""
+        """Fit to sequences of integers below vocab_size."""
         if order < 1:
             raise UsageError(f"order is {order}; expected 1 (unigrams) or more")
         symbols, predicted = _concatenate(sequences, vocab_size, order)
@@ -94,7 +94,7 @@ class KneserNey:
         return float(-np.log(self._probabilities(symbols)[predicted]).sum())
 
     def next_symbol_probs(self, context: Sequence[int]) -> np.ndarray:
-        """p(. | context), (V,): for looking at, and for seeing that it sums to one."""
+        """p(. | context), (V,)."""
         last = [self.vocab_size] * self.order + list(context)
         rows = np.array([[*last[len(last) - self.order + 1 :], w] for w in range(self.vocab_size)], dtype=np.int64)
         return self._probabilities(rows.ravel()).reshape(rows.shape)[:, -1]
@@ -117,8 +117,8 @@ def compute_baselines(
     tokenizer: Tokenizer | None = None,
     order: int = 5,
 ) -> list[Baseline]:
-    """Unigrams and Kneser-Ney over bytes (and over the tokenizer's tokens), and three compressors. Bytes are counted
-    over the held-out documents alone."""
+    """Unigram and Kneser-Ney models over bytes (and over the tokenizer's tokens), and three compressors. The bytes are
+    those of the held-out documents."""
     if not train or not val:
         raise DataError("baselines need training and held-out documents; hold out a part of the data")
     rows = _ngram_baselines("bytes", byte_sequences(train), byte_sequences(val), 257, order, val)
@@ -154,8 +154,8 @@ def _ngram_baselines(
 def compressor_bits_per_byte(
     train: Sequence[Document], val: Sequence[Document], compress: Callable[[bytes], bytes]
 ) -> float:
-    """(size(train + val) - size(train)) in bits per byte of val: what val costs somebody who has read train, as far as
-    the compressor's memory reaches (zlib 32 kB, bz2 900 kB, lzma 64 MB)."""
+    """(size(train + val) - size(train)) in bits per byte of val: the cost of val given train, within the compressor's
+    window (zlib 32 kB, bz2 900 kB, lzma 64 MB)."""
     before = b"".join(document.text.encode() + b"\0" for document in train)
     whole = before + b"".join(document.text.encode() + b"\0" for document in val)
     return 8 * (len(compress(whole)) - len(compress(before))) / sum(document.nbytes for document in val)
@@ -175,8 +175,8 @@ def token_sequences(documents: Sequence[Document], tokenizer: Tokenizer) -> list
 
 
 def kneser_ney_discounts(counts: np.ndarray) -> np.ndarray:
-    """D1, D2, D3+ from how many n-grams were seen once to four times (Chen & Goodman, eq. 26); 0.75 each where too few
-    were seen to tell."""
+    """D1, D2, D3+ from how many n-grams were seen once to four times (Chen & Goodman, eq. 26); 0.75 each where a count
+    is zero."""
     n1, n2, n3, n4 = (int((counts == k).sum()) for k in (1, 2, 3, 4))
     if 0 in (n1, n2, n3, n4):
         return np.array([0.0, 0.75, 0.75, 0.75])
@@ -196,8 +196,8 @@ def _make_level(keys: np.ndarray, counts: np.ndarray, num_contexts: int, vocab_s
 
 
 def _concatenate(sequences: Iterable[np.ndarray], vocab_size: int, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """All symbols in one row, `order` start symbols (the number vocab_size) before each sequence, and where the others
-    are."""
+    """All sequences in one array, with `order` start symbols (the number vocab_size) before each, and the indices of
+    the other symbols."""
     start = np.full(order, vocab_size, dtype=np.int64)
     pieces = [piece for sequence in sequences for piece in (start, np.asarray(sequence, dtype=np.int64))]
     symbols = np.concatenate(pieces) if pieces else start
@@ -209,13 +209,13 @@ def _concatenate(sequences: Iterable[np.ndarray], vocab_size: int, order: int) -
 
 
 def _shift_right(number: np.ndarray) -> np.ndarray:
-    """The number of the gram that ends one place earlier. The first place is a start symbol, whose context nobody
-    reads."""
+    """The index of the n-gram that ends one position earlier. The first position is a start symbol, whose context is
+    not used."""
     return np.concatenate([[0], number[:-1]])
 
 
 def _lookup(grams: np.ndarray, keys: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Where each key stands in the sorted grams; -1 where it does not, or was not asked for."""
+    """The index of each key in the sorted grams; -1 where it is absent or masked out."""
     place = np.minimum(np.searchsorted(grams, keys), len(grams) - 1)
     return np.where(mask & (grams[place] == keys), place, -1)
 

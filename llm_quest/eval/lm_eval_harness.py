@@ -1,7 +1,7 @@
-"""Our models under EleutherAI's evaluation harness (`pip install 'llm-quest[harness]'`), so that numbers stand beside
-everybody's. Its three questions: how likely is a continuation, how likely is a text, what do you write until a stop.
+"""Adapter for EleutherAI's lm-evaluation-harness (`pip install 'llm-quest[harness]'`): log-likelihoods of continuations
+and of whole texts, and generation up to a stop string.
 
-Only this file imports lm_eval, and `quest eval --harness` alone imports this file."""
+Only this file imports lm_eval, and only `quest eval --harness` imports this file."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ DEFAULT_MAX_GEN_TOKS = 256
 
 
 class LmEvalModel(LM):
-    """A model with its tokenizer, as lm_eval asks it. batch_size: sequences in a pass."""
+    """A Decoder and its tokenizer as an lm_eval model. batch_size: sequences in a forward pass."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 16):
         super().__init__()
-        self.model, self.tokenizer, self.rows = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.context = int(model.config.max_position_embeddings)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log p(continuation | context), would greedy decoding write it?) for each."""
+        """(log p(continuation | context), whether greedy decoding gives the continuation) for each request."""
         pairs = [self.encode_pair(*request.args) for request in requests]
         return self.score_continuations(
             [(context + continuation, len(continuation)) for context, continuation in pairs]
         )
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """log p of whole texts, each token predicted once with as much context as there is room for."""
+        """log p of whole texts. Each token is predicted once, with as much context as fits."""
         found = []
         for request in requests:
             ids = self.tokenizer.encode(request.args[0], add_special_tokens=False)
@@ -47,7 +47,7 @@ class LmEvalModel(LM):
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """What is written after each context until one of its stops, which is not part of the text."""
+        """Greedy continuations up to a stop string, which is not part of the text."""
         texts = []
         for request in requests:
             context, options = request.args
@@ -71,14 +71,14 @@ class LmEvalModel(LM):
         return [self.tokenizer.start_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Both as ids, cut where the context ends. Space at its end belongs to the continuation, and they are encoded
-        in one piece, as the harness asks."""
+        """Token ids of both. They are encoded in one piece, and whitespace at the end of the context belongs to the
+        continuation, as the harness specifies."""
         bare = context.rstrip()
         whole, before = self.encode_prompt(context + continuation), self.encode_prompt(bare)
         return whole[: len(before)], whole[len(before) :]
 
     def rolling_windows(self, ids: Sequence[int]) -> list[tuple[list[int], int]]:
-        """The text in rows of context + 1 tokens, and how many at each one's end are new."""
+        """Split a text into rows of at most context + 1 tokens; (row, number of tokens at its end that are new)."""
         row = [self.tokenizer.start_token_id, *ids]
         parts, done = [], 1
         while done < len(row):
@@ -89,12 +89,12 @@ class LmEvalModel(LM):
 
     @torch.inference_mode()
     def score_continuations(self, rows: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """The last so many tokens of each row, given what stands before them."""
+        """(log p, whether greedy) of the last `new` tokens of each (row, new), given the tokens before them."""
         cut = [(ids[-(self.context + 1) :], min(new, self.context)) for ids, new in rows]
         order = sorted(range(len(cut)), key=lambda number: len(cut[number][0]))
         found: dict[int, tuple[float, bool]] = {}
-        for at in range(0, len(order), self.rows):
-            some = order[at : at + self.rows]
+        for at in range(0, len(order), self.batch_size):
+            some = order[at : at + self.batch_size]
             found |= dict(zip(some, self.score_batch([cut[number] for number in some]), strict=True))
         return [found[number] for number in range(len(rows))]
 
@@ -113,7 +113,7 @@ class LmEvalModel(LM):
 
 @dataclass(frozen=True)
 class HarnessResults:
-    """What the harness measured: task -> metric -> value."""
+    """Results of the harness: task -> metric -> value."""
 
     tasks: dict[str, dict[str, Any]]
 
@@ -132,7 +132,7 @@ class HarnessResults:
 def run_lm_eval(
     model: Decoder, tokenizer: Tokenizer, tasks: Sequence[str | Any], *, limit: int | None
 ) -> HarnessResults:
-    """The harness's tasks (their data come from the hub, or from its cache)."""
+    """Run tasks of the harness. Their data come from the hub or its cache."""
     found = lm_eval.simple_evaluate(
         model=LmEvalModel(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
     )

@@ -1,10 +1,10 @@
-"""How well a model predicts a text, in units that compare: bits per byte, beside what counting and compressing reach
-on the same bytes.
+"""Evaluates a language model on text: perplexity and bits per byte, with n-gram and compressor baselines on the same
+bytes.
 
       bits per byte = (sum of -ln p over every token and document end) / ln 2 / (bytes of the documents)
 
-A document longer than a row is cut and its pieces know nothing of each other, so the number is honest but not
-flattering."""
+A document longer than a row is split into pieces that are scored independently of each other, so the number is
+slightly pessimistic."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ Z_95 = 1.96
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """loss: nats per token. interval: where bits per byte lie with 95 % confidence if other documents of this kind had
-    been drawn (None: one document tells nothing of others). baselines: name -> bits per byte on the same documents."""
+    """The result of an evaluation on text. loss: nats per token. interval: the 95 % confidence interval of bits per
+    byte over documents (None for a single document). baselines: name -> bits per byte on the same documents."""
 
     source: str
     documents: int
@@ -87,21 +87,21 @@ def evaluate_documents(
     max_tokens: int | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> PerplexityReport:
-    """On documents. train: what the model and the n-gram baselines learned from; without it only compressors are
-    compared. length: tokens in a row, by default the model's context (at most 4,096); max_tokens: look at so many
-    tokens' worth of documents."""
+    """Evaluate a model on documents. train: the documents that the model was trained on, to which the n-gram baselines
+    are fitted; without them only compressors are compared. length: tokens in a row, by default the model's context (at
+    most 4,096). max_tokens: use about so many tokens of the documents."""
     if not documents:
         raise DataError(f"{source} holds no document to evaluate on")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model knows {model.config.vocab_size:,}: "
-            "they do not belong together"
+            "load the tokenizer that the model was trained with"
         )
     held_out = make_eval_batches(model, tokenize_documents(tokenizer, documents), length=length, limit=max_tokens)
     looked_at = [documents[number] for number in held_out.documents]
     log(f"{len(looked_at):,} documents, {held_out.num_bytes:,} bytes")
     found = evaluate_perplexity(model, held_out, source=source)
-    log("counting and compressing the same text, to compare")
+    log("fitting n-gram and compressor baselines to the same text")
     return dataclasses.replace(found, baselines=evaluate_baselines(train, looked_at, tokenizer))
 
 
@@ -112,7 +112,7 @@ def evaluate_perplexity(
     source: str = "held-out text",
     baselines: Mapping[str, float] | None = None,
 ) -> PerplexityReport:
-    """On held-out rows (`data.held_out.eval_batches`). The model is in eval mode meanwhile, and as it was
+    """Evaluate a model on held-out rows (`data.held_out.eval_batches`), in eval mode; its own mode is restored
     afterwards."""
     device, training = next(model.parameters()).device, model.training
     nats = torch.zeros(held_out.tokens.num_documents, dtype=torch.float64)
@@ -146,7 +146,7 @@ def evaluate_perplexity(
 
 
 def token_losses(model: Decoder, batch: TokenBatch) -> Tensor:
-    """-ln p of each target, (B*T,) float32; 0 where nothing is predicted. Logits are made for a few tokens at a
+    """-ln p of each target, (B*T,) float32; 0 where there is no target. Logits are computed for a few tokens at a
     time."""
     x = model.hidden_states(batch.input_ids, batch_scope(batch)).flatten(0, 1)
     targets = batch.targets.flatten()
@@ -158,7 +158,7 @@ def token_losses(model: Decoder, batch: TokenBatch) -> Tensor:
 
 
 def ratio_interval(bits: np.ndarray, nbytes: np.ndarray) -> tuple[float, float] | None:
-    """95 % interval of the ratio sum(bits) / sum(bytes) over documents as drawn: the linearised variance of a ratio,
+    """95 % confidence interval of sum(bits) / sum(bytes) over documents, by the linearised variance of a ratio,
     n/(n-1) sum (bits_i - R bytes_i)^2 / (sum bytes)^2 (Cochran 1977, section 6.4)."""
     n = len(bits)
     if n < 2:
@@ -171,7 +171,7 @@ def ratio_interval(bits: np.ndarray, nbytes: np.ndarray) -> tuple[float, float] 
 def make_eval_batches(
     model: Decoder, tokens: TokenizedDocuments, *, length: int | None = None, limit: int | None = None
 ) -> HeldOutLoader:
-    """Rows as long as the model's context, as many at once as make a fair-sized pass."""
+    """Rows as long as the model's context (at most 4,096 tokens), about 4,096 tokens to a batch."""
     context = int(model.config.max_position_embeddings)
     length = length or min(context, EVAL_TOKENS)
     if length > context:
@@ -180,7 +180,7 @@ def make_eval_batches(
 
 
 def tokenize_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenizedDocuments:
-    """Documents as tokens, with their bytes."""
+    """Tokenize documents; the byte count of each is kept."""
     encoded = tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
     tokens = TokenizedDocuments.from_token_lists(
         encoded, vocab_size=tokenizer.vocab_size, start=tokenizer.start_token_id, end=tokenizer.eos_token_ids[0]
@@ -189,11 +189,11 @@ def tokenize_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> T
 
 
 def evaluate_baselines(train: Sequence[Document], val: Sequence[Document], tokenizer: Tokenizer) -> dict[str, float]:
-    """Baselines by name: n-grams and compressors that have read the training text; or compressors that have read
-    nothing."""
+    """Bits per byte of the baselines by name: n-grams and compressors fitted to the training text, or, without one,
+    compressors alone."""
     if train:
         return {one.name: one.bits_per_byte for one in compute_baselines(train, val, tokenizer=tokenizer)}
     return {
-        f"{name}, nothing read before": compressor_bits_per_byte((), val, compress)
+        f"{name}, without training text": compressor_bits_per_byte((), val, compress)
         for name, compress in COMPRESSORS.items()
     }

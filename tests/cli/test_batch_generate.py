@@ -126,7 +126,7 @@ def test_a_killed_command_goes_on_with_what_is_missing(
     said: list[str] = []
     done = wrote(model, prompts, out, batch=3, said=said)
     assert done.new == (5 if cut == 0 else 6)
-    assert any("going on with" in line for line in said)
+    assert any("generating the missing" in line for line in said)
     assert any("rows/s" in line and "tokens/s" in line and "ETA 0:00:00" in line for line in said)
     assert out.read_text() == whole.read_text()
 
@@ -148,19 +148,21 @@ def test_another_model_prompts_or_manner_is_refused(model: str, prompts: Path, t
     out = tmp_path / "texts.jsonl"
     wrote(model, prompts, out)
     before = out.read_text()
-    with pytest.raises(UsageError, match=r"temperature 1.0, now 0.5: give the same again, or choose another --out"):
+    with pytest.raises(UsageError, match=r"temperature 1.0, now 0.5: give the same settings, or choose another --out"):
         wrote(model, prompts, out, replace(MANNER, temperature=0.5))
-    with pytest.raises(UsageError, match="begun with weights"):
+    with pytest.raises(UsageError, match="written with weights"):
         wrote(saved(tmp_path / "other", seed=1), prompts, out)
-    with pytest.raises(UsageError, match="begun with prompts"):
+    with pytest.raises(UsageError, match="written with prompts"):
         wrote(model, asked(tmp_path / "more.jsonl", ["a", *PROMPTS]), out)
     (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(UsageError, match="nobody knows how it was made; choose another --out"):
+    with pytest.raises(
+        UsageError, match=r"without mine\.jsonl.settings.json, which records its settings; choose another --out"
+    ):
         wrote(model, prompts, tmp_path / "mine.jsonl")
     with FileLock(tmp_path / ".texts.jsonl.lock"), pytest.raises(BusyError, match="written by another process"):
         wrote(model, prompts, out)
     out.write_text(before + before)
-    with pytest.raises(DataError, match=rf"texts.jsonl:{len(PROMPTS) + 1} is no row of this command, or a second"):
+    with pytest.raises(DataError, match=rf"texts.jsonl:{len(PROMPTS) + 1} is not a row of this command, or repeats"):
         wrote(model, prompts, out)
     with pytest.raises(UsageError, match=r"call the file texts\.jsonl"):
         wrote(model, prompts, tmp_path / "texts.txt")
@@ -170,7 +172,7 @@ def test_prompts_that_fill_the_context_are_counted(model: str, tmp_path: Path) -
     file = asked(tmp_path / "long.jsonl", ["ab", "a" * 24, "c", "a" * 23])
     said: list[str] = []
     done = wrote(model, file, tmp_path / "texts.jsonl", said=said)
-    assert (done.rows, done.dropped) == (3, {"no room for a text in the context of 24 tokens": 1})
+    assert (done.rows, done.dropped) == (3, {"the prompt fills the context of 24 tokens": 1})
     assert any(f"dropped: 1 prompts that fill the context of 24 (first: {file}:2)" in line for line in said)
     assert [row["row"] for row in rows_of(tmp_path / "texts.jsonl")] == [0, 2, 3]
     assert wrote(model, file, tmp_path / "texts.jsonl").new == 0

@@ -1,4 +1,4 @@
-"""`quest diff`: what it must say of the step from GPT-2 to Llama."""
+"""`quest diff` from GPT-2 to Llama."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from llm_quest.models import FAMILIES
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def found():
     return diff_families("gpt2", "llama")
 
 
-def test_it_begins_with_what_the_page_says_is_new(lesson):
-    text = "\n".join(lesson.lines()[:14])
+def test_it_begins_with_what_the_page_says_is_new(found):
+    text = "\n".join(found.lines()[:14])
     assert "What is new after GPT-2" in text
     assert "RMSNorm instead of LayerNorm" in text
     assert "Commonly got wrong" in text
 
 
-def test_layers_leave_come_and_stay(lesson):
-    assert {"TokenPositionEmbedding", "LayerNorm", "MLP", "NoRotary"} <= set(lesson.removed)
-    assert {"TokenEmbedding", "RMSNorm", "GatedMLP", "RotaryEmbedding"} <= set(lesson.added)
-    assert "GroupedQueryAttention" in lesson.shared
-    assert lesson.added["RMSNorm"].startswith("y = x / sqrt(mean(x^2) + eps) * weight")
+def test_layers_leave_come_and_stay(found):
+    assert {"TokenPositionEmbedding", "LayerNorm", "MLP", "NoRotary"} <= set(found.removed)
+    assert {"TokenEmbedding", "RMSNorm", "GatedMLP", "RotaryEmbedding"} <= set(found.added)
+    assert "GroupedQueryAttention" in found.shared
+    assert found.added["RMSNorm"].startswith("y = x / sqrt(mean(x^2) + eps) * weight")
 
 
-def test_the_sizes_nearest_to_each_other_are_compared(lesson):
-    assert (lesson.a, lesson.b) == ("gpt2-xl", "llama3.2-1b")
-    rows = {name: (a, b) for name, a, b in lesson.numbers}
+def test_the_sizes_nearest_to_each_other_are_compared(found):
+    assert (found.a, found.b) == ("gpt2-xl", "llama3.2-1b")
+    rows = {name: (a, b) for name, a, b in found.numbers}
     assert rows["parameters"] == ("1,557,611,200", "1,235,814,400")
     assert rows["cache bytes per token (bfloat16)"] == ("307,200", "32,768")
     assert rows["num_key_value_heads"] == ("-", "8")
 
 
-def test_the_code_is_set_line_against_line(lesson):
-    block = lesson.code["block"]
-    assert ("gone", "        rotary=NoRotary(),") in block
-    assert ("new", "        rotary=config.rotary,") in block
+def test_the_code_is_set_line_against_line(found):
+    block = found.code["block"]
+    assert ("removed", "        rotary=NoRotary(),") in block
+    assert ("added", "        rotary=config.rotary,") in block
     assert ("same", "        num_attention_heads=config.num_attention_heads,") in block
-    assert list(lesson.code) == ["Config", "block", "assemble"]
+    assert list(found.code) == ["Config", "block", "assemble"]
 
 
-def test_colour_changes_nothing_but_colour(lesson):
-    plain, coloured = lesson.lines(), lesson.lines(colour=True)
+def test_colour_changes_nothing_but_colour(found):
+    plain, coloured = found.lines(), found.lines(colour=True)
     stripped = [line.replace("\033[0m", "") for line in coloured]
     for code in ("\033[1m", "\033[2m", "\033[31m", "\033[32m"):
         stripped = [line.replace(code, "") for line in stripped]
@@ -56,38 +56,38 @@ def test_colour_changes_nothing_but_colour(lesson):
     assert any(line.startswith("\033[32m+ ") for line in coloured)
 
 
-def test_old_and_new_code_can_be_read_back(lesson):
-    code = lesson.code["assemble"]
-    assert next(text for style, text in code if style != "new").startswith("def assemble")
-    assert 'ModelSpec("gpt2", config)' in "\n".join(text for style, text in code if style != "new")
-    assert 'ModelSpec("gpt2", config)' not in "\n".join(text for style, text in code if style != "gone")
+def test_old_and_new_code_can_be_read_back(found):
+    code = found.code["assemble"]
+    assert next(text for style, text in code if style != "added").startswith("def assemble")
+    assert 'ModelSpec("gpt2", config)' in "\n".join(text for style, text in code if style != "added")
+    assert 'ModelSpec("gpt2", config)' not in "\n".join(text for style, text in code if style != "removed")
 
 
-def test_two_presets_of_one_page_differ_in_numbers_alone():
+def test_two_presets_of_one_family_differ_in_numbers_alone():
     found = diff_families("llama3.2-1b", "llama3.1-8b")
     assert found.code == {}
     assert found.docstring == ()
     assert ("rotary", "base 500,000, Llama3Scaling x32", "base 500,000, Llama3Scaling x8") in found.numbers
 
 
-def test_a_preset_stands_for_itself_and_a_page_for_its_nearest_size():
+def test_a_preset_stands_for_itself_and_a_family_for_its_nearest_size():
     assert diff_families("gpt2-tiny", "llama3.2-tiny").a == "gpt2-tiny"
     assert diff_families("gpt2", "gpt2-tiny").a == "gpt2"
 
 
-def test_every_pair_of_neighbouring_pages_makes_a_lesson():
+def test_every_pair_of_neighbouring_families_can_be_compared():
     tiny = [next(one.name for one in page.presets if one.name.endswith("-tiny")) for page in FAMILIES]
     for a, b in pairwise(tiny):
         json.dumps(diff_families(a, b).as_json())
 
 
 def test_a_thing_is_not_compared_with_itself():
-    with pytest.raises(UsageError, match="name two pages or presets"):
+    with pytest.raises(UsageError, match="name two families or presets"):
         diff_families("llama", "llama")
 
 
 def test_what_is_gone_stands_before_what_is_new():
-    assert list(diff_lines(["a", "b"], ["a", "c"])) == [("same", "a"), ("gone", "b"), ("new", "c")]
+    assert list(diff_lines(["a", "b"], ["a", "c"])) == [("same", "a"), ("removed", "b"), ("added", "c")]
 
 
 def test_a_first_sentence_ends_at_its_full_stop():

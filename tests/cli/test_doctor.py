@@ -62,7 +62,7 @@ def test_offline_variables_and_the_cache_are_told(monkeypatch, tmp_path):
         ({"threads": 64, "usable_cores": 2}, "64 threads on 2 usable cores", "OMP_NUM_THREADS=2"),
         ({"threads": 1, "usable_cores": 4, "variables": {"OMP_NUM_THREADS": "1"}}, "leaves cores idle", "set it to 4"),
         ({"disk_free": 10**8}, "0.1 GB of disk", "free some"),
-        ({"memory_available": 10**8}, "0.1 GB of memory", "micro_rows"),
+        ({"memory_available": 10**8}, "0.1 GB of memory", "micro_batch_size"),
         ({"packages": {"jinja2": None, "transformers": None}}, "jinja2 cannot be found", "pip install"),
     ],
 )

@@ -169,7 +169,7 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, str
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["train", "tiny", "optimizer.lrr=1", "max_steps=x"], 2, "did you mean 'lr'"),
+        (["train", "tiny", "learning_rat=1", "max_steps=x"], 2, "did you mean 'learning_rate'"),
         (["train", "tyni"], 2, "did you mean 'tiny'"),
         (["train", "broken.yaml"], 2, "broken.yaml:3"),
         (["train", "tiny", "data.source=nothing.txt"], 3, "nothing.txt does not exist"),
@@ -179,7 +179,7 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, str
         (
             ["train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "learning_rate=0.3", "--out", "run"],
             7,
-            "optimizer.lr: 0.005 -> 0.3",
+            "learning_rate: 0.005 -> 0.3",
         ),
         (
             ["train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "--out", "run", "--resume", "never"],

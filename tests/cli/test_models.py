@@ -57,7 +57,7 @@ def test_an_image_encoder_is_drawn_and_counted_by_the_image():
     drawn = "\n".join(portrait.lines())
     assert "images (B,C,H,W)" in drawn
     assert "blocks 0 to 11, 12 alike" in drawn
-    assert "197 tokens, everyone sees everyone, nothing is cached" in drawn
+    assert "197 tokens, each attends to all, nothing is cached" in drawn
     assert (portrait.cache_total, portrait.image_tokens) == (0, 197)
     assert sum(portrait.parts.values()) == portrait.parameters == 86_567_656
     # patches and 11 blocks of 197 tokens; in the last block only the class token asks and is worked on
@@ -72,7 +72,7 @@ def test_a_vision_language_model_is_an_encoder_an_adapter_and_a_decoder():
     portrait = make_model_card("llava-1.5-7b")
     drawn = "\n".join(portrait.lines())
     assert "23 alike" in drawn
-    assert "576 vectors, in place of as many placeholders" in drawn
+    assert "576 vectors, in place of as many placeholder tokens" in drawn
     assert portrait.parts["image encoder"] == 303_507_456
     assert portrait.parts["adapter"] == 1024 * 4096 + 4096 * 4096 + 2 * 4096
     assert sum(portrait.parts.values()) == portrait.parameters == 7_063_427_072
@@ -93,7 +93,7 @@ def test_the_published_numbers_of_llama_3_2_1b():
     assert portrait.cache_per_token == 16 * 2 * 8 * 64 * 2
     assert portrait.cache_fixed == 0
     assert portrait.load == {"float32": 4 * 1_235_814_400, "bfloat16": 2 * 1_235_814_400}
-    assert "the embedding itself" in "\n".join(portrait.picture)
+    assert "tied to the embedding" in "\n".join(portrait.picture)
     assert sum("blocks 0 to 15, 16 alike" in line for line in portrait.picture) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_folder_is_shown_by_its_config(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "is not JSON"), ("[]", "a JSON object"), ('{"model_type": "bert"}', "'bert' has no page here; known: gpt2")],
+    [("{", "is not JSON"), ("[]", "a JSON object"), ('{"model_type": "bert"}', "'bert' is not supported; known: gpt2")],
 )
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, content, said):
     (tmp_path / "config.json").write_text(content)

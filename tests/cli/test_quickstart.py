@@ -57,8 +57,8 @@ def test_the_tour_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
             run, overrides=SMALL, stage_overrides=small | {"sft": [*small["sft"], "max_time=0.001s"]}, log=told.append
         )
     assert told[-2:] == [
-        f"Interrupted; what was learned is saved. quest train {run / 'sft'} goes on with it.",
-        f"The tour ends here; what it finished stays in {run}. quest quickstart --out {run} begins it anew.",
+        f"Interrupted; the checkpoint is saved. quest train {run / 'sft'} resumes it.",
+        f"Interrupted. The finished stages stay in {run}; quest quickstart --out {run} starts again.",
     ]
     assert (run / "sft" / "checkpoints" / "step-00000001").is_dir()
     assert not (run / "dpo").exists()
@@ -90,7 +90,7 @@ def test_the_tour_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     low, high = found.stages["dpo"].intervals[1]
     assert 0 <= low <= found.stages["dpo"].after <= high <= 1
     assert found.stages["grpo"].after == pytest.approx(summary(run / "grpo", "accuracy"))
-    assert [one.question.split()[1] for one in found.answers] == [one.manual for one in found.answers]
+    assert [one.question.split()[1] for one in found.answers] == [one.reference for one in found.answers]
     assert load_tokenizer(found.export).chat_template == ChatTemplate(load_tokenizer(found.run)).template
 
 
@@ -101,6 +101,6 @@ def summary(run: Path, measure: str) -> float:
 
 def test_a_folder_that_is_no_tour_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="not from an earlier tour"):
+    with pytest.raises(UsageError, match="not from an earlier quickstart"):
         run_quickstart(tmp_path, log=lambda line: None)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"

@@ -95,14 +95,14 @@ def test_mistakes_are_answered(vit: Path, vlm: Path, tmp_path: Path):
         classify_image(str(vit / "run"), broken)
     with pytest.raises(DataError, match="there is no such image"):
         classify_image(str(vit / "run"), tmp_path / "absent.png")
-    with pytest.raises(UsageError, match="is no classifier of images; make one with quest train vit"):
+    with pytest.raises(UsageError, match="is not an image classifier; train one with quest train vit"):
         classify_image(str(vlm / "run"), scene_file)
     text = quest.save(build("llama3.2-tiny"), tmp_path / "text")
-    with pytest.raises(UsageError, match="is no classifier of images"):
+    with pytest.raises(UsageError, match="is not an image classifier"):
         classify_image(str(text), scene_file)
     refused = run("generate", str(vlm / "run"), "-p", "a", "--image", scene_file, "--slide")[2]
     assert isinstance(refused, UsageError)
-    assert "--slide would leave the image behind" in str(refused)
+    assert "--slide would drop the image" in str(refused)
     refused = run("chat", str(vlm / "run"), "--image", scene_file, "--system", "be kind")[2]
     assert isinstance(refused, UsageError)
 

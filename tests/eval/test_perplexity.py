@@ -80,7 +80,7 @@ def test_the_model_is_left_as_it_was(model, tokenizer):
 
 def test_baselines_read_the_training_text_or_nothing(model, tokenizer):
     alone = evaluate_documents(model, tokenizer, DOCUMENTS)
-    assert all(name.endswith("nothing read before") for name in alone.baselines)
+    assert all(name.endswith("without training text") for name in alone.baselines)
     beside = evaluate_baselines(DOCUMENTS[:3], DOCUMENTS[3:], tokenizer)
     assert "Kneser-Ney 5-gram, bytes" in beside
     assert beside["Kneser-Ney 5-gram, bytes"] < beside["unigram, bytes"]
@@ -117,7 +117,7 @@ def test_the_finding_is_json_and_lines(model, tokenizer):
     json.dumps(found.as_json())
     text = "\n".join(found.lines())
     assert "four documents: 4 documents" in text
-    assert "xz -9e, nothing read before" in text
+    assert "xz -9e, without training text" in text
 
 
 def test_what_cannot_be_evaluated_is_refused(model, tokenizer):
@@ -126,5 +126,5 @@ def test_what_cannot_be_evaluated_is_refused(model, tokenizer):
     with pytest.raises(UsageError, match="longer than the model's context of 512"):
         evaluate_documents(model, tokenizer, DOCUMENTS, length=513)
     small = build(Config(50, 32, 1, 4, 2, 8, 64, 512, RotaryEmbedding(8, 10_000.0), tie_word_embeddings=True))
-    with pytest.raises(UsageError, match="do not belong together"):
+    with pytest.raises(UsageError, match="load the tokenizer that the model was trained with"):
         evaluate_documents(small, tokenizer, DOCUMENTS)

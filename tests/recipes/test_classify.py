@@ -123,7 +123,7 @@ def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_pat
             *pairs[1:3],
             "data.label_column=mail",
         )
-    with pytest.raises(UsageError, match="is no classifier of texts"):
+    with pytest.raises(UsageError, match="is not a text classifier"):
         classify_text(str(start), "hello")
 
 
