@@ -72,7 +72,12 @@ def ours(model: Decoder, tokenizer: Tokenizer, kind: str, steps: int, split: dic
     )
     plan = RolloutPlan(prompts_per_rollout=PROMPTS, num_generations=GROUP)
     feed = RolloutLoader(
-        policy, Again(tokenizer), writer, scoring, plan, reference_scorer=partial(token_log_probs, reference)
+        policy,
+        Again(tokenizer),
+        writer,
+        scoring,
+        plan,
+        scorers={"reference_log_probs": partial(token_log_probs, reference)},
     )
     objective = PolicyGradientLoss(policy, kl=KLPenalty(BETA))
 

@@ -30,7 +30,7 @@ from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.preference import PreferenceLoss
+from llm_quest.objectives.preference import DPO, PreferenceLoss
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.reference_model import compute_log_probs
 from llm_quest.train.arguments import TrainingArguments
@@ -59,7 +59,7 @@ def ours(model: Decoder, rows: list[TokenizedPreference], kind: str, steps: int)
     source = PreferenceDataset(rows, share_prompts=True)
     with torch.no_grad():
         source.reference_log_probs = compute_log_probs(policy, source, torch.device("cpu"))
-    objective = PreferenceLoss(policy, beta=BETA)
+    objective = PreferenceLoss(policy, DPO(BETA))
 
     def run() -> None:
         feed = ShardedLoader(source, batch_size=ROWS, micro_batch_size=ROWS, seed=0)

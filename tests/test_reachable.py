@@ -37,8 +37,6 @@ EXCEPTIONS = {
     "is_held_out_document": "POLICY removes it",
     "WeightedSumReward": "POLICY wires it or removes it",
     "SafeReward": "POLICY wires it or removes it",
-    "PromptedProblem": "POLICY removes it",
-    "ProblemSource": "POLICY removes it",
     "VerifierProcess": "POLICY wires it or removes it",
     "serve_verifier": "POLICY wires it or removes it",
     "verify_with_math_verify": "POLICY wires it or removes it",

@@ -101,7 +101,6 @@ def plan_policy(config: GrpoConfig, settings: RawConfig, *, measure: bool, log: 
     meter = FlopsMeter(
         ModelCost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None)
     )
-    policy.rollouts.on_rollout = meter.count_sampling
     log(f"timing {TIMED_ROLLOUTS} real rollouts, and the steps that learn from them")
     times, largest, length = time_policy_steps(config, policy, MeteredRolloutLoader(policy.rollouts, meter), device)
     bf16, step = config.precision == "bf16", sum(times)

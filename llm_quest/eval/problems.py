@@ -22,7 +22,7 @@ from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.hub.gsm8k import is_gsm8k, load_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.rewards import score_correctness
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import count_outcomes
 
 EncodePrompt = Callable[[str], list[int]]

@@ -15,7 +15,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.problems import Problem, SplitName, draw_problem
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.preference import PreferenceLoss, sequence_log_probs
+from llm_quest.objectives.preference import DPO, PreferenceLoss, make_preference_loss, sequence_log_probs
 from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict
 from llm_quest.papers.reverse import EXPERIMENT
 from llm_quest.papers.rl_lab import base_policy, train_for_steps
@@ -89,7 +89,7 @@ class CleanPairsEvaluator:
 
     @torch.no_grad()
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
-        metrics = PreferenceLoss(model, beta=BETA)(self.pairs.collate(range(len(self.pairs)))).metrics
+        metrics = PreferenceLoss(model, DPO(BETA))(self.pairs.collate(range(len(self.pairs)))).metrics
         return {
             key: float(metrics[f"rewards/{key}"][0] / metrics[f"rewards/{key}"][1]) for key in ("accuracy", "margin")
         }
@@ -102,8 +102,8 @@ def make_arm(loss: str, flips: float) -> Callable[[int], Measurement]:
         model = base_policy(EXPERIMENT, seed)
         train = add_reference_log_probs(model, make_pairs("train", PAIRS, flips, seed))
         held_out = add_reference_log_probs(model, make_pairs("test", HELD_OUT, 0.0, 0))
-        smoothing = flips if loss != "dpo" else 0.0
-        objective = PreferenceLoss(model, loss_type=loss, beta=BETA, label_smoothing=smoothing)
+        smoothing = {"label_smoothing": flips} if loss != "dpo" else {}
+        objective = PreferenceLoss(model, make_preference_loss(loss, beta=BETA, **smoothing))
         rows = train_for_steps(
             objective,
             RepeatedPairsLoader(train, seed),

@@ -19,7 +19,7 @@ from llm_quest.rollouts.model_reward import ModelReward, ReplayLoader, make_comp
 from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
 from llm_quest.rollouts.rewards import CorrectnessReward
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.techniques.score_head import ScoreHead
 
 PHASES, STEPS = 4, 25

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
-from llm_quest.objectives.preference import PreferenceLoss, sequence_log_probs
+from llm_quest.objectives.preference import PreferenceLoss, relative_log_probs, sequence_log_probs
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.job import (
     LogFn,
@@ -56,13 +56,8 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
     )
     set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
     callbacks = apply_config_techniques(config, model, log)
-    objective = PreferenceLoss(
-        model,
-        loss_type=config.loss_type,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        per_token=config.average_log_prob,
-    )
+    loss = config.build_loss()
+    objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob)
     row_loader = pairs_loader(config, pairs, parallel)
     share = can_share_prompts(config) and parallel.strategy != "fsdp"  # which shards a block again after its first pass
     row_loader.source.share_prompts = share
@@ -80,6 +75,8 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
     def compute_reference() -> Callable[[Path], None]:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
         comparable; of the training pairs where nothing else computes them."""
+        if not loss.needs_reference:
+            return lambda folder: None
         kind = resolve_precision(config.precision, parallel.device).value
         mine = [] if objective.reference is not None else list(pairs.train)
         found = reference_log_probs(model, [*mine, *pairs.held_out], out, parallel, kind, log, share_prompts=share)
@@ -88,8 +85,10 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
         return found.save
 
     def implicit_rewards(model: Any, batch: PreferenceBatch) -> Tensor:
-        assert batch.reference_log_probs is not None, "the probe gives it"
-        return config.beta * (sequence_log_probs(model, batch) - batch.reference_log_probs)
+        """beta (log p - log p_ref) of each answer, as the loss has it."""
+        reference = batch.reference_log_probs if loss.needs_reference else None
+        log_probs = sequence_log_probs(model, batch)
+        return loss.beta * relative_log_probs(log_probs, reference, batch.targets, average=loss.average_log_prob)
 
     evaluator = PairsEvaluator(pairs.held_out, config.eval_steps, implicit_rewards)
     data_info = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)

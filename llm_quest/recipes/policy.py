@@ -29,7 +29,7 @@ from llm_quest.recipes.policy_config import PolicyConfig
 from llm_quest.recipes.run import init_distributed, init_run_dir
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.reward_pipeline import RewardPipeline, StepRewards, WeightedReward
-from llm_quest.rollouts.rollouts import LogProbScorer, PromptSource, RolloutCallback, RolloutLoader, RolloutPlan
+from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
 from llm_quest.rollouts.sampler import Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.lora import disable_adapter, is_adapter
@@ -81,7 +81,6 @@ def build_policy_setup(
     *,
     normalize_rewards_separately: bool = False,
     steps: StepRewards | None = None,
-    on_sampled: RolloutCallback | None = None,
     read_all: bool = False,
 ) -> PolicySetup:
     """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
@@ -110,11 +109,14 @@ def build_policy_setup(
     if config.attention_coef:
         tap_last_layer(model)
     writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config)
-    score = log_prob_scorer(model, config) if plan.rescore_old_log_probs else None
-    look = attention_scorer(model) if config.attention_coef else None
+    scorers = {
+        **({"old_log_probs": log_prob_scorer(model, config)} if config.sampler_correction is not None else {}),
+        **({"reference_log_probs": reference} if reference is not None else {}),
+        **({"attention_maps": attention_scorer(model)} if config.attention_coef else {}),
+    }
     loader = RolloutLoader(
-        model, make_question, writer, scoring, plan, reference_scorer=reference, policy_scorer=score, attention_scorer=look, on_rollout=on_sampled,
-        share=parallel.data_shard, all_gather=parallel.all_gather, read_all=read_all or config.entropy_coef > 0,
+        model, make_question, writer, scoring, plan, scorers=scorers, processes=parallel,
+        read_all=read_all or config.entropy_coef > 0,
     )  # fmt: skip
     return PolicySetup(policy_objective(config, model), loader, callbacks)
 
@@ -145,7 +147,6 @@ def rollout_plan(config: PolicyConfig) -> RolloutPlan:
         max_micro_batch_tokens=config.micro_batch_tokens,
         share_prompts=can_share_prompts(config) and not config.attention_coef,
         kl_coef=config.kl_coef if config.kl_placement == "reward" else 0.0,
-        rescore_old_log_probs=config.sampler_correction is not None,
         seed=derive_seed(config.seed, "sampling"),
     )
 
@@ -171,12 +172,12 @@ def tap_last_layer(model: Decoder) -> None:
         raise UsageError(f"attention cannot be learned on this model: {error}") from None
 
 
-def attention_scorer(model: Decoder) -> LogProbScorer:
+def attention_scorer(model: Decoder) -> RowScorer:
     return lambda batch: compute_attention_policy(model, batch.input_ids)
 
 
-def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> LogProbScorer:
-    """Scores a batch at the temperature it was sampled at. adapters_disabled: with the adapters off."""
+def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> RowScorer:
+    """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
 
     def score(batch: Any) -> torch.Tensor:
         with disable_adapter(model) if adapters_disabled else nullcontext():

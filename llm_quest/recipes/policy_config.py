@@ -166,7 +166,7 @@ class PolicyConfig(RunConfig):
     def build_surrogate(self) -> Surrogate:
         """The variant's, with the numbers that were given."""
         base: Any = POLICY_VARIANTS[self.loss_type].surrogate
-        known = [field.name for field in dataclasses.fields(base) if field.name != "ratio"]
+        known = [field.name for field in dataclasses.fields(base) if field.name != "importance_ratio"]
         for name in self.loss_kwargs:
             if name not in known:
                 raise ValueError(

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.objectives.preference import PREFERENCE_LOSSES
-from llm_quest.objectives.preference import check_preference_options as require_preference_loss
+from llm_quest.objectives.preference import PREFERENCE_LOSSES, PairwiseLoss, make_preference_loss
 from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import (
@@ -135,6 +134,7 @@ class DpoConfig(PairBatchedConfig):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="cdpo and robust: the fraction of wrong labels"
     )
+    loss_kwargs: dict[str, float] = Field(default_factory=dict, description="further numbers of the loss")
     average_log_prob: bool = Field(
         default=False, description="means over tokens in place of sums, as TRL has it for ipo"
     )
@@ -149,9 +149,21 @@ class DpoConfig(PairBatchedConfig):
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
     @model_validator(mode="after")
-    def flips_of_the_loss(self) -> DpoConfig:
-        require_preference_loss(self.loss_type, self.beta, self.label_smoothing)
+    def check_loss(self) -> DpoConfig:
+        loss = self.build_loss()
+        if loss.needs_reference:
+            return self
+        for key in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no effect on loss_type={self.loss_type}, which has no reference; leave it out"
+                )
         return self
+
+    def build_loss(self) -> PairwiseLoss:
+        """The loss of this name with its numbers."""
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return make_preference_loss(self.loss_type, beta=self.beta, **smoothing, **self.loss_kwargs)
 
     @model_validator(mode="after")
     def check_single_reference(self) -> DpoConfig:

@@ -18,7 +18,7 @@ from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset, 
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 RewardModelScorer = Callable[[Sequence[Sequence[int]]], Tensor]
 

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_quest.contracts import Reward
-from llm_quest.data.policy_batch import PolicyRow
 from llm_quest.errors import DataError, UsageError
 from llm_quest.rollouts.advantages import (
     ADVANTAGE_ESTIMATORS,
@@ -26,7 +25,7 @@ from llm_quest.rollouts.advantages import (
     process_supervision_advantages,
     reward_spread,
 )
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 SampleGroup = Sequence[Sample]
 StepRewards = Callable[[Sample], Sequence[tuple[int, float]]]
@@ -156,7 +155,3 @@ def score_group(weighted_reward: WeightedReward, group: SampleGroup) -> list[flo
 def overlong_penalty(length: int, max_new_tokens: int, window: int) -> float:
     """DAPO's soft punishment (arXiv:2503.14476, eq. 13): 0 up to budget - window, then falling to -1 at the budget."""
     return -min(1.0, max(0.0, (length - (max_new_tokens - window)) / window))
-
-
-def make_policy_row(sample: Sample, advantages: np.ndarray) -> PolicyRow:
-    return PolicyRow(sample.prompt_ids, sample.completion_ids, advantages, np.array(sample.logprobs, np.float32))

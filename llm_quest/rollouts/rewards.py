@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from llm_quest.contracts import Reward
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import UsageError
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import UNSCORABLE, is_well_formed, verify_answer
 
 

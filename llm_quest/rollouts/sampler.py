@@ -1,4 +1,4 @@
-"""The policy writes: groups of samples, drawn by the same engine and the same weights that are trained.
+"""Samples groups of completions from the policy, by the same engine and the same weights that are trained.
 
 Sampling is pure: temperature alone. Top-k, top-p and min-p draw from another distribution than the one that is scored
 afterwards, and the ratio of the policy with itself would be the mass they kept."""
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 
@@ -17,7 +17,6 @@ from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.models.decoder import Decoder
-from llm_quest.rollouts.sample import Sample
 
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
@@ -30,18 +29,38 @@ class DecodingTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class PolicyPrompt:
-    """What is asked: the prompt's ids and the problem they came from."""
+    """A prompt's ids and the problem they came from."""
 
     prompt_ids: tuple[int, ...]
     problem: Any = None
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A completion as it was sampled, token by token.
+
+    completion_ids: the end-of-text token included if it was sampled. logprobs: of each, under the distribution that was
+    sampled. finish_reason: "length" where the budget cut it. text: the decoded completion alone, without the prompt and
+    the end-of-text token: a reward that also reads the prompt is satisfied by the prompt's own example."""
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["eos", "length", "stop"]
+    text: str
+    problem: Any = None
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """`writer(policy, questions, n, seed) -> groups`: n samples of each question, those of one question together.
+    """`sampler(policy, prompts, n, seed) -> groups`: n samples of each prompt, those of one prompt together.
 
-    eos_token_ids: every token that ends a text. autocast_context: what to sample under (autocast, the same as in
-    training). batch_size: rows sampled together, 0 for all."""
+    eos_token_ids: every token that ends a text. autocast_context: what to sample under, the same as in training.
+    batch_size: rows sampled together, 0 for all."""
 
     tokenizer: DecodingTokenizer
     eos_token_ids: tuple[int, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_quest.generation.detokenizer import StreamingTokenizer
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import verify_steps
 
 

@@ -34,7 +34,7 @@ def dry(recipe: str, *pairs: str) -> DryRunResult:
         (
             "dpo",
             ["loss_type=dpo", "label_smoothing=0.1"],
-            "label_smoothing 0.1 has no effect on dpo; take the loss cdpo or robust",
+            "label_smoothing 0.1 has no effect on loss_type=dpo; take loss_type=cdpo or robust",
         ),
         ("dpo", ["loss_type=cdpo"], "cdpo needs label_smoothing"),
         ("dpo", ["sync_ref_model=true", "parallel=fsdp"], "sync_ref_model keeps a whole copy"),

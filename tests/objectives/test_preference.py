@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from llm_quest.data.preference_pairs import collate_preferences
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build, preset
-from llm_quest.objectives.preference import PREFERENCE_LOSSES, PreferenceLoss, sequence_log_probs
+from llm_quest.objectives.preference import (
+    DPO,
+    IPO,
+    PREFERENCE_LOSSES,
+    ConservativeDPO,
+    PairwiseLoss,
+    PreferenceLoss,
+    make_preference_loss,
+    sequence_log_probs,
+)
 from tests.objectives.rated import Answering, elements, gradients, tiny, trainer, trl_inputs
 
 D = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -24,12 +34,18 @@ TABLE = [
     ("cdpo", 0.5, 0.2, 0.536871, -0.060411), ("robust", 0.5, 0.1, 0.293121, -0.222911),
     ("ipo", 0.1, 0.0, 12.25, None), ("ipo", 0.5, 0.0, 0.25, None), ("hinge", 0.5, 0.0, 0.25, -0.5),
 ]  # fmt: skip
+
+
+def made(name: str, flips: float, beta: float = 0.1) -> PairwiseLoss:
+    return make_preference_loss(name, beta=beta, **({"label_smoothing": flips} if flips else {}))
+
+
 NAMED = [("dpo", 0.0), ("cdpo", 0.1), ("robust", 0.1), ("ipo", 0.0), ("hinge", 0.0)]
 
 
 @pytest.mark.parametrize(("name", "beta", "flips", "loss", "slope"), TABLE)
 def test_vector_dpo_1(name, beta, flips, loss, slope):
-    found = PREFERENCE_LOSSES[name].loss(D, beta, flips)
+    found = made(name, flips, beta)(D)
     assert found.item() == pytest.approx(loss, abs=1e-6)
     if slope is not None:
         assert torch.autograd.grad(found, D)[0].item() == pytest.approx(slope, abs=1e-6)
@@ -75,17 +91,36 @@ def test_log_probabilities_are_summed_and_rewards_carry_beta():
 def test_means_over_tokens_are_another_loss_and_have_to_be_asked_for():
     policy, batch = told()
     found = {
-        (loss, beta): PreferenceLoss(policy, loss_type=loss, beta=beta, per_token=True)(batch).total.item()
-        for loss, beta in (("dpo", 0.1), ("ipo", 0.1), ("ipo", 0.5))
+        loss: PreferenceLoss(policy, loss, average_log_prob=True)(batch).total.item()
+        for loss in (DPO(0.1), IPO(0.1), IPO(0.5))
     }
-    assert found["dpo", 0.1] == pytest.approx(0.662385, abs=1e-6)
-    assert found["ipo", 0.1] == pytest.approx(19.140625, abs=1e-6)
-    assert found["ipo", 0.5] == pytest.approx(0.140625, abs=1e-6)
+    assert found[DPO(0.1)] == pytest.approx(0.662385, abs=1e-6)
+    assert found[IPO(0.1)] == pytest.approx(19.140625, abs=1e-6)
+    assert found[IPO(0.5)] == pytest.approx(0.140625, abs=1e-6)
+
+
+@dataclass(frozen=True)
+class LogRatioAlone:
+    """A loss of the policy alone, whose D is a mean over tokens."""
+
+    beta: float = 1.0
+    needs_reference: ClassVar[bool] = False
+    average_log_prob: ClassVar[bool] = True
+
+    def __call__(self, margin: torch.Tensor) -> torch.Tensor:
+        return margin
+
+
+def test_a_loss_may_do_without_a_reference_and_ask_for_means():
+    policy, batch = told()
+    objective = PreferenceLoss(policy, LogRatioAlone())
+    assert objective(batch).total.item() == pytest.approx(-1.75 / 3 + 2.75 / 2)
+    assert objective(replace(batch, reference_log_probs=None)).total.item() == pytest.approx(-1.75 / 3 + 2.75 / 2)
 
 
 def test_cdpo_rests_at_its_optimum_and_pushes_back_beyond():
     at = torch.tensor([13.862944, 20.0], dtype=torch.float64, requires_grad=True)
-    found = PREFERENCE_LOSSES["cdpo"].loss(at, 0.1, 0.2)
+    found = ConservativeDPO(0.2)(at)
     slope = torch.autograd.grad(found.sum(), at)[0]
     assert found[0].item() == pytest.approx(0.500402, abs=1e-6)
     assert slope[0].abs() < 1e-7
@@ -94,10 +129,10 @@ def test_cdpo_rests_at_its_optimum_and_pushes_back_beyond():
 
 @pytest.mark.parametrize(("name", "flips"), [("dpo", 0.0), ("cdpo", 0.2)])
 def test_swapping_the_answers_is_a_negative_margin(name, flips):
-    other = PREFERENCE_LOSSES[name].loss(-D, 0.3, flips)
+    other = made(name, flips, 0.3)(-D)
     if name == "cdpo":
-        assert other.item() == pytest.approx(PREFERENCE_LOSSES[name].loss(D, 0.3, 1 - flips).item())
-    assert (other - PREFERENCE_LOSSES[name].loss(D, 0.3, flips)).item() == pytest.approx((1 - 2 * flips) * 0.3 * 1.5)
+        assert other.item() == pytest.approx(ConservativeDPO(1 - flips, 0.3)(D).item())
+    assert (other - made(name, flips, 0.3)(D)).item() == pytest.approx((1 - 2 * flips) * 0.3 * 1.5)
 
 
 def batch_of(model, number=4, **options):
@@ -111,7 +146,7 @@ def test_a_policy_that_is_its_reference_has_loss_ln_2():
     batch = collate_preferences(elements())
     batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
     for name, flips in (("dpo", 0.0), ("cdpo", 0.1)):
-        loss = PreferenceLoss(model, loss_type=name, label_smoothing=flips)(batch)
+        loss = PreferenceLoss(model, made(name, flips))(batch)
         assert (loss.total / loss.count).item() == pytest.approx(math.log(2), abs=1e-9)
 
 
@@ -127,7 +162,7 @@ def test_what_is_added_to_both_answers_of_a_question_changes_nothing():
 def test_splitting_a_batch_adds_and_padding_is_invisible(name, flips, answers):
     """Elements of other lengths make rows of other widths: each alone, and all together."""
     model = tiny()
-    objective = PreferenceLoss(model, loss_type=name, label_smoothing=flips)
+    objective = PreferenceLoss(model, made(name, flips))
     rated = elements(5, answers=answers)
     known = np.linspace(-9, -4, 5 * answers).reshape(5, answers)
     whole = objective(collate_preferences(rated, list(known)))
@@ -144,7 +179,7 @@ def test_splitting_a_batch_adds_and_padding_is_invisible(name, flips, answers):
 def test_gradients_are_those_of_finite_differences(name, flips):
     model = tiny()
     batch = batch_of(model, 2)
-    objective = PreferenceLoss(model, loss_type=name, beta=0.3, label_smoothing=flips)
+    objective = PreferenceLoss(model, made(name, flips, 0.3))
     weight = model.blocks[0].mixer.layer.out.weight
     slope = gradients(model, objective(batch).total)[[id(p) for p in model.parameters()].index(id(weight))]
     generator = torch.Generator().manual_seed(1)
@@ -178,19 +213,24 @@ def test_a_reference_may_be_computed_and_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("name", "numbers", "said"),
     [
-        ({"label_smoothing": 0.1}, "label_smoothing 0.1 has no effect on dpo; take the loss cdpo or robust"),
-        ({"loss_type": "ipo", "label_smoothing": 0.1}, "has no effect on ipo"),
-        ({"loss_type": "cdpo"}, "cdpo needs label_smoothing"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, "robust needs label_smoothing"),
-        ({"loss_type": "dqo"}, "no preference loss is called 'dqo'; known: dpo, cdpo"),
-        ({"beta": 0.0}, "beta is 0.0"),
+        (
+            "dpo",
+            {"label_smoothing": 0.1},
+            "label_smoothing 0.1 has no effect on loss_type=dpo; take loss_type=cdpo or ",
+        ),
+        ("ipo", {"label_smoothing": 0.1}, "has no effect on loss_type=ipo"),
+        ("hinge", {"margin": 0.5}, "margin 0.5 has no effect on loss_type=hinge; it has beta"),
+        ("cdpo", {}, "cdpo needs label_smoothing"),
+        ("robust", {"label_smoothing": 0.5}, "robust needs label_smoothing"),
+        ("dqo", {}, "no preference loss is called 'dqo'; known: dpo, cdpo"),
+        ("dpo", {"beta": 0.0}, "beta is 0.0"),
     ],
 )
-def test_an_option_without_effect_is_refused(options, said):
+def test_a_number_without_effect_is_refused(name, numbers, said):
     with pytest.raises(UsageError, match=said):
-        PreferenceLoss(tiny(), **options)
+        make_preference_loss(name, **numbers)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -204,7 +244,7 @@ def test_losses_gradients_and_rewards_equal_trl(name, flips, theirs, per_token):
 
     model = tiny()
     batch = batch_of(model, 5)
-    loss = PreferenceLoss(model, loss_type=name, beta=0.3, label_smoothing=flips, per_token=per_token)(batch)
+    loss = PreferenceLoss(model, made(name, flips, 0.3), average_log_prob=per_token)(batch)
     other = trainer(model=Answering(model), beta=0.3, loss_types=[theirs], label_smoothing=flips)
     their_loss = DPOTrainer._compute_loss(other, other.model, trl_inputs(batch), False)
     torch.testing.assert_close(loss.total / loss.count, their_loss, atol=1e-9, rtol=1e-9)
@@ -226,7 +266,7 @@ def test_eight_pairs_can_be_learned_by_heart():
     model = tiny(dtype=torch.float32)
     batch = collate_preferences(elements(8, seed=3))
     batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
-    objective, optimizer = PreferenceLoss(model, beta=0.5), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    objective, optimizer = PreferenceLoss(model, DPO(0.5)), torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):
         loss = objective(batch)
         optimizer.zero_grad()

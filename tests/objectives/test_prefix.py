@@ -25,7 +25,7 @@ from llm_quest.models.build import build
 from llm_quest.objectives.kl_penalty import KLPenalty
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
-from llm_quest.objectives.preference import PreferenceLoss
+from llm_quest.objectives.preference import DPO, PreferenceLoss
 from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
 
 TINY = [one.name for page in FAMILIES for one in page.presets if one.name.endswith("-tiny")]
@@ -127,7 +127,7 @@ RATED = [
 
 @pytest.mark.parametrize("name", TINY)
 def test_answers_that_share_their_question_have_the_same_loss_and_gradient(name: str):
-    made = PreferenceLoss(build(name, seed=1).double(), beta=0.3)
+    made = PreferenceLoss(build(name, seed=1).double(), DPO(0.3))
     known = [np.linspace(-9, -5, len(one.answers)) for one in RATED]
     batches = [collate_preferences(RATED, known, share_prompts=shared) for shared in (False, True)]
     losses = [made(batch) for batch in batches]

@@ -28,7 +28,7 @@ from llm_quest.recipes.grpo import train_grpo
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.sft_warmup import run_sft_warmup
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.step_rewards import compute_step_rewards
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.tuned import metrics, weights

@@ -194,7 +194,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["label_smoothing=0.1"], "label_smoothing 0.1 has no effect on dpo"),
+        (["label_smoothing=0.1"], "label_smoothing 0.1 has no effect on loss_type=dpo"),
         (["loss_type=cdpo"], "cdpo needs label_smoothing"),
         (["precompute_ref_log_probs=false"], "this model has no adapter"),
         (["sync_ref_model=true", "precompute_ref_log_probs=false"], "has no effect"),

@@ -6,7 +6,7 @@ import pytest
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 NAN = float("nan")
 

@@ -8,7 +8,7 @@ import pytest
 from llm_quest.data.problems import Problem
 from llm_quest.errors import UsageError
 from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward, WeightedSumReward
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifier_process import VerifierProcess, verify_with_math_verify
 
 PROBLEM = Problem("47+85=", "132", "number", "")

@@ -25,8 +25,7 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward, overlong_penalty
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
-from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
+from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler
 
 TINY = [one.name for page in FAMILIES for one in page.presets if one.name.endswith("-tiny")]
 NAN = float("nan")
@@ -54,11 +53,7 @@ def rollouts(
     policy: Decoder, *, reward: Callable = even, new_tokens: int = 8, temperature=1.0, **options
 ) -> RolloutLoader:
     scoring = options.pop("scoring", None) or RewardPipeline(rewards=(WeightedReward("even", reward),))
-    others = {
-        name: options.pop(name)
-        for name in ("reference_scorer", "policy_scorer", "ask", "share", "all_gather", "read_all")
-        if name in options
-    }
+    others = {name: options.pop(name) for name in ("scorers", "ask", "processes", "read_all") if name in options}
     at_once = options.pop("at_once", 0)
     writer = Sampler(
         tokenizer=Words(), eos_token_ids=(7, 9), max_new_tokens=new_tokens, temperature=temperature, batch_size=at_once
@@ -120,10 +115,9 @@ def test_temperature_counts():
 
 def test_what_is_trained_on_is_what_was_sampled():
     """Token for token: the prompt, the completion with the eos that ended it, and nothing where a prompt stands."""
-    seen: list = []
     feed = rollouts(build("llama3.2-tiny", seed=1), new_tokens=30)
-    feed.on_rollout = lambda groups, rewards: seen.extend(sample for group in groups for sample in group)
     batches = feed.batches(0)
+    seen = [sample for group in feed.rollout.groups for sample in group]
     learned = {}
     for batch in batches:
         for tokens, targets, sampled in zip(batch.input_ids, batch.targets, batch.sampler_log_probs, strict=True):
@@ -198,7 +192,10 @@ def test_the_bookmark_goes_on_in_the_middle_of_a_rollout():
 
     def made() -> RolloutLoader:
         return rollouts(
-            policy, num_iterations=2, minibatches=2, reference_scorer=lambda batch: token_log_probs(reference, batch)
+            policy,
+            num_iterations=2,
+            minibatches=2,
+            scorers={"reference_log_probs": lambda batch: token_log_probs(reference, batch)},
         )
 
     straight = made()
@@ -229,7 +226,7 @@ def learned(feed: RolloutLoader) -> dict[int, list[float]]:
     questions = {ask(index).prompt_ids: index for index in range(100)}
     feed.batches(0)
     found: dict[int, list[float]] = {}
-    for row in feed.read(feed.rollout.rows):
+    for row in feed.rows_to_read(feed.rollout.rows):
         found.setdefault(questions[row.prompt_ids], []).append(float(row.advantages[0]))
     return found
 
@@ -271,7 +268,7 @@ def test_a_term_that_acts_on_all_samples_has_them_all_read():
     """A KL term in the loss reads flat groups too; an entropy bonus with samples left out is refused."""
     policy, table = build("llama3.2-tiny", seed=1), {0: MIXED, 1: WRONG, 2: RIGHT, 3: MIXED}
     reference = partial(token_log_probs, build("llama3.2-tiny", seed=2))
-    feed = rollouts(policy, reward=judged_by_question(table), reference_scorer=reference)
+    feed = rollouts(policy, reward=judged_by_question(table), scorers={"reference_log_probs": reference})
     assert set(learned(feed)) == {0, 1, 2, 3}
     assert summed(policy, feed, kl=KLPenalty(0.1))[1] == 16
     with pytest.raises(UsageError, match="read_all=True"):
@@ -297,6 +294,22 @@ def test_of_several_processes_one_counts_the_samples_that_nobody_reads():
     assert counts[0] == 8
 
 
+@dataclasses.dataclass
+class Thread:
+    """One of several processes, as a thread: they put down what they have, and read what lies there."""
+
+    data_shard: DataShard
+    desk: list[Any]
+    barrier: threading.Barrier
+
+    def all_gather(self, thing: Any) -> list[Any]:
+        self.desk[self.data_shard.rank] = thing
+        self.barrier.wait()
+        told = list(self.desk)
+        self.barrier.wait()
+        return told
+
+
 def company(
     world: int, made: Callable[..., RolloutLoader], steps: int
 ) -> list[tuple[RolloutLoader, list[list[PolicyBatch]]]]:
@@ -305,14 +318,7 @@ def company(
     barrier = threading.Barrier(world, timeout=60)
 
     def work(rank: int) -> tuple[RolloutLoader, list[list[PolicyBatch]]]:
-        def gather(thing: Any) -> list[Any]:
-            desk[rank] = thing
-            barrier.wait()
-            told = list(desk)
-            barrier.wait()
-            return told
-
-        feed = made(share=DataShard(rank, world), all_gather=gather)
+        feed = made(processes=Thread(DataShard(rank, world), desk, barrier))
         return feed, [feed.batches(step) for step in range(steps)]
 
     with ThreadPoolExecutor(world) as pool:
@@ -326,7 +332,7 @@ def test_several_processes_share_one_rollout():
     def made(at_once: int = 0, **more: Any) -> RolloutLoader:
         policy = build("llama3.2-tiny", seed=1)
         options = {
-            "reference_scorer": partial(token_log_probs, build("llama3.2-tiny", seed=2)),
+            "scorers": {"reference_log_probs": partial(token_log_probs, build("llama3.2-tiny", seed=2))},
             "minibatches": 2,
             "max_sampling_rounds": 3,
         }
@@ -366,7 +372,7 @@ def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
         return rollouts(
             build("llama3.2-tiny", seed=1),
             reward=reward,
-            reference_scorer=reference,
+            scorers={"reference_log_probs": reference},
             max_micro_batch_tokens=999,
             **more,
         )
@@ -378,7 +384,7 @@ def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
     assert {"kl", "reward"} <= set(loss.metrics)
     assert float(loss.metrics["reward"][1]) == 0
     with pytest.raises(UsageError, match="4 prompts cannot be shared by 3 processes"):
-        made(share=DataShard(0, 3))
+        made(processes=Thread(DataShard(0, 3), [], threading.Barrier(3)))
 
 
 def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn():
@@ -438,13 +444,16 @@ def test_what_the_budget_cut_can_be_left_out_of_batch_and_statistics():
 
 def test_kl_in_the_reward_moves_the_baseline_too():
     policy, other = build("llama3.2-tiny", seed=1), build("llama3.2-tiny", seed=2)
-    seen: list = []
     scoring = RewardPipeline(rewards=(WeightedReward("even", even),), estimator=ADVANTAGE_ESTIMATORS["mean"])
-    feed = rollouts(policy, scoring=scoring, kl_coef=0.5, reference_scorer=lambda batch: token_log_probs(other, batch))
-    feed.on_rollout = lambda groups, rewards: seen.extend(groups)
+    feed = rollouts(
+        policy,
+        scoring=scoring,
+        kl_coef=0.5,
+        scorers={"reference_log_probs": lambda batch: token_log_probs(other, batch)},
+    )
     (batch,) = feed.batches(0)
     assert batch.reference_log_probs is None
-    for group in seen:
+    for group in feed.rollout.groups:
         rewards = []
         for sample in group:
             with torch.no_grad():
@@ -476,7 +485,7 @@ def test_process_supervision_gives_every_step_its_own_advantage():
 
 def test_rescored_rows_carry_both_log_probabilities():
     policy = build("llama3.2-tiny", seed=1)
-    feed = rollouts(policy, rescore_old_log_probs=True, policy_scorer=lambda batch: token_log_probs(policy, batch))
+    feed = rollouts(policy, scorers={"old_log_probs": lambda batch: token_log_probs(policy, batch)})
     (batch,) = feed.batches(0)
     torch.testing.assert_close(batch.old_log_probs, batch.sampler_log_probs, atol=1e-5, rtol=0)
     assert not torch.equal(batch.old_log_probs, batch.sampler_log_probs)
@@ -506,10 +515,9 @@ def test_a_reward_that_returns_nonsense_is_named(reward: Callable, told: str):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"num_generations": 1}, "siblings"),
+        ({"num_generations": 1}, "others of its group"),
         ({"temperature": 0.0}, "above 0"),
         ({"kl_coef": 0.1}, "reference"),
-        ({"rescore_old_log_probs": True}, "scorer"),
     ],
 )
 def test_plans_without_sense_are_refused(options: dict, told: str):

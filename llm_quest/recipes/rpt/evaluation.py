@@ -22,8 +22,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.rpt.positions import ENTROPY_THRESHOLDS, Position, entropy_bucket
 from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward, prefix_match
 from llm_quest.recipes.rpt.prompts import PromptBuilder
-from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.sampler import Sampler, eval_mode
+from llm_quest.rollouts.sampler import Sample, Sampler, eval_mode
 
 BUCKET_NAMES = ("trivial", "easy", "medium", "hard")
 EVAL_BATCH_SIZE = 256

@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from llm_quest.cost.flops import PassCost
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
 from llm_quest.rollouts.rollouts import RolloutLoader
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 TERA = 1e12
 
@@ -28,8 +26,8 @@ class FlopsMeter:
     def __init__(self, cost: PassCost, *, num_scorings: int = 0, flops: float = 0.0):
         self.cost, self.num_scorings, self.flops = cost, num_scorings, flops
 
-    def count_sampling(self, groups: Sequence[Sequence[Sample]], rewards: Tensor) -> None:
-        """As `RolloutLoader` calls whoever wants to look. Prompts without news have been sampled too."""
+    def count_sampling(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """The groups of a rollout. Those without spread have been sampled too."""
         for group in groups:
             before = len(group[0].prompt_ids)
             self.flops += self.cost.forward(before)
@@ -48,10 +46,11 @@ class MeteredRolloutLoader:
         self.rollout_loader, self.meter = rollout_loader, meter
 
     def batches(self, step: int) -> list[PolicyBatch]:
-        batches = self.rollout_loader.batches(step)
-        self.meter.count_training(
-            self.rollout_loader.read(self.rollout_loader.minibatch(step % self.rollout_loader.plan.steps_per_rollout))
-        )
+        loader = self.rollout_loader
+        before, batches = loader.rollout, loader.batches(step)
+        if loader.rollout is not None and loader.rollout is not before:
+            self.meter.count_sampling(loader.rollout.groups)
+        self.meter.count_training(loader.rows_to_read(loader.minibatch(step % loader.plan.steps_per_rollout)))
         metric_sums = {**batches[0].metric_sums, "teraflops": (self.meter.flops / TERA, 1.0)}
         return [replace(batches[0], metric_sums=metric_sums), *batches[1:]]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 ANSWER_PATTERN = re.compile(r"<think>(.*?)</think><answer>(.*)</answer>", re.DOTALL)
 

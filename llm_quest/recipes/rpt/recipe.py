@@ -115,10 +115,7 @@ def build_rollouts(
         cost, num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None), flops=found.flops
     )
     judges = [WeightedReward(config.reward, RPT_REWARD_BUILDERS[config.reward](config))]
-    made = build_policy_setup(
-        config, start.model, start.tokenizer, ask, judges, parallel, log, on_sampled=meter.count_sampling
-    )
-    return made, meter
+    return build_policy_setup(config, start.model, start.tokenizer, ask, judges, parallel, log), meter
 
 
 def position_question(text: RptDocuments, found: Sequence[Position], seed: int, index: int) -> PolicyPrompt:

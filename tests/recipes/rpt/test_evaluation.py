@@ -20,8 +20,7 @@ from llm_quest.recipes.rpt.evaluation import (
 from llm_quest.recipes.rpt.positions import Position
 from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward
 from llm_quest.recipes.rpt.prompts import make_prompt_builder
-from llm_quest.rollouts.sample import Sample
-from llm_quest.rollouts.sampler import Sampler
+from llm_quest.rollouts.sampler import Sample, Sampler
 
 
 def told(entropy: float, plain: bool, thought: bool, said: str | None = "a", several: bool = False) -> PositionResult:

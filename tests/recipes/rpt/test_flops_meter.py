@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, collate_policy_rows
 from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 
 class TokenPrice:
@@ -33,10 +32,10 @@ def sample(prompt: int, tokens: int) -> Sample:
 
 def test_a_prompt_is_read_once_for_its_group_and_the_last_token_never():
     meter = FlopsMeter(COST)
-    meter.count_sampling([[sample(4, 3), sample(4, 1)], [sample(2, 2), sample(2, 2)]], torch.zeros(1, 2, 2))
+    meter.count_sampling([[sample(4, 3), sample(4, 1)], [sample(2, 2), sample(2, 2)]])
     assert meter.flops == 100 * (4 + (2 + 0) + 2 + (1 + 1))
     scored = FlopsMeter(COST, num_scorings=2)
-    scored.count_sampling([[sample(4, 3), sample(4, 1)]], torch.zeros(1, 1, 2))
+    scored.count_sampling([[sample(4, 3), sample(4, 1)]])
     assert scored.flops == 100 * (4 + 2) + 2 * 100 * (6 + 4)
 
 
@@ -56,15 +55,16 @@ def test_samples_without_an_advantage_are_not_billed_for_training():
         """Rollouts whose rows are given."""
 
         plan = RolloutPlan()
+        rollout = None
 
         def batches(self, step: int) -> list[PolicyBatch]:
-            return [collate_policy_rows(self.read(self.minibatch(step)))]
+            return [collate_policy_rows(self.rows_to_read(self.minibatch(step)))]
 
         def minibatch(self, inner: int) -> list[PolicyRow]:
             one, none = np.ones(2, np.float32), np.zeros(2, np.float32)
             return [PolicyRow((1, 2, 3), (4, 5), worth, none) for worth in (one, none, -one)]
 
-        read = RolloutLoader.read
+        rows_to_read = RolloutLoader.rows_to_read
         read_all = False
 
     meter = FlopsMeter(COST)

@@ -17,7 +17,7 @@ from llm_quest.recipes.rpt.prefix_match import (
     prefix_match,
     token_boundaries,
 )
-from llm_quest.rollouts.sample import Sample
+from llm_quest.rollouts.sampler import Sample
 
 CAFE = (b" caf", b"\xc3", b"\xa9", b" is")
 
