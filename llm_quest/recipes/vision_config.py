@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from llm_quest.data.images import ImageProcessor
 from llm_quest.models import vit
 from llm_quest.models.build import preset
+from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 
@@ -176,6 +177,10 @@ class VlmModelConfig(StrictModel):
     load: str | None = Field(default=None, description="a LLaVA model's Hugging Face folder or a run folder")
 
 
+PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}
+"""The key `trainable` names parts as LLaVA does; the model's modules are these."""
+
+
 class VlmConfig(VisionConfig):
     """Images and words in, a vision-language model out."""
 
@@ -185,7 +190,7 @@ class VlmConfig(VisionConfig):
     projector: Literal["mlp", "linear"] = "mlp"
     language_model: LanguageModelConfig = LanguageModelConfig()
     model: VlmModelConfig = VlmModelConfig()
-    trainable: tuple[Literal["vision_tower", "projector", "language_model"], ...] = Field(
+    trainable: tuple[Annotated[str, Choice(PART_MODULES)], ...] = Field(
         default=("vision_tower", "projector", "language_model"), min_length=1
     )
     batch_size: PositiveInt = Field(default=64, description="images in an optimiser step, over all processes")

@@ -33,14 +33,12 @@ from llm_quest.objectives.captioning import CaptioningLoss
 from llm_quest.recipes.evaluators import save_samples
 from llm_quest.recipes.run import RunOutcome, init_distributed
 from llm_quest.recipes.vision import ImageTrainingJob, LogFn, run_image_job
-from llm_quest.recipes.vision_config import VlmConfig
+from llm_quest.recipes.vision_config import PART_MODULES, VlmConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 
 IMAGE_TOKEN = "<image>"
-PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}
-"""The key `trainable` names parts as LLaVA does; the model's modules are these."""
 VLM_EVAL_BATCH_SIZE = 64
 ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 

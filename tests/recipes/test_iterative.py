@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("iterative")
 ITERATIVE = (
     RECIPE.replace("recipe: grpo", "recipe: iterative")
     + """
-iterations: 2
+num_outer_iterations: 2
 kl_coef: 0.05
 kl_estimator: k2
 reward_model: {max_steps: 12, batch_size: 10, num_prompts: 24}
