@@ -40,7 +40,7 @@ UPWARD = (
 CIRCLES = (
     {"llm_quest.contracts", "llm_quest.layers.kv_cache", "llm_quest.scope"},  # LAYERS
     {
-        "llm_quest.recipes.pretrain_config",
+        "llm_quest.recipes.pretrain",
         "llm_quest.recipes.distillation",
         "llm_quest.recipes.tuning_config",
     },  # ENGINE

@@ -20,10 +20,9 @@ from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluat
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
 from llm_quest.recipes.config import load_run_config, parse_config
-from llm_quest.recipes.pretrain_config import PretrainConfig
-from llm_quest.recipes.vision_config import VitConfig, VlmConfig
-from llm_quest.recipes.vit import ImageAccuracyEvaluator, load_images
-from llm_quest.recipes.vlm import ImageQuestionEvaluator, load_image_text
+from llm_quest.recipes.pretrain import PretrainConfig
+from llm_quest.recipes.vit import ImageAccuracyEvaluator, VitConfig, load_images
+from llm_quest.recipes.vlm import ImageQuestionEvaluator, VlmConfig, load_image_text
 from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]

@@ -3,6 +3,7 @@ positions and documents, or, for a classifier, the token at which the head reads
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -12,18 +13,14 @@ from typing import Any
 import torch
 
 from llm_quest.cli.output import clean_text
-from llm_quest.cli.train import load_recipe
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.data.text_classification import TextClassificationBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.recipes import classify, dpo, pretrain, reward, sft
-from llm_quest.recipes.config_schema import RunConfig
-from llm_quest.recipes.pretrain_config import PretrainConfig
-from llm_quest.recipes.run import init_distributed
-from llm_quest.recipes.tuning_config import ClassifyConfig, DpoConfig, RewardConfig, SftConfig
-from llm_quest.train.parallel import DistributedContext
+from llm_quest.recipes import load_recipe
+from llm_quest.recipes.engine import open_job
+from llm_quest.techniques.score_head import find_score_head
 
 GREEN, RESET = "\x1b[1;32m", "\x1b[0m"
 LogFn = Callable[[str], None]
@@ -103,11 +100,17 @@ class BatchView:
 
 
 def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: int, log: LogFn) -> BatchView:
-    """The first rows of a step's batch, as the recipe trains on it."""
-    config: RunConfig = load_recipe(recipe, overrides)[1]
-    with init_distributed(config, 0) as parallel:
-        batch, tokenizer, labels = load_batch(config, parallel, step, log)
+    """The first rows of a step's batch, as the recipe would train on it."""
+    found, config, settings = load_recipe(recipe, overrides)
+    with tempfile.TemporaryDirectory() as scratch, open_job(found, config, settings, log, Path(scratch)) as job:
+        batch: Any = job.loader.batches(step)[0]
+        if job.tokenizer is None or not isinstance(batch, TokenBatch | PreferenceBatch | TextClassificationBatch):
+            raise UsageError(
+                f"inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, classify, not of {config.recipe}"
+            )
+        labels: Sequence[str] = job.facts.get("labels", ())
     kinds = [""] * len(batch.input_ids)
+    verb = "read" if find_score_head(job.model) is not None else "learned"
     if isinstance(batch, TextClassificationBatch):
         kinds = [f", label {labels[number]}" for number in batch.labels.tolist()]
         batch = TokenBatch(batch.input_ids, torch.full_like(batch.input_ids, IGNORE_INDEX), batch.position_ids)
@@ -117,34 +120,7 @@ def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: i
             kinds[worse] = " (worse)"
         batch = batch.full_rows
     batch = batch.slice_rows(0, min(rows, len(batch.input_ids)))
-    return make_batch_view(
-        batch, tokenizer, step, kinds, "read" if isinstance(config, RewardConfig | ClassifyConfig) else "learned"
-    )
-
-
-def load_batch(
-    config: RunConfig, parallel: DistributedContext, step: int, log: LogFn
-) -> tuple[TokenBatch | PreferenceBatch | TextClassificationBatch, Tokenizer, Sequence[str]]:
-    """From the recipe's own feed. The last are the names of the labels, where there are some."""
-    labels: Sequence[str] = ()
-    if isinstance(config, PretrainConfig):
-        text = pretrain.load_text_data(config.data, config.tokenizer, parallel, log)
-        loader: Any = pretrain.pretrain_loader(config, text, parallel)
-        return loader.at(step)[0], text.tokenizer, labels
-    if isinstance(config, SftConfig):
-        job = sft.build_sft_job(config, parallel, log)
-    elif isinstance(config, RewardConfig):
-        job = reward.build_reward_job(config, parallel, log)
-    elif isinstance(config, DpoConfig):
-        job = dpo.build_dpo_job(config, Path(), parallel, log)
-    elif isinstance(config, ClassifyConfig):
-        job = classify.build_classify_job(config, parallel, log)
-        labels = job.facts["labels"]
-    else:
-        raise UsageError(
-            f"inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, classify, not of {config.recipe}"
-        )
-    return job.loader.batches(step)[0], job.tokenizer, labels  # type: ignore[return-value]
+    return make_batch_view(batch, job.tokenizer, step, kinds, verb)
 
 
 def make_batch_view(batch: TokenBatch, tokenizer: Tokenizer, step: int, kinds: Sequence[str], verb: str) -> BatchView:

@@ -31,15 +31,17 @@ from llm_quest.cli.quickstart_stages import (
     run_grpo_stage,
     run_sft_stage,
 )
-from llm_quest.cli.train import load_recipe, make_workload, resolve_model_config, write_plan_and_report
+from llm_quest.cli.train import make_workload, write_plan_and_report
 from llm_quest.cost.plan import TrainingPlan, plan_training
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes import load_recipe
 from llm_quest.recipes.config import config_differences, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
-from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config
 from llm_quest.recipes.run import RunOutcome
 
 LogFn = Callable[[str], None]
@@ -123,7 +125,7 @@ def run_quickstart(
 
     overrides: settings of the pretraining. stage_overrides: settings of the later stages, by recipe."""
     began = time.monotonic()
-    settings, config, run = load_recipe("quickstart", [f"seed={seed}", f"device={device}", *overrides])
+    recipe, config, settings = load_recipe("quickstart", [f"seed={seed}", f"device={device}", *overrides])
     clear_previous_run(out, config)
     env = inspect_machine(out.parent if out.parent.exists() else Path()).as_json()
     with announce_interrupt(out, log):
@@ -133,11 +135,11 @@ def run_quickstart(
         log("   Ctrl-C.")
         foreseen = plan_training(make_workload(config, resolve_model_config(config, settings)), measure=True, log=log)
         once = InterruptCallback(max(1, config.max_steps // 3))
-        outcome = run(config, settings, out, env=env, callbacks=(once,), log=log)
+        outcome = run_recipe(recipe, config, settings, out, env=env, callbacks=(once,), log=log)
         resumed_at = outcome.step
         if outcome.status == "interrupted" and once.done:
             log(f"   Interrupted and saved at step {outcome.step}. It resumes there and ends with the same bits:")
-            outcome = run(config, settings, out, env=env, callbacks=(), log=log)
+            outcome = run_recipe(recipe, config, settings, out, env=env, log=log)
         require_finished(outcome, log)
         context = QuickstartContext(out, seed, device, env, log, stage_overrides)
         return finish_quickstart(context, foreseen, outcome, resumed_at, began)

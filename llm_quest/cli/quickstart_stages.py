@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.train import load_recipe, write_plan_and_report
+from llm_quest.cli.train import write_plan_and_report
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation
 from llm_quest.eval.problems import evaluate_problems
@@ -22,6 +22,8 @@ from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import sequence_log_probs
+from llm_quest.recipes import load_recipe
+from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import load_problems, prompt_encoder
 from llm_quest.recipes.preference_data import PairsEvaluator, prepare_preferences
 from llm_quest.recipes.run import RunOutcome
@@ -73,9 +75,9 @@ class QuickstartContext:
     def train(self, recipe: str, *pairs: str) -> Path:
         """Train a recipe in its sub-folder and write its report; returns the folder. KeyboardInterrupt if it was
         stopped."""
-        settings, config, run = load_recipe(recipe, self.overrides(recipe, pairs))
+        found, config, settings = load_recipe(recipe, self.overrides(recipe, pairs))
         folder = self.root / recipe
-        require_finished(run(config, settings, folder, env=self.env, log=self.log), self.log)
+        require_finished(run_recipe(found, config, settings, folder, env=self.env, log=self.log), self.log)
         write_plan_and_report(folder, None, self.log)
         return folder
 

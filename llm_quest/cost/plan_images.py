@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llm_quest.cost.plan import (
@@ -23,11 +24,12 @@ from llm_quest.cost.profile import profile_step, time_step
 from llm_quest.formatting import align_columns, format_duration
 from llm_quest.models.build import family_of
 from llm_quest.recipes.auto import resolve_precision
+from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.run import build_optimizer
 from llm_quest.recipes.techniques import apply_techniques, split_checkpointing
-from llm_quest.recipes.vision_config import VitConfig, VlmConfig
-from llm_quest.recipes.vit import build_vit_job as assembled_vit
-from llm_quest.recipes.vlm import build_vlm_job as assembled_vlm
+from llm_quest.recipes.vit import VitConfig, build_vit
+from llm_quest.recipes.vlm import VlmConfig, build_vlm
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.activation_checkpointing import ActivationCheckpointing
 from llm_quest.train.parallel import DistributedContext, resolve_device
 
@@ -73,10 +75,10 @@ class ImagePlan(ResourceEstimate):
 
 def plan_images(config: VitConfig | VlmConfig, *, measure: bool, log: Callable[[str], None]) -> ImagePlan:
     """The cost of a recipe on this machine. measure: time real steps."""
-    device, parallel = resolve_device(config.device), DistributedContext()
-    job = (
-        assembled_vlm(config, parallel, log) if isinstance(config, VlmConfig) else assembled_vit(config, parallel, log)
-    )
+    device = resolve_device(config.device)
+    context = Context(Path(), DistributedContext(), log, RawConfig({}, ""), planning=True)
+    bare = config.model_copy(update={"techniques": (), "gradient_checkpointing": False})
+    job = build_vlm(bare, context) if isinstance(bare, VlmConfig) else build_vit(bare, context)
     entries, checkpointed = split_checkpointing(config.techniques, config.gradient_checkpointing)
     apply_techniques(entries, job.model, log)
     model, bf16 = job.model.to(device).train(), resolve_precision(config.precision, device).value == "bf16"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan import (
     BYTES_PER_PARAMETER,
     ResourceEstimate,
@@ -31,7 +32,7 @@ from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns, format_duration
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.cost.flops import ModelCost
+from llm_quest.recipes.finetuning import StartModelConfig
 from llm_quest.recipes.grpo import build_reward, load_problems, make_question, prompt_encoder
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.job import load_for_finetuning
@@ -39,7 +40,6 @@ from llm_quest.recipes.policy import PolicySetup, build_policy_setup, resolve_po
 from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
 from llm_quest.recipes.run import build_optimizer
 from llm_quest.recipes.sft_warmup import init_model
-from llm_quest.recipes.tuning_config import StartModelConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.reward_pipeline import WeightedReward
 from llm_quest.rollouts.rewards import RandomReward

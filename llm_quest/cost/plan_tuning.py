@@ -31,11 +31,15 @@ from llm_quest.models.build import family_of
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.recipes import classify, dpo, reward, sft
 from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.job import TrainingJob
+from llm_quest.recipes.classify import ClassifyConfig
+from llm_quest.recipes.dpo import DpoConfig
+from llm_quest.recipes.recipe import Context, Job
 from llm_quest.recipes.reference_model import SyncedReference
+from llm_quest.recipes.reward import RewardConfig
 from llm_quest.recipes.run import build_optimizer
+from llm_quest.recipes.sft import SftConfig
 from llm_quest.recipes.techniques import split_checkpointing
-from llm_quest.recipes.tuning_config import ClassifyConfig, DpoConfig, RewardConfig, SftConfig
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.activation_checkpointing import disable_checkpointing
 from llm_quest.train.parallel import DistributedContext, resolve_device
 
@@ -104,7 +108,8 @@ class TuningPlan(ResourceEstimate):
 def plan_tuning(config: FinetuningConfig, *, measure: bool, log: LogFn) -> TuningPlan:
     """The cost of a recipe on this machine. measure: time real steps."""
     device = resolve_device(config.device)
-    job = JOB_BUILDERS[type(config)](config, log)
+    context = Context(Path(), DistributedContext(), log, RawConfig({}, ""), planning=True)
+    job = JOB_BUILDERS[type(config)](config, context)
     model, bf16 = job.model.to(device).train(), resolve_precision(config.precision, device).value == "bf16"
     largest, tokens = sample_micro_batches(job, config.max_steps)
     batch = largest.to(device)
@@ -143,7 +148,7 @@ def plan_tuning(config: FinetuningConfig, *, measure: bool, log: LogFn) -> Tunin
     )
 
 
-def sample_micro_batches(job: TrainingJob, steps: int) -> tuple[Any, float]:
+def sample_micro_batches(job: Job, steps: int) -> tuple[Any, float]:
     """The largest micro-batch of the first steps, and how many tokens a step has."""
     some = [job.loader.batches(step) for step in range(min(SAMPLED_STEPS, steps))]
     batches: list[Any] = [batch for step in some for batch in step]
@@ -154,7 +159,7 @@ def sample_micro_batches(job: TrainingJob, steps: int) -> tuple[Any, float]:
 
 
 def profile_with_checkpointing(
-    config: FinetuningConfig, job: TrainingJob, batch: Any, device: torch.device, bf16: bool
+    config: FinetuningConfig, job: Job, batch: Any, device: torch.device, bf16: bool
 ) -> StepProfile:
     """One micro-batch. A checkpointed model keeps what it keeps, and the largest block in full on the way back."""
     cost = profile_step(job.objective, batch, device, bf16)
@@ -166,13 +171,13 @@ def profile_with_checkpointing(
 
 
 @torch.no_grad()
-def time_forward(job: TrainingJob, batch: Any, device: torch.device, bf16: bool) -> float:
+def time_forward(job: Job, batch: Any, device: torch.device, bf16: bool) -> float:
     """Of a pass that nothing is learned from; the least of three."""
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         return min(time_call(lambda: job.objective(batch), device) for _ in range(TIMED_STEPS))
 
 
-def reference_flops(config: FinetuningConfig, job: TrainingJob, a_pair: float) -> float:
+def reference_flops(config: FinetuningConfig, job: Job, a_pair: float) -> float:
     """Of the reference's log-probabilities: of held-out pairs always, of all where no model computes them on the way.
     a_pair: of the objective's forward pass, which is two where one does."""
     if not isinstance(config, DpoConfig):
@@ -182,21 +187,21 @@ def reference_flops(config: FinetuningConfig, job: TrainingJob, a_pair: float) -
     return a_pair * float(job.facts["held_out_rows"] + job.facts["train_rows"])
 
 
-def estimate_tuning_memory(config: FinetuningConfig, job: TrainingJob, cost: StepProfile) -> dict[str, int]:
+def estimate_tuning_memory(config: FinetuningConfig, job: Job, cost: StepProfile) -> dict[str, int]:
     memory = {**parameter_memory(job.model, config.optim), "activations": cost.saved_bytes}
     memory |= teacher_memory(next((one for one in job.objective.modules() if isinstance(one, DistillationLoss)), None))
     return memory | ({"reference": memory["weights"]} if isinstance(job.loader, SyncedReference) else {})
 
 
-def inner_loader(job: TrainingJob) -> Any:
+def inner_loader(job: Job) -> Any:
     """The feed of rows, where a moving reference stands before it."""
     return job.loader.feed if isinstance(job.loader, SyncedReference) else job.loader
 
 
-JOB_BUILDERS: dict[type, Callable[[Any, LogFn], TrainingJob]] = {
-    SftConfig: lambda config, say: sft.build_sft_job(config, DistributedContext(), say),
-    RewardConfig: lambda config, say: reward.build_reward_job(config, DistributedContext(), say),
-    DpoConfig: lambda config, say: dpo.build_dpo_job(config, Path(), DistributedContext(), say),
-    ClassifyConfig: lambda config, say: classify.build_classify_job(config, DistributedContext(), say),
+JOB_BUILDERS: dict[type, Callable[[Any, Context], Job]] = {
+    SftConfig: sft.build_sft,
+    RewardConfig: reward.build_reward,
+    DpoConfig: dpo.build_dpo,
+    ClassifyConfig: classify.build_classify,
 }
 ROW_NAMES = {SftConfig: "rows", RewardConfig: "pairs", DpoConfig: "pairs", ClassifyConfig: "texts"}

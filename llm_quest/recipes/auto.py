@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
 from llm_quest.train.hardware import bf16_support, usable_cores
 
+if TYPE_CHECKING:
+    from llm_quest.recipes.config_schema import RunConfig
+
 ValueT = TypeVar("ValueT")
+ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,18 @@ def resolve_precision(name: str, device: torch.device) -> Resolved[str]:
         return Resolved(PRECISION_ALIASES.get(name, name), "asked for")
     fast, why = bf16_support(device)
     return Resolved("bf16" if fast else "fp32", why)
+
+
+def resolve_auto(
+    config: ConfigT, device: torch.device, log: Callable[[str], None], flops: float | None = None
+) -> ConfigT:
+    """The config with precision and compile decided, once, before anything reads them. flops: of the whole run on one
+    process; None where compiling is not worth deciding (`auto` is then no)."""
+    precision = resolve_precision(config.precision, device)
+    graph = Resolved(config.compile is True, "") if flops is None else resolve_compile(config.compile, device, flops)
+    reason = f" ({graph.reason})" if graph.reason else ""
+    log(f"precision: {precision.value} ({precision.reason}); compiled: {'yes' if graph.value else 'no'}{reason}")
+    return config.model_copy(update={"precision": precision.value, "compile": graph.value})
 
 
 MIN_SECONDS_TO_COMPILE = 600.0

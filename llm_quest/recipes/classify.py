@@ -4,11 +4,11 @@ read at a text's last token."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
 from llm_quest.data.builtin_qa import builtin_labeled_texts, load_records
 from llm_quest.data.conversations import split_by_prompt
@@ -24,44 +24,60 @@ from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss
 from llm_quest.objectives.last_token import last_token_outputs
-from llm_quest.recipes.job import (
-    LogFn,
-    TrainingJob,
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
+from llm_quest.recipes.finetuning import (
+    StartModelConfig,
     apply_config_techniques,
     load_for_finetuning,
-    run_job,
 )
-from llm_quest.recipes.run import RunOutcome, init_distributed, micro_batch_rows, require_context
-from llm_quest.recipes.tuning_config import ClassifyConfig
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 
 CALIBRATION_BINS = 10
 
 
-def train_classify(
-    config: ClassifyConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
-    """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        leader_log = log if parallel.is_main_process else lambda text: None
-        return run_job(
-            build_classify_job(config, parallel, leader_log),
-            config,
-            out,
-            resume,
-            env or {},
-            quiet,
-            leader_log,
-            parallel,
-        )
+class LabelledTextConfig(StrictModel):
+    """Texts with labels."""
+
+    source: str = Field(
+        default="builtin", min_length=1, description="builtin, or a .csv, .tsv, .json or .jsonl file of rows"
+    )
+    text_column: str = Field(default="text", min_length=1, description="the column that holds the text")
+    label_column: str = Field(default="label", min_length=1, description="the column that holds its label")
+    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the texts that is never trained on")
+    max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
 
 
-def build_classify_job(config: ClassifyConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
-    """Model, texts, objective and feed."""
+class ClassifyConfig(BatchedConfig):
+    """A model and labelled texts in, a classifier out."""
+
+    recipe: Literal["classify"]
+    model: StartModelConfig
+    data: LabelledTextConfig = LabelledTextConfig()
+    sequence_length: int = Field(default=128, ge=1, description="tokens of a text that are read, at most")
+    trainable: Literal["all", "last_block", "head"] = Field(
+        default="all", description="what learns: everything, the last block with the last norm and the head, the head"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    @model_validator(mode="after")
+    def check_trainable(self) -> ClassifyConfig:
+        if self.techniques and self.trainable != "all":
+            raise ValueError(
+                f"techniques decide what is trained, so trainable={self.trainable} has no effect; leave one out"
+            )
+        return self
+
+
+def build_classify(config: ClassifyConfig, context: Context) -> Job:
+    """Model, labelled texts, classification loss."""
+    parallel, log = context.parallel, context.log
+    config = resolve_auto(config, parallel.device, log)
     model, tokenizer = load_for_finetuning(config.model)
     require_context(config.sequence_length, model.config.max_position_embeddings)
     drop_report = DropReport()
@@ -92,11 +108,16 @@ def build_classify_job(config: ClassifyConfig, parallel: DistributedContext, log
     dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
     facts = {"source": part.source, "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
     facts |= {"dropped": dropped, "notes": list(drop_report.notes), "tokenizer_sha256": tokenizer.hash}
-    probe = ClassifierEvaluator(held, config.eval_steps)
-    return TrainingJob(
-        TextClassificationLoss(model, label_smoothing=config.label_smoothing), loader, lambda run: [probe], tokenizer, facts,
-        {"data": train.hash}, callbacks,
-    )  # fmt: skip
+    return Job(
+        config,
+        TextClassificationLoss(model, label_smoothing=config.label_smoothing),
+        loader,
+        [ClassifierEvaluator(held, config.eval_steps)],
+        {"tokenizer": tokenizer.hash, "data": train.hash},
+        facts,
+        tokenizer,
+        callbacks=callbacks,
+    )
 
 
 def attach_score_head(model: Decoder, labels: tuple[str, ...], seed: int) -> tuple[str, ...]:
@@ -167,3 +188,6 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
         for b in np.unique(where)
     ]
     return float(sum(gaps))
+
+
+RECIPE = Recipe("classify", ClassifyConfig, build_classify)

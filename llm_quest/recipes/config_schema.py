@@ -170,6 +170,11 @@ class RunConfig(StrictModel):
         return (*self.techniques, {"name": "checkpointing"}) if self.gradient_checkpointing else self.techniques
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step over all processes, which share them equally."""
+        return 1
+
+    @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds."""
         return (
@@ -186,6 +191,10 @@ class BatchedConfig(RunConfig):
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="rows at once on each process; null: as many as fit 8,192 tokens"
     )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size
 
     @model_validator(mode="after")
     def check_micro_batch_size(self) -> BatchedConfig:

@@ -22,8 +22,8 @@ from llm_quest.recipes.run import require_run_exists
 from llm_quest.train.parallel import DistributedContext
 
 if TYPE_CHECKING:
-    from llm_quest.recipes.pretrain_config import PretrainConfig
-    from llm_quest.recipes.tuning_config import SftConfig
+    from llm_quest.recipes.pretrain import PretrainConfig
+    from llm_quest.recipes.sft import SftConfig
 
 LogFn = Callable[[str], None]
 

@@ -3,51 +3,107 @@ less, without a reward model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
-from llm_quest.objectives.preference import PreferenceLoss, relative_log_probs, sequence_log_probs
-from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.job import (
-    LogFn,
-    TrainingJob,
+from llm_quest.objectives.preference import (
+    PREFERENCE_LOSSES,
+    PairwiseLoss,
+    PreferenceLoss,
+    make_preference_loss,
+    relative_log_probs,
+    sequence_log_probs,
+)
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
+from llm_quest.recipes.finetuning import (
+    PairBatchedConfig,
+    StartModelConfig,
     apply_config_techniques,
     can_share_prompts,
     data_facts,
     load_for_finetuning,
     read_chat_template,
-    run_job,
     set_generation_eos,
 )
-from llm_quest.recipes.preference_data import PairsEvaluator, pairs_loader, prepare_preferences
+from llm_quest.recipes.preference_data import PairsEvaluator, PreferenceDataConfig, pairs_loader, prepare_preferences
+from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
 from llm_quest.recipes.reference_model import SyncedReference, reference_log_probs
-from llm_quest.recipes.run import RunOutcome, init_distributed, require_context
-from llm_quest.recipes.tuning_config import DpoConfig
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes.run import require_context
 from llm_quest.techniques.lora import disable_adapter, require_adapters
-from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 
 
-def train_dpo(
-    config: DpoConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
-    """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        leader_log = log if parallel.is_main_process else lambda text: None
-        job = build_dpo_job(config, out, parallel, leader_log)
-        return run_job(job, config, out, resume, env or {}, quiet, leader_log, parallel)
+class DpoConfig(PairBatchedConfig):
+    """A model that answers and preferences in, a model that prefers out."""
+
+    recipe: Literal["dpo"]
+    model: StartModelConfig
+    data: PreferenceDataConfig = PreferenceDataConfig()
+    loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
+    beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="cdpo and robust: the fraction of wrong labels"
+    )
+    loss_kwargs: dict[str, float] = Field(default_factory=dict, description="further numbers of the loss")
+    average_log_prob: bool = Field(
+        default=False, description="means over tokens in place of sums, as TRL has it for ipo"
+    )
+    precompute_ref_log_probs: bool = Field(
+        default=True, description="before the first step; false: at every step, with the adapters off"
+    )
+    sync_ref_model: bool = Field(default=False, description="TR-DPO: the reference follows the policy")
+    ref_model_sync_steps: PositiveInt = Field(default=512, description="TR-DPO: steps between two updates")
+    ref_model_mixup_alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="TR-DPO: the policy's weight in an update of the reference"
+    )
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    @model_validator(mode="after")
+    def check_loss(self) -> DpoConfig:
+        loss = self.build_loss()
+        if loss.needs_reference:
+            return self
+        for key in ("precompute_ref_log_probs", "sync_ref_model"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no effect on loss_type={self.loss_type}, which has no reference; leave it out"
+                )
+        return self
+
+    def build_loss(self) -> PairwiseLoss:
+        """The loss of this name with its numbers."""
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        return make_preference_loss(self.loss_type, beta=self.beta, **smoothing, **self.loss_kwargs)
+
+    @model_validator(mode="after")
+    def check_single_reference(self) -> DpoConfig:
+        if not self.sync_ref_model:
+            return self
+        if self.parallel == "fsdp":
+            raise ValueError(
+                "sync_ref_model keeps a whole copy of the model on each process: set parallel=ddp, or leave it out"
+            )
+        if not self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model makes a reference model of its own, so precompute_ref_log_probs=false has no effect; "
+                "leave one out"
+            )
+        return self
 
 
-def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, log: LogFn) -> TrainingJob:
-    """Model, pairs, reference, objective and feed."""
+def build_dpo(config: DpoConfig, context: Context) -> Job:
+    """Model, pairs, reference, preference loss."""
+    parallel, log, out = context.parallel, context.log, context.run_dir
+    config = resolve_auto(config, parallel.device, log)
     model, tokenizer = load_for_finetuning(config.model)
     require_context(config.sequence_length, model.config.max_position_embeddings)
     seed = derive_seed(config.seed, "flips")
@@ -55,7 +111,7 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
         config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length, seed
     )
     set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
-    callbacks = apply_config_techniques(config, model, log)
+    callbacks: list[Callback] = apply_config_techniques(config, model, log)
     loss = config.build_loss()
     objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob)
     row_loader = pairs_loader(config, pairs, parallel)
@@ -64,9 +120,14 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
     loader: Loader = row_loader
     if config.sync_ref_model:
         synced_reference = SyncedReference(
-            row_loader, model.to(parallel.device), out,
-            sync_steps=config.ref_model_sync_steps, mixup_alpha=config.ref_model_mixup_alpha, save_total_limit=config.save_total_limit, leader=parallel.is_main_process,
-        )  # fmt: skip
+            row_loader,
+            model.to(parallel.device),
+            out,
+            sync_steps=config.ref_model_sync_steps,
+            mixup_alpha=config.ref_model_mixup_alpha,
+            save_total_limit=config.save_total_limit,
+            leader=parallel.is_main_process,
+        )
         objective.reference, loader, callbacks = synced_reference, synced_reference, [*callbacks, synced_reference]
     elif not config.precompute_ref_log_probs:
         require_adapters(model)
@@ -76,10 +137,11 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
         comparable; of the training pairs where nothing else computes them."""
         if not loss.needs_reference:
-            return lambda folder: None
-        kind = resolve_precision(config.precision, parallel.device).value
+            return save_nothing
         mine = [] if objective.reference is not None else list(pairs.train)
-        found = reference_log_probs(model, [*mine, *pairs.held_out], out, parallel, kind, log, share_prompts=share)
+        found = reference_log_probs(
+            model, [*mine, *pairs.held_out], out, parallel, config.precision, log, share_prompts=share
+        )
         row_loader.source.reference_log_probs = found.log_probs[: len(mine)] or None
         evaluator.pairs.reference_log_probs = found.log_probs[len(mine) :]
         return found.save
@@ -92,16 +154,16 @@ def build_dpo_job(config: DpoConfig, out: Path, parallel: DistributedContext, lo
 
     evaluator = PairsEvaluator(pairs.held_out, config.eval_steps, implicit_rewards)
     data_info = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
-    all_callbacks: list[Callback] = list(callbacks)
-    return TrainingJob(
+    return Job(
+        config,
         objective,
         loader,
-        lambda run: [evaluator],
-        tokenizer,
+        [evaluator],
+        {"tokenizer": tokenizer.hash, "data": row_loader.source.hash},
         data_info,
-        {"data": row_loader.source.hash},
-        all_callbacks,
-        compute_reference,
+        tokenizer,
+        callbacks=callbacks,
+        prepare=compute_reference,
     )
 
 
@@ -109,3 +171,6 @@ def log_probs_without_adapters(model: Any, batch: PreferenceBatch) -> Tensor:
     """The reference is the policy with its adapters off."""
     with disable_adapter(model):
         return sequence_log_probs(model, batch)
+
+
+RECIPE = Recipe("dpo", DpoConfig, build_dpo)

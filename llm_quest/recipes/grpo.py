@@ -6,11 +6,10 @@ How a policy learns from its samples is in `recipes/policy.py`; here is what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from llm_quest.contracts import Evaluator, Reward
 from llm_quest.data.chat import ChatTemplate
@@ -22,13 +21,14 @@ from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import score_rows
+from llm_quest.recipes.finetuning import StartModelConfig
 from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
 from llm_quest.recipes.job import LogFn, TrainingJob, load_for_finetuning, run_job
 from llm_quest.recipes.policy import build_policy_setup, setup_policy_run
 from llm_quest.recipes.policy_evaluators import ProblemEvaluator, RatioRangeEvaluator
+from llm_quest.recipes.recipe import Context, Recipe, no_single_job
 from llm_quest.recipes.run import RunOutcome
 from llm_quest.recipes.sft_warmup import run_sft_warmup
-from llm_quest.recipes.tuning_config import StartModelConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.model_reward import ModelReward
@@ -44,21 +44,18 @@ from llm_quest.train.state_dict import derive_seed
 EncodeFn = Callable[[str], list[int]]
 
 
-def train_grpo(
-    config: GrpoConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
+def run_grpo(config: GrpoConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder."""
-    with setup_policy_run(config, out, log) as (config, parallel, leader_log):
-        grpo_job = build_grpo_job(config, settings, out, parallel, leader_log)
-        before = grpo_job.evaluator.accuracy(grpo_job.job.model)
-        leader_log(f"held out, before: accuracy {before.greedy_accuracy}")
-        outcome = run_job(grpo_job.job, config, out, resume, env or {}, quiet, leader_log, parallel)
-        if outcome.status == "finished":
-            leader_log(
-                f"held out, after:  accuracy {grpo_job.evaluator.accuracy(grpo_job.job.model.eval()).greedy_accuracy}"
-            )
-        return outcome
+    log, parallel = context.log, context.parallel
+    config = setup_policy_run(config, context)
+    grpo_job = build_grpo_job(config, context.settings, context.run_dir, parallel, log)
+    before = grpo_job.evaluator.accuracy(grpo_job.job.model)
+    log(f"held out, before: accuracy {before.greedy_accuracy}")
+    outcome = run_job(grpo_job.job, config, context.run_dir, context.resume, context.env, context.quiet, log, parallel)
+    if outcome.status == "finished":
+        after = grpo_job.evaluator.accuracy(grpo_job.job.model.eval())
+        log(f"held out, after:  accuracy {after.greedy_accuracy}")
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -182,3 +179,6 @@ REWARD_BUILDERS: dict[str, Callable[[GrpoConfig], Reward]] = {
     "format": lambda config: FormatReward(),
     "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
 }
+
+
+RECIPE = Recipe("grpo", GrpoConfig, no_single_job, run=run_grpo)

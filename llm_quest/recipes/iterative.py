@@ -11,10 +11,10 @@ Not said in the paper: the policy's optimiser begins anew in every iteration."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,12 +26,12 @@ from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config_schema import ModelConfig
-from llm_quest.recipes.grpo import LogFn, init_policy, load_problems, prompt_encoder, train_grpo
+from llm_quest.recipes.grpo import LogFn, init_policy, load_problems, prompt_encoder, run_grpo
 from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
 from llm_quest.recipes.iterative_config import IterativeConfig
 from llm_quest.recipes.policy import policy_sampler
-from llm_quest.recipes.run import RunOutcome, init_distributed, init_run_dir
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes.recipe import Context, Recipe, no_single_job
+from llm_quest.recipes.run import RunOutcome, init_run_dir
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
 from llm_quest.rollouts.rewards import CorrectnessReward
 from llm_quest.rollouts.sampler import PolicyPrompt
@@ -44,30 +44,27 @@ from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
 
-def train_iterative(
-    config: IterativeConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
+def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder; the outcome is that of the last policy."""
-    with init_distributed(config, config.prompts_per_rollout) as parallel:
-        if parallel.world_size > 1:
-            raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
-        init_run_dir(config, out, parallel)
-        init_policy(config, settings, out, parallel, log)
-        policy = config.model.load or str(out / "warmup")
-        reward_model, outcome = config.reward_model.load, None
-        for number in range(config.num_outer_iterations + 1):
-            folder = out / f"iteration-{number}"
-            if number > 0:
-                stage = policy_stage_config(config, policy, str(reward_model), number)
-                outcome = train_grpo(stage, settings, folder / "policy", resume=resume, env=env, quiet=quiet, log=log)
-                policy = str(folder / "policy")
-                if outcome.status != "finished":
-                    return outcome
-            if number > 0 or reward_model is None:
-                reward_model = str(train_reward_model_stage(config, policy, reward_model, out, number, parallel, log))
-        assert outcome is not None
-        return outcome
+    parallel, log, out = context.parallel, context.log, context.run_dir
+    if parallel.world_size > 1:
+        raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
+    init_run_dir(config, out, parallel)
+    init_policy(config, context.settings, out, parallel, log)
+    policy = config.model.load or str(out / "warmup")
+    reward_model, outcome = config.reward_model.load, None
+    for number in range(config.num_outer_iterations + 1):
+        folder = out / f"iteration-{number}"
+        if number > 0:
+            stage = policy_stage_config(config, policy, str(reward_model), number)
+            outcome = run_grpo(stage, replace(context, run_dir=folder / "policy"))
+            policy = str(folder / "policy")
+            if outcome.status != "finished":
+                return outcome
+        if number > 0 or reward_model is None:
+            reward_model = str(train_reward_model_stage(config, policy, reward_model, out, number, parallel, log))
+    assert outcome is not None
+    return outcome
 
 
 def policy_stage_config(config: IterativeConfig, policy: str, reward_model: str, number: int) -> GrpoConfig:
@@ -158,3 +155,6 @@ def read_comparisons(file: Path) -> list[TokenizedPreference]:
         return []
     ids = partial(np.array, dtype=np.int64)
     return [TokenizedPreference(ids(p), tuple(ids(a) for a in answers)) for p, *answers in json.loads(file.read_text())]
+
+
+RECIPE = Recipe("iterative", IterativeConfig, no_single_job, run=run_iterative)

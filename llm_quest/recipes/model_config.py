@@ -23,7 +23,7 @@ from llm_quest.models import FAMILIES
 from llm_quest.models.build import family_of, preset
 from llm_quest.models.family import Family
 from llm_quest.models.rope_config import read_rotary
-from llm_quest.recipes.config import config_error, did_you_mean
+from llm_quest.recipes.config import StrictModel, config_error, did_you_mean, nested_schema
 from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 
@@ -57,6 +57,21 @@ def size_mistakes(settings: RawConfig, *, vocab: int, context: int) -> list[Conf
         return []
     except Mistaken as error:
         return [error.mistake]
+
+
+WARMUP_CONTEXT = 128
+"""Positions of a model that a policy recipe warms up."""
+
+
+def model_config_problems(schema: type[StrictModel], settings: RawConfig) -> list[ConfigProblem]:
+    """What is wrong with `model.config` of a model that is to be built. Its tokenizer is not there yet, so a vocabulary
+    of no consequence stands in."""
+    field = schema.model_fields.get("model")
+    if field is None or nested_schema(field.annotation) is not ModelConfig or settings.problems:
+        return []
+    rows = schema.model_fields.get("sequence_length")
+    context = settings.tree.get("sequence_length", rows.default) if rows is not None else WARMUP_CONTEXT
+    return size_mistakes(settings, vocab=512, context=context if type(context) is int else WARMUP_CONTEXT)
 
 
 class Mistaken(UsageError):

@@ -6,11 +6,10 @@ off."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +25,8 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.job import apply_config_techniques, can_share_prompts
 from llm_quest.recipes.policy_config import PolicyConfig
-from llm_quest.recipes.run import init_distributed, init_run_dir
+from llm_quest.recipes.recipe import Context
+from llm_quest.recipes.run import init_run_dir
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.reward_pipeline import RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
@@ -49,16 +49,11 @@ def resolve_policy_config(config: PolicyConfigT, parallel: DistributedContext) -
     return config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
 
 
-@contextmanager
-def setup_policy_run(
-    config: PolicyConfigT, out: Path, log: LogFn
-) -> Iterator[tuple[PolicyConfigT, DistributedContext, LogFn]]:
-    """The processes of a run that writes into its folder before it begins, the config with what `auto` means here, and
-    who speaks: the leader alone."""
-    with init_distributed(config, config.prompts_per_rollout) as parallel:
-        config = resolve_policy_config(config, parallel)
-        init_run_dir(config, out, parallel)
-        yield config, parallel, log if parallel.is_main_process else lambda line: None
+def setup_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
+    """The config with what `auto` means here, in the folder of a run that writes into it before it begins."""
+    config = resolve_policy_config(config, context.parallel)
+    init_run_dir(config, context.run_dir, context.parallel)
+    return config
 
 
 @dataclass(frozen=True)

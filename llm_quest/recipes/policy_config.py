@@ -135,6 +135,10 @@ class PolicyConfig(RunConfig):
         return self
 
     @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_rollout
+
+    @property
     def by_steps(self) -> bool:
         """Is every step of an answer rewarded by itself?"""
         return False

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llm_quest.data.builtin_qa import builtin_preferences as builtin
@@ -19,8 +20,8 @@ from llm_quest.data.documents import DropReport
 from llm_quest.data.loader import ShardedLoader, length_grouped_indices, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
+from llm_quest.recipes.finetuning import ConversationDataConfig, PairBatchedConfig
 from llm_quest.recipes.run import micro_batch_rows
-from llm_quest.recipes.tuning_config import DpoConfig, PreferenceDataConfig, RewardConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 
@@ -35,6 +36,14 @@ class PreferenceData:
     train: Sequence[TokenizedPreference]
     held_out: Sequence[TokenizedPreference]
     drop_report: DropReport
+
+
+class PreferenceDataConfig(ConversationDataConfig):
+    """Preferences: a question, the better answer and the worse one."""
+
+    label_flip_fraction: float = Field(
+        default=0.0, ge=0, lt=0.5, description="turn round this part of the training pairs, to see what noise does"
+    )
 
 
 def prepare_preferences(config: PreferenceDataConfig, chat: ChatTemplate, length: int, seed: int) -> PreferenceData:
@@ -62,7 +71,7 @@ def flip_labels(pairs: Sequence[Preference], fraction: float, seed: int) -> list
 
 
 def pairs_loader(
-    config: RewardConfig | DpoConfig, data: PreferenceData, parallel: DistributedContext
+    config: PairBatchedConfig, data: PreferenceData, parallel: DistributedContext
 ) -> ShardedLoader[PreferenceDataset]:
     return ShardedLoader(
         PreferenceDataset(data.train),

@@ -1,136 +1,141 @@
-"""Pretraining, assembled: text -> tokenizer -> model -> next-token loss -> loop -> a run folder.
+"""`quest train pretrain`: text -> tokenizer -> model -> next-token loss.
 
       run/  config.yaml  env.json  data.json  model.json  tokenizer/  metrics.jsonl  events.jsonl  samples/
-checkpoints/  summary.json
+            checkpoints/  summary.json
 
-The same command again goes on where the folder stands, and ends with the bits of a run that was never interrupted.
+The same command again resumes the run and ends with the bits of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llm_quest.contracts import Callback, Evaluator
+from pydantic import Field, model_validator
+
+from llm_quest.contracts import Evaluator
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.packing import PackedDocuments
+from llm_quest.data.tokens import open_token_folder
 from llm_quest.errors import UsageError
 from llm_quest.eval.baselines import compute_baselines
-from llm_quest.files import atomic_write_json
-from llm_quest.hub.load_save import load, write_model_json
-from llm_quest.models.build import build, count_parameters, family_of
+from llm_quest.hub.load_save import load
+from llm_quest.models.build import build, build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
-from llm_quest.recipes.auto import resolve_compile, resolve_precision
-from llm_quest.recipes.distillation import build_distillation_terms, teacher_hash
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses
+from llm_quest.recipes.config_schema import (
+    ModelConfig,
+    NonNegativeInt,
+    PositiveInt,
+    SamplesConfig,
+    TextBatchedConfig,
+    TextDataConfig,
+    TokenizerConfig,
+)
+from llm_quest.recipes.distillation import TeacherConfig, build_distillation_terms, teacher_hash
 from llm_quest.recipes.evaluators import LossEvaluator, TextSampler
 from llm_quest.recipes.model_config import build_model_config
-from llm_quest.recipes.number_token_loss import number_token_terms
-from llm_quest.recipes.pretrain_config import PretrainConfig
-from llm_quest.recipes.run import (
-    RunOutcome,
-    build_lr_schedule,
-    build_optimizer,
-    finish_run,
-    init_distributed,
-    make_display,
-    micro_batch_rows,
-    open_run_dir,
-    require_context,
-    require_matching_run,
-    train_settings,
-)
+from llm_quest.recipes.number_token_loss import NumberTokenLossConfig, number_token_terms
+from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe
+from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.recipes.techniques import apply_techniques
-from llm_quest.recipes.text_data import TextData, load_text_data
+from llm_quest.recipes.text_data import TextData, load_any_tokenizer, load_text_data
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.arguments import TrainResult
-from llm_quest.train.logger import Logger
-from llm_quest.train.loop import train
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
-
-LogFn = Callable[[str], None]
 
 MAX_BASELINE_BYTES = 20_000_000
 
 
-def train_pretrain(
-    config: PretrainConfig,
-    settings: RawConfig,
-    folder: Path,
-    *,
-    resume: str = "auto",
-    env: Mapping[str, Any] | None = None,
-    callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
-    log: LogFn = print,
-) -> RunOutcome:
-    """Run the recipe in a folder. settings: where each key was written, for messages. env: what machine this is.
-    callbacks: of whoever assembles more than this (the tour interrupts itself). Every process of a torchrun calls
-    this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        return run_pretrain(
-            config,
-            settings,
-            folder,
-            parallel,
-            resume=resume,
-            env=dict(env or {}),
-            callbacks=callbacks,
-            display=make_display(config, folder, parallel, quiet),
-            log=log if parallel.is_main_process else lambda text: None,
-        )
+class PretrainConfig(TextBatchedConfig):
+    """Text in, a language model out."""
 
-
-def run_pretrain(
-    config: PretrainConfig,
-    settings: RawConfig,
-    folder: Path,
-    parallel: DistributedContext,
-    *,
-    resume: str,
-    env: Mapping[str, Any],
-    callbacks: Sequence[Callback],
-    display: Logger,
-    log: LogFn,
-) -> RunOutcome:
-    """The recipe itself."""
-    text = load_text_data(config.data, config.tokenizer, parallel, log)
-    model = init_pretrain_model(config, settings, text)
-    technique_callbacks = apply_techniques(config.all_techniques, model, log)
-    config = resolve_pretrain_config(config, model, parallel, log)
-    require_matching_run(config, folder)
-    distillation_terms = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)
-    terms: list[AuxiliaryLoss] = [
-        *number_token_terms(config.number_token_loss, text.tokenizer, model),
-        *distillation_terms,
-    ]
-    objective = parallel.parallelize(config.auxiliary_losses.build_objective(model, terms), list(model.blocks))
-    micro_rows, loader = (
-        micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
-        pretrain_loader(config, text, parallel),
+    recipe: Literal["pretrain"]
+    data: TextDataConfig = Field(default_factory=TextDataConfig)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig
+    router_aux_loss_coef: float | None = Field(
+        default=None, ge=0, description="load-balancing loss of experts (Switch); null: the model's own"
     )
-    identity = {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation_terms)}
-    random_first = config.model.load is None and not distillation_terms
-    with open_run_dir(config, folder, parallel, identity, env, resume) as run:
-        if parallel.is_main_process:
-            write_run_metadata(folder, model, text)
-        result = train(
-            objective,
-            loader,
-            build_optimizer(config, model),
-            build_lr_schedule(config),
-            train_settings(config, expected_loss=config.auxiliary_losses.initial_loss(model) if random_first else None),
-            run,
-            parallel=parallel,
-            evaluators=list(build_evaluators(config, text, run, micro_rows)),
-            callbacks=[*config.auxiliary_losses.build_callbacks(), *technique_callbacks, *callbacks],
-            logger=display,
+    router_seq_aux_loss_coef: float | None = Field(
+        default=None, ge=0, description="DeepSeek-V3's balance loss within each sequence; null: the model's own"
+    )
+    router_z_loss_coef: float = Field(
+        default=0.0, ge=0, description="ST-MoE's loss that keeps router logits small; 0.001 is usual"
+    )
+    expert_bias_update_speed: float | None = Field(
+        default=None, ge=0, le=1, description="step of the bias that balances experts; null: 0.001 if there is one"
+    )
+    mtp_loss_weight: float | None = Field(
+        default=None, gt=0, description="weight of the multi-token modules' loss; null: 0.3 if there are any"
+    )
+    number_token_loss: NumberTokenLossConfig | None = Field(
+        default=None, description="adds the distance between numbers (weight, distance, multi_digit); null: no"
+    )
+    teacher: TeacherConfig | None = Field(
+        default=None, description="a model to learn from (load, weight, beta, temperature, dtype); null: none"
+    )
+    eval_steps: NonNegativeInt = Field(default=200, description="steps between evaluations; 0: only at the end")
+    eval_tokens: PositiveInt = Field(
+        default=50_000, description="held-out tokens of each evaluation; the last one reads all of them"
+    )
+    eval_baselines: bool = Field(
+        default=True, description="at the end, what n-gram models and compressors reach on the same bytes"
+    )
+    samples: SamplesConfig = SamplesConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def tokenizer_of_the_model(cls, given: Any) -> Any:
+        """A model that is loaded brings its tokenizer."""
+        model = given.get("model") if isinstance(given, dict) else None
+        if isinstance(model, dict) and model.get("load") and "tokenizer" not in given:
+            return {**given, "tokenizer": {"load": model["load"]}}
+        return given
+
+    @property
+    def auxiliary_losses(self) -> AuxiliaryLosses:
+        """Coefficients of the losses besides the next token's."""
+        return AuxiliaryLosses(
+            self.router_aux_loss_coef,
+            self.router_seq_aux_loss_coef,
+            self.router_z_loss_coef,
+            self.expert_bias_update_speed,
+            self.mtp_loss_weight,
         )
-        return finish_pretrain(config, folder, model, text, result, parallel, log)
+
+
+def build_pretrain(config: PretrainConfig, context: Context) -> Job:
+    """Text, tokenizer, model, next-token loss."""
+    parallel, log = context.parallel, context.log
+    text = load_text_data(config.data, config.tokenizer, parallel, log)
+    model = init_pretrain_model(config, context.settings, text)
+    callbacks = apply_techniques(config.all_techniques, model, log)
+    flops = 6.0 * count_parameters(model) * config.batch_size * config.sequence_length * config.max_steps
+    config = resolve_auto(config, parallel.device, log, flops / parallel.world_size)
+    losses = config.auxiliary_losses.resolve(model)
+    config = config.model_copy(update=vars(losses))
+    distillation = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)
+    terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token_loss, text.tokenizer, model), *distillation]
+    random_weights = config.model.load is None and not distillation
+    return Job(
+        config,
+        losses.build_objective(model, terms),
+        pretrain_loader(config, text, parallel),
+        list(build_evaluators(config, text, context)),
+        {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation)},
+        text.facts,
+        text.tokenizer,
+        callbacks=[*losses.build_callbacks(), *callbacks],
+        expected_loss=losses.initial_loss(model) if random_weights else None,
+        finish=lambda result: baseline_bits_per_byte(text, log) if wants_baselines(config, result, context) else {},
+    )
 
 
 def pretrain_loader(
@@ -140,10 +145,14 @@ def pretrain_loader(
     return ShardedLoader(
         PackedDocuments(text.tokens.train, config.sequence_length),
         batch_size=config.batch_size,
-        micro_batch_size=micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
+        micro_batch_size=pretrain_micro_batch_rows(config, parallel),
         seed=derive_seed(config.seed, "order"),
         shard=parallel.data_shard,
     )
+
+
+def pretrain_micro_batch_rows(config: PretrainConfig, parallel: DistributedContext) -> int:
+    return micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length)
 
 
 def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextData) -> Decoder:
@@ -169,29 +178,8 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
     return model
 
 
-def resolve_pretrain_config(
-    config: PretrainConfig, model: Decoder, parallel: DistributedContext, log: LogFn
-) -> PretrainConfig:
-    """The config with what `auto` means here written out, and said why."""
-    parameters = count_parameters(model)
-    flops = 6.0 * parameters * config.batch_size * config.sequence_length * config.max_steps / parallel.world_size
-    number = resolve_precision(config.precision, parallel.device)
-    graph = resolve_compile(config.compile, parallel.device, flops)
-    log(
-        f"model: {family_of(model.config).name}-style, {parameters:,} parameters, on {parallel.device}"
-        + describe_processes(parallel)
-    )
-    log(f"precision: {number.value} ({number.reason}); compiled: {'yes' if graph.value else 'no'} ({graph.reason})")
-    parts = vars(config.auxiliary_losses.resolve(model))
-    return config.model_copy(update={"precision": number.value, "compile": graph.value, **parts})
-
-
-def describe_processes(parallel: DistributedContext) -> str:
-    return f", {parallel.world_size} processes by {parallel.strategy}" if parallel.world_size > 1 else ""
-
-
-def build_evaluators(config: PretrainConfig, text: TextData, run: RunDir, micro_rows: int) -> Iterator[Evaluator]:
-    """Held-out loss and samples, as often as asked."""
+def build_evaluators(config: PretrainConfig, text: TextData, context: Context) -> Iterator[Evaluator]:
+    """Held-out loss and samples."""
     if text.tokens.val.num_documents:
         yield LossEvaluator(
             text.tokens.val,
@@ -199,14 +187,13 @@ def build_evaluators(config: PretrainConfig, text: TextData, run: RunDir, micro_
             max_tokens=config.eval_tokens,
             last_step=config.max_steps,
             length=config.sequence_length,
-            micro_rows=micro_rows,
+            micro_rows=pretrain_micro_batch_rows(config, context.parallel),
         )
-    if config.samples.every_steps and config.samples.prompts:
-        part = config.samples
-        keeps = run.samples if run.is_main_process else None
+    part = config.samples
+    if part.every_steps and part.prompts:
         yield TextSampler(
             text.tokenizer,
-            keeps,
+            context.samples_dir,
             part.prompts,
             part.every_steps,
             part.max_new_tokens,
@@ -215,28 +202,9 @@ def build_evaluators(config: PretrainConfig, text: TextData, run: RunDir, micro_
         )
 
 
-def write_run_metadata(folder: Path, model: Decoder, text: TextData) -> None:
-    """What generating, exporting and the report need beside the checkpoints."""
-    write_model_json(folder, model)
-    text.tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
-    atomic_write_json(folder / "data.json", text.facts)
-
-
-def finish_pretrain(
-    config: PretrainConfig,
-    folder: Path,
-    model: Decoder,
-    text: TextData,
-    result: TrainResult,
-    parallel: DistributedContext,
-    log: LogFn,
-) -> RunOutcome:
-    """The outcome; a finished run is set beside what counting and compressing reach on the same held-out bytes."""
-    wanted = result.status == "finished" and parallel.is_main_process and config.eval_baselines
-    others = baseline_bits_per_byte(text, log) if wanted else {}
-    return finish_run(
-        config, folder, result, count_parameters(model), leader=parallel.is_main_process, baselines=others
-    )
+def wants_baselines(config: PretrainConfig, result: TrainResult, context: Context) -> bool:
+    """A finished run is compared with what n-gram models and compressors reach on the same held-out bytes."""
+    return result.status == "finished" and context.parallel.is_main_process and config.eval_baselines
 
 
 def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
@@ -246,3 +214,30 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
         return {}
     log("counting and compressing the same text, to compare")
     return {one.name: one.bits_per_byte for one in compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)}
+
+
+def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
+    """The model's config without preparing the data: a tokenizer to be trained counts with the size it is to have."""
+    if config.model.load is not None:
+        return load(config.model.load, dtype="float32").config
+    return build_model_config(config.model, settings, vocab=resolve_vocab_size(config), context=config.sequence_length)
+
+
+def resolve_vocab_size(config: PretrainConfig) -> int:
+    """How many tokens the tokenizer has, or will have."""
+    if (Path(config.data.source) / "manifest.json").is_file():
+        return int(open_token_folder(config.data.source, verify="size").manifest["vocab_size"])
+    part = config.tokenizer
+    return part.vocab_size if part.load is None else load_any_tokenizer(part.load).vocab_size
+
+
+def check_pretrain(config: PretrainConfig, settings: RawConfig) -> None:
+    """UsageError for rows longer than the model's context, and for coefficients of parts that it does not have."""
+    numbers = resolve_model_config(config, settings)
+    require_context(config.sequence_length, numbers.max_position_embeddings)
+    added = any(one["name"] == "multi_token" for one in config.techniques)
+    losses = replace(config.auxiliary_losses, mtp_loss_weight=None) if added else config.auxiliary_losses
+    losses.resolve(build_meta_model(numbers))
+
+
+RECIPE = Recipe("pretrain", PretrainConfig, build_pretrain, check_pretrain)

@@ -3,48 +3,46 @@ its head is replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.objectives.last_token import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.job import (
-    LogFn,
-    TrainingJob,
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.config_schema import NonNegativeInt
+from llm_quest.recipes.finetuning import (
+    PairBatchedConfig,
+    StartModelConfig,
     apply_config_techniques,
     data_facts,
     load_for_finetuning,
     read_chat_template,
-    run_job,
 )
-from llm_quest.recipes.preference_data import PairsEvaluator, pairs_loader, prepare_preferences
-from llm_quest.recipes.run import RunOutcome, init_distributed, require_context
-from llm_quest.recipes.tuning_config import RewardConfig
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes.preference_data import PairsEvaluator, PreferenceDataConfig, pairs_loader, prepare_preferences
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.run import require_context
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 
 
-def train_reward(
-    config: RewardConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
-    """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        leader_log = log if parallel.is_main_process else lambda text: None
-        return run_job(
-            build_reward_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
-        )
+class RewardConfig(PairBatchedConfig):
+    """A model and preferences in, a model that gives an answer one number out."""
+
+    recipe: Literal["reward"]
+    model: StartModelConfig
+    data: PreferenceDataConfig = PreferenceDataConfig()
+    center_rewards_coefficient: float = Field(default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
 
-def build_reward_job(config: RewardConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
-    """Model, pairs, objective and feed."""
+def build_reward(config: RewardConfig, context: Context) -> Job:
+    """Model, pairs, reward-model loss."""
+    parallel, log = context.parallel, context.log
+    config = resolve_auto(config, parallel.device, log)
     model, tokenizer = load_for_finetuning(config.model)
     require_context(config.sequence_length, model.config.max_position_embeddings)
     seed = derive_seed(config.seed, "flips")
@@ -56,13 +54,21 @@ def build_reward_job(config: RewardConfig, parallel: DistributedContext, log: Lo
         ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)
     loader = pairs_loader(config, pairs, parallel)
     facts = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
-    probe = PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)
-    return TrainingJob(
-        RewardModelLoss(model, center_coefficient=config.center_rewards_coefficient), loader, lambda run: [probe], tokenizer, facts,
-        {"data": loader.source.hash}, callbacks,
-    )  # fmt: skip
+    return Job(
+        config,
+        RewardModelLoss(model, center_coefficient=config.center_rewards_coefficient),
+        loader,
+        [PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)],
+        {"tokenizer": tokenizer.hash, "data": loader.source.hash},
+        facts,
+        tokenizer,
+        callbacks=callbacks,
+    )
 
 
 def score_answers(model: Any, batch: PreferenceBatch) -> Tensor:
     """Of each row."""
     return last_token_outputs(model, batch.input_ids, batch.position_ids)[:, 0]
+
+
+RECIPE = Recipe("reward", RewardConfig, build_reward)

@@ -7,10 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import Field
 
+from llm_quest.contracts import Evaluator
 from llm_quest.data.builtin_qa import builtin_instructions, load_records
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
@@ -20,41 +22,55 @@ from llm_quest.data.loader import ShardedLoader
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.distillation import build_distillation_terms, teacher_hash
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
+from llm_quest.recipes.distillation import TeacherConfig, build_distillation_terms, teacher_hash
 from llm_quest.recipes.evaluators import save_samples
-from llm_quest.recipes.job import (
-    LogFn,
-    TrainingJob,
+from llm_quest.recipes.finetuning import (
+    ConversationDataConfig,
+    StartModelConfig,
     apply_config_techniques,
     data_facts,
     load_for_finetuning,
     read_chat_template,
-    run_job,
     set_generation_eos,
 )
-from llm_quest.recipes.number_token_loss import number_token_terms
-from llm_quest.recipes.run import RunOutcome, init_distributed, micro_batch_rows, require_context
-from llm_quest.recipes.tuning_config import ConversationDataConfig, SftConfig
-from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
+from llm_quest.recipes.number_token_loss import NumberTokenLossConfig, number_token_terms
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.train.state_dict import derive_seed
 
 
-def train_sft(
-    config: SftConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
-    """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        leader_log = log if parallel.is_main_process else lambda text: None
-        return run_job(
-            build_sft_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
-        )
+class AnswerSamplesConfig(StrictModel):
+    """Held-out questions that the model answers during the run."""
+
+    every_steps: NonNegativeInt = Field(default=100, description="steps; 0: none")
+    num_prompts: PositiveInt = Field(default=4, description="how many questions")
+    max_new_tokens: PositiveInt = Field(default=64, description="tokens of an answer, at most")
+    temperature: float = Field(default=0.0, ge=0)
 
 
-def build_sft_job(config: SftConfig, parallel: DistributedContext, log: LogFn) -> TrainingJob:
-    """Model, conversations, objective and feed."""
+class SftConfig(TextBatchedConfig):
+    """A model and conversations in, a model that answers out."""
+
+    recipe: Literal["sft"]
+    model: StartModelConfig
+    data: ConversationDataConfig = ConversationDataConfig()
+    number_token_loss: NumberTokenLossConfig | None = Field(
+        default=None, description="adds the distance between numbers (weight, distance, multi_digit); null: no"
+    )
+    teacher: TeacherConfig | None = Field(
+        default=None, description="a model to learn from (load, weight, beta, temperature, dtype); null: none"
+    )
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+    samples: AnswerSamplesConfig = AnswerSamplesConfig()
+
+
+def build_sft(config: SftConfig, context: Context) -> Job:
+    """Model, conversations, next-token loss of the answers."""
+    parallel, log = context.parallel, context.log
+    config = resolve_auto(config, parallel.device, log)
     model, tokenizer = load_for_finetuning(config.model)
     require_context(config.sequence_length, model.config.max_position_embeddings)
     data = prepare_conversations(
@@ -77,14 +93,20 @@ def build_sft_job(config: SftConfig, parallel: DistributedContext, log: LogFn) -
     distillation_terms = build_distillation_terms(config, tokenizer, model.config.vocab_size, parallel, log)
     terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token_loss, tokenizer, model), *distillation_terms]
 
-    def build_evaluators(run: RunDir) -> list[Any]:
-        asked = [AnswerSampler(data, config.samples.num_prompts, config, run)] if config.samples.every_steps else []
-        return [AnswerLossEvaluator(data.held_out, config.eval_steps, micro_rows), *asked]
-
-    return TrainingJob(
-        NextTokenLoss(model, auxiliary=terms), loader, build_evaluators, tokenizer, facts,
-        {"data": data.train.hash, **teacher_hash(distillation_terms)}, apply_config_techniques(config, model, log),
-    )  # fmt: skip
+    evaluators: list[Evaluator] = [AnswerLossEvaluator(data.held_out, config.eval_steps, micro_rows)]
+    if config.samples.every_steps:
+        seed = derive_seed(config.seed, "sampling")
+        evaluators.append(AnswerSampler(data, config.samples, seed, context.samples_dir))
+    return Job(
+        config,
+        NextTokenLoss(model, auxiliary=terms),
+        loader,
+        evaluators,
+        {"tokenizer": tokenizer.hash, "data": data.train.hash, **teacher_hash(distillation_terms)},
+        facts,
+        tokenizer,
+        callbacks=apply_config_techniques(config, model, log),
+    )
 
 
 @dataclass(frozen=True)
@@ -133,11 +155,10 @@ class AnswerSampler:
 
     name = "samples"
 
-    def __init__(self, data: ConversationData, num_questions: int, config: SftConfig, run: RunDir):
-        self.interval, self.part, self.tokenizer = config.samples.every_steps, config.samples, data.chat.tokenizer
-        self.folder = run.samples if run.is_main_process else None
-        self.seed = derive_seed(config.seed, "sampling")
-        self.questions = list(data.questions[:num_questions])
+    def __init__(self, data: ConversationData, samples: AnswerSamplesConfig, seed: int, samples_dir: Path | None):
+        self.interval, self.part, self.tokenizer = samples.every_steps, samples, data.chat.tokenizer
+        self.folder, self.seed = samples_dir, seed
+        self.questions = list(data.questions[: samples.num_prompts])
         self.prompts = data.chat.encode_prompts([one.prompt for one in self.questions])
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
@@ -159,3 +180,6 @@ class AnswerSampler:
             ]
             save_samples(self.folder, step, sample_rows)
         return {}
+
+
+RECIPE = Recipe("sft", SftConfig, build_sft)

@@ -21,7 +21,7 @@ from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.config_schema import ModelConfig, RunConfig
 from llm_quest.recipes.grpo_config import GrpoConfig, WarmupConfig
-from llm_quest.recipes.model_config import build_model_config
+from llm_quest.recipes.model_config import WARMUP_CONTEXT, build_model_config
 from llm_quest.recipes.yaml_io import RawConfig as Given
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
@@ -33,7 +33,6 @@ from llm_quest.train.state_dict import derive_seed
 
 LogFn = Callable[[str], None]
 
-WARMUP_CONTEXT = 128
 CHECK_EVERY = 25
 CHECK_PROBLEMS, CHECK_SAMPLES = 50, 4
 

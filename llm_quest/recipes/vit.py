@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from llm_quest.data.image_datasets import (
@@ -29,30 +29,113 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.run import RunOutcome, init_distributed
-from llm_quest.recipes.vision import ImageTrainingJob, LogFn, run_image_job
-from llm_quest.recipes.vision_config import ImageDataConfig, VitConfig
-from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.train.parallel import DistributedContext
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import PositiveInt
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.techniques import apply_techniques
+from llm_quest.recipes.vision import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.state_dict import derive_seed
 
 IMAGE_EVAL_BATCH_SIZE = 256
 
 
-def train_vit(
-    config: VitConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
-    """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        leader_log = log if parallel.is_main_process else lambda text: None
-        return run_image_job(
-            build_vit_job(config, parallel, leader_log), config, out, resume, env or {}, quiet, leader_log, parallel
-        )
+class AugmentConfig(StrictModel):
+    """Random variation of training images; 0 and false: none."""
+
+    rotation_degrees: float = Field(default=0.0, ge=0, le=180, description="degrees")
+    scale: float = Field(default=0.0, ge=0, lt=1, description="part of the size")
+    translate: float = Field(default=0.0, ge=0, lt=1, description="part of the side")
+    horizontal_flip: bool = Field(default=False, description="left and right")
+    random_erasing: float = Field(default=0.0, ge=0, lt=1, description="a square of this part of the side")
 
 
-def build_vit_job(config: VitConfig, parallel: DistributedContext, log: LogFn) -> ImageTrainingJob:
-    """Data, model, objective and feed."""
+class ImageDataConfig(StrictModel):
+    """Which images, and the numbers they become: brightness 0..1, less mean, divided by std, one of each per
+    channel."""
+
+    source: Literal["digits", "folder", "cifar10"] = Field(
+        default="digits", description="digits come with scikit-learn"
+    )
+    path: str | None = Field(
+        default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
+    )
+    image_size: PositiveInt = Field(default=8, description="pixels of a side")
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    held_out: EvalFraction = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def one_mean_and_std_per_channel(self) -> ImageDataConfig:
+        ImageProcessor(self.image_size, self.image_mean, self.image_std)
+        return self
+
+    @model_validator(mode="after")
+    def check_folder(self) -> ImageDataConfig:
+        if (self.path is None) != (self.source == "digits"):
+            raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
+        return self
+
+
+class VitModelConfig(StrictModel):
+    """A ViT of your own numbers, or one to go on from: its sizes are then its own, and a head of other classes is made
+    anew."""
+
+    patch_size: PositiveInt = Field(default=2, description="pixels of a patch's side")
+    hidden_size: PositiveInt = 64
+    num_hidden_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 128
+    hidden_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
+    preset: str | None = Field(
+        default=None, description="a published size instead, with random weights: vit-base-patch16-224"
+    )
+    load: str | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
+
+    @model_validator(mode="after")
+    def check_single_source(self) -> VitModelConfig:
+        if self.preset is not None and self.load is not None:
+            raise ValueError("give preset or load, not both")
+        return self
+
+
+class VitConfig(VisionConfig):
+    """Images in, a classifier out."""
+
+    recipe: Literal["vit"]
+    data: ImageDataConfig = ImageDataConfig()
+    model: VitModelConfig = VitModelConfig()
+    batch_size: PositiveInt = Field(default=128, description="images in an optimiser step, over all processes")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
+
+    @model_validator(mode="after")
+    def images_fit(self) -> VitConfig:
+        part, images = self.model, self.data
+        size, channels = images.image_size, len(images.image_mean)
+        native = {"digits": (8, 1), "cifar10": (32, 3)}.get(images.source, (size, channels))
+        if native != (size, channels):
+            raise ValueError(
+                f"{images.source} are {native[0]} pixels with {native[1]} channels: set data.image_size={native[0]} "
+                f"and {native[1]} numbers in data.image_mean and data.image_std"
+            )
+        if part.load is not None:
+            return self
+        sizes = part if part.preset is None else preset(part.preset).config
+        if not isinstance(sizes, VitModelConfig | vit.Config):
+            raise ValueError(f"model.preset {part.preset} is no ViT; `quest models` lists those that are")
+        if size % sizes.patch_size or sizes.hidden_size % sizes.num_attention_heads:
+            raise ValueError(
+                f"patch_size {sizes.patch_size} must divide images of {size} pixels, and num_attention_heads "
+                f"{sizes.num_attention_heads} must divide hidden_size {sizes.hidden_size}"
+            )
+        return self
+
+
+def build_vit(config: VitConfig, context: Context) -> Job:
+    """Images, model, classification loss."""
+    parallel, log = context.parallel, context.log
+    config = resolve_auto(config, parallel.device, log)
     preprocess = ImageProcessor(config.data.image_size, config.data.image_mean, config.data.image_std)
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
@@ -67,13 +150,17 @@ def build_vit_job(config: VitConfig, parallel: DistributedContext, log: LogFn) -
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
     facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}
     facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(sides.train.names)}
-    return ImageTrainingJob(
+    callbacks = apply_techniques(config.all_techniques, objective.model, log)
+    return Job(
+        config,
         objective,
         loader,
-        ImageAccuracyEvaluator(sides.held_out, preprocess, config.eval_steps),
-        preprocess,
+        [ImageAccuracyEvaluator(sides.held_out, preprocess, config.eval_steps)],
         identity,
         facts,
+        preprocessor=preprocess,
+        callbacks=callbacks,
+        blocks=fsdp_blocks(objective.model),
     )
 
 
@@ -154,3 +241,6 @@ class ImageAccuracyEvaluator:
             right += float((logits.argmax(dim=-1) == labels).sum())
             nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         return {"accuracy": right / len(self.images), "loss": nats / len(self.images)}
+
+
+RECIPE = Recipe("vit", VitConfig, build_vit)

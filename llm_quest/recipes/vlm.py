@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
 from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextRows, SceneDataset
@@ -30,12 +31,16 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.captioning import CaptioningLoss
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.evaluators import save_samples
-from llm_quest.recipes.run import RunOutcome, init_distributed
-from llm_quest.recipes.vision import ImageTrainingJob, LogFn, run_image_job
-from llm_quest.recipes.vision_config import PART_MODULES, VlmConfig
-from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.train.parallel import DistributedContext
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.run import build_lr_schedule
+from llm_quest.recipes.techniques import apply_techniques
+from llm_quest.recipes.vision import EvalFraction, VisionConfig, fsdp_blocks
+from llm_quest.train.lr_schedule import scale_schedule_after
 from llm_quest.train.state_dict import derive_seed
 
 IMAGE_TOKEN = "<image>"
@@ -43,21 +48,108 @@ VLM_EVAL_BATCH_SIZE = 64
 ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 
 
-def train_vlm(
-    config: VlmConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
-    """Run the recipe in a folder. Every process of a torchrun calls this."""
-    with init_distributed(config, config.batch_size) as parallel:
-        leader_log = log if parallel.is_main_process else lambda text: None
-        job = build_vlm_job(config, parallel, leader_log, out / "samples" if parallel.is_main_process else None)
-        return run_image_job(job, config, out, resume, env or {}, quiet, leader_log, parallel)
+class ImageTextDataConfig(StrictModel):
+    """Rendered scenes of shapes, or a JSONL file of yours."""
+
+    source: Literal["synthetic_shapes", "jsonl"] = Field(
+        default="synthetic_shapes", description="scenes of shapes are drawn as they are needed"
+    )
+    path: str | None = Field(
+        default=None, description="of jsonl: lines with image and caption, or image, question and answer"
+    )
+    image_size: PositiveInt = Field(default=48, description="pixels of a side")
+    held_out: EvalFraction = Field(
+        default=0.1, description="of a JSONL file's images; of synthetic shapes, every fifth combination"
+    )
+    max_questions_per_row: PositiveInt | None = Field(
+        default=None, description="questions of an image in one row, at most; null: all that fit"
+    )
+
+    @model_validator(mode="after")
+    def check_file(self) -> ImageTextDataConfig:
+        if (self.path is None) != (self.source == "synthetic_shapes"):
+            raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
+        return self
 
 
-def build_vlm_job(
-    config: VlmConfig, parallel: DistributedContext, log: LogFn, samples: Path | None = None
-) -> ImageTrainingJob:
-    """Data, tokenizer, model, objective and feed. samples: where some answers are kept."""
+class VisionTowerConfig(StrictModel):
+    """The image encoder: your own config, or one to load (a ViT, a CLIP tower)."""
+
+    patch_size: PositiveInt = Field(default=8, description="pixels of a patch's side")
+    hidden_size: PositiveInt = 128
+    num_hidden_layers: PositiveInt = 4
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 512
+    feature_layer: PositiveInt | None = Field(
+        default=None, description="the block after which patch features are taken; null: the last"
+    )
+    keep_class_token: bool = Field(default=False, description="whether the decoder sees the class token too")
+    load: str | None = Field(default=None, description="a Hugging Face folder or run folder")
+
+
+class LanguageModelConfig(StrictModel):
+    """The decoder, a Llama: your own config, or one to load, whose tokenizer is then used."""
+
+    hidden_size: PositiveInt = 128
+    num_hidden_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 384
+    vocab_size: int = Field(
+        default=400, ge=280, description="tokens of the tokenizer to train, the image placeholder among them"
+    )
+    load: str | None = Field(default=None, description="a Hugging Face folder or run folder, with its tokenizer")
+
+
+class VlmModelConfig(StrictModel):
+    """A whole vision-language model to start from."""
+
+    load: str | None = Field(default=None, description="a LLaVA model's Hugging Face folder or a run folder")
+
+
+class VlmConfig(VisionConfig):
+    """Images and words in, a vision-language model out."""
+
+    recipe: Literal["vlm"]
+    data: ImageTextDataConfig = ImageTextDataConfig()
+    vision_tower: VisionTowerConfig = VisionTowerConfig()
+    projector: Literal["mlp", "linear"] = "mlp"
+    language_model: LanguageModelConfig = LanguageModelConfig()
+    model: VlmModelConfig = VlmModelConfig()
+    trainable: tuple[Annotated[str, Choice(PART_MODULES)], ...] = Field(
+        default=("vision_tower", "projector", "language_model"), min_length=1
+    )
+    batch_size: PositiveInt = Field(default=64, description="images in an optimiser step, over all processes")
+    sequence_length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and its text")
+    caption_first_steps: NonNegativeInt = Field(
+        default=0, description="in so many first steps the caption comes first, where there is one"
+    )
+    question_lr_scale: float = Field(
+        default=1.0, gt=0, le=1, description="factor of the learning rate after the first caption_first_steps steps"
+    )
+    eval_images: PositiveInt = Field(default=64, description="held-out images whose questions are asked")
+
+    @model_validator(mode="after")
+    def check_parts_fit(self) -> VlmConfig:
+        tower, text, size = self.vision_tower, self.language_model, self.data.image_size
+        if self.model.load is not None:
+            return self
+        if tower.load is None and (size % tower.patch_size or tower.hidden_size % tower.num_attention_heads):
+            raise ValueError(
+                f"vision_tower.patch_size {tower.patch_size} must divide images of {size} pixels, and "
+                f"vision_tower.num_attention_heads {tower.num_attention_heads} its hidden_size {tower.hidden_size}"
+            )
+        if text.load is None and text.hidden_size % (2 * text.num_attention_heads):
+            raise ValueError(
+                f"language_model.hidden_size {text.hidden_size} must be an even multiple of "
+                f"language_model.num_attention_heads {text.num_attention_heads}"
+            )
+        return self
+
+
+def build_vlm(config: VlmConfig, context: Context) -> Job:
+    """Images with text, tokenizer, model, captioning loss."""
+    parallel, log = context.parallel, context.log
+    config = resolve_auto(config, parallel.device, log)
     preprocess = load_or_make_preprocess(config)
     sights = load_image_text(config, preprocess)
     tokenizer = build_vlm_tokenizer(config, sights)
@@ -84,12 +176,24 @@ def build_vlm_job(
         seed=derive_seed(config.seed, "order"),
         shard=parallel.data_shard,
     )
-    probe = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
-    identity = {"sights": sights.hash, "tokenizer": tokenizer.hash}
-    facts = {"corpus": {"name": config.data.path or config.data.source}}
-    slower = (config.caption_first_steps, config.question_lr_scale)
-    return ImageTrainingJob(
-        CaptioningLoss(model), loader, probe, preprocess, identity, facts, ADAMW_PARAMETERS, tokenizer, slower
+    samples = context.samples_dir
+    evaluator = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
+    callbacks = apply_techniques(config.all_techniques, model, log)
+    return Job(
+        config,
+        CaptioningLoss(model),
+        loader,
+        [evaluator],
+        {"sights": sights.hash, "tokenizer": tokenizer.hash},
+        {"corpus": {"name": config.data.path or config.data.source}},
+        tokenizer,
+        preprocess,
+        callbacks=callbacks,
+        lr_schedule=scale_schedule_after(
+            build_lr_schedule(config), config.caption_first_steps, config.question_lr_scale
+        ),
+        blocks=fsdp_blocks(model),
+        adamw_parameters=ADAMW_PARAMETERS,
     )
 
 
@@ -269,3 +373,6 @@ class ImageQuestionEvaluator:
         )
         ends = set(self.writer.tokenizer.eos_token_ids)
         return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in said]
+
+
+RECIPE = Recipe("vlm", VlmConfig, build_vlm)

@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 import pytest
 
-from llm_quest.cli.train import RECIPE_TABLE, DryRunResult, load_recipe, removed_if_refused, start_training
+from llm_quest.cli.train import DryRunResult, start_training
 from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.recipes import RECIPES, get_recipe, load_recipe
 from llm_quest.recipes.config import (
     StrictModel,
     describe_field,
@@ -20,6 +21,7 @@ from llm_quest.recipes.config import (
     recipe_names,
 )
 from llm_quest.recipes.config_schema import ModelConfig
+from llm_quest.recipes.engine import remove_if_refused
 
 
 def dry(recipe: str, *pairs: str) -> DryRunResult:
@@ -81,7 +83,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_by_its_settings(recipe: str, pai
 
 def test_what_is_right_passes():
     for recipe in sorted(set(recipe_names()) - {"rpt_control"}):
-        assert dry(recipe).config.recipe in RECIPE_TABLE
+        assert dry(recipe).config.recipe in RECIPES
     dry("pretrain", "mtp_loss_weight=0.1", "techniques=[multi_token]")
     dry("dpo", "loss_type=cdpo", "label_smoothing=0.1")
     dry("grpo", "num_generations=1", "process_supervision=true", "task=chained", "max_new_tokens=30")
@@ -117,7 +119,7 @@ def test_numbers_at_odds_are_told_with_numbers_that_are_missing():
 
 def with_a_model() -> list[str]:
     def field(recipe: str) -> Any:
-        return RECIPE_TABLE[load_raw_config(recipe).tree["recipe"]][0].model_fields.get("model")
+        return get_recipe(load_raw_config(recipe).tree["recipe"]).Config.model_fields.get("model")
 
     return [
         name for name in recipe_names() if (found := field(name)) and nested_schema(found.annotation) is ModelConfig
@@ -164,9 +166,9 @@ def every_field(schema: type[StrictModel]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPE_TABLE))
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_no_words_of_pydantic_stand_in_what_a_key_takes(recipe: str):
-    for field in every_field(RECIPE_TABLE[recipe][0]):
+    for field in every_field(get_recipe(recipe).Config):
         said = describe_field(field)
         assert not re.search(r"annotation|required=|metadata|NoneType|<class|typing|Annotated|FieldInfo", said), said
 
@@ -221,7 +223,7 @@ def test_a_folder_that_was_there_stays(tmp_path: Path):
 
 def test_what_was_learned_before_a_refusal_stays(tmp_path: Path):
     def late() -> None:
-        with removed_if_refused(tmp_path / "run"):
+        with remove_if_refused(tmp_path / "run"):
             (tmp_path / "run" / "warmup" / "checkpoints" / "step-00000010").mkdir(parents=True)
             raise UsageError("too late")
 

@@ -18,9 +18,10 @@ from llm_quest.data.images import ImageProcessor
 from llm_quest.data.synthetic_shapes import split_scene
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.build import build
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
-from llm_quest.recipes.vision_config import VlmConfig
-from llm_quest.recipes.vlm import train_vlm
+from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.vlm import VlmConfig
 from tests.recipes.test_vision import SMALL_VLM, two_classes, vit_run
 
 
@@ -40,7 +41,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vlm")
     settings = load_raw_config("vlm", [*SMALL_VLM, "max_steps=2"])
-    train_vlm(parse_config(VlmConfig, settings), settings, folder / "run", quiet=True, log=quiet)
+    run_recipe(get_recipe("vlm"), parse_config(VlmConfig, settings), settings, folder / "run", quiet=True, log=quiet)
     split_scene(0, 0).render(30).save(folder / "scene.png")
     return folder
 

@@ -13,8 +13,7 @@ from llm_quest.cost.plan_images import ImagePlan, plan_images
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.run import build_optimizer
-from llm_quest.recipes.vision_config import VlmConfig
-from llm_quest.recipes.vlm import build_vlm_job
+from llm_quest.recipes.vlm import VlmConfig, build_vlm_job
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.test_vision import SMALL_VIT, SMALL_VLM, two_classes
 

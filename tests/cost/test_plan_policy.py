@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from llm_quest.cli.train import plan_recipe
+from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan_policy import PolicyPlan, init_plan_policy
 from llm_quest.errors import UsageError
-from llm_quest.cost.flops import ModelCost
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.grpo_config import GrpoConfig
 

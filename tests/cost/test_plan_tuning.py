@@ -15,7 +15,8 @@ from llm_quest.cost.profile import profile_step
 from llm_quest.hub.load_save import load
 from llm_quest.recipes import dpo, sft
 from llm_quest.recipes.config import load_raw_config, parse_config
-from llm_quest.recipes.tuning_config import DpoConfig, SftConfig
+from llm_quest.recipes.dpo import DpoConfig
+from llm_quest.recipes.sft import SftConfig
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.tuned import WORDS, base, written
 

@@ -18,7 +18,7 @@ from llm_quest.models.build import build
 from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses
 from llm_quest.recipes.config import config_to_yaml, parse_config
 from llm_quest.recipes.evaluators import language_model_loss
-from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.yaml_io import read_yaml
 from llm_quest.techniques.expert_bias import bias_routers
 from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights

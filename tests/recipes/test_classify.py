@@ -18,8 +18,11 @@ from llm_quest.data.records import Record, read_records
 from llm_quest.data.text_classification import collect_label_names, encode_labeled_texts, read_labeled_texts
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
-from llm_quest.recipes.classify import classification_metrics, expected_calibration_error, f1_score, train_classify
-from llm_quest.recipes.tuning_config import ClassifyConfig
+from llm_quest.recipes.classify import (
+    classification_metrics,
+    expected_calibration_error,
+    f1_score,
+)
 from tests.later import Later
 from tests.recipes.tuned import WORDS, base, started, weights
 
@@ -63,7 +66,7 @@ def pairs(start: Path, table: Path) -> list[str]:
 def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     pairs = [f"model.load={start}", f"data.source={table}", "data.text_column=mail", "data.label_column=kind"]
-    outcome = started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
+    outcome = started("classify", RECIPE, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["macro_f1"] == 1.0
     assert 0.5 < outcome.scores["commonest"] < 0.9
@@ -92,7 +95,7 @@ def test_the_export_is_a_classifier_in_transformers(trained: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("what", ["last_block", "head"])
 def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], tmp_path: Path):
-    started(ClassifyConfig, train_classify, RECIPE, tmp_path / "run", *pairs, f"trainable={what}", "max_steps=3")
+    started("classify", RECIPE, tmp_path / "run", *pairs, f"trainable={what}", "max_steps=3")
     before, after = load(start), load(tmp_path / "run")
     moved = {name for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=False) if not torch.equal(a, b)}  # fmt: skip # noqa: E501
     assert all(name.startswith(("blocks.1.", "norm.")) for name in moved)
@@ -102,21 +105,20 @@ def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], 
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(trained: Path, pairs: list[str], tmp_path: Path):
     out = tmp_path / "again"
     pairs = [*pairs, "save_steps=10"]
-    started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
+    started("classify", RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000020")
-    started(ClassifyConfig, train_classify, RECIPE, out, *pairs)
+    started("classify", RECIPE, out, *pairs)
     assert weights(out, 20) == weights(trained, 20)
 
 
 def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"rows\.csv:2 has no 'text'; it has mail, kind: name the columns"):
-        started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs[:2])
+        started("classify", RECIPE, tmp_path / "a", *pairs[:2])
     with pytest.raises(UsageError, match="techniques decide what is trained"):
-        started(ClassifyConfig, train_classify, RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
+        started("classify", RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
     with pytest.raises(UsageError, match="the model tells apart colour, thing, the texts say"):
         started(
-            ClassifyConfig,
-            train_classify,
+            "classify",
             RECIPE,
             tmp_path / "a",
             f"model.load={trained}",

@@ -7,8 +7,8 @@ from typing import get_args
 
 import pytest
 
-from llm_quest.cli.train import RECIPE_TABLE
 from llm_quest.errors import UsageError
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import (
     StrictModel,
     config_differences,
@@ -23,8 +23,9 @@ from llm_quest.recipes.config import (
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.old_keys import OLD_KEYS
-from llm_quest.recipes.pretrain_config import PretrainConfig
-from llm_quest.recipes.vision_config import VitConfig, VlmConfig
+from llm_quest.recipes.pretrain import PretrainConfig
+from llm_quest.recipes.vit import VitConfig
+from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml, read_yaml_file
 
 GOOD = "recipe: pretrain\nmodel:\n  preset: llama3.2-tiny\n"
@@ -124,7 +125,7 @@ def test_every_old_key_is_an_error_that_names_the_new_one(old: str) -> None:
 
 def test_every_new_key_is_known_and_no_old_one_is() -> None:
     known = {
-        name for name in recipe_names() for name in dotted_keys(RECIPE_TABLE[load_raw_config(name).tree["recipe"]][0])
+        name for name in recipe_names() for name in dotted_keys(get_recipe(load_raw_config(name).tree["recipe"]).Config)
     }
     assert not known & set(OLD_KEYS), known & set(OLD_KEYS)
     new = {word for value in OLD_KEYS.values() for word in value.partition(" (")[0].replace(" and ", ", ").split(", ")}

@@ -16,8 +16,6 @@ from llm_quest.errors import BusyError, UsageError
 from llm_quest.files import file_sha256
 from llm_quest.hub.load_save import load_tokenizer, save
 from llm_quest.models.build import build, preset
-from llm_quest.recipes.sft import train_sft
-from llm_quest.recipes.tuning_config import SftConfig
 from tests.recipes.test_config import GOOD, told
 from tests.recipes.test_pretrain import BASE, CtrlC, rows, run, weights
 from tests.recipes.test_sft import RECIPE, WORDS
@@ -138,11 +136,11 @@ def test_conversations_are_learned_from_a_teacher_too(tmp_path: Path) -> None:
     start, same = base(tmp_path / "start"), base(tmp_path / "teacher", "gpt2-tiny")
     pairs = [f"model.load={start}", f"data.source={source}", "max_steps=6", "eval_steps=0", "samples.every_steps=0"]
     pairs += ["teacher={load: " + json.dumps(str(same)) + ", weight: 0.5, beta: 0.5, temperature: 2}"]
-    started(SftConfig, train_sft, RECIPE, tmp_path / "run", *pairs)
+    started("sft", RECIPE, tmp_path / "run", *pairs)
     for row in metrics(tmp_path / "run"):
         assert row["loss"] == pytest.approx((row["next_token"] + row["distillation"]) / 2, rel=1e-5)
     split = [*pairs, "micro_batch_size=1"]
-    started(SftConfig, train_sft, RECIPE, tmp_path / "split", *split)
+    started("sft", RECIPE, tmp_path / "split", *split)
     last, other = metrics(tmp_path / "run")[-1], metrics(tmp_path / "split")[-1]
     assert last["distillation"] == pytest.approx(other["distillation"], rel=1e-3)
 
@@ -162,7 +160,7 @@ def test_padding_counts_where_both_have_it_and_else_asks_for_some_cross_entropy(
     for name, by, weight in (("alike", 6, 1.0), ("wider", 9, 0.9), ("narrower", 0, 0.9)):
         teacher = padded(tmp_path / f"teacher {name}", start, by)
         given = [*pairs, f"teacher={{load: '{teacher}', weight: {weight}}}"]
-        started(SftConfig, train_sft, RECIPE, tmp_path / name, *given)
+        started("sft", RECIPE, tmp_path / name, *given)
         assert metrics(tmp_path / name)[-1]["distillation"] > 0
     with pytest.raises(UsageError, match="with 6 ids of which the teacher says nothing: give"):
-        started(SftConfig, train_sft, RECIPE, tmp_path / "no", *pairs, f"teacher.load={teacher}")
+        started("sft", RECIPE, tmp_path / "no", *pairs, f"teacher.load={teacher}")

@@ -11,8 +11,9 @@ import pytest
 
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
-from llm_quest.recipes.iterative import train_iterative
+from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.iterative_config import IterativeConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.score_head import find_score_head
@@ -35,7 +36,9 @@ reward_model: {max_steps: 12, batch_size: 10, num_prompts: 24}
 
 def iterated(out: Path, *pairs: str) -> list[str]:
     settings, said = apply_overrides(read_yaml(ITERATIVE, "recipe.yaml"), list(pairs)), []
-    train_iterative(parse_config(IterativeConfig, settings), settings, out, quiet=True, log=said.append)
+    run_recipe(
+        get_recipe("iterative"), parse_config(IterativeConfig, settings), settings, out, quiet=True, log=said.append
+    )
     return said
 
 

@@ -15,11 +15,11 @@ from llm_quest.data.preferences import Preference
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.reward_model import score_rows
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
-from llm_quest.recipes.dpo import build_dpo_job, train_dpo
+from llm_quest.recipes.dpo import DpoConfig, build_dpo_job
+from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.preference_data import flip_labels, preference_metrics
-from llm_quest.recipes.reward import train_reward
-from llm_quest.recipes.tuning_config import DpoConfig, RewardConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.tuned import COMMON, WORDS, base, metrics, started, weights, written
@@ -68,7 +68,7 @@ def pairs(start: Path, rows: Path) -> list[str]:
 
 def test_a_reward_model_learns_which_answer_is_better(pairs: list[str], tmp_path: Path):
     out = tmp_path / "rm"
-    outcome = started(RewardConfig, train_reward, REWARD, out, *pairs)
+    outcome = started("reward", REWARD, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["margin"] > 0.5
     assert json.loads((out / "data.json").read_text())["dropped"] == {"chosen and rejected are the same": 1}
@@ -80,7 +80,7 @@ def test_a_reward_model_learns_which_answer_is_better(pairs: list[str], tmp_path
 
 def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], tmp_path: Path):
     out, said = tmp_path / "dpo", list[str]()
-    outcome = started(DpoConfig, train_dpo, DPO, out, *pairs, log=said.append)
+    outcome = started("dpo", DPO, out, *pairs, log=said.append)
     first = metrics(out)[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert first["rewards/margin"] == pytest.approx(0, abs=1e-4)
@@ -89,7 +89,7 @@ def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], 
     kept = (out / "reference.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoints" / "step-00000024")
     said.clear()
-    started(DpoConfig, train_dpo, DPO, out, *pairs, log=said.append)
+    started("dpo", DPO, out, *pairs, log=said.append)
     assert not any("reference:" in line for line in said)
     assert (out / "reference.safetensors").read_bytes() == kept
 
@@ -105,13 +105,13 @@ def test_dpo_prefers_and_keeps_the_reference_it_computed_once(pairs: list[str], 
     ids=["reward", "cached", "sync", "adapters_off"],
 )
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(recipe, options, pairs, tmp_path: Path):
-    schema, run, text = (RewardConfig, train_reward, REWARD) if recipe == "reward" else (DpoConfig, train_dpo, DPO)
+    name, text = ("reward", REWARD) if recipe == "reward" else ("dpo", DPO)
     options = [*pairs, *options, "max_steps=16", "save_steps=8", "save_total_limit=9", "eval_steps=0"]
     out = tmp_path / "run"
-    started(schema, run, text, out, *options)
+    started(name, text, out, *options)
     straight, told = weights(out, 16), metrics(out)
     shutil.rmtree(out / "checkpoints" / "step-00000016")
-    started(schema, run, text, out, *options)
+    started(name, text, out, *options)
     assert weights(out, 16) == straight
     assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in told]
 
@@ -125,7 +125,7 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
         config = parse_config(DpoConfig, apply_overrides(read_yaml(DPO + COMMON, "recipe.yaml"), options))
         batch = build_dpo_job(config, tmp_path, DistributedContext(), lambda line: None).loader.batches(0)[0]
         assert (batch.prefix is not None) == shared
-        started(DpoConfig, train_dpo, DPO, tmp_path / str(shared), *options)
+        started("dpo", DPO, tmp_path / str(shared), *options)
         losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -144,7 +144,14 @@ def test_two_processes_prefer_what_one_does(engine: str, pairs: list[str], tmp_p
     rest += ["optim=adamw", "learning_rate=1e-3", "eval_steps=0", "device=cpu"]
     recipe_by_two("dpo", [*rest, f"parallel={engine}"], tmp_path / "two")
     settings = load_raw_config("dpo", rest)
-    train_dpo(parse_config(DpoConfig, settings), settings, tmp_path / "one", quiet=True, log=lambda line: None)
+    run_recipe(
+        get_recipe("dpo"),
+        parse_config(DpoConfig, settings),
+        settings,
+        tmp_path / "one",
+        quiet=True,
+        log=lambda line: None,
+    )
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[0][-1] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -155,7 +162,7 @@ def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: P
     for reference in ("true", "false"):
         out = tmp_path / reference
         options = ["techniques=[lora]", f"precompute_ref_log_probs={reference}", "max_steps=6", "optim=adamw"]
-        started(DpoConfig, train_dpo, DPO, out, *pairs, *options)
+        started("dpo", DPO, out, *pairs, *options)
         losses.append([row["loss"] for row in metrics(out)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < losses[0][0]
@@ -165,8 +172,7 @@ def test_a_moving_reference_takes_the_part_it_was_told(pairs: list[str], tmp_pat
     """Reward margins shrink when the reference comes closer; at mix 1 they are zero after each sync."""
     out = tmp_path / "run"
     started(
-        DpoConfig,
-        train_dpo,
+        "dpo",
         DPO,
         out,
         *pairs,
@@ -186,7 +192,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
     assert sum(one.answers == ("worse", "better") for one in turned) == 10
     assert [one.question for one in turned] == [one.question for one in many]
     out = tmp_path / "run"
-    started(DpoConfig, train_dpo, DPO, out, *pairs, "data.label_flip_fraction=0.2", "max_steps=2")
+    started("dpo", DPO, out, *pairs, "data.label_flip_fraction=0.2", "max_steps=2")
     notes = json.loads((out / "data.json").read_text())["notes"]
     assert "11 of the training pairs are turned round on purpose" in notes
 
@@ -202,7 +208,7 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
 )
 def test_options_without_effect_are_refused(options, said, pairs: list[str], tmp_path: Path):
     with pytest.raises(ValueError, match=said):
-        started(DpoConfig, train_dpo, DPO, tmp_path / "run", *pairs, *options)
+        started("dpo", DPO, tmp_path / "run", *pairs, *options)
 
 
 def test_held_out_measures_by_hand():

@@ -14,9 +14,10 @@ import torch
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.files import file_sha256
 from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
-from llm_quest.recipes.pretrain import train_pretrain
-from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.run import RunOutcome
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
@@ -44,8 +45,15 @@ def run(
     text: Path, out: Path, *pairs: str, callbacks: tuple = (), resume: str = "auto", log: Any = lambda line: None
 ) -> RunOutcome:
     settings = apply_overrides(read_yaml(BASE, "base.yaml"), [f"data.source={text}", *pairs])
-    return train_pretrain(
-        parse_config(PretrainConfig, settings), settings, out, callbacks=callbacks, resume=resume, quiet=True, log=log
+    return run_recipe(
+        get_recipe("pretrain"),
+        parse_config(PretrainConfig, settings),
+        settings,
+        out,
+        callbacks=callbacks,
+        resume=resume,
+        quiet=True,
+        log=log,
     )
 
 

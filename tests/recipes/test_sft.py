@@ -15,8 +15,6 @@ from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
-from llm_quest.recipes.sft import train_sft
-from llm_quest.recipes.tuning_config import SftConfig
 from llm_quest.techniques.model_spec import strip_wrapper_names
 from tests.later import Later
 from tests.recipes.tuned import WORDS, base, metrics, started, weights, written
@@ -53,7 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(start: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sft"
-    started(SftConfig, train_sft, RECIPE, out, f"model.load={start}", f"data.source={rows}")
+    started("sft", RECIPE, out, f"model.load={start}", f"data.source={rows}")
     return out
 
 
@@ -71,18 +69,18 @@ def test_held_out_answers_are_learned_and_everything_is_left_in_the_folder(tuned
 def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(tuned: Path, start: Path, rows: Path, tmp_path):
     pairs = [f"model.load={start}", f"data.source={rows}", "save_steps=30", "save_total_limit=9"]
     out = tmp_path / "again"
-    started(SftConfig, train_sft, RECIPE, out, *pairs)
+    started("sft", RECIPE, out, *pairs)
     shutil.rmtree(out / "checkpoints" / "step-00000060")
-    started(SftConfig, train_sft, RECIPE, out, *pairs)
+    started("sft", RECIPE, out, *pairs)
     assert weights(out, 60) == weights(tuned, 60)
     assert [row["step"] for row in metrics(out)] == list(range(1, 61))
 
 
 def test_the_split_into_micro_batches_changes_nothing(tuned: Path, start: Path, rows: Path, tmp_path):
     pairs = [f"model.load={start}", f"data.source={rows}", "micro_batch_size=1", "max_steps=2"]
-    started(SftConfig, train_sft, RECIPE, tmp_path / "split", *pairs)
+    started("sft", RECIPE, tmp_path / "split", *pairs)
     pairs[2] = "micro_batch_size=4"
-    started(SftConfig, train_sft, RECIPE, tmp_path / "whole", *pairs)
+    started("sft", RECIPE, tmp_path / "whole", *pairs)
     split, whole = metrics(tmp_path / "split")[0], metrics(tmp_path / "whole")[0]
     for key in ("loss", "grad_norm", "num_targets"):
         assert split[key] == pytest.approx(whole[key], rel=1e-6)
@@ -113,7 +111,7 @@ def test_the_export_talks_in_transformers(tuned: Path, tmp_path: Path):
 def test_with_lora_only_adapters_learn_and_the_run_still_talks(start: Path, rows: Path, tmp_path: Path):
     out = tmp_path / "run"
     pairs = [f"model.load={start}", f"data.source={rows}", "techniques=[{name: lora, rank: 4}]", "max_steps=12"]
-    started(SftConfig, train_sft, RECIPE, out, *pairs, "optim=adamw", "samples.every_steps=0")
+    started("sft", RECIPE, out, *pairs, "optim=adamw", "samples.every_steps=0")
     told = metrics(out)
     assert told[-1]["loss"] < told[0]["loss"] - 0.2
     before, after = load(start), load(out)
@@ -128,11 +126,11 @@ def test_with_lora_only_adapters_learn_and_the_run_still_talks(start: Path, rows
 def test_dropped_rows_are_said_and_mistakes_are_told(start: Path, rows: Path, tmp_path: Path):
     said: list[str] = []
     pairs = [f"model.load={start}", f"data.source={rows}", "max_steps=2"]
-    started(SftConfig, train_sft, RECIPE, tmp_path / "a", *pairs, log=said.append)
+    started("sft", RECIPE, tmp_path / "a", *pairs, log=said.append)
     assert any("dropped, empty answer: 1; dropped, longer than a row of 48 tokens: 1" in line for line in said)
     with pytest.raises(UsageError, match="there is no run runs/nothing: train one first"):
-        started(SftConfig, train_sft, RECIPE, tmp_path / "b", "model.load=runs/nothing", f"data.source={rows}")
+        started("sft", RECIPE, tmp_path / "b", "model.load=runs/nothing", f"data.source={rows}")
     with pytest.raises(UsageError, match=r"sequence_length 4096 is longer than the model's context of 256"):
-        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "sequence_length=4096")
+        started("sft", RECIPE, tmp_path / "b", *pairs, "sequence_length=4096")
     with pytest.raises(DataError, match="no conversation fits into 4 tokens"):
-        started(SftConfig, train_sft, RECIPE, tmp_path / "b", *pairs, "sequence_length=4")
+        started("sft", RECIPE, tmp_path / "b", *pairs, "sequence_length=4")

@@ -11,12 +11,12 @@ import torch
 
 import llm_quest as quest
 from llm_quest.cli.export import export_run
-from llm_quest.cli.train import RECIPE_TABLE
 from llm_quest.errors import UsageError
+from llm_quest.recipes import RECIPES, get_recipe
 from llm_quest.recipes.config import config_to_yaml, parse_config
 from llm_quest.recipes.config_schema import RunConfig
-from llm_quest.recipes.job import apply_config_techniques
-from llm_quest.recipes.pretrain_config import PretrainConfig
+from llm_quest.recipes.finetuning import apply_config_techniques
+from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.activation_checkpointing import CheckpointedForward
 from llm_quest.techniques.lora import LoRA, adapter_addresses, disable_adapter
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_is_the_last_technique_of_every_recipe() -> None:
     model = quest.build("llama3.2-tiny", seed=0)
     apply_config_techniques(config, model, lambda text: None)
     assert all(isinstance(block.forward, CheckpointedForward) for block in model.blocks)
-    assert all(issubclass(schema, RunConfig) for schema, _ in RECIPE_TABLE.values())
+    assert all(issubclass(get_recipe(name).Config, RunConfig) for name in RECIPES)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.load_save import load_preprocess, load_tokenizer
 from llm_quest.models import clip
 from llm_quest.models.build import build
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
-from llm_quest.recipes.vision_config import VitConfig, VlmConfig
-from llm_quest.recipes.vit import train_vit
-from llm_quest.recipes.vlm import train_vlm
+from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.vit import VitConfig
+from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.report.page import write_report
 from tests.recipes.two import recipe_by_two
 
@@ -50,12 +51,26 @@ def two_classes(folder: Path) -> str:
 
 def vit_run(tmp_path: Path, out: str, *pairs: str) -> Any:
     settings = load_raw_config("vit", [*SMALL_VIT, f"data.path={tmp_path / 'images'}", *pairs])
-    return train_vit(parse_config(VitConfig, settings), settings, tmp_path / out, quiet=True, log=lambda text: None)
+    return run_recipe(
+        get_recipe("vit"),
+        parse_config(VitConfig, settings),
+        settings,
+        tmp_path / out,
+        quiet=True,
+        log=lambda text: None,
+    )
 
 
 def vlm_run(tmp_path: Path, out: str, *pairs: str) -> Any:
     settings = load_raw_config("vlm", [*SMALL_VLM, *pairs])
-    return train_vlm(parse_config(VlmConfig, settings), settings, tmp_path / out, quiet=True, log=lambda text: None)
+    return run_recipe(
+        get_recipe("vlm"),
+        parse_config(VlmConfig, settings),
+        settings,
+        tmp_path / out,
+        quiet=True,
+        log=lambda text: None,
+    )
 
 
 @pytest.mark.parametrize("recipe", ["vit", "cifar10", "vlm"])
@@ -258,8 +273,13 @@ def test_cifar_10_as_it_is_distributed_is_trained_on(tmp_path: Path):
         "precision=fp32",
     ]
     settings = load_raw_config("cifar10", [*small, f"data.path={tmp_path}", "max_steps=2", "warmup_steps=1"])
-    outcome = train_vit(
-        parse_config(VitConfig, settings), settings, tmp_path / "run", quiet=True, log=lambda text: None
+    outcome = run_recipe(
+        get_recipe("vit"),
+        parse_config(VitConfig, settings),
+        settings,
+        tmp_path / "run",
+        quiet=True,
+        log=lambda text: None,
     )
     assert outcome.status == "finished"
     assert quest.load(tmp_path / "run").config.label_names[0] == "airplane"

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_quest.data.tokenizer import train_bpe
 from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.run import RunOutcome
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
@@ -40,16 +42,10 @@ def written(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return file
 
 
-def started(
-    schema: type[Any],
-    recipe: Callable[..., RunOutcome],
-    text: str,
-    out: Path,
-    *pairs: str,
-    log: Any = lambda line: None,
-) -> RunOutcome:
+def started(name: str, text: str, out: Path, *pairs: str, log: Any = lambda line: None) -> RunOutcome:
     settings = apply_overrides(read_yaml(text + COMMON, "recipe.yaml"), list(pairs))
-    return recipe(parse_config(schema, settings), settings, out, quiet=True, log=log)
+    recipe = get_recipe(name)
+    return run_recipe(recipe, parse_config(recipe.Config, settings), settings, out, quiet=True, log=log)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -37,21 +37,27 @@ def together(target: Callable[..., None], base: str, pairs: Sequence[str], out: 
 
 def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     join(rank, port)
+    from llm_quest.recipes import get_recipe
     from llm_quest.recipes.config import parse_config
-    from llm_quest.recipes.pretrain import train_pretrain
-    from llm_quest.recipes.pretrain_config import PretrainConfig
+    from llm_quest.recipes.engine import run_recipe
+    from llm_quest.recipes.pretrain import PretrainConfig
     from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
     settings = apply_overrides(read_yaml(base, "base.yaml"), pairs)
-    sys.exit(train_pretrain(parse_config(PretrainConfig, settings), settings, Path(out), quiet=True).exit_code)
+    sys.exit(
+        run_recipe(
+            get_recipe("pretrain"), parse_config(PretrainConfig, settings), settings, Path(out), quiet=True
+        ).exit_code
+    )
 
 
 def recipe_child(recipe: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     join(rank, port)
-    from llm_quest.cli.train import load_recipe
+    from llm_quest.recipes import load_recipe
+    from llm_quest.recipes.engine import run_recipe
 
-    settings, config, run = load_recipe(recipe, pairs)
-    sys.exit(run(config, settings, Path(out), quiet=True).exit_code)
+    found, config, settings = load_recipe(recipe, pairs)
+    sys.exit(run_recipe(found, config, settings, Path(out), quiet=True).exit_code)
 
 
 def join(rank: int, port: int) -> None:

@@ -169,3 +169,7 @@ class RptControlConfig(RunConfig):
     batch_size: PositiveInt = Field(default=64, description="documents in an optimiser step, over all processes")
     micro_batch_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size

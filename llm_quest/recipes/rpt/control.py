@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,38 +21,35 @@ from llm_quest.files import atomic_write_text
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.config import config_to_yaml, load_raw_config, parse_config
+from llm_quest.recipes.finetuning import StartModelConfig
 from llm_quest.recipes.job import TrainingJob, apply_config_techniques, load_for_finetuning, run_job
 from llm_quest.recipes.policy import LogFn
+from llm_quest.recipes.recipe import Context, Recipe, no_single_job
 from llm_quest.recipes.rpt.config import RptConfig, RptControlConfig
 from llm_quest.recipes.rpt.flops_meter import TERA
 from llm_quest.recipes.rpt.passages import RptDocuments, SelectedPositions, load_documents, load_positions
 from llm_quest.recipes.rpt.probe import TABLES_FILE, PositionEvaluator
 from llm_quest.recipes.rpt.recipe import RptJob, make_position_evaluation
 from llm_quest.recipes.rpt.start_model import start_model_path
-from llm_quest.recipes.run import RunOutcome, init_distributed, require_matching_run
-from llm_quest.recipes.tuning_config import StartModelConfig
+from llm_quest.recipes.run import RunOutcome, require_matching_run
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
 
-def train_rpt_control(
-    config: RptControlConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
+def run_rpt_control(config: RptControlConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder."""
-    with init_distributed(config, config.batch_size) as parallel:
-        log = log if parallel.is_main_process else lambda text: None
-        rpt, teraflops = load_rpt_run(config.rpt_run)
-        chosen = resolve_precision(config.precision, parallel.device).value
-        config = config.model_copy(update={"precision": chosen, "compile": config.compile is True})
-        config, control_job = build_rpt_control_job(config, settings, rpt, teraflops, out, parallel, log)
-        control_job.evaluator.report_table("before", log)
-        outcome = run_job(control_job.job, config, out, resume, env or {}, quiet, log, parallel)
-        if outcome.status == "finished":
-            control_job.evaluator.report_table("after", log)
-        return outcome
+    log, parallel, out = context.log, context.parallel, context.run_dir
+    rpt, teraflops = load_rpt_run(config.rpt_run)
+    chosen = resolve_precision(config.precision, parallel.device).value
+    config = config.model_copy(update={"precision": chosen, "compile": config.compile is True})
+    config, control_job = build_rpt_control_job(config, context.settings, rpt, teraflops, out, parallel, log)
+    control_job.evaluator.report_table("before", log)
+    outcome = run_job(control_job.job, config, out, context.resume, context.env, context.quiet, log, parallel)
+    if outcome.status == "finished":
+        control_job.evaluator.report_table("after", log)
+    return outcome
 
 
 def load_rpt_run(run: str) -> tuple[RptConfig, float]:
@@ -173,3 +169,6 @@ def set_max_steps(
         )
     warmup = min(config.warmup_steps, steps)
     return config.model_copy(update={"max_steps": steps, "warmup_steps": warmup})
+
+
+RECIPE = Recipe("rpt_control", RptControlConfig, no_single_job, run=run_rpt_control)

@@ -9,11 +9,10 @@ plain next tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from llm_quest.contracts import Evaluator
 from llm_quest.cost.flops import ModelCost, PassCost
@@ -23,6 +22,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.job import TrainingJob, run_job
 from llm_quest.recipes.policy import LogFn, PolicySetup, build_policy_setup, policy_sampler, setup_policy_run
 from llm_quest.recipes.policy_evaluators import RatioRangeEvaluator
+from llm_quest.recipes.recipe import Context, Recipe, no_single_job
 from llm_quest.recipes.rpt.config import RPT_REWARD_BUILDERS, RptConfig
 from llm_quest.recipes.rpt.evaluation import NextTokenReasoningEval
 from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
@@ -41,18 +41,16 @@ from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
 
-def train_rpt(
-    config: RptConfig, settings: RawConfig, out: Path, *, resume: str = "auto", env: Mapping[str, Any] | None = None,
-    quiet: bool = False, log: LogFn = print,
-) -> RunOutcome:  # fmt: skip
+def run_rpt(config: RptConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder. Beside the run: positions.json, foretold.json; a fresh model's base/ and warmup/."""
-    with setup_policy_run(config, out, log) as (config, parallel, leader_log):
-        rpt_job = build_rpt_job(config, settings, out, parallel, leader_log)
-        rpt_job.evaluator.report_table("before", leader_log)
-        outcome = run_job(rpt_job.job, config, out, resume, env or {}, quiet, leader_log, parallel)
-        if outcome.status == "finished":
-            rpt_job.evaluator.report_table("after", leader_log)
-        return outcome
+    log, parallel = context.log, context.parallel
+    config = setup_policy_run(config, context)
+    rpt_job = build_rpt_job(config, context.settings, context.run_dir, parallel, log)
+    rpt_job.evaluator.report_table("before", log)
+    outcome = run_job(rpt_job.job, config, context.run_dir, context.resume, context.env, context.quiet, log, parallel)
+    if outcome.status == "finished":
+        rpt_job.evaluator.report_table("after", log)
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -143,3 +141,6 @@ def make_position_evaluation(
     return NextTokenReasoningEval(
         text.held_out, found.held_out, text.prompt_builder, writer, PrefixMatchReward(config.prompt.opening_tag)
     )
+
+
+RECIPE = Recipe("rpt", RptConfig, no_single_job, run=run_rpt)

@@ -16,6 +16,7 @@ from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.finetuning import StartModelConfig
 from llm_quest.recipes.job import load_for_finetuning
 from llm_quest.recipes.policy import LogFn, policy_sampler
 from llm_quest.recipes.rpt.config import RptConfig, RptWarmupConfig
@@ -24,7 +25,6 @@ from llm_quest.recipes.rpt.passages import split_problems
 from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward
 from llm_quest.recipes.rpt.prompts import make_prompt_builder
 from llm_quest.recipes.sft_warmup import CHECK_PROBLEMS, CHECK_SAMPLES, StopRule, init_model, train_until
-from llm_quest.recipes.tuning_config import StartModelConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed

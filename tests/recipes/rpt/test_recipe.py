@@ -13,14 +13,15 @@ import pytest
 from llm_quest.data.problems import parse_task
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.rpt.config import RptConfig, RptControlConfig
-from llm_quest.recipes.rpt.control import train_rpt_control
 from llm_quest.recipes.rpt.demonstrations import encode_problem, reasoning_tokenizer, unique_problems
 from llm_quest.recipes.rpt.passages import RptDocuments, find_or_load_positions, split_problems
 from llm_quest.recipes.rpt.positions import Position, select_positions
 from llm_quest.recipes.rpt.prompts import make_prompt_builder
-from llm_quest.recipes.rpt.recipe import position_question, train_rpt
+from llm_quest.recipes.rpt.recipe import position_question
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import metrics, weights
 
@@ -76,13 +77,15 @@ logging_steps: 1
 
 def started(out: Path, *pairs: str) -> list[str]:
     settings, said = apply_overrides(read_yaml(RECIPE, "recipe.yaml"), list(pairs)), []
-    train_rpt(parse_config(RptConfig, settings), settings, out, quiet=True, log=said.append)
+    run_recipe(get_recipe("rpt"), parse_config(RptConfig, settings), settings, out, quiet=True, log=said.append)
     return said
 
 
 def controlled(out: Path, run: Path, *pairs: str) -> list[str]:
     settings, said = apply_overrides(read_yaml(CONTROL, "control.yaml"), [f"rpt_run={run}", *pairs]), []
-    train_rpt_control(parse_config(RptControlConfig, settings), settings, out, quiet=True, log=said.append)
+    run_recipe(
+        get_recipe("rpt_control"), parse_config(RptControlConfig, settings), settings, out, quiet=True, log=said.append
+    )
     return said
 
 

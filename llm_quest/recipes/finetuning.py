@@ -1,0 +1,109 @@
+"""What recipes that start from a trained model share: the model with its tokenizer, and conversations as data."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from llm_quest.contracts import Callback
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.documents import DropReport
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.models.build import family_of
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
+from llm_quest.recipes.recipe import LogFn
+from llm_quest.recipes.run import require_run_exists
+from llm_quest.recipes.techniques import apply_techniques
+
+
+class StartModelConfig(StrictModel):
+    """The model to go on from; its tokenizer and chat template come with it."""
+
+    load: str = Field(min_length=1, description="a run folder, a Hugging Face folder or a hub id")
+
+
+class ConversationDataConfig(StrictModel):
+    """Conversations, and how they are laid out."""
+
+    source: str = Field(
+        default="builtin", min_length=1, description="builtin, or a .json, .jsonl, .csv or .tsv file of rows"
+    )
+    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
+    max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
+    chat_template_path: str | None = Field(
+        default=None, min_length=1, description="a file with a chat template, in place of the model's own"
+    )
+
+
+class PairBatchedConfig(BatchedConfig):
+    """Preference pairs in rows."""
+
+    batch_size: PositiveInt = Field(default=16, description="pairs in an optimiser step, over all processes")
+    sequence_length: int = Field(default=256, ge=4, description="tokens of a prompt with an answer, at most")
+
+
+def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
+    """The model in float32, ready to be trained, and its tokenizer."""
+    made = "quest quickstart" if config.load.endswith("quickstart") else f"quest train sft --out {config.load}"
+    require_run_exists(config.load, "model.load", made)
+    model = load(config.load, dtype="float32", aligned=True)
+    if not isinstance(model, Decoder):
+        raise UsageError(f"model.load must name a language model; {config.load} is a {family_of(model.config).name}")
+    tokenizer = load_tokenizer(config.load)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"{config.load} knows {model.config.vocab_size} tokens and its tokenizer has {tokenizer.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def read_chat_template(config: ConversationDataConfig) -> str | None:
+    """The text of the template file, where one is named."""
+    if config.chat_template_path is None:
+        return None
+    try:
+        return Path(config.chat_template_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data.chat_template_path {config.chat_template_path} cannot be read: {error}") from None
+
+
+def set_generation_eos(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
+    """The model's own files say what ends an answer: the tokens that did in training, and the tokenizer's ends."""
+    known = {int(end) for end in ends} | set(tokenizer.eos_token_ids)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_ids=tuple(sorted(known)), pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def data_facts(
+    config: ConversationDataConfig, chat: ChatTemplate, drop_report: DropReport, train: int, held_out: int, log: LogFn
+) -> dict[str, Any]:
+    """What the report tells about the rows, and a line for the screen."""
+    dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
+    lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
+    log(f"rows: {train:,} to train on, {held_out:,} held out{lost}")
+    for note in drop_report.notes:
+        log(note)
+    facts = {"source": config.source, "train_rows": train, "held_out_rows": held_out, "dropped": dropped}
+    facts |= {"notes": list(drop_report.notes), "chat_template": chat.template, "tokenizer_sha256": chat.tokenizer.hash}
+    return facts | ({"python": platform.python_version()} if config.source == "builtin" else {})
+
+
+def can_share_prompts(config: RunConfig) -> bool:
+    """May rows share a beginning? It is read into a cache, in which a checkpointed block must not file twice, and whose
+    shapes a compiled step would follow with ever new graphs."""
+    return config.compile is not True and all(one["name"] != "checkpointing" for one in config.all_techniques)
+
+
+def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn) -> list[Callback]:
+    """The recipe's techniques, applied; those that ride along."""
+    return apply_techniques(config.all_techniques, model, log)

@@ -1,0 +1,107 @@
+"""The contract between recipes and what runs, plans and inspects them.
+
+A recipe is a schema and a function that assembles a `Job`; it knows no loop and no run folder. `engine.run`, `plan` and
+`inspect-batch` read a job; they know no recipe. `recipes.RECIPES` lists the recipes by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
+from llm_quest.errors import UsageError
+from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.train.arguments import TrainResult
+from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.parallel import DistributedContext
+
+if TYPE_CHECKING:
+    from llm_quest.data.images import ImageProcessor
+    from llm_quest.data.tokenizer import Tokenizer
+    from llm_quest.recipes.config_schema import RunConfig
+    from llm_quest.recipes.engine import RunOutcome
+
+LogFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What surrounds a run. settings: where each key was written, for messages. resume: auto, never or a checkpoint.
+    env: facts about the machine. planning: the job is built to count its cost or to look at a batch: nothing is
+    trained before the loop (no warm-up) and nothing is written."""
+
+    run_dir: Path
+    parallel: DistributedContext
+    log: LogFn
+    settings: RawConfig
+    resume: str = "auto"
+    env: Mapping[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+    planning: bool = False
+
+    @property
+    def samples_dir(self) -> Path | None:
+        """Where samples are kept; None on the processes that keep none."""
+        return self.run_dir / "samples" if self.parallel.is_main_process and not self.planning else None
+
+
+def save_nothing(folder: Path) -> None:
+    """Nothing was prepared that belongs into the run folder."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An assembled run.
+
+    config: without any `auto`; it is written to the run folder. lr_schedule: None for the config's own. blocks: what
+    FSDP shards one by one; None for `model.blocks`. adamw_parameters: prefixes of what Muon leaves to AdamW. identity:
+    name -> hash of what a resumed run may not change. facts: about the data, for the report. expected_loss: of random
+    weights. prepare: work while the model is whole, before it is sharded; what it returns is called with the run folder
+    once that is open. finish: after the loop; baselines by name, for the outcome."""
+
+    config: RunConfig
+    objective: nn.Module
+    loader: Loader
+    evaluators: Sequence[Evaluator]
+    identity: Mapping[str, str]
+    facts: Mapping[str, Any]
+    tokenizer: Tokenizer | None = None
+    preprocessor: ImageProcessor | None = None
+    callbacks: Sequence[Callback] = ()
+    watchers: Sequence[MetricsCallback] = ()
+    lr_schedule: LRSchedule | None = None
+    blocks: Sequence[nn.Module] | None = None
+    adamw_parameters: Sequence[str] = ("embed.", "head.")
+    expected_loss: float | None = None
+    prepare: Callable[[], Callable[[Path], None]] = lambda: save_nothing
+    finish: Callable[[TrainResult], Mapping[str, float]] = lambda result: {}
+
+    @property
+    def model(self) -> Any:
+        return self.objective.model
+
+
+def no_further_rules(config: Any, settings: RawConfig) -> None:
+    """The schema holds every rule."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """name: what `recipe:` says in YAML. Config: the schema. build(config, context): assembles a job. check(config,
+    settings): UsageError for what only a model's config can show, so that a dry run refuses what the run refuses. run:
+    for a recipe of several jobs, in place of the engine's single one."""
+
+    name: str
+    Config: type[RunConfig]
+    build: Callable[[Any, Context], Job]
+    check: Callable[[Any, RawConfig], None] = no_further_rules
+    run: Callable[[Any, Context], RunOutcome] | None = None
+
+
+def no_single_job(config: Any, context: Context) -> Job:
+    """For a recipe of several jobs, which gives `run`."""
+    raise UsageError(f"{config.recipe} is a recipe of several runs: it has no single one to plan or to look at")
