@@ -17,13 +17,13 @@ import typer
 from pydantic import BaseModel
 
 from llm_quest.cli.main import app
-from llm_quest.cli.train import RECIPE_TABLE
+from llm_quest.recipes import RECIPES, get_recipe
 
 PACKAGE = Path(__file__).parents[1] / "llm_quest"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
 """A message or a command line that runs one of these names its options, not ours."""
-PRINTED_FOR = {"cli/errors.py": tuple(RECIPE_TABLE), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
+PRINTED_FOR = {"cli/errors.py": tuple(RECIPES), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
 OPTIONS_OF_FILES = {"cost": "plan"}
 """Packages outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
@@ -94,7 +94,7 @@ def parts_of(annotation: Any) -> Iterator[Any]:
 
 @functools.cache
 def recipe_keys() -> dict[str, frozenset[str]]:
-    return {name: frozenset(keys_of(schema)) for name, (schema, _) in RECIPE_TABLE.items()}
+    return {name: frozenset(keys_of(get_recipe(name).Config)) for name in RECIPES}
 
 
 def knows(recipe: str, key: str) -> bool:
@@ -137,7 +137,7 @@ def is_defined(word: str) -> bool:
 def recipes_of(file: str) -> tuple[str, ...]:
     """The recipes that a file's messages are printed for."""
     own = file.removeprefix("recipes/").removesuffix(".py")
-    return (own,) if own in RECIPE_TABLE else tuple(RECIPE_TABLE)
+    return (own,) if own in RECIPES else tuple(RECIPES)
 
 
 def unknown_settings(message: Message) -> list[str]:

@@ -39,11 +39,6 @@ UPWARD = (
 """Imports that break the law, with the one who removes them. Nothing may be added."""
 CIRCLES = (
     {"llm_quest.contracts", "llm_quest.layers.kv_cache", "llm_quest.scope"},  # LAYERS
-    {
-        "llm_quest.recipes.pretrain",
-        "llm_quest.recipes.distillation",
-        "llm_quest.recipes.tuning_config",
-    },  # ENGINE
 )
 """Files that import each other in a circle, with the one who ends it. Nothing may be added."""
 TRAIN_MAY_IMPORT = ("contracts", "errors", "files", "tensor_files")

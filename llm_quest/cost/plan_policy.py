@@ -98,9 +98,7 @@ def plan_policy(config: GrpoConfig, settings: RawConfig, *, measure: bool, log: 
     config = resolve_policy_config(config, parallel)
     model, tokenizer = init_plan_policy(config, settings)
     policy = build_plan_rollouts(config, model.to(device), tokenizer, parallel, log)
-    meter = FlopsMeter(
-        ModelCost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None)
-    )
+    meter = FlopsMeter(ModelCost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None))
     log(f"timing {TIMED_ROLLOUTS} real rollouts, and the steps that learn from them")
     times, largest, length = time_policy_steps(config, policy, MeteredRolloutLoader(policy.rollouts, meter), device)
     bf16, step = config.precision == "bf16", sum(times)

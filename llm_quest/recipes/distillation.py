@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -20,10 +20,6 @@ from llm_quest.recipes.config_schema import PositiveFloat, UnitFraction
 from llm_quest.recipes.reference_model import weights_hash
 from llm_quest.recipes.run import require_run_exists
 from llm_quest.train.parallel import DistributedContext
-
-if TYPE_CHECKING:
-    from llm_quest.recipes.pretrain import PretrainConfig
-    from llm_quest.recipes.sft import SftConfig
 
 LogFn = Callable[[str], None]
 
@@ -44,8 +40,21 @@ class TeacherConfig(StrictModel):
     )
 
 
+class LearnsFromTeacher(Protocol):
+    """What distillation reads of a recipe's config."""
+
+    @property
+    def teacher(self) -> TeacherConfig | None: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def sequence_length(self) -> int: ...
+
+
 def build_distillation_terms(
-    config: PretrainConfig | SftConfig, tokenizer: Tokenizer, vocab: int, parallel: DistributedContext, log: LogFn
+    config: LearnsFromTeacher, tokenizer: Tokenizer, vocab: int, parallel: DistributedContext, log: LogFn
 ) -> list[DistillationLoss]:
     """The term, if there is a teacher, which every process holds whole. vocab: the model's."""
     if config.teacher is None:
@@ -60,7 +69,7 @@ def build_distillation_terms(
 
 
 def build_distillation(
-    teacher: TeacherConfig, config: PretrainConfig | SftConfig, *, ids: int, vocab: int, device: torch.device
+    teacher: TeacherConfig, config: LearnsFromTeacher, *, ids: int, vocab: int, device: torch.device
 ) -> DistillationLoss:
     """The term itself. ids: how many tokens the tokenizer has; vocab: how many the model knows. A teacher whose
     vocabulary is padded as the model's is has learned that padding never comes, and teaches it."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm_quest.data.images import ImageProcessor
     from llm_quest.data.tokenizer import Tokenizer
     from llm_quest.recipes.config_schema import RunConfig
-    from llm_quest.recipes.engine import RunOutcome
+    from llm_quest.recipes.run import RunOutcome
 
 LogFn = Callable[[str], None]
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,8 @@ from llm_quest.train.lr_schedule import scale_schedule_after
 from llm_quest.train.state_dict import derive_seed
 
 IMAGE_TOKEN = "<image>"
+PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}
+"""The key `trainable` names parts as LLaVA does; the model's modules are these."""
 VLM_EVAL_BATCH_SIZE = 64
 ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 

@@ -13,9 +13,9 @@ from llm_quest.cost.plan_images import ImagePlan, plan_images
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.run import build_optimizer
-from llm_quest.recipes.vlm import VlmConfig, build_vlm_job
-from llm_quest.train.parallel import DistributedContext
+from llm_quest.recipes.vlm import VlmConfig, build_vlm
 from tests.recipes.test_vision import SMALL_VIT, SMALL_VLM, two_classes
+from tests.recipes.tuned import planning_context
 
 
 def quiet(text: str) -> None:
@@ -42,8 +42,8 @@ def test_a_vlms_plan_holds_what_its_optimizer_holds():
     settings = load_raw_config("vlm", [*SMALL_VLM, "trainable=[projector,language_model]"])
     config = parse_config(VlmConfig, settings)
     found = plan_images(config, measure=True, log=quiet)
-    job = build_vlm_job(config, DistributedContext(), quiet)
-    stepper = build_optimizer(config.optimizer, job.model, job.adamw_parameters)
+    job = build_vlm(config, planning_context())
+    stepper = build_optimizer(config, job.model, job.adamw_parameters)
     loss = job.objective(job.loader.batches(0)[0])
     loss.total.backward()
     stepper.step()

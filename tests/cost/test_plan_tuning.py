@@ -17,8 +17,7 @@ from llm_quest.recipes import dpo, sft
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.dpo import DpoConfig
 from llm_quest.recipes.sft import SftConfig
-from llm_quest.train.parallel import DistributedContext
-from tests.recipes.tuned import WORDS, base, written
+from tests.recipes.tuned import WORDS, base, planning_context, written
 
 
 def quiet(text: str) -> None:
@@ -47,7 +46,7 @@ def planned(recipe: str, pairs: list[str], *more: str, measure: bool = False) ->
 def test_fine_tunings_flops_are_three_passes_over_its_rows_padding_included(pairs: list[str]):
     found = planned("sft", pairs)
     config = parse_config(SftConfig, load_raw_config("sft", pairs))
-    batch, tokens = sample_micro_batches(sft.build_sft_job(config, DistributedContext(), quiet), config.max_steps)
+    batch, tokens = sample_micro_batches(sft.build_sft(config, planning_context()), config.max_steps)
     model = load(config.model.load)
     products = 3 * ModelCost(model).forward(batch.input_ids.shape[1]) * batch.input_ids.shape[0]
     assert found.flops_per_token * batch.num_tokens == pytest.approx(products, rel=1e-3)
@@ -76,9 +75,7 @@ def test_the_reference_is_paid_once_and_of_held_out_pairs_alone_where_a_model_fo
     cached, moving = planned("dpo", pairs), planned("dpo", pairs, "sync_ref_model=true", "ref_model_sync_steps=5")
     a_pass_more = (moving.flops_per_token - cached.flops_per_token) * cached.tokens_per_step / 8
     assert cached.once_flops == pytest.approx(90 * a_pass_more)
-    facts = dpo.build_dpo_job(
-        parse_config(DpoConfig, load_raw_config("dpo", pairs)), Path(), DistributedContext(), quiet
-    ).facts
+    facts = dpo.build_dpo(parse_config(DpoConfig, load_raw_config("dpo", pairs)), planning_context()).facts
     assert moving.once_flops == pytest.approx(facts["held_out_rows"] * a_pass_more)
     assert moving.memory["reference"] == moving.memory["weights"]
     assert "reference" not in cached.memory
@@ -101,10 +98,8 @@ def test_an_adapter_and_checkpointing_are_planned_as_they_are_trained(pairs: lis
     assert adapted.memory["gradients"] == 4 * adapted.learned
     assert 0 < adapted.memory["optimizer"] <= 2 * adapted.memory["gradients"]
     assert adapted.flops_per_token < plain.flops_per_token < again.flops_per_token
-    job = sft.build_sft_job(
-        parse_config(SftConfig, load_raw_config("sft", [*pairs, "techniques=[checkpointing]"])),
-        DistributedContext(),
-        quiet,
+    job = sft.build_sft(
+        parse_config(SftConfig, load_raw_config("sft", [*pairs, "techniques=[checkpointing]"])), planning_context()
     )
     alone = profile_step(job.objective, sample_micro_batches(job, 20)[0], torch.device("cpu"), False).saved_bytes
     assert alone < again.memory["activations"] < plain.memory["activations"]

@@ -17,7 +17,6 @@ from llm_quest.models.build import build, preset
 from llm_quest.objectives.preference import (
     DPO,
     IPO,
-    PREFERENCE_LOSSES,
     ConservativeDPO,
     PairwiseLoss,
     PreferenceLoss,

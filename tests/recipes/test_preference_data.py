@@ -17,12 +17,11 @@ from llm_quest.hub.load_save import load
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
-from llm_quest.recipes.dpo import DpoConfig, build_dpo_job
+from llm_quest.recipes.dpo import DpoConfig, build_dpo
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.preference_data import flip_labels, preference_metrics
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
-from llm_quest.train.parallel import DistributedContext
-from tests.recipes.tuned import COMMON, WORDS, base, metrics, started, weights, written
+from tests.recipes.tuned import COMMON, WORDS, base, metrics, planning_context, started, weights, written
 from tests.recipes.two import recipe_by_two
 
 pytestmark = pytest.mark.xdist_group("preferring")
@@ -123,7 +122,7 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
     for techniques, shared in (([], True), (["techniques=[checkpointing]"], False)):
         options = [*pairs, *techniques, "max_steps=4", "eval_steps=0", "optim=adamw", "learning_rate=1e-3"]
         config = parse_config(DpoConfig, apply_overrides(read_yaml(DPO + COMMON, "recipe.yaml"), options))
-        batch = build_dpo_job(config, tmp_path, DistributedContext(), lambda line: None).loader.batches(0)[0]
+        batch = build_dpo(config, planning_context(tmp_path)).loader.batches(0)[0]
         assert (batch.prefix is not None) == shared
         started("dpo", DPO, tmp_path / str(shared), *options)
         losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
@@ -159,9 +158,9 @@ def test_two_processes_prefer_what_one_does(engine: str, pairs: list[str], tmp_p
 
 def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: Path):
     losses = []
-    for reference in ("true", "false"):
-        out = tmp_path / reference
-        options = ["techniques=[lora]", f"precompute_ref_log_probs={reference}", "max_steps=6", "optim=adamw"]
+    for precomputed in ("true", "false"):
+        out = tmp_path / precomputed
+        options = ["techniques=[lora]", f"precompute_ref_log_probs={precomputed}", "max_steps=6", "optim=adamw"]
         started("dpo", DPO, out, *pairs, *options)
         losses.append([row["loss"] for row in metrics(out)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -15,8 +15,10 @@ from llm_quest.models.build import build, preset
 from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.run import RunOutcome
-from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.recipes.yaml_io import RawConfig, apply_overrides, read_yaml
+from llm_quest.train.parallel import DistributedContext
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "sun", "moon", "star", "tree"]
 
@@ -54,3 +56,8 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 def weights(out: Path, step: int) -> bytes:
     return (out / "checkpoints" / f"step-{step:08d}" / "model.safetensors").read_bytes()
+
+
+def planning_context(folder: Path = Path()) -> Context:
+    """What surrounds a job that is built to be looked at."""
+    return Context(folder, DistributedContext(), lambda line: None, RawConfig({}, ""), planning=True)
