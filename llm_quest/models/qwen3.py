@@ -141,8 +141,10 @@ def qwen3_config(**numbers: Any) -> Config:
 
 COLUMNS = """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size tie_word_embeddings
     moe"""
-TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-TINY |= {"head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 256}
+TINY: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "intermediate_size": 96, "max_position_embeddings": 256,
+}  # fmt: skip
 DENSE_TINY = qwen3_config(**TINY, num_hidden_layers=2, tie_word_embeddings=True)
 MOE_TINY = qwen3_config(**TINY, num_hidden_layers=3, tie_word_embeddings=False, moe=MoEConfig(8, 3, 32, (1,)))
 PRESETS = preset_table(
