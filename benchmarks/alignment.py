@@ -89,7 +89,7 @@ def ours(model: Decoder, tokenizer: Tokenizer, kind: str, steps: int, split: dic
         )
         split["sampling"] = result.metrics["seconds_sampling"]
         split["scoring"] = result.metrics["seconds_scoring"]
-        split["training"] = result.metrics["seconds"] / steps - split["sampling"] - split["scoring"]
+        split["training"] = result.metrics["train_seconds"] / steps - split["sampling"] - split["scoring"]
 
     return run
 

@@ -23,7 +23,7 @@ import llm_quest as quest
 from benchmarks.pairs import race, table
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
-from llm_quest.generation.speculative.decode import DraftSource
+from llm_quest.generation.speculative.decoder import DraftSource
 from llm_quest.generation.speculative.draft_length import SpeculationStats
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.hub.load_save import load_tokenizer

@@ -25,7 +25,6 @@ ROOTS = ("main", *llm_quest.__all__, "FAMILIES", "PAPER")
 EXCEPTIONS = {
     "Mixer": "a protocol of contracts.py: it documents what a sequence mixer promises",
     "Objective": "a protocol of contracts.py: it documents what an objective promises",
-    "gsm8k_demonstration": "CORE removes it or wires it",
     "layer_edits": "LAYERS removes it",
     "relu_squared": "LAYERS wires it or removes it",
     "LatentMoE": "LAYERS wires it or removes it",
@@ -142,14 +141,10 @@ CALLED_BY_OTHERS = {
     "loglikelihood": "lm-eval calls it",
     "loglikelihood_rolling": "lm-eval calls it",
     "generate_until": "lm-eval calls it",
-    "epochs_done": "CORE wires it or removes it",
     "next_symbol_probs": "the definition that the fast sum is tested against",
 }
 """Public methods that nothing of ours calls, and why."""
-UNSET_ARGUMENTS = {
-    "keep_every": "CORE", "best_metric": "CORE", "max_bad_steps": "CORE", "max_empty_steps": "CORE",
-    "on_disk_full": "CORE", "background_save": "CORE",
-}  # fmt: skip
+UNSET_ARGUMENTS: dict[str, str] = {}
 """Fields of TrainingArguments that no recipe sets, and who makes them keys or removes them."""
 
 

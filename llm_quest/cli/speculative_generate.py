@@ -19,7 +19,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate_completions, stream_tokens
 from llm_quest.generation.sampling import SamplingParams
-from llm_quest.generation.speculative.decode import DraftSource
+from llm_quest.generation.speculative.decoder import DraftSource
 from llm_quest.generation.speculative.draft_length import SpeculationStats
 from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.models.decoder import Decoder

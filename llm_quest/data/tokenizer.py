@@ -82,7 +82,7 @@ class Tokenizer:
         if not file.exists():
             raise DataError(
                 f"no tokenizer at {path}: expected a tokenizer.json, or vocab.json with merges.txt"
-                f"{_sentencepiece_hint(folder)}"
+                f"{sentencepiece_hint(folder)}"
             )
         engine = _read_tokenizer_json(file)
         settings = _read_json_object(folder / "special_tokens_map.json") | _read_json_object(
@@ -359,7 +359,8 @@ def _guess_eos_tokens(engine: tokenizers.Tokenizer) -> list[str]:
     return [name for name in KNOWN_EOS_TOKENS if name in special][:1]
 
 
-def _sentencepiece_hint(folder: Path) -> str:
+def sentencepiece_hint(folder: Path) -> str:
+    """What to do about a folder whose only tokenizer is SentencePiece's; empty for any other."""
     if (folder / "tokenizer.model").exists():
         return "; tokenizer.model (SentencePiece) is not read: transformers can load it and save a tokenizer.json"
     return ""

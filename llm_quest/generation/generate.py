@@ -15,7 +15,7 @@ from llm_quest.errors import UsageError
 from llm_quest.generation.decoding import BatchDecoder
 from llm_quest.generation.detokenizer import StreamingTokenizer
 from llm_quest.generation.sampling import SamplingParams, row_uniforms
-from llm_quest.generation.speculative.decode import DraftSource, SpeculativeDecoder, make_drafter, speculative_decode
+from llm_quest.generation.speculative.decoder import DraftSource, SpeculativeDecoder, make_drafter, speculative_decode
 from llm_quest.generation.speculative.draft_length import SpeculationStats
 from llm_quest.generation.stopping import Completion, GeneratedSequence, GeneratedToken, StoppingCriteria
 from llm_quest.models.decoder import Decoder

@@ -231,7 +231,7 @@ def load_model_and_tokenizer(
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a published folder, a run, or a hub id. DataError where there is none."""
-    from llm_quest.data.tokenizer import Tokenizer
+    from llm_quest.data.tokenizer import Tokenizer, sentencepiece_hint
 
     base = adapter_base(name_or_path)
     if base is not None and not (Path(name_or_path).expanduser() / "tokenizer.json").exists():
@@ -249,7 +249,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     for home in folders:
         if (home / "tokenizer.json").exists() or (home / "vocab.json").exists():
             return Tokenizer.load(home)
-    raise DataError(f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt)")
+    hint = sentencepiece_hint(location.folder)
+    raise DataError(f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt){hint}")
 
 
 def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor:

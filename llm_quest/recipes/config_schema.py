@@ -87,6 +87,13 @@ KEYS_FREE_ON_RESUME = (
     "parallel",
     "save_steps",
     "save_total_limit",
+    "keep_every",
+    "metric_for_best_model",
+    "greater_is_better",
+    "on_disk_full",
+    "async_save",
+    "max_nonfinite_steps",
+    "max_empty_steps",
     "tensorboard",
     "max_time",
     "logging_steps",
@@ -152,6 +159,21 @@ class RunConfig(StrictModel):
         default=500, description="steps between checkpoints; 0: only at the end; an interrupted run saves one too"
     )
     save_total_limit: PositiveInt = Field(default=2, description="how many of the newest checkpoints are kept")
+    keep_every: NonNegativeInt = Field(default=0, description="checkpoints at multiples of this step are kept too")
+    metric_for_best_model: str | None = Field(
+        default=None, description="like eval/loss: of the checkpoints at which it is measured the best is kept too"
+    )
+    greater_is_better: bool = Field(default=False, description="of metric_for_best_model, where more is better")
+    on_disk_full: Literal["stop", "continue"] = Field(
+        default="stop", description="continue: the run goes on without the checkpoint"
+    )
+    async_save: bool = Field(default=True, description="write checkpoints in the background, from a copy in memory")
+    max_nonfinite_steps: NonNegativeInt = Field(
+        default=10, description="more steps in a row with a loss or gradient that is not finite stop the run"
+    )
+    max_empty_steps: NonNegativeInt = Field(
+        default=100, description="more steps in a row without a target stop the run"
+    )
     logging_steps: PositiveInt = Field(default=10, description="steps")
     max_time: str | None = Field(
         default=None, pattern=r"^\d+(\.\d+)?[smh]$", description="like 90s, 30m or 2h: then it saves and ends"
@@ -168,6 +190,12 @@ class RunConfig(StrictModel):
     def all_techniques(self) -> tuple[TechniqueEntry, ...]:
         """The techniques in the order in which they are applied; `gradient_checkpointing` is one and the last."""
         return (*self.techniques, {"name": "checkpointing"}) if self.gradient_checkpointing else self.techniques
+
+    @model_validator(mode="after")
+    def check_best_metric(self) -> RunConfig:
+        if self.greater_is_better and self.metric_for_best_model is None:
+            raise ValueError("greater_is_better has no effect without metric_for_best_model; name a metric")
+        return self
 
     @property
     def rows_per_step(self) -> int:

@@ -14,13 +14,16 @@ ON_DISK_FULL = ("stop", "continue")
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """steps: optimiser steps of the whole run. max_grad_norm: largest gradient norm, None for any. log_every: steps per
-    row of metrics. save_every: 0 saves at the end only. keep_last: so many newest checkpoints stay (0: all), and those
-    at multiples of keep_every, and the one with the lowest `best` (a probe's number, such as "eval/loss"). precision:
-    fp32, or bf16 (autocast; the weights stay float32). max_bad_steps, max_empty_steps: more than these in a row stop
-    the run. max_seconds: seconds after which it saves and ends. expected_loss: of the first step (ln V); far from it
-    warns. on_disk_full: stop, or continue without that checkpoint. background_save: write checkpoints beside training,
-    from a copy in memory."""
+    """How to train.
+
+    steps: optimizer steps of the whole run. max_grad_norm: None does not clip. log_every: steps per row of metrics.
+    save_every: steps per checkpoint; 0 saves at the end only. keep_last: how many of the newest checkpoints are kept
+    (0: all); keep_every: those at its multiples are kept too; metric_for_best_model: a metric of an evaluation, such as
+    "eval/loss", by which the best checkpoint is kept too (greater_is_better: the largest value is best). precision:
+    fp32, or bf16 (autocast; the weights stay float32). max_nonfinite_steps, max_empty_steps: more of them in a row
+    stop the run. max_seconds: after so long it saves and ends. expected_loss: of the first step (ln V); a loss far
+    from it gives a warning. on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in
+    the background, from a copy in memory."""
 
     steps: int
     max_grad_norm: float | None = 1.0
@@ -28,16 +31,17 @@ class TrainingArguments:
     save_every: int = 0
     keep_last: int = 2
     keep_every: int = 0
-    best_metric: str = ""
+    metric_for_best_model: str = ""
+    greater_is_better: bool = False
     precision: str = "fp32"
     compile: bool = False
-    max_bad_steps: int = 10
+    max_nonfinite_steps: int = 10
     max_empty_steps: int = 100
     max_seconds: float | None = None
     seed: int = 0
     expected_loss: float | None = None
     on_disk_full: str = "stop"
-    background_save: bool = True
+    async_save: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in (("precision", PRECISIONS), ("on_disk_full", ON_DISK_FULL)):
@@ -49,7 +53,7 @@ class TrainingArguments:
             )
         if self.log_every < 1:
             raise UsageError(f"log_every is {self.log_every}; expected 1 or more steps")
-        for name in ("steps", "save_every", "keep_last", "keep_every", "max_bad_steps", "max_empty_steps"):
+        for name in ("steps", "save_every", "keep_last", "keep_every", "max_nonfinite_steps", "max_empty_steps"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
 

@@ -54,12 +54,12 @@ class TrainSession:
         self.model: nn.Module = objective.model  # type: ignore[assignment]
         self.args, self.run_dir, self.parallel, self.logger = args, run_dir, parallel, logger
         self.trainable_parameters = require_fp32_parameters(self.model)
-        self.guard = NonFiniteGuard(args.max_bad_steps, args.max_empty_steps)
+        self.guard = NonFiniteGuard(args.max_nonfinite_steps, args.max_empty_steps)
         self.state = TrainState(
             self.model, optimizer, dataloader, lr_schedule, self.guard, RNGState(args.seed, parallel.rank),
             parallel=parallel, settings={"precision": args.precision, "compile": args.compile},
         )  # fmt: skip
-        self.saver = CheckpointSaver(args.background_save)
+        self.saver = CheckpointSaver(args.async_save)
         self.micro_batches: Sequence[Any] = ()
         self.status = "" if args.steps else "finished"
         self.signal_number = 0
@@ -237,13 +237,18 @@ class TrainSession:
         self._collect_saved(wait=self.is_finished)
 
     def _update_best(self) -> None:
-        found = self.eval_metrics.get(self.args.best_metric)
-        if (
-            found is not None
-            and math.isfinite(found)
-            and (self.progress.best_metric is None or found < self.progress.best_metric)
-        ):
-            self.progress.best_metric, self.progress.best_step = found, self.progress.step
+        """Note the step whose metric is the best so far; a warning where the evaluations of this step lack it."""
+        name, progress = self.args.metric_for_best_model, self.progress
+        if not name or not self.eval_metrics:
+            return
+        if name not in self.eval_metrics:
+            known = ", ".join(self.eval_metrics)
+            self.log_event("warning", message=f"metric_for_best_model {name} is not measured here; measured: {known}")
+            return
+        value = float(self.eval_metrics[name])
+        sign = -1 if self.args.greater_is_better else 1
+        if math.isfinite(value) and (progress.best_metric is None or sign * value < sign * progress.best_metric):
+            progress.best_metric, progress.best_step = value, progress.step
 
     def _collect_saved(self, wait: bool) -> None:
         try:

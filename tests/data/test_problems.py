@@ -9,7 +9,7 @@ import pytest
 from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import TASKS, TaskSplit, draw_problem, make_task, teacher_demonstration
 from llm_quest.data.problems.addition import add_without_carry
-from llm_quest.data.problems.gsm8k import gsm8k_demonstration, read_gsm8k, split_gsm8k_validation
+from llm_quest.data.problems.gsm8k import GSM8K_ANSWER_MARK, read_gsm8k, split_gsm8k_validation
 from llm_quest.errors import DataError, UsageError
 from llm_quest.rollouts.verifiers import is_well_formed, verify_answer
 
@@ -89,7 +89,7 @@ def test_gsm8k_rows_are_read_and_their_worked_answers_are_right(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (problem,) = read_gsm8k(tmp_path / "a.jsonl")
     assert (problem.prompt, problem.answer, problem.steps) == ("How many?", "1072", ("48/2 = 24 clips.", "So."))
-    assert verify_answer(problem, gsm8k_demonstration(problem)) == 1.0
+    assert verify_answer(problem, "\n".join([*problem.steps, f"{GSM8K_ANSWER_MARK} {problem.answer}"])) == 1.0
     assert verify_answer(problem, "#### 1,072") == 1.0
 
 

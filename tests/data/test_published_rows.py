@@ -11,7 +11,7 @@ import pytest
 
 from llm_quest.data.documents import DropReport
 from llm_quest.data.preferences import read_preferences
-from llm_quest.data.problems.gsm8k import gsm8k_demonstration, read_gsm8k
+from llm_quest.data.problems.gsm8k import GSM8K_ANSWER_MARK, read_gsm8k
 from llm_quest.data.records import read_records
 from llm_quest.rollouts.verifiers import is_well_formed, verify_answer
 
@@ -30,7 +30,7 @@ def test_gsm8ks_gold_answers_are_its_authors_and_its_worked_answers_are_right(na
     found = [AUTHORS.search(row["answer"]) for row in rows]
     assert [problem.answer for problem in problems] == [gold[1].replace(",", "") for gold in found if gold]
     for problem, row in zip(problems, rows, strict=True):
-        text = gsm8k_demonstration(problem)
+        text = "\n".join([*problem.steps, f"{GSM8K_ANSWER_MARK} {problem.answer}"])
         assert verify_answer(problem, text) == verify_answer(problem, row["answer"]) == 1.0
         assert is_well_formed(problem, text)
         assert "<<" not in text

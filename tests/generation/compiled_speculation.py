@@ -15,8 +15,8 @@ from llm_quest.generation.generate import generate, generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.speculative.draft_length import SpeculationStats
 from llm_quest.generation.speculative.draft_model import DraftModelDrafter
-from llm_quest.generation.speculative.draft_modules import MTPDrafter
 from llm_quest.generation.speculative.drafters import DraftRequest
+from llm_quest.generation.speculative.mtp_drafter import MTPDrafter
 from llm_quest.generation.speculative.target_model import TargetModel
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.build import build

@@ -18,7 +18,7 @@ import torch
 import llm_quest as quest
 from llm_quest.errors import DataError, MissingError, ResourceError, UsageError
 from llm_quest.hub import atomic_dir
-from llm_quest.hub.load_save import load, parse_size, save, write_model_json
+from llm_quest.hub.load_save import load, load_tokenizer, parse_size, save, write_model_json
 from llm_quest.models.generation_config import GenerationConfig
 from tests.oracles import ATOL, RTOL, edit_config, logits_of, save_published, tiny_gpt2, tiny_llama, transformers
 
@@ -508,3 +508,10 @@ assert not slow, f"loading a folder imports {slow}: a second or more"
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "m"], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1.2 * (tmp_path / "m" / "model.safetensors").stat().st_size + 12e6
+
+
+def test_a_lone_sentencepiece_file_has_a_hint(tmp_path):
+    save(quest.build("llama3.2-tiny"), tmp_path / "model")
+    (tmp_path / "model/tokenizer.model").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"SentencePiece.*transformers can load it and save a tokenizer\.json"):
+        load_tokenizer(tmp_path / "model")

@@ -171,7 +171,7 @@ def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
     ends = []
     for background in (True, False):
         with RunDir(tmp_path / str(background)) as run:
-            ends.append(digest(go(6, run, save_every=2, background_save=background).checkpoint_path))
+            ends.append(digest(go(6, run, save_every=2, async_save=background).checkpoint_path))
     assert ends[0] == ends[1]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 

@@ -195,7 +195,7 @@ def test_too_many_bad_steps_stop_the_run_and_name_the_module(tmp_path, backward,
         RunDir(tmp_path / "run") as run,
         pytest.raises(GuardStop, match=rf"stopped at step 8: 3 steps in a row.*{place}"),
     ):
-        go(20, run, made=trapped(backward), feed=Poisoned(range(5, 20)), max_bad_steps=2)
+        go(20, run, made=trapped(backward), feed=Poisoned(range(5, 20)), max_nonfinite_steps=2)
     report = json.loads((tmp_path / "run/crash.json").read_text())
     assert report["step"] == 8
     assert report["guard"]["nonfinite_streak"] == 3

@@ -125,9 +125,37 @@ def test_the_best_checkpoint_stays(tmp_path):
             return {"loss": abs(step - 3.0)}
 
     with RunDir(tmp_path / "run") as run:
-        go(8, run, save_every=1, keep_last=2, best_metric="eval/loss", probes=[Valley()])
+        go(8, run, save_every=1, keep_last=2, metric_for_best_model="eval/loss", probes=[Valley()])
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["step-00000003", "step-00000007", "step-00000008"]
+
+
+@pytest.mark.parametrize(("greater", "kept"), [(False, 3), (True, 1)])
+def test_the_best_is_the_lowest_or_the_greatest(tmp_path, greater, kept):
+    class Valley:
+        name, interval = "eval", 1
+
+        def evaluate(self, model, step):
+            return {"loss": abs(step - 3.0)}
+
+    best = {"metric_for_best_model": "eval/loss", "greater_is_better": greater}
+    with RunDir(tmp_path / "run") as run:
+        go(4, run, save_every=1, keep_last=1, probes=[Valley()], **best)
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == [f"step-{kept:08d}", "step-00000004"]
+
+
+def test_a_metric_that_nothing_measures_is_named(tmp_path):
+    class Probe:
+        name, interval = "eval", 1
+
+        def evaluate(self, model, step):
+            return {"loss": 1.0}
+
+    show = Losses()
+    with RunDir(tmp_path / "run") as run:
+        go(4, run, metric_for_best_model="eval/los", probes=[Probe()], show=show)
+    assert "warning: metric_for_best_model eval/los is not measured here; measured: eval/loss" in show.events
 
 
 def test_files_in_the_way_and_device_files_are_refused(tmp_path):

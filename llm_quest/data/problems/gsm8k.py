@@ -54,11 +54,6 @@ def parse_gsm8k_row(row: Any, place: str) -> Problem:
     return Problem(question, answer.strip().replace(",", ""), "gsm8k", question, steps=steps)
 
 
-def gsm8k_demonstration(problem: Problem) -> str:
-    """The worked answer without the calculator's annotations."""
-    return "\n".join([*problem.steps, f"{GSM8K_ANSWER_MARK} {problem.answer}"])
-
-
 def split_gsm8k_validation(problems: list[Problem], share: float = 0.05) -> tuple[list[Problem], list[Problem]]:
     """Training and validation parts, by the hash of the question: no seed, and the same for everybody."""
     limit = int(share * 2**32)

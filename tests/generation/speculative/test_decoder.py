@@ -16,9 +16,9 @@ from llm_quest.generation.generate import generate, generate_completions, stream
 from llm_quest.generation.sampling import SamplingParams, inverse_cdf
 from llm_quest.generation.speculative.draft_length import DraftLengthController, SpeculationStats, min_useful_acceptance
 from llm_quest.generation.speculative.draft_model import DraftModelDrafter
-from llm_quest.generation.speculative.draft_modules import MTPDrafter
-from llm_quest.generation.speculative.draft_text import NgramTable
 from llm_quest.generation.speculative.drafters import DraftRequest, DraftTokens
+from llm_quest.generation.speculative.mtp_drafter import MTPDrafter
+from llm_quest.generation.speculative.ngram_drafter import NgramTable
 from llm_quest.generation.speculative.rejection_sampler import (
     RejectionSampler,
     acceptance_probability,

@@ -32,9 +32,9 @@ from llm_quest.generation.compiled import choose_width
 from llm_quest.generation.sampling import SamplingParams, token_presence_mask
 from llm_quest.generation.speculative.draft_length import DraftLengthController, SpeculationStats, min_useful_acceptance
 from llm_quest.generation.speculative.draft_model import DraftModelDrafter
-from llm_quest.generation.speculative.draft_modules import MTPDrafter
-from llm_quest.generation.speculative.draft_text import NgramDrafter
 from llm_quest.generation.speculative.drafters import Drafter, DraftRequest, DraftTokens
+from llm_quest.generation.speculative.mtp_drafter import MTPDrafter
+from llm_quest.generation.speculative.ngram_drafter import NgramDrafter
 from llm_quest.generation.speculative.rejection_sampler import Acceptance, RejectionSampler
 from llm_quest.generation.speculative.target_model import TargetModel
 from llm_quest.generation.stopping import GeneratedSequence, GeneratedToken
