@@ -1,31 +1,27 @@
-"""Scope: what may this pass see?
+"""Scope: which tokens a pass may see.
 
-Two ideas keep it small. **A token that is padding has position -1**: existence and place are one tensor, and no mask
-argument exists in the house. Who may look at whom *follows* from two position vectors: the key exists, is not later
-than the query, lies in the mixer's window, is in the same segment. **A token without a position is a no-op in every
-mixer.**
+**A token that is padding has position -1**: positions say both whether a token exists and where it stands, and there is
+no mask argument. Visibility follows from two position vectors: the key exists, is not later than the query, lies in the
+mixer's window, and is in the same segment. **A token without a position is a no-op in every mixer.**
 
       positions  -1  0  1  2        query 2 sees  . x x x        query 2, window 2, sees  . . x x
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from llm_quest.layers.kv_cache import Cache
 
 Value = TypeVar("Value")
 
 
 class CausalMask(Enum):
-    """Masks that are known by construction, without looking at a tensor: the fused kernels run without one."""
+    """Masks that are known by construction, without reading a tensor: the fused kernels run without one."""
 
     CAUSAL = "query i sees keys 0..i of as many keys as queries"
     FULL = "every query sees every key"
@@ -33,22 +29,35 @@ class CausalMask(Enum):
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Also known without looking: query i sees keys i-window+1..i of as many keys as queries."""
+    """A mask known by construction: query i sees keys i-window+1..i of as many keys as queries."""
 
     window: int
 
 
 MaskSpec = Tensor | CausalMask | SlidingWindow
-"""Who sees whom: a mask (B,T,S), or how it is known."""
+"""An attention mask: a tensor (B,T,S) bool, or how it is known."""
+
+
+class PassCache(Protocol):
+    """What a pass reads of a cache: its number of rows, one part for each layer, and an index of each size of part."""
+
+    batch_size: int
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    def slot_index(self, num_slots: int) -> Any: ...
 
 
 class Scope:
-    """What one pass may see. Build it with `Scope(positions, ...)`, or `Scope.plain(tokens)` for whole rows.
+    """What one pass may see. Build it with `Scope(position_ids, ...)`, or `Scope.unpadded(input_ids)` for rows without
+    padding.
 
     position_ids: (B,T) int64, -1 for padding; within a row and segment they increase. segment_ids: (B,T) for packed
-    documents (positions restart in each). bidirectional: may a token look at later ones (vision)? cache: what earlier
-    passes left. max_seq_len: one more than the largest position, if the caller knows it on the host; lets eager code
-    slice the cache.
+    documents (positions restart in each). bidirectional: may a token see later ones (vision)? cache: keys, values and
+    states of earlier passes. records: where layers record values (`record`). max_seq_len: one more than the largest
+    position, if the caller knows it on the host; eager code then slices the cache. input_ids: (B,T), set by the
+    decoder, for layers that read the tokens themselves (hash embeddings, hash routers).
     """
 
     def __init__(
@@ -57,17 +66,18 @@ class Scope:
         *,
         segment_ids: Tensor | None = None,
         bidirectional: bool = False,
-        cache: Cache | None = None,
+        cache: PassCache | None = None,
         records: dict[str, list[Any]] | None = None,
         max_seq_len: int | None = None,
         unpadded: bool = False,
     ):
         if segment_ids is not None and cache is not None:
-            raise ValueError("a cached pass reads one document per row: give segments or a cache, not both")
+            raise ValueError("a cached pass reads one document per row: give segment_ids or a cache, not both")
         if cache is not None and cache.batch_size != position_ids.shape[0]:
             raise ValueError(
-                f"this pass has {position_ids.shape[0]} rows, but the cache was made for {cache.batch_size}: "
-                "make another (new_cache(batch, capacity)), or bring it to size (cache.repeat, cache.keep)"
+                f"this pass has {position_ids.shape[0]} rows, but the cache was made for {cache.batch_size}: make "
+                "another (new_cache(batch_size, capacity)), or change its rows (cache.batch_repeat_interleave, "
+                "cache.batch_select_indices)"
             )
         self.position_ids = position_ids
         self.segment_ids = None if segment_ids is None else torch.where(position_ids < 0, -1, segment_ids)
@@ -77,7 +87,7 @@ class Scope:
         self.max_seq_len = max_seq_len
         self.is_unpadded = unpadded and segment_ids is None
         self.layer_idx: int | None = None
-        self.given: tuple[Tensor, Tensor] | None = None
+        self.input_ids: Tensor | None = None
         self._cached_values: dict[Hashable, Any] = {}
 
     @classmethod
@@ -85,13 +95,13 @@ class Scope:
         cls,
         input_ids: Tensor,
         *,
-        cache: Cache | None = None,
+        cache: PassCache | None = None,
         start: int = 0,
         bidirectional: bool = False,
         records: dict[str, list[Any]] | None = None,
     ) -> Scope:
-        """Every row is whole: tokens (B,T) stand at start, start+1, ... Known on the host, so nothing is masked in
-        vain."""
+        """Rows without padding: tokens (B,T) at positions start, start+1, ... This is known on the host, so that no
+        mask is computed where none is needed."""
         batch_size, length = input_ids.shape[:2]
         row = torch.arange(start, start + length, device=input_ids.device)
         positions = row.expand(batch_size, length)
@@ -105,25 +115,22 @@ class Scope:
         )
 
     def for_layer(self, layer_idx: int) -> Scope:
-        """The same pass as seen by one layer: its own part of the cache, its own name in the records."""
-        scoped = object.__new__(Scope)
-        scoped.__dict__.update(self.__dict__)
-        scoped.layer_idx = layer_idx
-        return scoped
+        """The same pass for one layer, with its own part of the cache."""
+        scope = self.copy()
+        scope.layer_idx = layer_idx
+        return scope
 
-    def giving(self, where: Tensor, vectors: Tensor) -> Scope:
-        """The same pass, in which the tokens at `where` (B,T) bool mean not themselves but these vectors (K,D), in
-        reading order, K = how many tokens that are: what an image encoder saw."""
-        mine = self.for_layer(self.layer_idx)  # type: ignore[arg-type]
-        mine.given = (where, vectors)
-        return mine
+    def with_input_ids(self, input_ids: Tensor) -> Scope:
+        """The same pass, with its tokens (B,T)."""
+        scope = self.copy()
+        scope.input_ids = input_ids
+        return scope
 
-    def fill(self, x: Tensor) -> Tensor:
-        """Token embeddings x (B,T,D) with what was given in its place, before positions are added."""
-        if self.given is None:
-            return x
-        where, vectors = self.given
-        return x.masked_scatter(where[:, :, None], vectors.to(x.dtype))
+    def copy(self) -> Scope:
+        """A shallow copy: the values computed once per pass are shared."""
+        scope = object.__new__(Scope)
+        scope.__dict__.update(self.__dict__)
+        return scope
 
     @property
     def layer_cache(self) -> Any:
@@ -131,14 +138,13 @@ class Scope:
         return None if self.cache is None or self.layer_idx is None else self.cache.layers[self.layer_idx]
 
     def cached(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """The value of `make()`, worked out once per pass: rotary tables, masks, slots."""
+        """The value of `compute()`, computed once per pass: rotary tables, masks, slots."""
         if key not in self._cached_values:
             self._cached_values[key] = compute()
         return self._cached_values[key]
 
     def attention_mask(self, window: int | None = None) -> MaskSpec:
-        """Which tokens of this pass each of its tokens may look at: (B,T,T) bool, or how that is known without
-        looking."""
+        """Which tokens of this pass each of its tokens sees: (B,T,T) bool, or how that is known."""
         length = self.position_ids.shape[1]
         if self.is_unpadded and (window is None or window >= length):
             return CausalMask.FULL if self.bidirectional or length == 1 else CausalMask.CAUSAL
@@ -147,7 +153,7 @@ class Scope:
         return self.cached(("visible", window), lambda: self.build_mask(self.position_ids, self.segment_ids, window))
 
     def build_mask(self, key_position_ids: Tensor, key_segment_ids: Tensor | None, window: int | None) -> Tensor:
-        """The rule itself. key_positions (B,S) -> (B,T,S) bool. Padding sees padding, so that no row is empty."""
+        """The visibility rule: key positions (B,S) -> (B,T,S) bool. Padding sees padding, so that no row is empty."""
         q, k = self.position_ids[:, :, None], key_position_ids[:, None, :]
         allowed = (q < 0) == (k < 0)
         if not self.bidirectional:
@@ -159,6 +165,6 @@ class Scope:
         return allowed
 
     def record(self, name: str, value: Any) -> None:
-        """Leave a value for whoever asked (a router's loss, a tap's weights); nobody asked: nothing is kept."""
+        """Append a value to `records` (a router's decisions, a tap's weights); without records, do nothing."""
         if self.records is not None:
             self.records.setdefault(name, []).append(value)

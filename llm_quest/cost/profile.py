@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm_quest.cost.flops import flop_formulas
 from llm_quest.cost.plan import TIMED_STEPS, step_optimizer, time_call
-from llm_quest.layers.block import Block
+from llm_quest.layers.block import Block, SingleBlock
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def profile_step(objective: nn.Module, batch: Any, device: torch.device, bf16: b
             kept.setdefault(storage.data_ptr(), (storage, inside[-1] if inside else None))
         return tensor
 
-    blocks = [module for module in objective.modules() if isinstance(module, Block)]
+    blocks = [module for module in objective.modules() if isinstance(module, Block | SingleBlock)]
     marks = [block.register_forward_pre_hook(lambda *_, n=n: inside.append(n)) for n, block in enumerate(blocks)]
     marks += [block.register_forward_hook(lambda *_: inside.clear()) for block in blocks]
     hooks = torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor)

@@ -1,4 +1,9 @@
-"""How layers are stacked: a block is a mixer and a feed-forward layer, each on its own branch beside the stream."""
+"""Blocks: how layers are stacked. Each layer is a branch beside a residual stream x:
+
+Block          x = x + mixer(norm(x));  x = x + feed_forward(norm(x))
+SingleBlock    x = x + layer(norm(x))                                      one sublayer (Mamba hybrids)
+               x = x + mixer(y) + feed_forward(y),  y = norm(x)            its layer a ParallelLayers (Cohere)
+"""
 
 from __future__ import annotations
 
@@ -7,20 +12,21 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from llm_quest.contracts import LayerCache, Mixer
+from llm_quest.layers.kv_cache import NoCache
 from llm_quest.scope import Scope
 
 
 class Residual(nn.Module):
-    """The plain residual, x + branch(x). It takes the branch as a function so that hyper-connections can take its
-    place."""
+    """x + branch(x). The branch is passed as a function, so that hyper-connections can replace this module."""
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         return x + branch(x)
 
 
 class Sublayer(nn.Module):
-    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm is Identity but for families that norm
-    twice."""
+    """residual(x, post_norm(dropout(layer(norm(x), scope)))). post_norm: Identity but for families that normalise each
+    layer's output too (Gemma)."""
 
     def __init__(
         self,
@@ -44,8 +50,8 @@ class Sublayer(nn.Module):
     def forward_first(
         self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int
     ) -> Float[Tensor, "B N *streams D"]:
-        """The same for so many first positions alone, of a mixer: it looks at all of them and answers for these. (Where
-        the residual mixes streams before the norm, all are worked out.)"""
+        """The same for the first `num_queries` positions of a mixer's input; all positions are its keys. (A residual
+        that mixes streams before the norm computes all positions.)"""
         if not isinstance(self.residual, Residual):
             return self(x, scope)[:, :num_queries]
         normed = self.norm(x)
@@ -54,9 +60,15 @@ class Sublayer(nn.Module):
             lambda y: self.post_norm(self.dropout(self.layer(normed, scope, num_queries=num_queries))),
         )
 
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
+        """The layer's cache; `NoCache` for a layer that works on each position alone."""
+        if isinstance(self.layer, Mixer):
+            return self.layer.new_cache(batch_size, capacity, max_rewind)
+        return NoCache()
+
 
 class Block(nn.Module):
-    """A mixer moves information between positions, then a feed-forward layer works on each position."""
+    """Two sublayers in sequence: a mixer, then a feed-forward layer."""
 
     def __init__(self, mixer: Sublayer, feed_forward: Sublayer):
         super().__init__()
@@ -66,7 +78,56 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T *streams D"], scope: Scope, num_queries: int | None = None
     ) -> Float[Tensor, "B N *streams D"]:
-        """num_queries: only so many first positions are read by what follows; no others are worked out."""
+        """num_queries: compute the output of the first positions alone, where nothing reads the others."""
         return self.feed_forward(
             self.mixer(x, scope) if num_queries is None else self.mixer.forward_first(x, scope, num_queries), scope
         )
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """Every sublayer, in order."""
+        return (self.mixer, self.feed_forward)
+
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
+        """The mixer's cache."""
+        return self.mixer.new_cache(batch_size, capacity, max_rewind)
+
+
+class SingleBlock(nn.Module):
+    """One sublayer: a mixer or a feed-forward layer alone, or both in parallel (`ParallelLayers`)."""
+
+    def __init__(self, sublayer: Sublayer):
+        super().__init__()
+        self.sublayer = sublayer
+
+    def forward(self, x: Float[Tensor, "B T *streams D"], scope: Scope) -> Float[Tensor, "B T *streams D"]:
+        return self.sublayer(x, scope)
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """The one sublayer."""
+        return (self.sublayer,)
+
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
+        """The layer's cache."""
+        return self.sublayer.new_cache(batch_size, capacity, max_rewind)
+
+
+class ParallelLayers(nn.Module):
+    """mixer(x) + feed_forward(x), both from the same normalised x (GPT-J; Cohere's Command R)."""
+
+    def __init__(self, mixer: nn.Module, feed_forward: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+        self.feed_forward = feed_forward
+
+    def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
+        return self.mixer(x, scope) + self.feed_forward(x, scope)
+
+    def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
+        """The mixer's cache."""
+        return self.mixer.new_cache(batch_size, capacity, max_rewind)  # type: ignore[operator, no-any-return]
+
+    def rescale_logits_(self, gamma: Tensor, key_share: str = "query") -> None:
+        """The mixer's."""
+        self.mixer.rescale_logits_(gamma, key_share)  # type: ignore[operator]

@@ -32,11 +32,11 @@ class Cache:
         self.capacity = capacity
         self.slot_indices: dict[int, SlotIndex] = {}
 
-    def slot_index(self, slots: int) -> SlotIndex:
+    def slot_index(self, num_slots: int) -> SlotIndex:
         """Where tokens lie in a part with so many slots."""
-        if slots not in self.slot_indices:
-            self.slot_indices[slots] = SlotIndex(slots)
-        return self.slot_indices[slots]
+        if num_slots not in self.slot_indices:
+            self.slot_indices[num_slots] = SlotIndex(num_slots)
+        return self.slot_indices[num_slots]
 
     def snapshot(self, positions: Sequence[int]) -> None:
         """Row b will not be taken back below position at[b]."""
@@ -253,6 +253,28 @@ class KVCache:
 
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in self.tensors.values())
+
+
+class NoCache:
+    """The part of a block that keeps nothing between passes (a feed-forward layer alone)."""
+
+    def snapshot(self, positions: Sequence[int]) -> None:
+        """Nothing to keep."""
+
+    def latest_rewind(self, positions: Sequence[int]) -> list[int]:
+        return list(positions)
+
+    def rewind(self, positions: Sequence[int]) -> None:
+        """Nothing to forget."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """No rows."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """No rows."""
+
+    def nbytes(self) -> int:
+        return 0
 
 
 def extend_layer_cache(scope: Scope, window: int | None, **new: Tensor) -> tuple[dict[str, Tensor], MaskSpec]:

@@ -51,13 +51,24 @@ class Decoder(nn.Module):
         """The numbers this model was assembled from."""
         return self.spec.config
 
-    def forward(self, input_ids: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T V"]:
-        return self.head(self.hidden_states(input_ids, scope))
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        scope: Scope | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        return self.head(self.hidden_states(input_ids, scope, inputs_embeds))
 
-    def hidden_states(self, input_ids: Int[Tensor, "B T"], scope: Scope | None = None) -> Float[Tensor, "B T D"]:
-        """What the head reads: the last block's output after the final norm."""
-        scope = Scope.unpadded(input_ids) if scope is None else scope
-        x = self.enter(self.embed(input_ids, scope))
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        scope: Scope | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """What the head reads: the last block's output after the final norm. inputs_embeds: in place of
+        `embed.embed_tokens(input_ids)`, for vectors that are not tokens (an image's)."""
+        scope = (Scope.unpadded(input_ids) if scope is None else scope).with_input_ids(input_ids)
+        x = self.enter(self.embed(input_ids, scope, inputs_embeds))
         for layer, block in enumerate(self.blocks):
             x = block(x, scope.for_layer(layer))
         return self.norm(self.leave(x))
@@ -65,7 +76,7 @@ class Decoder(nn.Module):
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> Cache:
         """An empty cache for `batch` rows and positions below `capacity`; windowed layers can take back `max_rewind`
         tokens."""
-        layer_caches = [block.mixer.layer.new_cache(batch_size, capacity, max_rewind) for block in self.blocks]  # type: ignore[union-attr, operator]
+        layer_caches = [block.new_cache(batch_size, capacity, max_rewind) for block in self.blocks]  # type: ignore[operator]
         return Cache(layer_caches, batch_size, capacity)
 
     def row_splits(self) -> dict[str, tuple[int, ...]]:

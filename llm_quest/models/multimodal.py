@@ -73,7 +73,9 @@ class VisionLanguageModel(nn.Module):
                 f"tokens hold {int(is_placeholder.sum())} placeholders (image_token {self.config.image_token_id}), but the images "
                 f"give {vectors.shape[0]} vectors: write {self.config.image_seq_length} placeholders for every image"
             )
-        return self.decoder.hidden_states(input_ids, scope.giving(is_placeholder, vectors))
+        embeds = self.decoder.embed.embed_tokens(input_ids)  # type: ignore[operator]
+        inputs_embeds = embeds.masked_scatter(is_placeholder[:, :, None], vectors.to(embeds.dtype))
+        return self.decoder.hidden_states(input_ids, scope, inputs_embeds)
 
     def with_images(self, images: Sequence[Tensor]) -> ImagePromptModel:
         """This model with the images (M,C,H,W) of every prompt in view, for `generate`: row b's prompt has a run of

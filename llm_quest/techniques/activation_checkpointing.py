@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.block import Block
+from llm_quest.layers.block import Block, SingleBlock
 from llm_quest.scope import Scope
 
 Model = TypeVar("Model", bound=Any)
@@ -30,7 +30,7 @@ class ActivationCheckpointing:
     exportable: ClassVar[bool] = True
 
     def __call__(self, model: Model) -> Model:
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        blocks = [module for module in model.modules() if isinstance(module, Block | SingleBlock)]
         if any(isinstance(block.forward, CheckpointedForward) for block in blocks):
             raise UsageError("activation checkpointing was applied to this model already; it is applied once")
         for block in blocks:

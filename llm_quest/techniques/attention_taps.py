@@ -40,9 +40,10 @@ class AttentionTaps:
         if not self.layers or not all(-depth <= layer < depth for layer in self.layers):
             raise UsageError(f"taps on layers {self.layers}: this model has layers 0 to {depth - 1}")
         for layer in sorted({layer % depth for layer in self.layers}):
-            mixer = model.blocks[layer].mixer.layer
-            if not isinstance(mixer, Attention):
-                raise UsageError(f"layer {layer} has no attention weights to tap: it is a {type(mixer).__name__}")
+            mixer = next((module for module in model.blocks[layer].modules() if isinstance(module, Attention)), None)
+            if mixer is None:
+                found = type(model.blocks[layer].sublayers[0].layer).__name__
+                raise UsageError(f"layer {layer} has no attention weights to tap: it is a {found}")
             if any(isinstance(module, AttentionTap) for module in mixer.modules()):
                 raise ValueError(f"layer {layer} has a tap already")
             mixer.attend.tap = AttentionTap(layer)

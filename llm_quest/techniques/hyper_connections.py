@@ -53,7 +53,7 @@ class HyperConnections:
     def __call__(self, model: Model) -> Model:
         require_decoder(model, self)
         require_not_applied(model, self)
-        sublayers = [sublayer for block in model.blocks for sublayer in (block.mixer, block.feed_forward)]
+        sublayers = [sublayer for block in model.blocks for sublayer in block.sublayers]
         for index, sublayer in enumerate(sublayers):
             assert isinstance(sublayer.residual, Residual), "only this technique fills the residual's slot"
             sublayer.residual = materialize_part(self.build_residual(model.config.hidden_size, index), model)

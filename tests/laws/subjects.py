@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import ModelSpec
 from llm_quest.layers.attention import GroupedQueryAttention
-from llm_quest.layers.block import Block, Sublayer
+from llm_quest.layers.block import Block, ParallelLayers, SingleBlock, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.initialize import init_normal_
@@ -23,6 +24,7 @@ from llm_quest.layers.rotary import NTKScaling, RotaryEmbedding, YaRNScaling
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
+from llm_quest.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Windowed:
     vocab_size: int = 61
     hidden_size: int = 32
     max_position_embeddings: int = 128
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.windows)
 
 
 def windowed(config: Windowed) -> Decoder:
@@ -49,7 +55,12 @@ def windowed(config: Windowed) -> Decoder:
 
 
 def windowed_block(width: int, window: int | None) -> Block:
-    attention = GroupedQueryAttention(
+    mlp = GatedMLP(width, 2 * width, F.silu)
+    return Block(Sublayer(RMSNorm(width, 1e-5), attention(width, window)), Sublayer(RMSNorm(width, 1e-5), mlp))
+
+
+def attention(width: int, window: int | None) -> GroupedQueryAttention:
+    return GroupedQueryAttention(
         width,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -57,8 +68,34 @@ def windowed_block(width: int, window: int | None) -> Block:
         rotary=RotaryEmbedding(8, 10000.0),
         sliding_window=window,
     )
-    mlp = GatedMLP(width, 2 * width, F.silu)
-    return Block(Sublayer(RMSNorm(width, 1e-5), attention), Sublayer(RMSNorm(width, 1e-5), mlp))
+
+
+class HashedTokens(nn.Module):
+    """A layer that reads the tokens themselves: a second embedding, by a hash of the token, gates x."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = nn.Embedding(7, width)
+
+    def forward(self, x: Tensor, scope: Scope) -> Tensor:
+        assert scope.input_ids is not None, "the decoder sets input_ids"
+        return x * self.table(scope.input_ids * 31 % 7)
+
+
+def single_blocks(config: Windowed) -> Decoder:
+    """A small decoder of single sublayers (as Mamba hybrids have), of both in parallel (as Cohere has), and of a layer
+    that reads the tokens."""
+    model = windowed(config)
+    width = config.hidden_size
+    layers: list[nn.Module] = [
+        attention(width, config.windows[0]),
+        GatedMLP(width, 2 * width, F.silu),
+        ParallelLayers(attention(width, config.windows[1]), GatedMLP(width, 2 * width, F.silu)),
+        HashedTokens(width),
+    ]
+    model.blocks = nn.ModuleList(SingleBlock(Sublayer(RMSNorm(width, 1e-5), layer)) for layer in layers)
+    init_normal_(model, std=0.02, out_std=0.01, generator=torch.Generator().manual_seed(0))
+    return model.eval()
 
 
 def latent(config: Windowed) -> Decoder:
@@ -91,6 +128,7 @@ VARIANTS: dict[str, Callable[[], Decoder]] = {
     "windows 5, all, 3, 5": lambda: windowed(Windowed((5, None, 3, 5))),
     "window 4": lambda: windowed(Windowed((4, 4))),
     "latent experts": lambda: latent(Windowed((None, None))),
+    "single and parallel sublayers": lambda: single_blocks(Windowed((None, 5))),
 }
 EVERYBODY = (*TINY, *VARIANTS)
 PUBLISHED = tuple(name for name in EVERYBODY if name in TINY or name.startswith("llama"))

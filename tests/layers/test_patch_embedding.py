@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from llm_quest.layers.patch_embedding import ImageEmbedding, PatchEmbedding, interpolate_pos_encoding
-from llm_quest.scope import Scope
 
 
 def test_patches_equal_the_convolution_of_the_same_numbers(generator: torch.Generator):
@@ -61,11 +60,3 @@ def test_positions_are_stretched_over_the_whole_image_and_not_cut_off_at_its_fir
     smaller = interpolate_pos_encoding(positions, 3)[1:].view(3, 3)
     assert smaller[:, 0].tolist() == pytest.approx([0.5, 2.5, 4.5], abs=0.3)
     assert smaller[0].std() == pytest.approx(0, abs=1e-5)
-
-
-def test_the_given_vectors_take_the_place_of_the_chosen_tokens_in_reading_order():
-    scope = Scope.unpadded(torch.zeros(2, 3))
-    where = torch.tensor([[False, True, True], [True, False, False]])
-    filled = scope.giving(where, torch.tensor([[1.0], [2.0], [3.0]])).fill(torch.zeros(2, 3, 1))
-    assert filled[:, :, 0].tolist() == [[0, 1, 2], [3, 0, 0]]
-    assert scope.given is None

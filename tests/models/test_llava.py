@@ -202,9 +202,7 @@ def test_gpt2_adds_its_positions_to_an_images_vectors_too():
     """Two equal patches at different places give different logits only by their positions."""
     model = model_of("a ViT before GPT-2")
     tokens = torch.full((1, 2), model.config.image_token_id)
-    hidden = model.decoder.embed(
-        tokens, Scope.unpadded(tokens).giving(torch.ones(1, 2, dtype=torch.bool), torch.zeros(2, 48).double())
-    )
+    hidden = model.decoder.embed(tokens, Scope.unpadded(tokens), torch.zeros(1, 2, 48).double())
     assert torch.equal(hidden[0], model.decoder.embed.position.weight[:2])
 
 

@@ -100,7 +100,7 @@ class MTPDrafter:
         slots = capacity + MAX_DRAFT_TOKENS
         slots = round_up_capacity(slots) if self.compiled_chain else slots
         self.caches = [
-            Cache([module.block.mixer.layer.new_cache(rows, slots, MAX_DRAFT_TOKENS + 1)], rows, slots)  # type: ignore[union-attr, operator]
+            Cache([module.block.new_cache(rows, slots, MAX_DRAFT_TOKENS + 1)], rows, slots)  # type: ignore[union-attr, operator]
             for module in self.model.mtp_modules
         ]
         like = self.model.head.weight
