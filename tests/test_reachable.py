@@ -23,11 +23,11 @@ PACKAGE = ROOT / "llm_quest"
 ROOTS = ("main", *llm_quest.__all__, "FAMILIES", "PAPER")
 """The command `quest` (and through it the recipes), the exported names, the families' table and the papers."""
 EXCEPTIONS = {
-    "Mixer": "a protocol of contracts.py: it documents what a sequence mixer promises",
     "Objective": "a protocol of contracts.py: it documents what an objective promises",
     "layer_edits": "LAYERS removes it",
     "relu_squared": "LAYERS wires it or removes it",
-    "LatentMoE": "LAYERS wires it or removes it",
+    "LatentMoE": "the experts of Nemotron 3; a layer for a family to come, with the decoder's laws",
+    "ParallelLayers": "the block of Cohere and GPT-J; a layer for a family to come, with the decoder's laws",
     "unmerge_adapter": "LAYERS wires it or removes it",
     "AttentionPolicyBatch": "POLICY wires it or removes it",
     "AttentionDivergenceLoss": "POLICY wires it or removes it",
