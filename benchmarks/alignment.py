@@ -87,8 +87,8 @@ def ours(model: Decoder, tokenizer: Tokenizer, kind: str, steps: int, split: dic
         result = train(
             objective, feed, optimizer, lambda step: 1.0, TrainingArguments(steps=steps, precision=kind, log_every=1)
         )
-        split["sampling"] = result.metrics["seconds_sampling"]
-        split["scoring"] = result.metrics["seconds_scoring"]
+        split["sampling"] = result.metrics["sampling_seconds"]
+        split["scoring"] = result.metrics["scoring_seconds"]
         split["training"] = result.metrics["train_seconds"] / steps - split["sampling"] - split["scoring"]
 
     return run

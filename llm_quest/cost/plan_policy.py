@@ -168,7 +168,7 @@ def time_policy_steps(
             largest = max([*batches, *([largest] if largest else [])], key=lambda batch: batch.num_tokens)
         rollout = policy.rollouts.rollout
         assert rollout is not None
-        seconds = [rollout.metric_sums[name][0] for name in ("seconds_sampling", "seconds_scoring")]
+        seconds = [rollout.metric_sums[name][0] for name in ("sampling_seconds", "scoring_seconds")]
         found.append(
             (
                 seconds[0] / plan.steps_per_rollout,
@@ -176,7 +176,7 @@ def time_policy_steps(
                 training / plan.steps_per_rollout,
             )
         )
-        length = rollout.metric_sums["length"][0] / rollout.metric_sums["length"][1]
+        length = rollout.metric_sums["completions/mean_length"][0] / rollout.metric_sums["completions/mean_length"][1]
     sampling, scoring, train = (statistics.mean(column) for column in zip(*found[1:], strict=True))
     return (sampling, scoring, train), largest, length
 

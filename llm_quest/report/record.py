@@ -33,6 +33,14 @@ OLD_METRICS = {
     "skipped": "skipped_steps",
     "empty": "empty_steps",
     "count": "num_targets",
+    "flat": "frac_reward_zero_std",
+    "truncated": "completions/clipped_ratio",
+    "length": "completions/mean_length",
+    "unscorable": "rewards/unscorable",
+    "draws": "sampling_rounds",
+    "rows_kept": "rows_trained",
+    "seconds_sampling": "sampling_seconds",
+    "seconds_scoring": "scoring_seconds",
 }
 OLD_EVENTS = {"set aside": "checkpoint_renamed", "not saved": "save_failed", "guard stop": "stopped_by_guard"}
 """Names of the first version -> names of today."""

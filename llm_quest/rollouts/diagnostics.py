@@ -64,23 +64,23 @@ def metric_value(row: MetricsRow, name: str, default: float = math.nan) -> float
 
 
 def never_correct(rows: Sequence[MetricsRow]) -> bool:
-    return metric_value(rows[-1], "flat") >= 0.999 and metric_value(rows[-1], "reward") < 0.5
+    return metric_value(rows[-1], "frac_reward_zero_std") >= 0.999 and metric_value(rows[-1], "reward") < 0.5
 
 
 def always_correct(rows: Sequence[MetricsRow]) -> bool:
-    return metric_value(rows[-1], "flat") >= 0.999 and metric_value(rows[-1], "reward") >= 0.5
+    return metric_value(rows[-1], "frac_reward_zero_std") >= 0.999 and metric_value(rows[-1], "reward") >= 0.5
 
 
 def mostly_uniform_groups(rows: Sequence[MetricsRow]) -> bool:
-    return 0.9 <= metric_value(rows[-1], "flat") < 0.999
+    return 0.9 <= metric_value(rows[-1], "frac_reward_zero_std") < 0.999
 
 
 def longer_without_gain(rows: Sequence[MetricsRow]) -> bool:
     """Half as long again as in the beginning, and no better."""
     first, last = rows[0], rows[-1]
-    return metric_value(last, "length") > 1.5 * metric_value(first, "length") and metric_value(
-        last, "reward"
-    ) <= metric_value(first, "reward")
+    return metric_value(last, "completions/mean_length") > 1.5 * metric_value(
+        first, "completions/mean_length"
+    ) and metric_value(last, "reward") <= metric_value(first, "reward")
 
 
 def reward_without_accuracy(rows: Sequence[MetricsRow]) -> bool:
@@ -114,7 +114,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
     ),
     Symptom(
         "nothing scored",
-        lambda rows: metric_value(rows[-1], "unscorable") >= 0.999,
+        lambda rows: metric_value(rows[-1], "rewards/unscorable") >= 0.999,
         lambda row: "not one sample could be scored: look at the reward and at the gold answers",
         fatal=True,
     ),
@@ -122,20 +122,22 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "mostly flat",
         mostly_uniform_groups,
         lambda row: (
-            f"{metric_value(row, 'flat'):.0%} of the groups are all alike and teach nothing: draw until groups are "
+            f"{metric_value(row, 'frac_reward_zero_std'):.0%} of the groups are all alike and teach nothing: draw until groups are "
             "mixed (dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
         ),
     ),
     Symptom(
         "unscorable",
-        lambda rows: 0.1 < metric_value(rows[-1], "unscorable") < 0.999,
-        lambda row: f"{metric_value(row, 'unscorable'):.0%} of the samples could not be scored: look at the verifier",
+        lambda rows: 0.1 < metric_value(rows[-1], "rewards/unscorable") < 0.999,
+        lambda row: (
+            f"{metric_value(row, 'rewards/unscorable'):.0%} of the samples could not be scored: look at the verifier"
+        ),
     ),
     Symptom(
         "cut off",
-        lambda rows: metric_value(rows[-1], "truncated") > 0.5,
+        lambda rows: metric_value(rows[-1], "completions/clipped_ratio") > 0.5,
         lambda row: (
-            f"{metric_value(row, 'truncated'):.0%} of the answers do not end within the budget: raise max_new_tokens, "
+            f"{metric_value(row, 'completions/clipped_ratio'):.0%} of the answers do not end within the budget: raise max_new_tokens, "
             "or fine-tune on answers with their end-of-text token"
         ),
     ),
@@ -167,7 +169,7 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "longer for nothing",
         longer_without_gain,
         lambda row: (
-            f"answers grew to {metric_value(row, 'length'):.0f} tokens and are no better: punish length near the "
+            f"answers grew to {metric_value(row, 'completions/mean_length'):.0f} tokens and are no better: punish length near the "
             "budget (overlong_buffer_tokens), or take loss_type=dr_grpo"
         ),
     ),

@@ -188,9 +188,9 @@ class RolloutLoader:
         penalty = self.kl_penalty(groups).reshape(rewards.shape[1:]) if self.plan.kl_coef else None
         advantages = self.reward_pipeline.compute_advantages(groups, rewards, penalty)
         rows = self.score_rows(make_policy_rows(groups, advantages))
-        metrics["rows_kept"] = (len(self.rows_to_read(rows)), sum(map(len, groups)))
-        metrics["seconds_sampling"] = (sampling_end - start, 1.0)
-        metrics["seconds_scoring"] = (time.perf_counter() - sampling_end, 1.0)
+        metrics["rows_trained"] = (len(self.rows_to_read(rows)), sum(map(len, groups)))
+        metrics["sampling_seconds"] = (sampling_end - start, 1.0)
+        metrics["scoring_seconds"] = (time.perf_counter() - sampling_end, 1.0)
         return RolloutBuffer(number, rows, metrics, sampled)
 
     def sample_rollout(self, number: int) -> tuple[SampleGroups, SampleGroups, Tensor, dict[str, tuple[float, float]]]:
@@ -211,7 +211,7 @@ class RolloutLoader:
             if len(kept) >= plan.prompts_per_rollout:
                 break
         metrics = sampling_metrics(sampled, torch.cat(all_rewards, dim=1), self.reward_pipeline)
-        metrics["draws"] = (sampling_round + 1.0, 1.0)
+        metrics["sampling_rounds"] = (sampling_round + 1.0, 1.0)
         rewards = torch.cat(kept_rewards, dim=1)[:, : plan.prompts_per_rollout]
         return sampled, kept[: plan.prompts_per_rollout], rewards, metrics
 
@@ -321,15 +321,15 @@ def sampling_metrics(
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
     tokens = sum(len(sample.completion_ids) for sample in samples)
-    names = ["reward", *(f"reward_{one.name}" for one in reward_pipeline.rewards[1:])]
+    names = ["reward", *(f"rewards/{one.name}" for one in reward_pipeline.rewards[1:])]
     sums: dict[str, tuple[Any, Any]] = {
         name: (rewards[place].nansum(), known[place].sum()) for place, name in enumerate(names)
     }
     sums |= {
-        "flat": (sum(not mixed for mixed in reward_pipeline.is_mixed(rewards)), len(groups)),
-        "truncated": (sum(sample.truncated for sample in samples), len(samples)),
-        "unscorable": ((~known).any(dim=0).sum(), len(samples)),
-        "length": (tokens, len(samples)),
+        "frac_reward_zero_std": (sum(not mixed for mixed in reward_pipeline.is_mixed(rewards)), len(groups)),
+        "completions/clipped_ratio": (sum(sample.truncated for sample in samples), len(samples)),
+        "rewards/unscorable": ((~known).any(dim=0).sum(), len(samples)),
+        "completions/mean_length": (tokens, len(samples)),
         "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
     }
     return {name: (float(total), float(count)) for name, (total, count) in sums.items()}

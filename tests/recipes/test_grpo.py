@@ -162,7 +162,7 @@ def test_two_processes_learn_what_one_does(warm: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("held out, before") == 1
     for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        for name in ("loss", "reward", "kl", "grad_norm", "num_targets", "length", "ratio"):
+        for name in ("loss", "reward", "kl", "grad_norm", "num_targets", "completions/mean_length", "ratio"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
     shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
     started(tmp_path / "two", *pairs)
@@ -189,7 +189,7 @@ def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):
         "loss_type=gspo_token",
     ]
     started(tmp_path / "run", *pairs, "max_steps=2")
-    assert all(row["length"] > 0 for row in metrics(tmp_path / "run"))
+    assert all(row["completions/mean_length"] > 0 for row in metrics(tmp_path / "run"))
 
 
 def test_a_step_ends_at_its_token_and_the_last_one_at_the_end_of_text():
@@ -212,7 +212,7 @@ def test_a_file_of_problems_is_asked_in_a_new_order_every_epoch(warm: Path, tmp_
     rows = [{"question": "abcde"[i % 5] * (1 + i // 5), "answer": f"{i} #### {i}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     started(tmp_path / "run", *from_(warm, f"task={file}", "max_steps=1"))
-    assert metrics(tmp_path / "run")[-1]["flat"] == 1
+    assert metrics(tmp_path / "run")[-1]["frac_reward_zero_std"] == 1
 
 
 def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):

@@ -73,7 +73,7 @@ def test_the_whole_goes_on_where_it_was_interrupted(done: tuple[Path, list[str]]
 def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], warm: Path, tmp_path: Path):  # noqa: F811
     judge = done[0] / "iteration-0" / "judge"
     started(tmp_path / "run", *from_(warm, "max_steps=2", f"rewards=[{{name: model, load: {judge}}}]"))
-    assert metrics(tmp_path / "run")[-1]["rows_kept"] == 1
+    assert metrics(tmp_path / "run")[-1]["rows_trained"] == 1
     with pytest.raises(UsageError, match="no reward model"):
         started(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
 

@@ -16,21 +16,21 @@ from llm_quest.train.lr_schedule import make_lr_schedule
 from llm_quest.train.run_dir import RunDir
 
 WELL = {
-    "reward": 0.5, "flat": 0.2, "truncated": 0.0, "unscorable": 0.0, "length": 10.0, "entropy": 0.8, "kl": 0.01,
-    "ratio/max": 1.2,
+    "reward": 0.5, "frac_reward_zero_std": 0.2, "completions/clipped_ratio": 0.0, "rewards/unscorable": 0.0,
+    "completions/mean_length": 10.0, "entropy": 0.8, "kl": 0.01, "ratio/max": 1.2,
 }  # fmt: skip
 
 ILL = {
-    "never right": [{"flat": 1.0, "reward": 0.0}],
-    "always right": [{"flat": 1.0, "reward": 1.0}],
-    "nothing scored": [{"unscorable": 1.0, "reward": math.nan}],
-    "mostly flat": [{"flat": 0.95}],
-    "unscorable": [{"unscorable": 0.2}],
-    "cut off": [{"truncated": 0.6}],
+    "never right": [{"frac_reward_zero_std": 1.0, "reward": 0.0}],
+    "always right": [{"frac_reward_zero_std": 1.0, "reward": 1.0}],
+    "nothing scored": [{"rewards/unscorable": 1.0, "reward": math.nan}],
+    "mostly flat": [{"frac_reward_zero_std": 0.95}],
+    "unscorable": [{"rewards/unscorable": 0.2}],
+    "cut off": [{"completions/clipped_ratio": 0.6}],
     "no chance left": [{"entropy": 0.01}],
     "far ratio": [{"ratio/max": 30.0}],
     "far from the reference": [{"kl": 3.0}],
-    "longer for nothing": [{"length": 10.0}, {"length": 20.0}],
+    "longer for nothing": [{"completions/mean_length": 10.0}, {"completions/mean_length": 20.0}],
     "reward without accuracy": [{"reward": 0.3, "eval/accuracy": 0.4}, {"reward": 0.6, "eval/accuracy": 0.38}],
 }
 
@@ -69,7 +69,12 @@ def test_what_cannot_learn_is_stopped_and_told_why(name: str):
 
 def test_patience_begins_again_when_there_is_news():
     doctor = Diagnostics(patience_steps=3)
-    watched(doctor, *[{"flat": 1.0, "reward": 0.0}] * 3, {}, *[{"flat": 1.0, "reward": 0.0}] * 3)
+    watched(
+        doctor,
+        *[{"frac_reward_zero_std": 1.0, "reward": 0.0}] * 3,
+        {},
+        *[{"frac_reward_zero_std": 1.0, "reward": 0.0}] * 3,
+    )
 
 
 class Number(nn.Module):
@@ -82,7 +87,7 @@ class Number(nn.Module):
     def forward(self, batch):
         total = self.model.weight.square().sum()
         one = torch.ones(())
-        return Loss(total, one, {"flat": (one, one), "reward": (0 * one, one)})
+        return Loss(total, one, {"frac_reward_zero_std": (one, one), "reward": (0 * one, one)})
 
 
 class Ones:

@@ -241,9 +241,9 @@ def test_groups_without_spread_are_not_read_and_count_in_the_divisor():
     feed = rollouts(policy, reward=judged_by_question(table))
     assert set(learned(feed)) == {0, 3}
     notes = feed.batches(0)[0].metric_sums
-    assert notes["flat"] == (2, 4)
+    assert notes["frac_reward_zero_std"] == (2, 4)
     assert notes["reward"] == (6, 16)
-    assert notes["rows_kept"] == (8, 16)
+    assert notes["rows_trained"] == (8, 16)
     everything = rollouts(policy, reward=judged_by_question(table), read_all=True)
     assert set(learned(everything)) == {0, 1, 2, 3}
     dropped = rollouts(
@@ -391,7 +391,7 @@ def test_all_groups_without_spread_leave_a_step_with_notes_and_nothing_to_learn(
     feed = rollouts(build("llama3.2-tiny", seed=1), reward=lambda group: WRONG)
     (batch,) = feed.batches(0)
     assert not batch.loss_mask.any()
-    assert batch.metric_sums["flat"] == (4, 4)
+    assert batch.metric_sums["frac_reward_zero_std"] == (4, 4)
     assert float(PolicyGradientLoss(feed.policy)(batch).count) == 0
 
 
@@ -399,8 +399,8 @@ def test_dynamic_sampling_draws_until_enough_groups_are_mixed():
     table = {i: MIXED if i in (1, 6, 9, 10, 11) else WRONG for i in range(12)}
     feed = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_sampling_rounds=5)
     assert set(learned(feed)) == {1, 6, 9, 10}
-    assert feed.rollout.metric_sums["draws"] == (3, 1)
-    assert feed.rollout.metric_sums["flat"] == (7, 12)
+    assert feed.rollout.metric_sums["sampling_rounds"] == (3, 1)
+    assert feed.rollout.metric_sums["frac_reward_zero_std"] == (7, 12)
     assert feed.num_prompts_taken == 12
     few = rollouts(build("llama3.2-tiny", seed=1), reward=judged_by_question(table), max_sampling_rounds=2)
     assert set(learned(few)) == {1, 6}
@@ -416,7 +416,7 @@ def test_dynamic_sampling_judges_raw_correctness_and_not_what_shapes_it():
     feed = rollouts(build("llama3.2-tiny", seed=1), scoring=shaped, max_sampling_rounds=2)
     feed.batches(0)
     assert feed.rollout.rows == []
-    assert feed.rollout.metric_sums["flat"] == (8, 8)
+    assert feed.rollout.metric_sums["frac_reward_zero_std"] == (8, 8)
 
 
 def test_the_unscorable_is_not_learned_from_and_counted():
@@ -425,7 +425,7 @@ def test_the_unscorable_is_not_learned_from_and_counted():
     found = learned(feed)
     assert set(found) == {0}
     assert found[0] == pytest.approx([1.154501, -0.577250, -0.577250])
-    assert feed.rollout.metric_sums["unscorable"] == (8, 16)
+    assert feed.rollout.metric_sums["rewards/unscorable"] == (8, 16)
     assert feed.rollout.metric_sums["reward"] == (2, 8)
 
 

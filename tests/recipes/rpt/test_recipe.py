@@ -126,7 +126,7 @@ def test_a_run_keeps_its_places_its_tables_and_its_bill(done: tuple[Path, list[s
 def test_a_reference_is_paid_for(done: tuple[Path, list[str]], tmp_path: Path):
     started(tmp_path / "run", *from_(done[0], "kl_coef=0.1", "max_steps=1"))
     first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
-    assert first["length"] == other["length"], "the same samples"
+    assert first["completions/mean_length"] == other["completions/mean_length"], "the same samples"
     assert other["teraflops"] > first["teraflops"]
 
 
@@ -214,7 +214,7 @@ def test_a_control_that_learns_the_selected_places_alone(done: tuple[Path, list[
 def test_controls_of_the_reward(reward: str, done: tuple[Path, list[str]], tmp_path: Path):
     started(tmp_path / "run", *from_(done[0], f"reward={reward}", "max_steps=2"))
     first, other = metrics(done[0])[0], metrics(tmp_path / "run")[0]
-    assert first["length"] == other["length"], "the same samples"
+    assert first["completions/mean_length"] == other["completions/mean_length"], "the same samples"
     assert first["reward"] < other["reward"]
 
 
