@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from llm_quest.layers.norm import RMSNorm
 from llm_quest.scope import Scope
 
 
@@ -38,6 +39,13 @@ class MTPModule(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         pair = torch.cat((self.embed_norm(embeddings), self.hidden_norm(h)), dim=-1)
         return self.norm(self.block(self.join(pair), scope))
+
+
+def make_mtp_module(dim: int, eps: float, block: nn.Module) -> MTPModule:
+    """A module around this block, with RMSNorms and a join without bias, as the published models have it."""
+    embed_norm, hidden_norm, norm = (RMSNorm(dim, eps) for _ in range(3))
+    join = nn.Linear(2 * dim, dim, bias=False)
+    return MTPModule(embed_norm=embed_norm, hidden_norm=hidden_norm, join=join, block=block, norm=norm)
 
 
 def shift_left(row: Int[Tensor, "B T"], k: int, fill_value: int) -> Int[Tensor, "B T"]:

@@ -8,6 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class ConstantScale(nn.Module):
+    """x times a constant."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return x * self.factor
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 

@@ -27,12 +27,12 @@ from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.config_fields import config_dataclass, hf_default
 from llm_quest.models.family import Family
-from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.image_encoder import ImageEncoder, SquareImages
 from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
 
 
 @config_dataclass
-class Config:
+class Config(SquareImages):
     """The encoder's numbers, as config.json has them. image_size, patch_size: sides in pixels."""
 
     image_size: int
@@ -44,16 +44,6 @@ class Config:
     intermediate_size: int
     layer_norm_eps: float = 1e-5
     hidden_act: Literal["quick_gelu"] = "quick_gelu"
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Tokens of an image: the patches and the class token."""
-        return self.num_patches + 1
 
 
 def block(config: Config, layer_idx: int) -> Block:

@@ -100,14 +100,23 @@ def spelled_alike(*names: str, hf_default: Any = MISSING, default: Any = MISSING
     return dataclasses.field(default=default, metadata={"read": read, "write": writer(*names)})
 
 
-def per_layer(*kinds: Any, hf_default: Callable[[Values], Any]) -> Any:
-    """A field with one of these kinds for every layer."""
+def per_layer(*kinds: str, hf_default: Callable[[Values], Any], numbered: str = "") -> Any:
+    """A field with one of these kinds for every layer. numbered: a field that says the same in numbers (0: the first of
+    the kinds); it is read before, and written too."""
 
     def read(values: Values, field: Any, kind: Any) -> tuple[Any, ...]:
+        numbers = read_per_layer(values.json, numbered, values.num_hidden_layers, *range(len(kinds)))
+        if numbers is not None:
+            return tuple(kinds[number] for number in numbers)
         given = read_per_layer(values.json, field.name, values.num_hidden_layers, *kinds)
         return tuple(hf_default(values) if given is None else given)
 
-    return dataclasses.field(metadata={"read": read})
+    def write(value: tuple[str, ...], config: Any) -> dict[str, Any]:
+        (name,) = (field.name for field in dataclasses.fields(config) if field.metadata.get("read") is read)
+        numbers = {numbered: [kinds.index(kind) for kind in value]} if numbered else {}
+        return {name: list(value), **numbers}
+
+    return dataclasses.field(metadata={"read": read, "write": write})
 
 
 def nested(part: type, *, when: Callable[[Json], bool] = lambda json: True, default: Any = MISSING) -> Any:

@@ -93,8 +93,8 @@ def decoder_of_blocks(
     norm: Callable[[int, float], nn.Module],
     mtp_modules: Sequence[nn.Module] = (),
 ) -> Decoder:
-    """embedding(vocab_size, hidden_size), then block(config, layer_idx) for every layer, norm(hidden_size, eps) and a head,
-    which is the embedding where `tie_word_embeddings` says so."""
+    """embedding(vocab_size, hidden_size), then block(config, layer_idx) for every layer, norm(hidden_size, eps) and a
+    head, which is the embedding where `tie_word_embeddings` says so."""
     embed = embedding(config.vocab_size, config.hidden_size)
     tied: Any = embed.token if config.tie_word_embeddings else None
     return Decoder(

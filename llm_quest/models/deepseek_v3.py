@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import count, takewhile
 from typing import Any, Literal
 
 from torch import nn
@@ -29,7 +30,7 @@ from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
-from llm_quest.layers.multi_token_prediction import MTPModule
+from llm_quest.layers.multi_token_prediction import make_mtp_module
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding, YaRNScaling, yarn_mscale
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
@@ -42,8 +43,8 @@ from llm_quest.models.weight_names import Names, WeightMap, decoder_names, exper
 @config_dataclass
 class Config:
     """V3's numbers, as config.json has them. q_lora_rank (None: no latent), kv_lora_rank: widths of the latents;
-    first_k_dense_replace: how many first layers are dense, of width intermediate_size; n_shared_experts: the shared expert
-    is as wide as so many; num_nextn_predict_layers: multi-token prediction modules behind the model."""
+    first_k_dense_replace: how many first layers are dense, of width intermediate_size; n_shared_experts: the shared
+    expert is as wide as so many; num_nextn_predict_layers: multi-token prediction modules behind the model."""
 
     vocab_size: int
     hidden_size: int
@@ -83,12 +84,9 @@ class Config:
     @property
     def softmax_scale(self) -> float:
         """Of the scores: (qk_nope_head_dim + qk_rope_head_dim)^-0.5, times the square of YaRN's temperature."""
-        stretch = self.rotary.scaling
-        m = (
-            yarn_mscale(stretch.factor, stretch.mscale_all_dim)
-            if isinstance(stretch, YaRNScaling) and stretch.mscale_all_dim
-            else 1.0
-        )
+        stretch: Any = self.rotary.scaling
+        has_temperature = isinstance(stretch, YaRNScaling) and stretch.mscale_all_dim
+        m = yarn_mscale(stretch.factor, stretch.mscale_all_dim) if has_temperature else 1.0
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * m * m
 
 
@@ -126,29 +124,15 @@ def feed_forward(config: Config, layer_idx: int) -> nn.Module:
         routed_scaling_factor=config.routed_scaling_factor,
     )
     experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, F.silu)
-    shared = (
-        GatedMLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, F.silu)
-        if config.n_shared_experts
-        else None
-    )
+    width = config.n_shared_experts * config.moe_intermediate_size
+    shared = GatedMLP(config.hidden_size, width, F.silu) if width else None
     return MixtureOfExperts(router, experts, shared=shared)
-
-
-def mtp_module(config: Config, k: int) -> MTPModule:
-    """Module k predicts one token further than the one before; its block is one more layer of the same kind."""
-    embed_norm, hidden_norm, norm = (RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(3))
-    return MTPModule(
-        embed_norm=embed_norm,
-        hidden_norm=hidden_norm,
-        join=nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False),
-        block=block(config, config.num_hidden_layers + k),
-        norm=norm,
-    )
 
 
 def assemble(config: Config) -> Decoder:
     """The model, before its weights are initialized."""
-    modules = [mtp_module(config, k) for k in range(config.num_nextn_predict_layers)]
+    D, eps, layers = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
+    modules = [make_mtp_module(D, eps, block(config, layers + k)) for k in range(config.num_nextn_predict_layers)]
     return decoder_of_blocks("deepseek_v3", config, block, TokenEmbedding, RMSNorm, mtp_modules=modules)
 
 
@@ -199,17 +183,16 @@ def duplicate_weights(config: Config) -> dict[str, str]:
 
 def resolve_config(config: Config, stored: Collection[str]) -> Config:
     """As many multi-token modules as the files hold: many conversions leave them out and keep the config."""
-    num_modules = 0
-    while f"model.layers.{config.num_hidden_layers + num_modules}.eh_proj.weight" in stored:
-        num_modules += 1
-    return replace(config, num_nextn_predict_layers=num_modules)
+    joins = (f"model.layers.{config.num_hidden_layers + k}.eh_proj.weight" for k in count())
+    return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
 
 
 V3: dict[str, Any] = {
-    "vocab_size": 129_280, "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536,
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 3,
-    "intermediate_size": 18_432, "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
-    "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "max_position_embeddings": 163_840,
+    "vocab_size": 129_280, "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "first_k_dense_replace": 3, "intermediate_size": 18_432, "n_routed_experts": 256, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048, "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+    "max_position_embeddings": 163_840,
 }  # fmt: skip
 
 
@@ -220,8 +203,8 @@ def deepseek_v3_config(theta: float, scaling: YaRNScaling | None, **changes: Any
 
 
 MOONLIGHT = deepseek_v3_config(
-    50_000.0, None, vocab_size=163_840, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None,
-    first_k_dense_replace=1, intermediate_size=11_264, n_routed_experts=64, num_experts_per_tok=6,
+    50_000.0, None, vocab_size=163_840, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16,
+    q_lora_rank=None, first_k_dense_replace=1, intermediate_size=11_264, n_routed_experts=64, num_experts_per_tok=6,
     moe_intermediate_size=1408, n_shared_experts=2, n_group=1, topk_group=1, routed_scaling_factor=2.446,
     max_position_embeddings=8192, rms_norm_eps=1e-5,
 )  # fmt: skip

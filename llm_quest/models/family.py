@@ -20,14 +20,14 @@ class Family:
     """A model family: how to build its models, and their form in Hugging Face folders.
 
     name: of the file. Config: the frozen dataclass of its numbers, with config.json's names (`config_fields.py`).
-    assemble(config) -> Decoder (under `torch.device("meta")` it takes no memory); initialize(model, generator) fills it.
-    weight_map(config): our parameter names -> published ones. architectures: model_type -> class, as config.json has them,
-    the usual one first; choose_model_type(config) where there are several. classifiers: model_type -> class with a score
-    head, where it is not called ...ForSequenceClassification (None: transformers has none). extra_model_types: further
-    ones that are read. keys_to_ignore: published tensors that are not weights, as regular expressions. optional_prefix: a
-    piece of the names that some files leave out. duplicate_weights(config): published names that hold another one's tensor
-    again. resolve_config(config, names in the files): the config that fits what is there, where files may leave a part out.
-    pipeline_tag: the hub's word for the task."""
+    assemble(config) -> Decoder (under `torch.device("meta")` it takes no memory); initialize(model, generator) fills
+    it. weight_map(config): our parameter names -> published ones. architectures: model_type -> class, as config.json
+    has them, the usual one first; choose_model_type(config) where there are several. classifiers: model_type -> class
+    with a score head, where it is not called ...ForSequenceClassification (None: transformers has none).
+    extra_model_types: further ones that are read. keys_to_ignore: published tensors that are not weights, as regular
+    expressions. optional_prefix: a piece of the names that some files leave out. duplicate_weights(config): published
+    names that hold another one's tensor again. resolve_config(config, names in the files): the config that fits what
+    is there, where files may leave a part out. pipeline_tag: the hub's word for the task."""
 
     name: str
     Config: type

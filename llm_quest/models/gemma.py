@@ -40,12 +40,11 @@ from llm_quest.models.config_fields import (
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import Family, preset_table
 from llm_quest.models.weight_names import (
-    OURS,
-    THEIRS,
-    WeightMap,
+    Names,
     attention_names,
     decoder_names,
     expand_layers,
+    layer_names,
     swiglu_names,
 )
 
@@ -138,13 +137,13 @@ def assemble(config: Config) -> Decoder:
     )
 
 
-def weight_map(config: Config) -> WeightMap:
+def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
-    norms = {
-        f"{OURS}mixer.post_norm.weight": f"{THEIRS}post_attention_layernorm.weight",
-        f"{OURS}feed_forward.norm.weight": f"{THEIRS}pre_feedforward_layernorm.weight",
-        f"{OURS}feed_forward.post_norm.weight": f"{THEIRS}post_feedforward_layernorm.weight",
-    }
+    norms = layer_names({
+        "mixer.post_norm.weight": "post_attention_layernorm.weight",
+        "feed_forward.norm.weight": "pre_feedforward_layernorm.weight",
+        "feed_forward.post_norm.weight": "post_feedforward_layernorm.weight",
+    })  # fmt: skip
     table = decoder_names(tied=True) | attention_names(qk_norm=config.use_qk_norm) | swiglu_names() | norms
     return expand_layers(table, config.num_hidden_layers)
 
@@ -177,6 +176,13 @@ COLUMNS = """hidden_size num_hidden_layers num_attention_heads num_key_value_hea
 TINY: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY |= {"head_dim": 16, "intermediate_size": 96, "max_position_embeddings": 256, "query_pre_attn_scalar": 20}
 TINY |= {"sliding_window": 5}
+GEMMA2_TINY = gemma2_config(
+    **TINY, num_hidden_layers=3, layer_types=(SLIDING, FULL, SLIDING), attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+)  # fmt: skip
+GEMMA3_TINY = gemma3_config(
+    **TINY, small=False, num_hidden_layers=4, layer_types=(SLIDING, SLIDING, FULL, SLIDING)
+)  # fmt: skip
 EOS_TOKEN_IDS = (1,)
 """Of the base files; those tuned for chats end turns too: 107 of Gemma 2, 106 of Gemma 3."""
 
@@ -213,19 +219,7 @@ FAMILY = Family(
             eos=EOS_TOKEN_IDS,
             notes="text; within a multimodal model",
         ),
-        Preset(
-            "gemma2-tiny",
-            gemma2_config(
-                **TINY,
-                num_hidden_layers=3,
-                layer_types=(SLIDING, FULL, SLIDING),
-                attn_logit_softcapping=2.0,
-                final_logit_softcapping=3.0,
-            ),
-        ),
-        Preset(
-            "gemma3-tiny",
-            gemma3_config(**TINY, small=False, num_hidden_layers=4, layer_types=(SLIDING, SLIDING, FULL, SLIDING)),
-        ),
+        Preset("gemma2-tiny", GEMMA2_TINY),
+        Preset("gemma3-tiny", GEMMA3_TINY),
     ),
 )

@@ -1,4 +1,5 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): the family that the others are told from.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): the family from which the others
+differ.
 
 A stack of blocks; each adds to the stream what attention found in earlier tokens, then what an MLP made of it.
 - Positions are learned vectors, added to the token's; so the context is as long as the table.
@@ -32,8 +33,8 @@ from llm_quest.models.weight_names import Names, Transposed, WeightMap, expand_l
 
 @config_dataclass
 class Config:
-    """GPT-2's numbers; config.json spells most of them its own way. max_position_embeddings: learned positions; dropout:
-    on attention weights, branches and embedding, in training."""
+    """GPT-2's numbers; config.json spells most of them its own way. max_position_embeddings: learned positions;
+    dropout: on attention weights, branches and embedding, in training."""
 
     vocab_size: int
     hidden_size: int = spelled("n_embd")

@@ -15,6 +15,23 @@ from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.scope import Scope
 
 
+class SquareImages:
+    """What follows from the sides of images and patches, for the Config of an image encoder."""
+
+    image_size: int
+    patch_size: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Tokens of an image: the patches and the class token."""
+        return self.num_patches + 1
+
+
 class ImageEncoder(nn.Module):
     """`model(images (B,C,H,W)) -> (B,V)` = head(hidden(images)[:, 0]): what the head makes of the class token, the only
     one that asks in the last block and that its MLP is run on. Every patch sees every patch; no cache.

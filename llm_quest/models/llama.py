@@ -89,8 +89,10 @@ def llama_config(factor: float, original: int = 8192, **numbers: Any) -> Config:
 
 
 COLUMNS = "factor hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size tie_word_embeddings"
-TINY = llama_config(32.0, 64, vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    head_dim=16, intermediate_size=96, max_position_embeddings=256, tie_word_embeddings=True)  # fmt: skip
+TINY = llama_config(
+    32.0, 64, vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, intermediate_size=96, max_position_embeddings=256, tie_word_embeddings=True,
+)  # fmt: skip
 PRESETS = preset_table(
     COLUMNS,
     ("llama3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, 32.0, 2048, 16, 32, 64, 8192, True),

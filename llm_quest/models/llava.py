@@ -41,24 +41,17 @@ TEXT_FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
 LINEAR_MODEL_TYPE = "llm_quest_llava_linear"
 """Of one matrix as adapter, which has no published form."""
 VISION_DEFAULTS = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
 TEXT_DEFAULTS = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-}
+    "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32_000,
+}  # fmt: skip
 
 
 def read_sub_config(hf_config: Json, field: str, families: Sequence[Family], defaults: Json) -> Any:
-    """One of the two configs inside, by the page it names."""
+    """One of the two configs inside, read by the family that its model_type names."""
     sub_config = require_field(hf_config, field)
     if not isinstance(sub_config, Mapping):
         raise DataError(
@@ -68,14 +61,8 @@ def read_sub_config(hf_config: Json, field: str, families: Sequence[Family], def
     for family in families:
         if family.model_type == kind:
             return family.read({**(defaults if family is families[0] else {}), "model_type": kind, **sub_config})
-    raise DataError(
-        f"config.json: {field} has model_type {kind!r}; here it may be {' or '.join(family.model_type for family in families)}"
-    )
-
-
-def tie_setting(hf_config: Json) -> dict[str, Any]:
-    """Said outside the part or inside it."""
-    return {"tie_word_embeddings": True} if hf_config.get("tie_word_embeddings") else {}
+    known = " or ".join(family.model_type for family in families)
+    raise DataError(f"config.json: {field} has model_type {kind!r}; here it may be {known}")
 
 
 def read_vision_config(c: Any) -> Any:
@@ -87,7 +74,9 @@ def write_vision_config(value: Any, config: Any) -> dict[str, Any]:
 
 
 def read_text_config(c: Any) -> Any:
-    return read_sub_config(c.json, "text_config", TEXT_FAMILIES, TEXT_DEFAULTS | tie_setting(c.json))
+    """tie_word_embeddings may stand outside the part or inside it."""
+    tied = {"tie_word_embeddings": True} if c.json.get("tie_word_embeddings") else {}
+    return read_sub_config(c.json, "text_config", TEXT_FAMILIES, TEXT_DEFAULTS | tied)
 
 
 def write_text_config(value: Any, config: Any) -> dict[str, Any]:
@@ -115,18 +104,16 @@ def write_class_token(value: bool, config: Any) -> dict[str, Any]:
 def read_class_token(c: Any) -> bool:
     strategy = c.json.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise DataError(
-            f"config.json: vision_feature_select_strategy is {strategy!r}; only 'default' or 'full' is computed"
-        )
+        raise DataError(f"config.json: vision_feature_select_strategy is {strategy!r}; known: default, full")
     return bool(strategy == "full")
 
 
 @config_dataclass
 class Config:
-    """vision_config: of the image encoder (clip or vit); text_config: of the decoder. image_token_id: the placeholder's.
-    num_vision_blocks: after how many of the encoder's blocks the patches are taken. mlp_projector: two matrices in the
-    adapter rather than one. keep_cls_token: is the class token shown too? LLaVA's own config.json leaves out what
-    transformers takes for granted in either part."""
+    """vision_config: of the image encoder (clip or vit); text_config: of the decoder. image_token_id: the
+    placeholder's. num_vision_blocks: after how many of the encoder's blocks the patches are taken. mlp_projector: two
+    matrices in the adapter rather than one. keep_cls_token: is the class token shown too? LLaVA's own config.json
+    leaves out what transformers takes for granted in either part."""
 
     vision_config: Any = json_field(read_vision_config, write_vision_config)
     text_config: Any = json_field(read_text_config, write_text_config)
@@ -138,30 +125,18 @@ class Config:
     projector_hidden_act: Literal["gelu"] = "gelu"
 
     def __post_init__(self) -> None:
-        if not 0 < self.num_vision_blocks <= self.vision_config.num_hidden_layers:
-            raise ValueError(
-                f"depth is {self.num_vision_blocks}, but the image encoder has {self.vision_config.num_hidden_layers} blocks: "
-                f"choose 1 to {self.vision_config.num_hidden_layers}"
-            )
-        if not 0 <= self.image_token_id < self.text_config.vocab_size:
-            raise ValueError(
-                f"image_token {self.image_token_id} is outside the vocabulary of {self.text_config.vocab_size}: enlarge it"
-            )
+        depth, blocks = self.num_vision_blocks, self.vision_config.num_hidden_layers
+        if not 0 < depth <= blocks:
+            raise ValueError(f"depth is {depth}, but the image encoder has {blocks} blocks: choose 1 to {blocks}")
+        token, rows = self.image_token_id, self.text_config.vocab_size
+        if not 0 <= token < rows:
+            raise ValueError(f"image_token {token} is outside the vocabulary of {rows}: enlarge it")
 
-    @property
-    def vocab_size(self) -> int:
-        """The decoder's."""
-        return self.text_config.vocab_size
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """The decoder's: images and text together."""
-        return self.text_config.max_position_embeddings
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """The decoder's, which are those that a cache has."""
-        return self.text_config.num_hidden_layers
+    vocab_size = property(lambda config: config.text_config.vocab_size, doc="The decoder's.")
+    max_position_embeddings = property(
+        lambda config: config.text_config.max_position_embeddings, doc="Images and text."
+    )
+    num_hidden_layers = property(lambda config: config.text_config.num_hidden_layers, doc="The decoder's.")
 
     @property
     def image_seq_length(self) -> int:
@@ -173,11 +148,9 @@ def assemble(config: Config) -> VisionLanguageModel:
     """The model, before its weights are initialized."""
     tower: Any = family_among(VISION_TOWER_FAMILIES, config.vision_config).assemble(config.vision_config)
     tower.head = nn.Identity()
-    adapter = (MLPProjector if config.mlp_projector else LinearProjector)(
-        config.vision_config.hidden_size,
-        config.text_config.hidden_size,
-        bias=config.multimodal_projector_bias,
-    )
+    projector = MLPProjector if config.mlp_projector else LinearProjector
+    widths = config.vision_config.hidden_size, config.text_config.hidden_size
+    adapter = projector(*widths, bias=config.multimodal_projector_bias)
     decoder = family_among(TEXT_FAMILIES, config.text_config).assemble(config.text_config)
     return VisionLanguageModel(ModelSpec("vision_language", config), tower=tower, adapter=adapter, decoder=decoder)
 
@@ -187,9 +160,8 @@ def family_among(families: Sequence[Family], config: Any) -> Family:
     for family in families:
         if type(config) is family.Config:
             return family
-    raise UsageError(
-        f"{type(config).__module__}.Config cannot stand here; a config of {format_list(family.name for family in families)} can"
-    )
+    known = format_list(family.name for family in families)
+    raise UsageError(f"{type(config).__module__}.Config cannot stand here; a config of {known} can")
 
 
 def initialize(model: VisionLanguageModel, generator: torch.Generator | None = None) -> None:
@@ -208,14 +180,12 @@ def initialize(model: VisionLanguageModel, generator: torch.Generator | None = N
 def weight_map(config: Config) -> WeightMap:
     """Our parameters -> published names: the parts' own maps, each behind its prefix."""
     table: dict[str, Any] = {}
-    vision, text = (
-        family_among(VISION_TOWER_FAMILIES, config.vision_config),
-        family_among(TEXT_FAMILIES, config.text_config),
-    )
+    vision = family_among(VISION_TOWER_FAMILIES, config.vision_config)
+    text = family_among(TEXT_FAMILIES, config.text_config)
     for ours, theirs in vision.weight_map(config.vision_config).items():
         if not ours.startswith("head."):
             table[f"tower.{ours}"] = map_published_names(
-                theirs, lambda name: "vision_tower." + name.removeprefix("vit.")
+                theirs, lambda name: f"vision_tower.{name.removeprefix('vit.')}"
             )
     layers = {"up": "linear_1", "out": "linear_2"} if config.mlp_projector else {"out": "linear_1"}
     for ours, theirs in layers.items():

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import count, takewhile
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import Preset
@@ -29,8 +30,8 @@ from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.linear import Linear
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
-from llm_quest.layers.multi_token_prediction import MTPModule
-from llm_quest.layers.norm import RMSNorm
+from llm_quest.layers.multi_token_prediction import make_mtp_module
+from llm_quest.layers.norm import ConstantScale, RMSNorm
 from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
@@ -39,7 +40,7 @@ from llm_quest.models.config_fields import (
     hf_default,
     json_field,
     local_rope_field,
-    read_per_layer,
+    per_layer,
     rope_field,
     spelled,
     spelled_alike,
@@ -47,26 +48,16 @@ from llm_quest.models.config_fields import (
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family
 from llm_quest.models.weight_names import (
-    OURS,
-    THEIRS,
     Names,
-    WeightMap,
     attention_names,
     decoder_names,
     expand_layers,
     expert_names,
+    layer_names,
     swiglu_names,
 )
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def read_layer_types(c: Any) -> tuple[str, ...]:
-    """hybrid_layer_pattern (the hub's: 1 is windowed), layer_types (transformers'), or the released pattern."""
-    if (pattern := read_per_layer(c.json, "hybrid_layer_pattern", c.num_hidden_layers, 0, 1)) is not None:
-        return tuple(SLIDING if windowed else FULL for windowed in pattern)
-    given = read_per_layer(c.json, "layer_types", c.num_hidden_layers, FULL, SLIDING)
-    return layer_pattern(c.num_hidden_layers) if given is None else tuple(given)
 
 
 def layer_pattern(num_hidden_layers: int) -> tuple[str, ...]:
@@ -74,9 +65,9 @@ def layer_pattern(num_hidden_layers: int) -> tuple[str, ...]:
     return tuple(FULL if i == 0 or (i + 1) % 6 == 0 else SLIDING for i in range(num_hidden_layers))
 
 
-def write_layer_types(layer_types: tuple[str, ...], config: Any) -> dict[str, Any]:
-    pattern = [int(kind == SLIDING) for kind in layer_types]
-    return {"layer_types": list(layer_types), "hybrid_layer_pattern": pattern}
+def mlp_pattern(num_hidden_layers: int) -> tuple[str, ...]:
+    """The first layer is dense, the others are sparse."""
+    return ("dense", *("sparse",) * (num_hidden_layers - 1))
 
 
 def read_sliding_window(c: Any) -> int:
@@ -88,18 +79,6 @@ def read_sliding_window(c: Any) -> int:
 
 def write_sliding_window(window: int, config: Any) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_window_size": window - 1}
-
-
-def read_mlp_layer_types(c: Any) -> tuple[str, ...]:
-    """moe_layer_freq (the hub's: 1 is sparse), mlp_layer_types (transformers'), or a dense first layer."""
-    if (pattern := read_per_layer(c.json, "moe_layer_freq", c.num_hidden_layers, 0, 1)) is not None:
-        return tuple("sparse" if sparse else "dense" for sparse in pattern)
-    given = read_per_layer(c.json, "mlp_layer_types", c.num_hidden_layers, "dense", "sparse")
-    return ("dense", *("sparse",) * (c.num_hidden_layers - 1)) if given is None else tuple(given)
-
-
-def write_mlp_layer_types(kinds: tuple[str, ...], config: Any) -> dict[str, Any]:
-    return {"mlp_layer_types": list(kinds), "moe_layer_freq": [int(kind == "sparse") for kind in kinds]}
 
 
 @config_dataclass
@@ -118,9 +97,13 @@ class Config:
     head_dim: int = spelled_alike("head_dim", "swa_head_dim")
     v_head_dim: int = spelled_alike("v_head_dim", "swa_v_head_dim", hf_default=lambda c: c.head_dim)
     attention_value_scale: float = hf_default(0.707)
-    layer_types: tuple[str, ...] = json_field(read_layer_types, write_layer_types)
+    layer_types: tuple[str, ...] = per_layer(
+        FULL, SLIDING, numbered="hybrid_layer_pattern", hf_default=lambda c: layer_pattern(c.num_hidden_layers)
+    )
     sliding_window: int = json_field(read_sliding_window, write_sliding_window)
-    mlp_layer_types: tuple[str, ...] = json_field(read_mlp_layer_types, write_mlp_layer_types)
+    mlp_layer_types: tuple[str, ...] = per_layer(
+        "dense", "sparse", numbered="moe_layer_freq", hf_default=lambda c: mlp_pattern(c.num_hidden_layers)
+    )
     intermediate_size: int
     n_routed_experts: int
     num_experts_per_tok: int
@@ -140,17 +123,6 @@ class Config:
     attention_bias: Literal[False] = False
     add_swa_attention_sink_bias: Literal[True] = True
     add_full_attention_sink_bias: Literal[False] = False
-
-
-class ConstantScale(nn.Module):
-    """x times a constant."""
-
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
 
 
 def block(config: Config, layer_idx: int) -> Block:
@@ -199,32 +171,25 @@ def feed_forward(config: Config, layer_idx: int) -> nn.Module:
     )
 
 
-def mtp_module(config: Config) -> MTPModule:
-    """A module that predicts one token further: its block is windowed and dense."""
-    embed_norm, hidden_norm, mixer_norm, ffn_norm, norm = (
-        RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(5)
-    )
+def mtp_block(config: Config) -> Block:
+    """The block of a multi-token prediction module: windowed and dense."""
+    mixer_norm, ffn_norm = (RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
     dense = GatedMLP(config.hidden_size, config.intermediate_size, F.silu)
-    return MTPModule(
-        embed_norm=embed_norm,
-        hidden_norm=hidden_norm,
-        join=nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False),
-        block=Block(Sublayer(mixer_norm, attention(config, config.sliding_window)), Sublayer(ffn_norm, dense)),
-        norm=norm,
-    )
+    return Block(Sublayer(mixer_norm, attention(config, config.sliding_window)), Sublayer(ffn_norm, dense))
 
 
 def assemble(config: Config) -> Decoder:
     """The model, before its weights are initialized."""
-    modules = [mtp_module(config) for _ in range(config.num_nextn_predict_layers)]
+    D, eps = config.hidden_size, config.rms_norm_eps
+    modules = [make_mtp_module(D, eps, mtp_block(config)) for _ in range(config.num_nextn_predict_layers)]
     return decoder_of_blocks("mimo", config, block, TokenEmbedding, RMSNorm, mtp_modules=modules)
 
 
-def weight_map(config: Config) -> WeightMap:
+def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
     table = decoder_names(tied=config.tie_word_embeddings) | attention_names()
-    sinks: Names = {f"{OURS}mixer.layer.attend.sink": f"{THEIRS}self_attn.attention_sink_bias"}
-    bias: Names = {f"{OURS}feed_forward.layer.router.bias": f"{THEIRS}mlp.gate.e_score_correction_bias"}
+    sinks = layer_names({"mixer.layer.attend.sink": "self_attn.attention_sink_bias"})
+    bias = layer_names({"feed_forward.layer.router.bias": "mlp.gate.e_score_correction_bias"})
     windowed = (i for i, kind in enumerate(config.layer_types) if kind == SLIDING)
     dense = (i for i, kind in enumerate(config.mlp_layer_types) if kind == "dense")
     sparse = (i for i, kind in enumerate(config.mlp_layer_types) if kind == "sparse")
@@ -249,25 +214,24 @@ def mtp_names() -> Names:
 
 def resolve_config(config: Config, stored: Collection[str]) -> Config:
     """As many multi-token modules as the files hold."""
-    num_modules = 0
-    while f"model.mtp.layers.{num_modules}.eh_proj.weight" in stored:
-        num_modules += 1
-    return replace(config, num_nextn_predict_layers=num_modules)
+    joins = (f"model.mtp.layers.{k}.eh_proj.weight" for k in count())
+    return replace(config, num_nextn_predict_layers=sum(1 for _ in takewhile(stored.__contains__, joins)))
 
 
 MIMO_V2_FLASH = Config(
     vocab_size=152_576, hidden_size=4096, num_hidden_layers=48, num_attention_heads=64, num_key_value_heads=4,
     swa_num_key_value_heads=8, head_dim=192, v_head_dim=128, attention_value_scale=0.707, layer_types=layer_pattern(48),
-    sliding_window=129, mlp_layer_types=("dense", *("sparse",) * 47), intermediate_size=16_384, n_routed_experts=256,
+    sliding_window=129, mlp_layer_types=mlp_pattern(48), intermediate_size=16_384, n_routed_experts=256,
     num_experts_per_tok=8, moe_intermediate_size=2048, max_position_embeddings=262_144,
     rotary=RotaryEmbedding(64, 5_000_000.0), swa_rotary=RotaryEmbedding(64, 10_000.0),
 )  # fmt: skip
 TINY = Config(
     vocab_size=97, hidden_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
     swa_num_key_value_heads=4, head_dim=24, v_head_dim=16, attention_value_scale=0.707,
-    layer_types=(FULL, SLIDING, SLIDING, FULL), sliding_window=5, mlp_layer_types=("dense", *("sparse",) * 3),
-    intermediate_size=96, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, max_position_embeddings=256,
-    rotary=RotaryEmbedding(8, 5_000_000.0), swa_rotary=RotaryEmbedding(8, 10_000.0), num_nextn_predict_layers=1,
+    layer_types=(FULL, SLIDING, SLIDING, FULL), sliding_window=5, mlp_layer_types=mlp_pattern(4),
+    intermediate_size=96, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+    max_position_embeddings=256, rotary=RotaryEmbedding(8, 5_000_000.0), swa_rotary=RotaryEmbedding(8, 10_000.0),
+    num_nextn_predict_layers=1,
 )  # fmt: skip
 FLASH_NOTE, EOS_TOKEN_IDS = "without MTP; in fp8", (151_645, 151_643)
 

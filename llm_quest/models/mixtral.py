@@ -24,19 +24,13 @@ from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.config_fields import config_dataclass, hf_default, rope_field
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family, preset_table
-from llm_quest.models.weight_names import (
-    THEIRS,
-    WeightMap,
-    attention_names,
-    decoder_names,
-    expand_layers,
-    expert_names,
-)
+from llm_quest.models.weight_names import Names, attention_names, decoder_names, expand_layers, expert_names
 
 
 @config_dataclass
 class Config:
-    """Mixtral's numbers, as config.json has them. intermediate_size: of one expert; sliding_window: None for all tokens."""
+    """Mixtral's numbers, as config.json has them. intermediate_size: of one expert; sliding_window: None for all
+    tokens."""
 
     vocab_size: int
     hidden_size: int
@@ -85,9 +79,11 @@ def assemble(config: Config) -> Decoder:
     return decoder_of_blocks("mixtral", config, block, TokenEmbedding, RMSNorm)
 
 
-def weight_map(config: Config) -> WeightMap:
+def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
-    experts = expert_names(config.num_local_experts, theirs=f"{THEIRS}block_sparse_moe.", gate="w1", up="w3", down="w2")
+    experts = expert_names(
+        config.num_local_experts, theirs="model.layers.{i}.block_sparse_moe.", gate="w1", up="w3", down="w2"
+    )
     table = decoder_names(tied=config.tie_word_embeddings) | attention_names() | experts
     return expand_layers(table, config.num_hidden_layers)
 
@@ -101,8 +97,10 @@ def mixtral_config(**numbers: Any) -> Config:
 
 COLUMNS = """hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings
     router_aux_loss_coef"""
-TINY = mixtral_config(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                      head_dim=16, intermediate_size=32, num_local_experts=4, max_position_embeddings=256)  # fmt: skip
+TINY = mixtral_config(
+    vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=32, num_local_experts=4, max_position_embeddings=256,
+)  # fmt: skip
 PRESETS = preset_table(
     COLUMNS,
     ("mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", 46_702_792_704, 4096, 32, 32, 14_336, 32_768, 0.02),

@@ -39,15 +39,13 @@ from llm_quest.models.config_fields import (
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family, preset_table
 from llm_quest.models.weight_names import (
-    OURS,
-    THEIRS,
     ConcatRows,
     Names,
-    WeightMap,
     attention_names,
     decoder_names,
     expand_layers,
     expert_names,
+    layer_names,
     swiglu_names,
 )
 
@@ -198,46 +196,39 @@ def assemble(config: Config) -> Decoder:
     return decoder_of_blocks("qwen3_next", config, block, TokenEmbedding, ZeroCenteredRMSNorm)
 
 
-def weight_map(config: Config) -> WeightMap:
+def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
     everywhere = decoder_names(tied=config.tie_word_embeddings) | feed_forward_names(config)
     attending = [i for i, kind in enumerate(config.layer_types) if kind == FULL]
     others = [i for i, kind in enumerate(config.layer_types) if kind == LINEAR]
-    return (
-        expand_layers(everywhere, config.num_hidden_layers)
-        | expand_layers(attention_names(qk_norm=True), attending)
-        | expand_layers(delta_names(config.delta_net), others)
+    names = expand_layers(everywhere, config.num_hidden_layers) | expand_layers(
+        attention_names(qk_norm=True), attending
     )
+    return names | expand_layers(delta_names(config.delta_net), others)
 
 
 def delta_names(delta_net: DeltaNetConfig) -> Names:
     """A Gated DeltaNet's."""
-    ours, theirs = f"{OURS}mixer.layer.", f"{THEIRS}linear_attn."
+    theirs = "model.layers.{i}.linear_attn."
     flat: Names = {
-        f"{ours}inputs.qkvz.weight": ConcatRows(f"{theirs}in_proj_qkv.weight", f"{theirs}in_proj_z.weight"),
-        f"{ours}inputs.ba.weight": ConcatRows(f"{theirs}in_proj_b.weight", f"{theirs}in_proj_a.weight"),
+        "qkvz": ConcatRows(f"{theirs}in_proj_qkv.weight", f"{theirs}in_proj_z.weight"),
+        "ba": ConcatRows(f"{theirs}in_proj_b.weight", f"{theirs}in_proj_a.weight"),
     }
-    interleaved: Names = {f"{ours}inputs.{part}.weight": f"{theirs}in_proj_{part}.weight" for part in ("qkvz", "ba")}
-    return {
-        **(interleaved if delta_net.interleaved else flat),
-        f"{ours}conv": f"{theirs}conv1d.weight",
-        f"{ours}A_log": f"{theirs}A_log",
-        f"{ours}dt_bias": f"{theirs}dt_bias",
-        f"{ours}norm.weight": f"{theirs}norm.weight",
-        f"{ours}out.weight": f"{theirs}out_proj.weight",
-    }
+    interleaved: Names = {part: f"{theirs}in_proj_{part}.weight" for part in flat}
+    inputs = interleaved if delta_net.interleaved else flat
+    parts = {"conv": "conv1d.weight", "A_log": "A_log", "dt_bias": "dt_bias", "norm.weight": "norm.weight"}
+    parts["out.weight"] = "out_proj.weight"
+    names = layer_names({f"mixer.layer.{a}": f"linear_attn.{b}" for a, b in parts.items()})
+    return names | {f"blocks.{{i}}.mixer.layer.inputs.{part}.weight": one for part, one in inputs.items()}
 
 
 def feed_forward_names(config: Config) -> Names:
     """A dense feed-forward layer's, or the experts'."""
     if config.moe is None:
         return swiglu_names()
-    ours, theirs = f"{OURS}feed_forward.layer.", f"{THEIRS}mlp."
-    return {
-        **expert_names(config.moe.num_experts),
-        **swiglu_names(f"{ours}shared.", f"{theirs}shared_expert."),
-        f"{ours}shared_gate.weight": f"{theirs}shared_expert_gate.weight",
-    }
+    shared = swiglu_names("blocks.{i}.feed_forward.layer.shared.", "model.layers.{i}.mlp.shared_expert.")
+    gate = layer_names({"feed_forward.layer.shared_gate.weight": "mlp.shared_expert_gate.weight"})
+    return expert_names(config.moe.num_experts) | shared | gate
 
 
 def choose_model_type(config: Config) -> str:

@@ -33,7 +33,7 @@ from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.config_fields import Json, config_dataclass, hf_default, json_field, spelled, unwritten
 from llm_quest.models.family import Family, preset_table
-from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.image_encoder import ImageEncoder, SquareImages
 from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
 
 
@@ -71,9 +71,9 @@ def read_label_names_given(c: Any) -> tuple[str, ...]:
 
 
 @config_dataclass
-class Config:
-    """ViT's numbers, as config.json has them. image_size, patch_size: sides in pixels; label_names: of the classes, where
-    they have names; hidden_dropout_prob: on attention weights, branches and embedding, in training."""
+class Config(SquareImages):
+    """ViT's numbers, as config.json has them. image_size, patch_size: sides in pixels; label_names: of the classes,
+    where they have names; hidden_dropout_prob: on attention weights, branches and embedding, in training."""
 
     image_size: int = json_field(lambda c: read_square_size(c.json, "image_size", 224))
     patch_size: int = json_field(lambda c: read_square_size(c.json, "patch_size", 16))
@@ -89,16 +89,6 @@ class Config:
     label_names: tuple[str, ...] = json_field(read_label_names_given, write_label_names, default=())
     hidden_act: Literal["gelu"] = "gelu"
 
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Tokens of an image: the patches and the class token."""
-        return self.num_patches + 1
-
 
 def block(config: Config, layer_idx: int) -> Block:
     """One layer: multi-head attention to everybody, then the MLP."""
@@ -113,15 +103,11 @@ def block(config: Config, layer_idx: int) -> Block:
         attend=ScaledDotProduct(head_dim**-0.5, dropout=config.hidden_dropout_prob),
     )
     attention.out = Linear(config.hidden_size, config.hidden_size)
+    mlp = MLP(config.hidden_size, config.intermediate_size, F.gelu, bias=True)
+    norm, ffn_norm = (LayerNorm(config.hidden_size, config.layer_norm_eps) for _ in range(2))
     return Block(
-        mixer=Sublayer(
-            LayerNorm(config.hidden_size, config.layer_norm_eps), attention, dropout=config.hidden_dropout_prob
-        ),
-        feed_forward=Sublayer(
-            LayerNorm(config.hidden_size, config.layer_norm_eps),
-            MLP(config.hidden_size, config.intermediate_size, F.gelu, bias=True),
-            dropout=config.hidden_dropout_prob,
-        ),
+        mixer=Sublayer(norm, attention, dropout=config.hidden_dropout_prob),
+        feed_forward=Sublayer(ffn_norm, mlp, dropout=config.hidden_dropout_prob),
     )
 
 

@@ -1,10 +1,9 @@
 """Weight maps: our parameter names -> the names in published files, for loading and for saving.
 
-An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round (`Transposed`)
-or in another shape (`Reshaped`), or one for each expert (`StackTensors`). `{i}` stands for the layer's number. Reading and
-writing follow the same map (`hub/weight_map.py`), so that export then import is the identity by construction. Below the
-entries, the rows that families share.
-"""
+An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round
+(`Transposed`) or in another shape (`Reshaped`), or one for each expert (`StackTensors`). `{i}` stands for the layer's
+number. Reading and writing follow the same map (`hub/weight_map.py`), so that export then import is the identity by
+construction. Below the entries, the rows that families share."""
 
 from __future__ import annotations
 
@@ -103,6 +102,11 @@ def expert_names(
         f"{ours}experts.gate_up": stack_experts(ConcatRows(f"{one}{gate}.weight", f"{one}{up}.weight"), experts),
         f"{ours}experts.down": stack_experts(f"{one}{down}.weight", experts),
     }
+
+
+def layer_names(parts: Mapping[str, str]) -> Names:
+    """Further parameters of a layer: "mixer.post_norm.weight" -> "post_attention_layernorm.weight"."""
+    return {OURS + ours: THEIRS + theirs for ours, theirs in parts.items()}
 
 
 def expand_layers(table: WeightMap, layers: int | Iterable[int]) -> Names:
