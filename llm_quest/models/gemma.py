@@ -180,9 +180,7 @@ GEMMA2_TINY = gemma2_config(
     **TINY, num_hidden_layers=3, layer_types=(SLIDING, FULL, SLIDING), attn_logit_softcapping=2.0,
     final_logit_softcapping=3.0,
 )  # fmt: skip
-GEMMA3_TINY = gemma3_config(
-    **TINY, small=False, num_hidden_layers=4, layer_types=(SLIDING, SLIDING, FULL, SLIDING)
-)  # fmt: skip
+GEMMA3_TINY = gemma3_config(**TINY, small=False, num_hidden_layers=4, layer_types=(SLIDING, SLIDING, FULL, SLIDING))
 EOS_TOKEN_IDS = (1,)
 """Of the base files; those tuned for chats end turns too: 107 of Gemma 2, 106 of Gemma 3."""
 

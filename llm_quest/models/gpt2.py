@@ -1,5 +1,4 @@
-"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"): the family from which the others
-differ.
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
 A stack of blocks; each adds to the stream what attention found in earlier tokens, then what an MLP made of it.
 - Positions are learned vectors, added to the token's; so the context is as long as the table.
