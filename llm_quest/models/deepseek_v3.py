@@ -220,6 +220,7 @@ TINY = deepseek_v3_config(
     n_group=4, topk_group=2, max_position_embeddings=256, num_nextn_predict_layers=2,
 )  # fmt: skip
 DEEPSEEK_V3 = deepseek_v3_config(10_000.0, YaRNScaling(40.0, 4096, mscale=1.0, mscale_all_dim=1.0))
+NOTE = "R1 has the same numbers; in fp8"
 
 FAMILY = Family(
     name="deepseek_v3",
@@ -232,14 +233,7 @@ FAMILY = Family(
     resolve_config=resolve_config,
     keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     presets=(
-        Preset(
-            "deepseek-v3",
-            DEEPSEEK_V3,
-            671_026_419_200,
-            "deepseek-ai/DeepSeek-V3",
-            "R1 has the same numbers; in fp8",
-            (1,),
-        ),
+        Preset("deepseek-v3", DEEPSEEK_V3, 671_026_419_200, "deepseek-ai/DeepSeek-V3", NOTE, (1,)),
         Preset("moonlight-16b-a3b", MOONLIGHT, 15_960_110_208, "moonshotai/Moonlight-16B-A3B", "", (163_585,)),
         Preset("kimi-k2", KIMI_K2, 1_026_408_232_448, "moonshotai/Kimi-K2-Base", "in fp8", (163_585,)),
         Preset("deepseek-v3-tiny", TINY),

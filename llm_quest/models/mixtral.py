@@ -81,9 +81,8 @@ def assemble(config: Config) -> Decoder:
 
 def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
-    experts = expert_names(
-        config.num_local_experts, theirs="model.layers.{i}.block_sparse_moe.", gate="w1", up="w3", down="w2"
-    )
+    theirs = "model.layers.{i}.block_sparse_moe."
+    experts = expert_names(config.num_local_experts, theirs=theirs, gate="w1", up="w3", down="w2")
     table = decoder_names(tied=config.tie_word_embeddings) | attention_names() | experts
     return expand_layers(table, config.num_hidden_layers)
 

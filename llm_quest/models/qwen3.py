@@ -66,7 +66,8 @@ def is_moe(hf_config: Any) -> bool:
 
 @config_dataclass
 class Config:
-    """Qwen3's numbers, as config.json has them. intermediate_size: of the dense layers; moe: None in the dense models."""
+    """Qwen3's numbers, as config.json has them. intermediate_size: of the dense layers; moe: None in the dense
+    models."""
 
     vocab_size: int
     hidden_size: int
