@@ -7,7 +7,7 @@ they were. `enabled` False: the model without its adapters, in the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -211,7 +211,3 @@ AdapterLayer = AdaptedLinear | AdaptedPackedLinear | AdaptedExperts
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Every adapted layer of a model, by its path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
-
-
-def layer_edits(layer: AdapterLayer) -> Iterable[nn.Module]:
-    return (layer.edit,) if isinstance(layer, AdaptedLinear) else layer.edits.values()

@@ -58,18 +58,6 @@ class RandomReward:
         return [float(toss.random() < self.share) for toss in tosses]
 
 
-@dataclass(frozen=True)
-class WeightedSumReward:
-    """The sum of rewards, each times its weight; unscorable where one of them is. Keep a format's weight small beside
-    correctness: a weak model parks at it."""
-
-    parts: tuple[tuple[Reward, float], ...]
-
-    def __call__(self, group: Sequence[Sample]) -> list[float]:
-        columns = [[weight * value for value in reward(group)] for reward, weight in self.parts]
-        return [sum(row) for row in zip(*columns, strict=True)]
-
-
 @dataclass
 class SafeReward:
     """A reward that may fail. Raises inside it make the group unscorable; they are counted, with the first message

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import llm_quest as quest
 from llm_quest.errors import DataError, UsageError
-from llm_quest.layers.low_rank import AdaptedLinear, DoRAUpdate, adapter_layers, layer_edits
+from llm_quest.layers.low_rank import AdaptedLinear, DoRAUpdate, adapter_layers
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, adapter_addresses, merge_adapter
 from tests.later import Later
 from tests.oracles import ATOL, RTOL, save_published, tiny_gpt2, tiny_llama, transformers
@@ -95,6 +95,10 @@ def test_pefts_adapter_gives_the_same_outputs_gradients_and_merged_model_here(ba
     assert mine.keys() == reference.keys()
     for key in mine:
         torch.testing.assert_close(mine[key], reference[key], **CLOSE)
+
+
+def layer_edits(layer: Any) -> list[Any]:
+    return [layer.edit] if isinstance(layer, AdaptedLinear) else list(layer.edits.values())
 
 
 def same_layer(wrapper: Any, modules: list[Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from llm_quest.data.problems import Problem
 from llm_quest.errors import UsageError
-from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward, WeightedSumReward
+from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifier_process import VerifierProcess, verify_with_math_verify
 
@@ -32,14 +32,6 @@ def test_the_controls_do_not_know_what_is_right() -> None:
     tossed = RandomReward(seed=3)(many)
     assert tossed == RandomReward(seed=3)(many) != RandomReward(seed=4)(many)
     assert 160 < sum(tossed) < 240
-
-
-def test_weights_add_and_an_unscorable_part_makes_the_whole_unscorable() -> None:
-    assert WeightedSumReward(((CorrectnessReward(), 1.0), (FormatReward(), 0.1)))(GROUP) == [1.1, 0.1, 0.0, 0.0]
-    unknown = sample("5", problem=Problem("", "unknown", "number", ""))
-    values = WeightedSumReward(((CorrectnessReward(), 1.0), (FormatReward(), 0.1)))([GROUP[0], unknown])
-    assert values[0] == 1.1
-    assert math.isnan(values[1])
 
 
 def test_a_reward_that_raises_is_unscorable_and_counted_with_its_message() -> None:

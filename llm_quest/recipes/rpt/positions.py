@@ -9,16 +9,14 @@ the two agree."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_quest.data.problems.problem import HELD_OUT_HASH_VALUES, make_rng
+from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.sampler import eval_mode
@@ -100,8 +98,3 @@ def subsample_positions(found: Sequence[Position], number: int, seed: int) -> li
 def entropy_bucket(entropy: float, thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> int:
     """Disjoint buckets: how many thresholds lie below. 0 is trivial, 1 easy, 2 medium, 3 hard."""
     return sum(entropy > threshold for threshold in thresholds)
-
-
-def is_held_out_document(ids: Sequence[int]) -> bool:
-    """By the document's content: all its positions are on one side, whatever the seed. About a tenth."""
-    return hashlib.sha256(np.asarray(ids, "<i8").tobytes()).digest()[0] < HELD_OUT_HASH_VALUES
