@@ -1,4 +1,3 @@
-"""Second floor: from prompts to texts. `sampling_params` says what is drawn, `until` when a row ends, `text` how tokens
-become text without splitting a character or a stop string, `decoding` how the model is driven, `generate` ties them
-together.
-"""
+"""Text generation: from prompts to completions. `sampling` draws tokens, `stopping` ends a sequence, `detokenizer`
+turns tokens into text without splitting a character or a stop string, `decoding` runs the model with its caches,
+`generate` ties them together; `speculative/` drafts several tokens and checks them in one pass."""

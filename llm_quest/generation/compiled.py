@@ -1,8 +1,8 @@
-"""Decoding as compiled graphs: every shape constant, every position a tensor, the cache seen at full length.
+"""Decoding as compiled graphs: every shape is constant, every position a tensor, and the cache is read at full length.
 
 Compiling costs 5 to 30 seconds per model, batch size, number of columns and (rounded) capacity, so it pays for rollouts
-and serving, not for one short answer. Later calls of the same shapes find the graph again, as long as the model
-lives."""
+and serving, not for one short answer. Later calls of the same shapes reuse the graph for as long as the model exists.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ COMPILED_WIDTHS = (1, 3, 5, 9, 17)
 
 
 def compile_for_model(function: F, model: Decoder) -> F:
-    """`function`, compiled for this model. It takes the model as its first argument, so that the table here keeps no
-    model alive."""
+    """Compile `function` for this model. It takes the model as its first argument, so that the table of compiled
+    functions keeps no model alive."""
     functions = COMPILED_FUNCTIONS.setdefault(model, {})
     if function not in functions:
         functions[function] = torch.compile(function, fullgraph=True, dynamic=False, **recompile_options())  # type: ignore[call-overload]
@@ -38,34 +38,35 @@ def compile_for_model(function: F, model: Decoder) -> F:
 
 
 def recompile_options() -> dict[str, int | bool]:
-    """Count each model's shapes apart, where this torch can (2.13); before, all models share one count of eight."""
+    """Options of torch.compile that count the shapes of each model apart, where this torch has them (2.13); before, all
+    models share one limit of eight."""
     wanted: dict[str, int | bool] = {"isolate_recompiles": True, "recompile_limit": MAX_SHAPES_PER_MODEL}
     known = inspect.signature(torch.compile).parameters
     return {name: value for name, value in wanted.items() if name in known}
 
 
 def decode_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-    """Logits (R,V) of the token after `tokens` (R,1), which stand at `positions` (R,1); -1: the row has left."""
+    """Logits (R,V) of the token after `tokens` (R,1) at `positions` (R,1); -1: the row has ended."""
     return model(tokens, Scope(positions, cache=cache))[:, -1]
 
 
 def verify_step(model: Decoder, tokens: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-    """What the head reads (R,W,D) and logits (R,W,V) after each of several tokens; -1: padding."""
+    """Hidden states (R,W,D) and logits (R,W,V) after each of several tokens; position -1: padding."""
     hidden = model.hidden_states(tokens, Scope(positions, cache=cache))
     return hidden, model.head(hidden)
 
 
 def keeps_history(cache: Cache) -> bool:
-    """Recurrent layers leave a trail that grows with every pass, and another length would be another graph: such a
-    cache is rewound after each pass, also to where it stands."""
+    """Whether the cache holds recurrent layers, whose history grows with every pass. Another length would be another
+    graph, so such a cache is rewound after each pass, even to where it is."""
     return any(isinstance(layer, RecurrentStateCache) for layer in cache.layers)
 
 
 def round_up_capacity(capacity: int) -> int:
-    """To the next multiple of BUCKET: calls of nearly the same length share one compiled step."""
+    """Round up to a multiple of CAPACITY_MULTIPLE, so that calls of nearly the same length share one compiled step."""
     return -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
 
 
 def choose_width(columns: int, widths: Sequence[int] = COMPILED_WIDTHS) -> int | None:
-    """The narrowest compiled pass that takes so many columns; None: there is none."""
+    """The narrowest compiled pass that takes so many columns; None if there is none."""
     return next((width for width in widths if width >= columns), None)

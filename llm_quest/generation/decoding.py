@@ -1,7 +1,6 @@
-"""How the model is driven: one prefill, then one token per row and step, with everything kept in preallocated caches.
+"""Runs the model for generation: one prefill, then one token per row and step, with preallocated caches.
 
-Nothing here knows when a text ends. One small read per step is all that the host waits for.
-"""
+Nothing here decides when a sequence ends. The host waits for one small read per step."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ T = TypeVar("T")
 
 
 class SampledToken(NamedTuple):
-    """A token of the row with this number."""
+    """A sampled token of the row with this number."""
 
     row: int
     token: int
@@ -33,8 +32,8 @@ class SampledToken(NamedTuple):
 
 
 def inference_only(method: Callable[Concatenate[BatchDecoder, P], T]) -> Callable[Concatenate[BatchDecoder, P], T]:
-    """Nothing is learned from what happens here: inference mode. Not so under autocast, where that mode makes the casts
-    of all weights anew in every step, and no_grad keeps them (1,024 to 4,096, 64 rows: 2.8 ms against 1.0)."""
+    """Run a method without gradients, in inference mode. Under autocast with `no_grad`: inference mode would cast all
+    weights anew in every step, and no_grad keeps them (1,024 to 4,096, 64 rows: 2.8 ms against 1.0)."""
 
     @wraps(method)
     def wrapper(self: BatchDecoder, *arguments: P.args, **options: P.kwargs) -> T:
@@ -46,10 +45,10 @@ def inference_only(method: Callable[Concatenate[BatchDecoder, P], T]) -> Callabl
 
 
 class BatchDecoder:
-    """The model's side of the rows being written: their cache, last tokens and places.
+    """The model's state for the rows being generated: cache, last tokens and positions.
 
-    `row_numbers` says which row sits at which place of the batch. Eagerly, rows that leave give up their seat. The
-    compiled step's shapes are constant: there they stay seated, and what they read and draw is padding.
+    `row_numbers` maps a place in the batch to its row. Eagerly, rows that end leave the batch. The shapes of a compiled
+    step are constant: there they stay, and what they read and sample is padding.
 
     uniforms: (R, steps), the random numbers of every row."""
 
@@ -69,7 +68,8 @@ class BatchDecoder:
 
     @inference_only
     def prefill_windows(self, windows: Sequence[Sequence[int]], *, capacity: int) -> None:
-        """Prefill a window for every seat; where seats are n times as many as windows, n side by side share one."""
+        """Prefill a window for every place in the batch; where places are n times as many as windows, n consecutive
+        ones share one."""
         n = len(self.row_numbers) // len(windows)
         self.num_active = len(self.row_numbers)
         self.lengths = [len(window) for window in windows for _ in range(n)]
@@ -81,8 +81,8 @@ class BatchDecoder:
         self.positions = torch.tensor(self.lengths, device=self.uniforms.device)[:, None] - 1
 
     def set_histories(self, histories: Sequence[Sequence[int]]) -> None:
-        """What the repetition penalty falls on, per seat: the whole text, also what a sliding window has left
-        behind."""
+        """Set the tokens that the repetition penalty applies to: the whole text of each row, including what a sliding
+        window has dropped."""
         penalized = self.sampling_params.repetition_penalty != 1
         self.seen_tokens_mask = (
             token_presence_mask(histories, self.logits.shape[-1], self.uniforms.device) if penalized else None
@@ -90,7 +90,7 @@ class BatchDecoder:
 
     @inference_only
     def sample_tokens(self, step: int) -> list[SampledToken]:
-        """Every seat's token number `at`, on the host."""
+        """Sample token number `step` of every place, on the host."""
         self.tokens, logprobs = self.sampling_params.sample(self.logits, self.uniforms[:, step], self.seen_tokens_mask)
         if self.seen_tokens_mask is not None:
             self.seen_tokens_mask.scatter_(1, self.tokens[:, None], True)
@@ -104,7 +104,7 @@ class BatchDecoder:
 
     @inference_only
     def decode_one_token(self) -> None:
-        """Every row reads the token it drew last."""
+        """Feed every row the token it sampled last."""
         if self.compiled_step is not None:
             self.positions = torch.where(self.positions < 0, -1, self.positions + 1)
             self.logits = self.compiled_step(self.model, self.tokens[:, None], self.positions, self.cache)
@@ -117,7 +117,7 @@ class BatchDecoder:
 
     @inference_only
     def keep_rows(self, rows: Collection[int]) -> None:
-        """Only these rows go on."""
+        """Continue with these rows only."""
         if len(rows) == self.num_active:
             return
         self.num_active = len(rows)
@@ -150,8 +150,8 @@ def prefill(
 
 
 def pad_left(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Tokens and positions, on the host, at least `width` columns. On the left, so that every row's last token stands
-    in the last column."""
+    """Tokens and positions, on the host, at least `width` columns. Padding on the left, so that every row's last token
+    is in the last column."""
     length = max(width, *(len(window) for window in windows))
     tokens = [[0] * (length - len(window)) + list(window) for window in windows]
     positions = [[-1] * (length - len(window)) + list(range(len(window))) for window in windows]
@@ -161,7 +161,7 @@ def pad_left(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tens
 def pad_right(
     token_rows: Sequence[Sequence[int]], starts: Sequence[int], width: int, device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Tokens and positions of each row's tokens from its place on, padding at the end."""
+    """Tokens and positions of each row from its start on, padding on the right."""
     tokens, positions = [], []
     for start, part in zip(starts, token_rows, strict=True):
         padding = width - len(part)
@@ -173,7 +173,7 @@ def pad_right(
 def continuation_scope(
     token_rows: Sequence[Sequence[int]], starts: Sequence[int], positions: Int[Tensor, "B T"], cache: Cache
 ) -> Scope:
-    """The scope of a pass that reads each row's tokens (perhaps none) from its place on."""
+    """The scope of a pass that appends to the cache each row's tokens (perhaps none) from its start on."""
     reach = max(start + len(part) for start, part in zip(starts, token_rows, strict=True) if part)
     same_shape = len({(start, len(part)) for start, part in zip(starts, token_rows, strict=True)}) == 1
     return Scope(positions, cache=cache, max_seq_len=reach, unpadded=same_shape)

@@ -1,4 +1,4 @@
-"""Tokens become text while they are made: no character and no stop string is ever split."""
+"""Incremental detokenization: text is released as tokens arrive, and no character and no stop string is ever split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class StreamDecoder(Protocol):
-    """A tokenizer's streaming decoder: what `feed` returns is whole characters only."""
+    """A tokenizer's streaming decoder: `feed` returns whole characters only."""
 
     def feed(self, token: int) -> str: ...
 
@@ -15,7 +15,7 @@ class StreamDecoder(Protocol):
 
 
 class StreamingTokenizer(Protocol):
-    """A tokenizer, as far as generation needs one."""
+    """The part of a tokenizer that generation needs."""
 
     def decode_stream(self) -> StreamDecoder: ...
 
@@ -36,7 +36,7 @@ class IncrementalDetokenizer:
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """The text that is certain now and was not before."""
+        """Add a token and return the text that has become certain."""
         self.pending_text += self.decoder.feed(token)
         found = [at for at in (self.pending_text.find(stop) for stop in self.stop_strings) if at >= 0]
         self.stopped = bool(found)
@@ -45,19 +45,20 @@ class IncrementalDetokenizer:
         )
 
     def flush(self) -> str:
-        """The rest, when no token will follow: nothing after a stop string."""
+        """The rest, when no token follows: nothing after a stop string."""
         if self.stopped:
             return ""
         self.pending_text += self.decoder.flush()
         return self.release(len(self.pending_text))
 
     def release(self, length: int, *, forget: bool = False) -> str:
+        """Move so many characters of the pending text to the released one; forget: drop the others."""
         piece, self.pending_text = self.pending_text[:length], "" if forget else self.pending_text[length:]
         self.released_text += piece
         return piece
 
     def possible_stop_length(self) -> int:
-        """How many of the last characters held may be the beginning of a stop string."""
+        """How many of the last pending characters may begin a stop string."""
         longest = max((len(stop) for stop in self.stop_strings), default=1) - 1
         starts = (
             n for n in range(min(longest, len(self.pending_text)), 0, -1) if self.is_stop_prefix(self.pending_text[-n:])

@@ -1,5 +1,5 @@
-"""From prompts to texts. `generate` is the door for everybody; `stream` the same as an iterator that yields tokens as
-they are made; both are one loop: draw, see which rows have ended, feed the others."""
+"""Text generation. `generate` returns completions; `stream_tokens` is the same as an iterator over tokens. Both are one
+loop: sample, find the rows that ended, feed the others."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ def generate(
     compile: bool = False,
     draft: DraftSource | None = None,
 ) -> list[Completion]:
-    """`n` completions of each prompt (a list of token ids; lengths may differ), those of one prompt side by side.
+    """Generate `n` completions of each prompt (a list of token ids; lengths may differ); those of one prompt are
+    consecutive.
 
-    temperature ... repetition_penalty: see `SamplingParams`. seed: with it, the prompt and its number among equal
-    prompts, a row's text is decided, whoever its neighbours are. eos_token_id: ends a row; None: the model's own; ():
-    nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow once,
-    then faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same law in
-    fewer passes (greedy: the same text)."""
+    temperature ... repetition_penalty: see `SamplingParams`. seed: seed, prompt and its number among equal prompts
+    determine the text of a row, whatever else is in the batch. eos_token_id: ends a row; None: the model's own; ():
+    nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow at
+    first, then faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same
+    distribution in fewer passes (greedy: the same text)."""
     sampling_params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -77,9 +78,8 @@ def generate_completions(
     stats: SpeculationStats | None = None,
     copy_offsets: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """`generate` with its choices as the two objects they are. stats: counts what speculation did. copy_offsets: of
-    prompts that are a part of a longer list, how many equal ones came before each there; it gets the text it has
-    there."""
+    """`generate` with its options as two objects. stats: counts what speculation did. copy_offsets: for prompts that
+    are part of a longer list, how many equal ones came before each there; the text is then the one it has there."""
     rows: dict[int, list[GeneratedToken]] = {}
     choices = (model, prompts, sampling_params, stopping_criteria)
     for made in stream_tokens(
@@ -92,6 +92,7 @@ def generate_completions(
 
 
 def build_completion(row: Sequence[GeneratedToken], *, with_text: bool) -> Completion:
+    """The completion of a row from its tokens."""
     finished = row[-1].finish_reason
     assert finished is not None, "a row is complete when its last token says why it ended"
     text = "".join(made.text for made in row) if with_text else None
@@ -111,8 +112,8 @@ def stream_tokens(
     stats: SpeculationStats | None = None,
     copy_offsets: Sequence[int] | None = None,
 ) -> Iterator[GeneratedToken]:
-    """The tokens of all rows as they are made, step by step; row r is sample r % n of prompt r // n. Mistakes raise
-    here, not at the first token."""
+    """Yield the tokens of all rows as they are generated, step by step; row r is sample r % n of prompt r // n. Invalid
+    arguments raise here, not at the first token."""
     if model.training:
         raise UsageError("the model is in training mode, where dropout would disturb the text: call model.eval() first")
     if n < 1:
@@ -141,7 +142,7 @@ def stream_tokens(
 
 
 def decode_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: int) -> Iterator[GeneratedToken]:
-    """The loop. n rows side by side share a prompt."""
+    """The decoding loop. n consecutive rows share a prompt."""
     active_rows = {row.number: row for row in rows}
     for row in rows:
         row.slide_window()
@@ -166,14 +167,14 @@ def decode_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: in
 
 
 def prefill_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: int) -> None:
-    """Read what the rows see now, with room for all that may follow."""
+    """Prefill the current windows, with capacity for all that may follow."""
     capacity = max(min(row.max_context, len(row.window) + row.tokens_left) for row in rows)
     decoding.prefill_windows([row.window for row in rows[::n]], capacity=capacity)
     decoding.set_histories([row.token_ids for row in rows])
 
 
 def validate_prompts(prompts: TokenPrompts, vocab_size: int, max_context: int | None) -> list[list[int]]:
-    """Plain lists of token ids, every one of them fit for the model. max_context: the longest context that leaves space
+    """The prompts as lists of token ids that are valid for the model. max_context: the longest context that leaves room
     for a token."""
     try:
         listed = prompts.tolist() if isinstance(prompts, Tensor) else prompts
@@ -192,16 +193,17 @@ def validate_prompts(prompts: TokenPrompts, vocab_size: int, max_context: int | 
             )
         if max_context is not None and len(prompt) >= max_context:
             raise UsageError(
-                f"prompt {number} has {len(prompt)} tokens, which leaves no room in the model's context of {max_context}: "
-                "shorten it, or let the window slide (on_full_context='slide')"
+                f"prompt {number} has {len(prompt)} tokens, which leaves no room in the model's context of "
+                f"{max_context}: shorten it, or let the window slide (on_full_context='slide')"
             )
     return read
 
 
 def model_eos_token_ids(model: Decoder) -> tuple[int, ...]:
-    """What the model's own files say ends a text; nothing, where they say nothing."""
+    """The end-of-text tokens of the model's generation config; none, where it has none."""
     return () if model.generation_config is None else tuple(model.generation_config.eos_token_ids)
 
 
 def as_token_ids(eos: int | Sequence[int]) -> tuple[int, ...]:
+    """One id or several as a tuple."""
     return (eos,) if isinstance(eos, int) else tuple(eos)

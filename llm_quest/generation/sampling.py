@@ -46,7 +46,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
             raise UsageError(
-                f"temperature is {self.temperature}: give 0 (the most probable token) or a number of at least {MIN_TEMPERATURE}"
+                f"temperature is {self.temperature}: give 0 (the most probable token) or a number of at least "
+                f"{MIN_TEMPERATURE}"
             )
         if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
             raise UsageError(f"top_k is {self.top_k}: give a whole number of at least 1, or None to keep every token")
@@ -68,8 +69,8 @@ class SamplingParams:
     def log_probs(
         self, logits: Float[Tensor, "*batch V"], seen: Bool[Tensor, "*batch V"] | None = None
     ) -> Float[Tensor, "*batch V"]:
-        """Log-probabilities, in float32, of what `draw` draws from; -inf for what it never draws. Differentiable.
-        seen: which tokens the penalty falls on. At temperature 0 all the mass lies on one token."""
+        """Log-probabilities, in float32, of the distribution that `sample` draws from; -inf for what it never draws.
+        Differentiable. seen: which tokens the penalty applies to. At temperature 0 all mass is on one token."""
         logits = self.apply_repetition_penalty(logits.float(), seen)
         if self.is_greedy:
             return torch.full_like(logits, NEG_INF).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)

@@ -1,4 +1,4 @@
-"""When a row ends, and the row itself while it is being written."""
+"""Stopping criteria, and the state of a sequence while it is generated."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class StoppingCriteria:
-    """When a row ends: at one of the `eos` tokens, at a `stop_signal` (a sequence of tokens, or a string: needs the
+    """When a sequence ends: at one of `eos_token_ids`, at a `stop` (a sequence of tokens, or a string, which needs the
     tokenizer), or at a length: max_new_tokens, or the model's context.
 
     on_full_context: what happens where the context is full. "stop": prompt and text together never exceed it. "slide":
-    the oldest tokens are forgotten; the row goes on from its last context // 2 tokens, whose positions start again at
-    0, and grows to the context again (so a long text costs one more prefill per context // 2 tokens)."""
+    the oldest tokens are dropped; the row goes on from its last context // 2 tokens, whose positions start again at 0,
+    and grows to the context again (so a long text costs one more prefill per context // 2 tokens)."""
 
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ class StoppingCriteria:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """One token of one row, as it is made. text: what became certain with it ("" without a tokenizer)."""
+    """One token of one row, as it is generated. text: what became certain with it ("" without a tokenizer)."""
 
     row: int
     token: int
@@ -63,7 +63,7 @@ class GeneratedToken:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished row, without its prompt. tokens: all that were drawn, the eos or the stop that ended it included,
+    """One finished row, without its prompt. tokens: all that were sampled, the eos or the stop that ended it included,
     each with its log-probability under the distribution that was sampled (temperature 0: the model's own, after the
     penalty). text: decoded without the eos and cut before the stop string; None without a tokenizer."""
 
@@ -74,7 +74,7 @@ class Completion:
 
 
 class GeneratedSequence:
-    """A text in the making: `token_ids` is prompt and text; the model sees `token_ids[start:]`."""
+    """A sequence being generated: `token_ids` is prompt and text; the model sees `token_ids[window_start:]`."""
 
     def __init__(self, number: int, prompt: Sequence[int], stopping_criteria: StoppingCriteria, max_context: int):
         self.number = number
@@ -90,7 +90,7 @@ class GeneratedSequence:
         )
 
     def append_token(self, token: int, logprob: float) -> GeneratedToken:
-        """Note a drawn token and say whether it was the last. An eos anywhere ends the row, whatever else was
+        """Append a sampled token; the result says whether it was the last. An eos ends the row, whatever else was
         reached."""
         self.token_ids.append(token)
         if token in self.stopping_criteria.eos_token_ids:
@@ -104,6 +104,7 @@ class GeneratedSequence:
         return GeneratedToken(self.number, token, logprob, piece, finished)
 
     def check_finished(self) -> FinishReason | None:
+        """Why the row ends here; None if it goes on."""
         num_generated = self.num_generated
         if self.detokenizer and self.detokenizer.stopped:
             return "stop"
@@ -115,20 +116,21 @@ class GeneratedSequence:
 
     @property
     def window(self) -> list[int]:
+        """The tokens that the model sees."""
         return self.token_ids[self.window_start :]
 
     @property
     def num_generated(self) -> int:
-        """How many tokens were drawn."""
+        """Number of sampled tokens."""
         return len(self.token_ids) - self.prompt_length
 
     @property
     def tokens_left(self) -> int:
-        """How many tokens may still be drawn."""
+        """How many tokens may still be sampled."""
         return self.stopping_criteria.max_new_tokens - self.num_generated
 
     def slide_window(self) -> bool:
-        """Forget the oldest tokens if the window has no room left; True if it did."""
+        """Drop the oldest tokens if the window has no room left; True if it did."""
         if len(self.token_ids) - self.window_start <= self.max_context:
             return False
         self.window_start = len(self.token_ids) - max(self.max_context // 2, 1)

@@ -122,8 +122,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "mostly flat",
         mostly_uniform_groups,
         lambda row: (
-            f"{metric_value(row, 'frac_reward_zero_std'):.0%} of the groups are all alike and teach nothing: draw until groups are "
-            "mixed (dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
+            f"{metric_value(row, 'frac_reward_zero_std'):.0%} of the groups are all alike and teach nothing: draw "
+            "until groups are mixed (dynamic_sampling_rounds=4), or choose problems nearer to what the model can do"
         ),
     ),
     Symptom(
@@ -137,8 +137,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "cut off",
         lambda rows: metric_value(rows[-1], "completions/clipped_ratio") > 0.5,
         lambda row: (
-            f"{metric_value(row, 'completions/clipped_ratio'):.0%} of the answers do not end within the budget: raise max_new_tokens, "
-            "or fine-tune on answers with their end-of-text token"
+            f"{metric_value(row, 'completions/clipped_ratio'):.0%} of the answers do not end within the budget: raise "
+            "max_new_tokens, or fine-tune on answers with their end-of-text token"
         ),
     ),
     Symptom(
@@ -169,8 +169,8 @@ SYMPTOMS: tuple[Symptom, ...] = (
         "longer for nothing",
         longer_without_gain,
         lambda row: (
-            f"answers grew to {metric_value(row, 'completions/mean_length'):.0f} tokens and are no better: punish length near the "
-            "budget (overlong_buffer_tokens), or take loss_type=dr_grpo"
+            f"answers grew to {metric_value(row, 'completions/mean_length'):.0f} tokens and are no better: punish "
+            "length near the budget (overlong_buffer_tokens), or take loss_type=dr_grpo"
         ),
     ),
     Symptom(

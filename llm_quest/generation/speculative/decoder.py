@@ -50,7 +50,7 @@ its text, are not asked."""
 def make_drafter(
     draft: DraftSource, model: Decoder, sampling_params: SamplingParams, *, compile: bool = False
 ) -> Drafter:
-    """What `draft_model=` means."""
+    """The drafter that `draft=` names."""
     if isinstance(draft, Decoder):
         return DraftModelDrafter(draft, model, sampling_params, compile=compile)
     if draft == "mtp":
@@ -61,10 +61,10 @@ def make_drafter(
 
 
 class SpeculativeDecoder:
-    """A batch of texts being written with a drafter. `tally` counts what happened.
+    """A batch of sequences being generated with a drafter. `stats` counts what happened.
 
-    seats: who sits in which row of the batch. Eagerly, rows that leave give up their seat; compiled, shapes are
-    constant: the seat stays, empty (None), and what is read there is padding."""
+    seats: which sequence is in which place of the batch. Eagerly, rows that end leave the batch; compiled, shapes are
+    constant: the place stays, empty (None), and what is read there is padding."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class SpeculativeDecoder:
         self.abandoned_rows: set[int] = set()
 
     def prefill_rows(self, seats: Sequence[GeneratedSequence | None], n: int) -> None:
-        """Read what the rows see now, with room for all that may follow."""
+        """Prefill the current windows, with capacity for all that may follow."""
         self.seats = list(seats)
         windows = [row.window if row else [0] for row in seats[::n]]
         capacity = max(min(row.max_context, len(row.window) + row.tokens_left) for row in self.active_rows)
@@ -110,21 +110,22 @@ class SpeculativeDecoder:
 
     @property
     def active_rows(self) -> list[GeneratedSequence]:
-        """Those who are still written."""
+        """The sequences that are still generated."""
         return [row for row in self.seats if row]
 
     def penalty_mask(self) -> Tensor | None:
-        """What the repetition penalty falls on."""
+        """The tokens that the repetition penalty applies to."""
         if self.sampling_params.repetition_penalty == 1:
             return None
         histories = [row.token_ids if row else [] for row in self.seats]
         return token_presence_mask(histories, self.model.config.vocab_size, self.target_model.device)
 
     def row_windows(self) -> list[list[int]]:
+        """The window of every place; empty for an empty place."""
         return [row.window if row else [] for row in self.seats]
 
     def run_cycle(self) -> list[tuple[GeneratedSequence, list[int], list[float]]]:
-        """Draft, read, judge: what now follows in each row."""
+        """Draft, score and verify once: the tokens that now follow in each row."""
         started = time.perf_counter()
         self.seen_tokens_mask = self.penalty_mask()
         texts, remaining = self.row_windows(), [self.remaining_tokens(row) if row else 0 for row in self.seats]
@@ -151,7 +152,7 @@ class SpeculativeDecoder:
         return taken
 
     def row_numbers(self) -> list[int]:
-        """Whose random numbers each seat draws with; nobody looks at what an empty one draws."""
+        """Whose random numbers each place uses; those of an empty place are not read."""
         return [row.number if row else 0 for row in self.seats]
 
     def remaining_tokens(self, row: GeneratedSequence) -> int:
@@ -165,7 +166,7 @@ class SpeculativeDecoder:
         return min(row.tokens_left, places, *trials)
 
     def propose_drafts(self, texts: Sequence[Sequence[int]], remaining: Sequence[int]) -> DraftTokens:
-        """The guesses of rows whose drafter is worth asking."""
+        """Drafts for the rows whose drafter is worth its cost."""
         cycle_length = self.draft_length.begin_cycle(len(self.active_rows))
         most = cycle_length if self.length_is_free else self.drafter.max_draft_tokens
         wanted = [
@@ -182,6 +183,7 @@ class SpeculativeDecoder:
         return self.drafter.propose(request, self.should_continue)
 
     def should_continue(self, confidence: Sequence[Sequence[float]]) -> bool:
+        """Whether drafting on pays, given how sure the drafter was so far."""
         if not self.length_is_free:
             return True
         chances = [
@@ -190,7 +192,8 @@ class SpeculativeDecoder:
         return self.draft_length.should_continue(chances, max(map(len, confidence)) + self.extra_columns)
 
     def is_abandoned(self, row: GeneratedSequence) -> bool:
-        """Has this row's own beginning shown that drafts do not pay? Where the clock may decide, it does instead."""
+        """Whether this row's own beginning has shown that drafts do not pay. Where the clock may decide, it does
+        instead."""
         if not self.draft_length.use_clock and row.num_generated in TRIAL_LENGTHS:
             tested, accepted = self.trials.get(row.number, (0, 0))
             if (accepted + 1) / (tested + 2) < self.min_acceptance:
@@ -198,6 +201,7 @@ class SpeculativeDecoder:
         return row.number in self.abandoned_rows
 
     def update_stats(self, drafts: DraftTokens, acceptance: Acceptance) -> None:
+        """Count this cycle, and let the draft length learn from it."""
         self.stats.num_passes += 1
         self.stats.num_plain_passes += drafts.max_length == 0
         for row, sure, tokens, accepted in zip(
@@ -217,7 +221,7 @@ class SpeculativeDecoder:
             self.stats.num_accepted_tokens += min(accepted, len(tested))
 
     def keep_rows(self, active: dict[int, GeneratedSequence], previous_lengths: dict[int, int]) -> None:
-        """Only these rows go on, each from its new end; previous_lengths: how long each row's text was."""
+        """Continue with these rows only, each from its new end; previous_lengths: how long each row's text was."""
         stay = [seat for seat, row in enumerate(self.seats) if row and row.number in active]
         if self.compile:
             self.seats = [row if row and row.number in active else None for row in self.seats]
@@ -237,7 +241,7 @@ class SpeculativeDecoder:
 def speculative_decode(
     decoder: SpeculativeDecoder, rows: Sequence[GeneratedSequence], n: int
 ) -> Iterator[GeneratedToken]:
-    """The loop. n rows side by side share a prompt."""
+    """The speculative decoding loop. n consecutive rows share a prompt."""
     live = {row.number: row for row in rows}
     for row in rows:
         row.slide_window()

@@ -29,8 +29,8 @@ three in which nothing was accepted."""
 
 @dataclass
 class SpeculationStats:
-    """What speculation did: passes of the target, drafts that were tested, drafts accepted, tokens written, and passes
-    without any draft."""
+    """Counts of speculative decoding: passes of the target model, drafted tokens tested and accepted, tokens generated,
+    and passes without a draft."""
 
     num_passes: int = 0
     num_tested_tokens: int = 0
@@ -40,16 +40,15 @@ class SpeculationStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """Of the drafts that were tested."""
+        """Accepted tokens as a fraction of those tested."""
         return self.num_accepted_tokens / self.num_tested_tokens if self.num_tested_tokens else 0.0
 
 
 class DraftLengthController:
-    """max_draft_tokens: the longest lookahead. use_clock: may the clock decide? It may where the text cannot depend on
-    the lookahead (greedy); then a draft that does not pay rests, longer each time. Otherwise only how far to look is
-    decided here. tokens_per_step: so many tokens are drafted before the host is asked. padded_width: how many columns a
-    compiled pass
-    has."""
+    """Chooses how many tokens to draft. max_draft_tokens: the most. use_clock: whether measured times may decide; they
+    may where the text cannot depend on the draft length (greedy); then drafting that does not pay rests, longer each
+    time. Otherwise only the length is decided here. tokens_per_step: so many tokens are drafted before the host decides
+    again. padded_width: how many columns a compiled pass has."""
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class DraftLengthController:
 
     @property
     def mean_acceptance(self) -> float:
-        """The mean acceptance."""
+        """The mean acceptance so far."""
         return sum(self.bin_accepted) / sum(self.bin_trials)
 
     def begin_cycle(self, num_rows: int) -> int:
@@ -112,8 +111,8 @@ class DraftLengthController:
         return self.max_draft_tokens
 
     def should_continue(self, chances: Sequence[float], columns: int) -> bool:
-        """Draft on? chances: per row that still drafts, that all its drafts so far are accepted. columns: how wide a
-        pass they need."""
+        """Whether to draft on. chances: for each row that still drafts, the probability that all its drafts so far are
+        accepted. columns: how wide a pass they need."""
         if self.num_cycles <= len(self.warmup_lengths):
             return True
         gain = sum(chances) * sum(self.mean_acceptance**more for more in range(1, self.tokens_per_step + 1))
@@ -123,20 +122,20 @@ class DraftLengthController:
     def record_cycle(
         self, columns: int, num_drafted: int, num_tokens: int, verify_seconds: float, draft_seconds: float
     ) -> None:
-        """What a cycle took and brought."""
+        """Record the time and the tokens of a cycle."""
         self.pass_seconds[self.padded_width(columns) if self.padded_width else columns].append(verify_seconds)
         if num_drafted:
             self.step_seconds.append(draft_seconds / num_drafted)
             self.recent_cycles.append((columns, num_drafted, num_tokens))
 
     def nothing_accepted(self) -> bool:
-        """Was not one draft of the last cycles accepted?"""
+        """Whether not one draft of the last cycles was accepted."""
         return len(self.recent_cycles) >= MIN_FAILED_CYCLES and all(
             tokens <= self.num_rows for *_, tokens in self.recent_cycles
         )
 
     def is_faster(self) -> bool:
-        """Are the last drafting cycles faster than plain ones?"""
+        """Whether the last drafting cycles are faster than plain ones."""
         return self.tokens_per_second() > self.num_rows / self.target_pass_seconds(1)
 
     def tokens_per_second(self) -> float:
@@ -153,7 +152,7 @@ class DraftLengthController:
         return median_low(self.step_seconds) if self.step_seconds else 0.1 * self.target_pass_seconds(1)
 
     def target_pass_seconds(self, columns: int) -> float:
-        """Seconds of a pass this wide; where none was timed, from the nearest."""
+        """Seconds of a pass of this width; where none was timed, of the nearest."""
         columns = self.padded_width(columns) if self.padded_width else columns
         if not self.pass_seconds:
             return 1.0

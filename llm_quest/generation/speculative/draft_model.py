@@ -1,4 +1,4 @@
-"""The drafter that is a smaller model of the same vocabulary."""
+"""Drafting with a smaller model of the same vocabulary."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ MAX_UNREAD_TOKENS = 2
 
 
 class DraftModelDrafter:
-    """It has a cache of its own. `cached_lengths`: how many tokens of each row it holds; what is missing is read with
-    the first step.
+    """Drafts with a smaller model, which has a cache of its own. `cached_lengths`: how many tokens of each row it
+    holds; missing ones are read with the first step.
 
     compile: `tokens_per_step` tokens are drawn in one graph, each read by the next step without leaving it
-    (`lookahead`)."""
+    (`draft_loop`)."""
 
     context_only = True
     max_draft_tokens = MAX_DRAFT_TOKENS
@@ -48,8 +48,8 @@ class DraftModelDrafter:
     ):
         if draft_model.config.vocab_size != target_model.config.vocab_size:
             raise UsageError(
-                f"the draft knows {draft_model.config.vocab_size} tokens, the model {target_model.config.vocab_size}: a draft must have "
-                "the model's own tokenizer; train one with tokenizer.load, or take draft='ngram'"
+                f"the draft knows {draft_model.config.vocab_size} tokens, the model {target_model.config.vocab_size}: "
+                "a draft must have the model's own tokenizer; train one with tokenizer.load, or take draft='ngram'"
             )
         if draft_model.training:
             raise UsageError("the draft is in training mode, where dropout would disturb it: call draft.eval() first")
@@ -91,8 +91,7 @@ class DraftModelDrafter:
         return buffer.to_drafts()
 
     def draft_step(self, token_rows: list[list[int]], buffer: DraftBuffer, wanted: Sequence[int]) -> list[list[int]]:
-        """Read these tokens behind what is known and draw what follows: one token of every row, or
-        `tokens_per_step`."""
+        """Read these tokens and draw what follows: one token of every row, or `tokens_per_step`."""
         if self.compiled_loop:
             return self.draft_compiled(token_rows, buffer, wanted)
         at = buffer.num_drafted
@@ -154,8 +153,8 @@ def draft_loop(
     uniforms: Float[Tensor, "B c"],
     seen: Bool[Tensor, "B V"] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Several steps of drafting as one graph: tokens (B,c), how sure each is (B,c), what they were drawn from (B,c,V).
-    ends: a row reads nothing at this position or later, so that none runs out of its cache."""
+    """Several steps of drafting as one graph: tokens (B,c), the confidence of each (B,c), and the distributions they
+    were drawn from (B,c,V). ends: a row reads nothing at this position or later, so that none runs out of its cache."""
     made = []
     for column in uniforms.unbind(dim=1):
         logits = model.head(model.hidden_states(tokens, Scope(positions, cache=cache))[:, -1])
@@ -170,7 +169,7 @@ def draft_loop(
 def forward_hidden(
     model: Decoder, token_rows: Sequence[Sequence[int]], starts: Sequence[int], cache: Cache, device: torch.device
 ) -> Float[Tensor, "B T D"]:
-    """Read each row's tokens (perhaps none) from its place on; what the head reads, rows ending in the last column."""
+    """Append each row's tokens (perhaps none) to the cache; hidden states, rows ending in the last column."""
     if not any(map(len, token_rows)):
         return torch.zeros(len(token_rows), 1, model.config.hidden_size, device=device)
     tokens, positions = pad_left(token_rows)

@@ -1,9 +1,10 @@
-"""Who guesses the next tokens: a smaller model, the model's own lookahead modules, or the text itself.
+"""Drafters propose the next tokens: a smaller model, the model's own multi-token prediction modules, or the text
+itself.
 
-A drafter proposes for each row the tokens that may follow, with the distribution q each was drawn from (None: it was
-certain, a point mass). Where it has nothing to say it says nothing (-1), and the target writes alone. `context_only`
-drafters propose at a place what depends on the text before it alone, wherever the cycle began: then a row's text does
-not depend on how far anybody looked ahead."""
+A drafter proposes for each row the tokens that may follow, with the distribution q each was drawn from (None: a point
+mass). Where it has no proposal it gives none, and the target model samples alone. A drafter that is `context_only`
+proposes at a place what depends on the text before it alone, wherever the cycle began: then a row's text does not
+depend on the draft length."""
 
 from __future__ import annotations
 
@@ -23,8 +24,9 @@ MAX_DRAFT_TOKENS = 8
 
 
 class DraftRequest(NamedTuple):
-    """What is to be guessed. texts: each row's window, its last token not yet read by the target. wanted: at most so
-    many tokens of each row. uniforms (B, MOST+1): decide the draws. seen (B,V): what the penalty falls on."""
+    """What to draft. texts: each row's window, its last token not yet read by the target model. wanted: at most so many
+    tokens of each row. uniforms (B, MAX_DRAFT_TOKENS+1): decide the draws. seen (B,V): the tokens that the penalty
+    applies to."""
 
     texts: Sequence[Sequence[int]]
     wanted: Sequence[int]
@@ -33,8 +35,8 @@ class DraftRequest(NamedTuple):
 
 
 class DraftTokens(NamedTuple):
-    """tokens: per row, as many as it has. q (B,m,V): what they were drawn from; None: point masses. confidence: per row
-    and token, how sure the drafter was."""
+    """Drafted tokens. tokens: per row, as many as it has. q (B,m,V): the distributions they were drawn from; None:
+    point masses. confidence: per row and token, how sure the drafter was."""
 
     tokens: list[list[int]]
     q: Float[Tensor, "B m V"] | None
@@ -46,8 +48,8 @@ class DraftTokens(NamedTuple):
 
 
 class Drafter(Protocol):
-    """One drafter for one batch of texts. Laws: `propose` changes nothing that a later `settle` does not put right;
-    `keep` acts on rows alone."""
+    """A drafter for one batch of texts. Laws: `propose` changes nothing that a later `update` does not restore;
+    `keep_rows` acts on rows alone."""
 
     context_only: bool
     max_draft_tokens: int
@@ -57,18 +59,20 @@ class Drafter(Protocol):
     """A draft step in passes of the target, counted and not timed; for what must not depend on the clock."""
 
     def prefill(self, windows: Sequence[Sequence[int]], rows_per_window: int, capacity: int) -> None:
-        """Read the windows but for their last tokens; each serves n rows side by side."""
+        """Read the windows but for their last tokens; each serves n consecutive rows."""
 
     def propose(self, request: DraftRequest, should_continue: ShouldContinue) -> DraftTokens: ...
 
     def update(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], num_taken: Sequence[int]) -> None:
-        """The target read T columns (hidden: what its head saw) and each row became `texts`, by taken[b] tokens."""
+        """The target model has read T columns (hidden: the inputs of its head), and each row has become `texts`, by
+        taken[b] tokens."""
 
     def keep_rows(self, rows: Tensor) -> None: ...
 
 
 class DraftSample(NamedTuple):
-    """One token of every row; how sure the drafter was of it; q, what it was drawn from (None: greedily)."""
+    """One drafted token of every row; the drafter's confidence in it; q, the distribution it was drawn from (None:
+    greedily)."""
 
     tokens: Int[Tensor, " B"]
     confidence: Float[Tensor, " B"]
@@ -81,7 +85,7 @@ def sample_draft(
     uniforms: Float[Tensor, " B"],
     seen: Bool[Tensor, "B V"] | None,
 ) -> DraftSample:
-    """As the target draws: greedily, or from the same filtered distribution."""
+    """Sample as the target model does: greedily, or from the same filtered distribution."""
     if sampling_params.is_greedy:
         logits = sampling_params.apply_repetition_penalty(logits.float(), seen)
         top, tokens = logits.max(dim=-1)
@@ -94,14 +98,14 @@ def sample_draft(
 def stack_draft_samples(
     samples: Sequence[DraftSample],
 ) -> tuple[Int[Tensor, "B c"], Float[Tensor, "B c"], Float[Tensor, "B c V"] | None]:
-    """One column for each."""
+    """Stack samples, one column for each."""
     q = [each.q for each in samples if each.q is not None]
     tokens, sure = (torch.stack(part, dim=1) for part in ([d.tokens for d in samples], [d.confidence for d in samples]))
     return tokens, sure, torch.stack(q, dim=1) if q else None
 
 
 class DraftBuffer:
-    """What was drawn so far, on the host, and what the penalty falls on by now."""
+    """The tokens drafted so far, on the host, and the tokens that the penalty applies to by now."""
 
     def __init__(self, request: DraftRequest):
         self.request = request
@@ -112,7 +116,7 @@ class DraftBuffer:
 
     @property
     def num_drafted(self) -> int:
-        """How many tokens the rows that draw have."""
+        """The most tokens that a row has."""
         return max(map(len, self.tokens))
 
     def append(
@@ -122,7 +126,7 @@ class DraftBuffer:
         q: Float[Tensor, "B c V"] | None,
         wanted: Sequence[int],
     ) -> list[list[int]]:
-        """Note these for the rows that still want some, and return them all."""
+        """Append these tokens in the rows that still want some; returns them all."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens, True)
         if q is not None:
@@ -141,13 +145,13 @@ class DraftBuffer:
 def relative_pass_cost(
     num_weights: float, target_num_weights: float, depth: int, target_depth: int, *, compiled: bool = False
 ) -> float:
-    """What one pass costs in passes of another: half by the weights read, half by the layers called; compiled, by the
-    weights alone."""
+    """The cost of a pass in passes of another model: half by the weights read, half by the layers called; compiled, by
+    the weights alone."""
     return (
         num_weights / target_num_weights if compiled else (num_weights / target_num_weights + depth / target_depth) / 2
     )
 
 
 def count_weights(model: Decoder) -> int:
-    """What a pass reads, without the modules that only draft."""
+    """The weights that a pass reads, without the modules that only draft."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp_modules."))

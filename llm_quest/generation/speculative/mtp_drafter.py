@@ -40,9 +40,9 @@ from llm_quest.scope import Scope
 
 
 class ModuleInput(NamedTuple):
-    """What a module reads: tokens (B,T) at their positions, and beside each what the module before it (or the target's
-    head) made of the token before. First come the verified ones, padding at their end, then one column for each
-    guess."""
+    """The input of a module: tokens (B,T) at their positions, each with the output of the module before it (or the
+    input of the target's head) for the token before. The verified ones come first, padded at their end, then one column
+    for each draft."""
 
     h: Float[Tensor, "B T D"]
     tokens: Int[Tensor, "B T"]
@@ -57,7 +57,7 @@ class ModuleInput(NamedTuple):
         )
 
     def pad_to(self, width: int) -> ModuleInput:
-        """The same in so many columns, in memory of its own (a compiled graph asks how it lies)."""
+        """The same in so many columns, in new memory (a compiled graph depends on the layout)."""
         batch, length, width_h = self.h.shape
         h, tokens = self.h.new_zeros(batch, width, width_h), self.tokens.new_zeros(batch, width)
         positions = self.positions.new_full((batch, width), -1)
@@ -71,8 +71,8 @@ class ModuleInput(NamedTuple):
 
 
 class MTPDrafter:
-    """compile: all modules as one graph (`run_mtp_chain`), reading at most as many verified tokens as a cycle can
-    bring."""
+    """Drafts with the model's multi-token prediction modules. compile: all modules as one graph (`run_mtp_chain`),
+    which reads at most as many verified tokens as a cycle can bring."""
 
     context_only = False
 
@@ -109,7 +109,7 @@ class MTPDrafter:
         self.unread_inputs: list[ModuleInput] = []
 
     def update(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], num_taken: Sequence[int]) -> None:
-        """Keep what the target's head read at the tokens that were taken, for the next guess."""
+        """Keep the hidden states of the tokens that were accepted, for the next draft."""
         length = max(num_taken)
         if not length:
             return
@@ -118,7 +118,7 @@ class MTPDrafter:
         self.unread_inputs.append(ModuleInput(hidden[:, :length], *pad_right(fed, starts, length, self.device)))
 
     def merge_unread(self) -> ModuleInput:
-        """All that was verified since the last guess."""
+        """All that was verified since the last draft."""
         first, *others = self.unread_inputs
         for more in others:
             first = first.concatenate(more)
@@ -173,13 +173,13 @@ class MTPDrafter:
 
 
 def run_mtp_module(model: Decoder, k: int, module_input: ModuleInput, cache: Cache) -> Float[Tensor, "B T D"]:
-    """Module k (from 0) reads; it has nothing to say about the first k+1 tokens of a text."""
+    """Run module k (from 0); it has no proposal for the first k+1 tokens of a text."""
     scope = Scope(torch.where(module_input.positions > k, module_input.positions, -1), cache=cache).for_layer(0)
     return model.mtp_modules[k](module_input.h, model.embed(module_input.tokens, scope), scope)
 
 
 def last_hidden(out: Float[Tensor, "B T D"], at: Int[Tensor, " B"], k: int) -> Float[Tensor, "B D"]:
-    """What module k made of the last token: the last verified one, or the guess behind it."""
+    """The output of module k for the last token: the last verified one, or the draft after it."""
     return (gather_column(out, at) if k == 0 else out[:, -1:])[:, 0]
 
 
@@ -192,8 +192,8 @@ def next_module_input(
     guess: Int[Tensor, " B"],
     place: Int[Tensor, "B 1"],
 ) -> tuple[ModuleInput, Float[Tensor, "B 1 D"]]:
-    """What the next module reads: the same tokens and the guess, each beside this module's output one token before; and
-    what of that output the next cycle begins with."""
+    """The input of the next module: the same tokens and the draft, each with this module's output one token before; and
+    the part of that output with which the next cycle begins."""
     after = gather_column(out, at)
     h = torch.cat((before, out[:, : verified - 1], after, out[:, verified:]), dim=1)
     tokens = torch.cat((module_input.tokens, guess[:, None]), dim=1)
@@ -212,8 +212,9 @@ def run_mtp_chain(
     uniforms: Float[Tensor, "B m"],
     seen: Bool[Tensor, "B V"] | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """All modules as one graph: guesses (B,m), how sure each is (B,m), what they were drawn from (B,m,V), and what the
-    next cycle begins with. lengths_and_wanted: each text's length, and how many guesses it wants."""
+    """All modules as one graph: drafts (B,m), the confidence of each (B,m), the distributions they were drawn from
+    (B,m,V), and what the next cycle begins with. lengths_and_wanted: each text's length, and how many drafts it wants.
+    """
     at, verified = module_input.last_column, module_input.tokens.shape[1]
     ends, wanted = lengths_and_wanted
     made, kept = [], []

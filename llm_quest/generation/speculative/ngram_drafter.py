@@ -1,4 +1,4 @@
-"""The drafter that is the text itself: prompt look-up."""
+"""Drafting from the text itself: prompt lookup."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llm_quest.generation.speculative.drafters import MAX_DRAFT_TOKENS, DraftReq
 
 
 class NgramDrafter:
-    """The text itself (prompt look-up): what followed the last time the same few tokens stood here. The longest of
-    `sizes` that occurred before speaks. Free, and right where texts repeat: code, quotations, summaries."""
+    """Prompt lookup: proposes what followed the last time the same few tokens occurred in the text. The longest of
+    `sizes` that occurred before decides. Free of cost, and right where texts repeat: code, quotations, summaries."""
 
     context_only = True
     max_draft_tokens = 2 * MAX_DRAFT_TOKENS
@@ -48,14 +48,14 @@ class NgramDrafter:
         return DraftTokens(tokens, None, confidence)
 
     def update(self, hidden: Float[Tensor, "B T D"], texts: Sequence[Sequence[int]], num_taken: Sequence[int]) -> None:
-        """Texts are read when they are next asked for."""
+        """Texts are read when drafts are next requested."""
 
     def keep_rows(self, rows: Tensor) -> None:
         self.tables = [self.tables[row] for row in rows.tolist()]
 
 
 class NgramTable:
-    """For one text: which token last followed every few tokens of it, and of the guesses made on top."""
+    """For one text: which token last followed every n-gram of it and of the drafts after it."""
 
     def __init__(self, ngram_sizes: Sequence[int]):
         self.ngram_sizes = ngram_sizes
@@ -64,7 +64,7 @@ class NgramTable:
         self.length = 0
 
     def add_text(self, text: Sequence[int]) -> None:
-        """What is new since the last time."""
+        """Add what is new since the last time."""
         for end in range(max(self.length, 1), len(text)):
             self.record(self.text_followers, text, end)
         self.length = len(text)

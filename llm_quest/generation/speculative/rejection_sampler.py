@@ -1,6 +1,6 @@
-"""The judge of speculative decoding: guesses against the target's logits.
+"""Rejection sampling of drafted tokens against the target model's logits.
 
-      x ~ q     accept with probability min(1, p(x) / q(x))     else draw from max(p - q, 0), normalised
+          x ~ q     accept with probability min(1, p(x) / q(x))     else draw from max(p - q, 0), normalised
 
 Commonly got wrong: p and q must be filtered alike; where rounding leaves max(p - q, 0) empty, p itself is drawn from; a
 token's log-probability is p's, never q's."""
@@ -24,15 +24,15 @@ def acceptance_probability(p: Float[Tensor, "*batch"], q: Float[Tensor, "*batch"
 
 
 def residual_distribution(p: Float[Tensor, "*batch V"], q: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
-    """What is drawn from after a rejection: max(p - q, 0), normalised. Where p and q are the same, nothing can be
-    rejected but by rounding: then p."""
+    """The distribution to draw from after a rejection: max(p - q, 0), normalised. Where p and q are the same, only
+    rounding can reject: then p."""
     left = (p - q).clamp(min=0)
     total = left.sum(dim=-1, keepdim=True)
     return torch.where(total > 0, left / total.clamp(min=torch.finfo(p.dtype).tiny), p)
 
 
 class Acceptance(NamedTuple):
-    """Per row the tokens that now follow, and their log-probabilities under p; num_accepted: how many were guesses."""
+    """Per row the tokens that now follow, and their log-probabilities under p; num_accepted: how many were drafts."""
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
@@ -40,8 +40,8 @@ class Acceptance(NamedTuple):
 
 
 class RejectionSampler:
-    """Holds the guesses against the target. accept_uniforms, residual_uniforms: (R, steps) uniforms, one of each for
-    every place of a row."""
+    """Accepts or rejects drafts. accept_uniforms, residual_uniforms: (R, steps), one of each for every place of a
+    row."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class RejectionSampler:
         num_generated: Sequence[int],
         seen: Tensor | None,
     ) -> Acceptance:
-        """rows, num_generated: which row sits where, and how many tokens it has."""
+        """rows, num_generated: which row is in which place of the batch, and how many tokens it has."""
         width = logits.shape[1]
         if drafts.max_length == 0:
             return self.sample_without_drafts(logits[:, 0], rows, num_generated, seen)
@@ -79,7 +79,7 @@ class RejectionSampler:
     def sample_without_drafts(
         self, logits: Float[Tensor, "B V"], rows: Sequence[int], num_generated: Sequence[int], seen: Tensor | None
     ) -> Acceptance:
-        """Nothing was guessed, so nothing is judged: what `verify_greedy` and `verify_sampled` come to."""
+        """Sample one token where nothing was drafted: what `verify_greedy` and `verify_sampled` reduce to."""
         if self.sampling_params.is_greedy:
             logits = self.sampling_params.apply_repetition_penalty(logits.float(), seen)
             top, tokens = logits.max(dim=-1)
@@ -91,6 +91,7 @@ class RejectionSampler:
         return Acceptance([[token] for token in tokens.tolist()], [[log] for log in logprobs.tolist()], [0] * len(rows))
 
     def verify_greedy(self, logits: Float[Tensor, "B T V"], guesses: Int[Tensor, "B T"]) -> Acceptance:
+        """Accept drafts while they are the most probable tokens."""
         top, best = logits.max(dim=-1)
         accepted = (guesses == best).int().cumprod(dim=1).sum(dim=1).tolist()
         logprobs = top - logits.logsumexp(dim=-1)
@@ -110,6 +111,8 @@ class RejectionSampler:
         u: Float[Tensor, "B T"],
         r: Float[Tensor, "B T"],
     ) -> Acceptance:
+        """Accept each draft with probability min(1, p/q); after the first rejection draw from the residual
+        distribution."""
         width, guessed = guesses.shape[1], guesses >= 0
         q = self.align_draft_probs(q, guesses, log_p)
         at = guesses.clamp(min=0)[..., None]
@@ -132,7 +135,7 @@ class RejectionSampler:
         return Acceptance(tokens, logprobs, accepted.tolist())
 
     def align_draft_probs(self, q: Tensor | None, guesses: Int[Tensor, "B T"], log_p: Float[Tensor, "B T V"]) -> Tensor:
-        """q (B,T,V): point masses written out, columns without a guess as they come."""
+        """q (B,T,V): point masses as distributions, columns without a draft as they are."""
         if q is None:
             return torch.zeros_like(log_p).scatter(-1, guesses.clamp(min=0)[..., None], 1.0)
         missing = guesses.shape[1] - q.shape[1]
@@ -144,7 +147,7 @@ class RejectionSampler:
 
 
 def penalty_masks(seen: Tensor, guesses: Int[Tensor, "B T"]) -> Tensor:
-    """(B,T,V): what each column has seen, the guesses before it included."""
+    """(B,T,V): the tokens seen before each column, the drafts before it included."""
     columns, now = [seen], seen
     for guess in guesses[:, :-1].unbind(dim=1):
         now = now.scatter(1, guess.clamp(min=0)[:, None], True) if bool((guess >= 0).all()) else add_seen(now, guess)
@@ -153,6 +156,6 @@ def penalty_masks(seen: Tensor, guesses: Int[Tensor, "B T"]) -> Tensor:
 
 
 def add_seen(seen: Tensor, guess: Int[Tensor, " B"]) -> Tensor:
-    """The same with each row's guess, where it has one."""
+    """The mask with each row's draft added, where it has one."""
     new = seen.scatter(1, guess.clamp(min=0)[:, None], True)
     return torch.where((guess >= 0)[:, None], new, seen)

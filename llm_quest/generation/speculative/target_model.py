@@ -1,4 +1,4 @@
-"""The model's side of speculative decoding: one pass over what is unread and guessed, and the way back."""
+"""The target model of speculative decoding: one pass over unread and drafted tokens, and the rewind after it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llm_quest.models.decoder import Decoder
 
 
 class TargetModel:
-    """Its cache, where each row stands in it, and the pass. A row without a text has left, and what it reads is
-    padding.
+    """The target model with its cache and the length that it holds of each row. A row without a text has ended, and
+    what it reads is padding.
 
     compile: passes have one of a few widths, each one compiled graph."""
 
@@ -26,7 +26,7 @@ class TargetModel:
 
     @torch.inference_mode()
     def prefill(self, windows: Sequence[Sequence[int]], rows_per_window: int, capacity: int, slack: int) -> Tensor:
-        """Read all but each window's last token, padding at the end; what the head would read."""
+        """Read all but each window's last token, padding at the end; returns the hidden states."""
         self.kv_cache = self.model.new_cache(
             len(windows), round_up_capacity(capacity) if self.compiled_step else capacity, slack
         )
@@ -44,12 +44,13 @@ class TargetModel:
     def forward_hidden(
         self, token_rows: Sequence[Sequence[int]], starts: Sequence[int], width: int
     ) -> Float[Tensor, "B T D"]:
+        """Append each row's tokens to the cache; their hidden states."""
         tokens, positions = pad_right(token_rows, starts, width, self.device)
         return self.model.hidden_states(tokens, continuation_scope(token_rows, starts, positions, self.kv_cache))
 
     @torch.inference_mode()
     def score_drafts(self, texts: Sequence[Sequence[int]], guesses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """What the head reads, and the logits, at each row's last token and the guesses behind it."""
+        """Hidden states and logits at each row's last token and at the drafts after it."""
         token_rows = [
             [*text[stand:], *guess] for text, stand, guess in zip(texts, self.cached_lengths, guesses, strict=True)
         ]
@@ -62,7 +63,7 @@ class TargetModel:
         return hidden[:, :width], logits[:, :width]
 
     def forward_columns(self, token_rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
-        """One pass, of at least `width` columns."""
+        """One pass of at least `width` columns."""
         columns = choose_width(width) if self.compiled_step else None
         if self.compiled_step is None or columns is None:
             hidden = self.forward_hidden(token_rows, self.cached_lengths, width)
@@ -73,7 +74,7 @@ class TargetModel:
 
     @torch.inference_mode()
     def rewind_to(self, texts: Sequence[Sequence[int]]) -> None:
-        """Each row's last token is unread, and what was guessed wrongly is taken back."""
+        """Rewind the cache, so that each row's last token is unread and rejected drafts are gone."""
         to = [min(stand, max(len(text) - 1, 0)) for stand, text in zip(self.cached_lengths, texts, strict=True)]
         if to != self.cached_lengths or (self.compiled_step and keeps_history(self.kv_cache)):
             self.cached_lengths = self.kv_cache.rewind(to)
@@ -84,7 +85,7 @@ class TargetModel:
 
 
 def shift_columns(x: Float[Tensor, "B T D"], behind: Sequence[int]) -> Float[Tensor, "B T D"]:
-    """Every row from its behind[b]-th column on; the last column again at the end."""
+    """Every row from column behind[b] - 1 on; the last column is repeated at the end."""
     index = torch.tensor([max(each, 1) for each in behind], device=x.device)[:, None] - 1
     index = (index + torch.arange(x.shape[1], device=x.device)).clamp(max=x.shape[1] - 1)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
