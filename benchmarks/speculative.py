@@ -38,7 +38,10 @@ PROMPTS = (
     "class Error(Exception):\n    ",
     "Raises ValueError if ",
 )
-SIZES = "model.config={hidden_size: 512, num_hidden_layers: 10, num_attention_heads: 8, num_key_value_heads: 2, intermediate_size: 1408, rotary: {rope_theta: 10000}}"
+SIZES = (
+    "model.config={hidden_size: 512, num_hidden_layers: 10, num_attention_heads: 8, num_key_value_heads: 2, "
+    "intermediate_size: 1408, rotary: {rope_theta: 10000}}"
+)
 QUIET = ["eval_steps=0", "eval_baselines=false", "samples.every_steps=0"]
 
 

@@ -180,7 +180,8 @@ def split_techniques(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[An
     base = extra.get("base") if isinstance(extra, Mapping) else None
     if config.get("model_type") == OUR_MODEL_TYPE and not isinstance(base, Mapping):
         raise DataError(
-            f"config.json: model_type is {OUR_MODEL_TYPE!r}, but there is no {OUR_MODEL_TYPE}.base to say what was edited"
+            f"config.json: model_type is {OUR_MODEL_TYPE!r}, but there is no {OUR_MODEL_TYPE}.base to say what was "
+            "edited"
         )
     techniques = extra.get("techniques") or [] if isinstance(extra, Mapping) else None
     if not isinstance(techniques, list) or not all(isinstance(one, Mapping) for one in techniques):

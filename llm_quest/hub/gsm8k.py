@@ -58,6 +58,6 @@ def download_dataset_file(file: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise MissingError(
-            f"{NAME} lacks {file} in the local cache while {unreachable_reason(str(error))}: run `hf download --repo-type "
-            f"dataset {NAME}` where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
+            f"{NAME} lacks {file} in the local cache while {unreachable_reason(str(error))}: run `hf download "
+            f"--repo-type dataset {NAME}` where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
         ) from None

@@ -71,7 +71,8 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind not in ("LORA", TINY_LORA_TYPE):
         raise DataError(
-            f"{file}: peft_type is {kind!r}; LORA (with use_rslora or use_dora) and {TINY_LORA_TYPE} are read here, merge others"
+            f"{file}: peft_type is {kind!r}; LORA (with use_rslora or use_dora) and {TINY_LORA_TYPE} are read here, "
+            "merge others"
         )
     if type(config.get("r")) is not int or config["r"] < 1:
         raise DataError(f"{file}: r is {config.get('r')!r}; a positive whole number was expected")

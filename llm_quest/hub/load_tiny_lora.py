@@ -64,13 +64,13 @@ def tensors_by_address(model: Any, folder: Path, tensors: Mapping[str, Tensor]) 
             found.setdefault(part[1], {})[part[2]] = tensor
     if unmatched := [module for module in found if module not in addresses]:
         raise DataError(
-            f"{folder}: {compact_names(unmatched)} is no matrix of this model, or one that is edited here in parts, for which "
-            "one vector has no place: load it on its own base, or merge it in PEFT"
+            f"{folder}: {compact_names(unmatched)} is no matrix of this model, or one that is edited here in parts, "
+            "for which one vector has no place: load it on its own base, or merge it in PEFT"
         )
     if incomplete := [module for module, one in found.items() if set(one) != set("ABP")]:
         raise DataError(
-            f"{folder}: tinylora_A, _B or _P is missing of {compact_names(incomplete)}; save the adapter with save_projection=True, "
-            "for P tells which vector a matrix reads"
+            f"{folder}: tinylora_A, _B or _P is missing of {compact_names(incomplete)}; save the adapter with "
+            "save_projection=True, for P tells which vector a matrix reads"
         )
     return {addresses[module]: one for module, one in found.items()}
 

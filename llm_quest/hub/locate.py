@@ -105,8 +105,8 @@ def offline_error(name: str, file: str, reason: str) -> MissingError:
     """What to say when the network is needed and not there."""
     return MissingError(
         f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while "
-        f"{unreachable_reason(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same HF_HOME), "
-        "or give a folder"
+        f"{unreachable_reason(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same "
+        "HF_HOME), or give a folder"
     )
 
 

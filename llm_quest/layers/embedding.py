@@ -75,8 +75,8 @@ class TokenPositionEmbedding(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         if scope.max_seq_len is not None and scope.max_seq_len > self.max_position_embeddings:
             raise ValueError(
-                f"position {scope.max_seq_len - 1} is beyond this model's {self.max_position_embeddings} learned positions: "
-                "shorten the input or let the window slide"
+                f"position {scope.max_seq_len - 1} is beyond this model's {self.max_position_embeddings} learned "
+                "positions: shorten the input or let the window slide"
             )
         position_ids = scope.position_ids[:1] if scope.is_unpadded else scope.position_ids
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

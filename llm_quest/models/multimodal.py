@@ -70,8 +70,9 @@ class VisionLanguageModel(nn.Module):
         is_placeholder = (input_ids == self.config.image_token_id) & (scope.position_ids >= 0)
         if not torch.compiler.is_compiling() and int(is_placeholder.sum()) != vectors.shape[0]:
             raise UsageError(
-                f"tokens hold {int(is_placeholder.sum())} placeholders (image_token {self.config.image_token_id}), but the images "
-                f"give {vectors.shape[0]} vectors: write {self.config.image_seq_length} placeholders for every image"
+                f"tokens hold {int(is_placeholder.sum())} placeholders (image_token {self.config.image_token_id}), "
+                f"but the images give {vectors.shape[0]} vectors: write {self.config.image_seq_length} placeholders "
+                "for every image"
             )
         embeds = self.decoder.embed.embed_tokens(input_ids)  # type: ignore[operator]
         inputs_embeds = embeds.masked_scatter(is_placeholder[:, :, None], vectors.to(embeds.dtype))

@@ -110,8 +110,9 @@ class DistillationLoss(nn.Module):
             raise UsageError(f"the teacher speaks of {self.vocab_size} tokens, the model knows {model_vocab_size}")
         if model_vocab_size > self.vocab_size and self.weight == 1:
             raise UsageError(
-                f"the model's vocabulary is padded with {model_vocab_size - self.vocab_size} ids of which the teacher says nothing: give "
-                "the teacher a weight below 1, so that the cross-entropy teaches that they never come"
+                f"the model's vocabulary is padded with {model_vocab_size - self.vocab_size} ids of which the teacher "
+                "says nothing: give the teacher a weight below 1, so that the cross-entropy teaches that they never "
+                "come"
             )
 
 
@@ -120,7 +121,8 @@ class ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, softcap: float | None, teacher_hidden: Tensor, teacher_weight: Tensor, teacher_softcap: float | None,
+        ctx: Any, x: Tensor, weight: Tensor, softcap: float | None,
+        teacher_hidden: Tensor, teacher_weight: Tensor, teacher_softcap: float | None,
         is_target: Bool[Tensor, " N"], beta: float, temperature: float,
     ) -> Tensor:  # fmt: skip
         autocast = torch.is_autocast_enabled(x.device.type)

@@ -6,8 +6,8 @@ Each log p is the *sum* over the answer's tokens, its end included. A loss is a 
 one that has no reference leaves log p_ref out. The logged rewards are beta (log p - log p_ref).
 
 Commonly got wrong: (1) means over tokens in place of sums, and rewards logged without beta; (2) cDPO's label
-smoothing accepted and never read; here an option without effect is refused; (3) dropout in the policy's pass and not in the reference's;
-here it is off; (4) the answer's end left out of the sum, so that stopping is never preferred.
+smoothing accepted and never read; here an option without effect is refused; (3) dropout in the policy's pass and not in
+the reference's; here it is off; (4) the answer's end left out of the sum, so that stopping is never preferred.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ NUMBER_RANGES = {"label_smoothing": ", the part of wrong labels, above 0 and bel
 
 
 class PreferenceLoss(nn.Module):
-    """`PreferenceLoss(model, DPO(beta=0.1))(batch) -> Loss`: count = elements (a pair is one, K ranked answers are one).
+    """`PreferenceLoss(model, DPO(beta=0.1))(batch) -> Loss`: count = elements (a pair is one, as are K ranked answers).
 
     average_log_prob: means over the answer's tokens in place of sums (for IPO TRL does so: its authors say that the
     paper's experiments had means, though its equations have sums). reference: computes the reference's log-probability
@@ -209,7 +209,8 @@ class PreferenceLoss(nn.Module):
 
 
 def relative_log_probs(
-    policy_log_probs: Float[Tensor, " R"], reference_log_probs: Float[Tensor, " R"] | None, targets: Tensor, *, average: bool
+    policy_log_probs: Float[Tensor, " R"], reference_log_probs: Float[Tensor, " R"] | None, targets: Tensor,
+    *, average: bool,
 ) -> Float[Tensor, " R"]:  # fmt: skip
     """log p - log p_ref of each answer, or log p alone; average: per token of the answer."""
     found = policy_log_probs if reference_log_probs is None else policy_log_probs - reference_log_probs

@@ -56,7 +56,7 @@ def run_recipe(
 
 @contextmanager
 def open_job(recipe: Recipe, config: RunConfig, settings: RawConfig, log: LogFn, folder: Path) -> Iterator[Job]:
-    """A job on this process alone, to count its cost or to look at its batches. folder: an empty one that it may use."""
+    """A job on this process alone, to count its cost or to look at its batches. folder: an empty one to use."""
     with init_distributed(config, 1) as parallel:
         yield recipe.build(config, Context(folder, parallel, log, settings, planning=True))
 

@@ -51,8 +51,8 @@ class CachedLogProbs:
 
 
 def reference_log_probs(
-    model: nn.Module, pairs: Sequence[TokenizedPreference], folder: Path, parallel: DistributedContext, precision: str, log: LogFn,
-    *, share_prompts: bool = False,
+    model: nn.Module, pairs: Sequence[TokenizedPreference], folder: Path, parallel: DistributedContext, precision: str,
+    log: LogFn, *, share_prompts: bool = False,
 ) -> CachedLogProbs:  # fmt: skip
     """The log-probability that a model gives each answer, as it is now: from the run folder if they were computed for
     this model, these pairs and this precision; else computed, each question once if they share it. Before the model is

@@ -57,8 +57,8 @@ class RolloutPlan:
     """The sizes of a rollout: prompts, samples of each (`num_generations`), optimizer steps.
 
     num_iterations, minibatches: passes over the rows, and parts of each pass; their product is the number of optimizer
-    steps per rollout. max_sampling_rounds: dynamic sampling (DAPO), rounds of prompts until `prompts_per_rollout` groups
-    have a spread; 1: all groups are taken. max_micro_batch_tokens: tokens that a micro-batch reads, at most.
+    steps per rollout. max_sampling_rounds: dynamic sampling (DAPO), rounds of prompts until `prompts_per_rollout`
+    groups have a spread; 1: all groups are taken. max_micro_batch_tokens: tokens that a micro-batch reads, at most.
     share_prompts: a prompt is read once for all of its samples, where that reads fewer tokens. kl_coef: weight of the
     KL penalty (k1) in the reward."""
 

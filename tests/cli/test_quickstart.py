@@ -17,7 +17,8 @@ from llm_quest.hub.load_save import load_tokenizer
 SMALL = (
     "data.source=builtin:topics",
     "tokenizer.vocab_size=300",
-    "model.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}",
+    "model.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
+    "intermediate_size: 64}",
     "batch_size=2",
     "sequence_length=64",
     "max_steps=6",
@@ -39,12 +40,15 @@ def changes(folder: Path) -> dict[str, list[str]]:
     rows.write_text("".join(json.dumps(row) + "\n" for row in told))
     common = ["warmup_steps=1", "precision=fp32", "eval_steps=0"]
     tuned = [f"data.source={json.dumps(str(rows))}", *common, "batch_size=4", "sequence_length=64", "max_steps=3"]
-    sizes = "model.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 64}"
+    sizes = (
+        "model.config={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2, "
+        "intermediate_size: 64}"
+    )
     return {
         "sft": [*tuned, "learning_rate=1e-2", "samples.every_steps=0"],
         "dpo": [*tuned, "learning_rate=1e-2"],
-        "grpo": [*common, sizes, "warmup={max_steps: 25, batch_size: 8}", "prompts_per_rollout=4", "num_generations=2", "max_new_tokens=6",
-                 "max_steps=2", "eval_problems=20"],
+        "grpo": [*common, sizes, "warmup={max_steps: 25, batch_size: 8}", "prompts_per_rollout=4", "num_generations=2",
+                 "max_new_tokens=6", "max_steps=2", "eval_problems=20"],
     }  # fmt: skip
 
 
