@@ -92,7 +92,7 @@ MUTATIONS = (
     Mutation("MTP: hidden state first, embedding second", "layers/multi_token_prediction.py", "torch.cat((self.embed_norm(embeddings), self.hidden_norm(h)), dim=-1)", "torch.cat((self.hidden_norm(h), self.embed_norm(embeddings)), dim=-1)", families("lookahead")),
     Mutation("MTP: logits from the block's input", "layers/multi_token_prediction.py", "self.norm(self.block(self.join(pair), scope))", "self.norm(self.join(pair) + 0 * self.block(self.join(pair), scope))", families("lookahead")),
     Mutation("MTP: the module reads the same token, not the next", "layers/multi_token_prediction.py", "return torch.cat((row[:, k:], row.new_full", "return torch.cat((row[:, k - 1 : -1], row.new_full", families("lookahead")),
-    Mutation("MTP: counted in held-out loss", "recipes/evaluators.py", "NextTokenLoss(model, mtp_weight=0.0)", "NextTokenLoss(model)", HELD_OUT),
+    Mutation("MTP: counted in held-out loss", "eval/evaluators.py", "NextTokenLoss(model, mtp_weight=0.0)", "NextTokenLoss(model)", HELD_OUT),
     Mutation("balancing: the bias rises for busy experts", "techniques/expert_bias.py", "torch.sign(load.mean() - load)", "torch.sign(load - load.mean())", MOE),
     Mutation("balancing: also in evaluation", "objectives/next_token.py", "        if self.model.training:\n            accumulate_tokens_per_expert(routings)", "        accumulate_tokens_per_expert(routings)", HELD_OUT),
     Mutation("balancing: the bias becomes bfloat16 with the model", "layers/moe.py", 'if before.device.type != "meta" and self.bias.dtype != before.dtype:', "if False:", MOE),

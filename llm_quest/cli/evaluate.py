@@ -15,14 +15,15 @@ from llm_quest.data.image_text import ImageTextCollator
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.split import split_corpus
 from llm_quest.errors import MissingError, UsageError
+from llm_quest.eval.images import ImageAccuracyEvaluator, ImageQuestionEvaluator
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
 from llm_quest.recipes.config import load_run_config, parse_config
 from llm_quest.recipes.pretrain import PretrainConfig
-from llm_quest.recipes.vit import ImageAccuracyEvaluator, VitConfig, load_images
-from llm_quest.recipes.vlm import ImageQuestionEvaluator, VlmConfig, load_image_text
+from llm_quest.recipes.vit import VitConfig, load_images
+from llm_quest.recipes.vlm import VlmConfig, load_image_text
 from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]

@@ -22,9 +22,7 @@ from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.recipes import load_recipe
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.classify import ClassifyConfig
-from llm_quest.recipes.config import (
-    config_to_yaml,
-)
+from llm_quest.recipes.config import config_to_yaml
 from llm_quest.recipes.distillation import build_distillation
 from llm_quest.recipes.dpo import DpoConfig
 from llm_quest.recipes.engine import run_recipe
@@ -46,7 +44,7 @@ MIN_STEPS_TO_MEASURE = 100
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """A config that would run."""
+    """A config that passes all checks."""
 
     config: PretrainConfig
     exit_code: int = 0
@@ -68,7 +66,7 @@ def start_training(
     quiet: bool = False,
     log: LogFn,
 ) -> RunOutcome | DryRunResult:
-    """Train by a recipe: a new run, or the one that lies in the folder goes on."""
+    """Train with a recipe: start a new run, or resume the one in the folder."""
     found, config, settings = load_recipe(recipe, overrides)
     if dry_run:
         found.check(config, settings)
@@ -82,7 +80,7 @@ def start_training(
 
 
 def choose_run_dir(recipe: str, config: PretrainConfig, out: Path | None, resume: str) -> tuple[Path, str]:
-    """The run folder, and auto, never or a checkpoint to begin from."""
+    """(run folder, resume mode): the mode is auto, never or a checkpoint."""
     if resume not in ("auto", "never"):
         place = Path(resume)
         if not place.is_dir():
@@ -92,7 +90,7 @@ def choose_run_dir(recipe: str, config: PretrainConfig, out: Path | None, resume
         if place.parent.name == "checkpoints":
             return out or place.resolve().parent.parent, str(place)
         if out is not None and out.resolve() != place.resolve():
-            raise UsageError(f"--resume {resume} goes on in that folder, and --out names {out}; give one of them")
+            raise UsageError(f"--resume {resume} continues in that folder, and --out names {out}; give one of them")
         return place, "auto"
     if out is not None:
         return out, resume
@@ -102,7 +100,7 @@ def choose_run_dir(recipe: str, config: PretrainConfig, out: Path | None, resume
 
 
 def unused_dir(folder: Path, name: str) -> Path:
-    """A folder of that name that is not there yet. Processes of one torchrun agree on it by its run id."""
+    """A folder of that name, numbered if it exists. UsageError under torchrun, whose processes need one folder."""
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes need one run folder: name it with --out")
     tried, number = folder / name, 2

@@ -111,11 +111,7 @@ class KneserNey:
 
 
 def compute_baselines(
-    train: Sequence[Document],
-    val: Sequence[Document],
-    *,
-    tokenizer: Tokenizer | None = None,
-    order: int = 5,
+    train: Sequence[Document], val: Sequence[Document], *, tokenizer: Tokenizer | None = None, order: int = 5
 ) -> list[Baseline]:
     """Unigram and Kneser-Ney models over bytes (and over the tokenizer's tokens), and three compressors. The bytes are
     those of the held-out documents."""

@@ -10,10 +10,10 @@ import torch
 
 from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.eval.evaluators import save_samples
 from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
-from llm_quest.recipes.evaluators import save_samples
 
 
 @dataclass

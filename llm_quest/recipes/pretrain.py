@@ -21,6 +21,7 @@ from llm_quest.data.packing import PackedDocuments
 from llm_quest.data.tokens import open_token_folder
 from llm_quest.errors import UsageError
 from llm_quest.eval.baselines import compute_baselines
+from llm_quest.eval.evaluators import LossEvaluator, TextSampler
 from llm_quest.hub.load_save import load
 from llm_quest.models.build import build, build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder
@@ -38,7 +39,6 @@ from llm_quest.recipes.config_schema import (
     TokenizerConfig,
 )
 from llm_quest.recipes.distillation import TeacherConfig, build_distillation_terms, teacher_hash
-from llm_quest.recipes.evaluators import LossEvaluator, TextSampler
 from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.number_token_loss import NumberTokenLossConfig, number_token_terms
 from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe

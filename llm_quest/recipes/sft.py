@@ -19,6 +19,7 @@ from llm_quest.data.conversations import Conversation, read_conversations, split
 from llm_quest.data.documents import DropReport
 from llm_quest.data.instructions import PackedExamples, drop_too_long
 from llm_quest.data.loader import ShardedLoader
+from llm_quest.eval.evaluators import save_samples
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
@@ -26,7 +27,6 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
 from llm_quest.recipes.distillation import TeacherConfig, build_distillation_terms, teacher_hash
-from llm_quest.recipes.evaluators import save_samples
 from llm_quest.recipes.finetuning import (
     ConversationDataConfig,
     StartModelConfig,

@@ -3,8 +3,7 @@ is chosen by it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from llm_quest.data.image_datasets import (
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.errors import UsageError
+from llm_quest.eval.images import ImageAccuracyEvaluator
 from llm_quest.hub.load_save import load
 from llm_quest.models import vit
 from llm_quest.models.build import build, preset
@@ -36,8 +36,6 @@ from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.techniques import apply_techniques
 from llm_quest.recipes.vision import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.state_dict import derive_seed
-
-IMAGE_EVAL_BATCH_SIZE = 256
 
 
 class AugmentConfig(StrictModel):
@@ -220,27 +218,6 @@ def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str
         nn.init.normal_(model.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(model.head.bias)
     return model
-
-
-@dataclass(frozen=True)
-class ImageAccuracyEvaluator:
-    """The share of held-out images whose likeliest class is the right one."""
-
-    images: ImageDataset
-    preprocess: ImageProcessor
-    interval: int
-    name: str = "eval"
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
-        right, nats, device = 0.0, 0.0, next(model.parameters()).device
-        for first in range(0, len(self.images), IMAGE_EVAL_BATCH_SIZE):
-            here = slice(first, first + IMAGE_EVAL_BATCH_SIZE)
-            labels = torch.from_numpy(self.images.labels[here]).to(device)
-            logits = model(self.preprocess.normalize(self.images.pixels[here]).to(device)).float()
-            right += float((logits.argmax(dim=-1) == labels).sum())
-            nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        return {"accuracy": right / len(self.images), "loss": nats / len(self.images)}
 
 
 RECIPE = Recipe("vit", VitConfig, build_vit)

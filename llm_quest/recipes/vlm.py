@@ -5,10 +5,7 @@ it is right word for word."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,10 +15,10 @@ from torch import nn
 from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextRows, SceneDataset
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
 from llm_quest.data.loader import ShardedLoader
-from llm_quest.data.synthetic_shapes import SCENE_STATISTICS, QuestionAnswer, exact_match
+from llm_quest.data.synthetic_shapes import SCENE_STATISTICS
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 from llm_quest.errors import DataError, UsageError
-from llm_quest.generation.generate import generate
+from llm_quest.eval.images import ImageQuestionEvaluator
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import clip, llama
@@ -35,7 +32,6 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.choice import Choice
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
-from llm_quest.recipes.evaluators import save_samples
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.run import build_lr_schedule
 from llm_quest.recipes.techniques import apply_techniques
@@ -46,7 +42,6 @@ from llm_quest.train.state_dict import derive_seed
 IMAGE_TOKEN = "<image>"
 PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}
 """The key `trainable` names parts as LLaVA does; the model's modules are these."""
-VLM_EVAL_BATCH_SIZE = 64
 ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 
 
@@ -327,54 +322,6 @@ def copy_weights_(part: nn.Module, trained: nn.Module) -> None:
     for name, parameter in part.named_parameters():
         rows = theirs[name].shape[0] if parameter.dim() else 1
         (parameter[:rows] if parameter.dim() else parameter).copy_(theirs[name])
-
-
-@dataclass(frozen=True)
-class ImageQuestionEvaluator:
-    """Exact match on held-out sights: the share of answers that are right word for word, by kind of question. The
-    answers about the first sight are kept in `num_samples`, if that is a folder."""
-
-    sights: ImageTextDataset
-    writer: ImageTextCollator
-    preprocess: ImageProcessor
-    number: int
-    interval: int
-    samples: Path | None = None
-    name: str = "eval"
-
-    def evaluate(self, model: VisionLanguageModel, step: int) -> Mapping[str, float]:
-        asked = [(sight, turn) for sight in map(self.sights.eval_example, range(self.number)) for turn in sight.turns]
-        parts = [asked[first : first + VLM_EVAL_BATCH_SIZE] for first in range(0, len(asked), VLM_EVAL_BATCH_SIZE)]
-        said = [answer for part in parts for answer in self.generate_answers(model, part)]
-        right: dict[str, list[float]] = defaultdict(list)
-        for answer, (_, turn) in zip(said, asked, strict=True):
-            right[turn.kind].append(exact_match(answer, turn))
-        if self.samples is not None:
-            first = asked[: len(asked[0][0].turns)]
-            sample_rows = [
-                {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
-                for (_, turn), answer in zip(first, said[: len(first)], strict=True)
-            ]
-            save_samples(self.samples, step, sample_rows)
-        return {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
-
-    def generate_answers(self, model: VisionLanguageModel, asked: list[tuple[Any, QuestionAnswer]]) -> list[str]:
-        """What the model says, greedily."""
-        prompts = [self.writer.encode_prompt(turn.question) for _, turn in asked]
-        images = [self.preprocess.normalize(sight.pixels[None]) for sight, _ in asked]
-        longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in asked) + 4
-        room = model.config.max_position_embeddings - max(map(len, prompts))
-        if room < 1:
-            raise UsageError("a question leaves no room for its answer: set a larger sequence_length")
-        said = generate(
-            model.with_images(images),  # type: ignore[arg-type]
-            prompts,
-            max_new_tokens=min(longest, room),
-            temperature=0.0,
-            eos_token_id=self.writer.tokenizer.eos_token_ids,
-        )
-        ends = set(self.writer.tokenizer.eos_token_ids)
-        return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in said]
 
 
 RECIPE = Recipe("vlm", VlmConfig, build_vlm)

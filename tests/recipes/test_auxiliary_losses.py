@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from llm_quest.data.held_out import HeldOutLoader
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import UsageError
+from llm_quest.eval.evaluators import language_model_loss
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build
 from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses
 from llm_quest.recipes.config import config_to_yaml, parse_config
-from llm_quest.recipes.evaluators import language_model_loss
 from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.yaml_io import read_yaml
 from llm_quest.techniques.expert_bias import bias_routers

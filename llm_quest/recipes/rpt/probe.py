@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.eval.evaluators import save_samples
 from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.evaluators import save_samples
 from llm_quest.recipes.rpt.evaluation import BucketTable, NextTokenReasoningEval, PositionResult, summarize_buckets
 
 TABLES_FILE = "foretold.json"

@@ -1,4 +1,4 @@
-"""What is looked at while training: the loss on held-out text, and what the model writes."""
+"""Evaluators that run during training: the loss on held-out text, and samples from fixed prompts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llm_quest.objectives.next_token import NextTokenLoss
 
 
 class LossEvaluator:
-    """loss in nats per token, bits per byte, over a part of the held-out tokens; after the last step over all of
-    them."""
+    """Loss in nats per token and bits per byte on max_tokens of the held-out text, and on all of it after the last
+    step."""
 
     name = "eval"
 
@@ -47,7 +47,7 @@ def language_model_loss(model: Decoder, batches: HeldOutLoader) -> dict[str, flo
 
 @dataclass
 class TextSampler:
-    """Texts from fixed prompts with fixed seeds, so that steps can be compared: samples/step-00000100.json."""
+    """Samples from fixed prompts with fixed seeds, written to samples/step-00000100.json."""
 
     tokenizer: Tokenizer
     samples_dir: Path | None
@@ -59,7 +59,7 @@ class TextSampler:
     name: str = "samples"
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        """Every process writes (parts of the model may lie on each); only one with a folder keeps it."""
+        """Every process generates, because each may hold a shard of the model; the one with a samples_dir saves."""
         starts = [
             [self.tokenizer.start_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
             for prompt in self.prompts
@@ -81,6 +81,5 @@ class TextSampler:
 
 
 def save_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-    """What was written after `step` steps, for the report: prompt and text of each, and what was wanted, if that is
-    known."""
+    """Write the samples of a step for the report: prompt, text, and the wanted text where it is known."""
     atomic_write_json(folder / f"step-{step:08d}.json", {"step": step, "samples": list(samples)})

@@ -1,0 +1,93 @@
+"""Evaluators of models that read images: accuracy of an image classifier, exact match of a vision-language model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm_quest.data.image_datasets import ImageDataset
+from llm_quest.data.image_text import ImageTextCollator, ImageTextDataset
+from llm_quest.data.images import ImageProcessor
+from llm_quest.data.synthetic_shapes import QuestionAnswer, exact_match
+from llm_quest.errors import UsageError
+from llm_quest.eval.evaluators import save_samples
+from llm_quest.generation.generate import generate
+from llm_quest.models.multimodal import VisionLanguageModel
+
+IMAGE_BATCH_SIZE = 256
+QUESTION_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class ImageAccuracyEvaluator:
+    """Top-1 accuracy and cross-entropy on held-out images."""
+
+    images: ImageDataset
+    preprocess: ImageProcessor
+    interval: int
+    name: str = "eval"
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
+        right, nats, device = 0.0, 0.0, next(model.parameters()).device
+        for first in range(0, len(self.images), IMAGE_BATCH_SIZE):
+            here = slice(first, first + IMAGE_BATCH_SIZE)
+            labels = torch.from_numpy(self.images.labels[here]).to(device)
+            logits = model(self.preprocess.normalize(self.images.pixels[here]).to(device)).float()
+            right += float((logits.argmax(dim=-1) == labels).sum())
+            nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        return {"accuracy": right / len(self.images), "loss": nats / len(self.images)}
+
+
+@dataclass(frozen=True)
+class ImageQuestionEvaluator:
+    """Exact match of greedy answers to questions about held-out images, by kind of question. The answers about the
+    first image are saved in `samples`, if it is given."""
+
+    sights: ImageTextDataset
+    writer: ImageTextCollator
+    preprocess: ImageProcessor
+    number: int
+    interval: int
+    samples: Path | None = None
+    name: str = "eval"
+
+    def evaluate(self, model: VisionLanguageModel, step: int) -> Mapping[str, float]:
+        asked = [(sight, turn) for sight in map(self.sights.eval_example, range(self.number)) for turn in sight.turns]
+        parts = [asked[first : first + QUESTION_BATCH_SIZE] for first in range(0, len(asked), QUESTION_BATCH_SIZE)]
+        answers = [answer for part in parts for answer in self.generate_answers(model, part)]
+        right: dict[str, list[float]] = defaultdict(list)
+        for answer, (_, turn) in zip(answers, asked, strict=True):
+            right[turn.kind].append(exact_match(answer, turn))
+        if self.samples is not None:
+            first = asked[: len(asked[0][0].turns)]
+            sample_rows = [
+                {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
+                for (_, turn), answer in zip(first, answers[: len(first)], strict=True)
+            ]
+            save_samples(self.samples, step, sample_rows)
+        return {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
+
+    def generate_answers(self, model: VisionLanguageModel, asked: list[tuple[Any, QuestionAnswer]]) -> list[str]:
+        """Greedy answers."""
+        prompts = [self.writer.encode_prompt(turn.question) for _, turn in asked]
+        images = [self.preprocess.normalize(sight.pixels[None]) for sight, _ in asked]
+        longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in asked) + 4
+        room = model.config.max_position_embeddings - max(map(len, prompts))
+        if room < 1:
+            raise UsageError("a question leaves no room for its answer: set a larger sequence_length")
+        answers = generate(
+            model.with_images(images),  # type: ignore[arg-type]
+            prompts,
+            max_new_tokens=min(longest, room),
+            temperature=0.0,
+            eos_token_id=self.writer.tokenizer.eos_token_ids,
+        )
+        ends = set(self.writer.tokenizer.eos_token_ids)
+        return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in answers]
