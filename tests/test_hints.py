@@ -17,7 +17,8 @@ import typer
 from pydantic import BaseModel
 
 from llm_quest.cli.main import app
-from llm_quest.recipes import RECIPES, get_recipe
+from llm_quest.recipes import RECIPES
+from llm_quest.recipes.recipe import get_recipe
 
 PACKAGE = Path(__file__).parents[1] / "llm_quest"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -18,8 +18,8 @@ from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.data.text_classification import TextClassificationBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.recipes import load_recipe
 from llm_quest.recipes.engine import open_job
+from llm_quest.recipes.recipe import load_recipe
 from llm_quest.techniques.score_head import find_score_head
 
 GREEN, RESET = "\x1b[1;32m", "\x1b[0m"

@@ -37,11 +37,11 @@ from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes import load_recipe
 from llm_quest.recipes.config import config_differences, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config
+from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.run import RunOutcome
 
 LogFn = Callable[[str], None]

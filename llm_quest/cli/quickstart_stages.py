@@ -22,10 +22,10 @@ from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import sequence_log_probs
-from llm_quest.recipes import load_recipe
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import load_problems, prompt_encoder
 from llm_quest.recipes.preference_data import PairsEvaluator, prepare_preferences
+from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.run import RunOutcome
 from llm_quest.recipes.sft import AnswerLossEvaluator, ConversationData, prepare_conversations
 from llm_quest.train.parallel import resolve_device

@@ -19,21 +19,24 @@ from llm_quest.cost.plan_tuning import TuningPlan, plan_tuning
 from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.objectives.distillation import DistillationLoss
-from llm_quest.recipes import load_recipe
 from llm_quest.recipes.auto import resolve_precision
+from llm_quest.recipes.auxiliary_losses import build_distillation
 from llm_quest.recipes.classify import ClassifyConfig
-from llm_quest.recipes.config import config_to_yaml
-from llm_quest.recipes.distillation import build_distillation
+from llm_quest.recipes.config import (
+    config_to_yaml,
+)
 from llm_quest.recipes.dpo import DpoConfig
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
+from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.reward import RewardConfig
 from llm_quest.recipes.run import RunOutcome
 from llm_quest.recipes.sft import SftConfig
 from llm_quest.recipes.techniques import split_checkpointing
 from llm_quest.recipes.vit import VitConfig
 from llm_quest.recipes.vlm import VlmConfig
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]
@@ -75,8 +78,18 @@ def start_training(
     env = inspect_machine(folder).as_json()
     outcome = run_recipe(found, config, settings, folder, resume=resume, env=env, quiet=quiet, log=log)
     if os.environ.get("RANK", "0") == "0":
-        write_plan_and_report(folder, None, log)
+        write_plan_and_report(folder, predict_cost(config, settings, folder), log)
     return outcome
+
+
+def predict_cost(config: Any, settings: RawConfig, folder: Path) -> TrainingPlan | None:
+    """The plan of a run of one process that has none, from counted FLOPs alone: nothing that the run measured is in it,
+    so that the report compares a prediction. Made after the run, which does not wait for it."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not isinstance(config, PretrainConfig) or not alone or (folder / "plan.json").exists():
+        return None
+    workload = make_workload(config, resolve_model_config(config, settings))
+    return plan_training(workload, measure=False, log=lambda text: None)
 
 
 def choose_run_dir(recipe: str, config: PretrainConfig, out: Path | None, resume: str) -> tuple[Path, str]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from llm_quest.errors import UsageError
+from llm_quest.recipes import RECIPES
 from llm_quest.recipes.choice import find_choices
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
@@ -68,7 +69,10 @@ def find_recipe_file(recipe: str) -> File:
 
 def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
     """The settings of a recipe with the pairs on top; mistakes are noted, not raised."""
-    settings = read_yaml_file(find_recipe_file(recipe))
+    if recipe in RECIPES and recipe not in recipe_names():
+        settings = RawConfig({"recipe": recipe}, recipe)  # a recipe without a file runs with its schema's defaults
+    else:
+        settings = read_yaml_file(find_recipe_file(recipe))
     own = settings.tree.get("model")
     page = own.get("family") if isinstance(own, dict) else None
     apply_overrides(settings, overrides)

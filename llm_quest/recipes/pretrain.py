@@ -28,7 +28,14 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.auxiliary_losses import AuxiliaryLosses
+from llm_quest.recipes.auxiliary_losses import (
+    AuxiliaryLosses,
+    NumberTokenLossConfig,
+    TeacherConfig,
+    build_distillation_terms,
+    number_token_terms,
+    teacher_hash,
+)
 from llm_quest.recipes.config_schema import (
     ModelConfig,
     NonNegativeInt,
@@ -38,9 +45,7 @@ from llm_quest.recipes.config_schema import (
     TextDataConfig,
     TokenizerConfig,
 )
-from llm_quest.recipes.distillation import TeacherConfig, build_distillation_terms, teacher_hash
 from llm_quest.recipes.model_config import build_model_config
-from llm_quest.recipes.number_token_loss import NumberTokenLossConfig, number_token_terms
 from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe
 from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.recipes.techniques import apply_techniques

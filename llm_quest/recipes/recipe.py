@@ -5,6 +5,7 @@ A recipe is a schema and a function that assembles a `Job`; it knows no loop and
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,10 @@ from torch import nn
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.errors import UsageError
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes import RECIPES
+from llm_quest.recipes.config import config_error, did_you_mean, load_raw_config, parse_config
+from llm_quest.recipes.model_config import model_config_problems
+from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.lr_schedule import LRSchedule
 from llm_quest.train.parallel import DistributedContext
@@ -105,3 +109,22 @@ class Recipe:
 def no_single_job(config: Any, context: Context) -> Job:
     """For a recipe of several jobs, which gives `run`."""
     raise UsageError(f"{config.recipe} is a recipe of several runs: it has no single one to plan or to look at")
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name."""
+    recipe: Recipe = importlib.import_module(RECIPES[name]).RECIPE
+    return recipe
+
+
+def load_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Any, RawConfig]:
+    """A recipe, its typed config, and where each key was written. UsageError with every mistake at once. name: of a
+    recipe, a YAML file or a run folder. overrides: `key=value` pairs on top."""
+    settings = load_raw_config(name, overrides)
+    kind = settings.tree.get("recipe")
+    if not settings.problems and kind not in RECIPES:
+        what = "missing" if kind is None else f"{kind!r} is no kind of recipe{did_you_mean(str(kind), list(RECIPES))}"
+        place = settings.location(("recipe",))
+        raise config_error([ConfigProblem(place, "recipe", f"{what}; known: {', '.join(RECIPES)}")])
+    recipe = get_recipe(str(kind) if kind in RECIPES else "pretrain")
+    return recipe, parse_config(recipe.Config, settings, model_config_problems(recipe.Config, settings)), settings

@@ -24,9 +24,15 @@ from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
 from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.auxiliary_losses import (
+    NumberTokenLossConfig,
+    TeacherConfig,
+    build_distillation_terms,
+    number_token_terms,
+    teacher_hash,
+)
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
-from llm_quest.recipes.distillation import TeacherConfig, build_distillation_terms, teacher_hash
 from llm_quest.recipes.finetuning import (
     ConversationDataConfig,
     StartModelConfig,
@@ -36,7 +42,6 @@ from llm_quest.recipes.finetuning import (
     read_chat_template,
     set_generation_eos,
 )
-from llm_quest.recipes.number_token_loss import NumberTokenLossConfig, number_token_terms
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.train.state_dict import derive_seed

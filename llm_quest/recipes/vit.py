@@ -4,7 +4,7 @@ is chosen by it."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -31,11 +31,21 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import StrictModel
-from llm_quest.recipes.config_schema import PositiveInt
+from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.techniques import apply_techniques
-from llm_quest.recipes.vision import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.state_dict import derive_seed
+
+EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
+
+
+class VisionConfig(BatchedConfig):
+    """A run on images."""
+
+    micro_batch_size: PositiveInt | None = Field(default=None, description="images at once on each process; null: all")
+
+    compile: bool = Field(default=False, description="compile the model; repays itself in long runs")
+    eval_steps: NonNegativeInt = Field(default=0, description="steps between evaluations; 0: only at the end")
 
 
 class AugmentConfig(StrictModel):
@@ -160,6 +170,11 @@ def build_vit(config: VitConfig, context: Context) -> Job:
         callbacks=callbacks,
         blocks=fsdp_blocks(objective.model),
     )
+
+
+def fsdp_blocks(model: Any) -> list[nn.Module]:
+    """What FSDP shards one by one: every block of every part."""
+    return [block for name, part in model.named_modules() if name.endswith("blocks") for block in part]
 
 
 def load_images(config: ImageDataConfig, preprocess: ImageProcessor) -> ImageSplits:

@@ -35,7 +35,7 @@ from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.run import build_lr_schedule
 from llm_quest.recipes.techniques import apply_techniques
-from llm_quest.recipes.vision import EvalFraction, VisionConfig, fsdp_blocks
+from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.lr_schedule import scale_schedule_after
 from llm_quest.train.state_dict import derive_seed
 

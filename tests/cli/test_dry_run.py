@@ -11,7 +11,7 @@ import pytest
 
 from llm_quest.cli.train import DryRunResult, start_training
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.recipes import RECIPES, get_recipe, load_recipe
+from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import (
     StrictModel,
     describe_field,
@@ -22,6 +22,7 @@ from llm_quest.recipes.config import (
 )
 from llm_quest.recipes.config_schema import ModelConfig
 from llm_quest.recipes.engine import remove_if_refused
+from llm_quest.recipes.recipe import get_recipe, load_recipe
 
 
 def dry(recipe: str, *pairs: str) -> DryRunResult:

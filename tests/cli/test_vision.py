@@ -18,9 +18,9 @@ from llm_quest.data.images import ImageProcessor
 from llm_quest.data.synthetic_shapes import split_scene
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.build import build
-from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vlm import VlmConfig
 from tests.recipes.test_vision import SMALL_VLM, two_classes, vit_run
 

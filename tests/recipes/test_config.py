@@ -8,7 +8,6 @@ from typing import get_args
 import pytest
 
 from llm_quest.errors import UsageError
-from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import (
     StrictModel,
     config_differences,
@@ -24,6 +23,7 @@ from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.grpo_config import GrpoConfig
 from llm_quest.recipes.old_keys import OLD_KEYS
 from llm_quest.recipes.pretrain import PretrainConfig
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vit import VitConfig
 from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml, read_yaml_file

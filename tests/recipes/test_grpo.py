@@ -23,10 +23,10 @@ from llm_quest.data.problems.strings import Reverse
 from llm_quest.errors import DataError, GuardStop, UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.sft_warmup import run_sft_warmup
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.sampler import Sample

@@ -11,10 +11,10 @@ import pytest
 
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
-from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.iterative_config import IterativeConfig
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.score_head import find_score_head
 from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401

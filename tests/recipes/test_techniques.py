@@ -12,11 +12,12 @@ import torch
 import llm_quest as quest
 from llm_quest.cli.export import export_run
 from llm_quest.errors import UsageError
-from llm_quest.recipes import RECIPES, get_recipe
+from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import config_to_yaml, parse_config
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.finetuning import apply_config_techniques
 from llm_quest.recipes.pretrain import PretrainConfig
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.activation_checkpointing import CheckpointedForward
 from llm_quest.techniques.lora import LoRA, adapter_addresses, disable_adapter

@@ -18,9 +18,9 @@ from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.load_save import load_preprocess, load_tokenizer
 from llm_quest.models import clip
 from llm_quest.models.build import build
-from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vit import VitConfig
 from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.report.page import write_report

@@ -37,10 +37,10 @@ def together(target: Callable[..., None], base: str, pairs: Sequence[str], out: 
 
 def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     join(rank, port)
-    from llm_quest.recipes import get_recipe
     from llm_quest.recipes.config import parse_config
     from llm_quest.recipes.engine import run_recipe
     from llm_quest.recipes.pretrain import PretrainConfig
+    from llm_quest.recipes.recipe import get_recipe
     from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
     settings = apply_overrides(read_yaml(base, "base.yaml"), pairs)
@@ -53,8 +53,8 @@ def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
 
 def recipe_child(recipe: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     join(rank, port)
-    from llm_quest.recipes import load_recipe
     from llm_quest.recipes.engine import run_recipe
+    from llm_quest.recipes.recipe import load_recipe
 
     found, config, settings = load_recipe(recipe, pairs)
     sys.exit(run_recipe(found, config, settings, Path(out), quiet=True).exit_code)

@@ -13,9 +13,9 @@ import pytest
 from llm_quest.data.problems import parse_task
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
-from llm_quest.recipes import get_recipe
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.rpt.config import RptConfig, RptControlConfig
 from llm_quest.recipes.rpt.demonstrations import encode_problem, reasoning_tokenizer, unique_problems
 from llm_quest.recipes.rpt.passages import RptDocuments, find_or_load_positions, split_problems
