@@ -1,3 +1,3 @@
-"""Fourth floor: the engine. It knows `contracts.py`, `errors.py`, `files.py` and `tensor_files.py` and nothing else of
-ours, so it trains whatever keeps the promises: an objective (a batch in, a loss out), a feed (micro-batches with a
-bookmark), callbacks and probes."""
+"""The training loop. It knows only `contracts.py`, `errors.py`, `files.py` and `tensor_files.py`, so it trains
+whatever satisfies the contracts: an objective (a batch in, a loss out), a loader (micro-batches, with a state),
+callbacks and evaluators."""

@@ -1,4 +1,4 @@
-"""How to train, apart from what and on what; and how a run ended."""
+"""TrainingArguments, and the result of a training run."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class TrainingArguments:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """status: finished, interrupted (a signal) or time. exit_code: 0, or 128 + the signal's number. metrics: the last
-    row, with the last numbers of every probe. seconds: wall time of this process in the loop; tokens,
-    tokens_per_second: what it trained on, and how fast in its steps alone. checkpoint_path: the last checkpoint's
-    folder, as text."""
+    """How a run ended. status: finished, interrupted (a signal) or time. exit_code: 0, or 128 + the signal's number.
+    metrics: the last row, with the newest values of every evaluation. seconds: wall time of this process in the
+    loop; tokens, tokens_per_second: what it trained on, and how fast in its steps alone. checkpoint_path: the last
+    checkpoint's folder."""
 
     step: int
     status: str

@@ -1,14 +1,13 @@
-"""Checkpoints that are whole or not there: staged in a hidden folder, synced, listed in a manifest, named by one
-rename.
+"""Checkpoints that are complete or absent: written to a hidden folder, synced, listed in a manifest, and named by
+one rename.
 
-      checkpoints/.tmp-00001000-4711-x7k2/   model.safetensors optim.safetensors state.json MANIFEST.json
-              |  os.rename, then fsync of the parent
-      checkpoints/step-00001000/             and then LATEST, a small text file, by temp and os.replace
+          checkpoints/.tmp-00001000-4711-x7k2/   model.safetensors optim.safetensors state.json MANIFEST.json
+                  |  os.rename, then fsync of the parent
+          checkpoints/step-00001000/             and then LATEST, a small text file, by temp and os.replace
 
-Whoever kills the process at any moment leaves either the old world or the new one. Reading takes the newest folder
-whose manifest holds; one that does not is renamed `.corrupt`, said so, and the one before it is used. No pickle
-anywhere.
-"""
+A process killed at any moment leaves either the old state or the new one. Reading takes the newest folder whose
+manifest is right; a damaged one is renamed `.corrupt`, which is reported, and the one before it is used. There is no
+pickle."""
 
 from __future__ import annotations
 
@@ -52,13 +51,13 @@ class Checkpoint:
 
 
 def checkpoint_dir(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies. root: the folder `checkpoints`."""
+    """The folder of a step's checkpoint. root: the folder `checkpoints`."""
     return root / f"step-{step:08d}"
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
-    """Commit a checkpoint; its folder. ResourceError on a full disk: the staged folder is removed, the others are as
-    they were."""
+    """Commit a checkpoint and return its folder. ResourceError on a full disk: the staged folder is removed, the
+    others are as they were."""
     final = checkpoint_dir(root, checkpoint.step)
     if final.exists():
         raise BusyError(f"{final} exists already and is not overwritten; resume from it, or choose another run folder")
@@ -82,7 +81,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 
 
 def _write_files(staged: Path, checkpoint: Checkpoint) -> None:
-    """Every file synced, the manifest last."""
+    """Write and sync every file, the manifest last."""
     values = {name: value for name, value in checkpoint.state_dict.items() if name not in TENSOR_FILES}
     write_text(staged / STATE_FILE, json.dumps(values))
     mode = (staged / STATE_FILE).stat().st_mode & 0o777
@@ -115,8 +114,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_fault(folder: Path, verify: str = "full") -> str:
-    """What is wrong with a checkpoint, in words; empty if nothing. verify: full (hashes), size, or none (the list
-    alone)."""
+    """What is wrong with a checkpoint; empty if nothing. verify: full (hashes), size, or none (the list alone)."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         for name, entry in manifest["files"].items():
@@ -131,9 +129,9 @@ def find_fault(folder: Path, verify: str = "full") -> str:
 
 
 def latest_checkpoint(root: Path, report: Callable[[str], None], verify: str = "full") -> Path | None:
-    """The newest sound checkpoint; None if there has never been one. Each bad one is renamed and reported.
+    """The newest undamaged checkpoint; None if there has never been one. Damaged ones are renamed and reported.
 
-    DataError if there are checkpoints and all are bad: starting over in silence would throw the run away."""
+    DataError if there are checkpoints and all are damaged: starting over silently would throw the run away."""
     bad = 0
     for folder in sorted(list_checkpoints(root), reverse=True):
         wrong = find_fault(folder, verify)
@@ -158,7 +156,7 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def rename_aside(folder: Path, suffix: str) -> Path:
-    """Rename to `<name>.<why>`, numbered if that is taken: nothing is lost, nothing is read again."""
+    """Rename a folder to `<name>.<suffix>`, numbered if that exists: nothing is lost, nothing is read again."""
     target, number = folder.with_name(f"{folder.name}.{suffix}"), 2
     while target.exists():
         target, number = folder.with_name(f"{folder.name}.{suffix}-{number}"), number + 1
@@ -167,7 +165,8 @@ def rename_aside(folder: Path, suffix: str) -> Path:
 
 
 def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, best_steps: Collection[int] = ()) -> None:
-    """Keep the last `keep` (0: all), those at multiples of `every`, and the best; the others go by way of a rename."""
+    """Keep the last `keep_last` (0: all), those at multiples of `keep_every`, and the best; remove the others, by
+    way of a rename."""
     folders = list_checkpoints(root)
     for folder in folders[: max(0, len(folders) - keep_last)] if keep_last else []:
         step = checkpoint_step(folder)
@@ -178,13 +177,13 @@ def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, best_step
 
 
 def remove_partial_checkpoints(root: Path) -> None:
-    """Remove what killed processes left half-written or half-deleted. Only under the run's lock."""
+    """Remove what killed processes left half-written or half-deleted. Call it only while holding the run's lock."""
     for path in [*root.glob(".tmp-*"), *root.glob(".trash-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def require_space(root: Path, nbytes: int) -> None:
-    """ResourceError unless `tensor_nbytes` and a tenth more are free."""
+    """ResourceError unless `nbytes` and a tenth more are free."""
     free, need = shutil.disk_usage(root).free, int(nbytes * 1.1)
     if free < need:
         raise ResourceError(
@@ -194,7 +193,7 @@ def require_space(root: Path, nbytes: int) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Does this error say that the disk (or a quota, or a size limit) is full?"""
+    """Whether this error says that the disk (or a quota, or a size limit) is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in DISK_FULL_ERRNOS
     return any(f"os error {number})" in str(error) for number in DISK_FULL_ERRNOS)

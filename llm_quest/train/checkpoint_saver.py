@@ -1,4 +1,5 @@
-"""Writing beside training: one thread, one checkpoint at a time; its errors surface where the loop asks."""
+"""Writing checkpoints in the background: one thread, one checkpoint at a time; errors are raised in the training
+loop."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 
 
 class CheckpointSaver:
-    """`save(job)` starts a job that returns the folder it wrote; `done()` is that folder once, when it is written.
+    """`start(job)` runs a job that returns the folder it wrote; `take_result()` returns that folder once.
 
     A new save waits for the one before it. background=False writes at once, in the caller's thread."""
 
@@ -18,12 +19,12 @@ class CheckpointSaver:
         self._pending: Future[Path] | None = None
 
     def close(self) -> None:
-        """Wait for the job that is running."""
+        """Wait for the running job."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
     def start(self, job: Callable[[], Path]) -> None:
-        """The caller has taken the result of the job before (`done(wait=True)`)."""
+        """Start a job. The result of the job before it has been taken (`take_result(wait=True)`)."""
         assert self._pending is None, "a checkpoint is still being written: ask done(wait=True) first"
         if self._pool is not None:
             self._pending = self._pool.submit(job)

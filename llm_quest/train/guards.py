@@ -1,5 +1,5 @@
-"""Numbers that are not finite: the update is skipped, counted and shown; too many in a row stop the run and name the
-module.
+"""Guards against numbers that are not finite: the update is skipped, counted and logged; too many in a row stop the
+run, and the error names the module.
 
 The loop reads one small tensor per step; everything here is decided from those few numbers on the host."""
 
@@ -21,8 +21,8 @@ from llm_quest.train.parallel import local_tensor
 
 @dataclass
 class NonFiniteGuard:
-    """Judges every step. skipped, empty: how many so far; nonfinite_streak, empty_streak: how many of the last ones in
-    a row."""
+    """Counts steps that must not update the model. skipped, empty: how many so far; nonfinite_streak, empty_streak:
+    how many of the last ones in a row."""
 
     max_bad: int
     max_empty: int
@@ -32,7 +32,7 @@ class NonFiniteGuard:
     empty_streak: int = 0
 
     def refusal_reason(self, loss: float, grad_norm: float, count: float) -> str:
-        """Why this step must not change the model; empty if it may."""
+        """Why this step must not update the model; empty if it may."""
         nothing = count == 0
         bad = not nothing and not (math.isfinite(loss) and math.isfinite(grad_norm))
         self.empty, self.empty_streak = self.empty + nothing, self.empty_streak + 1 if nothing else 0
@@ -51,7 +51,7 @@ class NonFiniteGuard:
         return ""
 
     def state_dict(self) -> dict[str, int]:
-        """For the checkpoint."""
+        """The counters."""
         return {name: value for name, value in asdict(self).items() if not name.startswith("max_")}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
@@ -60,7 +60,8 @@ class NonFiniteGuard:
 
 
 def initial_loss_warning(loss: float, expected: float) -> str:
-    """A first loss further than a fifth from what is expected (ln V for random weights), in words; else empty."""
+    """A warning if the first loss is further than a fifth from what is expected (ln V for random weights); else
+    empty."""
     if abs(loss - expected) <= 0.2 * abs(expected):
         return ""
     return f"the first loss is {loss:.3f}, expected about {expected:.3f}: look at the initialisation and at the targets"
@@ -74,8 +75,9 @@ def find_nonfinite_parameter(model: nn.Module) -> str:
 
 
 def find_first_nonfinite(objective: nn.Module, batches: Sequence[Any], forward: Callable[[Any], Loss]) -> str:
-    """Run a step again with hooks and name where the first number that is not finite appears: a parameter, a module's
-    output, or the gradient that a module passes down. Empty if all is well this time. Leaves gradients behind."""
+    """Run a step again with hooks and name where the first number that is not finite appears: a parameter, a
+    module's output, or the gradient that passes through a module. Empty if all is finite this time. Leaves gradients
+    behind."""
     if found := find_nonfinite_parameter(objective):
         return found
     for batch in batches:
@@ -91,8 +93,8 @@ def find_first_nonfinite(objective: nn.Module, batches: Sequence[Any], forward: 
 
 @contextmanager
 def _record_nonfinite(objective: nn.Module) -> Iterator[list[str]]:
-    """Collects, in order of appearance, what is not finite. A module inside another one comes first: it finishes
-    first."""
+    """Collect, in order of appearance, what is not finite. A module inside another one comes first, because it
+    finishes first."""
     seen: list[str] = []
     handles = []
     for name, module in objective.named_modules():
@@ -124,7 +126,7 @@ def _backward_hook(label: str, seen: list[str]) -> Callable[..., None]:
 
 
 def _all_finite(thing: Any) -> bool:
-    """Of every floating tensor in a module's output or gradients."""
+    """Whether every floating-point tensor in a module's output or gradients is finite."""
     if isinstance(thing, Tensor):
         return not thing.is_floating_point() or bool(torch.isfinite(local_tensor(thing.detach())).all())
     if isinstance(thing, (tuple, list)):

@@ -1,6 +1,6 @@
 """What this machine can do: the cores that a process may use, and where bfloat16 is fast.
 
-Importing this file does not import torch: the number of threads is decided before torch starts its own."""
+Importing this file does not import torch, because the number of threads is decided before torch starts its own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores this process may use: its affinity and every CPU quota of its control groups (versions 1 and 2), not the
-    machine's number. A quota of 2.5 cores counts as 2. root: the folder that holds `proc` and `sys`."""
+    """The number of cores that this process may use: its affinity and every CPU quota of its control groups
+    (versions 1 and 2), not the number of the machine. A quota of 2.5 cores counts as 2. root: the folder that holds
+    `proc` and `sys`."""
     return max(1, int(min([float(affinity()), *cpu_quotas(root)])))
 
 
 def affinity() -> int:
-    """Cores the scheduler may put this process on; all of them where the system does not say."""
+    """Cores on which the scheduler may run this process; all of them where the system does not say."""
     with contextlib.suppress(AttributeError, OSError):  # macOS and Windows have no such call
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -58,9 +59,9 @@ def quota_of(folder: Path) -> Iterator[float]:
 
 
 def bf16_support(device: torch.device) -> tuple[bool, str]:
-    """Does this device multiply bfloat16 in hardware, and how do we know? A CPU without it is up to 80 times slower in
-    bfloat16 than in float32. Two variables take the instructions away from a CPU that has them, and are respected:
-    ATEN_CPU_CAPABILITY (torch's own kernels) and ONEDNN_MAX_CPU_ISA (matrix products)."""
+    """Whether this device multiplies bfloat16 in hardware, and the reason for the answer. A CPU without it is up to
+    80 times slower in bfloat16 than in float32. Two variables take the instructions away from a CPU that has them,
+    and are respected: ATEN_CPU_CAPABILITY (torch's own kernels) and ONEDNN_MAX_CPU_ISA (matrix products)."""
     import torch
 
     if device.type == "cuda":

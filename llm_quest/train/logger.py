@@ -1,7 +1,7 @@
-"""What is seen while training: a progress bar on a terminal, one line per event elsewhere; TensorBoard if asked for.
+"""Loggers of a training run: a progress bar on a terminal, one line per event elsewhere; TensorBoard on request.
 
-Displays write to stderr. tokens/s counts the time of steps alone: evaluation, samples and checkpoints are not in it;
-the time left (ETA) counts everything."""
+They write to stderr. tokens/s counts the time of steps alone, without evaluation, samples and checkpoints; the time
+left (ETA) counts everything."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from llm_quest.train.run_dir import utc_now
 
 
 class Logger(Protocol):
-    """Shows a run to somebody."""
+    """Shows the progress of a run."""
 
     def start(self, step: int, steps: int) -> None:
-        """Before the first step of this process; `step` steps are done."""
+        """Called before the first step of this process; `step` steps are done."""
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics."""
+        """Show a row of metrics."""
 
     def log_event(self, text: str) -> None:
-        """Something worth a line."""
+        """Show an event."""
 
     def close(self) -> None:
-        """After the last step, or when something went wrong."""
+        """Called after the last step, or after an error."""
 
 
 class NullLogger:
-    """Shows nothing (the other ranks, tests)."""
+    """Shows nothing (for ranks other than 0, and tests)."""
 
     def start(self, step: int, steps: int) -> None:
         pass
@@ -48,7 +48,7 @@ class NullLogger:
 
 
 class LineLogger:
-    """One line per event: time, rank, what."""
+    """One line per event: time, rank, text."""
 
     def __init__(self, rank: int = 0):
         self.rank = rank
@@ -71,7 +71,7 @@ class LineLogger:
 
 
 class ProgressBarLogger:
-    """A rich progress bar."""
+    """A progress bar by rich."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -98,7 +98,7 @@ class ProgressBarLogger:
 
 
 class TensorBoardLogger:
-    """TensorBoard beside another display: every number of a row as a scalar under the run folder."""
+    """TensorBoard in addition to another logger: every number of a row is a scalar in the run folder."""
 
     def __init__(self, folder: Path, inner: Logger):
         try:
@@ -132,27 +132,27 @@ class TensorBoardLogger:
 
 
 class EtaClock:
-    """How long is left, going by how long the steps of this process took, with all that came between them."""
+    """The time left, from how long the steps of this process took, with all that came between them."""
 
     def __init__(self, step: int, steps: int):
         self.first_step, self.steps, self.start_time = step, steps, time.monotonic()
 
     def time_left(self, step: int) -> str:
-        """h:mm:ss."""
+        """As h:mm:ss."""
         per_step = (time.monotonic() - self.start_time) / max(1, step - self.first_step)
         seconds = round(per_step * (self.steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def make_logger(rank: int = 0, *, quiet: bool = False) -> Logger:
-    """The display that suits where stderr goes; nothing for the other ranks."""
+    """The logger that suits where stderr goes; none for ranks other than 0."""
     if quiet or rank:
         return NullLogger()
     return ProgressBarLogger() if sys.stderr.isatty() else LineLogger(rank)
 
 
 def format_metrics(row: Mapping[str, Any]) -> str:
-    """A row in one line: the loss, the rate of tokens, what probes found, what was skipped."""
+    """A row in one line: the loss, tokens per second, results of evaluations, skipped steps."""
     parts = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:,.0f} tok/s", f"lr {row['learning_rate']:.2e}"]
     parts += [f"{name} {value:.4f}" for name, value in row.items() if "/" in name and isinstance(value, float)]
     parts += [f"{name} {row[name]}" for name in ("skipped_steps", "empty_steps") if row.get(name)]

@@ -1,10 +1,10 @@
-"""The loop: one for every objective.
+"""The training loop, one for every objective.
 
-A step asks the feed for its micro-batches, adds up losses and gradients, divides once, updates. Steps are counted
-from 0 where something is asked for a step (`feed.at(step)`, `schedule(step)`) and by how many are done everywhere
-else (rows, checkpoints, callbacks, probes). Resuming is exact: what follows a checkpoint has the bits of the run that
-was never interrupted, on the same kind of machine with the same torch version, thread count and number of processes.
-"""
+A step takes its micro-batches from the loader, adds up losses and gradients, divides once, updates. Steps are
+counted from 0 where something is a function of the step (`loader.batches(step)`, `schedule(step)`) and by how many
+are done everywhere else (rows of metrics, checkpoints, callbacks, evaluators). Resuming is exact: what follows a
+checkpoint has the bits of the run that was never interrupted, on the same kind of machine with the same torch
+version, thread count and number of processes."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def train(
     watchers: Sequence[MetricsCallback] = (),
     logger: Logger | None = None,
 ) -> TrainResult:
-    """Train `objective.model` until `args.steps` steps are done, going on from the run's checkpoint if it has one.
+    """Train `objective.model` until `args.steps` steps are done, from the run's checkpoint if it has one.
 
-    The objective has been through `parallel.place` (one process on the CPU needs no `parallel`). run_dir: entered; None
-    writes nothing. callbacks: after every update, with the number of steps done. evaluators: at multiples of `every`,
-    and at the end. watchers: read each row of metrics and advise. GuardStop: numbers that stay non-finite, or what a
-    watcher saw. ResourceError: memory or disk. ValueError: a checkpoint of something else."""
+    The objective has been through `parallel.parallelize` (one process on the CPU needs no `parallel`). run_dir:
+    entered; None writes nothing. callbacks: called after every update, with the number of steps done. evaluators:
+    run at multiples of their `interval`, and at the end. watchers: read each row of metrics and give advice.
+    GuardStop: numbers that stay non-finite, or what a watcher saw. ResourceError: memory or disk. ValueError: a
+    checkpoint of another run."""
     parallel = parallel or DistributedContext()
     session = TrainSession(
         objective, dataloader, optimizer, lr_schedule, args, run_dir, parallel, logger or NullLogger()

@@ -19,11 +19,11 @@ LRSchedule = Callable[[int], float]
 def make_lr_schedule(
     steps: int, *, warmup_steps: int = 0, shape: str = "cosine", min_lr_ratio: float = 0.0, decay_fraction: float = 0.2
 ) -> LRSchedule:
-    """The multiplier of the peak rate at each step of a run of `steps`.
+    """The factor on the peak learning rate at each step of a run of `steps`.
 
-    warmup_steps: so many steps rise linearly; step 0 has 1/warmup, step warmup-1 has 1. min_lr_ratio: what is left at
-    the end, as a part of the peak. decay_fraction: wsd falls, linearly, in this last part of the whole run, or from the
-    end of the warm-up where that is later. After the last step: floor."""
+    warmup_steps: so many steps rise linearly; step 0 has 1/warmup_steps, step warmup_steps-1 has 1. min_lr_ratio:
+    what is left at the end, as a part of the peak. decay_fraction: wsd falls, linearly, in this last part of the
+    whole run, or from the end of the warm-up where that is later. After the last step: min_lr_ratio."""
     if shape not in SCHEDULE_SHAPES:
         raise UsageError(f"no schedule is called {shape!r}; known: {', '.join(SCHEDULE_SHAPES)}")
     if not 0 <= warmup_steps <= steps:
@@ -46,7 +46,7 @@ def make_lr_schedule(
 
 
 def scale_schedule_after(rate: LRSchedule, after: int, factor: float) -> LRSchedule:
-    """The same, times `factor` from step `after` on."""
+    """The same schedule, times `factor` from step `after` on."""
     return lambda step: rate(step) * (factor if step >= after else 1.0)
 
 
@@ -61,12 +61,12 @@ def linear_decay(done: float, decay: float) -> float:
 
 
 def wsd_decay(done: float, decay: float) -> float:
-    """1, and in the last `decay` a straight line to 0: a run can be prolonged from before its decay."""
+    """1, and in the last `decay` a straight line to 0: a run can be extended from before its decay."""
     return min(1.0, (1 - done) / decay)
 
 
 def no_decay(done: float, decay: float) -> float:
-    """1 throughout."""
+    """1 everywhere."""
     return 1.0
 
 

@@ -38,7 +38,7 @@ def make_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> Optimizer:
-    """AdamW, fused. Only matrices decay: a norm's gain or a bias has no business near zero."""
+    """AdamW, fused. Weight decay applies to matrices only, not to gains of norms and biases."""
     return AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
 
 
@@ -54,7 +54,8 @@ def make_muon(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> Optimizer:
-    """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of `by_adamw`.
+    """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of
+    `adamw_prefixes`.
 
     row_splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional
     parameter (a stack of experts' matrices) belongs to Muon if `row_splits` names it."""
@@ -79,10 +80,10 @@ def make_muon(
 
 
 class Muon(Optimizer):
-    """One optimiser of two kinds of groups: those that say `rows` are Muon's, the others are handed to AdamW.
+    """An optimizer with two kinds of parameter groups: those with `rows` are updated by Muon, the others by AdamW.
 
-    Works on plain tensors, under DDP, and on FSDP2's sharded ones: momentum stays sharded, the matrix is gathered for
-    Newton-Schulz, and each process keeps its own rows of the result."""
+    Works on plain tensors, under DDP, and on FSDP2's sharded ones: momentum stays sharded, the matrix is gathered
+    for Newton-Schulz, and each process keeps its own rows of the result."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.matrix_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -131,7 +132,8 @@ class Muon(Optimizer):
 
 
 def orthogonalize(gradient: Tensor, steps: int = 5, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). float32 or wider out.
+    """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). The result is float32
+    or wider.
 
     The five steps need few bits; compute_dtype: their dtype. None: bfloat16, as published, where the hardware
     multiplies it, float32 elsewhere. Two correct versions may differ by 2.5e-2."""
@@ -142,8 +144,8 @@ def orthogonalize(gradient: Tensor, steps: int = 5, compute_dtype: torch.dtype |
 
 @functools.cache
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """Of Newton-Schulz. Commonly got wrong: on a CPU without bfloat16 instructions a product in bfloat16 takes up to 80
-    times as long as one in float32."""
+    """The dtype of Newton-Schulz iterations. Commonly got wrong: on a CPU without bfloat16 instructions a product in
+    bfloat16 takes up to 80 times as long as one in float32."""
     return torch.bfloat16 if bf16_support(device)[0] else torch.float32
 
 
@@ -174,7 +176,7 @@ def shard_like(full: Tensor, p: Tensor) -> Tensor:
 
 
 def matrix_rows(name: str, p: Tensor, row_splits: RowSplits) -> list[int]:
-    """The rows of each matrix stacked in a parameter; ValueError if they do not add up to it."""
+    """The rows of each matrix stacked in a parameter; ValueError if their sum is not the parameter's."""
     rows = list(row_splits.get(name, (p.shape[-2],)))
     if sum(rows) != p.shape[-2]:
         raise ValueError(f"the row splits of {name}, {rows}, add up to {sum(rows)}; it has {p.shape[-2]} rows")
@@ -182,14 +184,14 @@ def matrix_rows(name: str, p: Tensor, row_splits: RowSplits) -> list[int]:
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, the rest does not; every trainable parameter is in exactly one group."""
+    """Groups with and without weight decay; every trainable parameter is in exactly one."""
     listed = weight_decay_groups(trainable_parameters(model), lr=lr, weight_decay=weight_decay)
     assert_groups_cover(model, listed)
     return listed
 
 
 def weight_decay_groups(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, of those parameters that there are."""
+    """One group with and one without weight decay, as far as there are such parameters."""
     decayed = [p for p in named.values() if p.ndim >= 2]
     free = [p for p in named.values() if p.ndim < 2]
     both = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
@@ -197,7 +199,7 @@ def weight_decay_groups(named: Mapping[str, nn.Parameter], *, lr: float, weight_
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is learned, by name; tied weights once. UsageError if nothing is."""
+    """The trainable parameters by name, tied weights once. UsageError if there are none."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
@@ -205,7 +207,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def assert_groups_cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
-    """Our own invariant: no parameter forgotten, none updated twice."""
+    """Assert that every trainable parameter is in exactly one group."""
     held = [id(p) for group in listed for p in group["params"]]
     assert len(held) == len(set(held)), "a parameter is in two optimiser groups"
     assert set(held) == {id(p) for p in trainable_parameters(model).values()}, (

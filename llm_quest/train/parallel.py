@@ -1,11 +1,10 @@
-"""Several processes, one training: DDP (every process holds the model) or FSDP2 (every process holds a part of it).
+"""Training with several processes: DDP (every process holds the model) or FSDP2 (every process holds a part of it).
 
-The loop sees four things: `place` (before the optimiser is made), `engine` (what is called), `all_reduce_` and
-`broadcast`. Both engines are PyTorch's own, told to *add* gradients: the loop divides once by the count of the whole
-step, so a run on many processes is the run on one, up to the rounding of sums. Every process must bring the same number
-of micro-batches to a step (one with nothing to learn will do). Started by `torchrun`; without it there is one process
-and nothing to do.
-"""
+The loop uses `parallelize` (before the optimizer is made), `wrap_model`, `all_reduce_` and `broadcast`. Both are
+PyTorch's own implementations, set to *add* gradients: the loop divides once by the count of the whole step, so a run
+on many processes is the run on one, up to the rounding of sums. Every process must bring the same number of
+micro-batches to a step (one with nothing to learn is allowed). `torchrun` starts the processes; without it there is
+one."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ PARALLEL_STRATEGIES = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process's place among the others. `DistributedContext()` is one process on the CPU."""
+    """Rank, world size, device and strategy of this process. `DistributedContext()` is one process on the CPU."""
 
     rank: int = 0
     world_size: int = 1
@@ -41,7 +40,8 @@ class DistributedContext:
 
     @classmethod
     def from_environment(cls, device: str = "auto", strategy: str = "ddp") -> DistributedContext:
-        """What torchrun says (RANK, WORLD_SIZE, LOCAL_RANK); joins the process group: nccl on CUDA, gloo elsewhere."""
+        """From torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); joins the process group: nccl on CUDA, gloo
+        elsewhere."""
         if strategy not in PARALLEL_STRATEGIES:
             raise UsageError(f"no parallel engine is called {strategy!r}; known: {', '.join(PARALLEL_STRATEGIES)}")
         chosen = resolve_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -55,20 +55,20 @@ class DistributedContext:
 
     @property
     def is_main_process(self) -> bool:
-        """The one process that writes."""
+        """Whether this is the one process that writes."""
         return self.rank == 0
 
     @property
     def data_shard(self) -> DataShard:
-        """For the feed."""
+        """The shard of the data that this process reads."""
         return DataShard(self.rank, self.world_size)
 
     def parallelize(self, objective: nn.Module, blocks: Sequence[nn.Module] = ()) -> nn.Module:
-        """To the device, laid out row by row from a 64-byte boundary on (a loaded matrix may be a turned view of its
-        file, or begin anywhere in it), equal everywhere, and for FSDP2 sharded: each of `blocks` by itself, the rest
-        with the objective.
+        """Move the objective to the device, lay every parameter out row by row from a 64-byte boundary on (a loaded
+        matrix may be a transposed view of its file, or begin anywhere in it), make the processes equal, and for
+        FSDP2 shard: each of `blocks` by itself, the rest with the objective.
 
-        In place; call it before the optimiser is made, for sharding replaces the parameters."""
+        In place. Call it before the optimizer is made, because sharding replaces the parameters."""
         objective.to(self.device)
         for parameter in objective.parameters():
             parameter.data = align(parameter.data)
@@ -87,7 +87,7 @@ class DistributedContext:
         return objective
 
     def wrap_model(self, objective: nn.Module) -> nn.Module:
-        """What the loop calls: the objective itself, or DDP around it."""
+        """The module that the loop calls: the objective itself, or DDP around it."""
         if self.strategy == "fsdp" and not isinstance(objective, FSDPModule):
             raise ValueError("FSDP2 shards before the optimiser is made: call parallel.place(objective, blocks) first")
         if self.strategy != "ddp":
@@ -98,7 +98,8 @@ class DistributedContext:
 
     @contextmanager
     def unshard_model(self, objective: nn.Module) -> Iterator[None]:
-        """The model can be called by itself, past the objective (probes): what FSDP2 keeps with the root is whole."""
+        """Inside, the model can be called without the objective (evaluators): what FSDP2 keeps with the root is
+        gathered."""
         if isinstance(objective, FSDPModule):
             objective.unshard()
         yield
@@ -106,17 +107,17 @@ class DistributedContext:
             objective.reshard()
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Add over all processes, in place."""
+        """Sum over all processes, in place."""
         if self.strategy != "single":
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, thing: Any) -> Any:
-        """The leader's thing, for everybody."""
+        """The main process's object, on every process."""
         return self.all_gather(thing)[0]
 
     def all_gather(self, thing: Any) -> list[Any]:
-        """Everybody's thing, in the order of ranks."""
+        """The objects of all processes, in the order of ranks."""
         if self.strategy == "single":
             return [thing]
         things: list[Any] = [None] * self.world_size
@@ -137,7 +138,7 @@ def sum_gradients_hook(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 
 @contextmanager
 def gradient_accumulation(engine: nn.Module, sync_gradients: bool) -> Iterator[None]:
-    """Gradients travel between processes after the last micro-batch of a step, and only then."""
+    """Synchronize gradients after the last micro-batch of a step only."""
     if isinstance(engine, FSDPModule):
         engine.set_requires_gradient_sync(sync_gradients)
         yield
@@ -149,7 +150,8 @@ def gradient_accumulation(engine: nn.Module, sync_gradients: bool) -> Iterator[N
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto takes an accelerator if there is one. MissingError for a device that is not there."""
+    """The device of this name; auto takes an accelerator if there is one. MissingError for a device that does not
+    exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -165,23 +167,23 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def local_tensor(t: Tensor) -> Tensor:
-    """The part that lies here."""
+    """The local part of a tensor."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def full_tensor(t: Tensor) -> Tensor:
-    """All of it, gathered from every process; sharing memory with `t` where it was whole already."""
+    """The whole tensor, gathered from every process; shares memory with `t` where it was whole already."""
     return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
 
 
 def copy_full_(t: Tensor, value: Tensor) -> None:
-    """Write a full tensor into one that may be sharded."""
+    """Copy a full tensor into one that may be sharded."""
     with torch.no_grad():
         t.copy_(shard_as(t, value))
 
 
 def shard_as(t: Tensor, value: Tensor) -> Tensor:
-    """A full tensor laid out, on the device and in the parts, as `t` is."""
+    """A full tensor on the device and with the sharding of `t`."""
     value = value.to(t.device)
     if isinstance(t, DTensor):
         return distribute_tensor(value, t.device_mesh, t.placements, src_data_rank=None)

@@ -1,11 +1,10 @@
-"""A run folder and who may write in it.
+"""The run folder, and the lock that makes one process its writer.
 
-      config.yaml  env.json  metrics.jsonl  events.jsonl  samples/  checkpoints/step-00001000/  LATEST  run.lock
+          config.yaml  env.json  metrics.jsonl  events.jsonl  samples/  checkpoints/step-00001000/  LATEST  run.lock
 
 `metrics.jsonl` has one row per logged step and never two of one step: a resumed run first cuts it back to its
-checkpoint. `events.jsonl` is the diary, only ever appended to. Every process of a parallel run opens the folder; the
-leader writes.
-"""
+checkpoint. `events.jsonl` is only appended to. Every process of a parallel run opens the folder; the main process
+writes."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ from llm_quest.train.checkpoint import Checkpoint
 
 
 class RunDir:
-    """`with RunDir(folder, ...) as run:` holds the lock. A second process is refused with BusyError.
+    """`with RunDir(folder, ...) as run_dir:` holds the lock. A second process is refused with BusyError.
 
-    config: the resolved configuration as YAML text. env: what machine and packages this is. identity: name -> hash of
-    what may not change between a checkpoint and its resumption. resume: auto (go on if there is something to go on
-    from), never (BusyError if there is), or the path of a checkpoint. is_main_process: False for the other ranks, which
-    write nothing."""
+    config: the resolved configuration as YAML text. env: machine and packages. identity: name -> hash of what may
+    not change between a checkpoint and its resumption. resume: auto (continue if there is a checkpoint), never
+    (BusyError if there is one), or the path of a checkpoint. is_main_process: False for the other ranks, which write
+    nothing."""
 
     def __init__(
         self,
@@ -100,7 +99,8 @@ class RunDir:
         path.write_text(json.dumps(note) + "\n")
 
     def resolve_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from (None: from the beginning). Metrics and checkpoints after it are taken back."""
+        """The checkpoint to continue from (None: start from the beginning). Later rows of metrics are removed, later
+        checkpoints are renamed."""
         if isinstance(self.resume, Path) or self.resume not in ("auto", "never"):
             chosen: Path | None = self._check_checkpoint(Path(self.resume))
         else:
@@ -137,7 +137,7 @@ class RunDir:
             raise BusyError(f"{folder} belongs to another run: its {', '.join(other)} differs; choose another folder")
 
     def _truncate_metrics(self, step: int) -> None:
-        """Rows after `step`, and a last line torn by a kill, leave metrics.jsonl."""
+        """Remove rows after `step`, and a last line that is incomplete, from metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = [
@@ -148,12 +148,13 @@ class RunDir:
             atomic_write_text(path, "".join(line + "\n" for line in kept))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        """One line of metrics. NaN and infinities, which JSON has not, are null and named under `nonfinite`."""
+        """Append a row of metrics. NaN and infinities, which JSON does not have, are null and named under
+        `nonfinite`."""
         if self.is_main_process:
             self._append_line("metrics.jsonl", json_safe(row))
 
     def log_event(self, name: str, **fields: Any) -> None:
-        """One line of the diary, with the time."""
+        """Append an event, with the time."""
         if self.is_main_process:
             self._append_line("events.jsonl", json_safe({"time": utc_now(), "event": name, **fields}))
 
@@ -167,7 +168,7 @@ class RunDir:
             raise ResourceError(f"the disk is full: {self.folder / name} cannot grow; make room and resume") from error
 
     def save_checkpoint(self, checkpoint: Checkpoint, keep_last: int, keep_every: int, best_step: int | None) -> Path:
-        """Commit a checkpoint, and only then let older ones go."""
+        """Commit a checkpoint, and only then remove older ones."""
         if (self.folder / "metrics.jsonl").exists():
             fsync_path(self.folder / "metrics.jsonl")
         folder = files.save_checkpoint(self.checkpoints, checkpoint)
@@ -175,7 +176,7 @@ class RunDir:
         return folder
 
     def write_crash_report(self, report: Mapping[str, Any]) -> Path:
-        """crash.json: why a guard stopped the run."""
+        """Write crash.json: why a guard stopped the run."""
         path = self.folder / "crash.json"
         if self.is_main_process:
             atomic_write_text(path, json.dumps(json_safe(report), indent=1) + "\n")
@@ -190,13 +191,13 @@ def json_safe(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_ordinary_file(path: Path) -> None:
-    """UsageError if something that is not an ordinary file (a device, a pipe, a folder) has this name."""
+    """UsageError if something other than an ordinary file (a device, a pipe, a folder) has this name."""
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         raise UsageError(f"{path} is not an ordinary file and is not written to; choose another run folder")
 
 
 def lock_owner(path: Path) -> str:
-    """Who holds a lock, as far as it says."""
+    """The process that holds a lock, as far as the lock says."""
     try:
         note = json.loads(path.read_text())
         return f"process {note['pid']} on {note['host']} since {note['started']}"
@@ -205,7 +206,7 @@ def lock_owner(path: Path) -> str:
 
 
 def utc_now() -> str:
-    """ISO time, UTC."""
+    """The time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 

@@ -1,4 +1,4 @@
-"""A run in progress: everything that moves while the loop turns, and each of the loop's verbs."""
+"""TrainSession: the state of a running training, and the steps of the training loop as methods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OUT_OF_MEMORY_REMEDY = (
 
 
 class TrainSession:
-    """`with session:` resumes or begins, and at the end waits for what is being written."""
+    """`with session:` resumes or starts the run, and at the end waits for the checkpoint that is being written."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class TrainSession:
 
     @property
     def is_finished(self) -> bool:
-        """Has the run ended, one way or another?"""
+        """Whether the run has ended, for whatever reason."""
         return self.status != ""
 
     def __enter__(self) -> TrainSession:
@@ -95,7 +95,7 @@ class TrainSession:
         self.logger.close()
 
     def _resume_or_start(self) -> None:
-        """From the run's checkpoint, or from the beginning with a seed of its own for every process."""
+        """Resume from the run's checkpoint, or start with a seed of its own for every process."""
         leads = self.run_dir is not None and self.parallel.is_main_process
         folder = self.parallel.broadcast(
             str(self.run_dir.resolve_checkpoint() or "") if leads and self.run_dir is not None else ""
@@ -118,7 +118,7 @@ class TrainSession:
         self.log_event("started", steps=self.args.steps)
 
     def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
-        """Forward and backward over the step's micro-batches; afterwards every gradient is a sum, and nothing is
+        """Forward and backward over the micro-batches of a step; afterwards every gradient is a sum, and nothing is
         updated."""
         self.step_start = time.perf_counter()
         self.micro_batches = list(self.dataloader.batches(self.progress.step))
@@ -131,12 +131,17 @@ class TrainSession:
             raise
         limit = self.args.max_seconds
         late = limit is not None and time.monotonic() - self.start_time >= limit
-        asked = (signal_handler.stop_signal == 2, signal_handler.stop_signal == 15, signal_handler.save_requested, late)
+        requests = (
+            signal_handler.stop_signal == 2,
+            signal_handler.stop_signal == 15,
+            signal_handler.save_requested,
+            late,
+        )
         signal_handler.save_requested = False
-        return step.reduce_step_stats(sums, tokens, asked, self.trainable_parameters, self.parallel)
+        return step.reduce_step_stats(sums, tokens, requests, self.trainable_parameters, self.parallel)
 
     def optimizer_step(self, stats: step.StepStats, callbacks: Sequence[Callback]) -> None:
-        """Divide, clip, step; or leave the model as it is and say why. Then this step is done."""
+        """Divide, clip and update; or skip the update and log why."""
         self.state.set_learning_rate()
         refused = self.guard.refusal_reason(stats.loss, stats.grad_norm, stats.count)
         if not refused:
@@ -159,7 +164,8 @@ class TrainSession:
         self._update_status(stats)
 
     def _update_status(self, stats: step.StepStats) -> None:
-        """Every process has the same answer: who was asked to stop travelled with the step's numbers."""
+        """Set the status. It is the same on every process, because requests to stop are reduced with the numbers of
+        the step."""
         interrupt, terminate, self.save_requested, late = stats.requests
         if self.progress.step >= self.args.steps:
             self.status = "finished"
@@ -172,20 +178,25 @@ class TrainSession:
             self.log_event("warning", message=text)
 
     def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
-        """The probes that are due, on a model that does not notice. A run that was told to stop does not dally."""
+        """Run the evaluators that are due, without a trace on the model or the generators. An interrupted run skips
+        them."""
         final = self.status == "finished"
-        due = [probe for probe in evaluators if final or (probe.interval and self.progress.step % probe.interval == 0)]
+        due = [
+            evaluator
+            for evaluator in evaluators
+            if final or (evaluator.interval and self.progress.step % evaluator.interval == 0)
+        ]
         self.eval_metrics = {}
         if not due or self.status == "interrupted":
             return
         precision, device = self.args.precision, self.parallel.device
         with self.parallel.unshard_model(self.objective), evaluation_mode(self.model), step.autocast(precision, device):
-            for probe in due:
-                found = probe.evaluate(self.model, self.progress.step)
-                self.eval_metrics |= {f"{probe.name}/{name}": value for name, value in found.items()}
+            for evaluator in due:
+                found = evaluator.evaluate(self.model, self.progress.step)
+                self.eval_metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
 
     def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
-        """A row of metrics, if it is time for one or there is something to tell; and what the watchers say to it."""
+        """Log a row of metrics if one is due, and pass it to the watchers."""
         progress, before = self.progress, self.last_logged
         due = self.eval_metrics or self.is_finished or progress.step == 1
         if not due and progress.step % self.args.log_every:
@@ -211,7 +222,7 @@ class TrainSession:
             self._run_watcher(watcher, row)
 
     def _run_watcher(self, watcher: MetricsCallback, row: Mapping[str, Any]) -> None:
-        """Advice becomes an event; a stop leaves a crash.json first."""
+        """Log the watcher's advice; if it stops the run, write crash.json first."""
         try:
             for advice in watcher.on_log(row):
                 self.log_event("advice", step=self.progress.step, message=advice)
@@ -223,7 +234,7 @@ class TrainSession:
             raise
 
     def save(self) -> None:
-        """A checkpoint, if one is due or wished for; and word of the one that has been written meanwhile."""
+        """Save a checkpoint if one is due or requested, and log the one that has been written meanwhile."""
         progress, every = self.progress, self.args.save_every
         due = self.is_finished or self.save_requested or (every > 0 and progress.step % every == 0)
         self._collect_saved(wait=due)
@@ -263,7 +274,7 @@ class TrainSession:
             self.log_event("saved", checkpoint=self.checkpoint_path, step=checkpoint_step(folder))
 
     def _stop_on_nonfinite(self, refused: str) -> None:
-        """Find the first bad module by running the step again, leave a crash.json, raise GuardStop."""
+        """Find the first bad module by running the step again, write crash.json, raise GuardStop."""
         culprit = next(
             (found for found in self.parallel.all_gather(self._find_culprit()) if found), "no module, this time"
         )
@@ -298,7 +309,7 @@ class TrainSession:
             return f"unknown: running the step again failed ({error})"
 
     def log_event(self, name: str, **fields: Any) -> None:
-        """To the diary and to whoever watches."""
+        """Log an event to the logger and to the run folder."""
         if self.parallel.is_main_process:
             self.logger.log_event(
                 f"{name}: " + "  ".join(str(v) if k == "message" else f"{k} {v}" for k, v in fields.items())
@@ -307,7 +318,7 @@ class TrainSession:
                 self.run_dir.log_event(name, **fields)
 
     def result(self) -> TrainResult:
-        """How it ended."""
+        """The result of the run."""
         self.log_event(self.status, step=self.progress.step)
         tokens, busy = (
             self.progress.tokens - self.initial_progress.tokens,
@@ -326,8 +337,8 @@ class TrainSession:
 
 
 def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is learned. UsageError if it is held in 16 bits: updates smaller than a 500th of a weight are rounded
-    away."""
+    """The trainable parameters. UsageError if they are 16-bit: updates smaller than a 500th of a weight would be
+    rounded away."""
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not learned:
         raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
@@ -341,7 +352,8 @@ def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def compile_objective(objective: nn.Module) -> nn.Module:
-    """torch.compile in place, so that no name changes; under FSDP2 block by block, for its hooks are between them."""
+    """torch.compile in place, so that no name changes; under FSDP2 block by block, because its hooks are between
+    them."""
     blocks = [module for module in objective.modules() if isinstance(module, FSDPModule) and module is not objective]
     for module in blocks or (objective,):
         module.compile()  # type: ignore[attr-defined]
@@ -349,7 +361,7 @@ def compile_objective(objective: nn.Module) -> nn.Module:
 
 
 def raise_if_out_of_memory(error: RuntimeError, number: int) -> None:
-    """ResourceError in place of torch's, on a GPU or on the CPU."""
+    """ResourceError in place of torch's error, on a GPU or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         raise ResourceError(
             f"out of memory in step {number + 1}: {OUT_OF_MEMORY_REMEDY} ({str(error).splitlines()[0]})"

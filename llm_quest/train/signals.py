@@ -1,8 +1,7 @@
-"""What the street asks of a running training: SIGINT and SIGTERM finish the step, save and stop; SIGUSR1 saves and
-goes on.
+"""Signal handling: SIGINT and SIGTERM finish the step, save a checkpoint and stop; SIGUSR1 saves one and goes on.
 
-A handler only takes a note; the loop reads it between two steps. A second SIGINT or SIGTERM ends the process at once:
-the checkpoints are safe, because one that is half-written has not yet got its name."""
+A handler only sets a flag; the loop reads it between two steps. A second SIGINT or SIGTERM ends the process at once:
+the checkpoints are safe, because one that is incomplete does not have its name yet."""
 
 from __future__ import annotations
 
@@ -20,11 +19,11 @@ SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if name in d
 
 class SignalHandler:
     """`with SignalHandler() as signal_handler:` and then `signal_handler.stop_signal` (0, 2 or 15) and
-    `signal_handler.save` (taken down by whoever saves).
+    `signal_handler.save_requested` (reset by whoever saves).
 
-    echo_seconds: seconds after the first signal during which a second one is taken for its echo (torchrun passes Ctrl-C
-    on, so that a worker hears it twice). Outside the main thread nothing is installed: Python allows it nowhere
-    else."""
+    echo_seconds: seconds after the first signal during which a second one is taken for its echo (torchrun passes
+    Ctrl-C on, so that a worker receives it twice). Outside the main thread nothing is installed: Python allows it
+    nowhere else."""
 
     def __init__(self, echo_seconds: float = 0.0):
         self.echo_seconds = echo_seconds
@@ -55,7 +54,7 @@ class SignalHandler:
 
 
 def write_stderr(text: str) -> None:
-    """To standard error, past Python's buffer: a handler may have come while a line was being written there, and that
-    buffer is not entered twice (RuntimeError: reentrant call)."""
+    """Write to standard error, past Python's buffer: a handler may interrupt a write to it, and that buffer is not
+    reentrant (RuntimeError: reentrant call)."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())

@@ -1,6 +1,6 @@
-"""What a run is at a moment, as plain tensors and JSON: weights and optimiser state by parameter name, random states.
+"""State dicts of model, optimizer and random-number generators: tensors by parameter name, and JSON.
 
-Nothing here depends on the number of processes: sharded tensors are gathered on the way out and cut on the way in."""
+Nothing here depends on the number of processes: sharded tensors are gathered when saved and sharded when loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEY_SEPARATOR = "|"
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, tied ones once, under their first name."""
+    """Parameters and persistent buffers by name, tied ones once, under their first name."""
     seen: set[int] = set()
     named = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -34,13 +34,13 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_state_dict(model: nn.Module, is_main_process: bool) -> dict[str, Tensor]:
-    """A copy on the CPU of `tensors_by_name`, whole. is_main_process: only the leader keeps it; every process takes
-    part in gathering."""
+    """A copy of `tensors_by_name` on the CPU, gathered. Every process takes part in gathering; only the main process
+    keeps it."""
     return {name: _copy_to_cpu(tensor) for name, tensor in _gather_full(tensors_by_name(model)) if is_main_process}
 
 
 def load_model_state_dict(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Into the model, in place. ValueError lists every name or shape that does not fit."""
+    """Load into the model, in place. ValueError lists every name or shape that does not match."""
     own = tensors_by_name(model)
     wrong = [f"missing {name}" for name in own if name not in saved]
     wrong += [f"unexpected {name}" for name in saved if name not in own]
@@ -57,7 +57,7 @@ def load_model_state_dict(model: nn.Module, saved: Mapping[str, Tensor]) -> None
 def optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, is_main_process: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`parameter|key` -> tensor, whole and on the CPU; and those values that are plain numbers."""
+    """`parameter|key` -> tensor, gathered and on the CPU; and the values that are plain numbers."""
     entries = {
         f"{name}{KEY_SEPARATOR}{key}": value
         for name, p in model.named_parameters()
@@ -71,8 +71,8 @@ def optimizer_state_dict(
 def load_optimizer_state_dict(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Into the optimiser. What has the parameter's shape is laid out as the parameter is; what lies in a file, and
-    not on a 64-byte boundary, is copied."""
+    """Load into the optimizer. What has the parameter's shape is sharded as the parameter is; what lies in a file,
+    and not on a 64-byte boundary, is copied."""
     named = dict(model.named_parameters())
     unknown = sorted({key.split(KEY_SEPARATOR)[0] for key in [*tensors, *numbers]} - set(named))
     if unknown:
@@ -101,14 +101,14 @@ def _copy_to_cpu(t: Tensor) -> Tensor:
 
 
 def derive_seed(seed: int, *names: object) -> int:
-    """The seed of one consumer of randomness ("init", "order", "dropout", "sampling"): 63 bits of sha256(seed/names).
-    Adding a consumer does not move the others."""
+    """The seed of one consumer of random numbers ("init", "order", "dropout", "sampling"): 63 bits of
+    sha256(seed/names). Adding a consumer does not change the others."""
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def set_seed(seed: int) -> None:
-    """The process's own generators (dropout draws from torch's)."""
+    """Seed the process's generators (dropout draws from torch's)."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -130,7 +130,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """What `get_rng_state` returned, also after a way through JSON."""
+    """Restore what `get_rng_state` returned, also after a conversion to JSON and back."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, last = state["numpy"]
@@ -161,7 +161,7 @@ class RNGState:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside: no gradients, evaluation mode. Afterwards every module's mode and every generator is as it was."""
+    """Inside: no gradients, evaluation mode. Afterwards the mode of every module and every generator is as before."""
     modes = [(module, module.training) for module in model.modules()]
     before = get_rng_state()
     model.eval()

@@ -1,10 +1,10 @@
-"""One optimiser step's arithmetic: sums of losses and of gradients over micro-batches and processes, divided once.
+"""The arithmetic of an optimizer step: sums of losses and of gradients over micro-batches and processes, divided
+once.
 
-      gradient = (sum of all gradients / sum of all counts) * min(1, clip / norm)
+          gradient = (sum of all gradients / sum of all counts) * min(1, max_grad_norm / norm)
 
 The division and the clipping are one factor and one pass over the gradients. Everything the host must know (loss,
-count, norm, metrics, who was asked to stop) travels in one small tensor: one all-reduce, one read.
-"""
+count, norm, metrics, requests to stop) is in one small tensor: one all-reduce, one read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from llm_quest.train.parallel import DistributedContext, gradient_accumulation, 
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step, over all micro-batches and processes. grad_norm: of the mean gradient, before clipping. requests: how
-    many processes were asked for each wish. loss is NaN if count is 0."""
+    """Numbers of one step, over all micro-batches and processes. grad_norm: of the mean gradient, before clipping.
+    requests: whether any process asked for each of them. loss is NaN if count is 0."""
 
     loss: float
     count: float
@@ -42,8 +42,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def accumulate_gradients(
     engine: nn.Module, batches: Sequence[Any], parallel: DistributedContext, precision: str
 ) -> tuple[dict[str, Tensor], int]:
-    """Adds every micro-batch's gradients. Returns this process's sums, name -> (sum, count), and its tokens; the loss
-    is the entry "". A tensor each, on the device: nothing is read yet."""
+    """Add every micro-batch's gradients. Returns this process's sums, name -> (sum, count), and its tokens; the loss
+    is the entry "". The sums stay on the device: nothing is read yet."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     for number, batch in enumerate(batches):
@@ -79,10 +79,10 @@ def reduce_step_stats(
     squared = grad_norm_squared(parameters, parallel).to(nothing).reshape(1)
     packed = torch.cat([sums.get("", nothing), squared, own, *(sums[name] for name in names)])
     total, count, square, all_tokens, *rest = parallel.all_reduce_(packed).tolist()
-    wishes, pairs = rest[: len(requests)], rest[len(requests) :]
+    requested, pairs = rest[: len(requests)], rest[len(requests) :]
     metrics = {name: pairs[2 * i] / pairs[2 * i + 1] if pairs[2 * i + 1] else math.nan for i, name in enumerate(names)}
     loss, norm = (total / count, math.sqrt(square) / abs(count)) if count else (math.nan, math.nan)
-    return StepStats(loss, count, round(all_tokens), norm, tuple(wish > 0 for wish in wishes), metrics)
+    return StepStats(loss, count, round(all_tokens), norm, tuple(one > 0 for one in requested), metrics)
 
 
 def grad_norm_squared(parameters: Sequence[nn.Parameter], parallel: DistributedContext) -> Tensor:
