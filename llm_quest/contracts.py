@@ -1,11 +1,11 @@
-"""Every promise in the house, as a Protocol with its laws in the docstring. Nothing here is ever instantiated but the
-three small carriers `Loss`, `Card` and `Share`.
+"""The package's contracts: Protocols whose docstrings state their laws, and the small carriers `Loss`, `ModelSpec`,
+`DataShard` and `Preset`.
 
-Twelve words: *page* (a family's file), *layer* (knows no family), *mixer* (a layer that moves information between
-positions), *scope* (what this pass may see), *cache* (what mixers keep between passes), *technique* (an edit of a
-finished model), *objective* (a batch in, a loss out), *feed* (micro-batches with a bookmark), *rollouts* (a feed the
-policy writes itself), *reward* (a group of samples in, numbers out), *recipe* (everything for one kind of run), *paper*
-(a claim, the experiment, the verdict). Shape letters are listed in `llm_quest/layers/__init__.py`.
+Words: *family* (a file of models/), *layer* (knows no family), *mixer* (a layer that moves information between
+positions), *scope* (what a pass may see), *cache* (what mixers keep between passes), *technique* (an edit of a finished
+model), *objective* (a batch in, a loss out), *loader* (micro-batches with a state_dict), *rollouts* (a loader whose
+rows the policy samples), *reward* (a group of samples in, numbers out), *recipe* (one kind of run), *paper* (a claim,
+its experiment, its verdict). Shape letters are listed in `llm_quest/layers/__init__.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
 
 class Loss(NamedTuple):
-    """What an objective returns: a *sum* and how many things were summed, so that the mean is `total / count`.
+    """The value of an objective: a *sum* and a count, so that the mean is `total / count`.
 
-    total: scalar tensor with gradient. count: scalar tensor (float32), without gradient; never zero-divided by the
-    objective itself. metrics: name -> (sum, count) pairs of scalar tensors, reported as their ratio over the whole
-    step.
-    """
+    total: scalar tensor with gradient. count: scalar tensor (float32) without gradient; the objective never divides by
+    it. metrics: name -> (sum, count) pairs of scalar tensors, reported as their ratio over the whole step."""
 
     total: Tensor
     count: Tensor  # type: ignore[assignment]
@@ -36,8 +34,7 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is made of, enough to build it again: the page's name, the numbers, the techniques applied in
-    order."""
+    """What a model is built from: the family's name, its config, and the techniques applied, in order."""
 
     family: str
     config: Any
@@ -46,7 +43,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataShard:
-    """Which part of the work is mine: this process is number `rank` of `world_size`."""
+    """The part of the work of this process: number `rank` of `world_size`."""
 
     rank: int = 0
     world_size: int = 1
@@ -56,62 +53,59 @@ class LayerCache(Protocol):
     """What one mixer keeps between passes, for B rows.
 
     Laws: (1) after any sequence of passes a mixer reads from it what it would have seen in one pass; (2) a token
-    without a position leaves it unchanged; (3) `rewind(positions)` after `latest_rewind(positions) == positions` equals
-    never having seen the tokens from `positions` on; (4) `batch_repeat_interleave`, `keep` act on rows alone.
-    """
+    without a position leaves it unchanged; (3) `rewind(positions)`, where `latest_rewind(positions) == positions`,
+    equals never having seen the tokens from `positions` on; (4) `batch_repeat_interleave` and `batch_select_indices`
+    act on rows alone."""
 
     def snapshot(self, positions: Sequence[int]) -> None:
-        """Row b will not be taken back below position at[b]. Call it while every row stands at at[b]: a recurrent state
-        takes its snapshot there. (Made with slack, it also keeps the state after each of the last tokens.)"""
+        """Row b will not be rewound below positions[b]. Called while every row stands at positions[b]: a recurrent
+        state is copied there. (With max_rewind, the states after each of the last tokens are kept as well.)"""
 
     def latest_rewind(self, positions: Sequence[int]) -> list[int]:
-        """For each row the latest position <= to[b] to which this cache can go back; ValueError where it cannot at
-        all."""
+        """For each row the latest position <= positions[b] to which this cache can be rewound; ValueError if there is
+        none."""
 
     def rewind(self, positions: Sequence[int]) -> None:
-        """Forget every position >= to[b] of row b. `positions` must be what `latest_rewind` returned."""
+        """Forget every position >= positions[b] of row b. `positions` must be what `latest_rewind` returned."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row n times, in place: rows 0,1 become 0,0,1,1 (a group after one prefill)."""
+        """Repeat every row, in place: rows 0,1 become 0,0,1,1 (a group after one prefill)."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows stay (finished rows leave the batch)."""
+        """Keep these rows alone (finished rows leave the batch)."""
 
     def nbytes(self) -> int:
-        """Bytes held now."""
+        """Bytes in use."""
 
 
 @runtime_checkable
 class Mixer(Protocol):
     """A layer that moves information between positions: `mixer(x (B,T,D), scope) -> (B,T,D)`.
 
-    Laws: a token whose position is -1 is a no-op (ignored as a key, neither decays nor writes a state); nothing outside
-    `scope.attention_mask` is read.
-    """
+    Laws: a token whose position is -1 is a no-op (ignored as a key; neither decays nor writes a state); nothing outside
+    `scope.attention_mask` is read."""
 
     def __call__(self, x: Tensor, scope: Scope) -> Tensor: ...
 
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
-        """An empty cache for `batch` rows and positions below `capacity`, able to take back up to `max_rewind`
-        positions."""
+        """An empty cache for `batch_size` rows and positions below `capacity`; it can rewind `max_rewind` positions."""
 
     def rescale_logits_(self, gamma: Tensor, key_share: str = "query") -> None:
-        """Multiply this mixer's attention logits by gamma (H,), per head, however the weights are arranged; a gamma of
+        """Multiply this mixer's attention logits by gamma (H,), per head, however its weights are laid out; a gamma of
         1 leaves its head bit by bit. key_share: a name in `layers.attention.KEY_SHARE_RULES`, for heads that share a
-        key. A mixer where rescaling has no effect raises ValueError and says why."""
+        key. Raises ValueError, with the reason, where rescaling has no effect."""
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """`model(tokens (B,T), scope=None) -> logits (B,T,V)` = `head(hidden(tokens, scope))`. No scope: plain causal from
-    0.
+    """`model(input_ids (B,T), scope=None, inputs_embeds=None) -> logits (B,T,V)` = `head(hidden_states(...))`. Without
+    a scope: causal, from position 0.
 
-    Laws, one parametrised test over all pages (tests/laws): (1) a later token never changes earlier logits; (2) with or
-    without a cache, in one pass or many, the same logits; (3) padding anywhere changes nothing; (4) every parameter
-    receives a gradient; (5) export then import is the identity; (6) packed documents equal the documents alone;
-    (7) `torch.compile(fullgraph=True)` gives the same logits, and 64 decode steps recompile nothing; (8) a fresh
-    model's loss is near ln V.
-    """
+    Laws, one parametrised test over all families (tests/laws): (1) a later token never changes earlier logits; (2) with
+    or without a cache, in one pass or many, the logits are the same; (3) padding anywhere changes nothing; (4) every
+    parameter receives a gradient; (5) export then import is the identity; (6) packed documents equal the documents
+    alone; (7) `torch.compile(fullgraph=True)` gives the same logits, and 64 decode steps recompile nothing; (8) a new
+    model's loss is near ln V."""
 
     spec: ModelSpec
 
@@ -124,20 +118,18 @@ class Decoder(Protocol):
         """What the head reads: the last block's output after the final norm."""
 
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> Any:
-        """An empty `layers.cache.Cache` for `batch` rows and positions below `capacity`."""
+        """An empty `layers.kv_cache.Cache` for `batch_size` rows and positions below `capacity`."""
 
 
 class Technique(Protocol):
-    """A frozen dataclass; `technique(model) -> model` edits a finished model and returns it.
+    """An edit of a finished model, as a frozen dataclass: `technique(model) -> model`.
 
-    Laws (every technique on every page): a technique that is `is_identity_at_init` moves no logit; all survive a save
-    and a load (the card replays them); all leave the decoder's laws standing, or refuse with a ValueError that says
-    why.
+    Laws (every technique on every family): one that is `is_identity_at_init` changes no logit; all survive a save and a
+    load (`replay_techniques`); all keep the decoder's laws, or refuse with a ValueError that says why.
 
-    exportable: the page's config and published tensors alone are the edited model (YaRN changes the config's rotary,
-    and any reader computes it): such a one is noted when a folder is read, not called again. One that is not (LoRA,
-    DyT) makes the saved folder ours alone: config.json then says so, and transformers refuses it.
-    """
+    exportable: the family's config and published tensors alone are the edited model (YaRN changes the config's rotary,
+    and any reader computes it); when a folder is read, such a technique is recorded and not applied again. A folder
+    with one that is not (LoRA, DyT) loads here alone: its config.json says so, and transformers refuses it."""
 
     is_identity_at_init: ClassVar[bool]
     exportable: ClassVar[bool]
@@ -146,7 +138,7 @@ class Technique(Protocol):
 
 
 class Batch(Protocol):
-    """What a feed yields and an objective reads. `num_tokens` counts real tokens, for throughput."""
+    """What a loader yields and an objective reads. `num_tokens` counts real tokens, for throughput."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -157,9 +149,8 @@ class Batch(Protocol):
 class Objective(Protocol):
     """An nn.Module that holds the model as `.model`: `objective(batch) -> Loss`.
 
-    Law: splitting a batch in two adds both totals and both counts. So gradient accumulation and data parallelism are
-    exact by construction.
-    """
+    Law: splitting a batch in two adds both totals and both counts. Gradient accumulation and data parallelism are
+    therefore exact."""
 
     model: Any
 
@@ -167,38 +158,37 @@ class Objective(Protocol):
 
 
 class Loader(Protocol):
-    """An endless stream of micro-batches with a bookmark.
+    """An endless stream of micro-batches.
 
     Law: the rows of a step are a pure function of (seed, step): the same for any number of ranks and any split into
-    micro-batches. A feed with state of its own (rollouts) keeps it in the bookmark.
-    """
+    micro-batches. A loader with state of its own (rollouts) saves it in its state_dict."""
 
     def batches(self, step: int) -> Sequence[Batch]:
-        """This rank's micro-batches of optimiser step `step` (counted from 0)."""
+        """This rank's micro-batches of optimizer step `step` (counted from 0)."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; saved in every checkpoint."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a bookmark; raises ValueError if it belongs to other data."""
+        """Continue from a saved state; ValueError if it belongs to other data."""
 
 
 @runtime_checkable
 class Callback(Protocol):
-    """Runs after every optimiser step (QK-Clip, expert-bias balancing). May edit the model; deterministic. Numbers that
-    it returns (floats, or scalar tensors, read only when a row is due) go to the metrics log.
+    """Runs after every optimizer step (QK-Clip, expert-bias balancing). It may edit the model and is deterministic. The
+    numbers that it returns (floats, or scalar tensors, read only when a row is logged) go to the metrics.
 
-    Law: what the passes of a refused step left behind has no part in any later step. (No checkpoint holds it, so a
-    resumed run would be another.)"""
+    Law: what the passes of a skipped step measured has no part in any later step. (No checkpoint holds it, so a resumed
+    run would differ.)"""
 
     def on_step_end(self, model: Any, step: int) -> Mapping[str, Any] | None: ...
 
     def on_step_skipped(self, model: Any) -> None:
-        """The step changed nothing (a loss that is not finite, no target): forget what its passes left."""
+        """The step changed nothing (a loss that is not finite, no target): discard what its passes measured."""
 
 
 class Evaluator(Protocol):
-    """Numbers or texts now and then (evaluation, samples): must leave the model and every random state as they were."""
+    """Numbers or texts at intervals (evaluation, samples). It leaves the model and every random state as they were."""
 
     @property
     def name(self) -> str: ...
@@ -210,24 +200,24 @@ class Evaluator(Protocol):
 
 
 class MetricsCallback(Protocol):
-    """Reads every row of metrics that is written and gives advice in words. GuardStop ends a run that cannot come to
-    anything. Every process watches the same sums, so all of them stop together."""
+    """Reads every row of metrics that is logged and returns advice in words. It raises GuardStop to end a run that
+    cannot recover. Every process reads the same sums, so that all stop together."""
 
     def on_log(self, row: Mapping[str, Any]) -> Sequence[str]: ...
 
 
 class Reward(Protocol):
-    """`reward(group of samples of one prompt) -> one number each`; NaN means unscorable and stays out of the
-    statistics."""
+    """`reward(group of samples of one prompt) -> one number each`; NaN means that a sample cannot be scored, and is
+    left out of the statistics."""
 
     def __call__(self, group: Sequence[Any]) -> Sequence[float]: ...
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published size. hub_id: the repository that these numbers are of. Not each can be read as it lies there: files
-    in fp8 are refused, and so are multimodal models of which the page is the language model (`notes` says which).
-    `num_parameters` counts tied weights once."""
+    """A published size. hub_id: the repository with these numbers. Not every repository can be read: files in fp8 are
+    refused, and so are multimodal models whose language model this family is (`notes` says which). `num_parameters`
+    counts tied weights once."""
 
     name: str
     config: Any

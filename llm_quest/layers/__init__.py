@@ -1,6 +1,82 @@
-"""Ground floor: torch only; no family's name appears here.
+"""Layers: modules of plain torch. None of them knows a family of models.
 
-Shape letters, everywhere in the house: B batch, T tokens in this pass, S remembered slots, D model width, H query
-heads, G key/value heads, d head width, F hidden width, E experts, V vocabulary. A suffix on a name (`q_BTHd`) carries
-its shape inside functions that reshape more than twice. Every layer of a block is called as `layer_idx(x, scope)`.
+Shape letters, in the whole package: B batch, T tokens in this pass, S cached slots, D model dimension, H query heads,
+G key/value heads, d head dimension, F feed-forward dimension, E experts, V vocabulary. Where a function reshapes more
+than twice, a suffix carries the shape (`q_BTHd`). Every layer of a block is called as `layer(x, scope)`.
 """
+
+from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate, UngatedOutput
+from llm_quest.layers.block import Block, ParallelLayers, Residual, SingleBlock, Sublayer
+from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
+from llm_quest.layers.embedding import ScaledEmbedding, TokenEmbedding, TokenPositionEmbedding
+from llm_quest.layers.feed_forward import MLP, GatedMLP
+from llm_quest.layers.hyper_connections import HyperConnection
+from llm_quest.layers.kv_cache import Cache, KVCache, NoCache
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.layers.linear import Linear
+from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.moe import Experts, LatentMoE, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
+from llm_quest.layers.multi_token_prediction import MTPModule
+from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
+from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.layers.patch_embedding import ImageEmbedding, PatchEmbedding
+from llm_quest.layers.projector import LinearProjector, MLPProjector
+from llm_quest.layers.recurrent_cache import RecurrentStateCache
+from llm_quest.layers.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    NoRotary,
+    NTKScaling,
+    RotaryEmbedding,
+    YaRNScaling,
+)
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct
+
+__all__ = [
+    "MLP",
+    "Block",
+    "Cache",
+    "DynamicTanh",
+    "Experts",
+    "FlatProjection",
+    "GatedDeltaNet",
+    "GatedMLP",
+    "GroupedQueryAttention",
+    "HyperConnection",
+    "ImageEmbedding",
+    "InterleavedProjection",
+    "KVCache",
+    "LMHead",
+    "LatentMoE",
+    "LayerNorm",
+    "Linear",
+    "LinearProjector",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MLPProjector",
+    "MTPModule",
+    "MixtureOfExperts",
+    "MultiHeadLatentAttention",
+    "NTKScaling",
+    "NoCache",
+    "NoRotary",
+    "PackedLinear",
+    "ParallelLayers",
+    "PatchEmbedding",
+    "RMSNorm",
+    "RecurrentStateCache",
+    "Residual",
+    "RotaryEmbedding",
+    "ScaledDotProduct",
+    "ScaledEmbedding",
+    "SigmoidOutputGate",
+    "SigmoidRouter",
+    "SingleBlock",
+    "SoftmaxRouter",
+    "Sublayer",
+    "TokenEmbedding",
+    "TokenPositionEmbedding",
+    "UngatedOutput",
+    "YaRNScaling",
+    "ZeroCenteredRMSNorm",
+]

@@ -1,20 +1,20 @@
 """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464): a mixer whose memory has a fixed size.
 
-A state S (key width x value width) per head is an associative memory. Each token fades it, looks up what it holds under
-its key, and corrects it towards its value:
+A state S (key dimension x value dimension) per head is an associative memory. Each token decays it, reads what it holds
+for its key, and corrects that towards its value:
 
       S <- e^g S          error = v - S^T k          S <- S + k (beta error)^T          o = S^T q
 
-`recurrent_gated_delta_rule` is that definition, one token after another. `chunked` does 32 tokens at a time: inside a
-chunk the corrections depend on each other through a unit lower-triangular matrix, which one triangular solve inverts
-before any state is known (section 3.3 there; its eq. 6 to 9 are the same without the decay):
+`recurrent_gated_delta_rule` is that definition, one token after another. `chunk_gated_delta_rule` computes 32 tokens at
+a time: inside a chunk the corrections depend on each other through a unit lower-triangular matrix, which one triangular
+solve inverts before any state is known (section 3.3 there; its eq. 6 to 9 are the same without the decay):
 
       L = strict_lower(beta k k^T D)        A = (I + L)^-1 diag(beta)       U = A v       W = A (e^G k)
       v' = U - W S      o = e^G q S + lower(q k^T D) v'      S <- e^G_end S + (e^(G_end - G) k)^T v'
       D_ij = e^(G_i - G_j), G = cumsum(g)
 
-Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and poisons the gradients unless it is masked *before*
-the exponential; everything here runs in float32; the norm comes before the output gate; padding must neither fade nor
+Commonly got wrong: e^(G_i - G_j) above the diagonal overflows and makes the gradients NaN unless it is masked *before*
+the exponential; everything here runs in float32; the norm comes before the output gate; padding must neither decay nor
 write.
 """
 
@@ -38,7 +38,7 @@ CHUNKS_AT_ONCE = 4
 
 class DeltaRule(Protocol):
     """q, k (B,T,H,dk), v (B,T,H,dv), g, beta (B,T,H), state (B,H,dk,dv), segments (B,T) or None -> o (B,T,H,dv), state.
-    The state entering belongs to the segment of the first token."""
+    The given state belongs to the segment of the first token."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, segments: Tensor | None
@@ -76,8 +76,8 @@ def chunk_gated_delta_rule(
     segments: Int[Tensor, "B T"] | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Float[Tensor, "B T H dv"], Float[Tensor, "B H dk dv"]]:
-    """The same, `size` tokens at a time. Rows are filled up with tokens that neither fade nor write. So many chunks are
-    prepared at once as leave what is made of them in the processor's cache until it is used."""
+    """The same, `size` tokens at a time. Rows are padded with tokens that neither decay nor write. As many chunks are
+    prepared at once as keep their intermediate results in the processor's cache."""
     batch, length, heads = q.shape[:3]
     pad_length = -length % chunk_size
     parts = [pad_to_chunks(part, pad_length).split(CHUNKS_AT_ONCE * chunk_size, dim=1) for part in (q, k, v, g, beta)]
@@ -108,8 +108,8 @@ def prepare_chunks(
     *,
     boundaries: ChunkBoundaries | None,
 ) -> tuple[Tensor, ...]:
-    """What N chunks of R rows need of each other before any state is known: U, W, lower(q k^T D), e^G q,
-    (e^(G_end - G) k)^T, e^G_end."""
+    """What N chunks of R rows need before any state is known: U, W, lower(q k^T D), e^G q, (e^(G_end - G) k)^T,
+    e^G_end."""
     G = g.cumsum(dim=-1)
     lower = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     mask = lower if boundaries is None else lower & boundaries.same_document
@@ -132,9 +132,9 @@ def prepare_chunks(
 
 
 class ChunkBoundaries(NamedTuple):
-    """Where documents meet, for N chunks of R = B H rows: pairs (N,R,C,C) in one document; same_as_first (N,R,C): in
-    the document the chunk began with; continues_into_next (N,R): the next chunk begins in the document this one ended
-    with."""
+    """Where documents meet, for N chunks of R = B H rows: same_document (N,R,C,C): pairs in one document; same_as_first
+    (N,R,C): in the document that the chunk begins with; continues_into_next (N,R): the next chunk begins in the
+    document that this one ends with."""
 
     same_document: Bool[Tensor, "N R C C"]
     same_as_first: Bool[Tensor, "N R C"]
@@ -150,24 +150,24 @@ def chunk_boundaries(segments: Int[Tensor, "N B C"], num_heads: int) -> ChunkBou
 
 
 def chunk_segment_ids(segments: Int[Tensor, "B T"], pad_length: int, chunk_size: int) -> Int[Tensor, "N B C"]:
-    """Filling belongs to the last token's document."""
+    """The segments of the chunks; padding belongs to the last token's document."""
     row = torch.cat((segments, segments[:, -1:].expand(-1, pad_length)), dim=1)
     return row.unflatten(1, (-1, chunk_size)).transpose(0, 1)
 
 
 def pad_to_chunks(x: Float[Tensor, "B T *rest"], pad_length: int) -> Float[Tensor, "B P *rest"]:
-    """Rows filled up with zeros."""
+    """Pad rows with zeros to whole chunks."""
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad_length)) if pad_length else x
 
 
 def split_chunks(x: Float[Tensor, "B T H *rest"], chunk_size: int) -> Float[Tensor, "N R C *rest"]:
-    """R = B H rows of N chunks of C tokens."""
+    """Split R = B H rows into N chunks of C tokens."""
     chunks = x.unflatten(1, (-1, chunk_size))
     return chunks.permute(1, 0, 3, 2, *range(4, chunks.dim())).flatten(1, 2).contiguous()
 
 
 class FlatProjection(nn.Module):
-    """q, k, v, z (B,T,...) and b, a (B,T,H) as parts of two products: Qwen3.5's layout."""
+    """q, k, v, z (B,T,...) and b, a (B,T,H) as parts of two products: the layout of Qwen3.5's files."""
 
     def __init__(self, dim: int, *, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int):
         super().__init__()
@@ -182,7 +182,8 @@ class FlatProjection(nn.Module):
 
 
 class InterleavedProjection(nn.Module):
-    """The same, the rows of each product grouped by key head, [q k v z] and [b a] for each: Qwen3-Next's layout."""
+    """The same with the rows of each product grouped by key head, [q k v z] and [b a] for each: the layout of
+    Qwen3-Next's files."""
 
     def __init__(self, dim: int, *, num_k_heads: int, num_v_heads: int, head_k_dim: int, head_v_dim: int):
         super().__init__()
@@ -200,9 +201,9 @@ class InterleavedProjection(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """key_heads heads of width key_width for queries and keys, each serving value_heads // key_heads heads of width
-    value_width. conv_kernel_size: taps of the causal convolution that q, k and v pass first. inputs: FlatInputs or
-    WovenInputs, how the published files lay out the projections."""
+    """num_k_heads heads of head_k_dim for queries and keys, each serving num_v_heads // num_k_heads value heads of
+    head_v_dim. conv_kernel_size: of the causal convolution that q, k and v pass first. inputs: FlatProjection or
+    InterleavedProjection, the layout of the published files."""
 
     def __init__(
         self,
@@ -249,7 +250,7 @@ class GatedDeltaNet(nn.Module):
     def mix_padding_last(
         self, x: Float[Tensor, "B T D"], scope: Scope, order: Int[Tensor, "B T"] | None
     ) -> Float[Tensor, "B T D"]:
-        """The layer on rows whose padding stands at the end."""
+        """The layer for rows whose padding is at the end."""
         real = None if order is None else (scope.position_ids >= 0).gather(1, order)
         segments = None if scope.segment_ids is None or order is None else scope.segment_ids.gather(1, order)
         segments = segments if segments is None else extend_segments_over_padding(segments)
@@ -286,7 +287,7 @@ class GatedDeltaNet(nn.Module):
         columns: Float[Tensor, "B P C"],
         count: Int[Tensor, " B"] | None,
     ) -> list[StateSnapshot]:
-        """Where every row stood after each state of this pass: after every token, or at its end alone."""
+        """The position of every row after each state of this pass: after every token, or at its end alone."""
         positions = scope.position_ids if order is None else scope.position_ids.gather(1, order)
         previous_ends = (
             scope.layer_cache.history[-1].positions if scope.layer_cache.history else torch.zeros_like(positions[:, 0])
@@ -312,7 +313,7 @@ class GatedDeltaNet(nn.Module):
         return columns, x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
     def convolve(self, columns: Float[Tensor, "B P C"], segments: Int[Tensor, "B T"] | None) -> Float[Tensor, "B T C"]:
-        """SiLU of a causal convolution, each channel alone, that does not reach across documents."""
+        """SiLU of a causal convolution of each channel alone, which does not reach across documents."""
         length = columns.shape[1] - self.conv_kernel_size + 1
         taps = self.conv[:, 0].to(columns.dtype)
         y = columns[:, self.conv_kernel_size - 1 :] * taps[:, -1]
@@ -325,18 +326,18 @@ class GatedDeltaNet(nn.Module):
         return F.silu(y)
 
     def repeat_key_heads(self, x: Float[Tensor, "B T K d"]) -> Float[Tensor, "B T H d"]:
-        """Each key head serves its value heads."""
+        """Repeat each key head for its value heads."""
         return x.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=2)
 
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> RecurrentStateCache:
-        """A state and the last columns: the same size however long the text, times the tokens it can take back."""
+        """A state and the last columns: the same size however long the text, times the tokens that can be rewound."""
         return RecurrentStateCache(max_rewind)
 
     def rescale_logits_(self, gamma: Tensor, key_share: str = "query") -> None:
         raise ValueError("Gated DeltaNet has no attention logits to rescale: its keys are normalised; leave it out")
 
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """A_log = log U(0,16), so that heads forget at many speeds; dt_bias 1."""
+        """A_log = log U(0,16), so that heads decay at many rates; dt_bias 1."""
         nn.init.normal_(self.conv, std=self.conv_kernel_size**-0.5, generator=generator)
         with torch.no_grad():
             self.A_log.uniform_(1e-3, 16, generator=generator).log_()
@@ -344,7 +345,7 @@ class GatedDeltaNet(nn.Module):
 
 
 def order_padding_last(positions: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """The order in which real tokens come first, and the way back. (Gathered, not scattered: see docs/LOG.md.)"""
+    """The order in which real tokens come first, and its inverse. (Gathered, not scattered: see docs/LOG.md.)"""
     order = (positions < 0).to(torch.int8).argsort(dim=1, stable=True)
     return order, order.argsort(dim=1)
 
@@ -368,7 +369,7 @@ def recurrent_with_states(
 
 
 def single_state(result: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Only the last state is known."""
+    """The last state alone."""
     return result[0], [result[1]]
 
 
@@ -378,14 +379,14 @@ def l2norm(x: Tensor) -> Tensor:
 
 
 def extend_segments_over_padding(segments: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Padding (-1, at the end) joins the document before it, so that it starts none of its own."""
+    """Padding (-1, at the end) joins the document before it, so that it begins none of its own."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     latest = torch.where(segments >= 0, index, 0).cummax(dim=1).values
     return segments.gather(1, latest)
 
 
 def last_columns(columns: Float[Tensor, "B P C"], n: int, count: Int[Tensor, " B"] | None) -> Float[Tensor, "B n C"]:
-    """The n columns that end at each row's last real token; columns begin with n of earlier passes."""
+    """The n columns that end at each row's last real token; the given columns begin with n of earlier passes."""
     if count is None:
         return columns[:, columns.shape[1] - n :]
     index = count[:, None] + torch.arange(n, device=columns.device)

@@ -1,4 +1,4 @@
-"""Feed-forward layers: they change each token alone."""
+"""Feed-forward layers: they act on each token alone."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llm_quest.scope import Scope
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GPT-2's and Gemma's GELU (Hendrycks & Gimpel,
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the GELU of GPT-2 and Gemma (Hendrycks & Gimpel,
     arXiv:1606.08415)."""
     return F.gelu(x, approximate="tanh")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x): CLIP's GELU, a coarser approximation (same paper, section 2)."""
+    """x sigmoid(1.702 x): the GELU of CLIP, a coarser approximation (same paper, section 2)."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
-    """down(activation(up(x))): the original transformer's (arXiv:1706.03762, eq. 2)."""
+    """down(activation(up(x))): the feed-forward layer of the original transformer (arXiv:1706.03762, eq. 2)."""
 
     def __init__(self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor], *, bias: bool):
         super().__init__()

@@ -1,10 +1,10 @@
-"""One matrix product for many experts: rows sorted by expert, each run of rows times its expert's matrix; and the way
-of the tokens there and back.
+"""One matrix product for many experts: rows sorted by expert, each run of rows times its expert's matrix; and the
+permutation of the tokens there and back.
 
-PyTorch's `grouped_mm` does the work. It is wrapped as operators of ours because its shape rule for compiled code knows
-bfloat16 only, while the kernel itself takes float32 too; so that eager and compiled code run the same kernel, forward
-and backward. Going there and coming back are each other's transpose, and neither adds into a place twice: no order of
-additions is left to chance, on any device.
+PyTorch's `grouped_mm` computes it. It is wrapped in operators of our own because its shape rule for compiled code takes
+bfloat16 only, while the kernel itself takes float32 too: eager and compiled code run the same kernel, forward and
+backward. The two permutations are each other's transpose, and neither adds into a place twice, so that the order of
+additions is fixed on any device.
 """
 
 from typing import Any, NamedTuple, Self
@@ -29,8 +29,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("llm_quest::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
-    """For each expert the product of its rows, x_e^T y_e: (N,I), (N,O) -> (E,I,O). An expert without rows gets
-    zeros."""
+    """The product of each expert's rows, x_e^T y_e: (N,I), (N,O) -> (E,I,O). An expert without rows gets zeros."""
     return F.grouped_mm(x.transpose(0, 1), y, offs=offsets)
 
 
@@ -40,8 +39,8 @@ def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 class GroupedLinear(Function):
-    """x (N,I), weight (E,O,I), ends (E,) -> x W_e^T (N,O). The weight's gradient is made in the weight's own layout: as
-    the transpose of the other one it would be copied once more."""
+    """x (N,I), weight (E,O,I), ends (E,) -> x W_e^T (N,O). The weight's gradient is computed in the weight's own
+    layout: as the transpose of the other one it would be copied once more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ class GroupedLinear(Function):
 
 
 class ExpertPermutation(NamedTuple):
-    """Where N tokens with K experts each stand among N K rows sorted by expert. order: sorted row -> row (token K +
+    """The places of N tokens with K experts each among N K rows sorted by expert. order: sorted row -> row (token K +
     k); inverse: its inverse; offsets (E,): where each expert's rows end; top_k: K."""
 
     order: Int[Tensor, " NK"]
@@ -73,11 +72,11 @@ class ExpertPermutation(NamedTuple):
         return cls(order, inverse, counts.cumsum(0).to(torch.int32), topk_ids.shape[1])
 
     def permute(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "NK D"]:
-        """Each token's row, to each of its experts."""
+        """Copy each token's row to each of its experts."""
         return PermuteTokens.apply(x, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return, no-untyped-call]
 
     def unpermute(self, y: Float[Tensor, "NK D"]) -> Float[Tensor, "N D"]:
-        """The sum of what a token's experts made, in the token's own order."""
+        """The sum of the outputs of a token's experts, in the token's own order."""
         return UnpermuteTokens.apply(y, self.order, self.inverse, self.top_k)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -96,7 +95,7 @@ class PermuteTokens(Function):
 
 
 class UnpermuteTokens(Function):
-    """(N K,D) -> (N,D). Gathered and summed in one pass: the sum is embedding_bag's, each token a bag of its K rows."""
+    """(N K,D) -> (N,D). Gathered and summed in one pass: embedding_bag, with each token a bag of its K rows."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:

@@ -1,19 +1,19 @@
-"""Hyper-connections: n residual streams in place of one, and learned weights for what a layer reads of them, how they
-mix, and how its output is spread over them.
+"""Hyper-connections: n residual streams instead of one, with learned weights for what a layer reads of them, how they
+mix, and how its output is added to them.
 
                       in_j        across_jk       out_k
       h_1 ..h_n  --> sum_j in_j h_j --> F --> y        h'_k = sum_j across_jk h_j + out_k y
 
-`HyperConnection` is that; where the weights come from is a part of its own: `StaticWeights` and `DynamicWeights` (Zhu
-et al. 2024, arXiv:2409.19606), and `ManifoldWeights` (mHC, Xie et al. 2025, arXiv:2512.24880), where `across` is doubly
+`HyperConnection` computes that. The weights are a module of their own: `StaticWeights` and `DynamicWeights` (Zhu et al.
+2024, arXiv:2409.19606), and `ManifoldWeights` (mHC, Xie et al. 2025, arXiv:2512.24880), where `across` is doubly
 stochastic, by Sinkhorn and Knopp's iterations or (mHC-lite) as a mixture of permutations, by Birkhoff's theorem. All
-start as the plain residual: the streams are copies, each layer reads one of them (mHC: mostly one), which tells them
-apart, `across` is near the identity and `out` is 1.
+begin as the plain residual: the streams are copies, each layer reads one of them (mHC: mostly one), so that they become
+different, `across` is near the identity and `out` is 1.
 
-Commonly got wrong: `across` is not symmetric, so its direction matters (from j to k); it all happens in float32; the
-dynamic part must start at zero but its scale must not, or neither learns. Differs: plain streams are closed by their
-mean, not their sum: the norm that follows makes both one, up to its eps (a DyT in its place would not), and the mean
-moves no logit.
+Commonly got wrong: `across` is not symmetric, so its direction matters (from j to k); everything is computed in
+float32; the dynamic part must start at zero but its scale must not, or neither learns. Differs: plain streams are
+averaged at the end, not summed: the norm that follows makes both equal, up to its eps (a DyT in its place would not),
+and the mean changes no logit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NORM_EPS = 1e-6
 
 
 class HyperConnection(nn.Module):
-    """A residual over streams (B,T,n,D); `weights` says how (`WEIGHTS`)."""
+    """A residual over streams (B,T,n,D); `weights` computes its weights (`STREAM_WEIGHTS`)."""
 
     def __init__(self, weights: nn.Module):
         super().__init__()
@@ -55,7 +55,7 @@ class HyperConnection(nn.Module):
 
 
 class ExpandStreams(nn.Module):
-    """Opens the streams: n times the same."""
+    """Copy the input to n streams."""
 
     def __init__(self, num_streams: int):
         super().__init__()
@@ -66,14 +66,14 @@ class ExpandStreams(nn.Module):
 
 
 class AverageStreams(nn.Module):
-    """Closes them: their mean."""
+    """The mean of the streams."""
 
     def forward(self, x: Float[Tensor, "B T n D"]) -> Float[Tensor, "B T D"]:
         return x.mean(dim=2)
 
 
 class WeightedStreamSum(nn.Module):
-    """Closes them with learned weights: sum_k sigmoid(scale fn_k . u + base_k) h_k, u all streams normed."""
+    """A learned sum of the streams: sum_k sigmoid(scale fn_k . u + base_k) h_k, u all streams normalised."""
 
     def __init__(self, dim: int, num_streams: int, eps: float = 1e-12):
         super().__init__()
@@ -95,8 +95,8 @@ class WeightedStreamSum(nn.Module):
 
 
 class StaticWeights(nn.Module):
-    """Weights that are learned and the same for every token. read_stream: the stream that the layer reads at first.
-    They are vectors, so that nothing decays them to zero."""
+    """Learned weights, the same for every token. read_stream: the stream that the layer reads at first. They are
+    vectors, so that weight decay does not act on them."""
 
     def __init__(self, dim: int, num_streams: int, read_stream: int):
         super().__init__()
@@ -119,7 +119,7 @@ class StaticWeights(nn.Module):
 
 
 class DynamicWeights(nn.Module):
-    """The fixed weights plus scale * tanh(fn norm(h_j)), from each stream its own: one number inward, n across, one
+    """The static weights plus scale * tanh(fn norm(h_j)), for each stream from itself: one number inward, n across, one
     out."""
 
     def __init__(self, dim: int, num_streams: int, read_stream: int):
@@ -142,10 +142,11 @@ class DynamicWeights(nn.Module):
 
 
 class ManifoldWeights(nn.Module):
-    """mHC: from all streams together, u normed, three groups of numbers scale * fn u + base: in = sigmoid + eps, out =
-    2 sigmoid, across = what `mix` makes of its numbers, doubly stochastic.
+    """mHC: from all streams together, u normalised, three groups of numbers scale * fn u + base: in = sigmoid + eps,
+    out = 2 sigmoid, across = `mix` of its numbers, doubly stochastic.
 
-    Differs: eps is 1e-12 where DeepSeek's files have 1e-6, so that at birth no logit moves; in float32 that is safe."""
+    Differs: eps is 1e-12 where DeepSeek's files have 1e-6, so that adding it changes no logit; in float32 that is safe.
+    """
 
     def __init__(self, dim: int, num_streams: int, read_stream: int, mix: DoublyStochasticMap, eps: float = 1e-12):
         super().__init__()
@@ -163,8 +164,8 @@ class ManifoldWeights(nn.Module):
         return inward.sigmoid() + self.eps, self.mix(across, n), 2 * out.sigmoid()
 
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """The layer reads `reads` most and the others a little, 1 in all: streams that nobody tells apart would learn
-        the same for ever."""
+        """The layer reads `read_stream` most and the others a little, 1 in all: streams with equal weights would stay
+        equal."""
         little = 0.4 / self.num_streams
         read_weights = [
             little if j != self.read_stream else 1 - little * (self.num_streams - 1) for j in range(self.num_streams)
@@ -181,7 +182,7 @@ class ManifoldWeights(nn.Module):
 
 
 class DoublyStochasticMap(Protocol):
-    """Numbers (B,T,m) -> doubly stochastic matrices (B,T,n,n). `start(n)`: the m numbers that give nearly the
+    """Numbers (B,T,m) -> doubly stochastic matrices (B,T,n,n). `init_logits(n)`: the m numbers that give nearly the
     identity."""
 
     def __call__(self, logits: Tensor, num_streams: int) -> Tensor: ...
@@ -191,8 +192,8 @@ class DoublyStochasticMap(Protocol):
 
 @dataclass(frozen=True)
 class SinkhornKnopp:
-    """n^2 numbers: softmax of each row, then rows and columns normalised in turn; columns last, so that equal streams
-    stay what they are up to rounding, while their mean is kept as well as the rows have converged."""
+    """n^2 numbers: softmax of each row, then rows and columns are normalised in turn; columns last, so that equal
+    streams stay equal up to rounding, while their mean is kept as well as the rows have converged."""
 
     iterations: int = 20
     eps: float = 1e-12

@@ -1,5 +1,6 @@
-"""First values. A model is assembled without memory (meta), given memory, then filled from one generator, so that a
-seed decides it on any machine, whatever else has drawn random numbers."""
+"""Initialisation. A model is assembled without memory (meta device), gets memory, and is then filled from one
+generator, so that a seed gives the same weights on any machine, whatever else has drawn random numbers.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def materialize(
     allocate: Callable[..., Tensor] = torch.empty,
     preallocated: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """Give every parameter (uninitialised) memory, as `empty` makes it; parameters that were one stay one, and whole
-    numbers stay whole. preallocated: those (by name) that have some already."""
+    """Give every parameter (uninitialised) memory, as `empty` does; tied parameters stay one, and integers stay
+    integers. preallocated: those (by name) that have memory already."""
     named = dict(model.named_parameters())
     preallocated_by_id = {id(named[path]): tensor for path, tensor in (preallocated or {}).items()}
     parameters_by_id: dict[int, nn.Parameter] = {}
@@ -46,7 +47,7 @@ def materialize(
 
 
 def init_depth_scaled_(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """GPT-2's rule: N(0, 0.02^2), and what writes into the stream, the experts' matrices too, smaller by sqrt(2
+    """GPT-2's rule: N(0, 0.02^2); matrices that write into the residual stream, the experts' too, divided by sqrt(2
     layers), so that the sum of all branches keeps its size. Differs: transformers initialises Llama, Gemma, Mixtral,
     Qwen3 and DeepSeek with one std for all matrices; here every family has GPT-2's."""
     layers: Any = model.config.num_hidden_layers  # type: ignore[union-attr]
@@ -54,8 +55,8 @@ def init_depth_scaled_(model: nn.Module, generator: torch.Generator | None = Non
 
 
 def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
-    """Matrices N(0, std^2), those that write into the stream (named `out` or `down`) N(0, out_std^2), biases 0, norms 1
-    (or the weight 0 of a norm that scales by 1 + weight)."""
+    """Matrices N(0, std^2), those that write into the residual stream (named `out` or `down`) N(0, out_std^2), biases
+    0, norms 1 (or the weight 0 of a norm that scales by 1 + weight)."""
     for path, module in model.named_modules():
         if isinstance(module, Experts):
             nn.init.normal_(module.gate_up, std=std, generator=generator)

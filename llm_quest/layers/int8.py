@@ -1,10 +1,10 @@
-"""Matrices as whole numbers of eight bits and one scale a row: W ~ scale * q, |q| <= 127.
+"""Weights as 8-bit integers with one scale per row: W ~ scale * q, |q| <= 127.
 
-Decoding one token reads every weight once, and the memory's speed is the limit: a quarter of float32's bytes is up to
-four times the tokens. Activations stay floats (weight-only): nothing is calibrated.
+Decoding one token reads every weight once, and memory bandwidth is the limit: a quarter of float32's bytes gives up to
+four times the tokens. Activations stay floats (weight-only): no calibration.
 
-`plainly` is the definition. `packed` is the same through PyTorch's kernel for few rows on a CPU, which rounds x and the
-result to bfloat16; scales are chosen among bfloat16's numbers, so that they lose nothing there.
+`int8_linear_reference` is the definition. `int8_linear_packed` is the same through PyTorch's kernel for few rows on a
+CPU, which rounds x and the result to bfloat16; scales are bfloat16 numbers, so that they lose nothing there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ that is no multiple of 16 gives wrong numbers or ends the process."""
 def quantize_rows(
     weight: Float[Tensor, "*stack out in"],
 ) -> tuple[Bytes[Tensor, "*stack out in"], Float[Tensor, "*stack out"]]:
-    """q and scale, row by row: the largest number of a row becomes 127 (give or take the rounding of the scale)."""
+    """q and scale of each row: the largest number of a row becomes 127 (up to the rounding of the scale)."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     scale = (wide.abs().amax(dim=-1) / 127).clamp(min=1e-30).to(torch.bfloat16).to(weight.dtype)
     q = (wide / scale[..., None]).round().clamp(-127, 127).to(torch.int8)
@@ -46,14 +46,14 @@ def int8_linear_reference(
 def int8_linear_packed(
     x: Float[Tensor, "N in"], q: Bytes[Tensor, "out in"], scale: Float[Tensor, " out"]
 ) -> Float[Tensor, "N out"]:
-    """The same in bfloat16, without widening the matrix. Rows of a multiple of LANES."""
+    """The same in bfloat16, without widening the matrix. The rows are a multiple of LANES."""
     assert q.shape[1] % KERNEL_ALIGNMENT == 0, "the kernel would read beyond the rows"
     half = torch.bfloat16
     return torch.ops.aten._weight_int8pack_mm(x.to(half), q, scale.to(half)).to(x.dtype)
 
 
 def int8_linear(x: Float[Tensor, "*batch in"], q: Bytes[Tensor, "out in"], scale: Float[Tensor, " out"]) -> Tensor:
-    """x W^T, in the faster form for this many rows; float64 is for proofs, and takes the definition."""
+    """x W^T, in the faster form for this number of rows; float64, which tests use, takes the definition."""
     flat = x.reshape(-1, x.shape[-1])
     few = flat.shape[0] <= MAX_KERNEL_ROWS and x.dtype != torch.float64
     fits = x.device.type == "cpu" and q.shape[1] % KERNEL_ALIGNMENT == 0 and q.is_contiguous()
@@ -77,7 +77,7 @@ class Int8Matrix(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "*stack out in"]:
-        """As floats."""
+        """The matrix as floats."""
         return self.q.to(self.scale.dtype) * self.scale[..., None]
 
 
@@ -86,7 +86,7 @@ def empty_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """In the place of a linear layer. softcap: of a head whose logits are capped."""
+    """Replaces a linear layer. softcap: of a head whose logits are capped."""
 
     def __init__(self, matrix: Int8Matrix, bias: nn.Parameter | None, softcap: float | None = None):
         super().__init__()
@@ -103,7 +103,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8PackedLinear(nn.Module):
-    """In the place of stacked projections."""
+    """Replaces a `PackedLinear`."""
 
     def __init__(self, matrix: Int8Matrix, bias: nn.Parameter | None, parts: Mapping[str, int]):
         super().__init__()
@@ -119,7 +119,7 @@ class Int8PackedLinear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """In the place of an embedding that a head is tied to: one matrix, whose rows are looked up."""
+    """Replaces an embedding that a head is tied to: one matrix, whose rows are looked up."""
 
     def __init__(self, matrix: Int8Matrix):
         super().__init__()
@@ -135,7 +135,7 @@ class Int8Embedding(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """In the place of experts: each works on its tokens, and those without tokens are not read."""
+    """Replaces experts: each runs on its tokens, and those without tokens are not read."""
 
     def __init__(self, gate_up: Int8Matrix, down: Int8Matrix, expert_activation: ExpertActivation):
         super().__init__()

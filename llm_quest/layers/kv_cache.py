@@ -1,14 +1,14 @@
-"""What mixers keep between passes. Each mixer makes its own part, so a hybrid model needs no hybrid cache.
+"""Caches: what mixers keep between passes. Each mixer makes its own part, so that a hybrid model needs no cache class
+of its own.
 
-A token at position p lies in slot p + 1, so that padding (p = -1) lands in slot 0, the spare that nobody ever sees:
+A token at position p is in slot p + 1; padding (p = -1) is in slot 0, which no query ever sees:
 
       position   -1   0   1   2   3             ring of 3 slots:  position  -1   0   1   2   3   4
       slot        0   1   2   3   4                               slot       0   1   2   3   1   2
 
-A ring serves a mixer that looks back at most `sliding_window` tokens; it has `max_rewind` more slots than the window,
-so that up to `max_rewind` tokens more can be taken back (speculative decoding). Where each token lies is worked out
-once per pass and number of slots, not per layer. Eager code reads only the filled slots; a compiled step sees all of
-them (constant shapes).
+A ring serves a mixer that sees at most `sliding_window` tokens; it has `max_rewind` slots more than the window, so that
+up to `max_rewind` tokens can be rewound (speculative decoding). The slots of a pass are computed once per number of
+slots, not per layer. Eager code reads the filled slots alone; a compiled step reads all of them (constant shapes).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llm_quest.scope import CausalMask, MaskSpec, Scope
 
 
 class Cache:
-    """One model's memory of B rows: the layers' parts and, per number of slots, the positions that lie in them."""
+    """The cache of one model for B rows: a part for each layer and, for each number of slots, the positions in them."""
 
     def __init__(self, layers: Sequence[LayerCache], batch_size: int, capacity: int):
         self.layers = list(layers)
@@ -33,18 +33,19 @@ class Cache:
         self.slot_indices: dict[int, SlotIndex] = {}
 
     def slot_index(self, num_slots: int) -> SlotIndex:
-        """Where tokens lie in a part with so many slots."""
+        """The positions in the slots of all parts of this size."""
         if num_slots not in self.slot_indices:
             self.slot_indices[num_slots] = SlotIndex(num_slots)
         return self.slot_indices[num_slots]
 
     def snapshot(self, positions: Sequence[int]) -> None:
-        """Row b will not be taken back below position at[b]."""
+        """Row b will not be rewound below positions[b]."""
         for layer in self.layers:
             layer.snapshot(positions)
 
     def rewind(self, positions: Sequence[int]) -> list[int]:
-        """Take every row b back to at most position to[b]; returns where *all* layers can stand: feed from there."""
+        """Rewind every row b to positions[b] at most. Returns the position to which *all* layers could be rewound: feed
+        the tokens from there again."""
         agreed: list[int] = []
         while agreed != (positions := list(positions)):  # a lower stand of one layer is put to all the others again
             agreed = positions
@@ -57,31 +58,32 @@ class Cache:
         return agreed
 
     def row_states(self) -> list[LayerCache | SlotIndex]:
-        """All that is kept per row."""
+        """Everything that is kept per row."""
         return [*self.layers, *self.slot_indices.values()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row n times, side by side: a group of samples after one prefill."""
+        """Repeat every row, side by side: a group of samples after one prefill."""
         self.batch_size *= repeats
         for part in self.row_states():
             part.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows stay."""
+        """Keep these rows alone."""
         self.batch_size = indices.shape[0]
         for part in self.row_states():
             part.batch_select_indices(indices)
 
     def nbytes(self) -> int:
-        """Bytes of keys, values and states held now."""
+        """Bytes of keys, values and states in use."""
         return sum(layer.nbytes() for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class SlotWrite:
-    """One pass's dealings with a shelf. row (B,1), slot (B,T): where each token goes; positions_before, positions_after
-    (B, slots+1): positions lying in the slots before and after the pass; start: the common slot of a plain pass's first
-    token, where it is known; is_first: nothing lay there before; is_contiguous: rows 0..n without gap or padding."""
+    """Where one pass writes. rows (B,1), slots (B,T): the place of each token; positions_before, positions_after (B,
+    slots+1): the positions in the slots before and after the pass; start: the common slot of the first token of an
+    unpadded pass, where it is known; is_first: the slots were empty before; is_contiguous: the rows are 0..n without
+    gap or padding."""
 
     rows: Tensor
     slots: Tensor
@@ -94,10 +96,10 @@ class SlotWrite:
 
 
 class SlotIndex:
-    """The positions (B, slots+1) lying in the slots of all parts that have this many; -1 where a slot is free.
+    """The positions (B, slots+1) in the slots of all parts of this size; -1 where a slot is free.
 
-    is_contiguous: rows lie in slots 1..run without gap or padding. max_positions (B,): the latest position a ring has
-    ever held, so what lies `num_slots` below it is overwritten for good, also after a rewind."""
+    is_contiguous: rows fill slots 1..run_length without gap or padding. max_positions (B,): the latest position that a
+    ring has ever held; what is `num_slots` below it is overwritten for good, also after a rewind."""
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots
@@ -107,7 +109,7 @@ class SlotIndex:
         self.run_length = 0
 
     def assign_slots(self, scope: Scope, ring: bool) -> SlotWrite:
-        """Find slots for this pass's tokens and note their positions."""
+        """Assign slots to this pass's tokens and record their positions."""
         positions, is_first = scope.position_ids, self.positions is None
         max_seq_len = host_max_seq_len(scope)
         if max_seq_len is not None and max_seq_len > self.num_slots and not ring:
@@ -154,9 +156,9 @@ class SlotIndex:
 
 
 class KVCache:
-    """Named tensors (B, slots+1, ...) filed by position: keys and values, or MLA's latent and rotary key.
+    """Named tensors (B, slots+1, ...) by position: keys and values, or MLA's latent and rotary key.
 
-    They take dtype and device from the first pass. `sliding_window`: how far back the mixer looks; None: everything."""
+    They take dtype and device from the first pass. window: how many tokens the mixer sees; None: all."""
 
     def __init__(self, capacity: int, window: int | None = None, max_rewind: int = 0):
         self.num_slots = capacity if window is None else min(capacity, window + max_rewind)
@@ -166,10 +168,10 @@ class KVCache:
         self.tensors: dict[str, Tensor] = {}
 
     def extend(self, scope: Scope, **new: Tensor) -> tuple[dict[str, Tensor], MaskSpec]:
-        """File new tensors (B,T,...) and return what this pass's queries may read, (B,S,...) each, with who sees whom.
+        """Write new tensors (B,T,...); returns what this pass's queries may read, (B,S,...) each, and their mask.
 
-        A pass longer than the ring's slack would overwrite what its first queries still need: it looks at the old slots
-        and the new tokens together and files afterwards."""
+        A pass longer than the ring's spare slots would overwrite what its first queries still need: it reads the old
+        slots and the new tokens together, and writes afterwards."""
         assert scope.cache is not None, "extend is called with a cache in the scope"
         self.slot_index = slot_index = scope.cache.slot_index(self.num_slots)
         slot_write: SlotWrite = scope.cached(
@@ -204,7 +206,7 @@ class KVCache:
                 stored.index_put_((slot_write.rows, slot_write.slots), tensor.to(stored.dtype))
 
     def read(self, scope: Scope, slot_write: SlotWrite) -> tuple[dict[str, Tensor], MaskSpec]:
-        """The filled slots and their mask; none is needed where one new token closes rows without gap or padding."""
+        """The filled slots and their mask. No mask is needed for one new token after rows without gap or padding."""
         max_seq_len, length = slot_write.max_seq_len, scope.position_ids.shape[1]
         first, last = 0, self.num_slots + 1 if max_seq_len is None else min(max_seq_len, self.num_slots) + 1
         if (
@@ -222,8 +224,7 @@ class KVCache:
         """Slots need no snapshot."""
 
     def latest_rewind(self, positions: Sequence[int]) -> list[int]:
-        """Anywhere; but a ring has overwritten what a deep rewind would need, and refuses rather than answer
-        wrongly."""
+        """Any position; but a ring has overwritten what a long rewind needs, and then raises ValueError."""
         if (
             self.is_ring
             and self.slot_index is not None
@@ -241,7 +242,7 @@ class KVCache:
         return list(positions)
 
     def rewind(self, positions: Sequence[int]) -> None:
-        """The shelf forgets the positions; what lies in their slots is never seen again."""
+        """Nothing to do here: the slot index forgets the positions, and what is in their slots is never seen again."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for name, stored in self.tensors.items():
@@ -286,27 +287,27 @@ def extend_layer_cache(scope: Scope, window: int | None, **new: Tensor) -> tuple
 
 
 def allocate_slots(like: Tensor, num_slots: int) -> Tensor:
-    """Zeros (B,slots,...) for tensors like this (B,T,...). Keys and values (B,T,G,d) lie in memory head by head: a step
-    of decoding then reads each head's slots in one run (twice as fast at batch 32 in bfloat16)."""
+    """Zeros (B,slots,...) for tensors like this (B,T,...). Keys and values (B,T,G,d) are laid out head by head: a
+    decode step then reads each head's slots in one run (twice as fast at batch 32 in bfloat16)."""
     batch_size, _, *rest = like.shape
     shape = (batch_size, rest[0], num_slots, rest[1]) if len(rest) == 2 else (batch_size, num_slots, *rest)
     return swap_head_dim(like.new_zeros(shape))
 
 
 def swap_head_dim(x: Tensor) -> Tensor:
-    """(B,S,G,d) seen as (B,G,S,d), and the other way round; what has no heads as it is."""
+    """(B,S,G,d) as a view (B,G,S,d), and back; a tensor without heads as it is."""
     return x.transpose(1, 2) if x.dim() == 4 else x
 
 
 def host_max_seq_len(scope: Scope) -> int | None:
-    """One more than the largest position, as a host number; eager code asks the tensor if the caller did not say."""
+    """One more than the largest position, as a number on the host; eager code reads the tensor if the caller did not
+    say."""
     if scope.max_seq_len is not None or torch.compiler.is_compiling():
         return scope.max_seq_len
     return int(scope.position_ids.max()) + 1
 
 
 def ring_slots(positions: Tensor, num_slots: int) -> Tensor:
-    """Slot (B,T) of each token in a ring. Tokens that later ones of the same pass would overwrite go to the spare
-    slot."""
+    """Slot (B,T) of each token in a ring. Tokens that later ones of the same pass would overwrite go to slot 0."""
     stays = (positions >= 0) & (positions > positions.amax(dim=1, keepdim=True) - num_slots)
     return torch.where(stays, positions % num_slots + 1, 0)

@@ -1,15 +1,15 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, eq. 9-19): keys and values of all heads are projections
-of one short vector per token, and only that vector is remembered, beside one rotary key that all heads share.
+of one short vector per token. The cache holds that vector alone, and one rotary key that all heads share.
 
       c = norm(W_dkv x)  (r)      k_h = [W_uk_h c ; k_rope]      v_h = W_uv_h c      q_h = [q_nope_h ; q_rope_h]
 
-Two forms, one function. `attend_expanded` makes every head's keys and values from the remembered c's: right for many
-queries. `attend_absorbed` moves W_uk to the query and W_uv behind the sum (q^T (W_uk c) = (W_uk^T q)^T c): attention
-then runs over the c's themselves, as if all heads shared one key/value head of width r + rope: right for few queries
-and a long memory.
+It has two equal forms. `attend_expanded` computes every head's keys and values from the cached c: cheaper for many
+queries. `attend_absorbed` applies W_uk to the query and W_uv after the sum (q^T (W_uk c) = (W_uk^T q)^T c): attention
+then runs over the c themselves, as if all heads shared one key/value head of width r + rope: cheaper for few queries
+and a long context.
 
-Commonly got wrong: the rotary key is not normed; the norms' eps is 1e-6 whatever the config says; values are narrower
-than keys.
+Commonly got wrong: the rotary key is not normalised; the norms' eps is 1e-6 whatever the config says; values are
+narrower than keys.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LATENT_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """num_attention_heads: H. q_lora_rank: width of the query's own latent, None: queries are projected directly.
-    kv_lora_rank: r, the remembered latent. qk_nope_head_dim, qk_rope_head_dim: widths of a head's part without and with
-    rotation; v_head_dim: of its value. scale: on the whole score."""
+    """num_attention_heads: H. q_lora_rank: width of the query's own latent; None: queries are projected directly.
+    kv_lora_rank: r, the cached latent. qk_nope_head_dim, qk_rope_head_dim: widths of a head's parts without and with
+    rotation; v_head_dim: of its value. attend: its scale is that of the whole score."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class MultiHeadLatentAttention(nn.Module):
         return self.out(attend_form(q_nope, q_rope, latent, attention_mask, scope).flatten(2))
 
     def is_absorbed_cheaper(self, num_queries: int, num_keys: int) -> bool:
-        """Fewer multiplications? Expanding costs each remembered token once, absorbing makes each score and sum
-        longer."""
+        """Does the absorbed form take fewer multiplications? Expanding costs each cached token once; absorbing makes
+        each score and each sum longer."""
         expand = num_keys * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim) + num_queries * num_keys * (
             self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
         )
@@ -103,7 +103,7 @@ class MultiHeadLatentAttention(nn.Module):
         attention_mask: MaskSpec,
         scope: Scope,
     ) -> Float[Tensor, "B T H v"]:
-        """Every head's own keys and values."""
+        """Attention with every head's own keys and values."""
         c, k_rope = latent.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_nope, v = (
             self.kv_up(c)
@@ -130,12 +130,12 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bthc,hvc->bthv", mixed, W_uv)
 
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> KVCache:
-        """kv_rank + rope numbers per token, for all heads together."""
+        """kv_lora_rank + qk_rope_head_dim numbers per token, for all heads together."""
         return KVCache(capacity, None, max_rewind)
 
     def rescale_logits_(self, gamma: Float[Tensor, " H"], key_share: str = "query") -> None:
-        """Kimi K2's rule (arXiv:2507.20534): the unrotated parts of q and k by sqrt(gamma) each; of the rotated parts q
-        alone by gamma, since all heads share that key. No other key is shared, so `shared` has nothing to decide."""
+        """Kimi K2's rule (arXiv:2507.20534): the unrotated parts of q and k times sqrt(gamma) each; the rotated part of
+        q alone times gamma, since all heads share that key. No other key is shared: `key_share` has no effect."""
         require_unwrapped(self.q_up, self.kv_up)
         root = gamma.sqrt()[:, None]
         q = torch.cat((root.expand(-1, self.qk_nope_head_dim), gamma[:, None].expand(-1, self.qk_rope_head_dim)), dim=1)

@@ -1,4 +1,4 @@
-"""From vectors back to tokens."""
+"""The output projection: from vectors to logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from llm_quest.layers.linear import Linear
 
 
 class LMHead(Linear):
-    """logits = x W^T, no bias; with a cap, cap * tanh(logits / cap). Tied: W is the token embedding itself, one
-    parameter with two uses."""
+    """logits = x W^T, without bias; with a soft cap, cap * tanh(logits / cap). If tied, W is the token embedding
+    itself: one parameter with two uses."""
 
     def __init__(
         self, dim: int, vocab_size: int, *, tied_embedding: nn.Embedding | None = None, softcap: float | None = None

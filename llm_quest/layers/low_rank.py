@@ -1,8 +1,8 @@
-"""Low-rank edits of a matrix: W' = W + scale * B core(A), with A (r,in), B (out,r), and nothing between them (LoRA), a
-square matrix (LoRA-XS) or a few mixed ones (TinyLoRA). W itself stays as it is, as `base`.
+"""Low-rank edits of a matrix: W' = W + scale * B core(A), with A (r,in), B (out,r), and between them nothing (LoRA), a
+square matrix (LoRA-XS) or a few mixed ones (TinyLoRA). W itself stays unchanged, as `base`.
 
-What is wrapped keeps its interface: `weight` is the effective matrix (MLA multiplies by it directly), `parts` are where
-they were. `enabled` False: the model without its adapters, in the same memory.
+A wrapper keeps the interface of what it wraps: `weight` is the effective matrix (MLA multiplies by it directly),
+`parts` are the base's. `enabled` False: the model without its adapters, in the same memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from llm_quest.layers.packed_linear import PackedLinear
 
 
 class LowRankUpdate(nn.Module):
-    """The edit of one matrix (out,in), or of a stack of them (E,out,in). core: what lies between A and B, acting on the
-    last dimension."""
+    """The edit of one matrix (out,in), or of a stack of them (E,out,in). core: the module between A and B, which acts
+    on the last dimension."""
 
     def __init__(
         self, A: nn.Parameter, B: nn.Parameter, *, scale: float, core: nn.Module | None = None, dropout: float = 0.0
@@ -33,7 +33,7 @@ class LowRankUpdate(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Tensor
     ) -> Float[Tensor, "*batch out"]:
-        """base_output: W x. Dropout acts on x, on its way through the adapter alone."""
+        """base_output: W x. Dropout acts on the adapter's x alone."""
         return base_output + self.update(self.dropout(x))
 
     def update(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -48,10 +48,10 @@ class LowRankUpdate(nn.Module):
 
 class DoRAUpdate(nn.Module):
     """DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5): W' = m (W + delta) / |W + delta|, row by row: direction and
-    magnitude are learned apart.
+    magnitude are learned separately.
 
     The norm is a constant for the gradient (section 4.3). It is of each *output* row, though the paper's "column" may
-    read otherwise."""
+    be read otherwise."""
 
     def __init__(self, low: LowRankUpdate, magnitude: nn.Parameter):
         super().__init__()
@@ -76,12 +76,12 @@ class DoRAUpdate(nn.Module):
 
 
 def row_norms(weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
-    """In at least float32."""
+    """The norm of each row, in at least float32."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).norm(dim=-1).to(weight.dtype)
 
 
 class LoRAXSCore(nn.Module):
-    """LoRA-XS's core: h R^T, R (r,r), or one for each matrix of a stack."""
+    """The core of LoRA-XS: h R^T, R (r,r), or one for each matrix of a stack."""
 
     def __init__(self, R: nn.Parameter):
         super().__init__()
@@ -92,8 +92,8 @@ class LoRAXSCore(nn.Module):
 
 
 class TinyLoRACore(nn.Module):
-    """TinyLoRA's core: h R^T with R = sum_u v_u P_u; P (u,r,r) fixed and random, v (u) learned, perhaps by many
-    matrices together."""
+    """The core of TinyLoRA: h R^T with R = sum_u v_u P_u; P (u,r,r) fixed and random, v (u) learned, and possibly
+    shared by many matrices."""
 
     def __init__(self, P: nn.Parameter, v: nn.Parameter):
         super().__init__()
@@ -127,7 +127,7 @@ class AdaptedLinear(nn.Module):
 
 
 class AdaptedPackedLinear(nn.Module):
-    """Stacked projections, of which some parts are edited, each by itself."""
+    """A `PackedLinear` of which some parts are edited, each by itself."""
 
     def __init__(self, base: PackedLinear, edits: Mapping[str, nn.Module]):
         super().__init__()
@@ -165,8 +165,8 @@ class AdaptedPackedLinear(nn.Module):
 
 
 class AdaptedExperts(nn.Module):
-    """Experts whose matrices are edited as they are used: the edit is worked out for all experts, the work is done as
-    before. So dropout, which is of x, has no place here."""
+    """Experts whose matrices are edited as they are used: the edit is computed for all experts, which then run as
+    before. Dropout, which is of x, cannot be applied here."""
 
     def __init__(self, base: Experts, edits: Mapping[str, nn.Module]):
         super().__init__()
@@ -191,13 +191,13 @@ class AdaptedExperts(nn.Module):
 
 
 def expert_parts(experts: Experts) -> dict[str, int]:
-    """The rows of `gate_up`: gate and up, or up alone where there is no gate."""
+    """The rows of `gate_up`: gate and up, or up alone without a gate."""
     rows, hidden = experts.gate_up.shape[1], experts.down.shape[2]
     return {"up": rows} if rows == hidden else {"gate": hidden, "up": hidden}
 
 
 def merge_parts(weight: Tensor, parts: Mapping[str, int], edits: nn.ModuleDict) -> Tensor:
-    """The matrix whose rows (last dimension but one) are these parts, those that have an edit edited."""
+    """The matrix whose rows (last dimension but one) are these parts, each with its edit if it has one."""
     if not any(name in edits for name in parts):
         return weight
     pieces = zip(parts, weight.split(list(parts.values()), dim=-2), strict=True)

@@ -1,9 +1,9 @@
 """Sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): a router sends each token to K of E feed-forward
 layers.
 
-A router says which experts and with what weights; the experts do the work in one of two forms. `run_experts_for_loop`
-is the definition: for each expert, its tokens. `grouped` sorts the tokens by expert and multiplies each run of rows by
-its expert's matrix in one call. A law holds them equal. Routing is computed in float32.
+The router chooses experts and weights; the experts run in one of two forms. `run_experts_for_loop` is the definition:
+for each expert, its tokens. `run_experts_grouped_mm` sorts the tokens by expert and multiplies each run of rows by its
+expert's matrix in one call. A law holds them equal. Routing is computed in float32.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from llm_quest.scope import Scope
 
 
 class RouterOutput(NamedTuple):
-    """One layer's decisions for N tokens, left in the scope's records under "routing" for losses, metrics and
-    callbacks.
+    """The routing of one layer for N tokens, recorded in the scope under "routing" for losses, metrics and callbacks.
 
-    scores (N,E): what the router thinks of each expert (softmax or sigmoid). logits (N,E). experts (N,K), weights
-    (N,K): the choice. non_padding (N): False for padding. router: who decided (its bias may be balanced after the
-    step). num_rows: how many rows (sequences) the N tokens come from."""
+    scores (N,E): softmax or sigmoid. logits (N,E). topk_ids, topk_weights (N,K): the choice. non_padding (N): False for
+    padding. router: the router itself (its bias may be balanced after the step). num_rows: the number of rows
+    (sequences) of the N tokens."""
 
     scores: Float[Tensor, "N E"]
     logits: Float[Tensor, "N E"]
@@ -44,7 +43,7 @@ class RouterOutput(NamedTuple):
 
 
 class SoftmaxRouter(nn.Module):
-    """Mixtral's and Qwen3's: softmax over all experts, the K largest, weights renormalised to sum 1 if
+    """The router of Mixtral and Qwen3: softmax over all experts, the K largest, weights renormalised to sum 1 if
     `norm_topk_prob`. aux_loss_coef: the coefficient of the load-balancing loss that its family is trained with, for
     recipes."""
 
@@ -68,15 +67,16 @@ class SoftmaxRouter(nn.Module):
 
 
 class SigmoidRouter(nn.Module):
-    """DeepSeek-V3's (arXiv:2412.19437, eq. 12-16): sigmoid scores; a bias that balances the load *chooses* but never
-    weighs; experts lie in `groups`, of which the `topk_group` best (by the sum of their two best) take part.
+    """The router of DeepSeek-V3 (arXiv:2412.19437, eq. 12-16): sigmoid scores; a bias that balances the load takes part
+    in the *choice* and not in the weights; experts form `n_group` groups, of which the `topk_group` best (by the sum of
+    their two best experts) are eligible.
 
     tokens_per_expert (E): tokens received since the last balancing step; the objective adds to it, the balancing
-    callback empties it.
+    callback resets it.
 
-    Commonly got wrong: dropped groups are -inf, not 0 (biased scores may be negative); the weights are the unbiased
-    scores, renormalised, times `scale`. The bias is float32 whatever the model's dtype, without gradient, and changes
-    only in a callback after the step."""
+    Commonly got wrong: groups that are not eligible get -inf, not 0 (biased scores may be negative); the weights are
+    the unbiased scores, renormalised, times `routed_scaling_factor`. The bias is float32 whatever the model's dtype,
+    has no gradient, and changes only in a callback after the step."""
 
     def __init__(
         self,
@@ -132,8 +132,7 @@ class SigmoidRouter(nn.Module):
         nn.init.zeros_(self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`model.positions(dtype)` moves the bias but leaves it float32: in bfloat16 its steps of 0.001 would be
-        rounded away."""
+        """`model.to(dtype)` leaves the bias float32: in bfloat16 its steps of 0.001 would be rounded away."""
         before = self.bias.detach()
         super()._apply(fn, recurse)
         if before.device.type != "meta" and self.bias.dtype != before.dtype:
@@ -147,7 +146,7 @@ def check_top_k(top_k: int, num_experts: int) -> None:
 
 
 class ExpertsFunction(Protocol):
-    """How the experts' work is done: x (N,D), gate_up (E,2F,D), down (E,D,F), experts (N,K), weights (N,K) -> (N,D)."""
+    """Runs experts: x (N,D), gate_up (E,2F,D), down (E,D,F), topk_ids (N,K), topk_weights (N,K) -> (N,D)."""
 
     def __call__(
         self,
@@ -164,7 +163,7 @@ ExpertActivation = Callable[[Tensor], Tensor]
 
 
 def glu_activation(activation: Callable[[Tensor], Tensor]) -> ExpertActivation:
-    """What happens between an expert's two matrices: (..., 2F) -> activation(gate) * up (..., F)."""
+    """The function between an expert's two matrices: (..., 2F) -> activation(gate) * up (..., F)."""
 
     def inner(h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
@@ -186,8 +185,8 @@ def run_experts_for_loop(
     topk_weights: Float[Tensor, "N K"],
     expert_activation: ExpertActivation,
 ) -> Float[Tensor, "N D"]:
-    """The definition: each expert works on its tokens. (unbind, not an index: the backward of `weight[e]` builds a
-    gradient of the full size for every expert.)"""
+    """The definition: each expert runs on its tokens. (unbind, not an index: the backward pass of `weight[e]` would
+    build a gradient of the full size for every expert.)"""
     out = torch.zeros_like(x)
     for expert, (w_in, w_out) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         token, slot = torch.where(topk_ids == expert)
@@ -204,8 +203,9 @@ def run_experts_grouped_mm(
     topk_weights: Float[Tensor, "N K"],
     expert_activation: ExpertActivation,
 ) -> Float[Tensor, "N D"]:
-    """The same, tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order, so a
-    row does not depend on its neighbours. Weights multiply the hidden layer, which is narrower than the output."""
+    """The same with tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order,
+    so that a row does not depend on the others. Weights multiply the hidden layer, which is narrower than the output.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
@@ -216,8 +216,8 @@ def run_experts_grouped_mm(
 
 
 class Experts(nn.Module):
-    """E feed-forward layers as two stacks: gate_up (E,2F,D), gate rows first, and down (E,D,F). Without a gate (`inner`
-    given) the first stack is (E,F,D)."""
+    """E feed-forward layers as two stacks: gate_up (E,2F,D), gate rows first, and down (E,D,F). Without a gate
+    (`expert_activation` given) the first stack is (E,F,D)."""
 
     def __init__(
         self,
@@ -239,19 +239,19 @@ class Experts(nn.Module):
         return run_experts(x, self.gate_up, self.down, topk_ids, topk_weights, self.expert_activation)
 
     def packed_rows(self) -> dict[str, tuple[int, ...]]:
-        """Each expert's matrices: gate and up apart, and down."""
+        """The matrices of each expert: gate, up and down."""
         rows, hidden_dim = self.gate_up.shape[1], self.down.shape[2]
         return {"gate_up": (hidden_dim,) * (rows // hidden_dim), "down": (self.down.shape[1],)}
 
     def fastest_backend(self, dtype: torch.dtype) -> ExpertsFunction:
-        """The grouped kernel knows no float64, and rows must be multiples of 16 bytes."""
+        """The grouped kernel does not take float64, and needs rows of a multiple of 16 bytes."""
         rows = [self.gate_up.shape[2], self.down.shape[2]]
         aligned = all(row * dtype.itemsize % 16 == 0 and row % 8 == 0 for row in rows)
         return run_experts_grouped_mm if dtype != torch.float64 and aligned else run_experts_for_loop
 
 
 class MixtureOfExperts(nn.Module):
-    """sum over the chosen of weight * expert(x), plus what all tokens share.
+    """The sum over the chosen experts of weight * expert(x), plus the shared experts.
 
     shared: a feed-forward layer for every token (DeepSeek); shared_gate: its output times sigmoid(gate(x))
     (Qwen3-Next)."""
@@ -282,11 +282,11 @@ class MixtureOfExperts(nn.Module):
 
 
 class LatentMoE(nn.Module):
-    """LatentMoE (NVIDIA Nemotron 3, 2025): the routed experts work in a narrower latent space, so that more of them,
-    and more a token, cost the same. x goes down once, its experts' weighted sum comes up once; router and shared expert
-    see all of x.
+    """LatentMoE (NVIDIA Nemotron 3, 2025): the routed experts run in a narrower latent space, so that more of them, and
+    more per token, cost the same. x is projected down once, and the experts' weighted sum up once; router and shared
+    expert read all of x.
 
-    latent_dim: its width. With a ratio r = width / latent, experts and top are taken r times as many as without."""
+    latent_dim: the width. With a ratio r = D / latent_dim, num_experts and top_k are r times as large as without."""
 
     def __init__(self, dim: int, latent_dim: int, router: nn.Module, experts: Experts, shared: nn.Module):
         super().__init__()
@@ -308,7 +308,7 @@ class LatentMoE(nn.Module):
 
 
 def route_tokens(router: nn.Module, flat: Tensor, x: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
-    """Ask the router for experts and weights (N,K), and leave its decisions in the scope's records."""
+    """Choose experts and weights (N,K), and record the router's output in the scope."""
     scores, logits, topk_ids, topk_weights = router(flat)
     non_padding = (scope.position_ids >= 0).expand(x.shape[:2]).flatten()
     scope.record("routing", RouterOutput(scores, logits, topk_ids, topk_weights, non_padding, router, x.shape[0]))

@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
 
 class ZeroCenteredRMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * (1 + weight): Gemma's and Qwen3-Next's, the weight centred at 0.
+    """y = x / sqrt(mean(x^2) + eps) * (1 + weight), the norm of Gemma and Qwen3-Next: the weight is centred at 0.
 
     Commonly got wrong: here the product with 1 + weight is taken in float32, *before* the cast back."""
 

@@ -16,13 +16,14 @@ class HasPackedRows(Protocol):
     """A layer whose parameters are several matrices stacked by rows."""
 
     def packed_rows(self) -> dict[str, tuple[int, ...]]:
-        """Parameter -> how many rows each of its matrices has. A further dimension in front (experts) is not rows."""
+        """Parameter -> the number of rows of each of its matrices. A leading dimension (experts) does not count as
+        rows."""
 
 
 class PackedLinear(Linear):
     """`PackedLinear(D, q=.., k=.., v=..)(x)` is the tuple (q, k, v). The rows of `weight` are the parts in that order.
 
-    Whoever needs one of the parts (renaming tables, LoRA targets, Muon, QK-Clip) finds its rows by name in `parts`."""
+    `parts` names the rows, for weight maps, LoRA targets, Muon and QK-Clip."""
 
     def __init__(self, dim: int, *, bias: bool = False, **parts: int):
         super().__init__(dim, sum(parts.values()), bias=bias)
@@ -52,8 +53,8 @@ def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def scale_rows_(weight: Tensor, factor: Float[Tensor, " rows"]) -> None:
-    """Each row of a matrix (or entry of a bias) times its factor, in place, sharded or not. A factor of 1 leaves its
-    row bit by bit."""
+    """Multiply each row of a matrix (or entry of a bias) by its factor, in place, sharded or not. A factor of 1 leaves
+    its row bit by bit."""
     from torch.distributed.tensor import DTensor, Replicate  # a second to import, which every load would pay
 
     factor = factor.to(device=weight.device, dtype=weight.dtype).view(-1, *[1] * (weight.dim() - 1))
@@ -64,7 +65,7 @@ def scale_rows_(weight: Tensor, factor: Float[Tensor, " rows"]) -> None:
 
 
 def require_unwrapped(*projections: nn.Module) -> None:
-    """ValueError if one of them has been wrapped: its rows are then not all that makes its output."""
+    """Raise ValueError if one of them is wrapped: its rows are then not all that makes its output."""
     for projection in projections:
         if not isinstance(projection, nn.Linear):
             raise ValueError(

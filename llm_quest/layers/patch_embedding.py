@@ -1,5 +1,6 @@
-"""From images to vectors: an image is cut into squares, and each square is a word (Dosovitskiy et al. 2021,
-arXiv:2010.11929)."""
+"""Patch embeddings: an image is cut into squares, and each square is a token (Dosovitskiy et al. 2021,
+arXiv:2010.11929).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 
 class PatchEmbedding(nn.Linear):
-    """Cut (B,C,H,W) into squares of side P, row by row, and project each one's C P P numbers: (B,N,D), N = (H/P)(W/P).
+    """Cut (B,C,H,W) into squares of side P, row by row, and project the C P P numbers of each: (B,N,D), N = (H/P)(W/P).
 
     The same as a convolution of kernel and stride P whose weight (D,C,P,P) is laid out as (D, C P P)."""
 
@@ -26,11 +27,11 @@ class PatchEmbedding(nn.Linear):
 
 
 class ImageEmbedding(nn.Module):
-    """[start; patches] + positions: a learned class token stands before the patches, and every one of them, the class
-    token included, has a learned position (eq. 1). image_size: side of the square images it reads.
+    """[class token; patches] + positions: a learned class token before the patches, and a learned position for each of
+    them, the class token included (eq. 1). image_size: side of the square images.
 
     Raises ValueError for images of another shape: the positions belong to one grid (`interpolate_pos_encoding` makes
-    another's)."""
+    those of another)."""
 
     def __init__(
         self, image_size: int, patch_size: int, num_channels: int, dim: int, *, bias: bool = True, dropout: float = 0.0
@@ -38,7 +39,8 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(
-                f"images of {image_size} x {image_size} cannot be cut into patches of {patch_size}: make patch divide image"
+                f"images of {image_size} x {image_size} cannot be cut into patches of {patch_size}: make patch_size "
+                "divide image_size"
             )
         self.image_size = image_size
         self.patches = PatchEmbedding(num_channels, patch_size, dim, bias=bias)
@@ -68,7 +70,7 @@ def interpolate_pos_encoding(positions: Float[Tensor, "T D"], grid_size: int) ->
     """The positions of a `side` x `side` grid, from those of another square grid; the class token's stays. "2D
     interpolation" (section 3.2) is bicubic in transformers and timm, as here; the paper's own code has it linear.
 
-    Commonly got wrong: taking the first side^2 rows, which is another place of the image for all but the first row."""
+    Commonly got wrong: taking the first side^2 rows, which are other places of the image for all but the first row."""
     first, grid = positions[:1], positions[1:].float()
     old = round(grid.shape[0] ** 0.5)
     picture = grid.T.reshape(1, -1, old, old)

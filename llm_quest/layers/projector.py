@@ -1,4 +1,4 @@
-"""From one model's vectors to another's: what stands between an image encoder and a language model."""
+"""Projectors: from an image encoder's vectors to a language model's."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""The memory of a recurrent mixer: one state per row, whatever the length of the text.
+"""The cache of a recurrent mixer: one state per row, whatever the length of the text.
 
-A state cannot be taken back token by token. There are two ways back. `mark(at)` says that nothing below position `at`
-will be taken back: the state is photographed when it stands there. And with `max_rewind` the mixer leaves the state
-after each of the last tokens (a trail), so that a draft's rejected end is taken back at no cost.
-`latest_rewind(positions)` offers the latest of these places; whoever rewinds feeds again from where all layers can
-stand (`Cache.rewind`)."""
+A state cannot be rewound token by token. There are two ways back. `snapshot(positions)` says that nothing below these
+positions will be rewound, and copies the state while every row stands there. With `max_rewind`, the mixer also keeps
+the state after each of the last tokens (`history`), so that rejected draft tokens are rewound at no cost.
+`latest_rewind(positions)` returns the latest of these places; the caller feeds the tokens from there again
+(`Cache.rewind`).
+"""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from torch import Tensor
 
 
 class StateSnapshot(NamedTuple):
-    """The state that position ends[b] of row b finds."""
+    """The state before position positions[b] of row b."""
 
     positions: Int[Tensor, " B"]
     tensors: dict[str, Tensor]
 
 
 class RecurrentStateCache:
-    """Named tensors (B,...) that each pass replaces, a photograph of them at the last mark, and the trail: moments of
-    the last passes, earliest first; empty without slack."""
+    """Named tensors (B,...) that each pass replaces, their copy at the last snapshot, and the history: states of the
+    last tokens, earliest first; empty without max_rewind."""
 
     def __init__(self, max_rewind: int = 0) -> None:
         self.max_rewind = max_rewind
@@ -35,23 +36,23 @@ class RecurrentStateCache:
         self.history: list[StateSnapshot] = []
 
     def get(self) -> dict[str, Tensor]:
-        """What the last pass left; empty before the first."""
+        """The tensors of the last pass; empty before the first."""
         return self.tensors
 
     def put(self, **tensors: Tensor) -> None:
-        """Replace it."""
+        """Replace the tensors."""
         self.tensors = tensors
 
     def extend_history(self, snapshots: Sequence[StateSnapshot]) -> None:
-        """The trail grows by these, and forgets what is more than `max_rewind` tokens back."""
+        """Append to the history, and drop what is more than `max_rewind` tokens back."""
         self.history = [*self.history, *snapshots][-self.max_rewind - 2 :] if self.max_rewind else []
 
     def snapshot(self, positions: Sequence[int]) -> None:
-        """Call it when every row stands at at[b]: the state then is the one that position at[b] finds."""
+        """Called while every row stands at positions[b]: the state is the one before that position."""
         self.snapshot_tensors, self.snapshot_positions = dict(self.tensors), list(positions)
 
     def latest_rewind(self, positions: Sequence[int]) -> list[int]:
-        """The latest place on the trail, the mark, or the beginning."""
+        """The latest place in the history, the snapshot, or the beginning."""
         candidates = [[0] * len(positions), *(moment.positions.tolist() for moment in self.history)]
         candidates += [self.snapshot_positions] if self.snapshot_positions is not None else []
         return [max(place[row] for place in candidates if place[row] <= asked) for row, asked in enumerate(positions)]
@@ -86,7 +87,7 @@ class RecurrentStateCache:
             self.snapshot_positions = [self.snapshot_positions[row] for row in indices.tolist()]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
-        """The same change to all that is kept."""
+        """Apply a function to every tensor that is kept."""
         self.tensors = {name: function(kept) for name, kept in self.tensors.items()}
         self.snapshot_tensors = {name: function(kept) for name, kept in self.snapshot_tensors.items()}
         self.history = [

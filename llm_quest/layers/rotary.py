@@ -1,7 +1,6 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the published ways to stretch it beyond the trained
-length.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the published ways to extend it beyond the trained length.
 
-Pair i of a head, (x_i, x_{i+d/2}), is turned by the angle position * f_i with f_i = theta^(-2i/d): the product of a
+Pair i of a head, (x_i, x_{i+d/2}), is rotated by the angle position * f_i with f_i = theta^(-2i/d): the product of a
 rotated query and a rotated key then depends on the distance of their positions only.
 
 Commonly got wrong: Meta's and DeepSeek's own files rotate neighbours (2i, 2i+1); Hugging Face's weights were permuted
@@ -23,7 +22,7 @@ from llm_quest.scope import Scope
 
 
 class RopeScaling(Protocol):
-    """A stretch of the frequencies; `attention_factor` multiplies cos and sin (so the scores by its square)."""
+    """A scaling of the frequencies; `attention_factor` multiplies cos and sin (so the scores by its square)."""
 
     @property
     def attention_factor(self) -> float: ...
@@ -32,7 +31,7 @@ class RopeScaling(Protocol):
 
 
 def default_inv_freq(dim: int, theta: float) -> Float[Tensor, " pairs"]:
-    """f_i = theta^(-2i/width), i = 0 .. width/2 - 1, in float32 and on the host."""
+    """f_i = theta^(-2i/dim), i = 0 .. dim/2 - 1, in float32 and on the host."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
 
 
@@ -61,8 +60,8 @@ class NTKScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's rule: wavelengths longer than original/low are stretched by `factor`, shorter than original/high are
-    kept, those between are blended."""
+    """Llama 3.1's rule: wavelengths longer than original/low are stretched by `factor`, those shorter than
+    original/high stay, those between are interpolated."""
 
     factor: float
     low_freq_factor: float
@@ -88,8 +87,8 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YaRNScaling:
-    """YaRN (Peng et al., arXiv:2309.00071): pairs that turn more than `beta_fast` times within the original length are
-    kept, those that turn less than `beta_slow` times are interpolated, a ramp between; and attention is sharpened by a
+    """YaRN (Peng et al., arXiv:2309.00071): pairs that turn more than `beta_fast` times within the original length
+    stay, those that turn less than `beta_slow` times are interpolated, a ramp between; and attention is sharpened by a
     temperature.
 
     Commonly got wrong: it acts on the *original* base; the temperature 0.1 ln s + 1 multiplies cos and sin, so the
@@ -124,7 +123,7 @@ class YaRNScaling:
         return f / self.factor * ramp + f * (1 - ramp)
 
     def find_correction_dim(self, num_rotations: float, dim: int, theta: float) -> float:
-        """The (fractional) pair that makes so many turns within the original length."""
+        """The (fractional) pair that makes this many turns within the original length."""
         return (
             dim
             * math.log(self.original_max_position_embeddings / (num_rotations * 2 * math.pi))
@@ -139,9 +138,9 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class RotaryEmbedding:
-    """Rotates the first `width` numbers of each head (B,T,H,d); the rest passes. One object may serve many layers.
+    """Rotates the first `dim` numbers of each head (B,T,H,d); the rest is unchanged. One object may serve many layers.
 
-    interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); they come out half-split, which
+    interleaved: the pairs are neighbours (2i, 2i+1) in the weights' order (DeepSeek); the output is half-split, which
     changes no product as long as queries and keys do the same."""
 
     dim: int
@@ -165,8 +164,7 @@ class RotaryEmbedding:
         return torch.cat((apply_rotary_emb(x[..., : self.dim], cos, sin), x[..., self.dim :]), dim=-1)
 
     def cos_sin(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin (B,T,1,pairs), computed in float32; one row serves all where every row stands at the same
-        positions."""
+        """cos and sin (B,T,1,pairs), computed in float32; one row for all where all rows have the same positions."""
         position_ids = scope.position_ids[:1] if scope.is_unpadded else scope.position_ids
         f = torch.tensor(self.inv_freq, dtype=torch.float32, device=position_ids.device)
         angles = position_ids[..., None, None].float() * f
@@ -181,7 +179,7 @@ def apply_rotary_emb(x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> F
 
 
 class NoRotary:
-    """Leaves queries and keys as they are: for models whose positions are added to the embedding."""
+    """Leaves queries and keys unchanged: for models that add positions to the embedding."""
 
     def __call__(self, x: Tensor, scope: Scope) -> Tensor:
         return x

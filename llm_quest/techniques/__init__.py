@@ -1,10 +1,11 @@
-"""Second floor: edits of a finished model, each a frozen dataclass that you call: `model = LoRA(rank=8)(model)`.
+"""Techniques: edits of a finished model, each a frozen dataclass that you call: `model = LoRA(rank=8)(model)`.
 
-`TECHNIQUES` lists those that are part of what a model is: they stand on its card, under the names that recipes and
-saved models use. `TRAINING_TECHNIQUES` lists those that act while a run lasts and leave nothing but weights behind: no
-card, no file. A recipe names either: it is called with the model if it can be called, and rides along as a callback if
-it has `on_step_end`. A new one is its file, one line here and one example in the grid law
-(tests/laws/test_techniques.py), which runs it on every page."""
+`TECHNIQUES` lists those that are part of the model: `model.spec` records them, under the names that recipes and saved
+models use. `TRAINING_TECHNIQUES` lists those that act during a run and change nothing but weights: neither spec nor
+file records them. A recipe names either: one that can be called is called with the model, and one that has
+`on_step_end` is also a callback. A new technique is its file, one line here and one example in the grid law
+(tests/laws/test_techniques.py), which runs it on every family.
+"""
 
 from __future__ import annotations
 

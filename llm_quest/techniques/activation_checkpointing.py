@@ -1,8 +1,9 @@
-"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): what happens inside a block is forgotten after the
-forward pass and computed again on the way back: the memory of one block instead of all, for about a third more time.
+"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): the activations inside a block are discarded after the
+forward pass and computed again in the backward pass: the memory of one block instead of all, for about a third more
+time.
 
-It changes no value, no gradient and no name, so it is no part of what a model is: nothing on the card, nothing saved.
-Commonly got wrong: dropout must fall the same way the second time (torch keeps the random state of each block).
+It changes no value, no gradient and no name, so it is not part of the model: neither spec nor file records it. Commonly
+got wrong: dropout must be the same the second time (torch restores the random state of each block).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class ActivationCheckpointing:
-    """Every block is computed twice in training; a pass without gradients is as it was."""
+    """Computes every block twice in training; a pass without gradients is unchanged."""
 
     is_identity_at_init: ClassVar[bool] = True
     exportable: ClassVar[bool] = True
@@ -40,7 +41,7 @@ class ActivationCheckpointing:
 
 @contextmanager
 def disable_checkpointing(model: Any) -> Iterator[None]:
-    """Inside: every block is computed once, and remembered."""
+    """Within this context every block is computed once, and its activations are kept."""
     checkpointed = {block: block.forward for block in model.modules() if isinstance(block.forward, CheckpointedForward)}
     for block, again in checkpointed.items():
         block.forward = again.forward
@@ -52,7 +53,7 @@ def disable_checkpointing(model: Any) -> Iterator[None]:
 
 
 class CheckpointedForward:
-    """The same function, that remembers its inputs alone."""
+    """The same function, which keeps its inputs alone."""
 
     def __init__(self, forward: Callable[..., Any]):
         self.forward = forward

@@ -1,4 +1,5 @@
-"""Which matrices an adapter edits, by the short names that published models use too: q, k, v, out, gate, up, down, ...
+"""Adapter targets: which matrices an adapter edits, by the short names of published models: q, k, v, out, gate, up,
+down.
 
 Every matrix inside the blocks has an address, `blocks.0.mixer.layer.qkv.q`: the layer's path and, where a layer stacks
 several, the part. A target is the end of an address (`q`, `experts.gate`), or `all`.
@@ -23,8 +24,8 @@ from llm_quest.techniques.model_spec import replace_module
 
 @dataclass(frozen=True, eq=False)
 class TargetMatrix:
-    """One matrix that can be edited: weight (out,in), or (E,out,in) for all experts. part: of a layer that stacks
-    several, else empty."""
+    """A matrix that can be edited: weight (out,in), or (E,out,in) for all experts. part: its name in a layer that
+    stacks several, else empty."""
 
     path: str
     part: str
@@ -40,9 +41,8 @@ class TargetMatrix:
 
 
 def target_matrices(model: nn.Module) -> Iterator[TargetMatrix]:
-    """Every matrix within the blocks of this model, but for those with one output (a gate) and for routers, which are
-    no linear layers. Embeddings and heads stand outside: losses read their matrix directly, and a tied one serves
-    twice."""
+    """Every matrix within the blocks of this model, except those with one output (a gate) and routers, which are no
+    linear layers. Embeddings and heads are excluded: losses read their matrix directly, and a tied one has two uses."""
     for path, module in model.named_modules():
         if "blocks" not in path.split(".") or isinstance(module, LMHead):
             continue
@@ -59,7 +59,7 @@ def target_matrices(model: nn.Module) -> Iterator[TargetMatrix]:
 
 
 def select_targets(model: nn.Module, targets: Sequence[str]) -> list[TargetMatrix]:
-    """The sites that the targets name. UsageError for a target that names nothing, with what there is."""
+    """The matrices that the targets name. UsageError for a target that names none, with the possible names."""
     matrices = list(target_matrices(model))
     for target in targets:
         if target in ("head", "embed", "token", "position"):
@@ -73,7 +73,7 @@ def select_targets(model: nn.Module, targets: Sequence[str]) -> list[TargetMatri
 
 
 def shortest_targets(model: nn.Module, addresses: set[str]) -> tuple[str, ...]:
-    """Short names where they say it all, else the addresses."""
+    """Short names where they are unambiguous, else the addresses."""
     short = tuple(dict.fromkeys(address.rsplit(".", 1)[-1] for address in sorted(addresses)))
     return short if {site.address for site in select_targets(model, short)} == addresses else tuple(sorted(addresses))
 
@@ -87,14 +87,14 @@ def short_names(found: Sequence[TargetMatrix]) -> str:
 
 
 def describe_addresses(addresses: Sequence[str]) -> str:
-    """'q, k, v in 12 layers': addresses for the screen."""
+    """'q, k, v in 12 layers': addresses for display."""
     shorts = dict.fromkeys(address.rsplit(".", 1)[-1] for address in addresses)
     layers = {re.sub(r"^(.*?blocks\.\d+)\..*$", r"\1", address) for address in addresses}
     return f"{', '.join(shorts)} in {len(layers)} layers"
 
 
 def wrap_layers(model: nn.Module, edits: Mapping[TargetMatrix, nn.Module]) -> None:
-    """Put the edits around the layers they are for."""
+    """Wrap the layers with their edits."""
     by_path: dict[str, dict[str, nn.Module]] = {}
     for site, edit in edits.items():
         by_path.setdefault(site.path, {})[site.part] = edit

@@ -15,7 +15,7 @@ Attention = GroupedQueryAttention | MultiHeadLatentAttention
 
 
 def attention_layers(model: nn.Module, technique: Technique) -> list[Any]:
-    """Every attention layer, lookahead modules' included. UsageError if there is none."""
+    """Every attention layer, those of multi-token modules included. UsageError if there is none."""
     found = [module for module in model.modules() if isinstance(module, Attention)]
     if not found:
         raise UsageError(f"{type(technique).__name__} acts on attention, and this model has none: leave it out")

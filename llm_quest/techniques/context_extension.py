@@ -1,12 +1,12 @@
-"""A trained model made to read further than it was trained: its rotary frequencies are stretched (`layers/rotary.py`),
-by YaRN (Peng et al. 2023, arXiv:2309.00071), the NTK-aware base, or linear interpolation.
+"""Context extension: a trained model reads further than it was trained, by a scaling of its rotary frequencies
+(`layers/rotary.py`): YaRN (Peng et al. 2023, arXiv:2309.00071), the NTK-aware base, or linear interpolation.
 
-The config changes with the model, so that what is saved is the published spelling, which any reader computes. YaRN
-wants a short training at the new length, and helps at once even without.
+The config changes with the model, so that a saved folder has the published fields, which any reader computes. YaRN
+needs a short training at the new length, and helps even without.
 
-Commonly got wrong: YaRN is measured by the length the model was *trained* at; where part of a head is not rotated (MLA)
-the temperature belongs on the whole score, which DeepSeek's spelling (mscale) does; windowed layers never look beyond
-what they know and stay (but where a family publishes one rotation for all layers).
+Commonly got wrong: YaRN's factor counts from the length that the model was *trained* at; where part of a head is not
+rotated (MLA) the temperature belongs on the whole score, which DeepSeek's field (mscale) does; windowed layers never
+see further than before and stay (except where a family publishes one rotation for all layers).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from llm_quest.techniques.model_spec import Model, record_technique, require_dec
 
 @dataclass(frozen=True)
 class ContextExtension:
-    """factor: how many times the context grows. kind: a name in `ROPE_EXTENSIONS`. original: the length the model was
-    trained at; None: its context."""
+    """factor: how many times longer the context becomes. kind: a name in `ROPE_EXTENSIONS`. original: the length that
+    the model was trained at; None: its max_position_embeddings."""
 
     factor: float = 4.0
     kind: str = "yarn"
@@ -56,7 +56,7 @@ class ContextExtension:
         return record_technique(model, self)
 
     def extend_config(self, config: Any, mixer: Any) -> Any:
-        """The config that the longer model's own export would be read as."""
+        """The config that the extended model's own export is read as."""
         if "rotary" not in {field.name for field in fields(config)}:
             raise UsageError("this model's positions are learned vectors, one for each: there is nothing to stretch")
         if config.rotary.scaling is not None:

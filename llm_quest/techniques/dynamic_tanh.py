@@ -1,12 +1,12 @@
-"""Dynamic Tanh in place of every norm of the stream (Zhu et al. 2025, arXiv:2503.10622): before and after each layer
-and at the end. Norms inside a layer (q/k norm, MLA's latents, the DeltaNet's) belong to that layer and stay.
+"""Dynamic Tanh in place of every norm of the residual stream (Zhu et al. 2025, arXiv:2503.10622): before and after each
+layer and at the end. Norms inside a layer (q/k norm, MLA's latents, the DeltaNet's) are part of that layer and stay.
 
-The LLaMA form (their section 7.2): no bias; a larger alpha before attention than elsewhere, both smaller
-the wider the model; a learned number after the embedding, sqrt(D) at first, without which large models do not converge;
-an output matrix of its own.
+The LLaMA form (their section 7.2): no bias; a larger alpha before attention than elsewhere, both smaller the wider the
+model; a learned number after the embedding, sqrt(D) at first, without which large models do not converge; an output
+matrix of its own.
 
-Commonly got wrong: alpha is one number for a layer, not one per feature. It is another model, to be trained from the
-start: a trained model's logits are lost.
+Commonly got wrong: alpha is one number for a layer, not one per feature. The edited model is another model, to be
+trained from the start: a trained model's logits are lost.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ ALPHA_BY_DIM = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6
 
 @dataclass(frozen=True)
 class DyT:
-    """form: plain or llama. alpha: the first value of every alpha, attention_alpha: of those before attention; None: as
-    the paper has it (plain: 0.5 for both)."""
+    """form: plain or llama. alpha: the initial value of every alpha; attention_alpha: of those before attention; None:
+    the paper's (plain: 0.5 for both)."""
 
     form: str = "plain"
     alpha: float | None = None
@@ -68,7 +68,7 @@ class DyT:
         return record_technique(model, self)
 
     def initial_alphas(self, hidden_size: int) -> tuple[float, float]:
-        """First values before attention and elsewhere."""
+        """Initial values before attention and elsewhere."""
         nearest = min(ALPHA_BY_DIM, key=lambda known: abs(math.log(known / hidden_size)))
         attention, other = ALPHA_BY_DIM[nearest] if self.form == "llama" else (0.5, 0.5)
         given = self.alpha if self.attention_alpha is None else self.attention_alpha
@@ -80,18 +80,18 @@ class DyT:
 
 
 def is_stream_norm(path: str, module: nn.Module) -> bool:
-    """A norm of the stream, not of a layer's inside."""
+    """Is this a norm of the residual stream, not one inside a layer?"""
     return isinstance(module, Norm) and ".layer." not in path
 
 
 def add_learned_scale(model: Any) -> None:
-    """The learned number after the embedding, such that what leaves it is sqrt(D) times the table's vectors."""
+    """Add the learned number after the embedding, such that its output is sqrt(D) times the table's vectors."""
     fixed_scale = model.embed.scale if isinstance(model.embed, TokenEmbedding) else 1.0
     start = next(model.parameters()).new_full((), model.config.hidden_size**0.5 / fixed_scale)
     model.embed = ScaledEmbedding(model.embed, nn.Parameter(start))
 
 
 def untie_head(model: Any) -> None:
-    """An output matrix of its own, with the numbers it had."""
+    """Give the head an output matrix of its own, with its present values."""
     if model.head.weight is model.embed.token.weight:
         model.head.weight = nn.Parameter(model.head.weight.detach().clone())

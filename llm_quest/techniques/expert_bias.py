@@ -1,10 +1,10 @@
 """Auxiliary-loss-free load balancing (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3 eq. 16): after every step, each
-expert's bias rises by `rate` if it received fewer tokens than the mean and falls by it if more. The bias chooses
-experts and weighs nothing, so balance costs the loss no gradient.
+expert's bias rises by `rate` if it received fewer tokens than the mean and falls by it if more. The bias takes part in
+the choice of experts and not in their weights, so that balancing adds no gradient to the loss.
 
-Commonly got wrong: it happens once per optimiser step, over the whole step's tokens on all ranks; never in evaluation,
-never during a forward pass, which activation checkpointing repeats; the load of a step that was refused is not carried
-into the next; the bias stays float32.
+Commonly got wrong: it happens once per optimizer step, over the whole step's tokens on all ranks; never in evaluation,
+never during a forward pass, which activation checkpointing repeats; the load of a skipped step is not carried into the
+next; the bias stays float32.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class ExpertBiasBalancer:
 
 
 def bias_routers(model: nn.Module) -> list[SigmoidRouter]:
-    """The routers whose load is balanced by a bias."""
+    """The routers that are balanced by a bias."""
     return [module for module in model.modules() if isinstance(module, SigmoidRouter)]
 
 
 def to_shards(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process holds in full, in the parts that `shard_as` is sharded into (FSDP2)."""
+    """A tensor that every process holds in full, sharded as `shard_as` is (FSDP2)."""
     if not is_distributed():
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor  # a second to import, which every load would pay

@@ -1,5 +1,6 @@
-"""Hyper-connections added to a finished decoder: its stream becomes n streams, every residual a `HyperConnection`
-(`layers/hyper_connections.py` has the mathematics). At birth the logits are the plain model's."""
+"""Hyper-connections added to a finished decoder: its residual stream becomes n streams, every residual a
+`HyperConnection` (`layers/hyper_connections.py` has the equations). At first the logits are the plain model's.
+"""
 
 from __future__ import annotations
 

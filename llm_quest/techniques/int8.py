@@ -1,9 +1,9 @@
-"""Int8 weights for inference (Dettmers et al. 2022, arXiv:2208.07339) in the row-wise absmax form of Khudia
-et al. 2021, from which that paper's vector-wise form starts (section 3): every matrix of the blocks and the head as
-whole numbers with one scale a row (`layers.int8`).
+"""Int8 weights for inference (Dettmers et al. 2022, arXiv:2208.07339) in the row-wise absmax form of Khudia et al.
+2021, from which that paper's vector-wise form starts (section 3): every matrix of the blocks and the head as integers
+with one scale per row (`layers.int8`).
 
-The edited model is another one, a little: W is rounded to 1/127 of each row's largest number. Norms, biases, routers,
-convolutions and position embeddings stay floats. Not for training: nothing learns afterwards.
+The edited model differs slightly: W is rounded to 1/127 of each row's largest number. Norms, biases, routers,
+convolutions and position embeddings stay floats. For inference alone: the integers have no gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class Int8Weights:
-    """A quarter of float32's memory, and up to as much less to read for each token."""
+    """Quantizes weights to a quarter of float32's memory; a token reads as much less."""
 
     is_identity_at_init: ClassVar[bool] = False
     exportable: ClassVar[bool] = False
@@ -54,7 +54,7 @@ class Int8Weights:
 
 
 def quantize_head(model: nn.Module, path: str, head: LMHead) -> None:
-    """A head, and the embedding that it is tied to, as one matrix."""
+    """Quantize a head, and the embedding that it is tied to, as one matrix."""
     matrix = Int8Matrix(head.weight)
     for other, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and module.weight is head.weight:

@@ -1,13 +1,13 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) and its kin: the model is frozen, and beside some of its matrices a
-product of two thin ones learns what to add: W' = W + s B A.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) and its variants: the model is frozen, and a product of two thin matrices
+learns what to add to some of its matrices: W' = W + s B A.
 
 - rsLoRA (arXiv:2312.03732): s = alpha / sqrt(r), so that a larger rank learns no slower.
-- DoRA (arXiv:2402.09353): direction and magnitude apart (`layers.low_rank.DoRAUpdate`).
+- DoRA (arXiv:2402.09353): direction and magnitude separately (`layers.low_rank.DoRAUpdate`).
 - LoRA-XS (arXiv:2405.17604): A and B are the matrix's own largest singular directions, frozen; r x r numbers learn.
-- TinyLoRA (arXiv:2602.04118): of those r x r numbers only u directions, fixed at random, perhaps one for all matrices.
+- TinyLoRA (arXiv:2602.04118): of those r x r numbers only u directions, fixed at random, possibly one for all matrices.
 
-Commonly got wrong: B is zero and A is not (both zero learn nothing); s belongs to the adapter and not to the learning
-rate; dropout is of x alone; a merged adapter must not act a second time.
+Commonly got wrong: B is zero and A is not (if both are zero, neither learns); s belongs to the adapter and not to the
+learning rate; dropout is of x alone; a merged adapter must not be applied a second time.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class DoRA:
 
 @dataclass(frozen=True)
 class LoRAXS:
-    """W' = W + scale U_r S_r R V_r^T; R starts at N(0, std^2), as published, so near to nothing but not at it."""
+    """W' = W + scale U_r S_r R V_r^T; R starts at N(0, std^2), as published: near zero but not zero."""
 
     rank: int = 8
     scale: float = 1.0
@@ -126,8 +126,8 @@ class LoRAXS:
 
 @dataclass(frozen=True)
 class TinyLoRA:
-    """W' = W + U_r sqrt(S_r) (sum_u v_u P_u) sqrt(S_r) V_r^T. u: how many numbers learn for a group of matrices.
-    tying: 0, every matrix is a group; 1, the whole model is one.
+    """W' = W + U_r sqrt(S_r) (sum_u v_u P_u) sqrt(S_r) V_r^T. u: how many numbers a group of matrices learns. tying: 0,
+    every matrix is a group; 1, the whole model is one.
 
     Differs: the paper writes U S (...) V^T; the square root on both sides and P ~ N(0, 1/r) are PEFT's, for balance."""
 
@@ -160,7 +160,7 @@ class TinyLoRA:
             )
 
     def vector_index(self, index: int, count: int) -> int:
-        """Whose vector matrix number `index` of `count` reads."""
+        """The vector of matrix number `index` of `count`."""
         groups = max(1, round(count * (1 - self.tying)))
         return min(index // max(1, count // groups), groups - 1)
 
@@ -194,16 +194,15 @@ def init_lora_updates(
 
 
 def random_like(like: Tensor, shape: Sequence[int], fill: Any) -> Tensor:
-    """Random numbers like their neighbour, drawn on the host in float32 so that a seed gives the same ones anywhere; on
-    the meta device none."""
+    """Random numbers with the device and dtype of a tensor, drawn on the host in float32 so that a seed gives the same
+    ones anywhere; on the meta device none."""
     if like.device.type == "meta":
         return like.new_empty(shape)
     return fill(torch.empty(*shape, dtype=torch.float32, device="cpu")).to(like)
 
 
 def top_singular_vectors(site: TargetMatrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` largest singular directions of a matrix, U (out,r), S (r), V^T (r,in), worked out in float32 or
-    wider."""
+    """The `rank` largest singular directions of a matrix: U (out,r), S (r), V^T (r,in), in float32 or wider."""
     weight = site.weight
     if rank > min(weight.shape[-2:]):
         raise UsageError(
@@ -227,7 +226,7 @@ def frozen_parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def apply_adapter(model: Model, technique: Technique, edits: Any) -> Model:
-    """The model frozen, with the edits around the matrices that the technique's targets name. One adapter a model."""
+    """Freeze the model and wrap the matrices that the targets name with their edits. One adapter per model."""
     settings: Any = technique
     if adapter_layers(model):
         raise UsageError(
@@ -246,7 +245,7 @@ def apply_adapter(model: Model, technique: Technique, edits: Any) -> Model:
 
 
 def adapter_addresses(model: nn.Module) -> list[str]:
-    """The addresses of the matrices that are adapted."""
+    """The addresses of the adapted matrices."""
     found: list[str] = []
     for path, wrapper in adapter_layers(model).items():
         found += [path] if isinstance(wrapper, AdaptedLinear) else [f"{path}.{part}" for part in wrapper.edits]
@@ -255,7 +254,8 @@ def adapter_addresses(model: nn.Module) -> list[str]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside: the model as it was before it was adapted, in the same memory. The reference of preference learning."""
+    """Within this context the model is as it was before it was adapted, in the same memory: the reference of preference
+    learning."""
     found = require_adapters(model)
     before = [wrapper.enabled for wrapper in found.values()]
     try:
@@ -269,7 +269,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What `unmerge_adapter` needs: the wrapped layers, the matrices as they were, the card, what was learned."""
+    """What `unmerge_adapter` needs: the wrapped layers, the matrices as they were, the spec, the names of what was
+    trained."""
 
     wrappers: dict[str, AdapterLayer]
     originals: dict[str, nn.Parameter] = field(repr=False)
@@ -279,8 +280,8 @@ class MergeRecord:
 
 @torch.no_grad()
 def merge_adapter(model: Any) -> MergeRecord:
-    """Work the adapters into the matrices: the model is one of its page again, as trainable as a fresh one.
-    `unmerge_adapter` with what this returns gives back the very bits; forget it to free the originals."""
+    """Merge the adapters into the matrices: the model is then one of its family again, as trainable as a new one.
+    `unmerge_adapter` with the returned record restores every bit; drop the record to free the original matrices."""
     found = require_adapters(model)
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     originals = {}
@@ -297,7 +298,7 @@ def merge_adapter(model: Any) -> MergeRecord:
 
 
 def unmerge_adapter(model: Any, record: MergeRecord) -> None:
-    """The adapted model again, as it was before `merge`, to the bit."""
+    """Restore the adapted model as it was before `merge_adapter`, to the bit."""
     if any(model.get_submodule(path) is not wrapper.base for path, wrapper in record.wrappers.items()):
         raise UsageError("this record is of another merge: unmerge once, with what merge(model) of this model returned")
     for path, wrapper in record.wrappers.items():
@@ -315,7 +316,7 @@ def matrix_names(wrapper: AdapterLayer) -> tuple[str, ...]:
 
 
 def restore_trainable(model: Any) -> None:
-    """As trainable as a fresh model of this page (a router's balancing bias is not)."""
+    """Make the same parameters trainable as in a new model of this family (a router's balancing bias is not)."""
     fresh = {name: parameter.requires_grad for name, parameter in build_meta_model(model.config).named_parameters()}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():

@@ -1,8 +1,9 @@
-"""A model's card, kept true: which techniques made it what it is, in order, and how to write that down and repeat it.
+"""The record of a model's techniques: which were applied, in order, and how to save and repeat them.
 
-A technique edits a model that may still be without memory (the meta device), so that loading is: assemble the page,
-repeat the card, give memory, read the numbers. A module that wraps another one keeps it as its `base`; `plain` is the
-name a parameter had before it was wrapped, which is the name the published table knows."""
+A technique edits a model that may still be without memory (the meta device), so that loading is: assemble the family's
+model, repeat the techniques, allocate memory, read the numbers. A module that wraps another one keeps it as its `base`;
+`strip_wrapper_names` gives the name that a parameter had before it was wrapped, which the weight map knows.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +23,19 @@ Model = TypeVar("Model", bound=Any)
 
 
 def record_technique(model: Model, technique: Technique) -> Model:
-    """The model, with the technique noted on its card. The last line of every technique."""
+    """Append the technique to `model.spec` and return the model. The last line of every technique."""
     model.spec = replace(model.spec, techniques=(*model.spec.techniques, technique))
     return model
 
 
 def require_not_applied(model: Any, technique: Technique) -> None:
-    """ValueError if one of its kind was applied before: a second one would change the model in silence."""
+    """Raise ValueError if one of this class was applied before: a second one would change the model silently."""
     if any(type(before) is type(technique) for before in model.spec.techniques):
         raise ValueError(f"{type(technique).__name__} was applied to this model already; it is applied once")
 
 
 def require_decoder(model: Any, technique: Any) -> None:
-    """UsageError for a model that only looks, or looks and speaks: its stream and head are not a decoder's."""
+    """Raise UsageError for an image encoder or a vision-language model, whose stream and head are not a decoder's."""
     if not isinstance(model, Decoder):
         raise UsageError(
             f"{type(technique).__name__} edits language models; this is a {model.spec.family} model: leave it out"
@@ -42,13 +43,13 @@ def require_decoder(model: Any, technique: Any) -> None:
 
 
 def techniques_to_json(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:
-    """The card's techniques as JSON, each under its name in the table."""
+    """The techniques as JSON, each under its name in the table."""
     names = {kind: name for name, kind in table.items()}
     return [{"name": names[type(one)], **asdict(one)} for one in techniques]  # type: ignore[call-overload]
 
 
 def techniques_from_json(entries: Sequence[Mapping[str, Any]], table: Mapping[str, type]) -> list[Technique]:
-    """The inverse of `written`. DataError for a technique or an option that this version does not know."""
+    """The inverse of `techniques_to_json`. DataError for a technique or an option that this version does not know."""
     return [technique_from_json(entry, table) for entry in entries]
 
 
@@ -65,27 +66,27 @@ def technique_from_json(entry: Mapping[str, Any], table: Mapping[str, type]) -> 
 
 
 def replay_techniques(model: Model, techniques: Iterable[Technique]) -> Model:
-    """A model fresh from its page, as it was when this card was written. What the config says already (`published`) is
-    noted, not done again."""
+    """Apply a spec's techniques to a new model of its family. One that the config describes already (`exportable`) is
+    recorded and not applied again."""
     for technique in techniques:
         model = record_technique(model, technique) if technique.exportable else technique(model)
     return model
 
 
 def all_exportable(techniques: Iterable[Technique]) -> bool:
-    """Are the page's own config and tensors all there is to say about this model?"""
+    """Do the family's config and tensors describe this model completely?"""
     return all(technique.exportable for technique in techniques)
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Another module in the place of the one at this path."""
+    """Replace the module at this path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
 
 def materialize_part(part: nn.Module, model: Any, seed: int = 0) -> nn.Module:
-    """A new part (made on the meta device) with memory and dtype like the model's, and first values from a seed; as it
-    is where the model has no memory either."""
+    """Give a new part (made on the meta device) memory and dtype like the model's, and initial values from a seed;
+    where the model has no memory either, it stays as it is."""
     like = next(model.parameters())
     if like.device.type == "meta":
         return part

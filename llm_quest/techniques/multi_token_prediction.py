@@ -1,6 +1,7 @@
-"""Multi-token prediction added to any decoder (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules of the page's own
+"""Multi-token prediction added to any decoder (DeepSeek-V3, arXiv:2412.19437, section 2.2): modules of the family's own
 block, each predicting one token further ahead (`layers/multi_token_prediction.py` shows the chain). The objective
-trains them by its weight `lookahead`; drafting uses them; the model's own logits are what they were."""
+trains them with a weight of its own; speculative decoding uses them; the model's own logits are unchanged.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from llm_quest.techniques.model_spec import Model, materialize_part, record_tech
 
 @dataclass(frozen=True)
 class MultiTokenPrediction:
-    """depth: how many modules. seed: of their first values."""
+    """depth: how many modules. seed: of their initial values."""
 
     depth: int = 1
     seed: int = 0
@@ -40,7 +41,7 @@ class MultiTokenPrediction:
 
 
 def build_mtp_module(config: Any) -> nn.Module:
-    """One module like the page's last layer, without memory."""
+    """One module like the family's last layer, on the meta device."""
     template = build_meta_model(config)
     embed_norm, hidden_norm, norm = (copy.deepcopy(template.norm) for _ in range(3))
     with torch.device("meta"), SkipInit():

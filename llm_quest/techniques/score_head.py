@@ -1,12 +1,12 @@
-"""ScoreHead: the head that names tokens is replaced by one that gives a few numbers: classes, or one reward.
+"""ScoreHead: replaces the output projection by one that gives a few numbers: classes, or one reward.
 
       out = h W^T, no bias      (transformers' ForSequenceClassification: the same tensor, called score.weight)
 
-It is read at a row's last real token, the first that has seen everything. Not neutral: its numbers are no logits of
-tokens. A tied embedding keeps its own matrix.
+It is read at a row's last real token, the first that has seen all others. Not an identity: its outputs are not logits
+of tokens. A tied embedding keeps its own matrix.
 
-Commonly got wrong: first values as large as the stream's make the first losses those of a confident guess; here they
-are small, and a fresh head's loss is near ln N.
+Commonly got wrong: initial values as large as the stream's make the first losses those of a confident guess; here they
+are small, and the first loss is near ln N.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """outputs: how many numbers. labels: what they are called, for classes. std: of the first values."""
+    """outputs: how many numbers. labels: the names of the classes. std: of the initial values."""
 
     outputs: int = 1
     labels: tuple[str, ...] = ()
@@ -48,5 +48,5 @@ class ScoreHead:
 
 
 def find_score_head(model: Any) -> ScoreHead | None:
-    """The one on the model's card."""
+    """The ScoreHead in the model's spec."""
     return next((one for one in model.spec.techniques if isinstance(one, ScoreHead)), None)

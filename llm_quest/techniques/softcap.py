@@ -1,7 +1,7 @@
-"""Logit soft-capping on any model (Gemma 2, arXiv:2408.00118): attention scores and final logits s become
-cap * tanh(s / cap): bounded by the cap, and nearly themselves where they are small.
+"""Logit soft-capping on any model (Gemma 2, arXiv:2408.00118): attention scores and final logits s become cap * tanh(s
+/ cap): bounded by the cap, and nearly unchanged where they are small.
 
-Commonly got wrong: the attention cap comes before the mask; after it, a hidden key would get -cap instead of nothing.
+Commonly got wrong: the attention cap comes before the mask; after it, a masked key would score -cap instead of -inf.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llm_quest.techniques.model_spec import Model, record_technique, require_not
 
 @dataclass(frozen=True)
 class SoftCap:
-    """attention: cap of the scores, final: of the logits; None: not capped. Gemma 2's numbers."""
+    """attention: cap of the scores, final: of the logits; None: not capped. Defaults: Gemma 2's."""
 
     attention: float | None = 50.0
     final: float | None = 30.0

@@ -107,13 +107,14 @@ def same_layer(wrapper: Any, modules: list[Any]) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(5, modules[0].in_features, generator=generator, dtype=torch.float64)
     whole = isinstance(wrapper, AdaptedLinear)
+    edits = [wrapper.edit] if isinstance(wrapper, AdaptedLinear) else list(wrapper.edits.values())
     mine = wrapper(x) if whole else torch.cat(wrapper(x), dim=-1)
     their = torch.cat([module(x) for module in modules], dim=-1)
     torch.testing.assert_close(mine, their, **CLOSE)
     weigh = torch.randn(mine.shape, generator=generator, dtype=torch.float64)
     (mine * weigh).sum().backward()
     (their * weigh).sum().backward()
-    lows = [edit.low if isinstance(edit, DoRAUpdate) else edit for edit in layer_edits(wrapper)]
+    lows = [edit.low if isinstance(edit, DoRAUpdate) else edit for edit in edits]
     found = [module for module in modules if isinstance(module, peft.tuners.lora.LoraLayer)]
     As, Bs = [low.A.grad for low in lows], [low.B.grad for low in lows]
     expected_A = torch.cat([module.lora_A["default"].weight.grad for module in found])
@@ -121,7 +122,7 @@ def same_layer(wrapper: Any, modules: list[Any]) -> None:
     torch.testing.assert_close(sum(As) if len(found) < len(As) else torch.cat(As), expected_A, **CLOSE)
     torch.testing.assert_close(torch.cat(Bs), expected_B, **CLOSE)
     if found[0].lora_magnitude_vector:
-        magnitudes = torch.cat([edit.magnitude.grad for edit in layer_edits(wrapper)])
+        magnitudes = torch.cat([edit.magnitude.grad for edit in edits])
         expected = torch.cat([module.lora_magnitude_vector["default"].weight.grad for module in found])
         torch.testing.assert_close(magnitudes, expected, **CLOSE)
 
