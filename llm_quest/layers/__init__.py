@@ -24,7 +24,6 @@ from llm_quest.layers.projector import LinearProjector, MLPProjector
 from llm_quest.layers.recurrent_cache import RecurrentStateCache
 from llm_quest.layers.rotary import (
     LinearScaling,
-    Llama3Scaling,
     NoRotary,
     NTKScaling,
     RotaryEmbedding,
@@ -52,7 +51,6 @@ __all__ = [
     "Linear",
     "LinearProjector",
     "LinearScaling",
-    "Llama3Scaling",
     "MLPProjector",
     "MTPModule",
     "MixtureOfExperts",
