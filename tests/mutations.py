@@ -338,7 +338,7 @@ MUTATIONS = (
     Mutation('prompts: what is there is written again', "cli/batch_generate.py", 'if row not in known]', 'if row is not known]', WRITING),
     Mutation('prompts: a file goes on under other weights', "cli/batch_generate.py", '"weights": weights_hash(model),', '', WRITING),
     Mutation('prompts: a file goes on with other prompts', "cli/batch_generate.py", '"prompts": digest.hexdigest(),', '', WRITING),
-    Mutation('prompts: prompts without room are left out in silence', "cli/batch_generate.py", 'left = len(asked) - len(fit)', 'left = 0', WRITING),
+    Mutation('prompts: prompts without room are left out in silence', "cli/batch_generate.py", 'left = len(prompt_texts) - len(fit)', 'left = 0', WRITING),
     Mutation('prompts: --out without --prompts does nothing', "cli/batch_generate.py", '{**needed, **file_only}.items()', 'file_only.items()', WRITING),
     Mutation('prompts: half a row stays in the file', "cli/jsonl_output.py", 'if len(whole) < len(content):', 'if not content:', WRITING),
     Mutation('prompts: rows stay as they were made', "cli/jsonl_output.py", 'if list(rows) != sorted(rows):', 'if not rows:', WRITING),

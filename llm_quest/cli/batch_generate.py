@@ -72,8 +72,14 @@ class PromptSet:
 
     def make_row(self, number: int, done: Completion) -> dict[str, Any]:
         prompt, completion = self.prompts[number].text, done.text or ""
-        told = {"prompt": prompt, "text": prompt + completion, "completion": completion, "finished": done.finish_reason}
-        return {"row": number, **told}
+        reason = done.finish_reason
+        return {
+            "row": number,
+            "prompt": prompt,
+            "text": prompt + completion,
+            "completion": completion,
+            "finished": reason,
+        }
 
 
 def check_prompt_options(
@@ -106,14 +112,14 @@ def generate_batch(
     dtype: str,
     log: LogFn,
 ) -> BatchGenerateReport:
-    """A row in `out_features` for every prompt that leaves room for a text; rows that are there already stay."""
-    asked = read_prompts(prompts)
+    """Write a row to `out` for every prompt that fits in the context. Rows of an earlier command are kept."""
+    prompt_texts = read_prompts(prompts)
     options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    work = tokenize_prompts(asked, tokenizer)
+    work = tokenize_prompts(prompt_texts, tokenizer)
     fit = select_fitting_prompts(work, model, options.slide, prompts, log)
     until = options.stopping_criteria(model, tokenizer)
-    with open_jsonl_output(out, output_settings(name_or_path, model, tokenizer, asked, options, until)) as file:
+    with open_jsonl_output(out, output_settings(name_or_path, model, tokenizer, prompt_texts, options, until)) as file:
         known = file.load_existing()
         missing = [row for row in fit if row not in known]
         if known and missing:
@@ -125,20 +131,22 @@ def generate_batch(
         seconds = time.perf_counter() - began
         rows = file.sort_rows()
     ends = Counter(str(row.get("finished")) for row in rows.values())
-    left = len(asked) - len(fit)
+    left = len(prompt_texts) - len(fit)
     dropped = {f"the prompt fills the context of {model.config.max_position_embeddings:,} tokens": left} if left else {}
     return BatchGenerateReport(
-        str(out), len(asked), len(rows), len(missing), dropped, dict(sorted(ends.items())), tokens, seconds
+        str(out), len(prompt_texts), len(rows), len(missing), dropped, dict(sorted(ends.items())), tokens, seconds
     )
 
 
-def tokenize_prompts(asked: Sequence[Document], tokenizer: Tokenizer) -> PromptSet:
-    ids = [tokens or [tokenizer.start_token_id] for tokens in tokenizer.encode_batch([one.text for one in asked])]
+def tokenize_prompts(prompt_texts: Sequence[Document], tokenizer: Tokenizer) -> PromptSet:
+    ids = [
+        tokens or [tokenizer.start_token_id] for tokens in tokenizer.encode_batch([one.text for one in prompt_texts])
+    ]
     known, which = Counter[tuple[int, ...]](), []
     for tokens in ids:
         which.append(known[tuple(tokens)])
         known[tuple(tokens)] += 1
-    return PromptSet(asked, ids, which)
+    return PromptSet(prompt_texts, ids, which)
 
 
 def select_fitting_prompts(work: PromptSet, model: Decoder, slide: bool, prompts: Path, log: LogFn) -> list[int]:
@@ -161,13 +169,13 @@ def output_settings(
     name_or_path: str,
     model: Decoder,
     tokenizer: Tokenizer,
-    asked: Sequence[Document],
+    prompt_texts: Sequence[Document],
     options: GenerationOptions,
     stopping_criteria: StoppingCriteria,
 ) -> dict[str, Any]:
     """Everything that the rows depend on."""
     digest = hashlib.sha256()
-    for one in asked:
+    for one in prompt_texts:
         digest.update(one.text.encode() + b"\0")
     kind = str(next(model.parameters()).dtype).removeprefix("torch.")
     held = {
@@ -195,16 +203,16 @@ def generate_missing(
 ) -> int:
     """Generate the missing rows batch by batch and append them; returns the number of new tokens."""
     clock, began = EtaClock(0, len(missing)), time.perf_counter()
-    done, tokens, told = 0, 0, began
+    done, tokens, reported = 0, 0, began
     for some in work.batches(missing, size):
-        made = generate_completions(
+        completions = generate_completions(
             model, [work.ids[row] for row in some], options.sampling, stopping_criteria,
             seed=options.seed, compile=options.compile, copy_offsets=[work.occurrence[row] for row in some],
         )  # fmt: skip
-        file.append([work.make_row(row, one) for row, one in zip(some, made, strict=True)])
-        done, tokens, now = done + len(some), tokens + sum(len(one.tokens) for one in made), time.perf_counter()
-        if now - told > PROGRESS_SECONDS or done == len(missing):
-            rate, told = now - began, now
-            speed = f"{done / rate:,.1f} rows/s, {tokens / rate:,.0f} tokens/s"
+        file.append([work.make_row(row, one) for row, one in zip(some, completions, strict=True)])
+        done, tokens, now = done + len(some), tokens + sum(len(one.tokens) for one in completions), time.perf_counter()
+        if now - reported > PROGRESS_SECONDS or done == len(missing):
+            elapsed, reported = now - began, now
+            speed = f"{done / elapsed:,.1f} rows/s, {tokens / elapsed:,.0f} tokens/s"
             log(f"{done:,}/{len(missing):,} rows, {speed}, ETA {clock.time_left(done)}")
     return tokens

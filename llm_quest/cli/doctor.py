@@ -224,24 +224,24 @@ def git_state(root: Path = PACKAGE.parent) -> dict[str, Any] | None:
     """Commit and branch of the checkout that this package runs from, and whether it has uncommitted changes; None if it
     is not a checkout, or without git.
 
-    Commonly got wrong: git obeys the settings of the checkout it is asked about (`core.fsmonitor` and `filter.*.clean`
+    Commonly got wrong: git obeys the settings of the checkout it runs in (`core.fsmonitor` and `filter.*.clean`
     name programs to run), so it is never run on a run folder or the working folder, which may come from elsewhere."""
     if not (root / ".git").exists():
         return None
-    said = []
+    answers = []
     for question in (
         ("rev-parse", "HEAD"),
         ("rev-parse", "--abbrev-ref", "HEAD"),
         ("status", "--porcelain", "--untracked-files=no"),
     ):
         try:
-            asked = subprocess.run(
+            done = subprocess.run(
                 ["git", "-C", str(root), *question], capture_output=True, text=True, timeout=10, check=True
             )
         except (OSError, subprocess.SubprocessError):
             return None
-        said.append(asked.stdout.strip())
-    return {"commit": said[0], "branch": said[1], "changed": bool(said[2])}
+        answers.append(done.stdout.strip())
+    return {"commit": answers[0], "branch": answers[1], "changed": bool(answers[2])}
 
 
 def nearest_existing_dir(folder: Path) -> Path:

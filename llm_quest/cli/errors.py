@@ -70,8 +70,8 @@ def describe_failure(error: BaseException) -> tuple[int, list[str]]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is an out-of-memory error of Python, CUDA or the CPU allocator."""
-    said = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
-    return isinstance(error, MemoryError) or said
+    allocator_failed = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
+    return isinstance(error, MemoryError) or allocator_failed
 
 
 def first_line(error: BaseException) -> str:

@@ -207,8 +207,8 @@ def find_config(name: str) -> tuple[str, Any]:
     try:
         return name, preset(name).config
     except UsageError as error:
-        pages = ", ".join(family.name for family in ALL_FAMILIES)
-        raise UsageError(f"{error}; pages: {pages}; or a folder with a config.json") from None
+        families = ", ".join(family.name for family in ALL_FAMILIES)
+        raise UsageError(f"{error}; families: {families}; or a folder with a config.json") from None
 
 
 def read_family_config(file: Path) -> Any:

@@ -49,10 +49,10 @@ class StageResult:
     intervals: tuple[tuple[float, float], ...] = ()
 
     def line(self) -> str:
-        told = [f"{number:.3f}" for number in (self.before, self.after)]
+        values = [f"{number:.3f}" for number in (self.before, self.after)]
         if self.intervals:
-            told = [f"{n} [{low:.3f}, {high:.3f}]" for n, (low, high) in zip(told, self.intervals, strict=True)]
-        return f"{self.measure}: {told[0]} before, {told[1]} after"
+            values = [f"{n} [{low:.3f}, {high:.3f}]" for n, (low, high) in zip(values, self.intervals, strict=True)]
+        return f"{self.measure}: {values[0]} before, {values[1]} after"
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,13 @@ class AnsweredQuestion:
 
 def answer_held_out_questions(context: QuickstartContext, folder: Path) -> list[AnsweredQuestion]:
     """Answer the first held-out questions greedily, with the chat template."""
-    asked: Sequence[Conversation] = context.conversations.questions[:NUM_QUESTIONS]
+    questions: Sequence[Conversation] = context.conversations.questions[:NUM_QUESTIONS]
     tokenizer = load_tokenizer(folder)
-    prompts = ChatTemplate(tokenizer).encode_prompts([one.prompt for one in asked])
+    prompts = ChatTemplate(tokenizer).encode_prompts([one.prompt for one in questions])
     done = generate(
         context.model(folder), prompts, max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0, tokenizer=tokenizer
     )
     return [
-        AnsweredQuestion(one.prompt[-1]["content"], (made.text or "").strip(), one.answer)
-        for one, made in zip(asked, done, strict=True)
+        AnsweredQuestion(one.prompt[-1]["content"], (completion.text or "").strip(), one.answer)
+        for one, completion in zip(questions, done, strict=True)
     ]

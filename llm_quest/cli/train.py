@@ -123,7 +123,7 @@ def unused_dir(folder: Path, name: str) -> Path:
 
 
 def write_plan_and_report(folder: Path, training_plan: TrainingPlan | None, log: LogFn) -> None:
-    """The plan made before the run, beside what was measured, and the report."""
+    """Write the plan of a run, if there is one, and its report."""
     from llm_quest.report.page import write_report
 
     if training_plan is not None:

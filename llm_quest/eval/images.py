@@ -59,14 +59,18 @@ class ImageQuestionEvaluator:
     name: str = "eval"
 
     def evaluate(self, model: VisionLanguageModel, step: int) -> Mapping[str, float]:
-        asked = [(sight, turn) for sight in map(self.sights.eval_example, range(self.number)) for turn in sight.turns]
-        parts = [asked[first : first + QUESTION_BATCH_SIZE] for first in range(0, len(asked), QUESTION_BATCH_SIZE)]
+        questions = [
+            (sight, turn) for sight in map(self.sights.eval_example, range(self.number)) for turn in sight.turns
+        ]
+        parts = [
+            questions[first : first + QUESTION_BATCH_SIZE] for first in range(0, len(questions), QUESTION_BATCH_SIZE)
+        ]
         answers = [answer for part in parts for answer in self.generate_answers(model, part)]
         right: dict[str, list[float]] = defaultdict(list)
-        for answer, (_, turn) in zip(answers, asked, strict=True):
+        for answer, (_, turn) in zip(answers, questions, strict=True):
             right[turn.kind].append(exact_match(answer, turn))
         if self.samples is not None:
-            first = asked[: len(asked[0][0].turns)]
+            first = questions[: len(questions[0][0].turns)]
             sample_rows = [
                 {"prompt": turn.question, "text": f" {answer}", "wanted": turn.answer}
                 for (_, turn), answer in zip(first, answers[: len(first)], strict=True)
@@ -74,11 +78,11 @@ class ImageQuestionEvaluator:
             save_samples(self.samples, step, sample_rows)
         return {kind: sum(marks) / len(marks) for kind, marks in sorted(right.items())}
 
-    def generate_answers(self, model: VisionLanguageModel, asked: list[tuple[Any, QuestionAnswer]]) -> list[str]:
+    def generate_answers(self, model: VisionLanguageModel, questions: list[tuple[Any, QuestionAnswer]]) -> list[str]:
         """Greedy answers."""
-        prompts = [self.writer.encode_prompt(turn.question) for _, turn in asked]
-        images = [self.preprocess.normalize(sight.pixels[None]) for sight, _ in asked]
-        longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in asked) + 4
+        prompts = [self.writer.encode_prompt(turn.question) for _, turn in questions]
+        images = [self.preprocess.normalize(sight.pixels[None]) for sight, _ in questions]
+        longest = max(len(self.writer.tokenizer.encode(turn.answer)) for _, turn in questions) + 4
         room = model.config.max_position_embeddings - max(map(len, prompts))
         if room < 1:
             raise UsageError("a question leaves no room for its answer: set a larger sequence_length")

@@ -98,11 +98,11 @@ def evaluate_documents(
             "load the tokenizer that the model was trained with"
         )
     held_out = make_eval_batches(model, tokenize_documents(tokenizer, documents), length=length, limit=max_tokens)
-    looked_at = [documents[number] for number in held_out.documents]
-    log(f"{len(looked_at):,} documents, {held_out.num_bytes:,} bytes")
+    evaluated = [documents[number] for number in held_out.documents]
+    log(f"{len(evaluated):,} documents, {held_out.num_bytes:,} bytes")
     found = evaluate_perplexity(model, held_out, source=source)
     log("fitting n-gram and compressor baselines to the same text")
-    return dataclasses.replace(found, baselines=evaluate_baselines(train, looked_at, tokenizer))
+    return dataclasses.replace(found, baselines=evaluate_baselines(train, evaluated, tokenizer))
 
 
 def evaluate_perplexity(

@@ -111,8 +111,8 @@ def load_eval_problems(options: ProblemEvalOptions) -> Sequence[Problem]:
     if is_gsm8k(options.task):
         return load_gsm8k(options.task, options.split)[: options.num_problems]
     part: SplitName = options.split  # type: ignore[assignment]
-    made = parse_task(options.task)
-    return [draw_problem(made, part, index, options.seed) for index in range(options.num_problems)]
+    task = parse_task(options.task)
+    return [draw_problem(task, part, index, options.seed) for index in range(options.num_problems)]
 
 
 def evaluate_problems(
@@ -150,7 +150,7 @@ def evaluate_problems(
     outcomes = count_outcomes(scores)
     scored = outcomes["right"] + outcomes["wrong"]
     if not scored:
-        raise UsageError(f"none of {len(problems)} answers could be scored: look at the gold answers of {source}")
+        raise UsageError(f"none of {len(problems)} answers could be scored: check the gold answers of {source}")
     return ProblemAccuracy(
         source=source,
         num_problems=len(problems),

@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, content, said):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(UsageError, match=r"did you mean 'llama3.2-1b'\?.*pages: gpt2"):
+    with pytest.raises(UsageError, match=r"did you mean 'llama3.2-1b'\?.*families: gpt2"):
         make_model_card("llama3.2-1x")
 
 
