@@ -65,7 +65,7 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0
 
 
 def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
-    """A builder; experts run as a plain loop, which is the definition."""
+    """A builder; experts run as a plain loop, which is the definition. Its `architecture` is the class that it builds."""
 
     def build() -> Any:
         torch.manual_seed(0)
@@ -76,6 +76,7 @@ def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
             oracle.set_experts_implementation("eager")
         return oracle
 
+    build.architecture = model  # type: ignore[attr-defined]
     return build
 
 
@@ -128,6 +129,8 @@ ORACLES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    "mistral": made("MistralForCausalLM", "MistralConfig", sliding_window=5),
+    "mistral, no window": made("MistralForCausalLM", "MistralConfig", sliding_window=None, head_dim=24),
     "mixtral": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=24),
     "mixtral, window": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, sliding_window=5),
     "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, tie_word_embeddings=True),

@@ -1,13 +1,27 @@
-"""First floor: one page per family. A new family is its page and one line here."""
+"""Model families, one file each. A new family is its file and an entry here."""
 
 from __future__ import annotations
 
-from llm_quest.models import clip, deepseek_v3, gemma, gpt2, llama, llava, mimo, mixtral, qwen3, qwen3_next, vit
+from llm_quest.models import (
+    clip,
+    deepseek_v3,
+    gemma,
+    gpt2,
+    llama,
+    llava,
+    mimo,
+    mistral,
+    mixtral,
+    qwen3,
+    qwen3_next,
+    vit,
+)
 from llm_quest.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY,
     llama.FAMILY,
+    mistral.FAMILY,
     gemma.FAMILY,
     mixtral.FAMILY,
     qwen3.FAMILY,
@@ -17,4 +31,4 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY)
-"""Those that read images. They have laws of their own (tests/models), for they are no decoders of tokens alone."""
+"""Families that read images. They have tests of their own (tests/models)."""

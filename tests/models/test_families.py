@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from llm_quest.hub.load_save import load, save
+from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
-from tests.oracles import save_published, transformers
+from tests.models.vision import their_llava, their_vit
+from tests.oracles import save_published, tiny_gpt2, tiny_llama, transformers
 
 LENGTH = 80  # over one chunk of the DeltaNet, sixteen windows of five
 
@@ -44,6 +46,16 @@ def expected_logits(name: str) -> torch.Tensor:
 
 
 families = pytest.mark.parametrize("name", ORACLES)
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, *VISION_FAMILIES), ids=lambda family: family.name)
+def test_every_family_is_compared_with_its_reference(family):
+    """A family without an oracle fails by name. A class that transformers does not have is a format of our own."""
+    llava = their_llava()
+    others = (tiny_gpt2(), tiny_llama(), their_vit(), llava, llava.model.vision_tower)
+    compared = {oracle.architecture for oracle in ORACLES.values()} | {type(oracle).__name__ for oracle in others}
+    missing = [one for one in family.architectures.values() if hasattr(transformers, one) and one not in compared]
+    assert not missing, f"{family.name}: no oracle builds {missing[0]}; add one to tests/family_oracles.py"
 
 
 @families
