@@ -48,7 +48,7 @@ def expected_logits(name: str) -> torch.Tensor:
 families = pytest.mark.parametrize("name", ORACLES)
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, *VISION_FAMILIES), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [*FAMILIES, *VISION_FAMILIES], ids=lambda family: family.name)
 def test_every_family_is_compared_with_its_reference(family):
     """A family without an oracle fails by name. A class that transformers does not have is a format of our own."""
     llava = their_llava()
