@@ -1,4 +1,4 @@
-"""TokenBatch: rows of tokens and what is to be predicted at each of them."""
+"""TokenBatch: rows of tokens with their targets; and padding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, length: int | No
 def pad_with_positions(
     rows: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and positions that are -1 for padding; row r counts from starts[r], or from 0."""
+    """Padded tokens, and positions that are -1 for padding; row r counts from starts[r], or from 0."""
     counts = [np.arange(len(row)) + start for row, start in zip(rows, starts or [0] * len(rows), strict=True)]
     return pad(rows, 0), pad(counts, -1)
 
@@ -53,8 +53,8 @@ class TokenBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding. Known on the host after `positions`, so that reading it there costs no device
-        sync."""
+        """Tokens that are not padding. Computed from `position_ids` on the host, so that reading it there costs no
+        device sync."""
         if self.token_count is not None:
             return self.token_count
         return self.input_ids.numel() if self.position_ids is None else int((self.position_ids >= 0).sum())

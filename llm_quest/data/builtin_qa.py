@@ -3,9 +3,9 @@ every recipe runs without a file; results compare between runs with one Python v
 
       {"prompt": "What does textwrap.dedent(text) do?", "completion": "Remove any common leading whitespace from ..."}
 
-Preferred is one whole sentence: the rejected answer is cut off, or runs on into another function's. (The right answer
-against another function's takes knowledge that a small model lacks: docs/LOG.md.) The three kinds of built-in text
-(help, docstrings, source) are what the classifier tells apart."""
+The preferred answer is one whole sentence: the rejected one is cut off, or runs on into another function's. (The right
+answer against another function's takes knowledge that a small model lacks: docs/LOG.md.) The three kinds of built-in
+text (help, docstrings, source) are the classes of the classifier."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIECES_PER_LABEL = 400
 
 
 def stdlib_functions() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(module, its functions with the first sentence of what is said of them)."""
+    """Per module, its functions with the first sentence of their docstrings."""
     with pause_garbage_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
         for file, name in stdlib_modules():
@@ -48,7 +48,7 @@ def stdlib_functions() -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def extract_first_sentence(text: str) -> str:
-    """The first one, on one line; empty if it does not end."""
+    """The first sentence, on one line; empty if it does not end."""
     found = re.match(r"(.+?[.!?])(\s|$)", re.sub(r"\s+", " ", text.partition("\n\n")[0]).strip())
     return found.group(1) if found else ""
 
@@ -62,7 +62,7 @@ def builtin_instructions() -> Iterator[Record]:
 
 
 def builtin_preferences() -> Iterator[Record]:
-    """Questions with an answer that is one whole sentence, and one that is less or more than that."""
+    """Questions with an answer of one whole sentence, and one that is less or more than that."""
     for module, said in stdlib_functions():
         for (head, text), (_, other) in itertools.pairwise([*said, *said[:1]]):
             if len(text.split()) >= MIN_ANSWER_WORDS:
@@ -71,8 +71,8 @@ def builtin_preferences() -> Iterator[Record]:
 
 
 def corrupt_answer(head: str, text: str, other: str) -> str:
-    """The answer with another function's behind it, or without its last words (two at least go, two stay); which, the
-    question alone decides."""
+    """The answer with another function's after it, or without its last words (two at least go, two stay); the
+    question alone decides which."""
     drawn, words = make_rng("worse", head), text.split()
     if drawn.random() < RUN_ON_PROBABILITY:
         return f"{text} {other}"
@@ -80,7 +80,7 @@ def corrupt_answer(head: str, text: str, other: str) -> str:
 
 
 def builtin_labeled_texts() -> Iterator[Record]:
-    """Pieces of text, and which kind of text they are from."""
+    """Pieces of text, labelled with the kind of text they are from."""
     for label, documents in BUILTIN_CORPORA.items():
         texts = (piece for document in documents() for piece in split_pieces(document.text))
         chosen = sorted(
@@ -90,7 +90,7 @@ def builtin_labeled_texts() -> Iterator[Record]:
 
 
 def split_pieces(text: str) -> Iterator[str]:
-    """Whole lines, about PIECE characters of them."""
+    """Pieces of whole lines, of about PIECE characters."""
     piece = ""
     for line in text.splitlines(keepends=True):
         piece += line
@@ -104,7 +104,7 @@ def format_question(head: str) -> str:
 
 
 def load_records(source: str, builtin: Callable[[], Iterator[Record]]) -> list[Record]:
-    """The rows of a file, or those that come with Python."""
+    """The rows of a file, or the built-in ones."""
     if source == "builtin":
         return list(builtin())
     if source.startswith("builtin:"):

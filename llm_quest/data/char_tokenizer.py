@@ -1,4 +1,4 @@
-"""A tokenizer of single characters, for tasks with small alphabets: every digit and letter a token of its own."""
+"""A tokenizer of single characters, for tasks with small alphabets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PAD_TOKEN, UNK_TOKEN = "<|pad|>", "<|unknown|>"
 
 
 def character_tokenizer(alphabet: str, words: Sequence[str] = ()) -> Tokenizer:
-    """Ids: end of text 0, padding 1, unknown 2, then the characters in order of their code points, then the words, each
-    of which is one token (and text like any other)."""
+    """A tokenizer with one token per character. Ids: end of text 0, padding 1, unknown 2, then the characters in
+    order of their code points, then the words, each of which is one token (and text like any other)."""
     if not alphabet:
         raise UsageError("an alphabet has at least one character")
     specials = [END_OF_TEXT, PAD_TOKEN, UNK_TOKEN]

@@ -1,10 +1,10 @@
-"""Chat: conversations become token ids by a chat template, and it is known of each id whether it is to be learned.
+"""Chat templates: conversations become token ids, with a mask of the ids that are learned.
 
       <|im_start|>user\\n 2+2? <|im_end|>\\n <|im_start|>assistant\\n 4 <|im_end|>\\n
                                                                    x x x               learned: the answer and its end
 
-Commonly got wrong: (1) what somebody typed is read as a control token: `<|im_end|>` in a message ends it; here it stays
-text. (2) Prompt and answer are made tokens as one text, and a merge across the seam gives the answer another beginning
+Commonly got wrong: (1) what a user typed is read as a control token: `<|im_end|>` in a message ends it; here it stays
+text. (2) Prompt and answer are encoded as one text, and a merge across the seam gives the answer another beginning
 than generation ever sees; here each is encoded alone. (3) The end of the answer is masked away (for pad = end), and
 the model never stops; here an answer's end is always learned.
 """
@@ -46,14 +46,14 @@ ALPACA_TEMPLATE = (
 
 
 def default_chat_template(tokenizer: Tokenizer) -> str:
-    """What a model without a chat template is given."""
+    """The chat template of a model that has none."""
     return CHATML_TEMPLATE if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.special_tokens) else ALPACA_TEMPLATE
 
 
 @dataclass(frozen=True, eq=False)
 class ChatExample:
-    """ids of a whole conversation; assistant_mask: which of them the model is to write. The last of its learned ids
-    ends its last answer. where: file:line."""
+    """A conversation as ids; assistant_mask: the ids that are learned. The last of them ends the last answer. where:
+    file:line."""
 
     input_ids: np.ndarray
     assistant_mask: np.ndarray
@@ -68,7 +68,7 @@ class ChatExample:
 
 
 class ChatTemplate:
-    """`ChatTemplate(tokenizer)`: its own template, else the default one, which the tokenizer then keeps and saves."""
+    """A tokenizer's chat template, or else the default one, which the tokenizer then keeps and saves."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None):
         tokenizer.chat_template = template or tokenizer.chat_template or default_chat_template(tokenizer)
@@ -89,7 +89,7 @@ class ChatTemplate:
         )
 
     def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
-        """The same of many conversations, by one process."""
+        """The prompts of many conversations, by one process."""
         jobs = [
             RenderJob(self.escape_control_tokens(messages), add_generation_prompt=True) for messages in conversations
         ]
@@ -98,7 +98,7 @@ class ChatTemplate:
         ]
 
     def encode_conversations(self, conversations: Sequence[Conversation]) -> list[ChatExample]:
-        """Each conversation, all its answers learned."""
+        """Each conversation with all its answers learned."""
         if not conversations:
             return []
         render = self.render_with_generation_tags if "generation" in self.template_tags() else self.render_by_prefix
@@ -112,7 +112,7 @@ class ChatTemplate:
         return set(re.findall(r"\{%[-+]?\s*(\w+)", self.template))
 
     def render_with_generation_tags(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
-        """The template itself says what the model writes."""
+        """Render where the template itself marks what the model writes."""
         jobs = [
             RenderJob(self.escape_control_tokens(one.message_dicts), add_generation_prompt=False, where=one.where)
             for one in conversations
@@ -120,14 +120,14 @@ class ChatTemplate:
         return render_batch(self.template, jobs, special_tokens=self.special_token_names)
 
     def render_by_prefix(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
-        """The template does not say: an answer is what comes after the prompt that asks for it, up to where the text
-        stands when it has been given."""
+        """Render where the template has no marks: an answer is the text between the prompt that asks for it and the
+        prompt after it."""
         jobs = [job for one in conversations for job in self.prefix_jobs(one)]
         texts = iter(render_batch(self.template, jobs, special_tokens=self.special_token_names))
         return [self.locate_answers(one, texts) for one in conversations]
 
     def prefix_jobs(self, one: Conversation) -> Iterator[RenderJob]:
-        """The whole, then before and after each answer."""
+        """The whole conversation, then up to before and after each answer."""
         escaped = self.escape_control_tokens(one.message_dicts)
         yield RenderJob(escaped, add_generation_prompt=False, where=one.where)
         for number, message in enumerate(escaped):
@@ -151,7 +151,7 @@ class ChatTemplate:
         return RenderedChat(whole, tuple(spans))
 
     def encode_example(self, layout: RenderedChat, where: str) -> ChatExample:
-        """Prompt and answers encoded apart, each answer with its end."""
+        """Encode prompt and answers apart, each answer with its end."""
         ids: list[int] = []
         assistant_mask: list[bool] = []
         at = 0
@@ -173,19 +173,19 @@ class ChatTemplate:
         return ChatExample(np.array(ids, dtype=np.int64), np.array(assistant_mask), where)
 
     def answer_end(self, answer: str, rest: str) -> int:
-        """How much of an answer's text is learned: up to its end token, which the tags may have left outside, and not
-        the line end after it."""
+        """How much of an answer's text is learned: up to its end token, which the tags may have left outside, and
+        not the line end after it."""
         if not self.ends_with_control_token(answer.rstrip()) and (after := self.control_pattern.match(rest)):
             return len(answer) + after.end()
         return len(answer.rstrip()) if self.ends_with_control_token(answer.rstrip()) else len(answer)
 
     def ends_with_control_token(self, answer: str) -> bool:
-        """Does it end with a control token?"""
+        """Whether a text ends with a control token."""
         return any(answer.endswith(control) for control in self.control_tokens)
 
     def escape_control_tokens(self, messages: Messages) -> Messages:
         """Messages in which nothing spells a control token: its first character is followed by a mark, which
-        `encode_prompt` takes out again."""
+        `encode` removes."""
         return [
             {
                 **message,
@@ -195,7 +195,7 @@ class ChatTemplate:
         ]
 
     def encode(self, text: str) -> list[int]:
-        """The template's control tokens are control tokens; what was guarded is text."""
+        """Ids of a rendered text: the template's control tokens are control tokens; what was escaped is text."""
         if ESCAPE_MARK not in text:
             return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
         ids: list[int] = []
@@ -211,7 +211,7 @@ class TextSegment(NamedTuple):
 
 
 def split_at_controls(text: str, control_pattern: re.Pattern[str]) -> Iterator[TextSegment]:
-    """The text between control tokens, each with the token that follows it."""
+    """The text between control tokens, each piece with the token that follows it."""
     at = 0
     for match in control_pattern.finditer(text):
         yield TextSegment(text[at : match.start()], match.group())

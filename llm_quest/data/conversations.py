@@ -1,12 +1,11 @@
-"""Conversations: every kind of row that instruction data comes in, as one form: messages by roles, the last of them the
-assistant's.
+"""Conversations: the row formats of instruction data, read as messages with roles, the last of them the assistant's.
 
       {"messages": [{"role": "user", "content": ...}, ...]}        {"conversations": [{"from": "human", "value": ...}]}
       {"prompt": ..., "completion": ...}   (text or messages)      {"instruction": ..., "input": ..., "output": ...}
       {"question": ..., "answer": ...}
 
 A row that is of no such form, or whose roles are out of order, stops with file and line. An empty answer is dropped and
-counted: it would teach to say nothing.
+counted: it would train the model to say nothing.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ class Conversation:
 
     @property
     def message_dicts(self) -> Messages:
-        """As templates take them."""
+        """Messages as chat templates take them."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
     @property
     def prompt(self) -> Messages:
-        """All but the last answer."""
+        """All messages but the last answer."""
         return self.message_dicts[:-1]
 
     @property
     def answer(self) -> str:
-        """The last one."""
+        """The last answer."""
         return self.messages[-1][1]
 
     @property
     def hash(self) -> str:
-        """sha256 of everything that was said."""
+        """sha256 of all messages."""
         return hashlib.sha256(repr(self.messages).encode()).hexdigest()
 
 
 def read_conversations(records: Iterable[Record], drop_report: DropReport) -> list[Conversation]:
-    """What can be learned from; the ledger says what was dropped."""
+    """The conversations that can be learned from; the report counts what was dropped."""
     kept = []
     for record in records:
         found = parse_conversation(record)
@@ -70,7 +69,7 @@ def read_conversations(records: Iterable[Record], drop_report: DropReport) -> li
 
 
 def parse_conversation(record: Record) -> Conversation:
-    """One row, by the first of the forms whose keys it has."""
+    """Parse one row, by the first of the forms whose keys it has."""
     for keys, form in ROW_PARSERS.items():
         if all(key in record.row for key in keys):
             said = form(record)
@@ -84,7 +83,7 @@ def parse_conversation(record: Record) -> Conversation:
 
 
 def check_role_order(messages: Sequence[tuple[str, str]], where: str) -> None:
-    """Perhaps a system message, then user and assistant in turn, the assistant last."""
+    """Check the roles: perhaps a system message, then user and assistant in turn, the assistant last."""
     roles = [role for role, _ in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or turns[-1] != "assistant":
@@ -146,7 +145,7 @@ ROW_PARSERS: dict[tuple[str, ...], RowParser] = {
 
 
 class HasPrompt(Protocol):
-    """Anything with a question."""
+    """Anything with a prompt."""
 
     @property
     def prompt(self) -> Messages: ...
@@ -156,7 +155,7 @@ Item = TypeVar("Item", bound=HasPrompt)
 
 
 def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """(to train on, held out): about `part` of the items, chosen by the hash of their question, so that the same
+    """(training, held out): about `held_out` of the items, chosen by the hash of their prompt, so that the same
     question with other answers is never on both sides, no seed is needed, and a new row moves few others."""
     if not 0 < fraction < 1:
         raise UsageError(f"held_out is {fraction}; expected a part of the rows, above 0 and below 1")
@@ -174,6 +173,6 @@ def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item],
 
 
 def prompt_hash(prompt: Messages) -> str:
-    """sha256 of a question, whatever its spaces and capitals."""
+    """sha256 of a prompt, whatever its spaces and capitals."""
     told = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in prompt)
     return hashlib.sha256(told.encode()).hexdigest()

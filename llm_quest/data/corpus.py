@@ -1,4 +1,4 @@
-"""Corpus: documents gathered for one run. Without a network there is always the interpreter's own text.
+"""Corpus: the documents of one run. Without a network there is always the Python interpreter's own text.
 
     builtin:topics      pydoc's help topics: the language reference in English with code, about 0.5 MB
     builtin:docstrings  the standard library's docstrings, one document per module, about 2 MB
@@ -7,7 +7,7 @@
 
 All of it is under the PSF licence. Another Python has another text: a corpus carries its Python version and its
 sha256, and results are compared only within one hash. Tests are left out (some builds lack them), as are files written
-at build time. A model that memorises half a megabyte is not a language model; say the size wherever the result is said.
+at build time. A model that memorizes half a megabyte is not a language model: report the size with every result.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ EXCLUDED_FOLDERS = frozenset(
 
 @dataclass(frozen=True)
 class Corpus:
-    """name: what was asked for. python: the version whose text it is, None for the user's own data. sha256: of all
-    texts in order. The documents are held in memory."""
+    """The documents of one run. name: as given in the recipe. python: the version whose text it is, None for the
+    user's own data. sha256: of all texts in order. The documents are held in memory."""
 
     name: str
     documents: tuple[Document, ...]
@@ -55,7 +55,7 @@ class Corpus:
         return facts | {"python": self.python, "ledger": self.drop_report.as_json()}
 
     def lines(self) -> list[str]:
-        """For the screen."""
+        """The report as lines of text."""
         origin = f", text of Python {self.python}" if self.python else ""
         title = (
             f"{self.name}: {len(self.documents):,} documents, {self.nbytes:,} bytes, sha256 {self.sha256[:12]}{origin}"
@@ -71,7 +71,7 @@ def load_corpus(
     suffixes: Collection[str] = TEXT_SUFFIXES,
 ) -> Corpus:
     """The documents of `builtin`, `builtin:PART[,PART]`, a text file, a JSON-lines file or a folder; each text once.
-    DataError where nothing is left, with the ledger that says why."""
+    DataError where nothing is left, with the report that says why."""
     drop_report = DropReport()
     name = str(source)
     builtin = name == "builtin" or name.startswith("builtin:")
@@ -112,7 +112,7 @@ def stdlib_source() -> Iterator[Document]:
 
 
 def module_docstrings(source: bytes, name: str) -> str:
-    """The docstrings of a module's source, each below its name and signature; empty if it has none. The source is
+    """The docstrings of a module's source, each after its name and signature; empty if it has none. The source is
     parsed, not run."""
     with pause_garbage_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules
@@ -128,7 +128,7 @@ BUILTIN_CORPORA: dict[str, Callable[[], Iterator[Document]]] = {
 
 
 def builtin_parts(name: str) -> list[str]:
-    """The parts that `builtin` or `builtin:pydoc_topics,source` names. UsageError for a part there is not."""
+    """The parts that `builtin` or `builtin:topics,source` names. UsageError for a part that does not exist."""
     if name == "builtin":
         return ["topics", "docstrings"]
     asked = [part.strip() for part in name.removeprefix("builtin:").split(",")]
@@ -152,7 +152,7 @@ def _read_builtin(name: str, drop_report: DropReport) -> Iterator[Document]:
 
 
 def _deduplicate(documents: Iterator[Document], drop_report: DropReport) -> tuple[Document, ...]:
-    """The first of each text; a later copy moves from kept to dropped."""
+    """Keep the first of each text; a later copy is counted as dropped."""
     seen: dict[str, Document] = {}
     for document in documents:
         if document.hash in seen:
@@ -185,7 +185,7 @@ def _read_source(file: Path) -> str:
 
 
 def iter_docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """'name(signature)', a blank line, the docstring, for the node and everything named below it."""
+    """'name(signature)', a blank line, the docstring, for the node and everything named inside it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = ast.get_docstring(node)
         if text and text.strip():
@@ -200,8 +200,8 @@ def iter_docstrings(node: ast.AST, name: str) -> Iterator[str]:
 
 @contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """Parsing is four times as fast without the garbage collector: a tree is many small objects, and all of them
-    live."""
+    """Pause the garbage collector: parsing is four times as fast, because a tree is many small objects that all stay
+    alive."""
     running = gc.isenabled()
     gc.disable()
     try:

@@ -1,5 +1,5 @@
-"""Documents: text files, JSON lines and folders in; what is left out is counted in a ledger, what is broken stops with
-file and line. Nothing is repaired in silence."""
+"""Documents: text files, JSON lines and folders are read; what is left out is counted, what is broken stops with
+file and line. Nothing is repaired silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ TEXT_SUFFIXES = frozenset((*PROSE_SUFFIXES, *SCRIPT_SUFFIXES, *COMPILED_LANGUAGE
 
 @dataclass(frozen=True)
 class Document:
-    """One text that begins and ends. source: where it came from; line: the line of that file on which it begins."""
+    """One text with a beginning and an end. source: where it came from; line: the line of that file on which it
+    begins."""
 
     text: str
     source: str
@@ -48,7 +49,7 @@ class Document:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes in UTF-8: what bits per byte are counted in."""
+        """Bytes in UTF-8, the unit of bits per byte."""
         return len(self.text.encode())
 
     @cached_property
@@ -59,7 +60,7 @@ class Document:
 
 @dataclass
 class DropReport:
-    """What was kept and what was dropped and why, in documents and bytes. Files that were never opened count their
+    """What was kept, and what was dropped and why, in documents and bytes. Files that were never opened count their
     size."""
 
     kept: list[int] = field(default_factory=lambda: [0, 0])
@@ -100,7 +101,7 @@ def read_documents(
     separator: str | None = None,
     suffixes: Collection[str] = TEXT_SUFFIXES,
 ) -> Iterator[Document]:
-    """The documents of a folder, a JSON-lines file or a text file, each read as its own reader below says."""
+    """Read the documents of a folder, a JSON-lines file or a text file."""
     path = Path(path)
     if path.is_dir():
         return read_folder(path, drop_report, column=column, separator=separator, suffixes=suffixes)
@@ -126,7 +127,7 @@ def read_text(file: str | Path, drop_report: DropReport, *, separator: str | Non
 
 
 def read_json_lines(file: str | Path, drop_report: DropReport, *, column: str = "text") -> Iterator[Document]:
-    """One JSON object per line (also .gz), the text under `column`. A line that is not so stops with file and line."""
+    """One JSON object per line (also .gz), the text under `column`. Any other line stops with file and line."""
     file = require_regular_file(Path(file))
     with open_maybe_gzip(file) as lines:
         try:
@@ -152,7 +153,7 @@ def read_folder(
     separator: str | None = None,
     suffixes: Collection[str] = TEXT_SUFFIXES,
 ) -> Iterator[Document]:
-    """Every text and JSON-lines file below a folder, by path. Hidden, binary, non-UTF-8 and foreign files are skipped
+    """Every text and JSON-lines file below a folder, by path. Hidden, binary, non-UTF-8 and other files are skipped
     and counted, as are links that lead out of the folder."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -171,7 +172,7 @@ def read_folder(
 
 
 def _iter_files(folder: Path, drop_report: DropReport, top: Path | None = None) -> Iterator[Path]:
-    """Regular files in sorted order; what is passed over goes into the ledger."""
+    """Regular files in sorted order; the report counts what is skipped."""
     inside = (top or folder).resolve()
     try:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
@@ -228,7 +229,7 @@ def open_maybe_gzip(file: Path) -> gzip.GzipFile | IO[bytes]:
 
 
 def decode_utf8(content: bytes, file: Path, first_line: int = 1) -> str:
-    """UTF-8 with or without a byte-order mark. first_line: the number of the first line, for the message."""
+    """Decode UTF-8 with or without a byte-order mark. first_line: the number of the first line, for the message."""
     if b"\0" in content:
         line = first_line + content.count(b"\n", 0, content.index(b"\0"))
         raise DataError(f"{file}:{line} holds a zero byte: this is a binary file (or UTF-16), expected UTF-8 text")

@@ -21,11 +21,12 @@ from llm_quest.errors import DataError, UsageError
 
 
 class HeldOutLoader:
-    """Rows of `length` for evaluation; iterating gives TokenBatches of `micro_rows` rows, all of one shape.
+    """Rows of `sequence_length` for evaluation; iterating gives TokenBatches of `batch_size` rows, all of one shape.
 
     A document longer than a row is cut, and each piece begins without memory of the one before. Pieces share a row
-    (segments keep them apart); the rest of a row is padding. The first `limit` targets' worth of whole documents, in a
-    fixed shuffled order, at least one document; None: all. num_bytes and num_targets are of what is really covered."""
+    (segments keep them apart); the rest of a row is padding. The first `max_targets` targets' worth of whole
+    documents, in a fixed shuffled order, at least one document; None: all. num_bytes and num_targets are of what is
+    covered."""
 
     def __init__(
         self, tokens: TokenizedDocuments, *, sequence_length: int, batch_size: int, max_targets: int | None = None
@@ -86,7 +87,7 @@ class HeldOutLoader:
 def eval_batches(
     tokens: TokenizedDocuments, sequence_length: int, batch_size: int, max_targets: int | None = None
 ) -> HeldOutLoader:
-    """The held-out batches of a split: see `HeldOut`."""
+    """The held-out batches of a split: see `HeldOutLoader`."""
     return HeldOutLoader(tokens, sequence_length=sequence_length, batch_size=batch_size, max_targets=max_targets)
 
 
@@ -102,8 +103,7 @@ def _select_documents(tokens: TokenizedDocuments, max_targets: int | None) -> np
 def _pack_documents(
     tokens: TokenizedDocuments, documents: np.ndarray, sequence_length: int
 ) -> list[list[tuple[int, int, int]]]:
-    """Rows of pieces (first id, last id + 1, document). Whole rows first, then the rests, longest first, each into the
-    fullest row that has room (best fit, decreasing)."""
+    """Rows of pieces (first id, last id + 1, document), packed by `pack_best_fit`."""
     pieces = []
     for document in documents.tolist():
         start, stop = int(tokens.offsets[document]), int(tokens.offsets[document + 1]) - 1

@@ -1,7 +1,7 @@
-"""Labelled images: where they come from, which are held out, and how a step's rows are drawn and varied.
+"""Labelled images: their sources, the held-out split, and the rows of training with their augmentation.
 
 Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class, CIFAR-10
-where it lies on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side;
+as files on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side;
 nothing but the final score looks at it.
 """
 
@@ -30,7 +30,7 @@ CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """pixels (N,C,H,W) uint8, labels (N,) into names."""
+    """Labelled images: pixels (N,C,H,W) uint8; labels (N,), indices into names."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -48,20 +48,20 @@ class ImageDataset:
         return digest.hexdigest()
 
     def subset(self, indices: np.ndarray) -> ImageDataset:
-        """Those images alone."""
+        """These images alone."""
         return ImageDataset(self.pixels[indices], self.labels[indices], self.names)
 
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """What is trained on and what is held out."""
+    """The training images and the held-out ones."""
 
     train: ImageDataset
     held_out: ImageDataset
 
 
 def split_images(images: ImageDataset, held_out: float) -> ImageSplits:
-    """About this part of the images is held out, by the hash of their pixels alone: no seed can choose an easy one."""
+    """Hold out about this part of the images, by the hash of their pixels alone: no seed can choose an easy one."""
     bound = held_out * 2.0**64
     marks = [int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "big") for image in images.pixels]
     out = np.array([mark < bound for mark in marks])
@@ -71,7 +71,7 @@ def split_images(images: ImageDataset, held_out: float) -> ImageSplits:
 
 
 def load_sklearn_digits() -> ImageDataset:
-    """The 1,797 digits that scikit-learn carries (Alpaydin & Kaynak 1998, UCI): 8 x 8, one channel."""
+    """The 1,797 digits of scikit-learn (Alpaydin & Kaynak 1998, UCI): 8 x 8, one channel."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -84,7 +84,8 @@ def load_sklearn_digits() -> ImageDataset:
 
 
 def load_image_folder(path: str | Path, image_processor: ImageProcessor, held_out: float) -> ImageSplits:
-    """A sub-folder for each class; or folders `train` and `val` (or `test`) of such, which are then the two sides."""
+    """A folder with a sub-folder for each class; or with folders `train` and `val` (or `test`) of such, which are
+    then the two sides."""
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path} is no folder of images; expected a sub-folder for each class")
@@ -100,7 +101,7 @@ def load_image_folder(path: str | Path, image_processor: ImageProcessor, held_ou
 def read_class_folders(
     path: Path, image_processor: ImageProcessor, class_names: Sequence[str] | None = None
 ) -> ImageDataset:
-    """Every image of every sub-folder; class_names: the classes that must be meant."""
+    """Every image of every sub-folder; class_names: the classes that must exist."""
     there = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and list_image_files(entry))
     if class_names is None and len(there) < 2:
         raise DataError(
@@ -120,7 +121,7 @@ def read_class_folders(
 
 
 def load_cifar10(path: str | Path) -> ImageSplits:
-    """CIFAR-10's binary version (Krizhevsky 2009): five files to train on, `test_batch.bin` held out, as published."""
+    """CIFAR-10's binary version (Krizhevsky 2009): five files for training, `test_batch.bin` held out, as published."""
     path = Path(path)
     path = path / "cifar-10-batches-bin" if (path / "cifar-10-batches-bin").is_dir() else path
     files = [path / f"data_batch_{number}.bin" for number in range(1, 6)]
@@ -133,7 +134,7 @@ def load_cifar10(path: str | Path) -> ImageSplits:
 
 
 def read_cifar_files(files: Sequence[Path]) -> ImageDataset:
-    """Records of one byte label and 3 x 32 x 32 bytes of red, green and blue."""
+    """Records of a one-byte label and 3 x 32 x 32 bytes of red, green and blue."""
     parts = []
     for file in files:
         raw = np.fromfile(file, dtype=np.uint8)
@@ -153,7 +154,7 @@ class ImageBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Images, for throughput."""
+        """The number of images, for throughput."""
         return self.images.shape[0]
 
     def to(self, device: torch.device | str) -> ImageBatch:
@@ -204,7 +205,7 @@ class ImageAugmentation:
 
 
 class AugmentedImages:
-    """A `RowSource` of labelled images: every image once an epoch, each with a variation of its own."""
+    """A `RowSource` of labelled images: every image once an epoch, each with an augmentation of its own."""
 
     def __init__(
         self, dataset: ImageDataset, image_processor: ImageProcessor, augmentation: ImageAugmentation | None = None

@@ -1,4 +1,4 @@
-"""Images with words: what a vision-language model is trained on, and how a step's rows are made.
+"""Images with text, for vision-language models: captions, questions and answers, and the rows of training.
 
 A row is a start token, a placeholder for every patch, then turns: a question, its answer, an end. Only answers and ends
 are learned:
@@ -35,29 +35,29 @@ PAD_TO_MULTIPLE_OF = 8
 
 @dataclass(frozen=True)
 class ImageText:
-    """An image, as uint8 (C,H,W), and what is said about it."""
+    """An image, as uint8 (C,H,W), with its questions and answers."""
 
     pixels: np.ndarray
     turns: tuple[QuestionAnswer, ...]
 
 
 class ImageTextDataset(Protocol):
-    """Where images with words come from."""
+    """A source of images with text."""
 
     hash: str
 
     def train_example(self, number: int, seed: int) -> ImageText:
-        """What stands in row `number` of training."""
+        """The image of row `number` of training."""
 
     def eval_example(self, number: int) -> ImageText:
-        """Held-out sight `number`, the same in every run."""
+        """Held-out image `number`, the same in every run."""
 
     def tokenizer_texts(self) -> list[str]:
         """Text to train a tokenizer on, from the training side."""
 
 
 class SceneDataset:
-    """Rendered scenes of shapes, as many as are asked for; combinations are held out (`data.scenes`)."""
+    """Rendered scenes of shapes, without end; combinations are held out (`data.synthetic_shapes`)."""
 
     def __init__(self, size: int):
         self.size = size
@@ -81,9 +81,9 @@ class SceneDataset:
 
 
 class CaptionDataset:
-    """A JSONL file of yours: {"image": "a.png", "caption": "..."} or {"image": ..., "question": ..., "answer": ...} a
-    line, paths beside the file. Lines about one image stay together; about `held_out` of the images, by the hash of
-    their pixels, are held out. Every image is opened once, so a broken one is found before training."""
+    """A JSONL file: {"image": "a.png", "caption": "..."} or {"image": ..., "question": ..., "answer": ...} a line,
+    paths relative to the file. Lines about one image stay together; about `held_out` of the images, by the hash of
+    their pixels, are held out. Every image is opened once, so that a broken one is found before training."""
 
     def __init__(self, file: str | Path, image_processor: ImageProcessor, held_out: float):
         grouped: dict[Path, list[QuestionAnswer]] = {}
@@ -116,7 +116,7 @@ class CaptionDataset:
 
 
 def read_caption_file(file: Path) -> list[tuple[Path, QuestionAnswer]]:
-    """Image and turn of every line; DataError names the line."""
+    """The image and the turn of every line; DataError names the line."""
     if not file.is_file():
         raise DataError(f"{file}: there is no such file; a JSONL file of images and captions was expected")
     found = []
@@ -150,8 +150,8 @@ def read_caption_file(file: Path) -> list[tuple[Path, QuestionAnswer]]:
 
 @dataclass(frozen=True)
 class ImageTextBatch:
-    """tokens, targets (B,T) as in `TokenBatch`, rows filled up at their end; images (B,C,H,W), one a row, whose
-    placeholders stand in the tokens. No token can see the filling, which stands after it."""
+    """input_ids, targets (B,T) as in `TokenBatch`, padded on the right, where no token of a causal pass sees it;
+    images (B,C,H,W), one a row, whose placeholders are among the tokens."""
 
     input_ids: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
@@ -160,7 +160,7 @@ class ImageTextBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not filling."""
+        """Tokens that are not padding."""
         return self.token_count
 
     def to(self, device: torch.device | str) -> ImageTextBatch:
@@ -171,7 +171,8 @@ class ImageTextBatch:
 
 @dataclass(frozen=True)
 class ImageTextCollator:
-    """Turns to tokens. image_token stands `image_tokens` times for an image; a row has at most `length` tokens."""
+    """Encodes turns. The placeholder image_token_id is repeated `num_image_tokens` times for an image; a row has at
+    most `max_length` tokens."""
 
     tokenizer: Tokenizer
     image_token_id: int
@@ -180,16 +181,16 @@ class ImageTextCollator:
 
     @property
     def row_prefix(self) -> list[int]:
-        """What every row begins with."""
+        """The ids that every row begins with."""
         return [self.tokenizer.start_token_id, *[self.image_token_id] * self.num_image_tokens]
 
     def encode_prompt(self, question: str) -> list[int]:
-        """A row up to where the answer begins."""
+        """The ids of a row up to where the answer begins."""
         return self.row_prefix + self.tokenizer.encode(question, add_special_tokens=False)
 
     def encode_row(self, turns: Sequence[QuestionAnswer]) -> tuple[list[int], list[int]]:
-        """Tokens and targets. ValueError where the first turn does not fit; turns that come after the room is used up
-        are left out."""
+        """Tokens and targets of a row. UsageError where the first turn does not fit; later turns that do not fit are
+        left out."""
         tokens, learned = self.row_prefix, [False] * len(self.row_prefix)
         for turn in turns:
             question = self.tokenizer.encode(turn.question, add_special_tokens=False)
@@ -257,7 +258,7 @@ class ImageTextRows:
         return self.collator.collate(examples, orders, self.image_processor)
 
     def turn_order(self, example: ImageText, number: int, seed: int) -> np.ndarray:
-        """In which order the turns of row `number` come."""
+        """The order in which the turns of row `number` come."""
         order = shuffle_indices(len(example.turns), seed, number)
         if number >= self.caption_first_rows:
             return order

@@ -1,8 +1,7 @@
-"""Images in: from files to the numbers a model was trained on. Pillow and numpy; torch only at the end.
+"""Images: from files to normalized pixels. Pillow and numpy; torch only at the end.
 
-Commonly got wrong: the statistics. Each published model has its own mean and deviation, kept beside its weights
-(`preprocessor_config.json`); another model's cost accuracy and raise nothing.
-"""
+Commonly got wrong: the statistics. Each published model has its own mean and deviation, in
+`preprocessor_config.json` beside its weights; those of another model cost accuracy and raise no error."""
 
 from __future__ import annotations
 
@@ -28,10 +27,11 @@ MAX_PIXEL_VALUE = 255.0
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """An image as a model wants it: resized to `size` x `size` pixels, brightness 0..1, less `mean`, divided by `std`.
+    """Preprocesses images for a model: resized to `size` x `size` pixels, brightness 0..1, minus `mean`, divided by
+    `std`.
 
-    mean, std: one number per channel (1: grey, 3: red, green, blue). crop: keep the shape, resize the shorter side and
-    cut the middle out (CLIP); otherwise the image is squeezed into the square (ViT)."""
+    mean, std: one number per channel (1: grey, 3: red, green, blue). crop: keep the aspect ratio, resize the shorter
+    side and crop the center (CLIP); otherwise the image is squeezed into the square (ViT)."""
 
     size: int
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -62,7 +62,7 @@ class ImageProcessor:
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
     def center_crop(self, image: Image.Image, method: Image.Resampling) -> Image.Image:
-        """The shorter side becomes `size`, then the square in the middle is cut out."""
+        """Resize the shorter side to `size`, then crop the square in the middle."""
         short, long = sorted(image.size)
         other = int(self.size * long / short)
         wide = image.size[0] >= image.size[1]
@@ -114,7 +114,7 @@ def parse_preprocessor_config(published: Mapping[str, Any]) -> ImageProcessor:
 
 
 def load_image(file: str | Path) -> Image.Image:
-    """A whole image, decoded. DataError names a file that is missing, no image, cut off or absurdly large."""
+    """A whole image, decoded. DataError names a file that is missing, not an image, truncated or absurdly large."""
     file = Path(file)
     try:
         with warnings.catch_warnings():

@@ -30,7 +30,7 @@ from llm_quest.errors import DataError
 def drop_too_long(
     examples: Sequence[ChatExample], max_length: int, drop_report: DropReport, what: str = ""
 ) -> list[ChatExample]:
-    """Those whose inputs fit into a row; the ledger counts the others. DataError if none does."""
+    """The conversations that fit into a row; the report counts the others. DataError if none does."""
     kept = [one for one in examples if one.last_answer_span[1] - 1 <= max_length]
     for one in examples:
         if one.last_answer_span[1] - 1 > max_length:

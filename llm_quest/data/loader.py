@@ -25,7 +25,7 @@ BatchT_co = TypeVar("BatchT_co", covariant=True)
 
 
 class RowSource(Protocol[BatchT_co]):
-    """Rows of training by their number."""
+    """The rows of training, by their number."""
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> Sequence[BatchT_co]:
         """These rows, in batches of at most `micro_batch_size`. The source may order them by length within the step."""
@@ -86,31 +86,31 @@ class Dataset(Protocol[BatchT_co]):
 
 
 class SizedDataset(Dataset[BatchT_co], Protocol):
-    """A dataset whose items have lengths in tokens."""
+    """A dataset whose items have a length in tokens."""
 
     def item_length(self, index: int) -> int:
         """Tokens of the longest row of an item."""
 
 
 def shuffled_batches(dataset: Dataset[BatchT_co], rows: range, micro_batch_size: int, seed: int) -> list[BatchT_co]:
-    """Every item once an epoch, in another order each epoch."""
+    """Batches in which every item comes once an epoch, in another order each epoch."""
     return collate_in_parts(dataset, epoch_indices(len(dataset), seed, rows), micro_batch_size)
 
 
 def length_grouped_batches(
     dataset: SizedDataset[BatchT_co], rows: range, micro_batch_size: int, seed: int
 ) -> list[BatchT_co]:
-    """The same, where the rows of a step that are of like length share a micro-batch."""
+    """The same, where the rows of a step that are of similar length share a micro-batch."""
     return collate_in_parts(dataset, sort_by_length(dataset, epoch_indices(len(dataset), seed, rows)), micro_batch_size)
 
 
 def collate_in_parts(dataset: Dataset[BatchT_co], indices: Sequence[int], batch_size: int) -> list[BatchT_co]:
-    """These items in batches."""
+    """Collate these items in batches."""
     return [dataset.collate(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
 
 
 def sort_by_length(dataset: SizedDataset[Any], indices: Iterable[int]) -> list[int]:
-    """The shortest first."""
+    """Indices sorted by length, the shortest first."""
     return sorted(indices, key=lambda index: (dataset.item_length(index), index))
 
 

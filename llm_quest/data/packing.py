@@ -28,7 +28,7 @@ from llm_quest.errors import DataError, UsageError
 
 
 class EpochOrder(NamedTuple):
-    """One order of everything: documents in order, where each begins among the inputs, rows in order."""
+    """The order of an epoch: the documents, where each begins among the inputs, and the rows."""
 
     documents: np.ndarray
     document_starts: np.ndarray

@@ -1,4 +1,4 @@
-"""PolicyBatch: rows that a policy wrote, and what each of their tokens was worth."""
+"""PolicyBatch: completions of a policy, with the numbers that policy-gradient losses need of each token."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ MetricSums = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class PolicyRow:
-    """One sample, ready to learn from. advantages, sampled and the others are arrays (float32), one number per token
-    of `tokens`, the completion. old_log_probs: scored again by the trainer; reference_log_probs: by the reference
-    policy. attention_maps (tokens, length): where the place that predicts each token looked when it was written."""
+    """One completion to learn from. advantages, sampler_log_probs and the others are arrays (float32), one number
+    per token of `completion_ids`. old_log_probs: computed again by the trainer; reference_log_probs: by the
+    reference policy. attention_maps (tokens, length): the attention of the position that predicts each token, when
+    it was sampled."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -42,9 +43,9 @@ class PolicyRow:
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """As in `TokenBatch`, `targets[b, t]` is predicted *at* t, and every other tensor stands where its target stands.
+    """As in `TokenBatch`, `targets[b, t]` is predicted *at* t, and every other tensor is aligned with the targets.
 
-    Padding is on the right, where a causal pass never looks back at it: the rows are plain, and no kernel needs a
+    Padding is on the right, where no token of a causal pass sees it: the rows are plain, and no kernel needs a
     mask. Or the rows share their prompts (`SharedPrefix`) and say their positions; num_tokens is what plain rows would
     hold. zero_rows, zero_tokens: samples (and their completions' tokens) that are not among the rows, because their
     advantage is 0, and that count in the loss's divisor.
@@ -82,8 +83,8 @@ class PolicyBatch:
 
 
 def empty_row(*more: str) -> PolicyRow:
-    """A row with nothing to learn, which says as much (old, reference, looks) as those that have. It carries notes, and
-    stands in where a process has less to do than the others."""
+    """A row with nothing to learn, which has the same fields (such as old_log_probs) as those that have. It carries
+    metrics, and fills in where a process has fewer rows than the others."""
     none = np.zeros(0, np.float32)
     values: dict[str, Any] = {name: none.reshape(0, 0) if name == "attention_maps" else none for name in more}
     return PolicyRow((0,), (), none, none, **values)
@@ -92,8 +93,8 @@ def empty_row(*more: str) -> PolicyRow:
 def collate_policy_rows(
     rows: Sequence[PolicyRow], metric_sums: MetricSums | None = None, *, share_prompts: bool = False
 ) -> PolicyBatch:
-    """Rows side by side, on the host; share_prompts: equal prompts are read once."""
-    assert not share_prompts or all(row.attention_maps is None for row in rows), "looks go over whole rows"
+    """Rows as a batch, on the host; share_prompts: equal prompts are read once."""
+    assert not share_prompts or all(row.attention_maps is None for row in rows), "attention maps cover whole rows"
     made = pad_with_shared_prefix([(row.prompt_ids, row.completion_ids[:-1]) for row in rows], shared=share_prompts)
     targets = np.full(made.tokens.shape, IGNORE_INDEX)
     more = [name for name in ("old_log_probs", "reference_log_probs") if getattr(rows[0], name) is not None]
@@ -120,10 +121,10 @@ def collate_policy_rows(
 
 
 def pad_attention_maps(rows: Sequence[PolicyRow], firsts: Sequence[int], width: int) -> np.ndarray:
-    """Each row's looks (B,T,T), where its targets stand."""
+    """Each row's attention maps (B,T,T), aligned with its targets."""
     laid_out = np.zeros((len(rows), width, width), np.float32)
     for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
-        assert row.attention_maps is not None, "all rows have looks or none has"
+        assert row.attention_maps is not None, "all rows have attention maps or none has"
         laid_out[number, first : first + len(row.completion_ids), : row.length] = row.attention_maps
     return laid_out
 
@@ -134,7 +135,7 @@ def full_token_cost(rows: Sequence[PolicyRow]) -> int:
 
 
 def shared_token_cost(rows: Sequence[PolicyRow]) -> int:
-    """The same where every prompt is read once."""
+    """The same, where every prompt is read once."""
     return shared_token_count([(row.prompt_ids, len(row.completion_ids) - 1) for row in rows])
 
 
@@ -144,8 +145,8 @@ def group_by_token_budget(
     cost: Callable[[Sequence[PolicyRow]], int] = full_token_cost,
     size: Callable[[PolicyRow], int] = lambda row: row.length,
 ) -> list[list[PolicyRow]]:
-    """The longest first (equal ones in their order), so that rows of like size stand together and little is padding; no
-    group costs more than `budget`, but for a row that alone does."""
+    """Groups of rows, the longest first (equal ones in their order), so that rows of similar length are together and
+    little is padding; no group costs more than `max_tokens`, except a single row that does."""
     groups: list[list[PolicyRow]] = []
     for row in sorted(rows, key=lambda row: -size(row)):
         if groups and cost([*groups[-1], row]) <= max_tokens:
@@ -158,7 +159,7 @@ def group_by_token_budget(
 def plan_micro_batches(
     rows: Sequence[PolicyRow], max_tokens: int, *, share_prompts: bool
 ) -> tuple[list[list[PolicyRow]], bool]:
-    """Groups for micro-batches, and whether they share their prompts: where that may be and reads fewer tokens."""
+    """The groups of micro-batches, and whether they share their prompts: if that is allowed and reads fewer tokens."""
     plain = group_by_token_budget(rows, max_tokens)
     if not share_prompts:
         return plain, False
@@ -176,9 +177,9 @@ def micro_batches(
     filler: PolicyRow | None = None,
     zero: Sequence[PolicyRow] = (),
 ) -> list[PolicyBatch]:
-    """A batch of each group, dealt out to `part.world_size` processes, who all get equally many: `idle` is for those
-    who come away empty. The notes and the count of the `zero` rows, which are not read, travel with the first batch of
-    the first process; the others' notes have the same names and no weight."""
+    """A batch of each group, distributed to `shard.world_size` processes, which all get the same number: `filler` is
+    for those without a group. The metrics and the count of the `zero` rows, which are not read, are in the first
+    batch of the first process; the metrics of the others have the same names and no weight."""
     groups, shared = plan_micro_batches(rows, max_tokens, share_prompts=share_prompts)
     mine = groups[shard.rank :: shard.world_size]
     turns = max(1, -(-len(groups) // shard.world_size))
@@ -199,7 +200,7 @@ ROW_ARRAYS = ("advantages", "sampler_log_probs", "old_log_probs", "reference_log
 
 
 def row_to_json(row: PolicyRow) -> dict[str, Any]:
-    """A row as JSON, to the bit: what a checkpoint in the middle of a rollout holds."""
+    """A row as JSON, exact to the bit, for a checkpoint in the middle of a rollout."""
     arrays = {name: getattr(row, name) for name in ROW_ARRAYS}
     encoded = {name: base64.b64encode(array.tobytes()).decode() for name, array in arrays.items() if array is not None}
     return {"prompt": list(row.prompt_ids), "tokens": list(row.completion_ids), **encoded}

@@ -1,9 +1,9 @@
-"""Batches of rated answers: one row for question and answer, and which rows are to be compared.
+"""PreferenceBatch: one row per question and answer, and the pairs of rows to compare.
 
     rows 0 1 2 3 4     elements  [best worst] [best middle worst]
-    better 0 2 2 3     worse     1 3 4 4       weights 1 1/3 1/3 1/3
+    chosen 0 2 2 3     rejected  1 3 4 4       weights 1 1/3 1/3 1/3
 
-K ranked answers are K(K-1)/2 comparisons that belong to one element and weigh one together (InstructGPT,
+K ranked answers are K(K-1)/2 comparisons of one element, whose weights add up to 1 (InstructGPT,
 arXiv:2203.02155, section 3.5): each answer is read once. So is the question, where rows share it
 (`data/shared_prefix.py`): they then begin at its last token, and end before their own, which predicts nothing.
 """
@@ -49,7 +49,7 @@ class PreferenceBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding, of rows that are read in full. Known on the host after `positions`."""
+        """Tokens that are not padding, of rows that are read in full. Computed from `position_ids` on the host."""
         return int((self.position_ids >= 0).sum()) if self.token_count is None else self.token_count
 
     @property
@@ -79,7 +79,7 @@ def collate_preferences(
     *,
     share_prompts: bool = False,
 ) -> PreferenceBatch:
-    """These elements as a batch. reference_log_probs: of each element, a number for each answer. share_prompts: a
+    """A batch of these elements. reference_log_probs: of each element, a number for each answer. share_prompts: a
     question is read once for all of its answers, where that reads fewer tokens."""
     rows = [(one.prompt.tolist(), answer.tolist()) for one in preferences for answer in one.answers]
     unshared, shared_rows = ([(prompt, len(answer) - less) for prompt, answer in rows] for less in (0, 1))
@@ -135,7 +135,7 @@ class PreferenceDataset:
         return self.preferences[index].length
 
     def collate(self, indices: Sequence[int]) -> PreferenceBatch:
-        """These elements."""
+        """A batch of these elements."""
         known = None if self.reference_log_probs is None else [self.reference_log_probs[number] for number in indices]
         return collate_preferences(
             [self.preferences[number] for number in indices], known, share_prompts=self.share_prompts

@@ -7,7 +7,7 @@
 
 Commonly got wrong: (1) answers are cut at the row's end, and one that was cut to nothing makes NaN; here the question
 is cut, on its left and alike for all answers, and where an answer alone is too long its row is dropped and counted.
-(2) Two answers that are the same tell nothing and dilute every mean: dropped and counted.
+(2) Two equal answers carry no information and dilute every mean: dropped and counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Preference:
 
     @property
     def prompt(self) -> Messages:
-        """As templates take them."""
+        """The question as chat templates take it."""
         return [{"role": role, "content": content} for role, content in self.question]
 
     def to_conversations(self) -> list[Conversation]:
@@ -58,12 +58,12 @@ class TokenizedPreference:
 
     @property
     def length(self) -> int:
-        """Ids of the longest row."""
+        """Tokens of the longest row."""
         return len(self.prompt) + max(map(len, self.answers))
 
 
 def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
-    """What tells something; the ledger says what was dropped."""
+    """The preferences that can be learned from; the report counts what was dropped."""
     kept = []
     for record in records:
         found = parse_preference(record)
@@ -79,7 +79,7 @@ def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list
 
 
 def parse_preference(record: Record) -> Preference:
-    """One row. DataError with file and line where it is none."""
+    """Parse one row. DataError with file and line where it is no preference."""
     row, where = record.row, record.where
     if "ranked" in row:
         question, answers = prompt_messages(record), parse_ranked_answers(record)
@@ -102,7 +102,7 @@ def prompt_messages(record: Record) -> list[tuple[str, str]]:
 
 
 def shared_prompt(whole: Sequence[list[tuple[str, str]]], where: str) -> list[tuple[str, str]]:
-    """What both conversations begin with."""
+    """The messages with which both conversations begin."""
     chosen, rejected = whole
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         raise DataError(f"{where}: chosen and rejected do not begin with the same question; give it as prompt")
@@ -110,7 +110,7 @@ def shared_prompt(whole: Sequence[list[tuple[str, str]]], where: str) -> list[tu
 
 
 def answer_text(one: list[tuple[str, str]], before: int, where: str) -> str:
-    """The last message, which must be the assistant's and the only one after the question."""
+    """The text of the last message, which must be the assistant's and the only one after the question."""
     role, content = one[-1] if one else ("", "")
     if role != "assistant" or len(one) not in (1, before + 1):
         raise DataError(f"{where}: an answer is one message of the assistant; got {len(one)}, the last by {role!r}")
@@ -142,7 +142,7 @@ def parse_margin(record: Record) -> float:
 def tokenize_preferences(
     chat_template: ChatTemplate, preferences: Sequence[Preference], max_length: int, drop_report: DropReport
 ) -> list[TokenizedPreference]:
-    """As ids, in rows of at most `length`. DataError where nothing is left."""
+    """Preferences as ids, in rows of at most `max_length`. DataError where nothing is left."""
     examples = iter(
         chat_template.encode_conversations([one for preference in preferences for one in preference.to_conversations()])
     )

@@ -1,4 +1,4 @@
-"""Prompts of a file: a line of a text, or the `prompt` of a row."""
+"""Prompts from a file: the lines of a text, or the `prompt` of each row."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, *TABLE_DELIMITERS, ".json")
 
 
 def read_prompts(file: str | Path, column: str = "prompt") -> list[Document]:
-    """In the file's order. Of JSON lines, a JSON list or a table: the column, which may be empty (a text from its very
-    beginning). Of any other file: its lines, without blank ones."""
+    """The prompts in the file's order. Of JSON lines, a JSON list or a table: the column, which may be empty (a text
+    from its very beginning). Of any other file: its lines, without blank ones."""
     file = Path(file)
     if file.name.lower().endswith(RECORD_SUFFIXES):
         rows = read_records(file)

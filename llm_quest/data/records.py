@@ -23,14 +23,14 @@ TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Record(NamedTuple):
-    """where: file:line."""
+    """A row of a file. where: file:line."""
 
     row: dict[str, Any]
     where: str
 
 
 def read_records(file: str | Path) -> list[Record]:
-    """All of them. DataError with file and line for what is no such file."""
+    """All rows of a file. DataError with file and line for a file of another kind."""
     file = require_regular_file(Path(file))
     name = file.name.lower()
     if name.endswith(JSON_LINES_SUFFIXES):
@@ -54,7 +54,7 @@ def iter_json_lines(file: Path) -> Iterator[Record]:
 
 
 def iter_json_list(file: Path) -> Iterator[Record]:
-    """One object after another, so that each has its line."""
+    """The objects of a JSON list one by one, each with its line."""
     text, decoder = decode_utf8(read_file_bytes(file), file), json.JSONDecoder()
     at = skip_whitespace(text, 0)
     if text[at : at + 1] != "[":
@@ -83,7 +83,7 @@ def skip_whitespace(text: str, at: int) -> int:
 
 
 def iter_table(file: Path, delimiter: str) -> Iterator[Record]:
-    """The first row names the columns."""
+    """The rows of a table, whose first row names the columns."""
     reader = csv.DictReader(
         decode_utf8(read_file_bytes(file), file).splitlines(keepends=True), delimiter=delimiter, strict=True
     )

@@ -1,10 +1,11 @@
-"""Beginnings that several rows share, read once: the prompt of a group of samples, the question of two answers.
+"""Shared prefixes: what several rows begin with is read once (the prompt of a group of samples, the question of two
+answers).
 
-    plain    p0 p1 p2 a b        shared    beginnings   p0 p1        rows   p2 a b     each goes on from
-             p0 p1 p2 c d                                                   p2 c d     its beginning (of)
+    plain    p0 p1 p2 a b        shared    prefixes     p0 p1        rows   p2 a b     each continues
+             p0 p1 p2 c d                                                   p2 c d     its prefix (prefix_index)
 
-The last token of the prompt stands in every row, because it is there that the first token of the answer is foretold.
-What a mixer keeps of the beginning (its cache) is handed to every row, and the gradients of all rows meet in it."""
+The last token of the prompt is in every row, because the first token of the answer is predicted there. Every row
+continues from what a mixer keeps of the prefix (its cache), and the gradients of all rows add up in it."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from llm_quest.data.batch import pad_with_positions
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """input_ids, position_ids (P,L): beginnings, padded on the right. prefix_index (R,): which of them row r goes on
-    from. reach: one more than the largest position that any row holds."""
+    """Prefixes of rows. input_ids, position_ids (P,L): padded on the right. prefix_index (R,): the prefix of each
+    row. reach: one more than the largest position in any row."""
 
     input_ids: Int[Tensor, "P L"]
     position_ids: Int[Tensor, "P L"]
@@ -37,8 +38,8 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Rows (R,T) on the host, as arrays: tokens and positions (-1 for padding), what each begins at, and what they go
-    on from."""
+    """Rows (R,T) on the host, as arrays: tokens and positions (-1 for padding), the column of each row's first
+    target, and their prefixes."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -47,8 +48,8 @@ class PaddedRows:
 
 
 def pad_with_shared_prefix(rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, shared: bool) -> PaddedRows:
-    """Rows (prompt, what follows it), padded on the right. firsts: the column of each row's last prompt token. shared:
-    as far as there is something to share; a single token stands in every row anyway."""
+    """Rows (prompt, what follows it), padded on the right. shared: prefixes are read once, as far as there is
+    something to share; a prompt of a single token is in every row anyway."""
     if not shared or all(len(prompt) == 1 for prompt, _ in rows):
         tokens, positions = pad_with_positions([[*prompt, *rest] for prompt, rest in rows])
         return PaddedRows(tokens, positions, [len(prompt) - 1 for prompt, _ in rows], None)
@@ -62,11 +63,12 @@ def pad_with_shared_prefix(rows: Sequence[tuple[Sequence[int], Sequence[int]]], 
 
 
 def full_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
-    """Tokens that a pass reads, padding included, over rows that are read in full: (prompt, how many follow it)."""
+    """Tokens that a pass reads, padding included, for rows that are read in full: (prompt, number of tokens after
+    it)."""
     return len(rows) * max(len(prompt) + more for prompt, more in rows)
 
 
 def shared_token_count(rows: Sequence[tuple[Sequence[int], int]]) -> int:
-    """The same where every prompt is read once, and of each row what it adds."""
+    """The same, where every prompt is read once, and of each row what it adds."""
     prompts = {tuple(prompt) for prompt, _ in rows}
     return len(rows) * (1 + max(more for _, more in rows)) + len(prompts) * (max(map(len, prompts)) - 1)

@@ -1,4 +1,4 @@
-"""Split: what is held out is held out by document, and a document's near-copies stay on its side.
+"""The held-out split: by whole documents, with near-copies of a document on its side.
 
 Commonly got wrong: cutting the token stream in two, so that a document, or its twin with another licence header, lies
 on both sides and the held-out loss measures memory.
@@ -26,7 +26,7 @@ MAX_FULL_COMPARISON_BYTES = 64 << 20  # bytes up to which every run is compared;
 
 @dataclass(frozen=True)
 class CorpusSplit:
-    """train and val, both in the corpus's order."""
+    """Training and held-out documents, both in the corpus's order."""
 
     corpus: Corpus
     train: tuple[Document, ...]
@@ -34,9 +34,9 @@ class CorpusSplit:
 
 
 def split_corpus(corpus: Corpus, *, held_out: float = 0.1) -> CorpusSplit:
-    """About `held_out` of the bytes, in whole documents chosen by the hash of their text: no seed, and adding a
-    document moves few others. Where no document is small enough (a single file, a few long ones), the end of the
-    longest one is held out, cut at a line; the ledger says so. held_out 0 holds nothing out."""
+    """Hold out about `held_out` of the bytes, in whole documents chosen by the hash of their text: no seed, and
+    adding a document moves few others. Where no document is small enough (a single file, a few long ones), the end
+    of the longest one is held out, cut at a line, which the report says. held_out 0 holds nothing out."""
     if not 0 <= held_out < 1:
         raise UsageError(f"held_out is {held_out}; expected a part of the bytes, at least 0 and below 1")
     if held_out == 0:
@@ -61,8 +61,9 @@ def split_corpus(corpus: Corpus, *, held_out: float = 0.1) -> CorpusSplit:
 
 
 def near_copies(documents: Sequence[Document]) -> list[list[int]]:
-    """Groups of document numbers that are near-copies of one another, directly or through a third; most have one
-    member. Two are near-copies if SHARED of the shorter one's runs of words also stand in the other."""
+    """Groups of document indices that are near-copies of one another, directly or through a third; most have one
+    member. Two documents are near-copies if SHARED of the shorter one's shingles (runs of words) are also in the
+    other."""
     every = 1 + sum(document.nbytes for document in documents) // MAX_FULL_COMPARISON_BYTES
     runs = [shingle_hashes(document.text, every) for document in documents]
     shared = Counter(pair for numbers in _documents_per_shingle(runs) for pair in _pairs(numbers))
@@ -77,8 +78,8 @@ def near_copies(documents: Sequence[Document]) -> list[list[int]]:
 
 
 def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float:
-    """The part of the held-out runs of words that also stand in the training documents: how much of val is known by
-    heart."""
+    """The fraction of the held-out shingles that are also in the training documents: how much of the held-out text
+    can be known by memory."""
     every = 1 + sum(document.nbytes for document in train) // MAX_FULL_COMPARISON_BYTES
     known = np.unique(np.concatenate([shingle_hashes(document.text, every) for document in train]))
     asked = np.concatenate([shingle_hashes(document.text, every) for document in val])
@@ -86,8 +87,8 @@ def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float
 
 
 def shingle_hashes(text: str, every: int = 1) -> np.ndarray:
-    """64-bit hashes of the runs of SHINGLE words of a text, each once; one in `every`, chosen by the hash and so the
-    same ones in every text."""
+    """64-bit hashes of the shingles (runs of SHINGLE_WORDS words) of a text, each once; a sample of them, chosen by
+    the hash and so the same in every text."""
     words = np.array([zlib.crc32(word.encode()) for word in re.findall(r"\w+", text.lower())], dtype=np.uint64)
     words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
     runs = np.zeros(len(words) - SHINGLE_WORDS + 1, dtype=np.uint64)
@@ -98,7 +99,7 @@ def shingle_hashes(text: str, every: int = 1) -> np.ndarray:
 
 
 def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """For each run that stands in several documents, their numbers."""
+    """For each shingle that is in several documents, their indices."""
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], np.repeat(np.arange(len(runs)), [len(one) for one in runs])[order]
@@ -109,8 +110,7 @@ def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
 
 
 def _pairs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """All pairs; only neighbours where a phrase stands in many documents (all pairs of a licence header are too
-    many)."""
+    """All pairs; only neighbours where a phrase is in many documents (all pairs of a licence header are too many)."""
     return combinations(numbers, 2) if len(numbers) <= 50 else pairwise(numbers)
 
 
@@ -122,7 +122,7 @@ def _find_root(leader: list[int], number: int) -> int:
 
 
 def _choose_held_out(documents: Sequence[Document], groups: list[list[int]], held_out: float) -> set[int]:
-    """Numbers of the held-out documents: groups in the order of their hash, as long as they fit; empty if none does."""
+    """Indices of the held-out documents: groups in the order of their hash, as long as they fit; empty if none does."""
     target = held_out * sum(document.nbytes for document in documents)
     chosen: set[int] = set()
     taken = 0
@@ -135,7 +135,7 @@ def _choose_held_out(documents: Sequence[Document], groups: list[list[int]], hel
 
 
 def _split_longest_document(corpus: Corpus, held_out: float) -> CorpusSplit:
-    """The end of the longest document is held out, from the beginning of a line (or of a word, or just there)."""
+    """Hold out the end of the longest document, from the beginning of a line (or of a word, or just there)."""
     longest = max(corpus.documents, key=lambda document: document.nbytes)
     length = min(round(held_out * corpus.nbytes / longest.nbytes * len(longest.text)), len(longest.text) // 2)
     place = len(longest.text) - length

@@ -1,4 +1,4 @@
-"""Scenes of shapes, drawn, with captions and questions whose answers are known: sight that can be scored exactly.
+"""Synthetic scenes of shapes with captions and questions whose answers are known, so that vision can be scored exactly.
 
 A scene shows two groups, each so many of one colour and shape, one beside or above the other, never both at once:
 
@@ -10,8 +10,8 @@ A question names a group by its colour, by its shape or by both, as the scene's 
 group is meant. Commonly got wrong: where every question names the colour, 92 of 100 are answered by looking for it
 alone, and a small model hardly ever learns to look for a shape.
 
-Scene number i of a seed is a pure function of (seed, i). What is held out is *combinations* (both groups and how they
-stand), chosen by their hash: no held-out combination is ever trained on, under any seed, and every word of it is.
+Scene i of a seed is a pure function of (seed, i). What is held out is *combinations* (both groups and their relation),
+chosen by their hash: no held-out combination is ever trained on, under any seed, and every word of it is.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCENE_STATISTICS = {"mean": tuple(part / 255 for part in BACKGROUND_COLOR), "std
 
 @dataclass(frozen=True)
 class ShapeGroup:
-    """So many of one colour and shape."""
+    """A number of shapes of one colour and kind."""
 
     count: int
     color: str
@@ -55,14 +55,14 @@ class ShapeGroup:
         return f"{COUNT_WORDS[self.count - 1]} {self.color} {self.shape if self.count == 1 else self.plural}"
 
     def distinguishing_names(self, other: ShapeGroup) -> list[str]:
-        """Names, many times, that mean this group and not the other."""
+        """Names that mean this group and not the other."""
         names = [f"{self.color} {self.plural}"]
         names += [f"{self.color} things"] if self.color != other.color else []
         return names + ([self.plural] if self.shape != other.shape else [])
 
     @property
     def plural(self) -> str:
-        """The shape, many times."""
+        """The plural of the shape."""
         return self.shape + ("es" if self.shape.endswith("s") else "s")
 
 
@@ -77,8 +77,8 @@ class QuestionAnswer:
 
 @dataclass(frozen=True)
 class Scene:
-    """first stands `relation` second. key: what makes it the picture it is (where exactly things lie does not show in
-    the words)."""
+    """Two groups: first `relation` second. key: what identifies the picture (where exactly the shapes are is not
+    part of the text)."""
 
     first: ShapeGroup
     second: ShapeGroup
@@ -91,12 +91,12 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """Does its combination belong to those that are never trained on? About one in five does."""
+        """Whether its combination is held out; about one in five is."""
         return hashlib.sha256(self.caption.encode()).digest()[0] < 51
 
     @property
     def question_answers(self) -> list[QuestionAnswer]:
-        """The caption and every question that has one answer. A colour is asked for by its shape alone, so only where
+        """The caption and every question that has one answer. The colour is asked by the shape alone, so only where
         the shapes differ."""
         groups = (self.first, self.second)
         asked = [QuestionAnswer("caption", "describe:", self.caption)]
@@ -112,7 +112,7 @@ class Scene:
         ]
 
     def name_of(self, group: ShapeGroup) -> str:
-        """What the questions call this group."""
+        """The name of this group in the questions."""
         names = group.distinguishing_names(self.second if group is self.first else self.first)
         return names[self.key % len(names)]
 
@@ -133,10 +133,10 @@ ShapePosition = tuple[float, float, float]
 
 
 def sample_layout(random: np.random.Generator, scene: Scene) -> list[list[ShapePosition]]:
-    """Where the things of both groups lie, drawn again until the groups are apart in one direction only.
+    """Positions of the shapes of both groups, sampled until the groups are apart in one direction only.
 
-    Commonly got wrong: what lies left of *and* above the other has two true captions, and one counts as a mistake (that
-    was 8 % of these scenes)."""
+    Commonly got wrong: what is left of *and* above the other has two true captions, and one counts as a mistake
+    (that was 8 % of these scenes)."""
     other = 1 if scene.relation == "left of" else 0
     while True:
         drawn = [
@@ -148,14 +148,15 @@ def sample_layout(random: np.random.Generator, scene: Scene) -> list[list[ShapeP
 
 
 def are_separated(first: Sequence[ShapePosition], second: Sequence[ShapePosition], *, axis: int) -> bool:
-    """Does one group end before the other begins? axis: 0 across, 1 down."""
+    """Whether one group ends before the other begins. axis: 0 across, 1 down."""
     begin = [min(place[axis] - place[2] for place in group) for group in (first, second)]
     end = [max(place[axis] + place[2] for place in group) for group in (first, second)]
     return end[0] < begin[1] or end[1] < begin[0]
 
 
 def sample_shape_positions(random: np.random.Generator, number: int, half: int, relation: str) -> list[ShapePosition]:
-    """(across, down, radius) in parts of the picture: distinct cells of 2 x 4 in the group's half, each jittered."""
+    """(across, down, radius) as fractions of the picture: distinct cells of 2 x 4 in the group's half, each
+    jittered."""
     cells = random.choice(8, size=number, replace=False)
     found = []
     for cell in cells:
@@ -182,7 +183,7 @@ def draw_shape(brush: ImageDraw.ImageDraw, group: ShapeGroup, x: float, y: float
 
 
 def generate_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of all that a seed draws, held out or not."""
+    """Scene `index` of a seed, held out or not."""
     key = int.from_bytes(hashlib.sha256(f"scene/{seed}/{index}".encode()).digest()[:16], "big")
     random = np.random.Generator(np.random.Philox(key=key))
     numbers = random.integers(1, len(COUNT_WORDS) + 1, 2)
@@ -195,7 +196,7 @@ def generate_scene(seed: int, index: int) -> Scene:
 
 
 def split_scene(seed: int, index: int, *, held_out: bool = False) -> Scene:
-    """Scene number `index` of one side of the split: the first of a row of tries that falls on that side."""
+    """Scene `index` of one side of the split: the first of a sequence of scenes that is on that side."""
     for attempt in count():
         drawn = generate_scene(seed, index * 2**20 + attempt)
         if drawn.is_held_out == held_out:
@@ -204,7 +205,7 @@ def split_scene(seed: int, index: int, *, held_out: bool = False) -> Scene:
 
 
 def exact_match(answer: str, question_answer: QuestionAnswer) -> float:
-    """1 for the right answer, word for word; spaces around it do not count."""
+    """1 for the right answer, word for word, apart from spaces around it."""
     return float(answer.strip() == question_answer.answer)
 
 

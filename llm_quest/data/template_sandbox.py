@@ -1,10 +1,9 @@
-"""A model folder's chat template, which is a program written by a stranger: messages in, the prompt's text out.
+"""Rendering chat templates safely: a model folder's template is a program from an unknown author.
 
-It runs in Jinja's immutable sandbox, in a process of its own with two seconds of processor time (and a little for each
-conversation more) and 512 MB of memory. The sandbox stops the tricks with attributes; the process stops the rest (a
-loop without end, a string doubled thirty times). `{% generation_config %} ... {% endgeneration %}` is transformers' tag
-around what the model is to write: here its place in the text is told exactly.
-"""
+It runs in Jinja's immutable sandbox, in a process of its own with two seconds of processor time (and a little more
+for each conversation) and 512 MB of memory. The sandbox prevents access to attributes; the process limits the rest
+(an endless loop, a string doubled thirty times). `{% generation %} ... {% endgeneration %}` is transformers' tag
+around what the model writes: here its place in the text is known exactly."""
 
 from __future__ import annotations
 
@@ -27,15 +26,15 @@ Messages = list[dict[str, str]]
 
 
 class RenderedChat(NamedTuple):
-    """A conversation's text, and where in it stands what the template marks as written by the model."""
+    """A conversation's text, and the spans that the template marks as written by the model."""
 
     text: str
     answer_spans: tuple[tuple[int, int], ...]
 
 
 class RenderJob(NamedTuple):
-    """messages: what was said. add_generation_prompt: does the text end where the assistant's next message begins?
-    where: for errors."""
+    """A conversation to render. add_generation_prompt: whether the text ends where the assistant's next message
+    begins. where: for errors."""
 
     messages: Messages
     add_generation_prompt: bool
@@ -53,7 +52,7 @@ def render_prompt(template: str, messages: Messages, *, special_tokens: dict[str
 def render_batch(
     template: str, jobs: Sequence[RenderJob], *, special_tokens: dict[str, str] | None = None
 ) -> list[RenderedChat]:
-    """Many conversations by one process. DataError names the one at which the template failed."""
+    """Render many conversations by one process. DataError names the one at which the template failed."""
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise DataError(
             f"the chat template has {len(template):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are run"
@@ -77,7 +76,7 @@ def render_batch(
 
 
 def run_worker() -> None:
-    """The other process: jobs on stdin, texts with their spans as JSON on stdout."""
+    """The worker process: jobs on stdin, texts with their spans as JSON on stdout."""
     request = json.load(sys.stdin)
     limit_resources(request["seconds"])
     done: list[Any] = []
@@ -92,7 +91,7 @@ def run_worker() -> None:
 
 
 def limit_resources(seconds: int) -> None:
-    """Where the system has resource limits; elsewhere the caller's clock is the only one."""
+    """Limit time and memory, where the system has resource limits; elsewhere the caller's timeout is the only one."""
     if sys.platform != "win32":
         import resource
 
@@ -104,14 +103,14 @@ SPAN_BEGIN, SPAN_END = "\U000ffffe", "\U000fffff"  # two noncharacters: they sta
 
 
 def compile_template(template: str) -> Any:
-    """The program, in the sandbox; as transformers does it: blocks trimmed, `raise_exception`, `strftime_now`,
-    `tojson`, `generation_config`."""
+    """Compile a template in the sandbox, as transformers does it: blocks trimmed, `raise_exception`, `strftime_now`,
+    `tojson`, the `generation` tag."""
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """Marks what stands between the tags."""
+        """The `generation` tag: marks what is between the tags."""
 
         tags = {"generation"}  # noqa: RUF012 (what Jinja's class declares)
 
@@ -136,7 +135,7 @@ def compile_template(template: str) -> Any:
 def render_template(
     template: Any, messages: Messages, add_generation_prompt: bool, special_tokens: dict[str, str]
 ) -> str:
-    """The text, with marks."""
+    """The rendered text, with marks."""
     if any(mark in message["content"] for message in messages for mark in (SPAN_BEGIN, SPAN_END)):
         raise ValueError("a message holds U+FFFFE or U+FFFFF, which are no characters")
     written, size = [], 0
@@ -149,7 +148,7 @@ def render_template(
 
 
 def extract_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks, and where they stood."""
+    """The text without the marks, and the spans between them."""
     spans: list[tuple[int, int]] = []
     kept, begin = "", 0
     for mark, piece in split_at_marks(text):
@@ -172,10 +171,10 @@ def split_at_marks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def raise_exception(message: Any) -> NoReturn:
-    """What templates call when they refuse a conversation."""
+    """What templates call to refuse a conversation."""
     raise ValueError(str(message))
 
 
 def strftime_now(form: str) -> str:
-    """Today, as templates ask for it."""
+    """The current date and time, formatted."""
     return datetime.datetime.now().strftime(form)

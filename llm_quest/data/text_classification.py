@@ -1,7 +1,7 @@
 """Texts with labels: rows {"text": ..., "label": ...} of CSV, TSV, JSON or JSON lines become ids and class numbers.
 
-A text is encoded as transformers encodes one, so that an exported classifier reads there what it read here. One that
-is too long loses its end, and it is said how many did."""
+A text is encoded as transformers encodes one, so that an exported classifier reads there what it read here. A text
+that is too long is truncated; the report says how many were."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llm_quest.errors import DataError
 
 @dataclass(frozen=True)
 class LabeledText:
-    """A text and what it is. where: file:line."""
+    """A text and its label. where: file:line."""
 
     text: str
     label: str
@@ -35,13 +35,13 @@ class LabeledText:
 
     @property
     def prompt(self) -> Messages:
-        """For holding apart: the same text is never on both sides."""
+        """What the held-out split goes by: the same text is never on both sides."""
         return [{"role": "user", "content": self.text}]
 
 
 @dataclass(frozen=True)
 class TextClassificationBatch:
-    """tokens, positions (R,T), padded on the right; labels (R,): class numbers."""
+    """input_ids, position_ids (R,T), padded on the right; labels (R,): class indices."""
 
     input_ids: Int[Tensor, "R T"]
     position_ids: Int[Tensor, "R T"]
@@ -50,7 +50,7 @@ class TextClassificationBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding. Known on the host after `positions`."""
+        """Tokens that are not padding. Computed from `position_ids` on the host."""
         return int((self.position_ids >= 0).sum()) if self.token_count is None else self.token_count
 
     def to(self, device: torch.device | str) -> TextClassificationBatch:
@@ -129,7 +129,7 @@ def encode_labeled_texts(
     max_length: int,
     drop_report: DropReport,
 ) -> TextClassificationDataset:
-    """Ids and class numbers."""
+    """Texts as ids and labels as class indices."""
     rows = [np.array(encode_truncated(tokenizer, one.text, max_length), dtype=np.int64) for one in texts]
     cut = sum(len(tokenizer.encode(one.text)) > max_length for one in texts)
     if cut:
@@ -144,5 +144,5 @@ def encode_labeled_texts(
 
 
 def encode_truncated(tokenizer: Tokenizer, text: str, max_length: int) -> list[int]:
-    """The first `length` ids of a text."""
+    """The first `max_length` ids of a text."""
     return (tokenizer.encode(text) or [tokenizer.start_token_id])[:max_length]

@@ -1,7 +1,7 @@
-"""The bytes of each token by itself: where a text may be cut so that a token ends there.
+"""The bytes of each token: where a text may be cut so that a token ends there.
 
 Commonly got wrong: decoding a token and encoding what came out. A token that holds half a character decodes to U+FFFD,
-whose three bytes stand in no text, and every boundary after it is misplaced."""
+whose three bytes are in no text, and every boundary after it is misplaced."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from llm_quest.errors import UsageError
 
 
 def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
-    """Of each id, read from the vocabulary and never from decoded text; a control token has none. For byte-level BPE
-    and for tokens that are plain text; UsageError for other kinds (SentencePiece writes its spaces differently)."""
+    """The bytes of each id, from the vocabulary and never from decoded text; a control token has none. For
+    byte-level BPE and for tokens that are plain text; UsageError for other kinds (SentencePiece writes its spaces
+    differently)."""
     engine, controls = tokenizer.backend_tokenizer, set(tokenizer.special_tokens)
     added = {number: token.content for number, token in engine.get_added_tokens_decoder().items()}
     kind = (json.loads(engine.to_str())["decoder"] or {}).get("type")
@@ -38,7 +39,7 @@ def token_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bytes]:
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """GPT-2's letter for each byte: printable ones stand for themselves, the others for code points from 256 on."""
+    """GPT-2's character for each byte: printable ones map to themselves, the others to code points from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -4,8 +4,8 @@ Byte-level BPE (Radford et al. 2019, section 2.2): text is cut into words by a p
 and the most frequent neighbouring pair is merged, again and again. All 256 bytes are in the vocabulary, so every text
 can be written and comes back to the byte.
 
-Commonly got wrong: a user who types `<|endoftext|>` must not thereby end the document. Here text is only text unless
-`special=True` says that it is a template.
+Commonly got wrong: a user who types `<|endoftext|>` must not end the document. Here text is only text unless
+`allow_special_tokens=True`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ KNOWN_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 
 class Tokenizer:
-    """`encode_prompt(text) -> ids`, `decode(ids) -> text`. Load one with `Tokenizer.load`, make one with `train_bpe`.
+    """`encode(text) -> ids`, `decode(ids) -> text`. Load one with `Tokenizer.load`, make one with `train_bpe`.
 
-    backend_tokenizer: a `tokenizers.Tokenizer`. eos_tokens: the tokens that end a text, the first one is written after
-    each document. bos_token, pad_token, unk_token: names of tokens, or None. model_max_length: the context length
-    written into its
-    files."""
+    backend_tokenizer: a `tokenizers.Tokenizer`. eos_tokens: the tokens that end a text, the first one is written
+    after each document. bos_token, pad_token, unk_token: names of tokens, or None. model_max_length: the context
+    length written into its files."""
 
     def __init__(
         self,
@@ -120,9 +119,9 @@ class Tokenizer:
         return cls(engine, eos_tokens=(END_OF_TEXT,), bos_token=END_OF_TEXT)
 
     def encode(self, text: str, *, allow_special_tokens: bool = False, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text. allow_special_tokens: may control tokens be written out in it (`<|im_end|>`)? Off, they
-        are ordinary text. add_special_tokens: add what this tokenizer puts around a text, as transformers does (Llama's
-        `<s>`); documents go without."""
+        """The ids of a text. allow_special_tokens: whether control tokens can be written out in it (`<|im_end|>`);
+        otherwise they are ordinary text. add_special_tokens: add what this tokenizer puts around a text, as
+        transformers does (Llama's `<s>`); documents go without."""
         return (
             self._backend_for(allow_special_tokens)
             .encode(_require_valid_unicode(text), add_special_tokens=add_special_tokens)
@@ -132,7 +131,7 @@ class Tokenizer:
     def encode_batch(
         self, texts: Sequence[str], *, allow_special_tokens: bool = False, add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """`encode_prompt` of each text, on all cores."""
+        """`encode` of each text, on all cores."""
         checked = [_require_valid_unicode(text) for text in texts]
         return [
             one.ids
@@ -142,11 +141,11 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Iterable[int], *, keep_special_tokens: bool = False) -> str:
-        """The text of ids; control tokens are left out unless asked for. Bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids, without control tokens unless requested. Bytes that are not UTF-8 become U+FFFD."""
         return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=not keep_special_tokens)
 
     def decode_stream(self, *, keep_special_tokens: bool = False) -> DecodeStream:
-        """Decodes one id at a time without ever splitting a character."""
+        """A decoder of one id at a time, which never splits a character."""
         return DecodeStream(self, keep_special_tokens=keep_special_tokens)
 
     def token_to_id(self, token: str) -> int:
@@ -160,7 +159,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Largest id + 1: the rows an embedding needs."""
+        """Largest id + 1: the number of rows of an embedding."""
         return max(self.backend_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -174,12 +173,12 @@ class Tokenizer:
 
     @property
     def start_token_id(self) -> int:
-        """What a document begins with: the tokenizer's own begin token, otherwise its end (GPT-2's custom)."""
+        """The token that begins a document: the tokenizer's own begin token, otherwise its end (as GPT-2 does)."""
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     @property
     def eos_token_id(self) -> int:
-        """What a document ends with."""
+        """The token that ends a document."""
         if not self.eos_token_ids:
             raise DataError("this tokenizer names no end-of-text token; add eos_token to its tokenizer_config.json")
         return self.eos_token_ids[0]
@@ -222,9 +221,9 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """`feed(token_to_id) -> str` gives the text that has become certain, `flush() -> str` the rest. Their concatenation
-    is the text that `decode` gives for all ids at once. A character whose bytes are spread over tokens is held back
-    until complete."""
+    """Streaming decoder: `feed(token) -> str` gives the text that has become certain, `flush() -> str` the rest.
+    Their concatenation is the text that `decode` gives for all ids at once. A character whose bytes are spread over
+    tokens is held back until complete."""
 
     def __init__(self, tokenizer: Tokenizer, *, keep_special_tokens: bool = False):
         self.tokenizer = tokenizer
@@ -241,7 +240,7 @@ class DecodeStream:
         return text
 
     def flush(self) -> str:
-        """What was held back, U+FFFD for characters that were never completed. The stream may be used again."""
+        """The text held back, U+FFFD for characters that were never completed. The stream may be used again."""
         text = self._new_text()
         self.emitted_ids, self.pending_ids = [], []
         return text
@@ -256,12 +255,12 @@ class DecodeStream:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """A byte-level BPE trained on texts. The first special token ends (and begins) a document; they get the ids 0, 1,
+    """Train a byte-level BPE on texts. The first special token ends (and begins) a document; they get the ids 0, 1,
     ...
 
-    A pair is merged only if it was seen twice: little text gives fewer tokens than asked for, `tokenizer.vocab_size`
-    says how many. UsageError below 256 + special tokens; DataError without text. The same texts give the same
-    tokenizer."""
+    A pair is merged only if it occurred twice: little text gives fewer tokens than requested, as
+    `tokenizer.vocab_size` says. UsageError below 256 + special tokens; DataError without text. The same texts give
+    the same tokenizer."""
     smallest = 256 + len(special_tokens)
     if not special_tokens or len(set(special_tokens)) < len(special_tokens) or not all(special_tokens):
         raise UsageError(f"special tokens must be distinct, not empty, and at least one; got {list(special_tokens)}")
@@ -304,7 +303,8 @@ class _CharacterCounter:
 
 
 def _require_valid_unicode(text: str) -> str:
-    """The text itself; ValueError for what no tokenizer can read: half a surrogate pair (from a broken JSON escape)."""
+    """The text itself; UsageError for half a surrogate pair (from a broken JSON escape), which no tokenizer can
+    read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Token folders: documents as numbers on disk, memory-mapped, checked, re-used as long as data and tokenizer are the
+"""Token folders: tokenized documents on disk, memory-mapped, verified, and reused as long as data and tokenizer are the
 same.
 
     manifest.json          format, sizes and sha256 of the files, vocabulary, tokenizer's hash, corpus, bytes per split
@@ -7,7 +7,7 @@ same.
     train.bytes.npy        (documents) its bytes of UTF-8, for bits per byte
     tokenizer/             the tokenizer, in the Hugging Face layout
 
-A folder is written beside its place and renamed at the end: it is whole or it is not there.
+A folder is written under another name and renamed at the end: it is complete or it does not exist.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TokenizedDocuments:
     def from_token_lists(
         cls, documents: Sequence[Sequence[int]], *, vocab_size: int, start: int, end: int
     ) -> TokenizedDocuments:
-        """In memory, from plain ids; a document counts as many bytes as it has tokens."""
+        """From lists of ids, in memory; a document counts as many bytes as it has tokens."""
         whole = [np.array([start, *document, end], dtype=np.int64) for document in documents]
         ids = np.concatenate(whole) if whole else np.zeros(0, dtype=np.int64)
         offsets = np.cumsum([0, *map(len, whole)], dtype=np.int64)
@@ -66,7 +66,7 @@ class TokenizedDocuments:
 
     @property
     def num_targets(self) -> int:
-        """How many predictions one pass over the split makes."""
+        """The number of predictions in one pass over the split."""
         return len(self.ids) - self.num_documents
 
     @property
@@ -74,7 +74,7 @@ class TokenizedDocuments:
         return int(self.nbytes.sum())
 
     def document(self, number: int) -> np.ndarray:
-        """Its tokens, without start and end."""
+        """The tokens of a document, without start and end."""
         return np.asarray(self.ids[self.offsets[number] + 1 : self.offsets[number + 1] - 1])
 
     def documents(self) -> Iterator[np.ndarray]:
@@ -116,9 +116,9 @@ def default_cache_dir() -> Path:
 
 
 def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | Path) -> TokenFolder:
-    """The token folder of a split below `root`, named by the hash of its texts and tokenizer: made if it is not there,
-    opened if it is. Processes that ask at once wait for the first. A damaged one is made anew, and the ledger says
-    so."""
+    """The token folder of a split below `root`, named by the hash of its texts and tokenizer: made if it does not
+    exist, opened if it does. Of concurrent processes one makes it and the others wait. A damaged one is made anew,
+    which the report says."""
     root = Path(root)
     folder = root / _folder_key(split, tokenizer)
     try:
@@ -138,9 +138,9 @@ def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | P
 
 
 def open_token_folder(folder: str | Path, *, verify: Literal["full", "size"] = "full") -> TokenFolder:
-    """Opens a token folder without reading it into memory. full: sha256 of every file and every id within the
-    vocabulary; size: only that each file is as long as it was. DataError names what is missing, damaged or from
-    another format."""
+    """Open a token folder without reading it into memory. full: check the sha256 of every file and every id against
+    the vocabulary; size: only the length of each file. DataError names what is missing, damaged or of another
+    format."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
     for name, facts in manifest["files"].items():

@@ -49,7 +49,7 @@ TASKS: dict[str, Any] = {
 
 
 def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task of that name, with its options. UsageError for a name or an option that does not exist."""
+    """The task of this name, with its options. UsageError for a name or an option that does not exist."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
@@ -66,13 +66,13 @@ def make_task(name: str, options: Mapping[str, Any] | None = None) -> Task:
 
 
 def parse_task(text: str) -> Task:
-    """A task as people write it: its name, with options after a colon (countdown:count=4,largest=9)."""
+    """Parse a task: its name, with options after a colon (countdown:count=4,largest=9)."""
     name, _, options = text.partition(":")
     return make_task(name, dict(parse_option(pair) for pair in options.split(",") if pair))
 
 
 def parse_option(pair: str) -> tuple[str, int | float]:
-    """`count=4` as a name and its value."""
+    """Parse `count=4` into name and value."""
     name, equals, value = pair.partition("=")
     if not equals:
         raise UsageError(f"{pair!r} is no option; write name=value, like countdown:count=4")

@@ -1,7 +1,7 @@
-"""What a problem is, and how one is drawn: by content-hashed split, as a function of (seed, split, index) alone.
+"""Problems, drawn as a function of (seed, split, index) alone; the hash of its content decides the split of a problem.
 
 Commonly got wrong: item i drawn with the seed `seed + i`. Two data sets with nearby seeds then share items, and the
-test set stands in the training set."""
+test set is in the training set."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MAX_DRAW_ATTEMPTS = 10_000
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt: what the model reads. answer: the right answer, or what it must come to. verifier: the name of the
-    verifier (`rollouts.verifiers.VERIFIERS`). key: the content that makes two problems the same. numbers: those that
-    must be used (countdown). steps: right intermediate steps (chained)."""
+    """A problem. prompt: what the model reads. answer: the right answer, or the value it must have. verifier: the
+    name of the verifier (`rollouts.verifiers.VERIFIERS`). key: the content that makes two problems the same.
+    numbers: those that must be used (countdown). steps: right intermediate steps (chained)."""
 
     prompt: str
     answer: str
@@ -49,7 +49,7 @@ class Task(Protocol):
 
 
 def draw_problem(task: Task, split: SplitName, index: int, seed: int = 0) -> Problem:
-    """Problem number `index` of a split."""
+    """Problem `index` of a split."""
     for attempt in itertools.count():
         problem = task.generate_problem(make_rng("problem", task.name, seed, split, index, attempt))
         if assign_split(task, problem) == split:
@@ -74,16 +74,16 @@ class TaskSplit:
 
 
 def teacher_demonstration(task: Task, problem: Problem, index: int, seed: int = 0) -> str:
-    """The teacher's completion for problem number `index`."""
+    """The teacher's completion for problem `index`."""
     return task.demonstrate(problem, make_rng("demonstration", task.name, seed, index, problem.key))
 
 
 def assign_split(task: Task, problem: Problem) -> SplitName:
-    """Which split a problem belongs to: its content alone decides, not the seed."""
+    """The split of a problem: its content alone decides, not the seed."""
     value = hashlib.sha256(f"{task.name}:{problem.key}".encode()).digest()[0]
     return "test" if value < HELD_OUT_HASH_VALUES else "validation" if value < 2 * HELD_OUT_HASH_VALUES else "train"
 
 
 def make_rng(*key: object) -> random.Random:
-    """A generator of its own for everything that is drawn."""
+    """A random generator of its own for everything that is sampled."""
     return random.Random("/".join(map(str, key)))

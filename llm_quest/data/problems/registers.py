@@ -1,5 +1,5 @@
-"""Registers: each is worked out from the one before. Where a step stands is said by its letter, so that a small model
-finds it; that the last one takes all of them, one after another, is what a single pass cannot do."""
+"""Registers: each is computed from the one before. A letter says where each step is, so that a small model finds it;
+a single pass cannot compute the last one, which takes all of them, one after another."""
 
 from __future__ import annotations
 
