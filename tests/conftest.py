@@ -22,11 +22,11 @@ from tests.shapes import check_imports
 gc.disable()  # until the tests are collected: what they import stays
 
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
-check_imports([f"llm_quest.{room}" for room in CHECKED])
+check_imports([f"llm_quest.{package}" for package in CHECKED])
 
 torch.set_num_threads(1)
-settings.register_profile("house", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("house")
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:

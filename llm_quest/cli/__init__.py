@@ -1,2 +1,2 @@
-"""The door to the street: `quest ...`. Commands import what they need when they run, so that `quest --help` is
+"""The command line, `quest`. Commands import what they need when they run, so that `quest --help` is
 quick."""

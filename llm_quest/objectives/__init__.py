@@ -1,2 +1,1 @@
-"""Third floor: a batch in, a loss out. Every objective is a module that holds the model and returns
-`contracts.Loss`."""
+"""Training objectives: modules that hold the model, take a batch and return `contracts.Loss`."""

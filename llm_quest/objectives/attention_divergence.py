@@ -1,14 +1,13 @@
-"""Reinforced Attention Learning (arXiv:2602.04884): attention as a policy of its own. Where an answer was better than
-its group, the places its tokens looked at are kept; where it was worse, they are left:
+"""Reinforced Attention Learning (arXiv:2602.04884): a policy-gradient loss on attention. Attention of
+answers better than their group is kept; attention of worse answers is changed:
 
       L = sum_t A_t JSD(p_t || p_old_t)        p_t(j) = mean over heads of the attention of token t to j < t
 
-p_t leaves the token itself out and sums to 1 again. JSD is the Jensen-Shannon divergence, 0 to ln 2.
+p_t excludes the token itself and is normalized to 1. JSD is the Jensen-Shannon divergence, 0 to ln 2.
 
 Commonly got wrong: at p = p_old it has neither value nor gradient, so it acts from the second update of a batch on; the
-diagonal must go before the row is renormalised; the fused kernel gives no weights away (`techniques.taps` works them
-out in the layer that is asked).
-"""
+diagonal must go before the row is renormalised; fused kernels do not return attention weights (`techniques.taps`
+computes them in the tapped layer)."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ from llm_quest.scope import Scope
 
 
 def attention_policy(weights: Float[Tensor, "B H T T"]) -> Float[Tensor, "B T T"]:
-    """Where each token looks: mean over heads, itself left out, summing to 1 again. The first token of a row sees only
-    itself: its row is 0."""
+    """The attention distribution of each token: mean over heads, without itself, normalized to 1. The first token of a
+    row sees only itself: its row is 0."""
     mean_weights = weights.to(torch.promote_types(weights.dtype, torch.float32)).mean(dim=1)
     others = mean_weights.masked_fill(
         torch.eye(mean_weights.shape[-1], dtype=torch.bool, device=mean_weights.device), 0.0
@@ -49,8 +48,8 @@ def kl_divergence(p: Tensor, m: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionPolicyBatch:
-    """Rows that a policy wrote, and where their tokens looked when they were written: old (B,T,T), what `looks` gave
-    then."""
+    """Rows sampled by a policy with the attention of their tokens at that time, old_attention (B,T,T)
+    (`attention_policy`)."""
 
     rows: PolicyBatch
     old_attention: Float[Tensor, "B T T"]
@@ -82,7 +81,7 @@ class AttentionDivergenceLoss(nn.Module):
 
 
 def attention_divergence_loss(current: Float[Tensor, "B T T"], old: Float[Tensor, "B T T"], rows: PolicyBatch) -> Loss:
-    """The loss of given looks."""
+    """The loss from attention distributions."""
     learn = rows.loss_mask
     count = learn.sum(dtype=torch.float32)
     per_token = torch.where(learn, jensen_shannon(current, old), 0.0)
@@ -90,14 +89,14 @@ def attention_divergence_loss(current: Float[Tensor, "B T T"], old: Float[Tensor
 
 
 def compute_attention_policy(model: Any, input_ids: Tensor) -> Float[Tensor, "B T T"]:
-    """Where the tokens of plain rows look, at the model's tap."""
+    """The attention distributions of plain rows at the tap of the model."""
     records: dict[str, list[Any]] = {}
     model.hidden_states(input_ids, Scope.unpadded(input_ids, records=records))
     return read_attention_policy(records)
 
 
 def read_attention_policy(records: dict[str, list[Any]]) -> Float[Tensor, "B T T"]:
-    """What the one tap of a pass recorded."""
+    """The attention that the one tap of a pass recorded."""
     tapped = records.get("attention", [])
     if len(tapped) != 1:
         raise UsageError(

@@ -1,5 +1,5 @@
-"""Captions and answers: sum over learned tokens of -log p(token t+1 | image, tokens <= t). The question, the
-placeholders and the filling are read and not learned, and no logits are made for them."""
+"""Captioning and visual question answering: sum over learned tokens of -log p(token t+1 | image, tokens <= t). The
+question, the image placeholders and the padding have no loss, and no logits are computed for them."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ class ImageClassificationLoss(nn.Module):
 
 
 class TextClassificationLoss(nn.Module):
-    """The same of texts. model: its head gives one number for each class (the technique score_head), read at a text's
-    last real token."""
+    """`TextClassificationLoss(model)(batch) -> Loss`, for texts. model: its head gives one number for each class (the
+    technique score_head), read at a text's last real token."""
 
     def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
         super().__init__()
@@ -47,7 +47,7 @@ class TextClassificationLoss(nn.Module):
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Loss:
-    """The loss of rows of logits."""
+    """The loss of logits (rows, C)."""
     total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
     count = torch.full_like(total.detach(), len(labels))
     num_correct = (logits.argmax(dim=-1) == labels).sum(dtype=torch.float32)

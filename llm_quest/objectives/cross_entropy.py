@@ -3,7 +3,7 @@
 
 The definition holds B x T x V logits in float32, their softmax and their gradient: at V = 128,256 they outweigh the
 model. But the gradient of -log softmax(z)[t] is softmax(z) - onehot(t), known as soon as the logits are. So the chunked
-form takes a few rows at a time, adds their part of both gradients during the forward pass, and forgets their logits:
+form takes a few rows at a time, accumulates both gradients during the forward pass and frees their logits:
 
       z = x W^T          g = softmax(z) - onehot(t)          dx = g W          dW += g^T x
 
@@ -30,7 +30,7 @@ MAX_FULL_LOGITS_BYTES = 64 * 2**20
 
 CrossEntropyForm = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 LogitsLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-"""Logits of these rows, in float32 or wider -> the sum of their losses and, if wanted, its gradient in the logits."""
+"""Logits of these rows, in float32 or wider -> the sum of their losses and, if needed, the gradient in the logits."""
 
 
 def linear_cross_entropy(
@@ -46,7 +46,7 @@ def linear_cross_entropy(
 
 
 def choose_form(x: Tensor, weight: Tensor, softcap: float | None = None) -> str:
-    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which knows no cap;
+    """The form for this size and device: full where the logits are small; on CUDA PyTorch's own, which has no soft cap;
     else ours, because on a CPU the built-in one takes ten times as long (docs/benchmarks.md)."""
     if x.shape[0] * weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES:
         return "full"
@@ -54,7 +54,7 @@ def choose_form(x: Tensor, weight: Tensor, softcap: float | None = None) -> str:
 
 
 def full_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """The definition."""
+    """Cross-entropy from all logits: the definition."""
     logits = F.linear(x, weight).float()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -69,12 +69,12 @@ def fused_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: flo
 
 
 def chunked_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """Ours. Differs from the definition in rounding only."""
+    """Chunked cross-entropy; it differs from the definition in rounding only."""
     return ChunkedCrossEntropy.apply(x, weight, targets, softcap)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Both gradients are made in the forward pass; backward multiplies them by what comes from above (a scalar)."""
+    """Computes both gradients in the forward pass; backward multiplies them by the incoming scalar gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
@@ -95,8 +95,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_head_loss(
     x: Tensor, weight: Tensor, softcap: float | None, logits_loss: LogitsLoss, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """The sum of what `judge` says of the head's logits, ROWS at a time, and its gradients in x and weight, where they
-    are wanted. Sums are in float32 or wider."""
+    """The sum of a loss of the head's logits, computed for CHUNK_ROWS rows at a time, and its gradients in x and weight
+    where they are needed. Sums are in float32 or wider."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     W = weight.to(dtype)
@@ -123,7 +123,7 @@ def chunked_head_loss(
 
 
 def scale_saved_gradients(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that `chunked_head_loss` made, times what comes from above."""
+    """The gradients of `chunked_head_loss` times the incoming gradient."""
     assert ctx.gradients is not None, "the chunked form goes backward once: its gradients are scaled in place"
     (dx, dW), ctx.gradients = ctx.gradients, None
     dx = None if dx is None else dx.mul_(scale)
@@ -131,7 +131,7 @@ def scale_saved_gradients(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def softmax_minus_onehot_(log_p: Tensor, targets: Tensor) -> Tensor:
-    """softmax - onehot, in place of the log-probabilities; zero in the rows that are not learned."""
+    """softmax - onehot, in place of the log-probabilities; zero in rows without a target."""
     is_target = targets != IGNORE_INDEX
     p = log_p.exp_()
     p[torch.arange(p.shape[0], device=p.device), targets.clamp(min=0)] -= 1

@@ -1,25 +1,25 @@
-"""Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): a student learns the whole distribution that a teacher
-gives the next token, not the one token that came. With p the teacher's softmax(logits / temperature) and q the
+"""Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531): the student learns the teacher's whole distribution
+over the next token instead of the one token of the text. With p the teacher's softmax(logits / temperature) and q the
 student's, at every learned token (GKD, Agarwal et al. 2024, arXiv:2306.13649, eq. 1):
 
       beta = 0      KL(p || q)                                  q covers all that p finds likely
       beta = 1      KL(q || p)                                  q keeps to what p finds likely
       between       beta KL(p || m) + (1 - beta) KL(q || m)     m = beta p + (1 - beta) q
 
-It is one more term of next-token prediction, and takes the place of as much of the main loss:
-`NextTokenLoss(model, beside=[DistillationLoss(teacher, weight=0.5)])` learns half of each. Both models' logits are
-made, and their gradient
+It is an auxiliary term of next-token prediction and replaces the same share of the main loss:
+`NextTokenLoss(model, auxiliary=[DistillationLoss(teacher, weight=0.5)])` has half of each. The logits of both models
+and their gradient
 
       dD/dz = (q - p) / temperature                             beta = 0
       dD/dz = q (a - sum q a) / temperature                     a = log q - log p; between: (1 - beta) (log q - log m)
 
-a few rows at a time, as the cross-entropy's (`linear_cross_entropy.chunked_head_loss`).
+are computed a few rows at a time, as in `cross_entropy.chunked_head_loss`.
 
 Differs: Hinton multiplies the soft loss by temperature^2, so that its gradient keeps its size; GKD, TRL and we do not.
 
 Commonly got wrong: KL's direction (for drafts of speculative decoding the best depends on the task and on how tokens
-are drawn, DistillSpec, arXiv:2310.08461); the between forms shrink towards either end, which are not their limits;
-vocabularies padded differently; a teacher with dropout, or one that the optimiser, the checkpoint and DDP take for a
+are drawn, DistillSpec, arXiv:2310.08461); the intermediate forms shrink towards either end, which are not their limits;
+vocabularies padded differently; a teacher with dropout, or one that the optimizer, the checkpoint and DDP treat as a
 part of the student."""
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from llm_quest.objectives.next_token import batch_scope
 
 @dataclass(frozen=True)
 class FrozenTeacher:
-    """A model held where nobody looks for parameters: no submodule of the objective, so neither trained nor saved, nor
-    moved: it stands on the student's device already."""
+    """Holds a model that is no submodule of the objective, so that it is neither trained, saved nor moved; it is on the
+    student's device already."""
 
     model: Any
 
@@ -53,9 +53,9 @@ class FrozenTeacher:
 
 
 class DistillationLoss(nn.Module):
-    """A term beside next-token prediction. teacher: in evaluation mode, on the student's device; under autocast it
-    computes as the student does. weight: of the divergence; what is missing to 1 stays with the main loss. vocab_size:
-    how many token ids count (`tokenizer.vocab_size`): what either vocabulary has beyond, padding, stays out of both
+    """An auxiliary term of next-token prediction. teacher: in evaluation mode, on the student's device; under autocast
+    it computes as the student does. weight: of the divergence; the main loss has the rest to 1. vocab_size: how many
+    token ids count (`tokenizer.vocab_size`): ids beyond it, padding of either vocabulary, are excluded from both
     distributions. None: all of the teacher's."""
 
     name = "distillation"
@@ -117,7 +117,7 @@ class DistillationLoss(nn.Module):
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """x, weight, cap: what the student's logits are made of; y, own, own_cap: the teacher's."""
+    """x, weight, cap: of the student's logits; y, own, own_cap: the teacher's."""
 
     @staticmethod
     def forward(
@@ -154,7 +154,7 @@ class ChunkedDivergence(torch.autograd.Function):
 def generalized_jsd(
     student: Float[Tensor, "*n V"], teacher: Float[Tensor, "*n V"], beta: float = 0.0, temperature: float = 1.0
 ) -> Float[Tensor, "*n"]:
-    """The definition, from both models' logits."""
+    """The generalized Jensen-Shannon divergence from both models' logits: the definition."""
     return divergence_and_grad(log_softmax_at(teacher, temperature), log_softmax_at(student, temperature), beta)[0]
 
 

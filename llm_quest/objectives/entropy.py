@@ -1,4 +1,4 @@
-"""The entropy of what the model would draw at each learned position, with its gradient: for a bonus.
+"""The entropy of the model's distribution at each position with a target, with its gradient: for an entropy bonus.
 
       H = log sum_v e^z_v - sum_v p_v z_v,   z = logits / temperature
 

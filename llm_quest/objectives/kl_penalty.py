@@ -1,10 +1,10 @@
-"""How far the policy is from its reference: estimators of KL(pi || pi_ref) from the sampled token alone.
+"""Estimators of KL(pi || pi_ref) from the sampled token alone.
 
       l = log pi - log pi_ref        k1 = l      k2 = l^2 / 2      k3 = e^-l + l - 1 >= 0      unbiased = rho k3
 
-What counts is the *gradient* each has in a loss, in expectation over what the policy samples:
+What matters is the *gradient* of each in a loss, in expectation over samples of the policy:
 
-      k1        0: useless in a loss. In the reward it is right
+      k1        0: no effect in a loss; correct in the reward
       k2        grad KL(pi || pi_ref), exactly
       k3        pi - pi_ref: the gradient of the other direction, KL(pi_ref || pi) (the GRPO paper's choice)
       rho k3    grad KL(pi || pi_ref), exactly (DeepSeek-V3.2, arXiv:2512.02556)

@@ -1,4 +1,4 @@
-"""What a score head gives at each row's last real token, the first that has seen everything."""
+"""Outputs of a score head at the last real token of each row, which attends to the whole row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm_quest.scope import Scope
 def last_token_outputs(
     model: Any, input_ids: Int[Tensor, "R T"], position_ids: Int[Tensor, "R T"]
 ) -> Float[Tensor, "R N"]:
-    """(rows, outputs), at least float32, wherever the padding stands."""
+    """Outputs (rows, outputs), at least float32; padding may be on either side."""
     h = model.hidden_states(input_ids, Scope(position_ids))
     last = position_ids.argmax(dim=1)
     out = model.head(h[torch.arange(len(h), device=h.device), last])

@@ -1,10 +1,10 @@
 """Log-probabilities of given tokens, in two forms: `plain` (the definition) and `chunked` (no more than a few rows of
-logits at a time, on the way back too). DPO, the policy-gradient family and evaluation all read these.
+logits at a time, in the backward pass too). DPO, the policy-gradient family and evaluation all read these.
 
       z = x W^T / temperature      log p = z[target] - logsumexp(z)      d log p / dz = onehot(target) - softmax(z)
 
 Commonly got wrong: (1) samples drawn at a temperature are scored at 1, and the ratio of a policy with itself is not 1;
-(2) an off-by-one shift: here `targets[b, t]` is predicted *at* t, as everywhere in the house; (3) log-softmax in
+(2) an off-by-one shift: here `targets[b, t]` is predicted *at* t, as everywhere in this package; (3) log-softmax in
 bfloat16. Only the product with the head is in the model's dtype, as when sampling; all after it is float32.
 """
 
@@ -24,20 +24,20 @@ from llm_quest.objectives.next_token import batch_hidden_states
 
 LogProbsForm = Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
 MAX_FULL_LOGITS_BYTES = 4 * 2**20
-"""Bytes of logits that a processor keeps at hand. Beyond, making them again in parts is quicker than fetching them:
-4,096 rows at V 4096 took 0.31 s in parts against 0.43 (float32), 0.13 against 0.32 (bfloat16, docs/LOG.md)."""
+"""Up to this size in bytes all logits are kept. Larger ones are computed again in parts, which is faster than reading
+them: 4,096 rows at V 4096 took 0.31 s in parts against 0.43 (float32), 0.13 against 0.32 (bfloat16, docs/LOG.md)."""
 
 
 def token_log_probs(model: Any, batch: TokenBatch, temperature: float = 1.0) -> Float[Tensor, "B T"]:
     """log p(targets[b, t] | what stands up to t), float32; exactly 0 where the target is -100, for which no logits are
-    made. Dropout is as the model's mode says."""
+    computed. Dropout follows the mode of the model."""
     return log_probs_from_hidden(model, batch_hidden_states(model, batch), batch.targets, temperature)
 
 
 def log_probs_from_hidden(
     model: Any, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], temperature: float = 1.0
 ) -> Float[Tensor, "B T"]:
-    """The same from hidden states that are there already."""
+    """`token_log_probs` from hidden states."""
     is_target = targets != IGNORE_INDEX
     x, head = h[is_target], model.head
     form = full_log_probs if x.shape[0] * head.weight.shape[0] * 4 <= MAX_FULL_LOGITS_BYTES else chunked_log_probs
@@ -59,7 +59,8 @@ def full_log_probs(
 
 
 def chunked_log_probs(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, temperature: float) -> Tensor:
-    """The same but for rounding; the logits are made again on the way back."""
+    """Log-probabilities in chunks; the backward pass computes the logits again. Differs from the definition in
+    rounding."""
     return ChunkedLogProbs.apply(x, weight, targets, softcap, temperature)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -20,7 +20,7 @@ from llm_quest.scope import Scope
 
 
 class AuxiliaryLoss(Protocol):
-    """A module that adds to the main loss, from what the head reads: h (B,T,D), the batch, head -> a sum and how many
+    """A module that adds a term to the main loss, from hidden states h (B,T,D), the batch, head -> a sum and how many
     things were summed. It is added times `weight`, and reported as `name`. replaces: the part of the main loss whose
     place it takes."""
 
@@ -34,7 +34,7 @@ class AuxiliaryLoss(Protocol):
 class NextTokenLoss(nn.Module):
     """`NextTokenLoss(model)(batch) -> Loss`: total in nats, count = learned tokens.
 
-    form: how the cross-entropy is computed (`linear_cross_entropy.FORMS`); auto takes the one that fits size and
+    form: how the cross-entropy is computed (`cross_entropy.FORMS`); auto takes the one that fits size and
     device. router_coefs: names in `routing.ROUTER_LOSSES` -> coefficient, added for models with routers, each weighed
     by the batch's tokens. mtp_weight: lambda of the multi-token loss (DeepSeek-V3 eq. 24-25), for models with such
     modules: lambda / K
@@ -96,7 +96,7 @@ class NextTokenLoss(nn.Module):
 
     @property
     def has_auxiliary_terms(self) -> bool:
-        """Is anything added to the main loss?"""
+        """Whether anything is added to the main loss."""
         return (
             bool(self.router_coefs)
             or len(self.auxiliary) > 0
@@ -104,7 +104,7 @@ class NextTokenLoss(nn.Module):
         )
 
     def main_loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        """The main loss; where something else stands in its place it is looked at and not learned."""
+        """The main loss; without gradient where an auxiliary term replaces it."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.main_weight > 0):
             return self.cross_entropy(h, targets)
 
@@ -114,7 +114,7 @@ class NextTokenLoss(nn.Module):
         return linear_cross_entropy(h.flatten(0, 1), head.weight, targets.flatten(), self.form, head.softcap)
 
     def mtp_loss(self, h: Tensor, batch: TokenBatch, scope: Scope, metrics: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """lambda / K times the sum of the lookahead modules' losses."""
+        """lambda / K times the sum of the multi-token modules' losses."""
         total, modules = h.new_zeros((), dtype=torch.float32), self.model.mtp_modules
         for k, module in enumerate(modules, start=1):
             shifted_scope = Scope(shift_position_ids(scope, k), segment_ids=scope.segment_ids, records=scope.records)
@@ -130,7 +130,7 @@ class NextTokenLoss(nn.Module):
     def router_loss(
         self, routings: list[RouterOutput], count: Tensor, metrics: dict[str, tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """The router's terms; the loads are noted for whoever balances after the step."""
+        """The router losses; the loads are recorded for the callback that balances after the step."""
         if self.model.training:
             accumulate_tokens_per_expert(routings)
         for name, metric in ROUTING_METRICS.items():
@@ -141,15 +141,15 @@ class NextTokenLoss(nn.Module):
 
 
 def batch_scope(batch: TokenBatch, records: dict[str, list[Any]] | None = None) -> Scope:
-    """What the tokens of a batch may see: plain rows, or what positions and segments say."""
+    """The scope of a batch: plain rows, or positions and segments as the batch has them."""
     if batch.position_ids is None:
         return Scope.unpadded(batch.input_ids, records=records)
     return Scope(batch.position_ids, segment_ids=batch.segment_ids, records=records)
 
 
 def batch_hidden_states(model: Any, batch: Any, records: dict[str, list[Any]] | None = None) -> Tensor:
-    """What the head reads at a batch's tokens (B,T,D). Beginnings that rows share are read once, into a cache, from
-    which every row goes on: the same numbers, and the same gradients, as if each were read in full. records: of plain
+    """The hidden states that the head reads (B,T,D). Prefixes that rows share are computed once, into a cache from
+    which every row continues: the same values and gradients as if each row were computed in full. records: of plain
     rows, what `Scope.records` is."""
     prefix: SharedPrefix | None = batch.prefix
     if prefix is None:

@@ -1,12 +1,12 @@
-"""Number Token Loss (Zausinger et al. 2024, arXiv:2411.02083): cross-entropy does not know that 4 is nearer to 5 than
-9 is. Where the target is a number token of value y, with p the softmax over the *number tokens alone* and v their
+"""Number Token Loss (Zausinger et al. 2024, arXiv:2411.02083): cross-entropy ignores that 4 is nearer to 5 than 9
+is. Where the target is a number token of value y, with p the softmax over the *number tokens alone* and v their
 values,
 
       WAS   sum_j p_j |y - v_j|         the Wasserstein-1 distance of p to the target
-      MSE   (y - sum_j p_j v_j)^2       its mean may be right by a mixture of wrong digits, which WAS does not forgive
+      MSE   (y - sum_j p_j v_j)^2       a mixture of wrong digits may have the right mean, which WAS penalizes
 
-It is one more term of next-token prediction: `NextTokenLoss(model, beside=[NumberTokenLoss(values, weight=0.3)])`. Only
-the logits of the number tokens are made.
+It is an auxiliary term of next-token prediction: `NextTokenLoss(model, auxiliary=[NumberTokenLoss(values,
+weight=0.3)])`. Only the logits of the number tokens are computed.
 
 Differs: the paper averages over number tokens; here the sum is divided, as every term, by all learned tokens, so that
 splitting a batch adds up: its lambda is ours times the share of numbers among the learned tokens.
@@ -46,8 +46,8 @@ DISTANCES: dict[str, Distance] = {"was": wasserstein, "mse": squared_error}
 
 
 class NumberTokenLoss(nn.Module):
-    """A term beside next-token prediction. values (V,): what each token is worth as a number, NaN for those that are
-    none (`number_values`); V is the model's vocabulary. weight: lambda. distance: a name in DISTANCES."""
+    """An auxiliary term of next-token prediction. values (V,): the numeric value of each token, NaN for tokens without
+    one (`number_values`); V is the model's vocabulary. weight: lambda. distance: a name in DISTANCES."""
 
     name, replaces = "number_token", 0.0
 
@@ -82,7 +82,7 @@ class NumberTokenLoss(nn.Module):
 
 
 def number_values(tokenizer: Tokenizer, vocab_size: int, *, multi_digit: bool = False) -> Float[Tensor, " V"]:
-    """What each of `vocab` tokens is worth: single digits, with or without the space that byte-level and SentencePiece
+    """The numeric value of each token: single digits, with or without the space that byte-level and SentencePiece
     vocabularies write into them; multi_digit: longer ones too (GPT-2 has " 1984"). NaN for all others."""
     values = torch.full((vocab_size,), float("nan"))
     for token, number in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True).items():

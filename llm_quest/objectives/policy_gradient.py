@@ -1,4 +1,4 @@
-"""Policy gradient on what the policy wrote: GRPO and its family, one objective whose parts are chosen.
+"""Policy-gradient loss on sampled completions: GRPO and its variants, one objective with exchangeable parts.
 
       loss = sum over tokens of w_t (-surrogate_t x corrections_t + beta KL_t - entropy H_t) / count
 
@@ -60,8 +60,8 @@ class ImportanceSamplingCorrection:
 
 
 def off_policy_mask(terms: SurrogateInputs, delta: float) -> Bool[Tensor, "B T"]:
-    """Off-policy sequence mask (DeepSeek-V3.2): what has a negative advantage and has become less likely by more than
-    delta nats a token, on average over the sequence, is left alone."""
+    """Off-policy sequence mask (DeepSeek-V3.2): sequences with a negative advantage whose likelihood fell by more than
+    delta nats a token, on average over the sequence, are masked."""
     return (terms.advantages >= 0) | (sequence_mean(-terms.log_ratio, terms.loss_mask) <= delta)
 
 
@@ -71,12 +71,12 @@ class PolicyGradientLoss(nn.Module):
     count: what the loss is divided by (`WEIGHTS`), samples without an advantage included; horizon: the constant length
     that count "horizon" multiplies by. temperature: what the samples were drawn at. off_policy_delta: delta of the
     off-policy sequence mask. entropy_coef: coefficient of the bonus. attention_coef: lambda of Reinforced Attention
-    Learning (`attention_divergence_loss`), for batches that hold looks and a model with one tap. The policy is put into
-    evaluation mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward that
-    computes a block again must find the mode of the forward.
+    Learning (`attention_divergence_loss`), for batches with attention maps and a model with one tap. The policy is put
+    into evaluation mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward
+    that computes a block again must find the mode of the forward.
 
-    metrics: ratio (before clipping), log_ratio (mean of its absolute value), clipped, kl (k3), and the batch's notes.
-    `ratio_range` holds the smallest and largest ratio since it was last reset."""
+    metrics: ratio (before clipping), log_ratio (mean of its absolute value), clipped, kl (k3), and the metrics of the
+    batch. `ratio_range` holds the smallest and largest ratio since it was last reset."""
 
     def __init__(
         self,
@@ -122,8 +122,7 @@ class PolicyGradientLoss(nn.Module):
         entropies: Tensor | None = None,
         attention: Float[Tensor, "B T T"] | None = None,
     ) -> Loss:
-        """The loss of given log-probabilities (and entropies, where there is a bonus; and looks, where they are
-        learned)."""
+        """The loss of given log-probabilities (and entropies, with a bonus; and attention, with attention_coef)."""
         loss_mask = batch.loss_mask
         old = batch.sampler_log_probs if batch.old_log_probs is None else batch.old_log_probs
         terms = SurrogateInputs(log_p, (log_p - old) * loss_mask, batch.advantages, loss_mask)
@@ -146,7 +145,7 @@ class PolicyGradientLoss(nn.Module):
         return Loss(total, self.loss_count(batch), self.metrics(terms, clipped, batch, entropies, extra_metrics))
 
     def weights(self, terms: SurrogateInputs, batch: PolicyBatch) -> Tensor:
-        """What corrects for samples of another policy; the count stays what it was."""
+        """Weights that correct for samples of another policy; the count does not change."""
         w = torch.ones_like(terms.log_p)
         if self.correction is not None:
             if batch.old_log_probs is None:
@@ -164,7 +163,7 @@ class PolicyGradientLoss(nn.Module):
         return w
 
     def loss_count(self, batch: PolicyBatch) -> Tensor:
-        """How many things were summed: tokens, or sequences that have any, those that add 0 and were not read too."""
+        """The number of summands: tokens, or sequences with any, including those that add 0 and were not computed."""
         if batch.zero_rows and self.entropy_coef:
             raise UsageError(
                 f"{batch.zero_rows} samples without an advantage were left out of the batch, but the entropy bonus "

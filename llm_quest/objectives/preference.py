@@ -1,4 +1,4 @@
-"""Preference optimisation: the DPO family (Rafailov et al. 2023, arXiv:2305.18290).
+"""Preference optimization: DPO and its variants (Rafailov et al. 2023, arXiv:2305.18290).
 
       D = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]        loss = f(D)
 
@@ -32,8 +32,8 @@ ReferenceLogProbs = Callable[[PreferenceBatch], Tensor]
 
 
 class PairwiseLoss(Protocol):
-    """The loss of each comparison, from D. beta: how strongly the policy is held to the reference. needs_reference: is
-    log p_ref in D? average_log_prob: is log p the mean over the answer's tokens, whatever was asked for?"""
+    """The loss of each comparison, from D. beta: strength of the pull towards the reference. needs_reference: whether
+    log p_ref is in D. average_log_prob: whether log p is always the mean over the answer's tokens."""
 
     needs_reference: ClassVar[bool]
     average_log_prob: ClassVar[bool]
@@ -86,7 +86,7 @@ class RobustDPO:
 
 @dataclass(frozen=True)
 class IPO:
-    """(D - 1 / 2 beta)^2 (Azar et al. 2023, arXiv:2310.12036): a margin to reach, not as much as can be."""
+    """(D - 1 / 2 beta)^2 (Azar et al. 2023, arXiv:2310.12036): a margin to reach, not to exceed."""
 
     beta: float = 0.1
     needs_reference: ClassVar[bool] = True
@@ -195,7 +195,7 @@ class PreferenceLoss(nn.Module):
     def preference_metrics(
         self, policy_log_probs: Tensor, log_ratios: Tensor, batch: PreferenceBatch
     ) -> dict[str, Tensor]:
-        """What the paper plots, for each comparison."""
+        """Rewards, margin and accuracy of each comparison."""
         rewards = self.loss.beta * log_ratios
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
         return {

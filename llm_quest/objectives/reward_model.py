@@ -1,9 +1,9 @@
-"""Reward models: which of two answers is better, by Bradley and Terry (InstructGPT, arXiv:2203.02155).
+"""Reward model loss: Bradley-Terry on pairs of answers (InstructGPT, arXiv:2203.02155).
 
       loss = -log sigma(r_better - r_worse - margin) + center (r_better + r_worse)^2
 
-r is one number read at the answer's end. margin: Llama 2 (arXiv:2307.09288). center: takes away the constant that the
-loss cannot see (arXiv:2312.09244).
+r is one number read at the answer's end. margin: Llama 2 (arXiv:2307.09288). center: removes the constant that the
+loss does not determine (arXiv:2312.09244).
 
 Commonly got wrong: the score is read at padding, or at the token before the end, which most answers share.
 """
@@ -55,7 +55,8 @@ def bradley_terry(better: Tensor, worse: Tensor, margins: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[Sequence[int]], micro_batch_size: int = 16) -> Float[Tensor, " R"]:
-    """The reward of each row of ids (question, answer and its end), on the host; rows of like length together."""
+    """The rewards of rows of ids (question, answer and its end), on the CPU; rows of similar length are batched
+    together."""
     if model.head.weight.shape[0] != 1:
         raise UsageError(
             f"a reward is one number, this model's head gives {model.head.weight.shape[0]}; train a reward model"

@@ -1,6 +1,6 @@
-"""What keeps a mixture of experts' load even, and how even it is: losses and metrics over the routers' decisions.
+"""Load-balancing losses and metrics of mixtures of experts, from the decisions of the routers.
 
-The routers leave their decisions in the scope's records; nothing is found by walking modules. Padding is never counted.
+Routers write their decisions to the scope's records. Padding is never counted.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def routing_entropy(routings: Sequence[RouterOutput]) -> Float[Tensor, ""]:
 
 
 def accumulate_tokens_per_expert(routings: Sequence[RouterOutput]) -> None:
-    """Add what each balanced router received to its count, for the callback after the step."""
+    """Adds the load of each balanced router to its count, for the callback after the step."""
     for routing in routings:
         if isinstance(routing.router, SigmoidRouter):
             received = routing.tokens_per_expert().detach()

@@ -1,5 +1,4 @@
-"""The policy-gradient family as surrogates: per token, what is maximised. Each is a few lines; the table is at the
-bottom.
+"""Surrogate objectives of GRPO and its variants: the term to maximize at every token. The table is at the bottom.
 
       rho_t = pi(o_t) / pi_old(o_t)            token level
       s = exp(mean_t log rho_t)                sequence level (GSPO): a geometric mean, so that length does not matter
@@ -23,7 +22,7 @@ MAX_LOG_RATIO = 20.0
 
 
 class SurrogateInputs(NamedTuple):
-    """What a surrogate reads; 0 where nothing is learned. log_ratio: log_p less the old log-probability."""
+    """Inputs of a surrogate; 0 at tokens without loss. log_ratio: log_p less the old log-probability."""
 
     log_p: Float[Tensor, "B T"]
     log_ratio: Float[Tensor, "B T"]
@@ -33,8 +32,8 @@ class SurrogateInputs(NamedTuple):
 
 ImportanceRatio = Callable[[SurrogateInputs], Float[Tensor, "B T"]]
 Surrogate = Callable[[SurrogateInputs], tuple[Float[Tensor, "B T"], Bool[Tensor, "B T"]]]
-"""Terms -> what is maximised, and where the ratio was held: its clip, dual clip or delta took the gradient away (of
-CISPO: its cap or floor holds the weight)."""
+"""Inputs -> the term to maximize, and where the ratio was clipped: clip, dual clip or delta removed the gradient
+(CISPO: cap or floor bounds the weight)."""
 
 
 def token_ratio(terms: SurrogateInputs) -> Tensor:
@@ -116,7 +115,7 @@ class CISPOSurrogate:
 
 @dataclass(frozen=True)
 class UnclippedSurrogate:
-    """rho A: REINFORCE, weighed by importance where the batch is no longer fresh."""
+    """rho A: REINFORCE with importance weights for off-policy batches."""
 
     def __call__(self, terms: SurrogateInputs) -> tuple[Tensor, Tensor]:
         return token_ratio(terms) * terms.advantages, torch.zeros_like(terms.loss_mask)

@@ -1,2 +1,2 @@
-"""Two recipes as single plain files, for reading from top to bottom and for taking away: pretraining and GRPO. Each
-repeats what the house has assembled from parts, and a test holds the two equal (tests/recipes/flat)."""
+"""Pretraining and GRPO as single files without imports from the package, to be read from top to bottom or copied. Tests
+hold them equal to the recipes (tests/recipes/flat)."""

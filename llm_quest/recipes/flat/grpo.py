@@ -1,11 +1,11 @@
-"""GRPO in one file (DeepSeekMath, arXiv:2402.03300): a small model that was taught to reverse words by a bad teacher,
-and learns from rewards what the teacher could not show. The model is the one of `flat/pretrain.py`.
+"""GRPO in one file (DeepSeekMath, arXiv:2402.03300): a small model that is fine-tuned on partly wrong demonstrations
+of reversed words and improves by rewards. The model is the one of `flat/pretrain.py`.
 
     python -m llm_quest.recipes.flat.grpo [steps]
 
-It is the grpo recipe without what makes it comfortable and fast (a cache while sampling, finished rows that leave,
-other objectives, held-out splits by content). A test holds its log-probabilities, loss and gradients equal to the
-house's, also after several updates on the same samples."""
+It is the grpo recipe without a cache while sampling, early removal of finished rows, other objectives and held-out
+splits by content. A test holds its log-probabilities, loss and gradients equal to the package's, also after several
+updates on the same samples."""
 
 import random
 import sys

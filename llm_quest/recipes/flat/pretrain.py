@@ -2,9 +2,8 @@
 
     python -m llm_quest.recipes.flat.pretrain TEXT_FILE [steps]
 
-It is the pretraining recipe without what makes it comfortable (tokenizer, packed documents, checkpoints, mixed
-precision, several processes). A test starts this model and the house's from the same weights and holds their losses
-equal, step by step."""
+It is the pretraining recipe without tokenizer, packed documents, checkpoints, mixed precision and several processes.
+A test starts this model and the package's from the same weights and holds their losses equal at every step."""
 
 import math
 import sys
