@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from llm_quest.errors import UsageError
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.techniques.attention_layers import Attention
-from llm_quest.techniques.model_spec import Model, require_decoder
+from llm_quest.techniques.model_spec import Attention, Model, require_decoder
 
 RECORD_NAME = "attention"
 

@@ -19,8 +19,13 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.layers.rotary import LinearScaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
 from llm_quest.models.build import build_meta_model, family_of
-from llm_quest.techniques.attention_layers import attention_layers
-from llm_quest.techniques.model_spec import Model, record_technique, require_decoder, require_not_applied
+from llm_quest.techniques.model_spec import (
+    Model,
+    attention_layers,
+    record_technique,
+    require_decoder,
+    require_not_applied,
+)
 
 
 @dataclass(frozen=True)

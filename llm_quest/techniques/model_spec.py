@@ -16,10 +16,13 @@ from torch import nn
 
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError, UsageError
+from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.initialize import init_normal_, materialize
+from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.models.decoder import Decoder
 
 Model = TypeVar("Model", bound=Any)
+Attention = GroupedQueryAttention | MultiHeadLatentAttention
 
 
 def record_technique(model: Model, technique: Technique) -> Model:
@@ -40,6 +43,14 @@ def require_decoder(model: Any, technique: Any) -> None:
         raise UsageError(
             f"{type(technique).__name__} edits language models; this is a {model.spec.family} model: leave it out"
         )
+
+
+def attention_layers(model: nn.Module, technique: Technique) -> list[Any]:
+    """Every attention layer, those of multi-token modules included. UsageError if there is none."""
+    found = [module for module in model.modules() if isinstance(module, Attention)]
+    if not found:
+        raise UsageError(f"{type(technique).__name__} acts on attention, and this model has none: leave it out")
+    return found
 
 
 def techniques_to_json(techniques: Iterable[Technique], table: Mapping[str, type]) -> list[dict[str, Any]]:

@@ -24,8 +24,7 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.attention import KEY_SHARE_RULES
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.scope import CausalMask, MaskSpec, Scope, SlidingWindow
-from llm_quest.techniques.attention_layers import attention_layers
-from llm_quest.techniques.model_spec import Model
+from llm_quest.techniques.model_spec import Model, attention_layers
 
 QUERY_BLOCK, MAX_SCORES = 128, 2**20
 

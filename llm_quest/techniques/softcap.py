@@ -12,8 +12,7 @@ from typing import ClassVar
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.lm_head import LMHead
-from llm_quest.techniques.attention_layers import attention_layers
-from llm_quest.techniques.model_spec import Model, record_technique, require_not_applied
+from llm_quest.techniques.model_spec import Model, attention_layers, record_technique, require_not_applied
 
 
 @dataclass(frozen=True)
