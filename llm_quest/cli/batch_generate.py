@@ -17,7 +17,7 @@ from typing import Any
 from llm_quest.cli.chat import GenerationOptions, LogFn, load_text_model, require_compiler
 from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
 from llm_quest.data.documents import Document
-from llm_quest.data.prompts import read_prompts
+from llm_quest.data.records import read_prompts
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate_completions

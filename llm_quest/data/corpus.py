@@ -52,7 +52,7 @@ class Corpus:
 
     def as_json(self) -> dict[str, Any]:
         facts = {"name": self.name, "sha256": self.sha256, "documents": len(self.documents), "bytes": self.nbytes}
-        return facts | {"python": self.python, "ledger": self.drop_report.as_json()}
+        return facts | {"python": self.python, "drop_report": self.drop_report.as_json()}
 
     def lines(self) -> list[str]:
         """The report as lines of text."""

@@ -89,18 +89,20 @@ class CaptionDataset:
         grouped: dict[Path, list[QuestionAnswer]] = {}
         for image, turn in read_caption_file(Path(file)):
             grouped.setdefault(image, []).append(turn)
-        sights = [
+        examples = [
             ImageText(image_processor.resize_to_pixels(load_image(image)), tuple(turns))
             for image, turns in grouped.items()
         ]
-        marks = [hashlib.sha256(sight.pixels.tobytes()).digest() for sight in sights]
+        marks = [hashlib.sha256(example.pixels.tobytes()).digest() for example in examples]
         out = [int.from_bytes(mark[:8], "big") < held_out * 2.0**64 for mark in marks]
-        self.train_examples = [sight for sight, away in zip(sights, out, strict=True) if not away]
-        self.held_out_examples = [sight for sight, away in zip(sights, out, strict=True) if away]
+        self.train_examples = [example for example, away in zip(examples, out, strict=True) if not away]
+        self.held_out_examples = [example for example, away in zip(examples, out, strict=True) if away]
         if not self.train_examples or not self.held_out_examples:
-            raise DataError(f"{file}: {len(sights)} images are too few to hold out {held_out:.0%} of them; add images")
+            raise DataError(
+                f"{file}: {len(examples)} images are too few to hold out {held_out:.0%} of them; add images"
+            )
         contents = [
-            (mark.hex(), [vars(turn) for turn in sight.turns]) for mark, sight in zip(marks, sights, strict=True)
+            (mark.hex(), [vars(turn) for turn in example.turns]) for mark, example in zip(marks, examples, strict=True)
         ]
         self.hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
@@ -112,7 +114,7 @@ class CaptionDataset:
         return self.held_out_examples[number % len(self.held_out_examples)]
 
     def tokenizer_texts(self) -> list[str]:
-        return [f"{turn.question} {turn.answer}" for sight in self.train_examples for turn in sight.turns]
+        return [f"{turn.question} {turn.answer}" for example in self.train_examples for turn in example.turns]
 
 
 def read_caption_file(file: Path) -> list[tuple[Path, QuestionAnswer]]:
@@ -212,11 +214,13 @@ class ImageTextCollator:
         self, examples: Sequence[ImageText], orders: Sequence[np.ndarray], image_processor: ImageProcessor
     ) -> ImageTextBatch:
         """Rows of one length; the turns of each in its own order."""
-        rows = [self.encode_row([sight.turns[i] for i in order]) for sight, order in zip(examples, orders, strict=True)]
+        rows = [
+            self.encode_row([example.turns[i] for i in order]) for example, order in zip(examples, orders, strict=True)
+        ]
         length = -(-max(len(tokens) for tokens, _ in rows) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
         tokens = torch.from_numpy(pad([row for row, _ in rows], self.tokenizer.eos_token_id, length))
         targets = torch.from_numpy(pad([targets for _, targets in rows], IGNORE_INDEX, length))
-        images = image_processor.normalize(np.stack([sight.pixels for sight in examples]))
+        images = image_processor.normalize(np.stack([example.pixels for example in examples]))
         return ImageTextBatch(tokens, targets, images, sum(len(row) for row, _ in rows))
 
 

@@ -11,15 +11,20 @@ from typing import Any, NamedTuple
 
 from llm_quest.data.documents import (
     JSON_LINES_SUFFIXES,
+    Document,
+    DropReport,
     decode_utf8,
     open_maybe_gzip,
     parse_json_object,
     read_file_bytes,
+    read_text,
     require_regular_file,
+    text_column,
 )
 from llm_quest.errors import DataError
 
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, *TABLE_DELIMITERS, ".json")
 
 
 class Record(NamedTuple):
@@ -97,3 +102,16 @@ def iter_table(file: Path, delimiter: str) -> Iterator[Record]:
             yield Record(dict(row), f"{file}:{reader.line_num}")
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num} is not a table ({error})") from None
+
+
+def read_prompts(file: str | Path, column: str = "prompt") -> list[Document]:
+    """The prompts in the file's order. Of JSON lines, a JSON list or a table: the column, which may be empty (a text
+    from its very beginning). Of any other file: its lines, without blank ones."""
+    file = Path(file)
+    if file.name.lower().endswith(RECORD_SUFFIXES):
+        rows = read_records(file)
+        return [Document(text_column(one.row, column, one.where), one.where) for one in rows]
+    found = list(read_text(file, DropReport(), separator="\n"))
+    if not found:
+        raise DataError(f"{file} holds no prompts: write one a line, or rows with {column!r} in a .jsonl file")
+    return [Document(one.text, f"{one.source}:{one.line}", one.line) for one in found]

@@ -67,13 +67,13 @@ def near_copies(documents: Sequence[Document]) -> list[list[int]]:
     every = 1 + sum(document.nbytes for document in documents) // MAX_FULL_COMPARISON_BYTES
     runs = [shingle_hashes(document.text, every) for document in documents]
     shared = Counter(pair for numbers in _documents_per_shingle(runs) for pair in _pairs(numbers))
-    leader = list(range(len(documents)))
+    parents = list(range(len(documents)))
     for (a, b), count in shared.items():
         if count >= NEAR_COPY_OVERLAP * min(len(runs[a]), len(runs[b])):
-            leader[_find_root(leader, b)] = _find_root(leader, a)
+            parents[_find_root(parents, b)] = _find_root(parents, a)
     groups: dict[int, list[int]] = defaultdict(list)
     for number in range(len(documents)):
-        groups[_find_root(leader, number)].append(number)
+        groups[_find_root(parents, number)].append(number)
     return list(groups.values())
 
 
@@ -114,10 +114,10 @@ def _pairs(numbers: list[int]) -> Iterator[tuple[int, int]]:
     return combinations(numbers, 2) if len(numbers) <= 50 else pairwise(numbers)
 
 
-def _find_root(leader: list[int], number: int) -> int:
-    while leader[number] != number:
-        leader[number] = leader[leader[number]]
-        number = leader[number]
+def _find_root(parents: list[int], number: int) -> int:
+    while parents[number] != number:
+        parents[number] = parents[parents[number]]
+        number = parents[number]
     return number
 
 

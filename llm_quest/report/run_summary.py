@@ -60,7 +60,7 @@ class RunSummary:
 def summarize_run(record: RunRecord, number: int) -> RunSummary:
     """One run, told."""
     status, good = run_status(record)
-    drop_report = (record.data.get("corpus") or {}).get("ledger") or {}
+    drop_report = drop_report_of(record)
     found = record.env.get("warnings") or []
     return RunSummary(
         name=record.name,
@@ -191,6 +191,12 @@ def sample_histories(record: RunRecord) -> Iterator[SampleHistory]:
         yield SampleHistory(prompt, tuple(samples[i] for i in chosen), rest)
 
 
+def drop_report_of(record: RunRecord) -> dict[str, Any]:
+    """The report of what was kept and dropped; runs of the first version call it ledger."""
+    corpus = record.data.get("corpus") or {}
+    return corpus.get("drop_report") or corpus.get("ledger") or {}
+
+
 def data_rows(record: RunRecord) -> Iterator[TableRow]:
     """(what, documents, bytes, tokens)"""
     for key, name in (("train", "trained on"), ("val", "held out")):
@@ -198,7 +204,7 @@ def data_rows(record: RunRecord) -> Iterator[TableRow]:
             yield name, *(format_count(record.data.get(f"{key}_{what}")) for what in ("documents", "bytes", "tokens"))
         if f"{key}_images" in record.data:
             yield name, f"{format_count(record.data[f'{key}_images'])} images", "", ""
-    drop_report = (record.data.get("corpus") or {}).get("ledger") or {}
+    drop_report = drop_report_of(record)
     if kept := drop_report.get("kept"):
         yield "kept of the source", format_count(kept.get("documents")), format_count(kept.get("bytes")), ""
     for reason, dropped in (drop_report.get("dropped") or {}).items():

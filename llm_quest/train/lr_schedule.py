@@ -3,7 +3,7 @@
       cosine  ⟋‾⟍_       linear  ⟋\\_       wsd  ⟋‾‾‾‾\\_ (warm-up, stable, decay)       constant  ⟋‾‾‾‾
 
 A schedule is `step -> multiplier of the peak rate`; resuming needs nothing from it, and a longer run is another
-function. Steps are optimiser steps counted from 0, never micro-batches or epochs.
+function. Steps are optimizer steps counted from 0, never micro-batches or epochs.
 """
 
 from __future__ import annotations

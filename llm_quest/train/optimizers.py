@@ -209,9 +209,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def assert_groups_cover(model: nn.Module, listed: Iterable[dict[str, Any]]) -> None:
     """Assert that every trainable parameter is in exactly one group."""
     held = [id(p) for group in listed for p in group["params"]]
-    assert len(held) == len(set(held)), "a parameter is in two optimiser groups"
+    assert len(held) == len(set(held)), "a parameter is in two optimizer groups"
     assert set(held) == {id(p) for p in trainable_parameters(model).values()}, (
-        "a trainable parameter is in no optimiser group"
+        "a trainable parameter is in no optimizer group"
     )
 
 

@@ -89,7 +89,9 @@ class DistributedContext:
     def wrap_model(self, objective: nn.Module) -> nn.Module:
         """The module that the loop calls: the objective itself, or DDP around it."""
         if self.strategy == "fsdp" and not isinstance(objective, FSDPModule):
-            raise ValueError("FSDP2 shards before the optimiser is made: call parallel.place(objective, blocks) first")
+            raise ValueError(
+                "FSDP2 shards before the optimizer is made: call parallel.parallelize(objective, blocks) first"
+            )
         if self.strategy != "ddp":
             return objective
         engine = DistributedDataParallel(objective, broadcast_buffers=False)

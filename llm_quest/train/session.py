@@ -285,7 +285,7 @@ class TrainSession:
             "first_bad": culprit,
         }
         report |= {
-            "feed": self.dataloader.state_dict(),
+            "loader": self.dataloader.state_dict(),
             "guard": asdict(self.guard),
             "last_row": self.progress.latest_metrics,
         }

@@ -77,7 +77,7 @@ def load_optimizer_state_dict(
     unknown = sorted({key.split(KEY_SEPARATOR)[0] for key in [*tensors, *numbers]} - set(named))
     if unknown:
         raise ValueError(
-            f"the checkpoint's optimiser knows parameters that the model has not: {', '.join(unknown[:8])}"
+            f"the checkpoint's optimizer has parameters that the model does not have: {', '.join(unknown[:8])}"
         )
     optimizer.state.clear()
     for key, value in [*tensors.items(), *numbers.items()]:

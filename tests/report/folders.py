@@ -40,7 +40,7 @@ def finished_run(folder: Path, *, steps: int = 60, config: str = "seed: 0\noptim
     end = {"status": "finished", "step": steps, "parameters": 12_345, "baselines": baselines}
     write_json(folder / "summary.json", end)
     ledger = {"kept": {"documents": 9, "bytes": 999}, "dropped": {"empty": {"documents": 3, "bytes": 0}}, "notes": []}
-    corpus = {"name": "builtin:topics", "ledger": ledger}
+    corpus = {"name": "builtin:topics", "drop_report": ledger}
     facts = {"train_documents": 8, "train_bytes": 900, "train_tokens": 300, "corpus": corpus}
     write_json(folder / "data.json", facts)
     planned = {
