@@ -1,6 +1,6 @@
-"""Second floor: the door to published models. Hugging Face folders in and out, our own run folders in.
+"""Loads and saves models: Hugging Face folders both ways, our own run folders, PEFT adapters.
 
-`names` turns a page's table into places, `tensors` knows the safetensors format, `config` the JSON beside it,
-`download_snapshot` where a name leads; `validate_folder` finds out what a folder holds and everything that is wrong
-with it; `files` loads and saves, `inspect` reports.
+`locate` finds the folder of a name; `validate` reads what the folder holds and lists everything that is wrong with it;
+`load_save` loads and saves; `weight_map` turns a family's weight map into views; `safetensors_io` reads the format,
+`config` the JSON files; `inspect` reports.
 """

@@ -39,7 +39,7 @@ def read_json(file: Path, limit: int = 16_000_000) -> dict[str, Any]:
 
 
 def family_for(hf_config: Mapping[str, Any]) -> Family:
-    """The page that reads this config.json."""
+    """The family that reads this config.json."""
     kind = hf_config.get("model_type")
     for family in (*FAMILIES, *VISION_FAMILIES):
         if family.matches(hf_config):
@@ -61,8 +61,8 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
 
 
 class FieldTracker(dict[str, Any]):
-    """Remembers which field was asked for last, so that every missing field can be found, not only the first
-    (`model_type` is only asked for by the complaint itself)."""
+    """Remembers which field was read last, so that every missing field can be found, not only the first
+    (`model_type` is only read by the error message itself)."""
 
     last = ""
 
@@ -72,10 +72,10 @@ class FieldTracker(dict[str, Any]):
 
 
 def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any | None, list[str]]:
-    """The page's Config, or None and everything that is wrong with config.json.
+    """The family's Config, or None and everything that is wrong with config.json.
 
-    After each complaint the field asked for last is mended (a missing one set to 1, a refused one dropped), then
-    reading goes on."""
+    After each error the field read last is replaced (a missing one by 1, a refused one dropped), then reading
+    continues."""
     problems = list(list_unsupported_settings(hf_config))
     fields = FieldTracker(hf_config)
     while True:
@@ -93,7 +93,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
 
 
 def list_unsupported_settings(hf_config: Mapping[str, Any]) -> list[str]:
-    """What no page can read: quantised weights, and numbers nobody could mean."""
+    """What no family reads: quantised weights, and numbers that are no plausible sizes."""
     found = []
     if hf_config.get("quantization_config"):
         method = hf_config["quantization_config"]

@@ -1,4 +1,4 @@
-"""GSM8K where it is kept: a file of JSON lines here, or `openai/gsm8k` on the hub, whose files are parquet.
+"""GSM8K from where it is stored: a file of JSON lines here, or `openai/gsm8k` on the hub, whose files are parquet.
 
 The hub's test file is for testing; `train` and `validation` are two parts of its training file, by the questions'
 hashes."""
@@ -30,7 +30,7 @@ def load_gsm8k(task: str, part: str) -> list[Problem]:
 
 
 def train_validation_split(task: str) -> tuple[list[Problem], list[Problem]]:
-    """What is trained on, and what is kept out of it for validation."""
+    """The rows for training, and those held out for validation."""
     train, validation = split_gsm8k_validation(gsm8k_from_hub("train") if task == "gsm8k" else read_gsm8k(task))
     if not train or not validation:
         raise DataError(f"{task} holds too few problems to keep some of them out of training")

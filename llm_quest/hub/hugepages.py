@@ -1,7 +1,7 @@
 """Host memory in large pages, where the system has them.
 
-Fresh memory costs one page fault per 4 KiB: for 500 MB that is 120,000 of them, several times dearer than the copy
-itself. With pages of 2 MiB the same memory is there in a fifth of the time, and is read faster afterwards.
+Fresh memory costs one page fault per 4 KiB: for 500 MB that is 120,000 of them, several times as slow as the copy
+itself. With pages of 2 MiB it takes a fifth of the time, and the memory is read faster afterwards.
 """
 
 from __future__ import annotations

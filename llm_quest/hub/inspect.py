@@ -62,7 +62,7 @@ class Inspection:
     def lines(self) -> list[str]:
         """For people: layers are drawn together."""
         size = "unknown" if self.parameters is None else f"{self.parameters:,}"
-        lines = [f"{self.name}: {self.model_type} (page {self.family or 'none'}), {size} parameters", "", "files"]
+        lines = [f"{self.name}: {self.model_type} (family {self.family or 'none'}), {size} parameters", "", "files"]
         lines += [f"  {name:<40} {size:>15,} bytes" for name, size in self.files.items()]
         lines += ["", "config", *(f"  {key}: {value}" for key, value in self.config.items())]
         lines += ["", f"tensors ({len(self.tensors)})", *self.tensor_lines()]
@@ -92,7 +92,9 @@ def inspect_folder(name_or_path: str | Path) -> Inspection:
     published = dict(report.hf_config)
     template = find_chat_template(report)
     if "auto_map" in published:
-        report.notes.append("config.json names code of its own (auto_map), which is never run: our own page computes")
+        report.notes.append(
+            "config.json names code of its own (auto_map), which is never run: our own family file computes"
+        )
     return Inspection(
         name=location.name,
         model_type=published.get("model_type"),

@@ -1,4 +1,4 @@
-"""Put an adapter that lies in PEFT's format on a model of ours."""
+"""Loads an adapter in PEFT's format onto a model of ours."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Load a model from a published folder, the hub, or a run of ours; save one so that transformers and vLLM load it.
 
-Loading: survey the folder, stop with one error that lists everything wrong, else let each parameter lie in its file
-where it can (`mapped`), give the others memory and read each tensor into its place. Saving: write a staged folder,
+Loading: validate the folder, stop with one error that lists everything wrong, else map each parameter into its file
+where possible (`mapped`), give the others memory and read each tensor into its place. Saving: write a staged folder,
 then one rename, so that a half-written model is never there under its name.
 """
 
@@ -65,7 +65,7 @@ def load(
     but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
     until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
     Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
-    config no page computes), MissingError offline."""
+    config no family computes), MissingError offline."""
     device, requested_dtype = require_device(device), parse_dtype(dtype)
     if (base := adapter_base(name_or_path)) is not None:
         return load_adapter(
@@ -93,7 +93,7 @@ def load(
 
 def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str]:
     """Every tensor into its place, and what only the numbers can tell: which are not finite, which second copies
-    differ. mapped: parameters that lie in their files.
+    differ. mapped: parameters that are mapped into their files.
 
     Two at once: one reads while the other checks; both are out of Python's hands."""
     assert report.model is not None
@@ -101,8 +101,8 @@ def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str
     targets = {name: place.view(parameters[place.parameter]) for name, place in report.weight_views.items()}
 
     def read(name: str) -> int:
-        lies = report.weight_views[name].parameter in mapped
-        return count_non_finite(targets[name]) if lies else read_source(report.sources[name], targets[name])
+        is_mapped = report.weight_views[name].parameter in mapped
+        return count_non_finite(targets[name]) if is_mapped else read_source(report.sources[name], targets[name])
 
     with ThreadPoolExecutor(max_workers=NUM_READERS) as pool:
         bad = list(pool.map(read, targets))
@@ -144,7 +144,7 @@ def save(
     """A Hugging Face folder: config.json (old and new spelling), model.safetensors or shards with their index,
     generation_config.json, the tokenizer's files, preprocessor_config.json (preprocess: how its images are made),
     README.md. A tied head is left out. generation None: the model's own, else the tokenizer's ids.
-    What techniques added goes to techniques.safetensors, the card to config.json (`hub.config.add_techniques`).
+    What techniques added goes to techniques.safetensors, their list to config.json (`hub.config.add_techniques`).
 
     Raises UsageError for a folder that is not empty (overwrite=True replaces a saved model, and nothing else), for a
     model whose weights have no published form, for token ids beyond the vocabulary; ResourceError where the disk is
@@ -265,7 +265,7 @@ def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
 
 
 def write_model_json(run: str | Path, model: Decoder) -> None:
-    """model.json of a run folder: which page and numbers its checkpoints belong to. `load(run)` reads it."""
+    """model.json of a run folder: which family and numbers its checkpoints belong to. `load(run)` reads it."""
     family = family_of(model.config)
     config = family.publish(model.config)
     generation = build_generation_json(model.generation_config or GenerationConfig())

@@ -1,4 +1,4 @@
-"""Weights that stay where they are: a parameter may lie in its file, mapped copy-on-write, instead of being read.
+"""Memory-mapped weights: a parameter is its part of the file, mapped copy-on-write, instead of a copy that is read.
 
       file   | header | down | gate | up | k | o | q | v | ...        gate_up = [gate; up] lies there as we need it,
                                \________/                             qkv = [q; k; v] does not, and is read
@@ -41,7 +41,7 @@ def memory_map_parameters(
     *,
     aligned: bool = False,
 ) -> dict[str, Tensor]:
-    """Those parameters that can lie in their files, as tensors over the mapped files. sources: stored name -> where its
+    """Those parameters that can be mapped, as tensors over the files. sources: stored name -> where its
     numbers are. aligned: only those in row order that begin at a multiple of 64 bytes."""
     parts: dict[str, list[tuple[StoredTensor, WeightView]]] = defaultdict(list)
     for name, place in weight_views.items():
@@ -85,7 +85,7 @@ def map_parameter(
 
 
 def reshape_memory(memory: Tensor, parameter: nn.Parameter, *, transposed: bool) -> Tensor:
-    """Flat memory in the parameter's shape; transposed: its last two dimensions lie the other way round."""
+    """Flat memory in the parameter's shape; transposed: its last two dimensions are stored the other way round."""
     if not transposed:
         return memory.view(parameter.shape)
     *outer, rows, columns = parameter.shape

@@ -37,7 +37,7 @@ CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "bas
 
 @dataclass(frozen=True)
 class PublishedMatrix:
-    """Where an address lies in the published model: rows of the matrix of a module, whose shape is (out, width)."""
+    """The place of an address in the published model: rows of the matrix of a module, whose shape is (out, width)."""
 
     module: str
     rows: slice
@@ -59,7 +59,7 @@ class LoRAPair:
 
 
 def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
-    """Address -> place, for every matrix of this page that is one in the published model too (experts are stacked
+    """Address -> place, for every matrix of this family that is one in the published model too (experts are stacked
     there)."""
     family = family_of(config)
     if family not in FAMILIES:
@@ -160,7 +160,7 @@ def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> Lo
 
 
 def to_lora_pair(edit: nn.Module) -> LoRAPair:
-    """A plain A and B: what lies between them goes into B."""
+    """A plain A and B: what is between them goes into B."""
     low: Any = edit.low if isinstance(edit, DoRAUpdate) else edit
     assert isinstance(low, LowRankUpdate)
     core = low.core(torch.eye(low.A.shape[0], dtype=low.A.dtype, device=low.A.device)).mT

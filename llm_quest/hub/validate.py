@@ -49,7 +49,7 @@ TensorSource = StoredTensor | Tensor
 class FolderReport:
     """What was found. sources: published name -> where its numbers are. model: on the meta device; None if the config
     is unusable. weight_views: name in the files -> its place in the model. duplicates: tensors stored twice, (copy,
-    original). techniques: what its card says was done to it. problems forbid loading; notes do not."""
+    original). techniques: those its config says were applied. problems forbid loading; notes do not."""
 
     location: ModelLocation
     hf_config: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +100,8 @@ def read_configs(report: FolderReport) -> None:
 
 
 def read_sources(report: FolderReport, allow_pickle: bool) -> None:
-    """Single file, or shards with their index; pickled ones only if allowed. What techniques added lies beside them."""
+    """Single file, or shards with their index; pickled ones only if allowed. What techniques added is in a file of
+    its own."""
     folder = report.location.folder
     if (folder / TECHNIQUES_FILE).exists():
         added = read_header(folder / TECHNIQUES_FILE)
@@ -135,10 +136,12 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def shard_files(report: FolderReport, folder: Path, weight_map: Mapping[str, str]) -> Iterator[Path]:
-    """The files an index names, which must lie beside it."""
+    """The files an index names, which must be in the same folder."""
     for name in sorted({str(file) for file in weight_map.values()}):
         if not re.fullmatch(r"[\w.\-]+", name) or name in (".", ".."):
-            report.problems.append(f"the index names {name!r}, which is no plain file name: shards must lie beside it")
+            report.problems.append(
+                f"the index names {name!r}, which is no plain file name: shards are in the same folder"
+            )
         elif not (folder / name).exists():
             report.problems.append(f"missing file: {name}")
         else:
@@ -174,7 +177,7 @@ def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
 
 
 def build_report_model(report: FolderReport) -> None:
-    """The page, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
+    """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
     tensors."""
     report.family = family_for(report.hf_config)
     config, problems = parse_hf_config(report.family, report.hf_config)
@@ -186,7 +189,9 @@ def build_report_model(report: FolderReport) -> None:
             f"config.json: {config.num_hidden_layers:,} layers, but the files hold only {len(report.sources)} tensors"
         )
     try:
-        own_format = report.location.run_dir is not None or report.techniques  # our own words, which need no settling
+        own_format = (
+            report.location.run_dir is not None or report.techniques
+        )  # our own format, which says exactly what is there
         report.model = build_meta_model(config if own_format else report.family.resolve_config(config, report.sources))
         report.model = replay_on_meta(report.model, report.techniques)
     except (ValueError, RuntimeError, ArithmeticError) as error:
@@ -195,7 +200,7 @@ def build_report_model(report: FolderReport) -> None:
 
 
 def replay_on_meta(model: Decoder, techniques: Sequence[Technique]) -> Decoder:
-    """The card, done again on a model without memory."""
+    """The techniques, applied again on the meta device."""
     with torch.device("meta"), SkipInit():
         return replay_techniques(model, techniques)
 

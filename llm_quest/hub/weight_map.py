@@ -1,4 +1,4 @@
-"""A page's two-way table, read as *places*: each published tensor is a view of one of our parameters.
+"""A weight map as views: each published tensor is a view of one of our parameters.
 
     published  q_proj (4,6)   k_proj (2,6)   v_proj (2,6)            c_attn (6,18)
     ours       qkv[0:4]       qkv[4:6]       qkv[6:8]                qkv.T
@@ -31,7 +31,7 @@ View = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class WeightView:
-    """Where a stored tensor lies with us: `view(parameter)` shares our memory and has the published shape."""
+    """The place of a stored tensor in our model: `view(parameter)` shares our memory and has the published shape."""
 
     parameter: str
     view: View
@@ -45,8 +45,8 @@ def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
     unmatched = [*(ours.keys() - table.keys()), *(table.keys() - ours.keys())]
     if unmatched:
         raise UsageError(
-            f"this model's weights have no published form: {compact_names(unmatched)} not in its page's table; "
-            "merge or remove what was put on by hand; a technique would stand on the model's card"
+            f"this model's weights have no published form: {compact_names(unmatched)} not in its family's weight map; "
+            "merge or remove what was added by hand; a technique would be in the model's spec"
         )
     row_sizes = packed_row_sizes(model)
     found = {
@@ -54,7 +54,7 @@ def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
         for path in ours
         for name, view in entry_views(table[path], row_sizes.get(path, ()))
     }
-    assert len(found) >= len(ours), "a page's table names one published tensor twice"
+    assert len(found) >= len(ours), "a weight map names one published tensor twice"
     return found
 
 
@@ -96,8 +96,8 @@ def packed_row_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def export_weight_map(model: nn.Module, table: WeightMap) -> WeightMap:
-    """The page's table, for the model as the techniques on its card left it: what they wrapped is published under the
-    name it had before; what they added has no published name and stands under ours."""
+    """The family's weight map, for a model after its techniques: what they wrapped is published under the name it had
+    before; what they added has no published name and keeps ours."""
     if not model.spec.techniques:  # type: ignore[union-attr]
         return table
     found = {name: table.get(strip_wrapper_names(name), name) for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""From a name or a config to a model with first values."""
+"""Builds models with random weights, from a preset's name or a Config."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def preset(name: str) -> Preset:
 
 
 def family_of(config: Any) -> Family:
-    """The page a config belongs to."""
+    """The family a config belongs to."""
     for family in (*FAMILIES, *VISION_FAMILIES):
         if type(config) is family.Config:
             return family
     raise UsageError(
-        f"{type(config).__name__} is no page's config; "
-        f"pages: {', '.join(family.name for family in (*FAMILIES, *VISION_FAMILIES))}"
+        f"{type(config).__name__} is no family's Config; "
+        f"families: {', '.join(family.name for family in (*FAMILIES, *VISION_FAMILIES))}"
     )
 
 
@@ -50,7 +50,7 @@ def build_meta_model(config: Any) -> Decoder:
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves out the first values that torch's own layers give themselves. Without memory they are nothing, yet drawing
+    """Leaves out the initialization that torch's own layers do. On the meta device it has no effect, yet drawing
     them there imports half of torch's compiler, which takes 3 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,7 +66,7 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "float32",
 ) -> Decoder:
-    """A model with random first values, in eval mode. preset_or_config: a preset's name or a page's Config. The same
+    """A model with random weights, in eval mode. preset_or_config: a preset's name or a family's Config. The same
     seed gives the same weights on any machine: they are drawn in float32 on the host, then moved."""
     config = preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     dtype = dtype_from_name(dtype) if isinstance(dtype, str) else dtype

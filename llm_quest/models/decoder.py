@@ -1,4 +1,5 @@
-"""The decoder: embed, enter, blocks, leave, norm, head. Final: families differ by what fills its slots."""
+"""The decoder: embed, enter, blocks, leave, norm, head. Not inherited from: families differ by the modules they
+pass."""
 
 from __future__ import annotations
 

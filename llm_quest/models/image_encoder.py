@@ -1,5 +1,5 @@
-"""The image encoder: embed, enter, blocks, norm, head. Final, as the decoder is: families differ by what fills its
-slots."""
+"""The image encoder: embed, enter, blocks, norm, head. Not inherited from: families differ by the modules
+they pass."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def write_sliding_window(window: int, config: Any) -> dict[str, Any]:
 
 @config_dataclass
 class Config:
-    """MiMo's numbers, in transformers' spelling; the hub's stands beside it. layer_types: full_attention or
+    """MiMo's numbers, in transformers' spelling; the hub's is read and written too. layer_types: full_attention or
     sliding_attention; sliding_window: how many tokens a windowed layer sees, itself included; num_key_value_heads of
     global, swa_num_key_value_heads of windowed layers; mlp_layer_types: dense (of width intermediate_size) or sparse;
     num_nextn_predict_layers: multi-token prediction modules behind the model."""

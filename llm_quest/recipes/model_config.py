@@ -1,9 +1,10 @@
-"""From settings to a model's config: a preset, or a page and its numbers, in the page's own words.
+"""From settings to a model's config: a preset, or a family and the fields of its Config.
 
-Numbers that follow from others need not be given: `vocab` is the tokenizer's, `groups` are as many as `heads`,
-`head_dim` is width / heads, `context` is the length of the training rows, `tied` is true. Rotary settings are given
-as published configs spell them: `build_rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a
-config (Qwen3's `moe`, Qwen3-Next's `delta`) is a group of keys; a pattern of layers (`windows`) is a list.
+Fields that follow from others need not be given: `vocab_size` is the tokenizer's, `num_key_value_heads` are as many as
+`num_attention_heads`, `head_dim` is hidden_size / num_attention_heads, `max_position_embeddings` is the length of the
+training rows, `tie_word_embeddings` is true. Rotary settings are given as config.json spells them:
+`rotary: {rope_theta: 500000, rope_type: llama3, factor: 8, ...}`. A part of a config (Qwen3's `moe`, Qwen3-Next's
+`delta_net`) is a group of keys; a pattern of layers (`layer_types`) is a list.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
@@ -195,6 +196,8 @@ def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:
     """Why a value is not of a field's kind; None if it is."""
     if value is None and type(None) in get_args(kind):
         return None
+    if get_origin(kind) is Literal:
+        return None if value in get_args(kind) else f"{value!r} is not computed; {describe_expected(kind)}"
     if (part := nested_config(kind)) is not None:
         return describe_nested_type_error(value, part)
     if kind is RotaryEmbedding:
@@ -230,6 +233,8 @@ def nested_config(kind: Any) -> type | None:
 
 
 def describe_expected(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"only {' or '.join(map(repr, get_args(kind)))} is"
     if (part := nested_config(kind)) is not None:
         return f"a group of keys ({', '.join(get_type_hints(part))})"
     names = {

@@ -59,7 +59,7 @@ def test_a_config_is_built_as_it_is():
 
 
 def test_something_that_is_no_config_is_refused():
-    with pytest.raises(UsageError, match=r"dict is no page's config; pages: gpt2, llama"):
+    with pytest.raises(UsageError, match=r"dict is no family's Config; families: gpt2, llama"):
         build({"vocab": 3})
 
 
