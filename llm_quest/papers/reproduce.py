@@ -11,11 +11,13 @@ import concurrent.futures
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
 import re
 import time
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,24 @@ def measure_arm(name: str, arm: str, seed: int) -> Measurement:
 
 
 def code_fingerprint(chosen: Paper) -> str:
-    """A hash of the source of the paper's file and of the modules of llm_quest.papers that it imports."""
+    """A hash of the code of the paper's file and of the modules of llm_quest.papers that it imports."""
     own = inspect.getmodule(chosen.verdict)
     assert own is not None, "a verdict is a function of the paper's file"
-    source = inspect.getsource(own)
-    modules = [
-        importlib.import_module(f"llm_quest.papers.{m}") for m in sorted(set(LAB_IMPORT.findall(source)) - {"paper"})
-    ]
-    return hashlib.sha256((source + "".join(map(inspect.getsource, modules))).encode()).hexdigest()[:16]
+    names = sorted(set(LAB_IMPORT.findall(inspect.getsource(own))) - {"paper"})
+    modules = [own, *(importlib.import_module(f"llm_quest.papers.{name}") for name in names)]
+    return hashlib.sha256("".join(code_text(inspect.getsource(m)) for m in modules).encode()).hexdigest()[:16]
+
+
+def code_text(source: str) -> str:
+    """The code without docstrings, comments and layout: other words do not make other measurements."""
+    between, parts, begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT), [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NL, tokenize.COMMENT):
+            continue
+        if token.type not in between and not (begins and token.type == tokenize.STRING):  # not a docstring
+            parts.append(token.string)
+        begins = token.type in between
+    return re.sub(r",(?=[)\]}])", "", "".join(parts))
 
 
 def load_results(file: Path, chosen: Paper) -> ExperimentResults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from llm_quest.data.corpus import load_corpus
 from llm_quest.data.split import split_corpus
 from llm_quest.data.tokenizer import train_bpe
 from llm_quest.data.tokens import prepare_token_folder
-from llm_quest.papers import load_paper, muon, reproduce
+from llm_quest.papers import PAPERS, load_paper, muon, reproduce
 from llm_quest.papers.lab import LAB_VOCAB_SIZE, LabText
 from llm_quest.papers.paper import Measurement
-from llm_quest.papers.reproduce import measure_arm, run_experiment
+from llm_quest.papers.reproduce import code_fingerprint, code_text, measure_arm, run_experiment
 
 
 def little_text(folder: Path) -> LabText:
@@ -53,3 +54,18 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
     run_experiment("muon", seeds=2, out=tmp_path, jobs=1, log=lambda text: None)
     assert asked == [("AdamW", 1), ("Muon", 1), ("AdamW", 2), ("Muon", 2)]
     assert load_paper("muon").name == "muon"
+
+
+def test_other_words_are_the_same_code_and_other_numbers_are_not() -> None:
+    code = '"""Words."""\nARMS = {\n    "a": f(1, 2)\n}\n\n\ndef g():\n    """More."""\n    return 1\n'
+    again = 'ARMS = {"a": f(1, 2,)}  # said again\ndef g():\n    """Other words."""\n    return 1\n'
+    assert code_text(code) == code_text(again)
+    for old, new in (("1, 2", "1, 3"), ('"a"', '"b"'), ("return 1", "return 2")):
+        assert code_text(code.replace(old, new)) != code_text(code)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_recorded_measurements_are_those_of_the_present_code(name: str) -> None:
+    """After a change that leaves the numbers as they were to the bit, write the new fingerprint into the file."""
+    file = Path(__file__).parents[2] / "docs" / "papers" / f"{name}.json"
+    assert json.loads(file.read_text(encoding="utf-8"))["code"] == code_fingerprint(load_paper(name))
