@@ -129,10 +129,10 @@ def settings_in(text: str) -> Iterator[str]:
 
 
 def is_defined(word: str) -> bool:
-    """`techniques.lora.merge` is the function of that file."""
+    """`techniques.lora.merge_adapter` is the function of that file."""
     *folders, name = word.split(".")
     file = PACKAGE.joinpath(*folders).with_suffix(".py")
-    return file.is_file() and f"def {name}" in file.read_text(encoding="utf-8")
+    return file.is_file() and f"def {name}(" in file.read_text(encoding="utf-8")
 
 
 def recipes_of(file: str) -> tuple[str, ...]:

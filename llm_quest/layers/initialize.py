@@ -76,5 +76,5 @@ def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: tor
             nn.init.zeros_(module.weight)
         else:
             assert not list(module.parameters(recurse=False)), (
-                f"{path}: no first values known for {type(module).__name__}"
+                f"{path}: no initialisation known for {type(module).__name__}"
             )

@@ -115,7 +115,7 @@ class SlotIndex:
         if max_seq_len is not None and max_seq_len > self.num_slots and not ring:
             raise ValueError(
                 f"this pass reaches position {max_seq_len - 1}, but the cache was made for {self.num_slots} positions: "
-                "make it larger (new_cache(batch, capacity)) or let the window slide"
+                "make it larger (new_cache(batch_size, capacity)) or let the window slide"
             )
         if self.positions is None:
             self.positions = positions.new_full((positions.shape[0], self.num_slots + 1), -1)
@@ -175,7 +175,7 @@ class KVCache:
         assert scope.cache is not None, "extend is called with a cache in the scope"
         self.slot_index = slot_index = scope.cache.slot_index(self.num_slots)
         slot_write: SlotWrite = scope.cached(
-            ("filing", self.num_slots), lambda: slot_index.assign_slots(scope, self.is_ring)
+            ("slot write", self.num_slots), lambda: slot_index.assign_slots(scope, self.is_ring)
         )
         length = scope.position_ids.shape[1]
         if slot_write.is_first:
@@ -235,9 +235,9 @@ class KVCache:
                 if position > 0 and highest - self.num_slots >= max(position - self.window + 1, 0):
                     needed = highest - position + 1
                     raise ValueError(
-                        f"a windowed cache with {self.num_slots - self.window} slots of slack has overwritten what "
-                        f"position {position} looks back at: make it with slack={needed} "
-                        "(new_cache(batch, capacity, slack))"
+                        f"a windowed cache with {self.num_slots - self.window} spare slots has overwritten what "
+                        f"position {position} sees: make it with max_rewind={needed} "
+                        "(new_cache(batch_size, capacity, max_rewind))"
                     )
         return list(positions)
 

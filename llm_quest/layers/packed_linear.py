@@ -69,6 +69,6 @@ def require_unwrapped(*projections: nn.Module) -> None:
     for projection in projections:
         if not isinstance(projection, nn.Linear):
             raise ValueError(
-                f"rescaling acts on a projection's own weights, and {type(projection).__name__} stands in its place: "
+                f"rescaling acts on a projection's own weights, and {type(projection).__name__} replaces it here: "
                 "merge the adapter first, or leave the rescaling out"
             )

@@ -60,5 +60,5 @@ class CheckpointedForward:
 
     def __call__(self, *inputs: Any) -> Any:
         if not torch.is_grad_enabled() or any(isinstance(one, Scope) and one.cache is not None for one in inputs):
-            return self.forward(*inputs)  # what is filed in a cache must not be filed twice
+            return self.forward(*inputs)  # a cache must not be written twice
         return checkpoint(self.forward, *inputs, use_reentrant=False)

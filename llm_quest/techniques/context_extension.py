@@ -41,7 +41,9 @@ class ContextExtension:
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_EXTENSIONS:
-            raise UsageError(f"no way to stretch is called {self.kind!r}; known: {', '.join(ROPE_EXTENSIONS)}")
+            raise UsageError(
+                f"no kind of context extension is called {self.kind!r}; known: {', '.join(ROPE_EXTENSIONS)}"
+            )
         if not self.factor >= 1:
             raise UsageError(f"factor {self.factor} is below 1: a length is extended, not cut")
         if self.original is not None and self.kind != "yarn":
@@ -63,19 +65,21 @@ class ContextExtension:
     def extend_config(self, config: Any, mixer: Any) -> Any:
         """The config that the extended model's own export is read as."""
         if "rotary" not in {field.name for field in fields(config)}:
-            raise UsageError("this model's positions are learned vectors, one for each: there is nothing to stretch")
+            raise UsageError(
+                "this model's positions are learned vectors, one for each: they have no frequencies to scale"
+            )
         if config.rotary.scaling is not None:
             raise UsageError(
-                f"the model's rotation is stretched already ({type(config.rotary.scaling).__name__}): a stretch is "
+                f"the model's rotation is scaled already ({type(config.rotary.scaling).__name__}): a scaling is "
                 "defined on the frequencies it was first trained with; extend the original model"
             )
         scaling = ROPE_EXTENSIONS[self.kind](self.factor, self.original or config.max_position_embeddings)
         if isinstance(mixer, MultiHeadLatentAttention) and isinstance(scaling, YaRNScaling):
             scaling = replace(scaling, mscale=1.0, mscale_all_dim=1.0)
         context = round(config.max_position_embeddings * self.factor)
-        page = family_of(config)
+        family = family_of(config)
         longer = replace(config, rotary=replace(config.rotary, scaling=scaling), max_position_embeddings=context)
-        read = page.read(page.publish(longer))
+        read = family.read(family.publish(longer))
         rotations = {field.name: getattr(read, field.name) for field in fields(config)}
         rotations = {name: value for name, value in rotations.items() if isinstance(value, RotaryEmbedding)}
         return replace(longer, **rotations)

@@ -34,7 +34,9 @@ class Int8Weights:
     def __call__(self, model: Model) -> Model:
         require_not_applied(model, self)
         if adapter_layers(model):
-            raise UsageError("this model has an adapter: merge it first (techniques.lora.merge), then make it int8")
+            raise UsageError(
+                "this model has an adapter: merge it first (techniques.lora.merge_adapter), then make it int8"
+            )
         model.requires_grad_(False)
         heads = [(path, module) for path, module in model.named_modules() if isinstance(module, LMHead)]
         for path, module in list(model.named_modules()):

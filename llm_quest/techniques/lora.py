@@ -177,7 +177,7 @@ def init_lora_updates(
     """A uniform in +-1/sqrt(in) (He et al. with a = sqrt 5), B zero."""
     generator = torch.Generator().manual_seed(technique.seed)
     if not 0 <= technique.dropout < 1:
-        raise UsageError(f"dropout is {technique.dropout}: a share of at least 0 and below 1 was expected")
+        raise UsageError(f"dropout is {technique.dropout}: a number of at least 0 and below 1 was expected")
     for site in sites:
         *stack, rows, width = site.weight.shape
         if stack and technique.dropout:
@@ -230,7 +230,8 @@ def apply_adapter(model: Model, technique: Technique, edits: Any) -> Model:
     settings: Any = technique
     if adapter_layers(model):
         raise UsageError(
-            "this model has an adapter already: train that one on, or merge it first (techniques.lora.merge) and adapt "
+            "this model has an adapter already: train that one on, or merge it first (techniques.lora.merge_adapter) "
+            "and adapt "
             "the merged model"
         )
     if settings.rank < 1 or not settings.targets:
@@ -300,7 +301,9 @@ def merge_adapter(model: Any) -> MergeRecord:
 def unmerge_adapter(model: Any, record: MergeRecord) -> None:
     """Restore the adapted model as it was before `merge_adapter`, to the bit."""
     if any(model.get_submodule(path) is not wrapper.base for path, wrapper in record.wrappers.items()):
-        raise UsageError("this record is of another merge: unmerge once, with what merge(model) of this model returned")
+        raise UsageError(
+            "this record is of another merge: call unmerge_adapter once, with what merge_adapter of this model returned"
+        )
     for path, wrapper in record.wrappers.items():
         for name in matrix_names(wrapper):
             setattr(wrapper.base, name, record.originals[f"{path}.{name}"])

@@ -34,7 +34,7 @@ class MultiTokenPrediction:
     def __call__(self, model: Model) -> Model:
         require_decoder(model, self)
         if len(model.mtp_modules):
-            raise ValueError(f"this model has lookahead modules already ({len(model.mtp_modules)}): train those")
+            raise ValueError(f"this model has multi-token modules already ({len(model.mtp_modules)}): train those")
         for k in range(self.depth):
             model.mtp_modules.append(materialize_part(build_mtp_module(model.config), model, self.seed + k))
         return record_technique(model, self)

@@ -48,11 +48,9 @@ class QKClip:
         if not self.tau > 0:
             raise UsageError(f"QK-Clip's tau is {self.tau}; it must be positive (the paper's is 100)")
         if self.heads not in ("each", "layer"):
-            raise UsageError(f"QK-Clip knows no heads {self.heads!r}; known: each, layer")
+            raise UsageError(f"QK-Clip has no heads {self.heads!r}; known: each, layer")
         if self.key_share not in KEY_SHARE_RULES:
-            raise UsageError(
-                f"QK-Clip knows no way {self.key_share!r} to share a key; known: {', '.join(KEY_SHARE_RULES)}"
-            )
+            raise UsageError(f"QK-Clip has no key_share {self.key_share!r}; known: {', '.join(KEY_SHARE_RULES)}")
 
     def __call__(self, model: Model) -> Model:
         mixers = attention_layers(model, self)

@@ -275,7 +275,7 @@ def test_a_ring_goes_back_its_slack_and_one_more_and_refuses_to_go_deeper(slack:
         )
     cache = model.new_cache(1, 30, slack)
     feed(model, cache, tokens[:, :20], 0)
-    with pytest.raises(ValueError, match=r"has overwritten what position \d+ looks back at: make it with slack="):
+    with pytest.raises(ValueError, match=r"has overwritten what position \d+ sees: make it with max_rewind="):
         cache.rewind([20 - slack - 2])
 
 

@@ -57,7 +57,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{("qk_clip", page): NORMED for page in TINY if page.startswith(("qwen3", "gemma3"))},
     **{("length", page): STRETCHED for page in ("llama3.2-tiny", "gemma3-tiny", "deepseek-v3-tiny")},
     ("length", "gpt2-tiny"): "positions are learned vectors, one for each",
-    **{("multi_token", page): "has lookahead modules already" for page in ("deepseek-v3-tiny", "mimo-tiny")},
+    **{("multi_token", page): "has multi-token modules already" for page in ("deepseek-v3-tiny", "mimo-tiny")},
     ("softcap", "gemma2-tiny"): "capped at .* already",
 }
 """(technique, preset) -> the reason, as the error says it."""

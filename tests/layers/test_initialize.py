@@ -75,7 +75,7 @@ def test_experts_write_into_the_stream_too():
 
 
 def test_a_layer_without_known_first_values_is_an_error_and_not_garbage():
-    with pytest.raises(AssertionError, match="no first values known for Conv1d"):
+    with pytest.raises(AssertionError, match="no initialisation known for Conv1d"):
         init_normal_(nn.Sequential(nn.Conv1d(1, 1, 1)), std=0.02, out_std=0.02)
 
 

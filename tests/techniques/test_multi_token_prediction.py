@@ -65,5 +65,5 @@ def test_it_learns():
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="at least one module"):
         MultiTokenPrediction(0)
-    with pytest.raises(ValueError, match=r"has lookahead modules already \(2\): train those"):
+    with pytest.raises(ValueError, match=r"has multi-token modules already \(2\): train those"):
         MultiTokenPrediction()(build("deepseek-v3-tiny"))
