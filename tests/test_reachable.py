@@ -33,9 +33,6 @@ EXCEPTIONS = {
     "attention_divergence_loss": "part of AttentionDivergenceLoss",
     "generalized_jsd": "the definition that the chunked divergence is tested against",
     "SafeReward": "wraps a reward function of one's own in Python",
-    "VerifierProcess": "POLICY wires it or removes it",
-    "serve_verifier": "POLICY wires it or removes it",
-    "verify_with_math_verify": "POLICY wires it or removes it",
 }
 """Public name -> why nothing of ours uses it."""
 

@@ -27,7 +27,7 @@ from llm_quest.recipes.config import (
 )
 from llm_quest.recipes.dpo import DpoConfig
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.reward import RewardConfig

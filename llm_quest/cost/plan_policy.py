@@ -32,12 +32,10 @@ from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns, format_duration
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.finetuning import StartModelConfig
-from llm_quest.recipes.grpo import build_reward, load_problems, make_question, prompt_encoder
-from llm_quest.recipes.grpo_config import GrpoConfig
-from llm_quest.recipes.job import load_for_finetuning
-from llm_quest.recipes.policy import PolicySetup, build_policy_setup, resolve_policy_config
-from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
+from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
+from llm_quest.recipes.grpo import REWARDS, GrpoConfig, load_problems, make_prompt, prompt_encoder
+from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, resolve_policy_config
+from llm_quest.recipes.rpt.recipe import FlopsMeter, MeteredRolloutLoader
 from llm_quest.recipes.run import build_optimizer
 from llm_quest.recipes.sft_warmup import init_model
 from llm_quest.recipes.yaml_io import RawConfig
@@ -95,7 +93,7 @@ def plan_policy(config: GrpoConfig, settings: RawConfig, *, measure: bool, log: 
     if not measure:
         raise UsageError("a policy's step is measured and not predicted: leave --no-measure out")
     device, parallel = resolve_device(config.device), DistributedContext()
-    config = resolve_policy_config(config, parallel)
+    config = resolve_policy_config(config, parallel, log)
     model, tokenizer = init_plan_policy(config, settings)
     policy = build_plan_rollouts(config, model.to(device), tokenizer, parallel, log)
     meter = FlopsMeter(ModelCost(model), num_scorings=(config.kl_coef > 0) + (config.sampler_correction is not None))
@@ -138,8 +136,10 @@ def build_plan_rollouts(
     will be."""
     judges = [WeightedReward("random", RandomReward(derive_seed(config.seed, "random reward")))]
     asked = [one for one in config.rewards if one.name == "model"]
-    judges += [WeightedReward(one.name, build_reward(config, one, tokenizer, parallel), one.weight) for one in asked]
-    ask = partial(make_question, load_problems(config), prompt_encoder(config, tokenizer))
+    judges += [
+        WeightedReward(one.name, REWARDS[one.name](config, one, tokenizer, parallel), one.weight) for one in asked
+    ]
+    ask = partial(make_prompt, load_problems(config), prompt_encoder(config, tokenizer))
     return build_policy_setup(config, model, tokenizer, ask, judges, parallel, log, read_all=True)
 
 

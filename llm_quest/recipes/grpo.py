@@ -2,16 +2,20 @@
 
       questions -> samples -> rewards -> advantages -> policy gradient, with held-out accuracy before, during and after
 
-How a policy learns from its samples is in `recipes/policy.py`; here is what it is asked, and who judges."""
+`recipes/policy_setup.py` assembles the rollouts; here are the task and the rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
-from llm_quest.contracts import Evaluator, Reward
+from pydantic import Field, field_validator, model_validator
+
+from llm_quest.contracts import Reward
+from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
 from llm_quest.data.problems.problem import make_rng
@@ -21,82 +25,179 @@ from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import score_rows
-from llm_quest.recipes.finetuning import StartModelConfig
-from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
-from llm_quest.recipes.job import LogFn, TrainingJob, load_for_finetuning, run_job
-from llm_quest.recipes.policy import build_policy_setup, setup_policy_run
-from llm_quest.recipes.policy_evaluators import ProblemEvaluator, RatioRangeEvaluator
-from llm_quest.recipes.recipe import Context, Recipe, no_single_job
-from llm_quest.recipes.run import RunOutcome
-from llm_quest.recipes.sft_warmup import run_sft_warmup
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
+from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
+from llm_quest.recipes.policy import PolicyConfig
+from llm_quest.recipes.policy_setup import (
+    ProblemEvaluator,
+    RatioRangeEvaluator,
+    build_policy_setup,
+    open_policy_run,
+)
+from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
+from llm_quest.recipes.sft_warmup import WarmupConfig, init_model, run_sft_warmup
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.reward_pipeline import WeightedReward
 from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward
 from llm_quest.rollouts.sampler import PolicyPrompt
 from llm_quest.rollouts.step_rewards import compute_step_rewards
+from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
+from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
 EncodeFn = Callable[[str], list[int]]
 
 
-def run_grpo(config: GrpoConfig, context: Context) -> RunOutcome:
-    """Run the recipe in a folder."""
-    log, parallel = context.log, context.parallel
-    config = setup_policy_run(config, context)
-    grpo_job = build_grpo_job(config, context.settings, context.run_dir, parallel, log)
-    before = grpo_job.evaluator.accuracy(grpo_job.job.model)
-    log(f"held out, before: accuracy {before.greedy_accuracy}")
-    outcome = run_job(grpo_job.job, config, context.run_dir, context.resume, context.env, context.quiet, log, parallel)
-    if outcome.status == "finished":
-        after = grpo_job.evaluator.accuracy(grpo_job.job.model.eval())
-        log(f"held out, after:  accuracy {after.greedy_accuracy}")
-    return outcome
+def load_reward_model(
+    config: GrpoConfig, spec: RewardSpec, tokenizer: Tokenizer, parallel: DistributedContext
+) -> Reward:
+    """A reward model that reads the policy's ids."""
+    name_or_path = str(spec.load)
+    model = load(name_or_path, dtype="float32", aligned=True).to(parallel.device)
+    if find_score_head(model) is None:
+        raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
+    if load_tokenizer(name_or_path).hash != tokenizer.hash:
+        raise UsageError(
+            f"{name_or_path} has another tokenizer than the policy: it would read other ids than were sampled"
+        )
+    return ModelReward(partial(score_rows, model))
 
 
-@dataclass(frozen=True)
-class GrpoJob:
-    """The recipe's job, and the eye it keeps on held-out problems."""
+RewardBuilder = Callable[["GrpoConfig", "RewardSpec", Tokenizer, DistributedContext], Reward]
+REWARDS: dict[str, RewardBuilder] = {
+    "correct": lambda config, spec, tokenizer, parallel: CorrectnessReward(),
+    "format": lambda config, spec, tokenizer, parallel: FormatReward(),
+    "random": lambda config, spec, tokenizer, parallel: RandomReward(derive_seed(config.seed, "random reward")),
+    "model": load_reward_model,
+    "math_verify": lambda config, spec, tokenizer, parallel: MathVerifyReward(),
+}
+"""Name -> how a reward of that name is made."""
 
-    job: TrainingJob
-    evaluator: ProblemEvaluator
+
+class RewardSpec(StrictModel):
+    """A reward and its weight."""
+
+    name: Annotated[str, Choice(REWARDS)]
+    weight: float = 1.0
+    load: str | None = Field(default=None, description="the reward model's folder or run, for `model`")
+
+    @model_validator(mode="after")
+    def check_reward_model_path(self) -> RewardSpec:
+        if (self.name == "model") != (self.load is not None):
+            raise ValueError(
+                "a reward model needs its folder: {name: model, load: FOLDER}"
+                if self.name == "model"
+                else f"load has no effect for the reward {self.name}; leave it out"
+            )
+        return self
 
 
-def build_grpo_job(
-    config: GrpoConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
-) -> GrpoJob:
+class GrpoConfig(PolicyConfig):
+    """A model and problems that can be checked in, a model that solves more of them out."""
+
+    recipe: Literal["grpo"]
+    task: str = Field(
+        default="reverse", min_length=1, description="a task, options after a colon; or gsm8k, or its .jsonl"
+    )
+    apply_chat_template: bool = Field(default=False, description="ask through the model's chat template")
+    model: ModelConfig
+    warmup: WarmupConfig | None = Field(default=None, description="for a fresh model: demonstrations first")
+    rewards: tuple[RewardSpec, ...] = Field(
+        default=(RewardSpec(name="correct"),), min_length=1, description="the first one says what is right"
+    )
+    normalize_rewards_separately: bool = Field(
+        default=False, description="each reward made an advantage by itself (GDPO)"
+    )
+    process_supervision: bool = Field(default=False, description="reward every step of the answer (chained)")
+    eval_steps: NonNegativeInt = Field(default=20, description="steps between evaluations; 0: only at the end")
+    eval_problems: PositiveInt = Field(default=200, description="held-out problems, answered greedily")
+    eval_num_samples: NonNegativeInt = Field(default=0, description="samples of each, for mean@k and pass@k")
+
+    @property
+    def by_steps(self) -> bool:
+        return self.process_supervision
+
+    @field_validator("task")
+    @classmethod
+    def known_task(cls, task: str) -> str:
+        if not is_gsm8k(task):
+            parse_task(task)
+        return task
+
+    @model_validator(mode="after")
+    def check_combination(self) -> GrpoConfig:
+        fresh = self.model.load is None
+        if fresh and is_gsm8k(self.task):
+            raise ValueError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")
+        if fresh and self.warmup is None:
+            raise ValueError(
+                "a fresh model solves nothing that a reward could tell apart; give warmup={max_steps: 400}"
+            )
+        if not fresh and self.warmup is not None:
+            raise ValueError("warmup has no effect on a model that is loaded; leave it out (warmup=null)")
+        if self.process_supervision and self.loss_type == "gspo":
+            raise ValueError("process supervision gives each token its own advantage: take loss_type=gspo_token")
+        if self.normalize_rewards_separately and len(self.rewards) < 2:
+            raise ValueError("normalize_rewards_separately has no effect with one reward; leave it out")
+        if self.process_supervision and (
+            self.normalize_rewards_separately or self.overlong_buffer_tokens or self.advantage_estimator
+        ):
+            raise ValueError(
+                "normalize_rewards_separately, overlong_buffer_tokens and advantage_estimator have no effect under "
+                "process_supervision; leave them out"
+            )
+        return self
+
+
+def build_grpo(config: GrpoConfig, context: Context) -> Job:
     """Model, problems, rollouts, objective."""
+    parallel, log = context.parallel, context.log
+    config = open_policy_run(config, context)
     problems = load_problems(config)
-    model, tokenizer = init_policy(config, settings, out, parallel, log)
+    model, tokenizer = init_policy(config, context)
     model.to(parallel.device)
     encode = prompt_encoder(config, tokenizer)
     rewards = [
-        WeightedReward(one.name, build_reward(config, one, tokenizer, parallel), one.weight) for one in config.rewards
+        WeightedReward(one.name, REWARDS[one.name](config, one, tokenizer, parallel), one.weight)
+        for one in config.rewards
     ]
-    steps = partial(compute_step_rewards, tokenizer) if config.process_supervision else None
     policy = build_policy_setup(
-        config, model, tokenizer, partial(make_question, problems, encode), rewards, parallel, log,
-        normalize_rewards_separately=config.normalize_rewards_separately, steps=steps,
+        config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
+        normalize_rewards_separately=config.normalize_rewards_separately,
+        steps=partial(compute_step_rewards, tokenizer) if config.process_supervision else None,
     )  # fmt: skip
     evaluator = ProblemEvaluator(
-        problems.held_out, tokenizer, encode, config.eval_steps, config.max_new_tokens,
-        config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"),
+        problems.held_out, tokenizer, encode, config.eval_steps, config.max_new_tokens, config.eval_num_samples,
+        config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir,
     )  # fmt: skip
 
-    def probes(run: RunDir) -> Sequence[Evaluator]:
-        evaluator.samples_dir = run.samples if run.is_main_process else None
-        return [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)]
+    def report_before() -> Callable[[Path], None]:
+        log(f"held out, before: accuracy {evaluator.accuracy(model).greedy_accuracy}")
+        return save_nothing
 
-    facts = {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash}
-    job = TrainingJob(
-        policy.objective, policy.rollouts, probes, tokenizer, facts, {"task": problems.identity}, policy.callbacks,
+    def report_after(result: TrainResult) -> Mapping[str, float]:
+        if result.status == "finished":
+            log(f"held out, after:  accuracy {evaluator.accuracy(model.eval()).greedy_accuracy}")
+        return {}
+
+    return Job(
+        config,
+        policy.objective,
+        policy.rollouts,
+        [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)],
+        {"tokenizer": tokenizer.hash, "task": problems.identity},
+        {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash},
+        tokenizer,
+        callbacks=policy.callbacks,
         watchers=[Diagnostics(config.early_stopping_patience)],
-    )  # fmt: skip
-    return GrpoJob(job, evaluator)
+        prepare=report_before,
+        finish=report_after,
+    )
 
 
 @dataclass(frozen=True)
@@ -130,14 +231,20 @@ def shuffled_problem(problems: Sequence[Problem], seed: int, index: int) -> Prob
     return problems[order[place]]
 
 
-def init_policy(
-    config: GrpoConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
-) -> tuple[Decoder, Tokenizer]:
-    """The model that is loaded, or a fresh one that has been warmed up."""
+def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenizer]:
+    """The model that is loaded, or a fresh one that has been warmed up (for a plan it has not)."""
     if config.model.load is not None:
         return load_for_finetuning(StartModelConfig(load=config.model.load))
     assert config.warmup is not None
-    return run_sft_warmup(config, config.warmup, settings, parse_task(config.task), out / "warmup", parallel, log)
+    task = parse_task(config.task)
+    tokenizer = character_tokenizer(task.alphabet)
+    model = init_model(config.model, context.settings, tokenizer, config.seed)
+    if not context.planning:
+        run_sft_warmup(
+            config, config.warmup, model, tokenizer, task, config.max_new_tokens, context.run_dir / "warmup",
+            context.parallel, context.log,
+        )  # fmt: skip
+    return model, tokenizer
 
 
 def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer) -> EncodeFn:
@@ -148,37 +255,10 @@ def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer) -> EncodeFn:
     return lambda text: chat.encode_prompt([{"role": "user", "content": text}])
 
 
-def make_question(problems: ProblemSet, encode: EncodeFn, index: int) -> PolicyPrompt:
+def make_prompt(problems: ProblemSet, encode: EncodeFn, index: int) -> PolicyPrompt:
     """Number `index` of those to learn from."""
     problem = problems.train_problem(index)
     return PolicyPrompt(tuple(encode(problem.prompt)), problem)
 
 
-def build_reward(config: GrpoConfig, spec: RewardSpec, tokenizer: Tokenizer, parallel: DistributedContext) -> Reward:
-    return (
-        load_reward_model(str(spec.load), tokenizer, parallel)
-        if spec.name == "model"
-        else REWARD_BUILDERS[spec.name](config)
-    )
-
-
-def load_reward_model(name_or_path: str, tokenizer: Tokenizer, parallel: DistributedContext) -> Reward:
-    """A reward model that reads the policy's ids."""
-    model = load(name_or_path, dtype="float32", aligned=True).to(parallel.device)
-    if find_score_head(model) is None:
-        raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
-    if load_tokenizer(name_or_path).hash != tokenizer.hash:
-        raise UsageError(
-            f"{name_or_path} has another tokenizer than the policy: it would read other ids than were sampled"
-        )
-    return ModelReward(partial(score_rows, model))
-
-
-REWARD_BUILDERS: dict[str, Callable[[GrpoConfig], Reward]] = {
-    "correct": lambda config: CorrectnessReward(),
-    "format": lambda config: FormatReward(),
-    "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
-}
-
-
-RECIPE = Recipe("grpo", GrpoConfig, no_single_job, run=run_grpo)
+RECIPE = Recipe("grpo", GrpoConfig, build_grpo)

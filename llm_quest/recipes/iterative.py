@@ -5,7 +5,7 @@
       judge i   trained on with comparisons of policy i's samples, a tenth of each batch from earlier iterations
 
 Every stage is a run of its own in the folder, so the whole goes on where it was interrupted. In the metrics of a policy
-`reward_model` is what it is trained for and `reward` is what it is worth: where they part, the judge is being fooled.
+`rewards/model` is what it is trained for and `reward` is what it is worth: where they part, the judge is being fooled.
 Not said in the paper: the policy's optimiser begins anew in every iteration."""
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
@@ -25,23 +27,56 @@ from llm_quest.files import atomic_write_json
 from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.config_schema import ModelConfig
-from llm_quest.recipes.grpo import LogFn, init_policy, load_problems, prompt_encoder, run_grpo
-from llm_quest.recipes.grpo_config import GrpoConfig, RewardSpec
-from llm_quest.recipes.iterative_config import IterativeConfig
-from llm_quest.recipes.policy import policy_sampler
-from llm_quest.recipes.recipe import Context, Recipe, no_single_job
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
+from llm_quest.recipes.engine import run_job
+from llm_quest.recipes.grpo import GrpoConfig, RewardSpec, build_grpo, init_policy, load_problems, prompt_encoder
+from llm_quest.recipes.policy_setup import policy_sampler
+from llm_quest.recipes.recipe import Context, LogFn, Recipe, no_single_job
 from llm_quest.recipes.run import RunOutcome, init_run_dir
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
 from llm_quest.rollouts.rewards import CorrectnessReward
 from llm_quest.rollouts.sampler import PolicyPrompt
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.arguments import TrainingArguments as LoopSettings
+from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
+
+
+class RewardModelConfig(StrictModel):
+    """The reward model and how it is trained on. Labels come from the task's verifier."""
+
+    load: str | None = Field(default=None, description="a reward model; null: one is made from the first policy")
+    max_steps: PositiveInt = Field(default=60, description="of training on, in each iteration")
+    batch_size: PositiveInt = Field(default=32, description="comparisons in a step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    num_prompts: PositiveInt = Field(default=128, description="asked of the newest policy for comparisons")
+    replay_fraction: float = Field(
+        default=0.1, ge=0, lt=1, description="the part of a batch that earlier iterations wrote"
+    )
+
+
+class IterativeConfig(GrpoConfig):
+    """GRPO with a reward model that learns from what the policy has become (DeepSeekMath, algorithm 1)."""
+
+    recipe: Literal["iterative"]  # type: ignore[assignment]
+    num_outer_iterations: PositiveInt = 2
+    reward_model: RewardModelConfig = RewardModelConfig()
+
+    @model_validator(mode="after")
+    def check_single_reward(self) -> IterativeConfig:
+        if self.rewards != (RewardSpec(name="correct"),):
+            raise ValueError(
+                "rewards has no effect here: the reward model is the reward (reward_model.load); leave it out"
+            )
+        if self.process_supervision:
+            raise ValueError(
+                "process_supervision has no effect here: the reward model judges whole answers; leave it out"
+            )
+        return self
 
 
 def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
@@ -50,14 +85,15 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
     if parallel.world_size > 1:
         raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
     init_run_dir(config, out, parallel)
-    init_policy(config, context.settings, out, parallel, log)
+    init_policy(config, context)
     policy = config.model.load or str(out / "warmup")
     reward_model, outcome = config.reward_model.load, None
     for number in range(config.num_outer_iterations + 1):
         folder = out / f"iteration-{number}"
         if number > 0:
             stage = policy_stage_config(config, policy, str(reward_model), number)
-            outcome = run_grpo(stage, replace(context, run_dir=folder / "policy"))
+            stage_context = replace(context, run_dir=folder / "policy")
+            outcome = run_job(build_grpo(stage, stage_context), stage_context)
             policy = str(folder / "policy")
             if outcome.status != "finished":
                 return outcome
@@ -115,7 +151,7 @@ def train_reward_model_stage(
         tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
         result = train(
             objective, loader, make_adamw(model, lr=part.learning_rate), lambda step: 1.0,
-            LoopSettings(steps=part.max_steps, log_every=10, keep_last=1), run, parallel=parallel,
+            TrainingArguments(steps=part.max_steps, log_every=10, keep_last=1), run, parallel=parallel,
         )  # fmt: skip
     right = result.metrics["rewards/accuracy"]
     log(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")

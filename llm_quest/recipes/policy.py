@@ -1,181 +1,191 @@
-"""What every recipe that learns from its own samples assembles alike: who writes, who scores, what is learned.
-
-The reference of a KL term is the model as it began: a frozen copy, or with LoRA the same memory with the adapters
-off."""
+"""The keys of every recipe that trains a policy on its own samples: rollouts, loss, KL penalty."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+import dataclasses
+from typing import Annotated, Any, Literal
 
-import torch
+from pydantic import Field, model_validator
 
-from llm_quest.contracts import Callback
-from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import UsageError
-from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.attention_divergence import compute_attention_policy
-from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.policy_gradient import PolicyGradientLoss
-from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.job import apply_config_techniques, can_share_prompts
-from llm_quest.recipes.policy_config import PolicyConfig
-from llm_quest.recipes.recipe import Context
-from llm_quest.recipes.run import init_run_dir
+from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
+from llm_quest.objectives.policy_gradient import TOKEN_WEIGHTS, ImportanceSamplingCorrection
+from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
+from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.config import StrictModel, did_you_mean
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
-from llm_quest.rollouts.reward_pipeline import RewardPipeline, StepRewards, WeightedReward
-from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
-from llm_quest.rollouts.sampler import Sampler
-from llm_quest.techniques.attention_taps import AttentionTaps
-from llm_quest.techniques.lora import disable_adapter, is_adapter
-from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
-from llm_quest.train.step import autocast
 
-LogFn = Callable[[str], None]
-PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)
+UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def resolve_policy_config(config: PolicyConfigT, parallel: DistributedContext) -> PolicyConfigT:
-    """The config with what `auto` means here written out."""
-    chosen = resolve_precision(config.precision, parallel.device)
-    if config.precision == "auto" and config.loss_type.startswith("gspo"):
-        chosen = replace(chosen, value="fp32")  # its clip range is finer than bfloat16's rounding
-    return config.model_copy(update={"precision": chosen.value, "compile": config.compile is True})
+class SamplerCorrectionConfig(StrictModel):
+    """The samples are scored again by the trainer, and what differs from the sampler's word is corrected."""
+
+    cap: PositiveFloat = 2.0
+    mode: Literal["truncate", "mask"] = "truncate"
+    level: Literal["token", "sequence", "geometric"] = "token"
 
 
-def setup_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
-    """The config with what `auto` means here, in the folder of a run that writes into it before it begins."""
-    config = resolve_policy_config(config, context.parallel)
-    init_run_dir(config, context.run_dir, context.parallel)
-    return config
+class PolicyConfig(RunConfig):
+    """How a policy learns from what it wrote."""
 
-
-@dataclass(frozen=True)
-class PolicySetup:
-    """What is optimised, on which rows, and the techniques that ride along."""
-
-    objective: PolicyGradientLoss
-    rollouts: RolloutLoader
-    callbacks: list[Callback]
-
-
-def build_policy_setup(
-    config: PolicyConfig,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    make_question: PromptSource,
-    rewards: Sequence[WeightedReward],
-    parallel: DistributedContext,
-    log: LogFn,
-    *,
-    normalize_rewards_separately: bool = False,
-    steps: StepRewards | None = None,
-    read_all: bool = False,
-) -> PolicySetup:
-    """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
-    read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
-    initial_model = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
-    adapted_before = any(map(is_adapter, model.spec.techniques))
-    callbacks = apply_config_techniques(config, model, log)
-    reference_is_adapter_free = any(map(is_adapter, model.spec.techniques)) and not adapted_before
-    reference = (
-        None
-        if initial_model is None
-        else log_prob_scorer(model, config, adapters_disabled=True)
-        if reference_is_adapter_free
-        else log_prob_scorer(initial_model, config)
+    loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = "grpo"
+    loss_kwargs: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="the loss's own numbers: epsilon_low, epsilon_high, dual, delta; tau_positive, tau_negative; "
+        "cap, floor",
     )
-    scoring = RewardPipeline(
-        rewards=tuple(rewards),
-        estimator=ADVANTAGE_ESTIMATORS[config.advantage_estimator or POLICY_VARIANTS[config.loss_type].advantages],
-        per_reward_advantages=normalize_rewards_separately,
-        max_new_tokens=config.max_new_tokens,
-        overlong_window=config.overlong_buffer_tokens,
-        filter_truncated=config.mask_truncated_completions,
-        step_rewards=steps,
-        keep_uniform_groups=config.keep_zero_std_groups is not False,
+    loss_aggregation: Annotated[str, Choice(TOKEN_WEIGHTS)] | None = Field(
+        default=None, description="what the loss is divided by; null: as the loss has it"
     )
-    if config.attention_coef:
-        tap_last_layer(model)
-    writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config)
-    scorers = {
-        **({"old_log_probs": log_prob_scorer(model, config)} if config.sampler_correction is not None else {}),
-        **({"reference_log_probs": reference} if reference is not None else {}),
-        **({"attention_maps": attention_scorer(model)} if config.attention_coef else {}),
-    }
-    loader = RolloutLoader(
-        model, make_question, writer, scoring, plan, scorers=scorers, processes=parallel,
-        read_all=read_all or config.entropy_coef > 0,
-    )  # fmt: skip
-    return PolicySetup(policy_objective(config, model), loader, callbacks)
-
-
-def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss:
-    return PolicyGradientLoss(
-        model,
-        config.build_surrogate(),
-        count=(count := config.loss_aggregation or POLICY_VARIANTS[config.loss_type].count),
-        horizon=config.max_new_tokens if count == "horizon" else None,
-        temperature=config.temperature,
-        kl=config.build_kl(),
-        entropy_coef=config.entropy_coef,
-        attention_coef=config.attention_coef,
-        correction=config.build_sampler_correction(),
-        off_policy_delta=config.off_policy_mask_threshold,
+    advantage_estimator: Annotated[str, Choice(ADVANTAGE_ESTIMATORS)] | None = Field(
+        default=None, description="how rewards become advantages; null: as the loss has it"
+    )
+    prompts_per_rollout: PositiveInt = Field(default=16, description="prompts in a rollout")
+    num_generations: PositiveInt = Field(default=8, description="completions of each prompt (the group)")
+    max_new_tokens: PositiveInt = Field(default=32, description="tokens of a completion, at most")
+    temperature: float = Field(default=1.0, gt=0)
+    num_iterations: PositiveInt = Field(default=1, description="passes over a rollout (mu)")
+    num_mini_batches: PositiveInt = Field(default=1, description="optimiser steps per pass")
+    dynamic_sampling_rounds: PositiveInt | None = Field(
+        default=None,
+        description="rounds of prompts until all groups have a spread (DAPO); null: 4 for dapo, else 1",
+    )
+    overlong_buffer_tokens: NonNegativeInt = Field(
+        default=0, description="the last tokens of the budget cost more and more (DAPO); 0: none do"
+    )
+    mask_truncated_completions: bool = Field(
+        default=False, description="completions that the budget cut are left out of the loss"
+    )
+    keep_zero_std_groups: bool | None = Field(
+        default=None,
+        description="groups without spread count in the loss's divisor; null: they do, where there are any",
+    )
+    micro_batch_tokens: PositiveInt = Field(default=4096, description="tokens in a micro-batch")
+    generation_batch_size: NonNegativeInt = Field(default=0, description="rows sampled together; 0: all")
+    kl_coef: float = Field(default=0.0, ge=0, description="weight of the divergence from the first policy; 0: off")
+    kl_estimator: Annotated[str, Choice(KL_ESTIMATORS)] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"
+    sampler_correction: SamplerCorrectionConfig | None = Field(
+        default=None, description="importance weights between sampler and trainer (cap, mode, level); null: none"
+    )
+    off_policy_mask_threshold: PositiveFloat | None = Field(
+        default=None, description="nats per token beyond which a sequence is masked; null: none is"
+    )
+    entropy_coef: float = Field(default=0.0, ge=0, description="coefficient of the entropy bonus")
+    attention_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of Reinforced Attention Learning: the last layer's attention is trained too",
+    )
+    early_stopping_patience: PositiveInt = Field(
+        default=30, description="steps after which a run that cannot learn is stopped"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def reject_biased_sampling(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (found := [name for name in UNSUPPORTED_SAMPLING if name in given]):
+            raise ValueError(
+                f"{' and '.join(found)} would draw from another distribution than the one that is scored, and the "
+                "ratio of the policy with itself would not be 1; leave it out and use temperature"
+            )
+        return given
 
-def rollout_plan(config: PolicyConfig) -> RolloutPlan:
-    """Prompts that are shared leave no whole rows of attention to learn."""
-    return RolloutPlan(
-        prompts_per_rollout=config.prompts_per_rollout,
-        num_generations=config.num_generations,
-        num_iterations=config.num_iterations,
-        minibatches=config.num_mini_batches,
-        max_sampling_rounds=config.sampling_rounds,
-        max_micro_batch_tokens=config.micro_batch_tokens,
-        share_prompts=can_share_prompts(config) and not config.attention_coef,
-        kl_coef=config.kl_coef if config.kl_placement == "reward" else 0.0,
-        seed=derive_seed(config.seed, "sampling"),
-    )
+    @model_validator(mode="after")
+    def check_kl(self) -> PolicyConfig:
+        if not self.kl_coef:
+            for key in ("kl_estimator", "kl_placement"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} has no effect while kl_coef is 0; set kl_coef, or leave {key} out")
+        elif (self.kl_estimator == "k1") != (self.kl_placement == "reward"):
+            raise ValueError(
+                "k1 in a loss has an expected gradient of 0: set kl_placement=reward, or take k2, k3 or unbiased"
+                if self.kl_estimator == "k1"
+                else f"kl_estimator={self.kl_estimator} has no effect in the reward, where the log-ratio itself (k1) is "
+                "right: set kl_estimator=k1"
+            )
+        return self
 
+    @model_validator(mode="after")
+    def whole_in_every_process(self) -> PolicyConfig:
+        """The policy samples token by token, every process at its own pace: it has to be whole in each of them."""
+        if self.parallel == "fsdp":
+            raise ValueError("a policy samples from the whole model, which FSDP2 takes apart: set parallel=ddp")
+        return self
 
-def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, parallel: DistributedContext) -> Sampler:
-    """Samples as they are scored: same temperature, same precision; ends at every end that the model knows."""
-    own = model.generation_config.eos_token_ids if model.generation_config is not None else ()
-    return Sampler(
-        tokenizer=tokenizer,
-        eos_token_ids=tuple(sorted({*own, *tokenizer.eos_token_ids})),
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        autocast_context=partial(autocast, resolve_precision(config.precision, parallel.device).value, parallel.device),
-        batch_size=config.generation_batch_size,
-    )
+    @model_validator(mode="after")
+    def groups_and_budget(self) -> PolicyConfig:
+        if self.overlong_buffer_tokens and self.overlong_buffer_tokens >= self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer_tokens is {self.overlong_buffer_tokens}: give fewer tokens than the budget of "
+                f"max_new_tokens {self.max_new_tokens}"
+            )
+        if self.sampling_rounds > 1 and self.keep_zero_std_groups:
+            raise ValueError(
+                "dynamic sampling (dynamic_sampling_rounds) leaves no group without spread to keep: leave "
+                "keep_zero_std_groups out"
+            )
+        if self.num_generations < 2 and not self.by_steps:
+            raise ValueError(
+                "num_generations is 1: a completion is compared with others of its group; take at least 2 (one alone "
+                "has no spread)"
+            )
+        return self
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.prompts_per_rollout
 
-def tap_last_layer(model: Decoder) -> None:
-    """One tap, on the last layer, whose attention is learned."""
-    try:
-        AttentionTaps((-1,))(model)
-    except ValueError as error:
-        raise UsageError(f"attention cannot be learned on this model: {error}") from None
+    @property
+    def by_steps(self) -> bool:
+        """Is every step of an answer rewarded by itself?"""
+        return False
 
+    @model_validator(mode="after")
+    def check_loss_kwargs(self) -> PolicyConfig:
+        self.build_surrogate()
+        return self
 
-def attention_scorer(model: Decoder) -> RowScorer:
-    return lambda batch: compute_attention_policy(model, batch.input_ids)
+    @model_validator(mode="after")
+    def check_attention(self) -> PolicyConfig:
+        if not self.attention_coef:
+            return self
+        if self.num_iterations * self.num_mini_batches == 1:
+            raise ValueError(
+                "attention_coef has no effect where a rollout is learned from once: the policy does not "
+                "differ from itself; set num_iterations or num_mini_batches to 2 or more, or leave it out"
+            )
+        named = {one["name"] for one in self.all_techniques} & {"taps", "checkpointing"}
+        if named:
+            raise ValueError(f"attention_coef taps the last layer, which {named.pop()} disturbs: leave one out")
+        if self.compile is True:
+            raise ValueError(
+                "attention_coef reads what is computed beside the pass, which a compiled pass cannot do: set "
+                "compile=false"
+            )
+        return self
 
+    def build_surrogate(self) -> Surrogate:
+        """The variant's, with the numbers that were given."""
+        base: Any = POLICY_VARIANTS[self.loss_type].surrogate
+        known = [field.name for field in dataclasses.fields(base) if field.name != "importance_ratio"]
+        for name in self.loss_kwargs:
+            if name not in known:
+                raise ValueError(
+                    f"loss_kwargs.{name} has no effect on {self.loss_type}{did_you_mean(name, known)}; it has "
+                    f"{', '.join(known) or 'no numbers'}"
+                )
+        found: Surrogate = dataclasses.replace(base, **self.loss_kwargs)
+        return found
 
-def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> RowScorer:
-    """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
+    @property
+    def sampling_rounds(self) -> int:
+        return self.dynamic_sampling_rounds or (4 if self.loss_type == "dapo" else 1)
 
-    def score(batch: Any) -> torch.Tensor:
-        with disable_adapter(model) if adapters_disabled else nullcontext():
-            return token_log_probs(model, batch, config.temperature)
+    def build_kl(self) -> KLPenalty | None:
+        return KLPenalty(self.kl_coef, self.kl_estimator) if self.kl_coef and self.kl_placement == "loss" else None
 
-    return score
+    def build_sampler_correction(self) -> ImportanceSamplingCorrection | None:
+        part = self.sampler_correction
+        return None if part is None else ImportanceSamplingCorrection(part.cap, part.mode, part.level)

@@ -132,12 +132,13 @@ def require_matching_run(config: RunConfig, folder: Path) -> None:
 
 def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) -> None:
     """The run's folder with its config, for recipes that write into it before their run begins. All look before the
-    leader writes."""
+    leader writes, and none goes on before the leader has written."""
     require_matching_run(config, folder)
     parallel.all_gather(None)
     if parallel.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", config_to_yaml(config))
+    parallel.all_gather(None)
 
 
 def open_run_dir(

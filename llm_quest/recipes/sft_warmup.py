@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from llm_quest.contracts import Loader
-from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.demonstrations import Demonstrations
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Task, draw_problem
@@ -19,10 +20,11 @@ from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.config_schema import ModelConfig, RunConfig
-from llm_quest.recipes.grpo_config import GrpoConfig, WarmupConfig
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, RunConfig
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, build_model_config
-from llm_quest.recipes.yaml_io import RawConfig as Given
+from llm_quest.recipes.recipe import LogFn
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.lr_schedule import make_lr_schedule
@@ -31,10 +33,20 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
-LogFn = Callable[[str], None]
-
 CHECK_EVERY = 25
 CHECK_PROBLEMS, CHECK_SAMPLES = 50, 4
+
+
+class WarmupConfig(StrictModel):
+    """Fine-tuning on the task's demonstrations, which a fresh model needs before rewards can tell it anything. Best
+    stopped where samples are right now and then: with too little no group is mixed, with too much none either."""
+
+    max_steps: PositiveInt = Field(default=400, description="at most")
+    target_accuracy: float = Field(
+        default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
+    )
+    batch_size: PositiveInt = 64
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -48,18 +60,18 @@ class StopRule:
 
 
 def run_sft_warmup(
-    config: GrpoConfig,
+    config: RunConfig,
     warmup: WarmupConfig,
-    settings: Given,
+    model: Decoder,
+    tokenizer: Tokenizer,
     task: Task,
+    max_new_tokens: int,
     folder: Path,
     parallel: DistributedContext,
     log: LogFn,
-) -> tuple[Decoder, Tokenizer]:
-    """A model of the recipe's sizes that has seen the demonstrations, and its tokenizer of single characters. Done
-    already: read from its checkpoint."""
-    tokenizer = character_tokenizer(task.alphabet)
-    model = init_model(config.model, settings, tokenizer, config.seed)
+) -> None:
+    """Fine-tunes a fresh model on the task's demonstrations, until some of its samples are right. Done already: read
+    from its checkpoint."""
     loader = ShardedLoader(
         Demonstrations(task, tokenizer),
         batch_size=warmup.batch_size,
@@ -69,7 +81,6 @@ def run_sft_warmup(
     problems = [draw_problem(task, "validation", index) for index in range(CHECK_PROBLEMS)]
 
     def measure_accuracy() -> float:
-        max_new_tokens = config.max_new_tokens
         return evaluate_problems(
             model, tokenizer, problems, num_samples=CHECK_SAMPLES, max_new_tokens=max_new_tokens
         ).mean_at_k
@@ -77,10 +88,9 @@ def run_sft_warmup(
     stop_rule = StopRule(warmup.max_steps, warmup.learning_rate, warmup.target_accuracy, measure_accuracy)
     step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
     log(f"warm-up: {step} steps on demonstrations; {reached:.0%} of samples are right")
-    return model, tokenizer
 
 
-def init_model(config: ModelConfig, settings: Given, tokenizer: Tokenizer, seed: int) -> Decoder:
+def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, seed: int) -> Decoder:
     """A model of the recipe's sizes with first values."""
     numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=WARMUP_CONTEXT)
     model = build(numbers, seed=derive_seed(seed, "init"))

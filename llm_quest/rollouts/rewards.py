@@ -1,9 +1,8 @@
 """Rewards: a group of samples of one prompt in, one number each out; NaN where none can be given.
 
-`CorrectnessReward` is the verifier's word. `RandomReward` and `FormatReward` are the controls without which a curve
-proves nothing: some models improve under any reward (arXiv:2506.10947). `SafeReward` stands around a reward that
-somebody else
-wrote."""
+`CorrectnessReward` is what the verifier says. `RandomReward` and `FormatReward` are the controls without which a curve
+proves nothing: some models improve under any reward (arXiv:2506.10947). `SafeReward` wraps a reward
+function that may fail."""
 
 from __future__ import annotations
 

@@ -6,13 +6,15 @@ thread that hangs is never reclaimed; a time-out is not a wrong answer."""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import MissingError
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import UNSCORABLE
 
 CheckFunction = Callable[[Problem, str], float]
@@ -102,3 +104,16 @@ def verify_with_math_verify(problem: Problem, text: str) -> float:
     if not gold:
         return UNSCORABLE
     return float(equal(gold, parse(text, parsing_timeout=0), timeout_seconds=0))
+
+
+class MathVerifyReward:
+    """1 for an answer that math-verify finds equal to the problem's, 0 for another, NaN where it cannot say. An answer
+    that the budget cut is wrong."""
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise MissingError("math-verify is not installed: pip install 'llm-quest[math]'")
+        self.verify = VerifierProcess(verify_with_math_verify)
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        return [0.0 if sample.truncated else self.verify(sample.problem, sample.text) for sample in group]

@@ -12,7 +12,7 @@ from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan_policy import PolicyPlan, init_plan_policy
 from llm_quest.errors import UsageError
 from llm_quest.recipes.config import load_raw_config, parse_config
-from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.grpo import GrpoConfig
 
 SMALL = [
     "model.config={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 64}",

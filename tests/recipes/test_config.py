@@ -20,7 +20,7 @@ from llm_quest.recipes.config import (
     recipe_names,
 )
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
-from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.old_keys import OLD_KEYS
 from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.recipe import get_recipe

@@ -25,9 +25,9 @@ from llm_quest.hub.load_save import load
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.grpo_config import GrpoConfig
+from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.sft_warmup import run_sft_warmup
+from llm_quest.recipes.sft_warmup import init_model, run_sft_warmup
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.step_rewards import compute_step_rewards
@@ -294,7 +294,10 @@ def test_an_interrupted_warm_up_stops_and_goes_on_to_the_same_bits(tmp_path: Pat
     def warm_up(task: Reverse, name: str) -> list[str]:
         said: list[str] = []
         try:
-            run_sft_warmup(config, config.warmup, settings, task, tmp_path / name, DistributedContext(), said.append)
+            tokenizer = character_tokenizer(task.alphabet)
+            model = init_model(config.model, settings, tokenizer, config.seed)
+            folder, log = tmp_path / name, said.append
+            run_sft_warmup(config, config.warmup, model, tokenizer, task, 5, folder, DistributedContext(), log)
         except KeyboardInterrupt:
             said.append("stopped")
         return said

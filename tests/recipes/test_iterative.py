@@ -13,7 +13,7 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.iterative_config import IterativeConfig
+from llm_quest.recipes.iterative import IterativeConfig
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.score_head import find_score_head
@@ -58,7 +58,7 @@ def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
     assert all(find_score_head(judge) is not None for judge in judges)
     rows = [metrics(out / f"iteration-{i}" / "policy") for i in (1, 2)]
     assert all(first["kl"] < 1e-6 < last["kl"] for first, last in rows), "the reference is the iteration's own start"
-    assert all("reward_model" in row and "reward" in row for both in rows for row in both)
+    assert all("rewards/model" in row and "reward" in row for both in rows for row in both)
 
 
 def test_the_whole_goes_on_where_it_was_interrupted(done: tuple[Path, list[str]], warm: Path):  # noqa: F811

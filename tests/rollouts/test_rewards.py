@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
 import pytest
 
 from llm_quest.data.problems import Problem
-from llm_quest.errors import UsageError
+from llm_quest.errors import MissingError, UsageError
 from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, SafeReward
 from llm_quest.rollouts.sampler import Sample
-from llm_quest.rollouts.verifier_process import VerifierProcess, verify_with_math_verify
+from llm_quest.rollouts.verifier_process import MathVerifyReward, VerifierProcess, verify_with_math_verify
 
 PROBLEM = Problem("47+85=", "132", "number", "")
 
@@ -71,6 +72,17 @@ def test_a_verifier_that_hangs_is_killed_and_the_next_answer_is_judged() -> None
         assert math.isnan(worker(PROBLEM, "raise"))
         assert worker(PROBLEM, "131") == 0.0
         assert worker.num_failures == 2
+
+
+def test_the_reward_of_math_verify_asks_for_the_package_and_refuses_what_the_budget_cut(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingError, match="llm-quest"):
+        MathVerifyReward()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    reward = MathVerifyReward()
+    reward.verify = hanging  # type: ignore[assignment]
+    cut = dataclasses.replace(sample("132"), finish_reason="length")
+    assert reward([sample("132"), sample("5"), cut]) == [1.0, 0.0, 0.0]
 
 
 def test_math_verify_judges_latex_and_an_unreadable_gold_is_unscorable() -> None:

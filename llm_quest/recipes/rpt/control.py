@@ -1,5 +1,5 @@
-"""`quest train rpt_control rpt_run=RUN`: what RPT has to be compared with. Its start goes on with plain next-token training
-on the same documents for as many FLOPs as RPT took, its places searched and its samples drawn included.
+"""`quest train rpt_control rpt_run=RUN`: what RPT has to be compared with. Its start model goes on with plain
+next-token training on the same documents for as many FLOPs as RPT took, finding positions and sampling included.
 
 A step of n documents of T tokens costs three forward passes over T each (`cost/flops.py`); the run ends with the first
 step that reaches what RPT spent."""
@@ -7,49 +7,89 @@ step that reaches what RPT spent."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
 from torch import nn
 
-from llm_quest.contracts import Evaluator
 from llm_quest.cost.flops import ModelCost, PassCost
 from llm_quest.data.loader import ShardedLoader, epoch_indices
 from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_write_text
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.config import config_to_yaml, load_raw_config, parse_config
-from llm_quest.recipes.finetuning import StartModelConfig
-from llm_quest.recipes.job import TrainingJob, apply_config_techniques, load_for_finetuning, run_job
-from llm_quest.recipes.policy import LogFn
-from llm_quest.recipes.recipe import Context, Recipe, no_single_job
-from llm_quest.recipes.rpt.config import RptConfig, RptControlConfig
-from llm_quest.recipes.rpt.flops_meter import TERA
-from llm_quest.recipes.rpt.passages import RptDocuments, SelectedPositions, load_documents, load_positions
-from llm_quest.recipes.rpt.probe import TABLES_FILE, PositionEvaluator
-from llm_quest.recipes.rpt.recipe import RptJob, make_position_evaluation
+from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
+from llm_quest.recipes.finetuning import StartModelConfig, apply_config_techniques, load_for_finetuning
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.rpt.evaluation import TABLES_FILE, PositionEvaluator
+from llm_quest.recipes.rpt.positions import RptDocuments, SelectedPositions, load_documents, load_positions
+from llm_quest.recipes.rpt.recipe import TERA, RptConfig, make_position_evaluation, report_after, report_before
 from llm_quest.recipes.rpt.start_model import start_model_path
-from llm_quest.recipes.run import RunOutcome, require_matching_run
+from llm_quest.recipes.run import init_run_dir
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
 
-def run_rpt_control(config: RptControlConfig, context: Context) -> RunOutcome:
-    """Run the recipe in a folder."""
-    log, parallel, out = context.log, context.parallel, context.run_dir
+class RptControlConfig(RunConfig):
+    """The same model goes on with plain next-token training on the same documents, for as many FLOPs as an RPT run
+    took."""
+
+    recipe: Literal["rpt_control"]
+    rpt_run: str = Field(min_length=1, description="the RPT run: its start, documents, places and FLOPs are taken")
+    targets: Literal["all", "selected"] = Field(
+        default="all", description="what is learned: every token, or those at the places that RPT thought about"
+    )
+    batch_size: PositiveInt = Field(default=64, description="documents in an optimiser step, over all processes")
+    micro_batch_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size
+
+
+def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
+    """The RPT run's start, documents and positions; as many steps as its compute allows for."""
+    parallel, log, out = context.parallel, context.log, context.run_dir
     rpt, teraflops = load_rpt_run(config.rpt_run)
-    chosen = resolve_precision(config.precision, parallel.device).value
-    config = config.model_copy(update={"precision": chosen, "compile": config.compile is True})
-    config, control_job = build_rpt_control_job(config, context.settings, rpt, teraflops, out, parallel, log)
-    control_job.evaluator.report_table("before", log)
-    outcome = run_job(control_job.job, config, out, context.resume, context.env, context.quiet, log, parallel)
-    if outcome.status == "finished":
-        control_job.evaluator.report_table("after", log)
-    return outcome
+    config = resolve_auto(config, parallel.device, log)
+    model, tokenizer = load_for_finetuning(StartModelConfig(load=start_model_path(rpt, Path(config.rpt_run))))
+    model.to(parallel.device)
+    text = load_documents(rpt, tokenizer, model.config.max_position_embeddings, parallel, log)
+    positions = load_positions(Path(config.rpt_run), {"documents": text.hash})
+    if positions is None:
+        raise DataError(f"the places of {config.rpt_run} belong to another text than its config names; train it anew")
+    technique_callbacks = apply_config_techniques(config, model, log)
+    loader = documents_loader(config, text, positions, parallel)
+    flops_counter = FlopsCallback(loader, ModelCost(model))
+    config = set_max_steps(config, context.settings, flops_counter, teraflops)
+    log(f"compute: {teraflops:.4g} teraflops of RPT are {config.max_steps:,} steps of {config.batch_size} documents")
+    if not context.planning:
+        init_run_dir(config, out, parallel)
+    evaluator = PositionEvaluator(
+        make_position_evaluation(rpt, model, tokenizer, text, positions, parallel),
+        model,
+        config.eval_steps,
+        out / TABLES_FILE if context.samples_dir is not None else None,
+        context.samples_dir,
+    )
+    return Job(
+        config,
+        NextTokenLoss(model),
+        loader,
+        [evaluator],
+        {"tokenizer": tokenizer.hash, "documents": text.hash},
+        {"source": rpt.data.source, **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run},
+        tokenizer,
+        callbacks=[*technique_callbacks, flops_counter],
+        prepare=partial(report_before, evaluator, log),
+        finish=partial(report_after, evaluator, log),
+    )
 
 
 def load_rpt_run(run: str) -> tuple[RptConfig, float]:
@@ -65,50 +105,6 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
     if told.get("status") != "finished":
         raise UsageError(f"{run} is not finished, so what it takes is not known: quest train {run}")
     return parse_config(RptConfig, found), float(told["metrics"]["teraflops"])
-
-
-def build_rpt_control_job(
-    config: RptControlConfig,
-    settings: RawConfig,
-    rpt: RptConfig,
-    teraflops: float,
-    out: Path,
-    parallel: DistributedContext,
-    log: LogFn,
-) -> tuple[RptControlConfig, RptJob]:
-    """The config with its steps, which the compute decides; model, documents, objective."""
-    model, tokenizer = load_for_finetuning(StartModelConfig(load=start_model_path(rpt, Path(config.rpt_run))))
-    model.to(parallel.device)
-    text = load_documents(rpt, tokenizer, model.config.max_position_embeddings, parallel, log)
-    positions = load_positions(Path(config.rpt_run), {"documents": text.hash})
-    if positions is None:
-        raise DataError(f"the places of {config.rpt_run} belong to another text than its config names; train it anew")
-    technique_callbacks = apply_config_techniques(config, model, log)
-    loader = documents_loader(config, text, positions, parallel)
-    flops_counter = FlopsCallback(loader, ModelCost(model))
-    config = set_max_steps(config, settings, flops_counter, teraflops)
-    log(f"compute: {teraflops:.4g} teraflops of RPT are {config.max_steps:,} steps of {config.batch_size} documents")
-    require_matching_run(config, out)
-    if parallel.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(out / "config.yaml", config_to_yaml(config))
-    evaluation = make_position_evaluation(rpt, model, tokenizer, text, positions, parallel)
-    evaluator = PositionEvaluator(
-        evaluation, model, config.eval_steps, out / TABLES_FILE if parallel.is_main_process else None
-    )
-
-    def probes(run: RunDir) -> Sequence[Evaluator]:
-        evaluator.samples = run.samples if run.is_main_process else None
-        return [evaluator]
-
-    facts = {"source": rpt.data.source, **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run}
-    identity = {"documents": text.hash}
-    return config, RptJob(
-        TrainingJob(
-            NextTokenLoss(model), loader, probes, tokenizer, facts, identity, [*technique_callbacks, flops_counter]
-        ),
-        evaluator,
-    )
 
 
 def documents_loader(
@@ -165,10 +161,11 @@ def set_max_steps(
         steps += 1
     if "max_steps" in settings.tree and config.max_steps != steps:
         raise UsageError(
-            f"max_steps follows from what {config.rpt_run} spent and is {steps:,}, not {config.max_steps:,}: leave it out"
+            f"max_steps follows from what {config.rpt_run} spent and is {steps:,}, not {config.max_steps:,}: leave it "
+            "out"
         )
     warmup = min(config.warmup_steps, steps)
     return config.model_copy(update={"max_steps": steps, "warmup_steps": warmup})
 
 
-RECIPE = Recipe("rpt_control", RptControlConfig, no_single_job, run=run_rpt_control)
+RECIPE = Recipe("rpt_control", RptControlConfig, build_rpt_control)

@@ -6,26 +6,29 @@ is wrong where its second one is: the harder measure of the two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.whole_documents import collate_documents
+from llm_quest.eval.evaluators import save_samples
 from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
+from llm_quest.files import atomic_write_json
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.rpt.positions import ENTROPY_THRESHOLDS, Position, entropy_bucket
-from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward, prefix_match
-from llm_quest.recipes.rpt.prompts import PromptBuilder
+from llm_quest.recipes.rpt.positions import BUCKET_NAMES, ENTROPY_THRESHOLDS, entropy_bucket
+from llm_quest.recipes.rpt.prompts import Position, PrefixMatchReward, PromptBuilder, prefix_match
 from llm_quest.rollouts.sampler import Sample, Sampler, eval_mode
 
-BUCKET_NAMES = ("trivial", "easy", "medium", "hard")
 EVAL_BATCH_SIZE = 256
+TABLES_FILE = "foretold.json"
+MAX_SAMPLES = 12
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,43 @@ def summarize_bucket(name: str, some: Sequence[PositionResult]) -> BucketAccurac
     )
 
 
-def sample_per_bucket(found: Sequence[Position], number: int, seed: int) -> list[Position]:
-    """At most `number` places of each bucket, drawn evenly, in the order they had."""
-    kept: list[int] = []
-    for at in range(len(BUCKET_NAMES)):
-        some = [place for place, one in enumerate(found) if entropy_bucket(one.entropy) == at]
-        kept += make_rng("buckets", seed, at).sample(some, min(number, len(some)))
-    return [found[place] for place in sorted(kept)]
+@dataclass
+class PositionEvaluator:
+    """plain_hard, thought_hard and so on: the share of held-out places where the next token was foretold, read straight
+    off and after thinking. file: where the tables before and after are kept (the leader's); the first answers go to
+    samples/step-00000020.json."""
+
+    evaluation: NextTokenReasoningEval
+    model: Decoder
+    interval: int
+    file: Path | None
+    samples: Path | None = None
+    name: str = "eval"
+
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        found = self.evaluation.evaluate_positions(model)
+        table = summarize_buckets(found)
+        if self.samples is not None:
+            sample_rows = [self.sample_row(one) for one in found[:: max(1, len(found) // MAX_SAMPLES)]]
+            save_samples(self.samples, step, sample_rows)
+        accuracy = sum(one.reasoned_correct for one in found) / len(found)
+        return {
+            **table.metrics(),
+            "accuracy": accuracy,
+            "unread": sum(one.answer is None for one in found) / len(found),
+        }
+
+    def sample_row(self, one: PositionResult) -> dict[str, Any]:
+        ids = self.evaluation.documents[one.position.document][1 : one.position.place]
+        decode: Callable[..., str] = self.evaluation.sampler.tokenizer.decode
+        return {"prompt": decode(ids), "text": one.text, "entropy": one.position.entropy, "right": one.reasoned_correct}
+
+    def report_table(self, when: str, log: Callable[[str], None]) -> BucketTable:
+        """The table of the model as it is, said, and kept under `when`."""
+        table = self.evaluation.evaluate_buckets(self.model)
+        if self.file is not None:
+            kept = json.loads(self.file.read_text()) if self.file.is_file() else {}
+            atomic_write_json(self.file, {**kept, when: table.as_json()})
+        for line in table.lines():
+            log(f"{when}: {line}")
+        return table

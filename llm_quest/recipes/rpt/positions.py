@@ -1,5 +1,5 @@
-"""Which positions are worth thinking about: those where a proxy model does not know what comes next (RPT,
-arXiv:2506.08007).
+"""Which positions of which documents RPT trains on: those where a proxy model does not know what comes next (RPT,
+arXiv:2506.08007). They are found once and kept in the run folder.
 
       H = - sum over the 16 likeliest tokens of p log p
 
@@ -9,31 +9,269 @@ the two agree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from llm_quest.data.problems import TASKS, Problem, SplitName, Task, draw_problem, parse_task
 from llm_quest.data.problems.problem import make_rng
-from llm_quest.errors import UsageError
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.whole_documents import hash_documents
+from llm_quest.errors import DataError, UsageError
+from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, TextDataConfig, TokenizerConfig
+from llm_quest.recipes.policy import PolicyConfig
+from llm_quest.recipes.recipe import LogFn
+from llm_quest.recipes.rpt.prompts import (
+    Position,
+    PromptBuilder,
+    PromptConfig,
+    make_prompt_builder,
+    max_document_length,
+    split_documents,
+)
+from llm_quest.recipes.text_data import load_text_data
 from llm_quest.rollouts.sampler import eval_mode
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 
 TOP_K_ENTROPY = 16
 TOKENS_PER_PASS = 4096
 ENTROPY_THRESHOLDS = (0.5, 1.0, 1.5)
 """Easy, medium and hard begin here (RPT), in nats. The paper's sets are nested: hard is in medium too."""
+BUCKET_NAMES = ("trivial", "easy", "medium", "hard")
+Documents = list[list[int]]
+NUM_HELD_OUT = 2000
+NO_THRESHOLD = -1.0
+POSITIONS_FILE = "positions.json"
+
+
+class RptDataConfig(TextDataConfig):
+    """The text whose tokens are to be foretold: what pretraining takes, or a task, whose problems and answers are
+    written out as documents."""
+
+    source: str = Field(
+        default="registers",
+        min_length=1,
+        description="a task, options after a colon; or builtin, builtin:PARTS, a text or JSONL file, a folder",
+    )
+    num_documents: PositiveInt | None = Field(default=None, description="of a task: how many are drawn; null: 8000")
+    max_document_tokens: PositiveInt | None = Field(
+        default=None, description="tokens of a document that are read at once; null: as many as leave room to think"
+    )
+
+    @property
+    def is_task(self) -> bool:
+        return self.source.partition(":")[0] in TASKS
+
+    @property
+    def document_count(self) -> int:
+        return self.num_documents or 8000
+
+    @model_validator(mode="after")
+    def check_source_keys(self) -> RptDataConfig:
+        if self.is_task:
+            parse_task(self.source)
+        if not self.is_task and self.num_documents is not None:
+            raise ValueError(
+                f"data.num_documents has no effect on {self.source}, whose documents are what they are: leave out"
+            )
+        for name in ("text_column", "separator", "held_out") if self.is_task else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
+        return self
+
+
+class PositionSelectionConfig(StrictModel):
+    """Which places are worth thinking about: where a proxy does not know the next token."""
+
+    proxy_model: str | None = Field(
+        default=None, description="a model's folder or run; null: the model as it began to think"
+    )
+    entropy_threshold: float = Field(
+        default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest top_k tokens"
+    )
+    top_k: int = Field(default=TOP_K_ENTROPY, ge=2)
+    renormalize: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
+    max_positions: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
+
+
+class RptTextConfig(PolicyConfig):
+    """The keys that decide which positions of which documents are prompts."""
+
+    data: RptDataConfig = RptDataConfig()
+    model: ModelConfig
+    selection: PositionSelectionConfig = PositionSelectionConfig()
+    prompt: PromptConfig = PromptConfig()
+    eval_positions_per_bucket: PositiveInt = Field(
+        default=150, description="held-out positions of each bucket (trivial, easy, medium, hard)"
+    )
 
 
 @dataclass(frozen=True)
-class Position:
-    """tokens[place] of a document is what is to be foretold, from tokens[:place] alone."""
+class RptDocuments:
+    """Documents with their start tokens, no longer than leaves room to think, and how their places are asked for."""
 
-    document: int
-    place: int
-    entropy: float
+    train: Documents
+    held_out: Documents
+    prompt_builder: PromptBuilder
+
+    @property
+    def hash(self) -> str:
+        return hash_documents([*self.train, *self.held_out])
+
+
+@dataclass(frozen=True)
+class SelectedPositions:
+    """What is asked in training, and what is asked to see how it goes; flops: what finding them cost."""
+
+    train: list[Position]
+    held_out: list[Position]
+    flops: float
+    facts: dict[str, Any]
+
+
+def split_problems(config: RptDataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """A task's problems to learn from, and held-out ones."""
+    task, stream = parse_task(config.source), derive_seed(seed, "documents")
+    return unique_problems(task, "train", config.document_count, stream), unique_problems(
+        task, "validation", NUM_HELD_OUT, stream
+    )
+
+
+def load_documents(
+    config: RptTextConfig, tokenizer: Tokenizer, context: int, parallel: DistributedContext, log: LogFn
+) -> RptDocuments:
+    """The documents of this run in this tokenizer's ids."""
+    if config.data.is_task:
+        train, held = (
+            [encode_problem(one, tokenizer) for one in part] for part in split_problems(config.data, config.seed)
+        )
+    else:
+        train, held = documents_from_text(config, tokenizer, parallel, log)
+    asking = make_prompt_builder(
+        tokenizer,
+        [*train, *held],
+        prefix=config.prompt.prefix,
+        suffix=config.prompt.suffix,
+        max_target_tokens=config.prompt.max_target_tokens,
+    )
+    length = max_document_length(context, config.max_new_tokens, asking, config.data.max_document_tokens)
+    return RptDocuments(
+        split_documents(train, length, tokenizer.start_token_id),
+        split_documents(held, length, tokenizer.start_token_id),
+        asking,
+    )
+
+
+def documents_from_text(
+    config: RptTextConfig, tokenizer: Tokenizer, parallel: DistributedContext, log: LogFn
+) -> tuple[Documents, Documents]:
+    """As pretraining reads it, in the model's own tokens."""
+    folder = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log).tokens
+    start, end = tokenizer.start_token_id, tokenizer.eos_token_id
+    train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in (folder.train, folder.val))
+    if not train or not held:
+        raise DataError(f"{config.data.source} holds too few documents to keep some of them out of training; add text")
+    return train, held
+
+
+def find_or_load_positions(
+    config: RptTextConfig, proxy: Decoder, cost: float, text: RptDocuments, folder: Path
+) -> SelectedPositions:
+    """From the file where they were kept, or found now. cost: of a forward pass of the proxy over the training text."""
+    key = {
+        "documents": text.hash,
+        "select": config.selection.model_dump(mode="json"),
+        "each": config.eval_positions_per_bucket,
+    }
+    if (found := load_positions(folder, key)) is not None:
+        return found
+    part, seed = config.selection, derive_seed(config.seed, "positions")
+    train, lost = text.prompt_builder.filter_positions(
+        text.train, hard_positions(proxy, text.train, part, part.entropy_threshold)
+    )
+    held, _ = text.prompt_builder.filter_positions(
+        text.held_out, hard_positions(proxy, text.held_out, part, NO_THRESHOLD)
+    )
+    train = train if part.max_positions is None else subsample_positions(train, part.max_positions, seed)
+    held = sample_per_bucket(held, config.eval_positions_per_bucket, seed)
+    short = sum(len(ids) < 2 for ids in text.train)
+    facts = position_facts(text, train, held, lost, short)
+    require_positions(config, train, held, lost, short)
+    content = {
+        "key": key,
+        "train": positions_to_json(train),
+        "held_out": positions_to_json(held),
+        "flops": cost,
+        "facts": facts,
+    }
+    atomic_write_json(folder / POSITIONS_FILE, content)
+    return SelectedPositions(train, held, cost, facts)
+
+
+def load_positions(folder: Path, key: Mapping[str, Any]) -> SelectedPositions | None:
+    """The places that were found before, if what is in `key` (of all that decided them) is what it was."""
+    if not (folder / POSITIONS_FILE).is_file():
+        return None
+    content = json.loads((folder / POSITIONS_FILE).read_text())
+    if any(content["key"][name] != value for name, value in key.items()):
+        return None
+    return SelectedPositions(
+        positions_from_json(content["train"]),
+        positions_from_json(content["held_out"]),
+        content["flops"],
+        content["facts"],
+    )
+
+
+def hard_positions(
+    proxy: Decoder, documents: Documents, selection: PositionSelectionConfig, above: float
+) -> list[Position]:
+    return select_positions(
+        proxy, documents, min_entropy=above, top_k=selection.top_k, renormalised=selection.renormalize
+    )
+
+
+def position_facts(
+    text: RptDocuments, train: Sequence[Position], held_out: Sequence[Position], lost: Counter[str], short: int
+) -> dict[str, Any]:
+    """For the report."""
+    dropped = {**lost, **({"a document of one token": short} if short else {})}
+    numbers = {"train_documents": len(text.train), "held_out_documents": len(text.held_out)}
+    return {**numbers, "train_places": len(train), "held_out_places": len(held_out), "dropped_places": dropped}
+
+
+def require_positions(
+    config: RptTextConfig, train: Sequence[Position], held_out: Sequence[Position], lost: Counter[str], short: int
+) -> None:
+    if not train:
+        why = "".join(f"; {number:,}: {reason}" for reason, number in lost.items())
+        why += f"; {short:,} documents have nothing to foretell" if short else ""
+        raise DataError(
+            f"no place in {config.data.source} is left to think about: the proxy finds none harder than "
+            f"{config.selection.entropy_threshold:g} nats{why}; lower selection.entropy_threshold, or take a smaller proxy or more text"
+        )
+    if not held_out:
+        raise DataError(f"nothing of {config.data.source} that was held out can be asked for; add text")
+
+
+def positions_to_json(found: Sequence[Position]) -> list[list[float]]:
+    return [[one.document, one.place, round(one.entropy, 6)] for one in found]
+
+
+def positions_from_json(rows: Sequence[Sequence[float]]) -> list[Position]:
+    return [Position(int(document), int(place), entropy) for document, place, entropy in rows]
 
 
 def top_entropy(
@@ -98,3 +336,23 @@ def subsample_positions(found: Sequence[Position], number: int, seed: int) -> li
 def entropy_bucket(entropy: float, thresholds: Sequence[float] = ENTROPY_THRESHOLDS) -> int:
     """Disjoint buckets: how many thresholds lie below. 0 is trivial, 1 easy, 2 medium, 3 hard."""
     return sum(entropy > threshold for threshold in thresholds)
+
+
+def sample_per_bucket(found: Sequence[Position], number: int, seed: int) -> list[Position]:
+    """At most `number` places of each bucket, drawn evenly, in the order they had."""
+    kept: list[int] = []
+    for at in range(len(BUCKET_NAMES)):
+        some = [place for place, one in enumerate(found) if entropy_bucket(one.entropy) == at]
+        kept += make_rng("buckets", seed, at).sample(some, min(number, len(some)))
+    return [found[place] for place in sorted(kept)]
+
+
+def unique_problems(task: Task, part: SplitName, number: int, seed: int = 0) -> list[Problem]:
+    """The first `number` problems of a split, each content once: fewer, where the task has not so many."""
+    found = {problem.key: problem for problem in (draw_problem(task, part, index, seed) for index in range(number))}
+    return list(found.values())
+
+
+def encode_problem(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    text = problem.prompt + problem.answer
+    return [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]

@@ -1,27 +1,61 @@
-"""A position of a text as a question: what stands before it, and the demand to think first (RPT, arXiv:2506.08007).
+"""A position of a text as a prompt, and the answer to it as a reward (RPT, arXiv:2506.08007).
 
       document   <s> a 3 b * 2 :  6 </s>        place 7
-      prompt     <s> [before] a 3 b * 2 : [after]                after: "<think>", or whatever makes a model think
+      prompt     <s> [prefix] a 3 b * 2 : [suffix]              suffix: "<think>", or whatever makes a model think
 
-The text comes as the ids it has, never encoded anew. A place whose continuation cannot be written as text is not asked
-for: the end of a document, and a token that begins in the middle of a character."""
+The text comes as the ids it has, never encoded anew. A place whose continuation cannot be written as text is left out:
+the end of a document, and a token that begins in the middle of a character. The reward is prefix matching:
+
+      true tokens  " caf"  C3  A9  " is"        boundaries 4 5 6 9 (bytes)
+      right        " caf"  " café"  " café is"
+      wrong        "caf"   " ca"    " café i"  ""
+
+An answer is right if it is how the true text goes on, to the byte, and ends where a true token ends: one token or
+several. Nothing is stripped (a space is a prediction like any other), and saying nothing is wrong: 0 is no boundary."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
 import numpy as np
+from pydantic import Field
 
 from llm_quest.data.token_bytes import token_bytes
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.recipes.rpt.positions import Position
-from llm_quest.recipes.rpt.prefix_match import Continuation, token_boundaries
-from llm_quest.rollouts.sampler import PolicyPrompt
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import PositiveInt
+from llm_quest.rollouts.sampler import PolicyPrompt, Sample
 
+THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE = REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+ANSWER_PATTERN = re.compile(r"<think>(.*?)</think><answer>(.*)</answer>", re.DOTALL)
 DOCUMENT_END, INSIDE_CHARACTER = "the document ends there", "it begins inside a character"
+
+
+class PromptConfig(StrictModel):
+    """What stands around the text so far; control tokens may be written out (a chat template's). The answer has to
+    have the form <think>...</think><answer>...</answer>, of which `suffix` may hold the beginning."""
+
+    prefix: str = ""
+    suffix: str = THINK_OPEN
+    max_target_tokens: PositiveInt = Field(default=8, description="true tokens that an answer may foretell")
+
+    @property
+    def opening_tag(self) -> str:
+        return THINK_OPEN if self.suffix.endswith(THINK_OPEN) else ""
+
+
+@dataclass(frozen=True)
+class Position:
+    """tokens[place] of a document is what is to be foretold, from tokens[:place] alone."""
+
+    document: int
+    place: int
+    entropy: float
 
 
 @dataclass(frozen=True)
@@ -108,3 +142,58 @@ def is_utf8(text: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What is asked: the text so far, and the bytes of each true token that follows (`data.token_bytes`)."""
+
+    prompt: str
+    target_tokens: tuple[bytes, ...]
+
+
+def token_boundaries(target_tokens: Sequence[bytes]) -> set[int]:
+    """Where a true token ends, in bytes from the first one on. What follows a control token is another document."""
+    return set(accumulate(len(token) for token in takewhile(bool, target_tokens)))
+
+
+def prefix_match(predicted: bytes, target_tokens: Sequence[bytes]) -> float:
+    """1 or 0."""
+    text = b"".join(takewhile(bool, target_tokens))
+    return float(text.startswith(predicted) and len(predicted) in token_boundaries(target_tokens))
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands in the one <answer>, to the letter; None without thinking first, with anything around, or with tags
+    inside."""
+    found = ANSWER_PATTERN.fullmatch(text)
+    if found is None or any(tag in part for part in found.groups() for tag in ("<think>", "<answer>", "</")):
+        return None
+    return found[2]
+
+
+@dataclass(frozen=True)
+class PrefixMatchReward:
+    """The reward of a group whose problem is a `Continuation`. Cut off by the length is wrong, as everywhere. opening:
+    what of the answer's form the prompt has begun already, and nothing else of the prompt is ever read."""
+
+    opening: str = ""
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        return [self.score(sample) for sample in group]
+
+    def score(self, sample: Sample) -> float:
+        answer = self.extract_prediction(sample)
+        return 0.0 if answer is None else prefix_match(answer.encode(), sample.problem.target_tokens)
+
+    def extract_prediction(self, sample: Sample) -> str | None:
+        """The prediction; None where there is none to be read."""
+        return None if sample.truncated else extract_answer(self.opening + sample.text)
+
+
+@dataclass(frozen=True)
+class AnswerFormatReward(PrefixMatchReward):
+    """1 for any prediction in the right form: a control."""
+
+    def score(self, sample: Sample) -> float:
+        return float(self.extract_prediction(sample) is not None)

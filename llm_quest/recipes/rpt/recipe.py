@@ -9,63 +9,104 @@ plain next tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from llm_quest.contracts import Evaluator
+from pydantic import Field, model_validator
+
+from llm_quest.contracts import Reward
 from llm_quest.cost.flops import ModelCost, PassCost
 from llm_quest.data.loader import shuffle_indices
+from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.job import TrainingJob, run_job
-from llm_quest.recipes.policy import LogFn, PolicySetup, build_policy_setup, policy_sampler, setup_policy_run
-from llm_quest.recipes.policy_evaluators import RatioRangeEvaluator
-from llm_quest.recipes.recipe import Context, Recipe, no_single_job
-from llm_quest.recipes.rpt.config import RPT_REWARD_BUILDERS, RptConfig
-from llm_quest.recipes.rpt.evaluation import NextTokenReasoningEval
-from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
-from llm_quest.recipes.rpt.passages import RptDocuments, SelectedPositions, find_or_load_positions, load_documents
-from llm_quest.recipes.rpt.positions import Position
-from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward
-from llm_quest.recipes.rpt.probe import TABLES_FILE, PositionEvaluator
-from llm_quest.recipes.rpt.start_model import RptStart, init_rpt_models
-from llm_quest.recipes.run import RunOutcome
-from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.config_schema import NonNegativeInt
+from llm_quest.recipes.policy_setup import (
+    PolicySetup,
+    RatioRangeEvaluator,
+    build_policy_setup,
+    open_policy_run,
+    policy_sampler,
+)
+from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe, save_nothing
+from llm_quest.recipes.rpt.evaluation import TABLES_FILE, NextTokenReasoningEval, PositionEvaluator
+from llm_quest.recipes.rpt.positions import (
+    RptDocuments,
+    RptTextConfig,
+    SelectedPositions,
+    find_or_load_positions,
+    load_documents,
+)
+from llm_quest.recipes.rpt.prompts import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    AnswerFormatReward,
+    Position,
+    PrefixMatchReward,
+)
+from llm_quest.recipes.rpt.start_model import RptStart, RptWarmupConfig, init_rpt_models
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.reward_pipeline import WeightedReward
-from llm_quest.rollouts.sampler import PolicyPrompt
+from llm_quest.rollouts.rewards import RandomReward
+from llm_quest.rollouts.rollouts import RolloutLoader
+from llm_quest.rollouts.sampler import PolicyPrompt, Sample
+from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
+TERA = 1e12
 
-def run_rpt(config: RptConfig, context: Context) -> RunOutcome:
-    """Run the recipe in a folder. Beside the run: positions.json, foretold.json; a fresh model's base/ and warmup/."""
-    log, parallel = context.log, context.parallel
-    config = setup_policy_run(config, context)
-    rpt_job = build_rpt_job(config, context.settings, context.run_dir, parallel, log)
-    rpt_job.evaluator.report_table("before", log)
-    outcome = run_job(rpt_job.job, config, context.run_dir, context.resume, context.env, context.quiet, log, parallel)
-    if outcome.status == "finished":
-        rpt_job.evaluator.report_table("after", log)
-    return outcome
+RPT_REWARD_BUILDERS: dict[str, Callable[[RptTextConfig], Reward]] = {
+    "prefix": lambda config: PrefixMatchReward(config.prompt.opening_tag),
+    "format": lambda config: AnswerFormatReward(config.prompt.opening_tag),
+    "random": lambda config: RandomReward(derive_seed(config.seed, "random reward")),
+}
 
 
-@dataclass(frozen=True)
-class RptJob:
-    """The recipe's job, and the eye it keeps on held-out places."""
+class RptConfig(RptTextConfig):
+    """A model and text in, a model that thinks before it says the next token out."""
 
-    job: TrainingJob
-    evaluator: PositionEvaluator
+    recipe: Literal["rpt"]
+    warmup: RptWarmupConfig | None = Field(default=None, description="for a fresh model, on a task's documents")
+    reward: Annotated[str, Choice(RPT_REWARD_BUILDERS)] = Field(
+        default="prefix", description="format and random are controls, without which a curve proves nothing"
+    )
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    @model_validator(mode="after")
+    def check_combination(self) -> RptConfig:
+        fresh = self.model.load is None
+        if fresh and (self.warmup is None or not self.data.is_task):
+            raise ValueError(
+                "a fresh model has not learned to think, and only a task's documents come with thoughts to learn from "
+                "(data.source=registers warmup={}); or give model.load=FOLDER"
+            )
+        if not fresh and self.warmup is not None:
+            raise ValueError("warmup has no effect on a model that is loaded; leave it out (warmup=null)")
+        if fresh and (self.prompt.prefix or self.prompt.suffix != THINK_OPEN):
+            raise ValueError(
+                "a fresh model is taught to think behind the text alone; leave prompt.prefix and prompt.suffix out"
+            )
+        if any(
+            tag in self.prompt.suffix.removesuffix(THINK_OPEN)
+            for tag in (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+        ):
+            raise ValueError(f"prompt.suffix may end with {THINK_OPEN} and hold no other tag of the answer's form")
+        return self
 
 
-def build_rpt_job(
-    config: RptConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
-) -> RptJob:
-    """Model, text, places, rollouts, objective."""
-    start = init_rpt_models(config, settings, out, parallel, log)
+def build_rpt(config: RptConfig, context: Context) -> Job:
+    """Model, text, positions, rollouts, objective. Beside the run: positions.json, foretold.json; a fresh model's base/
+    and warmup/."""
+    parallel, log, out = context.parallel, context.log, context.run_dir
+    config = open_policy_run(config, context)
+    start = init_rpt_models(config, config.warmup, context)
     text = load_documents(config, start.tokenizer, start.model.config.max_position_embeddings, parallel, log)
     proxy_cost = ModelCost(start.proxy)
     flops = sum(proxy_cost.forward(len(ids) - 1) for ids in text.train)
@@ -73,25 +114,41 @@ def build_rpt_job(
         find_or_load_positions(config, start.proxy, flops, text, out) if parallel.is_main_process else None
     )
     log(
-        f"places: {len(positions.train):,} to think about, {len(positions.held_out):,} held out{dropped_summary(positions)}"
+        f"places: {len(positions.train):,} to think about, {len(positions.held_out):,} held out"
+        f"{dropped_summary(positions)}"
     )
-    cost = ModelCost(start.model)
-    policy, meter = build_rollouts(config, start, text, positions, cost, parallel, log)
+    policy, meter = build_rollouts(config, start, text, positions, ModelCost(start.model), parallel, log)
     evaluator = PositionEvaluator(
-        make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel), start.model, config.eval_steps,
-        out / TABLES_FILE if parallel.is_main_process else None,
-    )  # fmt: skip
+        make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel),
+        start.model,
+        config.eval_steps,
+        out / TABLES_FILE if context.samples_dir is not None else None,
+        context.samples_dir,
+    )
+    return Job(
+        config,
+        policy.objective,
+        MeteredRolloutLoader(policy.rollouts, meter),
+        [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)],
+        {"tokenizer": start.tokenizer.hash, "documents": text.hash},
+        {"source": config.data.source, **positions.facts, "tokenizer_sha256": start.tokenizer.hash},
+        start.tokenizer,
+        callbacks=policy.callbacks,
+        watchers=[Diagnostics(config.early_stopping_patience)],
+        prepare=partial(report_before, evaluator, log),
+        finish=partial(report_after, evaluator, log),
+    )
 
-    def probes(run: RunDir) -> Sequence[Evaluator]:
-        evaluator.samples = run.samples if run.is_main_process else None
-        return [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)]
 
-    facts = {"source": config.data.source, **positions.facts, "tokenizer_sha256": start.tokenizer.hash}
-    job = TrainingJob(
-        policy.objective, MeteredRolloutLoader(policy.rollouts, meter), probes, start.tokenizer, facts, {"documents": text.hash},
-        policy.callbacks, watchers=[Diagnostics(config.early_stopping_patience)],
-    )  # fmt: skip
-    return RptJob(job, evaluator)
+def report_before(evaluator: PositionEvaluator, log: LogFn) -> Callable[[Path], None]:
+    evaluator.report_table("before", log)
+    return save_nothing
+
+
+def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) -> Mapping[str, float]:
+    if result.status == "finished":
+        evaluator.report_table("after", log)
+    return {}
 
 
 def dropped_summary(found: SelectedPositions) -> str:
@@ -143,4 +200,47 @@ def make_position_evaluation(
     )
 
 
-RECIPE = Recipe("rpt", RptConfig, no_single_job, run=run_rpt)
+class FlopsMeter:
+    """flops: so far. num_scorings: how often a sample is scored beside the training itself (a reference, a second
+    opinion)."""
+
+    def __init__(self, cost: PassCost, *, num_scorings: int = 0, flops: float = 0.0):
+        self.cost, self.num_scorings, self.flops = cost, num_scorings, flops
+
+    def count_sampling(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """The groups of a rollout. Those without spread have been sampled too."""
+        for group in groups:
+            before = len(group[0].prompt_ids)
+            self.flops += self.cost.forward(before)
+            for sample in group:
+                self.flops += self.cost.decoding(before, len(sample.completion_ids))
+                self.flops += self.num_scorings * self.cost.forward(before + len(sample.completion_ids) - 1)
+
+    def count_training(self, rows: Sequence[PolicyRow]) -> None:
+        self.flops += sum(self.cost.training(row.length) for row in rows)
+
+
+class MeteredRolloutLoader:
+    """Rollouts beside their meter: a feed whose notes hold `teraflops`, all that was spent so far."""
+
+    def __init__(self, rollout_loader: RolloutLoader, meter: FlopsMeter):
+        self.rollout_loader, self.meter = rollout_loader, meter
+
+    def batches(self, step: int) -> list[PolicyBatch]:
+        loader = self.rollout_loader
+        before, batches = loader.rollout, loader.batches(step)
+        if loader.rollout is not None and loader.rollout is not before:
+            self.meter.count_sampling(loader.rollout.groups)
+        self.meter.count_training(loader.rows_to_read(loader.minibatch(step % loader.plan.steps_per_rollout)))
+        metric_sums = {**batches[0].metric_sums, "teraflops": (self.meter.flops / TERA, 1.0)}
+        return [replace(batches[0], metric_sums=metric_sums), *batches[1:]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollouts": self.rollout_loader.state_dict(), "flops": self.meter.flops}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.rollout_loader.load_state_dict(state_dict["rollouts"])
+        self.meter.flops = state_dict["flops"]
+
+
+RECIPE = Recipe("rpt", RptConfig, build_rpt)

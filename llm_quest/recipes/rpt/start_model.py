@@ -1,33 +1,81 @@
 """The model that RPT begins with, and the proxy that says where it is worth thinking.
 
 A fresh model first learns the documents by their next tokens (`base/`), then from a teacher's thoughts about a few of
-them in which form to think (`warmup/`); the proxy is the model between the two."""
+them in which form to think (`warmup/`); the proxy is the model between the two.
+
+      document   3*2+1%7:0        thought at the answer   <think>3*2=6;6+1=0;</think><answer>0</answer>
+                                  elsewhere               <think></think><answer>+</answer>
+
+A document is a function of (task, seed, part, index), and its part follows from its content, as with problems."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import Field
+
+from llm_quest.data.batch import TokenBatch
+from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.demonstrations import collate_demonstrations
 from llm_quest.data.loader import ShardedLoader
-from llm_quest.data.problems import parse_task
+from llm_quest.data.problems import Problem, Task, parse_task, teacher_demonstration
+from llm_quest.data.problems.chained import ANSWER_PREFIX
+from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.finetuning import StartModelConfig
-from llm_quest.recipes.job import load_for_finetuning
-from llm_quest.recipes.policy import LogFn, policy_sampler
-from llm_quest.recipes.rpt.config import RptConfig, RptWarmupConfig
-from llm_quest.recipes.rpt.demonstrations import ReasoningLoader, encode_problem, reasoning_tokenizer
-from llm_quest.recipes.rpt.passages import split_problems
-from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward
-from llm_quest.recipes.rpt.prompts import make_prompt_builder
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import PositiveInt
+from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
+from llm_quest.recipes.policy_setup import policy_sampler
+from llm_quest.recipes.recipe import Context, LogFn
+from llm_quest.recipes.rpt.positions import RptTextConfig, encode_problem, split_problems
+from llm_quest.recipes.rpt.prompts import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    REASONING_TAGS,
+    THINK_CLOSE,
+    THINK_OPEN,
+    PrefixMatchReward,
+    make_prompt_builder,
+)
 from llm_quest.recipes.sft_warmup import CHECK_PROBLEMS, CHECK_SAMPLES, StopRule, init_model, train_until
-from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
+
+
+class PretrainStageConfig(StrictModel):
+    """A fresh model learns the text, by its next tokens."""
+
+    max_steps: PositiveInt = 600
+    batch_size: PositiveInt = Field(default=64, description="documents in a step")
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+
+
+class ThinkingStageConfig(StrictModel):
+    """And in which form to think, from a teacher's thoughts about a few documents. Best stopped where thoughts help now
+    and then."""
+
+    max_steps: PositiveInt = Field(default=600, description="at most")
+    target_accuracy: float = Field(
+        default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
+    )
+    num_examples: PositiveInt = Field(default=400, description="documents that the teacher has thought about")
+    batch_size: PositiveInt = 48
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+
+
+class RptWarmupConfig(StrictModel):
+    """What a fresh model goes through before it can be asked to think."""
+
+    pretrain: PretrainStageConfig = PretrainStageConfig()
+    sft: ThinkingStageConfig = ThinkingStageConfig()
 
 
 @dataclass(frozen=True)
@@ -39,20 +87,19 @@ class RptStart:
     proxy: Decoder
 
 
-def start_model_path(config: RptConfig, out: Path) -> str:
+def start_model_path(config: RptTextConfig, out: Path) -> str:
     """Where `load` finds the model that the run in this folder began with."""
     return config.model.load or str(out / "warmup")
 
 
-def init_rpt_models(
-    config: RptConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
-) -> RptStart:
-    """Loaded, or made; on the device."""
+def init_rpt_models(config: RptTextConfig, warmup: RptWarmupConfig | None, context: Context) -> RptStart:
+    """Loaded, or trained (for a plan they are not); on the device."""
     if config.model.load is not None:
         model, tokenizer = load_for_finetuning(StartModelConfig(load=config.model.load))
         proxy = model
     else:
-        model, tokenizer, proxy = train_start_models(config, settings, out, parallel, log)
+        assert warmup is not None
+        model, tokenizer, proxy = train_start_models(config, warmup, context)
     if config.selection.proxy_model is not None:
         proxy = load(config.selection.proxy_model, dtype="float32", aligned=True)
         if load_tokenizer(config.selection.proxy_model).hash != tokenizer.hash:
@@ -60,17 +107,19 @@ def init_rpt_models(
                 f"the proxy {config.selection.proxy_model} has another tokenizer than the model: it reads other ids"
             )
     proxy = copy.deepcopy(proxy) if proxy is model else proxy
-    return RptStart(model.to(parallel.device), tokenizer, proxy.to(parallel.device).eval())
+    device = context.parallel.device
+    return RptStart(model.to(device), tokenizer, proxy.to(device).eval())
 
 
 def train_start_models(
-    config: RptConfig, settings: RawConfig, out: Path, parallel: DistributedContext, log: LogFn
+    config: RptTextConfig, warmup: RptWarmupConfig, context: Context
 ) -> tuple[Decoder, Tokenizer, Decoder]:
     """A fresh model that reads and thinks, its tokenizer, and a copy that only reads."""
-    assert config.warmup is not None
-    warmup = config.warmup
+    out, parallel, log = context.run_dir, context.parallel, context.log
     tokenizer = reasoning_tokenizer(parse_task(config.data.source))
-    model = init_model(config.model, settings, tokenizer, config.seed)
+    model = init_model(config.model, context.settings, tokenizer, config.seed)
+    if context.planning:
+        return model, tokenizer, model
     train, _ = split_problems(config.data, config.seed)
     documents = [encode_problem(problem, tokenizer) for problem in train]
     reading = ShardedLoader(
@@ -88,7 +137,7 @@ def train_start_models(
 
 
 def train_thinking(
-    config: RptConfig,
+    config: RptTextConfig,
     part: RptWarmupConfig,
     model: Decoder,
     tokenizer: Tokenizer,
@@ -121,3 +170,77 @@ def train_thinking(
     stop_rule = StopRule(part.sft.max_steps, part.sft.learning_rate, part.sft.target_accuracy, share)
     step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
     log(f"warm-up: {step} steps on {len(loader.problems)} thoughts; {reached:.0%} of sampled answers are right")
+
+
+def reasoning_tokenizer(task: Task) -> Tokenizer:
+    """Single characters, and each tag one token."""
+    return character_tokenizer(task.alphabet, REASONING_TAGS)
+
+
+def teacher_reasoning(task: Task, problem: Problem, index: int, seed: int) -> tuple[str, str]:
+    """What the teacher thinks before the answer, and the answer it comes to, which may be wrong (the task's noise). A
+    task without steps has no thoughts."""
+    completion = teacher_demonstration(task, problem, index, seed)
+    before, _, answer = completion.rpartition(ANSWER_PREFIX) if problem.steps else ("", "", completion)
+    return before, answer
+
+
+class ReasoningLoader:
+    """`rows` demonstrations in each step, of the first `examples` problems again and again: a teacher's thought before
+    the answer. A quarter as many are of other places, where nothing is thought, and again as many rows are plain
+    documents, so that reading is not forgotten."""
+
+    def __init__(
+        self,
+        task: Task,
+        problems: Sequence[Problem],
+        tokenizer: Tokenizer,
+        *,
+        num_examples: int,
+        batch_size: int,
+        seed: int = 0,
+    ):
+        self.task, self.tokenizer = task, tokenizer
+        self.batch_size, self.seed = batch_size, seed
+        self.problems = list(problems[:num_examples])
+        self.documents = [encode_problem(problem, tokenizer) for problem in self.problems]
+        self.num_direct = max(1, batch_size // 4)
+        self.document_loader = ShardedLoader(
+            WholeDocuments(self.documents), batch_size=self.num_direct, micro_batch_size=self.num_direct, seed=seed
+        )
+
+    def batches(self, step: int) -> list[TokenBatch]:
+        shown = [self.reasoning_example(step * self.batch_size + number) for number in range(self.batch_size)]
+        quick = [self.direct_example(step * self.num_direct + number) for number in range(self.num_direct)]
+        return [collate_demonstrations([*shown, *quick]), *self.document_loader.batches(step)]
+
+    def reasoning_example(self, index: int) -> tuple[list[int], list[int]]:
+        """Prompt and completion as ids, apart: the answer, thought about."""
+        number = index % len(self.problems)
+        problem = self.problems[number]
+        answer = self.tokenizer.encode(problem.answer, add_special_tokens=False)
+        thought, said = teacher_reasoning(self.task, problem, number, self.seed)
+        return self.build_example(number, len(self.documents[number]) - 1 - len(answer), thought, said)
+
+    def direct_example(self, index: int) -> tuple[list[int], list[int]]:
+        """Some other place, where the text itself says what comes."""
+        number = index % len(self.problems)
+        ids = self.documents[number]
+        answer = self.tokenizer.encode(self.problems[number].answer, add_special_tokens=False)
+        place = make_rng("quick", self.seed, index).randrange(1, len(ids) - 1 - len(answer))
+        return self.build_example(number, place, "", self.tokenizer.decode(ids[place : place + 1]))
+
+    def build_example(self, number: int, place: int, thought: str, said: str) -> tuple[list[int], list[int]]:
+        completion = f"{thought}{THINK_CLOSE}{ANSWER_OPEN}{said}{ANSWER_CLOSE}"
+        completion_ids = [*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return [
+            *self.documents[number][:place],
+            *self.tokenizer.encode(THINK_OPEN, add_special_tokens=False),
+        ], completion_ids
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"task": repr(self.task), "rows": self.batch_size, "seed": self.seed, "examples": len(self.problems)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict != self.state_dict():
+            raise ValueError(f"the bookmark belongs to other demonstrations: {state_dict}")

@@ -10,16 +10,10 @@ from llm_quest.generation.generate import generate
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
 from llm_quest.models.build import build
-from llm_quest.recipes.rpt.demonstrations import encode_problem, reasoning_tokenizer, unique_problems
-from llm_quest.recipes.rpt.evaluation import (
-    NextTokenReasoningEval,
-    PositionResult,
-    sample_per_bucket,
-    summarize_buckets,
-)
-from llm_quest.recipes.rpt.positions import Position
-from llm_quest.recipes.rpt.prefix_match import PrefixMatchReward
-from llm_quest.recipes.rpt.prompts import make_prompt_builder
+from llm_quest.recipes.rpt.evaluation import NextTokenReasoningEval, PositionResult, summarize_buckets
+from llm_quest.recipes.rpt.positions import encode_problem, sample_per_bucket, unique_problems
+from llm_quest.recipes.rpt.prompts import Position, PrefixMatchReward, make_prompt_builder
+from llm_quest.recipes.rpt.start_model import reasoning_tokenizer
 from llm_quest.rollouts.sampler import Sample, Sampler
 
 

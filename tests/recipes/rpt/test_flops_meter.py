@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow, collate_policy_rows
-from llm_quest.recipes.rpt.flops_meter import FlopsMeter, MeteredRolloutLoader
+from llm_quest.recipes.rpt.recipe import FlopsMeter, MeteredRolloutLoader
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import Sample
 

@@ -11,13 +11,13 @@ import torch
 from llm_quest.errors import UsageError
 from llm_quest.models.build import build
 from llm_quest.recipes.rpt.positions import (
-    Position,
     entropy_bucket,
     length_grouped_documents,
     select_positions,
     subsample_positions,
     top_entropy,
 )
+from llm_quest.recipes.rpt.prompts import Position
 
 
 def H(p: list[float], **options: bool) -> float:

@@ -9,7 +9,7 @@ from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.token_bytes import token_bytes, unicode_to_bytes
 from llm_quest.data.tokenizer import END_OF_TEXT, train_bpe
 from llm_quest.errors import UsageError
-from llm_quest.recipes.rpt.prefix_match import (
+from llm_quest.recipes.rpt.prompts import (
     AnswerFormatReward,
     Continuation,
     PrefixMatchReward,

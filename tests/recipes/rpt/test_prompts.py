@@ -6,10 +6,10 @@ import pytest
 
 from llm_quest.data.tokenizer import train_bpe
 from llm_quest.errors import UsageError
-from llm_quest.recipes.rpt.positions import Position
 from llm_quest.recipes.rpt.prompts import (
     DOCUMENT_END,
     INSIDE_CHARACTER,
+    Position,
     make_prompt_builder,
     max_document_length,
     split_documents,

@@ -16,12 +16,18 @@ from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.rpt.config import RptConfig, RptControlConfig
-from llm_quest.recipes.rpt.demonstrations import encode_problem, reasoning_tokenizer, unique_problems
-from llm_quest.recipes.rpt.passages import RptDocuments, find_or_load_positions, split_problems
-from llm_quest.recipes.rpt.positions import Position, select_positions
-from llm_quest.recipes.rpt.prompts import make_prompt_builder
-from llm_quest.recipes.rpt.recipe import position_question
+from llm_quest.recipes.rpt.control import RptControlConfig
+from llm_quest.recipes.rpt.positions import (
+    RptDocuments,
+    encode_problem,
+    find_or_load_positions,
+    select_positions,
+    split_problems,
+    unique_problems,
+)
+from llm_quest.recipes.rpt.prompts import Position, make_prompt_builder
+from llm_quest.recipes.rpt.recipe import RptConfig, position_question
+from llm_quest.recipes.rpt.start_model import reasoning_tokenizer
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import metrics, weights
 
@@ -193,7 +199,7 @@ def test_the_control_spends_what_rpt_spent(done: tuple[Path, list[str]], tmp_pat
     said = controlled(tmp_path / "run", done[0])
     rows, limit = metrics(tmp_path / "run"), metrics(done[0])[-1]["teraflops"]
     assert rows[-2]["teraflops"] < limit <= rows[-1]["teraflops"]
-    assert said[0] == f"compute: {limit:.4g} teraflops of RPT are {len(rows)} steps of 16 documents"
+    assert said[1] == f"compute: {limit:.4g} teraflops of RPT are {len(rows)} steps of 16 documents"
     tables = [json.loads((run / "foretold.json").read_text()) for run in (done[0], tmp_path / "run")]
     assert tables[0]["before"] == tables[1]["before"], "the same start, looked at in the same places"
     before = weights(tmp_path / "run", len(rows))
