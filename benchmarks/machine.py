@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from llm_quest.cli.doctor import matmul_peak
+from llm_quest.cost.profile import matmul_peak
 
 SIZES = (256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16)

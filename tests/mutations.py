@@ -38,7 +38,7 @@ HUB_WORDS = "tests/models/test_family.py -k mimos_released"
 
 CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
 SHARED, INSPECT = "tests/objectives/test_prefix.py -k question", "tests/cli/test_inspect_batch.py"
-PLANNED = "tests/cost/test_plan_tuning.py"
+PLANNED = "tests/recipes/test_planning.py"
 
 LORA = "tests/techniques/test_lora.py"
 TAUGHT, TEACHING = "tests/objectives/test_distillation.py", "tests/recipes/test_distillation.py -k not processes"
@@ -211,8 +211,8 @@ MUTATIONS = (
     Mutation("a refused step's expert loads count in the next", "techniques/expert_bias.py", "    def on_step_skipped(self, model: nn.Module) -> None:\n        for router in bias_routers(model):\n            router.tokens_per_expert = None", "    def on_step_skipped(self, model: nn.Module) -> None:\n        pass", "tests/laws/test_callbacks.py"),
     Mutation("a refused step's largest logits clip the next", "techniques/qk_clip.py", "            meter.max_logits = None", "            pass", "tests/laws/test_callbacks.py"),
     Mutation("nobody is told that a step was refused", "train/session.py", "callback.on_step_skipped(self.model)", "pass", "tests/laws/test_callbacks.py"),
-    Mutation("a plan takes checkpointed activations for whole ones", "cost/plan_images.py", "kept = profile_step(job.objective, batch, device, bf16).saved_bytes + cost.largest_block_bytes", "pass", "tests/cost/test_plan_images.py -k checkpointed"),
-    Mutation("a plan of images forgets its techniques", "cost/plan_images.py", "    apply_techniques(entries, job.model, log)\n", "", "tests/cost/test_plan_images.py -k adapter"),
+    Mutation("a plan takes checkpointed activations for whole ones", "cost/profile.py", "_, executed, tracker = count_passes(objective, batch, bf16)", "_, executed, _ = count_passes(objective, batch, bf16)", "tests/cost/test_profile.py -k checkpointing"),
+    Mutation("a plan of pretraining forgets its techniques", "recipes/planning.py", "        apply_techniques(config.all_techniques, model, lambda text: None)\n", "", "tests/recipes/test_planning.py -k names_tokens"),
     Mutation("a recipe that looks accepts activation_checkpointing and never reads it", "recipes/config_schema.py", "if self.gradient_checkpointing else", "if False else", "tests/recipes/test_vision.py -k checkpointed"),
     # Fine-tuning and preferences (alignment.md, section 2)
     Mutation("what somebody types is read as a control token", "data/chat.py", "self.control_pattern.sub(escape_control, message[\"content\"].replace(ESCAPE_MARK, \"\"))", 'message["content"]', CHAT),
@@ -242,13 +242,13 @@ MUTATIONS = (
     Mutation("samples of flat groups do not count in the divisor", "objectives/policy_gradient.py", "sum(dtype=torch.float32) + batch.zero_rows", "sum(dtype=torch.float32)", "tests/rollouts/test_rollouts.py"),
     Mutation("the meter bills samples that nobody reads", "recipes/rpt/recipe.py", "loader.rows_to_read(loader.minibatch(step % loader.plan.steps_per_rollout))", "loader.minibatch(step % loader.plan.steps_per_rollout)", "tests/recipes/rpt/test_flops_meter.py"),
     Mutation("every process counts the samples that nobody reads", "data/policy_batch.py", "counted = zero if shard.rank == 0 else ()", "counted = zero", "tests/rollouts/test_rollouts.py"),
-    Mutation("plan: groups without news are left out of a policy's step", "cost/plan_policy.py", 'read_all=True', 'read_all=False', "tests/cost/test_plan_policy.py"),
-    Mutation("plan: a rollout is billed to each of its steps", "cost/plan_policy.py", "/ policy.rollouts.plan.steps_per_rollout * config.max_steps", "* config.steps_per_rollout", "tests/cost/test_plan_policy.py"),
-    Mutation("plan: the cache of one row", "cost/plan_policy.py", "rows * cache_row_bytes(", "cache_row_bytes(", "tests/cost/test_plan_policy.py"),
-    Mutation("plan: a moving reference's pass is taken for the policy's", "cost/plan_tuning.py", 'return a_pair / 2 * float', 'return a_pair * float', PLANNED),
-    Mutation("plan: only the reference of training pairs is paid for", "cost/plan_tuning.py", 'job.facts["held_out_rows"] + job.facts["train_rows"]', 'job.facts["train_rows"]', PLANNED),
-    Mutation("plan: what is frozen has an optimizer", "cost/plan.py", "2 * count_trainable(model) - sum(turned)", "2 * sum(p.numel() for p in model.parameters()) - sum(turned)", PLANNED),
-    Mutation("plan: checkpointing forgets the block that is made again", "cost/plan_tuning.py", "cost = replace(cost, saved_bytes=cost.saved_bytes + largest)", "pass", PLANNED),
+    Mutation("plan: uniform groups are left out of a policy's step", "recipes/planning.py", "rollouts.read_all = True", "rollouts.read_all = False", PLANNED),
+    Mutation("plan: a rollout is billed to each of its steps", "recipes/planning.py", "/ rollouts.plan.steps_per_rollout * config.max_steps", "* config.max_steps", PLANNED),
+    Mutation("plan: the cache of one row", "recipes/planning.py", 'memory["cache"] = rows * cost', 'memory["cache"] = cost', PLANNED),
+    Mutation("plan: a moving reference's pass is taken for the policy's", "recipes/planning.py", 'return float(job.facts["held_out_rows"]) / 2', 'return float(job.facts["held_out_rows"])', PLANNED),
+    Mutation("plan: only the reference of training pairs is paid for", "recipes/planning.py", 'job.facts["held_out_rows"] + job.facts["train_rows"]', 'job.facts["train_rows"]', PLANNED),
+    Mutation("plan: what is frozen is trained", "cost/plan.py", "objective.model.parameters() if parameter.requires_grad]", "objective.model.parameters()]", PLANNED),
+    Mutation("plan: the gradients of experts are not counted", "cost/flops.py", '(("grouped_product", grouped_mm_flops), ("grouped_outer", grouped_outer_flops))', '(("grouped_product", grouped_mm_flops),)', "tests/cost/test_flops.py -k gradients"),
     Mutation("inspect-batch: shared rows are shown without their question", "data/preference_pairs.py", "        if self.prefix is None:\n            return TokenBatch", "        if True:\n            return TokenBatch", INSPECT),
     Mutation("inspect-batch: a label is another row's", "cli/inspect_batch.py", "labels[number]", "labels[number - 1]", INSPECT),
     Mutation("inspect-batch: the head is shown to read one token early", "cli/inspect_batch.py", "at == p.positions[-1]", "at == p.positions[-2]", INSPECT),
@@ -329,8 +329,8 @@ MUTATIONS = (
     Mutation("distillation: vocabularies of one size are one", "recipes/auxiliary_losses.py", "if theirs.hash != tokenizer.hash:", "if theirs.vocab_size != tokenizer.vocab_size:", TEACHING),
     Mutation("distillation: a teacher that sees less than a row", "recipes/auxiliary_losses.py", "if config.sequence_length > model.config.max_position_embeddings:", "if config.sequence_length > 10 * model.config.max_position_embeddings:", TEACHING),
     Mutation("distillation: fine-tuning forgets its teacher", "recipes/sft.py", "tokenizer, model), *distillation_terms]", "tokenizer, model)]", TEACHING),
-    Mutation("distillation: the plan takes the teacher for free", "cost/plan.py", "per_token = passes * forward + distillation_flops(work)", "per_token = passes * forward", "tests/cost/test_plan.py -k teacher"),
-    Mutation("distillation: plan: the teacher's forward pass left out", "cost/plan.py", "return again + ModelCost.from_config(work.teacher.teacher.model.config).forward(work.length) // work.length", "return again", "tests/cost/test_plan.py -k teacher"),
+    Mutation("distillation: the plan takes the teacher's memory for free", "recipes/planning.py", 'found = {"teacher": teachers[0]} if teachers else {}', "found = dict[str, nn.Module]()", "tests/recipes/test_planning.py -k teacher"),
+    Mutation("plan: products in place are not counted", "cost/flops.py", "        aten.addmm_: inplace_product_flops,\n", "", "tests/cost/test_profile.py -k chunked"),
     Mutation("distillation: of vocabularies padded alike the padding is not learned", "recipes/auxiliary_losses.py", "shared_ids = vocab if vocab == model.config.vocab_size else ids", "shared_ids = ids", TEACHING),
     # Texts for a file of prompts
     Mutation("prompts: an equal prompt gets the first one's text again", "cli/batch_generate.py", "copy_offsets=[work.occurrence[row] for row in some]", "occurrence=[0 for _ in some]", WRITING),

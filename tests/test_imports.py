@@ -29,12 +29,9 @@ ONE_WAY = {
     ("hub", "techniques"): "files of adapters and of techniques are read into techniques",
     ("eval", "objectives"): "perplexity is the loss of an objective",
     ("eval", "rollouts"): "pass@k samples and verifies as a rollout does",
-    ("cost", "objectives"): "a plan walks the objective",
-    ("cost", "train"): "a plan knows what the optimizers keep",
 }
 """Imports inside a level, each with its reason; the other way round is refused."""
 UPWARD = (
-    ("cost", "cli"), ("cost", "recipes"), ("cost", "rollouts"),  # COST
 )  # fmt: skip
 """Imports that break the law, with the one who removes them. Nothing may be added."""
 CIRCLES: tuple[set[str], ...] = ()

@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -248,18 +247,3 @@ def nearest_existing_dir(folder: Path) -> Path:
     """The folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(candidate for candidate in (folder, *folder.parents) if candidate.exists())
-
-
-def matmul_peak(size: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
-    """GFLOP/s of a size x size matrix product, the best of as many as fit the time (at least three)."""
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-    best, until, tried = float("inf"), time.perf_counter() + seconds, 0
-    torch.mm(a, b)
-    while tried < 3 or time.perf_counter() < until:
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if torch.device(device).type != "cpu":
-            torch.accelerator.synchronize()
-        best, tried = min(best, time.perf_counter() - start), tried + 1
-    return 2 * size**3 / best / 1e9

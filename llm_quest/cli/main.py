@@ -313,9 +313,9 @@ def plan(
 ) -> None:
     """Estimate the cost of a run: parameters, FLOPs, memory by kind, checkpoints, time."""
     set_environment(threads, offline)
-    from llm_quest.cli.train import plan_recipe
+    from llm_quest.cli.train import estimate_cost
 
-    print_result(plan_recipe(recipe, pairs or [], measure=measure, log=status_printer(quiet)), json)
+    print_result(estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet)), json)
 
 
 @app.command()

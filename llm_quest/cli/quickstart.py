@@ -31,8 +31,8 @@ from llm_quest.cli.quickstart_stages import (
     run_grpo_stage,
     run_sft_stage,
 )
-from llm_quest.cli.train import make_workload, write_plan_and_report
-from llm_quest.cost.plan import TrainingPlan, plan_training
+from llm_quest.cli.train import write_plan_and_report
+from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
@@ -40,7 +40,8 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import config_differences, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config
+from llm_quest.recipes.planning import plan_recipe
+from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.run import RunOutcome
 
@@ -133,7 +134,7 @@ def run_quickstart(
         log("2. A tokenizer and a small Llama 3 model, both trained from scratch.")
         log(f"3. Training for {config.max_steps} steps. After a third of them an interrupt is sent on purpose, as by")
         log("   Ctrl-C.")
-        foreseen = plan_training(make_workload(config, resolve_model_config(config, settings)), measure=True, log=log)
+        foreseen = plan_recipe(recipe, config, settings, out, measure=True, log=log)
         once = InterruptCallback(max(1, config.max_steps // 3))
         outcome = run_recipe(recipe, config, settings, out, env=env, callbacks=(once,), log=log)
         resumed_at = outcome.step
@@ -170,7 +171,7 @@ def clear_previous_run(out: Path, config: PretrainConfig) -> None:
 
 
 def finish_quickstart(
-    context: QuickstartContext, training_plan: TrainingPlan, outcome: RunOutcome, resumed_at: int, began: float
+    context: QuickstartContext, training_plan: Plan, outcome: RunOutcome, resumed_at: int, began: float
 ) -> QuickstartReport:
     """Sample from the pretrained model, run the later stages, export, load again, report."""
     out, log = context.root, context.log

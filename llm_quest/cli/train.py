@@ -4,52 +4,31 @@ from __future__ import annotations
 
 import datetime
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm_quest.cli.doctor import inspect_machine
-from llm_quest.cost.plan import TrainingPlan, TrainingWorkload, plan_training
-from llm_quest.cost.plan_images import ImagePlan, plan_images
-from llm_quest.cost.plan_policy import PolicyPlan, plan_policy
-from llm_quest.cost.plan_tuning import TuningPlan, plan_tuning
+from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_json
-from llm_quest.objectives.distillation import DistillationLoss
-from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.auxiliary_losses import build_distillation
-from llm_quest.recipes.classify import ClassifyConfig
-from llm_quest.recipes.config import (
-    config_to_yaml,
-)
-from llm_quest.recipes.dpo import DpoConfig
+from llm_quest.recipes.config import config_to_yaml
+from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.grpo import GrpoConfig
-from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
-from llm_quest.recipes.recipe import load_recipe
-from llm_quest.recipes.reward import RewardConfig
+from llm_quest.recipes.recipe import Recipe, load_recipe
 from llm_quest.recipes.run import RunOutcome
-from llm_quest.recipes.sft import SftConfig
-from llm_quest.recipes.techniques import split_checkpointing
-from llm_quest.recipes.vit import VitConfig
-from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.train.parallel import resolve_device
 
 LogFn = Callable[[str], None]
-
-MIN_STEPS_TO_MEASURE = 100
-"""From so many steps on, three are run and timed before the run begins, so that its plan is not a guess."""
 
 
 @dataclass(frozen=True)
 class DryRunResult:
     """A config that passes all checks."""
 
-    config: PretrainConfig
+    config: RunConfig
     exit_code: int = 0
 
     def as_json(self) -> dict[str, Any]:
@@ -78,21 +57,22 @@ def start_training(
     env = inspect_machine(folder).as_json()
     outcome = run_recipe(found, config, settings, folder, resume=resume, env=env, quiet=quiet, log=log)
     if os.environ.get("RANK", "0") == "0":
-        write_plan_and_report(folder, predict_cost(config, settings, folder), log)
+        write_plan_and_report(folder, predict_cost(found, config, settings, folder), log)
     return outcome
 
 
-def predict_cost(config: Any, settings: RawConfig, folder: Path) -> TrainingPlan | None:
-    """The plan of a run of one process that has none, from counted FLOPs alone: nothing that the run measured is in it,
-    so that the report compares a prediction. Made after the run, which does not wait for it."""
+def predict_cost(recipe: Recipe, config: RunConfig, settings: RawConfig, folder: Path) -> Plan | None:
+    """The plan of a run that has none and whose plan needs no data, from counted FLOPs alone: nothing that the run
+    measured is in it, so that the report compares a prediction. Made after the run, which does not wait for it."""
+    from llm_quest.recipes.planning import WITHOUT_DATA, plan_recipe
+
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not isinstance(config, PretrainConfig) or not alone or (folder / "plan.json").exists():
+    if recipe.name not in WITHOUT_DATA or not alone or (folder / "plan.json").exists():
         return None
-    workload = make_workload(config, resolve_model_config(config, settings))
-    return plan_training(workload, measure=False, log=lambda text: None)
+    return plan_recipe(recipe, config, settings, folder, measure=False, log=lambda text: None)
 
 
-def choose_run_dir(recipe: str, config: PretrainConfig, out: Path | None, resume: str) -> tuple[Path, str]:
+def choose_run_dir(recipe: str, config: RunConfig, out: Path | None, resume: str) -> tuple[Path, str]:
     """(run folder, resume mode): the mode is auto, never or a checkpoint."""
     if resume not in ("auto", "never"):
         place = Path(resume)
@@ -122,8 +102,8 @@ def unused_dir(folder: Path, name: str) -> Path:
     return tried
 
 
-def write_plan_and_report(folder: Path, training_plan: TrainingPlan | None, log: LogFn) -> None:
-    """Write the plan of a run, if there is one, and its report."""
+def write_plan_and_report(folder: Path, training_plan: Plan | None, log: LogFn) -> None:
+    """Write the plan, if there is one, and the report that compares it with what was measured."""
     from llm_quest.report.page import write_report
 
     if training_plan is not None:
@@ -131,52 +111,10 @@ def write_plan_and_report(folder: Path, training_plan: TrainingPlan | None, log:
     log(f"report: {write_report([folder])}")
 
 
-def plan_recipe(
-    recipe: str, overrides: Sequence[str], *, measure: bool, log: LogFn
-) -> TrainingPlan | ImagePlan | TuningPlan | PolicyPlan:
-    """What a recipe would cost on this machine."""
-    _, config, settings = load_recipe(recipe, overrides)
-    if isinstance(config, VitConfig | VlmConfig):
-        return plan_images(config, measure=measure, log=log)
-    if isinstance(config, SftConfig | RewardConfig | DpoConfig | ClassifyConfig):
-        return plan_tuning(config, measure=measure, log=log)
-    if isinstance(config, GrpoConfig):
-        return plan_policy(config, settings, measure=measure, log=log)
-    if not isinstance(config, PretrainConfig):
-        raise UsageError(f"runs of {config.recipe} are not planned; try {recipe} with max_steps=20")
-    return plan_training(make_workload(config, resolve_model_config(config, settings)), measure=measure, log=log)
+def estimate_cost(recipe: str, overrides: Sequence[str], *, measure: bool, log: LogFn) -> Plan:
+    """What a recipe would cost on this machine. Nothing is left on disk."""
+    from llm_quest.recipes.planning import plan_recipe
 
-
-def make_workload(config: PretrainConfig, numbers: Any) -> TrainingWorkload:
-    """The recipe as planning sees it."""
-    device = resolve_device(config.device)
-    techniques, checkpointing = split_checkpointing(config.techniques, config.gradient_checkpointing)
-    return TrainingWorkload(
-        numbers,
-        rows=config.batch_size,
-        length=config.sequence_length,
-        steps=config.max_steps,
-        micro_rows=micro_batch_size(config),
-        optimizer=config.optim,
-        precision=resolve_precision(config.precision, device).value,
-        checkpointing=checkpointing,
-        save_total_limit=config.save_total_limit,
-        device=str(device),
-        techniques=techniques,
-        teacher=make_teacher_term(config, numbers.vocab_size, device),
-    )
-
-
-def make_teacher_term(config: PretrainConfig, vocab: int, device: torch.device) -> DistillationLoss | None:
-    """The term that a teacher brings, where there is one."""
-    if config.teacher is None:
-        return None
-    return build_distillation(config.teacher, config, ids=resolve_vocab_size(config), vocab=vocab, device=device)
-
-
-def micro_batch_size(config: PretrainConfig) -> int:
-    """As the recipe chooses them on one process."""
-    from llm_quest.recipes.run import micro_batch_rows
-    from llm_quest.train.parallel import DistributedContext
-
-    return micro_batch_rows(config.batch_size, config.micro_batch_size, DistributedContext(), config.sequence_length)
+    found, config, settings = load_recipe(recipe, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        return plan_recipe(found, config, settings, Path(folder), measure=measure, log=log)

@@ -46,6 +46,11 @@ def grouped_outer_flops(x: Shape, y: Shape, *rest: Any, **options: Any) -> int:
     return 2 * math.prod(x) * y[-1]
 
 
+def inplace_product_flops(out: Shape, x: Shape, y: Shape, *rest: Any, **options: Any) -> int:
+    """out += x (...,N,K) y (...,K,M): 2 N K M for each pair of matrices."""
+    return 2 * math.prod(x) * y[-1]
+
+
 def attention_flops(q: Shape, k: Shape, v: Shape, *rest: Any, **options: Any) -> int:
     """q (B,H,T,d), k (B,G,S,d), v (B,G,S,dv): 2 B H T S (d + dv)."""
     return 2 * math.prod(q[:3]) * k[2] * (q[3] + v[3])
@@ -57,10 +62,12 @@ def attention_backward_flops(gradient: Shape, q: Shape, k: Shape, v: Shape, *res
 
 
 def flop_formulas() -> dict[Any, Any]:
-    """Operators that PyTorch's counter does not know: the CPU's attention kernel, the grouped products of experts."""
+    """Operators that PyTorch's counter does not know: the CPU's attention kernel, products in place, experts."""
     aten, ours = torch.ops.aten, torch.ops.llm_quest
     formulas: dict[Any, Any] = {
         aten._grouped_mm: grouped_mm_flops,
+        aten.addmm_: inplace_product_flops,
+        aten.baddbmm_: inplace_product_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
     }
@@ -149,9 +156,11 @@ class ModelCost:
         growing = (twice - once) // LARGE_CAPACITY
         return growing, once - growing * (LARGE_CAPACITY + 1), at_context
 
-    def count_cache_bytes(self, capacity: int) -> int:
-        """Bytes of a cache for one row, after filing a token. (A slot cache has one spare slot, for padding.)"""
-        with self.mode, torch.no_grad():
+    def count_cache_bytes(self, capacity: int, *, bf16: bool = False) -> int:
+        """Bytes of a cache for one row, after filing a token. (A slot cache has one spare slot, for padding.) bf16:
+        under autocast."""
+        device = next(self.model.parameters()).device.type
+        with self.mode, torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
             token = torch.zeros(1, 1, dtype=torch.int64)
             cache = self.model.new_cache(1, capacity)
             self.model(token, Scope.unpadded(token, cache=cache))

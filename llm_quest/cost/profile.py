@@ -1,90 +1,216 @@
-"""One micro-batch of a real run, counted and timed: what `quest plan` tells of recipes whose batches are not all alike.
-
-FLOPs by PyTorch's counter over a forward and a backward pass, so that what is frozen costs no gradient; an attention
-kernel's backward pass counts twice its forward pass. Activations: the bytes that the forward pass hands to autograd,
-each storage once, parameters left out."""
+"""One training step, counted and timed. FLOPs, activations and the peak of memory are counted on the step itself
+(objective, backward pass, update of the optimizer), run on tensors without memory; seconds are those of real steps."""
 
 from __future__ import annotations
 
 import statistics
+import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from llm_quest.cost.flops import flop_formulas
-from llm_quest.cost.plan import TIMED_STEPS, step_optimizer, time_call
-from llm_quest.layers.block import Block, SingleBlock
+from llm_quest.cost.flops import fake_copy, make_flop_counter
+from llm_quest.techniques.activation_checkpointing import CheckpointedForward, disable_checkpointing
+
+TIMED_STEPS = 3
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Of one micro-batch. total_flops: forward and backward; forward_flops: alone. saved_bytes: bytes that the forward
-    pass hands to autograd; largest_block_bytes: the most that one block hands to it."""
+    """Of one micro-batch and one update. flops: forward and backward, without what checkpointing computes again;
+    executed_flops: with it; forward_flops: forward alone. Bytes beyond the weights: `gradients`; `activations`, which
+    the forward pass leaves for the backward pass; `temporaries`, the most that comes and goes besides these, in the
+    backward pass or the update; `optimizer`, its state."""
 
-    total_flops: int
     forward_flops: int
-    saved_bytes: int
-    largest_block_bytes: int
+    flops: int
+    executed_flops: int
+    gradients: int
+    activations: int
+    temporaries: int
+    optimizer: int
 
 
-def profile_step(objective: nn.Module, batch: Any, device: torch.device, bf16: bool) -> StepProfile:
-    """Counted on the pass itself; no gradient stays."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in objective.parameters()}
-    kept: dict[int, tuple[Any, int | None]] = {}
-    inside: list[int] = []
+def profile_step(
+    objective: nn.Module, batch: Any, make_optimizer: MakeOptimizer | None, *, bf16: bool, mode: FakeTensorMode
+) -> StepProfile:
+    """Count one step of an objective on a micro-batch. Both are copied without memory, unless they were made in `mode`.
+    An objective whose shapes depend on values (image placeholders) is run as it is, with a learning rate of 0."""
+    try:
+        fakes = fake_copy(objective, mode), fake_copy(batch, mode)
+        with mode:
+            return _profile_step(*fakes, make_optimizer, bf16)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return _profile_step(objective, batch.to(device_of(objective)), make_optimizer, bf16)
 
-    def record_storage(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept.setdefault(storage.data_ptr(), (storage, inside[-1] if inside else None))
-        return tensor
 
-    blocks = [module for module in objective.modules() if isinstance(module, Block | SingleBlock)]
-    marks = [block.register_forward_pre_hook(lambda *_, n=n: inside.append(n)) for n, block in enumerate(blocks)]
-    marks += [block.register_forward_hook(lambda *_: inside.clear()) for block in blocks]
-    hooks = torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor)
-    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
-    with counter, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        with hooks:
-            loss = objective(batch)
-        forward = counter.get_total_flops()
-        loss.total.backward()
-    for mark in marks:
-        mark.remove()
+def _profile_step(objective: Any, batch: Any, make_optimizer: MakeOptimizer | None, bf16: bool) -> StepProfile:
+    checkpointed = any(isinstance(module.forward, CheckpointedForward) for module in objective.modules())
+    with disable_checkpointing(objective):
+        forward, flops, tracker = count_passes(objective, batch, bf16)
+    executed, state, update = flops, 0, 0
+    if checkpointed:
+        _, executed, tracker = count_passes(objective, batch, bf16)
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    most = tracker.peak(exclude=gradients)
+    if make_optimizer is not None:
+        state, update = count_update(make_optimizer(objective.model))
     objective.zero_grad()
-    sizes = [0] * max(1, len(blocks))
-    for storage, block in kept.values():
-        if block is not None:
-            sizes[block] += storage.nbytes()
-    whole = sum(storage.nbytes() for storage, _ in kept.values())
-    return StepProfile(counter.get_total_flops(), forward, whole, max(sizes))
+    temporaries = max(most, update) - tracker.activations
+    return StepProfile(forward, flops, executed, storage_bytes(gradients), tracker.activations, temporaries, state)
+
+
+def count_passes(objective: Any, batch: Any, bf16: bool) -> tuple[int, int, StepTracker]:
+    """FLOPs forward, FLOPs forward and backward, and the memory that both took. Gradients stay."""
+    objective.zero_grad()
+    with StepTracker() as tracker:
+        with autocast(device_of(objective), bf16):
+            loss = objective(batch)
+        forward, tracker.activations = tracker.flops, tracker.live_bytes
+        loss.total.backward()
+        del loss
+    return forward, tracker.flops, tracker
+
+
+def count_update(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and the most that an update takes besides."""
+    freeze_values(optimizer)
+    with StepTracker() as tracker:
+        optimizer.step()
+    state = [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
+    return storage_bytes(state), tracker.peak(exclude=state)
+
+
+class StepTracker(TorchDispatchMode):
+    """Counts the FLOPs of the operators inside, and follows every storage that they make until it is freed. Not with
+    FlopCounterMode, which keeps the graph of every module alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formulas = make_flop_counter().flop_registry
+        self.alive: dict[int, tuple[Any, int]] = {}
+        self.events: list[tuple[int, int]] = []
+        self.flops = self.live_bytes = self.activations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self.note(tensor, made_here=False)
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in self.formulas:
+            self.flops += self.formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            self.note(tensor, made_here=True)
+        return out
+
+    def note(self, tensor: Any, *, made_here: bool) -> None:
+        """A storage is seen; one that is an argument before any operator here made it was there already."""
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.alive:
+            return
+        size, number = storage.nbytes() if made_here else 0, len(self.events)
+        self.events.append((number, size))
+        self.live_bytes += size
+
+        def free(_: Any) -> None:
+            del self.alive[key]
+            self.events.append((number, -size))
+            self.live_bytes -= size
+
+        self.alive[key] = (weakref.ref(storage, free), number)
+
+    def peak(self, exclude: list[Tensor]) -> int:
+        """The most bytes alive at once, without these tensors, which are still there."""
+        left_out = {self.alive[key][1] for t in exclude if (key := t.untyped_storage()._cdata) in self.alive}
+        now = most = 0
+        for number, size in self.events:
+            now += 0 if number in left_out else size
+            most = max(most, now)
+        return most
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of these tensors' storages, shared ones once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Of a micro-batch, forward and backward, and of an update; medians of three after one to warm up."""
+    """Seconds of a micro-batch forward, of one forward and backward, and of an update: medians of three after one to
+    warm up."""
 
+    forward: float
     micro_batch: float
     update: float
 
-    def total(self, micro_batches: float) -> float:
-        """A step of so many such micro-batches."""
-        return micro_batches * self.micro_batch + self.update
 
+def time_step(objective: Any, optimizer: torch.optim.Optimizer, batch: Any, bf16: bool) -> StepSeconds:
+    """Run real steps, with a learning rate of 0: the model keeps its values."""
+    device = device_of(objective)
+    batch = batch.to(device)
+    freeze_values(optimizer)
 
-def time_step(
-    objective: Any, optimizer: torch.optim.Optimizer, batch: Any, device: torch.device, bf16: bool
-) -> StepSeconds:
+    def forward() -> Any:
+        with autocast(device, bf16):
+            return objective(batch)
+
     def backward() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = objective(batch)
+        loss = forward()
         (loss.total / loss.count).backward()
 
-    micro, update = [], []
-    for _ in range(1 + TIMED_STEPS):
-        micro.append(time_call(backward, device))
-        update.append(time_call(lambda: step_optimizer(objective.model, optimizer), device))
-    return StepSeconds(statistics.median(micro[1:]), statistics.median(update[1:]))
+    @torch.no_grad()
+    def look() -> None:
+        forward()
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    rounds = [[time_call(run, device) for run in (look, backward, update)] for _ in range(1 + TIMED_STEPS)]
+    return StepSeconds(*(statistics.median(column) for column in zip(*rounds[1:], strict=True)))
+
+
+def freeze_values(optimizer: torch.optim.Optimizer) -> None:
+    """Updates cost what they cost and change nothing."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+
+
+def time_call(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    start = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def matmul_peak(size: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, seconds: float = 0.3) -> float:
+    """GFLOP/s of a size x size matrix product, the best of as many as fit the time (at least three)."""
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    best, until, tried = float("inf"), time.perf_counter() + seconds, 0
+    while tried < 3 or time.perf_counter() < until:
+        best, tried = min(best, time_call(lambda: torch.mm(a, b), device)), tried + 1
+    return 2 * size**3 / best / 1e9

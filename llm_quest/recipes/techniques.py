@@ -64,15 +64,6 @@ def known_techniques() -> dict[str, type]:
 TechniqueEntry = Annotated[dict[str, Any], BeforeValidator(parse_technique_entry)]
 
 
-def split_checkpointing(
-    entries: Sequence[Mapping[str, Any]], checkpointing: bool
-) -> tuple[tuple[Mapping[str, Any], ...], bool]:
-    """The entries without activation checkpointing, and whether it was among them or asked for by its own key: plans
-    count first what is remembered without it."""
-    others = tuple(entry for entry in entries if entry["name"] != "checkpointing")
-    return others, checkpointing or len(others) < len(entries)
-
-
 def apply_techniques(entries: Sequence[Mapping[str, Any]], model: Any, log: LogFn) -> list[Callback]:
     """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
     step."""

@@ -16,7 +16,6 @@ from llm_quest.cli.doctor import (
     hub_cache_dir,
     inspect_machine,
     machine_warnings,
-    matmul_peak,
     nearest_existing_dir,
     redact_variable,
 )
@@ -123,7 +122,3 @@ def test_the_packages_own_checkout_is_told(tmp_path):
 def test_a_folder_that_is_not_there_yet_has_a_disk(tmp_path):
     assert nearest_existing_dir(tmp_path / "runs" / "new") == tmp_path
     assert inspect_machine(tmp_path / "runs" / "new").disk_free > 0
-
-
-def test_the_matrix_product_rate_is_a_rate():
-    assert 0 < matmul_peak(64, torch.float32, seconds=0.01) < 1e6

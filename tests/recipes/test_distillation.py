@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import llm_quest as quest
-from llm_quest.cli.train import plan_recipe
-from llm_quest.cost.plan import TrainingPlan
+from llm_quest.cli.train import estimate_cost
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.files import file_sha256
 from llm_quest.hub.load_save import load_tokenizer, save
@@ -92,11 +91,10 @@ def test_a_plan_knows_the_tokens_of_a_folder_that_was_prepared(target: Path) -> 
     """Not the size that a tokenizer would be trained with; so it does not take the teacher for one of another's."""
     source = json.loads((target / "data.json").read_text())["folder"]
     pairs = [f"data.source={source}", "model={preset: gpt2-tiny}", f"teacher.load={target}"]
-    found = plan_recipe("pretrain", [*pairs, "sequence_length=32"], measure=False, log=lambda line: None)
-    assert isinstance(found, TrainingPlan)
+    found = estimate_cost("pretrain", [*pairs, "sequence_length=32"], measure=False, log=lambda line: None)
     assert found.memory["teacher"] > 0
     with pytest.raises(UsageError, match=r"knows 300 tokens, this run has 4096: set tokenizer\.load="):
-        plan_recipe("pretrain", [*pairs[1:], "sequence_length=32"], measure=False, log=lambda line: None)
+        estimate_cost("pretrain", [*pairs[1:], "sequence_length=32"], measure=False, log=lambda line: None)
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy(text: Path, target: Path, tmp_path: Path) -> None:
