@@ -31,8 +31,7 @@ ONE_WAY = {
     ("eval", "rollouts"): "pass@k samples and verifies as a rollout does",
 }
 """Imports inside a level, each with its reason; the other way round is refused."""
-UPWARD = (
-)  # fmt: skip
+UPWARD: tuple[tuple[str, str], ...] = ()
 """Imports that break the law, with the one who removes them. Nothing may be added."""
 CIRCLES: tuple[set[str], ...] = ()
 """Files that import each other in a circle, with the one who ends it. Nothing may be added."""
