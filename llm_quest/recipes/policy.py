@@ -102,7 +102,7 @@ class PolicyConfig(RunConfig):
             raise ValueError(
                 "k1 in a loss has an expected gradient of 0: set kl_placement=reward, or take k2, k3 or unbiased"
                 if self.kl_estimator == "k1"
-                else f"kl_estimator={self.kl_estimator} has no effect in the reward, where the log-ratio itself (k1) is "
+                else f"kl_estimator={self.kl_estimator} has no effect in the reward, where the log-ratio (k1) is "
                 "right: set kl_estimator=k1"
             )
         return self

@@ -103,8 +103,8 @@ def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, s
 
 
 def train_until(
-    config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path, parallel: DistributedContext,
-    log: LogFn,
+    config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path,
+    parallel: DistributedContext, log: LogFn,
 ) -> tuple[int, float]:  # fmt: skip
     """The model learns from a feed, in a run folder: steps done, and the share it reached. KeyboardInterrupt where the
     user stopped it: what there is is saved."""

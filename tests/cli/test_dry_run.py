@@ -99,7 +99,8 @@ def test_mistakes_in_sizes_are_told_with_all_the_others():
     with pytest.raises(UsageError) as error:
         dry(
             "quickstart", "learning_rate=0", "model.config.hiden_size=8", "model.config.num_hidden_layers=x",
-            "model.config.num_attention_heads=5", "model.config.num_key_value_heads=2", "model.config.rotary={rope_thta: 1}",
+            "model.config.num_attention_heads=5", "model.config.num_key_value_heads=2",
+            "model.config.rotary={rope_thta: 1}",
         )  # fmt: skip
     keys = keys_of(error.value)
     assert sorted(keys) == [
@@ -112,7 +113,8 @@ def test_numbers_at_odds_are_told_with_numbers_that_are_missing():
     with pytest.raises(UsageError) as error:
         dry(
             "quickstart",
-            "model={family: llama, config: {num_attention_heads: 4, num_key_value_heads: 3, head_dim: 7, num_hidden_layers: 0}}",
+            "model={family: llama, config: {num_attention_heads: 4, num_key_value_heads: 3, head_dim: 7, "
+            "num_hidden_layers: 0}}",
         )
     keys = [key.removeprefix("model.config.") for key in keys_of(error.value)]
     assert sorted(keys) == ["head_dim", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"]

@@ -1,5 +1,5 @@
-"""The contract of a recipe: one of your own costs one file and one line, and trains, plans nothing, resumes and reports
-like those of the package."""
+"""The contract of a recipe: one of your own costs one file and one line, and trains, resumes and reports like those
+of the package."""
 
 from __future__ import annotations
 

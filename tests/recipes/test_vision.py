@@ -28,11 +28,14 @@ from tests.recipes.two import recipe_by_two
 
 SMALL_VIT = [
     "data.source=folder", "data.image_size=8", "data.image_mean=[0.5]", "data.image_std=[0.5]", "model.patch_size=4",
-    "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=32", "batch_size=16", "precision=fp32", "warmup_steps=2",
+    "model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=32", "batch_size=16",
+    "precision=fp32", "warmup_steps=2",
 ]  # fmt: skip
 SMALL_VLM = [
-    "data.image_size=24", "vision_tower.patch_size=12", "vision_tower.hidden_size=16", "vision_tower.num_hidden_layers=1", "vision_tower.intermediate_size=32", "language_model.hidden_size=16",
-    "language_model.num_hidden_layers=1", "language_model.intermediate_size=32", "batch_size=4", "precision=fp32", "warmup_steps=1",
+    "data.image_size=24", "vision_tower.patch_size=12", "vision_tower.hidden_size=16", 
+    "vision_tower.num_hidden_layers=1", "vision_tower.intermediate_size=32", "language_model.hidden_size=16",
+    "language_model.num_hidden_layers=1", "language_model.intermediate_size=32", "batch_size=4",
+    "precision=fp32", "warmup_steps=1",
     "eval_images=2",
 ]  # fmt: skip
 
