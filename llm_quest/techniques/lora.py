@@ -231,8 +231,7 @@ def apply_adapter(model: Model, technique: Technique, edits: Any) -> Model:
     if adapter_layers(model):
         raise UsageError(
             "this model has an adapter already: train that one on, or merge it first (techniques.lora.merge_adapter) "
-            "and adapt "
-            "the merged model"
+            "and adapt the merged model"
         )
     if settings.rank < 1 or not settings.targets:
         raise UsageError(
