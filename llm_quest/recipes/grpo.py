@@ -202,7 +202,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """Problem number i of an endless list to learn from, and those that are held out."""
+    """An endless list of training problems, and the held-out ones."""
 
     train_problem: Callable[[int], Problem]
     held_out: list[Problem]
@@ -256,7 +256,7 @@ def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer) -> EncodeFn:
 
 
 def make_prompt(problems: ProblemSet, encode: EncodeFn, index: int) -> PolicyPrompt:
-    """Number `index` of those to learn from."""
+    """The prompt of training problem number `index`."""
     problem = problems.train_problem(index)
     return PolicyPrompt(tuple(encode(problem.prompt)), problem)
 

@@ -1,11 +1,12 @@
 """`quest train iterative`: GRPO with a reward model that is trained on (DeepSeekMath, arXiv:2402.03300, algorithm 1).
 
-      judge 0   from policy 0 and its samples, labelled by the verifier
-      policy i  GRPO from policy i-1, its reference, under judge i-1
-      judge i   trained on with comparisons of policy i's samples, a tenth of each batch from earlier iterations
+      reward model 0   from policy 0 and its samples, labelled by the verifier
+      policy i         GRPO from policy i-1, its reference, with reward model i-1
+      reward model i   trained on with comparisons of policy i's samples, a tenth of each batch from earlier iterations
 
 Every stage is a run of its own in the folder, so the whole goes on where it was interrupted. In the metrics of a policy
-`rewards/model` is what it is trained for and `reward` is what it is worth: where they part, the judge is being fooled.
+`rewards/model` is what it is trained for and `reward` is what it is worth: where they part, the policy exploits the
+reward model.
 Not said in the paper: the policy's optimiser begins anew in every iteration."""
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
 
 
 def policy_stage_config(config: IterativeConfig, policy: str, reward_model: str, number: int) -> GrpoConfig:
-    """One iteration's policy run: the verifier watches, the judge rewards."""
+    """The config of one iteration's policy run: the reward model rewards, the verifier is only reported."""
     given = config.model_dump(
         exclude={"num_outer_iterations", "reward_model", "recipe", "model", "warmup", "rewards", "seed"}
     )
@@ -122,7 +123,7 @@ def train_reward_model_stage(
     parallel: DistributedContext,
     log: LogFn,
 ) -> Path:
-    """The judge of this iteration, trained on; its folder."""
+    """Trains this iteration's reward model; its folder."""
     folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
     if not file.is_file():
@@ -169,7 +170,7 @@ def init_reward_model(name_or_path: str, seed: int) -> tuple[Decoder, Tokenizer]
 def collect_comparisons(
     config: IterativeConfig, policy: str, number: int, parallel: DistributedContext
 ) -> Sequence[TokenizedPreference]:
-    """What the policy writes now, better beside worse by the verifier's word."""
+    """Comparisons of the newest policy's samples, labelled by the verifier."""
     model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
     encode, problems = prompt_encoder(config, tokenizer), load_problems(config)
     asked = [
@@ -186,7 +187,7 @@ def comparison_to_json(one: TokenizedPreference) -> list[list[int]]:
 
 
 def read_comparisons(file: Path) -> list[TokenizedPreference]:
-    """Comparisons from their file; none where there is none (a judge that was loaded had no iteration 0)."""
+    """Comparisons from their file; none where there is none (a reward model that was loaded had no iteration 0)."""
     if not file.is_file():
         return []
     ids = partial(np.array, dtype=np.int64)

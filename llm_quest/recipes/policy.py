@@ -19,7 +19,7 @@ UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class SamplerCorrectionConfig(StrictModel):
-    """The samples are scored again by the trainer, and what differs from the sampler's word is corrected."""
+    """The trainer scores the samples again, and importance weights correct what differs from the sampler."""
 
     cap: PositiveFloat = 2.0
     mode: Literal["truncate", "mask"] = "truncate"
@@ -27,7 +27,7 @@ class SamplerCorrectionConfig(StrictModel):
 
 
 class PolicyConfig(RunConfig):
-    """How a policy learns from what it wrote."""
+    """The keys of a recipe that trains a policy on its own samples."""
 
     loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = "grpo"
     loss_kwargs: dict[str, Annotated[float, Field(ge=0)]] = Field(
@@ -102,8 +102,8 @@ class PolicyConfig(RunConfig):
             raise ValueError(
                 "k1 in a loss has an expected gradient of 0: set kl_placement=reward, or take k2, k3 or unbiased"
                 if self.kl_estimator == "k1"
-                else f"kl_estimator={self.kl_estimator} has no effect in the reward, where the log-ratio (k1) is "
-                "right: set kl_estimator=k1"
+                else f"kl_estimator={self.kl_estimator} has no effect in the reward, where the log-ratio itself (k1) "
+                "is right: set kl_estimator=k1"
             )
         return self
 

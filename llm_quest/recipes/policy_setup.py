@@ -164,7 +164,7 @@ def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, p
 
 
 def tap_last_layer(model: Decoder) -> None:
-    """One tap, on the last layer, whose attention is learned."""
+    """Records the attention of the last layer, which is trained."""
     try:
         AttentionTaps((-1,))(model)
     except ValueError as error:
@@ -176,7 +176,7 @@ def attention_scorer(model: Decoder) -> RowScorer:
 
 
 def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> RowScorer:
-    """Scores a batch at the temperature it was sampled at. off: with the adapters off."""
+    """Log-probabilities at the sampling temperature. adapters_disabled: of the model without its adapters."""
 
     def score(batch: Any) -> torch.Tensor:
         with disable_adapter(model) if adapters_disabled else nullcontext():
@@ -225,7 +225,7 @@ class ProblemEvaluator:
 
 @dataclass
 class RatioRangeEvaluator:
-    """The smallest and largest ratio, before clipping, since the last row."""
+    """The smallest and largest importance ratio, before clipping, since the last row of metrics."""
 
     objective: PolicyGradientLoss
     interval: int

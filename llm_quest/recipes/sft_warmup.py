@@ -1,4 +1,4 @@
-"""What a fresh model learns before rewards can tell it anything: a run of its own inside the run folder."""
+"""Supervised warm-up of a fresh policy on demonstrations: a run of its own inside the run folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class WarmupConfig(StrictModel):
 
 @dataclass(frozen=True)
 class StopRule:
-    """How long a warm-up goes on: at most `steps`, until `share` (looked at every CHUNK steps) reaches `until`."""
+    """When a warm-up ends: after max_steps, or when the accuracy (measured every CHECK_EVERY steps) reaches its
+    target."""
 
     max_steps: int
     learning_rate: float
@@ -91,7 +92,7 @@ def run_sft_warmup(
 
 
 def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, seed: int) -> Decoder:
-    """A model of the recipe's sizes with first values."""
+    """A model of the recipe's config with random weights."""
     numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=WARMUP_CONTEXT)
     model = build(numbers, seed=derive_seed(seed, "init"))
     model.generation_config = GenerationConfig(
@@ -106,8 +107,8 @@ def train_until(
     config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path,
     parallel: DistributedContext, log: LogFn,
 ) -> tuple[int, float]:  # fmt: skip
-    """The model learns from a feed, in a run folder: steps done, and the share it reached. KeyboardInterrupt where the
-    user stopped it: what there is is saved."""
+    """Trains the model in a run folder: steps done, and the accuracy it reached. KeyboardInterrupt where the user
+    stopped it, after a checkpoint."""
     objective = parallel.parallelize(NextTokenLoss(model))
     every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
     accuracy, step = 0.0, 0

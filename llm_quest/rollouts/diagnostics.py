@@ -1,8 +1,7 @@
-"""The doctor of a reinforcement run: reads its numbers and says in words what is wrong and what helps. A run that
-cannot learn is stopped, and told why.
+"""Diagnoses a reinforcement learning run from its metrics: advice in words, and a stop where it cannot learn.
 
-Reward alone proves little: it can rise while the answers get worse. So the doctor also looks at how many groups hold
-any news, whether answers end, how much chance is left in the policy, and at held-out accuracy."""
+The reward alone proves little: it can rise while the answers get worse. So the diagnostics also read the share of
+groups without spread, truncated completions, the policy's entropy, importance ratios and held-out accuracy."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ MetricsRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Symptom:
-    """Something to look for. seen(rows): does the newest row, in the light of those before it, show it? fatal: a run
-    that shows it for long cannot learn."""
+    """A condition of a run and the advice for it. is_present(rows): does the newest row of metrics, given those before
+    it, show it? fatal: a run that shows it for long cannot learn."""
 
     name: str
     is_present: Callable[[Sequence[MetricsRow]], bool]

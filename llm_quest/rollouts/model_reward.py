@@ -1,4 +1,4 @@
-"""A reward model as a reward, and its food: comparisons of what the policy wrote, labelled from outside.
+"""A reward model as a reward function, and the comparisons that it is trained on while the policy changes.
 
 Commonly got wrong: the reward model labels its own training data, which teaches it nothing; and only the newest samples
 are learned from, so that what it knew before is forgotten (DeepSeekMath, arXiv:2402.03300, replays a tenth)."""
@@ -25,7 +25,7 @@ RewardModelScorer = Callable[[Sequence[Sequence[int]]], Tensor]
 
 @dataclass(frozen=True)
 class ModelReward:
-    """The model's number for each sample, read where it ends. scorer: rows of ids (prompt and completion) -> numbers.
+    """Scores completions with a reward model. scorer: rows of ids (prompt and completion) -> numbers.
     The ids are those that were sampled: both models read the same tokenizer's."""
 
     scorer: RewardModelScorer

@@ -1,4 +1,4 @@
-"""From groups of samples to rows worth learning from: rewards, which groups are kept, shaping, advantages.
+"""From groups of samples to advantages: rewards, which groups are kept, reward shaping, advantage estimation.
 
 Which groups are kept is judged on the *first* reward alone, the raw correctness, before anything shapes it: length or
 format noise makes a group that is all wrong look mixed, and its gradient is noise (DAPO's filter, got wrong in NeMo-RL
@@ -34,7 +34,7 @@ StepRewards = Callable[[Sample], Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A reward, what it is called in the metrics, and its weight."""
+    """A reward function, its name in the metrics, and its weight."""
 
     name: str
     reward_fn: Reward
@@ -75,7 +75,7 @@ class RewardPipeline:
             )
 
     def compute_rewards(self, groups: Sequence[SampleGroup]) -> Float[Tensor, "R P G"]:
-        """Every judge's word on every sample; NaN: unscorable."""
+        """Every reward of every sample; NaN: unscorable."""
         found = np.array([[score_group(judge, group) for group in groups] for judge in self.rewards], np.float64)
         rewards = torch.from_numpy(found.reshape(len(self.rewards), len(groups), -1))
         if self.filter_truncated and groups:
@@ -139,7 +139,7 @@ class RewardPipeline:
 
 
 def score_group(weighted_reward: WeightedReward, group: SampleGroup) -> list[float]:
-    """One judge on one group; whoever returns something else than one number each is named."""
+    """One reward function on one group. DataError where it does not return one finite number (or NaN) a sample."""
     found = [float(value) for value in weighted_reward.reward_fn(group)]
     if len(found) != len(group):
         raise DataError(

@@ -130,7 +130,7 @@ def documents_loader(
 
 
 class FlopsCallback:
-    """A callback that tells what has been spent, over all processes. `at(step)` is a function of the step alone."""
+    """Reports the FLOPs spent so far, over all processes; a function of the step alone."""
 
     def __init__(self, loader: ShardedLoader[WholeDocuments], cost: PassCost):
         self.feed, self.cost = loader, cost

@@ -206,7 +206,7 @@ class PositionEvaluator:
         return {"prompt": decode(ids), "text": one.text, "entropy": one.position.entropy, "right": one.reasoned_correct}
 
     def report_table(self, when: str, log: Callable[[str], None]) -> BucketTable:
-        """The table of the model as it is, said, and kept under `when`."""
+        """Logs the table of the model as it is, and keeps it in the file under `when`."""
         table = self.evaluation.evaluate_buckets(self.model)
         if self.file is not None:
             kept = json.loads(self.file.read_text()) if self.file.is_file() else {}

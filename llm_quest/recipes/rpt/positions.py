@@ -260,8 +260,8 @@ def require_positions(
         why += f"; {short:,} documents have nothing to foretell" if short else ""
         raise DataError(
             f"no place in {config.data.source} is left to think about: the proxy finds none harder than "
-            f"{config.selection.entropy_threshold:g} nats{why}; lower "
-            "selection.entropy_threshold, or take a smaller proxy or more text"
+            f"{config.selection.entropy_threshold:g} nats{why}; lower selection.entropy_threshold, or "
+            "take a smaller proxy or more text"
         )
     if not held_out:
         raise DataError(f"nothing of {config.data.source} that was held out can be asked for; add text")

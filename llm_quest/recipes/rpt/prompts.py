@@ -121,8 +121,8 @@ def max_document_length(
         wanted = "any text" if length is None or room < 2 else f"texts of {length} tokens"
         raise UsageError(
             f"the model's context of {max_context} has no room for {wanted}: {max_new_tokens} new tokens and "
-            f"{prompt_builder.num_instruction_tokens} "
-            f"of the instruction leave {max(room, 0)}; lower max_new_tokens or data.max_document_tokens"
+            f"{prompt_builder.num_instruction_tokens} of the instruction leave "
+            f"{max(room, 0)}; lower max_new_tokens or data.max_document_tokens"
         )
     return room if length is None else length
 

@@ -174,7 +174,7 @@ def build_rollouts(
 
 
 def position_question(text: RptDocuments, found: Sequence[Position], seed: int, index: int) -> PolicyPrompt:
-    """Question number `index` of an endless list."""
+    """Prompt number `index` of an endless list."""
     epoch, at = divmod(index, len(found))
     one = found[epoch_order(len(found), seed, epoch)[at]]
     return text.prompt_builder.build_prompt(text.train[one.document], one.place)
@@ -193,7 +193,7 @@ def make_position_evaluation(
     found: SelectedPositions,
     parallel: DistributedContext,
 ) -> NextTokenReasoningEval:
-    """How held-out places are looked at."""
+    """The evaluation of held-out positions."""
     writer = policy_sampler(config, model, tokenizer, parallel)
     return NextTokenReasoningEval(
         text.held_out, found.held_out, text.prompt_builder, writer, PrefixMatchReward(config.prompt.opening_tag)
