@@ -65,7 +65,8 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0
 
 
 def made(model: str, config: str, **numbers: Any) -> Callable[[], Any]:
-    """A builder; experts run as a plain loop, which is the definition. Its `architecture` is the class that it builds."""
+    """A builder; experts run as a plain loop, which is the definition. Its `architecture` is the class that it
+    builds."""
 
     def build() -> Any:
         torch.manual_seed(0)
