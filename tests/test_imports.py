@@ -31,10 +31,6 @@ ONE_WAY = {
     ("eval", "rollouts"): "pass@k samples and verifies as a rollout does",
 }
 """Imports inside a level, each with its reason; the other way round is refused."""
-UPWARD: tuple[tuple[str, str], ...] = ()
-"""Imports that break the law, with the one who removes them. Nothing may be added."""
-CIRCLES: tuple[set[str], ...] = ()
-"""Files that import each other in a circle, with the one who ends it. Nothing may be added."""
 TRAIN_MAY_IMPORT = ("contracts", "errors", "files", "tensor_files")
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
@@ -83,7 +79,7 @@ def refused_imports(package: str, imported: Set[str]) -> list[str]:
     for other in sorted(imported - {package}):
         upward, sideways = LEVEL[other] > LEVEL[package], LEVEL[other] == LEVEL[package] != 0
         beyond_train = package == "train" and other not in TRAIN_MAY_IMPORT
-        if (upward or sideways or beyond_train) and (package, other) not in (*ONE_WAY, *UPWARD):
+        if (upward or sideways or beyond_train) and (package, other) not in ONE_WAY:
             refused.append(f"{package} imports {other}")
     return refused
 
@@ -118,7 +114,7 @@ def test_an_import_that_goes_up_or_sideways_is_named(package: str, other: str):
 
 def test_every_stated_exception_is_still_needed():
     used = {(package_of(file), other) for file in FILES for other in packages_imported(file)}
-    assert set(ONE_WAY) | set(UPWARD) <= used
+    assert set(ONE_WAY) <= used
 
 
 def circles(graph: Mapping[str, Set[str]]) -> list[set[str]]:
@@ -157,7 +153,7 @@ def test_circles_are_found():
 def test_no_files_import_each_other_in_a_circle():
     """Imports under TYPE_CHECKING and inside functions count: who reads one file has to read the other."""
     graph = {name: imports(file) & set(MODULES) - {name} for name, file in MODULES.items()}
-    assert sorted(map(sorted, circles(graph))) == sorted(map(sorted, CIRCLES))
+    assert circles(graph) == []
 
 
 def test_the_first_level_needs_torch_and_shapes_only():
