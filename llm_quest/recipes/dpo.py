@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import (
     PREFERENCE_LOSSES,
     PairwiseLoss,
@@ -119,15 +120,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
     row_loader.source.share_prompts = share
     loader: Loader = row_loader
     if config.sync_ref_model:
-        synced_reference = SyncedReference(
-            row_loader,
-            model.to(parallel.device),
-            out,
-            sync_steps=config.ref_model_sync_steps,
-            mixup_alpha=config.ref_model_mixup_alpha,
-            save_total_limit=config.save_total_limit,
-            leader=parallel.is_main_process,
-        )
+        synced_reference = build_synced_reference(config, row_loader, model, context)
         objective.reference, loader, callbacks = synced_reference, synced_reference, [*callbacks, synced_reference]
     elif not config.precompute_ref_log_probs:
         require_adapters(model)
@@ -164,6 +157,19 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         tokenizer,
         callbacks=callbacks,
         prepare=compute_reference,
+    )
+
+
+def build_synced_reference(config: DpoConfig, loader: Any, model: Decoder, context: Context) -> SyncedReference:
+    """A reference that follows the policy."""
+    return SyncedReference(
+        loader,
+        model.to(context.parallel.device),
+        context.run_dir,
+        sync_steps=config.ref_model_sync_steps,
+        mixup_alpha=config.ref_model_mixup_alpha,
+        save_total_limit=config.save_total_limit,
+        leader=context.parallel.is_main_process,
     )
 
 
