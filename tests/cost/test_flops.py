@@ -43,12 +43,9 @@ def test_every_pass_costs_what_is_counted_on_the_model_itself(name: str):
 
 def test_beyond_its_window_attention_grows_with_the_tokens_alone():
     config = dataclasses.replace(
-        preset("gemma3-tiny").config,
-        num_hidden_layers=6,
+        preset("gemma3-tiny").config, num_hidden_layers=6, sliding_window=128, max_position_embeddings=4096,
         layer_types=("sliding_attention",) * 5 + ("full_attention",),
-        sliding_window=128,
-        max_position_embeddings=4096,
-    )
+    )  # fmt: skip
     model = build(config)
     assert ModelCost(model).forward(2048) == count_real(model, 2048)
 
