@@ -134,7 +134,7 @@ def run_quickstart(
         log("2. A tokenizer and a small Llama 3 model, both trained from scratch.")
         log(f"3. Training for {config.max_steps} steps. After a third of them an interrupt is sent on purpose, as by")
         log("   Ctrl-C.")
-        foreseen = plan_recipe(recipe, config, settings, out, measure=True, log=log)
+        training_plan = plan_recipe(recipe, config, settings, out, measure=True, log=log)
         once = InterruptCallback(max(1, config.max_steps // 3))
         outcome = run_recipe(recipe, config, settings, out, env=env, callbacks=(once,), log=log)
         resumed_at = outcome.step
@@ -143,7 +143,7 @@ def run_quickstart(
             outcome = run_recipe(recipe, config, settings, out, env=env, log=log)
         require_finished(outcome, log)
         context = QuickstartContext(out, seed, device, env, log, stage_overrides)
-        return finish_quickstart(context, foreseen, outcome, resumed_at, began)
+        return finish_quickstart(context, training_plan, outcome, resumed_at, began)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""`quest report RUN...`: one HTML page about one run, or several side by side. Whoever has the file has everything:
-nothing is fetched, nothing is run (no script at all), and what is shown of models, data and settings is escaped."""
+"""`quest report RUN...`: one HTML file about one run, or a comparison of several. The file is complete: it
+fetches nothing and holds no script, and everything shown of models, data and settings is escaped."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TEMPLATE = Path(__file__).parent / "report.html"
 
 
 def write_report(runs: Sequence[Path | str], *, out: Path | str | None = None) -> Path:
-    """Write the page and return where it is: `out`, or report.html in the first run. An earlier page is replaced at
-    once or not at all; other kinds of things under that name are left alone (UsageError)."""
+    """Write the report and return its path: `out`, or report.html in the first run. An earlier report is replaced
+    atomically; a file of another kind under that name is refused (UsageError)."""
     if not runs:
         raise UsageError("no run folder was given; quest report takes one or more")
     folders = [Path(run) for run in runs]
@@ -45,7 +45,7 @@ def write_report(runs: Sequence[Path | str], *, out: Path | str | None = None) -
 
 
 def render_html(records: Sequence[RunRecord]) -> str:
-    """The HTML. Everything but our own pictures is escaped."""
+    """The HTML. Everything but our own plots is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -62,14 +62,14 @@ def render_html(records: Sequence[RunRecord]) -> str:
 
 
 def number_duplicate_names(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Runs whose folders have one name are numbered."""
+    """The names of the runs' folders; equal names are numbered."""
     names = [record.name for record in records]
     numbered = [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
     return [RunRecord(**{**vars(record), "name": name}) for record, name in zip(records, numbered, strict=True)]
 
 
 def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
-    """(heading, svg, over the whole width?)"""
+    """The plots: (heading, svg, whether it takes the whole width)."""
     alone = len(records) == 1
     losses = [
         metric_curve(record, "loss", number, rough=True, name="training" if alone else "")
@@ -100,7 +100,7 @@ def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
 
 
 def score_lines(records: Sequence[RunRecord]) -> Iterator[Curve]:
-    """A run's accuracies, a line each; of several runs the first of each, in the run's colour."""
+    """Curves of held-out accuracies: all of a single run; of several runs the first of each, in the run's colour."""
     for number, record in enumerate(records):
         for place, (name, (steps, values)) in enumerate(record.scores.items()):
             if len(records) == 1:
@@ -120,7 +120,7 @@ def metric_curve(
 
 
 def plot_baselines(records: Sequence[RunRecord]) -> str:
-    """Every run's bits per byte beside the baselines, where there are any."""
+    """A bar chart of every run's bits per byte and the baselines', where there are any."""
     ours = {"this model" if len(records) == 1 else record.name: final_bits_per_byte(record) for record in records}
     others = {name: value for record in records for name, value in recorded_baselines(record).items()}
     values = {name: value for name, value in ours.items() if value is not None} | others
@@ -132,7 +132,7 @@ def plot_baselines(records: Sequence[RunRecord]) -> str:
 
 
 def comparison_table(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
-    """A table of the runs: a head of names, then a row for each tile that any of them has."""
+    """A table of the runs: a header of names, then a row for each number that any of them has."""
     figures = [{tile.label: tile.value for tile in key_figures(record)} for record in records]
     labels = dict.fromkeys(label for one in figures for label in one)
     status = ("status", *(run_status(record)[0] for record in records))
@@ -144,7 +144,7 @@ def comparison_table(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
 
 
 def differing_settings(records: Sequence[RunRecord]) -> tuple[TableRow, ...]:
-    """Settings that are not the same in all runs."""
+    """Settings that differ between the runs."""
     settings = [dict(parse_settings(record.config)) for record in records]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = [(key, *(one.get(key, "") for one in settings)) for key in keys]
@@ -169,5 +169,5 @@ def parse_settings(config: str) -> Iterator[tuple[str, str]]:
 
 
 def clean_for_html(text: str) -> str:
-    """Without characters that command a terminal or turn the direction of what follows."""
+    """The text without control characters and without marks that change the direction of writing."""
     return "".join(c for c in str(text) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))

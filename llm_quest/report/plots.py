@@ -1,4 +1,4 @@
-"""Curves and bars as SVG that takes its colours and letters from the page, so that it reads in the light and the dark.
+"""Curves and bars as SVG with the colours and font of the HTML, in its light and its dark theme.
 
 matplotlib draws with stand-in colours; afterwards each stand-in becomes a variable of the page's style sheet. It is
 imported when the first picture is drawn, and its settings are afterwards as they were.
@@ -51,7 +51,7 @@ RC_PARAMS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line over steps. values: NaN leaves a gap and a mark at the foot; so does a step in `nonfinite_steps`.
+    """A named line over steps. values: NaN leaves a gap and a mark on the x axis; so does a step in `nonfinite_steps`.
     smooth: drawn faint under its running mean. show_points: measured only now and then, so each point is shown. colour:
     a number, the same for one run on the whole page."""
 
@@ -73,7 +73,7 @@ def plot_curves(
     wide: bool = False,
     level: tuple[str, float] | None = None,
 ) -> str:
-    """A picture of lines; empty text where there is nothing to draw. level: a dashed line to compare with."""
+    """An SVG plot of lines; an empty string where there is nothing to draw. level: a dashed horizontal line."""
     drawable = [line for line in lines if any(map(math.isfinite, line.values))]
     if not drawable:
         return ""
@@ -98,7 +98,7 @@ def plot_curves(
 
 
 def draw_curve(axes: Axes, line: Curve) -> None:
-    """One line, and marks where it has no number."""
+    """Draw one line, and marks where it has no number."""
     colour = SERIES[line.colour % len(SERIES)]
     steps, values = downsample(line.steps, line.values)
     rough = line.smooth and len(values) > 20
@@ -119,7 +119,7 @@ def draw_curve(axes: Axes, line: Curve) -> None:
 
 
 def set_log_scale(axes: Axes) -> None:
-    """A logarithmic height, its numbers written out."""
+    """Make the y axis logarithmic, with its numbers written out."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     low, high = axes.get_ylim()
@@ -128,7 +128,7 @@ def set_log_scale(axes: Axes) -> None:
 
 
 def set_y_limits(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | None) -> None:
-    """Leave out the heights of the first steps, where they would flatten all the rest."""
+    """Limit the y axis to what follows the first steps, where these would flatten all the rest."""
     shown = [value for line in lines for value in line.values[len(line.values) // 20 :] if math.isfinite(value)]
     if max(len(line.values) for line in lines) < MIN_POINTS_TO_SCALE or not shown:
         return
@@ -139,7 +139,7 @@ def set_y_limits(axes: Axes, lines: Sequence[Curve], level: tuple[str, float] | 
 
 
 def plot_bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], unit: str) -> str:
-    """Horizontal bars, the shortest on top, `ours` in the accent colour, each with its number."""
+    """An SVG plot of horizontal bars, the shortest on top, `ours` in the accent colour, each with its number."""
     if not values:
         return ""
     names = sorted(values, key=lambda name: values[name], reverse=True)
@@ -161,8 +161,7 @@ def plot_bars(title: str, values: Mapping[str, float], *, ours: Sequence[str], u
 
 @contextmanager
 def new_figure(title: str, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty picture of so many inches, in the page's look. title decides the ids inside, so it is unique on a
-    page."""
+    """An empty figure of this size in inches. title decides the ids inside, so it is unique in a report."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -172,7 +171,7 @@ def new_figure(title: str, width: float, height: float) -> Iterator[tuple[Figure
 
 
 def figure_to_svg(figure: Figure, title: str) -> str:
-    """The <svg> element alone, as wide as its place, in the page's colours and letters, with a name for screen
+    """The <svg> element alone, as wide as its container, in the HTML's colours and font, with a label for screen
     readers."""
     written = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -190,7 +189,7 @@ def figure_to_svg(figure: Figure, title: str) -> str:
 
 
 def downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most MOST_POINTS of them: of each stretch its lowest and its highest, in order, so that no spike is lost."""
+    """At most MOST_POINTS of them: the lowest and the highest of each segment, in order, so that no spike is lost."""
     if len(steps) <= MAX_POINTS:
         return list(steps), list(values)
     stretch = math.ceil(2 * len(steps) / MAX_POINTS)
@@ -204,7 +203,7 @@ def downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[list[fl
 
 def moving_average(values: Sequence[float]) -> list[float]:
     """The mean of a point and its neighbours on both sides (one part in WINDOWS of the line): it does not lag behind,
-    as a mean of what came before does. NaN stays a gap and counts for nobody."""
+    as a mean of what came before does. NaN stays a gap and is left out of the means."""
     reach = max(2, len(values) // (2 * SMOOTHING_WINDOWS))
     out = []
     for place, value in enumerate(values):

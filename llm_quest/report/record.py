@@ -1,13 +1,13 @@
-"""A run folder, read for telling about it. Everything but the folder itself may be missing: a run that has just begun,
-was killed, or was copied in part has a report too.
+"""Reads a run folder for its report. Every file may be missing: a run that has just begun, was killed, or was copied in
+part has a report too.
 
       config.yaml    the resolved settings, as text         env.json        what `quest doctor` finds (cli/doctor.py)
       metrics.jsonl  step, tokens, loss, learning_rate, grad_norm, num_targets, tokens_per_second, train_seconds,
                      skipped_steps, eval/loss, ... a row; a run of the first version has OLD_METRICS;
                      a number that was not finite is null and named in "nonfinite"
-      events.jsonl   time, event, ... a row                 data.json       what the text consists of, with its ledger
-      plan.json      what it was to cost (cost/plan.py)  summary.json    how it ended, and the baselines
-      model.json     the page and its numbers               evaluation.json  bits per byte with their interval
+      events.jsonl   time, event, ... a row                 data.json       the text and what was dropped
+      plan.json      the predicted cost (cost/plan.py)      summary.json    how it ended, and the baselines
+      model.json     the family and its config              evaluation.json  bits per byte with their interval
       samples/       step-00000200.json: {"step", "samples": [{"prompt", "text"}, ...]}
       checkpoints/   step-00000200/
 """
@@ -43,7 +43,7 @@ OLD_METRICS = {
     "seconds_scoring": "scoring_seconds",
 }
 OLD_EVENTS = {"set aside": "checkpoint_renamed", "not saved": "save_failed", "guard stop": "stopped_by_guard"}
-"""Names of the first version -> names of today."""
+"""Names of the first version -> current names."""
 EXCLUDED_SCORES = ("eval/loss", "eval/bits_per_byte")
 
 
@@ -59,7 +59,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of one run. checkpoints: name -> bytes."""
+    """The files of one run. checkpoints: name -> bytes."""
 
     name: str
     config: str
@@ -86,25 +86,25 @@ class RunRecord:
 
     @property
     def unit(self) -> str:
-        """What its rows count as tokens: `images`, in runs that only look."""
+        """What its rows count: tokens, or images in runs of an image encoder."""
         return str(self.data.get("counted") or "tokens")
 
     @property
     def scores(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Name -> (steps, values) of what was measured on held-out data and lies between 0 and 1 (accuracies); losses
-        are told elsewhere."""
+        """Name -> (steps, values) of what was measured on held-out data and lies between 0 and 1 (accuracies), without
+        losses."""
         names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("eval/"))
         found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in EXCLUDED_SCORES}
         return {name: (at, values) for name, (at, values) in found.items() if all(0 <= value <= 1 for value in values)}
 
     @property
     def step(self) -> int:
-        """Steps done, as far as the rows say."""
+        """The last step that a row records."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
 
 def read_run(folder: Path) -> RunRecord:
-    """DataError if it is no folder, holds nothing that a run writes, or a file of it is not what its name says."""
+    """Read a run folder. DataError if it is no folder, holds none of a run's files, or a file has the wrong format."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; quest report takes run folders")
     if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "events.jsonl", "env.json")):
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_text_file(file: Path) -> str:
-    """The text; empty if there is no such file."""
+    """The text of a file; empty if there is none."""
     if not file.is_file():
         return ""
     if file.stat().st_size > MAX_FILE_BYTES:
@@ -137,7 +137,7 @@ def read_text_file(file: Path) -> str:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
+    """The JSON object in a file; empty if there is none."""
     text = read_text_file(file)
     try:
         held = json.loads(text) if text.strip() else {}
@@ -165,14 +165,14 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows that have a step, under today's names."""
+    """The rows that have a step, under current names."""
     for row in read_jsonl(file):
         if type(row.get("step")) is int:
             yield {OLD_METRICS.get(name, name): value for name, value in row.items()}
 
 
 def read_events(file: Path) -> Iterator[dict[str, Any]]:
-    """The events, under today's names."""
+    """The events, under current names."""
     for row in read_jsonl(file):
         name = row.get("event")
         yield row | {"event": OLD_EVENTS.get(name, name)} if isinstance(name, str) else row
@@ -190,7 +190,7 @@ def read_samples(folder: Path) -> Iterator[SampleRow]:
 
 
 def checkpoint_sizes(folder: Path) -> dict[str, int]:
-    """Name -> bytes of the checkpoints that are there."""
+    """Name -> bytes of each checkpoint."""
     there = sorted(folder.glob("step-*")) if folder.is_dir() else []
     return {
         one.name: sum(file.stat().st_size for file in one.iterdir() if file.is_file()) for one in there if one.is_dir()
@@ -198,7 +198,7 @@ def checkpoint_sizes(folder: Path) -> dict[str, int]:
 
 
 def redact(held_out: Any) -> Any:
-    """The same without what its key says is secret."""
+    """The same value without entries whose key names a secret."""
     if isinstance(held_out, dict):
         return {key: REDACTED if SECRET_KEY.search(str(key)) else redact(value) for key, value in held_out.items()}
     return [redact(value) for value in held_out] if isinstance(held_out, list) else held_out

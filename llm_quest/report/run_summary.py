@@ -1,5 +1,5 @@
-"""What the page says about one run: a sentence, the numbers people look for first, samples, and tables. Plain data;
-the template makes it a page."""
+"""The contents of the report on one run: a sentence, the main numbers, samples, and tables. Plain data, which the
+template turns into HTML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TableRow = tuple[str, ...]
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A number worth large letters."""
+    """A main number, shown in large type."""
 
     label: str
     value: str
@@ -38,7 +38,7 @@ class SampleHistory:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the page says about one run."""
+    """The contents of the report on one run."""
 
     name: str
     number: int
@@ -58,7 +58,7 @@ class RunSummary:
 
 
 def summarize_run(record: RunRecord, number: int) -> RunSummary:
-    """One run, told."""
+    """Summarise one run."""
     status, good = run_status(record)
     drop_report = drop_report_of(record)
     found = record.env.get("warnings") or []
@@ -82,7 +82,7 @@ def summarize_run(record: RunRecord, number: int) -> RunSummary:
 
 
 def run_status(record: RunRecord) -> tuple[str, bool]:
-    """Where a run stands, and whether that is nothing to worry about."""
+    """The status of a run, and whether it is a good one."""
     last = str(record.events[-1].get("event", "")) if record.events else ""
     if last == "stopped_by_guard":
         return "stopped by a guard", False
@@ -93,7 +93,7 @@ def run_status(record: RunRecord) -> tuple[str, bool]:
 
 
 def summary_sentence(record: RunRecord) -> str:
-    """What was run, in plain words, as far as it is known."""
+    """What was run, in one sentence, as far as it is known."""
     parameters, page_name = parameters_of(record), record.model.get("family") or record.model.get("page")
     kind = f"A {page_name}-style model" if page_name else "A model"
     text = kind + (f" of {format_quantity(parameters)} parameters" if parameters else "")
@@ -120,25 +120,25 @@ def summary_sentence(record: RunRecord) -> str:
 
 
 def parameters_of(record: RunRecord) -> int | None:
-    """From whatever says it."""
+    """The number of parameters, from the summary or the plan."""
     found = record.summary.get("parameters") or record.plan.get("parameters")
     return int(found) if isinstance(found, int | float) else None
 
 
 def final_bits_per_byte(record: RunRecord) -> float | None:
-    """Held-out bits per byte at the end: of the evaluation if there is one, else the last seen while training."""
+    """Held-out bits per byte at the end: of the evaluation if there is one, else the last one of the training run."""
     found = record.evaluation.get("bits_per_byte")
     return float(found) if isinstance(found, int | float) else record.last("eval/bits_per_byte")
 
 
 def recorded_baselines(record: RunRecord) -> dict[str, float]:
-    """Name -> bits per byte of what counting and compressing reach."""
+    """Name -> bits per byte of the n-gram and compression baselines."""
     found = {**(record.summary.get("baselines") or {}), **(record.evaluation.get("baselines") or {})}
     return {str(name): float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
-    """The numbers people look for first."""
+    """The main numbers."""
     reached, others = final_bits_per_byte(record), recorded_baselines(record)
     if reached is not None:
         interval = record.evaluation.get("interval")
@@ -178,7 +178,7 @@ def median_speed(record: RunRecord) -> float | None:
 
 
 def sample_histories(record: RunRecord) -> Iterator[SampleHistory]:
-    """Per prompt, what the model made of it as it learned."""
+    """The samples of each prompt, in the order of the steps."""
     for prompt in dict.fromkeys(sample.prompt for sample in record.samples):
         samples = [sample for sample in record.samples if sample.prompt == prompt]
         step = (len(samples) - 1) / max(1, MAX_SAMPLES_SHOWN - 1)
@@ -216,7 +216,7 @@ def format_count(value: Any) -> str:
 
 
 def plan_rows(record: RunRecord) -> Iterator[TableRow]:
-    """(what, foreseen, measured, measured / foreseen)"""
+    """Rows of (quantity, predicted, measured, measured / predicted)."""
     plan, speed = record.plan, median_speed(record)
     per_step = plan.get("tokens_per_step")
     measured = {
@@ -230,10 +230,10 @@ def plan_rows(record: RunRecord) -> Iterator[TableRow]:
         "parameters": record.summary.get("parameters"),
     }
     for key, (name, told) in PLAN_ROWS.items():
-        foreseen, found = plan.get(key), measured[key]
-        if isinstance(foreseen, int | float):
-            ratio = f"{found / foreseen:.3g}" if found and foreseen else ""
-            yield name, told(foreseen), told(found) if found else "not recorded", ratio
+        predicted, found = plan.get(key), measured[key]
+        if isinstance(predicted, int | float):
+            ratio = f"{found / predicted:.3g}" if found and predicted else ""
+            yield name, told(predicted), told(found) if found else "not recorded", ratio
     for kind, held in (plan.get("memory") or {}).items():
         yield f"memory: {kind}", format_bytes(held), "", ""
 
