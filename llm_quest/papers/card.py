@@ -86,7 +86,7 @@ def plot_experiment(paper: Paper, results: ExperimentResults, file: Path) -> Non
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": paper.name, "svg.fonttype": "none", "font.size": 10}):
-        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        figure = Figure(figsize=(7.2, 3.8), layout="tight")
         axes = figure.add_subplot()
         for number, (arm, seeds) in enumerate(results.arms.items()):
             lines = [measured.curve for measured in seeds.values() if measured.curve]

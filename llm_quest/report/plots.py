@@ -166,7 +166,7 @@ def new_figure(title: str, width: float, height: float) -> Iterator[tuple[Figure
     from matplotlib.figure import Figure
 
     with mpl.rc_context(RC_PARAMS | {"svg.hashsalt": title}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="tight")
         yield figure, figure.add_subplot()
 
 
