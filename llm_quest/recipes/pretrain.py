@@ -224,7 +224,7 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
     """The model's config without preparing the data: a tokenizer to be trained counts with the size it is to have."""
     if config.model.load is not None:
-        return load(config.model.load, dtype="float32").config
+        return load(config.model.load, device="meta").config
     return build_model_config(config.model, settings, vocab=resolve_vocab_size(config), context=config.sequence_length)
 
 

@@ -213,7 +213,7 @@ def test_every_recipe_aligns_what_it_loads():
     """Models that recipes load are trained, or say what is trained on: teachers, judges, references."""
     calls = [
         node
-        for file in (Path(quest.__file__).parent / "recipes").glob("*.py")
+        for file in (Path(quest.__file__).parent / "recipes").rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "load"
     ]

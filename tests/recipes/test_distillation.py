@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy(text: Path, target: Path, tm
     with pytest.raises(UsageError, match=r"another tokenizer .*of 300 tokens.* than this run .*of 300"):
         run(text, tmp_path / "d", *SMALL, f"teacher.load={target}")
     run(text, tmp_path / "short", *SMALL, "max_steps=1", "warmup_steps=0", "eval_steps=0")
-    with pytest.raises(UsageError, match=r"batch\.length 65 is longer than the context of 64 of the teacher .*short"):
+    with pytest.raises(UsageError, match=r"sequence_length 65 is longer than the context of 64 of the teacher .*short"):
         run(text, tmp_path / "b", f"teacher.load={tmp_path / 'short'}", "sequence_length=65")
     with pytest.raises(UsageError, match=r"there is no run runs/nobody: train one first .*teacher\.load"):
         run(text, tmp_path / "c", *SMALL, "teacher.load=runs/nobody")
