@@ -174,5 +174,5 @@ def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item],
 
 def prompt_hash(prompt: Messages) -> str:
     """sha256 of a prompt, whatever its spaces and capitals."""
-    told = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in prompt)
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in prompt)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""From settings to a recipe's typed config: every mistake found is told, all at once, with its place and the nearest
+"""From settings to a recipe's typed config: all mistakes are reported at once, each with its place and the nearest
 known name.
 
 A recipe's config is a tree of frozen pydantic models that refuse unknown keys. `resolve` reads a recipe's name or a

@@ -50,7 +50,7 @@ def build_model_config(config: ModelConfig, settings: RawConfig, *, vocab: int, 
 
 
 def size_mistakes(settings: RawConfig, *, vocab: int, context: int) -> list[ConfigProblem]:
-    """What is wrong with the numbers under `model`, to be told with the schema's findings."""
+    """What is wrong with the numbers under `model`, reported together with the schema's findings."""
     try:
         part = ModelConfig.model_validate(settings.tree.get("model"))
         return [] if part.load is not None else list(mistakes_in(planned(part, settings, vocab, context), settings))
@@ -118,9 +118,9 @@ def mistakes_in(plan: Sized, settings: RawConfig) -> Iterator[ConfigProblem]:
     """Every number that is unknown, missing, of the wrong type or at odds with another."""
     wrong = dict(check_config_keys(plan))
     found = [*wrong.items(), *(pair for pair in relations(plan) if pair[0] not in wrong)]
-    told = {key for key, _ in found}
+    reported = {key for key, _ in found}
     for key in rotaries(plan.page):
-        if isinstance(plan.sizes.get(key), dict) and not told & {
+        if isinstance(plan.sizes.get(key), dict) and not reported & {
             key,
             "head_dim",
             "qk_rope_head_dim",
@@ -285,7 +285,7 @@ def rotary_mistakes(key: str, plan: Sized) -> list[str]:
         ]
     try:
         build_rotary(key, plan.sizes, plan.base)
-    except KeyError:  # a number it follows from is missing, and told
+    except KeyError:  # a number it follows from is missing, and reported
         return []
     except (TypeError, ValueError) as error:
         return [str(error).removeprefix("config.json: ")]

@@ -163,7 +163,8 @@ def open_run_dir(
 def build_optimizer(
     config: RunConfig, model: Any, adamw_parameters: Sequence[str] = ("embed.", "head.")
 ) -> torch.optim.Optimizer:
-    """AdamW or Muon over what is trained; Muon is told which rows are matrices of their own, and what is AdamW's."""
+    """AdamW or Muon over what is trained; Muon gets the rows that are matrices of their own and the names of AdamW's
+    parameters."""
     common: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,

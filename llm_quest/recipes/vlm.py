@@ -204,8 +204,8 @@ def load_or_make_preprocess(config: VlmConfig) -> ImageProcessor:
             except DataError:
                 size = load_vision_config(where).image
                 return ImageProcessor(size, **CLIP_STATISTICS) if config.model.load else ImageProcessor(size)  # type: ignore[arg-type]
-    told: dict[str, Any] = SCENE_STATISTICS if config.data.source == "synthetic_shapes" else {}
-    return ImageProcessor(config.data.image_size, **told)
+    statistics: dict[str, Any] = SCENE_STATISTICS if config.data.source == "synthetic_shapes" else {}
+    return ImageProcessor(config.data.image_size, **statistics)
 
 
 def load_vision_config(name_or_path: str) -> Any:

@@ -229,11 +229,11 @@ def plan_rows(record: RunRecord) -> Iterator[TableRow]:
         "disk_bytes": sum(record.checkpoints.values()) or None,
         "parameters": record.summary.get("parameters"),
     }
-    for key, (name, told) in PLAN_ROWS.items():
+    for key, (name, format_value) in PLAN_ROWS.items():
         predicted, found = plan.get(key), measured[key]
         if isinstance(predicted, int | float):
             ratio = f"{found / predicted:.3g}" if found and predicted else ""
-            yield name, told(predicted), told(found) if found else "not recorded", ratio
+            yield name, format_value(predicted), format_value(found) if found else "not recorded", ratio
     for kind, held in (plan.get("memory") or {}).items():
         yield f"memory: {kind}", format_bytes(held), "", ""
 
@@ -256,14 +256,14 @@ def event_rows(record: RunRecord) -> Iterator[TableRow]:
         yield "", f"{len(record.events) - MAX_EVENTS_SHOWN:,} earlier events are in events.jsonl", ""
     for event in record.events[-MAX_EVENTS_SHOWN:]:
         details = {key: value for key, value in event.items() if key not in ("time", "event", "message")}
-        told = ", ".join(
+        extra = ", ".join(
             f"{key} {Path(value).name if key == 'checkpoint' else value}" for key, value in details.items()
         )
         message = str(event.get("message", ""))
         yield (
             str(event.get("time", ""))[:19].replace("T", " "),
             str(event.get("event", "")),
-            " · ".join(filter(None, (message, told))),
+            " · ".join(filter(None, (message, extra))),
         )
 
 
@@ -273,5 +273,5 @@ def flatten_rows(held_out: Mapping[str, Any], above: str = "") -> Iterator[Table
         if isinstance(value, dict) and value:
             yield from flatten_rows(value, f"{above}{key}.")
         else:
-            told = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-            yield f"{above}{key}", told
+            text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+            yield f"{above}{key}", text

@@ -70,7 +70,7 @@ class SafeReward:
     def __call__(self, group: Sequence[Sample]) -> list[float]:
         try:
             given = list(self.reward_fn(group))
-        except Exception as error:  # whatever somebody else's code raises: counted, and told
+        except Exception as error:  # whatever somebody else's code raises: counted and reported
             self.num_failures += 1
             self.first_error = self.first_error or f"{type(error).__name__}: {error}"
             return [UNSCORABLE] * len(group)

@@ -23,7 +23,7 @@ from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, Reso
 pytestmark = pytest.mark.xdist_group("main")
 """One worker makes what these tests share, once."""
 
-Street = Callable[..., subprocess.CompletedProcess[str]]
+RunQuest = Callable[..., subprocess.CompletedProcess[str]]
 QUEST = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
 TINY = [
     "tokenizer.vocab_size=300",
@@ -67,7 +67,7 @@ def environment(cwd: Path, **variables: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text and a finished run in it."""
-    folder = tmp_path_factory.mktemp("street")
+    folder = tmp_path_factory.mktemp("run_quest")
     text = "\n\n".join(f"Document {n}: " + "the cat sat on the mat and the dog ran after it. " * 8 for n in range(20))
     (folder / "text.txt").write_text(text)
     done = quest("train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "--out", "run", "--json", cwd=folder)
@@ -77,7 +77,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def street(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Street:
+def run_quest(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunQuest:
     """`quest` in this process, in that folder: as the entry point calls it, without the seconds that starting one
     takes."""
     monkeypatch.chdir(place)
@@ -140,12 +140,12 @@ def test_a_run_tells_its_outcome_and_leaves_a_report(place: Path) -> None:
     assert json.loads((place / "run" / "env.json").read_text())["torch"]
 
 
-def test_a_run_generates_exports_and_is_loaded_again(street: Street) -> None:
-    done = street("export", "run", "exported", "--json")
+def test_a_run_generates_exports_and_is_loaded_again(run_quest: RunQuest) -> None:
+    done = run_quest("export", "run", "exported", "--json")
     assert done.returncode == 0, done.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(json.loads(done.stdout)["files"])
-    from_run = street("generate", "run", "-p", "the cat", "-n", "6", "--temperature", "0", "--json")
-    from_export = street("generate", "exported", "-p", "the cat", "-n", "6", "--temperature", "0")
+    from_run = run_quest("generate", "run", "-p", "the cat", "-n", "6", "--temperature", "0", "--json")
+    from_export = run_quest("generate", "exported", "-p", "the cat", "-n", "6", "--temperature", "0")
     assert from_run.returncode == from_export.returncode == 0, from_run.stderr + from_export.stderr
     assert from_export.stdout.strip("\n") == ("the cat" + json.loads(from_run.stdout)["text"]).strip("\n")
     assert "Traceback" not in from_export.stderr
@@ -157,8 +157,8 @@ def test_a_conversation_without_a_template_says_so(place: Path) -> None:
     assert "plain continuation" in done.stderr
 
 
-def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, street: Street) -> None:
-    done = street("eval", "run", "--json")
+def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, run_quest: RunQuest) -> None:
+    done = run_quest("eval", "run", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     held_out = json.loads((place / "outcome.json").read_text())["metrics"]["eval/bits_per_byte"]
@@ -199,30 +199,30 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, str
     ],
 )
 def test_bad_input_is_told_in_a_few_lines_with_the_exit_code_of_its_kind(
-    place: Path, arguments: list[str], code: int, said: str, street: Street
+    place: Path, arguments: list[str], code: int, said: str, run_quest: RunQuest
 ) -> None:
     (place / "broken.yaml").write_text("recipe: pretrain\nsteps: [1\n")
     (place / "latin.txt").write_bytes(b"fine\nZo\xeb\n")
     (place / "empty.txt").write_text("\n")
     (place / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
-    assert said in told(street(*arguments), code)
+    assert said in told(run_quest(*arguments), code)
 
 
-def test_an_unknown_command_is_answered_with_the_nearest(street: Street) -> None:
-    done = street("trian")
+def test_an_unknown_command_is_answered_with_the_nearest(run_quest: RunQuest) -> None:
+    done = run_quest("trian")
     assert done.returncode == 2
     assert "train" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_json_tells_a_failure_as_json_too(street: Street) -> None:
-    done = street("show", "nothing-like-it", "--json")
+def test_json_tells_a_failure_as_json_too(run_quest: RunQuest) -> None:
+    done = run_quest("show", "nothing-like-it", "--json")
     assert json.loads(done.stdout)["error"]["exit_code"] == done.returncode == 2
 
 
-def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, street: Street) -> None:
+def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, run_quest: RunQuest) -> None:
     command = ["train", "tiny", "data.source=text.txt", "max_steps=150", *TINY, "save_steps=0", "logging_steps=1"]
-    straight = street(*command, "--out", "straight")
+    straight = run_quest(*command, "--out", "straight")
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
         [*QUEST, *command, "--out", "stopped"],
@@ -240,7 +240,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, 
     said = process.stderr.read()
     assert process.wait(timeout=60) == 130, said
     assert "Traceback" not in said
-    done = street("train", "stopped", "--json")
+    done = run_quest("train", "stopped", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["step"] == 150
     last = "checkpoints/step-00000150/model.safetensors"
@@ -248,10 +248,10 @@ def test_ctrl_c_saves_and_the_same_command_ends_with_the_same_bits(place: Path, 
 
 
 def test_a_dry_run_prints_a_recipe_and_writes_nothing(
-    street: Street, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_quest: RunQuest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = street("train", "tiny", "max_steps=7", "--seed", "3", "--dry-run")
+    done = run_quest("train", "tiny", "max_steps=7", "--seed", "3", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "steps: 7\n" in done.stdout
     assert "seed: 3\n" in done.stdout

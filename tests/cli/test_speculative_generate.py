@@ -70,6 +70,6 @@ def test_compiled_passes_write_the_plain_text(tmp_path: Path) -> None:
     ids = tokenizer.encode("abc abc") or [tokenizer.start_token_id]
     (plain,) = generate(model, [ids], max_new_tokens=12, temperature=0.0, eos_token_id=tokenizer.eos_token_ids)
     words = ["generate", target, "-p", "abc abc", "-n", "12", "--temperature", "0", "--compile", "--json", "--quiet"]
-    street = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
-    done = subprocess.run([*street, *words], capture_output=True, text=True, check=True)
+    quest_command = [sys.executable, "-c", "from llm_quest.cli.main import main; main()"]
+    done = subprocess.run([*quest_command, *words], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["tokens"] == plain.tokens

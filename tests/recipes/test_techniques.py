@@ -1,4 +1,4 @@
-"""The key `techniques` of a recipe: understood at the door, applied, saved, resumed to the bit, exported."""
+"""The key `techniques` of a recipe: checked with the config, applied, saved, resumed to the bit, exported."""
 
 from __future__ import annotations
 

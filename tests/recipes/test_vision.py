@@ -214,14 +214,14 @@ def test_scenes_are_learned_from_and_the_run_answers_questions(tmp_path: Path):
 
 
 def test_questions_are_learned_at_a_part_of_the_captions_rate(tmp_path: Path):
-    lesson = [
+    captioning_run = [
         "max_steps=4",
         "caption_first_steps=2",
         "question_lr_scale=0.25",
         "lr_scheduler_type=constant",
         "warmup_steps=0",
     ]
-    vlm_run(tmp_path, "run", *lesson, "learning_rate=1e-2", "logging_steps=1")
+    vlm_run(tmp_path, "run", *captioning_run, "learning_rate=1e-2", "logging_steps=1")
     assert [row["learning_rate"] for row in rows(tmp_path / "run")] == pytest.approx([1e-2, 1e-2, 2.5e-3, 2.5e-3])
 
 

@@ -101,10 +101,10 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
     if found.tree.get("recipe") != "rpt":
         raise UsageError(f"{run} is a run of the recipe {found.tree.get('recipe')}; give one of rpt")
     summary = folder / "summary.json"
-    told = json.loads(summary.read_text()) if summary.is_file() else {}
-    if told.get("status") != "finished":
+    summary_json = json.loads(summary.read_text()) if summary.is_file() else {}
+    if summary_json.get("status") != "finished":
         raise UsageError(f"{run} is not finished, so what it takes is not known: quest train {run}")
-    return parse_config(RptConfig, found), float(told["metrics"]["teraflops"])
+    return parse_config(RptConfig, found), float(summary_json["metrics"]["teraflops"])
 
 
 def documents_loader(

@@ -305,8 +305,10 @@ def select_positions(
                 row[: len(documents[number]) - 1] = torch.tensor(list(documents[number][:-1]))
             entropies = top_entropy(proxy_model(rows.to(device)), top_k, renormalised=renormalised).cpu()
             for row, number in zip(entropies, numbers, strict=True):
-                told = enumerate(row[: len(documents[number]) - 1].tolist(), start=1)
-                found[number] = [Position(number, place, entropy) for place, entropy in told if entropy > min_entropy]
+                per_place = enumerate(row[: len(documents[number]) - 1].tolist(), start=1)
+                found[number] = [
+                    Position(number, place, entropy) for place, entropy in per_place if entropy > min_entropy
+                ]
     return [position for some in found for position in some]
 
 

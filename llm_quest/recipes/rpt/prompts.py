@@ -89,8 +89,8 @@ class PromptBuilder:
         self, documents: Sequence[Sequence[int]], found: Sequence[Position]
     ) -> tuple[list[Position], Counter[str]]:
         """Those that can be answered, and how many of the others there are, by reason."""
-        told = [(one, self.skip_reason(documents[one.document], one.place)) for one in found]
-        return [one for one, why in told if not why], Counter(why for _, why in told if why)
+        reasons = [(one, self.skip_reason(documents[one.document], one.place)) for one in found]
+        return [one for one, why in reasons if not why], Counter(why for _, why in reasons if why)
 
     @property
     def num_instruction_tokens(self) -> int:

@@ -1,5 +1,5 @@
-"""The flat file against the house: log-probabilities, advantages, loss, gradients and what several updates make of the
-weights, on the same samples."""
+"""The flat file against the package: log-probabilities, advantages, loss, gradients and what several updates make of
+the weights, on the same samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = flat.GrpoSettings(num_generations=4, num_iterations=3, learning_rate=
 
 
 def pair(monkeypatch: pytest.MonkeyPatch):
-    """The house's model and the flat file's, with the same weights."""
+    """The package's model and the flat file's, with the same weights."""
     config = flat.LlamaConfig(
         vocab_size=len(flat.VOCABULARY),
         hidden_size=32,
@@ -40,10 +40,10 @@ def pair(monkeypatch: pytest.MonkeyPatch):
         intermediate_size=48,
     )
     monkeypatch.setattr(shared, "CONFIG", config)
-    house = build(
+    packaged = build(
         llama.Config(config.vocab_size, 32, 2, 4, 2, 8, 48, 16, RotaryEmbedding(8, config.rope_theta), True), seed=5
     )
-    return house, shared.as_flat(house)
+    return packaged, shared.as_flat(packaged)
 
 
 def rows(old: torch.Tensor, reference: torch.Tensor | None) -> list[PolicyRow]:
@@ -64,7 +64,7 @@ def test_advantages_are_the_houses() -> None:
 
 
 def test_updates_on_one_rollout_are_the_houses(monkeypatch: pytest.MonkeyPatch) -> None:
-    house, plain = pair(monkeypatch)
+    packaged, plain = pair(monkeypatch)
     prompts = [PROMPTS[i // 4] for i in range(12)]
     batch = flat.pad_batch(prompts, COMPLETIONS, flat.group_advantages(REWARDS).flatten())
     with torch.no_grad():
@@ -77,17 +77,19 @@ def test_updates_on_one_rollout_are_the_houses(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(
             ours.input_ids * (ours.targets >= 0), batch.inputs * (batch.completion_mask > 0), rtol=0, atol=0
         )
-        scored = token_log_probs(house, ours)
+        scored = token_log_probs(packaged, ours)
         torch.testing.assert_close(scored, old * batch.completion_mask, rtol=0, atol=2e-6)
 
-    objective = PolicyGradientLoss(house, ClippedSurrogate(SETTINGS.epsilon, SETTINGS.epsilon), kl=KLPenalty(0.3, "k3"))
-    optimizer = torch.optim.AdamW(house.parameters(), lr=SETTINGS.learning_rate, weight_decay=0.0)
+    objective = PolicyGradientLoss(
+        packaged, ClippedSurrogate(SETTINGS.epsilon, SETTINGS.epsilon), kl=KLPenalty(0.3, "k3")
+    )
+    optimizer = torch.optim.AdamW(packaged.parameters(), lr=SETTINGS.learning_rate, weight_decay=0.0)
     expected = []
     for _ in range(SETTINGS.num_iterations):
         loss = objective(ours)
         mean = loss.total / loss.count
         mean.backward()
-        torch.nn.utils.clip_grad_norm_(house.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(packaged.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         expected.append(mean.item())

@@ -1,4 +1,4 @@
-"""The flat file and the house: the same weights and batches give the same losses, step by step, and the same weights
+"""The flat file and the package: the same weights and batches give the same losses, step by step, and the same weights
 at the end."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def assembled() -> Decoder:
 
 
 def as_flat(model: Decoder) -> flat.Llama:
-    """The house's weights in the flat file's model."""
+    """The package's weights in the flat file's model."""
     made = flat.Llama(CONFIG)
     state = dict(model.named_parameters())
     named = {"embed.weight": state["embed.token.weight"], "norm.weight": state["norm.weight"]}
