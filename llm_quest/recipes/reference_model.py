@@ -23,6 +23,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.tensor_files import write_tensors
+from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import evaluation_mode
 from llm_quest.train.step import autocast
@@ -110,10 +111,11 @@ def weights_hash(model: nn.Module) -> str:
 
 
 class SyncedReference:
-    """A reference of its own: every `every` steps it becomes mix x policy + (1 - mix) x reference. It is the feed too,
-    for what the reference is belongs to where a run stands: the bookmark names the file it was kept in.
+    """A reference model that follows the policy: every `every` steps it becomes mix x policy + (1 - mix) x reference.
+    It is the loader too, so that the loader's state in a checkpoint names the reference's file.
 
-    save_total_limit: so many files stay, one for each checkpoint and one more."""
+    save_total_limit: the newest save_total_limit + 1 files stay, and every file that a checkpoint needs (one kept by
+    `keep_every` or as the best may be older)."""
 
     def __init__(
         self,
@@ -142,18 +144,17 @@ class SyncedReference:
                 mine.lerp_(policy.to(mine), self.mix)
 
     def on_step_skipped(self, model: nn.Module) -> None:
-        """Nothing was left."""
+        """A skipped step leaves nothing to undo."""
 
     def batches(self, step: int) -> list[PreferenceBatch]:
         return self.feed.batches(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Asked for when a checkpoint is made: the reference is kept beside it."""
+        """The loader's state and the step of the reference, which is written to its file."""
         if self.leader and self.synced and not self.file_at(self.synced).exists():
             self.folder.mkdir(exist_ok=True)
             save_tensors(self.file_at(self.synced), dict(self.model.named_parameters()), {"step": str(self.synced)})
-            for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.files]:
-                old.unlink()
+            self.prune_files()
         return self.feed.state_dict() | {"reference": self.synced}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,6 +168,15 @@ class SyncedReference:
                 saved = load_file(file)
                 for name, mine in self.model.named_parameters():
                     mine.copy_(saved[name])
+
+    def prune_files(self) -> None:
+        """Remove the files that no checkpoint needs: a checkpoint needs the newest file of its step or before it."""
+        files = sorted(self.folder.glob("step-*.safetensors"))
+        steps = map(checkpoint_step, list_checkpoints(self.folder.parent / "checkpoints"))
+        needed = {max((file for file in files if file <= self.file_at(step)), default=None) for step in steps}
+        for old in files[: -self.files]:
+            if old not in needed:
+                old.unlink()
 
     def file_at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"

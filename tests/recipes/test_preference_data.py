@@ -185,6 +185,18 @@ def test_a_moving_reference_takes_the_part_it_was_told(pairs: list[str], tmp_pat
     assert margins[13] == pytest.approx(0, abs=1e-4)
 
 
+def test_every_checkpoint_that_is_kept_has_its_reference(pairs: list[str], tmp_path: Path):
+    """keep_every keeps checkpoints that are older than the last save_total_limit: their references stay too."""
+    out = tmp_path / "run"
+    synced = ["sync_ref_model=true", "ref_model_sync_steps=2", "save_steps=2", "save_total_limit=1", "keep_every=4"]
+    started("dpo", DPO, out, *pairs, "max_steps=12", *synced)
+    kept = [int(folder.name[5:]) for folder in (out / "checkpoints").glob("step-*")]
+    assert sorted(kept) == [4, 8, 12]
+    files = {int(file.stem[5:]) for file in (out / "reference").glob("step-*.safetensors")}
+    assert files >= set(kept)
+    assert 2 not in files
+
+
 def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said(pairs: list[str], tmp_path: Path):
     many = [Preference((("user", str(n)),), ("better", "worse")) for n in range(50)]
     turned = flip_labels(many, 0.2, seed=1)
