@@ -10,7 +10,7 @@ its experiment, its verdict). Shape letters are listed in `llm_quest/layers/__in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llm_quest.scope import Scope
+
+
+LogFn = Callable[[str], None]
+"""Shows one line to the person who runs a command."""
 
 
 class Loss(NamedTuple):

@@ -257,7 +257,7 @@ MUTATIONS = (
     Mutation("the reward ignores the margin", "objectives/reward_model.py", "-logsigmoid(better - worse - margins)", "-logsigmoid(better - worse)", "tests/objectives/test_reward_model.py"),
     Mutation("a resumed run forgets its moving reference", "recipes/reference_model.py", "mine.copy_(saved[name])", "pass", "tests/recipes/test_preference_data.py -k resumed"),
     Mutation("macro F1 weighed by how common a class is", "recipes/classify.py", "float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1_score(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
-    Mutation("warm-up: Ctrl-C ends a chunk and not the warm-up", "recipes/sft_warmup.py", "result.status == \"interrupted\"", "result.status == \"never\"", "tests/recipes/test_grpo.py -k warm_up_stops"),
+    Mutation("warm-up: Ctrl-C ends a chunk and not the warm-up", "recipes/policy_setup.py", "result.status == \"interrupted\"", "result.status == \"never\"", "tests/recipes/test_grpo.py -k warm_up_stops"),
     # Adapters and int8 (architectures.md 4.7)
     Mutation("adapter: rsLoRA scaled by 1/r", "techniques/lora.py", "self.alpha / math.sqrt(self.rank)", "self.alpha / self.rank", LORA),
     Mutation("adapter: dropout on the base's input too", "layers/low_rank.py", "return base_output + self.update(self.dropout(x))", "return self.dropout(base_output) + self.update(self.dropout(x))", LORA),

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.chat import GenerationOptions, LogFn, load_text_model, require_compiler
+from llm_quest.cli.chat import GenerationOptions, load_text_model, require_compiler
 from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
+from llm_quest.contracts import LogFn
 from llm_quest.data.documents import Document
 from llm_quest.data.records import read_prompts
 from llm_quest.data.tokenizer import Tokenizer

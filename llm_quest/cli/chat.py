@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 
 from llm_quest.cli.output import clean_text, print_json
+from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
@@ -20,10 +21,8 @@ from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.auto import find_cpp_compiler, resolve_precision
+from llm_quest.recipes.assembly import find_cpp_compiler, resolve_precision
 from llm_quest.train.parallel import resolve_device
-
-LogFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_quest.cli.chat import load_text_model
+from llm_quest.contracts import LogFn
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.documents import Document
 from llm_quest.data.image_text import ImageTextCollator
@@ -25,8 +26,6 @@ from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.recipes.vit import VitConfig, load_images
 from llm_quest.recipes.vlm import VlmConfig, load_image_text
 from llm_quest.train.parallel import resolve_device
-
-LogFn = Callable[[str], None]
 
 
 def evaluate_text(

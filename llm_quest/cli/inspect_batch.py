@@ -4,7 +4,7 @@ positions and documents, or, for a classifier, the token at which the head reads
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llm_quest.cli.output import clean_text
+from llm_quest.contracts import LogFn
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.data.text_classification import TextClassificationBatch
@@ -23,7 +24,6 @@ from llm_quest.recipes.recipe import load_recipe
 from llm_quest.techniques.score_head import find_score_head
 
 GREEN, RESET = "\x1b[1;32m", "\x1b[0m"
-LogFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_quest.contracts import LogFn
 from llm_quest.files import atomic_write_json
 from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import VERDICTS, PaperCard, outcome_of_card, recorded_verdict, write_card
 from llm_quest.papers.reproduce import run_experiment
 
-LogFn = Callable[[str], None]
 CARDS_DIR = Path("docs/papers")
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from llm_quest.cli.quickstart_stages import (
     run_sft_stage,
 )
 from llm_quest.cli.train import write_plan_and_report
+from llm_quest.contracts import LogFn
 from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
@@ -42,10 +43,7 @@ from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.planning import plan_recipe
 from llm_quest.recipes.pretrain import PretrainConfig
-from llm_quest.recipes.recipe import load_recipe
-from llm_quest.recipes.run import RunOutcome
-
-LogFn = Callable[[str], None]
+from llm_quest.recipes.recipe import RunOutcome, load_recipe
 
 SAMPLE_PROMPTS = ("Return the ", "The value of ")
 NGRAM_BASELINE = "Kneser-Ney"

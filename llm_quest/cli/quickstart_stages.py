@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llm_quest.cli.train import write_plan_and_report
+from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation
+from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
 from llm_quest.generation.generate import generate
@@ -23,14 +25,11 @@ from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.finetuning import prepare_preferences
 from llm_quest.recipes.grpo import load_problems, prompt_encoder
-from llm_quest.recipes.preference_data import PairsEvaluator, prepare_preferences
-from llm_quest.recipes.recipe import load_recipe
-from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.recipe import RunOutcome, load_recipe
 from llm_quest.recipes.sft import AnswerLossEvaluator, ConversationData, prepare_conversations
 from llm_quest.train.parallel import resolve_device
-
-LogFn = Callable[[str], None]
 
 NUM_QUESTIONS = 2
 MAX_ANSWER_TOKENS = 64

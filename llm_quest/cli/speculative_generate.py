@@ -6,15 +6,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llm_quest.cli.chat import (
-    GenerationOptions,
-    LogFn,
-    load_text_model,
-    print_text,
-    require_compiler,
-    require_room_in_context,
-)
+from llm_quest.cli.chat import GenerationOptions, load_text_model, print_text, require_compiler, require_room_in_context
 from llm_quest.cli.output import clean_text, print_json
+from llm_quest.contracts import LogFn
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate_completions, stream_tokens

@@ -5,23 +5,21 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_quest.cli.doctor import inspect_machine
+from llm_quest.contracts import LogFn
 from llm_quest.cost.plan import Plan
 from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.recipes.config import config_to_yaml
 from llm_quest.recipes.config_schema import RunConfig
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.recipe import Recipe, load_recipe
-from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.recipe import Recipe, RunOutcome, load_recipe
 from llm_quest.recipes.yaml_io import RawConfig
-
-LogFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)

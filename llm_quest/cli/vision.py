@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from llm_quest.cli.chat import (
     stream_text,
 )
 from llm_quest.cli.output import print_json
+from llm_quest.contracts import LogFn
 from llm_quest.data.image_text import ImageTextCollator
 from llm_quest.data.images import ImageProcessor, load_image
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate_completions
 from llm_quest.hub.load_save import load_preprocess
 from llm_quest.models.multimodal import VisionLanguageModel
-
-LogFn = Callable[[str], None]
 
 
 def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:

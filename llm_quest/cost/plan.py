@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llm_quest.contracts import LogFn
 from llm_quest.cost.profile import TIMED_STEPS, MakeOptimizer, StepProfile, matmul_peak, profile_step, time_step
 from llm_quest.formatting import align_columns, format_bytes, format_duration, format_quantity
 
 EXPECTED_UTILIZATION = 0.5
 USABLE_MEMORY = 0.9
-LogFn = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,31 @@
-"""Evaluators that run during training: the loss on held-out text, and samples from fixed prompts."""
+"""Evaluators that run during training: the loss on held-out text, samples from fixed prompts, held-out preference
+pairs, problems that have an answer, and the range of a policy's importance ratios."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from llm_quest.data.held_out import HeldOutLoader, eval_batches
+from llm_quest.data.loader import length_grouped_indices
+from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
+from llm_quest.data.preferences import TokenizedPreference
+from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenizedDocuments
+from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
 from llm_quest.files import atomic_write_json
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 
 
 class LossEvaluator:
@@ -83,3 +92,105 @@ class TextSampler:
 def save_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
     """Write the samples of a step for the report: prompt, text, and the wanted text where it is known."""
     atomic_write_json(folder / f"step-{step:08d}.json", {"step": step, "samples": list(samples)})
+
+
+SIMILAR_LENGTH_TOLERANCE = 0.1
+
+
+class PairsEvaluator:
+    """Held-out pairs: accuracy, margin, accuracy where both answers are of like length (so that length cannot be the
+    reason), and how the reward goes with length.
+
+    rewards(model, batch) -> the reward of each row. loss: -log sigma of the margin."""
+
+    name = "eval"
+
+    def __init__(
+        self,
+        pairs: Sequence[TokenizedPreference],
+        every: int,
+        rewards: Callable[[Any, PreferenceBatch], Tensor],
+        batch_size: int = 16,
+    ):
+        self.pairs, self.interval, self.rewards, self.at_once = PreferenceDataset(pairs), every, rewards, batch_size
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
+        device = next(model.parameters()).device
+        scored: list[tuple[float, float, int, int]] = []
+        for numbers in length_grouped_indices(self.pairs, self.at_once):
+            batch = self.pairs.collate(numbers)
+            r = self.rewards(model, batch.to(device)).double().cpu().numpy()
+            sizes = [len(answer) for n in numbers for answer in self.pairs.preferences[n].answers]
+            scored += [
+                (r[b], r[w], sizes[b], sizes[w])
+                for b, w in zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True)
+            ]
+        return preference_metrics(np.array(scored))
+
+
+def preference_metrics(scored: np.ndarray) -> dict[str, float]:
+    """From rows (reward of the better, of the worse, length of the better, of the worse)."""
+    better, worse, long, short = scored.T
+    alike = np.abs(long - short) <= SIMILAR_LENGTH_TOLERANCE * np.maximum(long, short)
+    found = {"loss": float(np.logaddexp(0, worse - better).mean()), "accuracy": float((better > worse).mean())}
+    found["margin"] = float((better - worse).mean())
+    if alike.any():
+        found["accuracy_same_length"] = float((better > worse)[alike].mean())
+    lengths, rewards = np.concatenate([long, short]), np.concatenate([better, worse])
+    if lengths.std() > 0 and rewards.std() > 0:
+        found["reward_length_correlation"] = float(np.corrcoef(lengths, rewards)[0, 1])
+    found["interval"] = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / len(scored))
+    return found
+
+
+@dataclass
+class ProblemEvaluator:
+    """accuracy (greedy), and from samples mean@n and pass@k; the first answers go to
+    samples/step-00000020.json."""
+
+    problems: Sequence[Problem]
+    tokenizer: Tokenizer
+    encode: Callable[[str], list[int]]
+    interval: int
+    max_new_tokens: int
+    num_samples: int
+    temperature: float
+    seed: int
+    samples_dir: Path | None = None
+    name: str = "eval"
+
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        found = self.accuracy(model)
+        if self.samples_dir is not None:
+            sample_rows = [{"prompt": p, "text": text, "wanted": answer} for p, text, answer, _ in found.examples]
+            save_samples(self.samples_dir, step, sample_rows)
+        passes = {f"pass@{k}": value for k, value in found.pass_at_k.items()}
+        mean = {f"mean@{found.num_samples}": found.mean_at_k} if found.num_samples else {}
+        return {"accuracy": found.greedy_accuracy.share, "length": found.mean_tokens, **mean, **passes}
+
+    def accuracy(self, model: Decoder) -> ProblemAccuracy:
+        return evaluate_problems(
+            model,
+            self.tokenizer,
+            self.problems,
+            num_samples=self.num_samples,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+            encode_prompt=self.encode,
+        )
+
+
+@dataclass
+class RatioRangeEvaluator:
+    """The smallest and largest importance ratio, before clipping, since the last row of metrics."""
+
+    objective: PolicyGradientLoss
+    interval: int
+    name: str = "ratio"
+
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        low, high = self.objective.ratio_range.tolist()
+        self.objective.ratio_range = torch.ones(2)
+        return {"min": low, "max": high}

@@ -18,17 +18,17 @@ import multiprocessing
 import re
 import time
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm_quest.contracts import LogFn
 from llm_quest.files import atomic_write_json
 from llm_quest.papers import load_paper
 from llm_quest.papers.paper import ExperimentResults, Measurement, Paper
 
-LogFn = Callable[[str], None]
 ArmSeed = tuple[str, int]
 LAB_IMPORT = re.compile(r"^from llm_quest\.papers\.(\w+) import", re.MULTILINE)
 

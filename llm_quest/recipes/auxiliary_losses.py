@@ -8,14 +8,14 @@ within sequences; routers that choose by softmax (Mixtral, Qwen3) by the load-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 
-from llm_quest.contracts import Callback
+from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
@@ -25,12 +25,10 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
 from llm_quest.objectives.number_token import DISTANCES, NumberTokenLoss, number_values
-from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.choice import Choice
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.assembly import require_run_exists, resolve_precision
+from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import PositiveFloat, UnitFraction
 from llm_quest.recipes.reference_model import weights_hash
-from llm_quest.recipes.run import require_run_exists
 from llm_quest.techniques.expert_bias import ExpertBiasBalancer
 from llm_quest.train.parallel import DistributedContext
 
@@ -130,9 +128,6 @@ def number_token_terms(
         return []
     values = number_values(tokenizer, model.head.weight.shape[0], multi_digit=numbers.multi_digit)
     return [NumberTokenLoss(values, weight=numbers.weight, distance=numbers.distance)]
-
-
-LogFn = Callable[[str], None]
 
 
 class TeacherConfig(StrictModel):

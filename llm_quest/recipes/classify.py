@@ -24,7 +24,7 @@ from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss
 from llm_quest.objectives.last_token import last_token_outputs
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import micro_batch_rows, require_context, resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import (
@@ -33,7 +33,6 @@ from llm_quest.recipes.finetuning import (
     load_for_finetuning,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.state_dict import derive_seed
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as File
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
 
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.choice import find_choices
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
@@ -30,6 +30,29 @@ from llm_quest.recipes.yaml_io import (
     flatten_tree,
     read_yaml_file,
 )
+
+
+class Choice:
+    """Annotation of a key whose value is a name in a table, so that nothing lists the names a second time.
+
+    loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
+    """
+
+    def __init__(self, table: Mapping[str, Any]):
+        self.names = list(table)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.literal_schema(self.names)
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.names)
+
+
+def find_choices(annotation: Any, metadata: Iterable[Any] = ()) -> list[Choice]:
+    """The choices of a field: among its own annotations, and among those of the parts of its type."""
+    parts = [one for part in get_args(annotation) for one in find_choices(part, getattr(part, "__metadata__", ()))]
+    return [one for one in metadata if isinstance(one, Choice)] + parts
+
 
 RECIPES_DIR = File(__file__).parent
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -22,23 +23,24 @@ from llm_quest.objectives.preference import (
     relative_log_probs,
     sequence_log_probs,
 )
-from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.assembly import require_context, resolve_auto
+from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.finetuning import (
     PairBatchedConfig,
+    PreferenceDataConfig,
     StartModelConfig,
     apply_config_techniques,
     can_share_prompts,
     data_facts,
     load_for_finetuning,
+    pairs_loader,
+    prepare_preferences,
     read_chat_template,
     set_generation_eos,
 )
-from llm_quest.recipes.preference_data import PairsEvaluator, PreferenceDataConfig, pairs_loader, prepare_preferences
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
 from llm_quest.recipes.reference_model import SyncedReference, reference_log_probs
-from llm_quest.recipes.run import require_context
 from llm_quest.techniques.lora import disable_adapter, require_adapters
 from llm_quest.train.state_dict import derive_seed
 

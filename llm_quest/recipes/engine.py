@@ -1,4 +1,6 @@
-"""Runs a job in a run folder: one engine for every recipe. It knows no recipe, and no recipe knows it."""
+"""Runs a job in a run folder: one engine for every recipe. It knows no recipe.
+
+In the order of a run: processes and device, the job, its folder, optimizer and schedule, the loop, the outcome."""
 
 from __future__ import annotations
 
@@ -9,26 +11,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llm_quest.contracts import Callback
-from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import atomic_write_json
+import torch
+
+from llm_quest.contracts import Callback, LogFn
+from llm_quest.errors import BusyError, DataError, MissingError, UsageError
+from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import count_parameters, family_of
-from llm_quest.recipes.config_schema import RunConfig
-from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe
-from llm_quest.recipes.run import (
-    RunOutcome,
-    build_lr_schedule,
-    build_optimizer,
-    finish_run,
-    init_distributed,
-    make_display,
-    open_run_dir,
-    require_matching_run,
-    train_settings,
-)
+from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
+from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
+from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
 from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.train.arguments import TrainingArguments, TrainResult
+from llm_quest.train.checkpoint import list_checkpoints
+from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
 from llm_quest.train.loop import train
+from llm_quest.train.lr_schedule import LRSchedule, make_lr_schedule
+from llm_quest.train.optimizers import make_adamw, make_muon
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
+from llm_quest.train.state_dict import derive_seed
 
 REFUSALS = (UsageError, DataError, MissingError)
 
@@ -124,3 +126,157 @@ def remove_if_refused(folder: Path) -> Iterator[None]:
                 with suppress(OSError):  # something else is in it by now
                     parent.rmdir()
         raise
+
+
+@contextmanager
+def init_distributed(config: RunConfig, batch_size: int) -> Iterator[DistributedContext]:
+    """Threads, device and the other processes, for as long as a run takes. batch_size: of one step, over all of
+    them."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    parallel = DistributedContext.from_environment(config.device, config.parallel)
+    try:
+        if batch_size % parallel.world_size:
+            raise UsageError(
+                f"a batch of {batch_size} rows can't be shared by {parallel.world_size} processes; make it a multiple"
+            )
+        yield parallel
+    finally:
+        parallel.destroy_process_group()
+
+
+def require_matching_run(config: RunConfig, folder: Path) -> None:
+    """A folder that holds something else, or a run of other settings, is left alone."""
+    old = folder / "config.yaml"
+    if not old.is_file():
+        if folder.is_dir() and any(entry.name != "run.lock" for entry in folder.iterdir()):
+            raise UsageError(f"{folder} is not empty and no run; choose another --out")
+    elif list_checkpoints(folder / "checkpoints"):
+        settings = load_raw_config(str(old))
+        if settings.tree.get("recipe") != config.recipe:
+            other = settings.tree.get("recipe")
+            raise BusyError(f"{folder} holds a run of another recipe ({other}); choose another --out")
+        changed = config_differences(parse_config(type(config), settings), config, KEYS_FREE_ON_RESUME)
+        if changed:
+            listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
+            raise BusyError(
+                f"{folder} holds a run of other settings ({listing}).\n"
+                f"Go on with its own (quest train {folder}) or choose another --out"
+            )
+
+
+def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) -> None:
+    """The run's folder with its config, for recipes that write into it before their run begins. All look before the
+    leader writes, and none goes on before the leader has written."""
+    require_matching_run(config, folder)
+    parallel.all_gather(None)
+    if parallel.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / "config.yaml", config_to_yaml(config))
+    parallel.all_gather(None)
+
+
+def open_run_dir(
+    config: RunConfig,
+    folder: Path,
+    parallel: DistributedContext,
+    identity: Mapping[str, str],
+    env: Mapping[str, Any],
+    resume: str,
+) -> RunDir:
+    """The run's folder, to be entered. identity: name -> hash of what a resumed run may not change."""
+    return RunDir(
+        folder,
+        config=config_to_yaml(config),
+        env={**env, "hashes": dict(identity)},
+        identity=identity,
+        resume=resume,
+        is_main_process=parallel.is_main_process,
+    )
+
+
+def build_optimizer(
+    config: RunConfig, model: Any, adamw_parameters: Sequence[str] = ("embed.", "head.")
+) -> torch.optim.Optimizer:
+    """AdamW or Muon over what is trained; Muon gets the rows that are matrices of their own and the names of AdamW's
+    parameters."""
+    common: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.adam_betas,
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optim == "adamw":
+        return make_adamw(model, **common)
+    return make_muon(
+        model, row_splits=model.row_splits(), adamw_prefixes=adamw_parameters, momentum=config.muon_momentum, **common
+    )
+
+
+def build_lr_schedule(config: RunConfig) -> LRSchedule:
+    """The multiplier of the peak rate at each step."""
+    return make_lr_schedule(
+        config.max_steps,
+        warmup_steps=config.warmup_steps,
+        shape=config.lr_scheduler_type,
+        min_lr_ratio=config.min_lr_ratio,
+        decay_fraction=config.lr_decay_ratio,
+    )
+
+
+def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> TrainingArguments:
+    """The engine's view of the config, whose `auto`s are decided."""
+    return TrainingArguments(
+        steps=config.max_steps,
+        max_grad_norm=config.max_grad_norm,
+        log_every=config.logging_steps,
+        save_every=config.save_steps,
+        keep_last=config.save_total_limit,
+        keep_every=config.keep_every,
+        metric_for_best_model=config.metric_for_best_model or "",
+        greater_is_better=config.greater_is_better,
+        on_disk_full=config.on_disk_full,
+        async_save=config.async_save,
+        max_nonfinite_steps=config.max_nonfinite_steps,
+        max_empty_steps=config.max_empty_steps,
+        precision=config.precision,
+        compile=bool(config.compile),
+        max_seconds=config.max_seconds,
+        seed=derive_seed(config.seed, "dropout"),
+        expected_loss=expected_loss,
+    )
+
+
+def make_display(config: RunConfig, folder: Path, parallel: DistributedContext, quiet: bool) -> Logger:
+    """The progress display, TensorBoard beside it if asked for."""
+    screen = make_logger(parallel.rank, quiet=quiet)
+    return (
+        TensorBoardLogger(folder / "tensorboard", screen) if config.tensorboard and parallel.is_main_process else screen
+    )
+
+
+def finish_run(
+    config: RunConfig,
+    folder: Path,
+    result: TrainResult,
+    parameters: int,
+    *,
+    leader: bool,
+    baselines: Mapping[str, float] | None = None,
+) -> RunOutcome:
+    """The outcome, left in the run folder as summary.json."""
+    outcome = RunOutcome(
+        run=str(folder),
+        status=result.status,
+        step=result.step,
+        steps=config.max_steps,
+        exit_code=result.exit_code,
+        parameters=parameters,
+        seconds=result.seconds,
+        tokens_per_second=result.tokens_per_second,
+        metrics=dict(result.metrics),
+        baselines=baselines or {},
+    )
+    if leader:
+        atomic_write_json(folder / "summary.json", outcome.as_json())
+    return outcome

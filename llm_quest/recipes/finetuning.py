@@ -1,28 +1,36 @@
-"""What recipes that start from a trained model share: the model with its tokenizer, and conversations as data."""
+"""What recipes that start from a trained model share: the model with its tokenizer, and conversations or preferences as
+data."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from llm_quest.contracts import Callback
+from llm_quest.contracts import Callback, LogFn
+from llm_quest.data.builtin_qa import builtin_preferences as builtin
+from llm_quest.data.builtin_qa import load_records
 from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.documents import DropReport
+from llm_quest.data.loader import ShardedLoader, shuffle_indices
+from llm_quest.data.preference_pairs import PreferenceDataset
+from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_run_exists
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
-from llm_quest.recipes.recipe import LogFn
-from llm_quest.recipes.run import require_run_exists
-from llm_quest.recipes.techniques import apply_techniques
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state_dict import derive_seed
 
 
 class StartModelConfig(StrictModel):
@@ -107,3 +115,62 @@ def can_share_prompts(config: RunConfig) -> bool:
 def apply_config_techniques(config: RunConfig, model: Decoder, log: LogFn) -> list[Callback]:
     """The recipe's techniques, applied; those that ride along."""
     return apply_techniques(config.all_techniques, model, log)
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Pairs to train on and held-out ones, as ids."""
+
+    chat: ChatTemplate
+    train: Sequence[TokenizedPreference]
+    held_out: Sequence[TokenizedPreference]
+    drop_report: DropReport
+
+
+class PreferenceDataConfig(ConversationDataConfig):
+    """Preferences: a question, the better answer and the worse one."""
+
+    label_flip_fraction: float = Field(
+        default=0.0, ge=0, lt=0.5, description="turn round this part of the training pairs, to see what noise does"
+    )
+
+
+def prepare_preferences(config: PreferenceDataConfig, chat: ChatTemplate, length: int, seed: int) -> PreferenceData:
+    """From a source to pairs; what is left out is in the ledger."""
+    drop_report = DropReport()
+    pairs = read_preferences(load_records(config.source, builtin)[: config.max_samples], drop_report)
+    train, held = split_by_prompt(pairs, config.held_out)
+    train = flip_labels(train, config.label_flip_fraction, seed)
+    if config.label_flip_fraction:
+        drop_report.note(
+            f"{round(config.label_flip_fraction * len(train))} of the training pairs are turned round on purpose"
+        )
+    return PreferenceData(
+        chat,
+        tokenize_preferences(chat, train, length, drop_report),
+        tokenize_preferences(chat, held, length, drop_report),
+        drop_report,
+    )
+
+
+def flip_labels(pairs: Sequence[Preference], fraction: float, seed: int) -> list[Preference]:
+    """This part of the pairs with the worse answer called the better one."""
+    flipped = set(shuffle_indices(len(pairs), seed)[: round(fraction * len(pairs))].tolist())
+    return [replace(one, answers=one.answers[::-1]) if n in flipped else one for n, one in enumerate(pairs)]
+
+
+def pairs_loader(
+    config: PairBatchedConfig, data: PreferenceData, parallel: DistributedContext
+) -> ShardedLoader[PreferenceDataset]:
+    return ShardedLoader(
+        PreferenceDataset(data.train),
+        batch_size=config.batch_size,
+        micro_batch_size=micro_batch_rows(
+            config.batch_size,
+            config.micro_batch_size,
+            parallel,
+            max(len(one.answers) * one.length for one in data.train),
+        ),
+        seed=derive_seed(config.seed, "order"),
+        shard=parallel.data_shard,
+    )

@@ -21,23 +21,17 @@ from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.eval.evaluators import ProblemEvaluator, RatioRangeEvaluator
 from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import score_rows
-from llm_quest.recipes.choice import Choice
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.policy import PolicyConfig
-from llm_quest.recipes.policy_setup import (
-    ProblemEvaluator,
-    RatioRangeEvaluator,
-    build_policy_setup,
-    open_policy_run,
-)
+from llm_quest.recipes.policy_setup import WarmupConfig, build_policy_setup, init_model, open_policy_run, run_sft_warmup
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
-from llm_quest.recipes.sft_warmup import WarmupConfig, init_model, run_sft_warmup
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.reward_pipeline import WeightedReward

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
@@ -30,11 +31,10 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
-from llm_quest.recipes.engine import run_job
+from llm_quest.recipes.engine import init_run_dir, run_job
 from llm_quest.recipes.grpo import GrpoConfig, RewardSpec, build_grpo, init_policy, load_problems, prompt_encoder
 from llm_quest.recipes.policy_setup import policy_sampler
-from llm_quest.recipes.recipe import Context, LogFn, Recipe, no_single_job
-from llm_quest.recipes.run import RunOutcome, init_run_dir
+from llm_quest.recipes.recipe import Context, Recipe, RunOutcome, no_single_job
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
 from llm_quest.rollouts.rewards import CorrectnessReward
 from llm_quest.rollouts.sampler import PolicyPrompt

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm_quest.contracts import LogFn
 from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan import Plan, Workload, checkpoint_sizes, count_step, describe_machine, plan
 from llm_quest.cost.profile import autocast, freeze_values, time_call
@@ -24,14 +25,13 @@ from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.preference import PreferenceLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context, resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
+from llm_quest.recipes.engine import build_optimizer, init_distributed
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
-from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe
+from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reference_model import SyncedReference
 from llm_quest.recipes.rpt.recipe import FlopsMeter, MeteredRolloutLoader
-from llm_quest.recipes.run import build_optimizer, init_distributed, micro_batch_rows, require_context
-from llm_quest.recipes.techniques import apply_techniques
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.reward_pipeline import WeightedReward

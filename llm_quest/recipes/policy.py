@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
 from llm_quest.objectives.policy_gradient import TOKEN_WEIGHTS, ImportanceSamplingCorrection
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
-from llm_quest.recipes.choice import Choice
-from llm_quest.recipes.config import StrictModel, did_you_mean
+from llm_quest.recipes.config import Choice, StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 

@@ -1,4 +1,5 @@
-"""Assembles rollouts, objective and evaluators for a recipe that trains a policy on its own samples.
+"""What recipes that train a policy on its own samples share: rollouts and objective, and before them the supervised
+warm-up of a fresh model on demonstrations, a run of its own inside the run folder.
 
 The reference of a KL term is the model as it began: a frozen copy, or with LoRA the same memory with the adapters
 off."""
@@ -6,7 +7,7 @@ off."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,30 +15,45 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import Field
 
-from llm_quest.contracts import Callback
-from llm_quest.data.problems import Problem
+from llm_quest.contracts import Callback, Loader, LogFn
+from llm_quest.data.demonstrations import Demonstrations
+from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.problems import Task, draw_problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.eval.evaluators import save_samples
-from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
+from llm_quest.eval.problems import evaluate_problems
+from llm_quest.hub.load_save import write_model_json
+from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
+from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.recipes.auto import resolve_auto, resolve_precision
+from llm_quest.recipes.assembly import resolve_auto, resolve_precision
+from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, RunConfig
+from llm_quest.recipes.engine import init_run_dir
 from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prompts
+from llm_quest.recipes.model_config import WARMUP_CONTEXT, build_model_config
 from llm_quest.recipes.policy import PolicyConfig
-from llm_quest.recipes.recipe import Context, LogFn
-from llm_quest.recipes.run import init_run_dir
+from llm_quest.recipes.recipe import Context
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.reward_pipeline import RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
 from llm_quest.rollouts.sampler import Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.lora import disable_adapter, is_adapter
+from llm_quest.train.arguments import TrainingArguments
+from llm_quest.train.loop import train
+from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_adamw
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 from llm_quest.train.step import autocast
 
@@ -185,53 +201,112 @@ def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: 
     return score
 
 
-@dataclass
-class ProblemEvaluator:
-    """accuracy (greedy), and from samples mean@n and pass@k; the first answers go to
-    samples/step-00000020.json."""
+CHECK_EVERY = 25
 
-    problems: Sequence[Problem]
-    tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]
-    interval: int
-    max_new_tokens: int
-    num_samples: int
-    temperature: float
-    seed: int
-    samples_dir: Path | None = None
-    name: str = "eval"
 
-    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        found = self.accuracy(model)
-        if self.samples_dir is not None:
-            sample_rows = [{"prompt": p, "text": text, "wanted": answer} for p, text, answer, _ in found.examples]
-            save_samples(self.samples_dir, step, sample_rows)
-        passes = {f"pass@{k}": value for k, value in found.pass_at_k.items()}
-        mean = {f"mean@{found.num_samples}": found.mean_at_k} if found.num_samples else {}
-        return {"accuracy": found.greedy_accuracy.share, "length": found.mean_tokens, **mean, **passes}
+CHECK_PROBLEMS, CHECK_SAMPLES = 50, 4
 
-    def accuracy(self, model: Decoder) -> ProblemAccuracy:
+
+class WarmupConfig(StrictModel):
+    """Fine-tuning on the task's demonstrations, which a fresh model needs before rewards can tell it anything. Best
+    stopped where samples are right now and then: with too little no group is mixed, with too much none either."""
+
+    max_steps: PositiveInt = Field(default=400, description="at most")
+    target_accuracy: float = Field(
+        default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
+    )
+    batch_size: PositiveInt = 64
+    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a warm-up ends: after max_steps, or when the accuracy (measured every CHECK_EVERY steps) reaches its
+    target."""
+
+    max_steps: int
+    learning_rate: float
+    target_accuracy: float = 1.0
+    measure_accuracy: Callable[[], float] | None = None
+
+
+def run_sft_warmup(
+    config: RunConfig,
+    warmup: WarmupConfig,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    task: Task,
+    max_new_tokens: int,
+    folder: Path,
+    parallel: DistributedContext,
+    log: LogFn,
+) -> None:
+    """Fine-tunes a fresh model on the task's demonstrations, until some of its samples are right. Done already: read
+    from its checkpoint."""
+    loader = ShardedLoader(
+        Demonstrations(task, tokenizer),
+        batch_size=warmup.batch_size,
+        micro_batch_size=warmup.batch_size,
+        seed=derive_seed(config.seed, "demonstrations"),
+    )
+    problems = [draw_problem(task, "validation", index) for index in range(CHECK_PROBLEMS)]
+
+    def measure_accuracy() -> float:
         return evaluate_problems(
-            model,
-            self.tokenizer,
-            self.problems,
-            num_samples=self.num_samples,
-            temperature=self.temperature,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            encode_prompt=self.encode,
-        )
+            model, tokenizer, problems, num_samples=CHECK_SAMPLES, max_new_tokens=max_new_tokens
+        ).mean_at_k
+
+    stop_rule = StopRule(warmup.max_steps, warmup.learning_rate, warmup.target_accuracy, measure_accuracy)
+    step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
+    log(f"warm-up: {step} steps on demonstrations; {reached:.0%} of samples are right")
 
 
-@dataclass
-class RatioRangeEvaluator:
-    """The smallest and largest importance ratio, before clipping, since the last row of metrics."""
+def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, seed: int) -> Decoder:
+    """A model of the recipe's config with random weights."""
+    numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=WARMUP_CONTEXT)
+    model = build(numbers, seed=derive_seed(seed, "init"))
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
 
-    objective: PolicyGradientLoss
-    interval: int
-    name: str = "ratio"
 
-    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        low, high = self.objective.ratio_range.tolist()
-        self.objective.ratio_range = torch.ones(2)
-        return {"min": low, "max": high}
+def train_until(
+    config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path,
+    parallel: DistributedContext, log: LogFn,
+) -> tuple[int, float]:  # fmt: skip
+    """Trains the model in a run folder: steps done, and the accuracy it reached. KeyboardInterrupt where the user
+    stopped it, after a checkpoint."""
+    objective = parallel.parallelize(NextTokenLoss(model))
+    every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
+    accuracy, step = 0.0, 0
+    while step < stop_rule.max_steps and accuracy < stop_rule.target_accuracy:
+        step = min((step // every + 1) * every, stop_rule.max_steps)
+        with RunDir(folder, identity={"tokenizer": tokenizer.hash}, is_main_process=parallel.is_main_process) as run:
+            if parallel.is_main_process:
+                write_model_json(folder, model)
+                tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
+            result = train(
+                objective,
+                loader,
+                make_adamw(model, lr=stop_rule.learning_rate, betas=(0.9, 0.95)),
+                make_lr_schedule(
+                    stop_rule.max_steps, shape="constant", warmup_steps=min(CHECK_EVERY, stop_rule.max_steps)
+                ),
+                TrainingArguments(
+                    steps=step, log_every=CHECK_EVERY, keep_last=1, seed=derive_seed(config.seed, "dropout")
+                ),
+                run,
+                parallel=parallel,
+            )
+        step = result.step
+        if result.status == "interrupted":
+            log(f"Interrupted; the warm-up is saved at step {step}. quest train {folder.parent} goes on with it.")
+            raise KeyboardInterrupt
+        if step % every and step < stop_rule.max_steps:
+            continue  # an interrupted warm-up goes on; it is looked at where it would have been
+        model.eval()
+        accuracy = stop_rule.measure_accuracy() if stop_rule.measure_accuracy is not None else 0.0
+    return step, accuracy

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.contracts import Evaluator
+from llm_quest.contracts import Evaluator, LogFn
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.packing import PackedDocuments
 from llm_quest.data.tokens import open_token_folder
@@ -27,7 +27,15 @@ from llm_quest.models.build import build, build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import (
+    TextData,
+    apply_techniques,
+    load_any_tokenizer,
+    load_text_data,
+    micro_batch_rows,
+    require_context,
+    resolve_auto,
+)
 from llm_quest.recipes.auxiliary_losses import (
     AuxiliaryLosses,
     NumberTokenLossConfig,
@@ -46,10 +54,7 @@ from llm_quest.recipes.config_schema import (
     TokenizerConfig,
 )
 from llm_quest.recipes.model_config import build_model_config
-from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe
-from llm_quest.recipes.run import micro_batch_rows, require_context
-from llm_quest.recipes.techniques import apply_techniques
-from llm_quest.recipes.text_data import TextData, load_any_tokenizer, load_text_data
+from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext

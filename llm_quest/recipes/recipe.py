@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
+from llm_quest.contracts import Callback, Evaluator, Loader, LogFn, MetricsCallback
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import config_error, did_you_mean, load_raw_config, parse_config
@@ -22,14 +22,52 @@ from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.lr_schedule import LRSchedule
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.run_dir import json_safe
 
 if TYPE_CHECKING:
     from llm_quest.data.images import ImageProcessor
     from llm_quest.data.tokenizer import Tokenizer
     from llm_quest.recipes.config_schema import RunConfig
-    from llm_quest.recipes.run import RunOutcome
 
-LogFn = Callable[[str], None]
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended, and what it reached. baselines: bits per byte of other methods on the same held-out bytes."""
+
+    run: str
+    status: str
+    step: int
+    steps: int
+    exit_code: int
+    parameters: int
+    seconds: float
+    tokens_per_second: float
+    metrics: Mapping[str, Any]
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What was measured on held-out data, by name."""
+        return {name[5:]: value for name, value in self.metrics.items() if name.startswith("eval/")}
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"metrics": json_safe(self.metrics), "scores": json_safe(self.scores)}
+
+    def lines(self) -> list[str]:
+        """For the screen."""
+        result = [
+            f"{self.status} at step {self.step} of {self.steps}, {self.parameters:,} parameters, "
+            f"{self.seconds:.0f} s: {self.run}"
+        ]
+        if self.scores:
+            result.append("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items()))
+        if self.baselines:
+            result.append(
+                "others, bits per byte: " + ", ".join(f"{name} {b:.3f}" for name, b in self.baselines.items())
+            )
+        if self.status != "finished":
+            result.append(f"go on with: quest train {self.run}")
+        return result
 
 
 @dataclass(frozen=True)

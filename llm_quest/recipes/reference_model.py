@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llm_quest.contracts import LogFn
 from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
@@ -28,7 +29,6 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import evaluation_mode
 from llm_quest.train.step import autocast
 
-LogFn = Callable[[str], None]
 REFERENCE_FILE = "reference.safetensors"
 REFERENCE_BATCH_SIZE = 8
 

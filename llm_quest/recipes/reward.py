@@ -10,21 +10,23 @@ from torch import Tensor
 
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.objectives.last_token import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import require_context, resolve_auto
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.finetuning import (
     PairBatchedConfig,
+    PreferenceDataConfig,
     StartModelConfig,
     apply_config_techniques,
     data_facts,
     load_for_finetuning,
+    pairs_loader,
+    prepare_preferences,
     read_chat_template,
 )
-from llm_quest.recipes.preference_data import PairsEvaluator, PreferenceDataConfig, pairs_loader, prepare_preferences
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.recipes.run import require_context
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.state_dict import derive_seed
 

@@ -23,7 +23,7 @@ from llm_quest.eval.evaluators import save_samples
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import micro_batch_rows, require_context, resolve_auto
 from llm_quest.recipes.auxiliary_losses import (
     NumberTokenLossConfig,
     TeacherConfig,
@@ -43,7 +43,6 @@ from llm_quest.recipes.finetuning import (
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.recipes.run import micro_batch_rows, require_context
 from llm_quest.train.state_dict import derive_seed
 
 

@@ -29,11 +29,10 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.recipes.techniques import apply_techniques
 from llm_quest.train.state_dict import derive_seed
 
 EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]

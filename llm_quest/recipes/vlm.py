@@ -28,13 +28,11 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.captioning import CaptioningLoss
-from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.choice import Choice
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.assembly import apply_techniques, resolve_auto
+from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
+from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.recipes.run import build_lr_schedule
-from llm_quest.recipes.techniques import apply_techniques
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.lr_schedule import scale_schedule_after
 from llm_quest.train.state_dict import derive_seed

@@ -26,8 +26,8 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
+from llm_quest.recipes.policy_setup import init_model, run_sft_warmup
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.sft_warmup import init_model, run_sft_warmup
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.step_rewards import compute_step_rewards

@@ -15,8 +15,8 @@ from llm_quest.cost.flops import ModelCost
 from llm_quest.cost.plan import Plan
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.hub.load_save import load
+from llm_quest.recipes.engine import build_optimizer
 from llm_quest.recipes.recipe import load_recipe
-from llm_quest.recipes.run import build_optimizer
 from tests.recipes.test_vision import SMALL_VIT, SMALL_VLM, two_classes
 from tests.recipes.tuned import WORDS, base, planning_context, written
 

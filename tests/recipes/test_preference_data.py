@@ -13,12 +13,13 @@ import torch
 from llm_quest.cli.chat import load_text_model as opened_to_talk
 from llm_quest.data.preferences import Preference
 from llm_quest.errors import UsageError
+from llm_quest.eval.evaluators import preference_metrics
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.dpo import DpoConfig, build_dpo
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.preference_data import flip_labels, preference_metrics
+from llm_quest.recipes.finetuning import flip_labels
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import COMMON, WORDS, base, metrics, planning_context, started, weights, written

@@ -17,8 +17,7 @@ from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.pretrain import PretrainConfig
-from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.recipe import RunOutcome, get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 
 BASE = """

@@ -26,7 +26,7 @@ from llm_quest.data.batch import TokenBatch
 from llm_quest.data.tokenizer import train_bpe
 from llm_quest.models.build import build, preset
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import resolve_auto
 from llm_quest.recipes.config_schema import BatchedConfig
 from llm_quest.recipes.recipe import Job, Recipe
 from llm_quest.train.state_dict import derive_seed

@@ -14,8 +14,7 @@ from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
-from llm_quest.recipes.recipe import Context, get_recipe
-from llm_quest.recipes.run import RunOutcome
+from llm_quest.recipes.recipe import Context, RunOutcome, get_recipe
 from llm_quest.recipes.yaml_io import RawConfig, apply_overrides, read_yaml
 from llm_quest.train.parallel import DistributedContext
 

@@ -90,7 +90,7 @@ def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, m
 def test_muon_iterates_in_float32_where_bfloat16_has_no_instructions(taken):
     code = (
         "import torch\n"
-        "from llm_quest.recipes.auto import resolve_precision\n"
+        "from llm_quest.recipes.assembly import resolve_precision\n"
         "from llm_quest.train.optimizers import iteration_dtype, newton_schulz, orthogonalize\n"
         "cpu = torch.device('cpu')\n"
         "print(iteration_dtype(cpu), resolve_precision('auto', cpu).value)\n"

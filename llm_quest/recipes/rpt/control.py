@@ -20,16 +20,16 @@ from llm_quest.data.loader import ShardedLoader, epoch_indices
 from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import DataError, UsageError
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import resolve_auto
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
+from llm_quest.recipes.engine import init_run_dir
 from llm_quest.recipes.finetuning import StartModelConfig, apply_config_techniques, load_for_finetuning
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.rpt.evaluation import TABLES_FILE, PositionEvaluator
 from llm_quest.recipes.rpt.positions import RptDocuments, SelectedPositions, load_documents, load_positions
 from llm_quest.recipes.rpt.recipe import TERA, RptConfig, make_position_evaluation, report_after, report_before
 from llm_quest.recipes.rpt.start_model import start_model_path
-from llm_quest.recipes.run import init_run_dir
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llm_quest.contracts import LogFn
 from llm_quest.data.problems import TASKS, Problem, SplitName, Task, draw_problem, parse_task
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
@@ -28,10 +29,10 @@ from llm_quest.data.whole_documents import hash_documents
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.assembly import load_text_data
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, TextDataConfig, TokenizerConfig
 from llm_quest.recipes.policy import PolicyConfig
-from llm_quest.recipes.recipe import LogFn
 from llm_quest.recipes.rpt.prompts import (
     Position,
     PromptBuilder,
@@ -40,7 +41,6 @@ from llm_quest.recipes.rpt.prompts import (
     max_document_length,
     split_documents,
 )
-from llm_quest.recipes.text_data import load_text_data
 from llm_quest.rollouts.sampler import eval_mode
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed

@@ -17,22 +17,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llm_quest.contracts import Reward
+from llm_quest.contracts import LogFn, Reward
 from llm_quest.cost.flops import ModelCost, PassCost
 from llm_quest.data.loader import shuffle_indices
 from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.eval.evaluators import RatioRangeEvaluator
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.choice import Choice
+from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt
-from llm_quest.recipes.policy_setup import (
-    PolicySetup,
-    RatioRangeEvaluator,
-    build_policy_setup,
-    open_policy_run,
-    policy_sampler,
-)
-from llm_quest.recipes.recipe import Context, Job, LogFn, Recipe, save_nothing
+from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run, policy_sampler
+from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
 from llm_quest.recipes.rpt.evaluation import TABLES_FILE, NextTokenReasoningEval, PositionEvaluator
 from llm_quest.recipes.rpt.positions import (
     RptDocuments,

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
+from llm_quest.contracts import LogFn
 from llm_quest.data.batch import TokenBatch
 from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.demonstrations import collate_demonstrations
@@ -33,8 +34,15 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
-from llm_quest.recipes.policy_setup import policy_sampler
-from llm_quest.recipes.recipe import Context, LogFn
+from llm_quest.recipes.policy_setup import (
+    CHECK_PROBLEMS,
+    CHECK_SAMPLES,
+    StopRule,
+    init_model,
+    policy_sampler,
+    train_until,
+)
+from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.rpt.positions import RptTextConfig, encode_problem, split_problems
 from llm_quest.recipes.rpt.prompts import (
     ANSWER_CLOSE,
@@ -45,7 +53,6 @@ from llm_quest.recipes.rpt.prompts import (
     PrefixMatchReward,
     make_prompt_builder,
 )
-from llm_quest.recipes.sft_warmup import CHECK_PROBLEMS, CHECK_SAMPLES, StopRule, init_model, train_until
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import derive_seed
 

@@ -1,0 +1,254 @@
+"""The steps that recipes share when they assemble a job: the text becomes numbers on disk, `auto` becomes what this
+machine can do, the techniques edit the model, a batch is cut into micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from pydantic import TypeAdapter
+
+from llm_quest.contracts import Callback, LogFn
+from llm_quest.data.corpus import load_corpus
+from llm_quest.data.split import CorpusSplit, split_corpus
+from llm_quest.data.tokenizer import Tokenizer, train_bpe
+from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
+from llm_quest.errors import DataError, UsageError
+from llm_quest.recipes.config_schema import RunConfig, TextDataConfig, TokenizerConfig, known_techniques
+from llm_quest.techniques.adapter_targets import describe_addresses
+from llm_quest.techniques.lora import adapter_addresses
+from llm_quest.train.hardware import bf16_support, usable_cores
+from llm_quest.train.parallel import DistributedContext
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What a run reads. split: the documents themselves, None where only numbers were given or another process
+    prepared them."""
+
+    tokens: TokenFolder
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+    split: CorpusSplit | None = None
+
+
+def load_text_data(data: TextDataConfig, choice: TokenizerConfig, parallel: DistributedContext, log: LogFn) -> TextData:
+    """The text of a run, for every process."""
+    text = prepare_text_data(data, choice, log) if parallel.is_main_process else None
+    where = parallel.broadcast(str(text.tokens.path) if text is not None else None)
+    if text is not None:
+        return text
+    folder = open_token_folder(where, verify="size")
+    return TextData(folder, folder.load_tokenizer(), text_facts(folder))
+
+
+def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn) -> TextData:
+    """From documents, or from a token folder that was prepared before."""
+    if (Path(data.source) / "manifest.json").is_file():
+        folder = open_token_folder(data.source)
+        if choice.load is not None and Tokenizer.load(choice.load).hash != folder.load_tokenizer().hash:
+            raise DataError(
+                f"{data.source} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
+            )
+        return TextData(folder, folder.load_tokenizer(), text_facts(folder))
+    parts = split_corpus(
+        load_corpus(data.source, column=data.text_column, separator=data.separator), held_out=data.held_out
+    )
+    tokenizer = (
+        load_any_tokenizer(choice.load)
+        if choice.load is not None
+        else train_or_load_tokenizer(parts, choice.vocab_size, log)
+    )
+    folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
+    facts = text_facts(folder)
+    log(
+        f"text: {facts['train_bytes']:,} bytes in {facts['train_documents']} documents to train on, "
+        f"{facts['val_bytes']:,} in {facts['val_documents']} held out; {facts['train_tokens']:,} tokens"
+        + f" of {tokenizer.vocab_size:,} kinds"
+    )
+    return TextData(folder, tokenizer, facts, parts)
+
+
+def load_any_tokenizer(name_or_path: str) -> Tokenizer:
+    """A tokenizer from its file, or from a model's folder, run or hub id."""
+    from llm_quest.hub.load_save import load_tokenizer
+
+    return Tokenizer.load(name_or_path) if name_or_path.endswith(".json") else load_tokenizer(name_or_path)
+
+
+def train_or_load_tokenizer(parts: CorpusSplit, vocab: int, log: LogFn) -> Tokenizer:
+    """A BPE trained on the training documents alone, remembered by what it was trained on."""
+    cache_key = json.dumps([[document.hash for document in parts.train], vocab, version("tokenizers")])
+    cache_dir = default_cache_dir().parent / "tokenizers" / hashlib.sha256(cache_key.encode()).hexdigest()[:32]
+    if (cache_dir / "tokenizer.json").is_file():
+        return Tokenizer.load(cache_dir)
+    log(f"training a tokenizer of {vocab:,} tokens on {sum(document.nbytes for document in parts.train):,} bytes")
+    tokenizer = train_bpe((document.text for document in parts.train), vocab)
+    cache_dir.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(dir=cache_dir.parent))
+    try:
+        tokenizer.save(stage)
+        os.rename(stage, cache_dir)
+    except OSError:
+        # Another process was first, or the cache can't be written; it is only a cache.
+        shutil.rmtree(stage, ignore_errors=True)
+    return tokenizer
+
+
+def text_facts(folder: TokenFolder) -> dict[str, Any]:
+    """What the report tells about the data."""
+    counted = {
+        f"{name}_{what}": number
+        for name, tokens in (("train", folder.train), ("val", folder.val))
+        for what, number in (
+            ("documents", tokens.num_documents),
+            ("bytes", tokens.num_bytes),
+            ("tokens", tokens.num_targets),
+        )
+    }
+    manifest = folder.manifest
+    hashes = {
+        "train_sha256": folder.train.hash,
+        "val_sha256": folder.val.hash,
+        "tokenizer_sha256": manifest["tokenizer"],
+    }
+    return {
+        **counted,
+        **hashes,
+        "vocab_size": manifest["vocab_size"],
+        "corpus": manifest.get("corpus"),
+        "folder": str(folder.path),
+    }
+
+
+ValueT = TypeVar("ValueT")
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[ValueT]):
+    """What was chosen and why, for the screen and the run's events."""
+
+    value: ValueT
+    reason: str
+
+
+PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
+"""Other names of the same things."""
+
+
+def resolve_precision(name: str, device: torch.device) -> Resolved[str]:
+    """fp32 or bf16 (autocast, with masters in float32): auto takes bf16 where the hardware multiplies it faster."""
+    if name != "auto":
+        return Resolved(PRECISION_ALIASES.get(name, name), "asked for")
+    fast, why = bf16_support(device)
+    return Resolved("bf16" if fast else "fp32", why)
+
+
+def resolve_auto(config: ConfigT, device: torch.device, log: LogFn, flops: float | None = None) -> ConfigT:
+    """The config with precision and compile decided, once, before anything reads them. flops: of the whole run on one
+    process; None where compiling is not worth deciding (`auto` is then no)."""
+    precision = resolve_precision(config.precision, device)
+    graph = Resolved(config.compile is True, "") if flops is None else resolve_compile(config.compile, device, flops)
+    reason = f" ({graph.reason})" if graph.reason else ""
+    log(f"precision: {precision.value} ({precision.reason}); compiled: {'yes' if graph.value else 'no'}{reason}")
+    return config.model_copy(update={"precision": precision.value, "compile": graph.value})
+
+
+MIN_SECONDS_TO_COMPILE = 600.0
+FLOPS_PER_CORE, FLOPS_GPU = 25e9, 1e13
+
+
+def resolve_compile(requested: bool | str, device: torch.device, flops: float) -> Resolved[bool]:
+    """Compiling a model takes from half a minute to two: auto does it where the run (flops in all) is likely to last
+    ten minutes, and a compiler is there. The rates are cautious guesses, so that the same recipe decides the same way
+    on a machine."""
+    if isinstance(requested, bool):
+        return Resolved(requested, "asked for")
+    rate = FLOPS_PER_CORE * usable_cores() if device.type == "cpu" else FLOPS_GPU
+    seconds = flops / rate
+    if device.type == "cpu" and not find_cpp_compiler():
+        return Resolved(False, "no C++ compiler was found (install g++ or clang to train faster)")
+    if seconds < MIN_SECONDS_TO_COMPILE:
+        return Resolved(False, f"a run of about {rough_duration(seconds)} does not repay compiling")
+    return Resolved(True, f"a run of about {rough_duration(seconds)} repays compiling")
+
+
+def find_cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on the CPU."""
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+
+
+def rough_duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+MICRO_BATCH_TOKENS = 8192
+"""Tokens of a micro-batch where micro_batch_size is null."""
+
+
+def micro_batch_rows(batch_size: int, micro_batch_size: int | None, parallel: DistributedContext, length: int) -> int:
+    """Rows of a micro-batch: the given number, else the largest equal part of this process's rows within
+    MICRO_BATCH_TOKENS. length: tokens of the longest row."""
+    mine = batch_size // parallel.world_size
+    if micro_batch_size is not None:
+        return min(micro_batch_size, mine)
+    most = max(1, min(mine, MICRO_BATCH_TOKENS // length))
+    return max(number for number in range(1, most + 1) if mine % number == 0)
+
+
+def require_run_exists(name_or_path: str, key: str, command: str) -> None:
+    """UsageError for a run that is not there, which would be looked for on the hub. key: of the recipe; command: the
+    command that trains one."""
+    if name_or_path.startswith("runs/") and not Path(name_or_path).is_dir():
+        raise UsageError(f"there is no run {name_or_path}: train one first ({command}), or give {key}=FOLDER")
+
+
+def require_context(length: int, context: int) -> None:
+    """Rows no longer than what the model can see."""
+    if length > context:
+        raise UsageError(
+            f"sequence_length {length} is longer than the model's context of {context}; lower sequence_length"
+        )
+
+
+def apply_techniques(entries: Sequence[Mapping[str, Any]], model: Any, log: LogFn) -> list[Callback]:
+    """Edit the model in place by each in turn, and say what became trainable; returns those that act after every
+    step."""
+    callbacks: list[Callback] = []
+    for entry in entries:
+        options = {key: value for key, value in entry.items() if key != "name"}
+        one: Any = TypeAdapter(known_techniques()[entry["name"]]).validate_python(options)
+        if callable(one):
+            try:
+                edited = one(model)
+            except ValueError as error:
+                raise UsageError(f"technique {entry['name']}: {error}") from None
+            assert edited is model, "a recipe's techniques edit in place"
+        if isinstance(one, Callback):
+            callbacks.append(one)
+        log(f"technique: {entry['name']}{trainable_summary(model)}")
+    return callbacks
+
+
+def trainable_summary(model: Any) -> str:
+    """Which matrices have adapters, and how much of the model is trained now, where that is not all of it."""
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    found = adapter_addresses(model)
+    where = f" of {describe_addresses(found)} ({len(found)} matrices)" if found else ""
+    return where + (
+        f"; {learned:,} of {whole:,} numbers are trained ({learned / whole:.3%})" if learned < whole else ""
+    )
