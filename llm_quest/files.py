@@ -1,14 +1,19 @@
-"""Files that are whole or not there: written beside their place, made durable, moved in one step."""
+"""Files and folders that are whole or not there: written beside their place, made durable, moved in one step."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from llm_quest.errors import ResourceError, UsageError
 
 
 def fsync_path(path: Path) -> None:
@@ -58,3 +63,65 @@ def atomic_write_json(path: Path, content: Any) -> None:
 
 def to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def atomic_dir(
+    folder: str | Path, *, overwrite: bool, replaceable: Callable[[str], bool], required_bytes: int
+) -> Iterator[Path]:
+    """A new empty folder to write into; on success it takes the place of `folder`, on any error it is removed.
+
+    A folder that is not empty is refused, unless `overwrite` and every file in it is one that we would write (`ours`):
+    so a mistyped path never costs anybody's files. Links, files and devices are refused. required_bytes: bytes that
+    must be free."""
+    target = Path(folder).expanduser().absolute()
+    check_target(target, overwrite, replaceable)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < required_bytes:
+        raise ResourceError(
+            f"{target.parent} has {free:,} bytes free, {target.name} needs {required_bytes:,}; make room"
+        )
+    stage = target.parent / f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    stage.mkdir()
+    try:
+        yield stage
+        for file in (*stage.iterdir(), stage):
+            fsync_path(file)
+        swap_directories(stage, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ResourceError(f"no room left to write {target}: nothing was changed; make room and save again") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool, replaceable: Callable[[str], bool]) -> None:
+    if target.is_symlink():
+        raise UsageError(f"{target} is a link; give the folder itself")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target} exists and is no folder")
+    held = sorted(p.name for p in target.iterdir()) if target.exists() else []
+    if held and not overwrite:
+        raise UsageError(f"{target} is not empty; choose another folder, or overwrite=True to replace the model in it")
+    regular_files = {name for name in held if (target / name).is_file() and not (target / name).is_symlink()}
+    if foreign_files := [name for name in held if not replaceable(name) or name not in regular_files]:
+        raise UsageError(
+            f"{target} holds more than a saved model ({', '.join(foreign_files[:5])}); it will not be replaced"
+        )
+
+
+def swap_directories(stage: Path, target: Path) -> None:
+    """Two renames where something stands there already, one otherwise."""
+    old = stage.with_name(f"{stage.name}-old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(stage, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    fsync_path(target.parent)

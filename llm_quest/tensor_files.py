@@ -1,4 +1,5 @@
-"""Writes safetensors files whose tensors begin on 64-byte boundaries, and aligns tensors that do not.
+"""Writes safetensors files whose tensors begin on 64-byte boundaries, aligns tensors that do not, and allocates large
+ones in large pages.
 
       | N (u64) | JSON header, spaces to a multiple of 64 | sizes that are multiples of 64 bytes | the other sizes |
 
@@ -12,8 +13,11 @@ must give the same bits from any file is aligned by `align`, which copies what i
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,3 +83,19 @@ NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 """What safetensors calls each dtype."""
+
+
+MIN_HUGE_PAGE_BYTES = 4 << 20
+
+
+def empty_huge_pages(shape: Sequence[int], *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """`torch.empty`, in large pages if it is big, on the host, and this is Linux.
+
+    Fresh memory costs one page fault per 4 KiB: for 500 MB that is 120,000 of them, several times as slow as the copy
+    itself. With pages of 2 MiB it takes a fifth of the time, and the memory is read faster afterwards."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if sys.platform != "linux" or torch.device(device).type != "cpu" or nbytes < MIN_HUGE_PAGE_BYTES:
+        return torch.empty(shape, device=device, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)

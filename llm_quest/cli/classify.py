@@ -16,7 +16,7 @@ from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.image_encoder import ImageEncoder
-from llm_quest.objectives.last_token import last_token_outputs, pad_rows
+from llm_quest.objectives.classification import last_token_outputs, pad_rows
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import resolve_device
 

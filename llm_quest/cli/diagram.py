@@ -14,8 +14,8 @@ from torch import nn
 
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Residual, Sublayer
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.multi_token_prediction import MTPModule
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.decoder import Decoder

@@ -6,4 +6,4 @@ tokenizer = train_bpe(texts(parts.train), 2048)       tokenizer.py
 folder = prepare_token_folder(parts, tokenizer, root) tokens.py     memory-mapped, verified, re-used by content
 source = PackedDocuments(folder.train, 256)           packing.py    rows as a function of (seed, row number)
 loader = ShardedLoader(source, batch_size=8, ...)     loader.py     the micro-batches of a rank at a step
-held_out = eval_batches(folder.val, ...)              held_out.py   every held-out token once, its bytes counted"""
+held_out = eval_batches(folder.val, ...)              packing.py    every held-out token once, its bytes counted"""

@@ -13,8 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_quest.contracts import DataShard
-from llm_quest.data.batch import IGNORE_INDEX
-from llm_quest.data.shared_prefix import SharedPrefix, full_token_count, pad_with_shared_prefix, shared_token_count
+from llm_quest.data.batch import (
+    IGNORE_INDEX,
+    SharedPrefix,
+    full_token_count,
+    pad_with_shared_prefix,
+    shared_token_count,
+)
 
 MetricSums = Mapping[str, tuple[float, float]]
 """Name -> (sum, count): numbers that are known on the host, to be reported with the step."""

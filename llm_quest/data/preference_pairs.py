@@ -5,7 +5,7 @@
 
 K ranked answers are K(K-1)/2 comparisons of one element, whose weights add up to 1 (InstructGPT,
 arXiv:2203.02155, section 3.5): each answer is read once. So is the question, where rows share it
-(`data/shared_prefix.py`): they then begin at its last token, and end before their own, which predicts nothing.
+(`data/batch.py`): they then begin at its last token, and end before their own, which predicts nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad
+from llm_quest.data.batch import (
+    IGNORE_INDEX,
+    SharedPrefix,
+    TokenBatch,
+    full_token_count,
+    pad,
+    pad_with_shared_prefix,
+    shared_token_count,
+)
 from llm_quest.data.loader import length_grouped_batches
 from llm_quest.data.preferences import TokenizedPreference
-from llm_quest.data.shared_prefix import SharedPrefix, full_token_count, pad_with_shared_prefix, shared_token_count
 
 
 @dataclass(frozen=True)

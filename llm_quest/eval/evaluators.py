@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_quest.data.held_out import HeldOutLoader, eval_batches
 from llm_quest.data.loader import length_grouped_indices
+from llm_quest.data.packing import HeldOutLoader, eval_batches
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.problems import Problem

@@ -16,9 +16,8 @@ from llm_quest.errors import DataError
 from llm_quest.hub.safetensors_io import parse_json, regular_file_size
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES
-from llm_quest.models.decoder import Decoder
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
-from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import all_exportable, techniques_to_json
 from llm_quest.techniques.score_head import ScoreHead

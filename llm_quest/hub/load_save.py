@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.files import atomic_write_json, write_json, write_text
-from llm_quest.hub import hugepages
-from llm_quest.hub.atomic_dir import atomic_dir
+from llm_quest.files import atomic_dir, atomic_write_json, write_json, write_text
 from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
 from llm_quest.hub.load_adapter import adapter_base, load_adapter
 from llm_quest.hub.locate import ModelLocation, locate_model, offline_error
@@ -30,12 +28,11 @@ from llm_quest.hub.validate import TECHNIQUES_FILE, FolderReport, TensorSource, 
 from llm_quest.hub.weight_map import export_weight_map, technique_parameters, weight_views
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import dtype_from_name, family_of
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import techniques_to_json
 from llm_quest.techniques.score_head import find_score_head
-from llm_quest.tensor_files import nbytes, write_tensors
+from llm_quest.tensor_files import empty_huge_pages, nbytes, write_tensors
 
 if TYPE_CHECKING:
     from llm_quest.data.images import ImageProcessor
@@ -85,7 +82,7 @@ def load(
         if on_host
         else {}
     )
-    materialize(report.model, device, dtype, hugepages.empty_huge_pages, mapped)
+    materialize(report.model, device, dtype, empty_huge_pages, mapped)
     raise_problems(read_weights(report, mapped), location.name)
     report.model.generation_config = report.generation_config
     return report.model.eval()

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError
-from llm_quest.hub.hugepages import empty_huge_pages
-from llm_quest.tensor_files import raw_bytes
+from llm_quest.tensor_files import empty_huge_pages, raw_bytes
 
 HEADER_LIMIT = 10_000_000
 CHUNK_BYTES = 8 << 20

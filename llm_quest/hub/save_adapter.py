@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import write_json
-from llm_quest.hub.atomic_dir import atomic_dir
+from llm_quest.files import atomic_dir, write_json
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, read_header, read_into
 from llm_quest.hub.weight_map import compact_names
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.low_rank import AdaptedLinear, AdaptedPackedLinear, DoRAUpdate, LowRankUpdate, row_norms
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build_meta_model, family_of
 from llm_quest.models.weight_names import ConcatRows, Transposed

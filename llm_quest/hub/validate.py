@@ -29,11 +29,10 @@ from llm_quest.hub.weight_map import (
     name_in_file,
     weight_views,
 )
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.models.build import SkipInit, build_meta_model
-from llm_quest.models.decoder import Decoder
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
-from llm_quest.models.generation_config import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import replay_techniques, techniques_from_json

@@ -17,8 +17,8 @@ from itertools import accumulate, groupby
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.models.weight_names import ConcatRows, PublishedWeight, Reshaped, StackTensors, Transposed, WeightMap
 from llm_quest.techniques.model_spec import strip_wrapper_names
 from llm_quest.techniques.score_head import find_score_head

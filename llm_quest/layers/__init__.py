@@ -13,12 +13,10 @@ from llm_quest.layers.feed_forward import MLP, GatedMLP
 from llm_quest.layers.hyper_connections import HyperConnection
 from llm_quest.layers.kv_cache import Cache, KVCache, NoCache
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
-from llm_quest.layers.linear import Linear
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import Linear, LMHead, PackedLinear
 from llm_quest.layers.moe import Experts, LatentMoE, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.patch_embedding import ImageEmbedding, PatchEmbedding
 from llm_quest.layers.projector import LinearProjector, MLPProjector
 from llm_quest.layers.recurrent_cache import RecurrentStateCache

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_quest.layers.kv_cache import KVCache, extend_layer_cache
-from llm_quest.layers.linear import Linear
-from llm_quest.layers.packed_linear import PackedLinear, require_unwrapped, scale_rows_
+from llm_quest.layers.linear import Linear, PackedLinear, require_unwrapped, scale_rows_
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct, dense_mask
 from llm_quest.scope import CausalMask, MaskSpec, Scope
 

@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.recurrent_cache import RecurrentStateCache, StateSnapshot
 from llm_quest.scope import Scope
 

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_quest.layers.linear import Linear
-from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.layers.linear import Linear, PackedLinear
 from llm_quest.scope import Scope
 
 

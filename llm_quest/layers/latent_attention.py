@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_quest.layers.kv_cache import KVCache, extend_layer_cache
+from llm_quest.layers.linear import PackedLinear, require_unwrapped, scale_rows_
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.packed_linear import PackedLinear, require_unwrapped, scale_rows_
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.scope import MaskSpec, Scope
 

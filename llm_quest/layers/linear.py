@@ -1,14 +1,17 @@
-"""y = x W^T + b, and the same in the other order for few rows: (W x^T)^T.
+"""Projections: `Linear`, several of one input as one matrix product (`PackedLinear`), and the output projection
+(`LMHead`).
 
-The product is the same, but the host's matrix multiplication is tuned for many rows of x. For the few rows of a decode
-step the other order is 1.2 to 1.5 times as fast, and needs no second copy of the weights. Measured on one core
-(`docs/LOG.md`, 2026-11-24), milliseconds for (50257, 768) and (3072, 768): bfloat16, 1 row 8.8 and 0.28 against 6.3 and
-0.23, 32 rows 11.0 and 0.36 against 7.7 and 0.24; float32, 32 rows 33 and 1.17 against 27 and 0.86, while below 8 rows
-it is slower. So it is from 64 rows on (the matrices of an 11M model one after another, on another machine: 15.4 ms
-against 12.5).
+y = x W^T + b, and the same in the other order for few rows: (W x^T)^T. The product is the same, but the host's matrix
+multiplication is tuned for many rows of x. For the few rows of a decode step the other order is 1.2 to 1.5 times as
+fast, and needs no second copy of the weights. Measured on one core (`docs/LOG.md`, 2026-11-24), milliseconds for
+(50257, 768) and (3072, 768): bfloat16, 1 row 8.8 and 0.28 against 6.3 and 0.23, 32 rows 11.0 and 0.36 against 7.7 and
+0.24; float32, 32 rows 33 and 1.17 against 27 and 0.86, while below 8 rows it is slower. So it is from 64 rows on (the
+matrices of an 11M model one after another, on another machine: 15.4 ms against 12.5).
 """
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -43,3 +46,88 @@ def linear_few_rows(
     columns = rows.expand(2, -1).T if rows.shape[0] == 1 else rows.T
     y = (weight @ columns)[:, : rows.shape[0]].T.contiguous()  # what follows is slow on rows that lie as columns
     return (y if bias is None else y + bias.to(y.dtype)).reshape(*x.shape[:-1], -1)
+
+
+class LMHead(Linear):
+    """logits = x W^T, without bias; with a soft cap, cap * tanh(logits / cap). If tied, W is the token embedding
+    itself: one parameter with two uses."""
+
+    def __init__(
+        self, dim: int, vocab_size: int, *, tied_embedding: nn.Embedding | None = None, softcap: float | None = None
+    ):
+        super().__init__(dim, vocab_size, bias=False, device="meta" if tied_embedding is not None else None)
+        if tied_embedding is not None:
+            self.weight = tied_embedding.weight
+        self.softcap = softcap
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        logits = super().forward(x)
+        return softcap_logits(logits, self.softcap)
+
+
+def softcap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap): bounded by the cap (Gemma 2); None caps nothing."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@runtime_checkable
+class HasPackedRows(Protocol):
+    """A layer whose parameters are several matrices stacked by rows."""
+
+    def packed_rows(self) -> dict[str, tuple[int, ...]]:
+        """Parameter -> the number of rows of each of its matrices. A leading dimension (experts) does not count as
+        rows."""
+
+
+class PackedLinear(Linear):
+    """`PackedLinear(D, q=.., k=.., v=..)(x)` is the tuple (q, k, v). The rows of `weight` are the parts in that order.
+
+    `parts` names the rows, for weight maps, LoRA targets, Muon and QK-Clip."""
+
+    def __init__(self, dim: int, *, bias: bool = False, **parts: int):
+        super().__init__(dim, sum(parts.values()), bias=bias)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).split(list(self.parts.values()), dim=-1)
+
+    def row_slice(self, name: str) -> slice:
+        """The rows of one part."""
+        start = 0
+        for part, size in self.parts.items():
+            if part == name:
+                return slice(start, start + size)
+            start += size
+        raise ValueError(f"no part {name!r} here: it has {', '.join(self.parts)}")
+
+    def packed_rows(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": tuple(self.parts.values())}
+
+
+def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each alone)."""
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, HasPackedRows))
+    return {f"{path}.{name}": rows for path, module in found for name, rows in module.packed_rows().items()}
+
+
+@torch.no_grad()
+def scale_rows_(weight: Tensor, factor: Float[Tensor, " rows"]) -> None:
+    """Multiply each row of a matrix (or entry of a bias) by its factor, in place, sharded or not. A factor of 1 leaves
+    its row bit by bit."""
+    from torch.distributed.tensor import DTensor, Replicate  # a second to import, which every load would pay
+
+    factor = factor.to(device=weight.device, dtype=weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+    if isinstance(weight, DTensor):
+        mesh = weight.device_mesh
+        factor = DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    weight.mul_(factor)
+
+
+def require_unwrapped(*projections: nn.Module) -> None:
+    """Raise ValueError if one of them is wrapped: its rows are then not all that makes its output."""
+    for projection in projections:
+        if not isinstance(projection, nn.Linear):
+            raise ValueError(
+                f"rescaling acts on a projection's own weights, and {type(projection).__name__} replaces it here: "
+                "merge the adapter first, or leave the rescaling out"
+            )

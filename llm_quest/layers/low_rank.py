@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.packed_linear import PackedLinear
 
 
 class LowRankUpdate(nn.Module):

@@ -4,6 +4,7 @@ pass."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -11,10 +12,25 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import ModelSpec
 from llm_quest.layers.kv_cache import Cache
-from llm_quest.layers.lm_head import LMHead
-from llm_quest.layers.packed_linear import row_splits
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.layers.linear import LMHead, row_splits
 from llm_quest.scope import Scope
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Token ids that begin, end (often several) and pad a text, and how its makers advise to sample; None: they say
+    nothing."""
+
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
 
 
 class Decoder(nn.Module):

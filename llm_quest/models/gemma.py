@@ -23,7 +23,7 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP, gelu_tanh
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
 from llm_quest.layers.rotary import LinearScaling, RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct

@@ -20,7 +20,7 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenPositionEmbedding
 from llm_quest.layers.feed_forward import MLP, gelu_tanh
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct

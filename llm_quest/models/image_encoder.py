@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm_quest.contracts import ModelSpec
-from llm_quest.layers.packed_linear import row_splits
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.layers.linear import row_splits
+from llm_quest.models.decoder import GenerationConfig
 from llm_quest.scope import Scope
 
 

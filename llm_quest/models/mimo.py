@@ -28,11 +28,10 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.linear import Linear
+from llm_quest.layers.linear import Linear, PackedLinear
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token_prediction import make_mtp_module
 from llm_quest.layers.norm import ConstantScale, RMSNorm
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
 from llm_quest.models.config_fields import (

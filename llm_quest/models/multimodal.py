@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from llm_quest.contracts import ModelSpec
 from llm_quest.errors import UsageError
 from llm_quest.layers.kv_cache import Cache
-from llm_quest.layers.packed_linear import row_splits
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.layers.linear import row_splits
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.scope import Scope
 

@@ -1,22 +1,43 @@
 """Classification: sum over images, or texts, of -log p(class | it), with label smoothing if asked for.
 
 smoothed target = (1 - s) one_hot(label) + s / C            (Szegedy et al. 2016, arXiv:1512.00567, section 7)
+
+A score head reads a text at its last real token, which attends to the whole row (`last_token_outputs`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import Loss
-from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.data.batch import pad_with_positions
+from llm_quest.scope import Scope
 
 if TYPE_CHECKING:
     from llm_quest.data.image_datasets import ImageBatch
     from llm_quest.data.text_classification import TextClassificationBatch
+
+
+def last_token_outputs(
+    model: Any, input_ids: Int[Tensor, "R T"], position_ids: Int[Tensor, "R T"]
+) -> Float[Tensor, "R N"]:
+    """Outputs of a score head (rows, outputs), at least float32; padding may be on either side."""
+    h = model.hidden_states(input_ids, Scope(position_ids))
+    last = position_ids.argmax(dim=1)
+    out = model.head(h[torch.arange(len(h), device=h.device), last])
+    return out if out.dtype == torch.float64 else out.float()
+
+
+def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """input_ids, position_ids (R,T)."""
+    input_ids, position_ids = pad_with_positions(rows)
+    return torch.from_numpy(input_ids), torch.from_numpy(position_ids)
 
 
 class ImageClassificationLoss(nn.Module):

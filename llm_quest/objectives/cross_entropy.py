@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.batch import IGNORE_INDEX
 from llm_quest.errors import UsageError
+from llm_quest.layers.linear import softcap_logits
 
 CHUNK_ROWS = 256
 MAX_FULL_LOGITS_BYTES = 64 * 2**20
@@ -55,8 +56,7 @@ def choose_form(x: Tensor, weight: Tensor, softcap: float | None = None) -> str:
 
 def full_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """Cross-entropy from all logits: the definition."""
-    logits = F.linear(x, weight).float()
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = softcap_logits(F.linear(x, weight).float(), softcap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.errors import UsageError
+from llm_quest.layers.linear import softcap_logits
 from llm_quest.objectives.cross_entropy import chunked_head_loss, scale_saved_gradients
 from llm_quest.objectives.next_token import batch_scope
 
@@ -131,10 +132,7 @@ class ChunkedDivergence(torch.autograd.Function):
 
         def teacher_log_probs(rows: slice, wide: torch.dtype) -> Tensor:
             logits = F.linear(teacher_hidden[rows].to(dtype), W).to(wide)
-            return log_softmax_at(
-                logits if teacher_softcap is None else teacher_softcap * torch.tanh(logits / teacher_softcap),
-                temperature,
-            )
+            return log_softmax_at(softcap_logits(logits, teacher_softcap), temperature)
 
         def loss_and_grad(logits: Tensor, rows: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
             each, g = divergence_and_grad(

@@ -1,7 +1,11 @@
 """Log-probabilities of given tokens, in two forms: `plain` (the definition) and `chunked` (no more than a few rows of
 logits at a time, in the backward pass too). DPO, the policy-gradient family and evaluation all read these.
 
+The entropy of the whole distribution, with its gradient, is for an entropy bonus; to *watch* entropy, the mean of -log
+p over what was sampled is enough, and free.
+
       z = x W^T / temperature      log p = z[target] - logsumexp(z)      d log p / dz = onehot(target) - softmax(z)
+      H = logsumexp(z) - sum_v p_v z_v
 
 Commonly got wrong: (1) samples drawn at a temperature are scored at 1, and the ratio of a policy with itself is not 1;
 (2) an off-by-one shift: here `targets[b, t]` is predicted *at* t, as everywhere in this package; (3) log-softmax in
@@ -17,8 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
+from llm_quest.layers.linear import softcap_logits
 from llm_quest.objectives.cross_entropy import CHUNK_ROWS, add_product_
 from llm_quest.objectives.next_token import batch_hidden_states
 
@@ -53,9 +59,15 @@ def full_log_probs(
     temperature: float,
 ) -> Float[Tensor, " N"]:
     """The definition."""
-    z = at_least_float32(F.linear(x, weight))
-    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    z = scaled_logits(x, weight, softcap, temperature)
     return z.gather(1, targets[:, None]).squeeze(1) - z.logsumexp(dim=1)
+
+
+def scaled_logits(
+    x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], softcap: float | None, temperature: float
+) -> Float[Tensor, "N V"]:
+    """z = softcap(x W^T) / temperature, at least float32."""
+    return softcap_logits(at_least_float32(F.linear(x, weight)), softcap) / temperature
 
 
 def chunked_log_probs(x: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, temperature: float) -> Tensor:
@@ -118,3 +130,23 @@ def log_prob_gradient(x: Tensor, weight: Tensor, targets: Tensor, softcap: float
 def at_least_float32(z: Tensor) -> Tensor:
     """At least float32."""
     return z if z.dtype == torch.float64 else z.float()
+
+
+def token_entropies(
+    model: Any, h: Float[Tensor, "B T D"], targets: Int[Tensor, "B T"], temperature: float = 1.0
+) -> Float[Tensor, "B T"]:
+    """In nats, at least float32; exactly 0 where the target is -100. No more than a few rows of logits are held."""
+    learned, head = targets != IGNORE_INDEX, model.head
+    parts = [
+        checkpoint(head_entropy, x, head.weight, head.softcap, temperature, use_reentrant=False)
+        for x in h[learned].split(CHUNK_ROWS)
+    ]
+    found = torch.cat(parts)
+    return found.new_zeros(targets.shape).masked_scatter(learned, found)
+
+
+def head_entropy(
+    x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], softcap: float | None, temperature: float
+) -> Float[Tensor, " N"]:
+    z = scaled_logits(x, weight, softcap, temperature)
+    return z.logsumexp(dim=1) - (z.softmax(dim=1) * z).sum(dim=1)

@@ -1,22 +1,27 @@
-"""Next-token prediction, the objective of pretraining: sum over tokens of -log p(token t+1 | tokens <= t)."""
+"""Next-token prediction, the objective of pretraining: sum over tokens of -log p(token t+1 | tokens <= t).
+
+Captioning and visual question answering are the same with an image before the text: -log p(token t+1 | image,
+tokens <= t). The question, the image placeholders and the padding have no loss, and no logits are computed for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llm_quest.contracts import Loss
-from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
-from llm_quest.data.shared_prefix import SharedPrefix
+from llm_quest.data.batch import IGNORE_INDEX, SharedPrefix, TokenBatch
 from llm_quest.errors import UsageError
 from llm_quest.layers.moe import RouterOutput
 from llm_quest.layers.multi_token_prediction import shift_left, shift_position_ids
 from llm_quest.objectives.cross_entropy import CROSS_ENTROPY_FORMS, linear_cross_entropy
 from llm_quest.objectives.routing import ROUTER_LOSSES, ROUTING_METRICS, accumulate_tokens_per_expert
 from llm_quest.scope import Scope
+
+if TYPE_CHECKING:
+    from llm_quest.data.image_text import ImageTextBatch
 
 
 class AuxiliaryLoss(Protocol):
@@ -162,3 +167,21 @@ def batch_hidden_states(model: Any, batch: Any, records: dict[str, list[Any]] | 
     cache.batch_select_indices(prefix.prefix_index)
     scope = Scope(batch.position_ids, cache=cache, max_seq_len=prefix.reach)
     return model.hidden_states(batch.input_ids, scope)  # type: ignore[no-any-return]
+
+
+class CaptioningLoss(nn.Module):
+    """`CaptioningLoss(model)(batch) -> Loss`: total in nats, count = learned tokens. model: a VisionLanguage. metrics:
+    none."""
+
+    def __init__(self, model: nn.Module, *, form: str = "auto"):
+        super().__init__()
+        self.model = model
+        self.form = form
+
+    def forward(self, batch: ImageTextBatch) -> Loss:
+        x = self.model.hidden_states(batch.input_ids, image_features=self.model.get_image_features(batch.images))  # type: ignore[operator]
+        head = self.model.head
+        targets = batch.targets.flatten()
+        learned = targets != IGNORE_INDEX
+        total = linear_cross_entropy(x.flatten(0, 1)[learned], head.weight, targets[learned], self.form, head.softcap)  # type: ignore[union-attr, arg-type]
+        return Loss(total, learned.sum(dtype=torch.float32), {})

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from llm_quest.data.batch import TokenBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.layers.linear import softcap_logits
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
 """p (..., K), values (K,), y (...) -> (...)."""
@@ -67,10 +68,7 @@ class NumberTokenLoss(nn.Module):
         """The summed distance over number targets, and how many there are."""
         if head.weight.shape[0] != self.vocab_size:
             raise UsageError(f"the values are of {self.vocab_size} tokens, the model has {head.weight.shape[0]}")
-        logits = F.linear(h, head.weight[self.ids])
-        return self.distance_sum(
-            logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap), batch.targets
-        )
+        return self.distance_sum(softcap_logits(F.linear(h, head.weight[self.ids]), head.softcap), batch.targets)
 
     def distance_sum(self, logits: Float[Tensor, "B T K"], targets: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """From the logits of the number tokens."""

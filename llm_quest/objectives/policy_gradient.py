@@ -24,9 +24,8 @@ from llm_quest.contracts import Loss
 from llm_quest.data.policy_batch import PolicyBatch
 from llm_quest.errors import UsageError
 from llm_quest.objectives.attention_divergence import jensen_shannon, read_attention_policy
-from llm_quest.objectives.entropy import token_entropies
 from llm_quest.objectives.kl_penalty import KLPenalty, k3
-from llm_quest.objectives.log_probs import log_probs_from_hidden
+from llm_quest.objectives.log_probs import log_probs_from_hidden, token_entropies
 from llm_quest.objectives.next_token import batch_hidden_states
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate, SurrogateInputs, sequence_mean
 

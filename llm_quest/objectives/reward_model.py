@@ -21,7 +21,7 @@ from torch.nn.functional import logsigmoid
 from llm_quest.contracts import Loss
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.last_token import last_token_outputs, pad_rows
+from llm_quest.objectives.classification import last_token_outputs, pad_rows
 
 
 class RewardModelLoss(nn.Module):

@@ -17,9 +17,8 @@ from torch import nn
 
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.corpus import load_corpus
-from llm_quest.data.held_out import HeldOutLoader, eval_batches
 from llm_quest.data.loader import ShardedLoader
-from llm_quest.data.packing import PackedDocuments
+from llm_quest.data.packing import HeldOutLoader, PackedDocuments, eval_batches
 from llm_quest.data.split import split_corpus
 from llm_quest.data.tokenizer import Tokenizer, train_bpe
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, prepare_token_folder
@@ -32,7 +31,7 @@ from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_lr_schedule
 
 LAB_VOCAB_SIZE, LAB_SEQUENCE_LENGTH, LAB_BATCH_SIZE = 1024, 128, 16
 

@@ -15,8 +15,8 @@ from llm_quest.objectives.reward_model import RewardModelLoss, score_rows
 from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict
 from llm_quest.papers.reverse import EXPERIMENT as REVERSE
 from llm_quest.papers.rl_lab import HeldOutProblemsEvaluator, base_policy, train_for_steps
+from llm_quest.rollouts.advantages import RewardPipeline, WeightedReward
 from llm_quest.rollouts.model_reward import ModelReward, ReplayLoader, make_comparisons
-from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
 from llm_quest.rollouts.rewards import CorrectnessReward
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import Sample

@@ -29,16 +29,19 @@ from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.papers.lab import MetricsRecorder, cached_model, init_lab_model
 from llm_quest.papers.paper import ExperimentResults, Measurement, Verdict
-from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
-from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward
-from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, score_correctness
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, WeightedReward
+from llm_quest.rollouts.rewards import (
+    CorrectnessReward,
+    FormatReward,
+    RandomReward,
+    compute_step_rewards,
+    score_correctness,
+)
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import PolicyPrompt, Sampler
-from llm_quest.rollouts.step_rewards import compute_step_rewards
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import make_lr_schedule
-from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 
 HEAD_DIM = 16
 

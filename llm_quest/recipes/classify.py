@@ -22,8 +22,7 @@ from llm_quest.data.text_classification import (
 )
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.classification import TextClassificationLoss
-from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
 from llm_quest.recipes.assembly import micro_batch_rows, require_context, resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt

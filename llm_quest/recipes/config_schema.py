@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field
 from llm_quest.data.corpus import builtin_parts
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
-from llm_quest.train.lr_schedule import SCHEDULE_SHAPES
+from llm_quest.train.optimizers import SCHEDULE_SHAPES
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -26,8 +26,7 @@ from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import list_checkpoints
 from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import LRSchedule, make_lr_schedule
-from llm_quest.train.optimizers import make_adamw, make_muon
+from llm_quest.train.optimizers import LRSchedule, make_adamw, make_lr_schedule, make_muon
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed

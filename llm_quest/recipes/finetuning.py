@@ -24,8 +24,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.build import family_of
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_run_exists
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig

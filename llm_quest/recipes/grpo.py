@@ -32,12 +32,11 @@ from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.policy_setup import WarmupConfig, build_policy_setup, init_model, open_policy_run, run_sft_warmup
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
+from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.model_reward import ModelReward
-from llm_quest.rollouts.reward_pipeline import WeightedReward
-from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward
+from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, compute_step_rewards
 from llm_quest.rollouts.sampler import PolicyPrompt
-from llm_quest.rollouts.step_rewards import compute_step_rewards
 from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.arguments import TrainResult

@@ -33,8 +33,8 @@ from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reference_model import SyncedReference
 from llm_quest.recipes.rpt.recipe import FlopsMeter, MeteredRolloutLoader
 from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.model_reward import ModelReward
-from llm_quest.rollouts.reward_pipeline import WeightedReward
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.techniques.lora import is_adapter
 from llm_quest.train.state_dict import derive_seed

@@ -26,8 +26,7 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import build
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.next_token import NextTokenLoss
@@ -42,16 +41,14 @@ from llm_quest.recipes.model_config import WARMUP_CONTEXT, build_model_config
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
-from llm_quest.rollouts.reward_pipeline import RewardPipeline, StepRewards, WeightedReward
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
 from llm_quest.rollouts.sampler import Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.lora import disable_adapter, is_adapter
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import make_lr_schedule
-from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed

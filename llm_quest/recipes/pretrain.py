@@ -24,8 +24,7 @@ from llm_quest.eval.baselines import compute_baselines
 from llm_quest.eval.evaluators import LossEvaluator, TextSampler
 from llm_quest.hub.load_save import load
 from llm_quest.models.build import build, build_meta_model, count_parameters
-from llm_quest.models.decoder import Decoder
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
 from llm_quest.recipes.assembly import (
     TextData,

@@ -20,7 +20,7 @@ from llm_quest.recipes.config import config_error, did_you_mean, load_raw_config
 from llm_quest.recipes.model_config import model_config_problems
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 from llm_quest.train.arguments import TrainResult
-from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import json_safe
 

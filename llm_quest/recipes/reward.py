@@ -11,7 +11,7 @@ from torch import Tensor
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.eval.evaluators import PairsEvaluator
-from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.objectives.classification import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.assembly import require_context, resolve_auto
 from llm_quest.recipes.config_schema import NonNegativeInt

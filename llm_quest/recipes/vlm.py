@@ -23,18 +23,18 @@ from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import clip, llama
 from llm_quest.models.build import build
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
-from llm_quest.objectives.captioning import CaptioningLoss
+from llm_quest.objectives.next_token import CaptioningLoss
 from llm_quest.recipes.assembly import apply_techniques, resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
-from llm_quest.train.lr_schedule import scale_schedule_after
+from llm_quest.train.optimizers import scale_schedule_after
 from llm_quest.train.state_dict import derive_seed
 
 IMAGE_TOKEN = "<image>"

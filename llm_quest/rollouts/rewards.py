@@ -1,8 +1,9 @@
 """Rewards: a group of samples of one prompt in, one number each out; NaN where none can be given.
 
 `CorrectnessReward` is what the verifier says. `RandomReward` and `FormatReward` are the controls without which a curve
-proves nothing: some models improve under any reward (arXiv:2506.10947). `SafeReward` wraps a reward
-function that may fail."""
+proves nothing: some models improve under any reward (arXiv:2506.10947). `SafeReward` wraps a reward function that may
+fail. Where a program can check the steps of an answer, `compute_step_rewards` says which token ends each step, and what
+the step is worth (process supervision)."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from llm_quest.contracts import Reward
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import UsageError
+from llm_quest.generation.detokenizer import StreamingTokenizer
 from llm_quest.rollouts.sampler import Sample
-from llm_quest.rollouts.verifiers import UNSCORABLE, is_well_formed, verify_answer
+from llm_quest.rollouts.verifiers import UNSCORABLE, is_well_formed, verify_answer, verify_steps
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,25 @@ class SafeReward:
         except (TypeError, ValueError):
             raise UsageError(f"{self.name} returned {given!r}: give numbers, NaN for what can't be scored") from None
         return [value if math.isfinite(value) else UNSCORABLE for value in values]
+
+
+def compute_step_rewards(tokenizer: StreamingTokenizer, sample: Sample) -> list[tuple[int, float]]:
+    """(index of the step's last token, 1 or 0). The last step ends at the end-of-text token, so that ending is
+    rewarded too; an answer that the budget cut has no last step that is right."""
+    ends = token_end_offsets(tokenizer, sample)
+    found = []
+    steps = verify_steps(sample.problem, sample.text)
+    for number, (place, worth) in enumerate(steps):
+        last = number == len(steps) - 1
+        at = len(sample.completion_ids) - 1 if last else next(i for i, end in enumerate(ends) if end >= place)
+        found.append((at, 0.0 if last and sample.truncated else worth))
+    return found or [(len(sample.completion_ids) - 1, 0.0)]
+
+
+def token_end_offsets(tokenizer: StreamingTokenizer, sample: Sample) -> list[int]:
+    """How many characters of the text are there after each token."""
+    stream, length, ends = tokenizer.decode_stream(), 0, []
+    for token in sample.completion_ids:
+        length += len(stream.feed(token))
+        ends.append(length)
+    return ends

@@ -40,7 +40,7 @@ from llm_quest.data.policy_batch import (
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.rollouts.reward_pipeline import RewardPipeline
+from llm_quest.rollouts.advantages import RewardPipeline
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler, eval_mode
 
 SampleGroups = list[list[Sample]]

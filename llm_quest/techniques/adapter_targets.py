@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead, PackedLinear
 from llm_quest.layers.low_rank import AdaptedExperts, AdaptedLinear, AdaptedPackedLinear, expert_parts
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.techniques.model_spec import replace_module
 
 

@@ -15,10 +15,9 @@ from torch import nn
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.int8 import Int8Embedding, Int8Experts, Int8Linear, Int8Matrix, Int8PackedLinear
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead, PackedLinear
 from llm_quest.layers.low_rank import adapter_layers
 from llm_quest.layers.moe import Experts
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.techniques.model_spec import record_technique, replace_module, require_not_applied
 
 Model = TypeVar("Model", bound=Any)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.techniques.model_spec import record_technique, require_decoder, require_not_applied
 
 Model = TypeVar("Model", bound=Any)

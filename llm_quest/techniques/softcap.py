@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.techniques.model_spec import Model, attention_layers, record_technique, require_not_applied
 
 

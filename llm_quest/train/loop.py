@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.logger import Logger, NullLogger
-from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.session import TrainSession

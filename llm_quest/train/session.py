@@ -20,11 +20,10 @@ from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.errors import GuardStop, ResourceError, UsageError
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
-from llm_quest.train.checkpoint import Checkpoint, checkpoint_step, load_checkpoint
-from llm_quest.train.checkpoint_saver import CheckpointSaver
+from llm_quest.train.checkpoint import Checkpoint, CheckpointSaver, checkpoint_step, load_checkpoint
 from llm_quest.train.guards import NonFiniteGuard, find_first_nonfinite, find_nonfinite_parameter, initial_loss_warning
 from llm_quest.train.logger import Logger
-from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.signals import SignalHandler

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from llm_quest.contracts import Loader
 from llm_quest.errors import DataError
 from llm_quest.train.guards import NonFiniteGuard
-from llm_quest.train.lr_schedule import LRSchedule
+from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state_dict import (
     RNGState,

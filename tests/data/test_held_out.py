@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.data.held_out import HeldOutLoader, eval_batches
+from llm_quest.data.packing import HeldOutLoader, eval_batches
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import DataError, UsageError
 

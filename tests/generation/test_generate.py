@@ -140,7 +140,7 @@ def test_finished_rows_leave_the_batch(gpt2):
 
 
 def test_the_models_own_eos_is_the_default(gpt2):
-    from llm_quest.models.generation_config import GenerationConfig
+    from llm_quest.models.decoder import GenerationConfig
 
     free = tokens_of(generate(gpt2, [[4]], max_new_tokens=9, temperature=0.0))[0]
     gpt2.generation_config = GenerationConfig(eos_token_ids=(free[3],))

@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 
 import llm_quest as quest
+from llm_quest import files
 from llm_quest.errors import DataError, MissingError, ResourceError, UsageError
-from llm_quest.hub import atomic_dir
 from llm_quest.hub.load_save import load, load_tokenizer, parse_size, save, write_model_json
-from llm_quest.models.generation_config import GenerationConfig
+from llm_quest.models.decoder import GenerationConfig
 from tests.oracles import ATOL, RTOL, edit_config, logits_of, save_published, tiny_gpt2, tiny_llama, transformers
 
 MODELS = {
@@ -442,11 +442,11 @@ def test_a_save_that_fails_leaves_nothing_behind_and_the_old_model_whole(llama, 
             raise OSError(28, "No space left on device")
         rename(source, target)
 
-    monkeypatch.setattr(atomic_dir.os, "rename", full_disk)
+    monkeypatch.setattr(files.os, "rename", full_disk)
     with pytest.raises(ResourceError, match="nothing was changed"):
         save(model, tmp_path / "out", overwrite=True)
     monkeypatch.undo()
-    monkeypatch.setattr(atomic_dir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(ResourceError, match="0 bytes free"):
         save(model, tmp_path / "fresh")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "out"]

@@ -8,7 +8,7 @@ import torch
 import llm_quest as quest
 from llm_quest.errors import UsageError
 from llm_quest.hub.weight_map import compact_names, entry_views, name_in_file, weight_views
-from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.models import FAMILIES
 from llm_quest.models.weight_names import ConcatRows, Transposed
 

@@ -17,7 +17,7 @@ from llm_quest.layers.block import Block, ParallelLayers, SingleBlock, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.initialize import init_normal_
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.layers.moe import Experts, LatentMoE, SigmoidRouter, relu_squared
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import NTKScaling, RotaryEmbedding, YaRNScaling

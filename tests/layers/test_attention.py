@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
-from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.rotary import NoRotary, RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import AttentionFunction, ScaledDotProduct, explicit_attention, fused_attention
 from llm_quest.scope import CausalMask, Scope, SlidingWindow

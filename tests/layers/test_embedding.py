@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm_quest.layers.embedding import TokenEmbedding, TokenPositionEmbedding
-from llm_quest.layers.lm_head import LMHead
+from llm_quest.layers.linear import LMHead
 from llm_quest.scope import Scope
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llm_quest.layers.packed_linear import PackedLinear
+from llm_quest.layers.linear import PackedLinear
 
 
 @pytest.mark.parametrize("bias", [False, True])

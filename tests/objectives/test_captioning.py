@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.image_text import ImageTextBatch
 from llm_quest.models.build import build
-from llm_quest.objectives.captioning import CaptioningLoss
+from llm_quest.objectives.next_token import CaptioningLoss
 from tests.laws.subjects import randomize_
 from tests.models.vision import images, shown
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm_quest.data.batch import pad_with_shared_prefix
 from llm_quest.data.policy_batch import (
     PolicyBatch,
     PolicyRow,
@@ -19,7 +20,6 @@ from llm_quest.data.policy_batch import (
 )
 from llm_quest.data.preference_pairs import collate_preferences
 from llm_quest.data.preferences import TokenizedPreference
-from llm_quest.data.shared_prefix import pad_with_shared_prefix
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build
 from llm_quest.objectives.kl_penalty import KLPenalty

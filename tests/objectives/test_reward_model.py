@@ -9,7 +9,7 @@ import torch
 
 from llm_quest.data.preference_pairs import collate_preferences
 from llm_quest.errors import UsageError
-from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.objectives.classification import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss, bradley_terry, score_rows
 from llm_quest.techniques.score_head import ScoreHead
 from tests.objectives.rated import Scoring, elements, gradients, tiny, trainer, trl_inputs

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_quest.data.held_out import HeldOutLoader
+from llm_quest.data.packing import HeldOutLoader
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import language_model_loss

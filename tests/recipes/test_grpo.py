@@ -29,8 +29,8 @@ from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.policy_setup import init_model, run_sft_warmup
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.rollouts.rewards import compute_step_rewards
 from llm_quest.rollouts.sampler import Sample
-from llm_quest.rollouts.step_rewards import compute_step_rewards
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.tuned import metrics, weights
 

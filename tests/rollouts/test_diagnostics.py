@@ -12,7 +12,7 @@ from llm_quest.errors import GuardStop
 from llm_quest.rollouts.diagnostics import SYMPTOMS, Diagnostics
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import make_lr_schedule
+from llm_quest.train.optimizers import make_lr_schedule
 from llm_quest.train.run_dir import RunDir
 
 WELL = {

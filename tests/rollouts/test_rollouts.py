@@ -22,8 +22,7 @@ from llm_quest.objectives.kl_penalty import KLPenalty
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
-from llm_quest.rollouts.reward_pipeline import RewardPipeline, WeightedReward, overlong_penalty
+from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, WeightedReward, overlong_penalty
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler
 

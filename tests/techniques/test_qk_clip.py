@@ -12,8 +12,8 @@ from llm_quest.data.batch import TokenBatch
 from llm_quest.errors import UsageError
 from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
+from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.norm import RMSNorm
-from llm_quest.layers.packed_linear import PackedLinear
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct, explicit_attention
 from llm_quest.models.build import build

@@ -13,8 +13,8 @@ import llm_quest as quest
 from llm_quest.errors import UsageError
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import preset
-from llm_quest.models.generation_config import GenerationConfig
-from llm_quest.objectives.last_token import last_token_outputs
+from llm_quest.models.decoder import GenerationConfig
+from llm_quest.objectives.classification import last_token_outputs
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from tests.later import Later

@@ -20,8 +20,7 @@ from llm_quest.errors import QuestError
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.logger import LineLogger
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import make_lr_schedule
-from llm_quest.train.optimizers import make_adamw, make_muon
+from llm_quest.train.optimizers import make_adamw, make_lr_schedule, make_muon
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 

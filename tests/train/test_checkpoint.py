@@ -15,8 +15,7 @@ from llm_quest.errors import BusyError, DataError, ResourceError
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.guards import NonFiniteGuard
-from llm_quest.train.lr_schedule import make_lr_schedule
-from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import TrainState
 from llm_quest.train.state_dict import RNGState

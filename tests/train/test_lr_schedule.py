@@ -1,6 +1,6 @@
 import pytest
 
-from llm_quest.train.lr_schedule import SCHEDULE_SHAPES, make_lr_schedule, scale_schedule_after
+from llm_quest.train.optimizers import SCHEDULE_SHAPES, make_lr_schedule, scale_schedule_after
 
 
 def test_every_shape_warms_up_to_one_and_ends_at_its_floor():

@@ -46,8 +46,8 @@ from llm_quest.recipes.rpt.prompts import (
     PrefixMatchReward,
 )
 from llm_quest.recipes.rpt.start_model import RptStart, RptWarmupConfig, init_rpt_models
+from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
-from llm_quest.rollouts.reward_pipeline import WeightedReward
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.rollouts.rollouts import RolloutLoader
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample

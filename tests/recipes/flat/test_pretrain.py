@@ -22,8 +22,7 @@ from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.flat import pretrain as flat
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
-from llm_quest.train.lr_schedule import make_lr_schedule
-from llm_quest.train.optimizers import make_adamw
+from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 
 STEPS = 12
 CONFIG = flat.LlamaConfig(
