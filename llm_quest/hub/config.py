@@ -13,16 +13,16 @@ import torch
 
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
-from llm_quest.hub.safetensors_io import parse_json, regular_file_size
+from llm_quest.hub.safetensors_io import parse_json, refuse_lfs_pointer, regular_file_size
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES
+from llm_quest.models.config_fields import MAX_PLAUSIBLE_INT
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import all_exportable, techniques_to_json
 from llm_quest.techniques.score_head import ScoreHead
 
-MAX_PLAUSIBLE_INT = 2**24
 OUR_MODEL_TYPE = "llm_quest"
 
 
@@ -31,6 +31,7 @@ def read_json(file: Path, limit: int = 16_000_000) -> dict[str, Any]:
     size = regular_file_size(file)
     if size > limit:
         raise DataError(f"{file.name}: {size:,} bytes are too many for such a file (at most {limit:,})")
+    refuse_lfs_pointer(file)
     try:
         return parse_json(file.read_bytes())
     except DataError as error:
@@ -45,10 +46,7 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
             return family
     known = [name for family in (*FAMILIES, *VISION_FAMILIES) for name in family.model_types]
     close_matches = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.3)
-    parts = [
-        part for part in (hf_config.get("text_config"), hf_config.get("vision_config")) if isinstance(part, Mapping)
-    ]
-    inside = next((part["model_type"] for part in parts if part.get("model_type") in known), None)
+    inside = next((part["model_type"] for part in sub_configs(hf_config) if part.get("model_type") in known), None)
     if inside is not None:
         raise DataError(
             f"config.json: model_type {kind!r} is a model of several parts, of which only {inside!r} can be read: save "
@@ -57,6 +55,12 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
     hint = f"the nearest known is {close_matches[0]!r}" if close_matches else f"known: {', '.join(known)}"
     said = "config.json has no 'model_type'" if kind is None else f"config.json: model_type {kind!r} is unknown here"
     raise DataError(f"{said}; {hint}")
+
+
+def sub_configs(hf_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configs of the parts of a model of several."""
+    parts = (hf_config.get("text_config"), hf_config.get("vision_config"))
+    return [part for part in parts if isinstance(part, Mapping)]
 
 
 class FieldTracker(dict[str, Any]):
@@ -74,7 +78,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
     """The family's Config, or None and everything that is wrong with config.json.
 
     After each error the field read last is replaced (a missing one by 1, a refused one dropped), then reading
-    continues."""
+    continues, unless the error is of a part, without which the rest says nothing true."""
     problems = list(list_unsupported_settings(hf_config))
     fields = FieldTracker(hf_config)
     while True:
@@ -85,6 +89,8 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
             if str(error) in problems:
                 return None, problems
             problems.append(str(error))
+            if fields.last.endswith("_config"):
+                return None, problems
         except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
             return None, [*problems, f"config.json: near {fields.last!r}: {error}"]
         if fields.pop(fields.last, None) is None:
@@ -92,7 +98,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
 
 
 def list_unsupported_settings(hf_config: Mapping[str, Any]) -> list[str]:
-    """What no family reads: quantised weights, and numbers that are no plausible sizes."""
+    """What no family reads: quantised weights."""
     found = []
     if hf_config.get("quantization_config"):
         method = hf_config["quantization_config"]
@@ -101,13 +107,16 @@ def list_unsupported_settings(hf_config: Mapping[str, Any]) -> list[str]:
             f"config.json: the weights are quantised by {method}, only plain floats are read: take files in "
             "bfloat16, or have them written so first"
         )
-    for name, value in hf_config.items():
-        if type(value) is int and abs(value) > MAX_PLAUSIBLE_INT and "theta" not in name:
-            found.append(f"config.json: {name} is {value:,}, which is no plausible size")
     return found
 
 
-MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts", "intermediate_size")
+MAY_BE_ZERO = (
+    "num_labels",
+    "num_nextn_predict_layers",
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "intermediate_size",
+)
 
 
 def implausible_fields(config: Any) -> list[str]:

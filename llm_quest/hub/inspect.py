@@ -23,6 +23,7 @@ from llm_quest.hub.weight_map import compact_names
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
+from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import all_exportable
 
 DTYPE_NAMES = {theirs: name for name, theirs in FLOAT_DTYPES.items()}
@@ -91,6 +92,9 @@ def inspect_folder(name_or_path: str | Path) -> Inspection:
     }
     published = dict(report.hf_config)
     template = find_chat_template(report)
+    if report.techniques:
+        names = {kind: name for name, kind in TECHNIQUES.items()}
+        report.notes.append(f"techniques, in order: {', '.join(names[type(one)] for one in report.techniques)}")
     if "auto_map" in published:
         report.notes.append(
             "config.json names code of its own (auto_map), which is never run: our own family file computes"

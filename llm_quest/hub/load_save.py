@@ -7,6 +7,7 @@ then one rename, so that a half-written model is never there under its name.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from llm_quest.hub.model_card import Readme
 from llm_quest.hub.safetensors_io import count_non_finite, read_into
 from llm_quest.hub.validate import TECHNIQUES_FILE, FolderReport, TensorSource, main_dtype, validate_folder
 from llm_quest.hub.weight_map import export_weight_map, technique_parameters, weight_views
-from llm_quest.layers.initialize import materialize
+from llm_quest.layers.initialize import float32_parameters, materialize, parameter_dtype
 from llm_quest.models.build import dtype_from_name, family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.techniques import TECHNIQUES
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from llm_quest.data.images import ImageProcessor
     from llm_quest.data.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 NUM_READERS = 2
 SAVED_FILES = re.compile(
     r"(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|README\.md"
@@ -61,6 +63,7 @@ def load(
     stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like,
     but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
     until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
+    What is odd but harmless, such as a part that was left out, is logged as a note.
     Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
     config no family computes), MissingError offline."""
     device, requested_dtype = require_device(device), parse_dtype(dtype)
@@ -74,11 +77,14 @@ def load(
         raise offline_error(location.name, "model.safetensors", "")
     raise_problems(report.problems, location.name)
     assert report.model is not None
+    for note in report.notes:
+        logger.warning("note: %s: %s", location.name, note)
     dtype = requested_dtype or stored_dtype(report.hf_config) or main_dtype(report.sources)
     parameters = dict(report.model.named_parameters())
-    on_host = device.type == "cpu"
+    on_host, wide = device.type == "cpu", float32_parameters(report.model)
+    dtypes = {name: parameter_dtype(parameter, dtype, wide) for name, parameter in parameters.items()}
     mapped = (
-        memory_map_parameters(parameters, report.weight_views, report.sources, dtype, aligned=aligned)
+        memory_map_parameters(parameters, report.weight_views, report.sources, dtypes, aligned=aligned)
         if on_host
         else {}
     )

@@ -37,16 +37,16 @@ def memory_map_parameters(
     parameters: Mapping[str, nn.Parameter],
     weight_views: Mapping[str, WeightView],
     sources: Mapping[str, object],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     *,
     aligned: bool = False,
 ) -> dict[str, Tensor]:
     """Those parameters that can be mapped, as tensors over the files. sources: stored name -> where its
-    numbers are. aligned: only those in row order that begin at a multiple of 64 bytes."""
+    numbers are. dtypes: of each parameter. aligned: only those in row order that begin at a multiple of 64 bytes."""
     parts: dict[str, list[tuple[StoredTensor, WeightView]]] = defaultdict(list)
     for name, place in weight_views.items():
         source = sources[name]
-        if CAN_MAP and isinstance(source, StoredTensor) and FLOAT_DTYPES.get(source.dtype) == dtype:
+        if CAN_MAP and isinstance(source, StoredTensor) and FLOAT_DTYPES.get(source.dtype) == dtypes[place.parameter]:
             parts[place.parameter].append((source, place))
     maps = {file: map_file(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
     mapped = {path: map_parameter(parameters[path], found, maps, aligned) for path, found in parts.items()}

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError
-from llm_quest.hub.safetensors_io import regular_file_size
+from llm_quest.hub.safetensors_io import refuse_lfs_pointer, regular_file_size
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin or .pt file, on the host."""
     regular_file_size(file)
+    refuse_lfs_pointer(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -24,4 +25,4 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
         raise DataError(f"{file.name}: holds more than tensors, or is damaged: {reason}") from None
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise DataError(f"{file.name}: a dictionary of tensors was expected")
-    return {str(name): tensor for name, tensor in loaded.items()}
+    return {str(name): tensor.detach() for name, tensor in loaded.items()}

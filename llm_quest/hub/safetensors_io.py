@@ -25,6 +25,7 @@ from llm_quest.errors import DataError
 from llm_quest.tensor_files import empty_huge_pages, raw_bytes
 
 HEADER_LIMIT = 10_000_000
+LFS_POINTER = b"version https://git-lfs"
 CHUNK_BYTES = 8 << 20
 
 
@@ -43,6 +44,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """Every tensor of a file. Raises DataError for a file that is not regular, is truncated, has a header that is too
     large, repeats a name, or whose tensors overlap, leave gaps or have absurd shapes."""
     size = regular_file_size(file)
+    refuse_lfs_pointer(file)
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > HEADER_LIMIT or 8 + length > size:
@@ -104,6 +106,19 @@ def read_into(stored: StoredTensor, out: Tensor) -> int:
     return bad
 
 
+def equal_tensors(a: StoredTensor | Tensor, b: StoredTensor | Tensor) -> bool:
+    """Do two stored tensors hold the same numbers? Read in pieces, up to the first that differs."""
+    if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
+        return False
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.equal(a, b)  # type: ignore[arg-type]
+    with a.file.open("rb") as one, b.file.open("rb") as other:
+        one.seek(a.start)
+        other.seek(b.start)
+        sizes = (min(CHUNK_BYTES, a.nbytes - done) for done in range(0, a.nbytes, CHUNK_BYTES))
+        return all(one.read(size) == other.read(size) for size in sizes)
+
+
 def row_chunks(out: Tensor, nbytes: int) -> Iterator[Tensor]:
     """Views of consecutive rows, of about CHUNK bytes each; a tensor that will be transposed stays whole."""
     if not out.numel():
@@ -149,6 +164,15 @@ def regular_file_size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{file.name}: is no regular file")
     return status.st_size
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """DataError where git left a pointer in place of the file, which a clone without git-lfs does."""
+    with file.open("rb") as handle:
+        if handle.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(
+                f"{file.name}: is a git-lfs pointer, not the file: run `git lfs pull` in this folder, or `hf download`"
+            )
 
 
 def parse_json(text: bytes) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,36 @@ from torch import Tensor
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 from llm_quest.hub.config import family_for, parse_generation_config, parse_hf_config, read_json, split_techniques
+from llm_quest.hub.layouts import canonical_sources, fused_experts, part_of_several
 from llm_quest.hub.locate import ModelLocation
 from llm_quest.hub.pickled import read_pickled
-from llm_quest.hub.safetensors_io import FLOAT_DTYPES, INT_DTYPES, StoredTensor, read_header
+from llm_quest.hub.safetensors_io import FLOAT_DTYPES, INT_DTYPES, StoredTensor, equal_tensors, read_header
 from llm_quest.hub.weight_map import (
+    SCORE,
     WeightView,
     compact_names,
     export_weight_map,
     identity_weight_map,
-    name_in_file,
     weight_views,
 )
 from llm_quest.layers.linear import LMHead
+from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import SkipInit, build_meta_model
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.weight_names import published_names
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import replay_techniques, techniques_from_json
+from llm_quest.techniques.score_head import ScoreHead
 
 LM_HEAD = "lm_head.weight"
 TECHNIQUES_FILE = "techniques.safetensors"
 FIRST_VERSION_MODULES = {"ffn": "feed_forward", "lookahead": "mtp_modules", "layer.sink": "layer.attend.sink"}
 """Modules that the first version's own files (checkpoints, techniques.safetensors) name differently: theirs -> ours."""
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+TRAINING_STATES = r"optimizer|optim|scheduler|scaler|training_args|rng_state|random_states|trainer|zero_pp_rank|mp_rank"
+"""How the files begin that trainers write beside the weights."""
 TensorSource = StoredTensor | Tensor
 
 
@@ -94,8 +101,6 @@ def read_configs(report: FolderReport) -> None:
         generation_json = read_json(advice_file) if advice_file.exists() else {}
     report.generation_config = parse_generation_config(report.hf_config, generation_json)
     report.techniques = techniques_from_json(technique_entries, TECHNIQUES)
-    if technique_entries:
-        report.notes.append(f"techniques, in order: {', '.join(str(one['name']) for one in technique_entries)}")
 
 
 def read_sources(report: FolderReport, allow_pickle: bool) -> None:
@@ -165,37 +170,96 @@ def missing_from_shards(report: FolderReport, weight_map: Mapping[str, str]) -> 
 def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
     """The old format, or the reason why nothing is read."""
     folder = report.location.folder
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth") and p.name != "training_args.bin")
-    if files and not allow_pickle:
-        names = ", ".join(p.name for p in files)
-        raise DataError(f"only pickled weights here ({names}), which can run code: allow_pickle=True if you trust them")
+    files = pickled_weights(folder)
     if not files:
-        raise DataError("no model.safetensors and no model.safetensors.index.json here")
-    for file in files:
+        raise DataError(f"no model.safetensors and no model.safetensors.index.json here{lone_weights_hint(folder)}")
+    if not allow_pickle:
+        names = ", ".join(p.name for p in files)
+        raise DataError(
+            f"only pickled weights here ({names}), which can run code: --allow-pickle, or allow_pickle=True, if you "
+            "trust them (tensors are read and nothing else)"
+        )
+    index = folder / PICKLED_INDEX
+    weight_map = read_index(index) if index.exists() else {}
+    for file in shard_files(report, folder, weight_map) if weight_map else files:
         report.sources.update(read_pickled(file))
+    report.problems += missing_from_shards(report, weight_map)
+
+
+def pickled_weights(folder: Path) -> list[Path]:
+    """pytorch_model.bin or its shards; without any, whatever else is pickled and no state of a training."""
+    pickled = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    usual = [p for p in pickled if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", p.name)]
+    return usual or [p for p in pickled if not re.match(TRAINING_STATES, p.stem)]
+
+
+def lone_weights_hint(folder: Path) -> str:
+    """What else lies there that may be the weights."""
+    others = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
+    )
+    return f", only {', '.join(others[:3])}: rename or convert it to model.safetensors" if others else ""
 
 
 def build_report_model(report: FolderReport) -> None:
     """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
     tensors."""
+    part = part_of_several(report.hf_config, (*FAMILIES, *VISION_FAMILIES))
+    if part is not None:
+        report.hf_config, note = part
+        report.notes.append(note)
     report.family = family_for(report.hf_config)
     config, problems = parse_hf_config(report.family, report.hf_config)
     report.problems += problems
     if config is None or problems or not report.sources:
         return
+    is_published = report.location.run_dir is None
+    if is_published:
+        report.sources, notes = canonical_sources(report.sources, report.family, config)
+        report.notes += notes
+    exact = not is_published or report.techniques  # our own format, which says exactly what is there
+    if not exact:
+        config = untie_own_head(report, report.family.resolve_config(config, report.sources))
+        report.techniques = published_score_head(report)
     if config.num_hidden_layers > len(report.sources):
         raise DataError(
             f"config.json: {config.num_hidden_layers:,} layers, but the files hold only {len(report.sources)} tensors"
         )
     try:
-        own_format = (
-            report.location.run_dir is not None or report.techniques
-        )  # our own format, which says exactly what is there
-        report.model = build_meta_model(config if own_format else report.family.resolve_config(config, report.sources))
+        report.model = build_meta_model(config)
         report.model = replay_on_meta(report.model, report.techniques)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         report.model = None
         raise DataError(f"config.json: no model can be made of it: {str(error).splitlines()[0]}") from None
+
+
+def published_score_head(report: FolderReport) -> list[Technique]:
+    """The score head of a ...ForSequenceClassification (a reward model has one output), else nothing."""
+    score = report.sources.get(SCORE)
+    if score is None or len(score.shape) != 2:
+        return []
+    names = report.hf_config.get("id2label")
+    labels = tuple(str(names[key]) for key in names) if isinstance(names, Mapping) else ()
+    is_named = len(labels) == score.shape[0] and labels != tuple(f"LABEL_{i}" for i in range(len(labels)))
+    return [ScoreHead(score.shape[0], labels if is_named else ())]
+
+
+def untie_own_head(report: FolderReport, config: Any) -> Any:
+    """The config without a tied head where the files hold a head of its own beside the embedding, as transformers
+    decides; and where they hold the head alone, it is the embedding too."""
+    if not getattr(config, "tie_word_embeddings", False) or LM_HEAD not in report.sources:
+        return config
+    assert report.family is not None
+    (embedding,) = published_names([report.family.weight_map(config)["embed.token.weight"]])
+    if embedding not in report.sources:
+        report.sources[embedding] = report.sources.pop(LM_HEAD)
+        return config
+    if equal_tensors(report.sources[LM_HEAD], report.sources[embedding]):
+        return config
+    report.notes.append(
+        f"{LM_HEAD} differs from {embedding}, though config.json says that they are tied: it is a head of its own"
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 def replay_on_meta(model: Decoder, techniques: Sequence[Technique]) -> Decoder:
@@ -214,28 +278,32 @@ def match_names(report: FolderReport) -> None:
         if own_format
         else export_weight_map(report.model, report.family.weight_map(report.model.config))
     )
+    if not own_format:
+        fused = fused_experts(names)
+        names = {ours: fused[ours] if fused.get(ours) in report.sources else one for ours, one in names.items()}
     views = weight_views(report.model, names)
-    views_by_stored_name = {
-        name_in_file(name, report.sources, report.family.optional_prefix): place for name, place in views.items()
-    }
-    missing = [name for name in views_by_stored_name if name not in report.sources]
-    report.weight_views = {name: place for name, place in views_by_stored_name.items() if name in report.sources}
+    missing = [name for name in views if name not in report.sources]
+    report.weight_views = {name: place for name, place in views.items() if name in report.sources}
     report.duplicates = find_duplicates(report)
     copies = {copy for copy, _ in report.duplicates}
-    extra = [
-        n
-        for n in report.sources
-        if n not in views_by_stored_name and n not in copies and not is_ignored(n, report.family)
-    ]
+    extra = [n for n in report.sources if n not in views and n not in copies and not is_ignored(n, report.family)]
     scales = [name for name in extra if name.endswith(("_scale_inv", ".weight_scale"))]
     if missing:
-        report.problems.append(f"missing: {compact_names(missing)}")
+        report.problems.append(f"missing: {compact_names(missing)}{headless_hint(missing, report.hf_config)}")
     if scales:
         report.problems.append(
             f"fp8 weights with scales ({compact_names(scales)}) are not read: use the bf16 version of the model"
         )
     if unexpected := [name for name in extra if name not in scales]:
         report.problems.append(f"unexpected: {compact_names(unexpected)}")
+
+
+def headless_hint(missing: Sequence[str], hf_config: Mapping[str, Any]) -> str:
+    """What to do where a whole file lacks nothing but its head."""
+    if missing != [LM_HEAD]:
+        return ""
+    kinds = ", ".join(map(str, hf_config.get("architectures") or ())) or "a class without a head"
+    return f" (saved by {kinds}, without an output matrix: save the ...ForCausalLM with transformers)"
 
 
 def find_duplicates(report: FolderReport) -> tuple[tuple[str, str], ...]:
@@ -291,25 +359,31 @@ def check_vocabulary_size(report: FolderReport) -> None:
     """The embedding needs a row for every token id."""
     if report.model is None or isinstance(report.model, ImageEncoder):
         return
-    rows, biggest = report.model.config.vocab_size, largest_token_id(report.location.folder / "tokenizer.json")
+    rows = report.model.config.vocab_size
+    biggest, added = largest_token_ids(report.location.folder / "tokenizer.json")
+    ids = f"the embedding has only {rows} rows (ids 0 to {rows - 1})"
     if biggest >= rows:
-        ids = f"{rows} rows (ids 0 to {rows - 1})"
-        report.problems.append(f"tokenizer.json has token id {biggest}, but the embedding has only {ids}")
+        report.problems.append(f"tokenizer.json has token id {biggest}, but {ids}")
+    elif beyond_rows := {token: name for token, name in added.items() if token >= rows}:
+        listed = ", ".join(f"{name} ({token})" for token, name in sorted(beyond_rows.items())[:4])
+        report.notes.append(f"added tokens without a row, which a prompt may not hold: {listed}; {ids}")
     if beyond := [token for token in report.generation_config.eos_token_ids if not 0 <= token < rows]:
         report.notes.append(
             f"end-of-text ids {beyond} are outside the vocabulary of {rows}: they will never end a text"
         )
 
 
-def largest_token_id(file: Path) -> int:
-    """The largest id a tokenizer.json can give, -1 without one."""
+def largest_token_ids(file: Path) -> tuple[int, dict[int, str]]:
+    """The largest id of the vocabulary proper of a tokenizer.json (-1 without one), and the added tokens beyond it."""
     if not file.exists():
-        return -1
+        return -1, {}
     content = read_json(file, limit=128_000_000)
     vocabulary = (content.get("model") or {}).get("vocab") or {}
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    added = [token.get("id") for token in content.get("added_tokens") or [] if isinstance(token, dict)]
-    return max((i for i in [*ids, *added] if type(i) is int), default=-1)
+    largest = max((i for i in ids if type(i) is int), default=-1)
+    added = [token for token in content.get("added_tokens") or [] if isinstance(token, dict)]
+    numbered = {token["id"]: str(token.get("content")) for token in added if type(token.get("id")) is int}
+    return largest, {token: name for token, name in numbered.items() if token > largest}
 
 
 def main_dtype(sources: Mapping[str, TensorSource]) -> torch.dtype:

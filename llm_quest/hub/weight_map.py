@@ -10,7 +10,7 @@ other. A new kind of table entry is one more case in `entry_views`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -130,10 +130,3 @@ def format_ranges(numbers: set[int]) -> str:
     runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])]
     text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return text if len(numbers) == 1 else "{" + text + "}"
-
-
-def name_in_file(name: str, stored: Mapping[str, object], optional_prefix: str) -> str:
-    """The name a file really uses: some published files leave a prefix out (GPT-2's in front, CLIP's within
-    LLaVA's)."""
-    without_prefix = name.replace(optional_prefix, "", 1)
-    return without_prefix if name not in stored and without_prefix in stored else name

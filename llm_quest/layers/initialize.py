@@ -30,20 +30,34 @@ def materialize(
     allocate: Callable[..., Tensor] = torch.empty,
     preallocated: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """Give every parameter (uninitialised) memory, as `empty` does; tied parameters stay one, and integers stay
-    integers. preallocated: those (by name) that have memory already."""
-    named = dict(model.named_parameters())
+    """Give every parameter (uninitialised) memory, as `empty` does; tied parameters stay one, integers stay integers,
+    and what a layer keeps in float32 is at least that. preallocated: those (by name) that have memory already."""
+    named, wide = dict(model.named_parameters()), float32_parameters(model)
     preallocated_by_id = {id(named[path]): tensor for path, tensor in (preallocated or {}).items()}
     parameters_by_id: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in parameters_by_id:
-                kind = dtype if parameter.is_floating_point() else parameter.dtype
+                kind = parameter_dtype(parameter, dtype, wide)
                 memory = preallocated_by_id.get(id(parameter))
                 memory = allocate(parameter.shape, device=device, dtype=kind) if memory is None else memory
                 parameters_by_id[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             setattr(module, name, parameters_by_id[id(parameter)])
     return model
+
+
+def float32_parameters(model: nn.Module) -> frozenset[int]:
+    """The ids of the parameters that layers keep in float32 whatever the model's dtype is: those that their
+    `keep_in_fp32` names (a router's bias, whose steps of 0.001 bfloat16 would round away)."""
+    named = ((module, name) for module in model.modules() for name in getattr(module, "keep_in_fp32", ()))
+    return frozenset(id(getattr(module, name)) for module, name in named)
+
+
+def parameter_dtype(parameter: nn.Parameter, dtype: torch.dtype, wide: frozenset[int]) -> torch.dtype:
+    """The dtype of this parameter in a model of `dtype`. wide: `float32_parameters` of the model."""
+    if not parameter.is_floating_point():
+        return parameter.dtype
+    return torch.promote_types(dtype, torch.float32) if id(parameter) in wide else dtype
 
 
 def init_depth_scaled_(model: nn.Module, generator: torch.Generator | None = None) -> None:

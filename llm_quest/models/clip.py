@@ -26,7 +26,7 @@ from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.models.config_fields import config_dataclass, hf_default
-from llm_quest.models.family import Family
+from llm_quest.models.family import Family, SubConfig
 from llm_quest.models.image_encoder import ImageEncoder, SquareImages
 from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
 
@@ -106,6 +106,10 @@ def weight_map(config: Config) -> WeightMap:
 
 
 CLIP_LARGE = Config(336, 14, 3, 1024, 24, 16, 4096)
+VISION_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32,
+}  # fmt: skip
 CLIP_NAME, CLIP_NOTE = "clip-vit-large-patch14-336", "the image encoder alone; within a whole CLIP"
 
 FAMILY = Family(
@@ -116,7 +120,8 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"clip_vision_model": "CLIPVisionModel"},
     pipeline_tag="image-feature-extraction",
-    optional_prefix="vision_model.",
+    parts={"clip": SubConfig("vision_config", "clip_vision_model", VISION_DEFAULTS)},
+    other_parts=("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
     keys_to_ignore=(r"(vision_model\.)?embeddings\.position_ids",),
     presets=(
         Preset(CLIP_NAME, CLIP_LARGE, 303_507_456, f"openai/{CLIP_NAME}", CLIP_NOTE),

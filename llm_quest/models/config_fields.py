@@ -24,6 +24,7 @@ from llm_quest.errors import DataError
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.rope_config import publish_rotary, read_rotary, require_field
 
+MAX_PLAUSIBLE_INT = 2**24
 Json = Mapping[str, Any]
 Values = Any
 """What has been read so far, as attributes; `.json` is the whole of config.json."""
@@ -235,6 +236,8 @@ def plain_reader(names: tuple[str, ...], hf_default: Any) -> Callable[[Values, A
         for name in names or (field.name,):
             value = values.json.get(name)
             if value is not None:
+                if kind is int and type(value) is int and abs(value) > MAX_PLAUSIBLE_INT:
+                    raise DataError(f"config.json: {name} is {value:,}, which is no plausible size")
                 if get_origin(kind) is Literal and value not in get_args(kind):
                     allowed = " or ".join(map(repr, get_args(kind)))
                     raise DataError(f"config.json: {name} is {value!r}; only {allowed} is computed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,19 @@ from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.models.config_fields import publish_config, read_config
 from llm_quest.models.weight_names import WeightMap
 
+HEADS = ("lm_head.", "score.", "classifier.")
+"""How the published names of output matrices begin, which stand outside the model's prefix."""
+
+
+@dataclass(frozen=True)
+class SubConfig:
+    """A part of a model of several parts. field: of config.json, where its numbers are. model_type: of the part alone.
+    defaults: its class's values for sizes, which config.json leaves out where they are the same."""
+
+    field: str
+    model_type: str
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -24,10 +38,12 @@ class Family:
     it. weight_map(config): our parameter names -> published ones. architectures: model_type -> class, as config.json
     has them, the usual one first; choose_model_type(config) where there are several. classifiers: model_type -> class
     with a score head, where it is not called ...ForSequenceClassification (None: transformers has none).
-    extra_model_types: further ones that are read. keys_to_ignore: published tensors that are not weights, as regular
-    expressions. optional_prefix: a piece of the names that some files leave out. duplicate_weights(config): published
-    names that hold another one's tensor again. resolve_config(config, names in the files): the config that fits what
-    is there, where files may leave a part out. pipeline_tag: the hub's word for the task."""
+    extra_model_types: further ones that are read. parts: model_type of a model of several parts -> the part that is
+    this family's. other_parts: how the tensors of the other parts begin. keys_to_ignore: published tensors that are not
+    weights, as regular expressions. renames: further spellings of published names, (pattern at the beginning,
+    replacement). duplicate_weights(config): published names that hold another one's tensor again.
+    resolve_config(config, names in the files): the config that fits what is there, where files may leave a part out.
+    pipeline_tag: the hub's word for the task."""
 
     name: str
     Config: type
@@ -40,7 +56,9 @@ class Family:
     initialize: Callable[[Any, torch.Generator | None], None] = init_depth_scaled_
     extra_model_types: tuple[str, ...] = ()
     keys_to_ignore: tuple[str, ...] = ()
-    optional_prefix: str = ""
+    parts: Mapping[str, SubConfig] = field(default_factory=dict)
+    other_parts: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
     pipeline_tag: str = "text-generation"
     duplicate_weights: Callable[[Any], Mapping[str, str]] = lambda config: {}
     resolve_config: Callable[[Any, Collection[str]], Any] = lambda config, stored: config
@@ -54,6 +72,11 @@ class Family:
     def model_types(self) -> tuple[str, ...]:
         """All that are read."""
         return (*self.architectures, *self.extra_model_types)
+
+    def root_prefix(self, published: Collection[str]) -> str:
+        """What all published names but the head's begin with (`model.`, `transformer.`); empty where they differ."""
+        roots = {name.split(".")[0] for name in published if not name.startswith(HEADS)}
+        return f"{roots.pop()}." if len(roots) == 1 else ""
 
     def matches(self, hf_config: Mapping[str, Any]) -> bool:
         """Is this config.json one of this family?"""

@@ -38,7 +38,7 @@ from llm_quest.models.config_fields import (
     unwritten,
 )
 from llm_quest.models.decoder import Decoder
-from llm_quest.models.family import Family, preset_table
+from llm_quest.models.family import Family, SubConfig, preset_table
 from llm_quest.models.weight_names import (
     Names,
     attention_names,
@@ -89,7 +89,7 @@ class Config:
         "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"
     )
     attention_bias: Literal[False] = False
-    tie_word_embeddings: Literal[True] = True
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         if type(self.sliding_window) is not int or self.sliding_window < 1:
@@ -127,13 +127,13 @@ def block(config: Config, layer_idx: int) -> Block:
 def assemble(config: Config) -> Decoder:
     """The model, before its weights are initialized."""
     embed = TokenEmbedding(config.vocab_size, config.hidden_size, scale=config.hidden_size**0.5)
-    softcap = config.final_logit_softcapping
+    tied, softcap = embed.token if config.tie_word_embeddings else None, config.final_logit_softcapping
     return Decoder(
         ModelSpec("gemma", config),
         embed=embed,
         blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
         norm=ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps),
-        head=LMHead(config.hidden_size, config.vocab_size, tied_embedding=embed.token, softcap=softcap),
+        head=LMHead(config.hidden_size, config.vocab_size, tied_embedding=tied, softcap=softcap),
     )
 
 
@@ -144,7 +144,12 @@ def weight_map(config: Config) -> Names:
         "feed_forward.norm.weight": "pre_feedforward_layernorm.weight",
         "feed_forward.post_norm.weight": "post_feedforward_layernorm.weight",
     })  # fmt: skip
-    table = decoder_names(tied=True) | attention_names(qk_norm=config.use_qk_norm) | swiglu_names() | norms
+    table = (
+        decoder_names(tied=config.tie_word_embeddings)
+        | attention_names(qk_norm=config.use_qk_norm)
+        | swiglu_names()
+        | norms
+    )
     return expand_layers(table, config.num_hidden_layers)
 
 
@@ -181,6 +186,8 @@ GEMMA2_TINY = gemma2_config(
     final_logit_softcapping=3.0,
 )  # fmt: skip
 GEMMA3_TINY = gemma3_config(**TINY, small=False, num_hidden_layers=4, layer_types=(SLIDING, SLIDING, FULL, SLIDING))
+TEXT_DEFAULTS = {"vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+"""Of the text within a Gemma 3 with images, which leaves out what its class has."""
 EOS_TOKEN_IDS = (1,)
 """Of the base files; those tuned for chats end turns too: 107 of Gemma 2, 106 of Gemma 3."""
 
@@ -192,6 +199,8 @@ FAMILY = Family(
     architectures={"gemma3_text": "Gemma3ForCausalLM", "gemma2": "Gemma2ForCausalLM"},
     choose_model_type=lambda config: "gemma3_text" if config.use_qk_norm else "gemma2",
     classifiers={"gemma3_text": "Gemma3TextForSequenceClassification"},
+    parts={"gemma3": SubConfig("text_config", "gemma3_text", TEXT_DEFAULTS)},
+    other_parts=("vision_tower.", "multi_modal_projector."),
     presets=(
         *preset_table(
             COLUMNS,

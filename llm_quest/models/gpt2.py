@@ -46,7 +46,7 @@ class Config:
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"
     scale_attn_weights: Literal[True] = True
     scale_attn_by_inverse_layer_idx: Literal[False] = False
-    tie_word_embeddings: Literal[True] = True
+    tie_word_embeddings: bool = True
 
 
 def block(config: Config, layer_idx: int) -> Block:
@@ -77,7 +77,7 @@ def assemble(config: Config) -> Decoder:
         embed=embed,
         blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
         norm=LayerNorm(D, config.layer_norm_eps),
-        head=LMHead(D, V, tied_embedding=embed.token),
+        head=LMHead(D, V, tied_embedding=embed.token if config.tie_word_embeddings else None),
     )
 
 
@@ -97,6 +97,7 @@ def weight_map(config: Config) -> WeightMap:
         names[f"blocks.{{i}}.{ours}.weight"] = weight if ours.endswith("norm") else Transposed(weight)
         names[f"blocks.{{i}}.{ours}.bias"] = bias
     names |= {"norm.weight": "transformer.ln_f.weight", "norm.bias": "transformer.ln_f.bias"}
+    names |= {} if config.tie_word_embeddings else {"head.weight": "lm_head.weight"}
     return expand_layers(names, config.num_hidden_layers)
 
 
@@ -111,7 +112,6 @@ FAMILY = Family(
     assemble=assemble,
     weight_map=weight_map,
     architectures={"gpt2": "GPT2LMHeadModel"},
-    optional_prefix="transformer.",
     keys_to_ignore=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
     presets=(
         *preset_table(

@@ -211,7 +211,13 @@ FAMILY = Family(
     architectures={"llava": CONDITIONAL, LINEAR_MODEL_TYPE: "VisionLanguage"},
     choose_model_type=lambda config: "llava" if config.mlp_projector else LINEAR_MODEL_TYPE,
     pipeline_tag="image-text-to-text",
-    optional_prefix="vision_model.",
+    renames=(
+        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
+        (r"(model\.)?vision_tower\.", "vision_tower."),
+        (r"model\.multi_modal_projector\.", "multi_modal_projector."),
+        (r"model\.language_model\.", "language_model.model."),
+        (r"lm_head\.", "language_model.lm_head."),
+    ),
     keys_to_ignore=(
         r"vision_tower\.(vision_model\.)?embeddings\.position_ids",
         r".*rotary_emb\.inv_freq",

@@ -37,7 +37,7 @@ from llm_quest.models.config_fields import (
     unwritten,
 )
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
-from llm_quest.models.family import Family, preset_table
+from llm_quest.models.family import Family, SubConfig, preset_table
 from llm_quest.models.weight_names import (
     ConcatRows,
     Names,
@@ -265,6 +265,14 @@ NEXT_TINY = TINY(
 )
 DENSE_TINY = TINY(delta_net=DeltaNetConfig(2, 4, 8, 12, 4, interleaved=False), tie_word_embeddings=True)
 NEXT_ID, NEXT_EOS, MOE_ID = "Qwen/Qwen3-Next-80B-A3B-Instruct", (151_645, 151_643), "Qwen/Qwen3.5-35B-A3B"
+DENSE_DEFAULTS = {
+    "vocab_size": 248_320, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 32,
+    "num_attention_heads": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+MOE_DEFAULTS = {
+    "vocab_size": 248_320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 EOS_TOKEN_IDS, MULTIMODAL = (248_046, 248_044), "text; within a multimodal model"
 
 FAMILY = Family(
@@ -279,7 +287,12 @@ FAMILY = Family(
     },
     choose_model_type=choose_model_type,
     classifiers={"qwen3_5_text": "Qwen3_5TextForSequenceClassification", "qwen3_5_moe_text": None},
-    keys_to_ignore=(r"mtp\..*",),
+    parts={
+        "qwen3_5": SubConfig("text_config", "qwen3_5_text", DENSE_DEFAULTS),
+        "qwen3_5_moe": SubConfig("text_config", "qwen3_5_moe_text", MOE_DEFAULTS),
+    },
+    other_parts=("visual.",),
+    keys_to_ignore=(r"(model\.)?mtp\..*",),
     presets=(
         Preset("qwen3-next-80b-a3b", NEXT_80B, 79_674_391_296, NEXT_ID, "without MTP", NEXT_EOS),
         *preset_table(

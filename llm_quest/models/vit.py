@@ -13,7 +13,7 @@ channel), not normalised by ImageNet's; the wrong ones cost accuracy and raise n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -39,7 +39,8 @@ from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap
 
 def read_label_names(hf_config: Json) -> tuple[str, ...]:
     """`id2label` in the order of its ids; a config that leaves it out has transformers' two classes."""
-    id2label = hf_config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    id2label = hf_config.get("id2label")
+    id2label = {"0": "LABEL_0", "1": "LABEL_1"} if id2label is None else id2label
     if not isinstance(id2label, Mapping) or {str(i) for i in range(len(id2label))} != {str(key) for key in id2label}:
         raise DataError("config.json: id2label must name every class from 0 on, each once: {'0': 'cat', '1': 'dog'}")
     return tuple(str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0])))
@@ -72,8 +73,9 @@ def read_label_names_given(c: Any) -> tuple[str, ...]:
 
 @config_dataclass
 class Config(SquareImages):
-    """ViT's numbers, as config.json has them. image_size, patch_size: sides in pixels; label_names: of the classes,
-    where they have names; hidden_dropout_prob: on attention weights, branches and embedding, in training."""
+    """ViT's numbers, as config.json has them. image_size, patch_size: sides in pixels; num_labels: 0 in a model without
+    classes, which gives the class token's vector; label_names: of the classes, where they have names;
+    hidden_dropout_prob: on attention weights, branches and embedding, in training."""
 
     image_size: int = json_field(lambda c: read_square_size(c.json, "image_size", 224))
     patch_size: int = json_field(lambda c: read_square_size(c.json, "patch_size", 16))
@@ -124,7 +126,7 @@ def assemble(config: Config) -> ImageEncoder:
         ),
         blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
         norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
-        head=nn.Linear(config.hidden_size, config.num_labels),
+        head=nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity(),
     )
 
 
@@ -158,13 +160,18 @@ def weight_map(config: Config) -> WeightMap:
         "blocks.{i}.feed_forward.layer.up": f"{layer}intermediate.dense",
         "blocks.{i}.feed_forward.layer.down": f"{layer}output.dense",
         "norm": "vit.layernorm",
-        "head": "classifier",
+        **({"head": "classifier"} if config.num_labels else {}),
     }
     names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items() for kind in ("weight", "bias")}
     for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
         qkv = (f"{layer}attention.attention.{part}.{kind}" for part in ("query", "key", "value"))
         names[f"blocks.{{i}}.mixer.layer.qkv.{kind}"] = ConcatRows(*qkv)
     return expand_layers(names, config.num_hidden_layers)
+
+
+def resolve_config(config: Config, stored: Collection[str]) -> Config:
+    """Without classes where the files hold no classifier (a ViTModel, such as those trained on ImageNet-21k)."""
+    return config if "classifier.weight" in stored else replace(config, num_labels=0, label_names=())
 
 
 def vit_config(hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> Config:
@@ -179,6 +186,7 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"vit": "ViTForImageClassification"},
     pipeline_tag="image-classification",
+    resolve_config=resolve_config,
     keys_to_ignore=(r"vit\.pooler\.dense\.(weight|bias)",),
     presets=(
         *preset_table(

@@ -7,7 +7,7 @@ construction. Below the entries, the rows that families share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -135,6 +135,18 @@ def map_published_names(theirs: PublishedWeight, rename: Callable[[str], str]) -
         case Reshaped(name=name, shape=shape):
             return Reshaped(rename(name), shape)
     return rename(theirs)
+
+
+def published_names(entries: Iterable[PublishedWeight]) -> Iterator[str]:
+    """Every published name in these entries of a weight map."""
+    for entry in entries:
+        match entry:
+            case ConcatRows(names=names):
+                yield from names
+            case StackTensors(entries=inner):
+                yield from published_names(inner)
+            case Transposed(name=name) | Reshaped(name=name) | str(name):
+                yield name
 
 
 def stack_experts(entry: str | ConcatRows, experts: int) -> StackTensors:

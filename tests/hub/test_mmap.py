@@ -34,7 +34,8 @@ def saved(tmp_path_factory) -> dict[str, Path]:
 
 def lying_in(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     seen = validate_folder(locate_model(folder))
-    return memory_map_parameters(dict(seen.model.named_parameters()), seen.weight_views, seen.sources, dtype)
+    parameters = dict(seen.model.named_parameters())
+    return memory_map_parameters(parameters, seen.weight_views, seen.sources, dict.fromkeys(parameters, dtype))
 
 
 def read(folder: Path, monkeypatch) -> quest.Decoder:
@@ -149,5 +150,6 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_an_error_and_no_crash(
     folder = save(quest.build("gpt2-tiny"), tmp_path / "m")
     seen = validate_folder(locate_model(folder))
     os.truncate(folder / "model.safetensors", 20_000)
+    parameters = dict(seen.model.named_parameters())
     with pytest.raises(DataError, match="became shorter"):
-        memory_map_parameters(dict(seen.model.named_parameters()), seen.weight_views, seen.sources, torch.float32)
+        memory_map_parameters(parameters, seen.weight_views, seen.sources, dict.fromkeys(parameters, torch.float32))

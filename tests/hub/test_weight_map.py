@@ -7,7 +7,7 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.hub.weight_map import compact_names, entry_views, name_in_file, weight_views
+from llm_quest.hub.weight_map import compact_names, entry_views, weight_views
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.models import FAMILIES
 from llm_quest.models.weight_names import ConcatRows, Transposed
@@ -47,12 +47,3 @@ def test_a_parameter_without_a_published_name_is_refused_by_name():
 def test_names_of_many_layers_are_drawn_together_completely():
     names = [f"h.{i}.ln.bias" for i in (0, 1, 2, 5)] + ["wte.weight", "h.7.mlp.weight"]
     assert compact_names(names) == "h.{0-2,5}.ln.bias, h.7.mlp.weight, wte.weight"
-
-
-def test_a_prefix_that_the_file_leaves_out_is_left_out():
-    assert name_in_file("transformer.wte.weight", {"wte.weight": 0}, "transformer.") == "wte.weight"
-    assert (
-        name_in_file("transformer.wte.weight", {"transformer.wte.weight": 0}, "transformer.")
-        == "transformer.wte.weight"
-    )
-    assert name_in_file("transformer.wte.weight", {}, "transformer.") == "transformer.wte.weight"

@@ -111,7 +111,6 @@ def test_a_missing_number_is_named(field: str):
         (gpt2.FAMILY, "activation_function", "gelu"),
         (gpt2.FAMILY, "scale_attn_weights", False),
         (gpt2.FAMILY, "scale_attn_by_inverse_layer_idx", True),
-        (gpt2.FAMILY, "tie_word_embeddings", False),
     ],
 )
 def test_a_value_that_would_change_the_computation_is_refused(page, field: str, value: object):
