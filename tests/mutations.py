@@ -43,6 +43,7 @@ PLANNED = "tests/recipes/test_planning.py"
 LORA = "tests/techniques/test_lora.py"
 TAUGHT, TEACHING = "tests/objectives/test_distillation.py", "tests/recipes/test_distillation.py -k not processes"
 WRITING = "tests/cli/test_batch_generate.py"
+PIECES = "tests/laws/test_text_in_pieces.py"
 ALIGNED = "tests/laws/test_alignment.py"
 MATCH = "tests/recipes/rpt/test_prefix_match.py"
 RPT, RPT_ASK = "tests/recipes/rpt/test_recipe.py", "tests/recipes/rpt/test_prompts.py"
@@ -206,7 +207,7 @@ MUTATIONS = (
     Mutation("LLaVA: what no logit reads is trained", "models/multimodal.py", "            unread.requires_grad_(False)", "            pass", LLAVA + " -k every_parameter"),
     Mutation("LLaVA: a frozen tower is thawed with the rest", "models/multimodal.py", "parameter.requires_grad_(name.startswith(parts) and self.affects_logits(name))", "parameter.requires_grad_(self.affects_logits(name))", LLAVA + " -k frozen_by_choice"),
     Mutation("captions: questions are learned too", "data/image_text.py", "learned + [False] * len(question) + [True] * len(answer)", "learned + [True] * len(question) + [True] * len(answer)", "tests/data/test_image_text.py"),
-    Mutation("captions: the answer's end is not learned", "data/image_text.py", "answer = [*self.tokenizer.encode(f\" {turn.answer}\", add_special_tokens=False), self.tokenizer.eos_token_id]", "answer = self.tokenizer.encode(f\" {turn.answer}\", add_special_tokens=False)", "tests/data/test_image_text.py"),
+    Mutation("captions: the answer's end is not learned", "data/image_text.py", "answer = [*answer, self.tokenizer.eos_token_id]", "answer = [*answer]", "tests/data/test_image_text.py"),
     Mutation("captions: one image's vectors for another's row", "data/image_text.py", "images = image_processor.normalize(np.stack([example.pixels for example in examples]))", "images = image_processor.normalize(np.stack([example.pixels for example in reversed(examples)]))", "tests/data/test_image_text.py"),
     Mutation("a refused step's expert loads count in the next", "techniques/expert_bias.py", "    def on_step_skipped(self, model: nn.Module) -> None:\n        for router in bias_routers(model):\n            router.tokens_per_expert = None", "    def on_step_skipped(self, model: nn.Module) -> None:\n        pass", "tests/laws/test_callbacks.py"),
     Mutation("a refused step's largest logits clip the next", "techniques/qk_clip.py", "            meter.max_logits = None", "            pass", "tests/laws/test_callbacks.py"),
@@ -215,9 +216,15 @@ MUTATIONS = (
     Mutation("a plan of pretraining forgets its techniques", "recipes/planning.py", "        apply_techniques(config.all_techniques, model, lambda text: None)\n", "", "tests/recipes/test_planning.py -k names_tokens"),
     Mutation("a recipe that looks accepts activation_checkpointing and never reads it", "recipes/config_schema.py", "if self.gradient_checkpointing else", "if False else", "tests/recipes/test_vision.py -k checkpointed"),
     # Fine-tuning and preferences (alignment.md, section 2)
-    Mutation("what somebody types is read as a control token", "data/chat.py", "self.control_pattern.sub(escape_control, message[\"content\"].replace(ESCAPE_MARK, \"\"))", 'message["content"]', CHAT),
-    Mutation("prompt and answer are encoded as one text", "data/chat.py", "for start, upto, is_answer in ((at, begin, False), (begin, end, True)):", "for start, upto, is_answer in ((at, end, True),):", CHAT),
-    Mutation("the answer's end is not learned", "data/chat.py", "return len(answer.rstrip()) if self.ends_with_control_token(answer.rstrip()) else len(answer)", "return len(answer.rstrip()) - len(self.control_pattern.findall(answer)[-1]) if self.ends_with_control_token(answer.rstrip()) else len(answer)", CHAT),
+    Mutation("what somebody types is read as a control token", "data/chat.py", "self.control_encoder.escape(message[\"content\"])", 'message["content"]', CHAT),
+    Mutation("prompt and answer are encoded as one text", "data/chat.py", "yield layout.text[at:begin], False", "begin = at", CHAT),
+    Mutation("an answer is encoded without its prompt", "data/encode_pieces.py", "return whole[len(prefix_ids) :]", "return encode(piece)", PIECES),
+    Mutation("an answer has a token across the seam", "data/encode_pieces.py", "if whole[: len(prefix_ids)] == list(prefix_ids):", "if whole:", CHAT),
+    Mutation("a completion is decoded without its prompt", "generation/stopping.py", "stopping_criteria.stop_strings, prompt)", "stopping_criteria.stop_strings)", PIECES),
+    Mutation("a reward reads a completion without its first space", "rollouts/sampler.py", "decode_continuation(prompt.prompt_ids, written)", "decode_continuation((), written)", PIECES),
+    Mutation("a run of byte tokens is printed before its end", "data/decode_stream.py", "if int(token) in self.tokenizer.byte_token_ids:", "if False:", PIECES),
+    Mutation("behind an escaped control token a text begins anew", "data/control_tokens.py", "return [self.bounded_ids.get(token, token) for token in ids]", "return [token for name in re.split(f'({BOUNDARY_MARK}[^{BOUNDARY_MARK}]+{BOUNDARY_MARK})', bounded) if name for token in ([self.tokenizer.token_to_id(name[1:-1])] if name[0] == BOUNDARY_MARK else self.tokenizer.encode(name, add_special_tokens=False))]", PIECES),
+    Mutation("the answer's end is not learned", "data/chat.py", "return len(answer.rstrip()) if self.ends_with_control_token(answer.rstrip()) else len(answer)", "return len(answer.rstrip()) - len(self.control_encoder.pattern.findall(answer)[-1]) if self.ends_with_control_token(answer.rstrip()) else len(answer)", CHAT),
     Mutation("targets are not shifted against what is learned", "data/instructions.py", "np.where(learned[1 : size + 1], ids[1 : size + 1], IGNORE_INDEX)", "np.where(learned[:size], ids[1 : size + 1], IGNORE_INDEX)", "tests/data/test_instructions.py"),
     Mutation("packed conversations count positions on", "data/instructions.py", "ids[:size], np.arange(size), segment", "ids[:size], np.arange(batches, batches + size), segment", "tests/data/test_instructions.py"),
     Mutation("the same question with another answer is held out", "data/conversations.py", "groups[prompt_hash(item.prompt)].append(number)", "groups[str(number)].append(number)", "tests/data/test_conversations.py"),

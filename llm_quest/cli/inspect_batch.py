@@ -58,8 +58,8 @@ class BatchView:
                 "kind": self.kinds[piece.row],
                 "document": piece.document,
                 "tokens": [
-                    {"id": i, "text": self.decode([i]), "position": p, self.verb: mine}
-                    for i, p, mine in zip(piece.ids, piece.positions, piece.learned, strict=True)
+                    {"id": i, "text": self.decode(piece.ids[:at], [i]), "position": p, self.verb: mine}
+                    for at, (i, p, mine) in enumerate(zip(piece.ids, piece.positions, piece.learned, strict=True))
                 ],
             }
             for piece in self.pieces
@@ -89,14 +89,15 @@ class BatchView:
     def highlight(self, piece: DocumentTokens, colour: bool) -> str:
         """The text of a piece with learned tokens marked and line ends as a sign."""
         before, after = (GREEN, RESET) if colour else ("[[", "]]")
-        highlighted = ""
-        for mine, run in groupby(zip(piece.ids, piece.learned, strict=True), key=lambda pair: pair[1]):
-            text = clean_text(self.decode([i for i, _ in run])).replace("\n", "\u21b5")
-            highlighted += f"{before}{text}{after}" if mine else text
+        highlighted, at = "", 0
+        for mine, run in groupby(piece.learned):
+            end = at + len(list(run))
+            text = clean_text(self.decode(piece.ids[:at], piece.ids[at:end])).replace("\n", "\u21b5")
+            highlighted, at = highlighted + (f"{before}{text}{after}" if mine else text), end
         return highlighted
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, keep_special_tokens=True)
+    def decode(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        return self.tokenizer.decode_continuation(before, ids, keep_special_tokens=True)
 
 
 def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: int, log: LogFn) -> BatchView:

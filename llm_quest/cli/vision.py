@@ -134,4 +134,4 @@ def chat_about_image(
             tokens = tokens + tokenizer.encode(line, add_special_tokens=False)
             require_room_in_context(tokens, image_prompt.decoder, False)
             answer = stream_answer(image_prompt.decoder, tokens, sampling, until, options.seed)
-            tokens = [*tokens, *tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+            tokens = [*tokens, *tokenizer.encode_continuation(answer), tokenizer.eos_token_id]

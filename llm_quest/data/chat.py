@@ -5,8 +5,9 @@
 
 Commonly got wrong: (1) what a user typed is read as a control token: `<|im_end|>` in a message ends it; here it stays
 text. (2) Prompt and answer are encoded as one text, and a merge across the seam gives the answer another beginning
-than generation ever sees; here each is encoded alone. (3) The end of the answer is masked away (for pad = end), and
-the model never stops; here an answer's end is always learned.
+than generation ever sees; or each is encoded alone, and the answer begins with a space that its tokenizer adds to every
+text: here the ids are those of the whole conversation, but for tokens across a seam (`data/encode_pieces.py`). (3) The
+end of the answer is masked away (for pad = end), and the model never stops; here an answer's end is always learned.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from itertools import chain
 
 import numpy as np
 
+from llm_quest.data.control_tokens import ControlTokenEncoder
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.template_sandbox import Messages, RenderedChat, RenderJob, render_batch, render_prompt
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
-
-ESCAPE_MARK = "\ufdd0"  # a noncharacter: it stands in no text
 
 CHATML_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -73,14 +73,12 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, template: str | None = None):
         tokenizer.chat_template = template or tokenizer.chat_template or default_chat_template(tokenizer)
         self.tokenizer, self.template = tokenizer, tokenizer.chat_template
-        self.control_tokens = tokenizer.special_tokens
+        self.control_encoder = ControlTokenEncoder(tokenizer)
         self.special_token_names = {
             key: name[0] if isinstance(name, list) else name
             for key, name in tokenizer.special_token_names.items()
             if name
         }
-        words = "|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))
-        self.control_pattern = re.compile(f"(?:{words})(?!{ESCAPE_MARK})" if words else r"(?!)")
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """The ids that ask for the assistant's next message."""
@@ -151,73 +149,45 @@ class ChatTemplate:
         return RenderedChat(whole, tuple(spans))
 
     def encode_example(self, layout: RenderedChat, where: str) -> ChatExample:
-        """Encode prompt and answers apart, each answer with its end."""
-        ids: list[int] = []
-        assistant_mask: list[bool] = []
+        """Encode the conversation up to the end of its last answer, each answer with its end."""
+        pieces = list(self.split_answers(layout, where))
+        encoded = self.control_encoder.encode_pieces([text for text, _ in pieces])
+        if pieces and not self.ends_with_control_token(pieces[-1][0]):
+            encoded[-1] = [*encoded[-1], self.tokenizer.eos_token_id]
+        assistant_mask = [is_answer for ids, (_, is_answer) in zip(encoded, pieces, strict=True) for _ in ids]
+        if not any(assistant_mask):
+            raise DataError(f"{where}: this chat template writes no answer of the assistant")
+        return ChatExample(np.array([*chain(*encoded)], dtype=np.int64), np.array(assistant_mask), where)
+
+    def split_answers(self, layout: RenderedChat, where: str) -> Iterator[tuple[str, bool]]:
+        """The text before each answer, and the answer with the token that ends it; whether it is the answer."""
         at = 0
         for begin, stop in layout.answer_spans:
             end = begin + self.answer_end(layout.text[begin:stop], layout.text[stop:])
-            for start, upto, is_answer in ((at, begin, False), (begin, end, True)):
-                piece = self.encode(layout.text[start:upto])
-                ids, assistant_mask = ids + piece, assistant_mask + [is_answer] * len(piece)
-            at = end
-            if not self.ends_with_control_token(layout.text[begin:end]):
-                if layout.text[end:].strip():
-                    raise DataError(
-                        f"{where}: this chat template does not end an answer with a control token, so the model could "
-                        "not learn to stop; use one that does"
-                    )
-                ids, assistant_mask = [*ids, self.tokenizer.eos_token_id], [*assistant_mask, True]
-        if not layout.answer_spans or not any(assistant_mask):
-            raise DataError(f"{where}: this chat template writes no answer of the assistant")
-        return ChatExample(np.array(ids, dtype=np.int64), np.array(assistant_mask), where)
+            yield layout.text[at:begin], False
+            at, answer = end, layout.text[begin:end]
+            if not self.ends_with_control_token(answer) and layout.text[end:].strip():
+                raise DataError(
+                    f"{where}: this chat template does not end an answer with a control token, so the model could "
+                    "not learn to stop; use one that does"
+                )
+            yield answer, True
 
     def answer_end(self, answer: str, rest: str) -> int:
         """How much of an answer's text is learned: up to its end token, which the tags may have left outside, and
         not the line end after it."""
-        if not self.ends_with_control_token(answer.rstrip()) and (after := self.control_pattern.match(rest)):
+        if not self.ends_with_control_token(answer.rstrip()) and (after := self.control_encoder.pattern.match(rest)):
             return len(answer) + after.end()
         return len(answer.rstrip()) if self.ends_with_control_token(answer.rstrip()) else len(answer)
 
     def ends_with_control_token(self, answer: str) -> bool:
         """Whether a text ends with a control token."""
-        return any(answer.endswith(control) for control in self.control_tokens)
+        return bool(self.control_encoder.last_control_token(answer))
 
     def escape_control_tokens(self, messages: Messages) -> Messages:
-        """Messages in which nothing spells a control token: its first character is followed by a mark, which
-        `encode` removes."""
-        return [
-            {
-                **message,
-                "content": self.control_pattern.sub(escape_control, message["content"].replace(ESCAPE_MARK, "")),
-            }
-            for message in messages
-        ]
+        """Messages in which nothing spells a control token."""
+        return [{**message, "content": self.control_encoder.escape(message["content"])} for message in messages]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text: the template's control tokens are control tokens; what was escaped is text."""
-        if ESCAPE_MARK not in text:
-            return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
-        ids: list[int] = []
-        for piece, control in split_at_controls(text, self.control_pattern):
-            ids += self.tokenizer.encode(piece.replace(ESCAPE_MARK, ""), add_special_tokens=False) if piece else []
-            ids += [self.tokenizer.token_to_id(control)] if control else []
-        return ids
-
-
-class TextSegment(NamedTuple):
-    text: str
-    control_token: str
-
-
-def split_at_controls(text: str, control_pattern: re.Pattern[str]) -> Iterator[TextSegment]:
-    """The text between control tokens, each piece with the token that follows it."""
-    at = 0
-    for match in control_pattern.finditer(text):
-        yield TextSegment(text[at : match.start()], match.group())
-        at = match.end()
-    yield TextSegment(text[at:], "")
-
-
-def escape_control(match: re.Match[str]) -> str:
-    return match.group()[0] + ESCAPE_MARK + match.group()[1:]
+        return self.control_encoder.encode(text)

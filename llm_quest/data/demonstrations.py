@@ -29,13 +29,13 @@ class Demonstrations:
         ]
 
     def encode_example(self, index: int, seed: int) -> tuple[list[int], list[int]]:
-        """Prompt and answer as ids, apart: a token never spans both."""
+        """Prompt and answer as ids: a token never spans both."""
         index = index % self.num_examples if self.num_examples else index
         problem = self.problems(seed, index)
         answer = teacher_demonstration(self.task, problem, index, seed)
         tokenizer = self.tokenizer
-        prompt = [tokenizer.start_token_id, *tokenizer.encode(problem.prompt, add_special_tokens=False)]
-        return prompt, [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+        prompt, completion = tokenizer.encode_pieces(problem.prompt, answer)
+        return [tokenizer.start_token_id, *prompt], [*completion, tokenizer.eos_token_id]
 
     def fingerprint(self) -> dict[str, Any]:
         return {"loader": "demonstrations", "data": repr(self.task), "num_examples": self.num_examples}

@@ -195,8 +195,8 @@ class ImageTextCollator:
         left out."""
         tokens, learned = self.row_prefix, [False] * len(self.row_prefix)
         for turn in turns:
-            question = self.tokenizer.encode(turn.question, add_special_tokens=False)
-            answer = [*self.tokenizer.encode(f" {turn.answer}", add_special_tokens=False), self.tokenizer.eos_token_id]
+            question, answer = self.tokenizer.encode_pieces(turn.question, f" {turn.answer}")
+            answer = [*answer, self.tokenizer.eos_token_id]
             if len(tokens) + len(question) + len(answer) > self.max_length + 1:
                 break
             tokens, learned = tokens + question + answer, learned + [False] * len(question) + [True] * len(answer)

@@ -14,13 +14,15 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from llm_quest.data.decode_stream import DecodeStream, decode_continuation
+from llm_quest.data.encode_pieces import encode_continuation, encode_pieces
 from llm_quest.errors import DataError, UsageError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -144,9 +146,26 @@ class Tokenizer:
         """The text of ids, without control tokens unless requested. Bytes that are not UTF-8 become U+FFFD."""
         return self.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=not keep_special_tokens)
 
-    def decode_stream(self, *, keep_special_tokens: bool = False) -> DecodeStream:
-        """A decoder of one id at a time, which never splits a character."""
-        return DecodeStream(self, keep_special_tokens=keep_special_tokens)
+    def decode_stream(self, prompt_ids: Sequence[int] = (), *, keep_special_tokens: bool = False) -> DecodeStream:
+        """A decoder of one id at a time, behind a prompt, which never splits a character."""
+        return DecodeStream(self, prompt_ids, keep_special_tokens=keep_special_tokens)
+
+    def decode_continuation(
+        self, prompt_ids: Sequence[int], ids: Sequence[int], *, keep_special_tokens: bool = False
+    ) -> str:
+        """The text that ids add to the text of their prompt."""
+        return decode_continuation(self, prompt_ids, ids, keep_special_tokens=keep_special_tokens)
+
+    def encode_pieces(self, *pieces: str) -> list[list[int]]:
+        """The ids of consecutive pieces of one text, a list for each: together those of the whole text, unless a token
+        of that lies across a seam (`data/encode_pieces.py`). Nothing is added around the text."""
+        encode = partial(self.encode, add_special_tokens=False)
+        return encode_pieces(pieces, encode, partial(self.decode, keep_special_tokens=True))
+
+    def encode_continuation(self, text: str, *, allow_special_tokens: bool = False) -> list[int]:
+        """The ids of a text that goes on from other text, as an answer or a suffix does."""
+        encode = partial(self.encode, allow_special_tokens=allow_special_tokens, add_special_tokens=False)
+        return encode_continuation(text, encode)
 
     def token_to_id(self, token: str) -> int:
         """The id of a token by its name (`<|im_end|>`)."""
@@ -161,6 +180,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Largest id + 1: the number of rows of an embedding."""
         return max(self.backend_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """The ids of control tokens, which `decode` leaves out."""
+        return frozenset(map(self.token_to_id, self.special_tokens))
+
+    @cached_property
+    def byte_token_ids(self) -> frozenset[int]:
+        """The ids that stand for single bytes (`<0xE2>`) and are decoded by runs; none without byte fallback."""
+        if '"ByteFallback"' not in json.dumps(json.loads(self.backend_tokenizer.to_str())["decoder"]):
+            return frozenset()
+        found = (self.backend_tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(number for number in found if number is not None)
 
     @property
     def special_tokens(self) -> list[str]:
@@ -218,40 +250,6 @@ class Tokenizer:
         literal = copy.deepcopy(self.backend_tokenizer)
         literal.encode_special_tokens = True
         return literal
-
-
-class DecodeStream:
-    """Streaming decoder: `feed(token) -> str` gives the text that has become certain, `flush() -> str` the rest.
-    Their concatenation is the text that `decode` gives for all ids at once. A character whose bytes are spread over
-    tokens is held back until complete."""
-
-    def __init__(self, tokenizer: Tokenizer, *, keep_special_tokens: bool = False):
-        self.tokenizer = tokenizer
-        self.keep_special_tokens = keep_special_tokens
-        self.emitted_ids: list[int] = []  # the ids given out last: some decoders treat a text's first word differently
-        self.pending_ids: list[int] = []
-
-    def feed(self, token: int) -> str:
-        self.pending_ids.append(int(token))
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self.emitted_ids, self.pending_ids = self.pending_ids, []
-        return text
-
-    def flush(self) -> str:
-        """The text held back, U+FFFD for characters that were never completed. The stream may be used again."""
-        text = self._new_text()
-        self.emitted_ids, self.pending_ids = [], []
-        return text
-
-    def _new_text(self) -> str:
-        before = self.tokenizer.decode(self.emitted_ids, keep_special_tokens=self.keep_special_tokens)
-        text = self.tokenizer.decode(self.emitted_ids + self.pending_ids, keep_special_tokens=self.keep_special_tokens)
-        # Byte-fallback decoders re-read a run of byte tokens: text already given out may have changed, and stays given.
-        if text.startswith(before):
-            return text[len(before) :]
-        return self.tokenizer.decode(self.pending_ids, keep_special_tokens=self.keep_special_tokens)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

@@ -94,4 +94,7 @@ class ImageQuestionEvaluator:
             eos_token_id=self.writer.tokenizer.eos_token_ids,
         )
         ends = set(self.writer.tokenizer.eos_token_ids)
-        return [self.writer.tokenizer.decode([token for token in one.tokens if token not in ends]) for one in answers]
+        return [
+            self.writer.tokenizer.decode_continuation(prompt, [token for token in one.tokens if token not in ends])
+            for prompt, one in zip(prompts, answers, strict=True)
+        ]

@@ -194,7 +194,7 @@ def sample_answers(
 
 def completion_to_sample(prompt: Sequence[int], done: Completion, problem: Any, tokenizer: Tokenizer) -> Sample:
     """A completion in the form that rewards take: its text is without the token that ended it."""
-    text = tokenizer.decode(done.tokens)
+    text = tokenizer.decode_continuation(prompt, done.tokens)
     return Sample(tuple(prompt), tuple(done.tokens), tuple(done.logprobs), done.finish_reason, text, problem)
 
 

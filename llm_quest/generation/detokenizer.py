@@ -17,7 +17,7 @@ class StreamDecoder(Protocol):
 class StreamingTokenizer(Protocol):
     """The part of a tokenizer that generation needs."""
 
-    def decode_stream(self) -> StreamDecoder: ...
+    def decode_stream(self, prompt_ids: Sequence[int] = ()) -> StreamDecoder: ...
 
 
 class IncrementalDetokenizer:
@@ -26,10 +26,11 @@ class IncrementalDetokenizer:
 
         stop "END", tokens "a" "b E" "N" "D."      feed returns  "a"  "b "  ""  ""      and `stopped` is True
         stop "END", tokens "a" "b E" "N" "T."      feed returns  "a"  "b "  ""  "ENT."
-    """
 
-    def __init__(self, tokenizer: StreamingTokenizer, stop_strings: Sequence[str]):
-        self.decoder = tokenizer.decode_stream()
+    prompt_ids: the ids before the text, behind which it is decoded (they decide whether it begins with a space)."""
+
+    def __init__(self, tokenizer: StreamingTokenizer, stop_strings: Sequence[str], prompt_ids: Sequence[int] = ()):
+        self.decoder = tokenizer.decode_stream(prompt_ids)
         self.stop_strings = stop_strings
         self.released_text = ""
         self.pending_text = ""

@@ -86,7 +86,7 @@ class GeneratedSequence:
         self.detokenizer = (
             None
             if stopping_criteria.tokenizer is None
-            else IncrementalDetokenizer(stopping_criteria.tokenizer, stopping_criteria.stop_strings)
+            else IncrementalDetokenizer(stopping_criteria.tokenizer, stopping_criteria.stop_strings, prompt)
         )
 
     def append_token(self, token: int, logprob: float) -> GeneratedToken:

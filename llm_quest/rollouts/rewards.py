@@ -100,7 +100,7 @@ def compute_step_rewards(tokenizer: StreamingTokenizer, sample: Sample) -> list[
 
 def token_end_offsets(tokenizer: StreamingTokenizer, sample: Sample) -> list[int]:
     """How many characters of the text are there after each token."""
-    stream, length, ends = tokenizer.decode_stream(), 0, []
+    stream, length, ends = tokenizer.decode_stream(sample.prompt_ids), 0, []
     for token in sample.completion_ids:
         length += len(stream.feed(token))
         ends.append(length)

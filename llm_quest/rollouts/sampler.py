@@ -22,9 +22,9 @@ ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
 class DecodingTokenizer(Protocol):
-    """A tokenizer, as far as samples need one. Control tokens are left out of the text."""
+    """A tokenizer, as far as samples need one: the text that ids add to their prompt's, without control tokens."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode_continuation(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Sampler:
 
     def make_sample(self, prompt: PolicyPrompt, completion: Completion) -> Sample:
         """The text is decoded for the reward alone; what is trained on are the ids that were drawn."""
-        text = self.tokenizer.decode([token for token in completion.tokens if token not in self.eos_token_ids])
+        written = [token for token in completion.tokens if token not in self.eos_token_ids]
+        text = self.tokenizer.decode_continuation(prompt.prompt_ids, written)
         tokens, logprobs = tuple(completion.tokens), tuple(completion.logprobs)
         return Sample(prompt.prompt_ids, tokens, logprobs, completion.finish_reason, text, prompt.problem)
 

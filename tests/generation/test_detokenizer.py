@@ -11,7 +11,7 @@ from llm_quest.generation.detokenizer import IncrementalDetokenizer
 class Letters:
     """A tokenizer whose tokens are the bytes of UTF-8."""
 
-    def decode_stream(self) -> Letters:
+    def decode_stream(self, prompt_ids=()) -> Letters:
         self.bytes = b""
         return self
 

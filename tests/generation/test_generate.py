@@ -159,7 +159,7 @@ def test_a_stop_sequence_ends_a_row_only_where_it_is_complete_and_of_the_text(gp
 class Hex:
     """A tokenizer that writes token 26 as '1a'."""
 
-    def decode_stream(self) -> Hex:
+    def decode_stream(self, prompt_ids=()) -> Hex:
         return self
 
     def feed(self, token: int) -> str:

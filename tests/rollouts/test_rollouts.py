@@ -33,7 +33,7 @@ NAN = float("nan")
 class Words:
     """Ids as text."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode_continuation(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
 

@@ -202,8 +202,8 @@ class PositionEvaluator:
 
     def sample_row(self, one: PositionResult) -> dict[str, Any]:
         ids = self.evaluation.documents[one.position.document][1 : one.position.place]
-        decode: Callable[..., str] = self.evaluation.sampler.tokenizer.decode
-        return {"prompt": decode(ids), "text": one.text, "entropy": one.position.entropy, "right": one.reasoned_correct}
+        prompt = self.evaluation.sampler.tokenizer.decode_continuation((), ids)
+        return {"prompt": prompt, "text": one.text, "entropy": one.position.entropy, "right": one.reasoned_correct}
 
     def report_table(self, when: str, log: Callable[[str], None]) -> BucketTable:
         """Logs the table of the model as it is, and keeps it in the file under `when`."""

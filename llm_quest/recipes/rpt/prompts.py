@@ -104,11 +104,10 @@ def make_prompt_builder(
     """prefix, suffix: as text; control tokens may be written out in them (a chat template's)."""
     parts = [np.asarray(ids, np.int64) for ids in documents]
     known = np.unique(np.concatenate(parts)).tolist() if parts else []
-    spelled = [
-        tuple(tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)) for text in (prefix, suffix)
-    ]
+    prefix_ids = tokenizer.encode(prefix, allow_special_tokens=True, add_special_tokens=False)
+    suffix_ids = tokenizer.encode_continuation(suffix, allow_special_tokens=True)
     pieces = dict(zip(known, token_bytes(tokenizer, known), strict=True))
-    return PromptBuilder(spelled[0], spelled[1], max_target_tokens, pieces, tokenizer.start_token_id)
+    return PromptBuilder(tuple(prefix_ids), tuple(suffix_ids), max_target_tokens, pieces, tokenizer.start_token_id)
 
 
 def max_document_length(

@@ -225,7 +225,7 @@ class ReasoningLoader:
         """Prompt and completion as ids, apart: the answer, thought about."""
         number = index % len(self.problems)
         problem = self.problems[number]
-        answer = self.tokenizer.encode(problem.answer, add_special_tokens=False)
+        _, answer = self.tokenizer.encode_pieces(problem.prompt, problem.answer)
         thought, said = teacher_reasoning(self.task, problem, number, self.seed)
         return self.build_example(number, len(self.documents[number]) - 1 - len(answer), thought, said)
 
@@ -233,16 +233,18 @@ class ReasoningLoader:
         """Some other place, where the text itself says what comes."""
         number = index % len(self.problems)
         ids = self.documents[number]
-        answer = self.tokenizer.encode(self.problems[number].answer, add_special_tokens=False)
+        _, answer = self.tokenizer.encode_pieces(self.problems[number].prompt, self.problems[number].answer)
         place = make_rng("quick", self.seed, index).randrange(1, len(ids) - 1 - len(answer))
-        return self.build_example(number, place, "", self.tokenizer.decode(ids[place : place + 1]))
+        return self.build_example(
+            number, place, "", self.tokenizer.decode_continuation(ids[:place], ids[place : place + 1])
+        )
 
     def build_example(self, number: int, place: int, thought: str, said: str) -> tuple[list[int], list[int]]:
         completion = f"{thought}{THINK_CLOSE}{ANSWER_OPEN}{said}{ANSWER_CLOSE}"
-        completion_ids = [*self.tokenizer.encode(completion, add_special_tokens=False), self.tokenizer.eos_token_id]
+        completion_ids = [*self.tokenizer.encode_continuation(completion), self.tokenizer.eos_token_id]
         return [
             *self.documents[number][:place],
-            *self.tokenizer.encode(THINK_OPEN, add_special_tokens=False),
+            *self.tokenizer.encode_continuation(THINK_OPEN),
         ], completion_ids
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""Control tokens of a template and the same words typed by somebody, kept apart in one text.
+
+Commonly got wrong: (1) what a user typed is read as a control token: `<|im_end|>` in a message ends it. (2) To prevent
+that, the text is cut at its control tokens and the parts are encoded alone, and each gets the space with which some
+tokenizers begin a text.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from functools import cached_property
+
+import tokenizers
+
+from llm_quest.data.encode_pieces import encode_pieces
+from llm_quest.data.tokenizer import Tokenizer
+
+ESCAPE_MARK = "\ufdd0"  # noncharacters: they stand in no text
+BOUNDARY_MARK = "\ufdd1"
+
+
+class ControlTokenEncoder:
+    """Encodes texts in which some words that spell control tokens are escaped: `escape(text)` puts a mark behind their
+    first character, `encode(text)` reads them as text and all others as control tokens, in one pass over the text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.control_tokens = tokenizer, tokenizer.special_tokens
+        words = "|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))
+        self.pattern = re.compile(f"(?:{words})(?!{ESCAPE_MARK})" if words else r"(?!)")
+
+    def escape(self, text: str) -> str:
+        """The text with every control token in it escaped."""
+        plain = text.replace(ESCAPE_MARK, "").replace(BOUNDARY_MARK, "")
+        return self.pattern.sub(lambda match: match.group()[0] + ESCAPE_MARK + match.group()[1:], plain)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Nothing is added around it."""
+        if ESCAPE_MARK not in text:
+            return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
+        bounded = self.pattern.sub(lambda match: bounded_name(match.group()), text).replace(ESCAPE_MARK, "")
+        ids = self.bounded_backend.encode(bounded, add_special_tokens=False).ids
+        return [self.bounded_ids.get(token, token) for token in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens included."""
+        return self.tokenizer.decode(ids, keep_special_tokens=True)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """The ids of consecutive pieces of one text: see `data/encode_pieces.py`."""
+        return encode_pieces(pieces, self.encode, self.decode, self.last_control_token)
+
+    def last_control_token(self, text: str) -> str:
+        """The control token with which a text ends, or ""."""
+        return next((control for control in self.control_tokens if text.endswith(control)), "")
+
+    @cached_property
+    def bounded_backend(self) -> tokenizers.Tokenizer:
+        """A copy in which control tokens are text, unless they stand between two boundary marks."""
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.encode_special_tokens = True
+        added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+        backend.add_tokens(
+            [
+                tokenizers.AddedToken(
+                    bounded_name(token.content), single_word=token.single_word, lstrip=token.lstrip,
+                    rstrip=token.rstrip, normalized=False, special=False,
+                )
+                for token in added
+            ]
+        )  # fmt: skip
+        return backend
+
+    @cached_property
+    def bounded_ids(self) -> dict[int, int]:
+        """The copy's ids of bounded control tokens, and the tokenizer's own."""
+        names = {name: self.bounded_backend.token_to_id(bounded_name(name)) for name in self.control_tokens}
+        return {number: self.tokenizer.token_to_id(name) for name, number in names.items() if number is not None}
+
+
+def bounded_name(control_token: str) -> str:
+    return BOUNDARY_MARK + control_token + BOUNDARY_MARK
