@@ -58,8 +58,8 @@ class LayerCache(Protocol):
 
     Laws: (1) after any sequence of passes a mixer reads from it what it would have seen in one pass; (2) a token
     without a position leaves it unchanged; (3) `rewind(positions)`, where `latest_rewind(positions) == positions`,
-    equals never having seen the tokens from `positions` on; (4) `batch_repeat_interleave` and `batch_select_indices`
-    act on rows alone."""
+    equals never having seen the tokens from `positions` on; (4) `batch_repeat_interleave`, `batch_select_indices`
+    and `batch_concat` act on rows alone."""
 
     def snapshot(self, positions: Sequence[int]) -> None:
         """Row b will not be rewound below positions[b]. Called while every row stands at positions[b]: a recurrent
@@ -77,6 +77,10 @@ class LayerCache(Protocol):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows alone (finished rows leave the batch)."""
+
+    def batch_concat(self, others: Sequence[Any], order: Sequence[int]) -> None:
+        """Append the rows of the same mixer's other caches, which are emptied; row b is then row order[b] of all (rows
+        of like length are read together)."""
 
     def nbytes(self) -> int:
         """Bytes in use."""

@@ -10,7 +10,7 @@ mixer's window, and is in the same segment. **A token without a position is a no
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -34,8 +34,30 @@ class SlidingWindow:
     window: int
 
 
-MaskSpec = Tensor | CausalMask | SlidingWindow
+@dataclass(frozen=True)
+class BlockDiagonalMask:
+    """A mask known on the host, for padded rows and packed documents: the tokens of all rows, one row after the other,
+    are blocks of these lengths. A query sees the keys of its own block, not later than itself and at most window-1
+    before itself (None: all). is_padding: which blocks are padding, whose result is never read.
+
+      rows  . . a b c        lengths     2 3 4 1
+            d e f g .        is_padding  y n n y
+    """
+
+    lengths: tuple[int, ...]
+    is_padding: tuple[bool, ...]
+    window: int | None = None
+
+    def of_block(self, length: int) -> CausalMask | SlidingWindow:
+        """The mask inside a block of this length."""
+        return CausalMask.CAUSAL if self.window is None or self.window >= length else SlidingWindow(self.window)
+
+
+MaskSpec = Tensor | CausalMask | SlidingWindow | BlockDiagonalMask
 """An attention mask: a tensor (B,T,S) bool, or how it is known."""
+
+SCORES_PER_BLOCK = 8192
+"""A block is worth a kernel call of its own if that saves so many scores of each head."""
 
 
 class PassCache(Protocol):
@@ -150,7 +172,24 @@ class Scope:
             return CausalMask.FULL if self.bidirectional or length == 1 else CausalMask.CAUSAL
         if self.is_unpadded and window is not None and not self.bidirectional:
             return SlidingWindow(window)
+        blocks = None if self.bidirectional else self.cached("blocks", self.find_blocks)
+        if blocks is not None:
+            return replace(blocks, window=window)
         return self.cached(("visible", window), lambda: self.build_mask(self.position_ids, self.segment_ids, window))
+
+    def find_blocks(self) -> BlockDiagonalMask | None:
+        """The documents and the padding of this pass as blocks, where positions can be read without waiting for a
+        device and the blocks save work; None: the mask is a tensor."""
+        rows, length = self.position_ids.shape
+        if torch.compiler.is_compiling() or rows * length**2 < SCORES_PER_BLOCK:
+            return None
+        if type(self.position_ids) is not Tensor or self.position_ids.device.type != "cpu":
+            return None
+        blocks = split_into_blocks(self.position_ids, self.segment_ids)
+        if blocks is None:
+            return None
+        scores = sum(n * n // 2 for n, padding in zip(blocks.lengths, blocks.is_padding, strict=True) if not padding)
+        return blocks if rows * length**2 - scores >= SCORES_PER_BLOCK * len(blocks.lengths) else None
 
     def build_mask(self, key_position_ids: Tensor, key_segment_ids: Tensor | None, window: int | None) -> Tensor:
         """The visibility rule: key positions (B,S) -> (B,T,S) bool. Padding sees padding, so that no row is empty."""
@@ -168,3 +207,20 @@ class Scope:
         """Append a value to `records` (a router's decisions, a tap's weights); without records, do nothing."""
         if self.records is not None:
             self.records.setdefault(name, []).append(value)
+
+
+def split_into_blocks(position_ids: Tensor, segment_ids: Tensor | None = None) -> BlockDiagonalMask | None:
+    """The tokens (B,T) of all rows as blocks: a document is one run of consecutive positions, and padding lies between
+    documents. None where a document has a gap or padding inside, so that its tokens are more than one block."""
+    real = position_ids >= 0
+    document = torch.zeros_like(position_ids) if segment_ids is None else segment_ids
+    follows = (position_ids.diff(dim=1) == 1) & (document.diff(dim=1) == 0) & real[:, :-1]
+    begins = torch.ones_like(real)
+    begins[:, 1:] = ~(follows | ~(real[:, 1:] | real[:, :-1]))
+    first = begins.flatten().nonzero().flatten()
+    lengths = torch.cat((first, first.new_tensor([real.numel()]))).diff()
+    is_padding = ~real.flatten()[first]
+    owners = torch.stack((first // real.shape[1], document.flatten()[first]), dim=1)[~is_padding]
+    if len(owners.unique(dim=0)) < len(owners):
+        return None
+    return BlockDiagonalMask(tuple(lengths.tolist()), tuple(is_padding.tolist()))

@@ -46,6 +46,7 @@ WRITING = "tests/cli/test_batch_generate.py"
 PIECES = "tests/laws/test_text_in_pieces.py"
 ALIGNED = "tests/laws/test_alignment.py"
 MATCH = "tests/recipes/rpt/test_prefix_match.py"
+RAGGED = "tests/laws/test_ragged.py"
 RPT, RPT_ASK = "tests/recipes/rpt/test_recipe.py", "tests/recipes/rpt/test_prompts.py"
 
 MUTATIONS = (
@@ -362,4 +363,11 @@ MUTATIONS = (
     Mutation('aligned: a resumed optimiser lies in its file', "train/state_dict.py", "shard_as(p, align(value))", "shard_as(p, value)", ALIGNED),
     Mutation("aligned: an adapter's base is not", "hub/load_save.py", 'allow_pickle=allow_pickle, aligned=aligned', 'allow_pickle=allow_pickle', ALIGNED),
     Mutation('aligned: the model that a recipe tunes is not', "recipes/finetuning.py", ', aligned=True', '', ALIGNED),
+    Mutation("blocks: a gap in a document is no gap", "scope.py", "(position_ids.diff(dim=1) == 1)", "(position_ids.diff(dim=1) >= 1)", RAGGED),
+    Mutation("blocks: documents that touch are one", "scope.py", "(document.diff(dim=1) == 0) & real", "real", RAGGED),
+    Mutation("blocks: a document in pieces is several", "scope.py", "len(owners.unique(dim=0)) < len(owners)", "len(owners) < 0", RAGGED),
+    Mutation("blocks: windows are forgotten", "scope.py", "return replace(blocks, window=window)", "return blocks", RAGGED),
+    Mutation("joined caches keep the order of their passes", "layers/kv_cache.py", "rows if list(order) == sorted(order) else", "rows if order else", RAGGED),
+    Mutation("joined caches: histories begin at different tokens", "layers/recurrent_cache.py", "part.history[len(part.history) - count :]", "part.history[:count]", RAGGED),
+    Mutation("prompts in groups: logits in the order of the groups", "generation/decoding.py", "torch.cat(logits)[torch.tensor(places, device=device)]", "torch.cat(logits)", RAGGED),
 )  # fmt: skip

@@ -22,6 +22,9 @@ from llm_quest.scope import Scope
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MAX_PADDING = 128
+"""A pass costs at least as much as so many tokens of padding (it reads all weights, and starts every kernel)."""
+
 
 class SampledToken(NamedTuple):
     """A sampled token of the row with this number."""
@@ -73,8 +76,8 @@ class BatchDecoder:
         n = len(self.row_numbers) // len(windows)
         self.num_active = len(self.row_numbers)
         self.lengths = [len(window) for window in windows for _ in range(n)]
-        self.cache = self.model.new_cache(len(windows), round_up_capacity(capacity) if self.compiled_step else capacity)
-        self.logits = prefill(self.model, windows, self.cache, self.uniforms.device)
+        capacity = round_up_capacity(capacity) if self.compiled_step else capacity
+        self.cache, self.logits = prefill(self.model, windows, capacity, self.uniforms.device)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
             self.logits = self.logits.repeat_interleave(n, dim=0)
@@ -137,9 +140,25 @@ class BatchDecoder:
 
 
 def prefill(
+    model: Decoder, windows: Sequence[Sequence[int]], capacity: int, device: torch.device
+) -> tuple[Cache, Float[Tensor, "B V"]]:
+    """Read all windows, those of like length in one pass. Returns the cache and the logits after each one's last
+    token, computed there alone."""
+    caches, logits, order = [], [], []
+    for rows in group_by_length([len(window) for window in windows]):
+        caches.append(model.new_cache(len(rows), capacity))
+        logits.append(prefill_group(model, [windows[row] for row in rows], caches[-1], device))
+        order += rows
+    places = sorted(range(len(order)), key=order.__getitem__)
+    if len(caches) > 1:
+        caches[0].batch_concat(caches[1:], places)
+    return caches[0], torch.cat(logits)[torch.tensor(places, device=device)]
+
+
+def prefill_group(
     model: Decoder, windows: Sequence[Sequence[int]], cache: Cache, device: torch.device
 ) -> Float[Tensor, "B V"]:
-    """Read all windows in one pass and return the logits after each one's last token, computed there alone."""
+    """Read these windows in one pass; the logits after each one's last token."""
     tokens, positions = pad_left(windows)
     tokens = tokens.to(device)
     if len({len(window) for window in windows}) == 1:
@@ -147,6 +166,21 @@ def prefill(
     else:
         scope = Scope(positions.to(device), cache=cache, max_seq_len=tokens.shape[1])
     return model.head(model.hidden_states(tokens, scope)[:, -1])
+
+
+def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows in groups, longest first, each with at most MAX_PADDING tokens of padding in all. Rows of nearly the
+    same length are one group, in their own order."""
+    groups: list[list[int]] = []
+    padding = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        padding += lengths[groups[-1][0]] - lengths[row] if groups else 0
+        if groups and padding <= MAX_PADDING:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            padding = 0
+    return [sorted(group) for group in groups]
 
 
 def pad_left(windows: Sequence[Sequence[int]], width: int = 0) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ class Cache:
         self.batch_size = indices.shape[0]
         for part in self.row_states():
             part.batch_select_indices(indices)
+
+    def batch_concat(self, others: Sequence[Cache], order: Sequence[int]) -> None:
+        """Append the rows of other caches of the same model and capacity, which are emptied; then row b is row order[b]
+        of all."""
+        self.batch_size = len(order)
+        for part, *same in zip(*(cache.row_states() for cache in (self, *others)), strict=True):
+            part.batch_concat(same, order)
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states in use."""
@@ -153,6 +161,15 @@ class SlotIndex:
             self.positions = self.positions[indices.to(self.positions.device)]
         if self.max_positions is not None:
             self.max_positions = self.max_positions[indices.to(self.max_positions.device)]
+
+    def batch_concat(self, others: Sequence[Any], order: Sequence[int]) -> None:
+        parts = [self, *others]
+        if self.positions is not None:
+            self.positions = concat_rows([part.positions for part in parts], order)
+        if self.max_positions is not None:
+            self.max_positions = concat_rows([part.max_positions for part in parts], order)
+        self.is_contiguous = all(part.is_contiguous for part in parts) and len({part.run_length for part in parts}) == 1
+        self.run_length = min(part.run_length for part in parts)
 
 
 class KVCache:
@@ -252,6 +269,11 @@ class KVCache:
         for name, stored in self.tensors.items():
             self.tensors[name] = swap_head_dim(swap_head_dim(stored).index_select(0, indices.to(stored.device)))
 
+    def batch_concat(self, others: Sequence[Any], order: Sequence[int]) -> None:
+        for name, stored in self.tensors.items():
+            parts = [stored, *(other.tensors.pop(name) for other in others)]
+            self.tensors[name] = swap_head_dim(concat_rows([swap_head_dim(part) for part in parts], order))
+
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in self.tensors.values())
 
@@ -272,6 +294,9 @@ class NoCache:
         """No rows."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """No rows."""
+
+    def batch_concat(self, others: Sequence[Any], order: Sequence[int]) -> None:
         """No rows."""
 
     def nbytes(self) -> int:
@@ -297,6 +322,12 @@ def allocate_slots(like: Tensor, num_slots: int) -> Tensor:
 def swap_head_dim(x: Tensor) -> Tensor:
     """(B,S,G,d) as a view (B,G,S,d), and back; a tensor without heads as it is."""
     return x.transpose(1, 2) if x.dim() == 4 else x
+
+
+def concat_rows(parts: Sequence[Tensor | None], order: Sequence[int]) -> Tensor:
+    """The rows of all parts as one tensor, of which row b is row order[b] of the parts one after the other."""
+    rows = torch.cat([part for part in parts if part is not None])
+    return rows if list(order) == sorted(order) else rows[torch.tensor(order, device=rows.device)]
 
 
 def host_max_seq_len(scope: Scope) -> int | None:

@@ -10,11 +10,13 @@ the state after each of the last tokens (`history`), so that rejected draft toke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from llm_quest.layers.kv_cache import concat_rows
 
 
 class StateSnapshot(NamedTuple):
@@ -86,6 +88,18 @@ class RecurrentStateCache:
         if self.snapshot_positions is not None:
             self.snapshot_positions = [self.snapshot_positions[row] for row in indices.tolist()]
 
+    def batch_concat(self, others: Sequence[Any], order: Sequence[int]) -> None:
+        """Of the histories, as many of the last states as all of them have."""
+        parts = [self, *others]
+        count = min(len(part.history) for part in parts)
+        histories = [part.history[len(part.history) - count :] for part in parts]
+        self.history = [concat_snapshots(moments, order) for moments in zip(*histories, strict=True)]
+        self.tensors = concat_named([part.tensors for part in parts], order)
+        self.snapshot_tensors = concat_named([part.snapshot_tensors for part in parts], order)
+        if self.snapshot_positions is not None:
+            places = [at for part in parts for at in part.snapshot_positions or []]
+            self.snapshot_positions = [places[row] for row in order]
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every tensor that is kept."""
         self.tensors = {name: function(kept) for name, kept in self.tensors.items()}
@@ -97,6 +111,17 @@ class RecurrentStateCache:
 
     def nbytes(self) -> int:
         return sum(kept.nbytes for kept in self.tensors.values())
+
+
+def concat_named(parts: Sequence[dict[str, Tensor]], order: Sequence[int]) -> dict[str, Tensor]:
+    """The rows of all parts, name by name."""
+    return {name: concat_rows([part[name] for part in parts], order) for name in parts[0]}
+
+
+def concat_snapshots(moments: Sequence[StateSnapshot], order: Sequence[int]) -> StateSnapshot:
+    """The snapshots of several groups of rows as one."""
+    positions = concat_rows([moment.positions for moment in moments], order)
+    return StateSnapshot(positions, concat_named([moment.tensors for moment in moments], order))
 
 
 def select_rows(candidates: Sequence[Tensor | None], picked: Sequence[int], like: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llm_quest.scope import CausalMask, MaskSpec, Scope, SlidingWindow
+from llm_quest.scope import BlockDiagonalMask, CausalMask, MaskSpec, Scope, SlidingWindow
 
-AttentionMask = Bool[Tensor, "B T S"] | CausalMask | SlidingWindow
+AttentionMask = Bool[Tensor, "B T S"] | CausalMask | SlidingWindow | BlockDiagonalMask
 
 
 class AttentionFunction(Protocol):
@@ -83,9 +83,19 @@ def dense_mask(attention_mask: AttentionMask, q: Tensor, k: Tensor) -> Bool[Tens
     """The mask as a tensor."""
     if isinstance(attention_mask, Tensor):
         return attention_mask
+    if isinstance(attention_mask, BlockDiagonalMask):
+        return dense_blocks(attention_mask, q)
     allowed = torch.ones(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     allowed = allowed if attention_mask is CausalMask.FULL else allowed.tril()
     return allowed.triu(1 - attention_mask.window) if isinstance(attention_mask, SlidingWindow) else allowed
+
+
+def dense_blocks(blocks: BlockDiagonalMask, q: Float[Tensor, "B T H d"]) -> Bool[Tensor, "B T T"]:
+    """The mask of a block-diagonal pass as a tensor."""
+    lengths = torch.tensor(blocks.lengths, device=q.device)
+    block = torch.arange(len(blocks.lengths), device=q.device).repeat_interleave(lengths).view(q.shape[:2])
+    allowed = (block[:, :, None] == block[:, None, :]).tril()
+    return allowed if blocks.window is None else allowed.triu(1 - blocks.window)
 
 
 def fused_attention(
@@ -102,6 +112,9 @@ def fused_attention(
     """The same through PyTorch's fused kernel, which does not keep the scores. For a single query, the heads of a group
     are the rows of one product, so that k is read once. The kernel has no soft cap: with one, the explicit form runs.
     It has no sink: `sink_attention`."""
+    if isinstance(attention_mask, BlockDiagonalMask):
+        options = {"scale": scale, "dropout": dropout, "sink": sink, "softcap": softcap}
+        return block_diagonal_attention(q, k, v, attention_mask, **options)  # type: ignore[arg-type]
     if softcap is not None:
         return explicit_attention(q, k, v, attention_mask, scale=scale, dropout=dropout, sink=sink, softcap=softcap)
     if isinstance(attention_mask, SlidingWindow):
@@ -127,6 +140,31 @@ def fused_attention(
         enable_gqa=num_key_value_heads != num_attention_heads,
     )
     return out.transpose(1, 2)
+
+
+def block_diagonal_attention(
+    q: Float[Tensor, "B T H d"],
+    k: Float[Tensor, "B T G d"],
+    v: Float[Tensor, "B T G dv"],
+    blocks: BlockDiagonalMask,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    sink: Float[Tensor, " H"] | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "B T H dv"]:
+    """Each document as a row of its own: the causal kernel without a mask, and no scores between documents or for
+    padding (which becomes 0). Split, not sliced: the backward of a slice builds a gradient of the full size."""
+    options = {"scale": scale, "dropout": dropout, "sink": sink, "softcap": softcap}
+    parts = [part.flatten(0, 1).split(blocks.lengths) for part in (q, k, v)]
+    outputs = []
+    for *block, is_padding in zip(*parts, blocks.is_padding, strict=True):
+        if is_padding:
+            outputs.append(v.new_zeros(len(block[0]), q.shape[2], v.shape[3]))
+        else:
+            mask = blocks.of_block(len(block[0]))
+            outputs.append(fused_attention(*(part[None] for part in block), mask, **options)[0])  # type: ignore[misc, arg-type]
+    return torch.cat(outputs).unflatten(0, q.shape[:2])
 
 
 def sliding_window_attention(

@@ -22,8 +22,8 @@ from torch import Tensor, distributed, nn
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.attention import KEY_SHARE_RULES
-from llm_quest.layers.scaled_dot_product import ScaledDotProduct
-from llm_quest.scope import CausalMask, MaskSpec, Scope, SlidingWindow
+from llm_quest.layers.scaled_dot_product import ScaledDotProduct, dense_mask
+from llm_quest.scope import BlockDiagonalMask, CausalMask, MaskSpec, Scope, SlidingWindow
 from llm_quest.techniques.model_spec import Model, attention_layers
 
 QUERY_BLOCK, MAX_SCORES = 128, 2**20
@@ -125,6 +125,8 @@ def max_attention_logits(
     scale or cap. Works on a block of queries at a time, with the keys that it can see, and on few rows, so that the
     scores stay in the processor's cache."""
     (batch, length, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    if isinstance(attention_mask, BlockDiagonalMask):
+        attention_mask = dense_mask(attention_mask, q, k)
     q_BGrTd = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
     k_BGdS = k.transpose(1, 2).contiguous().mT
     rows_at_once = max(1, MAX_SCORES // (heads * QUERY_BLOCK * keys))
