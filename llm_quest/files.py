@@ -16,6 +16,12 @@ from typing import Any
 from llm_quest.errors import ResourceError, UsageError
 
 
+def cache_dir(part: str) -> Path:
+    """A folder of the user's cache: $LLM_QUEST_CACHE, otherwise llm-quest in $XDG_CACHE_HOME or ~/.cache."""
+    own, cache = os.environ.get("LLM_QUEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return (Path(own) if own else Path(cache or Path.home() / ".cache") / "llm-quest") / part
+
+
 def fsync_path(path: Path) -> None:
     """Make a file, or a folder's entries, durable (not every system lets folders be opened)."""
     with contextlib.suppress(PermissionError):

@@ -266,7 +266,7 @@ MUTATIONS = (
     Mutation("a resumed run forgets its moving reference", "recipes/reference_model.py", "mine.copy_(saved[name])", "pass", "tests/recipes/test_preference_data.py -k resumed"),
     Mutation("macro F1 weighed by how common a class is", "recipes/classify.py", "float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1_score(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
     Mutation("warm-up: Ctrl-C ends a chunk and not the warm-up", "recipes/policy_setup.py", "result.status == \"interrupted\"", "result.status == \"never\"", "tests/recipes/test_grpo.py -k warm_up_stops"),
-    # Adapters and int8 (architectures.md 4.7)
+    # Adapters and quantized weights (architectures.md 4.7)
     Mutation("adapter: rsLoRA scaled by 1/r", "techniques/lora.py", "self.alpha / math.sqrt(self.rank)", "self.alpha / self.rank", LORA),
     Mutation("adapter: dropout on the base's input too", "layers/low_rank.py", "return base_output + self.update(self.dropout(x))", "return self.dropout(base_output) + self.update(self.dropout(x))", LORA),
     Mutation("adapter: DoRA's norm of columns", "layers/low_rank.py", ".norm(dim=-1).to(weight.dtype)", ".norm(dim=-2).mean().expand(weight.shape[:-1]).to(weight.dtype)", LORA),
@@ -277,7 +277,10 @@ MUTATIONS = (
     Mutation("adapter: parts of a published matrix share B's columns", "hub/save_adapter.py", "        column += one.A.shape[0]\n", "", "tests/hub/test_load_adapter.py -k gives_the_same_logits_in_peft"),
     Mutation("adapter: PEFT's tied vectors go by the matrix, not by its group", "hub/load_tiny_lora.py", "vector_indices = [technique.vector_index(index, len(sites)) for", "vector_indices = [index % len({technique.vector_index(i, len(sites)) for i in range(len(sites))}) for", "tests/hub/test_load_adapter.py -k tiny"),
     Mutation("adapter: whose projections they are is not looked at", "hub/load_tiny_lora.py", ".abs().max() > PROJECTION_TOLERANCE", ".abs().max() > 1e9", "tests/hub/test_load_adapter.py -k tiny"),
-    Mutation("int8: one scale for the whole matrix", "layers/int8.py", "wide.abs().amax(dim=-1) / 127", "wide.abs().amax().expand(wide.shape[:-1]) / 127", "tests/techniques/test_int8.py"),
+    Mutation("quantized: one int8 scale for the whole matrix", "layers/weight_formats.py", "wide.abs().amax(dim=-1) / 127", "wide.abs().amax().expand(wide.shape[:-1]) / 127", "tests/layers/test_quantized.py"),
+    Mutation("quantized: the halves of a byte change places", "layers/weight_formats.py", "low | (high << 4)", "high | (low << 4)", "tests/layers/test_quantized.py"),
+    Mutation("quantized: the gradient of x is that of another matrix", "layers/quantized_kernels.py", "return gradient @ weight.to(gradient.dtype)", "return gradient @ weight.abs().to(gradient.dtype)", "tests/layers/test_quantized.py -k gradient"),
+    Mutation("quantized: the kernel leaves the last numbers of a row out", "layers/quantized_rows.cpp", "      float sum = _mm512_reduce_add_ps(sums[r][m]);\n      for (int64_t rest = k;", "      float sum = _mm512_reduce_add_ps(sums[r][m]);\n      for (int64_t rest = K;", "tests/layers/test_quantized.py -k every_width"),
     Mutation("a saved technique is taken for the plain model", "hub/config.py", "    if all_exportable(techniques):", "    if True:", "tests/recipes/test_techniques.py -k transformers"),
     Mutation("RPT: the text is encoded anew", "recipes/rpt/prompts.py", "prompt = (self.start_token_id, *self.prefix_ids, *map(int, ids[1:place]), *self.suffix_ids)", "prompt = (self.start_token_id, *self.prefix_ids, *map(int, sorted(ids[1:place])), *self.suffix_ids)", RPT_ASK),
     Mutation("RPT: the next token stands in the question", "recipes/rpt/prompts.py", "*map(int, ids[1:place]), *self.suffix_ids)", "*map(int, ids[1 : place + 1]), *self.suffix_ids)", RPT_ASK),

@@ -30,7 +30,7 @@ from llm_quest.data.documents import Document
 from llm_quest.data.split import CorpusSplit
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, ResourceError
-from llm_quest.files import file_sha256, fsync_path
+from llm_quest.files import cache_dir, file_sha256, fsync_path
 
 TOKEN_FOLDER_FORMAT = 1
 SPLITS = ("train", "val")
@@ -111,8 +111,7 @@ class TokenFolder:
 
 def default_cache_dir() -> Path:
     """Where token folders are kept between runs: $LLM_QUEST_CACHE, otherwise llm-quest in the user's cache folder."""
-    own, cache = os.environ.get("LLM_QUEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return (Path(own) if own else Path(cache or Path.home() / ".cache") / "llm-quest") / "tokens"
+    return cache_dir("tokens")
 
 
 def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | Path) -> TokenFolder:

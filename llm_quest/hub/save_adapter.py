@@ -23,7 +23,14 @@ from llm_quest.files import atomic_dir, write_json
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, read_header, read_into
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.layers.linear import PackedLinear
-from llm_quest.layers.low_rank import AdaptedLinear, AdaptedPackedLinear, DoRAUpdate, LowRankUpdate, row_norms
+from llm_quest.layers.low_rank import (
+    AdaptedLinear,
+    AdaptedPackedLinear,
+    DoRAUpdate,
+    LowRankUpdate,
+    as_floats,
+    row_norms,
+)
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build_meta_model, family_of
 from llm_quest.models.weight_names import ConcatRows, Transposed
@@ -140,7 +147,7 @@ def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
         elif isinstance(wrapper, AdaptedPackedLinear):
             yield from ((f"{path}.{part}", edit, wrapper.base.weight) for part, edit in wrapper.edits.items())
         else:
-            yield from ((f"{path}.{part}", edit, wrapper.base.down) for part, edit in wrapper.edits.items())
+            yield from ((f"{path}.{part}", edit, as_floats(wrapper.base.down)) for part, edit in wrapper.edits.items())
 
 
 def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> LoRAPair:

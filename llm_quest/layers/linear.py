@@ -11,6 +11,7 @@ matrices of an 11M model one after another, on another machine: 15.4 ms against 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -93,15 +94,20 @@ class PackedLinear(Linear):
 
     def row_slice(self, name: str) -> slice:
         """The rows of one part."""
-        start = 0
-        for part, size in self.parts.items():
-            if part == name:
-                return slice(start, start + size)
-            start += size
-        raise ValueError(f"no part {name!r} here: it has {', '.join(self.parts)}")
+        return find_row_slice(self.parts, name)
 
     def packed_rows(self) -> dict[str, tuple[int, ...]]:
         return {"weight": tuple(self.parts.values())}
+
+
+def find_row_slice(parts: Mapping[str, int], name: str) -> slice:
+    """The rows of one of these parts, which are stacked in this order."""
+    start = 0
+    for part, size in parts.items():
+        if part == name:
+            return slice(start, start + size)
+        start += size
+    raise ValueError(f"no part {name!r} here: it has {', '.join(parts)}")
 
 
 def row_splits(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ A wrapper keeps the interface of what it wraps: `weight` is the effective matrix
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.layers.linear import PackedLinear
-from llm_quest.layers.moe import Experts
+from llm_quest.layers.moe import Experts, fastest_backend
+from llm_quest.layers.quantized import QuantizedExperts, QuantizedLinear, QuantizedMatrix, QuantizedPackedLinear
 
 
 class LowRankUpdate(nn.Module):
@@ -31,9 +32,10 @@ class LowRankUpdate(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(
-        self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Tensor
+        self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Callable[[], Tensor]
     ) -> Float[Tensor, "*batch out"]:
-        """base_output: W x. Dropout acts on the adapter's x alone."""
+        """base_output: W x. weight: gives W to an edit that needs it; a quantized one is then dequantized. Dropout acts
+        on the adapter's x alone."""
         return base_output + self.update(self.dropout(x))
 
     def update(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -58,13 +60,14 @@ class DoRAUpdate(nn.Module):
         self.low, self.magnitude = low, magnitude
 
     def forward(
-        self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Tensor
+        self, x: Float[Tensor, "*batch in"], base_output: Float[Tensor, "*batch out"], weight: Callable[[], Tensor]
     ) -> Float[Tensor, "*batch out"]:
-        gain = self.mag_norm_scale(weight).to(base_output.dtype)
+        W = weight()
+        gain = self.mag_norm_scale(W).to(base_output.dtype)
         dropped = self.low.dropout(x)
         if dropped is x:
             return gain * (base_output + self.low.update(x))
-        return base_output + (gain - 1) * F.linear(dropped, weight) + gain * self.low.update(dropped)
+        return base_output + (gain - 1) * F.linear(dropped, W) + gain * self.low.update(dropped)
 
     def mag_norm_scale(self, weight: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out"]:
         with torch.no_grad():
@@ -103,17 +106,23 @@ class TinyLoRACore(nn.Module):
         return h @ torch.einsum("u,u...->...", self.v, self.P).mT
 
 
+def multiply_without_bias(base: nn.Module, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    """W x of a layer whose matrix an adapter edits."""
+    quantized = isinstance(base, QuantizedLinear | QuantizedPackedLinear)
+    return base.matrix(x) if quantized else F.linear(x, base.weight)  # type: ignore[arg-type, operator, no-any-return]
+
+
 class AdaptedLinear(nn.Module):
     """A linear layer and the edit of its matrix."""
 
-    def __init__(self, base: nn.Linear, edit: nn.Module):
+    def __init__(self, base: nn.Linear | QuantizedLinear, edit: nn.Module):
         super().__init__()
         self.base, self.edit, self.enabled = base, edit, True
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if not self.enabled:
             return self.base(x)
-        y = self.edit(x, F.linear(x, self.base.weight), self.base.weight)
+        y = self.edit(x, multiply_without_bias(self.base, x), lambda: self.base.weight)
         return y if self.base.bias is None else y + self.base.bias
 
     @property
@@ -129,7 +138,7 @@ class AdaptedLinear(nn.Module):
 class AdaptedPackedLinear(nn.Module):
     """A `PackedLinear` of which some parts are edited, each by itself."""
 
-    def __init__(self, base: PackedLinear, edits: Mapping[str, nn.Module]):
+    def __init__(self, base: PackedLinear | QuantizedPackedLinear, edits: Mapping[str, nn.Module]):
         super().__init__()
         self.base, self.edits, self.enabled = base, nn.ModuleDict(edits), True
 
@@ -137,10 +146,12 @@ class AdaptedPackedLinear(nn.Module):
         if not self.enabled:
             return self.base(x)
         sizes = list(self.parts.values())
-        outs, weights = F.linear(x, self.base.weight).split(sizes, dim=-1), self.base.weight.split(sizes)
+        outs = multiply_without_bias(self.base, x).split(sizes, dim=-1)
         edited = (
-            self.edits[name](x, out, weight) if name in self.edits else out
-            for name, out, weight in zip(self.parts, outs, weights, strict=True)
+            self.edits[name](x, out, lambda rows=self.row_slice(name): self.base.weight[rows])
+            if name in self.edits
+            else out
+            for name, out in zip(self.parts, outs, strict=True)
         )
         if self.base.bias is None:
             return tuple(edited)
@@ -168,31 +179,37 @@ class AdaptedExperts(nn.Module):
     """Experts whose matrices are edited as they are used: the edit is computed for all experts, which then run as
     before. Dropout, which is of x, cannot be applied here."""
 
-    def __init__(self, base: Experts, edits: Mapping[str, nn.Module]):
+    def __init__(self, base: Experts | QuantizedExperts, edits: Mapping[str, nn.Module]):
         super().__init__()
         self.base, self.edits, self.enabled = base, nn.ModuleDict(edits), True
 
     def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
-        run_experts = self.base.run_experts or self.base.fastest_backend(x.dtype)
-        return run_experts(x, self.gate_up, self.down, topk_ids, topk_weights, self.base.expert_activation)
+        gate_up, down = self.gate_up, self.down
+        run_experts = getattr(self.base, "run_experts", None) or fastest_backend(gate_up, down, x.dtype)
+        return run_experts(x, gate_up, down, topk_ids, topk_weights, self.base.expert_activation)
 
     @property
     def gate_up(self) -> Float[Tensor, "E F2 D"]:
-        weight = self.base.gate_up
+        weight = as_floats(self.base.gate_up)
         return merge_parts(weight, expert_parts(self.base), self.edits) if self.enabled else weight
 
     @property
     def down(self) -> Float[Tensor, "E D F"]:
-        return (
-            merge_parts(self.base.down, {"down": self.base.down.shape[1]}, self.edits)
-            if self.enabled
-            else self.base.down
-        )
+        weight = as_floats(self.base.down)
+        return merge_parts(weight, {"down": weight.shape[1]}, self.edits) if self.enabled else weight
 
 
-def expert_parts(experts: Experts) -> dict[str, int]:
+def as_floats(matrix: Tensor | QuantizedMatrix) -> Tensor:
+    """A parameter itself, or a quantized matrix dequantized."""
+    return matrix.weight if isinstance(matrix, QuantizedMatrix) else matrix
+
+
+def expert_parts(experts: Experts | QuantizedExperts) -> dict[str, int]:
     """The rows of `gate_up`: gate and up, or up alone without a gate."""
-    rows, hidden = experts.gate_up.shape[1], experts.down.shape[2]
+    if isinstance(experts, QuantizedExperts):
+        rows, hidden = experts.gate_up.q.shape[1], experts.down.width
+    else:
+        rows, hidden = experts.gate_up.shape[1], experts.down.shape[2]
     return {"up": rows} if rows == hidden else {"gate": hidden, "up": hidden}
 
 

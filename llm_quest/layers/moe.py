@@ -236,7 +236,7 @@ class Experts(nn.Module):
         self.run_experts: ExpertsFunction | None = None
 
     def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
-        run_experts = self.run_experts or self.fastest_backend(x.dtype)
+        run_experts = self.run_experts or fastest_backend(self.gate_up, self.down, x.dtype)
         return run_experts(x, self.gate_up, self.down, topk_ids, topk_weights, self.expert_activation)
 
     def packed_rows(self) -> dict[str, tuple[int, ...]]:
@@ -244,11 +244,14 @@ class Experts(nn.Module):
         rows, hidden_dim = self.gate_up.shape[1], self.down.shape[2]
         return {"gate_up": (hidden_dim,) * (rows // hidden_dim), "down": (self.down.shape[1],)}
 
-    def fastest_backend(self, dtype: torch.dtype) -> ExpertsFunction:
-        """The grouped kernel does not take float64, and needs rows of a multiple of 16 bytes."""
-        rows = [self.gate_up.shape[2], self.down.shape[2]]
-        aligned = all(row * dtype.itemsize % 16 == 0 and row % 8 == 0 for row in rows)
-        return run_experts_grouped_mm if dtype != torch.float64 and aligned else run_experts_for_loop
+
+def fastest_backend(
+    gate_up: Float[Tensor, "E F2 D"], down: Float[Tensor, "E D F"], dtype: torch.dtype
+) -> ExpertsFunction:
+    """The grouped kernel does not take float64, and needs rows of a multiple of 16 bytes."""
+    rows = [gate_up.shape[2], down.shape[2]]
+    aligned = all(row * dtype.itemsize % 16 == 0 and row % 8 == 0 for row in rows)
+    return run_experts_grouped_mm if dtype != torch.float64 and aligned else run_experts_for_loop
 
 
 class MixtureOfExperts(nn.Module):

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field
 from llm_quest.data.corpus import builtin_parts
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
+from llm_quest.techniques.model_spec import FORMER_NAMES
 from llm_quest.train.optimizers import SCHEDULE_SHAPES
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -27,6 +28,9 @@ def parse_technique_entry(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or "name" not in given:
         raise ValueError(f"{given!r} is no technique: write its name, or {{name: lora, rank: 8}}")
     known, name = known_techniques(), str(given["name"])
+    if name in FORMER_NAMES:
+        now = ", ".join(f"{key}: {value}" for key, value in FORMER_NAMES[name].items())
+        raise ValueError(f"the technique {name!r} has another name now: write {{{now}}}")
     if name not in known:
         raise ValueError(f"no technique is called {name!r}{did_you_mean(name, list(known))}; known: {', '.join(known)}")
     options = {key: value for key, value in given.items() if key != "name"}

@@ -14,10 +14,10 @@ from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.context_extension import ContextExtension
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
-from llm_quest.techniques.int8 import Int8Weights
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from llm_quest.techniques.qk_clip import QKClip
+from llm_quest.techniques.quantize import Quantize
 from llm_quest.techniques.score_head import ScoreHead
 from llm_quest.techniques.softcap import SoftCap
 
@@ -27,7 +27,7 @@ TECHNIQUES: dict[str, type] = {
     "dora": DoRA,
     "lora_xs": LoRAXS,
     "tiny_lora": TinyLoRA,
-    "int8": Int8Weights,
+    "quantize": Quantize,
     "score_head": ScoreHead,
     "hyper_connections": HyperConnections,
     "multi_token": MultiTokenPrediction,

@@ -10,25 +10,32 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.linear import LMHead, PackedLinear
-from llm_quest.layers.low_rank import AdaptedExperts, AdaptedLinear, AdaptedPackedLinear, expert_parts
+from llm_quest.layers.linear import LMHead, PackedLinear, find_row_slice
+from llm_quest.layers.low_rank import AdaptedExperts, AdaptedLinear, AdaptedPackedLinear, as_floats, expert_parts
 from llm_quest.layers.moe import Experts
+from llm_quest.layers.quantized import QuantizedExperts, QuantizedLinear, QuantizedPackedLinear
 from llm_quest.techniques.model_spec import replace_module
 
 
 @dataclass(frozen=True, eq=False)
 class TargetMatrix:
-    """A matrix that can be edited: weight (out,in), or (E,out,in) for all experts. part: its name in a layer that
-    stacks several, else empty."""
+    """A matrix that can be edited. part: its name in a layer that stacks several, else empty. read: gives the matrix;
+    a quantized one is dequantized at each call, so that no more than one is there as floats."""
 
     path: str
     part: str
-    weight: Tensor
+    read: Callable[[], Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """(out,in), or (E,out,in) for all experts."""
+        return self.read().detach()
 
     @property
     def address(self) -> str:
@@ -45,16 +52,27 @@ def target_matrices(model: nn.Module) -> Iterator[TargetMatrix]:
     for path, module in model.named_modules():
         if "blocks" not in path.split(".") or isinstance(module, LMHead):
             continue
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | QuantizedPackedLinear):
             for part in module.parts:
-                yield TargetMatrix(path, part, module.weight.detach()[module.row_slice(part)])
-        elif isinstance(module, nn.Linear) and module.out_features > 1:
-            yield TargetMatrix(path, "", module.weight.detach())
-        elif isinstance(module, Experts):
-            parts = expert_parts(module)
-            for part, piece in zip(parts, module.gate_up.detach().split(list(parts.values()), dim=1), strict=True):
-                yield TargetMatrix(path, part, piece)
-            yield TargetMatrix(path, "down", module.down.detach())
+                yield TargetMatrix(path, part, partial(read_packed_rows, module, part))
+        elif isinstance(module, nn.Linear | QuantizedLinear) and module.weight.shape[0] > 1:
+            yield TargetMatrix(path, "", partial(getattr, module, "weight"))
+        elif isinstance(module, Experts | QuantizedExperts):
+            for part in expert_parts(module):
+                yield TargetMatrix(path, part, partial(read_expert_rows, module, part))
+            yield TargetMatrix(path, "down", partial(read_expert_down, module))
+
+
+def read_packed_rows(layer: PackedLinear | QuantizedPackedLinear, part: str) -> Tensor:
+    return layer.weight[layer.row_slice(part)]
+
+
+def read_expert_rows(experts: Experts | QuantizedExperts, part: str) -> Tensor:
+    return as_floats(experts.gate_up)[:, find_row_slice(expert_parts(experts), part)]
+
+
+def read_expert_down(experts: Experts | QuantizedExperts) -> Tensor:
+    return as_floats(experts.down)
 
 
 def select_targets(model: nn.Module, targets: Sequence[str]) -> list[TargetMatrix]:
@@ -108,6 +126,9 @@ def type_to_wrap(layer: nn.Module) -> type:
 
 WRAPPERS: dict[type, Callable[[Any, dict[str, nn.Module]], nn.Module]] = {
     PackedLinear: AdaptedPackedLinear,
+    QuantizedPackedLinear: AdaptedPackedLinear,
     Experts: AdaptedExperts,
+    QuantizedExperts: AdaptedExperts,
     nn.Linear: lambda layer, parts: AdaptedLinear(layer, parts[""]),
+    QuantizedLinear: lambda layer, parts: AdaptedLinear(layer, parts[""]),
 }

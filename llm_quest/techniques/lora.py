@@ -34,6 +34,7 @@ from llm_quest.layers.low_rank import (
     adapter_layers,
     row_norms,
 )
+from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.models.build import build_meta_model
 from llm_quest.techniques.adapter_targets import TargetMatrix, select_targets, wrap_layers
 from llm_quest.techniques.model_spec import record_technique, replace_module, strip_wrapper_names
@@ -283,6 +284,11 @@ def merge_adapter(model: Any) -> MergeRecord:
     """Merge the adapters into the matrices: the model is then one of its family again, as trainable as a new one.
     `unmerge_adapter` with the returned record restores every bit; drop the record to free the original matrices."""
     found = require_adapters(model)
+    if any(isinstance(module, QuantizedMatrix) for module in model.modules()):
+        raise UsageError(
+            "this adapter's base is quantized, and merging would round its weights once more: save the adapter "
+            "(save_adapter, or quest export --adapter), load it onto the float model (load_adapter), and merge there"
+        )
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     originals = {}
     for path, wrapper in found.items():

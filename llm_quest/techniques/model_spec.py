@@ -64,7 +64,12 @@ def techniques_from_json(entries: Sequence[Mapping[str, Any]], table: Mapping[st
     return [technique_from_json(entry, table) for entry in entries]
 
 
+FORMER_NAMES: dict[str, dict[str, str]] = {"int8": {"name": "quantize", "format": "int8"}}
+"""Techniques of earlier versions: their name -> what they are called now. Saved models with them still load."""
+
+
 def technique_from_json(entry: Mapping[str, Any], table: Mapping[str, type]) -> Technique:
+    entry = {**entry, **FORMER_NAMES.get(str(entry.get("name")), {})}
     name = str(entry.get("name"))
     if name not in table:
         raise DataError(f"the model was made with a technique called {name!r}; known: {', '.join(table)}")

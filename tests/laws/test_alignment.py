@@ -22,8 +22,8 @@ from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.models import FAMILIES
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes import reference_model
-from llm_quest.techniques.int8 import Int8Weights
 from llm_quest.techniques.lora import LoRA
+from llm_quest.techniques.quantize import Quantize
 from llm_quest.tensor_files import ALIGNMENT, align, write_tensors
 from llm_quest.train import checkpoint, state_dict
 from llm_quest.train.parallel import DistributedContext
@@ -108,7 +108,7 @@ def test_training_and_log_probs_do_not_depend_on_where_weights_begin_in_a_file(t
 
 
 def test_int8_rows_give_the_same_log_probs_wherever_they_begin(tmp_path):
-    made = Int8Weights()(quest.build("llama3.2-tiny", seed=4).eval())
+    made = Quantize("int8")(quest.build("llama3.2-tiny", seed=4).eval())
     folder = save(made, tmp_path / "model")
     for shift in SHIFTS:
         model = load(shifted(folder, shift), aligned=True)
@@ -196,7 +196,7 @@ def test_all_other_writers_align_too(tmp_path):
     )
     reference_model.save_tensors(tmp_path / "reference.safetensors", {"odd": torch.ones(3)} | weights, {"step": "1"})
     save(quest.build("llama3.2-tiny"), tmp_path / "shards", max_shard_size="20KB")
-    save(Int8Weights()(quest.build("llama3.2-tiny")), tmp_path / "int8")
+    save(Quantize("int8")(quest.build("llama3.2-tiny")), tmp_path / "int8")
     save_adapter(LoRA(2, 4.0)(model), tmp_path / "adapter")
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) > 8

@@ -25,11 +25,11 @@ from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.context_extension import ContextExtension
 from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
-from llm_quest.techniques.int8 import Int8Weights
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.model_spec import techniques_from_json, techniques_to_json
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
 from llm_quest.techniques.qk_clip import QKClip
+from llm_quest.techniques.quantize import Quantize
 from llm_quest.techniques.score_head import ScoreHead
 from llm_quest.techniques.softcap import SoftCap
 from tests.laws.subjects import TINY, own, random_tokens, shared
@@ -40,7 +40,7 @@ EXAMPLES: dict[str, Any] = {
     "dora": DoRA(rank=2),
     "lora_xs": LoRAXS(rank=2),
     "tiny_lora": TinyLoRA(u=5, tying=0.5),
-    "int8": Int8Weights(),
+    "quantize": Quantize("int4"),
     "score_head": ScoreHead(3, labels=("a", "b", "c")),
     "hyper_connections": HyperConnections(streams=3),
     "multi_token": MultiTokenPrediction(),
@@ -62,7 +62,7 @@ REFUSED: dict[tuple[str, str], str] = {
 }
 """(technique, preset) -> the reason, as the error says it."""
 
-NOT_TRAINED = {"int8"}
+NOT_TRAINED = {"quantize"}
 """For inference alone: whole numbers have no gradient."""
 
 LENGTH = 12

@@ -1,7 +1,7 @@
-"""Int8 weights against float32: tokens a second at batch 1 (in turn, in one process), and, of a trained model,
-perplexity on held-out text, by the definition and by the kernel that decoding uses.
+"""Quantized weights against float32: tokens a second at batch 1 (in turn, in one process), and, of a trained model,
+perplexity on held-out text.
 
-python -m benchmarks.int8 [--shape 124m] [--pairs 5] [--new 32] [--model RUN [--tokens 20000]]
+python -m benchmarks.quantized [--shape 124m-llama] [--pairs 5] [--new 32] [--compile] [--model RUN [--tokens 20000]]
 """
 
 from __future__ import annotations
@@ -15,22 +15,29 @@ import llm_quest as quest
 from benchmarks.generation import PROMPT, SHAPES
 from benchmarks.pairs import race, table
 from llm_quest.cli.evaluate import load_eval_documents
-from llm_quest.layers.int8 import MAX_KERNEL_ROWS
+from llm_quest.layers.weight_formats import FORMATS
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
-from llm_quest.techniques.int8 import Int8Weights
+from llm_quest.techniques.quantize import Quantize
+
+FEW = 8
+"""Tokens that one pass reads where the kernel for few rows is measured."""
 
 
-def speeds(shape: str, pairs: int, new: int) -> None:
+def speeds(shape: str, pairs: int, new: int, compile: bool) -> None:
     config = SHAPES[shape][1]
-    models = {"float32": quest.build(config), "int8 weights": Int8Weights()(quest.build(config))}
+    models = {"float32": quest.build(config)}
+    models |= {name: Quantize(name)(quest.build(config)) for name in FORMATS}  # type: ignore[arg-type]
     prompt = torch.randint(0, config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def decoding(model: Decoder):
-        return lambda: quest.generate(model, prompt, max_new_tokens=new, temperature=0.0, eos_token_id=())
+        return lambda: quest.generate(
+            model, prompt, max_new_tokens=new, temperature=0.0, eos_token_id=(), compile=compile
+        )
 
     rows = race({name: decoding(model) for name, model in models.items()}, pairs=pairs)
-    print(f"\n{shape}, batch 1, {PROMPT} tokens in, {new} out, {torch.get_num_threads()} threads\n")
+    how = "compiled" if compile else "eager"
+    print(f"\n{shape}, batch 1, {PROMPT} tokens in, {new} out, {how}, {torch.get_num_threads()} threads\n")
     print(table(rows, new, "tokens/s"), flush=True)
 
 
@@ -50,17 +57,15 @@ def nats(model: Decoder, tokens: torch.Tensor, step: int) -> float:
 def perplexities(where: str, limit: int) -> None:
     _, documents, name = load_eval_documents(where, "")
     tokenizer, plain = quest.Tokenizer.load(f"{where}/tokenizer"), quest.load(where, dtype="float32")
-    small = Int8Weights()(quest.load(where, dtype="float32"))
     ids = [token for document in documents for token in [*tokenizer.encode(document.text), tokenizer.eos_token_ids[0]]][
         :limit
     ]
     width = plain.config.max_position_embeddings
     rows = [torch.tensor([ids[start : start + width]]) for start in range(0, len(ids) - 1, width)]
-    forms = {
-        "float32": (plain, width),
-        "int8, by the definition": (small, width),
-        f"int8, by the kernel ({MAX_KERNEL_ROWS} tokens a pass)": (small, MAX_KERNEL_ROWS),
-    }
+    forms = {"float32": (plain, width)}
+    for kind in FORMATS:
+        small = Quantize(kind)(quest.load(where, dtype="float32"))  # type: ignore[arg-type]
+        forms |= {f"{kind}, all at once": (small, width), f"{kind}, {FEW} tokens a pass": (small, FEW)}
     print(f"\nperplexity on {len(ids):,} tokens of {name}\n\n| form | perplexity | to float32 |\n| --- | --- | --- |")
     first = None
     for form, (model, step) in forms.items():
@@ -71,14 +76,15 @@ def perplexities(where: str, limit: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=["124m", "124m-llama"])
+    parser.add_argument("--shape", choices=list(SHAPES))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--model")
     parser.add_argument("--tokens", type=int, default=20_000)
     options = parser.parse_args()
-    for shape in [options.shape] if options.shape else ["124m", "124m-llama"]:
-        speeds(shape, options.pairs, options.new)
+    for shape in [options.shape] if options.shape else ["11m", "124m-llama"]:
+        speeds(shape, options.pairs, options.new, options.compile)
     if options.model:
         perplexities(options.model, options.tokens)
 

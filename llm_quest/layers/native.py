@@ -1,0 +1,97 @@
+"""The package's operators in C++ (quantized_rows.cpp): compiled once per source, torch version and compiler, on first
+use, and kept in the cache folder.
+
+Without a working compiler, on another operating system than Linux and macOS, or with LLM_QUEST_NATIVE=0 everything is
+computed by the plain forms; a warning has the reason. Nothing is compiled at import. The instruction set is
+chosen when the operator is called, so a cache folder may be shared by unlike machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llm_quest.files import cache_dir
+
+SOURCE = Path(__file__).with_name("quantized_rows.cpp")
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
+ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3}
+"""What the operator's last argument means."""
+COMPILE_SECONDS = 120
+
+
+class Library:
+    """Whether the operators are loaded. loaded None: not tried yet."""
+
+    loaded: bool | None = None
+    reason: str = "not tried yet"
+
+
+def is_loaded() -> bool:
+    """Whether the C++ operators can be called; the first call outside compiled code tries to build them."""
+    if Library.loaded is None and not torch.compiler.is_compiling():
+        load_library()
+    return bool(Library.loaded)
+
+
+def load_library() -> None:
+    """Build the operators if they are not in the cache folder, and load them. Never raises: what failed is the reason
+    for the plain forms, which is logged once."""
+    try:
+        torch.ops.load_library(str(build_library()))
+        register_shapes()
+        Library.loaded, Library.reason = True, ""
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        Library.loaded, Library.reason = False, describe_failure(error)
+        warnings.warn(
+            f"quantized weights are computed by their plain form, which is slow: {Library.reason}", stacklevel=2
+        )
+
+
+def describe_failure(error: Exception) -> str:
+    output = getattr(error, "stderr", None)
+    return (str(output).strip().splitlines() or [str(error)])[0] if output else str(error).splitlines()[0]
+
+
+def build_library() -> Path:
+    """The path of the shared library. It is written under another name and then renamed, so that of two processes that
+    build it neither reads half a file."""
+    if os.environ.get("LLM_QUEST_NATIVE", "1") == "0":
+        raise RuntimeError("LLM_QUEST_NATIVE=0")
+    if sys.platform not in ("linux", "darwin"):
+        raise RuntimeError(f"the C++ operators are not built on {sys.platform}")
+    from torch.utils import cpp_extension  # half a second to import
+
+    command = [cpp_extension.get_cxx_compiler(), *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    identity = "\n".join([torch.__version__, *command, SOURCE.read_text(encoding="utf-8")])
+    library = cache_dir("native") / f"quantized_rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(made), *link],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_SECONDS,
+            )
+            made.replace(library)
+    return library
+
+
+def register_shapes() -> None:
+    """The shape rule of the operator, for compiling and the meta device."""
+
+    @torch.library.register_fake("llm_quest::quantized_rows")
+    def _(x: Tensor, q: Tensor, scale: Tensor, levels: Tensor, group_size: int, isa: int) -> Tensor:
+        return x.new_empty(x.shape[0], q.shape[0])

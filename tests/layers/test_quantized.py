@@ -1,0 +1,182 @@
+"""Formats of quantized weights and their products: rounding by hand, the kernels against the definition, and the
+operator's shape rule and gradient. Tests of the C++ kernel need a compiler and are skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from llm_quest.layers import native
+from llm_quest.layers.quantized import QuantizedMatrix
+from llm_quest.layers.quantized_kernels import (
+    MAX_KERNEL_ROWS,
+    native_rows,
+    quantized_linear,
+    quantized_linear_op,
+    quantized_linear_reference,
+)
+from llm_quest.layers.weight_formats import (
+    FORMATS,
+    NF4_LEVELS,
+    WeightFormat,
+    dequantize,
+    pack_pairs,
+    quantize,
+    unpack_pairs,
+)
+
+every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+needs_compiler = pytest.mark.skipif(not native.is_loaded(), reason=f"no C++ kernel: {native.Library.reason}")
+OP_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+"""Not the dynamic one: the shape checks of test runs cannot hash symbolic sizes."""
+SHAPES = [(5, 32), (16, 96), (3, 40), (33, 768), (1, 7), (4, 1), (6, 33)]
+
+
+def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_int8_by_hand():
+    weight = torch.tensor([[127.0, -63.4, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.0, 1.0, 0.5, 0.25]])
+    q, scale = quantize(weight, FORMATS["int8"])
+    assert scale[0] == 1.0
+    assert q[0].tolist() == [127, -63, 0, 0]
+    assert q[1].tolist() == [0, 0, 0, 0]
+    assert (q[2].tolist(), scale[2].item()) == ([-127, 64, 32, 16], pytest.approx(2 / 127, rel=2**-8))
+
+
+def test_nf4_by_hand():
+    weight = torch.zeros(1, 32)
+    weight[0, :4] = torch.tensor([2.0, -1.0, 0.17, -2.0])
+    rounded = QuantizedMatrix(weight, FORMATS["nf4"]).weight[0]
+    assert rounded[:4].tolist() == pytest.approx([2.0, 2 * NF4_LEVELS[2], 2 * NF4_LEVELS[8], -2.0])
+    assert rounded[4:].tolist() == [0.0] * 28
+
+
+def test_int4_by_hand():
+    """A group whose numbers are -8 ... 7 times a scale, is exact; the low half of a byte comes first."""
+    levels = torch.tensor([-8.0, 7, 1, 0] * 8)
+    for sign in (1, -1):
+        q, scale = quantize(0.5 * sign * levels[None], FORMATS["int4"])
+        assert scale.tolist() == [[0.5 * sign]]
+        assert torch.equal(dequantize(q, scale, FORMATS["int4"], 32)[0], 0.5 * sign * levels)
+        assert q[0, 0].item() & 255 == 0 | 0 << 4
+        assert q[0, 1].item() & 255 == 15 | 15 << 4
+
+
+@every_format
+def test_no_number_moves_by_more_than_half_the_widest_step(form: WeightFormat):
+    weight = seeded(50, 64) * torch.logspace(-3, 3, 50)[:, None]
+    q, scale = quantize(weight, form)
+    assert torch.equal(scale.bfloat16().float(), scale), "no scale is lost in bfloat16"
+    levels = torch.tensor(form.levels or (0.0, 1.0))
+    widest = levels.diff().max()
+    error = (dequantize(q, scale, form, 64) - weight).abs()
+    steps = scale.abs()[..., None] if not form.group_size else scale.abs().repeat_interleave(form.group_size, -1)
+    bound = 2.1 if form.name == "int4" else 1.1
+    """The largest of a group may be beyond the last level: by the scale's rounding, in int4 by 9 - 7 steps."""
+    assert (error <= bound * widest * steps).all()
+    assert error.square().mean() / weight.square().mean() < {8: 1e-4, 4: 1e-2}[form.bits]
+
+
+def test_int4_is_nearer_than_the_largest_number_over_minus_eight():
+    weight = seeded(64, 256)
+    groups = weight.view(64, 8, 32)
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    q4_0 = ((groups * (-8 / largest)).round().clamp(-8, 7) * (largest / -8)).view_as(weight)
+    ours = QuantizedMatrix(weight, FORMATS["int4"]).weight
+    assert (ours - weight).square().mean() < 0.93 * (q4_0 - weight).square().mean()
+
+
+def test_pairs_are_unpacked_as_they_were_packed():
+    codes = torch.randint(0, 16, (3, 2, 32), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_pairs(pack_pairs(codes), 32), codes.to(torch.int32))
+
+
+@needs_compiler
+@every_format
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_the_definition_for_every_width_and_number_of_rows(
+    form: WeightFormat, isa: str, dtype: torch.dtype
+):
+    for out, width in SHAPES:
+        q, scale = quantize(seeded(out, width) * torch.linspace(0.1, 3, out)[:, None], form)
+        for rows in (1, 2, 3, 4, 7, 9):
+            x = seeded(rows, width, seed=rows)
+            exact = quantized_linear_reference(x.double(), q, scale.double(), form)
+            made = native_rows(x, q, scale.to(dtype), form, native.ISA[isa])
+            size = x.double().abs() @ dequantize(q, scale.double(), form, width).abs().T
+            assert ((made - exact).abs() <= 2e-6 * size).all(), (out, width, rows)
+
+
+@needs_compiler
+@every_format
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_a_row_has_the_same_bits_whatever_rows_come_with_it(form: WeightFormat, isa: str):
+    q, scale = quantize(seeded(37, 96), form)
+    x = seeded(MAX_KERNEL_ROWS, 96, seed=1)
+    together = native_rows(x, q, scale, form, native.ISA[isa])
+    for rows in (1, 2, 3, 5):
+        assert torch.equal(native_rows(x[:rows], q, scale, form, native.ISA[isa]), together[:rows])
+
+
+@needs_compiler
+@every_format
+def test_what_is_not_finite_stays_so_and_no_rows_are_no_result(form: WeightFormat):
+    q, scale = quantize(seeded(8, 64), form)
+    x = seeded(2, 64)
+    x[1, 3] = float("nan")
+    made = native_rows(x, q, scale, form)
+    assert made[0].isfinite().all()
+    assert made[1].isnan().all()
+    assert native_rows(x[:0], q, scale, form).shape == (0, 8)
+
+
+@every_format
+def test_many_rows_and_float64_are_computed_by_the_definition(form: WeightFormat):
+    q, scale = quantize(seeded(16, 64), form)
+    x = seeded(MAX_KERNEL_ROWS + 1, 64, seed=1)
+    assert torch.equal(quantized_linear(x, q, scale, form), quantized_linear_reference(x, q, scale, form))
+    wide = x[:1].double()
+    assert torch.equal(
+        quantized_linear(wide, q, scale.double(), form), quantized_linear_reference(wide, q, scale.double(), form)
+    )
+
+
+@every_format
+@pytest.mark.parametrize("width", [32, 40])
+def test_the_operator_has_a_gradient_and_a_shape(form: WeightFormat, width: int):
+    """Finite differences in float64; torch's own test of an operator (schema, fake tensors, autograd, compiling)."""
+    q, scale = quantize(seeded(6, width).double(), form)
+    x = seeded(3, width, seed=1).double().requires_grad_()
+    assert gradcheck(lambda x: quantized_linear(x, q, scale, form), (x,))
+    torch.library.opcheck(quantized_linear_op, (x, q, scale, form.name, width), test_utils=OP_CHECKS)
+    on_meta = quantized_linear(x.to("meta"), q.to("meta"), scale.to("meta"), form)
+    assert (on_meta.shape, on_meta.dtype, on_meta.device.type) == ((3, 6), torch.float64, "meta")
+
+
+@every_format
+def test_no_float_copy_of_the_weights_is_kept_for_the_backward_pass(form: WeightFormat):
+    matrix = QuantizedMatrix(seeded(64, 64), form)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        matrix(seeded(2, 64, seed=1).requires_grad_())
+    assert {tensor.dtype for tensor in saved if tensor.numel() >= matrix.q.numel()} <= {torch.int8}
+
+
+@every_format
+def test_autocast_gives_its_dtype(form: WeightFormat):
+    matrix = QuantizedMatrix(seeded(8, 64), form)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matrix(seeded(2, 64, seed=1)).dtype is torch.bfloat16
+
+
+@every_format
+def test_exported_programs_compute_the_definition(form: WeightFormat):
+    matrix, x = QuantizedMatrix(seeded(8, 64), form), seeded(2, 64, seed=1)
+    program = torch.export.export(matrix, (x,))
+    with torch.no_grad():
+        expected = quantized_linear_reference(x, matrix.q, matrix.scale, form)
+        torch.testing.assert_close(program.module()(x), expected)
