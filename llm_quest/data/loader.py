@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,15 @@ class RowSource(Protocol[BatchT_co]):
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What the rows depend on, apart from seed and batch size: JSON that identifies data and order."""
+
+
+@runtime_checkable
+class TokenBudgetSource(Protocol):
+    """A `RowSource` whose micro-batches hold as many rows as a number of tokens allows for."""
+
+    def limit_micro_batch_size(self, rows: range, micro_batch_size: int, seed: int) -> int:
+        """At most `micro_batch_size`. rows: of the whole step, not of one process: what a process derived from its own
+        rows would give it another number of micro-batches than the others, which wait for each other in each."""
 
 
 SourceT = TypeVar("SourceT", bound=RowSource[Any])
@@ -58,9 +67,12 @@ class ShardedLoader(Generic[SourceT]):
     def batches(self, step: int) -> list[Any]:
         """The micro-batches of this rank at optimizer step `step`."""
         local_batch_size = self.batch_size // self.shard.world_size
-        first = step * self.batch_size + self.shard.rank * local_batch_size
-        rows = range(first, first + local_batch_size)
-        return list(self.source.micro_batches(rows, self.micro_batch_size, self.seed))
+        step_rows = range(step * self.batch_size, (step + 1) * self.batch_size)
+        first = self.shard.rank * local_batch_size
+        size = self.micro_batch_size
+        if isinstance(self.source, TokenBudgetSource):
+            size = self.source.limit_micro_batch_size(step_rows, size, self.seed)
+        return list(self.source.micro_batches(step_rows[first : first + local_batch_size], size, self.seed))
 
     def state_dict(self) -> dict[str, Any]:
         """What data and order depend on."""

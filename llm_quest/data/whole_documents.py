@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad
-from llm_quest.data.loader import epoch_indices
+from llm_quest.data.loader import epoch_indices, shuffled_batches
 from llm_quest.errors import DataError
 
 TokenIds = Sequence[int]
@@ -20,7 +20,8 @@ TokenIds = Sequence[int]
 class WholeDocuments:
     """A `RowSource` of documents (ids with start and end). target_positions: for each document the places that are
     learned (tokens[place] is predicted from what stands before it); None: all. max_micro_batch_tokens: what a
-    micro-batch reads at most, padding included."""
+    micro-batch reads at most, padding included. How many documents that allows for follows from the longest document of
+    the whole step, so that every process makes as many micro-batches as the others."""
 
     def __init__(
         self,
@@ -34,11 +35,15 @@ class WholeDocuments:
         self.documents, self.target_positions = documents, target_positions
         self.max_micro_batch_tokens = max_micro_batch_tokens
 
+    def limit_micro_batch_size(self, rows: range, micro_batch_size: int, seed: int) -> int:
+        longest = max(len(self.documents[index]) for index in epoch_indices(len(self.documents), seed, rows)) - 1
+        return min(micro_batch_size, max(1, self.max_micro_batch_tokens // longest))
+
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[TokenBatch]:
-        indices = epoch_indices(len(self.documents), seed, rows)
-        longest = max(len(self.documents[index]) for index in indices) - 1
-        size = min(micro_batch_size, max(1, self.max_micro_batch_tokens // longest))
-        return [self.collate(indices[start : start + size]) for start in range(0, len(indices), size)]
+        return shuffled_batches(self, rows, micro_batch_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.documents)
 
     def collate(self, indices: Sequence[int]) -> TokenBatch:
         """These documents."""

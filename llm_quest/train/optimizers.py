@@ -196,11 +196,14 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
 
 
 def weight_decay_groups(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """One group with and one without weight decay, as far as there are such parameters."""
+    """One group with and one without weight decay, and under FSDP2 one of scalars, which are not sharded (the fused
+    update takes sharded tensors or whole ones); as far as there are such parameters."""
     decayed = [p for p in named.values() if p.ndim >= 2]
     free = [p for p in named.values() if p.ndim < 2]
-    both = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return _set_initial_lr([group for group in both if group["params"]], lr)
+    sharded, whole = ([p for p in free if isinstance(p, DTensor) is there] for there in (True, False))
+    groups = [{"params": params, "weight_decay": 0.0} for params in (sharded, whole)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, *groups]
+    return _set_initial_lr([group for group in groups if group["params"]], lr)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

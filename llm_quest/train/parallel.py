@@ -2,13 +2,17 @@
 
 The loop uses `parallelize` (before the optimizer is made), `wrap_model`, `all_reduce_` and `broadcast`. Both are
 PyTorch's own implementations, set to *add* gradients: the loop divides once by the count of the whole step, so a run
-on many processes is the run on one, up to the rounding of sums. Every process must bring the same number of
-micro-batches to a step (one with nothing to learn is allowed). `torchrun` starts the processes; without it there is
-one."""
+on many processes is the run on one, up to the rounding of sums. A parameter that an objective does not use has no
+gradient, as on one process, and no optimizer touches it. Every process must bring the same number of micro-batches to
+a step (one with nothing to learn is allowed). `torchrun` starts the processes; without it there is one.
+
+Commonly got wrong: FSDP2 communicates in every forward pass, so a schedule that a process derives from its own rows (how
+many fit into a micro-batch, whether to evaluate) hangs as soon as two processes derive different ones."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,8 +82,9 @@ class DistributedContext:
             dist.broadcast(tensor.data, 0)
         if self.strategy == "fsdp":
             mesh = init_device_mesh(self.device.type, (self.world_size,))
+            scalars = {p for p in objective.parameters() if p.ndim == 0}  # no rows to share out: kept whole
             for module in [*blocks, objective]:
-                fully_shard(module, mesh=mesh)
+                fully_shard(module, mesh=mesh, ignored_params=scalars)
             for module in objective.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(1.0)
@@ -94,7 +99,8 @@ class DistributedContext:
             )
         if self.strategy != "ddp":
             return objective
-        engine = DistributedDataParallel(objective, broadcast_buffers=False)
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)  # none, this time
+        engine = DistributedDataParallel(objective, forward_sync_buffers=False, find_unused_parameters=True)
         engine.register_comm_hook(None, lambda state, bucket: sum_gradients_hook(bucket))
         return engine
 
@@ -113,6 +119,29 @@ class DistributedContext:
         if self.strategy != "single":
             dist.all_reduce(tensor)
         return tensor
+
+    def all_reduce_replicated_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Under FSDP2, after the backward passes of a step: add the gradients of the parameters that every process
+        holds whole (scalars), which FSDP2 leaves alone."""
+        if self.strategy != "fsdp":
+            return
+        for p in parameters:
+            if not isinstance(p, DTensor) and p.grad is not None:
+                dist.all_reduce(p.grad)
+
+    def require_equal_schedules(self, num_micro_batches: int, step: int) -> None:
+        """Under FSDP2, before the passes of a step: ValueError on every process where they bring different numbers of
+        micro-batches, which would otherwise wait for each other forever."""
+        if self.strategy != "fsdp":
+            return
+        counts = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        counts[self.rank] = num_micro_batches
+        dist.all_reduce(counts)
+        if len(set(counts.tolist())) > 1:
+            raise ValueError(
+                f"the processes bring different numbers of micro-batches to step {step + 1}: {counts.tolist()}, by "
+                "rank; a loader decides them from the rows of the whole step, or adds batches with nothing to learn"
+            )
 
     def broadcast(self, thing: Any) -> Any:
         """The main process's object, on every process."""

@@ -121,6 +121,7 @@ class TrainSession:
         updated."""
         self.step_start = time.perf_counter()
         self.micro_batches = list(self.dataloader.batches(self.progress.step))
+        self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
         try:
             sums, tokens = step.accumulate_gradients(
                 self.engine, self.micro_batches, self.parallel, self.args.precision
@@ -128,6 +129,7 @@ class TrainSession:
         except RuntimeError as error:
             raise_if_out_of_memory(error, self.progress.step)
             raise
+        self.parallel.all_reduce_replicated_gradients(self.trainable_parameters)
         limit = self.args.max_seconds
         late = limit is not None and time.monotonic() - self.start_time >= limit
         requests = (

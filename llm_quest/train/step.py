@@ -88,11 +88,12 @@ def reduce_step_stats(
 def grad_norm_squared(parameters: Sequence[nn.Parameter], parallel: DistributedContext) -> Tensor:
     """This process's part of the squared norm of all summed gradients."""
     held = [p.grad for p in parameters if p.grad is not None]
-    sharded = any(isinstance(grad, DTensor) for grad in held)
-    norm = torch.nn.utils.get_total_norm([local_tensor(grad) for grad in held]).to(
-        parallel.device, sum_dtype(parallel.device)
+    sharded = [local_tensor(grad) for grad in held if isinstance(grad, DTensor)]
+    whole = [grad for grad in held if not isinstance(grad, DTensor)]
+    parts, all_of_it = (
+        torch.nn.utils.get_total_norm(grads).to(parallel.device, sum_dtype(parallel.device)) for grads in (sharded, whole)
     )
-    return norm**2 if sharded else norm**2 / parallel.world_size
+    return parts**2 + all_of_it**2 / parallel.world_size
 
 
 def scale_gradients_(parameters: Sequence[nn.Parameter], stats: StepStats, max_grad_norm: float | None) -> None:

@@ -1,0 +1,153 @@
+"""One failure ends every process of a run, with one message and one exit code; and waiting that no time limit cuts.
+
+      process 0: error -> store: "0: exit code 3: none.jsonl does not exist" -> waits until the others have read it -> 3
+      process 1: blocked in a collective; its watcher reads the store          -> ends silently with exit code 3
+
+The store is the key-value store on which the processes met (a TCP server in torchrun's agent or in process 0); reading
+it needs no other process. The first failure stands, those that it causes elsewhere are not shown.
+
+Commonly got wrong: a process that waits in a collective cannot be woken by another one that has failed. gloo notices when
+the failed process is gone, and reports a lost connection as if that were the fault; NCCL waits for its time limit. And
+long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from llm_quest.errors import PeerFailure, exit_code_of
+
+POLL_SECONDS = 0.05
+WATCH_SECONDS = 0.5
+ACKNOWLEDGE_SECONDS = 5.0
+"""How long a failed main process waits for the others to end with its exit code, before torchrun stops them."""
+LEADER_SECONDS = 20.0
+"""How long the main process has to write what it was writing when another one failed."""
+FAILURE_KEY, SEEN_KEY = "llm_quest/failure", "llm_quest/failure_seen"
+
+_barrier_numbers = itertools.count()
+
+
+class ProcessStore:
+    """What the processes of a group tell each other beside the collectives: the first failure, and that the main
+    process is done with something."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        self.store: Any = dist.distributed_c10d._get_default_store()
+
+    def report_failure(self, error: BaseException) -> PeerFailure | None:
+        """Make an error known, as the first one; or return the failure that was there before."""
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        own = json.dumps({"rank": self.rank, "exit_code": exit_code_of(error), "message": text})
+        stands = self.store.compare_set(FAILURE_KEY, "", own).decode()
+        return None if json.loads(stands)["rank"] == self.rank else self.first_failure()
+
+    def first_failure(self) -> PeerFailure | None:
+        """What ended the run; None while nothing has."""
+        if not self.store.check([FAILURE_KEY]):
+            return None
+        found = json.loads(self.store.get(FAILURE_KEY).decode())
+        return PeerFailure(f"process {found['rank']} ended the run: {found['message']}", found["exit_code"])
+
+    def wait_for_main_process(self, is_main_process: bool) -> None:
+        """The others wait until the main process calls this, without a time limit. PeerFailure if it has failed."""
+        key = f"llm_quest/done/{next(_barrier_numbers)}"
+        if is_main_process:
+            self.store.set(key, "done")
+        while not self.store.check([key]):
+            if (failure := self.first_failure()) is not None:
+                raise failure
+            time.sleep(POLL_SECONDS)
+
+    def acknowledge(self) -> None:
+        self.store.add(SEEN_KEY, 1)
+
+    def wait_for_acknowledgements(self) -> None:
+        """Until all others have seen the failure, or are gone for other reasons."""
+        give_up = time.monotonic() + ACKNOWLEDGE_SECONDS
+        while self.store.add(SEEN_KEY, 0) < self.world_size - 1 and time.monotonic() < give_up:
+            time.sleep(POLL_SECONDS)
+
+    def watch(self, stopped: threading.Event) -> None:
+        """End this process with the exit code of the first failure elsewhere, wherever its main thread is; the main
+        process's own thread may first notice by itself and close its files."""
+        while not stopped.wait(WATCH_SECONDS):
+            failure = self.first_failure()
+            if failure is not None:
+                if self.rank == 0 and stopped.wait(LEADER_SECONDS):
+                    return
+                self.acknowledge()
+                os._exit(failure.exit_code)
+
+
+@contextmanager
+def share_failures(rank: int, world_size: int) -> Iterator[None]:
+    """Inside, an error of one process ends all of them. It leaves the block as it is where it came first, and as
+    PeerFailure (which is not shown again) elsewhere."""
+    store, stopped = ProcessStore(rank, world_size), threading.Event()
+    watcher = threading.Thread(target=run_quietly, args=(store, stopped), daemon=True, name="failures")
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        stopped.set()
+        failure = resolve_failure(store, error)
+        if failure is None:
+            raise
+        raise failure from error
+    finally:
+        stopped.set()
+        watcher.join(timeout=2 * WATCH_SECONDS)
+
+
+def run_quietly(store: ProcessStore, stopped: threading.Event) -> None:
+    """The watcher's thread: a store that is gone (its process ended well) is no failure."""
+    with suppress(dist.DistError):
+        store.watch(stopped)
+
+
+def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | None:
+    """What this process is to end with in place of its own error; None: that error came first."""
+    if isinstance(error, PeerFailure):
+        with suppress(dist.DistError):
+            store.acknowledge()
+        return error
+    try:
+        failure = wait_for_failure(store) if is_connection_loss(error) else store.report_failure(error)
+        if failure is not None:
+            store.acknowledge()
+        elif store.rank == 0:
+            store.wait_for_acknowledgements()
+        return failure
+    except dist.DistError:  # the process that held the store is gone
+        return PeerFailure("another process of the run ended without a message", 1, shown=False)
+
+
+def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
+    """The failure behind a lost connection: it is in the store, or the other process was killed."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        if (failure := store.first_failure()) is not None:
+            return failure
+        time.sleep(POLL_SECONDS)
+    lost = PeerFailure(
+        "another process of the run ended without a message (killed, perhaps for memory); resume the run with the "
+        "same command",
+        1,
+        shown=False,
+    )
+    return store.report_failure(lost) or lost
+
+
+def is_connection_loss(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
