@@ -3,11 +3,15 @@ remedy."""
 
 from __future__ import annotations
 
+import errno
+
 
 class QuestError(ValueError):
-    """Shown as one to four lines without a traceback; the process ends with `exit_code`."""
+    """Shown as one to four lines without a traceback; the process ends with `exit_code`. came_first: of several
+    processes that train together, this is the error that ended them all."""
 
     exit_code = 1
+    came_first = False
 
 
 class UsageError(QuestError):
@@ -44,3 +48,34 @@ class BusyError(QuestError):
     """The run folder is in use by another process, or belongs to another run."""
 
     exit_code = 7
+
+
+class PeerFailure(QuestError):
+    """Another process of the run has failed, and this one ends with its exit code. shown: whether that process has
+    shown its message."""
+
+    def __init__(self, message: str, exit_code: int, shown: bool = True):
+        super().__init__(message)
+        self.exit_code, self.shown = exit_code, shown
+
+
+EXIT_INTERRUPTED = 130
+OUT_OF_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "not enough memory")
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a process that ends with this error: 1 for what is no user's error (docs/cli.md)."""
+    if isinstance(error, QuestError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in OUT_OF_DISK_ERRNOS):
+        return ResourceError.exit_code
+    return DataError.exit_code if isinstance(error, OSError) and error.filename is not None else 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is an out-of-memory error of Python, CUDA or the CPU allocator."""
+    allocator_failed = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
+    return isinstance(error, MemoryError) or allocator_failed

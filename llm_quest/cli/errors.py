@@ -7,7 +7,6 @@ run · 130, 143 interrupted
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import sys
@@ -18,11 +17,14 @@ from pathlib import Path
 
 from llm_quest import __version__
 from llm_quest.cli.output import print_json, print_status
-from llm_quest.errors import QuestError
+from llm_quest.errors import (
+    OUT_OF_DISK_ERRNOS,
+    PeerFailure,
+    QuestError,
+    exit_code_of,
+    is_out_of_memory,
+)
 
-EXIT_INTERRUPTED = 130
-OUT_OF_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "not enough memory")
 OUT_OF_MEMORY_REMEDIES = (
     "cheapest remedies: fewer rows at once (micro_batch_size=1; grpo, iterative and rpt: micro_batch_tokens=512; the",
     "result stays the same), activation checkpointing (gradient_checkpointing=true), shorter rows",
@@ -43,35 +45,43 @@ def run_with_exit_code(command: Callable[[], int | None]) -> int:
         code, lines = describe_failure(error)
         for line in lines:
             print_status(line)
-        if "--json" in sys.argv and not isinstance(error, KeyboardInterrupt):
+        if "--json" in sys.argv and lines and not isinstance(error, KeyboardInterrupt):
             print_json({"error": {"kind": type(error).__name__, "message": "\n".join(lines), "exit_code": code}})
         return code
 
 
 def describe_failure(error: BaseException) -> tuple[int, list[str]]:
-    """(exit code, lines to print) of a failure."""
+    """(exit code, lines to print) of a failure. Nothing is printed for one that another process of the run shows."""
+    return exit_code_of(error), [] if is_shown_elsewhere(error) else failure_lines(error)
+
+
+def failure_lines(error: BaseException) -> list[str]:
+    """The message: cause, place, cure."""
     if isinstance(error, QuestError):
-        return error.exit_code, [f"quest: {line}" for line in str(error).splitlines()]
+        return [f"quest: {line}" for line in str(error).splitlines()]
     if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, ["quest: interrupted"]
+        return ["quest: interrupted"]
     if is_out_of_memory(error):
-        return 5, [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
+        return [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
     if isinstance(error, OSError) and error.errno in OUT_OF_DISK_ERRNOS:
-        return 5, [
+        return [
             f"quest: no space left on the disk of {error.filename or 'the output'}; free some and run the command again"
         ]
     if isinstance(error, OSError) and error.filename is not None:
-        return 3, [f"quest: {error.filename}: {error.strerror}"]
-    return 1, [
+        return [f"quest: {error.filename}: {error.strerror}"]
+    return [
         f"quest: a bug in LLM Quest: {type(error).__name__}: {first_line(error)}",
         f"the details are in {write_crash_file(error)}",
     ]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an out-of-memory error of Python, CUDA or the CPU allocator."""
-    allocator_failed = isinstance(error, RuntimeError) and any(word in str(error) for word in OUT_OF_MEMORY_PHRASES)
-    return isinstance(error, MemoryError) or allocator_failed
+def is_shown_elsewhere(error: BaseException) -> bool:
+    """Whether another process shows this: what it reported, or what every process of torchrun finds by itself before
+    they have met (a wrong key, a file that is not there)."""
+    if isinstance(error, PeerFailure):
+        return error.shown
+    alone = os.environ.get("LOCAL_RANK", "0") == "0"
+    return isinstance(error, QuestError) and not error.came_first and not alone
 
 
 def first_line(error: BaseException) -> str:

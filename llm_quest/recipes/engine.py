@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llm_quest.contracts import Callback, LogFn
-from llm_quest.errors import BusyError, DataError, MissingError, UsageError
+from llm_quest.errors import BusyError, DataError, MissingError, QuestError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import count_parameters, family_of
@@ -31,7 +31,7 @@ from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state_dict import derive_seed
 
-REFUSALS = (UsageError, DataError, MissingError)
+REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
 
 
 def run_recipe(
@@ -117,7 +117,9 @@ def remove_if_refused(folder: Path) -> Iterator[None]:
     new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
-    except REFUSALS:
+    except QuestError as error:
+        if error.exit_code not in REFUSALS:
+            raise
         leader = os.environ.get("RANK", "0") == "0"
         if leader and folder in new and not any(folder.rglob("step-*")):
             shutil.rmtree(folder, ignore_errors=True)
@@ -135,11 +137,13 @@ def init_distributed(config: RunConfig, batch_size: int) -> Iterator[Distributed
         torch.set_num_threads(config.threads)
     parallel = DistributedContext.from_environment(config.device, config.parallel)
     try:
-        if batch_size % parallel.world_size:
-            raise UsageError(
-                f"a batch of {batch_size} rows can't be shared by {parallel.world_size} processes; make it a multiple"
-            )
-        yield parallel
+        with parallel.share_failures():
+            if batch_size % parallel.world_size:
+                raise UsageError(
+                    f"a batch of {batch_size} rows can't be shared by {parallel.world_size} processes; make it a "
+                    "multiple"
+                )
+            yield parallel
     finally:
         parallel.destroy_process_group()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm_quest.errors import PeerFailure, exit_code_of
+from llm_quest.errors import PeerFailure, QuestError, exit_code_of
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
@@ -31,9 +31,9 @@ ACKNOWLEDGE_SECONDS = 5.0
 """How long a failed main process waits for the others to end with its exit code, before torchrun stops them."""
 LEADER_SECONDS = 20.0
 """How long the main process has to write what it was writing when another one failed."""
-FAILURE_KEY, SEEN_KEY = "llm_quest/failure", "llm_quest/failure_seen"
 
-_barrier_numbers = itertools.count()
+_numbers = itertools.count()
+"""Every use of the store has keys of its own. The processes make the same uses in the same order."""
 
 
 class ProcessStore:
@@ -42,25 +42,26 @@ class ProcessStore:
 
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
+        self.failure_key, self.seen_key = (f"llm_quest/{name}/{next(_numbers)}" for name in ("failure", "seen"))
         self.store: Any = dist.distributed_c10d._get_default_store()
 
     def report_failure(self, error: BaseException) -> PeerFailure | None:
         """Make an error known, as the first one; or return the failure that was there before."""
         text = (str(error).splitlines() or [type(error).__name__])[0]
         own = json.dumps({"rank": self.rank, "exit_code": exit_code_of(error), "message": text})
-        stands = self.store.compare_set(FAILURE_KEY, "", own).decode()
+        stands = self.store.compare_set(self.failure_key, "", own).decode()
         return None if json.loads(stands)["rank"] == self.rank else self.first_failure()
 
     def first_failure(self) -> PeerFailure | None:
         """What ended the run; None while nothing has."""
-        if not self.store.check([FAILURE_KEY]):
+        if not self.store.check([self.failure_key]):
             return None
-        found = json.loads(self.store.get(FAILURE_KEY).decode())
+        found = json.loads(self.store.get(self.failure_key).decode())
         return PeerFailure(f"process {found['rank']} ended the run: {found['message']}", found["exit_code"])
 
     def wait_for_main_process(self, is_main_process: bool) -> None:
         """The others wait until the main process calls this, without a time limit. PeerFailure if it has failed."""
-        key = f"llm_quest/done/{next(_barrier_numbers)}"
+        key = f"llm_quest/done/{next(_numbers)}"
         if is_main_process:
             self.store.set(key, "done")
         while not self.store.check([key]):
@@ -69,12 +70,13 @@ class ProcessStore:
             time.sleep(POLL_SECONDS)
 
     def acknowledge(self) -> None:
-        self.store.add(SEEN_KEY, 1)
+        """This process has ended its part, or is about to."""
+        self.store.add(self.seen_key, 1)
 
     def wait_for_acknowledgements(self) -> None:
         """Until all others have seen the failure, or are gone for other reasons."""
         give_up = time.monotonic() + ACKNOWLEDGE_SECONDS
-        while self.store.add(SEEN_KEY, 0) < self.world_size - 1 and time.monotonic() < give_up:
+        while self.store.add(self.seen_key, 0) < self.world_size - 1 and time.monotonic() < give_up:
             time.sleep(POLL_SECONDS)
 
     def watch(self, stopped: threading.Event) -> None:
@@ -90,18 +92,21 @@ class ProcessStore:
 
 
 @contextmanager
-def share_failures(rank: int, world_size: int) -> Iterator[None]:
+def share_failures(store: ProcessStore) -> Iterator[None]:
     """Inside, an error of one process ends all of them. It leaves the block as it is where it came first, and as
     PeerFailure (which is not shown again) elsewhere."""
-    store, stopped = ProcessStore(rank, world_size), threading.Event()
+    stopped = threading.Event()
     watcher = threading.Thread(target=run_quietly, args=(store, stopped), daemon=True, name="failures")
     watcher.start()
     try:
         yield
+        store.acknowledge()
     except BaseException as error:
         stopped.set()
         failure = resolve_failure(store, error)
         if failure is None:
+            if isinstance(error, QuestError):
+                error.came_first = True
             raise
         raise failure from error
     finally:
@@ -129,7 +134,7 @@ def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | 
             store.wait_for_acknowledgements()
         return failure
     except dist.DistError:  # the process that held the store is gone
-        return PeerFailure("another process of the run ended without a message", 1, shown=False)
+        return PeerFailure("another process of the run ended without a message", 5, shown=False)
 
 
 def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
@@ -142,7 +147,7 @@ def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
     lost = PeerFailure(
         "another process of the run ended without a message (killed, perhaps for memory); resume the run with the "
         "same command",
-        1,
+        5,
         shown=False,
     )
     return store.report_failure(lost) or lost

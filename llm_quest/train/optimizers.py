@@ -196,14 +196,13 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
 
 
 def weight_decay_groups(named: Mapping[str, nn.Parameter], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """One group with and one without weight decay, and under FSDP2 one of scalars, which are not sharded (the fused
-    update takes sharded tensors or whole ones); as far as there are such parameters."""
-    decayed = [p for p in named.values() if p.ndim >= 2]
-    free = [p for p in named.values() if p.ndim < 2]
-    sharded, whole = ([p for p in free if isinstance(p, DTensor) is there] for there in (True, False))
-    groups = [{"params": params, "weight_decay": 0.0} for params in (sharded, whole)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, *groups]
-    return _set_initial_lr([group for group in groups if group["params"]], lr)
+    """One group with and one without weight decay, as far as there are such parameters. Under FSDP2 each is two: the
+    fused update takes sharded tensors or whole ones."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for p in named.values():
+        groups.setdefault((weight_decay if p.ndim >= 2 else 0.0, isinstance(p, DTensor)), []).append(p)
+    ordered = sorted(groups.items(), key=lambda item: item[0], reverse=True)
+    return _set_initial_lr([{"params": params, "weight_decay": decay} for (decay, _), params in ordered], lr)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

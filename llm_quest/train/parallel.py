@@ -1,10 +1,10 @@
 """Training with several processes: DDP (every process holds the model) or FSDP2 (every process holds a part of it).
 
-The loop uses `parallelize` (before the optimizer is made), `wrap_model`, `all_reduce_` and `broadcast`. Both are
-PyTorch's own implementations, set to *add* gradients: the loop divides once by the count of the whole step, so a run
-on many processes is the run on one, up to the rounding of sums. A parameter that an objective does not use has no
-gradient, as on one process, and no optimizer touches it. Every process must bring the same number of micro-batches to
-a step (one with nothing to learn is allowed). `torchrun` starts the processes; without it there is one.
+The loop uses `parallelize` (before the optimizer is made), `wrap_model`, `all_reduce_` and `broadcast`. Both *add*
+gradients: the loop divides once by the count of the whole step, so a run on many processes is the run on one, up to the
+rounding of sums. A parameter that an objective does not use has no gradient, as on one process, and no optimizer
+touches it. Every process must bring the same number of micro-batches to a step of FSDP2 (one with nothing to learn is
+allowed). `torchrun` starts the processes; without it there is one.
 
 Commonly got wrong: FSDP2 communicates in every forward pass, so a schedule that a process derives from its own rows (how
 many fit into a micro-batch, whether to evaluate) hangs as soon as two processes derive different ones."""
@@ -12,7 +12,6 @@ many fit into a micro-batch, whether to evaluate) hangs as soon as two processes
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,23 +23,27 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from llm_quest.contracts import DataShard
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.tensor_files import align
+from llm_quest.train.data_parallel import DataParallel
+from llm_quest.train.failures import ProcessStore, share_failures
 
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Rank, world size, device and strategy of this process. `DistributedContext()` is one process on the CPU."""
+    """Rank, world size, device and strategy of this process. `DistributedContext()` is one process on the CPU.
+    owns_group: whether it made the process group. store: see `train/failures.py`."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     strategy: str = "single"
+    owns_group: bool = False
+    store: ProcessStore | None = None
 
     @classmethod
     def from_environment(cls, device: str = "auto", strategy: str = "ddp") -> DistributedContext:
@@ -53,9 +56,10 @@ class DistributedContext:
             return cls(device=chosen)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        if not dist.is_initialized():
+        if owned := not dist.is_initialized():
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), chosen, strategy)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return cls(rank, world_size, chosen, strategy, owned, ProcessStore(rank, world_size))
 
     @property
     def is_main_process(self) -> bool:
@@ -82,9 +86,9 @@ class DistributedContext:
             dist.broadcast(tensor.data, 0)
         if self.strategy == "fsdp":
             mesh = init_device_mesh(self.device.type, (self.world_size,))
-            scalars = {p for p in objective.parameters() if p.ndim == 0}  # no rows to share out: kept whole
+            whole = unshardable_parameters(objective, blocks)
             for module in [*blocks, objective]:
-                fully_shard(module, mesh=mesh, ignored_params=scalars)
+                fully_shard(module, mesh=mesh, ignored_params=whole)
             for module in objective.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(1.0)
@@ -92,17 +96,14 @@ class DistributedContext:
         return objective
 
     def wrap_model(self, objective: nn.Module) -> nn.Module:
-        """The module that the loop calls: the objective itself, or DDP around it."""
+        """The module that the loop calls: the objective itself, or `DataParallel` around it."""
         if self.strategy == "fsdp" and not isinstance(objective, FSDPModule):
             raise ValueError(
                 "FSDP2 shards before the optimizer is made: call parallel.parallelize(objective, blocks) first"
             )
         if self.strategy != "ddp":
             return objective
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)  # none, this time
-        engine = DistributedDataParallel(objective, forward_sync_buffers=False, find_unused_parameters=True)
-        engine.register_comm_hook(None, lambda state, bucket: sum_gradients_hook(bucket))
-        return engine
+        return DataParallel(objective)
 
     @contextmanager
     def unshard_model(self, objective: nn.Module) -> Iterator[None]:
@@ -122,7 +123,7 @@ class DistributedContext:
 
     def all_reduce_replicated_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Under FSDP2, after the backward passes of a step: add the gradients of the parameters that every process
-        holds whole (scalars), which FSDP2 leaves alone."""
+        holds whole (`unshardable_parameters`), which FSDP2 leaves alone."""
         if self.strategy != "fsdp":
             return
         for p in parameters:
@@ -144,8 +145,20 @@ class DistributedContext:
             )
 
     def broadcast(self, thing: Any) -> Any:
-        """The main process's object, on every process."""
+        """The main process's object, on every process. The others wait for as long as the main process takes to make
+        it (to read and to split a corpus, say): no time limit of a collective runs meanwhile."""
+        if self.store is not None:
+            self.store.wait_for_main_process(self.is_main_process)
         return self.all_gather(thing)[0]
+
+    @contextmanager
+    def share_failures(self) -> Iterator[None]:
+        """Inside, an error of one process ends all of them, with its exit code."""
+        if self.store is None:
+            yield
+            return
+        with share_failures(self.store):
+            yield
 
     def all_gather(self, thing: Any) -> list[Any]:
         """The objects of all processes, in the order of ranks."""
@@ -156,15 +169,24 @@ class DistributedContext:
         return things
 
     def destroy_process_group(self) -> None:
-        """Leave the process group."""
-        if self.strategy != "single" and dist.is_initialized():
+        """Leave the process group, if this context made it."""
+        if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def sum_gradients_hook(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's hook for a bucket of gradients: their sum, where DDP's own would take the mean."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return, union-attr]
+def unshardable_parameters(objective: nn.Module, blocks: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """What FSDP2 cannot share out: scalars (DyT's alpha), which have no rows, and parameters of several blocks
+    (TinyLoRA's vectors), which one block's gathering would have to provide to another."""
+    units: dict[nn.Parameter, set[int]] = {}
+    for unit, block in enumerate(blocks):
+        for p in block.parameters():
+            units.setdefault(p, set()).add(unit)
+    in_blocks = {module for block in blocks for module in block.modules()}
+    for module in objective.modules():
+        for p in module.parameters(recurse=False):
+            if module not in in_blocks:
+                units.setdefault(p, set()).add(len(blocks))
+    return {p for p, owners in units.items() if p.ndim == 0 or len(owners) > 1}
 
 
 @contextmanager
@@ -173,8 +195,8 @@ def gradient_accumulation(engine: nn.Module, sync_gradients: bool) -> Iterator[N
     if isinstance(engine, FSDPModule):
         engine.set_requires_gradient_sync(sync_gradients)
         yield
-    elif isinstance(engine, DistributedDataParallel) and not sync_gradients:
-        with engine.no_sync():
+    elif isinstance(engine, DataParallel) and sync_gradients:
+        with engine.reducer.synchronize():
             yield
     else:
         yield

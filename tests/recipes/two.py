@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.recipes.two", "llm_quest.recipes.pretrain", "llm_quest.recipes.vlm"])
@@ -15,28 +16,38 @@ processes.set_forkserver_preload(["tests.recipes.two", "llm_quest.recipes.pretra
 
 def by_two(base: str, pairs: Sequence[str], out: Path) -> None:
     """A pretraining, of a base in YAML. Both must end well."""
-    together(child, base, pairs, out)
+    together(child, base, list(pairs), str(out))
 
 
 def recipe_by_two(recipe: str, pairs: Sequence[str], out: Path) -> None:
     """Any recipe, by its name. Both must end well."""
-    together(recipe_child, recipe, pairs, out)
+    together(recipe_child, recipe, list(pairs), str(out))
 
 
-def together(target: Callable[..., None], base: str, pairs: Sequence[str], out: Path) -> None:
+def together(target: Callable[..., None], *args: Any) -> None:
+    """`target(*args)` in two processes that know of each other. Both must end well."""
+    assert both_exit_codes(target, *args) == [0, 0]
+
+
+def both_exit_codes(target: Callable[..., None], *args: Any) -> list[int | None]:
+    """The same; the exit codes of both."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    both = [processes.Process(target=target, args=(base, list(pairs), str(out), rank, port)) for rank in range(2)]
+    both = [processes.Process(target=join_and_call, args=(rank, port, target, *args)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(timeout=120)
-        assert process.exitcode == 0
+    return [process.exitcode for process in both]
 
 
-def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
+def join_and_call(rank: int, port: int, target: Callable[..., None], *args: Any) -> None:
     join(rank, port)
+    target(*args)
+
+
+def child(base: str, pairs: list[str], out: str) -> None:
     from llm_quest.recipes.config import parse_config
     from llm_quest.recipes.engine import run_recipe
     from llm_quest.recipes.pretrain import PretrainConfig
@@ -51,8 +62,7 @@ def child(base: str, pairs: list[str], out: str, rank: int, port: int) -> None:
     )
 
 
-def recipe_child(recipe: str, pairs: list[str], out: str, rank: int, port: int) -> None:
-    join(rank, port)
+def recipe_child(recipe: str, pairs: list[str], out: str) -> None:
     from llm_quest.recipes.engine import run_recipe
     from llm_quest.recipes.recipe import load_recipe
 
