@@ -6,9 +6,9 @@
 The store is the key-value store on which the processes met (a TCP server in torchrun's agent or in process 0); reading
 it needs no other process. The first failure stands, those that it causes elsewhere are not shown.
 
-Commonly got wrong: a process that waits in a collective cannot be woken by another one that has failed. gloo notices when
-the failed process is gone, and reports a lost connection as if that were the fault; NCCL waits for its time limit. And
-long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
+Commonly got wrong: a process that waits in a collective cannot be woken by another one that has failed. gloo notices
+when the failed process is gone, and reports a lost connection as if that were the fault; NCCL waits for its time limit.
+And long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
 
 from __future__ import annotations
 

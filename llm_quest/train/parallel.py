@@ -6,8 +6,8 @@ rounding of sums. A parameter that an objective does not use has no gradient, as
 touches it. Every process must bring the same number of micro-batches to a step of FSDP2 (one with nothing to learn is
 allowed). `torchrun` starts the processes; without it there is one.
 
-Commonly got wrong: FSDP2 communicates in every forward pass, so a schedule that a process derives from its own rows (how
-many fit into a micro-batch, whether to evaluate) hangs as soon as two processes derive different ones."""
+Commonly got wrong: FSDP2 communicates in every forward pass, so a schedule that a process derives from its own rows
+(how many fit into a micro-batch, whether to evaluate) hangs as soon as two processes derive different ones."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ def grad_norm_squared(parameters: Sequence[nn.Parameter], parallel: DistributedC
     sharded = [local_tensor(grad) for grad in held if isinstance(grad, DTensor)]
     whole = [grad for grad in held if not isinstance(grad, DTensor)]
     parts, all_of_it = (
-        torch.nn.utils.get_total_norm(grads).to(parallel.device, sum_dtype(parallel.device)) for grads in (sharded, whole)
+        torch.nn.utils.get_total_norm(grads).to(parallel.device, sum_dtype(parallel.device))
+        for grads in (sharded, whole)
     )
     return parts**2 + all_of_it**2 / parallel.world_size
 

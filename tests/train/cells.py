@@ -114,7 +114,7 @@ CELLS: list[Cell] = [
 
 
 def run_cell(cell: Cell, parallel: DistributedContext, optimizer: str = "adamw") -> dict[str, Any]:
-    """Losses and norms of two steps, and the weights after them. The model is in float64; losses are sums of float32."""
+    """Losses and norms of two steps, and the weights after them. The model is in float64, its losses in float32."""
     objective_name, technique, family = cell
     make_objective, make_loader = OBJECTIVES[objective_name]
     torch.manual_seed(0)
