@@ -132,6 +132,23 @@ ORACLES: dict[str, Callable[[], Any]] = {
     ),
     "mistral": made("MistralForCausalLM", "MistralConfig", sliding_window=5),
     "mistral, no window": made("MistralForCausalLM", "MistralConfig", sliding_window=None, head_dim=24),
+    "qwen2": made("Qwen2ForCausalLM", "Qwen2Config", tie_word_embeddings=True),
+    "qwen2, windows": made(
+        "Qwen2ForCausalLM", "Qwen2Config", use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "smollm3": made("SmolLM3ForCausalLM", "SmolLM3Config", num_hidden_layers=4),
+    "smollm3, windows": made(
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        num_hidden_layers=4,
+        no_rope_layers=[0, 1, 1, 0],
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
+    "olmo2": made("Olmo2ForCausalLM", "Olmo2Config"),
+    "olmo2, biases": made("Olmo2ForCausalLM", "Olmo2Config", attention_bias=True, num_key_value_heads=4),
+    "gemma": made("GemmaForCausalLM", "GemmaConfig", head_dim=24, hidden_act="gelu"),
+    "gemma, one key/value head": made("GemmaForCausalLM", "GemmaConfig", head_dim=24, num_key_value_heads=1),
     "mixtral": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, head_dim=24),
     "mixtral, window": made("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, sliding_window=5),
     "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, tie_word_embeddings=True),

@@ -59,7 +59,7 @@ MUTATIONS = (
     Mutation("Gemma 2: final cap left out", "models/gemma.py", "softcap = config.final_logit_softcapping", "softcap = None", GEMMA),
     Mutation("Gemma: erf GELU", "models/gemma.py", "config.intermediate_size, gelu_tanh)", "config.intermediate_size, __import__('torch').nn.functional.gelu)", GEMMA),
     Mutation("Gemma: post-norm of attention under the pre-norm's name", "models/gemma.py", '"mixer.post_norm.weight": "post_attention_layernorm.weight"', '"mixer.post_norm.weight": "pre_feedforward_layernorm.weight"', GEMMA),
-    Mutation("Gemma: every layer global", "models/gemma.py", "config.sliding_window if config.layer_types[layer_idx] == SLIDING else None", "None", GEMMA),
+    Mutation("Gemma: every layer global", "models/windows.py", "config.sliding_window if config.layer_types[layer_idx] == SLIDING else None", "None", GEMMA),
     Mutation("Gemma 3: local layers with the global rope", "models/gemma.py", "rotary=config.rotary if window is None else config.swa_rotary", "rotary=config.rotary", GEMMA),
     Mutation("Gemma 3: linear stretch on the local rope too", "models/config_fields.py", '.get("sliding_attention") or {}', '.get("full_attention") or {}', GEMMA),
     Mutation("Gemma 3: q/k norm after the rotation", "layers/attention.py", "self.rotary(self.q_norm(q), scope), self.rotary(self.k_norm(k), scope)", "self.q_norm(self.rotary(q, scope)), self.k_norm(self.rotary(k, scope))", GEMMA),

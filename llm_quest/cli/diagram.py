@@ -120,10 +120,12 @@ def draw_block(block: nn.Module) -> list[str]:
     lines = []
     for name, branch in block.named_children():
         assert isinstance(branch, Sublayer), "a block consists of sublayers"
-        inside = [f"norm   {describe_layer(branch.norm)}", f"{name:<6} {describe_layer(branch.layer)}"]
-        inside += [f"       {line}" for line in describe_projections(branch.layer)]
-        if not isinstance(branch.post_norm, nn.Identity):
-            inside.append(f"norm   {describe_layer(branch.post_norm)}")
+        norm, post_norm = (
+            [] if isinstance(one, nn.Identity) else [f"norm   {describe_layer(one)}"]
+            for one in (branch.norm, branch.post_norm)
+        )
+        inside = [*norm, f"{name:<6} {describe_layer(branch.layer)}"]
+        inside += [f"       {line}" for line in describe_projections(branch.layer)] + post_norm
         kind = "" if isinstance(branch.residual, Residual) else f"   by {type(branch.residual).__name__}"
         lines += ["┃", f"┣━▶ {inside[0]}", *(f"┃   {line}" for line in inside[1:-1]), f"⊕◀━ {inside[-1]}{kind}"]
     return [*lines, "┃"]

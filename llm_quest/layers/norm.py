@@ -36,6 +36,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class AcrossHeads(nn.Module):
+    """A norm over all heads of a token together, (B,T,H,d) seen as (B,T,H d): in OLMo 2's queries and keys the mean
+    square runs over the whole projection, and so does the weight."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Float[Tensor, "B T H d"]) -> Float[Tensor, "B T H d"]:
+        return self.norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])  # type: ignore[no-any-return]
+
+
 class ZeroCenteredRMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), the norm of Gemma and Qwen3-Next: the weight is centred at 0.
 

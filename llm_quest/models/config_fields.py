@@ -101,7 +101,12 @@ def spelled_alike(*names: str, hf_default: Any = MISSING, default: Any = MISSING
     return dataclasses.field(default=default, metadata={"read": read, "write": writer(*names)})
 
 
-def per_layer(*kinds: str, hf_default: Callable[[Values], Any], numbered: str = "") -> Any:
+def per_layer(
+    *kinds: str,
+    hf_default: Callable[[Values], Any],
+    numbered: str = "",
+    default: tuple[str, ...] = MISSING,  # type: ignore[assignment]
+) -> Any:
     """A field with one of these kinds for every layer. numbered: a field that says the same in numbers (0: the first of
     the kinds); it is read before, and written too."""
 
@@ -117,7 +122,7 @@ def per_layer(*kinds: str, hf_default: Callable[[Values], Any], numbered: str = 
         numbers = {numbered: [kinds.index(kind) for kind in value]} if numbered else {}
         return {name: list(value), **numbers}
 
-    return dataclasses.field(metadata={"read": read, "write": write})
+    return dataclasses.field(default=default, metadata={"read": read, "write": write})
 
 
 def nested(part: type, *, when: Callable[[Json], bool] = lambda json: True, default: Any = MISSING) -> Any:

@@ -47,13 +47,7 @@ from llm_quest.models.weight_names import (
     layer_names,
     swiglu_names,
 )
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def layer_pattern(num_hidden_layers: int, pattern: int) -> tuple[str, ...]:
-    """Every `pattern`-th layer sees everything, the others their window."""
-    return tuple(FULL if (layer + 1) % pattern == 0 else SLIDING for layer in range(num_hidden_layers))
+from llm_quest.models.windows import FULL, SLIDING, layer_pattern, layer_window, require_layer_types
 
 
 def default_layer_types(c: Any) -> tuple[str, ...]:
@@ -92,17 +86,12 @@ class Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        if type(self.sliding_window) is not int or self.sliding_window < 1:
-            raise ValueError(
-                f"sliding_window is {self.sliding_window!r}; a windowed layer sees at least itself: 1 or more"
-            )
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers")
+        require_layer_types(self)
 
 
 def block(config: Config, layer_idx: int) -> Block:
     """One layer, local or global: attention, then GeGLU, a norm on either side of each."""
-    window = config.sliding_window if config.layer_types[layer_idx] == SLIDING else None
+    window = layer_window(config, layer_idx)
     attention = GroupedQueryAttention(
         config.hidden_size,
         num_attention_heads=config.num_attention_heads,

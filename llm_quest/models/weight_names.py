@@ -51,25 +51,41 @@ OURS, THEIRS = "blocks.{i}.", "model.layers.{i}."
 """The prefixes of a layer, as we and as Llama's files name it."""
 
 
-def decoder_names(*, tied: bool) -> Names:
+PRE_NORMS = {
+    "mixer.norm.weight": "input_layernorm.weight",
+    "feed_forward.norm.weight": "post_attention_layernorm.weight",
+}
+POST_NORMS = {
+    "mixer.post_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.post_norm.weight": "post_feedforward_layernorm.weight",
+}
+"""The norms of a layer: before its two sublayers (Llama), or behind them alone (OLMo 2)."""
+
+
+def decoder_names(*, tied: bool, norms: Mapping[str, str] = PRE_NORMS) -> Names:
     """Embedding, norms and head of a decoder in Llama's spelling."""
     head = {} if tied else {"head.weight": "lm_head.weight"}
     return {
         "embed.token.weight": "model.embed_tokens.weight",
-        f"{OURS}mixer.norm.weight": f"{THEIRS}input_layernorm.weight",
-        f"{OURS}feed_forward.norm.weight": f"{THEIRS}post_attention_layernorm.weight",
+        **layer_names(norms),
         "norm.weight": "model.norm.weight",
         **head,
     }
 
 
 def attention_names(
-    ours: str = f"{OURS}mixer.layer.", theirs: str = f"{THEIRS}self_attn.", *, bias: bool = False, qk_norm: bool = False
+    ours: str = f"{OURS}mixer.layer.",
+    theirs: str = f"{THEIRS}self_attn.",
+    *,
+    bias: bool = False,
+    out_bias: bool | None = None,
+    qk_norm: bool = False,
 ) -> Names:
-    """Grouped-query attention in Llama's spelling."""
+    """Grouped-query attention in Llama's spelling. out_bias: of the output projection; None: as `bias`."""
     names: Names = {}
     for kind in ("weight", "bias") if bias else ("weight",):
         names[f"{ours}qkv.{kind}"] = ConcatRows(*(f"{theirs}{part}_proj.{kind}" for part in "qkv"))
+    for kind in ("weight", "bias") if (bias if out_bias is None else out_bias) else ("weight",):
         names[f"{ours}out.{kind}"] = f"{theirs}o_proj.{kind}"
     norms = ("q_norm.weight", "k_norm.weight") if qk_norm else ()
     return names | {f"{ours}{norm}": f"{theirs}{norm}" for norm in norms}
