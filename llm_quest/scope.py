@@ -61,9 +61,11 @@ SCORES_PER_BLOCK = 8192
 
 
 class PassCache(Protocol):
-    """What a pass reads of a cache: its number of rows, one part for each layer, and an index of each size of part."""
+    """What a pass reads of a cache: its number of rows, how many positions it can hold, one part for each layer, and an
+    index of each size of part."""
 
     batch_size: int
+    capacity: int
 
     @property
     def layers(self) -> Sequence[Any]: ...

@@ -61,6 +61,13 @@ DELTA = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
+LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 4.0]}
+MULTIPLIERS = {
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.15,
+    "logits_scaling": 2.0,
+}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]}
 
 
@@ -144,6 +151,32 @@ ORACLES: dict[str, Callable[[], Any]] = {
         no_rope_layers=[0, 1, 1, 0],
         use_sliding_window=True,
         sliding_window=5,
+    ),
+    "phi3": made("Phi3ForCausalLM", "Phi3Config", sliding_window=5),
+    "phi3, longrope, part of a head": made(
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75} | LONGROPE,
+    ),
+    "granite": made("GraniteForCausalLM", "GraniteConfig", tie_word_embeddings=True, **MULTIPLIERS),
+    "granite, biases": made("GraniteForCausalLM", "GraniteConfig", attention_bias=True, mlp_bias=True, **MULTIPLIERS),
+    "gpt_neox": made("GPTNeoXForCausalLM", "GPTNeoXConfig", num_attention_heads=2),
+    "gpt_neox, in sequence, no biases": made(
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        num_attention_heads=2,
+        use_parallel_residual=False,
+        attention_bias=False,
+        tie_word_embeddings=True,
+    ),
+    "stablelm": made("StableLmForCausalLM", "StableLmConfig", use_qkv_bias=True, num_attention_heads=2),
+    "stablelm, parallel": made(
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        use_parallel_residual=True,
+        qk_layernorm=True,
+        partial_rotary_factor=0.5,
     ),
     "olmo2": made("Olmo2ForCausalLM", "Olmo2Config"),
     "olmo2, biases": made("Olmo2ForCausalLM", "Olmo2Config", attention_bias=True, num_key_value_heads=4),

@@ -121,7 +121,7 @@ def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str
 def read_source(source: TensorSource, out: Tensor) -> int:
     """Fill one place; how many numbers are not finite."""
     if isinstance(source, Tensor):
-        out.copy_(source)
+        out.copy_(source.view(out.shape))
         return count_non_finite(source)
     return read_into(source, out)
 
@@ -160,7 +160,7 @@ def save(
     names, techniques = family.weight_map(model.config), model.spec.techniques
     technique_names = technique_parameters(model, names) if techniques else set()
     table = weight_views(model, export_weight_map(model, names))
-    stored = {name: place.view(parameters[place.parameter]) for name, place in table.items()}
+    stored = {name: place.stored(parameters[place.parameter]) for name, place in table.items()}
     extra, tensors = (
         {n: t for n, t in stored.items() if n in technique_names},
         {n: t for n, t in stored.items() if n not in technique_names},

@@ -33,7 +33,7 @@ from llm_quest.layers.low_rank import (
 )
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build_meta_model, family_of
-from llm_quest.models.weight_names import ConcatRows, Transposed
+from llm_quest.models.weight_names import ConcatRows, Transposed, WovenRows
 from llm_quest.techniques.adapter_targets import TargetMatrix, target_matrices
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, is_adapter, require_adapters
 from llm_quest.tensor_files import write_tensors
@@ -43,12 +43,15 @@ CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "bas
 
 @dataclass(frozen=True)
 class PublishedMatrix:
-    """The place of an address in the published model: rows of the matrix of a module, whose shape is (out, width)."""
+    """The place of an address in the published model: rows of the matrix of a module, whose shape is (out, width). Of
+    a matrix that is stored head by head the rows of a part are a list, and `order` has the stored row of each of ours.
+    """
 
     module: str
-    rows: slice
+    rows: slice | list[int]
     out_features: int
     in_features: int
+    order: list[int] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -76,6 +79,8 @@ def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
             case ConcatRows(names=names):
                 module: Any = meta_model.get_submodule(site.path)
                 found[site.address] = locate_matrix(names[list(module.parts).index(site.part)], site)
+            case WovenRows(name=name, heads=heads):
+                found[site.address] = locate_woven_rows(name, site, meta_model.get_submodule(site.path), heads)
             case str(name) | Transposed(name=name):
                 found[site.address] = locate_matrix(name, site, meta_model.get_submodule(site.path))
     return found
@@ -88,6 +93,14 @@ def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None
     if isinstance(packed, PackedLinear):
         return PublishedMatrix(module, packed.row_slice(site.part), packed.out_features, width)
     return PublishedMatrix(module, slice(0, rows), rows, width)
+
+
+def locate_woven_rows(name: str, site: TargetMatrix, packed: Any, heads: int) -> PublishedMatrix:
+    """The rows of one part of a matrix that is stored head by head."""
+    stored = torch.arange(packed.out_features).view(heads, len(packed.parts), -1)
+    order: list[int] = stored.transpose(0, 1).flatten().tolist()
+    module, own = name.removesuffix(".weight"), order[packed.row_slice(site.part)]
+    return PublishedMatrix(module, own, packed.out_features, site.weight.shape[1], order)
 
 
 def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -156,7 +169,10 @@ def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> Lo
         return to_lora_pair(parts[0][1])
     ours, (first, _, weight) = [to_lora_pair(edit) for _, edit, _ in parts], parts[0]
     B = weight.new_zeros(first.out_features, sum(one.A.shape[0] for one in ours))
-    magnitude, column = row_norms(weight), 0
+    norms, column = row_norms(weight), 0
+    magnitude = (
+        norms if first.order is None else torch.empty_like(norms).index_copy_(0, torch.tensor(first.order), norms)
+    )
     for (where, _, _), one in zip(parts, ours, strict=True):
         B[where.rows, column : column + one.A.shape[0]] = one.B
         column += one.A.shape[0]

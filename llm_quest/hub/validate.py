@@ -331,7 +331,7 @@ def check_shapes(report: FolderReport) -> None:
     if report.model is None:
         return
     parameters = dict(report.model.named_parameters())
-    shapes = {name: tuple(place.view(parameters[place.parameter]).shape) for name, place in report.weight_views.items()}
+    shapes = {name: place.shape(parameters[place.parameter]) for name, place in report.weight_views.items()}
     shapes |= {copy: shapes[original] for copy, original in report.duplicates}
     for name, expected in shapes.items():
         source = report.sources[name]

@@ -9,6 +9,7 @@ other. A new kind of table entry is one more case in `entry_views`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,16 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.int8 import Int8PackedLinear
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.moe import Experts
-from llm_quest.models.weight_names import ConcatRows, PublishedWeight, Reshaped, StackTensors, Transposed, WeightMap
+from llm_quest.layers.norm import PerHeadLayerNorm
+from llm_quest.models.weight_names import (
+    ConcatRows,
+    PublishedWeight,
+    Reshaped,
+    StackTensors,
+    Transposed,
+    WeightMap,
+    WovenRows,
+)
 from llm_quest.techniques.model_spec import strip_wrapper_names
 from llm_quest.techniques.score_head import find_score_head
 
@@ -32,10 +42,22 @@ View = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class WeightView:
-    """The place of a stored tensor in our model: `view(parameter)` shares our memory and has the published shape."""
+    """The place of a stored tensor in our model: `view(parameter)` shares our memory and reads the stored numbers in
+    their order. Its shape is the stored one; but the rows of `WovenRows` have three dimensions there, one in the file.
+    """
 
     parameter: str
     view: View
+    row_dims: int = 1
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape in the file."""
+        rows = self.view(parameter).shape
+        return (math.prod(rows[: self.row_dims]), *rows[self.row_dims :]) if self.row_dims > 1 else tuple(rows)
+
+    def stored(self, parameter: Tensor) -> Tensor:
+        """The stored tensor: a view, or a copy where no view has its shape."""
+        return self.view(parameter).reshape(self.shape(parameter))
 
 
 def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
@@ -51,7 +73,7 @@ def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
         )
     row_sizes = packed_row_sizes(model)
     found = {
-        name: WeightView(path, view)
+        name: WeightView(path, view, row_dims=3 if isinstance(table[path], WovenRows) else 1)
         for path in ours
         for name, view in entry_views(table[path], row_sizes.get(path, ()))
     }
@@ -68,6 +90,8 @@ def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[
             yield name, lambda parameter: parameter.mT
         case Reshaped(name=name, shape=shape):
             yield name, lambda parameter: parameter.view(shape)
+        case WovenRows(name=name, heads=heads, parts=parts):
+            yield name, lambda parameter: parameter.unflatten(0, (parts, heads, -1)).transpose(0, 1)
         case ConcatRows(names=names):
             starts = accumulate(sizes, initial=0)
             for name, start, size in zip(names, starts, sizes, strict=False):
@@ -94,6 +118,8 @@ def packed_row_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for path, module in model.named_modules():
         if isinstance(module, Experts):
             found[f"{path}.gate_up"] = (module.down.shape[2],) * 2
+        elif isinstance(module, PerHeadLayerNorm):
+            found[f"{path}.weight"] = (module.head_dim,) * module.num_heads
     return found
 
 

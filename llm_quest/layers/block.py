@@ -3,6 +3,7 @@
 Block          x = x + mixer(norm(x));  x = x + feed_forward(norm(x))
 SingleBlock    x = x + layer(norm(x))                                      one sublayer (Mamba hybrids)
                x = x + mixer(y) + feed_forward(y),  y = norm(x)            its layer a ParallelLayers (Cohere)
+               x = x + mixer(norm1(x)) + feed_forward(norm2(x))            the same with two norms (GPT-NeoX)
 """
 
 from __future__ import annotations
@@ -114,15 +115,27 @@ class SingleBlock(nn.Module):
 
 
 class ParallelLayers(nn.Module):
-    """mixer(x) + feed_forward(x), both from the same normalised x (GPT-J; Cohere's Command R)."""
+    """mixer(x) + feed_forward(x), both from the same normalised x (GPT-J; Cohere's Command R).
 
-    def __init__(self, mixer: nn.Module, feed_forward: nn.Module):
+    mixer_norm, feed_forward_norm: norms of the two branches, where they have one each (GPT-NeoX); Identity elsewhere.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        feed_forward: nn.Module,
+        *,
+        mixer_norm: nn.Module | None = None,
+        feed_forward_norm: nn.Module | None = None,
+    ):
         super().__init__()
+        self.mixer_norm = mixer_norm or nn.Identity()
         self.mixer = mixer
+        self.feed_forward_norm = feed_forward_norm or nn.Identity()
         self.feed_forward = feed_forward
 
     def forward(self, x: Float[Tensor, "B T D"], scope: Scope) -> Float[Tensor, "B T D"]:
-        return self.mixer(x, scope) + self.feed_forward(x, scope)
+        return self.mixer(self.mixer_norm(x), scope) + self.feed_forward(self.feed_forward_norm(x), scope)
 
     def new_cache(self, batch_size: int, capacity: int, max_rewind: int = 0) -> LayerCache:
         """The mixer's cache."""

@@ -84,7 +84,7 @@ def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: tor
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | LayerNorm):
             nn.init.ones_(module.weight)
-            if isinstance(module, LayerNorm):
+            if isinstance(module, LayerNorm) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, ZeroCenteredRMSNorm):
             nn.init.zeros_(module.weight)

@@ -220,6 +220,8 @@ class KVCache:
             if slot_write.start is not None and slot_write.start + length <= self.num_slots:
                 stored[:, slot_write.start + 1 : slot_write.start + 1 + length] = tensor
             else:
+                if stored.requires_grad:
+                    _ = stored.grad_fn  # takes an earlier slice write into the view's history; index_put_ does not
                 stored.index_put_((slot_write.rows, slot_write.slots), tensor.to(stored.dtype))
 
     def read(self, scope: Scope, slot_write: SlotWrite) -> tuple[dict[str, Tensor], MaskSpec]:

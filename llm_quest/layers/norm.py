@@ -36,6 +36,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class ScaledNorm(nn.Module):
+    """norm(x) times a constant: the final norm of a model whose logits are scaled. The head is linear, so the factor
+    may stand before it, where every loss that reads the head's matrix finds it."""
+
+    def __init__(self, base: nn.Module, factor: float):
+        super().__init__()
+        self.base = base
+        self.factor = factor
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return self.base(x) * self.factor  # type: ignore[no-any-return]
+
+
 class AcrossHeads(nn.Module):
     """A norm over all heads of a token together, (B,T,H,d) seen as (B,T,H d): in OLMo 2's queries and keys the mean
     square runs over the whole projection, and so does the weight."""
@@ -66,18 +79,35 @@ class ZeroCenteredRMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, biased variance (Ba et al. 2016, arXiv:1607.06450, eq. 3, 4).
 
-    Commonly got wrong: (x - mean) / (std + eps) is another function."""
+    bias: False for a norm without one (Cohere). Commonly got wrong: (x - mean) / (std + eps) is another function."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, *, bias: bool = True):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         fine = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(fine), self.bias.to(fine)
+        weight, bias = self.weight.to(fine), None if self.bias is None else self.bias.to(fine)
         return F.layer_norm(x.to(fine), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+class PerHeadLayerNorm(nn.Module):
+    """LayerNorm of each head with a weight of its own and no bias (StableLM 2): x (B,T,H,d), weight (H d)."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
+
+    def forward(self, x: Float[Tensor, "B T H d"]) -> Float[Tensor, "B T H d"]:
+        fine = torch.promote_types(x.dtype, torch.float32)
+        normed = F.layer_norm(x.to(fine), x.shape[-1:], None, None, self.eps)
+        return (normed * self.weight.to(fine).view(self.num_heads, self.head_dim)).to(x.dtype)
+
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        nn.init.ones_(self.weight)
 
 
 class DynamicTanh(nn.Module):

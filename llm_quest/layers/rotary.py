@@ -137,6 +137,54 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 @dataclass(frozen=True)
+class LongRoPEScaling:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): every pair has a divisor of its own, found by search; one list for
+    texts up to the original length, another for longer ones. attention_factor: sqrt(1 + ln s / ln original).
+
+    Commonly got wrong: the list is chosen once for all positions of a text, not by each position; the attention factor
+    belongs to the short list too, so that even a short prompt differs from plain rotation.
+
+    Differs: keys in a cache keep the rotation that they were written with, so a text must not change its list while it
+    grows. A cached pass takes the long list where its cache can hold more than the original length (as vLLM does);
+    transformers' `generate` takes the short one first and reads everything again when the text crosses that length."""
+
+    factor: float
+    original_max_position_embeddings: int
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    explicit_attention_factor: float | None = None
+
+    @property
+    def attention_factor(self) -> float:
+        if self.explicit_attention_factor is not None:
+            return self.explicit_attention_factor
+        if self.factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+
+    def inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+        return self.divide(dim, theta, self.short_factor)
+
+    def long_inv_freq(self, dim: int, theta: float) -> Float[Tensor, " pairs"]:
+        """The frequencies of texts beyond the original length."""
+        return self.divide(dim, theta, self.long_factor)
+
+    def divide(self, dim: int, theta: float, divisors: tuple[float, ...]) -> Float[Tensor, " pairs"]:
+        if len(divisors) != dim // 2:
+            raise ValueError(
+                f"longrope has {len(divisors)} factors for {dim // 2} rotated pairs; one for each is needed"
+            )
+        return default_inv_freq(dim, theta) / torch.tensor(divisors, dtype=torch.float32, device="cpu")
+
+    def choose_inv_freq(self, short: Tensor, long: Tensor, scope: Scope, position_ids: Tensor) -> Tensor:
+        """The list of each row (B,1,1,pairs): by its last position, or by what the cache can hold."""
+        if scope.cache is not None:
+            return long if scope.cache.capacity > self.original_max_position_embeddings else short
+        reach = position_ids.amax(dim=1)[:, None, None, None] + 1
+        return torch.where(reach > self.original_max_position_embeddings, long, short)
+
+
+@dataclass(frozen=True)
 class RotaryEmbedding:
     """Rotates the first `dim` numbers of each head (B,T,H,d); the rest is unchanged. One object may serve many layers.
 
@@ -148,25 +196,30 @@ class RotaryEmbedding:
     scaling: RopeScaling | None = None
     interleaved: bool = False
     inv_freq: tuple[float, ...] = field(init=False, compare=False, repr=False)
+    long_inv_freq: tuple[float, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.dim % 2 or self.dim <= 0:
             raise ValueError(f"rotary width {self.dim} is not a positive even number: pairs of numbers are rotated")
         scaled = self.scaling.inv_freq if self.scaling else default_inv_freq
+        longer = self.scaling.long_inv_freq if isinstance(self.scaling, LongRoPEScaling) else scaled
         object.__setattr__(self, "inv_freq", tuple(scaled(self.dim, self.rope_theta).tolist()))
+        object.__setattr__(self, "long_inv_freq", tuple(longer(self.dim, self.rope_theta).tolist()))
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
         cos, sin = scope.cached((self, x.dtype), lambda: self.cos_sin(scope, x.dtype))
+        turned = x[..., : self.dim]
         if self.interleaved:
-            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        if self.dim == x.shape[-1]:
-            return apply_rotary_emb(x, cos, sin)
-        return torch.cat((apply_rotary_emb(x[..., : self.dim], cos, sin), x[..., self.dim :]), dim=-1)
+            turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        turned = apply_rotary_emb(turned, cos, sin)
+        return turned if self.dim == x.shape[-1] else torch.cat((turned, x[..., self.dim :]), dim=-1)
 
     def cos_sin(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B,T,1,pairs), computed in float32; one row for all where all rows have the same positions."""
         position_ids = scope.position_ids[:1] if scope.is_unpadded else scope.position_ids
         f = torch.tensor(self.inv_freq, dtype=torch.float32, device=position_ids.device)
+        if isinstance(self.scaling, LongRoPEScaling):
+            f = self.scaling.choose_inv_freq(f, f.new_tensor(self.long_inv_freq), scope, position_ids)
         angles = position_ids[..., None, None].float() * f
         factor = self.scaling.attention_factor if self.scaling else 1.0
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

@@ -73,6 +73,11 @@ def json_field(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def constant_field(*, default: Any) -> Any:
+    """A field that the family does not have: always this value, neither read nor written."""
+    return json_field(lambda values: default, unwritten, default=default)
+
+
 def hf_default(value: Any, *, default: Any = MISSING) -> Any:
     """A field under its own name. value: where config.json leaves it out, or a function of what was read before.
     default: of the class, where that is another one."""
@@ -145,15 +150,18 @@ def rope_field(
     interleaved: bool = False,
     extra: Callable[[Any], dict[str, Any]] = lambda config: {},
     rope_scaling: bool = True,
+    old_names: Mapping[str, str] = {},
 ) -> Any:
     """Rotary positions of a head of `dim` numbers. theta: the base where config.json says none. partial: the rotated
     part of a head where it says none. interleaved: the pairs are neighbours unless rope_interleave is false. extra:
-    what else is written into rope_parameters. rope_scaling: the old spelling is written too."""
+    what else is written into rope_parameters. rope_scaling: the old spelling is written too. old_names: what the
+    family calls rope_theta and partial_rotary_factor where they stand outside rope_parameters."""
 
     def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
-        width = rotary_dim(values.json, getattr(values, dim), partial)
+        json = {**values.json, **{name: values.json.get(old) for name, old in old_names.items()}}
+        width = rotary_dim(json, getattr(values, dim), partial)
         base = theta(values) if callable(theta) else theta
-        rope = read_rotary(rope_of_kind(values.json, "full_attention"), width, base, values.max_position_embeddings)
+        rope = read_rotary(rope_of_kind(json, "full_attention"), width, base, values.max_position_embeddings)
         return dataclasses.replace(rope, interleaved=interleaved and bool(values.json.get("rope_interleave", True)))
 
     def write(value: RotaryEmbedding, config: Any) -> dict[str, Any]:
@@ -164,6 +172,7 @@ def rope_field(
         if interleaved:
             published["rope_interleave"] = value.interleaved
         published["rope_parameters"] |= more
+        published |= {old: published.pop(name) for name, old in old_names.items()}
         if not rope_scaling:
             del published["rope_scaling"]
         return published
@@ -198,7 +207,17 @@ Class = TypeVar("Class")
 
 @dataclass_transform(
     frozen_default=True,
-    field_specifiers=(json_field, hf_default, spelled, spelled_alike, per_layer, nested, rope_field, local_rope_field),
+    field_specifiers=(
+        json_field,
+        constant_field,
+        hf_default,
+        spelled,
+        spelled_alike,
+        per_layer,
+        nested,
+        rope_field,
+        local_rope_field,
+    ),
 )
 def config_dataclass(cls: type[Class]) -> type[Class]:
     """A frozen dataclass of such fields. (To type checkers the functions above are what `dataclasses.field` is.)"""

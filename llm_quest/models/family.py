@@ -98,6 +98,10 @@ class Family:
         return self.classifiers.get(model_type, name if name.endswith("ForSequenceClassification") else None)
 
 
+SIZES = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size"
+"""The columns of a table of presets that most families have."""
+
+
 def preset_table(
     columns: str, *rows: tuple[Any, ...], make: Callable[..., Any], eos: tuple[int, ...] = (), notes: str = ""
 ) -> tuple[Preset, ...]:

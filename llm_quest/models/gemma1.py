@@ -22,9 +22,9 @@ from llm_quest.layers.feed_forward import GatedMLP, gelu_tanh
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
-from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, unwritten
+from llm_quest.models.config_fields import config_dataclass, constant_field, hf_default
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
-from llm_quest.models.family import Family, preset_table
+from llm_quest.models.family import SIZES, Family, preset_table
 
 
 @config_dataclass
@@ -36,7 +36,7 @@ class Config(llama.Config):
     max_position_embeddings: int = hf_default(8192)
     tie_word_embeddings: Literal[True] = True
     rms_norm_eps: float = 1e-6
-    mlp_bias: bool = json_field(lambda c: False, unwritten, default=False)
+    mlp_bias: bool = constant_field(default=False)
     hidden_act: Literal["gelu_pytorch_tanh", "gelu"] = "gelu_pytorch_tanh"  # type: ignore[assignment]
     use_bidirectional_attention: Literal[False] = False
 
@@ -63,7 +63,6 @@ def gemma1_config(**numbers: Any) -> Config:
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"], 10_000.0))
 
 
-COLUMNS = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size"
 TINY = gemma1_config(
     vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
     intermediate_size=64, max_position_embeddings=128,
@@ -77,7 +76,7 @@ FAMILY = Family(
     architectures={"gemma": "GemmaForCausalLM"},
     presets=(
         *preset_table(
-            COLUMNS,
+            SIZES,
             ("gemma-2b", "google/gemma-2b", 2_506_172_416, 18, 2048, 8, 1, 16_384),
             ("gemma-7b", "google/gemma-7b", 8_537_680_896, 28, 3072, 16, 16, 24_576),
             make=gemma1_config,

@@ -23,9 +23,9 @@ from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.norm import AcrossHeads, RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
-from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, unwritten
+from llm_quest.models.config_fields import config_dataclass, constant_field, hf_default
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
-from llm_quest.models.family import Family, preset_table
+from llm_quest.models.family import SIZES, Family, preset_table
 from llm_quest.models.weight_names import (
     POST_NORMS,
     Names,
@@ -42,7 +42,7 @@ class Config(llama.Config):
     """Llama's numbers, as OLMo 2's config.json has them."""
 
     rms_norm_eps: float = hf_default(1e-5, default=1e-6)
-    mlp_bias: bool = json_field(lambda c: False, unwritten, default=False)
+    mlp_bias: bool = constant_field(default=False)
 
 
 def block(config: Config, layer_idx: int) -> Block:
@@ -79,13 +79,12 @@ def olmo2_config(**numbers: Any) -> Config:
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"], 500_000.0))
 
 
-COLUMNS = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size"
 TINY = olmo2_config(
     vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
     intermediate_size=64, max_position_embeddings=128,
 )  # fmt: skip
 PRESETS = preset_table(
-    COLUMNS,
+    SIZES,
     ("olmo2-1b", "allenai/OLMo-2-0425-1B", 1_484_916_736, 16, 2048, 16, 16, 8192),
     ("olmo2-7b", "allenai/OLMo-2-1124-7B", 7_298_617_344, 32, 4096, 32, 32, 11_008),
     ("olmo2-13b", "allenai/OLMo-2-1124-13B", 13_716_198_400, 40, 5120, 40, 40, 13_824),

@@ -20,9 +20,9 @@ from llm_quest.layers.linear import Linear
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
-from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, per_layer, unwritten
+from llm_quest.models.config_fields import config_dataclass, constant_field, hf_default, json_field, per_layer
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
-from llm_quest.models.family import Family, preset_table
+from llm_quest.models.family import SIZES, Family, preset_table
 from llm_quest.models.weight_names import WeightMap, attention_names, decoder_names, expand_layers, swiglu_names
 from llm_quest.models.windows import FULL, SLIDING, layer_window, require_layer_types
 
@@ -40,8 +40,8 @@ class Config(llama.Config):
     num_key_value_heads: int = hf_default(32)
     max_position_embeddings: int = hf_default(32_768)
     rms_norm_eps: float = 1e-6
-    attention_bias: bool = json_field(lambda c: True, unwritten, default=True)
-    mlp_bias: bool = json_field(lambda c: False, unwritten, default=False)
+    attention_bias: bool = constant_field(default=True)
+    mlp_bias: bool = constant_field(default=False)
     use_sliding_window: bool = False
     sliding_window: int | None = json_field(
         lambda c: c.json.get("sliding_window", 4096) if c.use_sliding_window else None, default=None
@@ -81,8 +81,7 @@ def qwen2_config(**numbers: Any) -> Config:
     )
 
 
-COLUMNS = """num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size
-    tie_word_embeddings max_position_embeddings"""
+COLUMNS = f"{SIZES} head_dim vocab_size tie_word_embeddings max_position_embeddings"
 TINY = qwen2_config(
     vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
     intermediate_size=64, max_position_embeddings=128, tie_word_embeddings=True, use_sliding_window=True,
@@ -90,13 +89,13 @@ TINY = qwen2_config(
 )  # fmt: skip
 PRESETS = preset_table(
     COLUMNS,
-    ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", 494_032_768, 24, 896, 14, 2, 64, 4864, 151_936, True, 32_768),
-    ("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B", 1_543_714_304, 28, 1536, 12, 2, 128, 8960, 151_936, True, 131_072),
-    ("qwen2.5-3b", "Qwen/Qwen2.5-3B", 3_085_938_688, 36, 2048, 16, 2, 128, 11_008, 151_936, True, 32_768),
-    ("qwen2.5-7b", "Qwen/Qwen2.5-7B", 7_615_616_512, 28, 3584, 28, 4, 128, 18_944, 152_064, False, 131_072),
-    ("qwen2.5-14b", "Qwen/Qwen2.5-14B", 14_770_033_664, 48, 5120, 40, 8, 128, 13_824, 152_064, False, 131_072),
-    ("qwen2.5-32b", "Qwen/Qwen2.5-32B", 32_763_876_352, 64, 5120, 40, 8, 128, 27_648, 152_064, False, 131_072),
-    ("qwen2.5-72b", "Qwen/Qwen2.5-72B", 72_706_203_648, 80, 8192, 64, 8, 128, 29_568, 152_064, False, 131_072),
+    ("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B", 494_032_768, 24, 896, 14, 2, 4864, 64, 151_936, True, 32_768),
+    ("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B", 1_543_714_304, 28, 1536, 12, 2, 8960, 128, 151_936, True, 131_072),
+    ("qwen2.5-3b", "Qwen/Qwen2.5-3B", 3_085_938_688, 36, 2048, 16, 2, 11_008, 128, 151_936, True, 32_768),
+    ("qwen2.5-7b", "Qwen/Qwen2.5-7B", 7_615_616_512, 28, 3584, 28, 4, 18_944, 128, 152_064, False, 131_072),
+    ("qwen2.5-14b", "Qwen/Qwen2.5-14B", 14_770_033_664, 48, 5120, 40, 8, 13_824, 128, 152_064, False, 131_072),
+    ("qwen2.5-32b", "Qwen/Qwen2.5-32B", 32_763_876_352, 64, 5120, 40, 8, 27_648, 128, 152_064, False, 131_072),
+    ("qwen2.5-72b", "Qwen/Qwen2.5-72B", 72_706_203_648, 80, 8192, 64, 8, 29_568, 128, 152_064, False, 131_072),
     make=qwen2_config,
     eos=(151_643,),
 )

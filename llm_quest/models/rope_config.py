@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_quest.errors import DataError
-from llm_quest.layers.rotary import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
+from llm_quest.layers.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
+    NTKScaling,
+    RopeScaling,
+    RotaryEmbedding,
+    YaRNScaling,
+)
 
 
 def require_field(hf_config: Mapping[str, Any], field: str) -> Any:
@@ -23,6 +31,8 @@ def read_rotary(
     """Both generations: `rope_parameters` (transformers 5), else top-level `rope_theta` and `rope_scaling`."""
     rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
     default_theta = rope.get("rope_theta") or hf_config.get("rope_theta") or default_theta
+    if original := hf_config.get("original_max_position_embeddings"):  # Phi-3's place for it
+        rope["original_max_position_embeddings"] = original
     return RotaryEmbedding(
         dim,
         float(default_theta),
@@ -32,6 +42,8 @@ def read_rotary(
 
 def read_scaling(rope: Mapping[str, Any], max_position_embeddings: int | None) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "yarn" and rope.get("short_factor"):
+        kind = "longrope"  # the word of some early Phi-3 files
     original = rope.get("original_max_position_embeddings") or max_position_embeddings
     if kind not in ROPE_SCALINGS:
         raise DataError(f"config.json: rope type {kind!r} is unknown here; known: {', '.join(ROPE_SCALINGS)}")
@@ -60,6 +72,15 @@ def read_llama3(rope: Mapping[str, Any], original: int | None, max_position_embe
     )
 
 
+def read_longrope(
+    rope: Mapping[str, Any], original: int | None, max_position_embeddings: int | None
+) -> LongRoPEScaling:
+    original = require_original_length(original)
+    factor = rope.get("factor") or (max_position_embeddings or original) / original
+    short, long = (tuple(map(float, require_field(rope, name))) for name in ("short_factor", "long_factor"))
+    return LongRoPEScaling(float(factor), original, short, long, rope.get("attention_factor"))
+
+
 def require_original_length(original: int | None) -> int:
     """What a stretch that depends on it is measured by."""
     if not original:
@@ -75,7 +96,10 @@ ROPE_SCALINGS: dict[str, Callable[[Mapping[str, Any], int | None, int | None], R
     "ntk": lambda rope, original, context: NTKScaling(float(require_field(rope, "factor"))),
     "llama3": read_llama3,
     "yarn": read_yarn,
+    "longrope": read_longrope,
+    "su": read_longrope,
 }
+"""The published names; "su" is what the first files with longrope call it."""
 
 
 def publish_rotary(rotary: RotaryEmbedding) -> dict[str, Any]:
@@ -100,6 +124,12 @@ def publish_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         ):
             fields = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
             return {"rope_type": "llama3", **fields, "original_max_position_embeddings": original}
+        case LongRoPEScaling() as long:
+            lists = {"short_factor": list(long.short_factor), "long_factor": list(long.long_factor)}
+            original, explicit = long.original_max_position_embeddings, long.explicit_attention_factor
+            fields = {"factor": long.factor, "original_max_position_embeddings": original}
+            fields |= {} if explicit is None else {"attention_factor": explicit}
+            return {"rope_type": "longrope", **fields, **lists}
         case YaRNScaling() as yarn:
             fields = {"factor": yarn.factor, "original_max_position_embeddings": yarn.original_max_position_embeddings}
             fields |= {"beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.truncate}

@@ -1,9 +1,9 @@
 """Weight maps: our parameter names -> the names in published files, for loading and for saving.
 
 An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round
-(`Transposed`) or in another shape (`Reshaped`), or one for each expert (`StackTensors`). `{i}` stands for the layer's
-number. Reading and writing follow the same map (`hub/weight_map.py`), so that export then import is the identity by
-construction. Below the entries, the rows that families share."""
+(`Transposed`), in another shape (`Reshaped`) or head by head (`WovenRows`), or one for each expert (`StackTensors`).
+`{i}` stands for the layer's number. Reading and writing follow the same map (`hub/weight_map.py`), so that export then
+import is the identity by construction. Below the entries, the rows that families share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,17 @@ class Reshaped:
     shape: tuple[int, ...]
 
 
-PublishedWeight = str | ConcatRows | Transposed | Reshaped | StackTensors
+@dataclass(frozen=True)
+class WovenRows:
+    """Our parts of equal size, stacked by rows (q, k, v), are stored head by head: q, k, v of head 0, then of head 1
+    (GPT-NeoX)."""
+
+    name: str
+    heads: int
+    parts: int = 3
+
+
+PublishedWeight = WovenRows | str | ConcatRows | Transposed | Reshaped | StackTensors
 WeightMap = Mapping[str, PublishedWeight]
 Names = dict[str, PublishedWeight]
 
@@ -120,6 +130,37 @@ def expert_names(
     }
 
 
+def module_names(modules: Mapping[str, str], *, bias: bool) -> Names:
+    """The weight of each module, and with bias its bias: ours -> theirs, both without the last word."""
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in kinds}
+
+
+def norm_biases(table: Names) -> Names:
+    """The map with a bias beside the weight of every norm."""
+    weights = {ours: theirs for ours, theirs in table.items() if ours.endswith("norm.weight")}
+    beside = {
+        ours.replace(".weight", ".bias"): map_published_names(theirs, lambda name: name.replace(".weight", ".bias"))
+        for ours, theirs in weights.items()
+    }
+    return table | beside
+
+
+def parallel_names(table: Names, *, one_norm: bool) -> Names:
+    """The map of a model whose layers are parallel (`ParallelLayers`), from that of the same layers in sequence.
+    one_norm: both branches read the same norm."""
+    moved = {
+        "mixer.layer.": "sublayer.layer.mixer.",
+        "feed_forward.layer.": "sublayer.layer.feed_forward.",
+        "mixer.norm.": "sublayer.norm." if one_norm else "sublayer.layer.mixer_norm.",
+        "feed_forward.norm.": "sublayer.layer.feed_forward_norm.",
+    }
+    renamed = dict(table)
+    for old, new in moved.items():
+        renamed = {ours.replace(OURS + old, OURS + new): theirs for ours, theirs in renamed.items()}
+    return renamed
+
+
 def layer_names(parts: Mapping[str, str]) -> Names:
     """Further parameters of a layer: "mixer.post_norm.weight" -> "post_attention_layernorm.weight"."""
     return {OURS + ours: THEIRS + theirs for ours, theirs in parts.items()}
@@ -150,6 +191,8 @@ def map_published_names(theirs: PublishedWeight, rename: Callable[[str], str]) -
             return Transposed(rename(name))
         case Reshaped(name=name, shape=shape):
             return Reshaped(rename(name), shape)
+        case WovenRows(name=name, heads=heads, parts=parts):
+            return WovenRows(rename(name), heads, parts)
     return rename(theirs)
 
 

@@ -32,6 +32,8 @@ from llm_quest.techniques.model_spec import (
 )
 
 Norm = RMSNorm | ZeroCenteredRMSNorm | LayerNorm
+BRANCH_NORMS = (".layer.mixer_norm", ".layer.feed_forward_norm")
+BEFORE_ATTENTION = ("mixer.norm", "mixer_norm", "sublayer.norm")
 ALPHA_BY_DIM = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
 """The paper's table for the LLaMA form: width -> alpha before attention, alpha elsewhere. The nearest width counts."""
 
@@ -60,7 +62,7 @@ class DyT:
         before_attention, elsewhere = self.initial_alphas(model.config.hidden_size)
         norms = {path: norm for path, norm in model.named_modules() if is_stream_norm(path, norm)}
         for path, norm in norms.items():
-            start = before_attention if path.endswith("mixer.norm") else elsewhere
+            start = before_attention if path.endswith(BEFORE_ATTENTION) else elsewhere
             replace_module(model, path, materialize_part(self.build_dynamic_tanh(norm.weight.shape[0], start), model))
         if self.form == "llama":
             add_learned_scale(model)
@@ -80,8 +82,9 @@ class DyT:
 
 
 def is_stream_norm(path: str, module: nn.Module) -> bool:
-    """Is this a norm of the residual stream, not one inside a layer?"""
-    return isinstance(module, Norm) and ".layer." not in path
+    """Is this a norm of the residual stream, not one inside a layer? (The norms of parallel branches are within the
+    layer that holds both.)"""
+    return isinstance(module, Norm) and (".layer." not in path or path.endswith(BRANCH_NORMS))
 
 
 def add_learned_scale(model: Any) -> None:

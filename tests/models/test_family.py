@@ -118,7 +118,7 @@ def test_a_value_that_would_change_the_computation_is_refused(page, field: str, 
         page.read(page.publish(preset(f"{'gpt2' if page is gpt2.FAMILY else 'llama3.2'}-tiny").config) | {field: value})
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("kind", ["dynamic", "mrope"])
 def test_an_unknown_stretch_is_refused_and_the_known_ones_listed(kind: str):
     with pytest.raises(
         DataError, match=rf"rope type '{kind}' is unknown here; known: default, linear, ntk, llama3, yarn"

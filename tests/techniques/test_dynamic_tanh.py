@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.block import SingleBlock
 from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from llm_quest.models.build import build
 from llm_quest.techniques.dynamic_tanh import DyT
@@ -49,9 +50,11 @@ def test_every_norm_of_the_stream_is_replaced_and_none_within_a_layer(page: str)
     before, model = build(page), DyT()(build(page))
     norms = [path for path, m in before.named_modules() if isinstance(m, RMSNorm | ZeroCenteredRMSNorm | LayerNorm)]
     replaced = [path for path, module in model.named_modules() if isinstance(module, DynamicTanh)]
-    assert replaced == [path for path in norms if ".layer." not in path]
+    branches = (".mixer_norm", ".feed_forward_norm")
+    assert replaced == [path for path in norms if ".layer." not in path or path.endswith(branches)]
     assert {path.split(".")[-1] for path in norms if path not in replaced} <= {"q_norm", "k_norm", "kv_norm", "norm"}
-    assert len(replaced) >= 2 * len(model.blocks) + 1
+    per_block = 1 if isinstance(model.blocks[0], SingleBlock) else 2
+    assert len(replaced) >= per_block * len(model.blocks) + 1
     assert all(m.alpha.item() == 0.5 for m in model.modules() if isinstance(m, DynamicTanh))
 
 
