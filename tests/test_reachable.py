@@ -26,7 +26,6 @@ EXCEPTIONS = {
     "Objective": "a protocol of contracts.py: it documents what an objective promises",
     "relu_squared": "an activation for models of one's own (Nemotron); no family here has it",
     "LatentMoE": "a layer for models of one's own (Nemotron 3); no family here has it",
-    "ParallelLayers": "the block of Cohere and GPT-J; a layer for a family to come, with the decoder's laws",
     "unmerge_adapter": "Python API, as PEFT has it: the command line merges into a new folder",
     "AttentionPolicyBatch": "the batch of AttentionDivergenceLoss",
     "AttentionDivergenceLoss": "the paper's loss alone; attention_coef of the policy gradient adds the same term",

@@ -121,7 +121,7 @@ def read_weights(report: FolderReport, mapped: Mapping[str, Tensor]) -> list[str
 def read_source(source: TensorSource, out: Tensor) -> int:
     """Fill one place; how many numbers are not finite."""
     if isinstance(source, Tensor):
-        out.copy_(source.view(out.shape))
+        out.copy_(source.reshape(out.shape))
         return count_non_finite(source)
     return read_into(source, out)
 

@@ -28,8 +28,8 @@ from llm_quest.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     gpt2.FAMILY,
-    gpt_neox.FAMILY,
     llama.FAMILY,
+    gpt_neox.FAMILY,
     mistral.FAMILY,
     qwen2.FAMILY,
     phi3.FAMILY,
