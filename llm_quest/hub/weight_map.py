@@ -18,10 +18,10 @@ from itertools import accumulate, groupby
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.int8 import Int8PackedLinear
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.moe import Experts
 from llm_quest.layers.norm import PerHeadLayerNorm
+from llm_quest.layers.quantized import QuantizedPackedLinear
 from llm_quest.models.weight_names import (
     ConcatRows,
     PublishedWeight,
@@ -112,7 +112,7 @@ def index_view(index: int, view: View) -> View:
 
 def packed_row_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Parameters that are several projections stacked by rows, with the rows of each."""
-    packed = PackedLinear | Int8PackedLinear
+    packed = PackedLinear | QuantizedPackedLinear
     modules = ((path, module) for path, module in model.named_modules() if isinstance(module, packed))
     found = {f"{path}.{kind}": tuple(m.parts.values()) for path, m in modules for kind in ("weight", "bias")}
     for path, module in model.named_modules():
