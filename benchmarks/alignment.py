@@ -22,7 +22,8 @@ import torch
 import llm_quest as quest
 from benchmarks.pairs import race, table
 from benchmarks.training import CONFIG
-from llm_quest.data.tokenizer import Tokenizer, train_bpe
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.kl_penalty import KLPenalty
 from llm_quest.objectives.log_probs import token_log_probs

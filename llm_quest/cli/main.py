@@ -10,8 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_quest.cli.errors import run_with_exit_code
-from llm_quest.cli.output import open_streams, print_json, print_lines, print_result, status_printer
+from llm_quest.cli.output import open_streams, print_json, print_lines, print_result, run_with_exit_code, status_printer
 
 app = typer.Typer(
     name="quest",

@@ -20,8 +20,9 @@ from pydantic import TypeAdapter
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.split import CorpusSplit, split_corpus
-from llm_quest.data.tokenizer import Tokenizer, train_bpe
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.recipes.config_schema import RunConfig, TextDataConfig, TokenizerConfig, known_techniques
 from llm_quest.techniques.adapter_targets import describe_addresses

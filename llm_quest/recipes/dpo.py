@@ -42,7 +42,7 @@ from llm_quest.recipes.finetuning import (
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
 from llm_quest.recipes.reference_model import SyncedReference, reference_log_probs
 from llm_quest.techniques.lora import disable_adapter, require_adapters
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class DpoConfig(PairBatchedConfig):

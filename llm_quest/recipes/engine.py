@@ -29,7 +29,7 @@ from llm_quest.train.loop import train
 from llm_quest.train.optimizers import LRSchedule, make_adamw, make_lr_schedule, make_muon
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
 

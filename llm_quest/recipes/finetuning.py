@@ -29,7 +29,7 @@ from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, requi
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class StartModelConfig(StrictModel):

@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 
 from llm_quest.contracts import Callback, Loader, LogFn
-from llm_quest.data.demonstrations import Demonstrations
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Task, draw_problem
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.hub.load_save import write_model_json
@@ -51,7 +51,7 @@ from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 from llm_quest.train.step import autocast
 
 PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)

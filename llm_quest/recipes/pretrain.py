@@ -57,7 +57,7 @@ from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 MAX_BASELINE_BYTES = 20_000_000
 

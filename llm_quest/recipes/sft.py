@@ -43,7 +43,7 @@ from llm_quest.recipes.finetuning import (
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class AnswerSamplesConfig(StrictModel):

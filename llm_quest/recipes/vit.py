@@ -33,7 +33,7 @@ from llm_quest.recipes.assembly import apply_techniques, resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
 

@@ -16,7 +16,8 @@ from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTe
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.synthetic_shapes import SCENE_STATISTICS
-from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.eval.images import ImageQuestionEvaluator
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
@@ -35,7 +36,7 @@ from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.optimizers import scale_schedule_after
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 IMAGE_TOKEN = "<image>"
 PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}

@@ -14,7 +14,7 @@ import llm_quest as quest
 from llm_quest.cli import chat
 from llm_quest.cli.chat import GenerationOptions, load_text_model
 from llm_quest.cli.speculative_generate import generate_speculative, load_draft
-from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.models.build import build, preset

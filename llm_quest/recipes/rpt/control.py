@@ -32,7 +32,7 @@ from llm_quest.recipes.rpt.recipe import TERA, RptConfig, make_position_evaluati
 from llm_quest.recipes.rpt.start_model import start_model_path
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class RptControlConfig(RunConfig):
