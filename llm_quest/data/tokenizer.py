@@ -253,7 +253,7 @@ class Tokenizer:
 
 
 def require_valid_unicode(text: str) -> str:
-    """The text itself; UsageError for half a surrogate pair (from a broken JSON escape), which no tokenizer can
+    """The text itself; DataError for half a surrogate pair (from a broken JSON escape), which no tokenizer can
     read."""
     try:
         text.encode("utf-8")

@@ -19,16 +19,18 @@ from pydantic import TypeAdapter
 
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.corpus import load_corpus
+from llm_quest.data.loader import ShardedLoader, SourceT
 from llm_quest.data.split import CorpusSplit, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
-from llm_quest.recipes.config_schema import RunConfig, TextDataConfig, TokenizerConfig, known_techniques
+from llm_quest.recipes.config_schema import BatchedConfig, RunConfig, TextDataConfig, TokenizerConfig, known_techniques
 from llm_quest.techniques.adapter_targets import describe_addresses
 from llm_quest.techniques.lora import adapter_addresses
 from llm_quest.train.hardware import bf16_support, usable_cores
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state import derive_seed
 
 
 @dataclass(frozen=True)
@@ -200,14 +202,29 @@ MICRO_BATCH_TOKENS = 8192
 """Tokens of a micro-batch where micro_batch_size is null."""
 
 
-def micro_batch_rows(batch_size: int, micro_batch_size: int | None, parallel: DistributedContext, length: int) -> int:
+def micro_batch_rows(config: BatchedConfig, parallel: DistributedContext, length: int) -> int:
     """Rows of a micro-batch: the given number, else the largest equal part of this process's rows within
     MICRO_BATCH_TOKENS. length: tokens of the longest row."""
-    mine = batch_size // parallel.world_size
-    if micro_batch_size is not None:
-        return min(micro_batch_size, mine)
+    mine = config.batch_size // parallel.world_size
+    if config.micro_batch_size is not None:
+        return min(config.micro_batch_size, mine)
     most = max(1, min(mine, MICRO_BATCH_TOKENS // length))
     return max(number for number in range(1, most + 1) if mine % number == 0)
+
+
+def sharded_loader(
+    config: BatchedConfig, source: SourceT, parallel: DistributedContext, micro_batch_size: int | None = None
+) -> ShardedLoader[SourceT]:
+    """This process's rows of every step, in an order that the run's seed decides. micro_batch_size: None for the
+    config's, or where that is null for all rows at once."""
+    whole = config.batch_size // parallel.world_size
+    return ShardedLoader(
+        source,
+        batch_size=config.batch_size,
+        micro_batch_size=micro_batch_size or min(config.micro_batch_size or whole, whole),
+        seed=derive_seed(config.seed, "order"),
+        shard=parallel.data_shard,
+    )
 
 
 def require_run_exists(name_or_path: str, key: str, command: str) -> None:

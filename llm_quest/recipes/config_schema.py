@@ -13,7 +13,7 @@ from llm_quest.data.corpus import builtin_parts
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
-from llm_quest.train.optimizers import SCHEDULE_SHAPES
+from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -168,7 +168,7 @@ class RunConfig(StrictModel):
         default=0, description="decides first values, data order, dropout and samples, each by a stream of its own"
     )
     max_steps: PositiveInt = Field(default=1000, description="optimiser steps of the whole run")
-    optim: Literal["adamw", "muon"] = Field(
+    optim: Annotated[str, Choice(OPTIMIZERS)] = Field(
         default="adamw", description="muon updates the hidden matrices and AdamW the rest, at one learning rate"
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="peak learning rate")

@@ -26,7 +26,7 @@ from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import list_checkpoints
 from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import LRSchedule, make_adamw, make_lr_schedule, make_muon
+from llm_quest.train.optimizers import OPTIMIZERS, LRSchedule, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.state import derive_seed
@@ -209,11 +209,13 @@ def build_optimizer(
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    if config.optim == "adamw":
-        return make_adamw(model, **common)
-    return make_muon(
-        model, row_splits=model.row_splits(), adamw_prefixes=adamw_parameters, momentum=config.muon_momentum, **common
-    )
+    if config.optim == "muon":
+        common |= {
+            "row_splits": model.row_splits(),
+            "adamw_prefixes": adamw_parameters,
+            "momentum": config.muon_momentum,
+        }
+    return OPTIMIZERS[config.optim](model, **common)
 
 
 def build_lr_schedule(config: RunConfig) -> LRSchedule:

@@ -74,7 +74,7 @@ def plan_pretrain(config: PretrainConfig, context: Context, *, measure: bool) ->
         return config.auxiliary_losses.resolve(model).build_objective(model, terms)
 
     length, world = config.sequence_length, parallel.world_size
-    rows = micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, length)
+    rows = micro_batch_rows(config, parallel, length)
     tokens = config.batch_size * length
     workload = Workload(
         family=family_of(numbers).name, make_objective=make_objective,

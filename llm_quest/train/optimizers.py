@@ -229,6 +229,9 @@ def _set_initial_lr(listed: list[dict[str, Any]], lr: float) -> list[dict[str, A
 LRSchedule = Callable[[int], float]
 
 
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": make_adamw, "muon": make_muon}
+
+
 def make_lr_schedule(
     steps: int, *, warmup_steps: int = 0, shape: str = "cosine", min_lr_ratio: float = 0.0, decay_fraction: float = 0.2
 ) -> LRSchedule:

@@ -23,13 +23,13 @@ import torch
 from pydantic import model_validator
 
 from llm_quest.data.batch import TokenBatch
-from llm_quest.data.tokenizer import train_bpe
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.models.build import build, preset
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.assembly import resolve_auto
 from llm_quest.recipes.config_schema import BatchedConfig
 from llm_quest.recipes.recipe import Job, Recipe
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class CopyConfig(BatchedConfig):
