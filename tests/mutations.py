@@ -56,7 +56,7 @@ MUTATIONS = (
     Mutation("Gemma 2: attention cap left out", "models/gemma.py", ", softcap=config.attn_logit_softcapping)", ")", GEMMA),
     Mutation("Gemma 2: cap before the scale", "layers/scaled_dot_product.py", "scores = softcap * torch.tanh(scores / softcap)", "scores = scale * softcap * torch.tanh(scores / scale / softcap)", GEMMA),
     Mutation("Gemma 2: cap after the mask", "layers/scaled_dot_product.py", "    if sink is not None:\n        sink_column", "    if softcap is not None:\n        scores = softcap * torch.tanh(scores / softcap)\n    if sink is not None:\n        sink_column", GEMMA),
-    Mutation("Gemma 2: final cap left out", "models/gemma.py", "softcap = config.final_logit_softcapping", "softcap = None", GEMMA),
+    Mutation("Gemma 2: final cap left out", "models/gemma.py", "None, config.final_logit_softcapping", "None, None", GEMMA),
     Mutation("Gemma: erf GELU", "models/gemma.py", "config.intermediate_size, gelu_tanh)", "config.intermediate_size, __import__('torch').nn.functional.gelu)", GEMMA),
     Mutation("Gemma: post-norm of attention under the pre-norm's name", "models/gemma.py", '"mixer.post_norm.weight": "post_attention_layernorm.weight"', '"mixer.post_norm.weight": "pre_feedforward_layernorm.weight"', GEMMA),
     Mutation("Gemma: every layer global", "models/windows.py", "config.sliding_window if config.layer_types[layer_idx] == SLIDING else None", "None", GEMMA),

@@ -212,7 +212,7 @@ def micro_batch_rows(config: BatchedConfig, parallel: DistributedContext, length
     return max(number for number in range(1, most + 1) if mine % number == 0)
 
 
-def sharded_loader(
+def make_sharded_loader(
     config: BatchedConfig, source: SourceT, parallel: DistributedContext, micro_batch_size: int | None = None
 ) -> ShardedLoader[SourceT]:
     """This process's rows of every step, in an order that the run's seed decides. micro_batch_size: None for the

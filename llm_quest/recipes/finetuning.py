@@ -27,11 +27,11 @@ from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import (
     apply_techniques,
+    make_sharded_loader,
     micro_batch_rows,
     require_context,
     require_run_exists,
     resolve_auto,
-    sharded_loader,
 )
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
@@ -180,4 +180,4 @@ def pairs_loader(
 ) -> ShardedLoader[PreferenceDataset]:
     longest = max(len(one.answers) * one.length for one in data.train)
     rows = micro_batch_rows(config, parallel, longest)
-    return sharded_loader(config, PreferenceDataset(data.train), parallel, rows)
+    return make_sharded_loader(config, PreferenceDataset(data.train), parallel, rows)

@@ -30,10 +30,10 @@ from llm_quest.recipes.assembly import (
     apply_techniques,
     load_any_tokenizer,
     load_text_data,
+    make_sharded_loader,
     micro_batch_rows,
     require_context,
     resolve_auto,
-    sharded_loader,
 )
 from llm_quest.recipes.auxiliary_losses import (
     AuxiliaryLosses,
@@ -136,7 +136,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     return Job(
         config,
         losses.build_objective(model, terms),
-        sharded_loader(config, PackedDocuments(text.tokens.train, config.sequence_length), parallel, micro_rows),
+        make_sharded_loader(config, PackedDocuments(text.tokens.train, config.sequence_length), parallel, micro_rows),
         list(build_evaluators(config, text, context, micro_rows)),
         {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation)},
         text.facts,

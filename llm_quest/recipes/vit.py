@@ -28,7 +28,7 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.assembly import apply_techniques, resolve_auto, sharded_loader
+from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader, resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -146,7 +146,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
     augmented = AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump()))
-    loader = sharded_loader(config, augmented, parallel)
+    loader = make_sharded_loader(config, augmented, parallel)
     objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
     facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}

@@ -28,7 +28,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.next_token import CaptioningLoss
-from llm_quest.recipes.assembly import apply_techniques, resolve_auto, sharded_loader
+from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader, resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.engine import build_lr_schedule
@@ -165,7 +165,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         max_turns=config.data.max_questions_per_row,
         caption_first_rows=config.caption_first_steps * config.batch_size,
     )
-    loader = sharded_loader(config, rows, parallel)
+    loader = make_sharded_loader(config, rows, parallel)
     samples = context.samples_dir
     evaluator = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
     callbacks = apply_techniques(config.all_techniques, model, log)
