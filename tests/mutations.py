@@ -154,7 +154,7 @@ MUTATIONS = (
     Mutation("the sink counts as a key of score 0", "layers/scaled_dot_product.py", "column = sink.to(q.dtype)", "column = 0 * sink.to(q.dtype)", SUMMED),
     Mutation("the sink is scaled like a score", "layers/scaled_dot_product.py", "sink_column = sink.to(scores.dtype)", "sink_column = scale * sink.to(scores.dtype)", SUMMED),
     Mutation("MiMo: scores by the value's width", "models/mimo.py", "ScaledDotProduct(config.head_dim**-0.5", "ScaledDotProduct(config.v_head_dim**-0.5", families("logits and mimo")),
-    Mutation("MiMo: rotation over the whole head", "models/config_fields.py", "width = rotary_dim(values.json, getattr(values, dim), partial)", "width = getattr(values, dim)", families("logits and mimo")),
+    Mutation("MiMo: rotation over the whole head", "models/config_fields.py", "width = rotary_dim(json, getattr(values, dim), partial)", "width = getattr(values, dim)", families("logits and mimo")),
     Mutation("MiMo: weights not renormalised", "models/mimo.py", "norm_topk_prob=config.norm_topk_prob", "norm_topk_prob=not config.norm_topk_prob", families("logits and mimo")),
     Mutation("MiMo: transformers' sliding_window taken for the hub's", "models/mimo.py", 'c.json.get("sliding_window") if previous is None', '(c.json.get("sliding_window") or 0) + 1 if previous is None', families("logits and mimo")),
     Mutation("MiMo: moe_layer_freq ignored", "models/mimo.py", 'numbered="moe_layer_freq", ', '', HUB_WORDS),
