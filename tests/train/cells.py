@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from llm_quest.train.state_dict import model_state_dict
 from torch import Tensor, nn
 
 from llm_quest.data.loader import ShardedLoader
@@ -29,6 +28,7 @@ from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_muon
 from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state import model_state_dict
 from tests.laws.test_techniques import EXAMPLES, NOT_TRAINED, REFUSED
 from tests.train.small import Losses
 
