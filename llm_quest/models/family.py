@@ -15,7 +15,7 @@ from llm_quest.layers.initialize import init_depth_scaled_
 from llm_quest.models.config_fields import publish_config, read_config
 from llm_quest.models.weight_names import WeightMap
 
-HEADS = ("lm_head.", "score.", "classifier.")
+HEADS = ("lm_head.", "embed_out.", "score.", "classifier.")
 """How the published names of output matrices begin, which stand outside the model's prefix."""
 
 
