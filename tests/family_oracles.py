@@ -178,6 +178,69 @@ ORACLES: dict[str, Callable[[], Any]] = {
         qk_layernorm=True,
         partial_rotary_factor=0.5,
     ),
+    "starcoder2": made("Starcoder2ForCausalLM", "Starcoder2Config", sliding_window=5),
+    "starcoder2, no biases": made(
+        "Starcoder2ForCausalLM", "Starcoder2Config", use_bias=False, tie_word_embeddings=False, num_key_value_heads=1
+    ),
+    "cohere2": made(
+        "Cohere2ForCausalLM",
+        "Cohere2Config",
+        num_hidden_layers=3,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        logit_scale=1.0,
+    ),
+    "cohere2, biases, pattern": made(
+        "Cohere2ForCausalLM", "Cohere2Config", num_hidden_layers=4, attention_bias=True, logit_scale=2.0
+    ),
+    "glm4": made("Glm4ForCausalLM", "Glm4Config", head_dim=24, attention_bias=False),
+    "glm": made("GlmForCausalLM", "GlmConfig", head_dim=24),
+    "seed_oss": made("SeedOssForCausalLM", "SeedOssConfig", head_dim=24, mlp_bias=True),
+    "seed_oss, biases on the output alone": made(
+        "SeedOssForCausalLM", "SeedOssConfig", head_dim=24, attention_bias=False, attention_out_bias=True
+    ),
+    "helium": made("HeliumForCausalLM", "HeliumConfig", head_dim=16, attention_bias=True, num_key_value_heads=4),
+    "exaone4": made(
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        num_hidden_layers=3,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "exaone4, no window": made(
+        "Exaone4ForCausalLM", "Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2
+    ),
+    "ministral": made(
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        sliding_window=5,
+        head_dim=24,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "ministral3": made(
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        head_dim=24,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 4, "factor": 16.0},
+    ),
+    "ministral3, window": made(
+        "Ministral3ForCausalLM",
+        "Ministral3Config",
+        head_dim=24,
+        sliding_window=5,
+        rope_parameters=YARN | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
+    ),
+    "olmo3": made("Olmo3ForCausalLM", "Olmo3Config", num_hidden_layers=4, sliding_window=5),
+    "olmo3, the full layers stretched": made(
+        "Olmo3ForCausalLM",
+        "Olmo3Config",
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": YARN | {"attention_factor": 1.2},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "olmo2": made("Olmo2ForCausalLM", "Olmo2Config"),
     "olmo2, biases": made("Olmo2ForCausalLM", "Olmo2Config", attention_bias=True, num_key_value_heads=4),
     "gemma": made("GemmaForCausalLM", "GemmaConfig", head_dim=24, hidden_act="gelu"),

@@ -159,7 +159,7 @@ MUTATIONS = (
     Mutation("MiMo: transformers' sliding_window taken for the hub's", "models/mimo.py", 'c.json.get("sliding_window") if previous is None', '(c.json.get("sliding_window") or 0) + 1 if previous is None', families("logits and mimo")),
     Mutation("MiMo: moe_layer_freq ignored", "models/mimo.py", 'numbered="moe_layer_freq", ', '', HUB_WORDS),
     Mutation("MiMo: swa_num_key_value_heads ignored", "models/mimo.py", "hf_default(lambda c: 2 * c.num_key_value_heads)", 'spelled("-", hf_default=lambda c: 2 * c.num_key_value_heads)', HUB_WORDS),
-    Mutation("MiMo: swa_rope_theta ignored", "models/config_fields.py", "theta = values.json.get(theta_name) or 10_000.0", "theta = 10_000.0", HUB_WORDS),
+    Mutation("MiMo: swa_rope_theta ignored", "models/config_fields.py", "base = values.json.get(theta_name) or theta", "base = theta", HUB_WORDS),
     Mutation("MiMo: layernorm_epsilon ignored", "models/mimo.py", 'spelled("layernorm_epsilon", "rms_norm_eps"', 'spelled("rms_norm_eps"', HUB_WORDS),
     Mutation("MiMo: attention_value_scale ignored", "models/mimo.py", "attention_value_scale: float = hf_default(0.707)", 'attention_value_scale: float = spelled("-", hf_default=0.707)', HUB_WORDS),
     Mutation("MiMo: sinks in global layers accepted unread", "models/mimo.py", "    add_full_attention_sink_bias: Literal[False] = False\n", "", "tests/models/test_family.py -k contradict"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,26 @@ class SigmoidOutputGate(nn.Module):
         return x * gate.sigmoid()
 
 
+class UnscaledQueries:
+    """No further scale of the queries."""
+
+    def __call__(self, q: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
+        return q
+
+
+@dataclass(frozen=True)
+class PositionQueryScale:
+    """Queries grow with their position p: q (1 + beta ln(1 + floor(p / original))) (Llama 4, Ministral 3). Up to the
+    original length the factor is 1. Keys keep their size, so a cache needs no care."""
+
+    beta: float
+    original_max_position_embeddings: int
+
+    def __call__(self, q: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
+        periods = (scope.position_ids.clamp(min=0) // self.original_max_position_embeddings).float()
+        return q * (1 + self.beta * torch.log1p(periods)).to(q.dtype)[..., None, None]
+
+
 class GroupedQueryAttention(nn.Module):
     """H query heads share G key/value heads (G = H: multi-head attention; G = 1: multi-query attention).
 
@@ -79,7 +100,8 @@ class GroupedQueryAttention(nn.Module):
     rotation. attend: softmax(q k^T * scale) v; `ScaledDotProduct(head_dim**-0.5)` unless given.
 
     A model fills further slots itself: `qkv` and `out`, other projections (values of another width, a gate's rows, no
-    bias on one of them); `v_norm`, which acts on each value head; `output_gate`, on the heads' outputs."""
+    bias on one of them); `v_norm`, which acts on each value head; `query_scale`, on the rotated queries;
+    `output_gate`, on the heads' outputs."""
 
     def __init__(
         self,
@@ -105,6 +127,7 @@ class GroupedQueryAttention(nn.Module):
         self.head_dim, self.rotary, self.sliding_window = head_dim, rotary, sliding_window
         self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
         self.v_norm: nn.Module = nn.Identity()
+        self.query_scale: UnscaledQueries | PositionQueryScale = UnscaledQueries()
         self.attend = attend or ScaledDotProduct(head_dim**-0.5)
         self.output_gate: UngatedOutput | SigmoidOutputGate = UngatedOutput()
         q_rows, kv_rows = num_attention_heads * head_dim, num_key_value_heads * head_dim
@@ -119,6 +142,7 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(self.qkv(x), head_counts, strict=True))
         q, gate = self.output_gate.split(q)
         q, k, v = self.rotary(self.q_norm(q), scope), self.rotary(self.k_norm(k), scope), self.v_norm(v)
+        q = self.query_scale(q, scope)
         cached, attention_mask = extend_layer_cache(scope, self.sliding_window, k=k, v=v)
         if num_queries is not None:
             attention_mask = first_queries(attention_mask, q, k, num_queries)

@@ -43,11 +43,6 @@ from llm_quest.models.weight_names import (
 from llm_quest.models.windows import FULL, SLIDING, layer_pattern, layer_window, require_layer_types
 
 
-def default_layer_types(c: Any) -> tuple[str, ...]:
-    """Every fourth layer, or as sliding_window_pattern says, sees everything."""
-    return layer_pattern(c.num_hidden_layers, c.json.get("sliding_window_pattern") or 4)
-
-
 @config_dataclass
 class Config(llama.Config):
     """Llama's numbers, as Cohere2's config.json has them. rms_norm_eps: LayerNorm's; sliding_window: of the layers
@@ -61,7 +56,12 @@ class Config(llama.Config):
     mlp_bias: bool = constant_field(default=False)
     logit_scale: float = hf_default(0.0625, default=0.25)
     sliding_window: int | None = hf_default(4096, default=4096)
-    layer_types: tuple[str, ...] = per_layer(FULL, SLIDING, hf_default=default_layer_types, default=())
+    layer_types: tuple[str, ...] = per_layer(
+        FULL,
+        SLIDING,
+        hf_default=lambda c: layer_pattern(c.num_hidden_layers, c.json.get("sliding_window_pattern") or 4),
+        default=(),
+    )
 
     def __post_init__(self) -> None:
         require_layer_types(self)
@@ -98,8 +98,8 @@ def weight_map(config: Config) -> Names:
 
 def cohere2_config(**numbers: Any) -> Config:
     """The published sizes share vocabulary, head_dim, base, window and pattern."""
-    shared = {"vocab_size": 256_000, "max_position_embeddings": 132_096, "head_dim": 128, "tie_word_embeddings": True}
-    shared |= {"layer_types": layer_pattern(numbers["num_hidden_layers"], 4)} | numbers
+    shared: dict[str, Any] = {"vocab_size": 256_000, "max_position_embeddings": 132_096, "head_dim": 128}
+    shared |= {"tie_word_embeddings": True, "layer_types": layer_pattern(numbers["num_hidden_layers"], 4)} | numbers
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"], 50_000.0, interleaved=True))
 
 

@@ -151,14 +151,18 @@ def rope_field(
     extra: Callable[[Any], dict[str, Any]] = lambda config: {},
     rope_scaling: bool = True,
     old_names: Mapping[str, str] = {},
+    absent: Callable[[Values], Mapping[str, Any]] = lambda values: {},
 ) -> Any:
     """Rotary positions of a head of `dim` numbers. theta: the base where config.json says none. partial: the rotated
     part of a head where it says none. interleaved: the pairs are neighbours unless rope_interleave is false. extra:
     what else is written into rope_parameters. rope_scaling: the old spelling is written too. old_names: what the
-    family calls rope_theta and partial_rotary_factor where they stand outside rope_parameters."""
+    family calls rope_theta and partial_rotary_factor where they stand outside rope_parameters. absent: rope_parameters
+    of a file that has none."""
 
     def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
         json = {**values.json, **{name: values.json.get(old) for name, old in old_names.items()}}
+        if not (json.get("rope_parameters") or json.get("rope_scaling")):
+            json["rope_parameters"] = absent(values)
         width = rotary_dim(json, getattr(values, dim), partial)
         base = theta(values) if callable(theta) else theta
         rope = read_rotary(rope_of_kind(json, "full_attention"), width, base, values.max_position_embeddings)
@@ -180,16 +184,23 @@ def rope_field(
     return dataclasses.field(metadata={"read": read, "write": write})
 
 
-def local_rope_field(theta_name: str, *, partial: bool = False, when: Callable[[Any], bool] = lambda c: True) -> Any:
-    """Rotary positions of windowed layers: rope_parameters of sliding_attention, else the base `theta_name`. Where
-    `when` is false they are those of the other layers."""
+def local_rope_field(
+    theta_name: str = "",
+    *,
+    theta: float = 10_000.0,
+    partial: bool = False,
+    when: Callable[[Any], bool] = lambda c: True,
+    default: RotaryEmbedding = MISSING,  # type: ignore[assignment]
+) -> Any:
+    """Rotary positions of windowed layers: rope_parameters of sliding_attention, else the base `theta_name`, else
+    theta. Where `when` is false they are those of the other layers."""
 
     def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
         if not when(values):
             return values.rotary  # type: ignore[no-any-return]
         local = (values.json.get("rope_parameters") or {}).get("sliding_attention") or {}
-        theta = values.json.get(theta_name) or 10_000.0
-        return read_rotary({"rope_parameters": local, "rope_theta": theta}, values.rotary.dim)
+        base = values.json.get(theta_name) or theta
+        return read_rotary({"rope_parameters": local, "rope_theta": base}, values.rotary.dim)
 
     def write(value: RotaryEmbedding, config: Any) -> dict[str, Any]:
         if not when(config):
@@ -197,9 +208,10 @@ def local_rope_field(theta_name: str, *, partial: bool = False, when: Callable[[
         more = {"partial_rotary_factor": rotary_fraction(config)} if partial else {}
         kinds = {"full_attention": config.rotary, "sliding_attention": value}
         by_kind = {kind: publish_rotary(rotary)["rope_parameters"] | more for kind, rotary in kinds.items()}
-        return {"rope_parameters": by_kind, theta_name: publish_rotary(value)["rope_theta"]}
+        named = {theta_name: publish_rotary(value)["rope_theta"]} if theta_name else {}
+        return {"rope_parameters": by_kind} | named
 
-    return dataclasses.field(metadata={"read": read, "write": write})
+    return dataclasses.field(default=default, metadata={"read": read, "write": write})
 
 
 Class = TypeVar("Class")

@@ -84,7 +84,7 @@ POST_NORMS = {
 
 def glm4_config(**numbers: Any) -> Config:
     """The published sizes share vocabulary, head_dim and base."""
-    shared = {"vocab_size": 151_552, "max_position_embeddings": 32_768, "head_dim": 128}
+    shared: dict[str, Any] = {"vocab_size": 151_552, "max_position_embeddings": 32_768, "head_dim": 128}
     shared |= {"tie_word_embeddings": False} | numbers
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"] // 2, 10_000.0, interleaved=True))
 

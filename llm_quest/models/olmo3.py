@@ -27,8 +27,7 @@ THETA = 500_000.0
 
 @config_dataclass
 class Config(olmo2.Config):
-    """OLMo 2's numbers; rotary: of the full layers, swa_rotary: of the windowed ones, which see sliding_window tokens.
-    """
+    """OLMo 2's numbers. rotary: of the full layers; swa_rotary: of the windowed ones, with sliding_window tokens."""
 
     rotary: RotaryEmbedding = rope_field(theta=THETA)
     sliding_window: int | None = hf_default(4096, default=4096)

@@ -54,8 +54,15 @@ EXAMPLES: dict[str, Any] = {
 STRETCHED = "defined on the frequencies it was first trained with"
 NORMED = "its queries are normalised after projection"
 REFUSED: dict[tuple[str, str], str] = {
-    **{("qk_clip", page): NORMED for page in TINY if page.startswith(("qwen3", "gemma3", "olmo2", "stablelm2"))},
-    **{("length", page): STRETCHED for page in ("llama3.2-tiny", "gemma3-tiny", "deepseek-v3-tiny", "phi3-tiny")},
+    **{
+        ("qk_clip", page): NORMED
+        for page in TINY
+        if page.startswith(("qwen3", "gemma3", "olmo", "stablelm2", "exaone4"))
+    },
+    **{
+        ("length", page): STRETCHED
+        for page in ("llama3.2-tiny", "gemma3-tiny", "deepseek-v3-tiny", "phi3-tiny", "olmo3-tiny", "ministral-tiny")
+    },
     ("length", "gpt2-tiny"): "positions are learned vectors, one for each",
     **{("multi_token", page): "has multi-token modules already" for page in ("deepseek-v3-tiny", "mimo-tiny")},
     ("softcap", "gemma2-tiny"): "capped at .* already",
