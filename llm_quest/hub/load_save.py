@@ -160,7 +160,7 @@ def save(
     names, techniques = family.weight_map(model.config), model.spec.techniques
     technique_names = technique_parameters(model, names) if techniques else set()
     table = weight_views(model, export_weight_map(model, names))
-    stored = {name: place.stored(parameters[place.parameter]) for name, place in table.items()}
+    stored = {name: place.as_stored(parameters[place.parameter]) for name, place in table.items()}
     extra, tensors = (
         {n: t for n, t in stored.items() if n in technique_names},
         {n: t for n, t in stored.items() if n not in technique_names},

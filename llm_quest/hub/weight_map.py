@@ -55,7 +55,7 @@ class WeightView:
         rows = self.view(parameter).shape
         return (math.prod(rows[: self.row_dims]), *rows[self.row_dims :]) if self.row_dims > 1 else tuple(rows)
 
-    def stored(self, parameter: Tensor) -> Tensor:
+    def as_stored(self, parameter: Tensor) -> Tensor:
         """The stored tensor: a view, or a copy where no view has its shape."""
         return self.view(parameter).reshape(self.shape(parameter))
 

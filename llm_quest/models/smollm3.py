@@ -28,10 +28,10 @@ def read_no_rope_layers(c: Any) -> tuple[int, ...]:
     """1 for a layer with rotation, 0 for one without; every `no_rope_layer_interval`-th has none unless listed."""
     interval = c.json.get("no_rope_layer_interval") or 4
     listed = c.json.get("no_rope_layers")
-    return tuple(rotated_layers(c.num_hidden_layers, interval) if listed is None else listed)
+    return tuple(rotary_layers(c.num_hidden_layers, interval) if listed is None else listed)
 
 
-def rotated_layers(num_hidden_layers: int, interval: int = 4) -> tuple[int, ...]:
+def rotary_layers(num_hidden_layers: int, interval: int = 4) -> tuple[int, ...]:
     """1 for every layer but each `interval`-th."""
     return tuple(int((layer + 1) % interval != 0) for layer in range(num_hidden_layers))
 
@@ -84,7 +84,7 @@ def assemble(config: Config) -> Decoder:
 
 SMOLLM3 = Config(
     128_256, 2048, 36, 16, 4, 128, 11_008, 65_536, RotaryEmbedding(128, 5_000_000.0), True,
-    no_rope_layers=rotated_layers(36), layer_types=(FULL,) * 36,
+    no_rope_layers=rotary_layers(36), layer_types=(FULL,) * 36,
 )  # fmt: skip
 TINY = Config(
     97, 48, 3, 4, 2, 12, 64, 128, RotaryEmbedding(12, 10_000.0), True, no_rope_layers=(1, 0, 1),
