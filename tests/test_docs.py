@@ -17,7 +17,7 @@ import typer
 
 from llm_quest.cli.main import app
 from llm_quest.cli.train import start_training
-from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
 from llm_quest.recipes.config import recipe_names

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "llm_quest"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
 """A message or a command line that runs one of these names its options, not ours."""
-PRINTED_FOR = {"cli/errors.py": tuple(RECIPES), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
+PRINTED_FOR = {"cli/output.py": tuple(RECIPES), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
 OPTIONS_OF_FILES = {"cost": "plan"}
 """Packages outside cli/ whose messages one command prints; the others' are printed by `quest train`."""

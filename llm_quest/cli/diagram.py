@@ -16,8 +16,8 @@ from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Residual, Sublayer
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.multi_token_prediction import MTPModule
-from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
+from llm_quest.layers.vision import ImageEmbedding
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel

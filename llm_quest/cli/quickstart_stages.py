@@ -87,7 +87,7 @@ class QuickstartContext:
     def conversations(self) -> ConversationData:
         """The conversations of the SFT stage: for training and held out."""
         config = self.config("sft", model_override(self.root))
-        return prepare_conversations(config.data, ChatTemplate(load_tokenizer(self.root)), config.sequence_length)
+        return prepare_conversations(config.data, load_tokenizer(self.root), config.sequence_length)
 
 
 def require_finished(outcome: RunOutcome, log: LogFn) -> None:
@@ -116,9 +116,7 @@ def run_dpo_stage(context: QuickstartContext, start: Path) -> StageResult:
     began = time.monotonic()
     folder = context.train("dpo", model_override(start))
     config = context.config("dpo", model_override(start))
-    held = prepare_preferences(
-        config.data, ChatTemplate(load_tokenizer(start)), config.sequence_length, config.seed
-    ).held_out
+    held = prepare_preferences(config.data, load_tokenizer(start), config.sequence_length, config.seed).held_out
     evaluator = PairsEvaluator(held, 0, sequence_log_probs)
     shares = (evaluator.evaluate(context.model(one), 0)["accuracy"] for one in (start, folder))
     before, after = (wilson_confidence_interval(round(share * len(held)), len(held)) for share in shares)

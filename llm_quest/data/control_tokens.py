@@ -39,9 +39,9 @@ class ControlTokenEncoder:
         """The ids of a text. Nothing is added around it."""
         if ESCAPE_MARK not in text:
             return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
-        bounded = self.pattern.sub(lambda match: bounded_name(match.group()), text).replace(ESCAPE_MARK, "")
-        ids = self.bounded_backend.encode(bounded, add_special_tokens=False).ids
-        return [self.bounded_ids.get(token, token) for token in ids]
+        bounded = self.pattern.sub(lambda match: boundary_name(match.group()), text).replace(ESCAPE_MARK, "")
+        ids = self.boundary_backend.encode(bounded, add_special_tokens=False).ids
+        return [self.boundary_ids.get(token, token) for token in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens included."""
@@ -56,7 +56,7 @@ class ControlTokenEncoder:
         return next((control for control in self.control_tokens if text.endswith(control)), "")
 
     @cached_property
-    def bounded_backend(self) -> tokenizers.Tokenizer:
+    def boundary_backend(self) -> tokenizers.Tokenizer:
         """A copy in which control tokens are text, unless they stand between two boundary marks."""
         backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
         backend.encode_special_tokens = True
@@ -64,7 +64,7 @@ class ControlTokenEncoder:
         backend.add_tokens(
             [
                 tokenizers.AddedToken(
-                    bounded_name(token.content), single_word=token.single_word, lstrip=token.lstrip,
+                    boundary_name(token.content), single_word=token.single_word, lstrip=token.lstrip,
                     rstrip=token.rstrip, normalized=False, special=False,
                 )
                 for token in added
@@ -73,11 +73,11 @@ class ControlTokenEncoder:
         return backend
 
     @cached_property
-    def bounded_ids(self) -> dict[int, int]:
+    def boundary_ids(self) -> dict[int, int]:
         """The copy's ids of bounded control tokens, and the tokenizer's own."""
-        names = {name: self.bounded_backend.token_to_id(bounded_name(name)) for name in self.control_tokens}
+        names = {name: self.boundary_backend.token_to_id(boundary_name(name)) for name in self.control_tokens}
         return {number: self.tokenizer.token_to_id(name) for name, number in names.items() if number is not None}
 
 
-def bounded_name(control_token: str) -> str:
+def boundary_name(control_token: str) -> str:
     return BOUNDARY_MARK + control_token + BOUNDARY_MARK

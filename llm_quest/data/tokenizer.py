@@ -1,4 +1,4 @@
-"""Tokenizer: text to ids and back, over the `tokenizers` package; byte-level BPE is trained here.
+"""Tokenizer: text to ids and back, over the `tokenizers` package; byte-level BPE is trained in `vocabulary.py`.
 
 Byte-level BPE (Radford et al. 2019, section 2.2): text is cut into words by a pattern, each word into its UTF-8 bytes,
 and the most frequent neighbouring pair is merged, again and again. All 256 bytes are in the vocabulary, so every text
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llm_quest.data.decode_stream import DecodeStream, decode_continuation
 from llm_quest.data.encode_pieces import encode_continuation, encode_pieces
@@ -126,7 +126,7 @@ class Tokenizer:
         transformers does (Llama's `<s>`); documents go without."""
         return (
             self._backend_for(allow_special_tokens)
-            .encode(_require_valid_unicode(text), add_special_tokens=add_special_tokens)
+            .encode(require_valid_unicode(text), add_special_tokens=add_special_tokens)
             .ids
         )
 
@@ -134,7 +134,7 @@ class Tokenizer:
         self, texts: Sequence[str], *, allow_special_tokens: bool = False, add_special_tokens: bool = True
     ) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        checked = [_require_valid_unicode(text) for text in texts]
+        checked = [require_valid_unicode(text) for text in texts]
         return [
             one.ids
             for one in self._backend_for(allow_special_tokens).encode_batch_fast(
@@ -252,56 +252,8 @@ class Tokenizer:
         return literal
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Train a byte-level BPE on texts. The first special token ends (and begins) a document; they get the ids 0, 1,
-    ...
-
-    A pair is merged only if it occurred twice: little text gives fewer tokens than requested, as
-    `tokenizer.vocab_size` says. UsageError below 256 + special tokens; DataError without text. The same texts give
-    the same tokenizer."""
-    smallest = 256 + len(special_tokens)
-    if not special_tokens or len(set(special_tokens)) < len(special_tokens) or not all(special_tokens):
-        raise UsageError(f"special tokens must be distinct, not empty, and at least one; got {list(special_tokens)}")
-    if vocab_size < smallest:
-        raise UsageError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens need {smallest}"
-        )
-    engine = tokenizers.Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZER_PATTERN), "isolated")
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    engine.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(special_tokens),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    seen = _CharacterCounter(texts)
-    engine.train_from_iterator(seen, trainer=trainer)
-    if not seen.characters:
-        raise DataError("a tokenizer cannot be trained without text: every document is empty")
-    pad = "<|pad|>" if "<|pad|>" in special_tokens else None
-    return Tokenizer(engine, eos_tokens=special_tokens[:1], bos_token=special_tokens[0], pad_token=pad)
-
-
-class _CharacterCounter:
-    """Passes texts on and counts their characters."""
-
-    def __init__(self, texts: Iterable[str]):
-        self.texts = texts
-        self.characters = 0
-
-    def __iter__(self) -> Iterable[str]:  # type: ignore[override]
-        for text in self.texts:
-            self.characters += len(text)
-            yield _require_valid_unicode(text)
-
-
-def _require_valid_unicode(text: str) -> str:
-    """The text itself; UsageError for half a surrogate pair (from a broken JSON escape), which no tokenizer can
+def require_valid_unicode(text: str) -> str:
+    """The text itself; DataError for half a surrogate pair (from a broken JSON escape), which no tokenizer can
     read."""
     try:
         text.encode("utf-8")

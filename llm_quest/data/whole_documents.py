@@ -1,5 +1,5 @@
-"""Whole documents, each in a row of its own, padded on the right, where no token of a causal pass sees the padding.
-Every document once an epoch, in another order each epoch."""
+"""Whole documents, each in a row of its own, padded on the right, where no token of a causal pass sees the padding:
+texts, every one once an epoch and in another order each epoch, or a task's problems with the teacher's answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch, pad
-from llm_quest.data.loader import epoch_indices, shuffled_batches
+from llm_quest.data.loader import epoch_indices, shuffled_batches, split_rows
+from llm_quest.data.problems import Task, TaskSplit, teacher_demonstration
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
 
 TokenIds = Sequence[int]
@@ -70,3 +72,38 @@ def hash_documents(documents: Sequence[TokenIds]) -> str:
     for ids in documents:
         digest.update(np.asarray([len(ids), *ids], "<i8").tobytes())
     return digest.hexdigest()
+
+
+class Demonstrations:
+    """A `RowSource` of problems of the training split with their answers; only the answer and its end are learned. Row
+    i is problem i: there is no data set and no epoch.
+
+    num_examples: the first so many, again and again; None: every row is a new problem."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, *, num_examples: int | None = None):
+        self.task, self.tokenizer, self.num_examples = task, tokenizer, num_examples
+        self.problems = TaskSplit(task)
+
+    def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[TokenBatch]:
+        return [
+            collate_demonstrations([self.encode_example(number, seed) for number in part])
+            for part in split_rows(rows, micro_batch_size)
+        ]
+
+    def encode_example(self, index: int, seed: int) -> tuple[list[int], list[int]]:
+        """Prompt and answer as ids: a token never spans both."""
+        index = index % self.num_examples if self.num_examples else index
+        problem = self.problems(seed, index)
+        answer = teacher_demonstration(self.task, problem, index, seed)
+        tokenizer = self.tokenizer
+        prompt, completion = tokenizer.encode_pieces(problem.prompt, answer)
+        return [tokenizer.start_token_id, *prompt], [*completion, tokenizer.eos_token_id]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"loader": "demonstrations", "data": repr(self.task), "num_examples": self.num_examples}
+
+
+def collate_demonstrations(rows: Sequence[tuple[list[int], list[int]]]) -> TokenBatch:
+    """Prompts with their answers, of which only the answers are learned."""
+    answers = [range(len(prompt), len(prompt) + len(answer)) for prompt, answer in rows]
+    return collate_documents([[*prompt, *answer] for prompt, answer in rows], answers)

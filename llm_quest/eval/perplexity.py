@@ -112,7 +112,7 @@ def evaluate_perplexity(
     source: str = "held-out text",
     baselines: Mapping[str, float] | None = None,
 ) -> PerplexityReport:
-    """Evaluate a model on held-out rows (`data.held_out.eval_batches`), in eval mode; its own mode is restored
+    """Evaluate a model on held-out rows (`data.packing.eval_batches`), in eval mode; its own mode is restored
     afterwards."""
     device, training = next(model.parameters()).device, model.training
     nats = torch.zeros(held_out.tokens.num_documents, dtype=torch.float64)

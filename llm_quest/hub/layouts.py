@@ -89,8 +89,8 @@ def canonical_sources(
 def renamer(family: Family, known: Collection[str], stored: Iterable[str]) -> Callable[[str], str]:
     """Stored name -> the family's. Without any prefix (AutoModel) every name but a head's gets it, also one that is not
     known, so that a message speaks of one layout."""
-    root = family.root_prefix(known)
-    is_bare = bool(root) and not any(name.startswith(root) for name in stored)
+    root, names = family.root_prefix(known), list(stored)
+    is_bare = bool(root) and not any(n.startswith(root) for n in names) and any(root + n in known for n in names)
 
     def rename(name: str) -> str:
         if name in known:

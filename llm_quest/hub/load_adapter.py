@@ -1,9 +1,22 @@
-"""Loads an adapter in PEFT's format onto a model of ours."""
+"""Loads an adapter in PEFT's format onto a model of ours.
+
+What one rank and one scale cannot express is brought exactly into a form that they can:
+
+- rank_pattern, alpha_pattern: A and B are padded with zeros to the largest rank, and B is multiplied by the ratio of
+  the scales. Padding learns nothing, for either gradient is a product with the other's zeros.
+- PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775): the base that they were trained on is W - s B0 A0, where A0 and
+  B0 are computed from W (its largest singular directions; the first columns of its QR decomposition). So the adapter is
+  the plain LoRA A' = [A; A0], B' = [B, -B0] of twice the rank.
+- Of the embedding and the output matrix, whose losses read them directly: the adapter is merged into the matrix, which
+  then belongs to the whole parameters that `modules_to_save` names.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.config import read_json
-from llm_quest.hub.load_tiny_lora import TINY_LORA_TYPE, load_tiny_lora
+from llm_quest.hub.adapter_config import CONFIG, TINY_LORA_TYPE, module_rank, module_scale, read_adapter_config
+from llm_quest.hub.layouts import renamer
+from llm_quest.hub.load_tiny_lora import load_tiny_lora
 from llm_quest.hub.save_adapter import (
-    CONFIG,
     ROOT,
     WEIGHTS,
     LoRAPair,
@@ -24,98 +37,119 @@ from llm_quest.hub.save_adapter import (
     read_adapter_tensors,
 )
 from llm_quest.hub.weight_map import compact_names
+from llm_quest.hub.whole_parameters import LM_HEAD, WholeParameters
 from llm_quest.layers.low_rank import DoRAUpdate
+from llm_quest.models.build import family_of
 from llm_quest.techniques.adapter_targets import shortest_targets
 from llm_quest.techniques.lora import DoRA, LoRA, RsLoRA
 
-TENSOR_SUFFIXES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
+TENSOR_SUFFIXES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+}
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
-def load_adapter(model: Any, folder: str | Path) -> Any:
+@dataclass
+class AdapterTensors:
+    """What an adapter's file holds, under published names. pairs: module -> its low-rank matrices. rows: module -> new
+    rows of chosen tokens. whole: parameters that replace the base's."""
+
+    pairs: dict[str, LoRAPair] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+def load_adapter(model: Any, folder: str | Path, *, adapter_name: str | None = None) -> Any:
     """The model, adapted as PEFT saved it: LoRA, rsLoRA, DoRA or TinyLoRA, ready to be trained on, merged or saved.
+    adapter_name: which one, in a folder that holds several by name.
 
     Raises DataError for what is damaged, of another base or of a kind that is not computed here; UsageError where the
     model has an adapter already."""
-    folder = Path(folder)
+    folder = Path(folder) / (adapter_name or "")
     config = read_adapter_config(folder / CONFIG)
     if config["peft_type"] == TINY_LORA_TYPE:
         return load_tiny_lora(model, folder, config)
-    pairs = read_pairs(folder / WEIGHTS)
-    matrices = base_matrices(model.config)
+    held = read_tensors(folder, config, family_of(model.config), model.config)
+    tie = bool(config.get("ensure_weight_tying")) and f"{LM_HEAD}.weight" in held.whole
+    whole = WholeParameters(model, folder, tie=tie)
+    whole.replace(held.whole)
+    whole.replace_rows(held.rows, config.get("trainable_token_indices"))
     by_module: dict[str, dict[str, PublishedMatrix]] = {}
-    for address, place in matrices.items():
+    for address, place in base_matrices(model.config).items():
         by_module.setdefault(place.module, {})[address] = place
+    merged = {module: pair for module, pair in held.pairs.items() if whole.is_embedding_or_head(module)}
+    for module, pair in merged.items():
+        if tie and module == LM_HEAD and whole.embedding in merged:
+            continue  # the embedding's again
+        whole.add(module, pair, module_scale(config, module, pair.A.shape[0]), is_dora=bool(config.get("use_dora")))
+    pairs = {module: pair for module, pair in held.pairs.items() if module not in merged}
     if unmatched := [module for module in pairs if module not in by_module]:
         raise DataError(
             f"{folder} is an adapter of another base: this model has no {compact_names(unmatched)} to adapt"
         )
-    parts: dict[str, LoRAPair] = {}
-    for module, pair in pairs.items():
-        check_base(folder, module, pair, next(iter(by_module[module].values())))
-        parts |= split_pair(pair, by_module[module], int(config["r"]), module)
-    ranks = {pair.A.shape[0] for pair in parts.values()}
-    if ranks != {config["r"]}:
-        raise DataError(
-            f"{folder}: ranks {sorted(ranks)} beside r {config['r']}: one rank is computed; merge it in PEFT"
-        )
-    technique_from_peft(config, shortest_targets(model, set(parts)))(model)
-    copy_adapter_weights(model, parts)
+    if not pairs:
+        raise DataError(f"{folder} adapts no matrix within the layers: merge it in PEFT and load the result")
+    apply_pairs(model, folder, config, pairs, by_module, whole)
     return model
 
 
-def read_adapter_config(file: Path) -> dict[str, Any]:
-    """adapter_config.json, if it asks for nothing that is not computed here."""
-    if not file.exists():
-        raise DataError(f"{file.parent} holds no adapter: it has no {file.name}")
-    config = read_json(file)
-    kind = config.get("peft_type")
-    if kind not in ("LORA", TINY_LORA_TYPE):
-        raise DataError(
-            f"{file}: peft_type is {kind!r}; LORA (with use_rslora or use_dora) and {TINY_LORA_TYPE} are read here, "
-            "merge others"
-        )
-    if type(config.get("r")) is not int or config["r"] < 1:
-        raise DataError(f"{file}: r is {config.get('r')!r}; a positive whole number was expected")
-    unsupported = [
-        name for name, plain in NEUTRAL_SETTINGS.items() if config.get(name, plain) not in (plain, None, False)
-    ]
-    if unsupported:
-        raise DataError(
-            f"{file}: {', '.join(unsupported)} is not computed here: merge the adapter in PEFT and load the result"
-        )
-    return config
+def apply_pairs(
+    model: Any,
+    folder: Path,
+    config: Mapping[str, Any],
+    pairs: Mapping[str, LoRAPair],
+    by_module: Mapping[str, Mapping[str, PublishedMatrix]],
+    whole: WholeParameters,
+) -> None:
+    """One technique for all matrices, and their numbers in it."""
+    scales, parts = {}, {}
+    for module, pair in pairs.items():
+        check_base(folder, module, pair, next(iter(by_module[module].values())))
+        check_rank(folder, config, module, pair)
+        scale = module_scale(config, module, pair.A.shape[0])
+        full = residual_pair(config.get("init_lora_weights"), pair, scale, lambda m=module: whole.matrix(m))
+        for address, part in split_pair(full, by_module[module], int(config["r"])).items():
+            parts[address], scales[address] = part, scale
+    rank = max(pair.A.shape[0] for pair in parts.values())
+    (scale, _), *_ = Counter(scales.values()).most_common(1)
+    technique = technique_from_peft(config, rank, scale, shortest_targets(model, set(parts)))
+    replace(technique, modules_to_save=whole.changed())(model)
+    copy_adapter_weights(model, {one: unify(part, rank, scales[one] / scale) for one, part in parts.items()})
 
 
-NEUTRAL_SETTINGS: dict[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-}
-"""Settings of PEFT that change the function, and the values under which they do not."""
-
-
-def read_pairs(file: Path) -> dict[str, LoRAPair]:
-    """Published module -> its tensors."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_adapter_tensors(
-        file, lambda name: name.startswith(ROOT) and split_tensor_name(name)[1] in TENSOR_SUFFIXES
-    ).items():
-        module, ending = split_tensor_name(name)
-        found.setdefault(module, {})[TENSOR_SUFFIXES[ending]] = tensor
-    incomplete = [module for module, pair in found.items() if not {"A", "B"} <= set(pair)]
+def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_config: Any) -> AdapterTensors:
+    """The tensors of an adapter's file by what they are, under the names that the family's weight map has."""
+    known = {place.module for place in base_matrices(model_config).values()}
+    stored = read_adapter_tensors(folder / WEIGHTS, lambda name: name.startswith(ROOT))
+    bare = {name: name.removeprefix(ROOT).replace(".modules_to_save.", ".") for name in stored}
+    rename = renamer(family, known, [name.partition(".lora_")[0] for name in bare.values()])
+    low_rank: dict[str, dict[str, Tensor]] = {}
+    held = AdapterTensors()
+    for name, tensor in stored.items():
+        module, ending = split_tensor_name(bare[name])
+        if ending in TENSOR_SUFFIXES:
+            low_rank.setdefault(rename(module), {})[TENSOR_SUFFIXES[ending]] = tensor
+        elif bare[name].endswith(TOKEN_ROWS):
+            held.rows[rename(bare[name].removesuffix(TOKEN_ROWS))] = tensor
+        elif ".lora_" in bare[name] or not bare[name].endswith((".weight", ".bias")):
+            raise DataError(f"{folder / WEIGHTS}: not read here: {name}; merge the adapter in PEFT and load the result")
+        else:
+            module, _, kind = bare[name].replace(".base_layer.", ".").rpartition(".")
+            held.whole[f"{rename(module)}.{kind}"] = tensor
+    incomplete = [module for module, pair in low_rank.items() if not {"A", "B"} <= set(pair)]
     if incomplete:
-        raise DataError(f"{file}: lora_A or lora_B is missing of {compact_names(incomplete)}")
-    return {module: LoRAPair(**pair) for module, pair in found.items()}
+        raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is missing of {compact_names(incomplete)}")
+    held.pairs = {module: LoRAPair(**pair) for module, pair in low_rank.items()}
+    return held
 
 
 def split_tensor_name(name: str) -> tuple[str, str]:
-    """'base_model.model.h.0.attn.c_attn', 'lora_A.weight'."""
-    name = name.removeprefix(ROOT).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
-    module, _, ending = name.partition(".lora_")
+    """'h.0.attn.c_attn', 'lora_A.weight'."""
+    module, _, ending = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector").partition(".lora_")
     return module, f"lora_{ending}"
 
 
@@ -128,17 +162,41 @@ def check_base(folder: Path, module: str, pair: LoRAPair, matrix: PublishedMatri
         )
 
 
-def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: int, module: str) -> dict[str, LoRAPair]:
-    """A published matrix's adapter as those of our parts: either as `peft.join_parts` laid them, or with the same A for
-    each."""
-    if len(matrices) == 1 or pair.A.shape[0] == rank:
-        return {address: slice_pair(pair, pair.A, pair.B, place) for address, place in matrices.items()}
+def check_rank(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair) -> None:
+    """The scale follows from the rank, so the file must have the one that the config gives."""
+    said, found = module_rank(config, module), pair.A.shape[0]
+    if said != found:
+        raise DataError(f"{folder}: {module} has rank {found}, r and rank_pattern make it {said}: the files do not fit")
+
+
+def residual_pair(start: Any, pair: LoRAPair, scale: float, weight: Any) -> LoRAPair:
+    """The pair on the base as it is published. start: init_lora_weights. weight(): the matrix (out,in)."""
+    if str(start).lower() not in ("pissa", "olora"):
+        return pair
+    W, rank = weight().to(torch.promote_types(weight().dtype, torch.float32)), pair.A.shape[0]
+    if str(start).lower() == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        root = (S[:rank] / scale).sqrt()
+        A0, B0 = root[:, None] * Vh[:rank], U[:, :rank] * root
+    else:
+        Q, R = torch.linalg.qr(W)
+        A0, B0 = R[:rank], Q[:, :rank]
+    A, B = torch.cat([pair.A.to(W), A0]), torch.cat([pair.B.to(W), -B0], dim=1)
+    return LoRAPair(A, B, pair.magnitude)
+
+
+def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: int) -> dict[str, LoRAPair]:
+    """A published matrix's adapter as those of our parts: as `save_adapter.join_parts` laid them, with one piece of A
+    for each; otherwise all have the same A."""
+    alike = {address: slice_pair(pair, pair.A, pair.B, place) for address, place in matrices.items()}
+    if len(matrices) == 1 or pair.A.shape[0] == rank or pair.A.shape[0] % rank:
+        return alike
     found: dict[str, LoRAPair] = {}
     for A, B in zip(pair.A.split(rank), pair.B.split(rank, dim=1), strict=True):
         free = [address for address in matrices if address not in found]
         touched = [address for address in matrices if B[matrices[address].rows].any()] or free[:1]
         if len(touched) != 1 or touched[0] not in free:
-            raise DataError(f"{module}: rank {pair.A.shape[0]} beside r {rank} is not read here: merge it in PEFT")
+            return alike
         found[touched[0]] = slice_pair(pair, A, B, matrices[touched[0]])
     return found
 
@@ -147,12 +205,22 @@ def slice_pair(pair: LoRAPair, A: Tensor, B: Tensor, matrix: PublishedMatrix) ->
     return LoRAPair(A, B[matrix.rows], None if pair.magnitude is None else pair.magnitude[matrix.rows])
 
 
-def technique_from_peft(config: Mapping[str, Any], targets: Sequence[str]) -> LoRA | RsLoRA | DoRA:
-    rank, alpha, dropout = config["r"], float(config.get("lora_alpha", 8)), float(config.get("lora_dropout") or 0.0)
-    use_rslora = bool(config.get("use_rslora"))
-    if config.get("use_dora"):
-        return DoRA(rank, alpha * (math.sqrt(rank) if use_rslora else 1.0), dropout, tuple(targets))
-    return (RsLoRA if use_rslora else LoRA)(rank, alpha, dropout, tuple(targets))
+def unify(pair: LoRAPair, rank: int, gain: float) -> LoRAPair:
+    """The same edit with this rank and another scale."""
+    A, B = pair.A, pair.B if gain == 1 else pair.B * gain
+    if missing := rank - A.shape[0]:
+        A, B = torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], missing)], 1)
+    return LoRAPair(A, B, pair.magnitude)
+
+
+def technique_from_peft(
+    config: Mapping[str, Any], rank: int, scale: float, targets: Sequence[str]
+) -> LoRA | RsLoRA | DoRA:
+    """The technique whose scale at this rank is `scale`."""
+    dropout, use_dora = float(config.get("lora_dropout") or 0.0), bool(config.get("use_dora"))
+    kind = DoRA if use_dora else RsLoRA if config.get("use_rslora") else LoRA
+    alpha = scale * (math.sqrt(rank) if kind is RsLoRA else rank)
+    return kind(rank, alpha, dropout, tuple(targets))
 
 
 @torch.no_grad()
@@ -165,17 +233,3 @@ def copy_adapter_weights(model: nn.Module, parts: Mapping[str, LoRAPair]) -> Non
             if one.magnitude is None:
                 raise UsageError("use_dora is set, but the adapter has no magnitudes; save it again")
             edit.magnitude.copy_(one.magnitude)
-
-
-def adapter_base(name_or_path: str | Path) -> str | None:
-    """The base that an adapter's folder names; None for anything that is not an adapter's folder alone."""
-    folder = Path(name_or_path).expanduser()
-    if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
-        return None
-    base = read_adapter_config(folder / CONFIG).get("base_model_name_or_path")
-    if not base:
-        raise UsageError(
-            f"{folder} is an adapter that does not say of which model: quest.load the base, then "
-            "quest.load_adapter(model, folder)"
-        )
-    return str(base)

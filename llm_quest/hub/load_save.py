@@ -19,8 +19,9 @@ from torch import Tensor
 
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import atomic_dir, atomic_write_json, write_json, write_text
+from llm_quest.hub.adapter_config import adapter_base
 from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
-from llm_quest.hub.load_adapter import adapter_base, load_adapter
+from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import ModelLocation, locate_model, offline_error
 from llm_quest.hub.mmap import memory_map_parameters
 from llm_quest.hub.model_card import Readme

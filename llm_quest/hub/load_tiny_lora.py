@@ -24,7 +24,7 @@ from llm_quest.hub.weight_map import compact_names
 from llm_quest.techniques.adapter_targets import TargetMatrix, select_targets, shortest_targets
 from llm_quest.techniques.lora import TinyLoRA
 
-TINY_LORA_TYPE, VECTOR = "TINYLORA", "base_model.tinylora_v."
+VECTOR = "base_model.tinylora_v."
 PART = re.compile(r"base_model\.model\.(.+)\.tinylora_([ABP])")
 PROJECTION_TOLERANCE = 0.02
 """Projections of unit size that agree so far are the same ones, rounded."""

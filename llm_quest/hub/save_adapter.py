@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_dir, write_json
+from llm_quest.hub.adapter_config import CONFIG
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, read_header, read_into
-from llm_quest.hub.weight_map import compact_names
+from llm_quest.hub.weight_map import compact_names, export_weight_map, weight_views
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.low_rank import (
     AdaptedLinear,
@@ -35,10 +36,23 @@ from llm_quest.models import FAMILIES
 from llm_quest.models.build import build_meta_model, family_of
 from llm_quest.models.weight_names import ConcatRows, Transposed, WovenRows
 from llm_quest.techniques.adapter_targets import TargetMatrix, target_matrices
-from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA, is_adapter, require_adapters
+from llm_quest.techniques.lora import (
+    DoRA,
+    LoRA,
+    LoRAXS,
+    RsLoRA,
+    TinyLoRA,
+    is_adapter,
+    require_adapters,
+    whole_modules,
+    whole_parameters,
+)
+from llm_quest.techniques.score_head import find_score_head
 from llm_quest.tensor_files import write_tensors
 
-CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, ROOT = "adapter_model.safetensors", "base_model.model."
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+"""How token embeddings are called in published files."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +144,14 @@ def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, ove
 
     Raises UsageError without an adapter, or for one that PEFT has no form for: of experts, of models that see."""
     pairs = adapter_pairs(model)
+    whole = whole_tensors(model)
     tensors = {name: tensor for module, pair in pairs.items() for name, tensor in peft_tensors(module, pair)}
+    tensors |= {ROOT + whole_name(name, pairs): tensor.contiguous() for name, tensor in whole.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with atomic_dir(
         folder, overwrite=overwrite, replaceable={CONFIG, WEIGHTS}.__contains__, required_bytes=size + 2**20
     ) as stage:
-        write_json(stage / CONFIG, peft_config(model, pairs, base))
+        write_json(stage / CONFIG, peft_config(model, pairs, base) | whole_config(model, whole))
         write_tensors(stage / WEIGHTS, tensors)
     return Path(folder)
 
@@ -150,6 +166,49 @@ def adapter_pairs(model: Any) -> dict[str, LoRAPair]:
             raise UsageError(f"PEFT has no form for an adapter of {address}: merge, and save the whole model")
         grouped.setdefault(matrices[address].module, []).append((matrices[address], edit, weight))
     return {module: join_parts(parts) for module, parts in grouped.items()}
+
+
+def whole_tensors(model: Any) -> dict[str, Tensor]:
+    """What learned whole beside the adapter, and a score head, by published names."""
+    modules = [name for one in model.spec.techniques for name in whole_modules(one)]
+    modules += ["head"] if find_score_head(model) is not None else []
+    if not modules:
+        return {}
+    whole = {name for name, _ in whole_parameters(model, modules)}
+    adapted = export_weight_map(model, family_of(model.config).weight_map(model.config))
+    views = weight_views(model, adapted)
+    found = {
+        name: place.view(model.get_parameter(place.parameter)).detach()
+        for name, place in views.items()
+        if place.parameter in whole
+    }
+    return found | ({"lm_head.weight": model.head.weight.detach().clone()} if is_tied_whole(model, found) else {})
+
+
+def is_tied_whole(model: Any, whole: Mapping[str, Tensor]) -> bool:
+    """Did a matrix learn that is embedding and head in one? PEFT stores it under both names."""
+    return model.head.weight is model.embed.token.weight and any(
+        name.rpartition(".")[0].endswith(EMBEDDINGS) for name in whole
+    )
+
+
+def whole_name(name: str, pairs: Mapping[str, LoRAPair]) -> str:
+    """The name in the file: PEFT keeps an adapted module's own tensors as `base_layer`."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.base_layer.{kind}" if module in pairs else name
+
+
+def whole_config(model: Any, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What adapter_config.json says of the tensors that are stored whole."""
+    modules = sorted(name.removesuffix(".weight") for name in whole if name.endswith(".weight"))
+    names = [module.rpartition(".")[2] if module.endswith(EMBEDDINGS) else module for module in modules]
+    biases = any(name.endswith(".bias") and name.removesuffix(".bias") not in modules for name in whole)
+    return {
+        "modules_to_save": names or None,
+        "bias": "all" if biases else "none",
+        "ensure_weight_tying": is_tied_whole(model, whole),
+        "task_type": "CAUSAL_LM" if find_score_head(model) is None else "SEQ_CLS",
+    }
 
 
 def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -205,7 +264,6 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
     root = math.sqrt if use_rslora else float
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -213,14 +271,12 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
         "target_modules": target_modules(model.config, pairs),
         "rank_pattern": rank_pattern,
         "alpha_pattern": {module: alpha * root(one / rank) for module, one in rank_pattern.items()},
-        "bias": "none",
         "use_rslora": use_rslora,
         "use_dora": isinstance(technique, DoRA),
         "fan_in_fan_out": any(
             isinstance(one, Transposed) for one in family_of(model.config).weight_map(model.config).values()
         ),
         "inference_mode": True,
-        "modules_to_save": None,
     }
 
 

@@ -176,7 +176,7 @@ def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
     if not allow_pickle:
         names = ", ".join(p.name for p in files)
         raise DataError(
-            f"only pickled weights here ({names}), which can run code: --allow-pickle, or allow_pickle=True, if you "
+            f"only pickled weights here ({names}), which can run code: load them with allow_pickle=True if you "
             "trust them (tensors are read and nothing else)"
         )
     index = folder / PICKLED_INDEX

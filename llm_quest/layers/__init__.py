@@ -17,8 +17,6 @@ from llm_quest.layers.linear import Linear, LMHead, PackedLinear
 from llm_quest.layers.moe import Experts, LatentMoE, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
-from llm_quest.layers.patch_embedding import ImageEmbedding, PatchEmbedding
-from llm_quest.layers.projector import LinearProjector, MLPProjector
 from llm_quest.layers.recurrent_cache import RecurrentStateCache
 from llm_quest.layers.rotary import (
     LinearScaling,
@@ -28,6 +26,7 @@ from llm_quest.layers.rotary import (
     YaRNScaling,
 )
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
+from llm_quest.layers.vision import ImageEmbedding, LinearProjector, MLPProjector, PatchEmbedding
 
 __all__ = [
     "MLP", "Block", "Cache", "DynamicTanh", "Experts", "FlatProjection", "GatedDeltaNet", "GatedMLP",

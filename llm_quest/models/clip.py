@@ -23,8 +23,8 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP, quick_gelu
 from llm_quest.layers.initialize import init_normal_
 from llm_quest.layers.norm import LayerNorm
-from llm_quest.layers.patch_embedding import ImageEmbedding
 from llm_quest.layers.rotary import NoRotary
+from llm_quest.layers.vision import ImageEmbedding
 from llm_quest.models.config_fields import config_dataclass, hf_default
 from llm_quest.models.family import Family, SubConfig
 from llm_quest.models.image_encoder import ImageEncoder, SquareImages

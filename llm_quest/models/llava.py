@@ -28,8 +28,8 @@ from torch import nn
 from llm_quest.contracts import ModelSpec, Preset, format_list
 from llm_quest.errors import DataError, UsageError
 from llm_quest.layers.initialize import init_normal_
-from llm_quest.layers.projector import LinearProjector, MLPProjector
 from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.layers.vision import LinearProjector, MLPProjector
 from llm_quest.models import clip, gpt2, llama, qwen3, vit
 from llm_quest.models.config_fields import Json, config_dataclass, json_field, require_field, spelled, unwritten
 from llm_quest.models.family import Family

@@ -28,9 +28,9 @@ from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.feed_forward import MLP
 from llm_quest.layers.linear import Linear
 from llm_quest.layers.norm import LayerNorm
-from llm_quest.layers.patch_embedding import ImageEmbedding, interpolate_pos_encoding
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
+from llm_quest.layers.vision import ImageEmbedding, interpolate_pos_encoding
 from llm_quest.models.config_fields import Json, config_dataclass, hf_default, json_field, spelled, unwritten
 from llm_quest.models.family import Family, preset_table
 from llm_quest.models.image_encoder import ImageEncoder, SquareImages

@@ -59,11 +59,11 @@ def full_log_probs(
     temperature: float,
 ) -> Float[Tensor, " N"]:
     """The definition."""
-    z = scaled_logits(x, weight, softcap, temperature)
+    z = logits_at_temperature(x, weight, softcap, temperature)
     return z.gather(1, targets[:, None]).squeeze(1) - z.logsumexp(dim=1)
 
 
-def scaled_logits(
+def logits_at_temperature(
     x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], softcap: float | None, temperature: float
 ) -> Float[Tensor, "N V"]:
     """z = softcap(x W^T) / temperature, at least float32."""
@@ -148,5 +148,5 @@ def token_entropies(
 def head_entropy(
     x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], softcap: float | None, temperature: float
 ) -> Float[Tensor, " N"]:
-    z = scaled_logits(x, weight, softcap, temperature)
+    z = logits_at_temperature(x, weight, softcap, temperature)
     return z.logsumexp(dim=1) - (z.softmax(dim=1) * z).sum(dim=1)

@@ -35,27 +35,33 @@ TokenWeights = Callable[[Bool[Tensor, "B T"]], Float[Tensor, "B T"]]
 @dataclass(frozen=True)
 class ImportanceSamplingCorrection:
     """Where the trainer's old log-probabilities are not the sampler's, w = pi_old / pi_sampled weighs each token (TIS,
-    MIS). kind: truncate w at `limit`, or mask what lies above it. level: token; sequence, the product over the
-    sequence, which grows with length; geometric, its length-normalised form."""
+    MIS). mode: truncate w at `cap`, or mask what lies above it. level: token; sequence, the product over the sequence,
+    which grows with length; geometric, its length-normalised form."""
 
-    limit: float = 2.0
-    kind: str = "truncate"
+    cap: float = 2.0
+    mode: str = "truncate"
     level: str = "token"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("truncate", "mask") or self.level not in ("token", "sequence", "geometric"):
-            raise UsageError(
-                f"no correction is called {self.kind}, {self.level}; known: truncate, mask; token, sequence, geometric"
-            )
+        for name, table in ((self.mode, CORRECTION_MODES), (self.level, CORRECTION_LEVELS)):
+            if name not in table:
+                raise UsageError(f"no correction is called {name!r}; known: {', '.join(table)}")
 
     def __call__(self, log_ratio: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """log_ratio: log pi_old - log pi_sampled."""
-        if self.level == "sequence":
-            log_ratio = (log_ratio * loss_mask).sum(dim=1, keepdim=True).expand_as(log_ratio)
-        elif self.level == "geometric":
-            log_ratio = sequence_mean(log_ratio, loss_mask).expand_as(log_ratio)
-        w = log_ratio.exp()
-        return w.clamp(max=self.limit) if self.kind == "truncate" else w * (w <= self.limit)
+        w = CORRECTION_LEVELS[self.level](log_ratio, loss_mask).expand_as(log_ratio).exp()
+        return CORRECTION_MODES[self.mode](w, self.cap)
+
+
+CORRECTION_MODES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "truncate": lambda w, cap: w.clamp(max=cap),
+    "mask": lambda w, cap: w * (w <= cap),
+}
+CORRECTION_LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": lambda log_ratio, loss_mask: log_ratio,
+    "sequence": lambda log_ratio, loss_mask: (log_ratio * loss_mask).sum(dim=1, keepdim=True),
+    "geometric": sequence_mean,
+}
 
 
 def off_policy_mask(terms: SurrogateInputs, delta: float) -> Bool[Tensor, "B T"]:

@@ -20,8 +20,9 @@ from llm_quest.data.corpus import load_corpus
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.packing import HeldOutLoader, PackedDocuments, eval_batches
 from llm_quest.data.split import split_corpus
-from llm_quest.data.tokenizer import Tokenizer, train_bpe
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, prepare_token_folder
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import GuardStop
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import Demonstrations
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import draw_problem, make_task
+from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.eval.problems import sample_answers
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.objectives.next_token import NextTokenLoss

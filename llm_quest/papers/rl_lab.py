@@ -14,12 +14,12 @@ from typing import Any
 
 from llm_quest.contracts import Evaluator, Loader, Reward
 from llm_quest.data.batch import TokenBatch
-from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import Demonstrations, collate_demonstrations
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Problem, Task, TaskSplit, draw_problem
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.data.whole_documents import Demonstrations, collate_demonstrations
 from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from llm_quest.data.builtin_qa import builtin_labeled_texts, load_records
 from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.documents import DropReport
-from llm_quest.data.loader import ShardedLoader, length_grouped_indices
+from llm_quest.data.loader import length_grouped_indices
 from llm_quest.data.text_classification import (
     TextClassificationDataset,
     collect_label_names,
@@ -23,18 +23,17 @@ from llm_quest.data.text_classification import (
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
-from llm_quest.recipes.assembly import micro_batch_rows, require_context
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import (
     StartModelConfig,
     apply_config_techniques,
-    load_for_finetuning,
+    begin_finetuning,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 CALIBRATION_BINS = 10
 
@@ -76,9 +75,7 @@ class ClassifyConfig(BatchedConfig):
 def build_classify(config: ClassifyConfig, context: Context) -> Job:
     """Model, labelled texts, classification loss."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, context)
-    model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.sequence_length, model.config.max_position_embeddings)
+    config, model, tokenizer = begin_finetuning(config, context)
     drop_report = DropReport()
     part = config.data
     texts = read_labeled_texts(
@@ -94,13 +91,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         encode_labeled_texts(s, names, tokenizer, config.sequence_length, drop_report)
         for s in split_by_prompt(texts, part.held_out)
     )
-    loader = ShardedLoader(
-        train,
-        batch_size=config.batch_size,
-        micro_batch_size=micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length),
-        seed=derive_seed(config.seed, "order"),
-        shard=parallel.data_shard,
-    )
+    loader = make_sharded_loader(config, train, parallel, micro_batch_rows(config, parallel, config.sequence_length))
     log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
     for note in drop_report.notes:
         log(note)

@@ -212,7 +212,7 @@ def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[Con
     leaves = [".".join((*path, key)) for key, _ in flatten_tree(value)] if isinstance(value, dict) and value else []
     for key in leaves or [".".join(path)]:
         if (new := new_key(key)) is not None:
-            yield ConfigProblem(settings.location(tuple(key.split("."))), key, f"{key} is now {new}")
+            yield ConfigProblem(settings.location(tuple(key.split("."))), "", f"{key} is now {new}")
 
 
 def schema_fields(schema: type[StrictModel], path: KeyPath) -> dict[str, FieldInfo]:

@@ -13,13 +13,12 @@ from llm_quest.data.corpus import builtin_parts
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
-from llm_quest.train.optimizers import SCHEDULE_SHAPES
+from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitFraction = Annotated[float, Field(ge=0, le=1)]
-FewRowProducts = dict[Literal["float32", "bfloat16"], tuple[PositiveInt, PositiveInt]]
 
 
 def parse_technique_entry(given: Any) -> dict[str, Any]:
@@ -136,7 +135,6 @@ class SamplesConfig(StrictModel):
 KEYS_FREE_ON_RESUME = (
     "device",
     "threads",
-    "compile",
     "parallel",
     "save_steps",
     "save_total_limit",
@@ -159,8 +157,7 @@ KEYS_FREE_ON_RESUME = (
     "eval_images",
     "eval_positions_per_bucket",
 )
-"""Keys that may differ when a run is resumed: they say how it is run and evaluated, and change no more than the last
-bits of what it computes."""
+"""Keys that may differ when a run is resumed: they say how it is run and evaluated, not what it computes."""
 
 
 class RunConfig(StrictModel):
@@ -171,16 +168,13 @@ class RunConfig(StrictModel):
         default=0, description="decides first values, data order, dropout and samples, each by a stream of its own"
     )
     max_steps: PositiveInt = Field(default=1000, description="optimiser steps of the whole run")
-    optim: Literal["adamw", "muon"] = Field(
+    optim: Annotated[str, Choice(OPTIMIZERS)] = Field(
         default="adamw", description="muon updates the hidden matrices and AdamW the rest, at one learning rate"
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="peak learning rate")
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     adam_epsilon: PositiveFloat = 1e-8
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    muon_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="dtype of Muon's iterations; auto: the one whose products are faster here"
-    )
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices only")
     lr_scheduler_type: Annotated[str, Choice(SCHEDULE_SHAPES)] = "cosine"
     warmup_steps: NonNegativeInt = Field(default=20, description="steps of linear warm-up")
@@ -198,15 +192,10 @@ class RunConfig(StrictModel):
         default=1.0, description="largest gradient norm; null: any"
     )
     precision: Literal["auto", "fp32", "bf16", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bf16 where training in it is measured to be faster"
+        default="auto", description="auto: bf16 where the hardware has it"
     )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="auto: where the run is long enough to repay it"
-    )
-    few_row_products: Literal["auto"] | FewRowProducts = Field(
-        default="auto",
-        description="rows for which products are taken in the other order: {dtype: [first, first that is too many]}; "
-        "auto: where that is measured to be faster",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how processes started by torchrun share the work"

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llm_quest.contracts import Callback, Loader
-from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.models.decoder import Decoder
@@ -23,8 +22,6 @@ from llm_quest.objectives.preference import (
     relative_log_probs,
     sequence_log_probs,
 )
-from llm_quest.recipes.assembly import require_context
-from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.finetuning import (
@@ -32,18 +29,17 @@ from llm_quest.recipes.finetuning import (
     PreferenceDataConfig,
     StartModelConfig,
     apply_config_techniques,
+    begin_finetuning,
     can_share_prompts,
     data_facts,
-    load_for_finetuning,
     pairs_loader,
     prepare_preferences,
-    read_chat_template,
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
 from llm_quest.recipes.reference_model import SyncedReference, reference_log_probs
 from llm_quest.techniques.lora import disable_adapter, require_adapters
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class DpoConfig(PairBatchedConfig):
@@ -107,13 +103,8 @@ class DpoConfig(PairBatchedConfig):
 def build_dpo(config: DpoConfig, context: Context) -> Job:
     """Model, pairs, reference, preference loss."""
     parallel, log, out = context.parallel, context.log, context.run_dir
-    config = resolve_auto(config, context)
-    model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.sequence_length, model.config.max_position_embeddings)
-    seed = derive_seed(config.seed, "flips")
-    pairs = prepare_preferences(
-        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length, seed
-    )
+    config, model, tokenizer = begin_finetuning(config, context)
+    pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
     callbacks: list[Callback] = apply_config_techniques(config, model, log)
     loss = config.build_loss()

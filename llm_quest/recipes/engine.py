@@ -18,7 +18,6 @@ from llm_quest.errors import BusyError, DataError, MissingError, QuestError, Usa
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import count_parameters, family_of
-from llm_quest.recipes.auto import CompileTimer
 from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
@@ -27,10 +26,10 @@ from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import list_checkpoints
 from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
 from llm_quest.train.loop import train
-from llm_quest.train.optimizers import LRSchedule, make_adamw, make_lr_schedule, make_muon
+from llm_quest.train.optimizers import OPTIMIZERS, LRSchedule, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 REFUSALS = {error.exit_code for error in (UsageError, DataError, MissingError)}
 
@@ -86,18 +85,13 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             train_settings(config, expected_loss=job.expected_loss),
             run,
             parallel=parallel,
-            callbacks=[*job.callbacks, *callbacks, *compile_timers(config, parallel)],
+            callbacks=[*job.callbacks, *callbacks],
             evaluators=job.evaluators,
             watchers=job.watchers,
             logger=make_display(config, folder, parallel, context.quiet),
         )
         baselines = job.finish(result)
     return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)
-
-
-def compile_timers(config: RunConfig, parallel: DistributedContext) -> list[Callback]:
-    """What measures the time of compiling, where the run is compiled on the CPU."""
-    return [CompileTimer()] if config.compile and parallel.is_main_process and parallel.device.type == "cpu" else []
 
 
 def describe_place(context: Context) -> str:
@@ -215,12 +209,13 @@ def build_optimizer(
         "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
-    if config.optim == "adamw":
-        return make_adamw(model, **common)
-    return make_muon(
-        model, row_splits=model.row_splits(), adamw_prefixes=adamw_parameters, momentum=config.muon_momentum,
-        compute_dtype=None if config.muon_dtype == "auto" else getattr(torch, config.muon_dtype), **common,
-    )  # fmt: skip
+    if config.optim == "muon":
+        common |= {
+            "row_splits": model.row_splits(),
+            "adamw_prefixes": adamw_parameters,
+            "momentum": config.muon_momentum,
+        }
+    return OPTIMIZERS[config.optim](model, **common)
 
 
 def build_lr_schedule(config: RunConfig) -> LRSchedule:

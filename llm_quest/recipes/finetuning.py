@@ -25,11 +25,18 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
-from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_run_exists
+from llm_quest.recipes.assembly import (
+    apply_techniques,
+    make_sharded_loader,
+    micro_batch_rows,
+    require_context,
+    require_run_exists,
+    resolve_auto,
+)
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
+from llm_quest.recipes.recipe import Context
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
 
 
 class StartModelConfig(StrictModel):
@@ -71,6 +78,15 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
             f"{config.load} knows {model.config.vocab_size} tokens and its tokenizer has {tokenizer.vocab_size}"
         )
     return model, tokenizer
+
+
+def begin_finetuning(config: Any, context: Context) -> tuple[Any, Decoder, Tokenizer]:
+    """The config without any `auto`, the model to go on from, and its tokenizer; UsageError for rows longer than its
+    context. config: of a recipe with `model` and `sequence_length`."""
+    config = resolve_auto(config, context.parallel.device, context.log)
+    model, tokenizer = load_for_finetuning(config.model)
+    require_context(config.sequence_length, model.config.max_position_embeddings)
+    return config, model, tokenizer
 
 
 def read_chat_template(config: ConversationDataConfig) -> str | None:
@@ -134,8 +150,9 @@ class PreferenceDataConfig(ConversationDataConfig):
     )
 
 
-def prepare_preferences(config: PreferenceDataConfig, chat: ChatTemplate, length: int, seed: int) -> PreferenceData:
-    """From a source to pairs; what is left out is in the ledger."""
+def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, length: int, seed: int) -> PreferenceData:
+    """From a source to pairs; what is left out is in the ledger. seed: decides which labels are flipped."""
+    chat = ChatTemplate(tokenizer, read_chat_template(config))
     drop_report = DropReport()
     pairs = read_preferences(load_records(config.source, builtin)[: config.max_samples], drop_report)
     train, held = split_by_prompt(pairs, config.held_out)
@@ -161,15 +178,6 @@ def flip_labels(pairs: Sequence[Preference], fraction: float, seed: int) -> list
 def pairs_loader(
     config: PairBatchedConfig, data: PreferenceData, parallel: DistributedContext
 ) -> ShardedLoader[PreferenceDataset]:
-    return ShardedLoader(
-        PreferenceDataset(data.train),
-        batch_size=config.batch_size,
-        micro_batch_size=micro_batch_rows(
-            config.batch_size,
-            config.micro_batch_size,
-            parallel,
-            max(len(one.answers) * one.length for one in data.train),
-        ),
-        seed=derive_seed(config.seed, "order"),
-        shard=parallel.data_shard,
-    )
+    longest = max(len(one.answers) * one.length for one in data.train)
+    rows = micro_batch_rows(config, parallel, longest)
+    return make_sharded_loader(config, PreferenceDataset(data.train), parallel, rows)

@@ -15,11 +15,11 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llm_quest.contracts import Reward
-from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import ProblemEvaluator, RatioRangeEvaluator
 from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
@@ -41,7 +41,7 @@ from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 EncodeFn = Callable[[str], list[int]]
 

@@ -25,8 +25,7 @@ from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.preference import PreferenceLoss
-from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context, resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
 from llm_quest.recipes.engine import build_optimizer, init_distributed
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
@@ -38,7 +37,7 @@ from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.techniques.lora import is_adapter
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 SAMPLED_STEPS = 8
 """So many steps show how long rows are."""
@@ -62,7 +61,7 @@ def plan_pretrain(config: PretrainConfig, context: Context, *, measure: bool) ->
     parallel, log = context.parallel, context.log
     numbers, vocab = resolve_model_config(config, context.settings), resolve_vocab_size(config)
     require_context(config.sequence_length, numbers.max_position_embeddings)
-    config = resolve_auto(config, context)
+    config = resolve_auto(config, parallel.device, log)
     terms, frozen = list[DistillationLoss](), dict[str, nn.Module]()
     if config.teacher is not None:
         device = parallel.device
@@ -75,7 +74,7 @@ def plan_pretrain(config: PretrainConfig, context: Context, *, measure: bool) ->
         return config.auxiliary_losses.resolve(model).build_objective(model, terms)
 
     length, world = config.sequence_length, parallel.world_size
-    rows = micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, length)
+    rows = micro_batch_rows(config, parallel, length)
     tokens = config.batch_size * length
     workload = Workload(
         family=family_of(numbers).name, make_objective=make_objective,

@@ -8,7 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
-from llm_quest.objectives.policy_gradient import TOKEN_WEIGHTS, ImportanceSamplingCorrection
+from llm_quest.objectives.policy_gradient import (
+    CORRECTION_LEVELS,
+    CORRECTION_MODES,
+    TOKEN_WEIGHTS,
+    ImportanceSamplingCorrection,
+)
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
 from llm_quest.recipes.config import Choice, StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
@@ -21,8 +26,8 @@ class SamplerCorrectionConfig(StrictModel):
     """The trainer scores the samples again, and importance weights correct what differs from the sampler."""
 
     cap: PositiveFloat = 2.0
-    mode: Literal["truncate", "mask"] = "truncate"
-    level: Literal["token", "sequence", "geometric"] = "token"
+    mode: Annotated[str, Choice(CORRECTION_MODES)] = "truncate"
+    level: Annotated[str, Choice(CORRECTION_LEVELS)] = "token"
 
 
 class PolicyConfig(RunConfig):

@@ -18,10 +18,10 @@ import torch
 from pydantic import Field
 
 from llm_quest.contracts import Callback, Loader, LogFn
-from llm_quest.data.demonstrations import Demonstrations
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Task, draw_problem
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.hub.load_save import write_model_json
@@ -32,7 +32,7 @@ from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.recipes.auto import resolve_auto, resolve_precision
+from llm_quest.recipes.assembly import resolve_auto, resolve_precision
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, RunConfig
 from llm_quest.recipes.engine import init_run_dir
@@ -51,18 +51,23 @@ from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 from llm_quest.train.step import autocast
 
 PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)
 
 
+def resolve_policy_config(config: PolicyConfigT, parallel: DistributedContext, log: LogFn) -> PolicyConfigT:
+    """The config with precision and compile decided."""
+    if config.precision == "auto" and config.loss_type.startswith("gspo"):
+        config = config.model_copy(update={"precision": "fp32"})  # its clip range is finer than bfloat16's rounding
+    return resolve_auto(config, parallel.device, log)
+
+
 def open_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
     """The config without any `auto`; it is written to the run folder, where warm-ups run before the policy's own run
     begins."""
-    if config.precision == "auto" and config.loss_type.startswith("gspo"):
-        config = config.model_copy(update={"precision": "fp32"})  # its clip range is finer than bfloat16's rounding
-    config = resolve_auto(config, context)
+    config = resolve_policy_config(config, context.parallel, context.log)
     if not context.planning:
         init_run_dir(config, context.run_dir, context.parallel)
     return config

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from llm_quest.contracts import Evaluator, LogFn
-from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.packing import PackedDocuments
 from llm_quest.data.tokens import open_token_folder
 from llm_quest.errors import UsageError
@@ -31,10 +30,11 @@ from llm_quest.recipes.assembly import (
     apply_techniques,
     load_any_tokenizer,
     load_text_data,
+    make_sharded_loader,
     micro_batch_rows,
     require_context,
+    resolve_auto,
 )
-from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import (
     AuxiliaryLosses,
     NumberTokenLossConfig,
@@ -56,8 +56,7 @@ from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.arguments import TrainResult
-from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 MAX_BASELINE_BYTES = 20_000_000
 
@@ -127,17 +126,18 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     model = init_pretrain_model(config, context.settings, text)
     callbacks = apply_techniques(config.all_techniques, model, log)
     flops = 6.0 * count_parameters(model) * config.batch_size * config.sequence_length * config.max_steps
-    config = resolve_auto(config, context, flops / parallel.world_size)
+    config = resolve_auto(config, parallel.device, log, flops / parallel.world_size)
     losses = config.auxiliary_losses.resolve(model)
     config = config.model_copy(update=vars(losses))
     distillation = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)
     terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token_loss, text.tokenizer, model), *distillation]
+    micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
     random_weights = config.model.load is None and not distillation
     return Job(
         config,
         losses.build_objective(model, terms),
-        pretrain_loader(config, text, parallel),
-        list(build_evaluators(config, text, context)),
+        make_sharded_loader(config, PackedDocuments(text.tokens.train, config.sequence_length), parallel, micro_rows),
+        list(build_evaluators(config, text, context, micro_rows)),
         {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation)},
         text.facts,
         text.tokenizer,
@@ -145,23 +145,6 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
         expected_loss=losses.initial_loss(model) if random_weights else None,
         finish=lambda result: baseline_bits_per_byte(text, log) if wants_baselines(config, result, context) else {},
     )
-
-
-def pretrain_loader(
-    config: PretrainConfig, text: TextData, parallel: DistributedContext
-) -> ShardedLoader[PackedDocuments]:
-    """This process's rows."""
-    return ShardedLoader(
-        PackedDocuments(text.tokens.train, config.sequence_length),
-        batch_size=config.batch_size,
-        micro_batch_size=pretrain_micro_batch_rows(config, parallel),
-        seed=derive_seed(config.seed, "order"),
-        shard=parallel.data_shard,
-    )
-
-
-def pretrain_micro_batch_rows(config: PretrainConfig, parallel: DistributedContext) -> int:
-    return micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length)
 
 
 def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextData) -> Decoder:
@@ -187,7 +170,7 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
     return model
 
 
-def build_evaluators(config: PretrainConfig, text: TextData, context: Context) -> Iterator[Evaluator]:
+def build_evaluators(config: PretrainConfig, text: TextData, context: Context, micro_rows: int) -> Iterator[Evaluator]:
     """Held-out loss and samples."""
     if text.tokens.val.num_documents:
         yield LossEvaluator(
@@ -196,7 +179,7 @@ def build_evaluators(config: PretrainConfig, text: TextData, context: Context) -
             max_tokens=config.eval_tokens,
             last_step=config.max_steps,
             length=config.sequence_length,
-            micro_rows=pretrain_micro_batch_rows(config, context.parallel),
+            micro_rows=micro_rows,
         )
     part = config.samples
     if part.every_steps and part.prompts:

@@ -26,7 +26,7 @@ from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import evaluation_mode
+from llm_quest.train.state import evaluation_mode
 from llm_quest.train.step import autocast
 
 REFERENCE_FILE = "reference.safetensors"

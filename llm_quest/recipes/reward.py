@@ -8,28 +8,24 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.objectives.classification import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.assembly import require_context
-from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.finetuning import (
     PairBatchedConfig,
     PreferenceDataConfig,
     StartModelConfig,
     apply_config_techniques,
+    begin_finetuning,
     data_facts,
-    load_for_finetuning,
     pairs_loader,
     prepare_preferences,
-    read_chat_template,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class RewardConfig(PairBatchedConfig):
@@ -45,13 +41,8 @@ class RewardConfig(PairBatchedConfig):
 def build_reward(config: RewardConfig, context: Context) -> Job:
     """Model, pairs, reward-model loss."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, context)
-    model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.sequence_length, model.config.max_position_embeddings)
-    seed = derive_seed(config.seed, "flips")
-    pairs = prepare_preferences(
-        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length, seed
-    )
+    config, model, tokenizer = begin_finetuning(config, context)
+    pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     callbacks = apply_config_techniques(config, model, log)
     if find_score_head(model) is None:
         ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)

@@ -18,13 +18,12 @@ from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
 from llm_quest.data.documents import DropReport
 from llm_quest.data.instructions import PackedExamples, drop_too_long
-from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.evaluators import save_samples
 from llm_quest.generation.generate import generate
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.assembly import micro_batch_rows, require_context
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.auxiliary_losses import (
     NumberTokenLossConfig,
     TeacherConfig,
@@ -38,13 +37,13 @@ from llm_quest.recipes.finetuning import (
     ConversationDataConfig,
     StartModelConfig,
     apply_config_techniques,
+    begin_finetuning,
     data_facts,
-    load_for_finetuning,
     read_chat_template,
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class AnswerSamplesConfig(StrictModel):
@@ -75,21 +74,11 @@ class SftConfig(TextBatchedConfig):
 def build_sft(config: SftConfig, context: Context) -> Job:
     """Model, conversations, next-token loss of the answers."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, context)
-    model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.sequence_length, model.config.max_position_embeddings)
-    data = prepare_conversations(
-        config.data, ChatTemplate(tokenizer, read_chat_template(config.data)), config.sequence_length
-    )
+    config, model, tokenizer = begin_finetuning(config, context)
+    data = prepare_conversations(config.data, tokenizer, config.sequence_length)
     set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
-    micro_rows = micro_batch_rows(config.batch_size, config.micro_batch_size, parallel, config.sequence_length)
-    loader = ShardedLoader(
-        data.train,
-        batch_size=config.batch_size,
-        micro_batch_size=micro_rows,
-        seed=derive_seed(config.seed, "order"),
-        shard=parallel.data_shard,
-    )
+    micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
+    loader = make_sharded_loader(config, data.train, parallel, micro_rows)
     facts = data_facts(
         config.data, data.chat, data.drop_report, len(data.train.examples), len(data.held_out.examples), log
     )
@@ -125,8 +114,9 @@ class ConversationData:
     drop_report: DropReport
 
 
-def prepare_conversations(config: ConversationDataConfig, chat: ChatTemplate, length: int) -> ConversationData:
+def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, length: int) -> ConversationData:
     """From a source to rows; what is left out is in the ledger."""
+    chat = ChatTemplate(tokenizer, read_chat_template(config))
     drop_report = DropReport()
     said = read_conversations(load_records(config.source, builtin_instructions)[: config.max_samples], drop_report)
     train, held = split_by_prompt(said, config.held_out)

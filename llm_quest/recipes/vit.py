@@ -21,7 +21,6 @@ from llm_quest.data.image_datasets import (
     split_images,
 )
 from llm_quest.data.images import ImageProcessor
-from llm_quest.data.loader import ShardedLoader
 from llm_quest.errors import UsageError
 from llm_quest.eval.images import ImageAccuracyEvaluator
 from llm_quest.hub.load_save import load
@@ -29,12 +28,11 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.assembly import apply_techniques
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader, resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
 
@@ -143,17 +141,12 @@ class VitConfig(VisionConfig):
 def build_vit(config: VitConfig, context: Context) -> Job:
     """Images, model, classification loss."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, context)
+    config = resolve_auto(config, parallel.device, log)
     preprocess = ImageProcessor(config.data.image_size, config.data.image_mean, config.data.image_std)
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
-    loader = ShardedLoader(
-        AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump())),
-        batch_size=config.batch_size,
-        micro_batch_size=min(config.micro_batch_size or config.batch_size, config.batch_size // parallel.world_size),
-        seed=derive_seed(config.seed, "order"),
-        shard=parallel.data_shard,
-    )
+    augmented = AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump()))
+    loader = make_sharded_loader(config, augmented, parallel)
     objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
     facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}

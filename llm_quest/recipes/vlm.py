@@ -14,9 +14,9 @@ from torch import nn
 
 from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextRows, SceneDataset
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
-from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.synthetic_shapes import SCENE_STATISTICS
-from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
+from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.eval.images import ImageQuestionEvaluator
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
@@ -28,15 +28,14 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.next_token import CaptioningLoss
-from llm_quest.recipes.assembly import apply_techniques
-from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader, resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.optimizers import scale_schedule_after
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 IMAGE_TOKEN = "<image>"
 PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model": "decoder"}
@@ -145,7 +144,7 @@ class VlmConfig(VisionConfig):
 def build_vlm(config: VlmConfig, context: Context) -> Job:
     """Images with text, tokenizer, model, captioning loss."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, context)
+    config = resolve_auto(config, parallel.device, log)
     preprocess = load_or_make_preprocess(config)
     sights = load_image_text(config, preprocess)
     tokenizer = build_vlm_tokenizer(config, sights)
@@ -159,19 +158,14 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         f"{', '.join(config.trainable)} trained"
     )
     writer = ImageTextCollator(tokenizer, numbers.image_token_id, numbers.image_seq_length, config.sequence_length)
-    loader = ShardedLoader(
-        ImageTextRows(
-            sights,
-            writer,
-            preprocess,
-            max_turns=config.data.max_questions_per_row,
-            caption_first_rows=config.caption_first_steps * config.batch_size,
-        ),
-        batch_size=config.batch_size,
-        micro_batch_size=min(config.micro_batch_size or config.batch_size, config.batch_size // parallel.world_size),
-        seed=derive_seed(config.seed, "order"),
-        shard=parallel.data_shard,
+    rows = ImageTextRows(
+        sights,
+        writer,
+        preprocess,
+        max_turns=config.data.max_questions_per_row,
+        caption_first_rows=config.caption_first_steps * config.batch_size,
     )
+    loader = make_sharded_loader(config, rows, parallel)
     samples = context.samples_dir
     evaluator = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)
     callbacks = apply_techniques(config.all_techniques, model, log)

@@ -44,13 +44,15 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class LoRA:
-    """rank: r. alpha: s = alpha / r. targets: short names (q, k, v, out, gate, up, down, ...) or all."""
+    """rank: r. alpha: s = alpha / r. targets: short names (q, k, v, out, gate, up, down, ...) or all. modules_to_save:
+    modules or parameters that learn whole, by our names (embed.token, head), such as the embedding of new tokens."""
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
     is_identity_at_init: ClassVar[bool] = True
     exportable: ClassVar[bool] = False
 
@@ -67,6 +69,7 @@ class RsLoRA:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
     is_identity_at_init: ClassVar[bool] = True
     exportable: ClassVar[bool] = False
 
@@ -85,6 +88,7 @@ class DoRA:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("all",)
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
     is_identity_at_init: ClassVar[bool] = True
     exportable: ClassVar[bool] = False
 
@@ -242,7 +246,29 @@ def apply_adapter(model: Model, technique: Technique, edits: Any) -> Model:
     edits_by_target = dict(zip(sites, edits(sites), strict=True))
     model.requires_grad_(False)
     wrap_layers(model, edits_by_target)
+    for _, parameter in whole_parameters(model, whole_modules(technique)):
+        parameter.requires_grad_()
     return record_technique(model, technique)
+
+
+def whole_modules(technique: Technique) -> tuple[str, ...]:
+    """The modules that learn whole beside an adapter."""
+    return getattr(technique, "modules_to_save", ())
+
+
+def whole_parameters(model: nn.Module, modules: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything in these modules. UsageError for a module that is not there."""
+    inside: dict[str, list[tuple[str, nn.Parameter]]] = {module: [] for module in modules}
+    for name, parameter in model.named_parameters():
+        for module, found in inside.items():
+            if f"{strip_wrapper_names(name)}.".startswith(f"{module}."):
+                found.append((name, parameter))
+    if absent := [module for module, found in inside.items() if not found]:
+        raise UsageError(
+            f"modules_to_save names {', '.join(absent)}, of which this model has no parameters; it may name "
+            "embed.token, or head where that is not the embedding"
+        )
+    return [one for found in inside.values() for one in found]
 
 
 def adapter_addresses(model: nn.Module) -> list[str]:
@@ -258,6 +284,11 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within this context the model is as it was before it was adapted, in the same memory: the reference of preference
     learning."""
     found = require_adapters(model)
+    if whole := [name for one in model.spec.techniques for name in whole_modules(one)]:  # type: ignore[union-attr]
+        raise UsageError(
+            f"without its adapter this model is not what it was before: {', '.join(whole[:3])} learned whole; load the "
+            "base once more as the reference"
+        )
     before = [wrapper.enabled for wrapper in found.values()]
     try:
         for wrapper in found.values():

@@ -27,8 +27,7 @@ from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.signals import SignalHandler
-from llm_quest.train.state import Progress, TrainState
-from llm_quest.train.state_dict import RNGState, evaluation_mode
+from llm_quest.train.state import Progress, RNGState, TrainState, evaluation_mode
 
 OUT_OF_MEMORY_REMEDY = (
     "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"

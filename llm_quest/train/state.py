@@ -1,30 +1,196 @@
-"""TrainState: everything of a run that a checkpoint holds."""
+"""TrainState: everything of a run that a checkpoint holds, as tensors by parameter name and as JSON.
+
+Nothing here depends on the number of processes: sharded tensors are gathered when saved and sharded when loaded."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import platform
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm_quest.contracts import Loader
 from llm_quest.errors import DataError
-from llm_quest.machine.hardware import processor_name
+from llm_quest.tensor_files import align
 from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import LRSchedule
-from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import (
-    RNGState,
-    load_model_state_dict,
-    load_optimizer_state_dict,
-    model_state_dict,
-    optimizer_state_dict,
-)
+from llm_quest.train.parallel import DistributedContext, copy_full_, full_tensor, shard_as
+
+KEY_SEPARATOR = "|"
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, tied ones once, under their first name."""
+    seen: set[int] = set()
+    named = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            named[name] = tensor
+    return named
+
+
+def model_state_dict(model: nn.Module, is_main_process: bool) -> dict[str, Tensor]:
+    """A copy of `tensors_by_name` on the CPU, gathered. Every process takes part in gathering; only the main process
+    keeps it."""
+    return {name: _copy_to_cpu(tensor) for name, tensor in _gather_full(tensors_by_name(model)) if is_main_process}
+
+
+def load_model_state_dict(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Load into the model, in place. ValueError lists every name or shape that does not match."""
+    own = tensors_by_name(model)
+    wrong = [f"missing {name}" for name in own if name not in saved]
+    wrong += [f"unexpected {name}" for name in saved if name not in own]
+    both = [name for name in own if name in saved and own[name].shape != saved[name].shape]
+    wrong += [f"{name} is {tuple(saved[name].shape)}, the model's is {tuple(own[name].shape)}" for name in both]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is of another model: {'; '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}"
+        )
+    for name, tensor in own.items():
+        copy_full_(tensor, saved[name])
+
+
+def optimizer_state_dict(
+    model: nn.Module, optimizer: Optimizer, is_main_process: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`parameter|key` -> tensor, gathered and on the CPU; and the values that are plain numbers."""
+    entries = {
+        f"{name}{KEY_SEPARATOR}{key}": value
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
+    return {name: _copy_to_cpu(value) for name, value in _gather_full(tensors) if is_main_process}, numbers
+
+
+def load_optimizer_state_dict(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Load into the optimizer. What has the parameter's shape is sharded as the parameter is; what lies in a file,
+    and not on a 64-byte boundary, is copied."""
+    named = dict(model.named_parameters())
+    unknown = sorted({key.split(KEY_SEPARATOR)[0] for key in [*tensors, *numbers]} - set(named))
+    if unknown:
+        raise ValueError(
+            f"the checkpoint's optimizer has parameters that the model does not have: {', '.join(unknown[:8])}"
+        )
+    optimizer.state.clear()
+    for key, value in [*tensors.items(), *numbers.items()]:
+        name, _, entry = key.partition(KEY_SEPARATOR)
+        p = named[name]
+        if isinstance(value, Tensor) and value.shape == p.shape:
+            value = shard_as(p, align(value))
+        elif isinstance(value, Tensor):
+            value = align(value).to(p.device)
+        optimizer.state[p][entry] = value
+
+
+def _gather_full(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """One at a time, so that no more than one is whole on the device."""
+    for name, tensor in named.items():
+        yield name, full_tensor(tensor)
+
+
+def _copy_to_cpu(t: Tensor) -> Tensor:
+    return t.to("cpu", copy=True).contiguous()
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """The seed of one consumer of random numbers ("init", "order", "dropout", "sampling"): 63 bits of
+    sha256(seed/names). Adding a consumer does not change the others."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def set_seed(seed: int) -> None:
+    """Seed the process's generators (dropout draws from torch's)."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The process's generators as JSON: python, numpy, torch, cuda."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [kind, _encode_base64(np.asarray(keys).tobytes()), int(position), int(has_gauss), float(gauss)],
+        "torch": _encode_base64(torch.get_rng_state().numpy().tobytes()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode_base64(torch.cuda.get_rng_state().numpy().tobytes())
+    if torch.backends.mps.is_available():
+        state["mps"] = _encode_base64(torch.mps.get_rng_state().numpy().tobytes())
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `get_rng_state` returned, also after a conversion to JSON and back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, last = state["numpy"]
+    np.random.set_state((kind, np.frombuffer(_decode_base64(keys), dtype=np.uint32), position, has_gauss, last))
+    torch.set_rng_state(_decode_tensor(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode_tensor(state["cuda"]))
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(_decode_tensor(state["mps"]))
+
+
+class RNGState:
+    """The random-number generators of one process: Python's, NumPy's, torch's and the accelerator's."""
+
+    def __init__(self, seed: int, rank: int = 0):
+        self.initial_seed, self.rank = seed, rank
+
+    def seed(self, *names: object) -> None:
+        """Seed them all, each rank differently; names: what else the seed depends on."""
+        set_seed(derive_seed(self.initial_seed, "train", self.rank, *names))
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_rng_state()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        set_rng_state(state_dict)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside: no gradients, evaluation mode. Afterwards the mode of every module and every generator is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    before = get_rng_state()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        set_rng_state(before)
+        for module, training in modes:
+            module.training = training
+
+
+def _encode_base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _decode_base64(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def _decode_tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(_decode_base64(text)), dtype=torch.uint8)
 
 
 @dataclass
@@ -118,8 +284,6 @@ class TrainState:
             "device": self.parallel.device.type,
             "torch": torch.__version__,
             "machine": platform.machine(),
-            "processor": processor_name(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
             **self.settings,
         }
 
@@ -128,5 +292,5 @@ class TrainState:
         return [
             f"{name} was {before} and is {value}: the resumed run may differ from the straight one in its last bits"
             for name, value in self.environment().items()
-            if (before := state_dict["environment"].get(name, value)) != value
+            if (before := state_dict["environment"].get(name)) != value
         ]

@@ -15,10 +15,10 @@ import llm_quest as quest
 from llm_quest.cli import batch_generate
 from llm_quest.cli.batch_generate import BatchGenerateReport, generate_batch
 from llm_quest.cli.chat import GenerationOptions, load_text_model
-from llm_quest.cli.errors import run_with_exit_code
 from llm_quest.cli.main import app
-from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.cli.output import run_with_exit_code
 from llm_quest.data.corpus import load_corpus
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import BusyError, DataError, UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.models.build import build, preset

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from llm_quest.cli import main as cli
-from llm_quest.cli.errors import describe_failure, run_with_exit_code
 from llm_quest.cli.main import app
+from llm_quest.cli.output import describe_failure, run_with_exit_code
 from llm_quest.errors import BusyError, DataError, GuardStop, MissingError, ResourceError, UsageError
 
 pytestmark = pytest.mark.xdist_group("main")

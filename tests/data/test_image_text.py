@@ -16,7 +16,8 @@ from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTe
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.synthetic_shapes import QuestionAnswer
-from llm_quest.data.tokenizer import SPECIAL_TOKENS, train_bpe
+from llm_quest.data.tokenizer import SPECIAL_TOKENS
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 
 SCENES = SceneDataset(24)

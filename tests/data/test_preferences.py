@@ -13,7 +13,7 @@ from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.preference_pairs import PreferenceDataset, collate_preferences
 from llm_quest.data.preferences import TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
-from llm_quest.data.tokenizer import train_bpe
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
 
 ASKED = {"role": "user", "content": "2+2?"}

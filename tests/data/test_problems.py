@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import TASKS, TaskSplit, draw_problem, make_task, teacher_demonstration
 from llm_quest.data.problems.addition import add_without_carry
 from llm_quest.data.problems.gsm8k import GSM8K_ANSWER_MARK, read_gsm8k, split_gsm8k_validation
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.rollouts.verifiers import is_well_formed, verify_answer
 

@@ -6,7 +6,8 @@ import pytest
 
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.template_sandbox import render_prompt
-from llm_quest.data.tokenizer import Tokenizer, train_bpe
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
 
 CHATML = (

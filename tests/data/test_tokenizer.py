@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.data.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+from llm_quest.data.tokenizer import END_OF_TEXT, Tokenizer
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 
 SHARED = Path("/work/shared/data")

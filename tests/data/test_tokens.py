@@ -11,7 +11,7 @@ import pytest
 from llm_quest.data.corpus import Corpus
 from llm_quest.data.documents import Document, DropReport
 from llm_quest.data.split import CorpusSplit
-from llm_quest.data.tokenizer import Tokenizer, train_bpe
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import (
     TokenFolder,
     TokenizedDocuments,
@@ -19,6 +19,7 @@ from llm_quest.data.tokens import (
     open_token_folder,
     prepare_token_folder,
 )
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, ResourceError
 
 TRAIN = tuple(Document(text, f"doc{i}") for i, text in enumerate(["one two", "drei é", "four " * 5]))

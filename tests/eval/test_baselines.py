@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_quest.data.documents import Document
-from llm_quest.data.tokenizer import train_bpe
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
 from llm_quest.eval.baselines import (
     KneserNey,

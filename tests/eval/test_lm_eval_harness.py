@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from llm_quest.data.char_tokenizer import character_tokenizer
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build
 from llm_quest.models.llama import Config

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from llm_quest.data.documents import Document
-from llm_quest.data.tokenizer import train_bpe
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.eval.perplexity import (
     evaluate_baselines,

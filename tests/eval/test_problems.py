@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import Problem, draw_problem, make_task
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems, sample_answers
 from llm_quest.generation.sampling import SamplingParams

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import llm_quest as quest
-from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import make_task
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.hub.load_save import load_model_and_tokenizer

@@ -266,8 +266,8 @@ def rewrite(folder: Path, **changes: Any) -> None:
     ("changes", "said"),
     [
         ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not computed here"),
-        ({"bias": "all"}, "bias is not computed here"),
+        ({"lora_bias": True}, r"lora_bias \(True\) is not computed here"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication \(\[\[0, 2\]\]\) is not computed here"),
         ({"r": 3}, "rank"),
         ({"r": "two"}, "a positive whole number"),
         ({"base_model_name_or_path": None}, "does not say of which model"),

@@ -25,7 +25,7 @@ from llm_quest.recipes import reference_model
 from llm_quest.techniques.lora import LoRA
 from llm_quest.techniques.quantize import Quantize
 from llm_quest.tensor_files import ALIGNMENT, align, write_tensors
-from llm_quest.train import checkpoint, state_dict
+from llm_quest.train import checkpoint, state
 from llm_quest.train.parallel import DistributedContext
 
 TINY = [preset.name for page in FAMILIES for preset in page.presets if preset.name.endswith("-tiny")]
@@ -128,15 +128,15 @@ def test_a_resumed_optimizer_does_not_lie_in_its_checkpoint_unaligned(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.tensor([[1, 2, 3]])).logsumexp(dim=-1).sum().backward()
     optimizer.step()
-    tensors, numbers = state_dict.optimizer_state_dict(model, optimizer, is_main_process=True)
+    tensors, numbers = state.optimizer_state_dict(model, optimizer, is_main_process=True)
     folder = checkpoint.save_checkpoint(
         tmp_path / "checkpoints",
-        checkpoint.Checkpoint(1, {"model": state_dict.model_state_dict(model, True), "optimizer": tensors}),
+        checkpoint.Checkpoint(1, {"model": state.model_state_dict(model, True), "optimizer": tensors}),
     )
     shift_file(folder / checkpoint.TENSOR_FILES["optimizer"], 4)
     saved = checkpoint.load_checkpoint(folder).state_dict["optimizer"]
     assert not all(map(lies_aligned, saved.values()))
-    state_dict.load_optimizer_state_dict(model, optimizer, saved, numbers)
+    state.load_optimizer_state_dict(model, optimizer, saved, numbers)
     kept = [value for one in optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
     assert len(kept) == len(tensors)
     assert all(map(lies_aligned, kept))
@@ -189,7 +189,7 @@ def test_every_page_is_saved_with_aligned_weights(tmp_path, name):
 
 def test_all_other_writers_align_too(tmp_path):
     model = quest.build("llama3.2-tiny", seed=4)
-    weights = state_dict.model_state_dict(model, is_main_process=True)
+    weights = state.model_state_dict(model, is_main_process=True)
     checkpoint.save_checkpoint(
         tmp_path / "run" / "checkpoints",
         checkpoint.Checkpoint(1, {"model": weights, "optimizer": {"a|b": torch.ones(3)} | weights}),

@@ -389,7 +389,7 @@ def test_what_a_batch_lacks_is_said():
     with pytest.raises(UsageError, match="no effect"):
         objective(correction=ImportanceSamplingCorrection()).loss(log_p, batch)
     with pytest.raises(UsageError, match="known"):
-        ImportanceSamplingCorrection(kind="drop")
+        ImportanceSamplingCorrection(mode="drop")
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.split import split_corpus
-from llm_quest.data.tokenizer import train_bpe
 from llm_quest.data.tokens import prepare_token_folder
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.papers import PAPERS, load_paper, muon, reproduce
 from llm_quest.papers.lab import LAB_VOCAB_SIZE, LabText
 from llm_quest.papers.paper import Measurement

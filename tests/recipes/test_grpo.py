@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import Demonstrations
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.strings import Reverse
+from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import DataError, GuardStop, UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.surrogates import POLICY_VARIANTS

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_quest.data.tokenizer import train_bpe
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
 from llm_quest.recipes.config import parse_config

@@ -28,7 +28,7 @@ from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_muon
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import model_state_dict
+from llm_quest.train.state import model_state_dict
 from tests.laws.test_techniques import EXAMPLES, NOT_TRAINED, REFUSED
 from tests.train.small import Losses
 

@@ -17,8 +17,7 @@ from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
 from llm_quest.train.run_dir import RunDir
-from llm_quest.train.state import TrainState
-from llm_quest.train.state_dict import RNGState
+from llm_quest.train.state import RNGState, TrainState
 from tests.train.small import Rule, digest, go, objective
 
 

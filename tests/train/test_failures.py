@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm_quest.cli.errors import run_with_exit_code
+from llm_quest.cli.output import run_with_exit_code
 from llm_quest.errors import DataError, ResourceError
 from llm_quest.train.parallel import DistributedContext
 from tests.recipes.two import both_exit_codes, together

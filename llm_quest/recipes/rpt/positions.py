@@ -43,7 +43,7 @@ from llm_quest.recipes.rpt.prompts import (
 )
 from llm_quest.rollouts.sampler import eval_mode
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 TOP_K_ENTROPY = 16
 TOKENS_PER_PASS = 4096

@@ -24,8 +24,8 @@ from itertools import accumulate, takewhile
 import numpy as np
 from pydantic import Field
 
-from llm_quest.data.token_bytes import token_bytes
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import token_bytes
 from llm_quest.errors import UsageError
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
@@ -146,7 +146,7 @@ def is_utf8(text: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What is asked: the text so far, and the bytes of each true token that follows (`data.token_bytes`)."""
+    """What is asked: the text so far, and the bytes of each true token that follows (`data.vocabulary`)."""
 
     prompt: str
     target_tokens: tuple[bytes, ...]

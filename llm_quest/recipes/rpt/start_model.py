@@ -20,14 +20,13 @@ from pydantic import Field
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.batch import TokenBatch
-from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.demonstrations import collate_demonstrations
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.problems import Problem, Task, parse_task, teacher_demonstration
 from llm_quest.data.problems.chained import ANSWER_PREFIX
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.data.whole_documents import WholeDocuments
+from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.data.whole_documents import WholeDocuments, collate_demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
@@ -54,7 +53,7 @@ from llm_quest.recipes.rpt.prompts import (
     make_prompt_builder,
 )
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.state_dict import derive_seed
+from llm_quest.train.state import derive_seed
 
 
 class PretrainStageConfig(StrictModel):

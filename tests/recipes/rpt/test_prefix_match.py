@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from tokenizers import decoders
 
-from llm_quest.data.char_tokenizer import character_tokenizer
-from llm_quest.data.token_bytes import token_bytes, unicode_to_bytes
-from llm_quest.data.tokenizer import END_OF_TEXT, train_bpe
+from llm_quest.data.tokenizer import END_OF_TEXT
+from llm_quest.data.vocabulary import character_tokenizer, token_bytes, train_bpe, unicode_to_bytes
 from llm_quest.errors import UsageError
 from llm_quest.recipes.rpt.prompts import (
     AnswerFormatReward,

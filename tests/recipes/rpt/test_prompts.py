@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_quest.data.tokenizer import train_bpe
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
 from llm_quest.recipes.rpt.prompts import (
     DOCUMENT_END,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm_quest.layers.patch_embedding import ImageEmbedding, PatchEmbedding, interpolate_pos_encoding
+from llm_quest.layers.vision import ImageEmbedding, PatchEmbedding, interpolate_pos_encoding
 
 
 def test_patches_equal_the_convolution_of_the_same_numbers(generator: torch.Generator):

@@ -1,0 +1,113 @@
+"""adapter_config.json: which of PEFT's settings are computed here, which are harmless, and that all others are refused.
+
+A setting changes the function, or it speaks of training, of files, of other libraries. Each one that this version knows
+is in a table below; one that it does not know stops loading unless its value says that it is off."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.config import read_json
+
+CONFIG = "adapter_config.json"
+TINY_LORA_TYPE = "TINYLORA"
+COMPUTED = frozenset((
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "bias", "trainable_token_indices", "init_lora_weights", "base_model_name_or_path"),
+    *("u", "weight_tying", "projection_seed", "save_projection", "init_weights", "tinylora_dropout"),
+    "ensure_weight_tying",
+))  # fmt: skip
+"""Settings that are read. Which modules are adapted follows from the tensors."""
+HARMLESS = frozenset((
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config"),
+    *("megatron_core", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("init_v_bound", "qalora_group_size", "velora_config", "unsloth_version"),
+))  # fmt: skip
+"""Settings that change nothing once the tensors are there. (What an initialisation did to the base is in
+init_lora_weights.)"""
+OFF: tuple[Any, ...] = (None, False, [], {}, "none")
+"""Values under which a setting that is not computed here changes nothing."""
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Initialisations of A and B alone. The others change the base too."""
+RESIDUAL_STARTS = ("pissa", "olora")
+"""Initialisations that subtract from each matrix what A and B begin with, which can be computed again from the base."""
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """adapter_config.json, if it asks for nothing that is not computed here."""
+    if not file.exists():
+        raise DataError(f"{file.parent} holds no adapter: it has no {file.name}{named_adapters_hint(file.parent)}")
+    config = read_json(file)
+    kind = config.get("peft_type")
+    if kind not in ("LORA", TINY_LORA_TYPE):
+        raise DataError(
+            f"{file}: peft_type is {kind!r}; LORA (with use_rslora or use_dora) and {TINY_LORA_TYPE} are read here, "
+            "merge others"
+        )
+    if type(config.get("r")) is not int or config["r"] < 1:
+        raise DataError(f"{file}: r is {config.get('r')!r}; a positive whole number was expected")
+    asked = {name: value for name, value in config.items() if name not in COMPUTED | HARMLESS and value not in OFF}
+    if asked:
+        listed = ", ".join(f"{name} ({str(value)[:40]})" for name, value in asked.items())
+        raise DataError(f"{file}: {listed} is not computed here: merge the adapter in PEFT and load the result")
+    check_start(file, config.get("init_lora_weights", True))
+    return config
+
+
+def check_start(file: Path, start: Any) -> None:
+    """DataError for an initialisation that changed the base in a way that only its own run knows (LoftQ's quantisation,
+    CorDA's and LoRA-GA's data, the random numbers of a fast SVD)."""
+    if start not in PLAIN_STARTS and str(start).lower() not in RESIDUAL_STARTS:
+        raise DataError(
+            f"{file}: init_lora_weights is {start!r}, which changed the base model too, in a way that cannot be "
+            "computed again: save the adapter with PEFT's path_initial_model_for_weight_conversion, or merge it there"
+        )
+
+
+def named_adapters(folder: Path) -> list[str]:
+    """The adapters in a folder that holds several, each in a folder of its own name."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+
+
+def named_adapters_hint(folder: Path) -> str:
+    names = named_adapters(folder)
+    return f"; it holds several by name, {', '.join(names)}: give one, such as {folder / names[0]}" if names else ""
+
+
+def module_rank(config: Mapping[str, Any], module: str) -> int:
+    """r of one module, which rank_pattern may set."""
+    return int(pattern_value(config.get("rank_pattern"), module, config["r"]))
+
+
+def module_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r of one module of this rank, or alpha / sqrt(r) with use_rslora. alpha_pattern may set alpha."""
+    alpha = float(pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that the end of the module's name matches, as in PEFT."""
+    found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, default)
+
+
+def adapter_base(name_or_path: str | Path) -> str | None:
+    """The base that an adapter's folder names; None for anything that is not an adapter's folder alone."""
+    folder = Path(name_or_path).expanduser()
+    if (folder / "config.json").exists() or not (folder / CONFIG).is_file():
+        if folder.is_dir() and named_adapters(folder) and not (folder / "config.json").exists():
+            raise UsageError(f"{folder} has no {CONFIG}{named_adapters_hint(folder)}")
+        return None
+    base = read_adapter_config(folder / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(
+            f"{folder} is an adapter that does not say of which model: quest.load the base, then "
+            "quest.load_adapter(model, folder)"
+        )
+    return str(base)
