@@ -93,12 +93,21 @@ def load_draft(
     if draft_name in ("mtp", "ngram"):
         return draft_name
     draft, own = load_text_model(draft_name, device, dtype, log)
-    if own.hash != tokenizer.hash:
+    if not same_token_ids(own, tokenizer):
         raise UsageError(
             f"{clean_text(draft_name)} has another tokenizer than {clean_text(name_or_path)}, so its token ids mean "
             "other tokens: take a draft trained with the same tokenizer (tokenizer.load=...), or --draft ngram"
         )
     return draft
+
+
+def same_token_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether ids mean the same tokens, as far as both have them; which of them end a text may differ."""
+    first, second = (
+        {number: token for token, number in each.backend_tokenizer.get_vocab(with_added_tokens=True).items()}
+        for each in (one, other)
+    )
+    return all(second.get(number, token) == token for number, token in first.items())
 
 
 def measure_baseline_speed(

@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_quest.generation.compiled import compile_for_model, decode_step, round_up_capacity
+from llm_quest.generation.logits_processor import LogitsProcessor
 from llm_quest.generation.sampling import SamplingParams, token_presence_mask
+from llm_quest.generation.stopping import GeneratedSequence
 from llm_quest.layers.kv_cache import Cache
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
@@ -59,12 +61,13 @@ class BatchDecoder:
         self,
         model: Decoder,
         sampling_params: SamplingParams,
+        logits_processor: LogitsProcessor,
         uniforms: Float[Tensor, "R steps"],
         *,
         compile: bool = False,
     ):
         self.model = model
-        self.sampling_params = sampling_params
+        self.sampling_params, self.logits_processor = sampling_params, logits_processor
         self.uniforms = uniforms
         self.compiled_step = compile_for_model(decode_step, model) if compile else None
         self.row_numbers = list(range(uniforms.shape[0]))
@@ -83,9 +86,10 @@ class BatchDecoder:
             self.logits = self.logits.repeat_interleave(n, dim=0)
         self.positions = torch.tensor(self.lengths, device=self.uniforms.device)[:, None] - 1
 
-    def set_histories(self, histories: Sequence[Sequence[int]]) -> None:
-        """Set the tokens that the repetition penalty applies to: the whole text of each row, including what a sliding
-        window has dropped."""
+    def set_histories(self, sequences: Sequence[GeneratedSequence]) -> None:
+        """Set the texts that penalties apply to: the whole text of each row, including what a sliding window has
+        dropped."""
+        self.sequences, histories = list(sequences), [row.token_ids for row in sequences]
         penalized = self.sampling_params.repetition_penalty != 1
         self.seen_tokens_mask = (
             token_presence_mask(histories, self.logits.shape[-1], self.uniforms.device) if penalized else None
@@ -94,7 +98,13 @@ class BatchDecoder:
     @inference_only
     def sample_tokens(self, step: int) -> list[SampledToken]:
         """Sample token number `step` of every place, on the host."""
-        self.tokens, logprobs = self.sampling_params.sample(self.logits, self.uniforms[:, step], self.seen_tokens_mask)
+        logits, offsets = (
+            self.logits_processor.add_bias(self.logits),
+            self.logits_processor.history_offsets(self.sequences),
+        )
+        self.tokens, logprobs = self.sampling_params.sample(
+            logits, self.uniforms[:, step], self.seen_tokens_mask, offsets
+        )
         if self.seen_tokens_mask is not None:
             self.seen_tokens_mask.scatter_(1, self.tokens[:, None], True)
         host = torch.stack((self.tokens.float(), logprobs)).tolist()  # one read; token ids below 2^24 are exact
@@ -119,6 +129,15 @@ class BatchDecoder:
             self.logits = self.model(self.tokens[:, None], scope)[:, -1]
 
     @inference_only
+    def continue_places(self, places: Sequence[int], tokens: Sequence[int]) -> None:
+        """Continue with these places of the batch, each perhaps several times, and feed each its next token."""
+        index = torch.tensor(places, device=self.positions.device)
+        self.cache.batch_select_indices(index)
+        self.lengths, self.positions = [self.lengths[place] for place in places], self.positions[index]
+        self.tokens = torch.tensor(tokens, device=self.positions.device)
+        self.decode_one_token()
+
+    @inference_only
     def keep_rows(self, rows: Collection[int]) -> None:
         """Continue with these rows only."""
         if len(rows) == self.num_active:
@@ -129,9 +148,8 @@ class BatchDecoder:
             self.positions = self.positions.masked_fill(left[:, None], -1)
             return
         kept_places = [seat for seat, row in enumerate(self.row_numbers) if row in rows]
-        self.row_numbers, self.lengths = (
-            [self.row_numbers[seat] for seat in kept_places],
-            [self.lengths[seat] for seat in kept_places],
+        self.row_numbers, self.lengths, self.sequences = (
+            [part[seat] for seat in kept_places] for part in (self.row_numbers, self.lengths, self.sequences)
         )
         index = torch.tensor(kept_places, device=self.positions.device)
         self.cache.batch_select_indices(index)

@@ -6,14 +6,16 @@ from __future__ import annotations
 import itertools
 import operator
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
 from llm_quest.errors import UsageError
+from llm_quest.generation.beam_search import BeamSearchParams, beam_search
 from llm_quest.generation.decoding import BatchDecoder
 from llm_quest.generation.detokenizer import StreamingTokenizer
+from llm_quest.generation.logits_processor import LogitsProcessor
 from llm_quest.generation.sampling import SamplingParams, row_uniforms
 from llm_quest.generation.speculative.decoder import DraftSource, SpeculativeDecoder, make_drafter, speculative_decode
 from llm_quest.generation.speculative.draft_length import SpeculationStats
@@ -33,6 +35,11 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    no_repeat_ngram_size: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    min_new_tokens: int = 0,
     n: int = 1,
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
@@ -41,28 +48,42 @@ def generate(
     on_full_context: Literal["stop", "slide"] = "stop",
     compile: bool = False,
     draft: DraftSource | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
 ) -> list[Completion]:
     """Generate `n` completions of each prompt (a list of token ids; lengths may differ); those of one prompt are
     consecutive.
 
-    temperature ... repetition_penalty: see `SamplingParams`. seed: seed, prompt and its number among equal prompts
-    determine the text of a row, whatever else is in the batch. eos_token_id: ends a row; None: the model's own; ():
-    nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow at
+    temperature ... logit_bias: see `SamplingParams`. min_new_tokens: no eos before so many. seed: seed, prompt and its
+    number among equal prompts determine the text of a row, whatever else is in the batch. eos_token_id: ends a row;
+    None: the model's own; (): nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow at
     first, then faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same
-    distribution in fewer passes (greedy: the same text)."""
+    distribution in fewer passes (greedy: the same text). num_beams ... early_stopping: above 1 beam, beam search
+    (`BeamSearchParams`), which needs temperature=0 and returns the n best."""
     sampling_params = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
-    )
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size, logit_bias=tuple((logit_bias or {}).items()),
+    )  # fmt: skip
     stopping_criteria = StoppingCriteria(
         max_new_tokens=max_new_tokens,
         eos_token_ids=model_eos_token_ids(model) if eos_token_id is None else as_token_ids(eos_token_id),
         stop=(stop,) if isinstance(stop, str) else tuple(one if isinstance(one, str) else tuple(one) for one in stop),
         tokenizer=tokenizer,
         on_full_context=on_full_context,
+        min_new_tokens=min_new_tokens,
     )
-    return generate_completions(
-        model, prompts, sampling_params, stopping_criteria, n=n, seed=seed, compile=compile, draft=draft
-    )
+    if num_beams == 1:
+        return generate_completions(
+            model, prompts, sampling_params, stopping_criteria, n=n, seed=seed, compile=compile, draft=draft
+        )
+    if draft is not None or compile:
+        raise UsageError(f"num_beams={num_beams} works without draft and compile: leave them out")
+    beams = BeamSearchParams(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
+    require_inference_mode(model)
+    read = validate_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)
+    return beam_search(model, read, sampling_params, stopping_criteria, beams, n=n)
 
 
 def generate_completions(
@@ -114,8 +135,7 @@ def stream_tokens(
 ) -> Iterator[GeneratedToken]:
     """Yield the tokens of all rows as they are generated, step by step; row r is sample r % n of prompt r // n. Invalid
     arguments raise here, not at the first token."""
-    if model.training:
-        raise UsageError("the model is in training mode, where dropout would disturb the text: call model.eval() first")
+    require_inference_mode(model)
     if n < 1:
         raise UsageError(f"n is {n}: ask for at least 1 completion of each prompt")
     context = model.config.max_position_embeddings
@@ -128,8 +148,9 @@ def stream_tokens(
     if not read:
         return iter(())
     rows = [GeneratedSequence(number, read[number // n], stopping_criteria, context) for number in range(len(read) * n)]
+    processor = LogitsProcessor(sampling_params, stopping_criteria, model.config.vocab_size, uniforms.device)
     if draft is None:
-        return decode_rows(BatchDecoder(model, sampling_params, uniforms, compile=compile), rows, n)
+        return decode_rows(BatchDecoder(model, sampling_params, processor, uniforms, compile=compile), rows, n)
     apart = [
         row_uniforms(read, n, stopping_criteria.max_new_tokens, (seed, purpose), copy_offsets).to(uniforms.device)
         for purpose in ("guess", "accept")
@@ -137,8 +158,14 @@ def stream_tokens(
     drafter = make_drafter(draft, model, sampling_params, compile=compile)
     numbers, stats = (apart[0], apart[1], uniforms), SpeculationStats() if stats is None else stats
     return speculative_decode(
-        SpeculativeDecoder(model, drafter, sampling_params, numbers, stats, compile=compile), rows, n
+        SpeculativeDecoder(model, drafter, sampling_params, processor, numbers, stats, compile=compile), rows, n
     )
+
+
+def require_inference_mode(model: Decoder) -> None:
+    """UsageError for a model in training mode."""
+    if model.training:
+        raise UsageError("the model is in training mode, where dropout would disturb the text: call model.eval() first")
 
 
 def decode_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: int) -> Iterator[GeneratedToken]:
@@ -170,7 +197,7 @@ def prefill_rows(decoding: BatchDecoder, rows: Sequence[GeneratedSequence], n: i
     """Prefill the current windows, with capacity for all that may follow."""
     capacity = max(min(row.max_context, len(row.window) + row.tokens_left) for row in rows)
     decoding.prefill_windows([row.window for row in rows[::n]], capacity=capacity)
-    decoding.set_histories([row.token_ids for row in rows])
+    decoding.set_histories(rows)
 
 
 def validate_prompts(prompts: TokenPrompts, vocab_size: int, max_context: int | None) -> list[list[int]]:

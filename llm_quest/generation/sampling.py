@@ -3,7 +3,9 @@
 The order is fixed, so that combinations mean one thing. Each step works on the renormalised distribution the one
 before it left, and can only narrow it:
 
-    logits -> repetition penalty -> temperature -> top-k -> top-p -> min-p -> softmax -> draw
+    logits -> logits processors -> temperature -> top-k -> top-p -> min-p -> softmax -> draw
+
+`logits_processor.py` has the processors, which read what a row has generated.
 
 Commonly got wrong: a nucleus measured on mass that top-k has already cut, but not renormalised, is too wide; min-p
 that keeps "at least k" widens; and a policy-gradient ratio must be taken under *this* distribution, not under the
@@ -12,6 +14,7 @@ full softmax."""
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,14 +37,20 @@ class SamplingParams:
     also among equals). top_p: the fewest most probable that together reach p; the one that crosses p stays (Holtzman
     et al. 2020, arXiv:1904.09751). min_p: those at least p times as probable as the most probable (Nguyen et al.
     2024, arXiv:2407.01082). repetition_penalty: a positive logit of a token already in the prompt or the text is
-    divided by it, a negative one multiplied: Hugging Face's form. CTRL's (Keskar et al. 2019, arXiv:1909.05858) divides
-    whatever the sign, and of generated tokens alone."""
+    divided by it, a negative one multiplied: Hugging Face's form. CTRL's (Keskar et al. 2019, arXiv:1909.05858)
+    divides whatever the sign, and of generated tokens alone. presence_penalty, frequency_penalty: subtracted from the
+    logit of a generated token, once and times its count (OpenAI's form). no_repeat_ngram_size: no sequence of so many
+    tokens occurs twice, the prompt included. logit_bias: (token id, what is added to its logit) each."""
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < float("inf"):
@@ -61,17 +70,30 @@ class SamplingParams:
             raise UsageError(
                 f"repetition_penalty is {self.repetition_penalty}: give a positive number; 1 is no penalty"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} is {getattr(self, name)}: give a finite number; 0 is no penalty")
+        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 1:
+            raise UsageError(
+                f"no_repeat_ngram_size is {self.no_repeat_ngram_size}: give at least 1, or None to allow repetition"
+            )
+        if any(math.isnan(bias) or bias == math.inf for _, bias in self.logit_bias):
+            raise UsageError("a logit_bias is a finite number, or -inf for a token that must not be drawn")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
     def log_probs(
-        self, logits: Float[Tensor, "*batch V"], seen: Bool[Tensor, "*batch V"] | None = None
+        self,
+        logits: Float[Tensor, "*batch V"],
+        seen: Bool[Tensor, "*batch V"] | None = None,
+        offsets: Float[Tensor, "*batch V"] | None = None,
     ) -> Float[Tensor, "*batch V"]:
         """Log-probabilities, in float32, of the distribution that `sample` draws from; -inf for what it never draws.
-        Differentiable. seen: which tokens the penalty applies to. At temperature 0 all mass is on one token."""
-        logits = self.apply_repetition_penalty(logits.float(), seen)
+        Differentiable. seen: which tokens the repetition penalty applies to. offsets: what the logits processors add.
+        At temperature 0 all mass is on one token."""
+        logits = self.apply_penalties(logits.float(), seen, offsets)
         if self.is_greedy:
             return torch.full_like(logits, NEG_INF).scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
         kept, tokens = self.process_logits(logits)
@@ -84,13 +106,14 @@ class SamplingParams:
         logits: Float[Tensor, "B V"],
         uniforms: Float[Tensor, " B"],
         seen: Bool[Tensor, "B V"] | None = None,
+        offsets: Float[Tensor, "B V"] | None = None,
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
         """One token per row and its log-probability. uniforms: one number in [0, 1) per row decides it, so that no
         row's draw depends on its neighbours.
 
         At temperature 0 the log-probability is that of the (penalised) softmax: the point mass would say 0 for every
         token."""
-        logits = self.apply_repetition_penalty(logits.float(), seen)
+        logits = self.apply_penalties(logits.float(), seen, offsets)
         if self.is_greedy:
             top, tokens = logits.max(dim=-1)
             return tokens, top - logits.logsumexp(dim=-1)
@@ -100,11 +123,12 @@ class SamplingParams:
         logprobs = kept.gather(-1, choice)[:, 0] - weights.sum(dim=-1).log()
         return (choice if names is None else names.gather(-1, choice))[:, 0], logprobs
 
-    def apply_repetition_penalty(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        if self.repetition_penalty == 1 or seen is None:
-            return logits
-        factor = self.repetition_penalty
-        return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    def apply_penalties(self, logits: Tensor, seen: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+        """The repetition penalty, then what the logits processors add."""
+        if self.repetition_penalty != 1 and seen is not None:
+            factor = self.repetition_penalty
+            logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+        return logits if offsets is None else logits + offsets
 
     def process_logits(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tempered logits after the filters, 0 for the most probable and -inf for what they drop: the whole row with

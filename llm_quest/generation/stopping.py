@@ -15,7 +15,7 @@ FinishReason = Literal["eos", "stop", "length"]
 @dataclass(frozen=True, kw_only=True)
 class StoppingCriteria:
     """When a sequence ends: at one of `eos_token_ids`, at a `stop` (a sequence of tokens, or a string, which needs the
-    tokenizer), or at a length: max_new_tokens, or the model's context.
+    tokenizer), or at a length: max_new_tokens, or the model's context. min_new_tokens: no eos is drawn before so many.
 
     on_full_context: what happens where the context is full. "stop": prompt and text together never exceed it. "slide":
     the oldest tokens are dropped; the row goes on from its last context // 2 tokens, whose positions start again at 0,
@@ -26,10 +26,13 @@ class StoppingCriteria:
     stop: tuple[str | tuple[int, ...], ...] = ()
     tokenizer: StreamingTokenizer | None = None
     on_full_context: Literal["stop", "slide"] = "stop"
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}: give at least 1")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise UsageError(f"min_new_tokens is {self.min_new_tokens}: give 0 to max_new_tokens={self.max_new_tokens}")
         if self.on_full_context not in ("stop", "slide"):
             raise UsageError(
                 f"on_full_context is {self.on_full_context!r}: 'stop' at the end of the context, or 'slide' the window"

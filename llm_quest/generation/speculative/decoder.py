@@ -29,6 +29,7 @@ from torch import Tensor
 
 from llm_quest.errors import UsageError
 from llm_quest.generation.compiled import choose_width
+from llm_quest.generation.logits_processor import LogitsProcessor
 from llm_quest.generation.sampling import SamplingParams, token_presence_mask
 from llm_quest.generation.speculative.draft_length import DraftLengthController, SpeculationStats, min_useful_acceptance
 from llm_quest.generation.speculative.draft_model import DraftModelDrafter
@@ -71,12 +72,14 @@ class SpeculativeDecoder:
         model: Decoder,
         drafter: Drafter,
         sampling_params: SamplingParams,
+        logits_processor: LogitsProcessor,
         uniforms: tuple[Float[Tensor, "R S"], Float[Tensor, "R S"], Float[Tensor, "R S"]],
         stats: SpeculationStats,
         *,
         compile: bool = False,
     ):
         self.model, self.drafter, self.sampling_params, self.stats = model, drafter, sampling_params, stats
+        self.logits_processor = logits_processor
         self.target_model = TargetModel(model, compile=compile)
         self.compile = compile
         self.guess_uniforms, accept, draw = uniforms
@@ -134,8 +137,9 @@ class SpeculativeDecoder:
         width = max(1, drafts.max_length + self.extra_columns)
         guesses = [part[: max(min(width, space) - 1, 0)] for part, space in zip(drafts.tokens, remaining, strict=True)]
         hidden, logits = self.target_model.score_drafts(texts, guesses)
+        logits, offsets = self.process_logits(logits[:, :width], guesses)
         numbers, num_generated = self.row_numbers(), [row.num_generated if row else 0 for row in self.seats]
-        acceptance = self.rejection_sampler(logits[:, :width], drafts, numbers, num_generated, self.seen_tokens_mask)
+        acceptance = self.rejection_sampler(logits, drafts, numbers, num_generated, self.seen_tokens_mask, offsets)
         self.hidden = hidden
         steps, written = drafts.max_length, sum(map(len, acceptance.tokens))
         self.draft_length.record_cycle(width, steps, written, time.perf_counter() - drafted, drafted - started)
@@ -150,6 +154,11 @@ class SpeculativeDecoder:
         if any(math.isnan(each) for _, _, logprobs in taken for each in logprobs):
             raise ValueError("the model's logits are not finite, so no token can be drawn: look for NaN in its weights")
         return taken
+
+    def process_logits(self, logits: Tensor, guesses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """The target's logits with their bias, and what the history adds at each column."""
+        offsets = self.logits_processor.draft_offsets(self.seats, guesses, logits.shape[1])
+        return self.logits_processor.add_bias(logits), offsets
 
     def row_numbers(self) -> list[int]:
         """Whose random numbers each place uses; those of an empty place are not read."""

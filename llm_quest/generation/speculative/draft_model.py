@@ -1,4 +1,8 @@
-"""Drafting with a smaller model of the same vocabulary."""
+"""Drafting with a smaller model of the same vocabulary.
+
+Two models of one tokenizer may have embeddings padded to other sizes (Qwen2.5: 151,936 and 152,064 rows). Ids that the
+draft model does not have are never drafted, and ids that the target does not have neither; the text is the target's
+alone in any case."""
 
 from __future__ import annotations
 
@@ -29,6 +33,8 @@ from llm_quest.scope import Scope
 
 COMPILED_STRIDE = 4
 """A compiled lookahead draws so many tokens before the host looks at them."""
+MAX_VOCABULARY_PADDING = 1024
+"""Rows by which two embeddings of one tokenizer may differ."""
 MAX_UNREAD_TOKENS = 2
 """It begins with so many columns: after a full acceptance the last guess is unread, and the token after it."""
 
@@ -46,10 +52,11 @@ class DraftModelDrafter:
     def __init__(
         self, draft_model: Decoder, target_model: Decoder, sampling_params: SamplingParams, *, compile: bool = False
     ):
-        if draft_model.config.vocab_size != target_model.config.vocab_size:
+        self.vocab_size, own = target_model.config.vocab_size, draft_model.config.vocab_size
+        if abs(own - self.vocab_size) > MAX_VOCABULARY_PADDING:
             raise UsageError(
-                f"the draft knows {draft_model.config.vocab_size} tokens, the model {target_model.config.vocab_size}: "
-                "a draft must have the model's own tokenizer; train one with tokenizer.load, or take draft='ngram'"
+                f"the draft knows {own} tokens, the model {self.vocab_size}: a draft must have the model's own "
+                "tokenizer; train one with tokenizer.load, or take draft='ngram'"
             )
         if draft_model.training:
             raise UsageError("the draft is in training mode, where dropout would disturb it: call draft.eval() first")
@@ -105,7 +112,7 @@ class DraftModelDrafter:
         """Logits after each row's last token."""
         hidden = forward_hidden(self.model, token_rows, self.cached_lengths, self.kv_cache, self.device)
         self.cached_lengths = [known + len(part) for known, part in zip(self.cached_lengths, token_rows, strict=True)]
-        return self.model.head(hidden[:, -1])
+        return fit_vocabulary(self.model.head(hidden[:, -1]), self.vocab_size)
 
     def draft_compiled(
         self, token_rows: list[list[int]], buffer: DraftBuffer, wanted: Sequence[int]
@@ -125,7 +132,9 @@ class DraftModelDrafter:
             torch.tensor(ends, device=self.device)[:, None],
         )
         uniforms = buffer.request.uniforms[:, at : at + stride].clone()
-        new = self.compiled_loop(self.model, *places, self.kv_cache, self.sampling_params, uniforms, buffer.seen)
+        new = self.compiled_loop(
+            self.model, *places, self.kv_cache, self.sampling_params, uniforms, buffer.seen, self.vocab_size
+        )
         self.cached_lengths = [
             min(known + len(part) + stride - 1, end) if part else known
             for known, part, end in zip(self.cached_lengths, token_rows, ends, strict=True)
@@ -143,6 +152,11 @@ class DraftModelDrafter:
         self.cached_lengths = [self.cached_lengths[row] for row in rows.tolist()]
 
 
+def fit_vocabulary(logits: Float[Tensor, "*batch W"], vocab_size: int) -> Float[Tensor, "*batch V"]:
+    """The draft's logits over the target's vocabulary: cut, or filled with -inf."""
+    return torch.nn.functional.pad(logits, (0, vocab_size - logits.shape[-1]), value=-torch.inf)
+
+
 def draft_loop(
     model: Decoder,
     tokens: Int[Tensor, "B T"],
@@ -152,12 +166,16 @@ def draft_loop(
     sampling_params: SamplingParams,
     uniforms: Float[Tensor, "B c"],
     seen: Bool[Tensor, "B V"] | None,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Several steps of drafting as one graph: tokens (B,c), the confidence of each (B,c), and the distributions they
     were drawn from (B,c,V). ends: a row reads nothing at this position or later, so that none runs out of its cache."""
     made = []
     for column in uniforms.unbind(dim=1):
-        logits = model.head(model.hidden_states(tokens, Scope(positions, cache=cache))[:, -1])
+        tokens = tokens.clamp(max=model.config.vocab_size - 1)
+        logits = fit_vocabulary(
+            model.head(model.hidden_states(tokens, Scope(positions, cache=cache))[:, -1]), vocab_size
+        )
         made.append(new := sample_draft(sampling_params, logits, column, seen))
         tokens = new.tokens[:, None]
         seen = None if seen is None else seen.scatter(1, tokens, True)
@@ -173,5 +191,6 @@ def forward_hidden(
     if not any(map(len, token_rows)):
         return torch.zeros(len(token_rows), 1, model.config.hidden_size, device=device)
     tokens, positions = pad_left(token_rows)
+    tokens = tokens.clamp(max=model.config.vocab_size - 1)  # an id of the target that the draft model does not have
     positions = torch.where(positions < 0, -1, positions + torch.tensor(list(starts))[:, None])
     return model.hidden_states(tokens.to(device), continuation_scope(token_rows, starts, positions.to(device), cache))

@@ -87,7 +87,7 @@ def sample_draft(
 ) -> DraftSample:
     """Sample as the target model does: greedily, or from the same filtered distribution."""
     if sampling_params.is_greedy:
-        logits = sampling_params.apply_repetition_penalty(logits.float(), seen)
+        logits = sampling_params.apply_penalties(logits.float(), seen)
         top, tokens = logits.max(dim=-1)
         return DraftSample(tokens, (top - logits.logsumexp(dim=-1)).exp(), None)
     q = sampling_params.log_probs(logits, seen).exp()

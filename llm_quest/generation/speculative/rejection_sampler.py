@@ -59,33 +59,41 @@ class RejectionSampler:
         rows: Sequence[int],
         num_generated: Sequence[int],
         seen: Tensor | None,
+        offsets: Float[Tensor, "B T V"] | None = None,
     ) -> Acceptance:
-        """rows, num_generated: which row is in which place of the batch, and how many tokens it has."""
+        """rows, num_generated: which row is in which place of the batch, and how many tokens it has. offsets: what the
+        logits processors add; drafts may be made without them, for it is p that decides."""
         width = logits.shape[1]
         if drafts.max_length == 0:
-            return self.sample_without_drafts(logits[:, 0], rows, num_generated, seen)
+            first = None if offsets is None else offsets[:, 0]
+            return self.sample_without_drafts(logits[:, 0], rows, num_generated, seen, first)
         guesses = torch.tensor([(list(part) + [-1] * width)[:width] for part in drafts.tokens], device=logits.device)
         ahead = None if seen is None else penalty_masks(seen, guesses)
         if self.sampling_params.is_greedy:
-            return self.verify_greedy(self.sampling_params.apply_repetition_penalty(logits.float(), ahead), guesses)
+            return self.verify_greedy(self.sampling_params.apply_penalties(logits.float(), ahead, offsets), guesses)
         places = torch.tensor(list(num_generated), device=logits.device)[:, None] + torch.arange(
             width, device=logits.device
         )
         places = places.clamp(max=self.residual_uniforms.shape[1] - 1)
         u, r = (part[list(rows)].gather(1, places) for part in (self.accept_uniforms, self.residual_uniforms))
-        log_p = self.sampling_params.log_probs(logits, ahead)
+        log_p = self.sampling_params.log_probs(logits, ahead, offsets)
         return self.verify_sampled(log_p, guesses, drafts.q, u, r)
 
     def sample_without_drafts(
-        self, logits: Float[Tensor, "B V"], rows: Sequence[int], num_generated: Sequence[int], seen: Tensor | None
+        self,
+        logits: Float[Tensor, "B V"],
+        rows: Sequence[int],
+        num_generated: Sequence[int],
+        seen: Tensor | None,
+        offsets: Tensor | None,
     ) -> Acceptance:
         """Sample one token where nothing was drafted: what `verify_greedy` and `verify_sampled` reduce to."""
         if self.sampling_params.is_greedy:
-            logits = self.sampling_params.apply_repetition_penalty(logits.float(), seen)
+            logits = self.sampling_params.apply_penalties(logits.float(), seen, offsets)
             top, tokens = logits.max(dim=-1)
             logprobs = top - logits.logsumexp(dim=-1)
         else:
-            log_p = self.sampling_params.log_probs(logits, seen)
+            log_p = self.sampling_params.log_probs(logits, seen, offsets)
             drawn = inverse_cdf(log_p.exp(), self.residual_uniforms[list(rows), list(num_generated)])
             tokens, logprobs = drawn[:, 0], log_p.gather(-1, drawn)[:, 0]
         return Acceptance([[token] for token in tokens.tolist()], [[log] for log in logprobs.tolist()], [0] * len(rows))

@@ -513,6 +513,20 @@ def test_a_draft_that_cannot_draft_is_refused(draft, words):
 
 def test_a_draft_of_another_vocabulary_is_refused_with_a_reason():
     model = loud(build("llama3.2-tiny", seed=1))
-    other = build(dataclasses.replace(preset("llama3.2-tiny").config, vocab_size=96), seed=0)
-    with pytest.raises(UsageError, match="the draft knows 96 tokens, the model 97"):
+    other = build(dataclasses.replace(preset("llama3.2-tiny").config, vocab_size=2000), seed=0)
+    with pytest.raises(UsageError, match="the draft knows 2000 tokens, the model 97"):
         stream_tokens(model, [[1]], SamplingParams(), StoppingCriteria(max_new_tokens=4), draft=other)
+
+
+@pytest.mark.parametrize("rows", [80, 128])
+def test_a_draft_whose_embedding_is_padded_otherwise_drafts(rows):
+    """The greedy text is the plain one; sampled, no id that the draft alone has is ever drawn."""
+    model = loud(build("llama3.2-tiny", seed=1))
+    draft = loud(build(dataclasses.replace(preset("llama3.2-tiny").config, vocab_size=rows), seed=1))
+    prompts, options = [[1, 96, 3], [90]], {"max_new_tokens": 20, "eos_token_id": ()}
+    plain = generate(model, prompts, temperature=0.0, **options)
+    assert [r.tokens for r in generate(model, prompts, temperature=0.0, draft=draft, **options)] == [
+        r.tokens for r in plain
+    ]
+    sampled = generate(model, prompts, temperature=1.0, repetition_penalty=1.2, n=3, draft=draft, **options)
+    assert max(token for row in sampled for token in row.tokens) < 97

@@ -1,0 +1,99 @@
+"""Beam search gives the tokens that transformers' gives, and is greedy decoding with one beam."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import llm_quest as quest
+from llm_quest.errors import UsageError
+from llm_quest.generation.beam_search import BeamSearchParams, BeamState, Extension, beam_search
+from llm_quest.generation.generate import generate
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.models.build import build
+from tests import oracles
+from tests.family_oracles import ORACLES
+
+FAMILIES = {"llama": oracles.tiny_llama, "gpt2": oracles.tiny_gpt2} | {
+    name: ORACLES[name] for name in ("gemma3", "qwen3_next", "deepseek_v3")
+}
+PROMPTS = [[5, 9, 2, 7, 7, 1], [3], [8, 8, 4]]
+MANNERS = [
+    {},
+    {"length_penalty": 0.0, "early_stopping": True},
+    {"length_penalty": 2.0, "early_stopping": "never"},
+    {"length_penalty": -1.0, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 4},
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """A model of theirs and the same in ours."""
+    theirs = FAMILIES[request.param]().eval()
+    folder = Path(tmp_path_factory.mktemp("beams")) / "model"
+    return theirs, quest.load(oracles.save_published(theirs, folder))
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("eos", [(), (11,), (11, 40, 63)])
+def test_beam_search_finds_what_transformers_finds(pair, manner, eos):
+    """Of a ragged batch; theirs reads one prompt at a time, for left padding is part of what its n-grams read."""
+    theirs, ours = pair
+    rows = generate(ours, PROMPTS, max_new_tokens=12, temperature=0.0, num_beams=4, n=2, eos_token_id=eos, **manner)
+    for number, prompt in enumerate(PROMPTS):
+        expected = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
+            num_beams=4, num_return_sequences=2, eos_token_id=list(eos) or None, pad_token_id=96, **manner,
+        )  # fmt: skip
+        for row, told in zip(rows[2 * number : 2 * number + 2], expected.tolist(), strict=True):
+            told = told[len(prompt) :]
+            assert row.tokens == told[: len(row.tokens)]
+            assert set(told[len(row.tokens) :]) <= {96}
+            assert (row.finish_reason == "eos") == (row.tokens[-1] in eos)
+
+
+def test_one_beam_is_greedy_decoding(pair):
+    _, ours = pair
+    criteria = StoppingCriteria(max_new_tokens=9)
+    greedy = generate(ours, PROMPTS, max_new_tokens=9, temperature=0.0, eos_token_id=())
+    found = beam_search(ours, PROMPTS, SamplingParams(temperature=0.0), criteria, BeamSearchParams(num_beams=1))
+    assert [row.tokens for row in found] == [row.tokens for row in greedy]
+    for one, other in zip(found, greedy, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_what_ends_beyond_the_first_ranks_is_not_finished():
+    """Worked by hand: two beams, four extensions, 9 ends a text."""
+    state = BeamState([1], 5, BeamSearchParams(num_beams=2), (9,))
+    extensions = [Extension(-1.0, 0, 4), Extension(-2.0, 0, 9), Extension(-3.0, 0, 9), Extension(-4.0, 0, 5)]
+    assert state.advance(extensions) == [0, 0]
+    assert [(one.score, one.tokens) for one in state.finished] == [(-2.0, (9,))]
+    assert [(one.score, one.tokens) for one in state.beams] == [(-1.0, (4,)), (-4.0, (5,))]
+    assert not state.done
+    state.advance([Extension(-1.5, 0, 9), Extension(-1.6, 0, 3), Extension(-4.5, 1, 2)])
+    assert [one.score for one in state.finished] == [-0.75, -2.0]
+    assert not state.done  # -1.6 / 2 is better than -2
+    state.advance([Extension(-7.0, 0, 1), Extension(-7.5, 1, 1)])
+    assert state.done  # -7 / 3 is not
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"temperature": 1.0}, "draws nothing"),
+        ({"stop": [[3]]}, "leave stop out"),
+        ({"n": 4}, "raise num_beams"),
+        ({"on_full_context": "slide"}, "within the context"),
+        ({"early_stopping": "soon"}, "True, False or 'never'"),
+        ({"num_beams": 0}, "at least 1"),
+        ({"draft": "ngram"}, "without draft"),
+    ],
+)
+def test_options_that_mean_nothing_to_beams_are_refused(choice, message):
+    with pytest.raises(UsageError, match=message):
+        generate(
+            build("gpt2-tiny", seed=1), [[1]], **({"max_new_tokens": 3, "temperature": 0.0, "num_beams": 3} | choice)
+        )
