@@ -344,8 +344,8 @@ MUTATIONS = (
     Mutation("plan: products in place are not counted", "cost/flops.py", "        aten.addmm_: inplace_product_flops,\n", "", "tests/cost/test_profile.py -k chunked"),
     Mutation("distillation: of vocabularies padded alike the padding is not learned", "recipes/auxiliary_losses.py", "shared_ids = vocab if vocab == model.config.vocab_size else ids", "shared_ids = ids", TEACHING),
     # Texts for a file of prompts
-    Mutation("prompts: an equal prompt gets the first one's text again", "cli/batch_generate.py", "copy_offsets=[work.occurrence[row] for row in some]", "occurrence=[0 for _ in some]", WRITING),
-    Mutation('prompts: equal prompts are counted within their batch', "cli/batch_generate.py", ", copy_offsets=[work.occurrence[row] for row in some]", '', WRITING),
+    Mutation("prompts: an equal prompt gets the first one's text again", "cli/batch_generate.py", "[work.occurrence[row] for row in some]", "[0 for _ in some]", WRITING),
+    Mutation('prompts: equal prompts are counted within their batch', "cli/batch_generate.py", ", [work.occurrence[row] for row in some]", '', WRITING),
     Mutation('prompts: text is the continuation alone', "cli/batch_generate.py", '"text": prompt + completion', '"text": completion', WRITING),
     Mutation('prompts: what is there is written again', "cli/batch_generate.py", 'if row not in known]', 'if row is not known]', WRITING),
     Mutation('prompts: a file goes on under other weights', "cli/batch_generate.py", '"weights": weights_hash(model),', '', WRITING),

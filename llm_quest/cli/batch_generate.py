@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.chat import GenerationOptions, load_text_model, require_compiler
+from llm_quest.cli.chat import complete_prompts, load_text_model, require_compiler
+from llm_quest.cli.generation_options import GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
 from llm_quest.contracts import LogFn
 from llm_quest.data.documents import Document
 from llm_quest.data.records import read_prompts
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
-from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.reference_model import weights_hash
@@ -60,11 +60,13 @@ class BatchGenerateReport:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Tokenized prompts. occurrence: how many equal prompts precede each one in the file."""
+    """Tokenized prompts. occurrence: how many equal prompts precede each one in the file. options: whether they are
+    messages, and after which system message."""
 
     prompts: Sequence[Document]
     ids: Sequence[list[int]]
     occurrence: Sequence[int]
+    options: GenerationOptions
 
     def batches(self, rows: Sequence[int], size: int) -> list[list[int]]:
         """Batches of rows of similar length. The longest come first, so that running out of memory shows at once."""
@@ -72,15 +74,15 @@ class PromptSet:
         return [order[at : at + size] for at in range(0, len(order), size)]
 
     def make_row(self, number: int, done: Completion) -> dict[str, Any]:
+        """A row that can be trained on: `text`, or with --chat `messages`."""
         prompt, completion = self.prompts[number].text, done.text or ""
-        reason = done.finish_reason
-        return {
-            "row": number,
-            "prompt": prompt,
-            "text": prompt + completion,
-            "completion": completion,
-            "finished": reason,
-        }
+        told = {"prompt": prompt, "completion": completion, "finished": done.finish_reason}
+        if not self.options.chat:
+            return {"row": number, "text": prompt + completion} | told
+        system = self.options.system
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+        return {"row": number, "messages": messages} | told
 
 
 def check_prompt_options(
@@ -117,7 +119,8 @@ def generate_batch(
     prompt_texts = read_prompts(prompts)
     options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    work = tokenize_prompts(prompt_texts, tokenizer)
+    options = options.with_advice(model.generation_config, GENERATE_DEFAULTS, log)
+    work = tokenize_prompts(prompt_texts, tokenizer, options)
     fit = select_fitting_prompts(work, model, options.slide, prompts, log)
     until = options.stopping_criteria(model, tokenizer)
     with open_jsonl_output(out, output_settings(name_or_path, model, tokenizer, prompt_texts, options, until)) as file:
@@ -139,15 +142,13 @@ def generate_batch(
     )
 
 
-def tokenize_prompts(prompt_texts: Sequence[Document], tokenizer: Tokenizer) -> PromptSet:
-    ids = [
-        tokens or [tokenizer.start_token_id] for tokens in tokenizer.encode_batch([one.text for one in prompt_texts])
-    ]
+def tokenize_prompts(prompt_texts: Sequence[Document], tokenizer: Tokenizer, options: GenerationOptions) -> PromptSet:
+    ids = options.encode_prompts(tokenizer, [one.text for one in prompt_texts])
     known, which = Counter[tuple[int, ...]](), []
     for tokens in ids:
         which.append(known[tuple(tokens)])
         known[tuple(tokens)] += 1
-    return PromptSet(prompt_texts, ids, which)
+    return PromptSet(prompt_texts, ids, which, options)
 
 
 def select_fitting_prompts(work: PromptSet, model: Decoder, slide: bool, prompts: Path, log: LogFn) -> list[int]:
@@ -185,11 +186,7 @@ def output_settings(
         "tokenizer": tokenizer.hash,
         "prompts": digest.hexdigest(),
     }
-    return (
-        held
-        | {"dtype": kind, "eos": stopping_criteria.eos_token_ids}
-        | {k: v for k, v in asdict(options).items() if k != "compile"}
-    )
+    return held | {"dtype": kind, "eos": stopping_criteria.eos_token_ids} | options.as_settings()
 
 
 def generate_missing(
@@ -206,10 +203,9 @@ def generate_missing(
     clock, began = EtaClock(0, len(missing)), time.perf_counter()
     done, tokens, reported = 0, 0, began
     for some in work.batches(missing, size):
-        completions = generate_completions(
-            model, [work.ids[row] for row in some], options.sampling, stopping_criteria,
-            seed=options.seed, compile=options.compile, copy_offsets=[work.occurrence[row] for row in some],
-        )  # fmt: skip
+        completions = complete_prompts(
+            model, [work.ids[row] for row in some], options, stopping_criteria, [work.occurrence[row] for row in some]
+        )
         file.append([work.make_row(row, one) for row, one in zip(some, completions, strict=True)])
         done, tokens, now = done + len(some), tokens + sum(len(one.tokens) for one in completions), time.perf_counter()
         if now - reported > PROGRESS_SECONDS or done == len(missing):

@@ -3,64 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 import torch
 
+from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import clean_text, print_json
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.generation.beam_search import beam_search
 from llm_quest.generation.generate import generate_completions, stream_tokens
-from llm_quest.generation.sampling import SamplingParams
-from llm_quest.generation.stopping import StoppingCriteria
+from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import find_cpp_compiler, resolve_precision
 from llm_quest.train.parallel import resolve_device
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """Options of `quest generate` and `quest chat`. tokens: the maximum of new tokens. slide: go on beyond the context
-    by dropping the oldest tokens. compile: use compiled forward passes."""
-
-    tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    stop: tuple[str, ...]
-    slide: bool
-    seed: int
-    compile: bool = False
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )
-
-    def stopping_criteria(self, model: Decoder, tokenizer: Tokenizer) -> StoppingCriteria:
-        eos = {*(model.generation_config.eos_token_ids if model.generation_config else ()), *tokenizer.eos_token_ids}
-        beyond: Literal["stop", "slide"] = "slide" if self.slide else "stop"
-        return StoppingCriteria(
-            max_new_tokens=self.tokens,
-            eos_token_ids=tuple(sorted(eos)),
-            stop=self.stop,
-            tokenizer=tokenizer,
-            on_full_context=beyond,
-        )
 
 
 def load_text_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> tuple[Decoder, Tokenizer]:
@@ -87,21 +49,41 @@ def generate_text(
     name_or_path: str, prompt: str, options: GenerationOptions, *, device: str, dtype: str, as_json: bool, log: LogFn
 ) -> None:
     """Print the continuation of a prompt as it is generated; with as_json, one JSON document at the end."""
-    sampling = options.sampling
+    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
+    options = options.with_advice(model.generation_config, GENERATE_DEFAULTS, log)
+    tokens = options.encode_prompts(tokenizer, [prompt])[0]
     require_room_in_context(tokens, model, options.slide)
     until = options.stopping_criteria(model, tokenizer)
     if options.compile:
         require_compiler(next(model.parameters()).device, log)
+    if as_json or options.beams:
+        done = complete_prompts(model, [tokens], options, until)[0]
     if as_json:
-        done = generate_completions(model, [tokens], sampling, until, seed=options.seed, compile=options.compile)[0]
         print_json({"prompt": prompt, **asdict(done)})
         return
-    print_text(prompt)
-    for piece in stream_text(model, tokens, sampling, until, options.seed, compile=options.compile):
+    if not options.chat:
+        print_text(prompt)
+    pieces = [done.text or ""] if options.beams else stream_text(model, tokens, options, until)
+    for piece in pieces:
         print_text(piece)
     print_text("\n")
+
+
+def complete_prompts(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    stopping_criteria: StoppingCriteria,
+    copy_offsets: Sequence[int] | None = None,
+) -> list[Completion]:
+    """One completion of each prompt: sampled, or the best that beam search finds."""
+    if (beams := options.beams) is not None:
+        return beam_search(model, prompts, options.sampling, stopping_criteria, beams)
+    return generate_completions(
+        model, prompts, options.sampling, stopping_criteria,
+        seed=options.seed, compile=options.compile, copy_offsets=copy_offsets,
+    )  # fmt: skip
 
 
 def require_compiler(device: torch.device, log: LogFn) -> None:
@@ -119,16 +101,12 @@ def require_room_in_context(tokens: list[int], model: Decoder, slide: bool) -> N
 
 
 def stream_text(
-    model: Decoder,
-    tokens: list[int],
-    sampling: SamplingParams,
-    stopping_criteria: StoppingCriteria,
-    seed: int,
-    *,
-    compile: bool = False,
+    model: Decoder, tokens: list[int], options: GenerationOptions, stopping_criteria: StoppingCriteria
 ) -> Iterator[str]:
     """Yield the text in pieces, each as soon as its bytes are complete."""
-    for made in stream_tokens(model, [tokens], sampling, stopping_criteria, seed=seed, compile=compile):
+    for made in stream_tokens(
+        model, [tokens], options.sampling, stopping_criteria, seed=options.seed, compile=options.compile
+    ):
         yield made.text
 
 
@@ -149,8 +127,9 @@ def run_chat(
     log: LogFn,
 ) -> None:
     """Read lines from the user and answer each, in one conversation."""
-    sampling = options.sampling
+    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    options = options.with_advice(model.generation_config, CHAT_DEFAULTS, log)
     history = make_conversation(tokenizer, system, template, log)
     log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
     until = options.stopping_criteria(model, tokenizer)
@@ -165,7 +144,7 @@ def run_chat(
                 model.config.max_position_embeddings - min(options.tokens, model.config.max_position_embeddings // 2),
                 log,
             )
-            history.add_reply(stream_answer(model, tokens, sampling, until, options.seed + turn))
+            history.add_reply(stream_answer(model, tokens, replace(options, seed=options.seed + turn), until))
 
 
 def read_user_line() -> str | None:
@@ -178,12 +157,12 @@ def read_user_line() -> str | None:
 
 
 def stream_answer(
-    model: Decoder, tokens: list[int], sampling: SamplingParams, stopping_criteria: StoppingCriteria, seed: int
+    model: Decoder, tokens: list[int], options: GenerationOptions, stopping_criteria: StoppingCriteria
 ) -> str:
     """Print the answer and return it. Ctrl-C stops it early."""
     answer = ""
     try:
-        for piece in stream_text(model, tokens, sampling, stopping_criteria, seed):
+        for piece in stream_text(model, tokens, options, stopping_criteria):
             print_text(piece)
             answer += piece
     except KeyboardInterrupt:

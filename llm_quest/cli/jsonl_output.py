@@ -44,11 +44,11 @@ class JsonlOutput:
         )
         return self.read_rows()
 
-    def require_same_settings(self, saved: Mapping[str, Any]) -> None:
+    def require_same_settings(self, saved: dict[str, Any]) -> None:
         changed = [
-            f"{name} {shorten_hash(saved.get(name))}, now {shorten_hash(value)}"
-            for name, value in self.settings.items()
-            if name != IGNORED_SETTING and saved.get(name) != value
+            f"{name} {shorten_hash(saved.get(name))}, now {shorten_hash(self.settings.get(name))}"
+            for name in saved | self.settings
+            if name != IGNORED_SETTING and saved.get(name) != self.settings.get(name)
         ]
         if changed:
             raise UsageError(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llm_quest.cli.generation_options import GenerationOptions, parse_logit_bias
 from llm_quest.cli.output import open_streams, print_json, print_lines, print_result, run_with_exit_code, status_printer
 
 app = typer.Typer(
@@ -33,6 +34,44 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")
 ]
 ImageOption = Annotated[str | None, typer.Option(help="An image file, for a vision-language model (quest train vlm).")]
+TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of new tokens.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(min=0.0, help="0: greedy decoding. Default: the makers' advice, else 0.8 (chat: 0.7).")
+]
+TopKOption = Annotated[int | None, typer.Option(min=1, help="Sample from the k most probable tokens.")]
+TopPOption = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample from the most probable tokens that together reach p.")
+]
+MinPOption = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens at least p times as probable as the first.")
+]
+RepetitionPenaltyOption = Annotated[
+    float | None, typer.Option(min=0.01, help="Divides the logits of tokens that occurred.")
+]
+PresencePenaltyOption = Annotated[float, typer.Option(help="Subtracted from the logits of generated tokens.")]
+FrequencyPenaltyOption = Annotated[float, typer.Option(help="The same, times how often each was generated.")]
+NoRepeatNgramSizeOption = Annotated[int | None, typer.Option(min=1, help="No sequence of so many tokens occurs twice.")]
+MinNewTokensOption = Annotated[int, typer.Option(min=0, help="No end of text before so many new tokens.")]
+LogitBiasOption = Annotated[
+    list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to the logit of a token id; may be repeated.")
+]
+BeamsOption = Annotated[int, typer.Option(min=1, help="Above 1: beam search with so many beams.")]
+LengthPenaltyOption = Annotated[float, typer.Option(help="With --beams: above 0 favours longer texts.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="The prompt is a message in the folder's chat template.")]
+SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
+SpecialTokensOption = Annotated[
+    bool, typer.Option("--special-tokens", help="Control tokens may be written out in a prompt, such as <|im_end|>.")
+]
+StopOption = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")]
+SlideOption = Annotated[bool, typer.Option("--slide", help="Go on beyond the context by dropping the oldest tokens.")]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL|mtp|ngram",
+        help="Speculative decoding: with a smaller model, multi-token modules, or n-grams of the text.",
+    ),
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the recipe's: learning_rate=1e-3."),
@@ -129,25 +168,27 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="With --prompts: the output file, such as texts.jsonl.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="With --prompts: the batch size (default: 32).")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
-    repetition_penalty: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
-    slide: Annotated[
-        bool, typer.Option("--slide", help="Go on beyond the context by dropping the oldest tokens.")
-    ] = False,
+    tokens: TokensOption = 128,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    presence_penalty: PresencePenaltyOption = 0.0,
+    frequency_penalty: FrequencyPenaltyOption = 0.0,
+    no_repeat_ngram_size: NoRepeatNgramSizeOption = None,
+    min_new_tokens: MinNewTokensOption = 0,
+    logit_bias: LogitBiasOption = None,
+    beams: BeamsOption = 1,
+    length_penalty: LengthPenaltyOption = 1.0,
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    special_tokens: SpecialTokensOption = False,
+    stop: StopOption = None,
+    slide: SlideOption = False,
     image: ImageOption = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL|mtp|ngram",
-            help="Speculative decoding: with a smaller model, multi-token modules, or n-grams of the text.",
-        ),
-    ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")] = False,
+    draft: DraftOption = None,
+    compile: CompileOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
@@ -159,15 +200,17 @@ def generate(
     """Generate text from a prompt, or from each prompt of a file (--prompts, --out): the same command again generates
     the rows that are missing."""
     set_environment(threads, offline)
-    from llm_quest.cli import batch_generate, chat, speculative_generate, vision
+    from llm_quest.cli import batch_generate, speculative_generate, vision
+    from llm_quest.cli.chat import generate_text
 
     single = {"--prompt": prompt, "--draft": draft, "--image": image}
     batch_generate.check_prompt_options(prompts, single, {"--out": out}, {"--batch": batch})
-    stops, log = tuple(stop or ()), status_printer(quiet)
-    options = chat.GenerationOptions(
-        tokens, temperature, top_k, top_p, min_p, repetition_penalty, stops, slide, seed, compile
-    )
-    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": log}
+    options = GenerationOptions(
+        tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed, compile,
+        min_new_tokens, no_repeat_ngram_size, presence_penalty, frequency_penalty, parse_logit_bias(logit_bias or ()),
+        beams, length_penalty, chat, system, special_tokens,
+    )  # fmt: skip
+    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
     if prompts is not None and out is not None:
         print_result(batch_generate.generate_batch(model, prompts, out, options, batch=batch, **machine), json)
         return
@@ -177,16 +220,19 @@ def generate(
     elif image is not None:
         vision.describe_image(model, image, text, options, as_json=json, **machine)
     else:
-        chat.generate_text(model, text, options, as_json=json, **machine)
+        generate_text(model, text, options, as_json=json, **machine)
 
 
 @app.command()
 def chat(
     model: ModelArgument,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of tokens in an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = 0.95,
+    system: SystemOption = None,
+    tokens: TokensOption = 256,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
     template: Annotated[bool, typer.Option("--template/--no-template", help="Use the folder's chat template.")] = True,
     image: ImageOption = None,
     quiet: QuietOption = False,
@@ -198,9 +244,9 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal. /reset starts a new conversation, /quit or Ctrl-D leaves."""
     set_environment(threads, offline)
-    from llm_quest.cli.chat import GenerationOptions, run_chat
+    from llm_quest.cli.chat import run_chat
 
-    options = GenerationOptions(tokens, temperature, None, top_p, None, 1.0, (), image is None, seed)
+    options = GenerationOptions(tokens, temperature, top_k, top_p, min_p, repetition_penalty, (), image is None, seed)
     if image is not None:
         from llm_quest.cli.vision import chat_about_image
 

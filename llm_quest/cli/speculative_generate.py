@@ -6,7 +6,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llm_quest.cli.chat import GenerationOptions, load_text_model, print_text, require_compiler, require_room_in_context
+from llm_quest.cli.chat import load_text_model, print_text, require_compiler, require_room_in_context
+from llm_quest.cli.generation_options import GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import clean_text, print_json
 from llm_quest.contracts import LogFn
 from llm_quest.data.tokenizer import Tokenizer
@@ -54,9 +55,12 @@ def generate_speculative(
 ) -> None:
     """Print the continuation, then the speed-up; with as_json, one JSON document at the end. With options.compile the
     text is generated once before it is timed, so that the speeds do not include compilation."""
+    if options.num_beams > 1:
+        raise UsageError("--beams does not work with --draft: leave one of them out")
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    options = options.with_advice(model.generation_config, GENERATE_DEFAULTS, log)
     draft = load_draft(draft_name, model, tokenizer, name_or_path, device, dtype, log)
-    tokens = tokenizer.encode(prompt) or [tokenizer.start_token_id]
+    tokens = options.encode_prompts(tokenizer, [prompt])[0]
     require_room_in_context(tokens, model, options.slide)
     sampling, until, stats = options.sampling, options.stopping_criteria(model, tokenizer), SpeculationStats()
     if options.compile:
@@ -71,7 +75,8 @@ def generate_speculative(
         report = make_speculation_report(stats, len(done.tokens), time.perf_counter() - started, plain)
         print_json(speculation_json(prompt, done, report))
         return
-    print_text(prompt)
+    if not options.chat:
+        print_text(prompt)
     written = 0
     for made in stream_tokens(
         model, [tokens], sampling, until, seed=options.seed, compile=options.compile, draft=draft, stats=stats

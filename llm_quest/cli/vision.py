@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_quest.cli.chat import (
-    GenerationOptions,
+    complete_prompts,
     load_text_model,
     print_text,
     read_user_line,
@@ -17,12 +17,12 @@ from llm_quest.cli.chat import (
     stream_answer,
     stream_text,
 )
+from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import print_json
 from llm_quest.contracts import LogFn
 from llm_quest.data.image_text import ImageTextCollator
 from llm_quest.data.images import ImageProcessor, load_image
 from llm_quest.errors import DataError, UsageError
-from llm_quest.generation.generate import generate_completions
 from llm_quest.hub.load_save import load_preprocess
 from llm_quest.models.multimodal import VisionLanguageModel
 
@@ -84,18 +84,19 @@ def describe_image(
 ) -> None:
     """Print the continuation of a prompt about an image; with as_json, one JSON document at the end."""
     require_image_options(options)
-    sampling, image_prompt = options.sampling, ImagePrompt.load(name_or_path, image, device, dtype, log)
+    image_prompt = ImagePrompt.load(name_or_path, image, device, dtype, log)
+    options = options.with_advice(image_prompt.model.generation_config, GENERATE_DEFAULTS, log)
     tokens, until = (
         image_prompt.writer.encode_prompt(prompt),
         options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
     )
     require_room_in_context(tokens, image_prompt.decoder, False)
     if as_json:
-        done = generate_completions(image_prompt.decoder, [tokens], sampling, until, seed=options.seed)[0]
+        done = complete_prompts(image_prompt.decoder, [tokens], options, until)[0]
         print_json({"image": image, "prompt": prompt, **asdict(done)})
         return
     print_text(prompt)
-    for piece in stream_text(image_prompt.decoder, tokens, sampling, until, options.seed):
+    for piece in stream_text(image_prompt.decoder, tokens, options, until):
         print_text(piece)
     print_text("\n")
 
@@ -105,6 +106,9 @@ def require_image_options(options: GenerationOptions) -> None:
         raise UsageError("--slide would drop the image from the context; leave one of --slide and --image out")
     if options.compile:
         raise UsageError("--compile is for models that read text: leave one of --compile and --image out")
+    if options.chat or options.num_beams > 1:
+        wrong = "--chat" if options.chat else "--beams"
+        raise UsageError(f"{wrong} does not work with --image: leave one of them out")
 
 
 def chat_about_image(
@@ -120,7 +124,8 @@ def chat_about_image(
     """Answer questions about one image in one conversation, in the layout of the training rows."""
     if system is not None:
         raise UsageError("--system has no effect with --image; leave it out")
-    sampling, image_prompt = options.sampling, ImagePrompt.load(name_or_path, image, device, dtype, log)
+    image_prompt = ImagePrompt.load(name_or_path, image, device, dtype, log)
+    options = options.with_advice(image_prompt.model.generation_config, CHAT_DEFAULTS, log)
     tokenizer, until = (
         image_prompt.writer.tokenizer,
         options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
@@ -133,5 +138,5 @@ def chat_about_image(
         elif line:
             tokens = tokens + tokenizer.encode(line, add_special_tokens=False)
             require_room_in_context(tokens, image_prompt.decoder, False)
-            answer = stream_answer(image_prompt.decoder, tokens, sampling, until, options.seed)
+            answer = stream_answer(image_prompt.decoder, tokens, options, until)
             tokens = [*tokens, *tokenizer.encode_continuation(answer), tokenizer.eos_token_id]

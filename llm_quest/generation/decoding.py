@@ -148,9 +148,9 @@ class BatchDecoder:
             self.positions = self.positions.masked_fill(left[:, None], -1)
             return
         kept_places = [seat for seat, row in enumerate(self.row_numbers) if row in rows]
-        self.row_numbers, self.lengths, self.sequences = (
-            [part[seat] for seat in kept_places] for part in (self.row_numbers, self.lengths, self.sequences)
-        )
+        self.row_numbers = [self.row_numbers[seat] for seat in kept_places]
+        self.lengths = [self.lengths[seat] for seat in kept_places]
+        self.sequences = [self.sequences[seat] for seat in kept_places]
         index = torch.tensor(kept_places, device=self.positions.device)
         self.cache.batch_select_indices(index)
         self.tokens, self.positions, self.uniforms = self.tokens[index], self.positions[index], self.uniforms[index]

@@ -57,10 +57,10 @@ def generate(
 
     temperature ... logit_bias: see `SamplingParams`. min_new_tokens: no eos before so many. seed: seed, prompt and its
     number among equal prompts determine the text of a row, whatever else is in the batch. eos_token_id: ends a row;
-    None: the model's own; (): nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes, with a draft too (slow at
-    first, then faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram": speculative decoding, the same
-    distribution in fewer passes (greedy: the same text). num_beams ... early_stopping: above 1 beam, beam search
-    (`BeamSearchParams`), which needs temperature=0 and returns the n best."""
+    None: the model's own; (): nothing does. stop, on_full_context: see `StoppingCriteria`. compile: compiled passes,
+    with a draft too (slow at first, then faster). draft: a smaller model of the same vocabulary, "mtp" or "ngram":
+    speculative decoding, the same distribution in fewer passes (greedy: the same text). num_beams ... early_stopping:
+    above 1 beam, beam search (`BeamSearchParams`), which needs temperature=0 and returns the n best."""
     sampling_params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,

@@ -14,7 +14,8 @@ from filelock import FileLock
 import llm_quest as quest
 from llm_quest.cli import batch_generate
 from llm_quest.cli.batch_generate import BatchGenerateReport, generate_batch
-from llm_quest.cli.chat import GenerationOptions, load_text_model
+from llm_quest.cli.chat import load_text_model
+from llm_quest.cli.generation_options import GenerationOptions
 from llm_quest.cli.main import app
 from llm_quest.cli.output import run_with_exit_code
 from llm_quest.data.corpus import load_corpus
@@ -108,7 +109,7 @@ def test_a_killed_command_goes_on_with_what_is_missing(
 ) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "texts.jsonl"
     wrote(model, prompts, whole)
-    complete, calls = batch_generate.generate_completions, []
+    complete, calls = batch_generate.complete_prompts, []
 
     def killed(*choices: object, **options: object) -> object:
         calls.append(1)
@@ -116,7 +117,7 @@ def test_a_killed_command_goes_on_with_what_is_missing(
             raise KeyboardInterrupt
         return complete(*choices, **options)
 
-    monkeypatch.setattr(batch_generate, "generate_completions", killed)
+    monkeypatch.setattr(batch_generate, "complete_prompts", killed)
     with pytest.raises(KeyboardInterrupt):
         wrote(model, prompts, out, batch=2)
     assert len(rows_of(out)) == 4
@@ -223,3 +224,94 @@ def test_the_street(
         code, _, told = street(*words)
         assert code == 2, words
         assert said in told, told
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}<|endoftext|>{% endfor %}a"
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> str:
+    """A model whose folder has a chat template and its makers' advice."""
+    folder = Path(saved(tmp_path / "chatty", seed=1))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    advice = {"do_sample": False, "temperature": 1.0, "repetition_penalty": 1.3, "top_k": 0}
+    (folder / "generation_config.json").write_text(json.dumps(advice))
+    return str(folder)
+
+
+def run_json(*words: str, capsys: pytest.CaptureFixture[str]) -> dict:
+    with pytest.raises(SystemExit) as stopped:
+        app(["generate", *words, "--threads", "1"], standalone_mode=True)
+    assert stopped.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_makers_advice_is_where_generate_starts_and_it_says_so(chatty: str, capsys):
+    words = (chatty, "-p", "abc", "-n", "9", "--json", "--quiet")
+    advised = run_json(*words, capsys=capsys)
+    asked_for = run_json(*words, "--temperature", "0", "--repetition-penalty", "1.3", capsys=capsys)
+    other = run_json(*words, "--repetition-penalty", "1", capsys=capsys)
+    model, tokenizer = load_text_model(chatty, "cpu", "float32", lambda text: None)
+    ends = {"eos_token_id": tokenizer.eos_token_ids, "max_new_tokens": 9, "temperature": 0.0}
+    penalized, plain = (
+        generate(model, [tokenizer.encode("abc")], repetition_penalty=penalty, **ends)[0].tokens
+        for penalty in (1.3, 1.0)
+    )
+    assert advised["tokens"] == asked_for["tokens"] == penalized
+    assert other["tokens"] == plain
+    said: list[str] = []
+    options = GenerationOptions(9, None, None, None, None, None, (), False, 0)
+    decided = options.with_advice(model.generation_config, {"temperature": 0.8}, said.append)
+    assert said == ["generation_config.json advises repetition_penalty 1.3, temperature 0"]
+    assert (decided.temperature, decided.repetition_penalty) == (0.0, 1.3)
+    alone = options.with_advice(None, {"temperature": 0.7, "top_p": 0.95}, said.append)
+    assert (alone.temperature, alone.top_p, alone.repetition_penalty, len(said)) == (0.7, 0.95, 1.0, 1)
+
+
+def test_chat_applies_the_template_and_rows_are_messages(chatty: str, tmp_path: Path, capsys):
+    model, tokenizer = load_text_model(chatty, "cpu", "float32", lambda text: None)
+    ids = tokenizer.encode("sbe<|endoftext|>uabc<|endoftext|>a", allow_special_tokens=True)
+    (expected,) = generate(
+        model, [ids], max_new_tokens=9, temperature=0.0, repetition_penalty=1.3, tokenizer=tokenizer,
+        eos_token_id=tokenizer.eos_token_ids,
+    )  # fmt: skip
+    words = (chatty, "-n", "9", "--chat", "--system", "be", "--quiet", "--json")
+    assert run_json(*words, "-p", "abc", capsys=capsys)["tokens"] == expected.tokens
+    out = tmp_path / "rows.jsonl"
+    run_json(*words, "--prompts", str(asked(tmp_path / "p.jsonl", ["abc"])), "--out", str(out), capsys=capsys)
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["completion"] == expected.text
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [
+        ("system", "be"), ("user", "abc"), ("assistant", expected.text.strip())
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="no chat template"):
+        replace(MANNER, chat=True).encode_prompts(character_tokenizer("ab"), ["a"])
+
+
+def test_control_tokens_of_a_prompt_are_control_tokens_by_choice():
+    tokenizer, text = character_tokenizer(ALPHABET), "ab<|endoftext|>"
+    plain, special = (replace(MANNER, special_tokens=one).encode_prompts(tokenizer, [text])[0] for one in (0, 1))
+    assert special == [*tokenizer.encode("ab"), tokenizer.eos_token_id]
+    assert tokenizer.eos_token_id not in plain
+
+
+def test_beams_write_what_beam_search_finds(model: str, capsys):
+    loaded, tokenizer = load_text_model(model, "cpu", "float32", lambda text: None)
+    (expected,) = generate(
+        loaded, [tokenizer.encode("abc")], max_new_tokens=6, temperature=0.0, num_beams=3, length_penalty=2.0,
+        eos_token_id=tokenizer.eos_token_ids,
+    )  # fmt: skip
+    words = (model, "-p", "abc", "-n", "6", "--beams", "3", "--length-penalty", "2", "--json", "--quiet")
+    assert run_json(*words, capsys=capsys)["tokens"] == expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"system": "be"}, "give --chat too"),
+        ({"length_penalty": 2.0}, "give --beams too"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(choice, message):
+    with pytest.raises(UsageError, match=message):
+        replace(MANNER, **choice)

@@ -12,7 +12,8 @@ import pytest
 
 import llm_quest as quest
 from llm_quest.cli import chat
-from llm_quest.cli.chat import GenerationOptions, load_text_model
+from llm_quest.cli.chat import load_text_model
+from llm_quest.cli.generation_options import GenerationOptions
 from llm_quest.cli.speculative_generate import generate_speculative, load_draft
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
