@@ -57,7 +57,7 @@ class GenerationOptions:
         self, advice: GenerationConfig | None, defaults: Mapping[str, float], log: LogFn
     ) -> GenerationOptions:
         """The same options with every choice made; says which of them are the makers' advice."""
-        advised = advised_sampling(advice)
+        advised = read_advice(advice)
         if self.num_beams > 1:
             advised = {key: value for key, value in advised.items() if key == "repetition_penalty"}
             defaults = {"temperature": 0.0}
@@ -136,7 +136,7 @@ class GenerationOptions:
         return {key: value for key, value in asdict(self).items() if key != "compile" and value != defaults[key]}
 
 
-def advised_sampling(advice: GenerationConfig | None) -> dict[str, float]:
+def read_advice(advice: GenerationConfig | None) -> dict[str, float]:
     """How a model's makers advise to sample it; empty, where they say nothing. do_sample false is temperature 0."""
     if advice is None:
         return {}

@@ -215,7 +215,7 @@ def generate(
         print_result(batch_generate.generate_batch(model, prompts, out, options, batch=batch, **machine), json)
         return
     text = sys.stdin.read() if prompt == "-" else str(prompt)
-    if draft is not None:
+    if draft:
         speculative_generate.generate_speculative(model, draft, text, options, as_json=json, **machine)
     elif image is not None:
         vision.describe_image(model, image, text, options, as_json=json, **machine)

@@ -173,7 +173,7 @@ def rank_extensions(
     decoder: BatchDecoder, states: Sequence[BeamState], processor: LogitsProcessor
 ) -> list[list[Extension]]:
     """The best extensions of each prompt's beams. The processors act on log-probabilities, as in transformers."""
-    log_probs = processed_log_probs(decoder.logits, states, processor)
+    log_probs = next_log_probs(decoder.logits, states, processor)
     first, found = 0, []
     for state in states:
         size = len(state.beams)
@@ -188,7 +188,7 @@ def rank_extensions(
     return found
 
 
-def processed_log_probs(logits: Tensor, states: Sequence[BeamState], processor: LogitsProcessor) -> Tensor:
+def next_log_probs(logits: Tensor, states: Sequence[BeamState], processor: LogitsProcessor) -> Tensor:
     """Log-probabilities (R,V) of the next token of every beam, after the logits processors."""
     log_probs = processor.add_bias(logits.float().log_softmax(dim=-1))
     rows = [as_sequence(state, beam, processor.stopping_criteria) for state in states for beam in state.beams]

@@ -84,7 +84,7 @@ class LogitsProcessor:
             for token, count in Counter(generated).items():
                 offsets[token] = -params.presence_penalty - count * params.frequency_penalty
         if params.no_repeat_ngram_size:
-            offsets |= dict.fromkeys(repeated_ngram_ends(token_ids, params.no_repeat_ngram_size), NEG_INF)
+            offsets |= dict.fromkeys(find_ngram_ends(token_ids, params.no_repeat_ngram_size), NEG_INF)
         if len(generated) < self.stopping_criteria.min_new_tokens:
             offsets |= dict.fromkeys(self.stopping_criteria.eos_token_ids, NEG_INF)
         if len(offsets) == self.vocab_size and all(value == NEG_INF for value in offsets.values()):
@@ -102,7 +102,7 @@ class LogitsProcessor:
         return made.to(self.device)
 
 
-def repeated_ngram_ends(token_ids: Sequence[int], n: int) -> Iterable[int]:
+def find_ngram_ends(token_ids: Sequence[int], n: int) -> Iterable[int]:
     """The tokens that would repeat an n-gram: those that have followed the last n - 1 tokens before."""
     tail = list(token_ids[len(token_ids) - n + 1 :]) if n > 1 else []
     return [token_ids[at + n - 1] for at in range(len(token_ids) - n + 1) if list(token_ids[at : at + n - 1]) == tail]

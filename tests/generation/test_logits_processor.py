@@ -9,7 +9,7 @@ import torch
 
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
-from llm_quest.generation.logits_processor import LogitsProcessor, repeated_ngram_ends
+from llm_quest.generation.logits_processor import LogitsProcessor, find_ngram_ends
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import GeneratedSequence, StoppingCriteria
 from llm_quest.models.build import build
@@ -62,10 +62,10 @@ def test_presence_and_frequency_count_what_was_generated():
 
 
 def test_the_ends_of_repeated_ngrams():
-    assert list(repeated_ngram_ends([1, 2, 3, 1, 2], 3)) == [3]
-    assert list(repeated_ngram_ends([1, 2, 1, 3, 1], 2)) == [2, 3]
-    assert list(repeated_ngram_ends([1, 2], 3)) == []
-    assert list(repeated_ngram_ends([5, 6], 1)) == [5, 6]
+    assert list(find_ngram_ends([1, 2, 3, 1, 2], 3)) == [3]
+    assert list(find_ngram_ends([1, 2, 1, 3, 1], 2)) == [2, 3]
+    assert list(find_ngram_ends([1, 2], 3)) == []
+    assert list(find_ngram_ends([5, 6], 1)) == [5, 6]
 
 
 @pytest.mark.parametrize("draft", [None, "ngram", "model"])
