@@ -79,7 +79,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
 
     After each error the field read last is replaced (a missing one by 1, a refused one dropped), then reading
     continues, unless the error is of a part, without which the rest says nothing true."""
-    problems = list(list_unsupported_settings(hf_config))
+    problems: list[str] = []
     fields = FieldTracker(hf_config)
     while True:
         try:
@@ -95,19 +95,6 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
             return None, [*problems, f"config.json: near {fields.last!r}: {error}"]
         if fields.pop(fields.last, None) is None:
             fields[fields.last] = 1
-
-
-def list_unsupported_settings(hf_config: Mapping[str, Any]) -> list[str]:
-    """What no family reads: quantised weights."""
-    found = []
-    if hf_config.get("quantization_config"):
-        method = hf_config["quantization_config"]
-        method = method.get("quant_method", "an unnamed method") if isinstance(method, dict) else method
-        found.append(
-            f"config.json: the weights are quantised by {method}, only plain floats are read: take files in "
-            "bfloat16, or have them written so first"
-        )
-    return found
 
 
 MAY_BE_ZERO = (

@@ -21,6 +21,7 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import atomic_dir, atomic_write_json, write_json, write_text
 from llm_quest.hub.adapter_config import adapter_base
 from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
+from llm_quest.hub.fp8 import ScaledTensor, read_scaled_into
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import ModelLocation, locate_model, offline_error
 from llm_quest.hub.mmap import memory_map_parameters
@@ -124,7 +125,7 @@ def read_source(source: TensorSource, out: Tensor) -> int:
     if isinstance(source, Tensor):
         out.copy_(source.reshape(out.shape))
         return count_non_finite(source)
-    return read_into(source, out)
+    return read_scaled_into(source, out) if isinstance(source, ScaledTensor) else read_into(source, out)
 
 
 def raise_problems(problems: list[str], name: str) -> None:

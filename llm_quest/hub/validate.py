@@ -18,6 +18,7 @@ from torch import Tensor
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 from llm_quest.hub.config import family_for, parse_generation_config, parse_hf_config, read_json, split_techniques
+from llm_quest.hub.fp8 import ScaledTensor, fp8_block, pair_scales
 from llm_quest.hub.layouts import canonical_sources, fused_experts, part_of_several
 from llm_quest.hub.locate import ModelLocation
 from llm_quest.hub.pickled import read_pickled
@@ -48,7 +49,7 @@ FIRST_VERSION_MODULES = {"ffn": "feed_forward", "lookahead": "mtp_modules", "lay
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 TRAINING_STATES = r"optimizer|optim|scheduler|scaler|training_args|rng_state|random_states|trainer|zero_pp_rank|mp_rank"
 """How the files begin that trainers write beside the weights."""
-TensorSource = StoredTensor | Tensor
+TensorSource = StoredTensor | ScaledTensor | Tensor
 
 
 @dataclass
@@ -204,6 +205,8 @@ def lone_weights_hint(folder: Path) -> str:
 def build_report_model(report: FolderReport) -> None:
     """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
     tensors."""
+    if quantization := report.hf_config.get("quantization_config"):
+        report.sources = pair_scales(report.sources, fp8_block(quantization))
     part = part_of_several(report.hf_config, (*FAMILIES, *VISION_FAMILIES))
     if part is not None:
         report.hf_config, note = part
@@ -287,15 +290,12 @@ def match_names(report: FolderReport) -> None:
     report.duplicates = find_duplicates(report)
     copies = {copy for copy, _ in report.duplicates}
     extra = [n for n in report.sources if n not in views and n not in copies and not is_ignored(n, report.family)]
-    scales = [name for name in extra if name.endswith(("_scale_inv", ".weight_scale"))]
     if missing:
         report.problems.append(f"missing: {compact_names(missing)}{headless_hint(missing, report.hf_config)}")
-    if scales:
-        report.problems.append(
-            f"fp8 weights with scales ({compact_names(scales)}) are not read: use the bf16 version of the model"
-        )
-    if unexpected := [name for name in extra if name not in scales]:
-        report.problems.append(f"unexpected: {compact_names(unexpected)}")
+    if extra:
+        is_scale = any(name.endswith(("_scale_inv", ".weight_scale")) for name in extra)
+        hint = " (scales of fp8 weights, of which config.json says nothing in quantization_config)" if is_scale else ""
+        report.problems.append(f"unexpected: {compact_names(extra)}{hint}")
 
 
 def headless_hint(missing: Sequence[str], hf_config: Mapping[str, Any]) -> str:
@@ -346,7 +346,7 @@ def check_shapes(report: FolderReport) -> None:
 
 
 def dtype_problems(sources: Iterable[TensorSource]) -> list[str]:
-    kinds = {source.dtype for source in sources}
+    kinds = {source.dtype for source in sources if not isinstance(source, ScaledTensor)}
     wrong = sorted(str(kind) for kind in kinds if kind not in FLOAT_DTYPES and kind not in FLOAT_DTYPES.values())
     return (
         [f"stored as {', '.join(wrong)}: only plain float weights ({', '.join(FLOAT_DTYPES)}) are read"]

@@ -366,6 +366,89 @@ def test_a_routers_bias_stays_float32_in_a_bfloat16_folder_in_and_out(tmp_path, 
     assert {t.dtype for key, t in out.items() if key not in biases} == {torch.bfloat16}
 
 
+def to_fp8(weight: Tensor, block: tuple[int, int], kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, s and the matrix that they stand for: by its definition, number for number."""
+    rows, columns = weight.shape
+    s = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
+    q, decoded = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    for i in range(s.shape[0]):
+        for j in range(s.shape[1]):
+            tile = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            scale = weight[tile].abs().max() / 448
+            s[i, j] = 2.0 ** scale.log2().ceil() if kind == "ue8m0" else scale
+            q[tile] = (weight[tile] / s[i, j]).to(torch.float8_e4m3fn)
+            decoded[tile] = q[tile].to(torch.float32) * s[i, j]
+    return q, s.to(torch.float8_e8m0fnu) if kind == "ue8m0" else s, decoded
+
+
+FP8 = {
+    "DeepSeek-V3": ("deepseek_v3", "float32", "model."),
+    "DeepSeek-V3.1, powers of two": ("deepseek_v3", "ue8m0", "model."),
+    "MiMo-V2-Flash": ("mimo_v2_flash", "float32", "model."),
+    "Kimi, within another model": ("deepseek_v3", "float32", "language_model.model."),
+}
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_block_scaled_fp8_is_decoded_exactly(tmp_path, name: str):
+    """Blocks of 16 x 32: the last ones are partial, as in DeepSeek's kv_a_proj."""
+    family, kind, root = FP8[name]
+    theirs = ORACLES[family]()
+    folder = save_published(theirs, tmp_path / "m")
+    held, stored, decoded = safetensors.torch.load_file(folder / "model.safetensors"), {}, {}
+    for key, tensor in held.items():
+        new = key.replace("model.", root, 1)
+        if (tensor.dim() == 2 and key.endswith("_proj.weight")) or "kv_a_proj" in key:
+            stored[new], stored[f"{new}_scale_inv"], decoded[key] = to_fp8(tensor, (16, 32), kind)
+        else:
+            stored[new] = tensor if key.endswith("correction_bias") else tensor.to(torch.bfloat16)
+            decoded[key] = stored[new]
+    shapes = [t.shape for t in stored.values() if t.dtype == torch.float8_e4m3fn]
+    assert any(rows % 16 for rows, _ in shapes) or any(columns % 32 for _, columns in shapes)
+    safetensors.torch.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    quantised = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32], "activation_scheme": "dynamic"}
+    edit_config(folder, lambda c: c.update(quantization_config=quantised, torch_dtype="bfloat16", dtype="bfloat16"))
+    for dtype in (torch.float32, torch.bfloat16):
+        save(load(folder, dtype=dtype), tmp_path / str(dtype))
+        ours = safetensors.torch.load_file(tmp_path / str(dtype) / "model.safetensors")
+        assert ours.keys() == decoded.keys()
+        for key, tensor in ours.items():
+            bias = key.endswith("correction_bias")
+            assert torch.equal(tensor, decoded[key].to(torch.float32 if bias else dtype)), key
+    assert load(folder).embed.token.weight.dtype == torch.bfloat16
+    assert "quantization_config" not in json.loads((tmp_path / "torch.float32/config.json").read_text())
+
+
+@pytest.mark.parametrize("rows", [1, 48])
+def test_one_scale_for_a_matrix_or_for_a_row_is_decoded_too(tmp_path, rows: int):
+    folder = save_published(tiny_llama(tie_word_embeddings=False), tmp_path / "m")
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    scale = torch.rand(rows, 1) if rows > 1 else torch.tensor(0.37)
+    q = (held[name] / scale).to(torch.float8_e4m3fn)
+    expected = q.to(torch.float32) * scale
+    more = {name: q, f"{name}_scale_inv": scale, name.replace(".weight", ".activation_scale"): torch.ones(())}
+    safetensors.torch.save_file(held | more, folder / "model.safetensors")
+    edit_config(folder, lambda c: c.update(quantization_config={"quant_method": "fp8", "weight_block_size": None}))
+    save(load(folder), tmp_path / "out")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out/model.safetensors")[name], expected)
+
+
+def test_scales_that_do_not_fit_are_named(tmp_path):
+    folder = save_published(tiny_llama(), tmp_path / "m")
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    more = {name: held[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(3, 3)}
+    safetensors.torch.save_file(held | more, folder / "model.safetensors")
+    with pytest.raises(DataError, match=r"unexpected: .*up_proj\.weight_scale_inv \(scales of fp8"):
+        load(folder)
+    edit_config(folder, lambda c: c.update(quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]}))
+    with pytest.raises(
+        DataError, match=r"scales of shape \(3, 3\) do not fit a matrix \(112, 64\) in blocks of \(16, 16\)"
+    ):
+        load(folder)
+
+
 def test_a_large_number_in_a_field_that_nobody_reads_forbids_nothing(tmp_path):
     folder = save_published(tiny_llama(), tmp_path / "m")
     edit_config(folder, lambda c: c.update(n_params=135_000_000, seed=20_240_601, tokens_seen=11_000_000_000))

@@ -223,9 +223,9 @@ def test_everything_wrong_is_listed_in_one_error(llama):
         load(llama)
     said = str(caught.value)
     assert "missing: lm_head.weight, model.norm.weight" in said
-    assert "unexpected: model.layers.0.surprise" in said
+    assert "unexpected: model.layers.1.mlp.down_proj.weight_scale_inv, model.layers.0.surprise (scales of" in said
     assert "mis-shaped: model.layers.0.mlp.up_proj.weight is (64, 112), config.json makes it (112, 64)" in said
-    assert "fp8 weights with scales" in said
+    assert "scales of fp8 weights, of which config.json says nothing" in said
     assert "stored as I8" in said
 
 
@@ -270,7 +270,15 @@ CONFIGS = {
     "uneven heads": ({"num_key_value_heads": 3}, "cannot share 3 key/value heads"),
     "odd head": ({"head_dim": 7}, "rotary width 7"),
     "unknown rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'spiral' is unknown"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantised by fp8"),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantised by gptq; plain floats and",
+    ),
+    "quantised somehow": ({"quantization_config": {"bits": 4}}, "quantised by an unnamed method"),
+    "odd blocks": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}},
+        "weight_block_size is 128",
+    ),
     "eos of another kind": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     "fewer rows": ({"vocab_size": 90}, "model.embed_tokens.weight is (97, 64), config.json makes it (90, 64)"),
 }
