@@ -64,7 +64,9 @@ class GenerationOptions:
         left = {key: value for key, value in advised.items() if getattr(self, key) is None}
         if left:
             log(f"generation_config.json advises {', '.join(f'{key} {value:g}' for key, value in left.items())}")
-        chosen = left or {key: value for key, value in defaults.items() if getattr(self, key) is None and not advised}
+        chosen: dict[str, Any] = left or {
+            key: value for key, value in defaults.items() if getattr(self, key) is None and not advised
+        }
         decided = replace(self, **chosen)
         if decided.temperature is None:
             decided = replace(decided, temperature=defaults["temperature"])
@@ -136,7 +138,7 @@ class GenerationOptions:
         return {key: value for key, value in asdict(self).items() if key != "compile" and value != defaults[key]}
 
 
-def read_advice(advice: GenerationConfig | None) -> dict[str, float]:
+def read_advice(advice: GenerationConfig | None) -> dict[str, Any]:
     """How a model's makers advise to sample it; empty, where they say nothing. do_sample false is temperature 0."""
     if advice is None:
         return {}

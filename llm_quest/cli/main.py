@@ -34,6 +34,10 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")
 ]
 ImageOption = Annotated[str | None, typer.Option(help="An image file, for a vision-language model (quest train vlm).")]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="A file of prompts: one per line, or the key `prompt` of JSON lines.")
+]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="With --prompts: the batch size (default: 32).")]
 TokensOption = Annotated[int, typer.Option("--tokens", "-n", min=1, help="Maximum number of new tokens.")]
 TemperatureOption = Annotated[
     float | None, typer.Option(min=0.0, help="0: greedy decoding. Default: the makers' advice, else 0.8 (chat: 0.7).")
@@ -163,11 +167,9 @@ def train(
 def generate(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; - reads stdin.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A file of prompts: one per line, or the key `prompt` of JSON lines.")
-    ] = None,
+    prompts: PromptsOption = None,
     out: Annotated[Path | None, typer.Option(help="With --prompts: the output file, such as texts.jsonl.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="With --prompts: the batch size (default: 32).")] = None,
+    batch: BatchOption = None,
     tokens: TokensOption = 128,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
