@@ -28,7 +28,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.kl_penalty import KLPenalty
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
-from llm_quest.recipes.assembly import resolve_precision
+from llm_quest.recipes.auto import resolve_precision
 from llm_quest.rollouts.advantages import RewardPipeline, WeightedReward
 from llm_quest.rollouts.rollouts import RolloutLoader, RolloutPlan
 from llm_quest.rollouts.sampler import PolicyPrompt, Sampler

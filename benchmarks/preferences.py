@@ -31,7 +31,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import DPO, PreferenceLoss
-from llm_quest.recipes.assembly import resolve_precision
+from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.reference_model import compute_log_probs
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train

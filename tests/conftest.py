@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -24,7 +26,14 @@ gc.disable()  # until the tests are collected: what they import stays
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
 check_imports([f"llm_quest.{package}" for package in CHECKED])
 
+from llm_quest.layers import linear  # noqa: E402
+from llm_quest.machine.hardware import bf16_support  # noqa: E402
+
 torch.set_num_threads(1)
+MACHINES = Path(__file__).parent / "machine" / "profiles"
+BF16 = bf16_support(torch.device("cpu"))[0]
+os.environ["LLM_QUEST_MACHINE_PROFILE"] = str(MACHINES / ("avx512_bf16.json" if BF16 else "avx2.json"))
+"""What `auto` means does not depend on how busy the machine of the tests is."""
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
@@ -32,6 +41,15 @@ settings.load_profile("tests")
 def pytest_collection_finish() -> None:
     gc.freeze()  # a later collection need not walk through every imported library again
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def few_row_products() -> Iterator[None]:
+    """The form of products with few rows is set for the whole process; here for a test."""
+    before = dict(linear.FEW_ROWS)
+    yield
+    linear.FEW_ROWS.clear()
+    linear.FEW_ROWS.update(before)
 
 
 @pytest.fixture

@@ -19,9 +19,12 @@ from llm_quest.generation.beam_search import beam_search
 from llm_quest.generation.generate import generate_completions, stream_tokens
 from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.hub.load_save import load_model_and_tokenizer
+from llm_quest.layers.linear import set_few_row_products
+from llm_quest.machine.choices import choose_few_rows, slow_bf16_warning
+from llm_quest.machine.profile import load_compiler, load_profile
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.assembly import find_cpp_compiler, resolve_precision
+from llm_quest.recipes.auto import resolve_precision
 from llm_quest.train.parallel import resolve_device
 
 
@@ -29,10 +32,20 @@ def load_text_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> t
     """The model and tokenizer of a command. dtype auto: bfloat16 on a GPU that has it, else float32."""
     torch_device = resolve_device(device)
     kind = resolve_dtype(dtype, torch_device)
+    if torch_device.type == "cpu":
+        use_fast_products(kind, log)
     model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind)
     size = sum(p.numel() for p in model.parameters())
     log(f"{name_or_path}: {model.spec.family}, {size:,} parameters, {kind} on {torch_device}")
     return model, tokenizer
+
+
+def use_fast_products(dtype: str, log: LogFn) -> None:
+    """Set the form of products with few rows by the machine's profile, and warn of a dtype that is slow here."""
+    profile = load_profile(log)
+    set_few_row_products(choose_few_rows(profile).value)
+    if dtype == "bfloat16" and (warning := slow_bf16_warning(profile)):
+        log(f"warning: {warning}")
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
@@ -88,8 +101,8 @@ def complete_prompts(
 
 def require_compiler(device: torch.device, log: LogFn) -> None:
     """UsageError if there is no C++ compiler, which torch.compile needs on the CPU."""
-    if device.type == "cpu" and not find_cpp_compiler():
-        raise UsageError("--compile needs a C++ compiler, and none was found: install g++ or clang, or leave it out")
+    if device.type == "cpu" and not (compiler := load_compiler(log)).works:
+        raise UsageError(f"--compile needs a C++ compiler that works: {compiler.problem}; or leave --compile out")
     log("compiling: about half a minute before the text begins")
 
 

@@ -6,7 +6,6 @@ it is set."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -14,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,13 @@ import psutil
 import torch
 
 from llm_quest import __version__
-from llm_quest.train.hardware import bf16_support, usable_cores
+from llm_quest.contracts import LogFn
+from llm_quest.layers.weight_formats import FORMATS
+from llm_quest.machine.choices import choose_few_rows, choose_muon_dtype, choose_precision, choose_weight_kernel
+from llm_quest.machine.compiler import find_cpp_compiler, missing_compiler_hint
+from llm_quest.machine.hardware import bf16_support, describe_threads, processor_name, usable_cores
+from llm_quest.machine.probe import WEIGHT_KINDS
+from llm_quest.machine.profile import MachineProfile, load_compiler, load_weight_rates, measure_profile
 
 # fmt: off
 PACKAGES = (
@@ -44,8 +49,9 @@ LOW_DISK, LOW_MEMORY = 2e9, 1e9
 
 @dataclass(frozen=True)
 class MachineReport:
-    """Hardware, packages and settings. devices: name -> description. bf16: whether bfloat16 is faster here, and why.
-    warnings: (problem, remedy)."""
+    """Hardware, packages and settings. devices: name -> description. bf16: whether there are instructions for
+    bfloat16, and why. compiler: of torch.compile, None if there is none that works. warnings: (problem, remedy).
+    profile: measured rates, where asked for."""
 
     quest: str
     python: str
@@ -63,12 +69,14 @@ class MachineReport:
     bf16: bool
     bf16_why: str
     compiler: str | None
+    compiler_problem: str
     packages: dict[str, str | None]
     hub_cache: str
     hub_offline: bool
     variables: dict[str, str]
     git: dict[str, Any] | None
     warnings: tuple[tuple[str, str], ...]
+    profile: MachineProfile | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,6 +97,7 @@ class MachineReport:
             ("memory", f"{self.memory_available / 1e9:.1f} of {self.memory_bytes / 1e9:.1f} GB available"),
             ("disk", f"{self.disk_free / 1e9:.1f} GB free here"),
             ("compiler", self.compiler or "none"),
+            *(() if self.profile is None else profile_facts(self.profile)),
             ("hub cache", f"{self.hub_cache}{', offline' if self.hub_offline else ''}"),
             ("git", git),
             ("variables", ", ".join(f"{name}={value}" for name, value in self.variables.items()) or "none set"),
@@ -122,7 +131,8 @@ def inspect_machine(folder: str | Path = ".") -> MachineReport:
         devices=list_devices(),
         bf16=fast,
         bf16_why=why,
-        compiler=shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++"),
+        compiler=find_cpp_compiler(),
+        compiler_problem="",
         packages={name: package_version(name) for name in PACKAGES},
         hub_cache=str(hub_cache_dir()),
         hub_offline=any(
@@ -133,7 +143,42 @@ def inspect_machine(folder: str | Path = ".") -> MachineReport:
         git=git_state(),
         warnings=(),
     )
-    return MachineReport(**{**vars(found), "warnings": tuple(machine_warnings(found))})
+    return replace(found, warnings=tuple(machine_warnings(found)))
+
+
+def examine_machine(*, renew: bool = False, log: LogFn = lambda text: None) -> MachineReport:
+    """`inspect_machine`, with the machine's profile and a compiler that was tried. renew: measure the profile anew."""
+    if renew:
+        measure_profile(log)
+    profile, compiler = load_weight_rates(log), load_compiler(log)
+    found = replace(
+        inspect_machine(),
+        profile=replace(profile, compiler=compiler),
+        compiler=compiler.path if compiler.works else None,
+        compiler_problem=compiler.problem,
+    )
+    return replace(found, warnings=tuple(machine_warnings(found)))
+
+
+def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
+    """The measured rates and what `auto` makes of them."""
+    rate = {name: f"{value:.3g}" for name, value in profile.rates.items()}
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if f"products/{dtype}/large" in rate]
+    products = [f"{dtype} {rate[f'products/{dtype}/large']}" for dtype in dtypes]
+    attention = [f"{dtype} {rate[f'attention/{dtype}']}" for dtype in dtypes]
+    weights = [f"{kind} {rate[f'weights/{kind}/1']}" for kind in WEIGHT_KINDS if f"weights/{kind}/1" in rate]
+    precision, muon, few = choose_precision(profile), choose_muon_dtype(profile), choose_few_rows(profile)
+    return [
+        ("threads", describe_threads(profile.threads)),
+        ("profile", f"{profile.source}{'; other programs were running' if profile.busy else ''}"),
+        ("products", f"{', '.join(products)} GFLOP/s; memory {rate['memory/copy']} GB/s"),
+        ("attention", f"{', '.join(attention)} GFLOP/s, forward and backward, rows of 128 tokens"),
+        ("weights", f"{', '.join(weights)} billion/s, by one row" if weights else "not measured"),
+        *(("", choose_weight_kernel(profile, kind).reason) for kind in FORMATS if weights),
+        ("precision", f"{precision.value} ({precision.reason})"),
+        ("Muon", f"iterations in {muon.value} ({muon.reason})"),
+        ("few rows", f"the other order for {few.value or 'none'} ({few.reason})"),
+    ]
 
 
 def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
@@ -152,7 +197,8 @@ def machine_warnings(machine: MachineReport) -> Iterator[tuple[str, str]]:
             f"set it to {machine.usable_cores}, or unset it",
         )
     if machine.compiler is None:
-        yield "there is no C++ compiler, so torch.compile cannot be used on the CPU", "install g++ or clang"
+        problem = machine.compiler_problem or "there is no C++ compiler"
+        yield f"{problem}, so torch.compile cannot be used on the CPU", missing_compiler_hint()
     if machine.disk_free < LOW_DISK:
         yield (
             f"{machine.disk_free / 1e9:.1f} GB of disk are left",
@@ -186,15 +232,6 @@ def list_devices() -> dict[str, str]:
     for index in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
         found[f"xpu:{index}"] = torch.xpu.get_device_name(index)
     return found
-
-
-def processor_name() -> str:
-    """The name of the processor, from /proc/cpuinfo where that exists."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def package_version(package: str) -> str | None:

@@ -465,7 +465,7 @@ def reproduce(
     """Run the experiment of a paper and write its card. Finished measurements are kept, so an interrupted command
     continues."""
     from llm_quest.cli.papers import reproduce_paper
-    from llm_quest.train.hardware import usable_cores
+    from llm_quest.machine.hardware import usable_cores
 
     os.environ["OMP_NUM_THREADS"] = "1"
     print_result(
@@ -474,11 +474,17 @@ def reproduce(
 
 
 @app.command()
-def doctor(json: JsonOption = False) -> None:
-    """Describe this machine: python, torch, cores, memory, devices, with warnings."""
-    from llm_quest.cli.doctor import inspect_machine
+def doctor(
+    renew: Annotated[bool, typer.Option("--renew", help="Measure the machine's profile anew.")] = False,
+    json: JsonOption = False,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Describe this machine: python, torch, cores, memory, devices, measured rates and what `auto` makes of them, with
+    warnings."""
+    set_environment(threads)
+    from llm_quest.cli.doctor import examine_machine
 
-    print_result(inspect_machine(), json)
+    print_result(examine_machine(renew=renew, log=status_printer(json)), json)
 
 
 @app.command()
@@ -501,7 +507,7 @@ def data(
 
 def set_environment(threads: int, offline: bool = False) -> None:
     """Set environment variables that torch and huggingface_hub read when they are imported."""
-    from llm_quest.train.hardware import usable_cores
+    from llm_quest.machine.hardware import usable_cores
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FEW_ROWS = {torch.bfloat16: range(1, 65), torch.float32: range(8, 49)}
+"""The numbers of rows that are few, by dtype; the values here are of one machine (`set_few_row_products`)."""
 NO_ROWS = range(0)
+
+
+def set_few_row_products(rows: Mapping[str, tuple[int, int]]) -> None:
+    """Set, for the whole process, for which numbers of rows `Linear` takes the other order: dtype -> the first number
+    and the first that is too many. A dtype that is missing takes the plain order always."""
+    FEW_ROWS.clear()
+    FEW_ROWS.update({getattr(torch, dtype): range(first, end) for dtype, (first, end) in rows.items()})
 
 
 class Linear(nn.Linear):

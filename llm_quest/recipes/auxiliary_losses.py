@@ -25,7 +25,8 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
 from llm_quest.objectives.number_token import DISTANCES, NumberTokenLoss, number_values
-from llm_quest.recipes.assembly import require_run_exists, resolve_precision
+from llm_quest.recipes.assembly import require_run_exists
+from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import PositiveFloat, UnitFraction
 from llm_quest.recipes.reference_model import weights_hash

@@ -19,6 +19,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitFraction = Annotated[float, Field(ge=0, le=1)]
+FewRowProducts = dict[Literal["float32", "bfloat16"], tuple[PositiveInt, PositiveInt]]
 
 
 def parse_technique_entry(given: Any) -> dict[str, Any]:
@@ -135,6 +136,7 @@ class SamplesConfig(StrictModel):
 KEYS_FREE_ON_RESUME = (
     "device",
     "threads",
+    "compile",
     "parallel",
     "save_steps",
     "save_total_limit",
@@ -157,7 +159,8 @@ KEYS_FREE_ON_RESUME = (
     "eval_images",
     "eval_positions_per_bucket",
 )
-"""Keys that may differ when a run is resumed: they say how it is run and evaluated, not what it computes."""
+"""Keys that may differ when a run is resumed: they say how it is run and evaluated, and change no more than the last
+bits of what it computes."""
 
 
 class RunConfig(StrictModel):
@@ -175,6 +178,9 @@ class RunConfig(StrictModel):
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     adam_epsilon: PositiveFloat = 1e-8
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="dtype of Muon's iterations; auto: the one whose products are faster here"
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices only")
     lr_scheduler_type: Annotated[str, Choice(SCHEDULE_SHAPES)] = "cosine"
     warmup_steps: NonNegativeInt = Field(default=20, description="steps of linear warm-up")
@@ -192,10 +198,15 @@ class RunConfig(StrictModel):
         default=1.0, description="largest gradient norm; null: any"
     )
     precision: Literal["auto", "fp32", "bf16", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bf16 where the hardware has it"
+        default="auto", description="auto: bf16 where training in it is measured to be faster"
     )
     compile: bool | Literal["auto"] = Field(
         default="auto", description="auto: where the run is long enough to repay it"
+    )
+    few_row_products: Literal["auto"] | FewRowProducts = Field(
+        default="auto",
+        description="rows for which products are taken in the other order: {dtype: [first, first that is too many]}; "
+        "auto: where that is measured to be faster",
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="how processes started by torchrun share the work"

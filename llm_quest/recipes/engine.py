@@ -18,6 +18,7 @@ from llm_quest.errors import BusyError, DataError, MissingError, QuestError, Usa
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import count_parameters, family_of
+from llm_quest.recipes.auto import CompileTimer
 from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
@@ -85,13 +86,18 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             train_settings(config, expected_loss=job.expected_loss),
             run,
             parallel=parallel,
-            callbacks=[*job.callbacks, *callbacks],
+            callbacks=[*job.callbacks, *callbacks, *compile_timers(config, parallel)],
             evaluators=job.evaluators,
             watchers=job.watchers,
             logger=make_display(config, folder, parallel, context.quiet),
         )
         baselines = job.finish(result)
     return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)
+
+
+def compile_timers(config: RunConfig, parallel: DistributedContext) -> list[Callback]:
+    """What measures the time of compiling, where the run is compiled on the CPU."""
+    return [CompileTimer()] if config.compile and parallel.is_main_process and parallel.device.type == "cpu" else []
 
 
 def describe_place(context: Context) -> str:
@@ -214,6 +220,7 @@ def build_optimizer(
             "row_splits": model.row_splits(),
             "adamw_prefixes": adamw_parameters,
             "momentum": config.muon_momentum,
+            "compute_dtype": None if config.muon_dtype == "auto" else getattr(torch, config.muon_dtype),
         }
     return OPTIMIZERS[config.optim](model, **common)
 

@@ -31,8 +31,8 @@ from llm_quest.recipes.assembly import (
     micro_batch_rows,
     require_context,
     require_run_exists,
-    resolve_auto,
 )
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
 from llm_quest.recipes.recipe import Context
@@ -83,7 +83,7 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
 def begin_finetuning(config: Any, context: Context) -> tuple[Any, Decoder, Tokenizer]:
     """The config without any `auto`, the model to go on from, and its tokenizer; UsageError for rows longer than its
     context. config: of a recipe with `model` and `sequence_length`."""
-    config = resolve_auto(config, context.parallel.device, context.log)
+    config = resolve_auto(config, context)
     model, tokenizer = load_for_finetuning(config.model)
     require_context(config.sequence_length, model.config.max_position_embeddings)
     return config, model, tokenizer

@@ -25,7 +25,8 @@ from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.preference import PreferenceLoss
-from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context, resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
 from llm_quest.recipes.engine import build_optimizer, init_distributed
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
@@ -61,7 +62,7 @@ def plan_pretrain(config: PretrainConfig, context: Context, *, measure: bool) ->
     parallel, log = context.parallel, context.log
     numbers, vocab = resolve_model_config(config, context.settings), resolve_vocab_size(config)
     require_context(config.sequence_length, numbers.max_position_embeddings)
-    config = resolve_auto(config, parallel.device, log)
+    config = resolve_auto(config, context)
     terms, frozen = list[DistillationLoss](), dict[str, nn.Module]()
     if config.teacher is not None:
         device = parallel.device

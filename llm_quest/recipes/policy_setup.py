@@ -32,7 +32,7 @@ from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
-from llm_quest.recipes.assembly import resolve_auto, resolve_precision
+from llm_quest.recipes.auto import resolve_auto, resolve_precision
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, RunConfig
 from llm_quest.recipes.engine import init_run_dir
@@ -57,17 +57,12 @@ from llm_quest.train.step import autocast
 PolicyConfigT = TypeVar("PolicyConfigT", bound=PolicyConfig)
 
 
-def resolve_policy_config(config: PolicyConfigT, parallel: DistributedContext, log: LogFn) -> PolicyConfigT:
-    """The config with precision and compile decided."""
-    if config.precision == "auto" and config.loss_type.startswith("gspo"):
-        config = config.model_copy(update={"precision": "fp32"})  # its clip range is finer than bfloat16's rounding
-    return resolve_auto(config, parallel.device, log)
-
-
 def open_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
     """The config without any `auto`; it is written to the run folder, where warm-ups run before the policy's own run
     begins."""
-    config = resolve_policy_config(config, context.parallel, context.log)
+    if config.precision == "auto" and config.loss_type.startswith("gspo"):
+        config = config.model_copy(update={"precision": "fp32"})  # its clip range is finer than bfloat16's rounding
+    config = resolve_auto(config, context)
     if not context.planning:
         init_run_dir(config, context.run_dir, context.parallel)
     return config

@@ -33,8 +33,8 @@ from llm_quest.recipes.assembly import (
     make_sharded_loader,
     micro_batch_rows,
     require_context,
-    resolve_auto,
 )
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import (
     AuxiliaryLosses,
     NumberTokenLossConfig,
@@ -126,7 +126,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     model = init_pretrain_model(config, context.settings, text)
     callbacks = apply_techniques(config.all_techniques, model, log)
     flops = 6.0 * count_parameters(model) * config.batch_size * config.sequence_length * config.max_steps
-    config = resolve_auto(config, parallel.device, log, flops / parallel.world_size)
+    config = resolve_auto(config, context, flops / parallel.world_size)
     losses = config.auxiliary_losses.resolve(model)
     config = config.model_copy(update=vars(losses))
     distillation = build_distillation_terms(config, text.tokenizer, model.config.vocab_size, parallel, log)

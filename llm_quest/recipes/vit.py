@@ -28,7 +28,8 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader, resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -141,7 +142,7 @@ class VitConfig(VisionConfig):
 def build_vit(config: VitConfig, context: Context) -> Job:
     """Images, model, classification loss."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, parallel.device, log)
+    config = resolve_auto(config, context)
     preprocess = ImageProcessor(config.data.image_size, config.data.image_mean, config.data.image_std)
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")

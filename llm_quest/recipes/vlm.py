@@ -28,7 +28,8 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.next_token import CaptioningLoss
-from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader, resolve_auto
+from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.engine import build_lr_schedule
@@ -144,7 +145,7 @@ class VlmConfig(VisionConfig):
 def build_vlm(config: VlmConfig, context: Context) -> Job:
     """Images with text, tokenizer, model, captioning loss."""
     parallel, log = context.parallel, context.log
-    config = resolve_auto(config, parallel.device, log)
+    config = resolve_auto(config, context)
     preprocess = load_or_make_preprocess(config)
     sights = load_image_text(config, preprocess)
     tokenizer = build_vlm_tokenizer(config, sights)

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from llm_quest.errors import UsageError
-from llm_quest.train.hardware import bf16_support
+from llm_quest.machine.hardware import bf16_support
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 RowSplits = Mapping[str, Sequence[int]]
@@ -55,6 +55,7 @@ def make_muon(
     adamw_prefixes: Sequence[str] = ("embed.", "head."),
     momentum: float = 0.95,
     newton_schulz_steps: int = 5,
+    compute_dtype: torch.dtype | None = None,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
@@ -62,6 +63,7 @@ def make_muon(
     """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of
     `adamw_prefixes`.
 
+    compute_dtype: of the iterations, see `orthogonalize`.
     row_splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional
     parameter (a stack of experts' matrices) belongs to Muon if `row_splits` names it."""
     row_splits = {} if row_splits is None else row_splits
@@ -81,6 +83,7 @@ def make_muon(
         _set_initial_lr(matrices, lr),
         weight_decay_groups(rest, lr=lr, weight_decay=weight_decay),
         model=model, lr=lr, momentum=momentum, steps=newton_schulz_steps, betas=betas, eps=eps,
+        compute_dtype=compute_dtype,
     )  # fmt: skip
 
 
@@ -101,8 +104,10 @@ class Muon(Optimizer):
         steps: int,
         betas: tuple[float, float],
         eps: float,
+        compute_dtype: torch.dtype | None = None,
     ):
         assert_groups_cover(model, [*matrix_groups, *adamw_groups])
+        self.compute_dtype = compute_dtype
         super().__init__([*matrix_groups, *adamw_groups], {"lr": lr, "momentum": momentum, "steps": steps})
         self.matrix_groups = self.param_groups[: len(matrix_groups)]
         self.adamw = (
@@ -129,9 +134,8 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(p)
         running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(running, group["momentum"])
-        update = torch.cat(
-            [orthogonalize(part, group["steps"]) for part in gather_matrix(ahead).split(group["rows"], dim=-2)], dim=-2
-        )
+        matrices = gather_matrix(ahead).split(group["rows"], dim=-2)
+        update = torch.cat([orthogonalize(one, group["steps"], self.compute_dtype) for one in matrices], dim=-2)
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(shard_like(update, p), alpha=-group["lr"])
 

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from llm_quest.contracts import Loader
 from llm_quest.errors import DataError
+from llm_quest.machine.hardware import processor_name
 from llm_quest.tensor_files import align
 from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import LRSchedule
@@ -284,6 +285,8 @@ class TrainState:
             "device": self.parallel.device.type,
             "torch": torch.__version__,
             "machine": platform.machine(),
+            "processor": processor_name(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             **self.settings,
         }
 
@@ -292,5 +295,5 @@ class TrainState:
         return [
             f"{name} was {before} and is {value}: the resumed run may differ from the straight one in its last bits"
             for name, value in self.environment().items()
-            if (before := state_dict["environment"].get(name)) != value
+            if (before := state_dict["environment"].get(name, value)) != value
         ]

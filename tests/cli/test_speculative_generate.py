@@ -18,6 +18,7 @@ from llm_quest.cli.speculative_generate import generate_speculative, load_draft
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
+from llm_quest.machine.compiler import CompilerTrial
 from llm_quest.models.build import build, preset
 
 MANNER = GenerationOptions(12, 0.0, None, None, None, 1.0, (), False, 0)
@@ -57,7 +58,9 @@ def test_a_draft_with_another_tokenizer_is_refused_with_the_remedy(tmp_path: Pat
 
 def test_without_a_compiler_compile_is_refused_before_the_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target = saved(tmp_path, "target", "abcd", 0)
-    monkeypatch.setattr(chat, "find_cpp_compiler", lambda: None)
+    monkeypatch.setattr(
+        chat, "load_compiler", lambda log: CompilerTrial(None, "no C++ compiler was found (install g++)")
+    )
     with pytest.raises(UsageError, match=r"needs a C\+\+ compiler.*install g\+\+"):
         chat.generate_text(
             target, "ab", replace(MANNER, compile=True), device="cpu", dtype="float32", as_json=True,

@@ -201,4 +201,8 @@ def test_rows_longer_than_the_context_are_refused(text: Path, tmp_path: Path) ->
 def test_what_was_chosen_is_said_with_the_reason(text: Path, tmp_path: Path) -> None:
     told: list[str] = []
     run(text, tmp_path / "run", "max_steps=2", "precision=auto", log=told.append)
-    assert any(line.startswith("precision: ") and "compiled: no (a run of about 0 s" in line for line in told), told
+    reasons = {line.split(":")[0]: line for line in told}
+    assert "measured" in reasons["precision"]
+    assert reasons["compiled"].startswith("compiled: no (a run of about 0 s")
+    assert "times float32's rate" in reasons["Muon's iterations"]
+    assert "usable core" in reasons["threads"]

@@ -26,7 +26,7 @@ from llm_quest.data.batch import TokenBatch
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.models.build import build, preset
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.assembly import resolve_auto
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config_schema import BatchedConfig
 from llm_quest.recipes.recipe import Job, Recipe
 from llm_quest.train.state import derive_seed
@@ -60,7 +60,7 @@ class CopyLoader:
 
 
 def build_copy(config, context):
-    config = resolve_auto(config, context.parallel.device, context.log)
+    config = resolve_auto(config, context)
     model = build(preset("llama3.2-tiny").config, seed=derive_seed(config.seed, "init"))
     loader = CopyLoader(config.batch_size, config.length)
     tokenizer = train_bpe(["a b c"], 280)

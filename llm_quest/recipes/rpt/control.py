@@ -20,7 +20,7 @@ from llm_quest.data.loader import ShardedLoader, epoch_indices
 from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import DataError, UsageError
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.assembly import resolve_auto
+from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
 from llm_quest.recipes.engine import init_run_dir
@@ -57,7 +57,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
     """The RPT run's start, documents and positions; as many steps as its compute allows for."""
     parallel, log, out = context.parallel, context.log, context.run_dir
     rpt, teraflops = load_rpt_run(config.rpt_run)
-    config = resolve_auto(config, parallel.device, log)
+    config = resolve_auto(config, context)
     model, tokenizer = load_for_finetuning(StartModelConfig(load=start_model_path(rpt, Path(config.rpt_run))))
     model.to(parallel.device)
     text = load_documents(rpt, tokenizer, model.config.max_position_embeddings, parallel, log)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.train import hardware
-from llm_quest.train.hardware import usable_cores
+from llm_quest.machine import hardware
+from llm_quest.machine.hardware import usable_cores
 
 
 def written(root: Path, files: dict[str, str]) -> Path:
@@ -90,15 +90,47 @@ def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, m
 def test_muon_iterates_in_float32_where_bfloat16_has_no_instructions(taken):
     code = (
         "import torch\n"
-        "from llm_quest.recipes.assembly import resolve_precision\n"
         "from llm_quest.train.optimizers import iteration_dtype, newton_schulz, orthogonalize\n"
-        "cpu = torch.device('cpu')\n"
-        "print(iteration_dtype(cpu), resolve_precision('auto', cpu).value)\n"
+        "print(iteration_dtype(torch.device('cpu')))\n"
         "g = torch.randn(6, 8)\n"
         "print(torch.equal(orthogonalize(g), newton_schulz(g, 5) * (0.2 * 8**0.5)))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **taken}, capture_output=True, text=True, timeout=60
+    assert run_python(code, **taken) == ["torch.float32", "True"]
+
+
+def test_without_bfloat16_instructions_the_measured_choices_are_float32(tmp_path):
+    """Nothing but the measurement says so: the machine is the real one, without what the variables take away."""
+    code = (
+        "from llm_quest.machine.choices import choose_muon_dtype, choose_precision\n"
+        "from llm_quest.machine.profile import load_profile\n"
+        "profile = load_profile()\n"
+        "print(choose_precision(profile).value, choose_muon_dtype(profile).value)\n"
     )
+    taken = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    found = run_python(code, LLM_QUEST_MACHINE_PROFILE="", LLM_QUEST_CACHE=str(tmp_path), **taken)
+    assert found == ["fp32", "float32"]
+
+
+def run_python(code: str, **variables: str) -> list[str]:
+    """The words that a program prints in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["torch.float32", "fp32", "True"]
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "quotas", "said"),
+    [
+        (2, 2, [], "2 threads on 2 usable cores"),
+        (1, 64, [0.5], "1 thread on 1 usable core (a CPU quota of 0.5 of 64 cores)"),
+        (2, 64, [2.5, 8.0], "2 threads on 2 usable cores (a CPU quota of 2.5 of 64 cores)"),
+        (99, 2, [], "99 threads on 2 usable cores: threads that wait for a core make every product slower; "
+                    "give threads=2"),
+        (1, 1, [], "1 thread on 1 usable core"),
+    ],
+)  # fmt: skip
+def test_threads_are_said_with_the_cores_that_they_run_on(monkeypatch, threads, cores, quotas, said):
+    monkeypatch.setattr(hardware, "affinity", lambda: cores)
+    monkeypatch.setattr(hardware, "cpu_quotas", lambda root: iter(quotas))
+    assert hardware.describe_threads(threads) == said

@@ -1,4 +1,4 @@
-"""What this machine can do: the cores that a process may use, and where bfloat16 is fast.
+"""What this machine is: the cores that a process may use, its processor, and whether it has bfloat16 instructions.
 
 Importing this file does not import torch, because the number of threads is decided before torch starts its own."""
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,16 @@ def usable_cores(root: Path = Path("/")) -> int:
     (versions 1 and 2), not the number of the machine. A quota of 2.5 cores counts as 2. root: the folder that holds
     `proc` and `sys`."""
     return max(1, int(min([float(affinity()), *cpu_quotas(root)])))
+
+
+def describe_threads(threads: int, root: Path = Path("/")) -> str:
+    """A number of threads and the cores that they run on, with what to change where the two do not fit."""
+    cores, quota = usable_cores(root), min(cpu_quotas(root), default=float("inf"))
+    limit = f" (a CPU quota of {quota:.3g} of {affinity()} cores)" if quota < affinity() else ""
+    count = f"{threads} thread{'s' if threads > 1 else ''} on {cores} usable core{'s' if cores > 1 else ''}{limit}"
+    if threads > cores:
+        return f"{count}: threads that wait for a core make every product slower; give threads={cores}"
+    return count
 
 
 def affinity() -> int:
@@ -77,3 +88,12 @@ def bf16_support(device: torch.device) -> tuple[bool, str]:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False, f"the processor has {' and '.join(has)}, which ONEDNN_MAX_CPU_ISA takes away"
     return True, f"the processor has {' and '.join(has)}"
+
+
+def processor_name() -> str:
+    """The name of the processor, from /proc/cpuinfo where that exists."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

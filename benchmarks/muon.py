@@ -1,0 +1,88 @@
+"""The step of Muon, its share of a training step, and torch.optim.Muon's: the shapes of `quest train quickstart` (2M,
+8 rows of 256 tokens) and `quest train pretrain` (11M, 32 rows).
+
+OMP_NUM_THREADS=1 python -m benchmarks.muon [--pairs 5] [--shape 2m]
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 python -m benchmarks.muon    without AVX512
+
+torch.optim.Muon always iterates in bfloat16 and takes a fused projection as one matrix; AdamW has the rest on both
+sides. The forward and backward pass is in the precision that `auto` takes here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+import llm_quest as quest
+from benchmarks.pairs import race
+from llm_quest.data.batch import TokenBatch
+from llm_quest.layers.rotary import RotaryEmbedding
+from llm_quest.machine.choices import choose_muon_dtype, choose_precision
+from llm_quest.machine.profile import load_profile
+from llm_quest.models.decoder import Decoder
+from llm_quest.models.llama import Config
+from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.train.optimizers import make_muon
+from llm_quest.train.step import autocast
+
+LENGTH, BATCH = 256, 8
+SHAPES = {
+    "2m": Config(2048, 192, 4, 3, 1, 64, 512, LENGTH, RotaryEmbedding(64, 10_000.0), tie_word_embeddings=False),
+    "11m": Config(4096, 384, 6, 6, 2, 64, 1024, LENGTH, RotaryEmbedding(64, 500_000.0), tie_word_embeddings=False),
+}
+
+
+def our_step(model: Decoder, dtype: str) -> Callable[[], object]:
+    return make_muon(model, lr=1e-6, row_splits=model.row_splits(), compute_dtype=getattr(torch, dtype)).step
+
+
+def torch_step(model: Decoder) -> Callable[[], object]:
+    """torch's Muon on the same matrices, AdamW on the same rest."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith(("embed.", "head."))]
+    rest = [p for p in model.parameters() if all(p is not one for one in hidden)]
+    muon = torch.optim.Muon(hidden, lr=1e-6, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=1e-6, fused=True)
+    return lambda: (muon.step(), adamw.step())
+
+
+def passes(model: Decoder, precision: str) -> Callable[[], object]:
+    """Forward and backward over one batch; the gradients stay."""
+    objective = NextTokenLoss(model.train())
+    tokens = torch.randint(0, model.config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    batch = TokenBatch(tokens[:, :-1], tokens[:, 1:], None, None)
+
+    def run() -> None:
+        model.zero_grad()
+        with autocast(precision, torch.device("cpu")):
+            loss = objective(batch)
+        (loss.total / loss.count).backward()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES)
+    options = parser.parse_args()
+    profile = load_profile(print)
+    precision, dtype = choose_precision(profile).value, choose_muon_dtype(profile).value
+    print(f"{torch.get_num_threads()} threads; passes in {precision}, iterations in {dtype}\n")
+    print(
+        "| shape | passes, ms | our step, ms | of a training step | x torch.optim.Muon (range) |\n" + "| --- " * 5 + "|"
+    )
+    for name in [options.shape] if options.shape else SHAPES:
+        model = quest.build(SHAPES[name])
+        run = passes(model, precision)
+        run()
+        contestants = {"torch": torch_step(model), "ours": our_step(model, dtype), "passes": run}
+        _, ours, both = race(contestants, pairs=options.pairs)
+        share = ours.seconds / (ours.seconds + both.seconds)
+        ratio = f"{ours.times_reference:.2f} ({ours.low:.2f}-{ours.high:.2f})"
+        print(f"| {name} | {both.seconds * 1e3:.1f} | {ours.seconds * 1e3:.1f} | {share:.1%} | {ratio} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What `auto` means on a machine, each choice with its reason: functions of a profile alone, so the choices for any
+machine can be seen from its file.
+
+A choice that decides results in their last bits is written into a run's config and kept when the run is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from llm_quest.machine.compiler import CompilerTrial
+from llm_quest.machine.probe import ROWS
+from llm_quest.machine.profile import MachineProfile
+
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[ValueT]):
+    """What was chosen and why, for the screen and the run's events."""
+
+    value: ValueT
+    reason: str
+
+
+ATTENTION_SHARE = 0.06
+"""Of the FLOPs of a training step, at rows of 256 tokens in a model of 11M parameters."""
+MIN_GAIN = 1.1
+"""How much faster another form must be to be chosen."""
+FewRows = dict[str, tuple[int, int]]
+"""dtype -> the first number of rows for which `linear_few_rows` is taken, and the first that is too many."""
+
+
+def training_gain(profile: MachineProfile) -> float:
+    """How many times as fast a training step is in bfloat16 as in float32, by the rates of products and attention; 0
+    where bfloat16 was too slow to be measured."""
+    products = profile.ratio("products/bfloat16/large", "products/float32/large")
+    attention = profile.ratio("attention/bfloat16", "attention/float32")
+    if not products or not attention:
+        return 0.0
+    seconds = {
+        dtype: (1 - ATTENTION_SHARE) / profile.rates[f"products/{dtype}/large"]
+        + ATTENTION_SHARE / profile.rates[f"attention/{dtype}"]
+        for dtype in ("float32", "bfloat16")
+    }
+    return seconds["float32"] / seconds["bfloat16"]
+
+
+def choose_precision(profile: MachineProfile) -> Resolved[str]:
+    """fp32 or bf16 (autocast), whichever trains faster."""
+    gain = training_gain(profile)
+    return Resolved("bf16" if gain >= MIN_GAIN else "fp32", f"measured: {describe_bf16(profile)}")
+
+
+def describe_bf16(profile: MachineProfile) -> str:
+    """The speed of bfloat16 in training, in words."""
+    if gain := training_gain(profile):
+        return f"bfloat16 trains at {gain:.2f} times the speed of float32"
+    slower = 1 / profile.ratio("products/bfloat16/small", "products/float32/small")
+    return f"products in bfloat16 take {slower:.0f} times as long as in float32"
+
+
+def slow_bf16_warning(profile: MachineProfile) -> str:
+    """What to say where bfloat16 was asked for and is slower than float32; empty where it is not."""
+    if training_gain(profile) >= 1:
+        return ""
+    return f"bfloat16 was asked for, but on this machine {describe_bf16(profile)}: float32 is faster and more exact"
+
+
+def choose_muon_dtype(profile: MachineProfile) -> Resolved[str]:
+    """The dtype of Muon's Newton-Schulz iterations, which need few bits: the faster one for small products."""
+    ratio = profile.ratio("products/bfloat16/small", "products/float32/small")
+    word = f"small products in bfloat16 run at {ratio:.2g} times float32's rate"
+    return Resolved("bfloat16" if ratio >= MIN_GAIN else "float32", word)
+
+
+def choose_few_rows(profile: MachineProfile) -> Resolved[FewRows]:
+    """For each dtype the numbers of rows from which and up to which a product is faster the other way round."""
+    ranges = {
+        dtype: found for dtype in ("float32", "bfloat16") if (found := _longest_range(gains_of_columns(profile, dtype)))
+    }
+    words = (
+        f"{dtype} {gains_of_columns(profile, dtype)[first]:.1f} times as fast at {first} rows"
+        for dtype, (first, _) in ranges.items()
+    )
+    return Resolved(ranges, "; ".join(words) or "no form is faster than the plain one")
+
+
+def gains_of_columns(profile: MachineProfile, dtype: str) -> dict[int, float]:
+    """Rows -> how many times as fast `linear_few_rows` is as `F.linear`."""
+    names = {rows: f"few_rows/{dtype}/{rows}" for rows in ROWS}
+    return {
+        rows: profile.ratio(f"{name}/columns", f"{name}/plain")
+        for rows, name in names.items()
+        if f"{name}/columns" in profile.rates and f"{name}/plain" in profile.rates
+    }
+
+
+def _longest_range(gains: dict[int, float]) -> tuple[int, int] | None:
+    """The longest run of measured numbers of rows with a gain, as a half-open range."""
+    best: list[int] = []
+    run: list[int] = []
+    for rows, gain in gains.items():
+        run = [*run, rows] if gain >= MIN_GAIN else []
+        best = max(best, run, key=len)
+    return (best[0], best[-1] + 1) if best else None
+
+
+def choose_weight_kernel(profile: MachineProfile, kind: str) -> Resolved[bool]:
+    """Whether products with quantised weights are faster than with float32 ones for one row, as in decoding."""
+    ratio = profile.ratio(f"weights/{kind}/1", "weights/float32/1")
+    return Resolved(ratio >= MIN_GAIN, f"{kind} weights are read at {ratio:.2g} times float32's rate")
+
+
+MIN_GPU_SECONDS, GPU_FLOPS = 600.0, 1e13
+COMPILE_SECONDS = 60.0
+"""Of a training step with its backward pass, before a run has measured it (`docs/benchmarks.md`)."""
+COMPILE_GAIN = {"fp32": 1.05, "bf16": 1.25}
+"""How many times as fast a compiled training step is on a CPU (`docs/benchmarks.md`)."""
+UTILIZATION = 0.5
+
+
+def choose_compile(profile: MachineProfile, compiler: CompilerTrial, flops: float, precision: str) -> Resolved[bool]:
+    """Whether a run of so many FLOPs is shorter with the time that compiling takes and the gain that it brings."""
+    if not compiler.works:
+        return Resolved(False, f"{compiler.problem}; with one, long runs train faster")
+    dtype = "bfloat16" if precision == "bf16" else "float32"
+    rate = profile.rates.get(f"products/{dtype}/large") or profile.rates[f"products/{dtype}/small"]
+    seconds = flops / (UTILIZATION * rate * 1e9)
+    saved = seconds * (1 - 1 / COMPILE_GAIN[precision])
+    cost = profile.compile_seconds or COMPILE_SECONDS
+    source = "measured by a run before" if profile.compile_seconds else "estimated"
+    text = f"a run of about {rough_duration(seconds)} would be {rough_duration(saved)} shorter"
+    return Resolved(saved > cost, f"{text}, and compiling takes {rough_duration(cost)}, {source}")
+
+
+def choose_gpu_compile(flops: float) -> Resolved[bool]:
+    """The same on a GPU, by a cautious guess of its rate."""
+    seconds = flops / GPU_FLOPS
+    return Resolved(seconds >= MIN_GPU_SECONDS, f"a run of about {rough_duration(seconds)}")
+
+
+def rough_duration(seconds: float) -> str:
+    """Seconds in the unit a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

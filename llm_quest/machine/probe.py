@@ -1,0 +1,211 @@
+"""Measures in about half a second what a machine's choices depend on: its rate at each kind of work, by name.
+
+    products/float32/large        GFLOP/s of a product of two 768 x 768 matrices
+    products/float32/small        the same of 384 x 384, the size of Muon's iterations in a small model
+    few_rows/float32/8/plain      GFLOP/s of `F.linear` on 8 rows, over the matrices of a small model one after another
+    few_rows/float32/8/columns    the same by `linear_few_rows`
+    attention/float32             GFLOP/s of causal attention, forward and backward, at rows of 128 tokens
+    weights/int8/1                billion weights per second of an 8-bit matrix, times one row (`measure_weight_rates`)
+    memory/copy                   GB/s read and written by a large copy
+
+Commonly got wrong: other programs slow a machine for moments, and where several threads wait for one another by a
+hundred times, so the mean of a few calls says little. Here calls are short, many are made in a fixed time, and the
+fastest quarter counts. If the system nevertheless took the cores away too often, everything is measured again on one
+thread, whose own CPU time others hardly disturb, and multiplied by the number of threads. Without bfloat16 instructions
+a product takes up to 200 times as long as in float32; after the small product has shown that, nothing else is measured
+in that dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_quest.layers.linear import linear_few_rows
+from llm_quest.layers.quantized_kernels import quantized_linear
+from llm_quest.layers.weight_formats import FORMATS, quantize
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+Clock = Callable[[], float]
+PREEMPTIONS, PREEMPTIONS_PER_SECOND = 8, 30.0
+"""More of them than this mean that other programs use the cores."""
+LARGE, SMALL = 768, 384
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of rows for which both forms of a product are measured."""
+WEIGHT_ROWS = (1, 8)
+WEIGHT_KINDS = ("float32", *FORMATS)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HOPELESS = 0.25
+"""Below this share of float32's rate nothing more is measured in a dtype."""
+MATRICES, OUT, IN = 16, 1024, 384
+SECONDS = 0.012
+"""The time for calls of one kind; a call that takes longer is made once."""
+BATCH, HEADS, LENGTH, HEAD_DIM = 2, 6, 128, 64
+COPY_BYTES = 48 << 20
+
+RATES = {
+    **{f"products/{dtype}/{size}": "GFLOP/s" for dtype in DTYPES for size in ("small", "large")},
+    **{
+        f"few_rows/{dtype}/{rows}/{form}": "GFLOP/s"
+        for dtype in DTYPES
+        for rows in ROWS
+        for form in ("plain", "columns")
+    },
+    **{f"attention/{dtype}": "GFLOP/s" for dtype in DTYPES},
+    **{f"weights/{kind}/{rows}": "billion/s" for kind in WEIGHT_KINDS for rows in WEIGHT_ROWS},
+    "memory/copy": "GB/s",
+}
+"""The unit of each rate that a profile can hold."""
+SHARED = ("memory/copy",)
+"""What several threads share instead of each having its own."""
+REQUIRED = tuple(name for name in RATES if "bfloat16" not in name and "weights" not in name)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """rates: by name (`RATES`). busy: whether other programs took the cores away, so that the rates are those of one
+    thread, multiplied by the number of threads."""
+
+    rates: dict[str, float]
+    busy: bool
+
+
+def measure_rates() -> Measurement:
+    """The rates of this machine with the present number of threads, which is left as it is."""
+    if (rates := measure_undisturbed()) is not None:
+        return Measurement(rates, busy=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates = dict(measure_with(time.thread_time))
+        return Measurement({name: rate * (1 if name in SHARED else threads) for name, rate in rates.items()}, busy=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_weight_rates() -> dict[str, float]:
+    """The rates of quantised weights and of float32's on one row and on eight, on one thread by its own CPU time. The
+    first call may build the kernel, for up to two minutes, so these are measured when they are needed."""
+    threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            return {name: threads * rate for name, rate in _measure_weights(generator)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure_weights(generator: torch.Generator) -> Iterator[tuple[str, float]]:
+    weights = [random_matrix(OUT, IN, torch.float32, generator) for _ in range(MATRICES)]
+    quantized = {name: [(*quantize(weight, form), form) for weight in weights] for name, form in FORMATS.items()}
+    for rows in WEIGHT_ROWS:
+        x = random_matrix(rows, IN, torch.float32, generator)
+        calls = {"float32": [partial(F.linear, x, weight) for weight in weights]}
+        calls |= {name: [partial(quantized_linear, x, *matrix) for matrix in ms] for name, ms in quantized.items()}
+        for kind, products in calls.items():
+            yield f"weights/{kind}/{rows}", OUT * IN / fast_seconds(time.thread_time, products) / 1e9
+
+
+def measure_undisturbed() -> dict[str, float] | None:
+    """The rates on all threads; None, and soon, if other programs take the cores away too often."""
+    began, before, rates = time.perf_counter(), count_preemptions(), dict[str, float]()
+    for name, rate in measure_with(time.perf_counter):
+        rates[name] = rate
+        if count_preemptions() - before > PREEMPTIONS + PREEMPTIONS_PER_SECOND * (time.perf_counter() - began):
+            return None
+    return rates
+
+
+def count_preemptions() -> int:
+    """How often the system has taken a core away from this process for another one; 0 where it does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+
+
+def measure_with(clock: Clock) -> Iterator[tuple[str, float]]:
+    """All rates, by this clock, each with its name. Nothing of torch's global state changes."""
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+        yield from _measure_all(clock, torch.Generator().manual_seed(0))
+
+
+def _measure_all(clock: Clock, generator: torch.Generator) -> Iterator[tuple[str, float]]:
+    small: dict[str, float] = {}
+    for name, dtype in DTYPES.items():
+        small[name] = product_rate(clock, SMALL, dtype, generator)
+        yield f"products/{name}/small", small[name]
+        if small[name] < HOPELESS * small["float32"]:
+            continue
+        yield f"products/{name}/large", product_rate(clock, LARGE, dtype, generator)
+        yield f"attention/{name}", attention_rate(clock, dtype, generator)
+        yield from few_row_rates(clock, name, generator)
+    yield "memory/copy", copy_rate(clock)
+
+
+def product_rate(clock: Clock, size: int, dtype: torch.dtype, generator: torch.Generator) -> float:
+    """GFLOP/s of one product of square matrices."""
+    a, b = random_matrix(size, size, dtype, generator), random_matrix(size, size, dtype, generator)
+    return 2 * size**3 / fast_seconds(clock, [lambda: a @ b], 2 * SECONDS) / 1e9
+
+
+def few_row_rates(clock: Clock, name: str, generator: torch.Generator) -> Iterator[tuple[str, float]]:
+    """Both forms of a product with few rows, over more weights than a processor's nearest caches hold."""
+    dtype = DTYPES[name]
+    weights = [random_matrix(OUT, IN, dtype, generator) for _ in range(MATRICES)]
+    with torch.no_grad():
+        for rows in ROWS:
+            x = random_matrix(rows, IN, dtype, generator)
+            for form, product in (("plain", F.linear), ("columns", linear_few_rows)):
+                seconds = fast_seconds(clock, [partial(product, x, weight) for weight in weights])
+                yield f"few_rows/{name}/{rows}/{form}", 2 * rows * OUT * IN / seconds / 1e9
+
+
+def attention_rate(clock: Clock, dtype: torch.dtype, generator: torch.Generator) -> float:
+    """GFLOP/s of attention at short rows: four products of which a causal mask needs half, in the forward pass, and
+    two and a half times as many in the backward pass."""
+    shape = (BATCH, HEADS, LENGTH, HEAD_DIM)
+    q, k, v = (
+        random_matrix(BATCH * HEADS * LENGTH, HEAD_DIM, dtype, generator).view(shape).requires_grad_() for _ in range(3)
+    )
+
+    def run() -> None:
+        with torch.enable_grad():
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+
+    return 3.5 * 2 * BATCH * HEADS * LENGTH**2 * HEAD_DIM / fast_seconds(clock, [run], 2 * SECONDS) / 1e9
+
+
+def copy_rate(clock: Clock) -> float:
+    """GB/s of a copy that no cache holds, read and written bytes together."""
+    source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
+    return 2 * COPY_BYTES / fast_seconds(clock, [lambda: target.copy_(source)]) / 1e9
+
+
+def random_matrix(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.float32, device="cpu", generator=generator).to(dtype)
+
+
+def fast_seconds(clock: Clock, calls: Sequence[Callable[[], object]], limit: float = SECONDS) -> float:
+    """Seconds of a call, the mean of the fastest quarter of those that `limit` seconds allow, made in turn after a
+    warm-up."""
+    calls[0]()
+    seconds: list[float] = []
+    began = end = clock()
+    for call in itertools.cycle(calls):
+        start, _ = end, call()
+        end = clock()
+        seconds.append(max(end - start, 1e-9))
+        if end - began > limit:
+            break
+    fastest = sorted(seconds)[: max(1, len(seconds) // 4)]
+    return sum(fastest) / len(fastest)

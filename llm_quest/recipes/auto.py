@@ -1,0 +1,184 @@
+"""What `auto` means for a run: decided once, by the main process, from the machine's profile.
+
+The choices decide the last bits of what a run computes. They are written to its config.yaml, and a run that is resumed
+keeps them, on another machine too; what cannot be kept there is said."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from llm_quest.contracts import LogFn
+from llm_quest.layers.linear import set_few_row_products
+from llm_quest.machine import choices
+from llm_quest.machine.choices import Resolved
+from llm_quest.machine.hardware import bf16_support, describe_threads
+from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, record_compile_seconds
+from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config_schema import RunConfig
+from llm_quest.recipes.recipe import Context
+from llm_quest.train.checkpoint import list_checkpoints
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+PRECISION_ALIASES = {"float32": "fp32", "bfloat16": "bf16"}
+"""Other names of the same things."""
+UNDECIDED = ("auto", 0)
+KEPT = "as when this run began"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a choice is made for. flops: of the whole run on one process; None where compiling is not worth deciding
+    (`auto` is then no)."""
+
+    device: torch.device
+    flops: float | None
+    log: LogFn
+
+    @property
+    def profile(self) -> MachineProfile | None:
+        """None where products are not the CPU's."""
+        return load_profile(self.log) if self.device.type == "cpu" else None
+
+
+def resolve_auto(config: ConfigT, context: Context, flops: float | None = None) -> ConfigT:
+    """The config without any `auto`, before anything reads it; what holds for the whole process is set."""
+    parallel = context.parallel
+    chosen = parallel.broadcast(
+        choose_all(config, recorded_choices(config, context), Machine(parallel.device, flops, context.log))
+        if parallel.is_main_process
+        else None
+    )
+    torch.set_num_threads(chosen["threads"])
+    set_few_row_products(chosen["few_row_products"])
+    return config.model_copy(update=chosen)
+
+
+def recorded_choices(config: RunConfig, context: Context) -> dict[str, Any]:
+    """The choices of the run that is about to be resumed; empty if there is none."""
+    folder = context.run_dir if context.resume in ("auto", "never") else Path(context.resume).parent.parent
+    if not (folder / "config.yaml").is_file() or not list_checkpoints(folder / "checkpoints"):
+        return {}
+    settings = load_raw_config(str(folder / "config.yaml"))
+    if settings.tree.get("recipe") != config.recipe:
+        return {}
+    recorded = parse_config(type(config), settings)
+    return {key: value for key in RESOLVERS if (value := getattr(recorded, key)) not in UNDECIDED}
+
+
+def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine) -> dict[str, Any]:
+    """Every choice, each said with its reason."""
+    chosen: dict[str, Any] = {}
+    for key, (label, resolve) in RESOLVERS.items():
+        value, reason = getattr(config, key), "asked for"
+        if value in UNDECIDED:
+            value, reason = recorded.get(key, value), KEPT
+        found = resolve(Resolved(value, reason), machine, config.model_copy(update=chosen))
+        chosen[key] = found.value
+        if found.reason:
+            machine.log(f"{label}: {describe_value(found.value)} ({found.reason})")
+    return chosen
+
+
+def describe_value(value: Any) -> str:
+    """A choice on the screen."""
+    if isinstance(value, dict):
+        return ", ".join(f"{dtype} {first} to {end - 1}" for dtype, (first, end) in value.items()) or "none"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def resolve_threads(given: Resolved[int], machine: Machine, config: RunConfig) -> Resolved[int]:
+    """As many as torch uses now (one per usable core, or OMP_NUM_THREADS), unless a number is given."""
+    threads = given.value or torch.get_num_threads()
+    torch.set_num_threads(threads)  # the profile is one of so many threads
+    return Resolved(threads, (f"{given.reason}; " if given.value else "") + describe_threads(threads))
+
+
+def resolve_precision(name: str, device: torch.device, log: LogFn = lambda text: None) -> Resolved[str]:
+    """fp32 or bf16 (autocast, with masters in float32): auto takes bf16 where training is measured to be faster."""
+    return decide_precision(Resolved(name, "asked for"), Machine(device, None, log))
+
+
+def decide_precision(given: Resolved[str], machine: Machine, config: RunConfig | None = None) -> Resolved[str]:
+    """As `resolve_precision`. What was asked for is kept where it is slow, with a warning."""
+    name, profile = PRECISION_ALIASES.get(given.value, given.value), machine.profile
+    if name == "auto" and profile is None:
+        fast, why = bf16_support(machine.device)
+        return Resolved("bf16" if fast else "fp32", why)
+    if name == "auto" and profile is not None:
+        return choices.choose_precision(profile)
+    warning = choices.slow_bf16_warning(profile) if profile is not None and name == "bf16" else ""
+    return Resolved(name, f"{given.reason}; {warning}" if warning else given.reason)
+
+
+def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunConfig) -> Resolved[bool]:
+    """Compiling takes time first and saves some with every step: auto does it where the run is long enough. Without a
+    compiler that works no run is compiled."""
+    if given.value == "auto" and machine.flops is None:
+        return Resolved(False, "")
+    if given.value is False:
+        return Resolved(False, given.reason)
+    profile = machine.profile
+    if profile is None and given.value == "auto":
+        return choices.choose_gpu_compile(machine.flops or 0.0)
+    if profile is None:
+        return Resolved(True, given.reason)
+    compiler = load_compiler(machine.log)
+    if given.value == "auto":
+        return choices.choose_compile(profile, compiler, machine.flops or 0.0, config.precision)
+    if not compiler.works:
+        return Resolved(False, f"{given.reason}, but {compiler.problem}; the last bits of a compiled run may differ")
+    return Resolved(True, given.reason)
+
+
+def resolve_muon_dtype(given: Resolved[str], machine: Machine, config: RunConfig) -> Resolved[str]:
+    """The dtype of Muon's iterations."""
+    if given.value != "auto":
+        found = given
+    elif machine.profile is None:
+        fast, why = bf16_support(machine.device)
+        found = Resolved("bfloat16" if fast else "float32", why)
+    else:
+        found = choices.choose_muon_dtype(machine.profile)
+    return found if config.optim == "muon" else Resolved(found.value, "")
+
+
+def resolve_few_rows(given: Resolved[Any], machine: Machine, config: RunConfig) -> Resolved[choices.FewRows]:
+    """The form of products with few rows, which sampling and evaluation have."""
+    if given.value != "auto":
+        return given
+    return Resolved({}, "") if machine.profile is None else choices.choose_few_rows(machine.profile)
+
+
+Resolver = Callable[[Resolved[Any], Machine, Any], Resolved[Any]]
+RESOLVERS: dict[str, tuple[str, Resolver]] = {
+    "threads": ("threads", resolve_threads),
+    "precision": ("precision", decide_precision),
+    "compile": ("compiled", resolve_compile),
+    "muon_dtype": ("Muon's iterations", resolve_muon_dtype),
+    "few_row_products": ("products of few rows in the other order", resolve_few_rows),
+}
+"""Keys that are decided in this order, each with its label on the screen."""
+
+
+class CompileTimer:
+    """Keeps in the machine's profile what compiling took: the seconds of the first step beyond those of a later one."""
+
+    def __init__(self) -> None:
+        self.moments = [time.perf_counter()]
+
+    def on_step_end(self, model: Any, step: int) -> None:
+        self.moments.append(time.perf_counter())
+        if len(self.moments) == 4:
+            first, second, third = (after - before for before, after in itertools.pairwise(self.moments))
+            record_compile_seconds(max(first - min(second, third), 0.1))
+
+    def on_step_skipped(self, model: Any) -> None:
+        """A skipped step takes as long as another."""

@@ -1,0 +1,131 @@
+"""What `auto` means on each machine, from profiles: no machine is needed to see its choices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llm_quest.machine.choices import (
+    choose_compile,
+    choose_few_rows,
+    choose_muon_dtype,
+    choose_precision,
+    choose_weight_kernel,
+    rough_duration,
+    slow_bf16_warning,
+    training_gain,
+)
+from llm_quest.machine.compiler import CompilerTrial
+from llm_quest.machine.probe import ROWS
+from llm_quest.machine.profile import MachineProfile, parse_profile, read_profile
+
+MACHINES = Path(__file__).parent / "profiles"
+GCC, NONE = (
+    CompilerTrial("/usr/bin/g++", ""),
+    CompilerTrial(None, "no C++ compiler was found (install g++, or set CXX)"),
+)
+HOUR = 3600 * 0.5 * 190e9
+"""FLOPs of an hour at half of the measured rate."""
+
+
+def machine(name: str, **rates: float) -> MachineProfile:
+    """A recorded machine; rates by name with `__` for `/` replace its own."""
+    content = json.loads((MACHINES / f"{name}.json").read_text())
+    return parse_profile(
+        content | {"rates": content["rates"] | {k.replace("__", "/"): v for k, v in rates.items()}}, name
+    )
+
+
+def amx() -> MachineProfile:
+    """A server with AMX: products in bfloat16 at six times float32's rate, attention slower."""
+    return machine(
+        "avx512_bf16", products__bfloat16__large=1200.0, products__bfloat16__small=900.0, attention__bfloat16=30.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision", "muon", "few"),
+    [
+        (machine("avx2"), "fp32", "float32", ["float32"]),
+        (machine("avx512_bf16"), "bf16", "bfloat16", ["float32"]),
+        (amx(), "bf16", "bfloat16", ["float32"]),
+    ],
+    ids=["avx2", "avx512_bf16", "amx"],
+)
+def test_each_machine_has_its_choices_and_says_why(profile, precision, muon, few):
+    assert choose_precision(profile).value == precision
+    assert choose_muon_dtype(profile).value == muon
+    assert list(choose_few_rows(profile).value) == few
+    for choice in (choose_precision(profile), choose_muon_dtype(profile), choose_few_rows(profile)):
+        assert any(digit in choice.reason for digit in "0123456789"), "a reason is a measured number"
+
+
+def test_bfloat16_is_not_taken_where_its_attention_eats_the_gain():
+    """Products alone would be twice as fast."""
+    slow = machine("avx512_bf16", attention__bfloat16=1.0)
+    assert slow.ratio("products/bfloat16/large", "products/float32/large") > 2
+    assert training_gain(slow) < 1
+    assert choose_precision(slow).value == "fp32"
+
+
+def test_who_asks_for_bfloat16_where_it_is_slow_reads_the_measured_ratio():
+    assert slow_bf16_warning(machine("avx512_bf16")) == ""
+    words = slow_bf16_warning(machine("avx2"))
+    assert "34 times as long" in words
+    assert "float32 is faster" in words
+
+
+def few_row_rates(gains: dict[int, float]) -> dict[str, float]:
+    return {f"few_rows__float32__{n}__{form}": (gains[n] if form == "columns" else 1.0) * 10 for n in ROWS
+            for form in ("plain", "columns")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gains", "rows"),
+    [
+        ({1: 0.5, 2: 2.0, 4: 1.5, 8: 1.2, 16: 1.0, 32: 1.0, 64: 0.9}, (2, 9)),
+        ({1: 2.0, 2: 0.9, 4: 1.5, 8: 1.2, 16: 1.3, 32: 1.0, 64: 1.2}, (4, 17)),
+        ({1: 2.0, 2: 2.0, 4: 2.0, 8: 2.0, 16: 2.0, 32: 2.0, 64: 2.0}, (1, 65)),
+        ({1: 1.0, 2: 1.05, 4: 1.09, 8: 1.0, 16: 1.0, 32: 1.0, 64: 1.0}, None),
+    ],
+)
+def test_few_rows_are_the_longest_measured_range_with_a_gain(gains, rows):
+    found = choose_few_rows(machine("avx2", **few_row_rates(gains))).value
+    assert found == ({} if rows is None else {"float32": rows})
+
+
+def test_a_kernel_of_quantised_weights_that_is_slower_is_not_taken():
+    assert choose_weight_kernel(machine("avx2"), "int8").value
+    slow = choose_weight_kernel(machine("avx2", weights__int8__1=2.0), "int8")
+    assert not slow.value
+    assert "0.4 times float32's rate" in slow.reason
+
+
+@pytest.mark.parametrize(
+    ("hours", "precision", "seconds", "compiled"),
+    [(0.01, "bf16", None, False), (2, "bf16", None, True), (0.2, "fp32", None, False), (10, "fp32", None, True),
+     (2, "bf16", 3000.0, False)],
+)  # fmt: skip
+def test_a_run_is_compiled_where_it_repays(hours, precision, seconds, compiled):
+    profile = replace(machine("avx512_bf16"), compile_seconds=seconds)
+    choice = choose_compile(profile, GCC, hours * HOUR * (2 if precision == "bf16" else 1), precision)
+    assert choice.value == compiled
+    assert ("measured by a run before" if seconds else "estimated") in choice.reason
+
+
+def test_without_a_compiler_no_run_is_compiled():
+    choice = choose_compile(machine("avx512_bf16"), NONE, 1e30, "bf16")
+    assert not choice.value
+    assert "install g++" in choice.reason
+
+
+def test_durations_have_the_unit_that_a_person_would_use():
+    assert [rough_duration(s) for s in (12, 600, 7200)] == ["12 s", "10 min", "2.0 h"]
+
+
+def test_recorded_machines_are_what_their_names_say():
+    assert read_profile(MACHINES / "avx2.json").machine["instructions"] == "AVX2"
+    assert read_profile(MACHINES / "avx512_bf16.json").machine["bf16_instructions"] == "True"

@@ -1,0 +1,144 @@
+"""What `auto` means for a run, on machines that are given by file; and that a resumed run keeps it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from llm_quest.layers.linear import FEW_ROWS
+from llm_quest.machine.profile import VARIABLE, load_profile
+from llm_quest.recipes.auto import CompileTimer, Machine, choose_all, resolve_precision
+from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.pretrain import PretrainConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from tests.recipes.test_config import GOOD
+from tests.recipes.test_pretrain import CtrlC, run, weights
+
+MACHINES = Path(__file__).parents[1] / "machine" / "profiles"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Makes this machine one of those recorded, with other fields if given."""
+
+    def use(name: str, **fields: object) -> None:
+        file = tmp_path / f"{name}-{len(list(tmp_path.glob('*.json')))}.json"
+        file.write_text(json.dumps(json.loads((MACHINES / f"{name}.json").read_text()) | fields))
+        monkeypatch.setenv(VARIABLE, str(file))
+
+    return use
+
+
+def read_config(out: Path) -> dict:
+    return yaml.safe_load((out / "config.yaml").read_text())
+
+
+def config(*pairs: str) -> PretrainConfig:
+    return parse_config(PretrainConfig, apply_overrides(read_yaml(GOOD, "my.yaml"), pairs))
+
+
+def chosen(*pairs: str, flops: float | None = None) -> tuple[dict, dict[str, str]]:
+    """The choices on the present machine, and what is said of each."""
+    said: list[str] = []
+    found = choose_all(config(*pairs), {}, Machine(CPU, flops, said.append))
+    return found, dict(line.split(": ", 1) for line in said)
+
+
+def test_a_resumed_run_keeps_the_choices_of_the_machine_where_it_began(text, tmp_path, machine):
+    """Bit for bit the straight run, though the machine on which it goes on would choose otherwise."""
+    settings = ("precision=auto", "muon_dtype=auto")
+    machine("avx512_bf16")
+    run(text, tmp_path / "straight", *settings)
+    run(text, tmp_path / "moved", *settings, callbacks=(CtrlC(4),))
+    machine("avx2")
+    assert resolve_precision("auto", CPU).value == "fp32"
+    said: list[str] = []
+    assert run(text, tmp_path / "moved", *settings, log=said.append).status == "finished"
+    kept = {line.split(":")[0]: line for line in said if "as when this run began" in line}
+    assert {"precision", "Muon's iterations", "products of few rows in the other order", "threads"} <= set(kept)
+    assert "bf16" in kept["precision"]
+    assert weights(tmp_path / "moved") == weights(tmp_path / "straight")
+    written = read_config(tmp_path / "moved")
+    assert (written["precision"], written["muon_dtype"]) == ("bf16", "bfloat16")
+    assert written["few_row_products"] == read_config(tmp_path / "straight")["few_row_products"]
+    assert {name: (rows.start, rows.stop) for name, rows in FEW_ROWS.items()} == {
+        getattr(torch, name): tuple(rows) for name, rows in written["few_row_products"].items()
+    }
+
+
+def test_a_new_run_has_the_choices_of_its_own_machine(text, tmp_path, machine):
+    machine("avx2")
+    run(text, tmp_path / "run", "precision=auto", "max_steps=2")
+    written = read_config(tmp_path / "run")
+    assert (written["precision"], written["muon_dtype"], written["compile"]) == ("fp32", "float32", False)
+    assert "auto" not in {written[key] for key in ("precision", "muon_dtype", "compile")}
+    assert written["threads"] == torch.get_num_threads()
+
+
+def test_a_compiled_run_goes_on_without_a_compiler_and_says_so(text, tmp_path, machine):
+    out = tmp_path / "run"
+    run(text, out, callbacks=(CtrlC(4),))
+    (out / "config.yaml").write_text(yaml.safe_dump(read_config(out) | {"compile": True}))
+    machine("avx2", compiler={"path": None, "problem": "no C++ compiler was found (install g++)", "seconds": 0})
+    said: list[str] = []
+    assert run(text, out, log=said.append).status == "finished"
+    (line,) = [line for line in said if line.startswith("compiled: ")]
+    assert line.startswith("compiled: no (as when this run began, but no C++ compiler was found")
+    assert "last bits" in line
+
+
+@pytest.mark.parametrize(("works", "value"), [(True, True), (False, False)])
+def test_a_long_run_is_compiled_where_a_compiler_works(machine, works, value):
+    problem = "" if works else "/usr/bin/g++ fails on five lines (cmath: no such file)"
+    machine("avx512_bf16", compiler={"path": "/usr/bin/g++", "problem": problem, "seconds": 1})
+    found, said = chosen("compile=auto", flops=1e18)
+    assert found["compile"] is value
+    assert ("compiling takes 60 s" if works else "cmath: no such file") in said["compiled"]
+    assert chosen("compile=auto", flops=None)[0]["compile"] is False, "only where a recipe counts its FLOPs"
+
+
+def test_bfloat16_where_it_is_slow_is_done_and_said_before_the_run(machine):
+    machine("avx2")
+    found, said = chosen("precision=bf16")
+    assert found["precision"] == "bf16"
+    assert "34 times as long" in said["precision"]
+    machine("avx512_bf16")
+    assert chosen("precision=bf16")[1]["precision"] == "bf16 (asked for)"
+
+
+def test_what_is_asked_for_is_not_decided(machine):
+    machine("avx2")
+    pairs = ("precision=bfloat16", "muon_dtype=bfloat16", "few_row_products={bfloat16: [1, 9]}", "optim=muon")
+    found, said = chosen(*pairs)
+    assert (found["precision"], found["muon_dtype"], found["few_row_products"]) == (
+        "bf16", "bfloat16", {"bfloat16": (1, 9)}
+    )  # fmt: skip
+    assert said["Muon's iterations"] == "bfloat16 (asked for)"
+    assert said["products of few rows in the other order"] == "bfloat16 1 to 8 (asked for)"
+
+
+def test_more_threads_than_cores_are_said(machine, monkeypatch):
+    monkeypatch.setattr("llm_quest.machine.hardware.affinity", lambda: 64)
+    monkeypatch.setattr("llm_quest.machine.hardware.cpu_quotas", lambda root: iter([0.5]))
+    before = torch.get_num_threads()
+    try:
+        _, said = chosen("threads=3")
+    finally:
+        torch.set_num_threads(before)
+    assert said["threads"].startswith("3 (asked for; 3 threads on 1 usable core (a CPU quota of 0.5 of 64 cores)")
+    assert "give threads=1" in said["threads"]
+
+
+def test_a_compiled_run_keeps_what_compiling_took(machine, monkeypatch):
+    machine("avx512_bf16")
+    moments = iter([0.0, 31.0, 32.0, 33.0, 34.0])
+    monkeypatch.setattr("llm_quest.recipes.auto.time.perf_counter", lambda: next(moments))
+    timer = CompileTimer()
+    for step in range(1, 5):
+        timer.on_step_end(None, step)
+    assert load_profile().compile_seconds == 30.0
