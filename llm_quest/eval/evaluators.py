@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def preference_metrics(scored: np.ndarray) -> dict[str, float]:
 @dataclass
 class ProblemEvaluator:
     """accuracy (greedy), and from samples mean@n and pass@k; the first answers go to
-    samples/step-00000020.json."""
+    samples/step-00000020.json. whole_model: inside it a sharded model is whole."""
 
     problems: Sequence[Problem]
     tokenizer: Tokenizer
@@ -158,6 +159,7 @@ class ProblemEvaluator:
     temperature: float
     seed: int
     samples_dir: Path | None = None
+    whole_model: Callable[[], AbstractContextManager[Any]] = nullcontext
     name: str = "eval"
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
@@ -170,27 +172,30 @@ class ProblemEvaluator:
         return {"accuracy": found.greedy_accuracy.share, "length": found.mean_tokens, **mean, **passes}
 
     def accuracy(self, model: Decoder) -> ProblemAccuracy:
-        return evaluate_problems(
-            model,
-            self.tokenizer,
-            self.problems,
-            num_samples=self.num_samples,
-            temperature=self.temperature,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            encode_prompt=self.encode,
-        )
+        with self.whole_model():
+            return evaluate_problems(
+                model,
+                self.tokenizer,
+                self.problems,
+                num_samples=self.num_samples,
+                temperature=self.temperature,
+                max_new_tokens=self.max_new_tokens,
+                seed=self.seed,
+                encode_prompt=self.encode,
+            )
 
 
 @dataclass
 class RatioRangeEvaluator:
-    """The smallest and largest importance ratio, before clipping, since the last row of metrics."""
+    """The smallest and largest importance ratio, before clipping, since the last row of metrics. all_gather: the values
+    of all processes, each of which has seen its own rows."""
 
     objective: PolicyGradientLoss
     interval: int
+    all_gather: Callable[[Any], list[Any]] = lambda value: [value]
     name: str = "ratio"
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        low, high = self.objective.ratio_range.tolist()
+        ranges = self.all_gather(self.objective.ratio_range.tolist())
         self.objective.ratio_range = torch.ones(2)
-        return {"min": low, "max": high}
+        return {"min": min(low for low, _ in ranges), "max": max(high for _, high in ranges)}

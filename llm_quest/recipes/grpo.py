@@ -166,7 +166,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     )  # fmt: skip
     evaluator = ProblemEvaluator(
         problems.held_out, tokenizer, encode, config.eval_steps, config.max_new_tokens, config.eval_num_samples,
-        config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir,
+        config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir, policy.whole_policy,
     )  # fmt: skip
 
     def report_before() -> Callable[[Path], None]:
@@ -182,7 +182,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         config,
         policy.objective,
         policy.rollouts,
-        [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)],
+        [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {"tokenizer": tokenizer.hash, "task": problems.identity},
         {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash},
         tokenizer,

@@ -24,7 +24,6 @@ from pydantic import Field, model_validator
 from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
@@ -83,10 +82,9 @@ class IterativeConfig(GrpoConfig):
 def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder; the outcome is that of the last policy."""
     parallel, log, out = context.parallel, context.log, context.run_dir
-    if parallel.world_size > 1:
-        raise UsageError("iterative trains its judges in one process; drop torchrun (grpo takes several)")
     init_run_dir(config, out, parallel)
     init_policy(config, context)
+    parallel.wait_for_main_process()
     policy = config.model.load or str(out / "warmup")
     reward_model, outcome = config.reward_model.load, None
     for number in range(config.num_outer_iterations + 1):
@@ -98,6 +96,7 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
             policy = str(folder / "policy")
             if outcome.status != "finished":
                 return outcome
+            parallel.wait_for_main_process()  # which writes the policy that all load
         if number > 0 or reward_model is None:
             reward_model = str(train_reward_model_stage(config, policy, reward_model, out, number, parallel, log))
     assert outcome is not None
@@ -123,14 +122,17 @@ def train_reward_model_stage(
     parallel: DistributedContext,
     log: LogFn,
 ) -> Path:
-    """Trains this iteration's reward model; its folder."""
+    """Trains this iteration's reward model; its folder. Of several processes each holds the whole model and learns from
+    the whole batch. KeyboardInterrupt where the user stopped it, after a checkpoint."""
+    parallel = parallel.replicate()
     folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(
-            file, [comparison_to_json(one) for one in collect_comparisons(config, policy, number, parallel)]
-        )
+    if not parallel.broadcast(file.is_file()):
+        found = collect_comparisons(config, policy, number, parallel)
+        if parallel.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(file, [comparison_to_json(one) for one in found])
+        parallel.wait_for_main_process()
     new = read_comparisons(file)
     history = [
         one for earlier in range(number) for one in read_comparisons(out / f"iteration-{earlier}" / "comparisons.json")
@@ -147,13 +149,18 @@ def train_reward_model_stage(
         replay_fraction=part.replay_fraction,
         seed=derive_seed(config.seed, f"judge {number}"),
     )
-    with RunDir(folder, identity={"tokenizer": tokenizer.hash}) as run:
-        write_model_json(folder, model)
-        tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
+    with RunDir(folder, identity={"tokenizer": tokenizer.hash}, is_main_process=parallel.is_main_process) as run:
+        if parallel.is_main_process:
+            write_model_json(folder, model)
+            tokenizer.save(folder / "tokenizer", model_max_length=model.config.max_position_embeddings)
         result = train(
             objective, loader, make_adamw(model, lr=part.learning_rate), lambda step: 1.0,
             TrainingArguments(steps=part.max_steps, log_every=10, keep_last=1), run, parallel=parallel,
         )  # fmt: skip
+    if result.status == "interrupted":
+        log(f"Interrupted; the judge is saved at step {result.step}. quest train {out} goes on with it.")
+        raise KeyboardInterrupt
+    parallel.wait_for_main_process()
     right = result.metrics["rewards/accuracy"]
     log(f"judge {number}: {len(new)} new comparisons, {len(history)} earlier ones; {right:.0%} of the last batch right")
     return folder
@@ -178,7 +185,9 @@ def collect_comparisons(
     ]
     questions = [PolicyPrompt(tuple(encode(problem.prompt)), problem) for problem in asked]
     seed = derive_seed(config.seed, f"comparisons {number}")
-    groups = policy_sampler(config, model, tokenizer, parallel)(model, questions, config.num_generations, seed)
+    sampler = policy_sampler(config, model, tokenizer, parallel)
+    mine = sampler(model, questions, config.num_generations, seed, parallel.data_shard)
+    groups = [group for part in parallel.all_gather(mine) for group in part]
     return make_comparisons(groups, CorrectnessReward(), seed)
 
 

@@ -112,13 +112,6 @@ class PolicyConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
-    def whole_in_every_process(self) -> PolicyConfig:
-        """The policy samples token by token, every process at its own pace: it has to be whole in each of them."""
-        if self.parallel == "fsdp":
-            raise ValueError("a policy samples from the whole model, which FSDP2 takes apart: set parallel=ddp")
-        return self
-
-    @model_validator(mode="after")
     def groups_and_budget(self) -> PolicyConfig:
         if self.overlong_buffer_tokens and self.overlong_buffer_tokens >= self.max_new_tokens:
             raise ValueError(

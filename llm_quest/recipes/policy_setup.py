@@ -43,7 +43,7 @@ from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
-from llm_quest.rollouts.sampler import Sampler
+from llm_quest.rollouts.sampler import ContextFactory, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.lora import disable_adapter, is_adapter
 from llm_quest.train.arguments import TrainingArguments
@@ -70,11 +70,12 @@ def open_policy_run(config: PolicyConfigT, context: Context) -> PolicyConfigT:
 
 @dataclass(frozen=True)
 class PolicySetup:
-    """The objective, the rollouts, and the callbacks of techniques."""
+    """The objective, the rollouts, the callbacks of techniques, and a context in which a sharded policy is whole."""
 
     objective: PolicyGradientLoss
     rollouts: RolloutLoader
     callbacks: list[Callback]
+    whole_policy: ContextFactory
 
 
 def build_policy_setup(
@@ -115,7 +116,9 @@ def build_policy_setup(
     )
     if config.attention_coef:
         tap_last_layer(model)
-    writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config)
+    objective = policy_objective(config, model)
+    whole_policy = partial(parallel.gather_model, objective)
+    writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config, parallel)
     scorers = {
         **({"old_log_probs": log_prob_scorer(model, config)} if config.sampler_correction is not None else {}),
         **({"reference_log_probs": reference} if reference is not None else {}),
@@ -123,9 +126,9 @@ def build_policy_setup(
     }
     loader = RolloutLoader(
         model, make_question, writer, scoring, plan, scorers=scorers, processes=parallel,
-        read_all=read_all or config.entropy_coef > 0,
+        read_all=read_all or config.entropy_coef > 0, whole_policy=whole_policy,
     )  # fmt: skip
-    return PolicySetup(policy_objective(config, model), loader, callbacks)
+    return PolicySetup(objective, loader, callbacks, whole_policy)
 
 
 def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss:
@@ -143,8 +146,10 @@ def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss
     )
 
 
-def rollout_plan(config: PolicyConfig) -> RolloutPlan:
-    """Prompts that are shared leave no whole rows of attention to learn."""
+def rollout_plan(config: PolicyConfig, parallel: DistributedContext) -> RolloutPlan:
+    """Prompts that are shared leave no whole rows of attention to learn, and pass every block twice, which FSDP2 shards
+    again after the first time."""
+    share_prompts = can_share_prompts(config) and not config.attention_coef and parallel.strategy != "fsdp"
     return RolloutPlan(
         prompts_per_rollout=config.prompts_per_rollout,
         num_generations=config.num_generations,
@@ -152,7 +157,7 @@ def rollout_plan(config: PolicyConfig) -> RolloutPlan:
         minibatches=config.num_mini_batches,
         max_sampling_rounds=config.sampling_rounds,
         max_micro_batch_tokens=config.micro_batch_tokens,
-        share_prompts=can_share_prompts(config) and not config.attention_coef,
+        share_prompts=share_prompts,
         kl_coef=config.kl_coef if config.kl_placement == "reward" else 0.0,
         seed=derive_seed(config.seed, "sampling"),
     )
@@ -269,8 +274,9 @@ def train_until(
     config: RunConfig, model: Decoder, tokenizer: Tokenizer, loader: Loader, stop_rule: StopRule, folder: Path,
     parallel: DistributedContext, log: LogFn,
 ) -> tuple[int, float]:  # fmt: skip
-    """Trains the model in a run folder: steps done, and the accuracy it reached. KeyboardInterrupt where the user
-    stopped it, after a checkpoint."""
+    """Trains the model in a run folder: steps done, and the accuracy it reached. Of several processes each holds the
+    whole model and learns from the whole batch. KeyboardInterrupt where the user stopped it, after a checkpoint."""
+    parallel = parallel.replicate()
     objective = parallel.parallelize(NextTokenLoss(model))
     every = CHECK_EVERY if stop_rule.measure_accuracy is not None else stop_rule.max_steps
     accuracy, step = 0.0, 0

@@ -5,7 +5,7 @@
 A rollout serves `num_iterations` passes, each of `minibatches` optimizer steps; with dynamic sampling it takes rounds
 of prompts until enough groups are mixed. The rows of a step are a function of (seed, step) and the policy's weights:
 samplers keep no state. What is left of an unfinished rollout is in the checkpoint, so a resumed run goes on with the
-same bits. No pass is run that is not needed: the old log-probabilities are those that were sampled, the reference is
+same bits, and one on another number of processes with the same texts. No pass is run that is not needed: the old log-probabilities are those that were sampled, the reference is
 scored only where a KL term reads it, and a sample whose advantage is 0 is not read at all where nothing else acts on
 it: it counts in the loss's divisor alone.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.advantages import RewardPipeline
-from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler, eval_mode
+from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, Sample, Sampler, eval_mode
 
 SampleGroups = list[list[Sample]]
 PromptSource = Callable[[int], PolicyPrompt]
@@ -111,7 +112,8 @@ class RolloutLoader:
     scorers: a field of `PolicyRow` -> what fills it: old_log_probs (the trainer's own, where they may differ from the
     sampler's), reference_log_probs (for a KL term), attention_maps (not with plan.share_prompts). read_all: rows whose
     advantage is 0 are read too, for an objective with an entropy bonus (with a KL term in the loss they are in any
-    case)."""
+    case). whole_policy: inside it a sharded policy is whole in every process (FSDP2), so that each of them samples and
+    scores at its own pace."""
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class RolloutLoader:
         scorers: Mapping[str, RowScorer] | None = None,
         processes: ProcessGroup = SingleProcess(),
         read_all: bool = False,
+        whole_policy: ContextFactory = nullcontext,
     ):
         self.policy, self.prompt_source, self.sampler = policy, prompt_source, sampler
         self.reward_pipeline, self.plan, self.processes = reward_pipeline, plan, processes
@@ -131,6 +134,7 @@ class RolloutLoader:
         self.require_consistent_plan()
         self.reference_scorer = self.scorers.pop("reference_log_probs") if plan.kl_coef else None
         self.read_all = read_all or "reference_log_probs" in self.scorers
+        self.whole_policy = whole_policy
         self.num_prompts_taken = 0
         self.last_step = -1
         self.rollout: RolloutBuffer | None = None
@@ -182,6 +186,10 @@ class RolloutLoader:
 
     def generate_rollout(self, number: int) -> RolloutBuffer:
         """Sample groups of completions, reward them, compute their advantages, and make rows of them."""
+        with self.whole_policy():
+            return self.rollout_of_whole_policy(number)
+
+    def rollout_of_whole_policy(self, number: int) -> RolloutBuffer:
         start = time.perf_counter()
         sampled, groups, rewards, metrics = self.sample_rollout(number)
         sampling_end = time.perf_counter()
@@ -216,12 +224,8 @@ class RolloutLoader:
         return sampled, kept[: plan.prompts_per_rollout], rewards, metrics
 
     def sample_groups(self, prompts: Sequence[PolicyPrompt], seed: int) -> tuple[SampleGroups, Tensor]:
-        """A group of samples of each prompt, and their rewards (R,P,G); each process samples its part. (The place of
-        its first prompt is added to the seed, as `Sampler.batch_size` does: equal prompts get different answers.)"""
-        shard = self.processes.data_shard
-        share = len(prompts) // shard.world_size
-        first = shard.rank * share
-        mine = self.sampler(self.policy, prompts[first : first + share], self.plan.num_generations, seed + first)
+        """A group of samples of each prompt, and their rewards (R,P,G); each process samples its part."""
+        mine = self.sampler(self.policy, prompts, self.plan.num_generations, seed, self.processes.data_shard)
         parts = self.processes.all_gather((mine, self.reward_pipeline.compute_rewards(mine)))
         return [group for groups, _ in parts for group in groups], torch.cat([rewards for _, rewards in parts], dim=1)
 
@@ -288,7 +292,10 @@ class RolloutLoader:
         return {"plan": asdict(self.plan), "num_prompts_taken": self.num_prompts_taken, "rollout": unfinished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        changed = [name for name, value in asdict(self.plan).items() if state_dict["plan"].get(name) != value]
+        wanted = {
+            name: value for name, value in asdict(self.plan).items() if name != "share_prompts"
+        }  # no row's content
+        changed = [name for name, value in wanted.items() if state_dict["plan"].get(name) != value]
         if changed:
             raise ValueError(f"the checkpoint belongs to other rollouts: {', '.join(changed)} differ")
         self.num_prompts_taken, saved = state_dict["num_prompts_taken"], state_dict["rollout"]

@@ -5,6 +5,7 @@ afterwards, and the ratio of the policy with itself would be the mass they kept.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
+from llm_quest.contracts import DataShard
+from llm_quest.data.loader import split_rows
 from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
@@ -74,30 +77,36 @@ class Sampler:
             raise UsageError(f"temperature is {self.temperature}: a policy that is trained has to be sampled, above 0")
 
     def __call__(
-        self, policy: Decoder, prompts: Sequence[PolicyPrompt], num_generations: int, seed: int
+        self,
+        policy: Decoder,
+        prompts: Sequence[PolicyPrompt],
+        num_generations: int,
+        seed: int,
+        shard: DataShard = DataShard(),
     ) -> list[list[Sample]]:
+        """shard: this process's part of the prompts, of several that share them. A text follows from the seed, its
+        prompt and which copy of that prompt it is, so neither `batch_size` nor the number of processes changes it."""
         sampling_params = SamplingParams(temperature=self.temperature)
         stopping_criteria = StoppingCriteria(max_new_tokens=self.max_new_tokens, eos_token_ids=self.eos_token_ids)
-        groups = max(1, self.batch_size // num_generations) if self.batch_size else max(1, len(prompts))
+        copies = copy_numbers([each.prompt_ids for each in prompts])
+        share = -(-len(prompts) // shard.world_size)
+        mine = range(len(prompts))[shard.rank * share : (shard.rank + 1) * share]
+        at_once = max(1, self.batch_size // num_generations if self.batch_size else len(mine))
         found: list[list[Sample]] = []
         with eval_mode(policy), self.autocast_context():
-            for first in range(0, len(prompts), groups):
-                some = prompts[first : first + groups]
+            for part in split_rows(mine, at_once):
                 completions = generate_completions(
                     policy,
-                    [each.prompt_ids for each in some],
+                    [prompts[place].prompt_ids for place in part],
                     sampling_params,
                     stopping_criteria,
                     n=num_generations,
-                    seed=seed + first,
+                    seed=seed,
+                    copy_offsets=[copies[place] for place in part],
                 )
-                found += [
-                    [
-                        self.make_sample(question, completions[place * num_generations + i])
-                        for i in range(num_generations)
-                    ]
-                    for place, question in enumerate(some)
-                ]
+                for number, place in enumerate(part):
+                    group = completions[number * num_generations : (number + 1) * num_generations]
+                    found.append([self.make_sample(prompts[place], one) for one in group])
         return found
 
     def make_sample(self, prompt: PolicyPrompt, completion: Completion) -> Sample:
@@ -106,6 +115,16 @@ class Sampler:
         text = self.tokenizer.decode_continuation(prompt.prompt_ids, written)
         tokens, logprobs = tuple(completion.tokens), tuple(completion.logprobs)
         return Sample(prompt.prompt_ids, tokens, logprobs, completion.finish_reason, text, prompt.problem)
+
+
+def copy_numbers(prompts: Sequence[tuple[int, ...]]) -> list[int]:
+    """For each prompt, how many equal ones come before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(seen[prompt])
+        seen[prompt] += 1
+    return numbers
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,25 @@ class DistributedContext:
         if isinstance(objective, FSDPModule):
             objective.reshard()
 
+    @contextmanager
+    def gather_model(self, objective: nn.Module) -> Iterator[None]:
+        """Inside, a model that FSDP2 shards is whole in every process: its passes communicate nothing, so that each
+        process may make as many as it likes (a policy that samples). It takes the memory of the whole model."""
+        shards = [module for module in objective.modules() if isinstance(module, FSDPModule)]
+        if isinstance(objective, FSDPModule):
+            objective._get_fsdp_state()._lazy_init()  # else the first block that is called would become the root
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+        for module in shards:
+            module.set_reshard_after_forward(module is not objective, recurse=False)
+            module.reshard()
+
+    def replicate(self) -> DistributedContext:
+        """The same processes, where each holds the whole model."""
+        return replace(self, strategy="ddp") if self.strategy == "fsdp" else self
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum over all processes, in place."""
         if self.strategy != "single":
@@ -147,9 +166,13 @@ class DistributedContext:
     def broadcast(self, thing: Any) -> Any:
         """The main process's object, on every process. The others wait for as long as the main process takes to make
         it (to read and to split a corpus, say): no time limit of a collective runs meanwhile."""
+        self.wait_for_main_process()
+        return self.all_gather(thing)[0]
+
+    def wait_for_main_process(self) -> None:
+        """Until the main process is here too, however long that takes; it waits for nobody."""
         if self.store is not None:
             self.store.wait_for_main_process(self.is_main_process)
-        return self.all_gather(thing)[0]
 
     @contextmanager
     def share_failures(self) -> Iterator[None]:

@@ -190,9 +190,10 @@ class TrainSession:
         if not due or self.status == "interrupted":
             return
         precision, device = self.args.precision, self.parallel.device
-        with self.parallel.unshard_model(self.objective), evaluation_mode(self.model), step.autocast(precision, device):
+        with evaluation_mode(self.model), step.autocast(precision, device):
             for evaluator in due:
-                found = evaluator.evaluate(self.model, self.progress.step)
+                with self.parallel.unshard_model(self.objective):
+                    found = evaluator.evaluate(self.model, self.progress.step)
                 self.eval_metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
 
     def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:

@@ -71,8 +71,10 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
     log(f"compute: {teraflops:.4g} teraflops of RPT are {config.max_steps:,} steps of {config.batch_size} documents")
     if not context.planning:
         init_run_dir(config, out, parallel)
+    objective = NextTokenLoss(model)
+    whole_model = partial(parallel.gather_model, objective)
     evaluator = PositionEvaluator(
-        make_position_evaluation(rpt, model, tokenizer, text, positions, parallel),
+        make_position_evaluation(rpt, model, tokenizer, text, positions, parallel, whole_model),
         model,
         config.eval_steps,
         out / TABLES_FILE if context.samples_dir is not None else None,
@@ -80,7 +82,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
     )
     return Job(
         config,
-        NextTokenLoss(model),
+        objective,
         loader,
         [evaluator],
         {"tokenizer": tokenizer.hash, "documents": text.hash},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.rpt.positions import BUCKET_NAMES, ENTROPY_THRESHOLDS, entropy_bucket
 from llm_quest.recipes.rpt.prompts import Position, PrefixMatchReward, PromptBuilder, prefix_match
-from llm_quest.rollouts.sampler import Sample, Sampler, eval_mode
+from llm_quest.rollouts.sampler import ContextFactory, Sample, Sampler, eval_mode
 
 EVAL_BATCH_SIZE = 256
 TABLES_FILE = "foretold.json"
@@ -93,19 +94,20 @@ class BucketTable:
 @dataclass(frozen=True)
 class NextTokenReasoningEval:
     """documents, positions: the held-out places. prompt_builder: how they become questions. sampler: tokenizer, ends,
-    budget and precision; the answers are greedy."""
+    budget and precision; the answers are greedy. whole_model: inside it a sharded model is whole."""
 
     documents: Sequence[Sequence[int]]
     positions: Sequence[Position]
     prompt_builder: PromptBuilder
     sampler: Sampler
     reward_fn: PrefixMatchReward
+    whole_model: ContextFactory = nullcontext
 
     def evaluate_buckets(self, model: Decoder) -> BucketTable:
         return summarize_buckets(self.evaluate_positions(model))
 
     def evaluate_positions(self, model: Decoder) -> list[PositionResult]:
-        with eval_mode(model), torch.no_grad():
+        with self.whole_model(), eval_mode(model), torch.no_grad():
             plain = self.direct_predictions(model)
             samples = self.sample_reasoning(model)
         return [self.score_position(*one) for one in zip(self.positions, plain, samples, strict=True)]

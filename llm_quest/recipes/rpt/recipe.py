@@ -50,7 +50,7 @@ from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.rewards import RandomReward
 from llm_quest.rollouts.rollouts import RolloutLoader
-from llm_quest.rollouts.sampler import PolicyPrompt, Sample
+from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, Sample
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
@@ -114,7 +114,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
     )
     policy, meter = build_rollouts(config, start, text, positions, ModelCost(start.model), parallel, log)
     evaluator = PositionEvaluator(
-        make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel),
+        make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel, policy.whole_policy),
         start.model,
         config.eval_steps,
         out / TABLES_FILE if context.samples_dir is not None else None,
@@ -124,7 +124,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         config,
         policy.objective,
         MeteredRolloutLoader(policy.rollouts, meter),
-        [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps)],
+        [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {"tokenizer": start.tokenizer.hash, "documents": text.hash},
         {"source": config.data.source, **positions.facts, "tokenizer_sha256": start.tokenizer.hash},
         start.tokenizer,
@@ -187,12 +187,12 @@ def make_position_evaluation(
     text: RptDocuments,
     found: SelectedPositions,
     parallel: DistributedContext,
+    whole_model: ContextFactory,
 ) -> NextTokenReasoningEval:
     """The evaluation of held-out positions."""
     writer = policy_sampler(config, model, tokenizer, parallel)
-    return NextTokenReasoningEval(
-        text.held_out, found.held_out, text.prompt_builder, writer, PrefixMatchReward(config.prompt.opening_tag)
-    )
+    reward = PrefixMatchReward(config.prompt.opening_tag)
+    return NextTokenReasoningEval(text.held_out, found.held_out, text.prompt_builder, writer, reward, whole_model)
 
 
 class FlopsMeter:
