@@ -5,9 +5,9 @@
 A rollout serves `num_iterations` passes, each of `minibatches` optimizer steps; with dynamic sampling it takes rounds
 of prompts until enough groups are mixed. The rows of a step are a function of (seed, step) and the policy's weights:
 samplers keep no state. What is left of an unfinished rollout is in the checkpoint, so a resumed run goes on with the
-same bits, and one on another number of processes with the same texts. No pass is run that is not needed: the old log-probabilities are those that were sampled, the reference is
-scored only where a KL term reads it, and a sample whose advantage is 0 is not read at all where nothing else acts on
-it: it counts in the loss's divisor alone.
+same bits, and one on another number of processes with the same texts. No pass is run that is not needed: the old
+log-probabilities are those that were sampled, the reference is scored only where a KL term reads it, and a sample whose
+advantage is 0 is not read at all where nothing else acts on it: it counts in the loss's divisor alone.
 
 Commonly got wrong: groups without spread left out of the divisor too. GRPO's eq. 3 and Dr. GRPO average over all
 samples of all prompts (TRL too), so that one mixed group among seven flat ones makes an eighth of a step.
