@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -146,27 +144,6 @@ def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):
     for name in ("one", "two"):
         started(tmp_path / name, *from_(warm, "max_steps=3"))
     assert weights(tmp_path / "one", 3) == weights(tmp_path / "two", 3)
-
-
-def test_two_processes_learn_what_one_does(warm: Path, tmp_path: Path):
-    """Under torchrun, against one process that samples half of the rows at a time. Then one goes on
-    where two were."""
-    pairs = from_(warm, "num_mini_batches=2", "micro_batch_tokens=200", "kl_coef=0.1", "save_steps=2")
-    started(tmp_path / "one", *pairs, "generation_batch_size=64")
-    recipe = tmp_path / "grpo.yaml"
-    recipe.write_text(RECIPE)
-    words = [str(recipe), *pairs, "parallel=ddp", "--out", str(tmp_path / "two")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    quest = str(Path(sys.executable).with_name("quest"))
-    done = subprocess.run([*command, quest, "train", *words], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("held out, before") == 1
-    for mine, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        for name in ("loss", "reward", "kl", "grad_norm", "num_targets", "completions/mean_length", "ratio"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
-    shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
-    started(tmp_path / "two", *pairs)
-    assert [row["step"] for row in metrics(tmp_path / "two")] == [1, 2, 3, 4]
 
 
 def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, tmp_path: Path):

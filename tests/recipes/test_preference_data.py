@@ -16,14 +16,11 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import preference_metrics
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.reward_model import score_rows
-from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.dpo import DpoConfig, build_dpo
-from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.finetuning import flip_labels
-from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from tests.recipes.tuned import COMMON, WORDS, base, metrics, planning_context, started, weights, written
-from tests.recipes.two import recipe_by_two
 
 pytestmark = pytest.mark.xdist_group("preferring")
 """One worker makes what these tests share, once."""
@@ -128,33 +125,6 @@ def test_a_question_is_read_once_for_both_answers_but_under_checkpointing_and_th
         started("dpo", DPO, tmp_path / str(shared), *options)
         losses.append([row["loss"] for row in metrics(tmp_path / str(shared))])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_prefer_what_one_does(engine: str, pairs: list[str], tmp_path: Path):
-    rest = [
-        *pairs,
-        "max_steps=3",
-        "batch_size=4",
-        "sequence_length=40",
-        "precision=fp32",
-        "logging_steps=1",
-        "warmup_steps=1",
-    ]
-    rest += ["optim=adamw", "learning_rate=1e-3", "eval_steps=0", "device=cpu"]
-    recipe_by_two("dpo", [*rest, f"parallel={engine}"], tmp_path / "two")
-    settings = load_raw_config("dpo", rest)
-    run_recipe(
-        get_recipe("dpo"),
-        parse_config(DpoConfig, settings),
-        settings,
-        tmp_path / "one",
-        quiet=True,
-        log=lambda line: None,
-    )
-    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
-    assert losses[0][-1] < losses[0][0]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: Path):

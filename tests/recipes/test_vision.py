@@ -24,7 +24,6 @@ from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vit import VitConfig
 from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.report.page import write_report
-from tests.recipes.two import recipe_by_two
 
 SMALL_VIT = [
     "data.source=folder", "data.image_size=8", "data.image_mean=[0.5]", "data.image_std=[0.5]", "model.patch_size=4",
@@ -106,26 +105,6 @@ def test_a_run_goes_on_with_the_bits_of_one_that_was_never_interrupted(tmp_path:
         quest.load(tmp_path / "whole").parameters(), quest.load(tmp_path / "halved").parameters(), strict=True
     ):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("recipe", ["vit", "vlm"])
-def test_two_processes_that_go_on_lose_what_one_loses(tmp_path: Path, recipe: str):
-    """The ViT by ddp in one go; the VLM by fsdp, stopped after step 2 as if killed while step 3 was on its way."""
-    two_classes(tmp_path / "images")
-    small = [*SMALL_VIT, f"data.path={tmp_path / 'images'}"] if recipe == "vit" else SMALL_VLM
-    pairs = [*small, "max_steps=4", "save_steps=2", "logging_steps=1", "warmup_steps=1"]
-    pairs += ["optim=adamw", "learning_rate=1e-4"]
-    (vit_run if recipe == "vit" else vlm_run)(tmp_path, "one", *pairs)
-    both = [*pairs, f"parallel={'ddp' if recipe == 'vit' else 'fsdp'}"]
-    recipe_by_two(recipe, both, tmp_path / "two")
-    if recipe == "vlm":
-        (tmp_path / "two" / "checkpoints" / "step-00000004").rename(tmp_path / "step-00000004")
-        recipe_by_two(recipe, both, tmp_path / "two")
-    one, two = (rows(tmp_path / name) for name in ("one", "two"))
-    assert [row["step"] for row in two] == [1, 2, 3, 4]
-    for mine, theirs in zip(two, one, strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert mine["tokens"] == theirs["tokens"]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
