@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llm_quest.data.char_tokenizer import character_tokenizer
 from llm_quest.data.problems import parse_task
+from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
 from llm_quest.recipes import RECIPES
