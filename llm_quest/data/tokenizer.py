@@ -19,20 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llm_quest.data.decode_stream import DecodeStream, decode_continuation
 from llm_quest.data.encode_pieces import encode_continuation, encode_pieces
+from llm_quest.data.tokenizer_files import END_OF_TEXT, read_chat_template, read_tokenizer_files, token_name
 from llm_quest.errors import DataError, UsageError
 
-END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|pad|>", *(f"<|reserved_{i}|>" for i in range(4)))
-
-# Qwen2's pattern (llama.cpp calls it "qwen2"): contractions, words with one leading sign or space, single digits,
-# signs, line ends, spaces. Single digits give numbers one spelling each.
-PRETOKENIZER_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 # Only asked when no file of the folder names an end of text.
 KNOWN_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
@@ -73,52 +66,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a folder in the Hugging Face layout, from a tokenizer.json (the files beside it are read too), or from a
-        folder with GPT-2's vocab.json and merges.txt. DataError names the file that is missing or broken."""
+        """From a folder in one of the Hugging Face layouts (`tokenizer_files.py`), or from a tokenizer.json (the files
+        beside it are read too). DataError names the file that is missing or broken."""
         path = Path(path)
-        folder = path if path.is_dir() else path.parent
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.exists() and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            return cls.from_gpt2(folder / "vocab.json", folder / "merges.txt")
-        if not file.exists():
-            raise DataError(
-                f"no tokenizer at {path}: expected a tokenizer.json, or vocab.json with merges.txt"
-                f"{sentencepiece_hint(folder)}"
-            )
-        engine = _read_tokenizer_json(file)
-        settings = _read_json_object(folder / "special_tokens_map.json") | _read_json_object(
-            folder / "tokenizer_config.json"
-        )
-        end, begin = _token_name(settings, "eos_token"), _token_name(settings, "bos_token")
-        for name in (end, begin):
-            if name and engine.token_to_id(name) is None:
-                raise DataError(f"{file} has no token {name!r}, which tokenizer_config.json names; mend one of the two")
-        pad, unknown = (
-            name if name and engine.token_to_id(name) is not None else None
-            for name in (_token_name(settings, "pad_token"), _token_name(settings, "unk_token"))
-        )
+        backend, settings = read_tokenizer_files(path)
+        end = token_name(settings, "eos_token")
         return cls(
-            engine,
-            eos_tokens=[end] if end else _guess_eos_tokens(engine),
-            bos_token=begin,
-            pad_token=pad,
-            unk_token=unknown,
-            chat_template=_read_chat_template(folder, settings),
+            backend,
+            eos_tokens=[end] if end else _guess_eos_tokens(backend),
+            bos_token=token_name(settings, "bos_token"),
+            pad_token=token_name(settings, "pad_token"),
+            unk_token=token_name(settings, "unk_token"),
+            chat_template=read_chat_template(path if path.is_dir() else path.parent, settings),
             model_max_length=_read_max_length(settings),
         )
-
-    @classmethod
-    def from_gpt2(cls, vocabulary: str | Path, merges: str | Path) -> Tokenizer:
-        """From GPT-2's two files: a JSON of token to id and a list of merges, best first."""
-        try:
-            engine = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-        except Exception as error:  # the package raises bare Exception for every broken file
-            raise DataError(f"{vocabulary} and {merges} are not a GPT-2 tokenizer: {error}") from error
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        engine.decoder = decoders.ByteLevel()
-        engine.post_processor = processors.ByteLevel(trim_offsets=False)
-        engine.add_special_tokens([END_OF_TEXT])
-        return cls(engine, eos_tokens=(END_OF_TEXT,), bos_token=END_OF_TEXT)
 
     def encode(self, text: str, *, allow_special_tokens: bool = False, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text. allow_special_tokens: whether control tokens can be written out in it (`<|im_end|>`);
@@ -264,53 +225,11 @@ def require_valid_unicode(text: str) -> str:
     return text
 
 
-def _read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises bare Exception for every broken file
-        raise DataError(f"{file} is not a tokenizer.json that this version of `tokenizers` reads: {error}") from error
-
-
-def _token_name(settings: dict[str, Any], key: str) -> str | None:
-    """The name of a token: the files write it bare or as an object with `content`."""
-    value = settings.get(key)
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several templates by name
-        return next((one["template"] for one in template if one.get("name") == "default"), None)
-    return template
-
-
 def _read_max_length(settings: dict[str, Any]) -> int | None:
     limit = settings.get("model_max_length")
     return int(limit) if isinstance(limit, int | float) and limit < 1e9 else None  # 1e30 stands for "not known"
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file} holds a {type(content).__name__}, expected a JSON object")
-    return content
-
-
 def _guess_eos_tokens(engine: tokenizers.Tokenizer) -> list[str]:
     special = {token.content for token in engine.get_added_tokens_decoder().values() if token.special}
     return [name for name in KNOWN_EOS_TOKENS if name in special][:1]
-
-
-def sentencepiece_hint(folder: Path) -> str:
-    """What to do about a folder whose only tokenizer is SentencePiece's; empty for any other."""
-    if (folder / "tokenizer.model").exists():
-        return "; tokenizer.model (SentencePiece) is not read: transformers can load it and save a tokenizer.json"
-    return ""

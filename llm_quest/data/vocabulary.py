@@ -13,13 +13,8 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from llm_quest.data.tokenizer import (
-    END_OF_TEXT,
-    PRETOKENIZER_PATTERN,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    require_valid_unicode,
-)
+from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, require_valid_unicode
+from llm_quest.data.tokenizer_files import END_OF_TEXT, PRETOKENIZER_PATTERN
 from llm_quest.errors import DataError, UsageError
 
 

@@ -236,7 +236,8 @@ def load_model_and_tokenizer(
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a published folder, a run, or a hub id. DataError where there is none."""
-    from llm_quest.data.tokenizer import Tokenizer, sentencepiece_hint
+    from llm_quest.data.tokenizer import Tokenizer
+    from llm_quest.data.tokenizer_files import has_tokenizer, other_format_hint
 
     base = adapter_base(name_or_path)
     if base is not None and not (Path(name_or_path).expanduser() / "tokenizer.json").exists():
@@ -252,10 +253,12 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         else [location.run_dir, location.run_dir / "tokenizer", location.folder]
     )
     for home in folders:
-        if (home / "tokenizer.json").exists() or (home / "vocab.json").exists():
+        if has_tokenizer(home):
             return Tokenizer.load(home)
-    hint = sentencepiece_hint(location.folder)
-    raise DataError(f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt){hint}")
+    raise DataError(
+        f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model)"
+        f"{other_format_hint(location.folder)}"
+    )
 
 
 def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor:

@@ -7,7 +7,8 @@ import pytest
 
 from llm_quest.data.chat import ALPACA_TEMPLATE, CHATML_TEMPLATE, ChatTemplate, default_chat_template
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.tokenizer import END_OF_TEXT, Tokenizer
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.tokenizer_files import END_OF_TEXT
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
 from tests.later import Later

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import decoders
 
-from llm_quest.data.tokenizer import END_OF_TEXT
+from llm_quest.data.tokenizer_files import END_OF_TEXT
 from llm_quest.data.vocabulary import character_tokenizer, token_bytes, train_bpe, unicode_to_bytes
 from llm_quest.errors import UsageError
 from llm_quest.recipes.rpt.prompts import (

@@ -1,0 +1,188 @@
+"""The files of a tokenizer, in the layouts that transformers writes and reads.
+
+    tokenizer.json                          the whole tokenizer                      (fast)
+    vocab.json + merges.txt                 byte-level BPE, cut into words by the class of tokenizer_config.json (slow)
+    tokenizer.model                         SentencePiece (`sentencepiece_model.py`)
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja        beside any of them
+
+As in transformers, added tokens of these files that the tokenizer lacks are added under their ids, and a named begin,
+end, padding or unknown token that it lacks is added behind all others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from llm_quest.data.sentencepiece_model import begin_and_end_template, convert_sentencepiece, tiktoken_hint
+from llm_quest.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Qwen2's pattern (llama.cpp calls it "qwen2"): contractions, words with one leading sign or space, single digits,
+# signs, line ends, spaces. Single digits give numbers one spelling each.
+PRETOKENIZER_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+Settings = dict[str, Any]
+
+
+def cut_words_as_gpt2(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+
+
+def cut_words_as_qwen2(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
+    backend.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+
+
+SLOW_CLASSES: Mapping[str, tuple[Callable[[tokenizers.Tokenizer, bool], None], Settings]] = {
+    "GPT2Tokenizer": (
+        cut_words_as_gpt2, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    ),
+    "Qwen2Tokenizer": (
+        cut_words_as_qwen2, {"eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    ),
+}  # fmt: skip
+"""Classes with vocab.json and merges.txt: how each cuts words, and the tokens that it names by itself."""
+
+
+def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
+    """The tokenizer of a folder, or of a tokenizer.json with the files beside it, and its settings. DataError names the
+    file that is missing or broken."""
+    folder = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
+    settings = read_json_object(folder / "special_tokens_map.json") | read_json_object(folder / "tokenizer_config.json")
+    if file.exists():
+        backend = read_tokenizer_json(file)
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        backend, settings = read_slow_files(folder, settings)
+    elif (folder / "tokenizer.model").exists():
+        backend, names = convert_sentencepiece(folder / "tokenizer.model", settings)
+        settings = {"add_bos_token": True} | names | settings
+    else:
+        raise DataError(
+            f"no tokenizer at {path}: expected a tokenizer.json, vocab.json with merges.txt, or tokenizer.model"
+            f"{other_format_hint(folder)}"
+        )
+    add_listed_tokens(backend, folder, settings)
+    add_named_tokens(backend, settings)
+    if not file.exists():
+        begin = token_name(settings, "bos_token") if settings.get("add_bos_token") else None
+        end = token_name(settings, "eos_token") if settings.get("add_eos_token") else None
+        backend.post_processor = begin_and_end_template(backend, begin, end)
+    return backend, settings
+
+
+def read_slow_files(folder: Path, settings: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
+    """Byte-level BPE from a JSON of token to id and a list of merges, best first. Without a class it is GPT-2's."""
+    name = str(settings.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    if name not in SLOW_CLASSES:
+        raise DataError(
+            f"{folder / 'tokenizer_config.json'} names the class {name}: how it cuts words is known from a "
+            f"tokenizer.json alone (with vocab.json and merges.txt: {', '.join(SLOW_CLASSES)}); load it with "
+            "transformers' AutoTokenizer and save_pretrained it, which writes one"
+        )
+    try:
+        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the package raises bare Exception for every broken file
+        raise DataError(f"{folder / 'vocab.json'} and merges.txt are not a byte-level BPE: {error}") from error
+    cut_words, defaults = SLOW_CLASSES[name]
+    backend = tokenizers.Tokenizer(model)
+    cut_words(backend, bool(settings.get("add_prefix_space")))
+    backend.decoder = decoders.ByteLevel()
+    return backend, defaults | settings
+
+
+def add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Settings) -> None:
+    """Add the tokens of added_tokens_decoder and added_tokens.json that the tokenizer lacks. DataError where one would
+    get another id."""
+    listed = {}
+    for name, number in read_json_object(folder / "added_tokens.json").items():
+        listed[int(number)] = AddedToken(name, normalized=False, special=is_named(name, settings))
+    for number, one in (settings.get("added_tokens_decoder") or {}).items():
+        listed[int(number)] = AddedToken(one["content"], **{key: bool(one[key]) for key in TOKEN_FLAGS if key in one})
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for number, token in sorted(listed.items()):
+        if token.content in present:
+            continue
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if (found := backend.token_to_id(token.content)) != number:
+            raise DataError(
+                f"{folder}: the added token {token.content!r} has id {number} in its files and would get {found}: its "
+                "vocabulary is not complete"
+            )
+
+
+def add_named_tokens(backend: tokenizers.Tokenizer, settings: Settings) -> None:
+    """Add the tokens that the settings name and the vocabulary lacks, and make control tokens of those it has."""
+    more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    more = list(more.values()) if isinstance(more, dict) else more
+    names = [token_name(settings, key) for key in NAMED_TOKENS]
+    names += [one.get("content") if isinstance(one, dict) else one for one in more]
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    lacking = [name for name in dict.fromkeys(names) if isinstance(name, str) and name and name not in present]
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in lacking])
+
+
+def is_named(name: str, settings: Settings) -> bool:
+    """Whether the settings name this token as a control token."""
+    more = settings.get("additional_special_tokens") or []
+    return name in [token_name(settings, key) for key in NAMED_TOKENS] or name in more
+
+
+def read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises bare Exception for every broken file
+        raise DataError(f"{file} is not a tokenizer.json that this version of `tokenizers` reads: {error}") from error
+
+
+def token_name(settings: Mapping[str, Any], key: str) -> str | None:
+    """The name of a token: the files write it bare or as an object with `content`."""
+    value = settings.get(key)
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        return next((one["template"] for one in template if one.get("name") == "default"), None)
+    return template
+
+
+def read_json_object(file: Path) -> Settings:
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files that `read_tokenizer_files` reads."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+
+
+def other_format_hint(folder: Path) -> str:
+    """What to do about a folder whose only tokenizer is of another format; empty without one."""
+    for file in sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")]) if folder.is_dir() else []:
+        return f"; {file.name} is of another format{tiktoken_hint(file)}"
+    return ""
