@@ -378,6 +378,27 @@ def inspect(
     print_result(inspect_folder(folder), json)
 
 
+tokens_app = typer.Typer(help="Change a model's tokens.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokens_app, name="tokens")
+
+
+@tokens_app.command("add")
+def add_tokens(
+    model: ModelArgument,
+    folder: Annotated[Path, typer.Argument(help="The output folder.")],
+    tokens: Annotated[list[str], typer.Argument(metavar="TOKEN...", help="The new tokens.")],
+    special: Annotated[bool, typer.Option("--special", help="Control tokens, which nobody's text spells.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Add tokens to a model: to its tokenizer, and rows to its embedding, each the mean of the others."""
+    set_environment(0, offline)
+    from llm_quest.cli.tokens import add_tokens_to_folder
+
+    print_result(add_tokens_to_folder(model, folder, tokens, special=special, overwrite=overwrite), json)
+
+
 @app.command("inspect-batch")
 def inspect_batch(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],

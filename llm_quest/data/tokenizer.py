@@ -52,6 +52,7 @@ class Tokenizer:
         backend_tokenizer.no_truncation()
         backend_tokenizer.no_padding()
         self.backend_tokenizer = backend_tokenizer
+        self.bos_token, self.pad_token, self.unk_token = bos_token, pad_token, unk_token
         self.special_token_names = {
             "eos_token": list(eos_tokens),
             "bos_token": bos_token,
@@ -141,6 +142,30 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Largest id + 1: the number of rows of an embedding."""
         return max(self.backend_tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def base_vocab_size(self) -> int:
+        """Largest id + 1 of the vocabulary proper, without added tokens: a model of this tokenizer has more rows, but
+        perhaps none for a token that was added later."""
+        return max(self.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+
+    def with_added_tokens(self, tokens: Sequence[str], *, special: bool = False) -> Tokenizer:
+        """A copy with more tokens, behind all others. special: control tokens, which text does not spell unless
+        `allow_special_tokens`; others are found in every text. UsageError for one that it has."""
+        if wrong := [token for token in tokens if not token or self.backend_tokenizer.token_to_id(token) is not None]:
+            raise UsageError(f"{wrong[0]!r} cannot be added: it is a token of this tokenizer already, or empty")
+        backend = copy.deepcopy(self.backend_tokenizer)
+        added = [tokenizers.AddedToken(token, normalized=False, special=special) for token in tokens]
+        backend.add_special_tokens(added) if special else backend.add_tokens(added)
+        return Tokenizer(
+            backend,
+            eos_tokens=self.special_token_names["eos_token"] or (),
+            bos_token=self.bos_token,
+            pad_token=self.pad_token,
+            unk_token=self.unk_token,
+            chat_template=self.chat_template,
+            model_max_length=self.model_max_length,
+        )
 
     @cached_property
     def special_token_ids(self) -> frozenset[int]:

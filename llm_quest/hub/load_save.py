@@ -314,8 +314,9 @@ def generation_config_from_tokenizer(tokenizer: Tokenizer | None) -> GenerationC
 
 
 def check_vocabulary(tokenizer: Tokenizer | None, rows: int) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        largest = tokenizer.vocab_size - 1
+    """UsageError for a tokenizer of another model. An added token may be without a row, as Gemma 3's image token is."""
+    if tokenizer is not None and tokenizer.base_vocab_size > rows:
+        largest = tokenizer.base_vocab_size - 1
         raise UsageError(
             f"the tokenizer has ids up to {largest}, the embedding only {rows} rows: they are not of one model"
         )

@@ -36,6 +36,8 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
 from llm_quest.recipes.recipe import Context
+from llm_quest.techniques import TECHNIQUES
+from llm_quest.techniques.token_rows import add_tokens
 from llm_quest.train.parallel import DistributedContext
 
 
@@ -43,6 +45,12 @@ class StartModelConfig(StrictModel):
     """The model to go on from; its tokenizer and chat template come with it."""
 
     load: str = Field(min_length=1, description="a run folder, a Hugging Face folder or a hub id")
+    add_tokens: tuple[str, ...] = Field(
+        default=(), description="tokens to add to its tokenizer, such as [<think>, </think>]; their rows begin as means"
+    )
+    add_special_tokens: tuple[str, ...] = Field(
+        default=(), description="the same for control tokens, which nobody's text spells"
+    )
 
 
 class ConversationDataConfig(StrictModel):
@@ -73,20 +81,34 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
     if not isinstance(model, Decoder):
         raise UsageError(f"model.load must name a language model; {config.load} is a {family_of(model.config).name}")
     tokenizer = load_tokenizer(config.load)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.base_vocab_size > model.config.vocab_size:
         raise DataError(
-            f"{config.load} knows {model.config.vocab_size} tokens and its tokenizer has {tokenizer.vocab_size}"
+            f"{config.load} knows {model.config.vocab_size} tokens and its tokenizer has {tokenizer.base_vocab_size}"
         )
-    return model, tokenizer
+    return add_tokens(model, tokenizer, config.add_tokens, config.add_special_tokens)
 
 
 def begin_finetuning(config: Any, context: Context) -> tuple[Any, Decoder, Tokenizer]:
     """The config without any `auto`, the model to go on from, and its tokenizer; UsageError for rows longer than its
     context. config: of a recipe with `model` and `sequence_length`."""
     config = resolve_auto(config, context)
+    require_trained_token_rows(config)
     model, tokenizer = load_for_finetuning(config.model)
     require_context(config.sequence_length, model.config.max_position_embeddings)
     return config, model, tokenizer
+
+
+def require_trained_token_rows(config: Any) -> None:
+    """UsageError for new tokens whose rows an adapter would freeze."""
+    if not (config.model.add_tokens or config.model.add_special_tokens):
+        return
+    for entry in config.techniques:
+        technique, whole = TECHNIQUES.get(entry["name"]), entry.get("modules_to_save", ())
+        if hasattr(technique, "targets") and "embed.token" not in whole:
+            raise UsageError(
+                f"techniques: {entry['name']} freezes the embedding, so the rows of model.add_tokens would not be "
+                "trained: add modules_to_save [embed.token], and head where that is a matrix of its own"
+            )
 
 
 def read_chat_template(config: ConversationDataConfig) -> str | None:
