@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,8 @@ def require_trained_token_rows(config: Any) -> None:
     if not (config.model.add_tokens or config.model.add_special_tokens):
         return
     for entry in config.techniques:
-        technique, whole = TECHNIQUES.get(entry["name"]), entry.get("modules_to_save", ())
-        if hasattr(technique, "targets") and "embed.token" not in whole:
+        keys = {one.name for one in fields(TECHNIQUES[entry["name"]])} if entry["name"] in TECHNIQUES else set()
+        if "targets" in keys and "embed.token" not in entry.get("modules_to_save", ()):
             raise UsageError(
                 f"techniques: {entry['name']} freezes the embedding, so the rows of model.add_tokens would not be "
                 "trained: add modules_to_save [embed.token], and head where that is a matrix of its own"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.layers.linear import LMHead
 from llm_quest.models.decoder import Decoder
 
 
@@ -30,7 +32,7 @@ def resize_token_embeddings(model: Decoder, vocab_size: int) -> None:
     if model.spec.techniques:
         names = ", ".join(type(one).__name__ for one in model.spec.techniques)
         raise UsageError(f"rows for tokens are added before techniques are applied; this model has {names}")
-    table, head = token_table(model), model.head
+    table, head = token_table(model), cast(LMHead, model.head)
     grown = nn.Parameter(append_mean_rows(table.weight, vocab_size), requires_grad=table.weight.requires_grad)
     if head.weight is not table.weight:
         head.weight = nn.Parameter(append_mean_rows(head.weight, vocab_size), requires_grad=head.weight.requires_grad)
@@ -61,7 +63,8 @@ def add_token_rows(model: Decoder, ids: Sequence[int]) -> None:
     resize_token_embeddings(model, max(rows, *(token + 1 for token in ids)))
     padding = [token for token in ids if token < rows]
     if padding:
-        for weight in {id(one): one for one in (token_table(model).weight, model.head.weight)}.values():
+        head = cast(LMHead, model.head)
+        for weight in {id(one): one for one in (token_table(model).weight, head.weight)}.values():
             others = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
             others[list(ids)] = False
             weight[padding] = mean_row(weight[others])
