@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: quickstart test lint bench-peers bench install install-test clean help
+.PHONY: quickstart test lint bench-peers bench gpu install install-test clean help
 
 help:
 	@echo "make quickstart   set up and run the offline tour (about five minutes on a laptop)"
 	@echo "make test         set up and run the whole suite"
 	@echo "make lint         formatter, linter, type checker"
+	@echo "make gpu          on a CUDA machine: every family's laws, attention kernels, speed (eight minutes)"
 	@echo "make bench        the benchmarks against the peers (long; wants a quiet machine)"
 
 # Stamps hold what was installed: a changed constraint or dependency installs again.
@@ -48,6 +49,9 @@ bench: bench-peers
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.kill9
+
+gpu: install-test
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

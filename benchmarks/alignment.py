@@ -37,6 +37,7 @@ from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw
 from llm_quest.train.step import autocast
 
+CPU = torch.device("cpu")
 PROMPTS, GROUP, NEW, BETA, LR = 8, 8, 64, 0.04, 1e-6
 SENTENCE = "Question {}: how far is it from here to there, and how long does it take?"
 TEXTS = [SENTENCE.format(number)[: 40 + 3 * number] for number in range(PROMPTS)]
@@ -58,14 +59,21 @@ class Again:
         return PolicyPrompt(self.prompts[index % PROMPTS])
 
 
-def ours(model: Decoder, tokenizer: Tokenizer, kind: str, steps: int, split: dict[str, float]) -> Callable[[], None]:
+def ours(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    kind: str,
+    steps: int,
+    split: dict[str, float],
+    device: torch.device = CPU,
+) -> Callable[[], None]:
     policy = copy.deepcopy(model)
     reference = copy.deepcopy(model).requires_grad_(False)
     writer = Sampler(
         tokenizer=tokenizer,
         eos_token_ids=tuple(tokenizer.eos_token_ids),
         max_new_tokens=NEW,
-        autocast_context=partial(autocast, kind, torch.device("cpu")),
+        autocast_context=partial(autocast, kind, device),
     )
     scoring = RewardPipeline(
         rewards=(WeightedReward("even", lambda group: [float(len(s.text) % 2) for s in group]),),
@@ -95,7 +103,7 @@ def ours(model: Decoder, tokenizer: Tokenizer, kind: str, steps: int, split: dic
     return run
 
 
-def trls(folder: Path, steps: int, kind: str) -> Callable[[], None]:
+def trls(folder: Path, steps: int, kind: str, device: torch.device = CPU) -> Callable[[], None]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
@@ -105,9 +113,9 @@ def trls(folder: Path, steps: int, kind: str) -> Callable[[], None]:
 
     arguments = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-        max_completion_length=NEW, max_steps=steps, beta=BETA, learning_rate=LR, use_cpu=True, bf16=kind == "bf16",
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, loss_type="grpo",
-        gradient_checkpointing=False, lr_scheduler_type="constant",
+        max_completion_length=NEW, max_steps=steps, beta=BETA, learning_rate=LR, use_cpu=device == CPU,
+        bf16=kind == "bf16", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        loss_type="grpo", gradient_checkpointing=False, lr_scheduler_type="constant",
     )  # fmt: skip
     dataset = Dataset.from_list([{"prompt": text} for text in TEXTS] * 50)
     trainer = GRPOTrainer(

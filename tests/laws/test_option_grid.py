@@ -1,0 +1,54 @@
+"""Options proved together: technique x family x dtype x compile x cached generation of padded prompts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
+from tests.laws.option_grid import CHANGES, DTYPES, REFUSED_CELLS, Cell, all_cells, suite_cells
+from tests.laws.subjects import TINY
+
+ROOT = Path(__file__).parents[2]
+PARTS = 2
+
+
+def test_every_technique_family_and_dtype_is_in_the_grid_and_compiled_somewhere():
+    cells = set(all_cells())
+    assert {cell.technique for cell in cells} >= {"none", *TECHNIQUES, *TRAINING_TECHNIQUES}
+    assert len(cells) == len(CHANGES) * len(TINY) * len(DTYPES) * 2
+    judged = set(suite_cells())
+    assert {cell for cell in cells if not cell.compiled} <= judged <= cells
+    compiled = [cell for cell in judged if cell.compiled]
+    for choose, expected in ((lambda c: c.technique, CHANGES), (lambda c: c.page, TINY), (lambda c: c.dtype, DTYPES)):
+        assert {choose(cell) for cell in compiled} == set(expected)
+    assert set(REFUSED_CELLS) <= cells
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_cell_holds_or_raises_the_error_that_the_table_names(part: int):
+    """`python -m tests.laws.option_grid --all` judges the compiled cells that are left out here."""
+    command = [sys.executable, "-m", "tests.laws.option_grid", str(part), str(PARTS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, (
+        "\n".join(line for line in run.stdout.splitlines() if "FAILS" in line) + run.stderr[-2000:]
+    )
+    assert len(run.stdout.splitlines()) == len(suite_cells()[part::PARTS])
+
+
+def test_a_cell_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    """The judge itself: a refusal that does not come, and a compiled step that is off."""
+    from tests.laws import option_grid
+
+    fine = Cell("none", "gpt2-tiny", "float32", False)
+    assert option_grid.verdict(fine) == "holds"
+    monkeypatch.setitem(option_grid.REFUSED_CELLS, fine, (ValueError, "never"))
+    assert option_grid.verdict(fine) == "FAILS: should raise ValueError"
+    monkeypatch.delitem(option_grid.REFUSED_CELLS, fine)
+    monkeypatch.setattr(option_grid, "eager_step", lambda *step: 1.001 * option_grid.decode_step(*step))
+    assert "off by 0.001" in option_grid.verdict(fine)
