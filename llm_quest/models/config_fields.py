@@ -26,6 +26,7 @@ from llm_quest.models.rope_config import publish_rotary, read_rotary, require_fi
 
 MAX_PLAUSIBLE_INT = 2**24
 Json = Mapping[str, Any]
+ORIGINAL = "original_max_position_embeddings"
 Values = Any
 """What has been read so far, as attributes; `.json` is the whole of config.json."""
 
@@ -78,10 +79,15 @@ def constant_field(*, default: Any) -> Any:
     return json_field(lambda values: default, unwritten, default=default)
 
 
-def hf_default(value: Any, *, default: Any = MISSING) -> Any:
-    """A field under its own name. value: where config.json leaves it out, or a function of what was read before.
-    default: of the class, where that is another one."""
-    return dataclasses.field(default=default, metadata={"read": plain_reader((), value)})
+def hf_default(value: Any, *, null: Any = MISSING, default: Any = MISSING) -> Any:
+    """A field under its own name. value: where config.json leaves it out, or a function of what was read before. null:
+    where it says null, if that is another one. default: of the class, likewise."""
+    return dataclasses.field(default=default, metadata={"read": plain_reader((), value, null)})
+
+
+def kv_heads_default(count: int) -> Any:
+    """num_key_value_heads: so many where config.json leaves it out, as many as query heads where it says null."""
+    return hf_default(count, null=lambda values: values.num_attention_heads)
 
 
 def spelled(*names: str, hf_default: Any = MISSING, default: Any = MISSING) -> Any:
@@ -151,16 +157,18 @@ def rope_field(
     extra: Callable[[Any], dict[str, Any]] = lambda config: {},
     rope_scaling: bool = True,
     old_names: Mapping[str, str] = {},
+    original: int | None = None,
     absent: Callable[[Values], Mapping[str, Any]] = lambda values: {},
 ) -> Any:
     """Rotary positions of a head of `dim` numbers. theta: the base where config.json says none. partial: the rotated
     part of a head where it says none. interleaved: the pairs are neighbours unless rope_interleave is false. extra:
     what else is written into rope_parameters. rope_scaling: the old spelling is written too. old_names: what the
     family calls rope_theta and partial_rotary_factor where they stand outside rope_parameters. absent: rope_parameters
-    of a file that has none."""
+    of a file that has none. original: original_max_position_embeddings where it does not stand outside them."""
 
     def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
         json = {**values.json, **{name: values.json.get(old) for name, old in old_names.items()}}
+        json |= {} if original is None else {ORIGINAL: json.get(ORIGINAL) or original}
         if not (json.get("rope_parameters") or json.get("rope_scaling")):
             json["rope_parameters"] = absent(values)
         width = rotary_dim(json, getattr(values, dim), partial)
@@ -223,6 +231,7 @@ Class = TypeVar("Class")
         json_field,
         constant_field,
         hf_default,
+        kv_heads_default,
         spelled,
         spelled_alike,
         per_layer,
@@ -239,7 +248,10 @@ def config_dataclass(cls: type[Class]) -> type[Class]:
 def rope_of_kind(hf_config: Json, kind: str) -> dict[str, Any]:
     """config.json with the `rope_parameters` of one kind of layer, where they are given per kind."""
     rope = hf_config.get("rope_parameters") or {}
-    return {**hf_config, "rope_parameters": rope[kind]} if kind in rope else dict(hf_config)
+    if not rope.get(kind):
+        return dict(hf_config)
+    merged = {**rope[kind], **(hf_config.get("rope_scaling") or {})}
+    return {**hf_config, "rope_parameters": merged, "rope_scaling": None}
 
 
 def rotary_dim(hf_config: Json, head_dim: int, partial: float | None) -> int:
@@ -265,8 +277,9 @@ def writer(*names: str) -> Callable[[Any, Any], dict[str, Any]]:
     return lambda value, config: dict.fromkeys(names, list(value) if isinstance(value, tuple) else value)
 
 
-def plain_reader(names: tuple[str, ...], hf_default: Any) -> Callable[[Values, Any, Any], Any]:
-    """Reads a number, a truth value, a word or a list, under its own name or another."""
+def plain_reader(names: tuple[str, ...], hf_default: Any, null: Any = MISSING) -> Callable[[Values, Any, Any], Any]:
+    """Reads a number, a truth value, a word or a list, under its own name or another. null: what null stands for, if
+    not for the default."""
 
     def read(values: Values, field: Any, kind: Any) -> Any:
         for name in names or (field.name,):
@@ -280,7 +293,8 @@ def plain_reader(names: tuple[str, ...], hf_default: Any) -> Callable[[Values, A
                 return tuple(value) if isinstance(value, list) else value
             if name in values.json and NoneType in get_args(kind):
                 return None
-        fallback = field.default if hf_default is MISSING else hf_default
+        is_null = null is not MISSING and (names or (field.name,))[0] in values.json
+        fallback = null if is_null else field.default if hf_default is MISSING else hf_default
         if fallback is MISSING:
             return require_field(values.json, (names or (field.name,))[0])
         return fallback(values) if callable(fallback) else fallback

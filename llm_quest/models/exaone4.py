@@ -48,6 +48,7 @@ class Config(llama.Config):
     sliding_attention."""
 
     num_key_value_heads: int = hf_default(32)
+    rms_norm_eps: float = 1e-5
     attention_bias: bool = constant_field(default=False)
     mlp_bias: bool = constant_field(default=False)
     sliding_window: int | None = hf_default(4096, default=None)

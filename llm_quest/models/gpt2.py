@@ -40,7 +40,7 @@ class Config:
     num_hidden_layers: int = spelled("n_layer")
     num_attention_heads: int = spelled("n_head")
     intermediate_size: int = spelled("n_inner", hf_default=lambda c: 4 * c.hidden_size)
-    max_position_embeddings: int = spelled("n_positions", "n_ctx")
+    max_position_embeddings: int = spelled("n_positions", "n_ctx", hf_default=1024)
     layer_norm_eps: float = spelled("layer_norm_epsilon", default=1e-5)
     dropout: float = spelled_alike("resid_pdrop", "embd_pdrop", "attn_pdrop", hf_default=0.1, default=0.0)
     activation_function: Literal["gelu_new", "gelu_pytorch_tanh"] = "gelu_new"

@@ -107,7 +107,7 @@ class Config:
     n_routed_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    max_position_embeddings: int = hf_default(262_144)
+    max_position_embeddings: int = hf_default(131_072)
     rotary: RotaryEmbedding = rope_field(theta=5_000_000.0, partial=0.334, rope_scaling=False)
     swa_rotary: RotaryEmbedding = local_rope_field("swa_rope_theta", partial=True)
     routed_scaling_factor: float = 1.0

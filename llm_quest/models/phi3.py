@@ -31,7 +31,7 @@ class Config(llama.Config):
     original_max_position_embeddings: the length that LongRoPE stretches from."""
 
     max_position_embeddings: int = hf_default(4096)
-    rotary: RotaryEmbedding = rope_field(partial=1.0)
+    rotary: RotaryEmbedding = rope_field(partial=1.0, original=4096)
     rms_norm_eps: float = 1e-5
     attention_bias: bool = constant_field(default=False)
     mlp_bias: bool = constant_field(default=False)

@@ -20,7 +20,14 @@ from llm_quest.layers.linear import Linear
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
-from llm_quest.models.config_fields import config_dataclass, constant_field, hf_default, json_field, per_layer
+from llm_quest.models.config_fields import (
+    config_dataclass,
+    constant_field,
+    hf_default,
+    json_field,
+    kv_heads_default,
+    per_layer,
+)
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import SIZES, Family, preset_table
 from llm_quest.models.weight_names import WeightMap, attention_names, decoder_names, expand_layers, swiglu_names
@@ -37,7 +44,7 @@ def default_layer_types(c: Any) -> tuple[str, ...]:
 class Config(llama.Config):
     """Llama's numbers, and the window: sliding_window tokens in the layers whose type is sliding_attention."""
 
-    num_key_value_heads: int = hf_default(32)
+    num_key_value_heads: int = kv_heads_default(32)
     max_position_embeddings: int = hf_default(32_768)
     rms_norm_eps: float = 1e-6
     attention_bias: bool = constant_field(default=True)

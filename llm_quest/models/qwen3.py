@@ -73,7 +73,7 @@ class Config:
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int = hf_default(lambda c: c.num_attention_heads)
+    num_key_value_heads: int = hf_default(lambda c: 4 if is_moe(c.json) else 32, null=lambda c: c.num_attention_heads)
     head_dim: int = hf_default(lambda c: c.hidden_size // c.num_attention_heads if is_moe(c.json) else 128)
     intermediate_size: int
     max_position_embeddings: int = hf_default(32_768)

@@ -52,6 +52,9 @@ from llm_quest.models.weight_names import (
 FULL, LINEAR = "full_attention", "linear_attention"
 
 
+DENSE_WIDTHS = {"qwen3_next": 5632, "qwen3_5_text": 12_288}
+
+
 def layer_pattern(num_hidden_layers: int, interval: int = 4) -> tuple[str, ...]:
     """Every fourth layer attends."""
     return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(num_hidden_layers))
@@ -107,7 +110,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int = hf_default(256)
-    intermediate_size: int = hf_default(0)
+    intermediate_size: int = hf_default(lambda c: DENSE_WIDTHS.get(c.json.get("model_type"), 0))
     max_position_embeddings: int = hf_default(32_768)
     layer_types: tuple[str, ...] = per_layer(
         FULL,

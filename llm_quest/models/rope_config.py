@@ -28,8 +28,8 @@ def require_field(hf_config: Mapping[str, Any], field: str) -> Any:
 def read_rotary(
     hf_config: Mapping[str, Any], dim: int, default_theta: float = 10000.0, max_position_embeddings: int | None = None
 ) -> RotaryEmbedding:
-    """Both generations: `rope_parameters` (transformers 5), else top-level `rope_theta` and `rope_scaling`."""
-    rope = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
+    """Both generations: `rope_scaling` with a top-level `rope_theta`, else `rope_parameters` (transformers 5)."""
+    rope = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
     default_theta = rope.get("rope_theta") or hf_config.get("rope_theta") or default_theta
     if original := hf_config.get("original_max_position_embeddings"):  # Phi-3's place for it
         rope["original_max_position_embeddings"] = original

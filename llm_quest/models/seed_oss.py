@@ -19,7 +19,7 @@ from llm_quest.layers.linear import Linear
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
-from llm_quest.models.config_fields import config_dataclass, hf_default
+from llm_quest.models.config_fields import config_dataclass, hf_default, kv_heads_default
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family
 from llm_quest.models.weight_names import Names, attention_names, decoder_names, expand_layers, swiglu_names
@@ -29,8 +29,8 @@ from llm_quest.models.weight_names import Names, attention_names, decoder_names,
 class Config(llama.Config):
     """Llama's numbers, as Seed-OSS's config.json has them. attention_bias: of queries, keys and values."""
 
-    num_key_value_heads: int = hf_default(8)
-    head_dim: int = hf_default(128)
+    num_key_value_heads: int = kv_heads_default(8)
+    head_dim: int = hf_default(128, null=lambda c: c.hidden_size // c.num_attention_heads)
     max_position_embeddings: int = hf_default(524_288)
     rms_norm_eps: float = 1e-6
     attention_bias: bool = hf_default(True, default=True)

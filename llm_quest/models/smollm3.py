@@ -18,7 +18,14 @@ from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import NoRotary, RotaryEmbedding
 from llm_quest.models import llama
-from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, per_layer, rope_field
+from llm_quest.models.config_fields import (
+    config_dataclass,
+    hf_default,
+    json_field,
+    kv_heads_default,
+    per_layer,
+    rope_field,
+)
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family
 from llm_quest.models.windows import FULL, SLIDING, layer_window, require_layer_types
@@ -46,7 +53,7 @@ class Config(llama.Config):
     """Llama's numbers; no_rope_layers: 1 for each layer with rotary positions, 0 for one without; sliding_window: of
     the layers whose type is sliding_attention."""
 
-    num_key_value_heads: int = hf_default(4)
+    num_key_value_heads: int = kv_heads_default(4)
     max_position_embeddings: int = hf_default(32_768)
     rotary: RotaryEmbedding = rope_field(theta=2_000_000.0)
     tie_word_embeddings: bool = hf_default(True)
