@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 from llm_quest.cli.models import (
@@ -25,7 +26,7 @@ from llm_quest.cli.models import (
 from llm_quest.contracts import Preset
 from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns, format_bytes
-from llm_quest.models.build import family_of, preset, presets
+from llm_quest.models.build import build_meta_model, family_of, preset, presets
 from llm_quest.models.family import Family
 
 CODE_PARTS = ("Config", "block", "assemble")
@@ -184,15 +185,41 @@ def format_part_share(card: ModelCard, part: str) -> str:
 
 
 def family_layers(family: Family) -> dict[str, str]:
-    """The layers that a family imports from layers/ -> the first sentence of each docstring."""
+    """The layers that a family imports from layers/, and those of the families that it builds on which its models have
+    -> the first sentence of each docstring."""
     module = inspect.getmodule(family.assemble)
     assert module is not None, "assemble is defined in the family's file"
-    found: dict[str, str] = {}
+    own = layer_imports(module)
+    built_on: dict[str, str] = {}
+    for name in parent_families(module):
+        built_on |= family_layers(next(one for one in ALL_FAMILIES if one.name == name))
+    used = set().union(*(layer_names_in(one.config) for one in family.presets if one.name.endswith("-tiny")))
+    inherited = {name: text for name, text in built_on.items() if name in used}
+    return {name: first_sentence(thing) for name, thing in own.items()} | inherited
+
+
+def layer_imports(module: ModuleType) -> dict[str, Any]:
+    """What a family's file imports from layers/."""
+    found: dict[str, Any] = {}
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llm_quest.layers."):
             home = importlib.import_module(str(node.module))
-            found |= {name.name: first_sentence(vars(home)[name.name]) for name in node.names}
+            found |= {name.name: vars(home)[name.name] for name in node.names}
     return found
+
+
+def parent_families(module: ModuleType) -> list[str]:
+    """The families whose files a family's file imports: it is one of them with a difference."""
+    named = {inspect.getmodule(one.assemble): one.name for one in ALL_FAMILIES}
+    return [named[value] for value in vars(module).values() if inspect.ismodule(value) and value in named]
+
+
+def layer_names_in(config: Any) -> set[str]:
+    """The names of the layers, rotations, scalings and activations that a model is made of."""
+    modules = list(build_meta_model(config).modules())
+    parts = [part for module in modules for part in vars(module).values()]
+    parts += [getattr(part, "scaling", None) for part in parts]
+    return {type(one).__name__ for one in (*modules, *parts)} | {getattr(one, "__name__", "") for one in parts}
 
 
 def first_sentence(thing: Any) -> str:

@@ -232,7 +232,8 @@ def apply_rotary_emb(x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> F
 
 
 class NoRotary:
-    """Leaves queries and keys unchanged: for models that add positions to the embedding."""
+    """Leaves queries and keys unchanged: for models that add positions to the embedding, and for layers without any
+    (NoPE)."""
 
     def __call__(self, x: Tensor, scope: Scope) -> Tensor:
         return x

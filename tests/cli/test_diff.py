@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from llm_quest.cli.diff import diff_families, diff_lines, first_sentence
+from llm_quest.cli.diff import definition_source, diff_families, diff_lines, family_layers, first_sentence
 from llm_quest.errors import UsageError
 from llm_quest.models import FAMILIES
+from llm_quest.models.family import Family
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,17 @@ def test_old_and_new_code_can_be_read_back(found):
     assert 'ModelSpec("gpt2", config)' not in "\n".join(text for style, text in code if style != "removed")
 
 
+def test_a_family_that_builds_on_another_has_the_layers_that_it_takes_over():
+    """OLMo 2 takes Llama's attention and SwiGLU, StarCoder2 its attention by way of Mistral, and no SwiGLU."""
+    found = diff_families("llama", "olmo2")
+    assert set(found.added) == {"AcrossHeads"}
+    assert set(found.removed) == {"Llama3Scaling"}
+    assert {"GroupedQueryAttention", "GatedMLP", "RMSNorm"} <= set(found.shared)
+    found = diff_families("llama", "starcoder2")
+    assert set(found.added) == {"MLP", "gelu_tanh", "LayerNorm"}
+    assert set(found.removed) == {"GatedMLP", "RMSNorm", "Llama3Scaling"}
+
+
 def test_two_presets_of_one_family_differ_in_numbers_alone():
     found = diff_families("llama3.2-1b", "llama3.1-8b")
     assert found.code == {}
@@ -76,9 +88,17 @@ def test_a_preset_stands_for_itself_and_a_family_for_its_nearest_size():
 
 
 def test_every_pair_of_neighbouring_families_can_be_compared():
+    """Layers and code of all, and the numbers, whose counting takes longest, of some: every preset's are printed by
+    another test."""
+    for a, b in pairwise(FAMILIES):
+        assert family_layers(a).keys() != family_layers(b).keys() or block_source(a) != block_source(b)
     tiny = [next(one.name for one in page.presets if one.name.endswith("-tiny")) for page in FAMILIES]
-    for a, b in pairwise(tiny):
+    for a, b in list(pairwise(tiny))[::4]:
         json.dumps(diff_families(a, b).as_json())
+
+
+def block_source(family: Family) -> list[str]:
+    return [line for name in ("Config", "block", "assemble") for line in definition_source(family, name)]
 
 
 def test_a_thing_is_not_compared_with_itself():
