@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm_quest.files import cache_dir
 
-SOURCE = Path(__file__).with_name("quantized_rows.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("quantized_rows.cpp", "quantized_tiles.h")]
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-Wall", "-ffp-contract=off")
 ISA = {"best": 0, "plain": 1, "avx2": 2, "avx512": 3}
 """What the operator's last argument means."""
@@ -72,14 +72,14 @@ def build_library() -> Path:
 
     command = [cpp_extension.get_cxx_compiler(), *FLAGS, *(f"-I{path}" for path in cpp_extension.include_paths())]
     link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
-    identity = "\n".join([torch.__version__, *command, SOURCE.read_text(encoding="utf-8")])
+    identity = "\n".join([torch.__version__, *command, *(source.read_text(encoding="utf-8") for source in SOURCES)])
     library = cache_dir("native") / f"quantized_rows-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
             subprocess.run(
-                [*command, str(SOURCE), "-o", str(made), *link],
+                [*command, str(SOURCES[0]), "-o", str(made), *link],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -93,5 +93,5 @@ def register_shapes() -> None:
     """The shape rule of the operator, for compiling and the meta device."""
 
     @torch.library.register_fake("llm_quest::quantized_rows")
-    def _(x: Tensor, q: Tensor, scale: Tensor, levels: Tensor, group_size: int, isa: int) -> Tensor:
+    def _(x: Tensor, q: Tensor, scale: Tensor, levels: Tensor, format: int, isa: int) -> Tensor:
         return x.new_empty(x.shape[0], q.shape[0])

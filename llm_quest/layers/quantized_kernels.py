@@ -27,7 +27,9 @@ from llm_quest.layers.weight_formats import FORMATS, WeightFormat, dequantize
 MAX_KERNEL_ROWS = 64
 """Above so many rows of x the matrix is dequantized once, and the product is the host's own."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEVELS: dict[str, Tensor] = {name: torch.tensor(form.levels or (0.0,) * 16) for name, form in FORMATS.items()}
+KERNEL_FORMATS = {"int8": 0, "int4": 1, "nf4": 2}
+"""What the kernel's argument `format` means."""
+LEVELS = {name: torch.tensor(form.levels or (0.0,) * 16) for name, form in FORMATS.items()}
 
 
 def quantized_linear_reference(
@@ -99,5 +101,7 @@ def native_rows(
     if form.group_size and (missing := -wide.shape[1] % form.group_size):
         wide = F.pad(wide, (0, missing))
     scale = scale.to(torch.float32) if scale.dtype == torch.float16 else scale
-    y = torch.ops.llm_quest.quantized_rows(wide.contiguous(), q, scale, LEVELS[form.name], form.group_size, isa)
+    y = torch.ops.llm_quest.quantized_rows(
+        wide.contiguous(), q, scale, LEVELS[form.name], KERNEL_FORMATS[form.name], isa
+    )
     return y.to(x.dtype)  # type: ignore[no-any-return]

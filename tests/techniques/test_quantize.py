@@ -58,7 +58,7 @@ def test_it_takes_about_a_quarter_and_nothing_learns(page: str):
     assert not any(p.requires_grad for p in small.parameters())
 
 
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8 + 16 / 128), ("int4", 4.5), ("nf4", 4.5)])
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8 + 16 / 128), ("int4", 5), ("nf4", 4.5)])
 def test_a_weight_takes_its_bits_and_its_share_of_a_scale(name: str, bits: float):
     matrix = QuantizedMatrix(torch.randn(64, 128, dtype=torch.bfloat16), FORMATS[name])
     assert 8 * (matrix.q.nbytes + matrix.scale.nbytes) / (64 * 128) == bits
