@@ -48,7 +48,8 @@ class WholeParameters:
     @property
     def embedding(self) -> str:
         """The module that the embedding is published as."""
-        (name,) = published_names([self.table[EMBEDDING]])
+        table = family_of(self.model.config).weight_map(self.model.config)  # a quantized embedding is not in self.table
+        (name,) = published_names([table[EMBEDDING]])
         return name.removesuffix(".weight")
 
     def is_embedding_or_head(self, module: str) -> bool:

@@ -125,7 +125,7 @@ def fit_minimum(groups: Float[Tensor, "*rows G g"]) -> tuple[Float[Tensor, "*row
     smallest to the largest number, and from a narrower range, which cuts those two; each time codes and line are fitted
     to one another REFITS times."""
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
-    best = (torch.full_like(low, float("inf")), low, low, groups)
+    best: tuple[Tensor, ...] = (torch.full_like(low, float("inf")), low, low, groups)
     for shrinkage in SHRINKAGES:
         scale, minimum = (high - low) * shrinkage / 15, low * shrinkage
         for _ in range(1 + REFITS):
