@@ -19,7 +19,7 @@ import llm_quest as quest
 from benchmarks.pairs import race
 from llm_quest.data.batch import TokenBatch
 from llm_quest.layers.rotary import RotaryEmbedding
-from llm_quest.machine.choices import choose_muon_dtype, choose_precision
+from llm_quest.machine.choices import choose_muon_form, choose_precision
 from llm_quest.machine.profile import load_profile
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.llama import Config
@@ -34,8 +34,8 @@ SHAPES = {
 }
 
 
-def our_step(model: Decoder, dtype: str) -> Callable[[], object]:
-    return make_muon(model, lr=1e-6, row_splits=model.row_splits(), compute_dtype=getattr(torch, dtype)).step
+def our_step(model: Decoder, form: str) -> Callable[[], object]:
+    return make_muon(model, lr=1e-6, row_splits=model.row_splits(), form=form).step
 
 
 def torch_step(model: Decoder) -> Callable[[], object]:
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES)
     options = parser.parse_args()
     profile = load_profile(print)
-    precision, dtype = choose_precision(profile).value, choose_muon_dtype(profile).value
-    print(f"{torch.get_num_threads()} threads; passes in {precision}, iterations in {dtype}\n")
+    precision, form = choose_precision(profile).value, choose_muon_form(profile).value
+    print(f"{torch.get_num_threads()} threads; passes in {precision}, iterations: {form}\n")
     print(
         "| shape | passes, ms | our step, ms | of a training step | x torch.optim.Muon (range) |\n" + "| --- " * 5 + "|"
     )
@@ -77,7 +77,7 @@ def main() -> None:
         model = quest.build(SHAPES[name])
         run = passes(model, precision)
         run()
-        contestants = {"torch": torch_step(model), "ours": our_step(model, dtype), "passes": run}
+        contestants = {"torch": torch_step(model), "ours": our_step(model, form), "passes": run}
         _, ours, both = race(contestants, pairs=options.pairs)
         share = ours.seconds / (ours.seconds + both.seconds)
         ratio = f"{ours.times_reference:.2f} ({ours.low:.2f}-{ours.high:.2f})"

@@ -23,7 +23,7 @@ import torch
 from llm_quest import __version__
 from llm_quest.contracts import LogFn
 from llm_quest.layers.weight_formats import FORMATS
-from llm_quest.machine.choices import choose_few_rows, choose_muon_dtype, choose_precision, choose_weight_kernel
+from llm_quest.machine.choices import choose_few_rows, choose_muon_form, choose_precision, choose_weight_kernel
 from llm_quest.machine.compiler import find_cpp_compiler, missing_compiler_hint
 from llm_quest.machine.hardware import bf16_support, describe_threads, processor_name, usable_cores
 from llm_quest.machine.probe import WEIGHT_KINDS
@@ -167,7 +167,7 @@ def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
     products = [f"{dtype} {rate[f'products/{dtype}/large']}" for dtype in dtypes]
     attention = [f"{dtype} {rate[f'attention/{dtype}']}" for dtype in dtypes]
     weights = [f"{kind} {rate[f'weights/{kind}/1']}" for kind in WEIGHT_KINDS if f"weights/{kind}/1" in rate]
-    precision, muon, few = choose_precision(profile), choose_muon_dtype(profile), choose_few_rows(profile)
+    precision, muon, few = choose_precision(profile), choose_muon_form(profile), choose_few_rows(profile)
     return [
         ("threads", describe_threads(profile.threads)),
         ("profile", f"{profile.source}{'; other programs were running' if profile.busy else ''}"),
@@ -176,7 +176,7 @@ def profile_facts(profile: MachineProfile) -> list[tuple[str, str]]:
         ("weights", f"{', '.join(weights)} billion/s, by one row" if weights else "not measured"),
         *(("", choose_weight_kernel(profile, kind).reason) for kind in FORMATS if weights),
         ("precision", f"{precision.value} ({precision.reason})"),
-        ("Muon", f"iterations in {muon.value} ({muon.reason})"),
+        ("Muon", f"{muon.value} ({muon.reason})"),
         ("few rows", f"the other order for {few.value or 'none'} ({few.reason})"),
     ]
 

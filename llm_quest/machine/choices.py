@@ -5,6 +5,7 @@ A choice that decides results in their last bits is written into a run's config 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -67,11 +68,29 @@ def slow_bf16_warning(profile: MachineProfile) -> str:
     return f"bfloat16 was asked for, but on this machine {describe_bf16(profile)}: float32 is faster and more exact"
 
 
-def choose_muon_dtype(profile: MachineProfile) -> Resolved[str]:
-    """The dtype of Muon's Newton-Schulz iterations, which need few bits: the faster one for small products."""
-    ratio = profile.ratio("products/bfloat16/small", "products/float32/small")
-    word = f"small products in bfloat16 run at {ratio:.2g} times float32's rate"
-    return Resolved("bfloat16" if ratio >= MIN_GAIN else "float32", word)
+MUON_SHAPE = (384, 1024)
+"""For which Muon's forms are compared: the matrices of the MLP in a model of 11M parameters."""
+
+
+def muon_seconds(profile: MachineProfile) -> dict[str, float]:
+    """Form of Muon's iterations -> seconds for one matrix, by the rates of small products and of eigenvectors
+    (`train/newton_schulz.py`)."""
+    n, m = MUON_SHAPE
+    flops = 2 * n**2 * (2 * m + n)
+    small = {dtype: profile.rates.get(f"products/{dtype}/small") for dtype in ("float32", "bfloat16")}
+    seconds = {dtype: 5 * flops / rate / 1e9 for dtype, rate in small.items() if rate}
+    seconds["eigenvalues"] = flops / profile.rates["products/float32/small"] / 1e9
+    seconds["eigenvalues"] += n**3 / profile.rates["eigenvalues/float32"] / 1e9
+    return seconds
+
+
+def choose_muon_form(profile: MachineProfile) -> Resolved[str]:
+    """The fastest form of Muon's iterations; that by eigenvalues has to be faster by a margin."""
+    seconds = muon_seconds(profile)
+    products = min(("float32", "bfloat16"), key=lambda form: seconds.get(form, math.inf))
+    by_eigenvalues = seconds["eigenvalues"] * MIN_GAIN <= seconds[products]
+    words = ", ".join(f"{form} {1e3 * time:.1f} ms" for form, time in seconds.items())
+    return Resolved("eigenvalues" if by_eigenvalues else products, f"a matrix of 384 x 1024: {words}")
 
 
 def choose_few_rows(profile: MachineProfile) -> Resolved[FewRows]:

@@ -2,6 +2,7 @@
 
     products/float32/large        GFLOP/s of a product of two 768 x 768 matrices
     products/float32/small        the same of 384 x 384, the size of Muon's iterations in a small model
+    eigenvalues/float32           n^3 per nanosecond of the eigenvectors of a symmetric 384 x 384 matrix
     few_rows/float32/8/plain      GFLOP/s of `F.linear` on 8 rows, over the matrices of a small model one after another
     few_rows/float32/8/columns    the same by `linear_few_rows`
     attention/float32             GFLOP/s of causal attention, forward and backward, at rows of 128 tokens
@@ -64,11 +65,12 @@ RATES = {
     },
     **{f"attention/{dtype}": "GFLOP/s" for dtype in DTYPES},
     **{f"weights/{kind}/{rows}": "billion/s" for kind in WEIGHT_KINDS for rows in WEIGHT_ROWS},
+    "eigenvalues/float32": "n^3/ns",
     "memory/copy": "GB/s",
 }
 """The unit of each rate that a profile can hold."""
-SHARED = ("memory/copy",)
-"""What several threads share instead of each having its own."""
+NOT_SCALED = ("memory/copy", "eigenvalues/float32")
+"""What several threads share, or hardly divide among themselves."""
 REQUIRED = tuple(name for name in RATES if "bfloat16" not in name and "weights" not in name)
 
 
@@ -89,7 +91,9 @@ def measure_rates() -> Measurement:
     torch.set_num_threads(1)
     try:
         rates = dict(measure_with(time.thread_time))
-        return Measurement({name: rate * (1 if name in SHARED else threads) for name, rate in rates.items()}, busy=True)
+        return Measurement(
+            {name: rate * (1 if name in NOT_SCALED else threads) for name, rate in rates.items()}, busy=True
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -148,6 +152,7 @@ def _measure_all(clock: Clock, generator: torch.Generator) -> Iterator[tuple[str
         yield f"products/{name}/large", product_rate(clock, LARGE, dtype, generator)
         yield f"attention/{name}", attention_rate(clock, dtype, generator)
         yield from few_row_rates(clock, name, generator)
+    yield "eigenvalues/float32", eigenvalue_rate(clock, generator)
     yield "memory/copy", copy_rate(clock)
 
 
@@ -183,6 +188,13 @@ def attention_rate(clock: Clock, dtype: torch.dtype, generator: torch.Generator)
             torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
 
     return 3.5 * 2 * BATCH * HEADS * LENGTH**2 * HEAD_DIM / fast_seconds(clock, [run], 2 * SECONDS) / 1e9
+
+
+def eigenvalue_rate(clock: Clock, generator: torch.Generator) -> float:
+    """Of one decomposition, which Muon may take in place of its iterations."""
+    x = random_matrix(SMALL, 2 * SMALL, torch.float32, generator)
+    gram = x @ x.mT
+    return SMALL**3 / fast_seconds(clock, [lambda: torch.linalg.eigh(gram)], 2 * SECONDS) / 1e9
 
 
 def copy_rate(clock: Clock) -> float:

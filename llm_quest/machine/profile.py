@@ -29,7 +29,7 @@ from llm_quest.machine.probe import RATES, REQUIRED, measure_rates, measure_weig
 
 LogFn = Callable[[str], None]
 
-VERSION = 1
+VERSION = 2
 VARIABLE = "LLM_QUEST_MACHINE_PROFILE"
 MAX_FILE_BYTES = 100_000
 MAX_RATE = 1e9

@@ -138,15 +138,15 @@ def resolve_compile(given: Resolved[bool | str], machine: Machine, config: RunCo
     return Resolved(True, given.reason)
 
 
-def resolve_muon_dtype(given: Resolved[str], machine: Machine, config: RunConfig) -> Resolved[str]:
-    """The dtype of Muon's iterations."""
+def resolve_muon_form(given: Resolved[str], machine: Machine, config: RunConfig) -> Resolved[str]:
+    """The form of Muon's iterations."""
     if given.value != "auto":
         found = given
     elif machine.profile is None:
         fast, why = bf16_support(machine.device)
         found = Resolved("bfloat16" if fast else "float32", why)
     else:
-        found = choices.choose_muon_dtype(machine.profile)
+        found = choices.choose_muon_form(machine.profile)
     return found if config.optim == "muon" else Resolved(found.value, "")
 
 
@@ -162,7 +162,7 @@ RESOLVERS: dict[str, tuple[str, Resolver]] = {
     "threads": ("threads", resolve_threads),
     "precision": ("precision", decide_precision),
     "compile": ("compiled", resolve_compile),
-    "muon_dtype": ("Muon's iterations", resolve_muon_dtype),
+    "muon_form": ("Muon's iterations", resolve_muon_form),
     "few_row_products": ("products of few rows in the other order", resolve_few_rows),
 }
 """Keys that are decided in this order, each with its label on the screen."""

@@ -178,8 +178,8 @@ class RunConfig(StrictModel):
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     adam_epsilon: PositiveFloat = 1e-8
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    muon_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="dtype of Muon's iterations; auto: the one whose products are faster here"
+    muon_form: Literal["auto", "float32", "bfloat16", "eigenvalues"] = Field(
+        default="auto", description="Muon's iterations: products in a dtype, or eigenvalues; auto: what is fastest here"
     )
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices only")
     lr_scheduler_type: Annotated[str, Choice(SCHEDULE_SHAPES)] = "cosine"

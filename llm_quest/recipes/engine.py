@@ -220,7 +220,7 @@ def build_optimizer(
             "row_splits": model.row_splits(),
             "adamw_prefixes": adamw_parameters,
             "momentum": config.muon_momentum,
-            "compute_dtype": None if config.muon_dtype == "auto" else getattr(torch, config.muon_dtype),
+            "form": "" if config.muon_form == "auto" else config.muon_form,
         }
     return OPTIMIZERS[config.optim](model, **common)
 

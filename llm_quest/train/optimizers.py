@@ -5,7 +5,7 @@ equally):
 
       M <- mu M + (1 - mu) G        O = NS(G + mu (M - G))        W <- W - lr (0.2 sqrt(max(rows, columns)) O + decay W)
 
-NS, five Newton-Schulz steps, turns U S V^T into about U V^T with matrix products alone (Jordan et al. 2024). The
+NS, five Newton-Schulz steps, turns U S V^T into about U V^T (`newton_schulz.py`). The
 factor 0.2 sqrt(max) gives the update the root mean square of an AdamW update, so both share one learning rate (Liu et
 al. 2025). Commonly got wrong: a fused projection is several matrices stacked by rows, and orthogonalising the stack
 mixes them.
@@ -18,7 +18,6 @@ and a longer run is another function. Steps are optimizer steps counted from 0, 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -29,9 +28,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
 from llm_quest.errors import UsageError
-from llm_quest.machine.hardware import bf16_support
+from llm_quest.train.newton_schulz import orthogonalize
 
-NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 RowSplits = Mapping[str, Sequence[int]]
 
 
@@ -55,7 +53,7 @@ def make_muon(
     adamw_prefixes: Sequence[str] = ("embed.", "head."),
     momentum: float = 0.95,
     newton_schulz_steps: int = 5,
-    compute_dtype: torch.dtype | None = None,
+    form: str = "",
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
@@ -63,7 +61,7 @@ def make_muon(
     """Muon for the hidden matrices; AdamW for vectors and for the parameters whose names start with one of
     `adamw_prefixes`.
 
-    compute_dtype: of the iterations, see `orthogonalize`.
+    form: of the iterations, see `orthogonalize`.
     row_splits: parameter name -> rows of each matrix stacked in it (`Decoder.row_splits()`). A three-dimensional
     parameter (a stack of experts' matrices) belongs to Muon if `row_splits` names it."""
     row_splits = {} if row_splits is None else row_splits
@@ -83,7 +81,7 @@ def make_muon(
         _set_initial_lr(matrices, lr),
         weight_decay_groups(rest, lr=lr, weight_decay=weight_decay),
         model=model, lr=lr, momentum=momentum, steps=newton_schulz_steps, betas=betas, eps=eps,
-        compute_dtype=compute_dtype,
+        form=form,
     )  # fmt: skip
 
 
@@ -104,10 +102,10 @@ class Muon(Optimizer):
         steps: int,
         betas: tuple[float, float],
         eps: float,
-        compute_dtype: torch.dtype | None = None,
+        form: str = "",
     ):
         assert_groups_cover(model, [*matrix_groups, *adamw_groups])
-        self.compute_dtype = compute_dtype
+        self.form = form
         super().__init__([*matrix_groups, *adamw_groups], {"lr": lr, "momentum": momentum, "steps": steps})
         self.matrix_groups = self.param_groups[: len(matrix_groups)]
         self.adamw = (
@@ -134,40 +132,9 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(p)
         running = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(running, group["momentum"])
-        matrices = gather_matrix(ahead).split(group["rows"], dim=-2)
-        update = torch.cat([orthogonalize(one, group["steps"], self.compute_dtype) for one in matrices], dim=-2)
+        update = orthogonalize(gather_matrix(ahead), group["rows"], group["steps"], self.form)
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(shard_like(update, p), alpha=-group["lr"])
-
-
-def orthogonalize(gradient: Tensor, steps: int = 5, compute_dtype: torch.dtype | None = None) -> Tensor:
-    """0.2 sqrt(max(rows, columns)) times about U V^T, for each matrix (last two dimensions). The result is float32
-    or wider.
-
-    The five steps need few bits; compute_dtype: their dtype. None: bfloat16, as published, where the hardware
-    multiplies it, float32 elsewhere. Two correct versions may differ by 2.5e-2."""
-    rows, columns = gradient.shape[-2:]
-    compute_dtype = iteration_dtype(gradient.device) if compute_dtype is None else compute_dtype
-    return newton_schulz(gradient.to(compute_dtype), steps).to(gradient.dtype) * (0.2 * math.sqrt(max(rows, columns)))
-
-
-@functools.cache
-def iteration_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of Newton-Schulz iterations. Commonly got wrong: on a CPU without bfloat16 instructions a product in
-    bfloat16 takes up to 80 times as long as one in float32."""
-    return torch.bfloat16 if bf16_support(device)[0] else torch.float32
-
-
-def newton_schulz(x: Tensor, steps: int) -> Tensor:
-    """X <- a X + (b X X^T + c (X X^T)^2) X, from X / |X|; on the shorter side, where the product is small."""
-    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 def gather_matrix(t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from llm_quest.machine.choices import (
     choose_compile,
     choose_few_rows,
-    choose_muon_dtype,
+    choose_muon_form,
     choose_precision,
     choose_weight_kernel,
     rough_duration,
@@ -49,17 +49,18 @@ def amx() -> MachineProfile:
 @pytest.mark.parametrize(
     ("profile", "precision", "muon", "few"),
     [
-        (machine("avx2"), "fp32", "float32", ["float32"]),
+        (machine("avx2"), "fp32", "eigenvalues", ["float32"]),
+        (machine("avx2", eigenvalues__float32=1.0), "fp32", "float32", ["float32"]),
         (machine("avx512_bf16"), "bf16", "bfloat16", ["float32"]),
         (amx(), "bf16", "bfloat16", ["float32"]),
     ],
-    ids=["avx2", "avx512_bf16", "amx"],
+    ids=["avx2", "many cores", "avx512_bf16", "amx"],
 )
 def test_each_machine_has_its_choices_and_says_why(profile, precision, muon, few):
     assert choose_precision(profile).value == precision
-    assert choose_muon_dtype(profile).value == muon
+    assert choose_muon_form(profile).value == muon
     assert list(choose_few_rows(profile).value) == few
-    for choice in (choose_precision(profile), choose_muon_dtype(profile), choose_few_rows(profile)):
+    for choice in (choose_precision(profile), choose_muon_form(profile), choose_few_rows(profile)):
         assert any(digit in choice.reason for digit in "0123456789"), "a reason is a measured number"
 
 

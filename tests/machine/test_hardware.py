@@ -90,25 +90,25 @@ def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, m
 def test_muon_iterates_in_float32_where_bfloat16_has_no_instructions(taken):
     code = (
         "import torch\n"
-        "from llm_quest.train.optimizers import iteration_dtype, newton_schulz, orthogonalize\n"
-        "print(iteration_dtype(torch.device('cpu')))\n"
+        "from llm_quest.train.newton_schulz import default_form, newton_schulz, orthogonalize\n"
+        "print(default_form(torch.device('cpu')))\n"
         "g = torch.randn(6, 8)\n"
         "print(torch.equal(orthogonalize(g), newton_schulz(g, 5) * (0.2 * 8**0.5)))\n"
     )
-    assert run_python(code, **taken) == ["torch.float32", "True"]
+    assert run_python(code, **taken) == ["float32", "True"]
 
 
 def test_without_bfloat16_instructions_the_measured_choices_are_float32(tmp_path):
     """Nothing but the measurement says so: the machine is the real one, without what the variables take away."""
     code = (
-        "from llm_quest.machine.choices import choose_muon_dtype, choose_precision\n"
+        "from llm_quest.machine.choices import choose_muon_form, choose_precision\n"
         "from llm_quest.machine.profile import load_profile\n"
         "profile = load_profile()\n"
-        "print(choose_precision(profile).value, choose_muon_dtype(profile).value)\n"
+        "print(choose_precision(profile).value, choose_muon_form(profile).value != 'bfloat16')\n"
     )
     taken = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     found = run_python(code, LLM_QUEST_MACHINE_PROFILE="", LLM_QUEST_CACHE=str(tmp_path), **taken)
-    assert found == ["fp32", "float32"]
+    assert found == ["fp32", "True"]
 
 
 def run_python(code: str, **variables: str) -> list[str]:

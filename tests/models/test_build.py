@@ -8,7 +8,8 @@ import torch
 from llm_quest.errors import UsageError
 from llm_quest.models import FAMILIES
 from llm_quest.models.build import build, build_meta_model, count_parameters, family_of, preset, presets
-from llm_quest.train.optimizers import make_muon, orthogonalize
+from llm_quest.train.newton_schulz import orthogonalize
+from llm_quest.train.optimizers import make_muon
 
 PUBLISHED = [preset for page in FAMILIES for preset in page.presets if preset.num_parameters is not None]
 COUNTS = {

@@ -51,7 +51,7 @@ def chosen(*pairs: str, flops: float | None = None) -> tuple[dict, dict[str, str
 
 def test_a_resumed_run_keeps_the_choices_of_the_machine_where_it_began(text, tmp_path, machine):
     """Bit for bit the straight run, though the machine on which it goes on would choose otherwise."""
-    settings = ("precision=auto", "muon_dtype=auto")
+    settings = ("precision=auto", "muon_form=auto")
     machine("avx512_bf16")
     run(text, tmp_path / "straight", *settings)
     run(text, tmp_path / "moved", *settings, callbacks=(CtrlC(4),))
@@ -64,7 +64,7 @@ def test_a_resumed_run_keeps_the_choices_of_the_machine_where_it_began(text, tmp
     assert "bf16" in kept["precision"]
     assert weights(tmp_path / "moved") == weights(tmp_path / "straight")
     written = read_config(tmp_path / "moved")
-    assert (written["precision"], written["muon_dtype"]) == ("bf16", "bfloat16")
+    assert (written["precision"], written["muon_form"]) == ("bf16", "bfloat16")
     assert written["few_row_products"] == read_config(tmp_path / "straight")["few_row_products"]
     assert {name: (rows.start, rows.stop) for name, rows in FEW_ROWS.items()} == {
         getattr(torch, name): tuple(rows) for name, rows in written["few_row_products"].items()
@@ -75,8 +75,8 @@ def test_a_new_run_has_the_choices_of_its_own_machine(text, tmp_path, machine):
     machine("avx2")
     run(text, tmp_path / "run", "precision=auto", "max_steps=2")
     written = read_config(tmp_path / "run")
-    assert (written["precision"], written["muon_dtype"], written["compile"]) == ("fp32", "float32", False)
-    assert "auto" not in {written[key] for key in ("precision", "muon_dtype", "compile")}
+    assert (written["precision"], written["muon_form"], written["compile"]) == ("fp32", "eigenvalues", False)
+    assert "auto" not in {written[key] for key in ("precision", "muon_form", "compile")}
     assert written["threads"] == torch.get_num_threads()
 
 
@@ -113,9 +113,9 @@ def test_bfloat16_where_it_is_slow_is_done_and_said_before_the_run(machine):
 
 def test_what_is_asked_for_is_not_decided(machine):
     machine("avx2")
-    pairs = ("precision=bfloat16", "muon_dtype=bfloat16", "few_row_products={bfloat16: [1, 9]}", "optim=muon")
+    pairs = ("precision=bfloat16", "muon_form=bfloat16", "few_row_products={bfloat16: [1, 9]}", "optim=muon")
     found, said = chosen(*pairs)
-    assert (found["precision"], found["muon_dtype"], found["few_row_products"]) == (
+    assert (found["precision"], found["muon_form"], found["few_row_products"]) == (
         "bf16", "bfloat16", {"bfloat16": (1, 9)}
     )  # fmt: skip
     assert said["Muon's iterations"] == "bfloat16 (asked for)"

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from llm_quest.train.optimizers import make_adamw, make_muon, newton_schulz, orthogonalize
+from llm_quest.train.newton_schulz import MUON_FORMS, newton_schulz, newton_schulz_by_eigenvalues, orthogonalize
+from llm_quest.train.optimizers import make_adamw, make_muon
 from tests.train.small import Model
 
 
@@ -42,6 +43,29 @@ def test_newton_schulz_brings_every_singular_value_near_one_and_keeps_the_direct
         values = torch.linalg.svdvals(ours)
         assert values.min() > 0.3
         assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (10, 30), (30, 10), (3, 8, 20), (3, 20, 8), (1, 5)])
+def test_the_eigenvalue_form_is_the_same_polynomial(generator, shape):
+    """Also of matrices of low rank, whose small eigenvalues may come out below zero, and of nothing at all."""
+    g = torch.randn(shape, generator=generator, dtype=torch.float64)
+    low = g[..., :1] @ g[..., :1, :]
+    decaying = g * torch.logspace(0, -6, shape[-1], dtype=torch.float64)
+    for x in (g, g * 1e6, g * 1e-5, low, decaying, torch.zeros_like(g)):
+        exact = newton_schulz(x, 5)
+        torch.testing.assert_close(newton_schulz_by_eigenvalues(x, 5), exact, atol=1e-6, rtol=0)
+        single = newton_schulz_by_eigenvalues(x.float(), 5)
+        assert single.dtype == torch.float32
+        assert (single - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("form", MUON_FORMS)
+def test_every_form_of_muon_is_within_its_bound_of_the_definition(generator, form):
+    gradient = torch.randn(3, 24, 40, generator=generator)
+    wanted = torch.cat([newton_schulz(part.double(), 5) * (0.2 * 40**0.5) for part in gradient.split([16, 8], -2)], -2)
+    found = orthogonalize(gradient, [16, 8], form=form)
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() < 2.5e-2 * wanted.norm()
 
 
 def test_ours_equals_torchs_muon_over_ten_steps_in_float64(generator):

@@ -1,0 +1,90 @@
+"""Muon's orthogonalization in three forms of the same polynomial.
+
+Newton-Schulz, on X / |X| (Jordan et al. 2024; the square matrix is the smaller one, n x n):
+
+      X <- a X + (b X X^T + c (X X^T)^2) X        five times
+
+Every step multiplies each singular value s by p(s^2) = a + b s^2 + c s^4 and leaves the directions as they are. So the
+five steps together are Q X with Q = V f(L) V^T, where X X^T = V L V^T and f is the product of the five p's: the
+eigenvalue form. For X (n,m) the steps are 10 n^2 (2 m + n) FLOPs of products, the eigenvalue form 2 n^2 (2 m + n) and
+one decomposition, which takes as long as about 7 to 11 products of n x n.
+
+Commonly got wrong: iterating on X X^T alone is cheaper than on X, but in bfloat16 it loses every singular value below
+sqrt(2^-8) of the largest; the eigenvalue form is computed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llm_quest.machine.hardware import bf16_support
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SMALLEST_NORM = 1e-7
+
+
+def newton_schulz(x: Tensor, steps: int) -> Tensor:
+    """The steps as products, in the dtype of x, for each matrix (last two dimensions)."""
+    a, b, c = COEFFICIENTS
+    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT.contiguous() if tall else x  # products with a transposed matrix are 10 % slower
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=SMALLEST_NORM)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def newton_schulz_by_eigenvalues(x: Tensor, steps: int) -> Tensor:
+    """The same by the eigenvalues of X X^T (X^T X of a tall matrix), in float32 or wider."""
+    a, b, c = COEFFICIENTS
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    tall = x.shape[-2] > x.shape[-1]
+    gram = x.mT @ x if tall else x @ x.mT
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=SMALLEST_NORM)  # the trace is |X|^2
+    values, vectors = torch.linalg.eigh(gram / norm[..., None, None] ** 2)
+    values, factor = values.clamp(min=0), torch.ones_like(values)
+    for _ in range(steps):
+        p = a + b * values + c * values**2
+        values, factor = values * p**2, factor * p
+    q = (vectors * (factor / norm[..., None])[..., None, :]) @ vectors.mT
+    return x @ q if tall else q @ x
+
+
+def newton_schulz_bf16(x: Tensor, steps: int) -> Tensor:
+    return newton_schulz(x.to(torch.bfloat16), steps)
+
+
+def newton_schulz_fp32(x: Tensor, steps: int) -> Tensor:
+    return newton_schulz(x.to(torch.float32), steps)
+
+
+MUON_FORMS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "bfloat16": newton_schulz_bf16,
+    "float32": newton_schulz_fp32,
+    "eigenvalues": newton_schulz_by_eigenvalues,
+}
+"""Form -> the orthogonalization of matrices in so many steps. Two of them may differ by 2.5e-2."""
+
+
+@functools.cache
+def default_form(device: torch.device) -> str:
+    """bfloat16, as published, where the hardware multiplies it, float32 elsewhere. Commonly got wrong: on a CPU without
+    bfloat16 instructions a product in bfloat16 takes up to 200 times as long as one in float32."""
+    return "bfloat16" if bf16_support(device)[0] else "float32"
+
+
+def orthogonalize(gradient: Tensor, rows: Sequence[int] | None = None, steps: int = 5, form: str = "") -> Tensor:
+    """0.2 sqrt(max(rows, columns)) times about U V^T, for each of the matrices that are stacked by these numbers of
+    rows (None: one matrix). form: of `MUON_FORMS`; empty: `default_form`."""
+    one_matrix = MUON_FORMS[form or default_form(gradient.device)]
+    result, sizes = torch.empty_like(gradient), list(rows or gradient.shape[-2:-1])
+    for matrix, target in zip(gradient.split(sizes, dim=-2), result.split(sizes, dim=-2), strict=True):
+        target.copy_(one_matrix(matrix, steps)).mul_(0.2 * math.sqrt(max(matrix.shape[-2:])))
+    return result
