@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 
 from llm_quest.cli.vision import load_matching_preprocess
-from llm_quest.data.images import IMAGE_SUFFIXES, load_image
+from llm_quest.data.images import IMAGE_SUFFIXES, is_image_file, load_image
 from llm_quest.data.text_classification import encode_truncated
 from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns
@@ -19,6 +21,8 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import last_token_outputs, pad_rows
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import resolve_device
+
+MAX_PATH_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
     """Classify a text with a model of `quest train classify`."""
     torch_device = resolve_device(device)
     model = load(name_or_path, device=torch_device, dtype="float32")
+    if isinstance(model, ImageEncoder):
+        raise UsageError(f"{name_or_path} classifies images, and {text[:60]!r} is no image file: give the path of one")
     head = find_score_head(model) if isinstance(model, Decoder) else None
     if head is None or head.outputs < 2:
         raise UsageError(
@@ -54,14 +60,22 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
     probabilities = (
         last_token_outputs(model, tokens.to(torch_device), positions.to(torch_device))[0].softmax(dim=0).tolist()
     )
-    names = head.labels or tuple(f"LABEL_{i}" for i in range(head.outputs))
+    names = unique_names(head.labels or tuple(f"LABEL_{i}" for i in range(head.outputs)))
     ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
     return TextPrediction(next(iter(ordered)), ordered, tokens.shape[1], len(whole) - tokens.shape[1])
 
 
 def is_image_path(text: str) -> bool:
-    """Whether the argument names an image file and is not a text."""
-    return "\n" not in text and Path(text).suffix.lower() in IMAGE_SUFFIXES
+    """Whether the argument names an image file and is not a text: by its suffix, or by how the file begins."""
+    if "\n" in text or "\0" in text or len(text) > MAX_PATH_LENGTH:
+        return False
+    return Path(text).suffix.lower() in IMAGE_SUFFIXES or (Path(text).is_file() and is_image_file(text))
+
+
+def unique_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes; those that occur twice (ImageNet's two cranes) with their number: 'crane (134)'."""
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names))
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,6 @@ def classify_image(model: str, path: str | Path, *, device: str = "auto") -> Ima
         raise UsageError(f"{model} is not an image classifier; train one with quest train vit")
     preprocess = load_matching_preprocess(model, loaded.config)
     probabilities = loaded(preprocess(load_image(Path(path)))[None].to(torch_device))[0].softmax(dim=0).tolist()
-    names = loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels))
+    names = unique_names(loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels)))
     ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
     return ImagePrediction(next(iter(ordered)), ordered)

@@ -13,7 +13,6 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.documents import Document
 from llm_quest.data.image_text import ImageTextCollator
-from llm_quest.data.images import ImageProcessor
 from llm_quest.data.split import split_corpus
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.eval.images import ImageAccuracyEvaluator, ImageQuestionEvaluator
@@ -107,7 +106,7 @@ def evaluate_images(name_or_path: str, *, device: str, log: LogFn) -> ImageScore
     log(f"{name_or_path}: {model.spec.family}, {sum(p.numel() for p in model.parameters()):,} parameters")
     if settings.tree["recipe"] == "vit":
         part = parse_config(VitConfig, settings).data
-        preprocess = ImageProcessor(part.image_size, part.image_mean, part.image_std)
+        preprocess = load_preprocess(name_or_path)
         images = load_images(part, preprocess).held_out
         return ImageScores(
             f"{len(images):,} images of {part.source}", ImageAccuracyEvaluator(images, preprocess, 0).evaluate(model, 0)
@@ -116,6 +115,5 @@ def evaluate_images(name_or_path: str, *, device: str, log: LogFn) -> ImageScore
     writer = ImageTextCollator(
         load_tokenizer(name_or_path), numbers.image_token_id, numbers.image_seq_length, config.sequence_length
     )
-    number = config.eval_images
-    asking = ImageQuestionEvaluator(load_image_text(config, preprocess), writer, preprocess, number, 0)
-    return ImageScores(f"{number:,} {config.data.source}", asking.evaluate(model, 0))
+    asking = ImageQuestionEvaluator(load_image_text(config, preprocess), writer, preprocess, config.eval_images, 0)
+    return ImageScores(f"{asking.num_images:,} images of {config.data.source}", asking.evaluate(model, 0))

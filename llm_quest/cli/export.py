@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.load_save import load, load_tokenizer, parse_dtype, save
+from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer, parse_dtype, save
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.low_rank import adapter_layers
+from llm_quest.models.image_encoder import ImageEncoder
+from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
 from llm_quest.techniques.lora import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
@@ -58,8 +60,22 @@ def export_run(
             f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
             "--adapter the adapter alone for PEFT"
         )
-    save(model, folder, tokenizer=load_tokenizer(run), overwrite=overwrite)
+    save_with_inputs(model, run, folder, overwrite)
     return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
+
+
+def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool) -> None:
+    """Save the model with what makes its inputs: the tokenizer of a model that reads text, the image processor of one
+    that reads images, both of one that reads both."""
+    reads_text = not isinstance(model, ImageEncoder)
+    reads_images = isinstance(model, ImageEncoder | VisionLanguageModel)
+    save(
+        model,
+        folder,
+        tokenizer=load_tokenizer(run) if reads_text else None,
+        preprocess=load_preprocess(run) if reads_images else None,
+        overwrite=overwrite,
+    )
 
 
 def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
@@ -69,7 +85,7 @@ def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged:
     kind = parse_dtype(dtype)
     if merged:
         merge_adapter(model)
-        save(model.to(kind), folder, tokenizer=load_tokenizer(run), overwrite=overwrite)
+        save_with_inputs(model.to(kind), run, folder, overwrite)
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     base = base_model_path(run)
     save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)

@@ -31,6 +31,8 @@ def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:
     """The image processor of a model. DataError if its size or channels are not those of the model."""
     preprocess = load_preprocess(name_or_path)
     declared, expected = (preprocess.size, len(preprocess.mean)), (config.image_size, config.num_channels)
+    if preprocess.resize_size is not None and not preprocess.crop and preprocess.do_resize:
+        return preprocess  # of the image's own aspect ratio: the model says which shapes it reads
     if declared != expected:
         raise DataError(
             f"{name_or_path}: preprocessor_config.json makes images of {declared[0]} pixels with {declared[1]} "

@@ -101,8 +101,10 @@ def load_image_folder(path: str | Path, image_processor: ImageProcessor, held_ou
 def read_class_folders(
     path: Path, image_processor: ImageProcessor, class_names: Sequence[str] | None = None
 ) -> ImageDataset:
-    """Every image of every sub-folder; class_names: the classes that must exist."""
-    there = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and list_image_files(entry))
+    """Every image of every sub-folder; class_names: the classes that must exist. Hidden folders (`.ipynb_checkpoints`)
+    are no classes."""
+    folders = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    there = sorted(entry.name for entry in folders if list_image_files(entry))
     if class_names is None and len(there) < 2:
         raise DataError(
             f"{path} has images in {len(there)} sub-folders; at least two classes are needed, one folder each"

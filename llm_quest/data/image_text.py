@@ -46,6 +46,10 @@ class ImageTextDataset(Protocol):
 
     hash: str
 
+    @property
+    def num_eval_examples(self) -> int | None:
+        """Held-out images; None: without end."""
+
     def train_example(self, number: int, seed: int) -> ImageText:
         """The image of row `number` of training."""
 
@@ -58,6 +62,8 @@ class ImageTextDataset(Protocol):
 
 class SceneDataset:
     """Rendered scenes of shapes, without end; combinations are held out (`data.synthetic_shapes`)."""
+
+    num_eval_examples: int | None = None
 
     def __init__(self, size: int):
         self.size = size
@@ -106,12 +112,16 @@ class CaptionDataset:
         ]
         self.hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
+    @property
+    def num_eval_examples(self) -> int | None:
+        return len(self.held_out_examples)
+
     def train_example(self, number: int, seed: int) -> ImageText:
         epoch, place = divmod(number, len(self.train_examples))
         return self.train_examples[int(shuffle_indices(len(self.train_examples), seed, epoch)[place])]
 
     def eval_example(self, number: int) -> ImageText:
-        return self.held_out_examples[number % len(self.held_out_examples)]
+        return self.held_out_examples[number]
 
     def tokenizer_texts(self) -> list[str]:
         return [f"{turn.question} {turn.answer}" for example in self.train_examples for turn in example.turns]
@@ -122,7 +132,7 @@ def read_caption_file(file: Path) -> list[tuple[Path, QuestionAnswer]]:
     if not file.is_file():
         raise DataError(f"{file}: there is no such file; a JSONL file of images and captions was expected")
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -6,7 +6,7 @@ Commonly got wrong: the statistics. Each published model has its own mean and de
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,47 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from llm_quest.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-RESAMPLING = {2: "bilinear", 3: "bicubic"}
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"),
+)
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+"""Pillow's filters, by their numbers in preprocessor_config.json."""
 PIL_MODES = {1: "L", 3: "RGB"}
-MAX_PIXEL_VALUE = 255.0
+MAX_PIXEL_VALUE, MAX_16_BIT = 255.0, 65_535
+ImageSize = int | tuple[int, int]
+"""A side of a square, or height and width."""
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Preprocesses images for a model: resized to `size` x `size` pixels, brightness 0..1, minus `mean`, divided by
-    `std`.
+    """Preprocesses images for a model: converted to its channels, padded, resized, cropped; then
+    out = (pixel x rescale_factor - mean) / std.
 
-    mean, std: one number per channel (1: grey, 3: red, green, blue). crop: keep the aspect ratio, resize the shorter
-    side and crop the center (CLIP); otherwise the image is squeezed into the square (ViT)."""
+    size: of what comes out, a side or (height, width). mean, std: one number per channel (1: grey, 3: red, green,
+    blue). crop: keep the aspect ratio, resize the shorter side and crop the center (CLIP); otherwise the image is
+    squeezed into the square (ViT). resize_size: what is resized to before the crop, where that is not `size`; an
+    integer is the shorter side, (height, width) the exact shape. do_convert_rgb: transparent pixels are shown on white
+    (otherwise alpha is dropped). pad_to_square: first pad the shorter side with the mean color (LLaVA's training)."""
 
-    size: int
+    size: ImageSize
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: str = "bilinear"
     crop: bool = False
+    resize_size: ImageSize | None = None
+    do_resize: bool = True
+    rescale_factor: float = 1 / MAX_PIXEL_VALUE
+    do_convert_rgb: bool = False
+    pad_to_square: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or len(self.mean) not in PIL_MODES or min(self.std) <= 0 or self.size < 1:
+        sides = (*self.shape, *as_shape(1 if self.resize_size is None else self.resize_size))
+        if len(self.mean) != len(self.std) or len(self.mean) not in PIL_MODES or min(self.std) <= 0 or min(sides) < 1:
             raise DataError(
                 f"images of size {self.size} with mean {self.mean} and deviation {self.std} cannot be made: give a "
                 "positive size and 1 or 3 channels, with deviations above 0"
@@ -48,93 +62,150 @@ class ImageProcessor:
         if self.resample not in RESAMPLING.values():
             raise DataError(f"resampling {self.resample!r} is unknown; known: {', '.join(RESAMPLING.values())}")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return as_shape(self.size)
+
     def __call__(self, image: Image.Image) -> Float[Tensor, "C H W"]:
         return self.normalize(self.resize_to_pixels(image)[None])[0]
 
     def resize_to_pixels(self, image: Image.Image) -> np.ndarray:
-        """uint8 (C,H,W), resized and nothing more."""
-        image = image.convert(PIL_MODES[len(self.mean)])
-        method = Image.Resampling.BILINEAR if self.resample == "bilinear" else Image.Resampling.BICUBIC
+        """uint8 (C,H,W): converted, resized, cropped and nothing more."""
+        image = convert_mode(image, PIL_MODES[len(self.mean)], alpha_on_white=self.do_convert_rgb)
+        if self.pad_to_square:
+            image = pad_image_to_square(image, self.mean)
+        if self.do_resize:
+            height, width = self.resized_shape(image)
+            image = image.resize((width, height), getattr(Image.Resampling, self.resample.upper()))
         if self.crop:
-            image = self.center_crop(image, method)
-        elif image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), method)
+            image = self.center_crop(image)
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
-    def center_crop(self, image: Image.Image, method: Image.Resampling) -> Image.Image:
-        """Resize the shorter side to `size`, then crop the square in the middle."""
-        short, long = sorted(image.size)
-        other = int(self.size * long / short)
-        wide = image.size[0] >= image.size[1]
-        image = image.resize((other, self.size) if wide else (self.size, other), method)
-        left, top = (image.size[0] - self.size) // 2, (image.size[1] - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
+    def resized_shape(self, image: Image.Image) -> tuple[int, int]:
+        """Height and width after resizing; the longer side is rounded down, as in transformers."""
+        target = self.resize_size
+        if target is None:
+            target = self.size if self.crop else self.shape
+        if not isinstance(target, int):
+            return target
+        width, height = image.size
+        longer = int(target * max(image.size) / min(image.size))
+        return (longer, target) if width <= height else (target, longer)
+
+    def center_crop(self, image: Image.Image) -> Image.Image:
+        """The middle of the image, (height, width) as `size`; what lies outside of it is black."""
+        height, width = self.shape
+        left, top = (image.size[0] - width) // 2, (image.size[1] - height) // 2
+        return image.crop((left, top, left + width, top + height))
 
     def normalize(self, pixels: np.ndarray) -> Float[Tensor, "B C H W"]:
         """From uint8 (B,C,H,W) to what the model reads."""
         mean, std = (np.array(numbers, dtype=np.float32)[:, None, None] for numbers in (self.mean, self.std))
-        return torch.from_numpy((pixels.astype(np.float32) / MAX_PIXEL_VALUE - mean) / std)
-
-    def to_preprocessor_config(self) -> dict[str, Any]:
-        """The contents of preprocessor_config.json."""
-        number = next(number for number, name in RESAMPLING.items() if name == self.resample)
-        square = {"height": self.size, "width": self.size}
-        shape: dict[str, Any] = {"size": square, "image_processor_type": "ViTImageProcessor"}
-        if self.crop:
-            shape = {"size": {"shortest_edge": self.size}, "crop_size": square, "do_center_crop": True}
-            shape |= {"do_convert_rgb": True, "image_processor_type": "CLIPImageProcessor"}
-        steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
-        numbers = {"image_mean": list(self.mean), "image_std": list(self.std)}
-        return {**shape, **steps, **numbers, "resample": number, "rescale_factor": 1 / MAX_PIXEL_VALUE}
+        scaled = (np.arange(MAX_PIXEL_VALUE + 1) * self.rescale_factor).astype(np.float32)
+        return torch.from_numpy((scaled[pixels] - mean) / std)
 
 
-CLIP_STATISTICS = {
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
+def as_shape(size: ImageSize) -> tuple[int, int]:
+    """(height, width); an integer is the side of a square."""
+    return (size, size) if isinstance(size, int) else size
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_STATISTICS: dict[str, Any] = {
+    "mean": CLIP_MEAN,
+    "std": CLIP_STD,
     "resample": "bicubic",
     "crop": True,
+    "do_convert_rgb": True,
 }
 
 
-def parse_preprocessor_config(published: Mapping[str, Any]) -> ImageProcessor:
-    """From the contents of preprocessor_config.json, today's or an older one's (`"size": 224`)."""
-    size, crop = published.get("size", 224), bool(published.get("do_center_crop"))
-    target_size = published.get("crop_size", size) if crop else size
-    if isinstance(target_size, Mapping):
-        target_size = target_size.get("height", target_size.get("shortest_edge"))
-    if type(target_size) is not int:
-        raise DataError(f"preprocessor_config.json: size is {size!r}; a whole number of pixels was expected")
-    if published.get("resample", 2) not in RESAMPLING:
+def convert_mode(image: Image.Image, mode: str, *, alpha_on_white: bool) -> Image.Image:
+    """The image in mode L or RGB. More than 8 bits are scaled to 8 first.
+
+    alpha_on_white: transparent pixels are shown on white; otherwise their hidden color is."""
+    image = scale_to_8_bits(image)
+    if alpha_on_white and ("A" in image.getbands() or "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits, whole numbers or floats, in mode L: white stays white.
+
+    Differs: transformers leaves this to Pillow, whose `convert` clips at 255, so that a 16-bit photo comes out white.
+    Floats are 0..1 or 0..255, as `transformers.image_transforms.to_pil_image` takes them."""
+    if not image.mode.startswith("I") and image.mode != "F":
+        return image
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = float(pixels.min()), float(pixels.max())
+    if not np.isfinite(pixels).all() or low < 0 or high > (MAX_PIXEL_VALUE if image.mode == "F" else MAX_16_BIT):
         raise DataError(
-            f"preprocessor_config.json: resample is {published['resample']!r}; known: "
-            + ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
+            f"an image of mode {image.mode} with values from {low:g} to {high:g}: grey of 0..65535, or floats of 0..1 "
+            "or 0..255, were expected; convert it to 8 bits first"
         )
-    mean, std = published.get("image_mean", (0.5,) * 3), published.get("image_std", (0.5,) * 3)
-    return ImageProcessor(target_size, tuple(mean), tuple(std), RESAMPLING[published.get("resample", 2)], crop)
+    if image.mode == "F":
+        scale = MAX_PIXEL_VALUE if high <= 1 and not np.array_equal(pixels, np.rint(pixels)) else 1.0
+        return Image.fromarray((pixels * scale).astype(np.uint8))
+    is_8_bit = image.mode == "I" and high <= MAX_PIXEL_VALUE
+    return Image.fromarray(np.rint(pixels if is_8_bit else pixels * (MAX_PIXEL_VALUE / MAX_16_BIT)).astype(np.uint8))
+
+
+def pad_image_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """The image in the middle of a square of the mean color."""
+    side = max(image.size)
+    color = tuple(int(value * MAX_PIXEL_VALUE) for value in mean)
+    square = Image.new(image.mode, (side, side), color if len(color) > 1 else color[0])
+    square.paste(image, ((side - image.size[0]) // 2, (side - image.size[1]) // 2))
+    return square
 
 
 def load_image(file: str | Path) -> Image.Image:
-    """A whole image, decoded. DataError names a file that is missing, not an image, truncated or absurdly large."""
+    """An image of RGB, decoded whole and turned upright by its EXIF orientation, as transformers' `load_image` gives
+    it. DataError names a file that is missing, not an image, truncated or absurdly large.
+
+    Commonly got wrong: a phone stores a portrait lying on its side with a note how to turn it, which `Image.open` does
+    not do."""
     file = Path(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                image.load()
-                return image.copy()
+                return convert_mode(ImageOps.exif_transpose(image), "RGB", alpha_on_white=False).copy()
     except FileNotFoundError:
         raise DataError(f"{file}: there is no such image") from None
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: no image that can be read, or a corrupt one: {str(error)[:120]}") from None
     except Image.DecompressionBombWarning as error:
         raise DataError(f"{file}: too large to be decoded: {str(error)[:120]}") from None
 
 
+def is_image_file(file: str | Path) -> bool:
+    """Whether this is a file that begins as an image does, whatever its name ends in."""
+    try:
+        with Image.open(file):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
 def list_image_files(folder: Path) -> list[Path]:
-    """The images of a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    """The images of a folder, by name; hidden files (`._a.png`) are no images."""
+    visible = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 def load_pixels(files: Sequence[Path], image_processor: ImageProcessor) -> np.ndarray:
-    """uint8 (N,C,H,W) of the images in these files."""
-    return np.stack([image_processor.resize_to_pixels(load_image(file)) for file in files])
+    """uint8 (N,C,H,W) of the images in these files. DataError names one whose shape differs from the others'."""
+    pixels = [image_processor.resize_to_pixels(load_image(file)) for file in files]
+    for file, image in zip(files, pixels, strict=True):
+        if image.shape != pixels[0].shape:
+            raise DataError(
+                f"{file}: becomes {image.shape[2]} x {image.shape[1]} pixels, {files[0]} {pixels[0].shape[2]} x "
+                f"{pixels[0].shape[1]}: this processor keeps the aspect ratio and crops nothing; crop the images alike"
+            )
+    return np.stack(pixels)

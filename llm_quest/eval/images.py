@@ -47,8 +47,8 @@ class ImageAccuracyEvaluator:
 
 @dataclass(frozen=True)
 class ImageQuestionEvaluator:
-    """Exact match of greedy answers to questions about held-out images, by kind of question. The answers about the
-    first image are saved in `samples`, if it is given."""
+    """Exact match of greedy answers to questions about `number` held-out images (each once: all of them, where there
+    are fewer), by kind of question. The answers about the first image are saved in `samples`, if it is given."""
 
     sights: ImageTextDataset
     writer: ImageTextCollator
@@ -58,9 +58,15 @@ class ImageQuestionEvaluator:
     samples: Path | None = None
     name: str = "eval"
 
+    @property
+    def num_images(self) -> int:
+        """How many images are asked about."""
+        held_out = self.sights.num_eval_examples
+        return self.number if held_out is None else min(self.number, held_out)
+
     def evaluate(self, model: VisionLanguageModel, step: int) -> Mapping[str, float]:
         questions = [
-            (sight, turn) for sight in map(self.sights.eval_example, range(self.number)) for turn in sight.turns
+            (sight, turn) for sight in map(self.sights.eval_example, range(self.num_images)) for turn in sight.turns
         ]
         parts = [
             questions[first : first + QUESTION_BATCH_SIZE] for first in range(0, len(questions), QUESTION_BATCH_SIZE)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 NUM_READERS = 2
 SAVED_FILES = re.compile(
-    r"(config|generation_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|README\.md"
+    r"(config|generation_config|preprocessor_config|processor_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|README\.md"
     r"|techniques\.safetensors|model(-\d+-of-\d+)?\.safetensors|chat_template\.jinja|vocab\.json|merges\.txt"
 )
 
@@ -185,7 +185,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save(stage, model_max_length=model.config.max_position_embeddings)
         if preprocess is not None:
-            write_json(stage / "preprocessor_config.json", preprocess.to_preprocessor_config())
+            from llm_quest.data.preprocessor_config import build_preprocessor_config
+
+            write_json(stage / "preprocessor_config.json", build_preprocessor_config(preprocess))
         write_weights(stage, tensors, parse_size(max_shard_size))
         if extra:
             write_tensors(stage / TECHNIQUES_FILE, extra)
@@ -262,14 +264,39 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
 
 def load_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor:
-    """How the images of a published folder, a run, or a hub id are made. DataError where it is not said."""
-    from llm_quest.data.images import parse_preprocessor_config
+    """How the images of a published folder, a run, or a hub id are made: `image_processor` of processor_config.json
+    (transformers 5), otherwise preprocessor_config.json. DataError where neither says, or says what is not computed."""
+    processor = find_preprocess(name_or_path, revision=revision)
+    if processor is None:
+        raise DataError(
+            f"{name_or_path} has no preprocessor_config.json (nor an image_processor in processor_config.json), which "
+            "says how its images are made"
+        )
+    return processor
+
+
+def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) -> ImageProcessor | None:
+    """The same; None where no file says."""
+    from llm_quest.data.preprocessor_config import parse_preprocessor_config
 
     location = locate_model(name_or_path, revision=revision)
     for home in [location.folder] if location.run_dir is None else [location.run_dir, location.folder]:
-        if (home / "preprocessor_config.json").exists():
-            return parse_preprocessor_config(read_json(home / "preprocessor_config.json"))
-    raise DataError(f"{name_or_path} has no preprocessor_config.json, which says how its images are made")
+        both, alone = (
+            read_json_if_there(home / f"{name}.json") for name in ("processor_config", "preprocessor_config")
+        )
+        published = both.get("image_processor") or alone
+        if published:
+            model_type = read_json_if_there(home / "config.json").get("model_type")
+            try:
+                return parse_preprocessor_config(published, model_type)
+            except DataError as error:
+                raise DataError(f"{name_or_path}: {error}") from None
+    return None
+
+
+def read_json_if_there(file: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty without the file."""
+    return read_json(file) if file.exists() else {}
 
 
 def write_model_json(run: str | Path, model: Decoder) -> None:

@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja"),
 )
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
@@ -44,7 +45,7 @@ def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow
         raise DataError(f"{name_or_path} is a file; give the folder that holds it, with its config.json")
     if not HUB_ID.fullmatch(str(name_or_path)) or ".." in str(name_or_path):
         raise DataError(f"there is no folder {str(name_or_path)!r}")
-    patterns = [*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, *(PICKLE_FILES if allow_pickle else ())]
+    patterns = [*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, *IMAGE_FILES, *(PICKLE_FILES if allow_pickle else ())]
     return ModelLocation(download_snapshot(str(name_or_path), patterns, revision), str(name_or_path), from_hub=True)
 
 

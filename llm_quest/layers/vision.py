@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.errors import UsageError
+
 
 class PatchEmbedding(nn.Linear):
     """Cut (B,C,H,W) into squares of side P, row by row, and project the C P P numbers of each: (B,N,D), N = (H/P)(W/P).
@@ -30,7 +32,7 @@ class ImageEmbedding(nn.Module):
     """[class token; patches] + positions: a learned class token before the patches, and a learned position for each of
     them, the class token included (eq. 1). image_size: side of the square images.
 
-    Raises ValueError for images of another shape: the positions belong to one grid (`interpolate_pos_encoding` makes
+    Raises UsageError for images of another shape: the positions belong to one grid (`interpolate_pos_encoding` makes
     those of another)."""
 
     def __init__(
@@ -51,7 +53,7 @@ class ImageEmbedding(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
         expected = (self.patches.num_channels, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
-            raise ValueError(
+            raise UsageError(
                 f"images are {' x '.join(map(str, images.shape[1:]))}; "
                 f"this model reads {' x '.join(map(str, expected))} "
                 "(channels, height, width): resize them, or the model's positions"

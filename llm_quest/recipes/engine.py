@@ -113,7 +113,9 @@ def write_run_files(job: Job, folder: Path) -> None:
     if job.tokenizer is not None:
         job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.max_position_embeddings)
     if job.preprocessor is not None:
-        atomic_write_json(folder / "preprocessor_config.json", job.preprocessor.to_preprocessor_config())
+        from llm_quest.data.preprocessor_config import build_preprocessor_config
+
+        atomic_write_json(folder / "preprocessor_config.json", build_preprocessor_config(job.preprocessor))
     atomic_write_json(folder / "data.json", dict(job.facts))
 
 

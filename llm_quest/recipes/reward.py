@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.objectives.classification import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss
@@ -44,8 +45,12 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
     config, model, tokenizer = begin_finetuning(config, context)
     pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     callbacks = apply_config_techniques(config, model, log)
-    if find_score_head(model) is None:
+    if (head := find_score_head(model)) is None:
         ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)
+    elif head.outputs != 1:
+        raise UsageError(
+            f"model.load={config.model.load} is a classifier of {head.outputs} classes: a reward model gives one number"
+        )
     loader = pairs_loader(config, pairs, parallel)
     facts = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
     return Job(

@@ -4,12 +4,13 @@ is chosen by it."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from llm_quest.contracts import LogFn
 from llm_quest.data.image_datasets import (
     AugmentedImages,
     ImageAugmentation,
@@ -23,7 +24,7 @@ from llm_quest.data.image_datasets import (
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import UsageError
 from llm_quest.eval.images import ImageAccuracyEvaluator
-from llm_quest.hub.load_save import load
+from llm_quest.hub.load_save import find_preprocess, load
 from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
@@ -35,6 +36,10 @@ from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, Posit
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.train.state import derive_seed
 
+NATIVE_SHAPES = {"digits": (8, 1), "cifar10": (32, 3)}
+"""Pixels of a side and channels of the sources that have them."""
+DEFAULT_PROCESSORS = {"folder": ImageProcessor(224), "digits": ImageProcessor(8, (0.0,), (0.4,))}
+"""Digits have a black background, which is 0: what augmentation shifts in from outside is background."""
 EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
 
 
@@ -67,16 +72,29 @@ class ImageDataConfig(StrictModel):
     path: str | None = Field(
         default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
     )
-    image_size: PositiveInt = Field(default=8, description="pixels of a side")
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_size: PositiveInt | None = Field(
+        default=None, description="pixels of a side; null: those of the source (digits 8, cifar10 32) or of model.load"
+    )
+    image_mean: tuple[float, ...] | None = Field(
+        default=None, description="null: as model.load's folder says; without one, of digits 0, otherwise 0.5"
+    )
+    image_std: tuple[float, ...] | None = Field(
+        default=None, description="null: as model.load's folder says; without one, of digits 0.4, otherwise 0.5"
+    )
     held_out: EvalFraction = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
     def one_mean_and_std_per_channel(self) -> ImageDataConfig:
-        ImageProcessor(self.image_size, self.image_mean, self.image_std)
+        if (channels := self.channels) is not None:
+            ImageProcessor(1, self.image_mean or (0.5,) * channels, self.image_std or (0.5,) * channels)
         return self
+
+    @property
+    def channels(self) -> int | None:
+        """As many as numbers are given, if any are."""
+        numbers = self.image_mean or self.image_std
+        return None if numbers is None else len(numbers)
 
     @model_validator(mode="after")
     def check_folder(self) -> ImageDataConfig:
@@ -119,15 +137,17 @@ class VitConfig(VisionConfig):
     @model_validator(mode="after")
     def images_fit(self) -> VitConfig:
         part, images = self.model, self.data
-        size, channels = images.image_size, len(images.image_mean)
-        native = {"digits": (8, 1), "cifar10": (32, 3)}.get(images.source, (size, channels))
-        if native != (size, channels):
+        native = NATIVE_SHAPES.get(images.source, (images.image_size, images.channels))
+        size = native[0] if images.image_size is None else images.image_size
+        if native != (size, native[1] if images.channels is None else images.channels):
             raise ValueError(
                 f"{images.source} are {native[0]} pixels with {native[1]} channels: set data.image_size={native[0]} "
                 f"and {native[1]} numbers in data.image_mean and data.image_std"
             )
         if part.load is not None:
             return self
+        if size is None:
+            raise ValueError(f"source {images.source} needs data.image_size: the pixels of a side")
         sizes = part if part.preset is None else preset(part.preset).config
         if not isinstance(sizes, VitModelConfig | vit.Config):
             raise ValueError(f"model.preset {part.preset} is no ViT; `quest models` lists those that are")
@@ -143,7 +163,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     """Images, model, classification loss."""
     parallel, log = context.parallel, context.log
     config = resolve_auto(config, context)
-    preprocess = ImageProcessor(config.data.image_size, config.data.image_mean, config.data.image_std)
+    preprocess = make_image_processor(config, log)
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
     augmented = AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump()))
@@ -164,6 +184,34 @@ def build_vit(config: VitConfig, context: Context) -> Job:
         callbacks=callbacks,
         blocks=fsdp_blocks(objective.model),
     )
+
+
+def make_image_processor(config: VitConfig, log: LogFn) -> ImageProcessor:
+    """As the folder of model.load says, or plain squares; what the config gives holds instead."""
+    part, base = config.data, DEFAULT_PROCESSORS.get(config.data.source, DEFAULT_PROCESSORS["folder"])
+    if config.model.load is not None:
+        loaded = find_preprocess(config.model.load)
+        base, who = (base, "no preprocessor_config.json") if loaded is None else (loaded, config.model.load)
+        log(f"images are made as {who} says: mean {base.mean} and deviation {base.std}, where data says nothing")
+    size = part.image_size or NATIVE_SHAPES.get(part.source, (None, None))[0]
+    base = base if size is None else resize_processor(base, size)
+    numbers = {"mean": part.image_mean, "std": part.image_std}
+    channels = part.channels or len(base.mean)
+    for name, given in numbers.items():
+        own: tuple[float, ...] = getattr(base, name)
+        numbers[name] = given or (own if len(own) == channels else (0.5,) * channels)
+    return replace(base, **numbers)  # type: ignore[arg-type]
+
+
+def resize_processor(processor: ImageProcessor, size: int) -> ImageProcessor:
+    """The processor for squares of another side; the border that its crop cuts away stays in proportion."""
+    height, width = processor.shape
+    border = processor.resize_size
+    if isinstance(border, int):
+        border = round(border * size / min(height, width))
+    elif border is not None:
+        border = (round(border[0] * size / height), round(border[1] * size / width))
+    return replace(processor, size=size, resize_size=border)
 
 
 def fsdp_blocks(model: Any) -> list[nn.Module]:
@@ -210,8 +258,7 @@ def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
 
 
 def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str, ...], seed: int) -> ImageEncoder:
-    """A trained model for these images: positions stretched to their size, and a head of their classes with new
-    values."""
+    """A trained model for these images: positions stretched to their size, and a head of their classes."""
     if not isinstance(model, ImageEncoder) or not isinstance(model.config, vit.Config):
         raise UsageError("model.load must name a ViT")
     if images.pixels.shape[1] != model.config.num_channels:
@@ -220,13 +267,28 @@ def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str
             "set as many numbers in data.image_mean"
         )
     model = vit.resize_images(model, images.pixels.shape[2])
-    if len(images.names) != model.config.num_labels:
-        config = replace(model.config, num_labels=len(images.names), label_names=labels)
-        model.spec = replace(model.spec, config=config)
-        model.head = nn.Linear(config.hidden_size, config.num_labels)
-        nn.init.normal_(model.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
-        nn.init.zeros_(model.head.bias)
+    known = model.config.label_names or vit.default_label_names(model.config.num_labels)
+    wanted = labels or vit.default_label_names(len(images.names))
+    if known != wanted:
+        replace_head(model, known, wanted, labels, seed)
     return model
+
+
+def replace_head(
+    model: ImageEncoder, known: tuple[str, ...], wanted: tuple[str, ...], labels: tuple[str, ...], seed: int
+) -> None:
+    """A head of the wanted classes: those that the model knows by name keep their rows, the others begin anew.
+
+    Commonly got wrong: as many classes taken for the same classes; the old names then stay, and an apple is a cat."""
+    config, before = replace(model.config, num_labels=len(wanted), label_names=labels), cast(nn.Linear, model.head)
+    head = nn.Linear(config.hidden_size, config.num_labels)
+    nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
+    with torch.no_grad():
+        for row, name in enumerate(wanted):
+            if known.count(name) == 1:
+                head.weight[row], head.bias[row] = (p[known.index(name)] for p in (before.weight, before.bias))
+    model.spec, model.head = replace(model.spec, config=config), head
 
 
 RECIPE = Recipe("vit", VitConfig, build_vit)

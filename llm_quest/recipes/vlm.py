@@ -12,14 +12,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from llm_quest.contracts import LogFn
 from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextRows, SceneDataset
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
 from llm_quest.data.synthetic_shapes import SCENE_STATISTICS
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
-from llm_quest.errors import DataError, UsageError
+from llm_quest.errors import UsageError
 from llm_quest.eval.images import ImageQuestionEvaluator
-from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer
+from llm_quest.hub.load_save import find_preprocess, load, load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import clip, llama
 from llm_quest.models.build import build
@@ -146,7 +147,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
     """Images with text, tokenizer, model, captioning loss."""
     parallel, log = context.parallel, context.log
     config = resolve_auto(config, context)
-    preprocess = load_or_make_preprocess(config)
+    preprocess = load_or_make_preprocess(config, log)
     sights = load_image_text(config, preprocess)
     tokenizer = build_vlm_tokenizer(config, sights)
     model = init_vlm(config, tokenizer, preprocess).train_only([PART_MODULES[part] for part in config.trainable])
@@ -188,18 +189,24 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
     )
 
 
-def load_or_make_preprocess(config: VlmConfig) -> ImageProcessor:
+def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
     """How images are made: as the loaded model or tower wants them; scenes so that nothing is 0; others scaled to
     -1..1."""
-    for where in (config.model.load, config.vision_tower.load):
-        if where is not None:
-            try:
-                return load_preprocess(where)
-            except DataError:
-                size = load_vision_config(where).image
-                return ImageProcessor(size, **CLIP_STATISTICS) if config.model.load else ImageProcessor(size)  # type: ignore[arg-type]
+    where = config.model.load or config.vision_tower.load
+    if where is not None:
+        processor = find_preprocess(where) or default_preprocess(load_vision_config(where), where, log)
+        if not isinstance(processor.size, int) or (processor.resize_size is not None and not processor.crop):
+            raise UsageError(f"{where} makes images that are not square; quest train vlm trains on squares")
+        return processor
     statistics: dict[str, Any] = SCENE_STATISTICS if config.data.source == "synthetic_shapes" else {}
     return ImageProcessor(config.data.image_size, **statistics)
+
+
+def default_preprocess(vision: Any, name: str, log: LogFn) -> ImageProcessor:
+    """Of an encoder that does not say how its images are made: as its class was trained."""
+    is_clip = isinstance(vision, clip.Config)
+    log(f"{name} does not say how its images are made: as {'CLIP' if is_clip else 'ViT'} makes them")
+    return ImageProcessor(vision.image_size, **(CLIP_STATISTICS if is_clip else {}))
 
 
 def load_vision_config(name_or_path: str) -> Any:
@@ -210,7 +217,7 @@ def load_vision_config(name_or_path: str) -> Any:
 
 def load_image_text(config: VlmConfig, preprocess: ImageProcessor) -> ImageTextDataset:
     if config.data.source == "synthetic_shapes":
-        return SceneDataset(preprocess.size)
+        return SceneDataset(preprocess.shape[0])
     assert config.data.path is not None, "the config asks for a file with this source"
     return CaptionDataset(config.data.path, preprocess, config.data.held_out)
 
@@ -271,7 +278,7 @@ def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor
 
 
 def make_tower_config(config: VlmConfig, preprocess: ImageProcessor) -> clip.Config:
-    part, size = config.vision_tower, preprocess.size
+    part, size = config.vision_tower, preprocess.shape[0]
     return clip.Config(
         size,
         part.patch_size,

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import llm_quest as quest
-from llm_quest.cli.classify import classify_image, is_image_path
+from llm_quest.cli.classify import classify_image, is_image_path, unique_names
 from llm_quest.cli.evaluate import evaluate_images
 from llm_quest.cli.main import app
 from llm_quest.data.images import ImageProcessor
@@ -113,3 +113,29 @@ def test_a_folder_whose_images_are_made_otherwise_than_its_model_reads_them_is_r
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="makes images of 24 pixels with 3 channels, the model reads 16 with 3"):
         classify_image(str(saved), tmp_path / "a.png")
+
+
+def test_an_exported_classifier_and_an_exported_model_that_sees_say_what_their_runs_say(
+    vit: Path, vlm: Path, tmp_path: Path
+):
+    assert run("export", str(vit / "run"), str(tmp_path / "vit"))[0] == 0
+    image = vit / "images" / "below" / "0.png"
+    assert classify_image(str(tmp_path / "vit"), image) == classify_image(str(vit / "run"), image)
+    assert run("export", str(vlm / "run"), str(tmp_path / "vlm"))[0] == 0
+    asked = ("-p", "describe:", "--image", str(vlm / "scene.png"), "-n", "4", "-q", "--temperature", "0", "--json")
+    answers = [json.loads(run("generate", str(folder), *asked)[1]) for folder in (vlm / "run", tmp_path / "vlm")]
+    assert answers[0]["tokens"] == answers[1]["tokens"]
+
+
+def test_an_image_is_classified_whatever_its_name_ends_in(vit: Path, tmp_path: Path):
+    for name in ("photo.JFIF", "photo"):
+        Image.open(vit / "images" / "below" / "0.png").save(tmp_path / name, "PNG")
+        code, out, _ = run("classify", str(vit / "run"), str(tmp_path / name), "--json")
+        assert (code, json.loads(out)["label"]) == (0, "below")
+    refused = run("classify", str(vit / "run"), "a text")[2]
+    assert isinstance(refused, UsageError)
+    assert "classifies images, and 'a text' is no image file" in str(refused)
+
+
+def test_classes_of_one_name_are_told_apart_by_their_number():
+    assert unique_names(("crane", "dog", "crane")) == ("crane (0)", "dog", "crane (2)")

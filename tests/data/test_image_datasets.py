@@ -141,6 +141,15 @@ def test_a_folders_sub_folders_are_its_classes(tmp_path: Path):
         assert ((side.pixels.mean(axis=(1, 2, 3)) > 100) == side.labels).all()
 
 
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path: Path):
+    for name in ("cat", "dog", ".ipynb_checkpoints"):
+        paint(tmp_path / name, len(name), 20)
+    (tmp_path / "cat" / "._0.png").write_bytes(b"of another system")
+    sides = load_image_folder(tmp_path, PREPROCESS, 0.3)
+    assert sides.train.names == ("cat", "dog")
+    assert len(sides.train) + len(sides.held_out) == 40
+
+
 def test_a_folder_with_a_split_of_its_own_keeps_it(tmp_path: Path):
     for side, number in (("train", 6), ("val", 3)):
         paint(tmp_path / side / "a", 10, number)

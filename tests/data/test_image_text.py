@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from PIL import Image
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.batch import IGNORE_INDEX
-from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextRows, SceneDataset
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextRows, SceneDataset, read_caption_file
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.synthetic_shapes import QuestionAnswer
 from llm_quest.data.tokenizer import SPECIAL_TOKENS
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
+from llm_quest.eval.images import ImageQuestionEvaluator
 
 SCENES = SceneDataset(24)
 TOKENIZER = train_bpe(SCENES.tokenizer_texts()[:300], 400, (*SPECIAL_TOKENS, "<image>"))
@@ -152,3 +154,31 @@ def test_captions_come_first_in_so_many_steps_and_questions_after_them():
     ]
     assert all(all(rows) for rows in asked[:2])
     assert not all(all(rows) for rows in asked[2:])
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_a_line_ends_at_its_line_end_alone(tmp_path: Path, mark: str):
+    rows = [{"image": "0.png", "caption": f"one{mark}two"}, {"image": "1.png", "caption": "three"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
+    assert [turn.answer for _, turn in read_caption_file(file)] == [f"one{mark}two", "three"]
+
+
+def test_every_held_out_image_is_asked_about_once(tmp_path: Path):
+    rows = [{"image": f"{i % 10}.png", "question": f"{i}?", "answer": str(i)} for i in range(10)]
+    dataset = CaptionDataset(write(tmp_path, rows), PREPROCESS, 0.3)
+    held_out = dataset.num_eval_examples
+    assert held_out is not None
+    asked: list[str] = []
+
+    class Recording(ImageQuestionEvaluator):
+        def generate_answers(self, model: Any, questions: list[tuple[Any, QuestionAnswer]]) -> list[str]:
+            asked.extend(turn.question for _, turn in questions)
+            return [turn.answer for _, turn in questions]
+
+    for wanted in (1, held_out, held_out + 2, 20 * held_out):
+        asked.clear()
+        evaluator = Recording(dataset, WRITER, PREPROCESS, wanted, 0)
+        assert evaluator.evaluate(None, 0) == {"question": 1.0}
+        assert len(asked) == len(set(asked)) == evaluator.num_images == min(wanted, held_out)
+    assert Recording(SCENES, WRITER, PREPROCESS, 300, 0).num_images == 300

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor, load_image, parse_preprocessor_config
+from llm_quest.data.images import ImageProcessor, is_image_file, list_image_files, load_image
 from llm_quest.errors import DataError
 
 
@@ -41,36 +40,6 @@ def test_a_square_is_cut_from_the_middle_where_the_model_was_trained_so():
     assert (ImageProcessor(10).resize_to_pixels(wide)[0] == 200).mean() < 0.5
 
 
-@pytest.mark.parametrize(
-    "preprocess",
-    [ImageProcessor(24), ImageProcessor(24, **CLIP_STATISTICS), ImageProcessor(8, (0.1,), (0.3,))],
-    ids=str,
-)
-def test_what_is_published_is_read_back_as_it_was(preprocess: ImageProcessor):
-    assert parse_preprocessor_config(preprocess.to_preprocessor_config()) == preprocess
-
-
-def test_older_spellings_are_read():
-    assert parse_preprocessor_config(
-        {"size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-    ) == ImageProcessor(224)
-    clip = {"size": 336, "crop_size": 336, "do_center_crop": True, "resample": 3}
-    assert (parse_preprocessor_config(clip).size, parse_preprocessor_config(clip).crop) == (336, True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"size": "big"}, "size is 'big'"),
-        ({"resample": 7}, r"resample is 7; known: 2 \(bilinear\), 3"),
-        ({"image_std": [0, 1, 1]}, "deviations above 0"),
-    ],
-)
-def test_a_config_that_cannot_be_meant_is_refused(change: dict[str, object], message: str):
-    with pytest.raises(DataError, match=message):
-        parse_preprocessor_config(ImageProcessor(24).to_preprocessor_config() | change)
-
-
 def test_a_file_that_is_no_image_is_named(tmp_path: Path):
     file = tmp_path / "a.png"
     with pytest.raises(DataError, match=r"a\.png: there is no such image"):
@@ -96,15 +65,60 @@ def test_an_absurdly_large_image_is_refused_before_it_is_decoded(tmp_path: Path,
         load_image(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("size", [(40, 28), (28, 40), (24, 24), (90, 31)])
-def test_numbers_equal_those_of_transformers(size: tuple[int, int]):
-    pytest.importorskip("transformers")
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_that_lies_on_its_side_is_turned_upright(tmp_path: Path, orientation: int, suffix: str):
+    corner = Image.new("RGB", (64, 48))
+    corner.paste((255, 255, 255), (0, 0, 20, 16))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    corner.save(tmp_path / f"a.{suffix}", exif=exif)
+    upright = load_image(tmp_path / f"a.{suffix}")
+    assert upright.size == ((64, 48) if orientation < 5 else (48, 64))
+    np.testing.assert_allclose(np.asarray(upright), np.asarray(TURNED[orientation](corner)), atol=8)
 
-    square = {"height": 24, "width": 24}
-    vit = ViTImageProcessorPil(size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2)
-    clip = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=square)
-    for theirs, ours in ((vit, ImageProcessor(24)), (clip, ImageProcessor(24, **CLIP_STATISTICS))):
-        expected = torch.as_tensor(np.asarray(theirs(images=photo(*size), return_tensors="np")["pixel_values"][0]))
-        torch.testing.assert_close(ours(photo(*size)), expected, atol=1e-5, rtol=0)
+
+TURNED = {
+    1: lambda image: image,
+    2: ImageOps.mirror,
+    3: lambda image: image.rotate(180),
+    4: ImageOps.flip,
+    5: lambda image: ImageOps.mirror(image.rotate(-90, expand=True)),
+    6: lambda image: image.rotate(-90, expand=True),
+    7: lambda image: ImageOps.mirror(image.rotate(90, expand=True)),
+    8: lambda image: image.rotate(90, expand=True),
+}
+"""What EXIF's orientations ask for: the corner that was stored top left goes to where the camera saw it."""
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        np.arange(256, dtype=np.uint16).reshape(16, 16) * 257,
+        np.arange(256, dtype=np.int32).reshape(16, 16) * 257,
+        np.arange(256, dtype=np.int32).reshape(16, 16),
+        np.arange(256, dtype=np.float32).reshape(16, 16),
+        (np.arange(256, dtype=np.float32).reshape(16, 16) + 0.01) / 255.01,
+    ],
+    ids=["16 bits", "whole numbers to 65535", "whole numbers to 255", "floats to 255", "floats to 1"],
+)
+def test_grey_of_more_than_8_bits_keeps_its_range(tmp_path: Path, deep: np.ndarray):
+    Image.fromarray(deep).save(tmp_path / "a.tiff")
+    grey = np.asarray(load_image(tmp_path / "a.tiff"))
+    assert (grey == np.arange(256, dtype=np.uint8).reshape(16, 16, 1)).all()
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 300.0], [0.0, float("nan")]])
+def test_a_range_that_means_nothing_is_refused(tmp_path: Path, values: list[float]):
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=r"a\.tiff: an image of mode F with values from"):
+        load_image(tmp_path / "a.tiff")
+
+
+def test_an_image_is_known_by_what_it_holds_and_hidden_files_are_passed_over(tmp_path: Path):
+    photo().save(tmp_path / "photo", "JPEG")
+    (tmp_path / "notes").write_text("a text")
+    assert [is_image_file(tmp_path / name) for name in ("photo", "notes", "absent", ".")] == [True, False, False, False]
+    photo().save(tmp_path / "b.JFIF", "JPEG")
+    (tmp_path / "._b.jfif").write_bytes(b"of another system")
+    assert [file.name for file in list_image_files(tmp_path)] == ["b.JFIF"]

@@ -116,3 +116,10 @@ def test_held_out_questions_are_chosen_by_their_text(tmp_path: Path) -> None:
     assert 20 < len(kept) < 60
     assert len(train) + len(kept) == 400
     assert {p.key for p in split_gsm8k_validation(problems[::-1], 0.1)[1]} == {p.key for p in kept}
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_a_line_of_gsm8k_ends_at_its_line_end_alone(mark: str, tmp_path: Path) -> None:
+    row = {"question": f"One{mark}and two?", "answer": "One and two is <<1+2=3>>3.\n#### 3"}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row, ensure_ascii=False)] * 2), encoding="utf-8")
+    assert [problem.prompt for problem in read_gsm8k(tmp_path / "a.jsonl")] == [row["question"]] * 2

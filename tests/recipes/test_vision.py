@@ -4,6 +4,7 @@ export."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import torch
 from PIL import Image
 
 import llm_quest as quest
+from llm_quest.data.image_datasets import ImageDataset
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.load_save import load_preprocess, load_tokenizer
 from llm_quest.models import clip
-from llm_quest.models.build import build
+from llm_quest.models.build import build, preset
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
-from llm_quest.recipes.vit import VitConfig
+from llm_quest.recipes.vit import VitConfig, adapt_to_images, make_image_processor
 from llm_quest.recipes.vlm import VlmConfig
 from llm_quest.report.page import write_report
 
@@ -264,3 +266,60 @@ def test_cifar_10_as_it_is_distributed_is_trained_on(tmp_path: Path):
     )
     assert outcome.status == "finished"
     assert quest.load(tmp_path / "run").config.label_names[0] == "airplane"
+
+
+def classes(*names: str) -> ImageDataset:
+    return ImageDataset(np.zeros((2, 3, 16, 16), np.uint8), np.arange(2), names)
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted", "kept"),
+    [
+        (("cat", "dog"), ("apple", "pear"), {}),
+        (("pear", "apple"), ("apple", "pear"), {0: 1, 1: 0}),
+        (("cat", "dog", "emu"), ("dog", "fox"), {0: 1}),
+        (("crane", "crane"), ("crane", "dog"), {}),
+        (("apple", "pear"), ("apple", "pear"), {0: 0, 1: 1}),
+    ],
+)
+def test_a_head_goes_on_with_the_classes_that_it_knows_by_name(
+    known: tuple[str, ...], wanted: tuple[str, ...], kept: dict[int, int]
+):
+    numbers = replace(preset("vit-tiny").config, num_labels=len(known), label_names=known)
+    model: Any = build(numbers, seed=0)
+    torch.nn.init.normal_(model.head.bias)
+    before = model.head.weight.clone(), model.head.bias.clone()
+    after: Any = adapt_to_images(model, classes(*wanted), wanted, seed=1)
+    assert after.config.label_names == wanted
+    assert after.head.weight.shape[0] == after.config.num_labels == len(wanted)
+    for row in range(len(wanted)):
+        same = [number for number, old in enumerate(before[0]) if torch.equal(after.head.weight[row], old)]
+        assert same == ([kept[row]] if row in kept else [])
+        assert after.head.bias[row].item() == (before[1][kept[row]].item() if row in kept else 0.0)
+
+
+def test_a_run_from_a_model_makes_images_as_its_folder_says(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    theirs = ImageProcessor(16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", crop=True, resize_size=20)
+    quest.save(build("vit-tiny", seed=0), tmp_path / "model", preprocess=theirs)
+    small = ["data.source=folder", f"data.path={tmp_path / 'images'}", "batch_size=4", "precision=fp32"]
+    pairs = [*small, f"model.load={tmp_path / 'model'}", "max_steps=1", "warmup_steps=0"]
+    for extra, expected in (
+        ([], theirs),
+        (["data.image_size=8"], replace(theirs, size=8, resize_size=10)),
+        (["data.image_mean=[0.7, 0.7, 0.7]"], replace(theirs, mean=(0.7, 0.7, 0.7))),
+    ):
+        config = parse_config(VitConfig, load_raw_config("vit", [*pairs, *extra]))
+        assert make_image_processor(config, lambda text: None) == expected
+    settings = load_raw_config("vit", pairs)
+    run_recipe(
+        get_recipe("vit"), parse_config(VitConfig, settings), settings, tmp_path / "run", quiet=True,
+        log=lambda text: None,
+    )  # fmt: skip
+    assert load_preprocess(tmp_path / "run") == theirs
+
+
+def test_images_of_a_folder_need_a_size(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    with pytest.raises(UsageError, match=r"needs data\.image_size"):
+        parse_config(VitConfig, load_raw_config("vit", ["data.source=folder", f"data.path={tmp_path / 'images'}"]))

@@ -25,7 +25,7 @@ def read_gsm8k(file: str | Path) -> list[Problem]:
     if not path.is_file():
         raise DataError(f"there is no file {file}; give GSM8K's JSON lines (question, answer)")
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             problems.append(parse_gsm8k_line(line, f"{file}:{number}"))
     if not problems:
