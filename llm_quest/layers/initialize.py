@@ -4,6 +4,7 @@ generator, so that a seed gives the same weights on any machine, whatever else h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -44,6 +45,17 @@ def materialize(
                 parameters_by_id[id(parameter)] = nn.Parameter(memory, requires_grad=parameter.requires_grad)
             setattr(module, name, parameters_by_id[id(parameter)])
     return model
+
+
+def copy_module(module: Model) -> Model:
+    """A copy with parameters and buffers of its own.
+
+    Commonly got wrong: `copy.deepcopy` on a fake tensor copies its FakeTensorMode as well, whose weak references are
+    then freed twice (PyTorch 2.13): memory is overwritten, and the process crashes later, anywhere.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()}
+    memo |= {id(buffer): buffer.detach().clone() for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def float32_parameters(model: nn.Module) -> frozenset[int]:

@@ -3,12 +3,12 @@ is trained further on samples of the current policy (arXiv:2402.03300, algorithm
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from llm_quest.data.preferences import TokenizedPreference
+from llm_quest.layers.initialize import copy_module
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.reward_model import RewardModelLoss, score_rows
@@ -66,7 +66,7 @@ def make_arm(*, gold_reward: bool = False, iterative: bool = False) -> Callable[
 
     def run_arm(seed: int) -> Measurement:
         policy = base_policy(EXPERIMENT, seed)
-        reward_model = ScoreHead(1, seed=seed)(copy.deepcopy(policy))
+        reward_model = ScoreHead(1, seed=seed)(copy_module(policy))
         evaluator = HeldOutProblemsEvaluator(EXPERIMENT, EXPERIMENT.every)
         history: list[TokenizedPreference] = []
         curve = [(0.0, evaluator.evaluate(policy.eval(), 0)["accuracy"])]

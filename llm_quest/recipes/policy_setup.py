@@ -6,7 +6,6 @@ off."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.hub.load_save import write_model_json
+from llm_quest.layers.initialize import copy_module
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.attention_divergence import compute_attention_policy
@@ -93,7 +93,7 @@ def build_policy_setup(
 ) -> PolicySetup:
     """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
     read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
-    initial_model = copy.deepcopy(model).requires_grad_(False) if config.kl_coef else None
+    initial_model = copy_module(model).requires_grad_(False) if config.kl_coef else None
     adapted_before = any(map(is_adapter, model.spec.techniques))
     callbacks = apply_config_techniques(config, model, log)
     reference_is_adapter_free = any(map(is_adapter, model.spec.techniques)) and not adapted_before

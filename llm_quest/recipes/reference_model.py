@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
+from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
@@ -130,7 +130,7 @@ class SyncedReference:
     ):
         self.feed, self.folder, self.every, self.mix = loader, folder / "reference", sync_steps, mixup_alpha
         self.files, self.leader, self.synced = save_total_limit + 1, leader, 0
-        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.model = copy_module(model).eval().requires_grad_(False)
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         """The reference's log-probability of each row."""

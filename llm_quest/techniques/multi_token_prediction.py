@@ -5,7 +5,6 @@ trains them with a weight of its own; speculative decoding uses them; the model'
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.initialize import copy_module
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.models.build import SkipInit, build_meta_model
 from llm_quest.techniques.model_spec import Model, materialize_part, record_technique, require_decoder
@@ -43,7 +43,7 @@ class MultiTokenPrediction:
 def build_mtp_module(config: Any) -> nn.Module:
     """One module like the family's last layer, on the meta device."""
     template = build_meta_model(config)
-    embed_norm, hidden_norm, norm = (copy.deepcopy(template.norm) for _ in range(3))
+    embed_norm, hidden_norm, norm = (copy_module(template.norm) for _ in range(3))
     with torch.device("meta"), SkipInit():
         join = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
     return MTPModule(embed_norm=embed_norm, hidden_norm=hidden_norm, join=join, block=template.blocks[-1], norm=norm)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm_quest.layers.initialize import init_normal_, materialize
+import llm_quest
+from llm_quest.layers.initialize import copy_module, init_normal_, materialize
 from llm_quest.models.build import build, build_meta_model, family_of, preset
+from llm_quest.techniques import TECHNIQUES
 from tests.laws.subjects import TINY
 
 every_page = pytest.mark.parametrize("name", TINY)
@@ -83,3 +88,35 @@ def test_dtype_and_device_are_those_asked_for():
     assert {p.dtype for p in build("gpt2-tiny", dtype="bfloat16").parameters()} == {torch.bfloat16}
     fine, coarse = build("gpt2-tiny"), build("gpt2-tiny", dtype=torch.bfloat16)
     assert torch.equal(fine.embed.token.weight.bfloat16(), coarse.embed.token.weight), "drawn once, in float32"
+
+
+@pytest.mark.parametrize("name", ["multi_token", "hyper_connections", "lora", "dyt"])
+def test_a_technique_on_a_fake_model_copies_no_fake_mode(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A copied FakeTensorMode shares weak references that each of the two frees."""
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: pytest.fail("copied"), raising=False)
+    with FakeTensorMode() as mode:
+        model = TECHNIQUES[name]()(materialize(build_meta_model(preset("gpt2-tiny").config), "cpu", torch.float32))
+        copied = copy_module(model)
+    assert {parameter.fake_mode for parameter in copied.parameters()} == {mode}
+
+
+def test_a_copied_module_has_its_own_memory_and_keeps_what_is_shared():
+    layer = nn.ModuleDict({"one": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    layer["same"] = layer["one"]
+    layer["one"].bias.requires_grad_(False)
+    copied = copy_module(layer)
+    assert copied["same"] is copied["one"]
+    assert copied["one"] is not layer["one"]
+    assert not copied["one"].bias.requires_grad
+    assert copied["one"].weight.requires_grad
+    for (path, here), (there, other) in zip(layer.state_dict().items(), copied.state_dict().items(), strict=True):
+        assert path == there
+        assert torch.equal(here, other)
+        assert here.data_ptr() != other.data_ptr()
+
+
+def test_no_module_of_the_package_is_copied_with_deepcopy():
+    allowed = {"layers/initialize.py", "cost/flops.py", "data/tokenizer.py", "data/control_tokens.py"}
+    package = Path(llm_quest.__file__).parent
+    found = {str(f.relative_to(package)) for f in package.rglob("*.py") if "deepcopy(" in f.read_text(encoding="utf-8")}
+    assert found <= allowed, f"copy_module instead of copy.deepcopy: {found - allowed}"

@@ -10,7 +10,6 @@ A document is a function of (task, seed, part, index), and its part follows from
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.data.whole_documents import WholeDocuments, collate_demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.layers.initialize import copy_module
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
@@ -112,7 +112,7 @@ def init_rpt_models(config: RptTextConfig, warmup: RptWarmupConfig | None, conte
             raise UsageError(
                 f"the proxy {config.selection.proxy_model} has another tokenizer than the model: it reads other ids"
             )
-    proxy = copy.deepcopy(proxy) if proxy is model else proxy
+    proxy = copy_module(proxy) if proxy is model else proxy
     device = context.parallel.device
     return RptStart(model.to(device), tokenizer, proxy.to(device).eval())
 
@@ -137,7 +137,7 @@ def train_start_models(
     stop_rule = StopRule(warmup.pretrain.max_steps, warmup.pretrain.learning_rate)
     train_until(config, model, tokenizer, reading, stop_rule, out / "base", parallel, log)
     log(f"read: {warmup.pretrain.max_steps} steps on {len(documents):,} documents")
-    proxy = copy.deepcopy(model)
+    proxy = copy_module(model)
     train_thinking(config, warmup, model, tokenizer, out / "warmup", parallel, log)
     return model, tokenizer, proxy
 
