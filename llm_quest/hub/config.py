@@ -13,6 +13,7 @@ import torch
 
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
+from llm_quest.hub.known_fields import FieldTracker, refuse_unknown_fields
 from llm_quest.hub.safetensors_io import parse_json, refuse_lfs_pointer, regular_file_size
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES
@@ -63,15 +64,13 @@ def sub_configs(hf_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in parts if isinstance(part, Mapping)]
 
 
-class FieldTracker(dict[str, Any]):
-    """Remembers which field was read last, so that every missing field can be found, not only the first
-    (`model_type` is only read by the error message itself)."""
-
-    last = ""
-
-    def get(self, field: str, default: Any = None) -> Any:
-        self.last = self.last if field == "model_type" else field
-        return super().get(field, default)
+def list_unknown_fields(family: Family, hf_config: Mapping[str, Any], config: Any) -> list[str]:
+    """What is said of fields that nobody knows, of the model's and of its parts'."""
+    found = refuse_unknown_fields(family, hf_config, config)
+    for part in sub_configs(hf_config) if family in VISION_FAMILIES else []:
+        inner = next((one for one in (*FAMILIES, *VISION_FAMILIES) if one.matches(part)), None)
+        found += refuse_unknown_fields(inner, part) if inner is not None else []
+    return found
 
 
 def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any | None, list[str]]:
@@ -84,7 +83,8 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
     while True:
         try:
             config = family.read(fields)
-            return (None if problems else config), problems + ([] if problems else implausible_fields(config))
+            problems += [] if problems else list_unknown_fields(family, hf_config, config) + implausible_fields(config)
+            return (None if problems else config), problems
         except DataError as error:
             if str(error) in problems:
                 return None, problems

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from types import NoneType, SimpleNamespace
@@ -90,9 +91,13 @@ def kv_heads_default(count: int) -> Any:
     return hf_default(count, null=lambda values: values.num_attention_heads)
 
 
-def spelled(*names: str, hf_default: Any = MISSING, default: Any = MISSING) -> Any:
-    """A field with other names in config.json: the first that is there is read, all are written."""
-    read = plain_reader(names, hf_default)
+def spelled(*names: str, also: tuple[str, ...] = (), hf_default: Any = MISSING, default: Any = MISSING) -> Any:
+    """A field with other names in config.json: the first that is there is read, all are written. also: names that are
+    read and not written, among them always its own."""
+
+    def read(values: Values, field: Any, kind: Any) -> Any:
+        return plain_reader((*names, *also, field.name), hf_default)(values, field, kind)
+
     return dataclasses.field(default=default, metadata={"read": read, "write": writer(*names)})
 
 
@@ -167,7 +172,8 @@ def rope_field(
     of a file that has none. original: original_max_position_embeddings where it does not stand outside them."""
 
     def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
-        json = {**values.json, **{name: values.json.get(old) for name, old in old_names.items()}}
+        olds = {name: values.json.get(old) for name, old in old_names.items()}
+        json = ChainMap({name: value for name, value in olds.items() if value is not None}, values.json)
         json |= {} if original is None else {ORIGINAL: json.get(ORIGINAL) or original}
         if not (json.get("rope_parameters") or json.get("rope_scaling")):
             json["rope_parameters"] = absent(values)
@@ -245,13 +251,14 @@ def config_dataclass(cls: type[Class]) -> type[Class]:
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-def rope_of_kind(hf_config: Json, kind: str) -> dict[str, Any]:
-    """config.json with the `rope_parameters` of one kind of layer, where they are given per kind."""
+def rope_of_kind(hf_config: Json, kind: str) -> Json:
+    """config.json with the `rope_parameters` of one kind of layer, where they are given per kind. (No copy: who counts
+    which fields are read goes on counting.)"""
     rope = hf_config.get("rope_parameters") or {}
     if not rope.get(kind):
-        return dict(hf_config)
+        return hf_config
     merged = {**rope[kind], **(hf_config.get("rope_scaling") or {})}
-    return {**hf_config, "rope_parameters": merged, "rope_scaling": None}
+    return ChainMap({"rope_parameters": merged, "rope_scaling": None}, hf_config)  # type: ignore[arg-type]
 
 
 def rotary_dim(hf_config: Json, head_dim: int, partial: float | None) -> int:

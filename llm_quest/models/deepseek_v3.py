@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llm_quest.contracts import Preset
+from llm_quest.errors import DataError
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.feed_forward import GatedMLP
@@ -34,10 +35,24 @@ from llm_quest.layers.multi_token_prediction import make_mtp_module
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding, YaRNScaling, yarn_mscale
 from llm_quest.layers.scaled_dot_product import ScaledDotProduct
-from llm_quest.models.config_fields import config_dataclass, hf_default, rope_field, spelled
+from llm_quest.models.config_fields import config_dataclass, hf_default, json_field, require_field, rope_field, spelled
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family
 from llm_quest.models.weight_names import Names, WeightMap, decoder_names, expert_names, swiglu_names
+
+
+def read_num_heads(c: Any) -> int:
+    """num_key_value_heads is the same number, for every head has its own key and value."""
+    heads: int = require_field(c.json, "num_attention_heads")
+    if (keys := c.json.get("num_key_value_heads")) not in (None, heads):
+        raise DataError(
+            f"config.json: num_key_value_heads is {keys}, num_attention_heads {heads}; they are one number here"
+        )
+    return heads
+
+
+def write_num_heads(heads: int, config: Any) -> dict[str, Any]:
+    return {"num_attention_heads": heads, "num_key_value_heads": heads}
 
 
 @config_dataclass
@@ -49,7 +64,7 @@ class Config:
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
-    num_attention_heads: int = spelled("num_attention_heads", "num_key_value_heads")
+    num_attention_heads: int = json_field(read_num_heads, write_num_heads)
     q_lora_rank: int | None = hf_default(1536)
     kv_lora_rank: int = hf_default(512)
     qk_nope_head_dim: int = hf_default(128)
@@ -57,7 +72,7 @@ class Config:
     v_head_dim: int = hf_default(128)
     first_k_dense_replace: int = hf_default(3)
     intermediate_size: int
-    n_routed_experts: int = hf_default(256)
+    n_routed_experts: int = spelled("n_routed_experts", also=("num_local_experts",), hf_default=256)
     num_experts_per_tok: int = hf_default(8)
     moe_intermediate_size: int = hf_default(2048)
     n_shared_experts: int = hf_default(lambda c: 0 if "n_shared_experts" in c.json else 1)  # null: none
@@ -70,7 +85,7 @@ class Config:
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
-    num_nextn_predict_layers: int = 0
+    num_nextn_predict_layers: int = spelled("num_nextn_predict_layers", also=("num_mtp_layers",), default=0)
     hidden_act: Literal["silu"] = "silu"
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"

@@ -34,7 +34,7 @@ class Config(llama.Config):
     num_key_value_heads: int = hf_default(16)
     head_dim: int = hf_default(256)
     max_position_embeddings: int = hf_default(8192)
-    tie_word_embeddings: Literal[True] = True
+    tie_word_embeddings: bool = True
     rms_norm_eps: float = 1e-6
     mlp_bias: bool = constant_field(default=False)
     hidden_act: Literal["gelu_pytorch_tanh", "gelu"] = "gelu_pytorch_tanh"  # type: ignore[assignment]

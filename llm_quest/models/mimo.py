@@ -94,7 +94,7 @@ class Config:
     num_key_value_heads: int
     swa_num_key_value_heads: int = hf_default(lambda c: 2 * c.num_key_value_heads)
     head_dim: int = spelled_alike("head_dim", "swa_head_dim")
-    v_head_dim: int = spelled_alike("v_head_dim", "swa_v_head_dim", hf_default=lambda c: c.head_dim)
+    v_head_dim: int = spelled_alike("v_head_dim", "swa_v_head_dim", hf_default=lambda c: 128)
     attention_value_scale: float = hf_default(0.707)
     layer_types: tuple[str, ...] = per_layer(
         FULL, SLIDING, numbered="hybrid_layer_pattern", hf_default=lambda c: layer_pattern(c.num_hidden_layers)
@@ -104,7 +104,7 @@ class Config:
         "dense", "sparse", numbered="moe_layer_freq", hf_default=lambda c: mlp_pattern(c.num_hidden_layers)
     )
     intermediate_size: int
-    n_routed_experts: int
+    n_routed_experts: int = spelled("n_routed_experts", also=("num_local_experts",))
     num_experts_per_tok: int
     moe_intermediate_size: int
     max_position_embeddings: int = hf_default(131_072)

@@ -21,7 +21,7 @@ from llm_quest.layers.embedding import TokenEmbedding
 from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
-from llm_quest.models.config_fields import config_dataclass, hf_default, kv_heads_default, rope_field
+from llm_quest.models.config_fields import config_dataclass, hf_default, kv_heads_default, rope_field, spelled
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import Family, preset_table
 from llm_quest.models.weight_names import Names, attention_names, decoder_names, expand_layers, expert_names
@@ -39,7 +39,7 @@ class Config:
     num_key_value_heads: int = kv_heads_default(8)
     head_dim: int = hf_default(lambda c: c.hidden_size // c.num_attention_heads)
     intermediate_size: int
-    num_local_experts: int = hf_default(8)
+    num_local_experts: int = spelled("num_local_experts", also=("num_experts",), hf_default=8)
     num_experts_per_tok: int = hf_default(2)
     max_position_embeddings: int = hf_default(131_072)
     rotary: RotaryEmbedding = rope_field(theta=1_000_000.0)

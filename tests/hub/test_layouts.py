@@ -204,7 +204,7 @@ SCORERS = {
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_sequence_classifier_is_a_model_with_a_score_head(tmp_path, name: str):
     model, kind, outputs = SCORERS[name]
-    sizes = {**SMALL, "pad_token_id": 0, "n_embd": 64, "n_layer": 2, "n_head": 4} if name == "gpt2" else SMALL
+    sizes = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4} if name == "gpt2" else SMALL
     config = getattr(T, kind)(**{**sizes, "pad_token_id": 0, "num_labels": outputs})
     if outputs == 3:
         config.id2label = {0: "bad", 1: "good", 2: "odd"}

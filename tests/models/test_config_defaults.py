@@ -24,7 +24,6 @@ OLD_SPELLING = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_e
 NEW_SPELLING = ("rope_parameters",)
 EXCEPTIONS = {
     ("deepseek-v3-tiny", "num_nextn_predict_layers", "absent"): "how many modules there are is counted in the files",
-    ("deepseek-v3-tiny", "num_attention_heads", "absent"): "num_key_value_heads, which is the same number, is read",
     ("gpt2-tiny", "n_positions", "absent"): "n_ctx, which is the same number, is read",
     ("qwen3-moe-tiny", "num_local_experts", "null"): "num_experts, which is the same number, is read",
 }
