@@ -85,7 +85,8 @@ Overrides = Annotated[
 def main() -> None:
     """The entry point: runs a command and ends the process with its exit code."""
     open_streams()
-    sys.exit(run_with_exit_code(lambda: app(standalone_mode=True, prog_name="quest")))
+    arguments = sorted(sys.argv[1:], key=lambda one: one != "--allow-pickle")  # it may stand behind the command too
+    sys.exit(run_with_exit_code(lambda: app(arguments, standalone_mode=True, prog_name="quest")))
 
 
 def print_version(wanted: bool) -> None:
@@ -101,10 +102,16 @@ def root_options(
     show_version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option("--allow-pickle", help="Read pickled weights (pytorch_model.bin), tensors alone; off by default."),
+    ] = False,
 ) -> None:
     """Modern LLMs from scratch: train, generate, evaluate, inspect. Exit codes: 0 done, 1 a bug in LLM Quest, 2 usage,
     3 data or model files, 4 a training guard, 5 memory or disk, 6 a missing package, network or device, 7 run folder
     busy, 130/143 interrupted and saved."""
+    if allow_pickle:
+        os.environ["LLM_QUEST_ALLOW_PICKLE"] = "1"
 
 
 @app.command()

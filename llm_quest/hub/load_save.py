@@ -8,6 +8,7 @@ then one rename, so that a half-written model is never there under its name.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NUM_READERS = 2
+ALLOW_PICKLE = "LLM_QUEST_ALLOW_PICKLE"
 SAVED_FILES = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json|README\.md"
     r"|techniques\.safetensors|model(-\d+-of-\d+)?\.safetensors|chat_template\.jinja|vocab\.json|merges\.txt"
@@ -55,7 +57,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-    allow_pickle: bool = False,
+    allow_pickle: bool | None = None,
     aligned: bool = False,
 ) -> Decoder:
     """A Decoder in eval mode, with `model.generation_config` as published.
@@ -65,10 +67,12 @@ def load(
     stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like,
     but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
     until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
-    What is odd but harmless, such as a part that was left out, is logged as a note.
+    allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
+    `quest --allow-pickle` says. What is odd but harmless, such as a part that was left out, is logged as a note.
     Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
     config no family computes), MissingError offline."""
     device, requested_dtype = require_device(device), parse_dtype(dtype)
+    allow_pickle = os.environ.get(ALLOW_PICKLE) == "1" if allow_pickle is None else allow_pickle
     if (base := adapter_base(name_or_path)) is not None:
         return load_adapter(
             load(base, device=device, dtype=requested_dtype, allow_pickle=allow_pickle, aligned=aligned), name_or_path

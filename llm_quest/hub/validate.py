@@ -177,8 +177,8 @@ def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
     if not allow_pickle:
         names = ", ".join(p.name for p in files)
         raise DataError(
-            f"only pickled weights here ({names}), which can run code: load them with allow_pickle=True if you "
-            "trust them (tensors are read and nothing else)"
+            f"only pickled weights here ({names}), which can run code: load them with allow_pickle=True (quest "
+            "--allow-pickle) if you trust them; tensors are read and nothing else"
         )
     index = folder / PICKLED_INDEX
     weight_map = read_index(index) if index.exists() else {}

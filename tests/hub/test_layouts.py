@@ -19,6 +19,8 @@ import llm_quest as quest
 from llm_quest.errors import DataError
 from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load, save
+from llm_quest.hub.pickled import read_pickled
+from llm_quest.hub.safetensors_io import StoredTensor
 from tests.family_oracles import DELTA, ORACLES, PARTIAL, SMALL
 from tests.oracles import ATOL, RTOL, edit_config, logits_of, randomize_, save_published, tiny_gpt2, tiny_llama
 from tests.oracles import transformers as T
@@ -329,12 +331,18 @@ def pickled_folder(tmp_path: Path, shards: int = 1) -> tuple[Path, Tensor]:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_trainers_checkpoint_of_parameters_is_read_where_pickles_are_allowed(tmp_path, shards: int):
+def test_a_trainers_checkpoint_of_parameters_is_read_where_pickles_are_allowed(tmp_path, monkeypatch, shards: int):
     folder, expected = pickled_folder(tmp_path, shards)
     with pytest.raises(DataError, match=r"only pickled weights here \(pytorch_model.*allow_pickle=True"):
         load(folder)
     with torch.no_grad():
         torch.testing.assert_close(load(folder, allow_pickle=True)(TOKENS), expected, atol=ATOL, rtol=RTOL)
+    read = [one for file in folder.glob("pytorch_model*.bin") for one in read_pickled(file).values()]
+    assert all(isinstance(one, StoredTensor) for one in read)
+    monkeypatch.setenv("LLM_QUEST_ALLOW_PICKLE", "1")
+    assert load(folder).config.vocab_size == 97
+    with pytest.raises(DataError, match="only pickled weights"):
+        load(folder, allow_pickle=False)
     if shards > 1:
         (folder / "pytorch_model-00002-of-00002.bin").unlink()
         with pytest.raises(DataError, match=r"missing file: pytorch_model-00002-of-00002\.bin"):
