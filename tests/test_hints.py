@@ -21,7 +21,10 @@ from llm_quest.recipes import RECIPES
 from llm_quest.recipes.recipe import get_recipe
 
 PACKAGE = Path(__file__).parents[1] / "llm_quest"
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+QUEST: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = QUEST.commands
+ROOT_OPTIONS = {name for one in QUEST.params for name in one.opts}
+"""Of `quest` itself, before or behind any command."""
 OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
 """A message or a command line that runs one of these names its options, not ours."""
 PRINTED_FOR = {"cli/output.py": tuple(RECIPES), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
@@ -30,9 +33,10 @@ OPTIONS_OF_FILES = {"cost": "plan"}
 """Packages outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
 NOT_OURS = {
     "save_projection": "PEFT's VeRA", "safe_serialization": "PEFT's save_pretrained", "tokenizer.model": "a file",
+    "embed.token": "a module, which modules_to_save names",
     "--abbrev-ref": "git's", "--porcelain": "git's", "--untracked-files": "git's",
 }  # fmt: skip
-FILE_ENDINGS = "json jsonl yaml yml py md txt html csv safetensors svg org com co jinja".split()  # noqa: SIM905
+FILE_ENDINGS = "json jsonl yaml yml py md txt html csv safetensors svg org com co jinja bin".split()  # noqa: SIM905
 PYTHON_NAMES = ("torch", "itertools", "quest", "cache", "llm_quest", "transformers")
 """What a dotted word of a message to a Python caller begins with."""
 
@@ -168,7 +172,9 @@ def test_advice_that_several_recipes_print_is_known_to_each(file: str):
 
 
 def options_of(command: str) -> set[str]:
-    return {name for one in COMMANDS[command].params for name in (*one.opts, *one.secondary_opts)} | {"--help"}
+    inside = [COMMANDS[command], *getattr(COMMANDS[command], "commands", {}).values()]
+    named = {name for each in inside for one in each.params for name in (*one.opts, *one.secondary_opts)}
+    return named | ROOT_OPTIONS | {"--help"}
 
 
 def test_every_command_that_a_text_names_exists():
@@ -191,7 +197,7 @@ def test_every_option_that_a_text_names_exists():
             elif match[0] in NOT_OURS:
                 continue
             elif message.file.startswith("cli/") or message.is_docstring:
-                allowed = set().union(*map(options_of, COMMANDS), {"--version"})
+                allowed = set().union(*map(options_of, COMMANDS))
             else:
                 allowed = options_of(OPTIONS_OF_FILES.get(message.file.split("/")[0], "train"))
             if match[0] not in allowed:

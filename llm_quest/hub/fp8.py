@@ -63,9 +63,7 @@ def fp8_block(quantization: Any) -> tuple[int, int] | None:
     if block is None:
         return None
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise DataError(
-            f"config.json: quantization_config.weight_block_size is {block!r}; two whole numbers were expected"
-        )
+        raise DataError(f"config.json: weight_block_size is {block!r}; two whole numbers were expected")
     return block[0], block[1]
 
 
