@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,35 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
         if family.matches(hf_config):
             return family
     known = [name for family in (*FAMILIES, *VISION_FAMILIES) for name in family.model_types]
-    close_matches = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.3)
     inside = next((part["model_type"] for part in sub_configs(hf_config) if part.get("model_type") in known), None)
     if inside is not None:
         raise DataError(
             f"config.json: model_type {kind!r} is a model of several parts, of which only {inside!r} can be read: save "
             "that part as a model of its own with transformers"
         )
-    hint = f"the nearest known is {close_matches[0]!r}" if close_matches else f"known: {', '.join(known)}"
+    hint = nearest_family_hint(hf_config) or f"known: {', '.join(known)}"
     said = "config.json has no 'model_type'" if kind is None else f"config.json: model_type {kind!r} is unknown here"
     raise DataError(f"{said}; {hint}")
+
+
+ANY_MODELS_FIELDS = re.compile(
+    r"_.*|.*_token_id|model_type|architectures|(torch_)?dtype|transformers_version|use_cache|initializer_range|.*drop.*"
+    r"|id2label|label2id|problem_type|return_dict|output_.*|is_(encoder_)?decoder|add_cross_attention|chunk_size_feed.*"
+)
+"""Fields of every config.json, which say nothing about what a model computes when it generates."""
+
+
+def nearest_family_hint(hf_config: Mapping[str, Any]) -> str:
+    """Which family computes what is most like this model, by the fields that describe it, and what it does not have;
+    empty, where none shares more of them than it lacks. The name says little: 'mamba' is spelled like 'llama'."""
+    own = {name for name in hf_config if not ANY_MODELS_FIELDS.fullmatch(name)}
+    fields = {family.model_type: set(family.publish(family.presets[0].config)) for family in FAMILIES}
+    nearest = min(fields, key=lambda kind: (len(own - fields[kind]), len(fields[kind] - own)))
+    unknown = sorted(own - fields[nearest])
+    if len(own & fields[nearest]) <= len(unknown):
+        return ""
+    beyond = f" (which has no {', '.join(unknown[:4])}{', ...' if len(unknown) > 4 else ''})" if unknown else ""
+    return f"the nearest known is {nearest!r} by its fields{beyond}"
 
 
 def sub_configs(hf_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -530,3 +530,24 @@ def test_a_lone_sentencepiece_file_has_a_hint(tmp_path):
     (tmp_path / "model/tokenizer.model").write_bytes(b"x")
     with pytest.raises(DataError, match=r"SentencePiece.*transformers can load it and save a tokenizer\.json"):
         load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "nearest"),
+    [("ArceeConfig", "llama"), ("CohereConfig", "cohere2"), ("MambaConfig", None), ("T5Config", None)],
+)
+def test_the_nearest_known_goes_by_fields_and_not_by_spelling(config: str, nearest: str | None):
+    from llm_quest.hub.config import family_for
+
+    with pytest.raises(DataError) as refused:
+        family_for(getattr(transformers, config)().to_dict())
+    said = str(refused.value)
+    assert (f"the nearest known is {nearest!r} by its fields" in said) if nearest else ("; known: " in said)
+
+
+def test_the_hint_names_what_the_nearest_does_not_have():
+    from llm_quest.hub.config import family_for
+
+    hf_config = transformers.LlamaConfig().to_dict() | {"model_type": "glama", "logit_twist": 3}
+    with pytest.raises(DataError, match=r"the nearest known is 'llama' by its fields \(which has no logit_twist"):
+        family_for(hf_config)
