@@ -43,7 +43,8 @@ PLANNED = "tests/recipes/test_planning.py"
 LORA = "tests/techniques/test_lora.py"
 TAUGHT, TEACHING = "tests/objectives/test_distillation.py", "tests/recipes/test_distillation.py -k not processes"
 WRITING = "tests/cli/test_batch_generate.py"
-PIECES = "tests/laws/test_text_in_pieces.py"
+PIECES, BEAMS = "tests/laws/test_text_in_pieces.py", "tests/generation/test_beam_search.py"
+PROCESSORS = "tests/generation/test_logits_processor.py"
 ALIGNED = "tests/laws/test_alignment.py"
 MATCH = "tests/recipes/rpt/test_prefix_match.py"
 RAGGED = "tests/laws/test_ragged.py"
@@ -224,6 +225,20 @@ MUTATIONS = (
     # Fine-tuning and preferences (alignment.md, section 2)
     Mutation("what somebody types is read as a control token", "data/chat.py", "self.control_encoder.escape(message[\"content\"])", 'message["content"]', CHAT),
     Mutation("prompt and answer are encoded as one text", "data/chat.py", "yield layout.text[at:begin], False", "begin = at", CHAT),
+    Mutation("beams: what ends beyond the first ranks is finished too", "generation/beam_search.py", "first = list(zip(grown, ends, strict=True))[: self.params.num_beams]", "first = list(zip(grown, ends, strict=True))", BEAMS),
+    Mutation("beams: the prompt counts in the length", "generation/beam_search.py", "length = len(self.beams[0].tokens) + 1", "length = len(self.prompt) + len(self.beams[0].tokens) + 1", BEAMS),
+    Mutation("beams: the cache keeps the old beams' order", "generation/beam_search.py", "places += [first + beam for beam in continued]", "places += [first for beam in continued]", BEAMS),
+    Mutation("presence and frequency count the prompt", "generation/logits_processor.py", "Counter(generated).items()", "Counter(token_ids).items()", PROCESSORS),
+    Mutation("an n-gram is forbidden one token late", "generation/logits_processor.py", "for at in range(len(token_ids) - n + 1) if", "for at in range(len(token_ids) - n) if", PROCESSORS),
+    Mutation("a drafted text may end too early", "generation/speculative/decoder.py", "offsets = self.logits_processor.draft_offsets(self.seats, guesses, logits.shape[1])", "offsets = None", PROCESSORS),
+    Mutation("a draft's padding rows are drafted", "generation/speculative/draft_model.py", "tokens = tokens.clamp(max=model.config.vocab_size - 1)  # an id of the target that the draft model does not have", "pass", "tests/generation/speculative/test_decoder.py -k padded"),
+    Mutation("the makers' advice is not said to be used", "cli/generation_options.py", "        if left:\n            log(", "        if not left:\n            log(", WRITING),
+    Mutation("advice of no sampling is read as temperature 1", "cli/generation_options.py", "if advice.do_sample is False:", "if advice.do_sample is None:", WRITING),
+    Mutation("a slow tokenizer's words are cut as GPT-2's", "data/tokenizer_files.py", "    cut_words(backend, bool(settings.get(\"add_prefix_space\")))\n", "    cut_words_as_gpt2(backend, False)\n", "tests/data/test_tokenizer_files.py"),
+    Mutation("listed tokens are not added", "data/tokenizer_files.py", "    add_listed_tokens(backend, folder, settings)\n", "", "tests/data/test_tokenizer_files.py"),
+    Mutation("merges of a SentencePiece model by length", "data/sentencepiece_model.py", "(-piece.score, number, left, right)", "(len(piece.text), number, left, right)", "tests/data/test_tokenizer_files.py"),
+    Mutation("new tokens' rows are zero", "techniques/token_rows.py", "mean_row(weight.detach()).expand(rows - weight.shape[0], -1)", "torch.zeros(rows - weight.shape[0], weight.shape[1], dtype=weight.dtype)", "tests/techniques/test_token_rows.py"),
+    Mutation("a chat's reply is rendered with a second space", "cli/chat.py", "content = self.chat.message_of_reply(self.messages, reply)", "content = reply", PIECES),
     Mutation("an answer is encoded without its prompt", "data/encode_pieces.py", "return whole[len(prefix_ids) :]", "return encode(piece)", PIECES),
     Mutation("an answer has a token across the seam", "data/encode_pieces.py", "if whole[: len(prefix_ids)] == list(prefix_ids):", "if whole:", CHAT),
     Mutation("a completion is decoded without its prompt", "generation/stopping.py", "stopping_criteria.stop_strings, prompt)", "stopping_criteria.stop_strings)", PIECES),

@@ -233,7 +233,8 @@ class TemplatedConversation:
         self.messages.append({"role": "user", "content": line})
 
     def add_reply(self, reply: str) -> None:
-        self.messages.append({"role": "assistant", "content": reply})
+        content = self.chat.message_of_reply(self.messages, reply)
+        self.messages.append({"role": "assistant", "content": content})
 
     def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
         """The prompt. If it is longer than `room`, the oldest question and answer are dropped."""

@@ -86,6 +86,23 @@ class ChatTemplate:
             render_prompt(self.template, self.escape_control_tokens(messages), special_tokens=self.special_token_names)
         )
 
+    def message_of_reply(self, messages: Messages, reply: str) -> str:
+        """The content of the message whose rendering, after these messages, is the reply as it was written: perhaps
+        without the spaces around it, where the template writes its own (`' ' + content`)."""
+        contents = list(dict.fromkeys((reply, reply.lstrip(), reply.strip())))
+        asked = RenderJob(self.escape_control_tokens(messages), add_generation_prompt=True)
+        said = [
+            RenderJob(
+                self.escape_control_tokens([*messages, {"role": "assistant", "content": content}]),
+                add_generation_prompt=False,
+            )
+            for content in contents
+        ]
+        prompt, *rendered = render_batch(self.template, [asked, *said], special_tokens=self.special_token_names)
+        written = prompt.text + self.control_encoder.escape(reply)
+        texts = zip(contents, rendered, strict=True)
+        return next((content for content, one in texts if one.text.startswith(written)), contents[-1])
+
     def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
         """The prompts of many conversations, by one process."""
         jobs = [

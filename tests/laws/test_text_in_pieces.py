@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_quest.cli.chat import TemplatedConversation
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.documents import DropReport
@@ -170,3 +171,22 @@ def test_pairs_have_the_ids_of_their_conversations(kind):
         assert np.array_equal([*pair.prompt, *answer], example.input_ids)
         text = f"<s>[INST] The fox [/INST] {conversation.answer}</s>"
         assert example.input_ids.tolist() == tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
+
+
+@every_kind
+@pytest.mark.parametrize("template", [None, MIXTRAL, CLOSE])
+def test_the_next_turn_of_a_chat_reads_what_was_written(kind, template):
+    """The prompt of the second question begins with the ids of the first one's and of the answer that was drawn."""
+    tokenizer = tokenizer_of(kind)
+    chat = ChatTemplate(tokenizer, template)
+    conversation = TemplatedConversation(tokenizer, None)
+    conversation.chat = chat
+    conversation.add_user_message("what is two plus two?")
+    prompt = conversation.prompt_tokens(10_000, print)
+    answers = chat.encode_conversations([Conversation(TALKS[0], "talk:1")])[0]
+    drawn = answers.input_ids[len(prompt) :].tolist()
+    conversation.add_reply(generate_row(tokenizer, prompt, drawn[:-1]))
+    conversation.add_user_message("The fox")
+    following = conversation.prompt_tokens(10_000, print)
+    tokenizer.chat_template = None
+    assert following[: len(prompt) + len(drawn)] == [*prompt, *drawn]
