@@ -1,4 +1,5 @@
-"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder."""
+"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder. `quest consolidate RUN`: gives
+sharded checkpoints the plain form."""
 
 from __future__ import annotations
 
@@ -35,6 +36,31 @@ class ExportReport:
         result = [f"{self.folder}: {self.parameters:,} parameters in {self.dtype}, from {self.run}"]
         result += [f"  {size:>14,} bytes  {name}" for name, size in self.files.items()]
         return [*result, self.advice]
+
+
+@dataclass(frozen=True)
+class ConsolidateReport:
+    """The checkpoints of a run that were in shards and are whole now."""
+
+    checkpoints: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        return [f"{folder}: whole" for folder in self.checkpoints] or ["no checkpoint was in shards"]
+
+
+def consolidate_run(folder: Path) -> ConsolidateReport:
+    """Give the plain form to the sharded checkpoints of a run, or to one checkpoint."""
+    from llm_quest.train.checkpoint import list_checkpoints
+    from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
+
+    one = folder.resolve().parent.name == "checkpoints"
+    found = [folder] if one and folder.is_dir() else list_checkpoints(folder / "checkpoints")
+    if not found:
+        raise DataError(f"{folder} has no checkpoint; give a run folder, or one of its checkpoints")
+    return ConsolidateReport([str(checkpoint) for checkpoint in found if consolidate_checkpoint(checkpoint)])
 
 
 def export_run(

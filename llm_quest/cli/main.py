@@ -460,6 +460,17 @@ def export(
 
 
 @app.command()
+def consolidate(
+    run: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or one of its checkpoints.")],
+    json: JsonOption = False,
+) -> None:
+    """Make the checkpoints whole that the processes of an FSDP2 run wrote in shards."""
+    from llm_quest.cli.export import consolidate_run
+
+    print_result(consolidate_run(run), json)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
     out: Annotated[Path | None, typer.Option(help="The output file (default: report.html in the first run).")] = None,

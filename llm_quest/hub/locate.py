@@ -54,11 +54,20 @@ def locate_local(folder: Path) -> ModelLocation:
     if (folder / "config.json").exists():
         return ModelLocation(folder, str(folder))
     if (folder / "model.json").exists():
-        return ModelLocation(newest_checkpoint(folder), str(folder), run_dir=folder)
+        return ModelLocation(require_whole(newest_checkpoint(folder)), str(folder), run_dir=folder)
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == "checkpoints" and (run / "model.json").exists():
-        return ModelLocation(folder, str(folder), run_dir=run)
+        return ModelLocation(require_whole(folder), str(folder), run_dir=run)
     raise DataError(f"{folder} is neither a published folder (no config.json) nor a run of ours (no model.json)")
+
+
+def require_whole(checkpoint: Path) -> Path:
+    """DataError for a checkpoint that lies in the parts of several processes."""
+    if (checkpoint / "shards").is_dir():
+        raise DataError(
+            f"{checkpoint} is in shards, as FSDP2 wrote it; make it whole first: quest consolidate {checkpoint}"
+        )
+    return checkpoint
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llm_quest.contracts import Callback, LogFn
-from llm_quest.errors import BusyError, DataError, MissingError, QuestError, UsageError
+from llm_quest.errors import BusyError, DataError, MissingError, QuestError, ResourceError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import count_parameters, family_of
@@ -24,7 +24,7 @@ from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.arguments import TrainingArguments, TrainResult
-from llm_quest.train.checkpoint import list_checkpoints
+from llm_quest.train.checkpoint import SHARDS_DIR, list_checkpoints
 from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import OPTIMIZERS, LRSchedule, make_lr_schedule
@@ -92,12 +92,26 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             logger=make_display(config, folder, parallel, context.quiet),
         )
         baselines = job.finish(result)
+    if parallel.is_main_process and result.status == "finished":
+        consolidate_last_checkpoint(result, context.log)
     return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)
 
 
 def compile_timers(config: RunConfig, parallel: DistributedContext) -> list[Callback]:
     """What measures the time of compiling, where the run is compiled on the CPU."""
     return [CompileTimer()] if config.compile and parallel.is_main_process and parallel.device.type == "cpu" else []
+
+
+def consolidate_last_checkpoint(result: TrainResult, log: LogFn) -> None:
+    """What FSDP2 left in shards gets the plain form, which all commands read."""
+    if not (Path(result.checkpoint_path) / SHARDS_DIR).is_dir():
+        return
+    from llm_quest.train.sharded_checkpoint import consolidate_checkpoint
+
+    try:
+        consolidate_checkpoint(Path(result.checkpoint_path))
+    except ResourceError as error:
+        log(str(error))
 
 
 def describe_place(context: Context) -> str:

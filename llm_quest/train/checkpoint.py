@@ -32,6 +32,8 @@ from llm_quest.tensor_files import write_tensors
 FORMAT = 2
 """1: the first version, whose states are of other names: its weights load, and it cannot be resumed."""
 TENSOR_FILES = {"model": "model.safetensors", "optimizer": "optim.safetensors"}
+SHARDS_DIR = "shards"
+"""Holds the tensors of a checkpoint that several processes wrote in parts (`train/sharded_checkpoint.py`)."""
 STATE_FILE, MANIFEST_FILE, LATEST_FILE = "state.json", "MANIFEST.json", "LATEST"
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -60,50 +62,67 @@ def checkpoint_dir(root: Path, step: int) -> Path:
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     """Commit a checkpoint and return its folder. ResourceError on a full disk: the staged folder is removed, the
     others are as they were."""
-    final = checkpoint_dir(root, checkpoint.step)
-    if final.exists():
-        raise BusyError(f"{final} exists already and is not overwritten; resume from it, or choose another run folder")
-    root.mkdir(parents=True, exist_ok=True)
+    require_new(root, checkpoint.step)
     require_space(root, checkpoint.nbytes)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{checkpoint.step:08d}-{os.getpid()}-", dir=root))
     try:
-        _write_files(staged, checkpoint)
-        os.rename(staged, final)
-        fsync_path(root)
-        atomic_write_text(root.parent / LATEST_FILE, final.name + "\n")
+        for name, file in TENSOR_FILES.items():
+            write_tensors(staged / file, checkpoint.state_dict[name])
+        entries = {file: file_entry(staged / file) for file in TENSOR_FILES.values()}
+        return commit_checkpoint(staged, checkpoint, entries)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         if not is_disk_full(error):
             raise
+        name = checkpoint_dir(root, checkpoint.step).name
         raise ResourceError(
-            f"the disk is full: {final.name} needs {checkpoint.nbytes / 1e6:.1f} MB ({error}). Earlier checkpoints are "
+            f"the disk is full: {name} needs {checkpoint.nbytes / 1e6:.1f} MB ({error}). Earlier checkpoints are "
             f"untouched; make room under {root} and resume"
         ) from error
+
+
+def require_new(root: Path, step: int) -> None:
+    """BusyError where this step's checkpoint is there. root is made if it is not."""
+    final = checkpoint_dir(root, step)
+    if final.exists():
+        raise BusyError(f"{final} exists already and is not overwritten; resume from it, or choose another run folder")
+    root.mkdir(parents=True, exist_ok=True)
+
+
+def commit_checkpoint(staged: Path, checkpoint: Checkpoint, entries: Mapping[str, Any]) -> Path:
+    """Complete a staged folder that has its tensors, and rename it. entries: of the tensor files, for the manifest."""
+    final = checkpoint_dir(staged.parent, checkpoint.step)
+    write_state(staged, checkpoint, entries)
+    os.rename(staged, final)
+    fsync_path(final.parent)
+    atomic_write_text(final.parent.parent / LATEST_FILE, final.name + "\n")
     return final
 
 
-def _write_files(staged: Path, checkpoint: Checkpoint) -> None:
-    """Write and sync every file, the manifest last."""
+def write_state(staged: Path, checkpoint: Checkpoint, entries: Mapping[str, Any]) -> None:
+    """Write and sync what is no tensor, the manifest last."""
     values = {name: value for name, value in checkpoint.state_dict.items() if name not in TENSOR_FILES}
     write_text(staged / STATE_FILE, json.dumps(values))
     mode = (staged / STATE_FILE).stat().st_mode & 0o777
-    for name, file in TENSOR_FILES.items():
-        write_tensors(staged / file, checkpoint.state_dict[name])
     os.chmod(staged, mode | (mode & 0o444) >> 2)
-    files = {
-        name: {"size": (staged / name).stat().st_size, "sha256": file_sha256(staged / name)}
-        for name in (*TENSOR_FILES.values(), STATE_FILE)
-    }
+    files = {**entries, STATE_FILE: file_entry(staged / STATE_FILE)}
     manifest = {"format": FORMAT, "step": checkpoint.step, "identity": dict(checkpoint.identity), "files": files}
     write_text(staged / MANIFEST_FILE, json.dumps(manifest, indent=1))
     fsync_path(staged)
 
 
+def file_entry(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"size": file.stat().st_size, "sha256": file_sha256(file)}
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint whose manifest is right (call `find_fault` first). DataError for one of another format."""
+    """Read a checkpoint whose manifest is right (call `find_fault` first). A sharded one comes without its tensors.
+    DataError for one of another format."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        tensors = {name: load_file(folder / file) for name, file in TENSOR_FILES.items()}
+        plain = {} if (folder / SHARDS_DIR).is_dir() else TENSOR_FILES
+        tensors = {name: load_file(folder / file) for name, file in plain.items()}
         values = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"the checkpoint {folder} cannot be read: {error}") from error

@@ -70,11 +70,12 @@ class ProcessStore:
             time.sleep(POLL_SECONDS)
 
     def acknowledge(self) -> None:
-        """This process has ended its part, or is about to."""
-        self.store.add(self.seen_key, 1)
+        """This process has ended its part, or is about to. (The main process waits for the others.)"""
+        if self.rank != 0:
+            self.store.add(self.seen_key, 1)
 
     def wait_for_acknowledgements(self) -> None:
-        """Until all others have seen the failure, or are gone for other reasons."""
+        """Until all others have ended their part, or are gone for other reasons."""
         give_up = time.monotonic() + ACKNOWLEDGE_SECONDS
         while self.store.add(self.seen_key, 0) < self.world_size - 1 and time.monotonic() < give_up:
             time.sleep(POLL_SECONDS)
@@ -101,6 +102,8 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
     try:
         yield
         store.acknowledge()
+        if store.rank == 0:  # it may hold the store
+            store.wait_for_acknowledgements()
     except BaseException as error:
         stopped.set()
         failure = resolve_failure(store, error)

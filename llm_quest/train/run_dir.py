@@ -24,6 +24,7 @@ from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
 from llm_quest.files import atomic_write_text, fsync_path
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
+from llm_quest.train.parallel import DistributedContext
 
 
 class RunDir:
@@ -167,12 +168,27 @@ class RunDir:
                 raise
             raise ResourceError(f"the disk is full: {self.folder / name} cannot grow; make room and resume") from error
 
-    def save_checkpoint(self, checkpoint: Checkpoint, keep_last: int, keep_every: int, best_step: int | None) -> Path:
-        """Commit a checkpoint, and only then remove older ones."""
-        if (self.folder / "metrics.jsonl").exists():
+    def save_checkpoint(
+        self,
+        checkpoint: Checkpoint,
+        keep_last: int,
+        keep_every: int,
+        best_step: int | None,
+        parallel: DistributedContext | None = None,
+    ) -> Path:
+        """Commit a checkpoint, and only then remove older ones. parallel: the processes that write it together, each
+        its part."""
+        if self.is_main_process and (self.folder / "metrics.jsonl").exists():
             fsync_path(self.folder / "metrics.jsonl")
-        folder = files.save_checkpoint(self.checkpoints, checkpoint)
-        files.prune_checkpoints(self.checkpoints, keep_last, keep_every, () if best_step is None else (best_step,))
+        if parallel is None:
+            folder = files.save_checkpoint(self.checkpoints, checkpoint)
+        else:
+            from llm_quest.train.sharded_checkpoint import save_sharded_checkpoint  # 0.3 s that others do not pay
+
+            folder = save_sharded_checkpoint(self.checkpoints, checkpoint, parallel)
+        if self.is_main_process:
+            best_steps = () if best_step is None else (best_step,)
+            files.prune_checkpoints(self.checkpoints, keep_last, keep_every, best_steps)
         return folder
 
     def write_crash_report(self, report: Mapping[str, Any]) -> Path:

@@ -20,7 +20,7 @@ from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.errors import GuardStop, ResourceError, UsageError
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
-from llm_quest.train.checkpoint import Checkpoint, CheckpointSaver, checkpoint_step, load_checkpoint
+from llm_quest.train.checkpoint import SHARDS_DIR, Checkpoint, CheckpointSaver, checkpoint_step, load_checkpoint
 from llm_quest.train.guards import NonFiniteGuard, find_first_nonfinite, find_nonfinite_parameter, initial_loss_warning
 from llm_quest.train.logger import Logger
 from llm_quest.train.optimizers import LRSchedule
@@ -57,7 +57,7 @@ class TrainSession:
             self.model, optimizer, dataloader, lr_schedule, self.guard, RNGState(args.seed, parallel.rank),
             parallel=parallel, settings={"precision": args.precision, "compile": args.compile},
         )  # fmt: skip
-        self.saver = CheckpointSaver(args.async_save)
+        self.saver = CheckpointSaver(args.async_save and parallel.strategy != "fsdp")  # whose processes write together
         self.micro_batches: Sequence[Any] = ()
         self.status = "" if args.steps else "finished"
         self.signal_number = 0
@@ -100,7 +100,12 @@ class TrainSession:
         )
         if folder:
             checkpoint = load_checkpoint(Path(folder))
-            self.state.load_state_dict(checkpoint.state_dict)
+            if (Path(folder) / SHARDS_DIR).is_dir():
+                from llm_quest.train.sharded_checkpoint import open_shards
+
+                self.state.load_state_dict(checkpoint.state_dict, open_shards(Path(folder)))
+            else:
+                self.state.load_state_dict(checkpoint.state_dict)
             self.checkpoint_path, self.checkpoint_step = folder, checkpoint.step
             self.log_event("resumed", checkpoint=folder, step=checkpoint.step)
             for note in self.state.environment_changes(checkpoint.state_dict):
@@ -243,8 +248,10 @@ class TrainSession:
             self._update_best()
             checkpoint = Checkpoint(progress.step, self.state.state_dict(), self.run_dir.identity)
             self.checkpoint_step = progress.step
-            if self.parallel.is_main_process:
-                keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
+            keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
+            if self.parallel.strategy == "fsdp":
+                self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep, self.parallel))
+            elif self.parallel.is_main_process:
                 self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep))
         self._collect_saved(wait=self.is_finished)
 

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from llm_quest.tensor_files import align
 from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext, copy_full_, full_tensor, shard_as
+
+if TYPE_CHECKING:
+    from llm_quest.train.sharded_checkpoint import CheckpointShards
 
 KEY_SEPARATOR = "|"
 
@@ -50,22 +53,25 @@ def model_state_dict(model: nn.Module, is_main_process: bool) -> dict[str, Tenso
 def load_model_state_dict(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Load into the model, in place. ValueError lists every name or shape that does not match."""
     own = tensors_by_name(model)
-    wrong = [f"missing {name}" for name in own if name not in saved]
-    wrong += [f"unexpected {name}" for name in saved if name not in own]
-    both = [name for name in own if name in saved and own[name].shape != saved[name].shape]
-    wrong += [f"{name} is {tuple(saved[name].shape)}, the model's is {tuple(own[name].shape)}" for name in both]
-    if wrong:
-        raise ValueError(
-            f"the checkpoint is of another model: {'; '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}"
-        )
+    require_same_tensors(own, {name: tensor.shape for name, tensor in saved.items()})
     for name, tensor in own.items():
         copy_full_(tensor, saved[name])
 
 
-def optimizer_state_dict(
-    model: nn.Module, optimizer: Optimizer, is_main_process: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`parameter|key` -> tensor, gathered and on the CPU; and the values that are plain numbers."""
+def require_same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, torch.Size]) -> None:
+    """ValueError lists every name or shape of a checkpoint that is not the model's."""
+    wrong = [f"missing {name}" for name in own if name not in saved]
+    wrong += [f"unexpected {name}" for name in saved if name not in own]
+    both = [name for name in own if name in saved and own[name].shape != saved[name]]
+    wrong += [f"{name} is {tuple(saved[name])}, the model's is {tuple(own[name].shape)}" for name in both]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is of another model: {'; '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}"
+        )
+
+
+def optimizer_entries(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`parameter|key` -> tensor, as it is; and the values that are plain numbers."""
     entries = {
         f"{name}{KEY_SEPARATOR}{key}": value
         for name, p in model.named_parameters()
@@ -73,6 +79,14 @@ def optimizer_state_dict(
     }
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     numbers = {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
+    return tensors, numbers
+
+
+def optimizer_state_dict(
+    model: nn.Module, optimizer: Optimizer, is_main_process: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`parameter|key` -> tensor, gathered and on the CPU; and the values that are plain numbers."""
+    tensors, numbers = optimizer_entries(model, optimizer)
     return {name: _copy_to_cpu(value) for name, value in _gather_full(tensors) if is_main_process}, numbers
 
 
@@ -239,10 +253,15 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """ "model" and "optimizer" are tensors on the CPU by name, the rest is JSON. Every process takes part in
-        gathering; the tensors are held by the main process alone. Nothing depends on the number of processes, but for
-        the loaders' and generators' states, of which there is one for each."""
-        keep = self.parallel.is_main_process
-        tensors, numbers = optimizer_state_dict(self.model, self.optimizer, keep)
+        gathering; the tensors are held by the main process alone (under FSDP2 nothing is gathered: they are the sharded
+        tensors themselves). Nothing depends on the number of processes, but for the loaders' and generators' states, of
+        which there is one for each."""
+        keep, sharded = self.parallel.is_main_process, self.parallel.strategy == "fsdp"
+        tensors, numbers = (
+            optimizer_entries(self.model, self.optimizer)
+            if sharded
+            else optimizer_state_dict(self.model, self.optimizer, keep)
+        )
         values = {
             "progress": asdict(self.progress),
             "guard": self.guard.state_dict(),
@@ -253,19 +272,24 @@ class TrainState:
             "environment": self.environment(),
         }
         return {
-            "model": model_state_dict(self.model, keep),
+            "model": tensors_by_name(self.model) if sharded else model_state_dict(self.model, keep),
             "optimizer": tensors,
             **json.loads(json.dumps(values)),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a saved state. With another number of processes than it was saved with, every process seeds
-        its generators anew. DataError or ValueError for the state of another run."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], shards: CheckpointShards | None = None) -> None:
+        """Continue from a saved state. shards: its tensors, where they are not in it. With another number of processes
+        than it was saved with, every process seeds its generators anew. DataError or ValueError for the state of
+        another run."""
         saved, own = state_dict["optimizer_class"], type(self.optimizer).__name__
         if saved != own:
             raise DataError(f"the checkpoint's optimizer is {saved}, this run's is {own}")
-        load_model_state_dict(self.model, state_dict["model"])
-        load_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"], state_dict["optimizer_numbers"])
+        numbers = state_dict["optimizer_numbers"]
+        if shards is None:
+            load_model_state_dict(self.model, state_dict["model"])
+            load_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"], numbers)
+        else:
+            shards.load_into(self.model, self.optimizer, numbers)
         self.progress = Progress(**state_dict["progress"])
         self.guard.load_state_dict(state_dict["guard"])
         same_world_size = len(state_dict["rng"]) == self.parallel.world_size

@@ -38,7 +38,7 @@ def both_exit_codes(target: Callable[..., None], *args: Any) -> list[int | None]
     for process in both:
         process.start()
     for process in both:
-        process.join(timeout=120)
+        process.join(timeout=500)
     return [process.exitcode for process in both]
 
 
