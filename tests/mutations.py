@@ -259,7 +259,7 @@ MUTATIONS = (
     Mutation("flips accepted and never read", "objectives/preference.py", "if without_effect := [one for one in numbers if one not in loss_numbers(name)]:", "if without_effect := []:", PREFERENCE),
     Mutation("DPO: all answers go on from the first question", "data/batch.py", "torch.tensor(of)", "torch.tensor(of) * 0", SHARED),
     Mutation("DPO: a question is shared where rows in full are less to read", "data/preference_pairs.py", "share_prompts = share_prompts and shared_token_count(shared_rows) < full_token_count(unshared)", "share_prompts = share_prompts", SHARED),
-    Mutation("several processes: a parameter that nobody used has a gradient of 0", "train/data_parallel.py", "if not users:", "if False:", "tests/train/test_one_law.py -k preference"),
+    Mutation("several processes: a parameter that nobody used has a gradient of 0", "train/data_parallel.py", "if users:", "if True:", "tests/train/test_one_law.py -k preference"),
     Mutation("several processes: a rank derives its micro-batches from its own rows", "data/loader.py", "limit_micro_batch_size(step_rows, size,", "limit_micro_batch_size(step_rows[first : first + local_batch_size], size,", "tests/train/test_one_law.py -k next"),
     Mutation("FSDP2: a scalar is to be sharded", "train/parallel.py", "p.ndim == 0 or len(owners) > 1", "len(owners) > 1", "tests/train/test_one_law.py -k dyt"),
     Mutation("FSDP2: what is held whole learns from its own rows alone", "train/parallel.py", "                dist.all_reduce(p.grad)", "                pass", "tests/train/test_one_law.py -k dyt"),

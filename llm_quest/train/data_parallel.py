@@ -99,11 +99,8 @@ def pack_gradients(bucket: list[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def unpack_gradients(bucket: list[nn.Parameter], flat: Tensor) -> None:
-    """Give each parameter its summed gradient, and none to those that no process used."""
+    """Give each parameter its summed gradient, a view of the bucket, and none to those that no process used."""
     *sums, used = flat.split([*(p.numel() for p in bucket), len(bucket)])
     for p, total, users in zip(bucket, sums, used.tolist(), strict=True):
-        if not users:
-            continue
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-        p.grad.copy_(total.view_as(p))
+        if users:
+            p.grad = total.view_as(p)

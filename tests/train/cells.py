@@ -37,7 +37,7 @@ PLAIN, WITH_MODULES = "llama3.2-tiny", "deepseek-v3-tiny"
 """A plain family; one with experts, their biases, and multi-token modules, which most objectives do not call."""
 
 Cell = tuple[str, str, str]
-"""(objective, technique or "", model)."""
+"""(objective, techniques joined by + or "", model)."""
 
 
 def some_ids(number: int, low: int, high: int) -> np.ndarray:
@@ -108,6 +108,7 @@ CELLS: list[Cell] = [
         for technique in EXAMPLES
         if technique not in NOT_TRAINED
     ),
+    ("next token", "quantize+lora", PLAIN),
     *((objective, "", WITH_MODULES) for objective in OBJECTIVES),
     *((objective, "dyt", PLAIN) for objective in OBJECTIVES if objective != "next token"),
 ]
@@ -115,13 +116,15 @@ CELLS: list[Cell] = [
 
 def run_cell(cell: Cell, parallel: DistributedContext, optimizer: str = "adamw") -> dict[str, Any]:
     """Losses and norms of two steps, and the weights after them. The model is in float64, its losses in float32."""
-    objective_name, technique, family = cell
+    objective_name, techniques, family = cell
+    applied = [EXAMPLES[name] for name in techniques.split("+") if name]
     make_objective, make_loader = OBJECTIVES[objective_name]
     torch.manual_seed(0)
     model: Any = build(family, seed=0)
-    model = EXAMPLES[technique](model) if technique else model
+    for technique in applied:
+        model = technique(model)
     objective = make_objective(model).double()
-    callbacks = [EXAMPLES[technique]] if hasattr(EXAMPLES.get(technique), "on_step_end") else []
+    callbacks = [technique for technique in applied if hasattr(technique, "on_step_end")]
     parallel.parallelize(objective, list(model.blocks))
     make = partial(make_adamw, lr=1e-2) if optimizer == "adamw" else partial(make_muon, row_splits=model.row_splits())
     shown = Losses()
