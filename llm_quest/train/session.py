@@ -103,7 +103,7 @@ class TrainSession:
             if (Path(folder) / SHARDS_DIR).is_dir():
                 from llm_quest.train.sharded_checkpoint import open_shards
 
-                self.state.load_state_dict(checkpoint.state_dict, open_shards(Path(folder)))
+                self.state.load_state_dict(checkpoint.state_dict, open_shards(Path(folder)).load_into)
             else:
                 self.state.load_state_dict(checkpoint.state_dict)
             self.checkpoint_path, self.checkpoint_step = folder, checkpoint.step

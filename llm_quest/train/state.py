@@ -9,10 +9,10 @@ import hashlib
 import json
 import platform
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ from llm_quest.train.guards import NonFiniteGuard
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext, copy_full_, full_tensor, shard_as
 
-if TYPE_CHECKING:
-    from llm_quest.train.sharded_checkpoint import CheckpointShards
-
 KEY_SEPARATOR = "|"
+TensorLoader = Callable[[nn.Module, Optimizer, Mapping[str, Any]], None]
+"""Fills model and optimizer in place; the third are the optimizer's plain numbers."""
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
@@ -277,19 +276,19 @@ class TrainState:
             **json.loads(json.dumps(values)),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], shards: CheckpointShards | None = None) -> None:
-        """Continue from a saved state. shards: its tensors, where they are not in it. With another number of processes
+    def load_state_dict(self, state_dict: Mapping[str, Any], load_tensors: TensorLoader | None = None) -> None:
+        """Continue from a saved state. load_tensors: where its tensors are not in it. With another number of processes
         than it was saved with, every process seeds its generators anew. DataError or ValueError for the state of
         another run."""
         saved, own = state_dict["optimizer_class"], type(self.optimizer).__name__
         if saved != own:
             raise DataError(f"the checkpoint's optimizer is {saved}, this run's is {own}")
         numbers = state_dict["optimizer_numbers"]
-        if shards is None:
+        if load_tensors is None:
             load_model_state_dict(self.model, state_dict["model"])
             load_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"], numbers)
         else:
-            shards.load_into(self.model, self.optimizer, numbers)
+            load_tensors(self.model, self.optimizer, numbers)
         self.progress = Progress(**state_dict["progress"])
         self.guard.load_state_dict(state_dict["guard"])
         same_world_size = len(state_dict["rng"]) == self.parallel.world_size
