@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import functools
+import inspect
 import re
 import statistics
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ MAX_LINES = 52_000
 MEDIAN_LENGTH, P90_LENGTH, MAX_LENGTH = 7, 18, 60
 """Lines of a function from `def` to its last one, its docstring included."""
 MAX_ATTENTION_ARGUMENTS = 10
+FIRST_FAMILIES = words("gpt2 llama gemma mixtral qwen3 deepseek_v3 qwen3_next mimo vit clip llava")
+MAX_FIRST_FAMILY_LINES, MAX_FAMILY_LINES = 2160, 125
+"""The eleven families that share little with each other, together; and each of the others, which are one of them (or of
+each other) with a difference."""
 
 IRREGULAR = words("""
 told kept made known found seen drawn shown begun said taken given written taught laid lying held spent cut left lost
@@ -124,6 +129,17 @@ def test_functions_stay_short():
 def test_the_package_stays_small():
     assert len(trees()) <= MAX_FILES
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in trees()) <= MAX_LINES
+
+
+def test_a_family_is_a_page_and_one_with_a_difference_is_short():
+    from llm_quest.models import FAMILIES, VISION_FAMILIES
+
+    files = {Path(inspect.getfile(family.assemble)) for family in (*FAMILIES, *VISION_FAMILIES)}
+    lines = {file.stem: len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert sum(lines[name] for name in FIRST_FAMILIES) <= MAX_FIRST_FAMILY_LINES
+    assert {
+        name: count for name, count in lines.items() if name not in FIRST_FAMILIES and count > MAX_FAMILY_LINES
+    } == {}
 
 
 def test_attention_has_few_constructor_arguments():

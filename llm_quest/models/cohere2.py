@@ -32,7 +32,6 @@ from llm_quest.models.config_fields import (
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
 from llm_quest.models.family import SIZES, Family, preset_table
 from llm_quest.models.weight_names import (
-    PRE_NORMS,
     Names,
     attention_names,
     decoder_names,
@@ -89,8 +88,7 @@ def assemble(config: Config) -> Decoder:
 
 def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
-    norms = {ours: theirs for ours, theirs in PRE_NORMS.items() if ours.startswith("mixer")}
-    table = decoder_names(tied=config.tie_word_embeddings, norms=norms)
+    table = decoder_names(tied=config.tie_word_embeddings)
     table |= attention_names(bias=config.attention_bias) | swiglu_names()
     table["norm.base.weight"] = table.pop("norm.weight")
     return expand_layers(parallel_names(table, one_norm=True), config.num_hidden_layers)

@@ -80,12 +80,8 @@ def weight_map(config: Config) -> Names:
     return expand_layers(table, config.num_hidden_layers)
 
 
-LAYER = {
-    "mixer.norm": "input_layernorm",
-    "feed_forward.norm": "post_attention_layernorm",
-    "feed_forward.layer.up": "mlp.dense_h_to_4h",
-    "feed_forward.layer.down": "mlp.dense_4h_to_h",
-}
+LAYER = {"mixer.norm": "input_layernorm", "feed_forward.norm": "post_attention_layernorm"}
+LAYER |= {"feed_forward.layer.up": "mlp.dense_h_to_4h", "feed_forward.layer.down": "mlp.dense_4h_to_h"}
 
 
 def pythia_config(**numbers: Any) -> Config:
@@ -97,9 +93,7 @@ def pythia_config(**numbers: Any) -> Config:
     return Config(**shared, rotary=RotaryEmbedding(head_dim // 4, 10_000.0))
 
 
-TINY = pythia_config(
-    vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=128
-)
+SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 PRESETS = preset_table(
     "num_hidden_layers hidden_size num_attention_heads vocab_size",
     ("pythia-14m", "EleutherAI/pythia-14m", 14_067_712, 6, 128, 4, 50_304),
@@ -123,5 +117,5 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"gpt_neox": "GPTNeoXForCausalLM"},
     keys_to_ignore=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
-    presets=(*PRESETS, Preset("pythia-tiny", TINY)),
+    presets=(*PRESETS, Preset("pythia-tiny", pythia_config(**SMALL, max_position_embeddings=128))),
 )

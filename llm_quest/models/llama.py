@@ -14,6 +14,7 @@ neighbouring pairs where these published ones rotate halves.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import Llama3Scaling, RotaryEmbedding
 from llm_quest.models.config_fields import config_dataclass, hf_default, rope_field
 from llm_quest.models.decoder import Decoder, decoder_of_blocks
-from llm_quest.models.family import Family, preset_table
+from llm_quest.models.family import SIZES, Family, preset_table
 from llm_quest.models.weight_names import WeightMap, attention_names, decoder_names, expand_layers, swiglu_names
 
 
@@ -79,13 +80,14 @@ def weight_map(config: Config) -> WeightMap:
     return expand_layers(table | swiglu_names(bias=config.mlp_bias), config.num_hidden_layers)
 
 
-def llama_config(factor: float, original: int = 8192, **numbers: Any) -> Config:
-    """The published sizes of 3.1 and 3.2 share vocabulary, context, key/value heads and base."""
-    scaling = Llama3Scaling(
+def llama_config(factor: float | None, original: int = 8192, rope_theta: float = 500_000.0, **numbers: Any) -> Config:
+    """The published sizes of 3.1 and 3.2 share vocabulary, context, key/value heads and base. factor: None for no
+    stretch."""
+    scaling = factor and Llama3Scaling(
         factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=original
     )
     shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-    return Config(**(shared | numbers), rotary=RotaryEmbedding(numbers["head_dim"], 500_000.0, scaling))
+    return Config(**(shared | numbers), rotary=RotaryEmbedding(numbers["head_dim"], rope_theta, scaling or None))
 
 
 COLUMNS = "factor hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size tie_word_embeddings"
@@ -101,6 +103,15 @@ PRESETS = preset_table(
     make=llama_config,
     eos=(128_001,),
 )
+SMOL: dict[str, Any] = {"factor": None, "vocab_size": 49_152, "max_position_embeddings": 8192, "head_dim": 64}
+SMOLLM2 = preset_table(
+    f"{SIZES} rope_theta",
+    ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, 30, 576, 9, 3, 1536, 100_000.0),
+    ("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, 32, 960, 15, 5, 2560, 100_000.0),
+    ("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, 24, 2048, 32, 32, 8192, 130_000.0),
+    make=partial(llama_config, **SMOL, tie_word_embeddings=True),
+    eos=(0,),
+)
 
 FAMILY = Family(
     name="llama",
@@ -108,6 +119,6 @@ FAMILY = Family(
     assemble=assemble,
     weight_map=weight_map,
     architectures={"llama": "LlamaForCausalLM"},
-    presets=(*PRESETS, Preset("llama3.2-tiny", TINY)),
+    presets=(*PRESETS, *SMOLLM2, Preset("llama3.2-tiny", TINY)),
     keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

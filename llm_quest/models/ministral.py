@@ -27,7 +27,7 @@ from llm_quest.models.windows import FULL, SLIDING, layer_window, require_layer_
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "original_max_position_embeddings": 16_384,
-    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 
 
@@ -66,12 +66,9 @@ class Config(llama.Config):
 
     def __post_init__(self) -> None:
         require_layer_types(self)
-        if self.llama_4_scaling_beta is not None and not isinstance(self.rotary.scaling, YaRNScaling):
-            raise ValueError(
-                "llama_4_scaling_beta counts in original_max_position_embeddings, which only yarn has here"
-            )
-        if self.llama_4_scaling_beta is not None and len(set(self.layer_types)) > 1:
-            raise ValueError(f"layer_types is {list(self.layer_types)}; all layers of a ministral3 are of one type")
+        is_alike = isinstance(self.rotary.scaling, YaRNScaling) and len(set(self.layer_types)) == 1
+        if self.llama_4_scaling_beta is not None and not is_alike:
+            raise ValueError("a ministral3 (llama_4_scaling_beta) has rope_type yarn and layers of one type")
 
 
 def block(config: Config, layer_idx: int) -> Block:

@@ -75,23 +75,19 @@ def weight_map(config: Config) -> Names:
     """Our parameters -> published names."""
     table = norm_biases(decoder_names(tied=config.tie_word_embeddings))
     table |= attention_names(bias=config.attention_bias, out_bias=False) | swiglu_names()
-    if config.qk_layernorm:
-        table |= per_head_norm_names(q=config.num_attention_heads, k=config.num_key_value_heads)
-    if config.use_parallel_residual:
-        table = {ours: theirs for ours, theirs in table.items() if "feed_forward.norm" not in ours}
-        table = parallel_names(table, one_norm=True)
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    table |= per_head_norm_names(**heads) if config.qk_layernorm else {}
+    table = parallel_names(table, one_norm=True) if config.use_parallel_residual else table
     return expand_layers(table, config.num_hidden_layers)
 
 
 def per_head_norm_names(**heads: int) -> Names:
     """The weights of the heads' norms, one tensor for each head."""
-    theirs = f"{THEIRS}self_attn.{{part}}_layernorm.norms.{{head}}.weight"
-    return {
-        f"{OURS}mixer.layer.{part}_norm.weight": ConcatRows(
-            *(theirs.replace("{part}", part).replace("{head}", str(head)) for head in range(count))
-        )
-        for part, count in heads.items()
-    }
+    names: Names = {}
+    for part, count in heads.items():
+        theirs = (f"{THEIRS}self_attn.{part}_layernorm.norms.{head}.weight" for head in range(count))
+        names[f"{OURS}mixer.layer.{part}_norm.weight"] = ConcatRows(*theirs)
+    return names
 
 
 def stablelm_config(**numbers: Any) -> Config:
@@ -101,10 +97,12 @@ def stablelm_config(**numbers: Any) -> Config:
     return Config(**shared, head_dim=head_dim, rotary=RotaryEmbedding(head_dim // 4, 10_000.0))
 
 
-TINY: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,
-    "intermediate_size": 64, "max_position_embeddings": 128,
-}  # fmt: skip
+TINY: dict[str, Any] = dict(zip(SIZES.split(), (2, 48, 3, 3, 64), strict=True))
+TINY |= {"vocab_size": 97, "max_position_embeddings": 128}
+TINY_PRESETS = (
+    Preset("stablelm-tiny", stablelm_config(**TINY, attention_bias=True)),
+    Preset("stablelm2-tiny", stablelm_config(**TINY, use_parallel_residual=True, qk_layernorm=True)),
+)
 NONE, BIAS, PARALLEL = (False, False, False), (True, False, False), (False, True, True)
 PRESETS = preset_table(
     f"{SIZES} vocab_size attention_bias use_parallel_residual qk_layernorm",
@@ -121,9 +119,5 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"stablelm": "StableLmForCausalLM"},
     keys_to_ignore=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    presets=(
-        *PRESETS,
-        Preset("stablelm-tiny", stablelm_config(**TINY, attention_bias=True)),
-        Preset("stablelm2-tiny", stablelm_config(**TINY, use_parallel_residual=True, qk_layernorm=True)),
-    ),
+    presets=(*PRESETS, *TINY_PRESETS),
 )

@@ -148,14 +148,14 @@ def norm_biases(table: Names) -> Names:
 
 def parallel_names(table: Names, *, one_norm: bool) -> Names:
     """The map of a model whose layers are parallel (`ParallelLayers`), from that of the same layers in sequence.
-    one_norm: both branches read the same norm."""
+    one_norm: both branches read the mixer's norm, and the other has no tensor."""
     moved = {
         "mixer.layer.": "sublayer.layer.mixer.",
         "feed_forward.layer.": "sublayer.layer.feed_forward.",
         "mixer.norm.": "sublayer.norm." if one_norm else "sublayer.layer.mixer_norm.",
         "feed_forward.norm.": "sublayer.layer.feed_forward_norm.",
     }
-    renamed = dict(table)
+    renamed = {ours: theirs for ours, theirs in table.items() if not (one_norm and "feed_forward.norm." in ours)}
     for old, new in moved.items():
         renamed = {ours.replace(OURS + old, OURS + new): theirs for ours, theirs in renamed.items()}
     return renamed

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
+from llm_quest.layers.attention import GroupedQueryAttention, PositionQueryScale, SigmoidOutputGate
+from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.rotary import NoRotary, RotaryEmbedding
 from llm_quest.layers.scaled_dot_product import AttentionFunction, ScaledDotProduct, explicit_attention, fused_attention
@@ -217,3 +218,26 @@ def test_the_first_positions_alone_are_answered_as_among_all(kind: str, wanted: 
 def test_heads_that_cannot_be_shared_evenly_are_refused():
     with pytest.raises(ValueError, match="6 query heads cannot share 4 key/value heads evenly"):
         GroupedQueryAttention(12, num_attention_heads=6, num_key_value_heads=4, head_dim=2, rotary=NoRotary())
+
+
+def test_queries_grow_with_every_period_of_the_original_length():
+    """Original length 4: positions 0 to 3 keep their size, 4 to 7 grow by 1 + beta ln 2, 8 by 1 + beta ln 3; padding
+    stays."""
+    positions = torch.tensor([[-1, 0, 3, 4, 7, 8]])
+    grown = PositionQueryScale(0.5, 4)(torch.ones(1, 6, 1, 2, dtype=torch.float64), Scope(positions))[0, :, 0, 0]
+    expected = [1, 1, 1, 1 + math.log(2) / 2, 1 + math.log(2) / 2, 1 + math.log(3) / 2]
+    torch.testing.assert_close(grown, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_a_ring_that_is_filled_by_its_first_pass_can_be_written_while_gradients_are_recorded():
+    """A slice write and then a write by index into the same slots, both of numbers that need a gradient."""
+    attention = GroupedQueryAttention(
+        8, num_attention_heads=2, num_key_value_heads=1, head_dim=4, rotary=NoRotary(), sliding_window=4
+    )
+    x, cache, outputs = torch.randn(1, 6, 8), Cache([attention.new_cache(1, 12)], 1, 12), []
+    for start, stop in ((0, 4), (4, 5), (5, 6)):
+        piece = x[:, start:stop]
+        scope = Scope.unpadded(torch.zeros(1, stop - start), cache=cache, start=start).for_layer(0)
+        outputs.append(attention(piece, scope))
+    whole = attention(x, Scope.unpadded(torch.zeros(1, 6)))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_quest.layers.norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
+from llm_quest.layers.norm import AcrossHeads, LayerNorm, PerHeadLayerNorm, RMSNorm, ScaledNorm, ZeroCenteredRMSNorm
 
 
 @pytest.mark.parametrize("norm", [RMSNorm(6, 1e-5), LayerNorm(6, 1e-5)], ids=["rms", "layer"])
@@ -69,3 +69,32 @@ def test_an_offset_norm_scales_by_one_plus_its_weight_in_float32_before_the_cast
     x = torch.randn(32, 64, generator=generator).bfloat16()
     fine = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     assert torch.equal(norm(x), (fine * (1 + norm.weight.float())).bfloat16())
+
+
+def test_a_norm_across_heads_by_hand():
+    """Heads (3, 0) and (0, 4): the mean square of all four numbers is 6.25, the root 2.5."""
+    norm = AcrossHeads(RMSNorm(4, 0.0))
+    with torch.no_grad():
+        norm.norm.weight.copy_(torch.tensor([1.0, 1.0, 1.0, 10.0]))
+    y = norm(torch.tensor([[3.0, 0.0], [0.0, 4.0]])[None, None])
+    torch.testing.assert_close(y[0, 0], torch.tensor([[1.2, 0.0], [0.0, 16.0]]))
+
+
+def test_each_head_is_normalised_alone_with_its_own_weight():
+    """Heads (1, 3) and (0, 4): means 2 and 2, deviations 1 and 2."""
+    norm = PerHeadLayerNorm(2, 2, 0.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 5.0, 7.0, 2.0]))
+    y = norm(torch.tensor([[1.0, 3.0], [0.0, 4.0]])[None, None])
+    torch.testing.assert_close(y[0, 0], torch.tensor([[-1.0, 5.0], [-7.0, 2.0]]))
+
+
+def test_a_layer_norm_without_bias_still_subtracts_the_mean():
+    norm = LayerNorm(2, 0.0, bias=False)
+    assert dict(norm.named_parameters()).keys() == {"weight"}
+    torch.testing.assert_close(norm(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
+
+
+def test_a_scaled_norm_is_the_norm_times_its_factor():
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(ScaledNorm(RMSNorm(6, 1e-5), 0.25)(x), RMSNorm(6, 1e-5)(x) / 4)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from llm_quest.layers.kv_cache import Cache
 from llm_quest.layers.rotary import (
     LinearScaling,
     Llama3Scaling,
+    LongRoPEScaling,
     NoRotary,
     NTKScaling,
     RopeScaling,
@@ -153,6 +155,51 @@ def test_yarns_limits_are_plain_and_interpolated():
     plain = default_inv_freq(16, 1e4)
     same(YaRNScaling(8.0, 64, beta_fast=9e-4, beta_slow=1e-4).inv_freq(16, 1e4), plain)
     same(YaRNScaling(8.0, 64, beta_fast=5.73, beta_slow=5.73).inv_freq(16, 1e4)[1:], plain[1:] / 8)
+
+
+LONG = LongRoPEScaling(32.0, 8, short_factor=(1.0, 2.0), long_factor=(4.0, 8.0))
+
+
+def angles(scope: Scope) -> torch.Tensor:
+    """The angles (B,T,pairs) of LongRoPE, from its sines: theta 1, so that position p turns by p / divisor."""
+    _, sin = RotaryEmbedding(4, 1.0, LONG).cos_sin(scope, torch.float64)
+    return torch.asin(sin / LONG.attention_factor)[:, :, 0]
+
+
+def test_longrope_takes_the_list_of_a_rows_length_for_all_its_positions():
+    expected_short, expected_long = torch.tensor([1.0, 0.5]).double(), torch.tensor([0.25, 0.125]).double()
+    inside, beyond = torch.arange(8), torch.arange(9)
+    torch.testing.assert_close(angles(Scope(inside[None]))[0, 1], expected_short, rtol=1e-6, atol=0)
+    torch.testing.assert_close(angles(Scope(beyond[None]))[0, 1], expected_long, rtol=1e-6, atol=0)
+    rows = torch.stack([torch.cat((torch.tensor([-1]), inside)), beyond])
+    torch.testing.assert_close(angles(Scope(rows))[0, 2], expected_short, rtol=1e-6, atol=0)
+    torch.testing.assert_close(angles(Scope(rows))[1, 1], expected_long, rtol=1e-6, atol=0)
+
+
+def test_longrope_with_a_cache_keeps_the_list_that_its_capacity_needs():
+    """Keys keep the rotation that they were written with, so a growing text must not change its list."""
+    first = torch.arange(3)[None]
+    short, long = (Scope(first, cache=Cache([], 1, capacity)) for capacity in (8, 9))
+    torch.testing.assert_close(angles(short)[0, 1], torch.tensor([1.0, 0.5]).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(angles(long)[0, 1], torch.tensor([0.25, 0.125]).double(), rtol=1e-6, atol=0)
+
+
+def test_longropes_attention_factor_belongs_to_short_texts_too():
+    assert LongRoPEScaling(32.0, 4096, (1.0,), (1.0,)).attention_factor == pytest.approx(1.19024, abs=1e-5)
+    cos, _ = RotaryEmbedding(4, 1.0, LONG).cos_sin(Scope(torch.zeros(1, 1, dtype=torch.int64)), torch.float32)
+    assert cos.unique().tolist() == pytest.approx([LONG.attention_factor])
+
+
+def test_longrope_needs_a_factor_for_every_pair():
+    with pytest.raises(ValueError, match="longrope has 2 factors for 4 rotated pairs"):
+        RotaryEmbedding(8, 10_000.0, LONG)
+
+
+def test_interleaved_pairs_of_a_part_of_a_head_leave_the_rest_in_its_order():
+    """GLM-4: neighbours within the first half; the second half passes through as it is."""
+    x = torch.arange(8.0).view(1, 1, 1, 8)
+    turned = RotaryEmbedding(4, 10_000.0, interleaved=True)(x, Scope(torch.zeros(1, 1, dtype=torch.int64)))
+    assert turned.flatten().tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
 
 
 def test_two_scalings_of_equal_width_and_base_do_not_share_a_table():
