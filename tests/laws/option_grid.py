@@ -35,7 +35,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "quantize nf4, then lora": (Quantize("nf4"), LoRA(rank=2)),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COMPILED_SHARE = 6
+COMPILED_SHARE = 13
 LENGTHS, STEPS = (7, 4), 3
 Step = Callable[[Decoder, Tensor, Tensor, Cache], Tensor]
 
