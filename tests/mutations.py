@@ -34,6 +34,7 @@ KEPT = "tests/laws/test_cache.py -k 3.5"
 VIT, LLAVA = "tests/models/test_vit.py", "tests/models/test_llava.py"
 HELD_OUT = "tests/recipes/test_auxiliary_losses.py -k held_out"
 SUMMED = "tests/layers/test_attention.py"
+DEFAULTS = "tests/models/test_config_defaults.py"
 HUB_WORDS = "tests/models/test_family.py -k mimos_released"
 
 CHAT, PREFERENCE = "tests/data/test_chat.py", "tests/objectives/test_preference.py"
@@ -67,6 +68,32 @@ MUTATIONS = (
     Mutation("window off by one", "scope.py", "allowed & (q - k < window)", "allowed & (q - k <= window)", GEMMA),
     Mutation("band off by one", "layers/scaled_dot_product.py", "allowed.triu(1 - attention_mask.window)", "allowed.triu(-attention_mask.window)", GEMMA),
     Mutation("Mistral: no window", "models/mistral.py", "layer.mixer.layer.sliding_window = config.sliding_window", "pass", families("mistral")),
+    Mutation("Qwen2: a bias on the output projection too", "models/qwen2.py", "    attention.out = Linear(attention.out.in_features, config.hidden_size, bias=False)\n", "", families("qwen2")),
+    Mutation("Qwen2: the first layers are windowed", "models/qwen2.py", "FULL if layer < full else SLIDING", "SLIDING if layer < full else FULL", DEFAULTS),
+    Mutation("Phi-3: the long list in short texts", "layers/rotary.py", "torch.where(reach > self.original_max_position_embeddings, long, short)", "long", families("phi3")),
+    Mutation("Phi-3: the short list in long texts", "layers/rotary.py", "torch.where(reach > self.original_max_position_embeddings, long, short)", "short", families("phi3")),
+    Mutation("Phi-3: cos and sin keep their size", "layers/rotary.py", "math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))", "1.0", families("phi3")),
+    Mutation("Phi-3: a cache's list by the pass, not by its capacity", "layers/rotary.py", "        if scope.cache is not None:\n            return long", "        if False:\n            return long", "tests/layers/test_rotary.py -k longrope"),
+    Mutation("Gemma 1: embedding not scaled", "models/gemma1.py", "partial(TokenEmbedding, scale=config.hidden_size**0.5)", "partial(TokenEmbedding, scale=1.0)", families("gemma")),
+    Mutation("OLMo 2: q/k norm per head", "layers/norm.py", "self.norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])", "torch.nn.functional.rms_norm(x, x.shape[-1:], None, self.norm.eps) * self.norm.weight.view(x.shape[-2:])", families("olmo2")),
+    Mutation("OLMo 2: norms before the layers", "models/olmo2.py", "mixer=Sublayer(nn.Identity(), attention, post_norm=RMSNorm(config.hidden_size, config.rms_norm_eps))", "mixer=Sublayer(nn.Identity(), nn.Sequential(), post_norm=RMSNorm(config.hidden_size, config.rms_norm_eps))", families("olmo2")),
+    Mutation("OLMo 3: windowed layers stretched too", "models/olmo3.py", "config.rotary if config.layer_types[layer_idx] == FULL else config.swa_rotary", "config.rotary", families("olmo3")),
+    Mutation("SmolLM3: 1 read as no rotation", "models/smollm3.py", "if not config.no_rope_layers[layer_idx]:", "if config.no_rope_layers[layer_idx]:", families("smollm3")),
+    Mutation("Granite: the branch keeps its size", "models/granite.py", "ConstantScale(config.residual_multiplier)", "ConstantScale(1.0)", families("granite")),
+    Mutation("Granite: scores by the root of head_dim", "models/granite.py", "ScaledDotProduct(config.attention_multiplier)", "ScaledDotProduct(config.head_dim**-0.5)", families("granite")),
+    Mutation("Granite: logits multiplied, not divided", "models/granite.py", "1 / config.logits_scaling", "config.logits_scaling", families("granite")),
+    Mutation("GPT-NeoX: all queries, then all keys", "hub/weight_map.py", "parameter.unflatten(0, (parts, heads, -1)).transpose(0, 1)", "parameter.unflatten(0, (heads, parts, -1))", families("gpt_neox")),
+    Mutation("GPT-NeoX: one norm for both branches", "layers/block.py", "self.feed_forward(self.feed_forward_norm(x), scope)", "self.feed_forward(self.mixer_norm(x), scope)", families("gpt_neox")),
+    Mutation("StableLM: one weight for all heads", "layers/norm.py", "self.weight.to(fine).view(self.num_heads, self.head_dim)", "self.weight.to(fine)[: self.head_dim]", families("stablelm")),
+    Mutation("Cohere2: full layers rotated", "models/cohere2.py", "    if attention.sliding_window is None:\n        attention.rotary = NoRotary()\n", "", families("cohere2")),
+    Mutation("Cohere2: no logit scale", "models/cohere2.py", "config.logit_scale)", "1.0)", families("cohere2")),
+    Mutation("GLM-4: the whole head de-interleaved", "layers/rotary.py", "        turned = x[..., : self.dim]\n", "        x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x\n        turned = x[..., : self.dim]\n", families("glm")),
+    Mutation("GLM-4: no norm behind the layers", "models/glm4.py", "sublayer.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)", "sublayer.post_norm = RMSNorm(config.hidden_size, 1.0)", families("glm4")),
+    Mutation("EXAONE 4: full layers rotated beside windowed ones", "models/exaone4.py", "        attention.rotary = NoRotary()\n", "        pass\n", families("exaone4")),
+    Mutation("Helium: halves rotated", "models/helium.py", "rope_field(theta=100_000.0, interleaved=True)", "rope_field(theta=100_000.0)", families("helium")),
+    Mutation("Ministral 3: queries keep their size", "layers/attention.py", "        q = self.query_scale(q, scope)\n", "", families("ministral3")),
+    Mutation("null heads read as the class's number", "models/config_fields.py", "hf_default(count, null=lambda values: values.num_attention_heads)", "hf_default(count)", DEFAULTS),
+    Mutation("rope_scaling after rope_parameters", "models/rope_config.py", 'hf_config.get("rope_scaling") or hf_config.get("rope_parameters")', 'hf_config.get("rope_parameters") or hf_config.get("rope_scaling")', DEFAULTS),
     Mutation("Mixtral: weights not renormalised", "models/mixtral.py", "norm_topk_prob=True", "norm_topk_prob=False", MIXTRAL),
     Mutation("softmax router: softmax over the chosen alone, without renormalising", "layers/moe.py", "topk_weights, topk_ids = scores.topk(self.top_k, dim=-1)", "topk_weights, topk_ids = logits.topk(self.top_k, dim=-1)", MIXTRAL),
     Mutation("Mixtral: w1 and w3 swapped", "models/mixtral.py", 'gate="w1", up="w3"', 'gate="w3", up="w1"', MIXTRAL),

@@ -242,7 +242,7 @@ def test_layers_and_models_name_no_accelerator(file: Path):
 
 
 FAMILIES = ("gpt", "llama", "mixtral", "mistral", "gemma", "qwen", "deepseek", "kimi", "mimo")
-FAMILIES += ("neox", "pythia", "olmo", "granite", "cohere", "glm", "exaone", "helium", "starcoder", "stablelm", "smollm")
+FAMILIES += ("neox", "pythia", "olmo", "granite", "cohere", "glm", "exaone", "helium", "starcoder", "stablelm")
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "layers").glob("*.py")), ids=lambda file: file.name)
