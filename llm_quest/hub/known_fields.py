@@ -48,8 +48,15 @@ OFF: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
     "use_bidirectional_attention": (False, None),
+    "use_mrope": (False,),
+    "mimo.topk_method": ("noaux_tc",),
+    "phi3.full_attn_mod": (1,),
+    "phi3.interpolate_factor": (1,),
+    "phi3.lm_head_bias": (False,),
+    "starcoder2.mlp_type": ("default",),
+    "starcoder2.norm_type": ("layer_norm",),
 }
-"""Fields that are known under these values, with which they change nothing."""
+"""Fields that are known under these values, with which they change nothing; some of one family."""
 OF_FAMILY: dict[str, frozenset[str]] = {
     "gpt2": frozenset((
         *("summary_activation", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
@@ -120,6 +127,7 @@ def fields_read(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
 def known_fields(family: Family, hf_config: Mapping[str, Any]) -> set[str]:
     """The fields that it looks at, or would in the absence of one that is there."""
     read = fields_read(family, hf_config)
+    read |= {"rope_theta"} if read & {*ROPE_FIELDS} else set()  # which yields to rope_parameters
     without = ({name: value for name, value in hf_config.items() if name != absent} for absent in sorted(read))
     return read.union(*(fields_read(family, fewer) for fewer in without))
 
@@ -130,7 +138,7 @@ def is_harmless(family: Family, name: str, value: Any) -> bool:
     return (
         value in (None, "", [], {})
         or name in BOOKKEEPING | GENERATION | TRAINING | OF_FAMILY.get(family.name, frozenset())
-        or value in OFF.get(name, ())
+        or value in (*OFF.get(name, ()), *OFF.get(f"{family.name}.{name}", ()))
         or HARMLESS_NAMES.fullmatch(name) is not None
         or (type(value) is int and abs(value) > MAX_PLAUSIBLE_INT)
         or (name == "layer_types" and set(value) == {"full_attention"})
