@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm_quest.data.tokenizer_files import has_tokenizer
 from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub.config import read_json
 from llm_quest.hub.load_save import load, load_tokenizer
@@ -125,7 +126,7 @@ def tokenizer_facts(report: FolderReport) -> dict[str, Any] | None:
     try:
         tokenizer = load_tokenizer(tokenizer_folder(report.location))
     except DataError as error:
-        if (report.location.folder / "tokenizer.json").exists():
+        if has_tokenizer(report.location.folder):
             report.problems.append(str(error))
         return None
     kind, ends = type(tokenizer.backend_tokenizer.model).__name__, list(tokenizer.eos_token_ids)
@@ -254,7 +255,7 @@ def padded_difference(ours: Decoder, theirs: Any, input_ids: Tensor) -> float:
 
 def compare_tokenizers(location: ModelLocation, transformers: Any) -> str:
     """Ids of the sample texts, here and there."""
-    if not (location.folder / "tokenizer.json").exists():
+    if not has_tokenizer(location.folder):
         return "none in this folder"
     ours, theirs = load_tokenizer(location.folder), transformers.AutoTokenizer.from_pretrained(location.folder)
     there: Callable[[str], list[int]] = lambda text: theirs.encode(text, add_special_tokens=False)  # noqa: E731

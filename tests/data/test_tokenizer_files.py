@@ -180,3 +180,12 @@ def test_what_does_not_convert_says_what_would(tmp_path: Path):
     write_slow(tmp_path, tokenizer_class="WhisperTokenizer")
     with pytest.raises(DataError, match=r"names the class WhisperTokenizer.*GPT2Tokenizer, Qwen2Tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_the_piece_with_the_highest_score_is_merged_first(tmp_path: Path):
+    """By hand: "bc" before "ab", whatever their order in the file."""
+    letters = [(letter, -9.0, 1) for letter in f"abc{META}"]
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), *letters, ("ab", -5.0, 1), ("bc", -1.0, 1)]
+    write_sentencepiece(tmp_path / "tokenizer.model", pieces)
+    ours = Tokenizer.load(tmp_path)
+    assert ours.encode("abc", add_special_tokens=False) == [6, 3, 8] == merge_by_score("abc", pieces)
