@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
+from torch import nn
 
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import clean_text, print_json
@@ -20,8 +21,9 @@ from llm_quest.generation.generate import generate_completions, stream_tokens
 from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.hub.load_save import load_model_and_tokenizer
 from llm_quest.layers.linear import set_few_row_products
-from llm_quest.machine.choices import choose_few_rows, slow_bf16_warning
-from llm_quest.machine.profile import load_compiler, load_profile
+from llm_quest.layers.quantized import QuantizedMatrix
+from llm_quest.machine.choices import choose_few_rows, choose_weight_kernel, slow_bf16_warning
+from llm_quest.machine.profile import MachineProfile, load_compiler, load_profile, load_weight_rates
 from llm_quest.models.build import DTYPES
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.auto import resolve_precision
@@ -35,6 +37,8 @@ def load_text_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> t
     if torch_device.type == "cpu":
         use_fast_products(kind, log)
     model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind)
+    if torch_device.type == "cpu" and (kinds := quantized_kinds(model)):
+        use_fast_weights(model, kinds, load_weight_rates(log), log)
     size = sum(p.numel() for p in model.parameters())
     log(f"{name_or_path}: {model.spec.family}, {size:,} parameters, {kind} on {torch_device}")
     return model, tokenizer
@@ -46,6 +50,23 @@ def use_fast_products(dtype: str, log: LogFn) -> None:
     set_few_row_products(choose_few_rows(profile).value)
     if dtype == "bfloat16" and (warning := slow_bf16_warning(profile)):
         log(f"warning: {warning}")
+
+
+def quantized_kinds(model: nn.Module) -> list[str]:
+    """The formats of the model's quantized matrices."""
+    return sorted({module.form.name for module in model.modules() if isinstance(module, QuantizedMatrix)})
+
+
+def use_fast_weights(model: nn.Module, kinds: Sequence[str], profile: MachineProfile, log: LogFn) -> None:
+    """Where the profile says that a format is slower than float32 here, multiply with floats, and say so."""
+    for kind in kinds:
+        choice = choose_weight_kernel(profile, kind)
+        if choice.value:
+            continue
+        for module in model.modules():
+            if isinstance(module, QuantizedMatrix) and module.form.name == kind and module.q.dim() == 2:
+                module.keep_floats()
+        log(f"warning: {choice.reason} on this machine: they are dequantized, and take float32's memory")
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:

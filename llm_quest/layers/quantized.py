@@ -7,11 +7,13 @@ does not depend on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llm_quest.layers.linear import find_row_slice, softcap_logits
 from llm_quest.layers.moe import ExpertActivation
@@ -27,11 +29,23 @@ class QuantizedMatrix(nn.Module):
         super().__init__()
         q, scale = quantize(weight, form)
         self.form, self.width = form, weight.shape[-1]
+        self.floats: Tensor | None = None
         self.q = nn.Parameter(q, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.floats is not None and self.floats.dtype == x.dtype:
+            return F.linear(x, self.floats)
         return quantized_linear(x, self.q, self.scale, self.form)
+
+    def keep_floats(self) -> None:
+        """Dequantize the matrix once, and multiply with the floats until it is moved, cast or loaded anew: for a
+        machine whose kernel is slower than float32. Codes and scales stay what is saved."""
+        self.floats = self.weight.detach()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.floats = None
+        return super()._apply(fn, recurse)
 
     def multiply_one(self, x: Float[Tensor, "N in"], index: int) -> Float[Tensor, "N out"]:
         """x times one matrix of a stack."""

@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from llm_quest.cli.chat import quantized_kinds, use_fast_weights
+from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.machine.choices import (
     choose_compile,
     choose_few_rows,
@@ -21,6 +24,8 @@ from llm_quest.machine.choices import (
 from llm_quest.machine.compiler import CompilerTrial
 from llm_quest.machine.probe import ROWS
 from llm_quest.machine.profile import MachineProfile, parse_profile, read_profile
+from llm_quest.techniques.quantize import Quantize
+from tests.laws.subjects import own, random_tokens
 
 MACHINES = Path(__file__).parent / "profiles"
 GCC, NONE = (
@@ -130,3 +135,22 @@ def test_durations_have_the_unit_that_a_person_would_use():
 def test_recorded_machines_are_what_their_names_say():
     assert read_profile(MACHINES / "avx2.json").machine["instructions"] == "AVX2"
     assert read_profile(MACHINES / "avx512_bf16.json").machine["bf16_instructions"] == "True"
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_format_whose_kernel_is_slower_than_float32_is_dequantized_and_it_says_so(slow: bool):
+    model, lines = Quantize("int4")(own("llama3.2-tiny", torch.float32)), []
+    tokens = random_tokens(model, 2, 5)
+    with torch.no_grad():
+        before = model(tokens)
+    rates = {"weights__int4__1": 2.0 if slow else 20.0}
+    kinds = quantized_kinds(model)
+    assert kinds == ["int4", "int8"]
+    use_fast_weights(model, kinds, machine("avx2", **rates), lines.append)
+    kept = {m.form.name for m in model.modules() if isinstance(m, QuantizedMatrix) and m.floats is not None}
+    assert kept == ({"int4"} if slow else set())
+    assert len(lines) == slow
+    assert all("int4 weights are read at" in line and "they are dequantized" in line for line in lines)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), before, rtol=1e-4, atol=1e-4)
+    assert not any(m.floats is not None for m in model.to(torch.bfloat16).modules() if isinstance(m, QuantizedMatrix))

@@ -122,6 +122,23 @@ def test_an_interrupted_run_with_an_adapter_ends_with_the_same_bits(text: Path, 
     assert weights(tmp_path / "twice") == weights(tmp_path / "straight")
 
 
+def test_qlora_trains_an_adapter_on_quantized_weights_resumes_to_the_bit_and_exports_the_adapter(
+    text: Path, tmp_path: Path
+) -> None:
+    pairs = ("techniques=[{name: quantize, format: nf4}, {name: lora, rank: 2}]", "optim=adamw")
+    run(text, tmp_path / "straight", *pairs)
+    assert run(text, tmp_path / "twice", *pairs, callbacks=(CtrlC(4),)).status == "interrupted"
+    run(text, tmp_path / "twice", *pairs)
+    assert weights(tmp_path / "twice") == weights(tmp_path / "straight")
+    model = quest.load(tmp_path / "straight")
+    assert all(p.requires_grad == (".edit" in name) for name, p in model.named_parameters())
+    assert {p.dtype for name, p in model.named_parameters() if name.endswith(".q")} == {torch.int8}
+    with pytest.raises(UsageError, match="base is quantized"):
+        export_run(tmp_path / "straight", tmp_path / "whole", merged=True)
+    export_run(tmp_path / "straight", tmp_path / "adapter", adapter=True)
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
 def test_a_run_with_an_adapter_is_exported_whole_or_alone(text: Path, tmp_path: Path) -> None:
     adapted(text, tmp_path / "run", "max_steps=4")
     model, tokens = quest.load(tmp_path / "run"), torch.arange(20)[None]
