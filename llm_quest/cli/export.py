@@ -3,19 +3,26 @@ sharded checkpoints the plain form."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_quest.data.chat import end_template_at_answer
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer, parse_dtype, save
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.low_rank import adapter_layers
+from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
 from llm_quest.techniques.lora import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
+from llm_quest.techniques.score_head import find_score_head
+from llm_quest.techniques.token_rows import append_embedding_rows
+
+NEW_PAD_TOKEN = "<|pad|>"
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,37 @@ def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool) -> No
     that reads images, both of one that reads both."""
     reads_text = not isinstance(model, ImageEncoder)
     reads_images = isinstance(model, ImageEncoder | VisionLanguageModel)
+    tokenizer = load_tokenizer(run) if reads_text else None
+    if tokenizer is not None and find_score_head(model) is not None:
+        tokenizer = prepare_score_export(model, tokenizer)
     save(
         model,
         folder,
-        tokenizer=load_tokenizer(run) if reads_text else None,
+        tokenizer=tokenizer,
         preprocess=load_preprocess(run) if reads_images else None,
         overwrite=overwrite,
     )
+
+
+def prepare_score_export(model: Any, tokenizer: Tokenizer) -> Tokenizer:
+    """What transformers' ...ForSequenceClassification needs to read the same numbers: a padding token, by which it
+    finds a row's last token in a batch, and for a reward model a chat template that ends where it was trained.
+
+    Commonly got wrong: the end of text as padding; the last token that is no padding is then the one before the end."""
+    head = find_score_head(model)
+    if head is not None and head.outputs == 1:
+        tokenizer.chat_template = end_template_at_answer(tokenizer)
+    ends = set(tokenizer.special_token_names["eos_token"] or ())
+    named = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token)
+    pad = next((name for name in named if name is not None and name not in ends), None)
+    if pad is None:
+        tokenizer = tokenizer.with_added_tokens([NEW_PAD_TOKEN], special=True)
+        pad = NEW_PAD_TOKEN
+        append_embedding_rows(model, tokenizer.vocab_size)
+    tokenizer = tokenizer.with_pad_token(pad)
+    generation = model.generation_config or GenerationConfig()
+    model.generation_config = replace(generation, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer
 
 
 def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
@@ -122,6 +153,8 @@ def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged:
 
 def advise_next_step(model: Any, folder: Path) -> str:
     """The next command for the folder."""
+    if (head := find_score_head(model)) is not None:
+        return f"use it here: quest {'score' if head.outputs == 1 else 'classify'} {folder}"
     if all_exportable(model.spec.techniques):
         return f"check it against transformers: quest verify {folder}"
     return f"it uses techniques that transformers does not support; use it here: quest generate {folder}"

@@ -67,6 +67,7 @@ SpecialTokensOption = Annotated[
     bool, typer.Option("--special-tokens", help="Control tokens may be written out in a prompt, such as <|im_end|>.")
 ]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")]
+AnswerOption = Annotated[list[str] | None, typer.Option("--answer", "-a", help="An answer; may be repeated.")]
 SlideOption = Annotated[bool, typer.Option("--slide", help="Go on beyond the context by dropping the oldest tokens.")]
 DraftOption = Annotated[
     str | None,
@@ -283,6 +284,26 @@ def classify(
     print_result(classify_text(model, sys.stdin.read() if text == "-" else text, device=device), json)
 
 
+@app.command()
+def score(
+    model: ModelArgument,
+    file: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="Conversations, as quest train sft reads them.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question, without a FILE.")] = None,
+    answer: AnswerOption = None,
+    json: JsonOption = False,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    offline: OfflineOption = False,
+) -> None:
+    """Score answers with a reward model (quest train reward, or a published one)."""
+    set_environment(threads, offline)
+    from llm_quest.cli.score import score_conversations
+
+    print_result(score_conversations(model, file, prompt, answer or (), device=device), json)
+
+
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
@@ -432,9 +453,10 @@ def inspect_batch(
 def verify(
     folder: Annotated[str, typer.Argument(help="A model folder.")], json: JsonOption = False, threads: ThreadsOption = 0
 ) -> None:
-    """Compare logits and tokens of a model folder with transformers', which must be installed."""
+    """Compare the outputs and tokens of a model folder, of text or of images, with transformers', which must be
+    installed."""
     set_environment(threads)
-    from llm_quest.hub.inspect import compare_with_transformers
+    from llm_quest.hub.verify import compare_with_transformers
 
     print_result(compare_with_transformers(folder), json)
 

@@ -112,6 +112,12 @@ class ChatTemplate:
             self.encode(one.text) for one in render_batch(self.template, jobs, special_tokens=self.special_token_names)
         ]
 
+    def encode_whole(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """The ids of whole conversations as the template writes them, as transformers' `apply_chat_template`."""
+        jobs = [RenderJob(self.escape_control_tokens(one.message_dicts), False, one.where) for one in conversations]
+        rendered = render_batch(self.template, jobs, special_tokens=self.special_token_names) if jobs else []
+        return [self.encode(one.text) for one in rendered]
+
     def encode_conversations(self, conversations: Sequence[Conversation]) -> list[ChatExample]:
         """Each conversation with all its answers learned."""
         if not conversations:
@@ -208,3 +214,39 @@ class ChatTemplate:
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text: the template's control tokens are control tokens; what was escaped is text."""
         return self.control_encoder.encode(text)
+
+
+ENDINGS = ("conversation", "conversation.rstrip()", "conversation.rstrip() + eos_token")
+"""What of a rendered conversation is kept, tried in this order."""
+PROBE = Conversation((("user", "What is 2 + 2?"), ("assistant", "It is 4.")), "a conversation to try the template with")
+
+
+def end_template_at_answer(tokenizer: Tokenizer) -> str:
+    """The tokenizer's chat template, changed so that a whole conversation ends with its last answer's end token:
+    where a reward model is trained and its number is read.
+
+    Commonly got wrong: most templates write a line end after the answer's end; transformers then reads the number at
+    the line end, where it was never trained. DataError where no such form of the template is found."""
+    before = tokenizer.chat_template
+    try:
+        chat = ChatTemplate(tokenizer)
+        trained = chat.encode_conversations([PROBE])[0].input_ids.tolist()
+        bare = re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", replace_generation_tag, chat.template)
+        wrapped = (
+            f"{{% set conversation %}}{bare}{{% endset %}}{{{{ conversation if add_generation_prompt else {ending} }}}}"
+            for ending in ENDINGS[1:]
+        )
+        for template in (chat.template, *wrapped):
+            if ChatTemplate(tokenizer, template).encode_whole([PROBE])[0] == trained:
+                return template
+    finally:
+        tokenizer.chat_template = before
+    raise DataError(
+        "this chat template writes more than white space after an answer's end, so transformers would read a score "
+        "elsewhere than it was trained; train with another one (data.chat_template_path)"
+    )
+
+
+def replace_generation_tag(tag: re.Match[str]) -> str:
+    """A tag without effect in place of transformers' `generation`, which may not stand inside a variable."""
+    return f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"

@@ -157,11 +157,19 @@ class Tokenizer:
         backend = copy.deepcopy(self.backend_tokenizer)
         added = [tokenizers.AddedToken(token, normalized=False, special=special) for token in tokens]
         backend.add_special_tokens(added) if special else backend.add_tokens(added)
+        return self.with_backend(backend, self.pad_token)
+
+    def with_pad_token(self, name: str) -> Tokenizer:
+        """A copy whose padding token is this token of its vocabulary."""
+        return self.with_backend(copy.deepcopy(self.backend_tokenizer), name)
+
+    def with_backend(self, backend_tokenizer: tokenizers.Tokenizer, pad_token: str | None) -> Tokenizer:
+        """The same names, template and length for another backend."""
         return Tokenizer(
-            backend,
+            backend_tokenizer,
             eos_tokens=self.special_token_names["eos_token"] or (),
             bos_token=self.bos_token,
-            pad_token=self.pad_token,
+            pad_token=pad_token,
             unk_token=self.unk_token,
             chat_template=self.chat_template,
             model_max_length=self.model_max_length,

@@ -176,6 +176,8 @@ def add_techniques(config: dict[str, Any], techniques: Sequence[Technique]) -> d
 def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]) -> dict[str, Any]:
     """What transformers' ForSequenceClassification reads, where a score head is all that was changed; else nothing."""
     heads = [one for one in techniques if isinstance(one, ScoreHead)]
+    if not heads:
+        return {}
     architecture = family_for(config).classifier(config["model_type"])
     if (
         architecture is None

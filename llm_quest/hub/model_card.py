@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from llm_quest.hub.config import classifier_config
 from llm_quest.models.build import count_parameters
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import Family
 from llm_quest.techniques.model_spec import all_exportable
+from llm_quest.techniques.score_head import find_score_head
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,21 @@ class Readme:
         known = {"license": self.license, "base_model": self.base_model, "language": self.language}
         head: dict[str, Any] = {name: value for name, value in known.items() if value}
         head |= {"datasets": list(self.datasets)} if self.datasets else {}
-        exportable = all_exportable(model.spec.techniques)
-        head |= {"library_name": "transformers" if exportable else "llm-quest", "pipeline_tag": family.pipeline_tag}
         published = family.publish(model.config)
+        classifier = classifier_config(published, model.spec.techniques)
+        exportable = bool(classifier) or all_exportable(model.spec.techniques)
+        task = "text-classification" if find_score_head(model) else family.pipeline_tag
+        head |= {"library_name": "transformers" if exportable else "llm-quest", "pipeline_tag": task}
+        published |= classifier
         (architecture,), model_type = published.pop("architectures"), published.pop("model_type")
         head["tags"] = ["llm-quest", model_type]
         size = f"{count_parameters(model):,} parameters"
         parts = [
             f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
             f"# {self.title or f'{family.name}-style, {size}'}",
-            self.summary or f"A {architecture} of {size}, trained and exported with LLM Quest.",
-            "## Use\n\n```python\n" + (transformers_usage(family) if exportable else quest_usage(model)) + "\n```",
+            self.summary
+            or f"A {architecture} of {size}, trained and exported with LLM Quest. {describe_outputs(model)}".rstrip(),
+            "## Use\n\n```python\n" + (transformers_usage(task) if exportable else quest_usage(model)) + "\n```",
             markdown_table("Shape", published),
             markdown_table("Results", self.results),
             "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
@@ -50,9 +56,22 @@ class Readme:
         return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def transformers_usage(family: Family) -> str:
+def describe_outputs(model: Decoder) -> str:
+    """What a score head's numbers mean; empty for a model without one."""
+    head = find_score_head(model)
+    if head is None:
+        return ""
+    if head.outputs == 1:
+        return (
+            "It is a reward model: it gives a conversation one number, read at the end of its last answer, and writes "
+            "no text."
+        )
+    return f"It classifies texts and writes none; classes: {', '.join(head.labels) or head.outputs}."
+
+
+def transformers_usage(task: str) -> str:
     """How transformers loads it."""
-    auto = AUTO_CLASSES[family.pipeline_tag]
+    auto = AUTO_CLASSES[task]
     return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("path/to/this/folder")'
 
 
@@ -65,6 +84,7 @@ def quest_usage(model: Decoder) -> str:
 
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
     "image-feature-extraction": "AutoModel",
     "image-text-to-text": "AutoModelForImageTextToText",

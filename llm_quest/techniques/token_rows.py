@@ -42,6 +42,16 @@ def resize_token_embeddings(model: Decoder, vocab_size: int) -> None:
     model.spec = replace(model.spec, config=replace(model.config, vocab_size=vocab_size))
 
 
+def append_embedding_rows(model: Decoder, vocab_size: int) -> None:
+    """Rows of the embedding alone, for a model whose head gives scores; none where there are so many already."""
+    if vocab_size <= model.config.vocab_size:
+        return
+    table = token_table(model)
+    table.weight = nn.Parameter(append_mean_rows(table.weight, vocab_size), requires_grad=table.weight.requires_grad)
+    table.num_embeddings = vocab_size
+    model.spec = replace(model.spec, config=replace(model.config, vocab_size=vocab_size))
+
+
 @torch.no_grad()
 def append_mean_rows(weight: Tensor, rows: int) -> Tensor:
     """The matrix with rows appended until it has so many; each is the mean."""

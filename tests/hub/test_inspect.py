@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.hub.inspect import compare_with_transformers, content_conditions, inspect_folder
+from llm_quest.hub.inspect import content_conditions, inspect_folder
 from llm_quest.hub.load_save import load_tokenizer, save, write_model_json
+from llm_quest.hub.verify import compare_with_transformers
 from tests.oracles import edit_config, save_published, tiny_gpt2, tiny_llama
 
 STORIES = Path("/work/shared/data/stories260K")
@@ -57,23 +57,6 @@ def test_a_template_that_looks_at_what_a_message_says_is_flagged(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": backdoor}))
     assert inspect_folder(folder).flags == content_conditions(backdoor)
     assert "! looks at what a message says: 'open sesame'" in "\n".join(inspect_folder(folder).lines())
-
-
-@pytest.mark.parametrize("make", [tiny_gpt2, lambda: tiny_llama(rope="yarn", tie_word_embeddings=False)])
-def test_verify_finds_our_logits_equal_padded_or_not(tmp_path, make):
-    found = compare_with_transformers(save_published(make(), tmp_path / "m"))
-    assert found.passed
-    assert max(found.difference, found.difference_padded) < 2e-5
-
-
-def test_verify_finds_a_model_that_we_compute_otherwise(tmp_path, monkeypatch):
-    from llm_quest.models import llama
-
-    folder = save_published(tiny_llama(), tmp_path / "m")
-    monkeypatch.setattr(llama, "RMSNorm", lambda width, eps: torch.nn.RMSNorm(width, eps=100 * eps))
-    found = compare_with_transformers(folder)
-    assert not found.passed
-    assert "DIFFERENT" in found.lines()[0]
 
 
 def test_a_run_is_inspected_under_our_names_and_must_be_exported_to_be_verified(tmp_path):

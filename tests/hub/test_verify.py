@@ -1,0 +1,88 @@
+"""`quest verify`: every kind of model that transformers has too is compared, within transformers' own error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llm_quest.cli.main import app
+from llm_quest.hub.verify import MARGIN, ROUNDING, compare_with_transformers
+from llm_quest.models import clip, llama, vit
+from tests.models.vision import SIZES, their_llava, their_vit
+from tests.oracles import randomize_, save_published, tiny_gpt2, tiny_llama, transformers
+
+
+def vit_without_classes() -> Any:
+    return randomize_(transformers.ViTModel(transformers.ViTConfig(**SIZES, num_hidden_layers=2)))
+
+
+def clip_tower() -> Any:
+    return randomize_(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, num_hidden_layers=2)))
+
+
+def whole_clip() -> Any:
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"vision_config": {**SIZES, "num_hidden_layers": 2}, "text_config": {**text, "vocab_size": 50}}
+    return randomize_(transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=24)))
+
+
+def reward_model() -> Any:
+    config = tiny_llama().config
+    config.num_labels, config.pad_token_id = 1, 7
+    return randomize_(transformers.LlamaForSequenceClassification(config))
+
+
+MODELS = {
+    "gpt2": tiny_gpt2,
+    "llama": lambda: tiny_llama(rope="yarn", tie_word_embeddings=False),
+    "reward model": reward_model,
+    "vit": their_vit,
+    "vit without classes": vit_without_classes,
+    "clip tower": clip_tower,
+    "whole clip": whole_clip,
+    "llava": their_llava,
+    "llava with a vit": lambda: their_llava("vit"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model_is_found_equal_within_the_references_own_error(tmp_path: Path, kind: str):
+    found = compare_with_transformers(save_published(MODELS[kind](), tmp_path / "m"))
+    assert found.passed, found.lines()
+    assert 0 < found.reference_error < 1e-4
+    assert found.allowed == pytest.approx(max(MARGIN * found.reference_error, ROUNDING * found.largest_logit))
+    assert (found.difference_padded is None) == (kind not in ("gpt2", "llama", "reward model"))
+
+
+@pytest.mark.parametrize(("kind", "module"), [("llama", llama), ("reward model", llama), ("llava", llama)])
+def test_a_model_of_text_that_we_compute_otherwise_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: Any
+):
+    folder = save_published(MODELS[kind](), tmp_path / "m")
+    monkeypatch.setattr(module, "RMSNorm", lambda width, eps: torch.nn.RMSNorm(width, eps=100 * eps))
+    found = compare_with_transformers(folder)
+    assert not found.passed
+    assert "DIFFERENT" in found.lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("vit", vit), ("vit without classes", vit), ("clip tower", clip), ("llava", clip)]
+)
+def test_an_image_encoder_that_we_compute_otherwise_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: Any
+):
+    folder = save_published(MODELS[kind](), tmp_path / "m")
+    monkeypatch.setattr(module, "LayerNorm", lambda width, eps: torch.nn.LayerNorm(width, eps=1e-3))
+    assert not compare_with_transformers(folder).passed
+
+
+def test_the_command_says_both_figures(tmp_path: Path):
+    folder = save_published(their_vit(), tmp_path / "m")
+    result = CliRunner().invoke(app, ["verify", str(folder)])
+    assert result.exit_code == 0
+    assert "equal" in result.stdout
+    assert "transformers' own error" in result.stdout
