@@ -22,6 +22,8 @@ from torch import Tensor
 from llm_quest.errors import DataError
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, StoredTensor, refuse_lfs_pointer, regular_file_size
 
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
+"""Under which training code files the weights, beside its own state."""
 LOCAL_HEADER_BYTES = 30
 """Of a zip's entry, before its name and its extra field, whose lengths are its last two numbers."""
 
@@ -37,6 +39,8 @@ def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
         raise DataError(f"{file.name}: holds more than tensors, or is damaged: {reason}") from None
+    if isinstance(loaded, dict):
+        loaded = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), dict)), loaded)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise DataError(f"{file.name}: a dictionary of tensors was expected")
     tensors = {str(name): tensor.detach() for name, tensor in loaded.items()}

@@ -295,6 +295,7 @@ def match_names(report: FolderReport) -> None:
     if extra:
         is_scale = any(name.endswith(("_scale_inv", ".weight_scale")) for name in extra)
         hint = " (scales of fp8 weights, of which config.json says nothing in quantization_config)" if is_scale else ""
+        hint += " (a label for each token: ...ForTokenClassification is not computed)" if "score.bias" in extra else ""
         report.problems.append(f"unexpected: {compact_names(extra)}{hint}")
 
 

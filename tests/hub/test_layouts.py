@@ -349,6 +349,23 @@ def test_a_trainers_checkpoint_of_parameters_is_read_where_pickles_are_allowed(t
             load(folder, allow_pickle=True)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_weights_beside_a_trainings_own_state_are_found(tmp_path, key: str):
+    theirs = tiny_llama()
+    folder = save_published(theirs, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save({key: theirs.state_dict(), "step": 7, "optimizer": {"state": {}}}, folder / "pytorch_model.bin")
+    with torch.no_grad():
+        ours = load(folder, allow_pickle=True)(TOKENS)
+    torch.testing.assert_close(ours, text_logits(theirs), atol=ATOL, rtol=RTOL)
+
+
+def test_a_classifier_of_tokens_is_called_one(tmp_path):
+    T.LlamaForTokenClassification(T.LlamaConfig(**SMALL)).save_pretrained(tmp_path / "m")
+    with pytest.raises(DataError, match=r"unexpected: score\.bias \(a label for each token"):
+        load(tmp_path / "m")
+
+
 def test_weights_of_another_format_are_named(tmp_path):
     folder = save_published(tiny_llama(), tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
