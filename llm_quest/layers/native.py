@@ -49,7 +49,7 @@ def load_library() -> None:
         torch.ops.load_library(str(build_library()))
         register_shapes()
         Library.loaded, Library.reason = True, ""
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:  # ImportError: no setuptools
         Library.loaded, Library.reason = False, describe_failure(error)
         warnings.warn(
             f"quantized weights are computed by their plain form, which is slow: {Library.reason}", stacklevel=2

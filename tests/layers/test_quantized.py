@@ -140,6 +140,26 @@ def test_what_is_not_finite_stays_so_and_no_rows_are_no_result(form: WeightForma
     assert native_rows(x[:0], q, scale, form).shape == (0, 8)
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({"CXX": "/no/such/compiler"}, "/no/such/compiler"), ({"LLM_QUEST_NATIVE": "0"}, "LLM_QUEST_NATIVE=0")],
+)
+def test_without_the_kernel_the_plain_form_computes_and_the_reason_is_told_once(
+    variables: dict[str, str], said: str, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(native.Library, "loaded", None)
+    monkeypatch.setattr(native.Library, "reason", "")
+    matrix, x = QuantizedMatrix(seeded(8, 64), FORMATS["int4"]), seeded(2, 64, seed=1)
+    with pytest.warns(UserWarning, match=f"plain form, which is slow: .*{said}") as told, torch.no_grad():
+        made = [matrix(x), matrix(x)]
+    assert len(told) == 1
+    assert torch.equal(made[0], quantized_linear_reference(x, matrix.q, matrix.scale, matrix.form))
+    assert torch.equal(made[0], made[1])
+
+
 @every_format
 def test_many_rows_and_float64_are_computed_by_the_definition(form: WeightFormat):
     q, scale = quantize(seeded(16, 64), form)

@@ -12,6 +12,7 @@ from torch import nn
 
 import llm_quest as quest
 from llm_quest.hub.load_adapter import load_adapter
+from llm_quest.hub.load_save import load_tokenizer
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.quantized import QuantizedMatrix
 from llm_quest.layers.weight_formats import FORMATS
@@ -189,3 +190,45 @@ def test_the_former_name_is_explained():
     with pytest.raises(ValueError, match=r"write \{name: quantize, format: int8\}"):
         parse_technique_entry("int8")
     assert parse_technique_entry({"name": "quantize", "format": "int8"}) == {"name": "quantize", "format": "int8"}
+
+
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
+"""A trained model, if it is there."""
+
+
+@pytest.fixture(scope="module")
+def stories() -> tuple[list[list[int]], Any]:
+    if not STORIES.exists():
+        pytest.skip("the trained model is not here")
+    tokenizer, model = load_tokenizer(STORIES), quest.load(STORIES, dtype="float32")
+    starts = ("Once upon a time", "The dog", "Lily and Tom went", "One day, a cat", "She saw a", "In the park")
+    return [tokenizer.encode(start) for start in starts], model
+
+
+def nats(model: Any, rows: list[list[int]]) -> float:
+    """The mean of -ln p of all tokens but the first of each row."""
+    with torch.inference_mode():
+        found = [
+            -model(row[None, :-1]).double().log_softmax(-1).gather(-1, row[None, 1:, None]).flatten()
+            for row in map(torch.tensor, rows)
+        ]
+    return float(torch.cat(found).mean())
+
+
+def test_int8_changes_the_perplexity_of_a_trained_model_by_less_than_half_a_percent(stories):
+    prompts, model = stories
+    texts = quest.generate(model, prompts, max_new_tokens=100, temperature=1.0, seed=1, eos_token_id=())
+    rows = [prompt + text.tokens for prompt, text in zip(prompts, texts, strict=True)]
+    losses = {name: nats(Quantize(name)(quest.load(STORIES, dtype="float32")), rows) for name in FORMATS}
+    assert abs(losses["int8"] - nats(model, rows)) < 0.005
+    assert losses["int8"] < losses["int4"] < losses["nf4"]
+
+
+@every_format
+def test_a_trained_models_rows_have_the_same_text_alone_and_in_a_batch(stories, name: str):
+    prompts, _ = stories
+    model = Quantize(name)(quest.load(STORIES, dtype="float32"))  # type: ignore[arg-type]
+    how: dict[str, Any] = {"max_new_tokens": 24, "temperature": 1.0, "seed": 1, "eos_token_id": ()}
+    together = quest.generate(model, prompts, **how)
+    alone = [quest.generate(model, [prompt], **how)[0] for prompt in prompts]
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
