@@ -76,7 +76,6 @@ MUTATIONS = (
     Mutation("Phi-3: a cache's list by the pass, not by its capacity", "layers/rotary.py", "        if scope.cache is not None:\n            return long", "        if False:\n            return long", "tests/layers/test_rotary.py -k longrope"),
     Mutation("Gemma 1: embedding not scaled", "models/gemma1.py", "partial(TokenEmbedding, scale=config.hidden_size**0.5)", "partial(TokenEmbedding, scale=1.0)", families("gemma")),
     Mutation("OLMo 2: q/k norm per head", "layers/norm.py", "self.norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])", "torch.nn.functional.rms_norm(x, x.shape[-1:], None, self.norm.eps) * self.norm.weight.view(x.shape[-2:])", families("olmo2")),
-    Mutation("OLMo 2: norms before the layers", "models/olmo2.py", "mixer=Sublayer(nn.Identity(), attention, post_norm=RMSNorm(config.hidden_size, config.rms_norm_eps))", "mixer=Sublayer(nn.Identity(), nn.Sequential(), post_norm=RMSNorm(config.hidden_size, config.rms_norm_eps))", families("olmo2")),
     Mutation("OLMo 3: windowed layers stretched too", "models/olmo3.py", "config.rotary if config.layer_types[layer_idx] == FULL else config.swa_rotary", "config.rotary", families("olmo3")),
     Mutation("SmolLM3: 1 read as no rotation", "models/smollm3.py", "if not config.no_rope_layers[layer_idx]:", "if config.no_rope_layers[layer_idx]:", families("smollm3")),
     Mutation("Granite: the branch keeps its size", "models/granite.py", "ConstantScale(config.residual_multiplier)", "ConstantScale(1.0)", families("granite")),

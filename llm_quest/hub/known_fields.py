@@ -22,7 +22,7 @@ BOOKKEEPING = frozenset((
     *("return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores"),
     *("output_router_logits", "torchscript", "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward"),
     *("pretraining_tp", "attn_implementation", "cache_implementation", "llm_quest", "prefix", "ignore_index"),
-    *("keys_to_ignore_at_inference", "model_max_length", "is_llama_config"),
+    *("keys_to_ignore_at_inference", "model_max_length", "is_llama_config", "transformers.js_config"),
 ))  # fmt: skip
 """What concerns files, memory, training code and returned values."""
 GENERATION = frozenset((
@@ -46,6 +46,8 @@ OFF: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "layer_replication": (None,),
     "pruned_heads": ({},),
+    "rope_interleaved": (False,),
+    "rotary_scaling_factor": (1.0,),
     "tie_encoder_decoder": (False,),
     "use_bidirectional_attention": (False, None),
     "use_mrope": (False,),
@@ -70,8 +72,18 @@ OF_FAMILY: dict[str, frozenset[str]] = {
     "mimo": frozenset(("attention_chunk_size", "sliding_window")),
     **dict.fromkeys(("qwen2", "qwen3", "smollm3"), frozenset(("max_window_layers", "sliding_window"))),
     "gpt_neox": frozenset(("num_key_value_heads",)),
-    "cohere2": frozenset(("head_dim",)),
-    "ministral": frozenset(("llama_4_scaling_beta",)),
+    "gemma1": frozenset(("hidden_activation",)),
+    "phi3": frozenset(("full_attn_mod", "interpolate_factor", "lm_head_bias")),
+    "starcoder2": frozenset((
+        *("activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon", "mlp_type", "norm_type"),
+        *("scale_attention_softmax_in_fp32", "scale_attn_weights"),
+    )),
+    "cohere2": frozenset((
+        *("head_dim", "layer_switch", "order_of_interleaved_layers", "position_embedding_type", "rotary_pct"),
+        *("use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"),
+        "use_qk_norm",
+    )),
+    "ministral": frozenset(("llama_4_scaling_beta", "max_position_embeddings")),
     "vit": frozenset(("encoder_stride", "pooler_output_size", "pooler_act")),
     "clip": frozenset(("projection_dim", "vocab_size")),
     "vision_language": frozenset(("image_seq_length", "vocab_size")),

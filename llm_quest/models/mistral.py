@@ -46,17 +46,13 @@ def assemble(config: Config) -> Decoder:
 V1 = Config(32_000, 4096, 32, 32, 8, 128, 14_336, 32_768, RotaryEmbedding(128, 10_000.0), False, sliding_window=4096)
 V3 = Config(32_768, 4096, 32, 32, 8, 128, 14_336, 32_768, RotaryEmbedding(128, 1_000_000.0), False)
 TINY = Config(97, 48, 2, 4, 2, 16, 96, 256, RotaryEmbedding(16, 10_000.0), False, sliding_window=5)
-MISTRAL3_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 131_072, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 32, "head_dim": 128,
-    "intermediate_size": 32_768, "sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000_000.0,
-}  # fmt: skip
 FAMILY = Family(
     name="mistral",
     Config=Config,
     assemble=assemble,
     weight_map=llama.weight_map,
     architectures={"mistral": "MistralForCausalLM"},
-    parts={"mistral3": SubConfig("text_config", "mistral", MISTRAL3_DEFAULTS)},
+    parts={"mistral3": SubConfig("text_config", "mistral")},
     other_parts=("vision_tower.", "multi_modal_projector."),
     presets=(
         Preset("mistral-7b-v0.1", V1, 7_241_732_096, "mistralai/Mistral-7B-v0.1", eos_token_ids=(2,)),

@@ -21,7 +21,7 @@ from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load, save
 from llm_quest.hub.pickled import read_pickled
 from llm_quest.hub.safetensors_io import StoredTensor
-from tests.family_oracles import DELTA, ORACLES, PARTIAL, SMALL
+from tests.family_oracles import DELTA, ORACLES, PARTIAL, SMALL, YARN
 from tests.oracles import ATOL, RTOL, edit_config, logits_of, randomize_, save_published, tiny_gpt2, tiny_llama
 from tests.oracles import transformers as T
 
@@ -76,7 +76,18 @@ def qwen3_5_with_images(tied: bool) -> Any:
     return model
 
 
+def mistral3_with_images(kind: str, **numbers: Any) -> Any:
+    text = {**SMALL, "head_dim": 16, "model_type": kind} | numbers
+    text.pop("attn_implementation")
+    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"head_dim": 16, "intermediate_size": 48, "patch_size": 4, "image_size": 16}
+    config = T.Mistral3Config(text_config=text, vision_config=vision, image_token_index=90, tie_word_embeddings=False)
+    return randomize_(T.Mistral3ForConditionalGeneration(config))
+
+
 WRAPPERS = {
+    "Mistral-Small-3.1-24B": lambda: mistral3_with_images("mistral", sliding_window=None),
+    "Ministral-3-8B": lambda: mistral3_with_images("ministral3", rope_parameters=YARN | {"llama_4_scaling_beta": 0.5}),
     "gemma-3-4b-pt": gemma3_with_images,
     "Qwen3.5-0.8B": lambda: qwen3_5_with_images(tied=True),
     "Qwen3.5-9B": lambda: qwen3_5_with_images(tied=False),
