@@ -16,6 +16,7 @@ sqrt(2^-8) of the largest; the eigenvalue form is computed in float32 or wider.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -82,9 +83,13 @@ def default_form(device: torch.device) -> str:
 
 def orthogonalize(gradient: Tensor, rows: Sequence[int] | None = None, steps: int = 5, form: str = "") -> Tensor:
     """0.2 sqrt(max(rows, columns)) times about U V^T, for each of the matrices that are stacked by these numbers of
-    rows (None: one matrix). form: of `MUON_FORMS`; empty: `default_form`."""
-    one_matrix = MUON_FORMS[form or default_form(gradient.device)]
-    result, sizes = torch.empty_like(gradient), list(rows or gradient.shape[-2:-1])
-    for matrix, target in zip(gradient.split(sizes, dim=-2), result.split(sizes, dim=-2), strict=True):
-        target.copy_(one_matrix(matrix, steps)).mul_(0.2 * math.sqrt(max(matrix.shape[-2:])))
+    rows (None: one matrix). form: of `MUON_FORMS`; empty: `default_form`. Neighbours of one size (keys and values, gate
+    and up) are one batch."""
+    one_form = MUON_FORMS[form or default_form(gradient.device)]
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(rows or gradient.shape[-2:-1])]
+    result, sizes = torch.empty_like(gradient), [size * count for size, count in runs]
+    for (size, count), part, target in zip(runs, gradient.split(sizes, -2), result.split(sizes, -2), strict=True):
+        factor = 0.2 * math.sqrt(max(size, part.shape[-1]))
+        stack = part if count == 1 else part.unflatten(-2, (count, size)).flatten(0, -3)
+        target.copy_(one_form(stack, steps).reshape(target.shape)).mul_(factor)
     return result
