@@ -41,6 +41,8 @@ except ImportError:  # Windows
 Clock = Callable[[], float]
 PREEMPTIONS, PREEMPTIONS_PER_SECOND = 8, 30.0
 """More of them than this mean that other programs use the cores."""
+RUNNING_SHARE = 0.85
+"""So does a thread that runs for less of the time than this."""
 LARGE, SMALL = 768, 384
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows for which both forms of a product are measured."""
@@ -84,18 +86,18 @@ class Measurement:
 
 
 def measure_rates() -> Measurement:
-    """The rates of this machine with the present number of threads, which is left as it is."""
-    if (rates := measure_undisturbed()) is not None:
-        return Measurement(rates, busy=False)
+    """The rates of this machine with the present number of threads, which is left as it is. One thread is always
+    measured by its own CPU time."""
     threads = torch.get_num_threads()
+    if threads > 1 and (rates := measure_undisturbed()) is not None:
+        return Measurement(rates, busy=False)
     torch.set_num_threads(1)
     try:
         rates = dict(measure_with(time.thread_time))
-        return Measurement(
-            {name: rate * (1 if name in NOT_SCALED else threads) for name, rate in rates.items()}, busy=True
-        )
     finally:
         torch.set_num_threads(threads)
+    scaled = {name: rate * (1 if name in NOT_SCALED else threads) for name, rate in rates.items()}
+    return Measurement(scaled, busy=threads > 1)
 
 
 def measure_weight_rates() -> dict[str, float]:
@@ -122,11 +124,15 @@ def _measure_weights(generator: torch.Generator) -> Iterator[tuple[str, float]]:
 
 
 def measure_undisturbed() -> dict[str, float] | None:
-    """The rates on all threads; None, and soon, if other programs take the cores away too often."""
-    began, before, rates = time.perf_counter(), count_preemptions(), dict[str, float]()
+    """The rates on all threads; None, and soon, if other programs take the cores away: too often, or for so long that
+    this thread runs for less than most of the time."""
+    wall, own, before = time.perf_counter(), time.thread_time(), count_preemptions()
+    rates: dict[str, float] = {}
     for name, rate in measure_with(time.perf_counter):
         rates[name] = rate
-        if count_preemptions() - before > PREEMPTIONS + PREEMPTIONS_PER_SECOND * (time.perf_counter() - began):
+        seconds = time.perf_counter() - wall
+        too_often = count_preemptions() - before > PREEMPTIONS + PREEMPTIONS_PER_SECOND * seconds
+        if too_often or time.thread_time() - own < RUNNING_SHARE * seconds:
             return None
     return rates
 

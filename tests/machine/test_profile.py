@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_quest.errors import DataError
+from llm_quest.machine import probe
 from llm_quest.machine import profile as profiles
 from llm_quest.machine.compiler import CompilerTrial
 from llm_quest.machine.probe import RATES, REQUIRED, Measurement, fast_seconds, measure_rates
@@ -76,6 +77,24 @@ def test_the_slow_calls_of_a_busy_machine_do_not_count():
 
     assert fast_seconds(lambda: now[0], [call], limit=2000.0) == pytest.approx(1.0)
     assert fast_seconds(lambda: now[0], [call], limit=0.0) > 0, "one call where there is time for none"
+
+
+def test_a_thread_that_is_kept_from_running_is_no_measurement(monkeypatch):
+    """Few preemptions, each of them long: only the CPU time of the thread shows them."""
+    monkeypatch.setattr(probe, "count_preemptions", lambda: 0)
+
+    def wait(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    for work, steady in ((time.sleep, False), (wait, True)):
+        monkeypatch.setattr(
+            probe, "measure_with", lambda clock, work=work: ((name, work(0.02) or 1.0) for name in "abc")
+        )
+        if steady:  # this machine may be busy: then the clock of the wall is the thread's own
+            monkeypatch.setattr(probe.time, "perf_counter", time.thread_time)
+        assert (probe.measure_undisturbed() == {"a": 1.0, "b": 1.0, "c": 1.0}) is steady
 
 
 def test_it_is_measured_once_and_kept(measured, monkeypatch):
