@@ -50,7 +50,7 @@ def newton_schulz_by_eigenvalues(x: Tensor, steps: int) -> Tensor:
     gram = x.mT @ x if tall else x @ x.mT
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=SMALLEST_NORM)  # the trace is |X|^2
     values, vectors = torch.linalg.eigh(gram / norm[..., None, None] ** 2)
-    values, factor = values.clamp(min=0), torch.ones_like(values)
+    factor = torch.ones_like(values)
     for _ in range(steps):
         p = a + b * values + c * values**2
         values, factor = values * p**2, factor * p
