@@ -224,7 +224,7 @@ MUTATIONS = (
     Mutation("images: 16-bit grey clipped", "data/images.py", "    image = scale_to_8_bits(image)\n", "", "tests/data/test_images.py -k range"),
     Mutation("images: what is transparent comes out black", "data/images.py", "(255, 255, 255, 255)", "(0, 0, 0, 255)", "tests/data/test_preprocessor_config.py -k mode"),
     Mutation("images: crop_size is taken for size", "data/preprocessor_config.py", "None if resized == size else resized}", "None}", "tests/data/test_preprocessor_config.py -k config"),
-    Mutation("images: as many classes are the same classes", "recipes/vit.py", "    if known != wanted:", "    if len(known) != len(wanted):", "tests/recipes/test_vision.py -k names"),
+    Mutation("images: as many classes are the same classes", "recipes/vit.py", "    if known != wanted:", "    if len(known) != len(wanted):", "tests/recipes/test_vision.py -k by_name"),
     Mutation("CLIP: squeezed, not cut from the middle", "data/images.py", "        if self.crop:\n            image = self.center_crop", "        if False:\n            image = self.center_crop", "tests/data/test_images.py"),
     Mutation("CLIP: no norm before the first block", "models/image_encoder.py", "x = self.enter(self.embed(images))", "x = self.embed(images)", VIT + " -k clip_tower"),
     Mutation("CLIP: eps 1e-12 where the config is silent", "models/clip.py", "layer_norm_eps: float = 1e-5", "layer_norm_eps: float = 1e-12", VIT + " -k silent"),

@@ -20,9 +20,11 @@ from llm_quest.cli.chat import (
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import print_json
 from llm_quest.contracts import LogFn
+from llm_quest.data.image_chat import ImageChat
 from llm_quest.data.image_text import ImageTextCollator
 from llm_quest.data.images import ImageProcessor, load_image
 from llm_quest.errors import DataError, UsageError
+from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.hub.load_save import load_preprocess
 from llm_quest.models.multimodal import VisionLanguageModel
 
@@ -68,6 +70,19 @@ class ImagePrompt:
         )
 
     @property
+    def chat(self) -> ImageChat:
+        """Encodes prompts that say where the image is, and conversations in the folder's chat template."""
+        return ImageChat(self.writer.tokenizer, self.writer.image_token_id, self.writer.num_image_tokens)
+
+    def encode_prompt(self, prompt: str, options: GenerationOptions) -> list[int]:
+        """The ids of a prompt: a message in the chat template, a text with the placeholder where the image is, or a
+        text after the image, as quest train vlm lays rows out."""
+        if options.chat:
+            system = [] if options.system is None else [("system", options.system)]
+            return self.chat.encode_turns([*system, ("user", prompt)])
+        return self.chat.encode_text(prompt) if self.chat.image_token in prompt else self.writer.encode_prompt(prompt)
+
+    @property
     def decoder(self) -> Any:
         """The decoder, with the image in place of its placeholder tokens."""
         return self.model.with_images([self.image])
@@ -89,7 +104,7 @@ def describe_image(
     image_prompt = ImagePrompt.load(name_or_path, image, device, dtype, log)
     options = options.with_advice(image_prompt.model.generation_config, GENERATE_DEFAULTS, log)
     tokens, until = (
-        image_prompt.writer.encode_prompt(prompt),
+        image_prompt.encode_prompt(prompt, options),
         options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
     )
     require_room_in_context(tokens, image_prompt.decoder, False)
@@ -97,7 +112,8 @@ def describe_image(
         done = complete_prompts(image_prompt.decoder, [tokens], options, until)[0]
         print_json({"image": image, "prompt": prompt, **asdict(done)})
         return
-    print_text(prompt)
+    if not options.chat:
+        print_text(prompt)
     for piece in stream_text(image_prompt.decoder, tokens, options, until):
         print_text(piece)
     print_text("\n")
@@ -108,9 +124,8 @@ def require_image_options(options: GenerationOptions) -> None:
         raise UsageError("--slide would drop the image from the context; leave one of --slide and --image out")
     if options.compile:
         raise UsageError("--compile is for models that read text: leave one of --compile and --image out")
-    if options.chat or options.num_beams > 1:
-        wrong = "--chat" if options.chat else "--beams"
-        raise UsageError(f"{wrong} does not work with --image: leave one of them out")
+    if options.num_beams > 1:
+        raise UsageError("--beams does not work with --image: leave one of them out")
 
 
 def chat_about_image(
@@ -123,16 +138,20 @@ def chat_about_image(
     dtype: str,
     log: LogFn,
 ) -> None:
-    """Answer questions about one image in one conversation, in the layout of the training rows."""
-    if system is not None:
-        raise UsageError("--system has no effect with --image; leave it out")
+    """Answer questions about one image in one conversation: in the folder's chat template where that has images,
+    otherwise in the layout of the training rows."""
     image_prompt = ImagePrompt.load(name_or_path, image, device, dtype, log)
     options = options.with_advice(image_prompt.model.generation_config, CHAT_DEFAULTS, log)
     tokenizer, until = (
         image_prompt.writer.tokenizer,
         options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
     )
+    if system is not None and not image_prompt.chat.has_template:
+        raise UsageError("--system has no effect without a chat template that has images; leave it out")
     log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
+    if image_prompt.chat.has_template:
+        chat_in_template(image_prompt, options, until, system)
+        return
     tokens = image_prompt.writer.row_prefix
     while (line := read_user_line()) is not None:
         if line == "/reset":
@@ -142,3 +161,19 @@ def chat_about_image(
             require_room_in_context(tokens, image_prompt.decoder, False)
             answer = stream_answer(image_prompt.decoder, tokens, options, until)
             tokens = [*tokens, *tokenizer.encode_continuation(answer), tokenizer.eos_token_id]
+
+
+def chat_in_template(
+    image_prompt: ImagePrompt, options: GenerationOptions, until: StoppingCriteria, system: str | None
+) -> None:
+    """The conversation in the folder's chat template; it is encoded whole for every answer."""
+    begin = [] if system is None else [("system", system)]
+    turns = list(begin)
+    while (line := read_user_line()) is not None:
+        if line == "/reset":
+            turns = list(begin)
+        elif line:
+            turns.append(("user", line))
+            tokens = image_prompt.chat.encode_turns(turns)
+            require_room_in_context(tokens, image_prompt.decoder, False)
+            turns.append(("assistant", stream_answer(image_prompt.decoder, tokens, options, until)))

@@ -158,7 +158,7 @@ def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+    template = settings.get("chat_template") or read_json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several templates by name
         return next((one["template"] for one in template if one.get("name") == "default"), None)
     return template
