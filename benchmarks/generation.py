@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -37,35 +38,21 @@ SHAPES: dict[str, tuple[Any, Any]] = {
 }
 
 
-def transformers_model(family: Any, config: Any, ours: torch.nn.Module, dtype: torch.dtype) -> Any:
-    """Their class with our weights, so that both compute the same thing."""
-    import transformers
+def transformers_model(ours: torch.nn.Module, dtype: torch.dtype) -> Any:
+    """Their class with our weights, through a folder, so that both compute the same thing."""
+    from transformers import AutoModelForCausalLM
 
-    from llm_quest.models.weight_names import ConcatRows, Transposed
-
-    published = {name: value for name, value in family.publish(config).items() if name != "rope_scaling"}
-    model_type = family.FAMILY.model_type
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(model_type, **published))
-    own = theirs.to(dtype).eval().state_dict()
-    for name, source in family.weight_map(config).items():
-        value = ours.get_parameter(name).detach()
-        if isinstance(source, ConcatRows):
-            for part, rows in zip(
-                source.names, value.split([own[part].shape[0] for part in source.names]), strict=True
-            ):
-                own[part].copy_(rows)
-        else:
-            own[source.name if isinstance(source, Transposed) else source].copy_(
-                value.T if isinstance(source, Transposed) else value
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        quest.save(ours, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    for parameter in theirs.parameters():  # in memory of its own, as ours, and not mapped from the file
+        parameter.data = parameter.data.clone()
     return theirs
 
 
-def contestants(
-    family: Any, config: Any, batch: int, dtype: torch.dtype, new: int, compiled: bool
-) -> dict[str, Callable]:
+def contestants(config: Any, batch: int, dtype: torch.dtype, new: int, compiled: bool) -> dict[str, Callable]:
     ours = quest.build(config, dtype=dtype)
-    theirs = transformers_model(family, config, ours, dtype)
+    theirs = transformers_model(ours, dtype)
     prompts = torch.randint(0, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(prompts)
     length = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -88,8 +75,7 @@ def contestants(
 
 def measured(shape: str, batch: int, dtype: str, *, new: int, pairs: int, compiled: bool) -> list[Row]:
     """One race: transformers, ours eager, ours compiled."""
-    page, config = SHAPES[shape]
-    return race(contestants(page, config, batch, getattr(torch, dtype), new, compiled), pairs=pairs)
+    return race(contestants(SHAPES[shape][1], batch, getattr(torch, dtype), new, compiled), pairs=pairs)
 
 
 def whole_table(pairs: int) -> None:

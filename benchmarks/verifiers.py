@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm_quest.data.problems import draw_problem, make_task, teacher_demonstration
-from llm_quest.data.problems.gsm8k import gsm8k_demonstration, read_gsm8k
+from llm_quest.data.problems.gsm8k import GSM8K_ANSWER_MARK, read_gsm8k
 from llm_quest.data.problems.problem import Problem
 from llm_quest.rollouts.verifiers import VERIFIERS, is_well_formed, verify_answer
 from tests.rollouts.hostile import HOSTILE
@@ -39,7 +39,8 @@ def answers(gsm8k: Path | None) -> dict[str, Answers]:
     ]
     if gsm8k is not None:
         problems = read_gsm8k(gsm8k)
-        right[f"worked answers of {gsm8k.name}"] = [(problem, gsm8k_demonstration(problem)) for problem in problems]
+        worked = ["\n".join([*p.steps, f"{GSM8K_ANSWER_MARK} {p.answer}"]) for p in problems]
+        right[f"worked answers of {gsm8k.name}"] = list(zip(problems, worked, strict=True))
         right["their numbers alone"] = [(Problem("", p.answer, "number", ""), p.answer) for p in problems]
     return {name: [*rows, *swapped(rows)] for name, rows in right.items()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
-from tests.laws.option_grid import CHANGES, DTYPES, REFUSED_CELLS, Cell, all_cells, suite_cells
+from tests.laws.option_grid import CHANGES, DTYPES, REFUSED_CELLS, Cell, all_cells, part_of_suite, suite_cells
 from tests.laws.subjects import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,8 @@ def test_every_technique_family_and_dtype_is_in_the_grid_and_compiled_somewhere(
     assert {cell.technique for cell in cells} >= {"none", *TECHNIQUES, *TRAINING_TECHNIQUES}
     assert len(cells) == len(CHANGES) * len(TINY) * len(DTYPES) * 2
     judged = set(suite_cells())
-    assert {cell for cell in cells if not cell.compiled} <= judged <= cells
+    eager = {cell for cell in cells if not cell.compiled and cell.dtype == "bfloat16"}
+    assert eager <= judged <= cells
     compiled = [cell for cell in judged if cell.compiled]
     for choose, expected in ((lambda c: c.technique, CHANGES), (lambda c: c.page, TINY), (lambda c: c.dtype, DTYPES)):
         assert {choose(cell) for cell in compiled} == set(expected)
@@ -31,14 +32,14 @@ def test_every_technique_family_and_dtype_is_in_the_grid_and_compiled_somewhere(
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_cell_holds_or_raises_the_error_that_the_table_names(part: int):
-    """`python -m tests.laws.option_grid --all` judges the compiled cells that are left out here."""
+    """`python -m tests.laws.option_grid --all` judges the cells that are left out here."""
     command = [sys.executable, "-m", "tests.laws.option_grid", str(part), str(PARTS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, (
         "\n".join(line for line in run.stdout.splitlines() if "FAILS" in line) + run.stderr[-2000:]
     )
-    assert len(run.stdout.splitlines()) == len(suite_cells()[part::PARTS])
+    assert len(run.stdout.splitlines()) == len(part_of_suite(part, PARTS))
 
 
 def test_a_cell_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch):
