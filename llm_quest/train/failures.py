@@ -101,9 +101,10 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
     watcher.start()
     try:
         yield
-        store.acknowledge()
-        if store.rank == 0:  # it may hold the store
-            store.wait_for_acknowledgements()
+        with suppress(dist.DistError):  # a main process that holds the store may be gone, with all work done
+            store.acknowledge()
+            if store.rank == 0:
+                store.wait_for_acknowledgements()
     except BaseException as error:
         stopped.set()
         failure = resolve_failure(store, error)

@@ -362,6 +362,22 @@ def test_several_processes_share_one_rollout():
         assert [float(a + b) for a, b in zip(told[0], told[1], strict=True)] == [float(a) for a in told[2]]
 
 
+@pytest.mark.parametrize(("batch_size", "world"), [(0, 1), (4, 1), (0, 2), (8, 3)])
+def test_a_text_is_the_same_however_the_prompts_are_shared_and_equal_prompts_have_texts_of_their_own(
+    batch_size: int, world: int
+):
+    policy = build("llama3.2-tiny", seed=1)
+    prompts = [PolicyPrompt((5, 6, 7)), PolicyPrompt((8, 9)), PolicyPrompt((5, 6, 7)), PolicyPrompt((5, 6, 7))]
+    options = {"tokenizer": Words(), "eos_token_ids": (7,), "max_new_tokens": 6}
+    whole = Sampler(**options)(policy, prompts, 2, seed=3)
+    assert len({sample.completion_ids for group in (whole[0], whole[2], whole[3]) for sample in group}) == 6
+    sampler = Sampler(**options, batch_size=batch_size)
+    parts = [sampler(policy, prompts, 2, 3, DataShard(rank, world)) for rank in range(world)]
+    assert [[one.completion_ids for one in group] for part in parts for group in part] == [
+        [one.completion_ids for one in group] for group in whole
+    ]
+
+
 def test_who_comes_away_empty_waits_with_a_row_that_is_as_complete():
     """One group of four rows in one micro-batch, and two processes."""
     reward = judged_by_question({0: MIXED, 1: WRONG, 2: WRONG, 3: WRONG})

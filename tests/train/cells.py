@@ -47,8 +47,8 @@ def some_ids(number: int, low: int, high: int) -> np.ndarray:
 
 
 def documents(shard: Any) -> Any:
-    """Short ones and long ones, so that ranks differ in how many fit into a micro-batch."""
-    lengths = [9, 9, 9, 60, 9, 9, 60, 9]
+    """Short ones and long ones: the second process has short ones alone, of which more fit into a micro-batch."""
+    lengths = [9, 60, 9, 60, 9, 9, 9, 9]
     texts = [some_ids(number, length, length + 1).tolist() for number, length in enumerate(lengths)]
     return ShardedLoader(
         WholeDocuments(texts, max_micro_batch_tokens=62), batch_size=ROWS, micro_batch_size=ROWS, seed=0, shard=shard
