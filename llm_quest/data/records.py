@@ -4,6 +4,7 @@ which it begins."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,22 @@ def read_records(file: str | Path) -> list[Record]:
         raise DataError(f"{file} ends in {file.suffix or 'nothing'}; rows are read from .json, .jsonl, .csv and .tsv")
     if not found:
         raise DataError(f"{file} holds no rows")
+    for record in found:
+        require_valid_text(record.row, record.where)
     return found
+
+
+def require_valid_text(value: Any, where: str) -> None:
+    """DataError for half of a surrogate pair in any text of a row (a JSON escape of an emoji that was cut off)."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise DataError(f"{where}: {half!r} is half of a surrogate pair alone, and no text; remove it") from None
+    elif isinstance(value, dict | list):
+        for one in (*value, *value.values()) if isinstance(value, dict) else value:
+            require_valid_text(one, where)
 
 
 def iter_json_lines(file: Path) -> Iterator[Record]:
@@ -90,7 +106,7 @@ def skip_whitespace(text: str, at: int) -> int:
 def iter_table(file: Path, delimiter: str) -> Iterator[Record]:
     """The rows of a table, whose first row names the columns."""
     reader = csv.DictReader(
-        decode_utf8(read_file_bytes(file), file).splitlines(keepends=True), delimiter=delimiter, strict=True
+        io.StringIO(decode_utf8(read_file_bytes(file), file), newline=""), delimiter=delimiter, strict=True
     )
     try:
         for row in reader:

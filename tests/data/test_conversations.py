@@ -109,3 +109,15 @@ def test_the_same_question_is_never_on_both_sides_whatever_its_order():
 def test_rows_of_one_question_cannot_be_split():
     with pytest.raises(DataError, match="1 different questions are too few"):
         split_by_prompt([Conversation((("user", "a"), ("assistant", str(n)))) for n in range(9)], 0.1)
+
+
+@pytest.mark.parametrize("row", ['{"prompt": "a", "completion": "b\\ud83d"}', '{"messages": [{"content": "\\udc00"}]}'])
+def test_half_of_a_surrogate_pair_is_named_with_its_line(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "emoji \\ud83d\\ude00", "completion": "b"}\n' + row)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .* is half of a surrogate pair alone"):
+        read_records(tmp_path / "a.jsonl")
+
+
+def test_a_line_of_a_table_ends_at_its_line_end_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\r\none\u2028two,b\r\n", encoding="utf-8", newline="")
+    assert [record.row["prompt"] for record in read_records(tmp_path / "a.csv")] == ["one\u2028two"]

@@ -98,6 +98,9 @@ def test_gsm8k_rows_are_read_and_their_worked_answers_are_right(tmp_path: Path) 
     [
         ("", "holds no problems"), ("{", "a.jsonl:1"), ('{"question": "a"}', "a.jsonl:1"), ("[1]", "a.jsonl:1"),
         ('{"question": "a", "answer": "5"}', "no #### before"),
+        ('{"question": "a", "answer": null}', "a.jsonl:1: answer is None; text was expected"),
+        ('{"question": ["a"], "answer": "#### 5"}', "a.jsonl:1: question is"),
+        ('{"question": "a\\ud83d", "answer": "#### 5"}', "a.jsonl:1: .* is half of a surrogate pair"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_gsm8k_is_told_with_its_line(text: str, said: str, tmp_path: Path) -> None:
@@ -123,3 +126,9 @@ def test_a_line_of_gsm8k_ends_at_its_line_end_alone(mark: str, tmp_path: Path) -
     row = {"question": f"One{mark}and two?", "answer": "One and two is <<1+2=3>>3.\n#### 3"}
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(row, ensure_ascii=False)] * 2), encoding="utf-8")
     assert [problem.prompt for problem in read_gsm8k(tmp_path / "a.jsonl")] == [row["question"]] * 2
+
+
+def test_a_file_of_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "caf\xe9", "answer": "#### 5"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        read_gsm8k(tmp_path / "a.jsonl")

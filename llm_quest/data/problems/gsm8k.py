@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llm_quest.data.documents import decode_utf8
 from llm_quest.data.problems.problem import Problem
+from llm_quest.data.records import require_valid_text
 from llm_quest.errors import DataError
 
 GSM8K_ANSWER_MARK = "####"
@@ -25,7 +27,7 @@ def read_gsm8k(file: str | Path) -> list[Problem]:
     if not path.is_file():
         raise DataError(f"there is no file {file}; give GSM8K's JSON lines (question, answer)")
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(decode_utf8(path.read_bytes(), path).split("\n"), 1):
         if line.strip():
             problems.append(parse_gsm8k_line(line, f"{file}:{number}"))
     if not problems:
@@ -47,6 +49,10 @@ def parse_gsm8k_row(row: Any, place: str) -> Problem:
         question, worked = row["question"], row["answer"]
     except (KeyError, TypeError) as error:
         raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
+    for name, value in (("question", question), ("answer", worked)):
+        if not isinstance(value, str):
+            raise DataError(f"{place}: {name} is {value!r:.60}; text was expected")
+        require_valid_text(value, place)
     reasoning, mark, answer = worked.rpartition(GSM8K_ANSWER_MARK)
     if not mark:
         raise DataError(f"{place}: the answer has no {GSM8K_ANSWER_MARK} before its number")
