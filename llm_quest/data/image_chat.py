@@ -50,7 +50,7 @@ class ImageChat:
         """A conversation of (role, text) in the folder's chat template; its first user's message shows the image."""
         if not self.has_template:
             raise UsageError(
-                "this folder has no chat template with images; leave --chat out and write the prompt whole"
+                f"this folder has no chat template with images; write the prompt whole, with {self.image_token} in it"
             )
         first = next(i for i, (role, _) in enumerate(turns) if role == "user")
         messages: list[Any] = []
