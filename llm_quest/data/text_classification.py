@@ -6,6 +6,7 @@ that is too long is truncated; the report says how many were."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,8 @@ from llm_quest.data.records import Record
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,14 @@ def read_labeled_texts(
 
 
 def collect_label_names(texts: Sequence[LabeledText]) -> tuple[str, ...]:
-    """The labels in order. DataError for fewer than two."""
-    names = sorted({one.label for one in texts})
+    """The labels in order: whole numbers by value, so that label 2 of 0..11 is class 2, others as text. DataError for
+    fewer than two.
+
+    Commonly got wrong: numbers sorted as text, where "10" comes before "2"."""
+    found = {one.label for one in texts}
+    names = (
+        sorted(found, key=lambda name: (int(name), name)) if all(map(WHOLE_NUMBER.fullmatch, found)) else sorted(found)
+    )
     if len(names) < 2:
         raise DataError(f"all {len(texts)} texts have the label {names}; a classifier needs two labels or more")
     return tuple(names)

@@ -129,6 +129,20 @@ def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_pat
         classify_text(str(start), "hello")
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (range(12), [str(n) for n in range(12)]),
+        (["10", "-1", "2"], ["-1", "2", "10"]),
+        (["10", "2", "b"], ["10", "2", "b"]),
+        ([True, False], ["False", "True"]),
+    ],
+)
+def test_whole_numbers_are_classes_in_their_own_order(labels, names: list[str]):
+    rows = [Record({"text": "a", "label": label}, "f:1") for label in labels]
+    assert list(collect_label_names(read_labeled_texts(rows, DropReport()))) == names
+
+
 def test_rows_are_checked_and_cut_texts_counted(start: Path):
     tokenizer, ledger = load_tokenizer(start), DropReport()
     rows = [Record({"text": "a" * 40, "label": 1}, "f:1"), Record({"text": "b", "label": "0"}, "f:2")]
