@@ -37,8 +37,14 @@ from llm_quest.recipes.finetuning import (
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
-from llm_quest.recipes.reference_model import SyncedReference, reference_log_probs
-from llm_quest.techniques.lora import disable_adapter, require_adapters
+from llm_quest.recipes.reference_model import (
+    ReferenceContext,
+    SyncedReference,
+    has_adapter,
+    make_initial_reference,
+    reference_log_probs,
+)
+from llm_quest.techniques.lora import require_adapters
 from llm_quest.train.state import derive_seed
 
 
@@ -58,7 +64,7 @@ class DpoConfig(PairBatchedConfig):
         default=False, description="means over tokens in place of sums, as TRL has it for ipo"
     )
     precompute_ref_log_probs: bool = Field(
-        default=True, description="before the first step; false: at every step, with the adapters off"
+        default=True, description="before the first step; false: at every step, with the adapters of this run off"
     )
     sync_ref_model: bool = Field(default=False, description="TR-DPO: the reference follows the policy")
     ref_model_sync_steps: PositiveInt = Field(default=512, description="TR-DPO: steps between two updates")
@@ -106,6 +112,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
     config, model, tokenizer = begin_finetuning(config, context)
     pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
+    adapted_before = has_adapter(model)
     callbacks: list[Callback] = apply_config_techniques(config, model, log)
     loss = config.build_loss()
     objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob)
@@ -118,7 +125,8 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         objective.reference, loader, callbacks = synced_reference, synced_reference, [*callbacks, synced_reference]
     elif not config.precompute_ref_log_probs:
         require_adapters(model)
-        objective.reference = lambda batch: log_probs_without_adapters(model, batch)
+        initial = make_initial_reference(model.to(parallel.device), adapted_before=adapted_before)
+        objective.reference = lambda batch: initial_log_probs(initial, batch)
 
     def compute_reference() -> Callable[[Path], None]:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
@@ -167,10 +175,10 @@ def build_synced_reference(config: DpoConfig, loader: Any, model: Decoder, conte
     )
 
 
-def log_probs_without_adapters(model: Any, batch: PreferenceBatch) -> Tensor:
-    """The reference is the policy with its adapters off."""
-    with disable_adapter(model):
-        return sequence_log_probs(model, batch)
+def initial_log_probs(initial: ReferenceContext, batch: PreferenceBatch) -> Tensor:
+    """The log-probability that the model as the run found it gives each row."""
+    with initial() as reference:
+        return sequence_log_probs(reference, batch)
 
 
 RECIPE = Recipe("dpo", DpoConfig, build_dpo)

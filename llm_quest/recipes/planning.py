@@ -28,6 +28,7 @@ from llm_quest.objectives.preference import PreferenceLoss
 from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
+from llm_quest.recipes.config_schema import known_techniques
 from llm_quest.recipes.engine import build_optimizer, init_distributed
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -37,7 +38,7 @@ from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.rewards import RandomReward
-from llm_quest.techniques.lora import is_adapter
+from llm_quest.techniques.lora import ADAPTERS
 from llm_quest.train.state import derive_seed
 
 SAMPLED_STEPS = 8
@@ -217,7 +218,8 @@ def reward_randomly(rollouts: Any, seed: int) -> None:
 def policy_workload(job: Job, context: Context, largest: Any, samples: float) -> Workload:
     """The largest micro-batch of a policy's step."""
     config: Any = job.config
-    own = config.kl_coef > 0 and not any(map(is_adapter, job.model.spec.techniques))
+    adapted_here = any(known_techniques()[entry["name"]] in ADAPTERS for entry in config.techniques)
+    own = config.kl_coef > 0 and not adapted_here
     group = f"{config.prompts_per_rollout} prompts x {config.num_generations} samples a rollout"
     return Workload(
         family=family_of(job.model.config).name,

@@ -24,7 +24,6 @@ from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.hub.load_save import write_model_json
-from llm_quest.layers.initialize import copy_module
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.attention_divergence import compute_attention_policy
@@ -40,12 +39,12 @@ from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prom
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, build_model_config
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.recipe import Context
+from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
 from llm_quest.rollouts.sampler import ContextFactory, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
-from llm_quest.techniques.lora import disable_adapter, is_adapter
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
@@ -93,17 +92,9 @@ def build_policy_setup(
 ) -> PolicySetup:
     """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
     read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
-    initial_model = copy_module(model).requires_grad_(False) if config.kl_coef else None
-    adapted_before = any(map(is_adapter, model.spec.techniques))
+    adapted_before = has_adapter(model)
     callbacks = apply_config_techniques(config, model, log)
-    reference_is_adapter_free = any(map(is_adapter, model.spec.techniques)) and not adapted_before
-    reference = (
-        None
-        if initial_model is None
-        else log_prob_scorer(model, config, adapters_disabled=True)
-        if reference_is_adapter_free
-        else log_prob_scorer(initial_model, config)
-    )
+    initial = make_initial_reference(model, adapted_before=adapted_before) if config.kl_coef else None
     scoring = RewardPipeline(
         rewards=tuple(rewards),
         estimator=ADVANTAGE_ESTIMATORS[config.advantage_estimator or POLICY_VARIANTS[config.loss_type].advantages],
@@ -120,8 +111,12 @@ def build_policy_setup(
     whole_policy = partial(parallel.gather_model, objective)
     writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config, parallel)
     scorers = {
-        **({"old_log_probs": log_prob_scorer(model, config)} if config.sampler_correction is not None else {}),
-        **({"reference_log_probs": reference} if reference is not None else {}),
+        **(
+            {"old_log_probs": log_prob_scorer(lambda: nullcontext(model), config)}
+            if config.sampler_correction is not None
+            else {}
+        ),
+        **({"reference_log_probs": log_prob_scorer(initial, config)} if initial is not None else {}),
         **({"attention_maps": attention_scorer(model)} if config.attention_coef else {}),
     }
     loader = RolloutLoader(
@@ -188,11 +183,11 @@ def attention_scorer(model: Decoder) -> RowScorer:
     return lambda batch: compute_attention_policy(model, batch.input_ids)
 
 
-def log_prob_scorer(model: Decoder, config: PolicyConfig, *, adapters_disabled: bool = False) -> RowScorer:
-    """Log-probabilities at the sampling temperature. adapters_disabled: of the model without its adapters."""
+def log_prob_scorer(scored: ReferenceContext, config: PolicyConfig) -> RowScorer:
+    """Log-probabilities at the sampling temperature. scored: gives the model."""
 
     def score(batch: Any) -> torch.Tensor:
-        with disable_adapter(model) if adapters_disabled else nullcontext():
+        with scored() as model:
             return token_log_probs(model, batch, config.temperature)
 
     return score

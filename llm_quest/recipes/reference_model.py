@@ -1,11 +1,13 @@
-"""The reference that preference learning is held to: log-probabilities computed once and kept in the run folder, or a
-copy of the model that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+"""The reference that a policy is held to: the model as the run found it (its log-probabilities computed once and kept
+in the run folder, or the model itself), or a copy that follows the policy (TR-DPO, Gorbatovski et al. 2024,
+arXiv:2404.09656)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
 from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
+from llm_quest.techniques.lora import disable_adapter, is_adapter
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
 from llm_quest.train.parallel import DistributedContext
@@ -31,6 +34,32 @@ from llm_quest.train.step import autocast
 
 REFERENCE_FILE = "reference.safetensors"
 REFERENCE_BATCH_SIZE = 8
+
+ReferenceContext = Callable[[], AbstractContextManager[Any]]
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether the model stands with an adapter that was not merged."""
+    return any(map(is_adapter, model.spec.techniques))
+
+
+def make_initial_reference(model: Any, *, adapted_before: bool) -> ReferenceContext:
+    """A context that gives the model as the run found it, after the run's techniques were applied: the same memory with
+    the adapters off where this run added them, else a frozen copy. adapted_before: `has_adapter` before they were
+    applied.
+
+    Commonly got wrong: a run that goes on from a model with adapters (SFT with LoRA, then DPO or GRPO on it) finds them
+    there; with those off it is the model before SFT, and the loss of step 1 is not ln 2."""
+    if has_adapter(model) and not adapted_before:
+        return lambda: reference_without_adapters(model)
+    frozen = copy_module(model).eval().requires_grad_(False)
+    return lambda: nullcontext(frozen)
+
+
+@contextmanager
+def reference_without_adapters(model: Any) -> Iterator[Any]:
+    with disable_adapter(model):
+        yield model
 
 
 @dataclass(frozen=True)

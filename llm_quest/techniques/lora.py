@@ -369,5 +369,8 @@ def require_adapters(model: nn.Module) -> dict[str, AdapterLayer]:
     return found
 
 
+ADAPTERS = (LoRA, RsLoRA, DoRA, LoRAXS, TinyLoRA)
+
+
 def is_adapter(technique: Technique) -> bool:
-    return isinstance(technique, LoRA | RsLoRA | DoRA | LoRAXS | TinyLoRA)
+    return isinstance(technique, ADAPTERS)

@@ -156,6 +156,11 @@ def test_with_lora_the_reference_is_the_model_without_its_adapters(warm: Path, t
     frozen = [name for name in dict(before.named_parameters()) if name in trained]
     assert frozen
     assert all(torch.equal(dict(before.named_parameters())[name], trained[name]) for name in frozen)
+    again = tmp_path / "again"
+    started(again, *from_(out, "kl_coef=0.1", "kl_estimator=unbiased"))
+    assert metrics(again)[0]["kl"] < 1e-6 < metrics(again)[-1]["kl"], (
+        "adapters that stood before belong to the reference"
+    )
 
 
 def test_chained_answers_are_supervised_step_by_step(tmp_path: Path):

@@ -138,6 +138,20 @@ def test_adapters_off_and_cached_are_one_reference(pairs: list[str], tmp_path: P
     assert losses[0][-1] < losses[0][0]
 
 
+def test_after_sft_with_lora_the_reference_is_the_model_after_it(pairs: list[str], rows: Path, tmp_path: Path):
+    """Adapters that stood before a run are part of the model it begins with: the loss of step 1 is ln 2, whatever holds
+    the reference."""
+    started("dpo", DPO, tmp_path / "adapted", *pairs, "techniques=[lora]", "max_steps=4", "eval_steps=0", "optim=adamw")
+    losses = []
+    for precomputed in ("true", "false"):
+        again = [f"model.load={tmp_path / 'adapted'}", f"data.source={rows}", f"precompute_ref_log_probs={precomputed}"]
+        started("dpo", DPO, tmp_path / precomputed, *again, "max_steps=3", "eval_steps=0", "optim=adamw")
+        losses.append([row["loss"] for row in metrics(tmp_path / precomputed)])
+    assert losses[1][0] == pytest.approx(np.log(2), abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[1][-1] != pytest.approx(np.log(2), abs=1e-4)
+
+
 def test_a_moving_reference_takes_the_part_it_was_told(pairs: list[str], tmp_path: Path):
     """Reward margins shrink when the reference comes closer; at mix 1 they are zero after each sync."""
     out = tmp_path / "run"
