@@ -31,6 +31,7 @@ DELTA, MOE, LATENT = (
     "tests/layers/test_latent_attention.py",
 )
 KEPT = "tests/laws/test_cache.py -k 3.5"
+WIDE = "tests/models/test_float64_parity.py -k qwen3_next"
 VIT, LLAVA = "tests/models/test_vit.py", "tests/models/test_llava.py"
 HELD_OUT = "tests/recipes/test_auxiliary_losses.py -k held_out"
 SUMMED = "tests/layers/test_attention.py"
@@ -135,6 +136,7 @@ MUTATIONS = (
     Mutation("DeltaNet: gate before the norm", "layers/delta_net.py", "gated = self.norm(o) * F.silu(z.unflatten(-1, (self.num_v_heads, -1)).to(wide))", "gated = self.norm(o * F.silu(z.unflatten(-1, (self.num_v_heads, -1)).to(wide)))", NEXT),
     Mutation("DeltaNet: key heads tiled instead of repeated", "layers/delta_net.py", "x.repeat_interleave(self.num_v_heads // self.num_k_heads, dim=2)", "x.repeat(1, 1, self.num_v_heads // self.num_k_heads, 1)", NEXT),
     Mutation("DeltaNet: keys not normalised", "layers/delta_net.py", "return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + 1e-6)", "return x", NEXT),
+    Mutation("DeltaNet: keys divided by max(norm, eps), which float32's rounding hides", "layers/delta_net.py", "return x * torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + 1e-6)", "return F.normalize(x, dim=-1, eps=1e-6)", WIDE),
     Mutation("DeltaNet: query not scaled", "layers/delta_net.py", "parts = (q * self.head_k_dim**-0.5,", "parts = (q,", NEXT),
     Mutation("DeltaNet: convolution's taps the other way round", "layers/delta_net.py", "taps = self.conv[:, 0].to(columns.dtype)", "taps = self.conv[:, 0].to(columns.dtype).flip(-1)", NEXT),
     Mutation("DeltaNet: no SiLU after the convolution", "layers/delta_net.py", "        return F.silu(y)\n", "        return y\n", NEXT),

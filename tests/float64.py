@@ -1,0 +1,42 @@
+"""The float32 islands of a model, lifted: what asks for float32 gets float64.
+
+Models compute norms, softmax, routing, rotations and recurrences in float32 whatever the dtype of their weights, so
+that even a model of float64 weights rounds to 1e-7, and recurrences and norms magnify that to 1e-3. While `Float64` is
+active both sides compute wholly in float64, and what is left is a difference of method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Float64(TorchFunctionMode):
+    """Every call that names float32, or that is spelled so (`Tensor.float`), as if it named float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        wide = torch.Tensor.double if func is torch.Tensor.float else func
+        return wide(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+
+
+def widen(value: Any) -> Any:
+    """float64 for float32; anything else as it is."""
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def computing_in_float64() -> Iterator[None]:
+    """Also what names no dtype is float64. Models are built and loaded in here too, from files of float64: frequencies
+    and embedding scales are computed at that time, and kept."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Float64():
+            yield
+    finally:
+        torch.set_default_dtype(before)
