@@ -19,7 +19,7 @@ from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import last_token_outputs, pad_rows
-from llm_quest.techniques.score_head import find_score_head
+from llm_quest.techniques.score_head import find_score_head, read_length
 from llm_quest.train.parallel import resolve_device
 
 MAX_PATH_LENGTH = 4096
@@ -27,7 +27,8 @@ MAX_PATH_LENGTH = 4096
 
 @dataclass(frozen=True)
 class TextPrediction:
-    """A text classification. probabilities: of every label, the most probable first. cut: tokens beyond the context."""
+    """A text classification. probabilities: of every label, the most probable first. tokens: how many of the text were
+    read. cut: how many were not, as in training."""
 
     label: str
     probabilities: dict[str, float]
@@ -39,7 +40,9 @@ class TextPrediction:
 
     def lines(self) -> list[str]:
         result = align_columns([(name, f"{p:.4f}") for name, p in self.probabilities.items()], right=(1,))
-        return result + ([f"(the last {self.cut} tokens of the text are beyond the context)"] if self.cut else [])
+        return result + (
+            [f"(read: the first {self.tokens:,} tokens, as in training; left out: {self.cut:,})"] if self.cut else []
+        )
 
 
 @torch.no_grad()
@@ -56,7 +59,7 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
         )
     tokenizer = load_tokenizer(name_or_path)
     whole = encode_truncated(tokenizer, text, 10**9)
-    tokens, positions = pad_rows([whole[: model.config.max_position_embeddings]])
+    tokens, positions = pad_rows([whole[: read_length(model, tokenizer.model_max_length)]])
     probabilities = (
         last_token_outputs(model, tokens.to(torch_device), positions.to(torch_device))[0].softmax(dim=0).tolist()
     )

@@ -19,7 +19,7 @@ from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
 from llm_quest.techniques.lora import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
-from llm_quest.techniques.score_head import find_score_head
+from llm_quest.techniques.score_head import find_score_head, read_length
 from llm_quest.techniques.token_rows import append_embedding_rows
 
 NEW_PAD_TOKEN = "<|pad|>"
@@ -146,6 +146,9 @@ def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged:
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     base = base_model_path(run)
     save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)
+    if (head := find_score_head(model)) is not None and head.outputs > 1:
+        tokenizer = load_tokenizer(run)  # its length is the classifier's own, not the base's
+        tokenizer.save(folder, model_max_length=read_length(model, tokenizer.model_max_length))
     return make_export_report(
         run, folder, model, dtype, f"an adapter of {base or 'a model that exists only in this run'}"
     )

@@ -35,7 +35,7 @@ from llm_quest.models.build import dtype_from_name, family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import techniques_to_json
-from llm_quest.techniques.score_head import find_score_head
+from llm_quest.techniques.score_head import find_score_head, read_length
 from llm_quest.tensor_files import empty_huge_pages, nbytes, write_tensors
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def save(
         write_json(stage / "generation_config.json", build_generation_json(generation_config or GenerationConfig()))
         write_text(stage / "README.md", (readme or Readme()).render(model, family))
         if tokenizer is not None:
-            tokenizer.save(stage, model_max_length=model.config.max_position_embeddings)
+            tokenizer.save(stage, model_max_length=read_length(model, tokenizer.model_max_length))
         if preprocess is not None:
             from llm_quest.data.preprocessor_config import build_preprocessor_config
 

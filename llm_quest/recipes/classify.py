@@ -76,6 +76,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     """Model, labelled texts, classification loss."""
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context)
+    tokenizer.model_max_length = config.sequence_length
     drop_report = DropReport()
     part = config.data
     texts = read_labeled_texts(

@@ -23,6 +23,7 @@ from llm_quest.recipes.config import config_differences, config_to_yaml, load_ra
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
 from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.techniques.score_head import read_length
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import SHARDS_DIR, list_checkpoints
 from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
@@ -125,7 +126,8 @@ def write_run_files(job: Job, folder: Path) -> None:
     """What loading, exporting and the report need beside the checkpoints."""
     write_model_json(folder, job.model)
     if job.tokenizer is not None:
-        job.tokenizer.save(folder / "tokenizer", model_max_length=job.model.config.max_position_embeddings)
+        length = read_length(job.model, job.tokenizer.model_max_length)
+        job.tokenizer.save(folder / "tokenizer", model_max_length=length)
     if job.preprocessor is not None:
         from llm_quest.data.preprocessor_config import build_preprocessor_config
 

@@ -50,3 +50,14 @@ class ScoreHead:
 def find_score_head(model: Any) -> ScoreHead | None:
     """The ScoreHead in the model's spec."""
     return next((one for one in model.spec.techniques if isinstance(one, ScoreHead)), None)
+
+
+def read_length(model: Any, model_max_length: int | None) -> int:
+    """Tokens of a text that the model reads. A classifier: as many as it was trained on, which its tokenizer's
+    model_max_length keeps (transformers' `truncation=True` goes by it too). Others: their context.
+
+    Commonly got wrong: a classifier that was trained and scored on the first N tokens is given whole texts afterwards,
+    so that what its accuracy was measured on is not what it reads."""
+    context: int = model.config.max_position_embeddings
+    head = find_score_head(model)
+    return min(model_max_length or context, context) if head is not None and head.outputs > 1 else context

@@ -93,6 +93,27 @@ def test_the_export_is_a_classifier_in_transformers(trained: Path, tmp_path: Pat
         assert {model.config.id2label[i]: p[i] for i in range(2)} == pytest.approx(ours, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["run", "export", "adapter", "merged"])
+def test_as_many_tokens_are_read_as_in_training(form: str, pairs: list[str], tmp_path: Path):
+    """What follows them changes nothing, and is counted; transformers' own truncation goes by the same number."""
+    run = folder = tmp_path / "run"
+    adapted = ["techniques=[{name: lora, rank: 2}]"] if form in ("adapter", "merged") else []
+    started("classify", RECIPE, run, *pairs, *adapted, "max_steps=2", "sequence_length=8", "eval_steps=0")
+    if form != "run":
+        folder = tmp_path / "out"
+        export_run(run, folder, adapter=form == "adapter", merged=form == "merged")
+    text = "say, green 7, and then a moon"
+    found = classify_text(str(folder), text)
+    whole = load_tokenizer(run).encode(text)
+    assert (found.tokens, found.cut) == (8, len(whole) - 8)
+    assert classify_text(str(folder), text + " and a tree").probabilities == found.probabilities
+    assert "left out" in found.lines()[-1]
+    if form != "run":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer(text, truncation=True)["input_ids"] == whole[:8]
+
+
 @pytest.mark.parametrize("what", ["last_block", "head"])
 def test_what_is_frozen_does_not_move(what: str, start: Path, pairs: list[str], tmp_path: Path):
     started("classify", RECIPE, tmp_path / "run", *pairs, f"trainable={what}", "max_steps=3")
