@@ -35,6 +35,7 @@ def test_names_and_options_are_understood_and_written_out_whole() -> None:
     assert [entry["name"] for entry in config.techniques] == ["lora", "dora", "checkpointing"]
     assert config.techniques[0] == {
         "name": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("all",), "seed": 0,
+        "modules_to_save": (),
     }  # fmt: skip
     assert config.techniques[1]["targets"] == ("q", "v")
     again = parse_config(PretrainConfig, read_yaml(config_to_yaml(config), "written.yaml"))
