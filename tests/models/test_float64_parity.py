@@ -4,6 +4,7 @@ under which a wrong constant hides; here nothing hides."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_quest.hub.load_save import load
+from llm_quest.hub.load_save import load, save
 from llm_quest.models.decoder import Decoder
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
@@ -61,14 +63,24 @@ def cached_chunks(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
 
 
 def gradients(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
-    """Of a cross-entropy, for the embedding: the whole network lies behind it."""
+    """Of a cross-entropy, for every weight, matched by published names: both save a model whose weights they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        got = load_file(save(gradients_for_weights(ours), f"{folder}/ours") / "model.safetensors")
+        expected = load_file(save_published(gradients_for_weights(theirs), f"{folder}/theirs") / "model.safetensors")
+    assert got.keys() == expected.keys()
+    return tuple(torch.cat([tensors[name].flatten() for name in got]) for tensors in (got, expected))
 
-    def of(logits: Tensor, weight: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
-        return torch.autograd.grad(loss, weight)[0]
 
-    expected = of(theirs(tokens(), use_cache=False).logits, theirs.get_input_embeddings().weight)
-    return of(ours(tokens()), ours.embed.token.weight), expected
+def gradients_for_weights(model: Any) -> Any:
+    """A copy whose every learned weight is its gradient, zero where no token chose it (an expert). A router's bias,
+    which has none, stays."""
+    model = copy.deepcopy(model)
+    output = model(tokens())
+    logits = output if isinstance(output, Tensor) else output.logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()).backward()
+    for parameter in filter(lambda one: one.requires_grad, model.parameters()):
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return model
 
 
 @pytest.mark.parametrize("compare", [whole_ragged_rows, cached_chunks, gradients])
