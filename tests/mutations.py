@@ -98,7 +98,7 @@ MUTATIONS = (
     Mutation("softmax router: softmax over the chosen alone, without renormalising", "layers/moe.py", "topk_weights, topk_ids = scores.topk(self.top_k, dim=-1)", "topk_weights, topk_ids = logits.topk(self.top_k, dim=-1)", MIXTRAL),
     Mutation("Mixtral: w1 and w3 swapped", "models/mixtral.py", 'gate="w1", up="w3"', 'gate="w3", up="w1"', MIXTRAL),
     Mutation("load balancing normalised to 1", "objectives/routing.py", "* routings[0].scores.shape[1]", "* routings[0].scores.shape[1] / routings[0].topk_ids.shape[1]", MOE),
-    Mutation("load balancing: mean of the layers' losses", "objectives/routing.py", "    tokens = sum(routing.non_padding.sum() for routing in routings)", "    if len(routings) > 1:\n        return torch.stack([load_balancing_aux_loss([one]) for one in routings]).mean()\n    tokens = sum(routing.non_padding.sum() for routing in routings)", MOE),
+    Mutation("load balancing: layers pooled", "objectives/routing.py", "    return torch.stack([pooled_load_balancing_aux_loss([routing]) for routing in routings]).mean()", "    return pooled_load_balancing_aux_loss(routings)", MOE),
     Mutation("load balancing counts padding", "layers/moe.py", "non_padding = (scope.position_ids >= 0).expand", "non_padding = (scope.position_ids >= -1).expand", MOE),
     Mutation("z-loss without the square", "objectives/routing.py", "r.logits.logsumexp(dim=-1).square()", "r.logits.logsumexp(dim=-1)", MOE),
     Mutation("Qwen3 MoE: norm_topk_prob ignored", "models/qwen3.py", "norm_topk_prob=moe.norm_topk_prob", "norm_topk_prob=not moe.norm_topk_prob", QWEN3),

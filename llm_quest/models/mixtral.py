@@ -4,8 +4,8 @@
 - The weights are the softmax over all experts, renormalised over the chosen two.
 - Heads untied from the embedding, base 1e6, no stretch of the positions.
 
-Commonly got wrong: the published w1 is the gate, w3 the up and w2 the down projection; the load-balancing loss pools
-all layers and counts all k choices, so at uniform routing it is k, not 1.
+Commonly got wrong: the published w1 is the gate, w3 the up and w2 the down projection; the load-balancing loss
+counts all k choices, so at uniform routing it is k, not 1 (transformers pools all layers: `router_aux_loss_pooled`).
 """
 
 from __future__ import annotations

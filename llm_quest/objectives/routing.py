@@ -17,9 +17,18 @@ RouterTerm = Callable[[Sequence[RouterOutput]], Tensor]
 
 
 def load_balancing_aux_loss(routings: Sequence[RouterOutput]) -> Float[Tensor, ""]:
-    """E sum_e f_e P_e, with f the share of tokens that chose e and P its mean score, both pooled over all layers:
-    transformers' form of the Switch loss (arXiv:2101.03961, eq. 4). At uniform routing it is k, not 1. The gradient
-    flows through P."""
+    """E sum_e f_e P_e within each layer, with f the tokens that chose e, per token, and P its mean score; mean over
+    layers (Switch, arXiv:2101.03961, eq. 4; ST-MoE, arXiv:2202.08906). At uniform routing it is k, not 1; where every
+    token of a layer goes to the same k experts with all of its score, E. The gradient flows through P.
+
+    Commonly got wrong: layers pooled before the product, as transformers has it; layers that collapse onto different
+    experts even out, and the loss is at its optimum. Differs: Switch adds the layers' terms, here their mean is taken,
+    so that a coefficient of transformers keeps its size."""
+    return torch.stack([pooled_load_balancing_aux_loss([routing]) for routing in routings]).mean()
+
+
+def pooled_load_balancing_aux_loss(routings: Sequence[RouterOutput]) -> Float[Tensor, ""]:
+    """transformers' form of the load-balancing loss: f and P are pooled over all layers before they are multiplied."""
     tokens = sum(routing.non_padding.sum() for routing in routings)
     f = sum(routing.tokens_per_expert() for routing in routings) / tokens
     P = sum((routing.scores * routing.non_padding[:, None]).sum(dim=0) for routing in routings) / tokens
@@ -83,6 +92,7 @@ def accumulate_tokens_per_expert(routings: Sequence[RouterOutput]) -> None:
 
 ROUTER_LOSSES: dict[str, RouterTerm] = {
     "load_balancing": load_balancing_aux_loss,
+    "load_balancing_pooled": pooled_load_balancing_aux_loss,
     "sequence_balancing": sequence_balance_aux_loss,
     "z_loss": router_z_loss,
 }

@@ -47,26 +47,32 @@ class AuxiliaryLosses:
     router_z_loss_coef: float
     expert_bias_update_speed: float | None
     mtp_loss_weight: float | None
+    router_aux_loss_pooled: bool = False
 
     def resolve(self, model: Decoder) -> AuxiliaryLosses:
         """With the defaults of this model written out. UsageError for a coefficient that would have no effect."""
         self.require_effect(model)
         by_softmax = [one.aux_loss_coef for one in model.modules() if isinstance(one, SoftmaxRouter)]
         by_bias = any(isinstance(one, SigmoidRouter) for one in model.modules())
-        pooled, within, speed, mtp = (
+        balance, within, speed, mtp = (
             self.router_aux_loss_coef,
             self.router_seq_aux_loss_coef,
             self.expert_bias_update_speed,
             self.mtp_loss_weight,
         )
         if by_softmax or by_bias:
-            pooled = max(by_softmax, default=0.0) if pooled is None else pooled
+            balance = max(by_softmax, default=0.0) if balance is None else balance
             within = (SEQUENCE_BALANCE_COEF if by_bias else 0.0) if within is None else within
         if by_bias and speed is None:
             speed = BIAS_UPDATE_SPEED
         if len(model.mtp_modules) and mtp is None:
             mtp = MTP_LOSS_WEIGHT
-        return AuxiliaryLosses(pooled, within, self.router_z_loss_coef, speed, mtp)
+        if self.router_aux_loss_pooled and not balance:
+            raise UsageError(
+                "router_aux_loss_pooled has no effect: this run adds no load-balancing loss; set router_aux_loss_coef "
+                "on a model with experts, or leave it out"
+            )
+        return AuxiliaryLosses(balance, within, self.router_z_loss_coef, speed, mtp, self.router_aux_loss_pooled)
 
     def require_effect(self, model: Decoder) -> None:
         """UsageError for a coefficient of a part that the model does not have."""
@@ -90,7 +96,7 @@ class AuxiliaryLosses:
     def router_coefs(self) -> dict[str, float]:
         """Coefficients of the routers' losses that are added, by the loss's name."""
         coefs = {
-            "load_balancing": self.router_aux_loss_coef,
+            "load_balancing_pooled" if self.router_aux_loss_pooled else "load_balancing": self.router_aux_loss_coef,
             "sequence_balancing": self.router_seq_aux_loss_coef,
             "z_loss": self.router_z_loss_coef,
         }

@@ -71,6 +71,9 @@ class PretrainConfig(TextBatchedConfig):
     router_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="load-balancing loss of experts (Switch); null: the model's own"
     )
+    router_aux_loss_pooled: bool = Field(
+        default=False, description="that loss over all layers together, as transformers has it; false: in each layer"
+    )
     router_seq_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="DeepSeek-V3's balance loss within each sequence; null: the model's own"
     )
@@ -116,6 +119,7 @@ class PretrainConfig(TextBatchedConfig):
             self.router_z_loss_coef,
             self.expert_bias_update_speed,
             self.mtp_loss_weight,
+            self.router_aux_loss_pooled,
         )
 
 

@@ -21,6 +21,7 @@ from llm_quest.layers.moe import (
 from llm_quest.objectives.routing import (
     load_balancing_aux_loss,
     max_violation,
+    pooled_load_balancing_aux_loss,
     router_z_loss,
     routing_entropy,
     sequence_balance_aux_loss,
@@ -184,13 +185,29 @@ def test_the_z_loss_gradient_is_twice_logsumexp_times_softmax():
     torch.testing.assert_close(gradient, 2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) / 6)
 
 
-def test_load_balancing_is_transformers_own_with_padding_left_out():
+def test_a_collapse_in_every_layer_is_seen():
+    """Two layers of E = 4, k = 2, each with all tokens on two experts of its own: E in each layer; pooled, it is k, as
+    if the routing were even."""
+
+    def onto(first: int) -> RouterOutput:
+        scores = torch.zeros(6, 4)
+        scores[:, first : first + 2] = 0.5
+        ids = torch.tensor([[first, first + 1]] * 6)
+        return RouterOutput(scores, scores.log(), ids, torch.ones(6, 2), torch.ones(6, dtype=torch.bool), None, 1)
+
+    layers = [onto(0), onto(2)]
+    assert load_balancing_aux_loss(layers).item() == pytest.approx(4.0)
+    assert pooled_load_balancing_aux_loss(layers).item() == pytest.approx(2.0)
+    assert load_balancing_aux_loss(layers[:1]).item() == pooled_load_balancing_aux_loss(layers[:1]).item()
+
+
+def test_pooled_load_balancing_is_transformers_own_with_padding_left_out():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     router = filled(SoftmaxRouter(8, 6, top_k=2, norm_topk_prob=True))
     real = torch.rand(2, 10, generator=seeded()) > 0.3
     routings = [routed(router, torch.randn(20, 8, generator=seeded(s)), 2, real.flatten()) for s in (1, 2)]
     expected = mixtral.load_balancing_loss_func(tuple(r.logits for r in routings), 6, 2, real.long())
-    torch.testing.assert_close(load_balancing_aux_loss(routings), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pooled_load_balancing_aux_loss(routings), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_balancing_bias_evens_a_skewed_router_without_touching_its_gradient():

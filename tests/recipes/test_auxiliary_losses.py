@@ -55,6 +55,8 @@ def test_defaults_are_what_the_models_own_parts_are_trained_with():
     assert NONE.resolve(build("deepseek-v3-tiny")).mtp_loss_weight == 0.3
     more = AuxiliaryLosses(None, None, 0.01, None, None).resolve(build("mixtral-tiny"))
     assert more.router_coefs == {"load_balancing": 0.001, "z_loss": 0.01}, "one more loss takes none away"
+    pooled = AuxiliaryLosses(None, None, 0.0, None, None, router_aux_loss_pooled=True)
+    assert pooled.resolve(build("mixtral-tiny")).router_coefs == {"load_balancing_pooled": 0.001}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_defaults_are_what_the_models_own_parts_are_trained_with():
             AuxiliaryLosses(None, None, 0.0, None, 0.3),
             "mtp_loss_weight has no effect: this mixtral model has no multi-token mod",
         ),
+        ("mimo-tiny", AuxiliaryLosses(None, None, 0.0, None, None, True), "router_aux_loss_pooled has no effect"),
     ],
 )
 def test_a_setting_for_a_part_the_model_lacks_is_refused(name: str, parts: AuxiliaryLosses, message: str):
