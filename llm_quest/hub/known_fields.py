@@ -70,7 +70,7 @@ OF_FAMILY: dict[str, frozenset[str]] = {
         *("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "full_attention_interval"),
     )),
     "mimo": frozenset(("attention_chunk_size", "sliding_window")),
-    **dict.fromkeys(("qwen2", "qwen3", "smollm3"), frozenset(("max_window_layers", "sliding_window"))),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "smollm3"), frozenset(("max_window_layers", "sliding_window"))),
     "gpt_neox": frozenset(("num_key_value_heads",)),
     "gemma1": frozenset(("hidden_activation",)),
     "phi3": frozenset(("full_attn_mod", "interpolate_factor", "lm_head_bias")),

@@ -61,6 +61,17 @@ class AcrossHeads(nn.Module):
         return self.norm(x.flatten(-2)).unflatten(-1, x.shape[-2:])  # type: ignore[no-any-return]
 
 
+class Clamp(nn.Module):
+    """x limited to [-limit, limit], number by number: OLMoE's queries, keys and values (its `clip_qkv`)."""
+
+    def __init__(self, limit: float):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return x.clamp(-self.limit, self.limit)
+
+
 class ZeroCenteredRMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * (1 + weight), the norm of Gemma and Qwen3-Next: the weight is centred at 0.
 

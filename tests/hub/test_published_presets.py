@@ -157,6 +157,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-0.6B": QWEN,
     "Qwen/Qwen3-30B-A3B": QWEN | {"output_router_logits": False, "max_window_layers": 48},
     "Qwen/Qwen2.5-7B": QWEN | {"sliding_window": 131_072, "use_mrope": False},
+    "Qwen/Qwen1.5-MoE-A2.7B": QWEN | {"output_router_logits": False, "sliding_window": 32_768},
     "Qwen/Qwen3-Next-80B-A3B-Instruct": {
         "attention_dropout": 0.0, "output_router_logits": False, "full_attention_interval": 4, "rope_scaling": None,
     },
@@ -180,6 +181,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0, "max_window_layers": 28, "no_rope_layer_interval": 4, "pretraining_tp": 2,
     },
     "allenai/OLMo-2-1124-7B": {"attention_dropout": 0.0, "rope_scaling": None},
+    "allenai/OLMoE-1B-7B-0924": {"attention_dropout": 0.0, "output_router_logits": False, "rope_scaling": None},
     "EleutherAI/pythia-160m": {
         "attention_dropout": 0.0, "classifier_dropout": 0.1, "hidden_dropout": 0.0, "rope_scaling": None,
         "use_parallel_residual": True, "attention_bias": True,

@@ -188,6 +188,7 @@ def test_mimos_released_words_are_read_and_its_window_leaves_the_token_itself_ou
         ("mimo-tiny", {"add_full_attention_sink_bias": True}, "add_full_attention_sink_bias is True; only False"),
         ("mimo-tiny", {"attention_bias": True}, "attention_bias is True; only False is computed"),
         ("mimo-tiny", {"swa_head_dim": 32}, "head_dim is 24, swa_head_dim is 32; they are one number here"),
+        ("olmoe-tiny", {"clip_qkv": 0.0}, "clip_qkv is 0.0; numbers are limited to [-clip_qkv, clip_qkv]"),
         ("qwen3-moe-tiny", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; every so many"),
         (
             "deepseek-v3-tiny",
