@@ -39,7 +39,9 @@ def test_every_page_trains_through_the_recipe_and_its_experts_tell_how_even_they
     assert history[-1]["loss"] < history[0]["loss"]
     assert "warning" not in (tmp_path / "run" / "events.jsonl").read_text(), "the first loss is about ln V"
     experts = build(name).config
-    if {"n_routed_experts", "num_local_experts", "moe"} & {key for key, value in vars(experts).items() if value}:
+    if {"n_routed_experts", "num_local_experts", "num_experts", "moe"} & {
+        key for key, value in vars(experts).items() if value
+    }:
         assert history[-1]["max_violation"] > 0
         assert 0 < history[-1]["routing_entropy"] <= math.log(8)
     else:
