@@ -30,7 +30,14 @@ from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.policy import PolicyConfig
-from llm_quest.recipes.policy_setup import WarmupConfig, build_policy_setup, init_model, open_policy_run, run_sft_warmup
+from llm_quest.recipes.policy_setup import (
+    WarmupConfig,
+    build_policy_setup,
+    init_model,
+    open_policy_run,
+    require_demonstrations_fit,
+    run_sft_warmup,
+)
 from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
@@ -231,6 +238,7 @@ def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenize
     assert config.warmup is not None
     task = parse_task(config.task)
     tokenizer = character_tokenizer(task.alphabet)
+    require_demonstrations_fit(config.warmup, task, tokenizer, config.max_new_tokens, context.log)
     model = init_model(config.model, context.settings, tokenizer, config.seed)
     if not context.planning:
         run_sft_warmup(

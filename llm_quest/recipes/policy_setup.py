@@ -196,7 +196,7 @@ def log_prob_scorer(scored: ReferenceContext, config: PolicyConfig) -> RowScorer
 CHECK_EVERY = 25
 
 
-CHECK_PROBLEMS, CHECK_SAMPLES = 50, 4
+CHECK_PROBLEMS, CHECK_SAMPLES, CHECK_DEMONSTRATIONS = 50, 4, 200
 
 
 class WarmupConfig(StrictModel):
@@ -220,6 +220,24 @@ class StopRule:
     learning_rate: float
     target_accuracy: float = 1.0
     measure_accuracy: Callable[[], float] | None = None
+
+
+def require_demonstrations_fit(
+    warmup: WarmupConfig, task: Task, tokenizer: Tokenizer, max_new_tokens: int, log: LogFn
+) -> None:
+    """UsageError where fewer demonstrations than the warm-up's target end within max_new_tokens: the rest are cut off
+    and never right, so that all its steps would run without reaching it. Where some do not fit, a line."""
+    demonstrations = Demonstrations(task, tokenizer)
+    lengths = sorted(len(demonstrations.encode_example(n, 0)[1]) for n in range(CHECK_DEMONSTRATIONS))
+    fit = sum(length <= max_new_tokens for length in lengths) / len(lengths)
+    told = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {lengths[-1]})"
+    if fit < warmup.target_accuracy:
+        raise UsageError(
+            f"{told}, and warmup.target_accuracy is {warmup.target_accuracy:.0%}, which can never be reached: "
+            f"set max_new_tokens={lengths[-1]}"
+        )
+    if fit < 1:
+        log(f"warm-up: {told}; answers that are cut off are never right")
 
 
 def run_sft_warmup(

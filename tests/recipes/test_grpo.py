@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
-from llm_quest.recipes.policy_setup import init_model, run_sft_warmup
+from llm_quest.recipes.policy_setup import WarmupConfig, init_model, require_demonstrations_fit, run_sft_warmup
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.rewards import compute_step_rewards
@@ -138,6 +139,20 @@ def test_attention_is_learned_beside_the_tokens_and_a_resumed_run_has_the_same_b
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
     started(out, *pairs, "attention_coef=4.0")
     assert weights(out, 4) == weights(tmp_path / "looking", 4)
+
+
+@pytest.mark.parametrize(("target", "room", "fits"), [(0.3, 4, True), (0.3, 3, False)])
+def test_a_warm_up_whose_target_cannot_be_reached_is_refused_before_it_runs(target: float, room: int, fits: bool):
+    """Three letters and the end are four tokens."""
+    task = parse_task("reverse:shortest=3,longest=3,letters=8,noise=0.5")
+    said, warmup = list[str](), WarmupConfig(target_accuracy=target)
+    check = partial(require_demonstrations_fit, warmup, task, character_tokenizer(task.alphabet), room, said.append)
+    if fits:
+        check()
+        assert not said
+    else:
+        with pytest.raises(UsageError, match=r"^0% of .* max_new_tokens=3 \(longest: 4\).*\n?.*set max_new_tokens=4"):
+            check()
 
 
 def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):
