@@ -46,7 +46,6 @@ def dry(recipe: str, *pairs: str) -> DryRunResult:
             ["sync_ref_model=true", "precompute_ref_log_probs=false"],
             "sync_ref_model makes a reference model of its own",
         ),
-        ("grpo", ["parallel=fsdp"], "set parallel=ddp"),
         ("grpo", ["num_generations=1"], "num_generations is 1"),
         ("grpo", ["overlong_buffer_tokens=8"], "overlong_buffer_tokens is 8: give fewer tokens than the budget"),
         ("grpo", ["dynamic_sampling_rounds=2", "keep_zero_std_groups=true"], "keep_zero_std_groups out"),
