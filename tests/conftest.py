@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +29,7 @@ from llm_quest.layers import linear  # noqa: E402
 from llm_quest.machine.hardware import bf16_support  # noqa: E402
 
 torch.set_num_threads(1)
+FEW_ROWS = dict(linear.FEW_ROWS)
 MACHINES = Path(__file__).parent / "machine" / "profiles"
 BF16 = bf16_support(torch.device("cpu"))[0]
 os.environ["LLM_QUEST_MACHINE_PROFILE"] = str(MACHINES / ("avx512_bf16.json" if BF16 else "avx2.json"))
@@ -44,12 +44,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def few_row_products() -> Iterator[None]:
-    """The form of products with few rows is set for the whole process; here for a test."""
-    before = dict(linear.FEW_ROWS)
-    yield
+def few_row_products() -> None:
+    """The form of products with few rows is set for the whole process; every test begins with the package's own. (A
+    fixture of a whole module that trains sets it before the test begins.)"""
     linear.FEW_ROWS.clear()
-    linear.FEW_ROWS.update(before)
+    linear.FEW_ROWS.update(FEW_ROWS)
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from llm_quest.errors import UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.auto import RESOLVERS
 from llm_quest.recipes.config import config_differences, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME
 from llm_quest.recipes.engine import run_recipe
@@ -161,7 +162,7 @@ def clear_previous_run(out: Path, config: PretrainConfig) -> None:
         ours = old.is_file() and not config_differences(
             parse_config(PretrainConfig, load_raw_config(str(old))),
             config,
-            (*KEYS_FREE_ON_RESUME, "seed", "precision", "compile"),
+            (*KEYS_FREE_ON_RESUME, "seed", *RESOLVERS),
         )
         if not ours:
             raise UsageError(f"{out} is not empty and not from an earlier quickstart; choose another --out")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from llm_quest.data.corpus import builtin_parts
+from llm_quest.machine.probe import DTYPES
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
 from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
@@ -19,7 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 UnitFraction = Annotated[float, Field(ge=0, le=1)]
-FewRowProducts = dict[Literal["float32", "bfloat16"], tuple[PositiveInt, PositiveInt]]
+FewRowProducts = dict[Annotated[str, Choice(DTYPES)], tuple[PositiveInt, PositiveInt]]
 
 
 def parse_technique_entry(given: Any) -> dict[str, Any]:

@@ -257,7 +257,9 @@ def test_a_vit_without_classes_gives_the_class_tokens_vector(tmp_path):
         expected = theirs(pixel_values=images()).last_hidden_state[:, 0]
         torch.testing.assert_close(ours(images()), expected, atol=ATOL, rtol=RTOL)
         save(ours, tmp_path / "out")
-        torch.testing.assert_close(load(tmp_path / "out")(images()), ours(images()), atol=0, rtol=0)
+        again = load(tmp_path / "out")
+        torch.testing.assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
+        torch.testing.assert_close(again(images()), ours(images()), atol=ATOL, rtol=RTOL)  # mapped elsewhere in memory
         again = T.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(again(pixel_values=images()).logits, expected, atol=ATOL, rtol=RTOL)
 

@@ -204,5 +204,5 @@ def test_what_was_chosen_is_said_with_the_reason(text: Path, tmp_path: Path) -> 
     reasons = {line.split(":")[0]: line for line in told}
     assert "measured" in reasons["precision"]
     assert reasons["compiled"].startswith("compiled: no (a run of about 0 s")
-    assert "times float32's rate" in reasons["Muon's iterations"]
+    assert "(a matrix of 384 x 1024: float32" in reasons["Muon's iterations"]
     assert "usable core" in reasons["threads"]

@@ -199,7 +199,7 @@ def test_the_control_spends_what_rpt_spent(done: tuple[Path, list[str]], tmp_pat
     said = controlled(tmp_path / "run", done[0])
     rows, limit = metrics(tmp_path / "run"), metrics(done[0])[-1]["teraflops"]
     assert rows[-2]["teraflops"] < limit <= rows[-1]["teraflops"]
-    assert said[1] == f"compute: {limit:.4g} teraflops of RPT are {len(rows)} steps of 16 documents"
+    assert f"compute: {limit:.4g} teraflops of RPT are {len(rows)} steps of 16 documents" in said
     tables = [json.loads((run / "foretold.json").read_text()) for run in (done[0], tmp_path / "run")]
     assert tables[0]["before"] == tables[1]["before"], "the same start, looked at in the same places"
     before = weights(tmp_path / "run", len(rows))
