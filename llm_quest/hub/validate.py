@@ -216,6 +216,10 @@ def build_report_model(report: FolderReport) -> None:
     report.problems += problems
     if config is None or problems or not report.sources:
         return
+    if config.num_hidden_layers > len(report.sources):
+        raise DataError(
+            f"config.json: {config.num_hidden_layers:,} layers, but the files hold only {len(report.sources)} tensors"
+        )
     is_published = report.location.run_dir is None
     if is_published:
         report.sources, notes = canonical_sources(report.sources, report.family, config)
@@ -224,10 +228,6 @@ def build_report_model(report: FolderReport) -> None:
     if not exact:
         config = untie_own_head(report, report.family.resolve_config(config, report.sources))
         report.techniques = published_score_head(report)
-    if config.num_hidden_layers > len(report.sources):
-        raise DataError(
-            f"config.json: {config.num_hidden_layers:,} layers, but the files hold only {len(report.sources)} tensors"
-        )
     try:
         report.model = build_meta_model(config)
         report.model = replay_on_meta(report.model, report.techniques)
