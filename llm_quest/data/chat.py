@@ -124,8 +124,7 @@ class ChatTemplate:
             return []
         render = self.render_with_generation_tags if "generation" in self.template_tags() else self.render_by_prefix
         return [
-            self.encode_example(layout, one.where)
-            for layout, one in zip(render(conversations), conversations, strict=True)
+            self.encode_example(layout, one) for layout, one in zip(render(conversations), conversations, strict=True)
         ]
 
     def template_tags(self) -> set[str]:
@@ -159,8 +158,8 @@ class ChatTemplate:
     def locate_answers(self, one: Conversation, texts: Iterator[RenderedChat]) -> RenderedChat:
         whole = next(texts).text
         spans = []
-        for role, _ in one.messages:
-            if role == "assistant":
+        for message in one.messages:
+            if message.role == "assistant":
                 before, after = next(texts).text, next(texts).text
                 if not after.startswith(before) or not whole.startswith(after):
                     raise DataError(
@@ -171,15 +170,16 @@ class ChatTemplate:
                 spans.append((len(before), len(after)))
         return RenderedChat(whole, tuple(spans))
 
-    def encode_example(self, layout: RenderedChat, where: str) -> ChatExample:
+    def encode_example(self, layout: RenderedChat, one: Conversation) -> ChatExample:
         """Encode the conversation up to the end of its last answer, each answer with its end."""
-        pieces = list(self.split_answers(layout, where))
+        where, learned = one.where, iter(learned_answers(one, len(layout.answer_spans)))
+        pieces = [(text, is_answer and next(learned)) for text, is_answer in self.split_answers(layout, where)]
         encoded = self.control_encoder.encode_pieces([text for text, _ in pieces])
         if pieces and not self.ends_with_control_token(pieces[-1][0]):
             encoded[-1] = [*encoded[-1], self.tokenizer.eos_token_id]
         assistant_mask = [is_answer for ids, (_, is_answer) in zip(encoded, pieces, strict=True) for _ in ids]
         if not any(assistant_mask):
-            raise DataError(f"{where}: this chat template writes no answer of the assistant")
+            raise DataError(f"{where}: this chat template writes no answer of the assistant that is learned")
         return ChatExample(np.array([*chain(*encoded)], dtype=np.int64), np.array(assistant_mask), where)
 
     def split_answers(self, layout: RenderedChat, where: str) -> Iterator[tuple[str, bool]]:
@@ -214,6 +214,17 @@ class ChatTemplate:
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text: the template's control tokens are control tokens; what was escaped is text."""
         return self.control_encoder.encode(text)
+
+
+def learned_answers(one: Conversation, marked: int) -> list[bool]:
+    """Whether each answer that the template wrote is learned. marked: how many it wrote."""
+    learned = [message.train for message in one.messages if message.role == "assistant"]
+    if len(learned) != marked and not all(learned):
+        raise DataError(
+            f"{one.where}: this chat template marks {marked} answers in a conversation of {len(learned)}, so those "
+            "that are not to be learned cannot be told apart; split the conversation"
+        )
+    return learned if len(learned) == marked else [True] * marked
 
 
 ENDINGS = ("conversation", "conversation.rstrip()", "conversation.rstrip() + eos_token")

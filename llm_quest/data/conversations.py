@@ -14,10 +14,11 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from llm_quest.data.documents import DropReport
+from llm_quest.data.messages import Message, to_messages
 from llm_quest.data.records import Record
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.errors import DataError, UsageError
@@ -28,15 +29,21 @@ ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model"
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: (role, content) each. where: file:line."""
+    """messages: also given as pairs of role and content. tools: the functions that the assistant may call, as JSON
+    schemas for the chat template. weight: how often it is seen in an epoch. where: file:line."""
 
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[Message, ...]
     where: str = ""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", to_messages(self.messages))
 
     @property
     def message_dicts(self) -> Messages:
         """Messages as chat templates take them."""
-        return [{"role": role, "content": content} for role, content in self.messages]
+        return [one.as_dict() for one in self.messages]
 
     @property
     def prompt(self) -> Messages:
@@ -46,7 +53,7 @@ class Conversation:
     @property
     def answer(self) -> str:
         """The last answer."""
-        return self.messages[-1][1]
+        return self.messages[-1].content
 
     @property
     def hash(self) -> str:
@@ -59,7 +66,7 @@ def read_conversations(records: Iterable[Record], drop_report: DropReport) -> li
     kept = []
     for record in records:
         found = parse_conversation(record)
-        size = sum(len(content.encode()) for _, content in found.messages)
+        size = sum(len(one.content.encode()) for one in found.messages)
         if not found.answer.strip():
             drop_report.drop("empty answer", size)
         else:

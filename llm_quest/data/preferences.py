@@ -13,15 +13,17 @@ is cut, on its left and alike for all answers, and where an answer alone is too 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation, alpaca_prompt, check_role_order, message_field, parse_messages
 from llm_quest.data.documents import DropReport
+from llm_quest.data.messages import Message, to_messages
 from llm_quest.data.records import Record
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.errors import DataError
@@ -29,22 +31,31 @@ from llm_quest.errors import DataError
 
 @dataclass(frozen=True)
 class Preference:
-    """question: (role, content) each, the last one the user's. answers: the best first. margin: by how much the better
-    one is better, in the reward's units. where: file:line."""
+    """question: messages, also given as pairs of role and content, the last one the user's. answers: the best first.
+    margin: by how much the better one is better, in the reward's units. where: file:line. tools, weight: see
+    `Conversation`."""
 
-    question: tuple[tuple[str, str], ...]
+    question: tuple[Message, ...]
     answers: tuple[str, ...]
     margin: float = 0.0
     where: str = ""
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "question", to_messages(self.question))
 
     @property
     def prompt(self) -> Messages:
         """The question as chat templates take it."""
-        return [{"role": role, "content": content} for role, content in self.question]
+        return [one.as_dict() for one in self.question]
 
     def to_conversations(self) -> list[Conversation]:
         """The question with each answer."""
-        return [Conversation((*self.question, ("assistant", answer)), self.where) for answer in self.answers]
+        return [
+            Conversation((*self.question, Message("assistant", answer)), self.where, self.tools)
+            for answer in self.answers
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +78,7 @@ def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list
     kept = []
     for record in records:
         found = parse_preference(record)
-        size = sum(len(content.encode()) for _, content in found.question) + sum(map(len, found.answers))
+        size = sum(len(one.content.encode()) for one in found.question) + sum(map(len, found.answers))
         if not all(answer.strip() for answer in found.answers):
             drop_report.drop("empty answer", size)
         elif any(better.strip() == worse.strip() for better, worse in pairwise(found.answers)):

@@ -22,7 +22,8 @@ CPU_SECONDS, MEMORY_BYTES = 2, 512 * 2**20
 CPU_SECONDS_PER_CONVERSATION = 0.01
 WORKER_COMMAND = "from llm_quest.data.template_sandbox import run_worker; run_worker()"
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+"""Messages as transformers' `apply_chat_template` takes them."""
 
 
 class RenderedChat(NamedTuple):

@@ -1,12 +1,14 @@
 """What is learned of a conversation, id by id, and that transformers' template engine gives the same ids."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llm_quest.data.chat import ALPACA_TEMPLATE, CHATML_TEMPLATE, ChatTemplate, default_chat_template
 from llm_quest.data.conversations import Conversation
+from llm_quest.data.messages import Message
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokenizer_files import END_OF_TEXT
 from llm_quest.data.vocabulary import train_bpe
@@ -128,3 +130,23 @@ def test_transformers_reads_the_saved_template_and_gives_the_same_ids_and_spans(
     asked = theirs.apply_chat_template(TALK.prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert asked == chat.encode_prompt(TALK.prompt)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == chat.template
+
+
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, UNTAGGED])
+@pytest.mark.parametrize(("trained", "expected"), [((True, False), ["fine thanks"]), ((False, True), ["four"])])
+def test_an_answer_that_is_not_to_be_learned_is_read_alone(template, trained, expected):
+    flags = iter(trained)
+    marked = [replace(one, train=one.role != "assistant" or next(flags)) for one in TALK.messages]
+    talk = Conversation(tuple(marked), TALK.where)
+    assert learned(ChatTemplate(tokenizer(), template), talk) == [f"{text}<|im_end|>" for text in expected]
+
+
+def test_a_template_that_marks_another_number_of_answers_is_refused_where_some_are_not_learned():
+    twice = CHATML_TEMPLATE.replace(
+        "{% generation %}", "{% generation %}<|im_start|>{% endgeneration %}{% generation %}"
+    )
+    talk = Conversation(
+        (("user", "2+2?"), Message("assistant", "four", train=False), ("user", "a"), ("assistant", "b"))
+    )
+    with pytest.raises(DataError, match="marks 4 answers in a conversation of 2"):
+        ChatTemplate(tokenizer(), twice).encode_conversations([talk])

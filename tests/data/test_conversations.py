@@ -7,10 +7,11 @@ import pytest
 
 from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
 from llm_quest.data.documents import DropReport
+from llm_quest.data.messages import Message
 from llm_quest.data.records import Record, read_records
 from llm_quest.errors import DataError
 
-ASKED = (("user", "2+2?"), ("assistant", "4"))
+ASKED = (Message("user", "2+2?"), Message("assistant", "4"))
 
 
 @pytest.mark.parametrize(

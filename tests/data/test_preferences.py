@@ -10,6 +10,7 @@ from llm_quest.contracts import DataShard
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.documents import DropReport
 from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.messages import Message
 from llm_quest.data.preference_pairs import PreferenceDataset, collate_preferences
 from llm_quest.data.preferences import TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
@@ -35,7 +36,7 @@ def say(content: str) -> dict[str, str]:
 )
 def test_every_form_of_row_is_one_preference(row):
     found = read_preferences([Record({**row, "margin": 2}, "f:1")], DropReport())[0]
-    assert (found.question, found.answers, found.margin) == ((("user", "2+2?"),), ("4", "5"), 2.0)
+    assert (found.question, found.answers, found.margin) == ((Message("user", "2+2?"),), ("4", "5"), 2.0)
 
 
 @pytest.mark.parametrize(

@@ -46,4 +46,4 @@ def test_preferences_are_told_from_their_answers_alone() -> None:
     apart = [row for row in rows if row["chosen"].strip() != row["rejected"].strip()]
     assert (len(rows), len(kept)) == (1100, len(apart)) == (1100, 1094)
     assert [one.answers for one in kept] == [(row["chosen"], row["rejected"]) for row in apart]
-    assert all(row["instruction"] in one.question[-1][1] for one, row in zip(kept, apart, strict=True))
+    assert all(row["instruction"] in one.question[-1].content for one, row in zip(kept, apart, strict=True))
