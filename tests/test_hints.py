@@ -29,8 +29,8 @@ OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
 """A message or a command line that runs one of these names its options, not ours."""
 PRINTED_FOR = {"cli/output.py": tuple(RECIPES), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
-OPTIONS_OF_FILES = {"cost": "plan"}
-"""Packages outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
+OPTIONS_OF_FILES = {"cost": "plan", "recipes/held_out.py": "eval"}
+"""Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
 NOT_OURS = {
     "save_projection": "PEFT's VeRA", "safe_serialization": "PEFT's save_pretrained", "tokenizer.model": "a file",
     "embed.token": "a module, which modules_to_save names",
@@ -199,7 +199,8 @@ def test_every_option_that_a_text_names_exists():
             elif message.file.startswith("cli/") or message.is_docstring:
                 allowed = set().union(*map(options_of, COMMANDS))
             else:
-                allowed = options_of(OPTIONS_OF_FILES.get(message.file.split("/")[0], "train"))
+                package = OPTIONS_OF_FILES.get(message.file.split("/")[0], "train")
+                allowed = options_of(OPTIONS_OF_FILES.get(message.file, package))
             if match[0] not in allowed:
                 wrong.append(f"{message.place}: {match[0]}")
     assert not wrong

@@ -307,9 +307,7 @@ def score(
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    data: Annotated[
-        str, typer.Option(help="builtin[:parts], a file, a folder; default: the text that the run held out.")
-    ] = "",
+    data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
     tokens: Annotated[
         int,
         typer.Option(min=0, help="Evaluate on so many tokens (0: all); with --task: the maximum length of an answer."),
@@ -330,21 +328,24 @@ def evaluate(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Evaluate a model. On text: perplexity and bits per byte, with n-gram and compressor baselines on the same bytes.
-    On problems (--task): greedy accuracy with its interval, mean@k and pass@k. A run of vit or vlm: its scores on
-    held-out images."""
+    """Evaluate a model. A run: its recipe's own measure on what it held out, the numbers that it printed at its end.
+    On text (--data): perplexity and bits per byte, beside compressors. On problems (--task): greedy accuracy with its
+    interval, mean@k and pass@k."""
     set_environment(threads, offline)
     from llm_quest.cli import evaluate as commands
 
-    log, found = status_printer(quiet), None
+    log = status_printer(quiet)
+    found: Any
     if harness:
         names = harness.split(",")
         found = commands.evaluate_with_lm_eval(model, names, limit=problems, device=device, dtype=dtype, log=log)
     elif task:
         options = commands.ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
         found = commands.evaluate_problem_task(model, options, device=device, dtype=dtype, log=log)
-    elif data or (found := commands.evaluate_images(model, device=device, log=log)) is None:
+    elif data:
         found = commands.evaluate_text(model, data, max_tokens=tokens or None, device=device, dtype=dtype, log=log)
+    else:
+        found = commands.evaluate_held_out(model, device=device, dtype=dtype, threads=threads, log=log)
     print_result(found, json)
 
 

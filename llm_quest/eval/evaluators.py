@@ -21,6 +21,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenizedDocuments
+from llm_quest.eval.perplexity import evaluate_perplexity
 from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
 from llm_quest.files import atomic_write_json
 from llm_quest.generation.generate import generate
@@ -44,6 +45,10 @@ class LossEvaluator:
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         return language_model_loss(model, self.whole if step >= self.last else self.part)
+
+    def bits_per_byte_interval(self, model: Decoder) -> tuple[float, float] | None:
+        """The 95 % confidence interval over all held-out documents; None where there is one document."""
+        return evaluate_perplexity(model, self.whole).interval
 
 
 @torch.no_grad()

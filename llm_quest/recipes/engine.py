@@ -73,12 +73,15 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
     )
     require_matching_run(config, folder)
     save_prepared = job.prepare()
+    before = job.before() if parallel.broadcast(starts_anew(context)) else {}
     parallel.parallelize(job.objective, list(job.model.blocks if job.blocks is None else job.blocks))
     optimizer = build_optimizer(config, job.model, job.adamw_parameters)
     with open_run_dir(config, folder, parallel, job.identity, context.env, context.resume) as run:
         if parallel.is_main_process:
             write_run_files(job, folder)
             save_prepared(folder)
+            if before:
+                run.log_event("evaluated", step=0, **before)
         result = train(
             job.objective,
             job.loader,
@@ -92,10 +95,17 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             watchers=job.watchers,
             logger=make_display(config, folder, parallel, context.quiet),
         )
-        baselines = job.finish(result)
-    if parallel.is_main_process and result.status == "finished":
+        job.finish(result)
+        finished = parallel.is_main_process and result.status == "finished"
+        baselines = job.baselines() if finished else {}
+    if finished:
         consolidate_last_checkpoint(result, context.log)
     return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)
+
+
+def starts_anew(context: Context) -> bool:
+    """Whether the run begins with its first step here."""
+    return context.resume in ("auto", "never") and not list_checkpoints(context.run_dir / "checkpoints")
 
 
 def compile_timers(config: RunConfig, parallel: DistributedContext) -> list[Callback]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -38,7 +37,7 @@ from llm_quest.recipes.policy_setup import (
     require_demonstrations_fit,
     run_sft_warmup,
 )
-from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
+from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.model_reward import ModelReward
@@ -176,14 +175,14 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir, policy.whole_policy,
     )  # fmt: skip
 
-    def report_before() -> Callable[[Path], None]:
-        log(f"held out, before: accuracy {evaluator.accuracy(model).greedy_accuracy}")
-        return save_nothing
+    def report_before() -> Mapping[str, float]:
+        found = evaluator.accuracy(model)
+        log(f"held out, before: accuracy {found.greedy_accuracy}")
+        return {"eval/accuracy": found.greedy_accuracy.share}
 
-    def report_after(result: TrainResult) -> Mapping[str, float]:
+    def report_after(result: TrainResult) -> None:
         if result.status == "finished":
             log(f"held out, after:  accuracy {evaluator.accuracy(model.eval()).greedy_accuracy}")
-        return {}
 
     return Job(
         config,
@@ -195,7 +194,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.early_stopping_patience)],
-        prepare=report_before,
+        before=report_before,
         finish=report_after,
     )
 

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError
 from llm_quest.files import atomic_write_json
 from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
@@ -203,4 +204,12 @@ def read_comparisons(file: Path) -> list[TokenizedPreference]:
     return [TokenizedPreference(ids(p), tuple(ids(a) for a in answers)) for p, *answers in json.loads(file.read_text())]
 
 
-RECIPE = Recipe("iterative", IterativeConfig, no_single_job, run=run_iterative)
+def last_policy_dir(run_dir: Path) -> Path:
+    """The run of the newest iteration's policy. DataError where no iteration has one yet."""
+    found = [one.parent for one in run_dir.glob("iteration-*/policy/config.yaml")]
+    if not found:
+        raise DataError(f"{run_dir} has no policy of an iteration yet; go on with it: quest train {run_dir}")
+    return max(found, key=lambda policy: int(policy.parent.name.removeprefix("iteration-")))
+
+
+RECIPE = Recipe("iterative", IterativeConfig, no_single_job, run=run_iterative, result_dir=last_policy_dir)

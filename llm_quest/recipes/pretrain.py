@@ -8,7 +8,7 @@ The same command again resumes the run and ends with the bits of a run that was 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,6 @@ from llm_quest.recipes.config_schema import (
 from llm_quest.recipes.model_config import build_model_config
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.yaml_io import RawConfig
-from llm_quest.train.arguments import TrainResult
 from llm_quest.train.state import derive_seed
 
 MAX_BASELINE_BYTES = 20_000_000
@@ -137,17 +136,19 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token_loss, text.tokenizer, model), *distillation]
     micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
     random_weights = config.model.load is None and not distillation
+    evaluators = list(build_evaluators(config, text, context, micro_rows))
     return Job(
         config,
         losses.build_objective(model, terms),
         make_sharded_loader(config, PackedDocuments(text.tokens.train, config.sequence_length), parallel, micro_rows),
-        list(build_evaluators(config, text, context, micro_rows)),
+        evaluators,
         {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation)},
         text.facts,
         text.tokenizer,
         callbacks=[*losses.build_callbacks(), *callbacks],
         expected_loss=losses.initial_loss(model) if random_weights else None,
-        finish=lambda result: baseline_bits_per_byte(text, log) if wants_baselines(config, result, context) else {},
+        baselines=lambda: baseline_bits_per_byte(text, log) if config.eval_baselines else {},
+        intervals=lambda model: document_intervals(evaluators, model),
     )
 
 
@@ -198,9 +199,10 @@ def build_evaluators(config: PretrainConfig, text: TextData, context: Context, m
         )
 
 
-def wants_baselines(config: PretrainConfig, result: TrainResult, context: Context) -> bool:
-    """A finished run is compared with what n-gram models and compressors reach on the same held-out bytes."""
-    return result.status == "finished" and context.parallel.is_main_process and config.eval_baselines
+def document_intervals(evaluators: Sequence[Evaluator], model: Decoder) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of bits per byte over all held-out documents."""
+    interval = next((one.bits_per_byte_interval(model) for one in evaluators if isinstance(one, LossEvaluator)), None)
+    return {} if interval is None else {"bits_per_byte": interval}
 
 
 def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:

@@ -102,8 +102,10 @@ class Job:
     config: without any `auto`; it is written to the run folder. lr_schedule: None for the config's own. blocks: what
     FSDP shards one by one; None for `model.blocks`. adamw_parameters: prefixes of what Muon leaves to AdamW. identity:
     name -> hash of what a resumed run may not change. facts: about the data, for the report. expected_loss: of random
-    weights. prepare: work while the model is whole, before it is sharded; what it returns is called with the run folder
-    once that is open. finish: after the loop; baselines by name, for the outcome."""
+    weights. prepare: what the loss and the evaluators need of the model before the first step (a reference), while it
+    is whole, before it is sharded; what it returns is called with the run folder once that is open. before: measures
+    the model that a new run begins with, by name. finish: after the loop. baselines: what other methods reach on the
+    held-out data, asked when a run has finished. intervals: name -> 95 % confidence interval of a held-out number."""
 
     config: RunConfig
     objective: nn.Module
@@ -120,7 +122,10 @@ class Job:
     adamw_parameters: Sequence[str] = ("embed.", "head.")
     expected_loss: float | None = None
     prepare: Callable[[], Callable[[Path], None]] = lambda: save_nothing
-    finish: Callable[[TrainResult], Mapping[str, float]] = lambda result: {}
+    before: Callable[[], Mapping[str, float]] = dict
+    finish: Callable[[TrainResult], None] = lambda result: None
+    baselines: Callable[[], Mapping[str, float]] = dict
+    intervals: Callable[[Any], Mapping[str, tuple[float, float]]] = lambda model: {}
 
     @property
     def model(self) -> Any:
@@ -135,13 +140,15 @@ def no_further_rules(config: Any, settings: RawConfig) -> None:
 class Recipe:
     """name: what `recipe:` says in YAML. Config: the schema. build(config, context): assembles a job. check(config,
     settings): UsageError for what only a model's config can show, so that a dry run refuses what the run refuses. run:
-    for a recipe of several jobs, in place of the engine's single one."""
+    for a recipe of several jobs, in place of the engine's single one; result_dir(run folder): the one of its runs whose
+    model is the result."""
 
     name: str
     Config: type[RunConfig]
     build: Callable[[Any, Context], Job]
     check: Callable[[Any, RawConfig], None] = no_further_rules
     run: Callable[[Any, Context], RunOutcome] | None = None
+    result_dir: Callable[[Path], Path] = lambda run_dir: run_dir
 
 
 def no_single_job(config: Any, context: Context) -> Job:

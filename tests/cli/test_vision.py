@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 import llm_quest as quest
 from llm_quest.cli.classify import classify_image, is_image_path, unique_names
-from llm_quest.cli.evaluate import evaluate_images
 from llm_quest.cli.main import app
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.synthetic_shapes import split_scene
@@ -20,6 +19,7 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.models.build import build
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.held_out import evaluate_run
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.vlm import VlmConfig
 from tests.recipes.test_vision import SMALL_VLM, two_classes, vit_run
@@ -61,8 +61,7 @@ def test_an_image_is_classified(vit: Path):
 
 
 def test_a_run_that_looks_is_judged_on_what_it_held_out(vit: Path, vlm: Path):
-    marks = evaluate_images(str(vit / "run"), device="cpu", log=quiet)
-    assert marks is not None
+    marks = evaluate_run(str(vit / "run"), log=quiet)
     assert marks.scores == json.loads((vit / "run" / "summary.json").read_text())["scores"]
     code, out, _ = run("eval", str(vlm / "run"), "--json")
     assert (code, set(json.loads(out)["scores"])) == (0, {"caption", "colour", "count", "relation"})

@@ -89,7 +89,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
         {"source": rpt.data.source, **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run},
         tokenizer,
         callbacks=[*technique_callbacks, flops_counter],
-        prepare=partial(report_before, evaluator, log),
+        before=partial(report_before, evaluator, log),
         finish=partial(report_after, evaluator, log),
     )
 

@@ -80,9 +80,15 @@ class BucketTable:
     def lines(self) -> list[str]:
         return [one.line() for one in self.buckets]
 
+    @property
+    def accuracy(self) -> float:
+        """The share of all places where the answer after thinking is right."""
+        right = sum(round(one.reasoned_accuracy.share * one.count) for one in self.buckets)
+        return right / sum(one.count for one in self.buckets)
+
     def metrics(self) -> dict[str, float]:
-        """For a row of metrics."""
-        metrics: dict[str, float] = {}
+        """For a row of metrics: accuracy after thinking, and both accuracies of each bucket."""
+        metrics: dict[str, float] = {"accuracy": self.accuracy}
         for one in self.buckets:
             metrics |= {
                 f"plain_{one.name}": one.direct_accuracy.share,
@@ -195,12 +201,7 @@ class PositionEvaluator:
         if self.samples is not None:
             sample_rows = [self.sample_row(one) for one in found[:: max(1, len(found) // MAX_SAMPLES)]]
             save_samples(self.samples, step, sample_rows)
-        accuracy = sum(one.reasoned_correct for one in found) / len(found)
-        return {
-            **table.metrics(),
-            "accuracy": accuracy,
-            "unread": sum(one.answer is None for one in found) / len(found),
-        }
+        return {**table.metrics(), "unread": sum(one.answer is None for one in found) / len(found)}
 
     def sample_row(self, one: PositionResult) -> dict[str, Any]:
         ids = self.evaluation.documents[one.position.document][1 : one.position.place]

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -27,7 +26,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run, policy_sampler
-from llm_quest.recipes.recipe import Context, Job, Recipe, save_nothing
+from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.rpt.evaluation import TABLES_FILE, NextTokenReasoningEval, PositionEvaluator
 from llm_quest.recipes.rpt.positions import (
     RptDocuments,
@@ -130,20 +129,19 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         start.tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.early_stopping_patience)],
-        prepare=partial(report_before, evaluator, log),
+        before=partial(report_before, evaluator, log),
         finish=partial(report_after, evaluator, log),
     )
 
 
-def report_before(evaluator: PositionEvaluator, log: LogFn) -> Callable[[Path], None]:
-    evaluator.report_table("before", log)
-    return save_nothing
+def report_before(evaluator: PositionEvaluator, log: LogFn) -> Mapping[str, float]:
+    found = evaluator.report_table("before", log).metrics()
+    return {f"{evaluator.name}/{name}": value for name, value in found.items()}
 
 
-def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) -> Mapping[str, float]:
+def report_after(evaluator: PositionEvaluator, log: LogFn, result: TrainResult) -> None:
     if result.status == "finished":
         evaluator.report_table("after", log)
-    return {}
 
 
 def dropped_summary(found: SelectedPositions) -> str:

@@ -1,0 +1,80 @@
+"""`quest eval RUN` for every recipe: its own held-out measure, the numbers that the run printed at its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_quest.errors import DataError, UsageError
+from llm_quest.recipes.held_out import evaluate_run
+from tests.recipes.every_recipe import NAMES, prepare, run_tiny
+
+pytestmark = pytest.mark.xdist_group("held-out measures of recipes")
+
+
+def quiet(line: str) -> None:
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("held out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_QUEST_CACHE", str(here / "cache"))
+        prepare(here)
+        for name in NAMES:
+            run_tiny(name, here, here / "alone" / name)
+    return here
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_eval_measures_what_the_run_printed_and_writes_nothing(
+    recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
+    run = folder / "alone" / recipe
+    before = files_of(run)
+    found = evaluate_run(str(run), log=quiet)
+    summary = json.loads(max(run.rglob("summary.json")).read_text())
+    printed = {name: value for name, value in summary["scores"].items() if value is not None}
+    assert printed
+    assert {name: found.scores[name] for name in printed} == printed
+    assert found.step == summary["step"]
+    assert f"step {found.step}" in found.lines()[0]
+    assert json.loads(json.dumps(found.as_json()))["scores"].keys() == found.scores.keys()
+    assert files_of(run) == before
+
+
+def test_a_checkpoint_is_measured_as_the_run_measured_it_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
+    run_tiny("sft", folder, folder / "each step", "eval_steps=1")
+    rows = [json.loads(line) for line in (folder / "each step" / "metrics.jsonl").read_text().splitlines()]
+    found = evaluate_run(str(folder / "each step" / "checkpoints" / "step-00000001"), log=quiet)
+    assert (found.step, found.scores["loss"]) == (1, rows[0]["eval/loss"])
+    assert found.scores["loss"] != rows[1]["eval/loss"]
+
+
+def test_a_run_whose_data_changed_is_not_measured_on_other_data(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
+    run = folder / "moved"
+    shutil.copytree(folder / "alone" / "sft", run)
+    rows = (folder / "pairs.jsonl").read_text().splitlines()[:-8]
+    (folder / "fewer.jsonl").write_text("\n".join(rows) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["source"] = str(folder / "fewer.jsonl")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(DataError, match="another data than there is now"):
+        evaluate_run(str(run), log=quiet)
+
+
+def test_what_is_no_run_is_asked_for_a_text(folder: Path):
+    with pytest.raises(UsageError, match="--data FILE"):
+        evaluate_run(str(folder / "base"), log=quiet)
