@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 
 from llm_quest.data.corpus import Corpus
 from llm_quest.data.documents import Document, DropReport
-from llm_quest.data.split import near_copies, shingle_overlap, split_corpus
+from llm_quest.data.split import WORDS_AT_ONCE, near_copies, shingle_hashes, shingle_overlap, split_corpus
 from llm_quest.errors import DataError, UsageError
 
 WORDS = [f"word{i}" for i in range(2000)]
@@ -83,7 +84,8 @@ def test_a_single_document_is_cut_at_a_line():
     assert val.line == 1 + train.text.count("\n")
     assert 0.05 < val.nbytes / corpus.nbytes <= 0.1
     assert corpus.drop_report.notes == [
-        f"no document is small enough to be held out: the end of doc0 is, from line {val.line}"
+        f"no document is small enough to be held out: the end of doc0 is, from line {val.line}",
+        "overlap: 0.0% of the held-out runs of 8 words are in the training text too",
     ]
 
 
@@ -99,5 +101,52 @@ def test_holding_nothing_out_and_mistakes():
     assert split_corpus(corpus, held_out=0).train == corpus.documents
     with pytest.raises(UsageError, match="held_out is 1"):
         split_corpus(corpus, held_out=1)
-    with pytest.raises(DataError, match="doc0 has 1 bytes, too few to hold out 10%"):
+    with pytest.raises(DataError, match="10% of 1 bytes cannot be held out: .* set data.held_out=0"):
         split_corpus(corpus_of("a"))
+
+
+def test_a_copy_of_the_text_that_is_held_out_is_not_trained_on():
+    longest = prose(0, 3000)
+    corpus = corpus_of(prose(2, 2000), longest, "another header\n" + prose(0, 3000)[:-20], prose(3, 2000))
+    parts = split_corpus(corpus)
+    [val] = parts.val
+    assert shingle_overlap(parts.train, parts.val) < 0.02
+    assert longest.endswith(val.text) or corpus.documents[2].text.endswith(val.text)
+    assert len(parts.train) == 3
+    assert corpus.drop_report.dropped["repeats the held-out text"][0] == 1
+
+
+def test_rows_with_one_beginning_are_no_copies_of_one_another():
+    """Rows of a chat or a table begin with the same instructions, which may be more than half of each."""
+    head = prose(0, 60)
+    rows = [head + prose(i, random.Random(i).randint(30, 45)) for i in range(1, 300)]
+    corpus = corpus_of(*rows)
+    parts = split_corpus(corpus, held_out=0.05)
+    assert 0.025 <= sum(d.nbytes for d in parts.val) / corpus.nbytes <= 0.0625
+    assert {d.text for d in parts.val} <= set(rows)
+
+
+def test_a_large_family_that_cannot_be_held_out_is_refused():
+    rows = [prose(0) + f"variant {i}" for i in range(300)]
+    with pytest.raises(DataError, match=r"5% of .* bytes cannot be held out: the documents are near-copies"):
+        split_corpus(corpus_of(*rows), held_out=0.05)
+
+
+def test_splitting_takes_memory_in_proportion_to_a_few_times_the_text():
+    text = "\n".join(prose(i, 10).strip() for i in range(20_000))
+    corpus = corpus_of(text)
+    tracemalloc.start()
+    try:
+        split_corpus(corpus, held_out=0.05)
+        assert tracemalloc.get_traced_memory()[1] < 5 * corpus.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("words", [1, 7, 8, 9, WORDS_AT_ONCE - 1, WORDS_AT_ONCE, WORDS_AT_ONCE + 1, WORDS_AT_ONCE + 8])
+def test_runs_of_words_are_the_same_however_many_are_read_at_once(words, monkeypatch):
+    text = prose(1, words)
+    expected = shingle_hashes(text)
+    monkeypatch.setattr("llm_quest.data.split.WORDS_AT_ONCE", 1 << 20)
+    assert shingle_hashes(text).tolist() == expected.tolist()
+    assert len(expected) == max(1, words - 7)
