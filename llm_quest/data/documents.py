@@ -66,6 +66,7 @@ class DropReport:
     kept: list[int] = field(default_factory=lambda: [0, 0])
     dropped: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    files_with_separator: list[int] = field(default_factory=lambda: [0, 0])
 
     def keep(self, nbytes: int) -> None:
         self.kept = [self.kept[0] + 1, self.kept[1] + nbytes]
@@ -77,6 +78,17 @@ class DropReport:
     def note(self, sentence: str) -> None:
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    def note_separator(self, separator: str, *, in_text: bool) -> None:
+        """Count the files that hold the separator. A separator that is in no file makes one document of each, which a
+        note says (a shell passes \\n as two characters)."""
+        found, read = self.files_with_separator
+        self.files_with_separator = [found + in_text, read + 1]
+        silent = f"the separator {separator!r} is in none of the files: each is one document"
+        if silent in self.notes:
+            self.notes.remove(silent)
+        if not self.files_with_separator[0]:
+            self.note(silent)
 
     def as_json(self) -> dict[str, Any]:
         def pair(counts: list[int]) -> dict[str, int]:
@@ -114,6 +126,8 @@ def read_text(file: str | Path, drop_report: DropReport, *, separator: str | Non
     """A UTF-8 text file: one document, or several between separators (line ends around a separator belong to it)."""
     file = require_regular_file(Path(file))
     text = decode_utf8(read_file_bytes(file), file)
+    if separator is not None:
+        drop_report.note_separator(separator, in_text=separator in text)
     line = 1
     for part in [text] if separator is None else text.split(separator):
         body = part if separator is None else part.strip("\r\n")

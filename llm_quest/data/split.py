@@ -110,7 +110,7 @@ def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float
     """The fraction of the held-out shingles that are also in the training documents: how much of the held-out text
     can be known by memory."""
     every = 1 + sum(document.nbytes for document in train) // MAX_FULL_COMPARISON_BYTES
-    known = _sorted_unique([shingle_hashes(document.text, every) for document in train])
+    known = _unique_hashes([shingle_hashes(document.text, every) for document in train])
     asked = np.concatenate([shingle_hashes(document.text, every) for document in val])
     return float(_is_in(asked, known).mean()) if len(asked) else 0.0
 
@@ -118,10 +118,10 @@ def shingle_overlap(train: Sequence[Document], val: Sequence[Document]) -> float
 def shingle_hashes(text: str, every: int = 1) -> np.ndarray:
     """64-bit hashes of the shingles (runs of SHINGLE_WORDS words) of a text, each once; a sample of them, chosen by
     the hash and so the same in every text."""
-    return _sorted_unique([runs[runs % np.uint64(every) == 0] for runs in _iter_run_hashes(text)])
+    return _unique_hashes([runs[runs % np.uint64(every) == 0] for runs in _iter_run_hashes(text)])
 
 
-def _sorted_unique(pieces: list[np.ndarray]) -> np.ndarray:
+def _unique_hashes(pieces: list[np.ndarray]) -> np.ndarray:
     """numpy's `unique` of all pieces, which are taken out of the list: half of its memory."""
     hashes = np.concatenate(pieces)
     pieces.clear()
@@ -150,7 +150,7 @@ def _run_hashes(words: np.ndarray) -> np.ndarray:
 
 def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
     """For each shingle that is in several documents, their indices."""
-    repeated = _repeated_shingles(runs)
+    repeated = _shingles_of_several(runs)
     runs = [one[_is_in(one, repeated)] for one in runs]
     hashes = np.concatenate(runs)
     order = np.argsort(hashes, kind="stable")
@@ -159,7 +159,7 @@ def _documents_per_shingle(runs: Sequence[np.ndarray]) -> Iterator[list[int]]:
     return (owners[a:b].tolist() for a, b in pairwise([0, *begins.tolist(), len(hashes)]) if b > a)
 
 
-def _repeated_shingles(runs: Sequence[np.ndarray]) -> np.ndarray:
+def _shingles_of_several(runs: Sequence[np.ndarray]) -> np.ndarray:
     """The hashes that are in more than one of the arrays, sorted."""
     hashes = np.concatenate(runs)
     hashes.sort()

@@ -17,14 +17,17 @@ from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer, require_valid_un
 from llm_quest.data.tokenizer_files import END_OF_TEXT, PRETOKENIZER_PATTERN
 from llm_quest.errors import DataError, UsageError
 
+MAX_TRAINING_WORD = 256  # characters; training compares all pairs of a word again for each merge
+
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """Train a byte-level BPE on texts. The first special token ends (and begins) a document; they get the ids 0, 1,
     ...
 
     A pair is merged only if it occurred twice: little text gives fewer tokens than requested, as
-    `tokenizer.vocab_size` says. UsageError below 256 + special tokens; DataError without text. The same texts give
-    the same tokenizer."""
+    `tokenizer.vocab_size` says. A word of more than MAX_TRAINING_WORD characters (a text without spaces, a data URL) is
+    cut for training, whose time grows with the square of a word. UsageError below 256 + special tokens; DataError
+    without text. The same texts give the same tokenizer."""
     smallest = 256 + len(special_tokens)
     if not special_tokens or len(set(special_tokens)) < len(special_tokens) or not all(special_tokens):
         raise UsageError(f"special tokens must be distinct, not empty, and at least one; got {list(special_tokens)}")
@@ -34,9 +37,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[st
         )
     engine = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZER_PATTERN), "isolated")
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    pieces = pre_tokenizers.Split(tokenizers.Regex(rf"[\s\S]{{1,{MAX_TRAINING_WORD}}}"), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
     engine.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -47,6 +50,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[st
     )
     seen = _CharacterCounter(texts)
     engine.train_from_iterator(seen, trainer=trainer)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     if not seen.characters:
         raise DataError("a tokenizer cannot be trained without text: every document is empty")
     pad = "<|pad|>" if "<|pad|>" in special_tokens else None

@@ -169,3 +169,12 @@ def test_an_unknown_part_names_its_neighbour():
         UsageError, match="no part 'topic'; it has topics, docstrings, source; did you mean builtin:topics"
     ):
         load_corpus("builtin:topic")
+
+
+def test_a_separator_that_is_in_no_file_is_named(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    (tmp_path / "b.txt").write_text("three")
+    note = r"the separator '\\n\\n' is in none of the files: each is one document"
+    assert load_corpus(tmp_path, separator="\\n\\n").drop_report.notes == [note]
+    assert load_corpus(tmp_path, separator="\n\n").drop_report.notes == []
+    assert load_corpus(tmp_path).drop_report.notes == []

@@ -101,7 +101,7 @@ def test_holding_nothing_out_and_mistakes():
     assert split_corpus(corpus, held_out=0).train == corpus.documents
     with pytest.raises(UsageError, match="held_out is 1"):
         split_corpus(corpus, held_out=1)
-    with pytest.raises(DataError, match="10% of 1 bytes cannot be held out: .* set data.held_out=0"):
+    with pytest.raises(DataError, match=r"10% of 1 bytes cannot be held out: .* set data.held_out=0"):
         split_corpus(corpus_of("a"))
 
 

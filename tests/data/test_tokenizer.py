@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokenizer_files import END_OF_TEXT
-from llm_quest.data.vocabulary import train_bpe
+from llm_quest.data.vocabulary import MAX_TRAINING_WORD, train_bpe
 from llm_quest.errors import DataError, UsageError
+from tests.tokenizer_kinds import KINDS, tokenizer_of
 
-SHARED = Path("/work/shared/data")
 TEXT = [
     "the cat sat on the mat, the cat sat.\n" * 20,
     "def f(x):\n    return x + 12345\n" * 10,
@@ -116,43 +116,30 @@ def test_transformers_reads_what_we_write(tmp_path: Path):
     assert theirs.model_max_length == 512
 
 
-def test_published_tokenizers_give_the_ids_transformers_gives():
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_gives_the_ids_transformers_gives(kind: str, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
-    if not (SHARED / "stories260K").exists():
-        pytest.skip("needs ../shared/data")
-    ours, theirs = (
-        Tokenizer.load(SHARED / "stories260K"),
-        transformers.AutoTokenizer.from_pretrained(SHARED / "stories260K"),
-    )
-    for text in ("Once upon a time, Lily", "été 🙂", ""):
+    ours = tokenizer_of(kind)
+    ours.save(tmp_path, 512)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("Once upon a time, Lily", "été 🙂", " two  spaces\n", ""):
         assert ours.encode(text) == theirs(text).input_ids
         assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
-    assert (ours.bos_token_id, ours.eos_token_ids, ours.model_max_length, ours.vocab_size) == (1, (2,), 512, 512)
+    assert (ours.bos_token_id, *ours.eos_token_ids) == (theirs.bos_token_id, theirs.eos_token_id)
 
 
-def test_a_stream_of_a_tokenizer_with_leading_spaces_keeps_the_spaces():
-    if not (SHARED / "stories260K").exists():
-        pytest.skip("needs ../shared/data")
-    ours = Tokenizer.load(SHARED / "stories260K")
-    ids = [
-        *ours.encode("Once upon a time"),
-        *ours.eos_token_ids,
-        *ours.encode(" there was 🙂 a cat.", add_special_tokens=False),
-    ]
-    stream = ours.decode_stream()
-    assert "".join(map(stream.feed, ids)) + stream.flush() == ours.decode(ids)
-
-
-def test_gpt2_files_give_gpt2_ids(tmp_path: Path):
-    if not (SHARED / "gpt2-vocab.json").exists():
-        pytest.skip("needs ../shared/data")
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).symlink_to(SHARED / f"gpt2-{name}")
-    gpt2 = Tokenizer.load(tmp_path)
-    assert gpt2.encode("Hello, I am") == [15496, 11, 314, 716]
-    assert gpt2.encode("\n\nworld's  42") == [198, 198, 6894, 338, 220, 5433]
-    assert (gpt2.eos_token_ids, gpt2.bos_token_id, gpt2.vocab_size) == ((50256,), 50256, 50257)
-    assert 50256 not in gpt2.encode(END_OF_TEXT)
+def test_vocab_and_merges_files_give_gpt2s_ids(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    engine = json.loads(tokenizer_of("byte-level").backend_tokenizer.to_str())["model"]
+    vocabulary = engine["vocab"] | {END_OF_TEXT: len(engine["vocab"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in engine["merges"]))
+    gpt2, theirs = Tokenizer.load(tmp_path), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    for text in ("Once upon a time", "\n\nworld's  42", "été 🙂"):
+        assert gpt2.encode(text) == theirs(text).input_ids
+    end = vocabulary[END_OF_TEXT]
+    assert (gpt2.eos_token_ids, gpt2.bos_token_id, gpt2.vocab_size) == ((end,), end, len(vocabulary))
+    assert end not in gpt2.encode(END_OF_TEXT)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +164,16 @@ def test_padding_and_truncation_of_a_published_file_are_switched_off(tmp_path: P
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert Tokenizer.load(tmp_path).encode(TEXT[0]) == TOKENIZER.encode(TEXT[0])
+
+
+@pytest.mark.parametrize("text", ["." * 3000, "ab" * 1500, "x" + " " * 3000 + "y"])
+def test_a_long_word_is_cut_for_training_and_read_whole(text: str):
+    tokenizer = train_bpe([text], 300)
+    longest = max(tokenizer.backend_tokenizer.get_vocab(), key=len)
+    assert 64 <= len(longest) <= MAX_TRAINING_WORD
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    pre_tokenizers = (json.loads(one.backend_tokenizer.to_str())["pre_tokenizer"] for one in (tokenizer, TOKENIZER))
+    assert next(pre_tokenizers) == next(pre_tokenizers)
 
 
 def test_mistakes_are_named():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,8 +14,7 @@ from llm_quest.hub.inspect import content_conditions, inspect_folder
 from llm_quest.hub.load_save import load_tokenizer, save, write_model_json
 from llm_quest.hub.verify import compare_with_transformers
 from tests.oracles import edit_config, save_published, tiny_gpt2, tiny_llama
-
-STORIES = Path("/work/shared/data/stories260K")
+from tests.tokenizer_kinds import tokenizer_of
 
 
 def test_a_good_folder_is_described_and_loads(tmp_path):
@@ -72,10 +70,13 @@ def test_a_run_is_inspected_under_our_names_and_must_be_exported_to_be_verified(
         compare_with_transformers(run)
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="the shared data are not here")
-def test_a_real_trained_model_and_its_tokenizer_are_verified_and_survive_our_export(tmp_path):
-    assert compare_with_transformers(STORIES).passed
-    save(quest.load(STORIES), tmp_path / "out", tokenizer=load_tokenizer(STORIES))
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback, Prepend", "Metaspace first"])
+def test_a_model_and_its_tokenizer_are_verified_and_survive_our_export(kind, tmp_path):
+    tokenizer = tokenizer_of(kind)
+    first = save_published(tiny_llama(vocab_size=tokenizer.vocab_size), tmp_path / "in")
+    tokenizer.save(first, 512)
+    assert compare_with_transformers(first).passed
+    save(quest.load(first), tmp_path / "out", tokenizer=load_tokenizer(first))
     found = compare_with_transformers(tmp_path / "out")
     assert found.passed
     assert found.tokenizer.startswith("equal ids")
