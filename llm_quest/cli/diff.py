@@ -55,9 +55,9 @@ class FamilyDiff:
 
     def lines(self, *, colour: bool = False) -> list[str]:
         """As lines. colour: with terminal colours (all of the text is our own source)."""
-        return [colorize(style, text) if colour else text for style, text in self.styled_lines()]
+        return [colorize(style, text) if colour else text for style, text in self.style_lines()]
 
-    def styled_lines(self) -> Iterator[StyledLine]:
+    def style_lines(self) -> Iterator[StyledLine]:
         """Yield (style, line); styles: heading, removed, added, same, faint."""
         yield "heading", self.title
         if self.docstring:

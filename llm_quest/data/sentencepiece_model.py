@@ -51,7 +51,7 @@ class SentencePieceModel:
     has_charsmap: bool
 
     @property
-    def named_tokens(self) -> dict[str, str]:
+    def token_names(self) -> dict[str, str]:
         """The names of the unknown, begin and end token; -1 stands for none."""
         ids = {"unk_token": self.unk_id, "bos_token": self.bos_id, "eos_token": self.eos_id}
         return {key: self.pieces[number].text for key, number in ids.items() if 0 <= number < len(self.pieces)}
@@ -94,7 +94,7 @@ def convert_sentencepiece(file: Path, settings: Mapping[str, Any]) -> tuple[toke
     backend.add_special_tokens(special)
     own = [tokenizers.AddedToken(p.text, normalized=False) for p in model.pieces if p.type == USER_DEFINED]
     backend.add_tokens(own)
-    return backend, model.named_tokens
+    return backend, model.token_names
 
 
 def build_model(model: SentencePieceModel) -> models.Model:

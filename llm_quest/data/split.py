@@ -203,7 +203,7 @@ def _split_longest_document(corpus: Corpus, held_out: float) -> CorpusSplit:
     """Hold out the end of the longest document, from the beginning of a line (or of a word, or just there). Documents
     that repeat that end are dropped."""
     longest = max(corpus.documents, key=lambda document: document.nbytes)
-    place = _cut_place(longest.text, held_out * corpus.nbytes / longest.nbytes)
+    place = _place_of_cut(longest.text, held_out * corpus.nbytes / longest.nbytes)
     train, val = longest.text[:place], longest.text[place:]
     if not train.strip() or not val.strip() or len(val.encode()) < MIN_SHARE**2 * held_out * corpus.nbytes:
         raise DataError(
@@ -225,7 +225,7 @@ def _split_longest_document(corpus: Corpus, held_out: float) -> CorpusSplit:
     return CorpusSplit(corpus, tuple(remaining), (end,))
 
 
-def _cut_place(text: str, part: float) -> int:
+def _place_of_cut(text: str, part: float) -> int:
     """The index after which about `part` of the text, at most half of it, is held out."""
     length = min(round(part * len(text)), len(text) // 2)
     place = len(text) - length

@@ -35,11 +35,11 @@ TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 Settings = dict[str, Any]
 
 
-def cut_words_as_gpt2(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
+def pre_tokenize_as_gpt2(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
 
 
-def cut_words_as_qwen2(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
+def pre_tokenize_as_qwen2(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
     backend.normalizer = normalizers.NFC()
     words = pre_tokenizers.Split(Regex(PRETOKENIZER_PATTERN), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)
@@ -48,10 +48,10 @@ def cut_words_as_qwen2(backend: tokenizers.Tokenizer, add_prefix_space: bool) ->
 
 SLOW_CLASSES: Mapping[str, tuple[Callable[[tokenizers.Tokenizer, bool], None], Settings]] = {
     "GPT2Tokenizer": (
-        cut_words_as_gpt2, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+        pre_tokenize_as_gpt2, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
     ),
     "Qwen2Tokenizer": (
-        cut_words_as_qwen2, {"eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+        pre_tokenize_as_qwen2, {"eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
     ),
 }  # fmt: skip
 """Classes with vocab.json and merges.txt: how each cuts words, and the tokens that it names by itself."""

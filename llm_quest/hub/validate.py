@@ -171,7 +171,7 @@ def missing_from_shards(report: FolderReport, weight_map: Mapping[str, str]) -> 
 def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
     """The old format, or the reason why nothing is read."""
     folder = report.location.folder
-    files = pickled_weights(folder)
+    files = find_pickled_weights(folder)
     if not files:
         raise DataError(f"no model.safetensors and no model.safetensors.index.json here{lone_weights_hint(folder)}")
     if not allow_pickle:
@@ -187,7 +187,7 @@ def read_pickles(report: FolderReport, allow_pickle: bool) -> None:
     report.problems += missing_from_shards(report, weight_map)
 
 
-def pickled_weights(folder: Path) -> list[Path]:
+def find_pickled_weights(folder: Path) -> list[Path]:
     """pytorch_model.bin or its shards; without any, whatever else is pickled and no state of a training."""
     pickled = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     usual = [p for p in pickled if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", p.name)]
@@ -227,7 +227,7 @@ def build_report_model(report: FolderReport) -> None:
     exact = not is_published or report.techniques  # our own format, which says exactly what is there
     if not exact:
         config = untie_own_head(report, report.family.resolve_config(config, report.sources))
-        report.techniques = published_score_head(report)
+        report.techniques = find_published_score_head(report)
     try:
         report.model = build_meta_model(config)
         report.model = replay_on_meta(report.model, report.techniques)
@@ -236,7 +236,7 @@ def build_report_model(report: FolderReport) -> None:
         raise DataError(f"config.json: no model can be made of it: {str(error).splitlines()[0]}") from None
 
 
-def published_score_head(report: FolderReport) -> list[Technique]:
+def find_published_score_head(report: FolderReport) -> list[Technique]:
     """The score head of a ...ForSequenceClassification (a reward model has one output), else nothing."""
     score = report.sources.get(SCORE)
     if score is None or len(score.shape) != 2:

@@ -220,7 +220,7 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
     with torch.no_grad():
         reference = kind.theirs(theirs, inputs)
         difference = float((kind.ours(ours, inputs) - reference).abs().max())
-        padded = None if kind.pad is None else padded_difference(kind, ours, theirs, inputs)
+        padded = None if kind.pad is None else difference_with_padding(kind, ours, theirs, inputs)
         error = float((reference.double() - float64_outputs(kind, theirs, inputs)).abs().max())
     largest = float(reference.abs().max())
     allowed = max(MARGIN * error, ROUNDING * largest)
@@ -242,7 +242,7 @@ def refuse_unpublished_techniques(model: Any, name: str) -> None:
         )
 
 
-def padded_difference(kind: Counterpart, ours: Any, theirs: Any, inputs: Inputs) -> float:
+def difference_with_padding(kind: Counterpart, ours: Any, theirs: Any, inputs: Inputs) -> float:
     """The largest difference of the outputs that count, with padding in the second row."""
     assert kind.pad is not None
     padded, counted = kind.pad(ours, inputs)

@@ -24,10 +24,10 @@ def load_balancing_aux_loss(routings: Sequence[RouterOutput]) -> Float[Tensor, "
     Commonly got wrong: layers pooled before the product, as transformers has it; layers that collapse onto different
     experts even out, and the loss is at its optimum. Differs: Switch adds the layers' terms, here their mean is taken,
     so that a coefficient of transformers keeps its size."""
-    return torch.stack([pooled_load_balancing_aux_loss([routing]) for routing in routings]).mean()
+    return torch.stack([load_balancing_aux_loss_over_layers([routing]) for routing in routings]).mean()
 
 
-def pooled_load_balancing_aux_loss(routings: Sequence[RouterOutput]) -> Float[Tensor, ""]:
+def load_balancing_aux_loss_over_layers(routings: Sequence[RouterOutput]) -> Float[Tensor, ""]:
     """transformers' form of the load-balancing loss: f and P are pooled over all layers before they are multiplied."""
     tokens = sum(routing.non_padding.sum() for routing in routings)
     f = sum(routing.tokens_per_expert() for routing in routings) / tokens
@@ -92,7 +92,7 @@ def accumulate_tokens_per_expert(routings: Sequence[RouterOutput]) -> None:
 
 ROUTER_LOSSES: dict[str, RouterTerm] = {
     "load_balancing": load_balancing_aux_loss,
-    "load_balancing_pooled": pooled_load_balancing_aux_loss,
+    "load_balancing_pooled": load_balancing_aux_loss_over_layers,
     "sequence_balancing": sequence_balance_aux_loss,
     "z_loss": router_z_loss,
 }

@@ -21,7 +21,7 @@ from llm_quest.layers.moe import (
 from llm_quest.objectives.routing import (
     load_balancing_aux_loss,
     max_violation,
-    pooled_load_balancing_aux_loss,
+    load_balancing_aux_loss_over_layers,
     router_z_loss,
     routing_entropy,
     sequence_balance_aux_loss,
@@ -197,8 +197,8 @@ def test_a_collapse_in_every_layer_is_seen():
 
     layers = [onto(0), onto(2)]
     assert load_balancing_aux_loss(layers).item() == pytest.approx(4.0)
-    assert pooled_load_balancing_aux_loss(layers).item() == pytest.approx(2.0)
-    assert load_balancing_aux_loss(layers[:1]).item() == pooled_load_balancing_aux_loss(layers[:1]).item()
+    assert load_balancing_aux_loss_over_layers(layers).item() == pytest.approx(2.0)
+    assert load_balancing_aux_loss(layers[:1]).item() == load_balancing_aux_loss_over_layers(layers[:1]).item()
 
 
 def test_pooled_load_balancing_is_transformers_own_with_padding_left_out():
@@ -207,7 +207,7 @@ def test_pooled_load_balancing_is_transformers_own_with_padding_left_out():
     real = torch.rand(2, 10, generator=seeded()) > 0.3
     routings = [routed(router, torch.randn(20, 8, generator=seeded(s)), 2, real.flatten()) for s in (1, 2)]
     expected = mixtral.load_balancing_loss_func(tuple(r.logits for r in routings), 6, 2, real.long())
-    torch.testing.assert_close(pooled_load_balancing_aux_loss(routings), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(load_balancing_aux_loss_over_layers(routings), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_balancing_bias_evens_a_skewed_router_without_touching_its_gradient():
