@@ -15,7 +15,8 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.problems import Problem, SplitName, draw_problem
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.preference import DPO, PreferenceLoss, make_preference_loss, sequence_log_probs
+from llm_quest.objectives.preference import PreferenceLoss, sequence_log_probs
+from llm_quest.objectives.preference_losses import DPO, make_preference_loss
 from llm_quest.papers.paper import CurvePlot, ExperimentResults, Measurement, Paper, Verdict
 from llm_quest.papers.reverse import EXPERIMENT
 from llm_quest.papers.rl_lab import base_policy, train_for_steps

@@ -12,16 +12,11 @@ from torch import Tensor
 
 from llm_quest.contracts import Callback, Loader
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.preference import (
-    PREFERENCE_LOSSES,
-    PairwiseLoss,
-    PreferenceLoss,
-    make_preference_loss,
-    relative_log_probs,
-    sequence_log_probs,
-)
+from llm_quest.objectives.preference import PreferenceLoss, relative_log_probs, sequence_log_probs
+from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss, make_preference_loss
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.finetuning import (
@@ -55,11 +50,20 @@ class DpoConfig(PairBatchedConfig):
     model: StartModelConfig
     data: PreferenceDataConfig = PreferenceDataConfig()
     loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
-    beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="cdpo and robust: the fraction of wrong labels"
+    beta: PositiveFloat | None = Field(
+        default=None, description="how strongly the policy is held to the reference; null: as the loss has it, dpo 0.1"
     )
-    loss_kwargs: dict[str, float] = Field(default_factory=dict, description="further numbers of the loss")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="the fraction of wrong labels (cdpo, robust, exo_pair, aot)"
+    )
+    loss_kwargs: dict[str, float] = Field(
+        default_factory=dict, description="further numbers of the loss: simpo_gamma; discopop_tau"
+    )
+    rpo_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the SFT term, NLL of the chosen answer (RPO); null: as the loss has it",
+    )
     average_log_prob: bool = Field(
         default=False, description="means over tokens in place of sums, as TRL has it for ipo"
     )
@@ -76,7 +80,7 @@ class DpoConfig(PairBatchedConfig):
     @model_validator(mode="after")
     def check_loss(self) -> DpoConfig:
         loss = self.build_loss()
-        if loss.needs_reference:
+        if loss.traits.needs_reference:
             return self
         for key in ("precompute_ref_log_probs", "sync_ref_model"):
             if getattr(self, key) != type(self).model_fields[key].default:
@@ -88,7 +92,8 @@ class DpoConfig(PairBatchedConfig):
     def build_loss(self) -> PairwiseLoss:
         """The loss of this name with its numbers."""
         smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
-        return make_preference_loss(self.loss_type, beta=self.beta, **smoothing, **self.loss_kwargs)
+        beta = {} if self.beta is None else {"beta": self.beta}
+        return make_preference_loss(self.loss_type, **beta, **smoothing, **self.loss_kwargs)
 
     @model_validator(mode="after")
     def check_single_reference(self) -> DpoConfig:
@@ -115,8 +120,10 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
     adapted_before = has_adapter(model)
     callbacks: list[Callback] = apply_config_techniques(config, model, log)
     loss = config.build_loss()
-    objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob)
+    objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob, sft_weight=config.rpo_alpha)
     row_loader = pairs_loader(config, pairs, parallel)
+    if loss.traits.sorts_batch:
+        require_whole_step(config, row_loader.micro_batch_size)
     share = can_share_prompts(config) and parallel.strategy != "fsdp"  # which shards a block again after its first pass
     row_loader.source.share_prompts = share
     loader: Loader = row_loader
@@ -131,7 +138,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
     def compute_reference() -> Callable[[Path], None]:
         """The reference's log-probabilities: of the held-out pairs always, so that what is measured on them stays
         comparable; of the training pairs where nothing else computes them."""
-        if not loss.needs_reference:
+        if not loss.traits.needs_reference:
             return save_nothing
         mine = [] if objective.reference is not None else list(pairs.train)
         found = reference_log_probs(
@@ -143,9 +150,9 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
 
     def implicit_rewards(model: Any, batch: PreferenceBatch) -> Tensor:
         """beta (log p - log p_ref) of each answer, as the loss has it."""
-        reference = batch.reference_log_probs if loss.needs_reference else None
+        reference = batch.reference_log_probs if loss.traits.needs_reference else None
         log_probs = sequence_log_probs(model, batch)
-        return loss.beta * relative_log_probs(log_probs, reference, batch.targets, average=loss.average_log_prob)
+        return loss.beta * relative_log_probs(log_probs, reference, batch.targets, average=objective.average_log_prob)
 
     evaluator = PairsEvaluator(pairs.held_out, config.eval_steps, implicit_rewards)
     data_info = data_facts(config.data, pairs.chat, pairs.drop_report, len(pairs.train), len(pairs.held_out), log)
@@ -160,6 +167,16 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         callbacks=callbacks,
         prepare=compute_reference,
     )
+
+
+def require_whole_step(config: DpoConfig, micro_batch_size: int) -> None:
+    """UsageError where the pairs of a step are not in one micro-batch of one process."""
+    if micro_batch_size < config.batch_size:
+        raise UsageError(
+            f"loss_type={config.loss_type} compares all pairs of a step with each other, and a micro-batch has "
+            f"{micro_batch_size} of {config.batch_size}: set micro_batch_size={config.batch_size} on one process, or "
+            "lower batch_size"
+        )
 
 
 def build_synced_reference(config: DpoConfig, loader: Any, model: Decoder, context: Context) -> SyncedReference:

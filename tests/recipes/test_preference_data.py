@@ -15,6 +15,7 @@ from llm_quest.data.preferences import Preference
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import preference_metrics
 from llm_quest.hub.load_save import load
+from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss, SimPO
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.dpo import DpoConfig, build_dpo
@@ -200,11 +201,56 @@ def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said
         (["loss_type=cdpo"], "cdpo needs label_smoothing"),
         (["precompute_ref_log_probs=false"], "this model has no adapter"),
         (["sync_ref_model=true", "precompute_ref_log_probs=false"], "has no effect"),
+        (["loss_type=simpo", "sync_ref_model=true"], "sync_ref_model has no effect on loss_type=simpo"),
+        (["loss_type=dpo", "loss_kwargs={simpo_gamma: 1}"], "simpo_gamma 1.0 has no effect on loss_type=dpo"),
+        (["loss_type=aot", "micro_batch_size=2"], "a micro-batch has 2 of 4: set micro_batch_size=4"),
     ],
 )
 def test_options_without_effect_are_refused(options, said, pairs: list[str], tmp_path: Path):
     with pytest.raises(ValueError, match=said):
         started("dpo", DPO, tmp_path / "run", *pairs, *options)
+
+
+LEARNS = sorted(set(PREFERENCE_LOSSES) - {"apo_down"})
+"""apo_down lowers both answers, from a model whose chosen answers are to be improved on."""
+
+
+@pytest.mark.parametrize("loss_type", LEARNS)
+def test_every_loss_learns_which_answer_is_better(loss_type: str, pairs: list[str], tmp_path: Path):
+    options = ["label_smoothing=0.05"] if loss_type in ("cdpo", "robust") else []
+    out = tmp_path / loss_type
+    outcome = started(
+        "dpo",
+        DPO,
+        out,
+        *pairs,
+        f"loss_type={loss_type}",
+        "micro_batch_size=4",
+        "max_steps=16",
+        "eval_steps=0",
+        *options,
+    )
+    assert outcome.scores["accuracy"] >= 0.8  # five of six held-out pairs
+    assert (out / "reference.safetensors").exists() == PREFERENCE_LOSSES[loss_type].traits.needs_reference
+
+
+def test_beta_is_the_losss_own_unless_it_is_given(pairs: list[str]):
+    def loss(*options: str) -> PairwiseLoss:
+        settings = apply_overrides(read_yaml("recipe: dpo\nmodel: {load: x}", "dpo.yaml"), list(options))
+        return parse_config(DpoConfig, settings).build_loss()
+
+    assert loss().beta == 0.1
+    assert loss("loss_type=simpo") == SimPO(beta=2.0, simpo_gamma=1.0)
+    assert loss("loss_type=simpo", "beta=1", "loss_kwargs={simpo_gamma: 0.3}") == SimPO(1.0, 0.3)
+
+
+def test_the_sft_term_goes_with_any_loss(pairs: list[str], tmp_path: Path):
+    rows = {}
+    for alpha in ("0", "1"):
+        started("dpo", DPO, tmp_path / alpha, *pairs, f"rpo_alpha={alpha}", "max_steps=2", "eval_steps=0")
+        rows[alpha] = metrics(tmp_path / alpha)[0]
+    assert "nll_loss" not in rows["0"]
+    assert rows["1"]["loss"] == pytest.approx(rows["0"]["loss"] + rows["1"]["nll_loss"], abs=1e-5)
 
 
 def test_held_out_measures_by_hand():
