@@ -49,6 +49,11 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
     "rope_parameters": YARN,
 }
+DEEPSEEK_V2 = DEEPSEEK | {
+    "topk_method": "group_limited_greedy",
+    "routed_scaling_factor": 2.5,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
 DELTA = {
     "num_hidden_layers": 4,
     "linear_num_key_heads": 2,
@@ -304,6 +309,17 @@ ORACLES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=3,
         moe_intermediate_size=32,
         norm_topk_prob=False,
+    ),
+    "deepseek_v2": made("DeepseekV2ForCausalLM", "DeepseekV2Config", **DEEPSEEK_V2),
+    "deepseek_v2, greedy, direct queries": made(
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        **(DEEPSEEK_V2 | {"q_lora_rank": None, "n_group": None, "topk_group": None, "topk_method": "greedy"}),
+    ),
+    "deepseek_v2, biases, cos and sin scaled": made(
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        **(DEEPSEEK_V2 | {"rope_parameters": YARN | {"mscale": 0.5, "mscale_all_dim": 1.5}, "attention_bias": True}),
     ),
     "deepseek_v3": made("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK),
     "deepseek_v3, one group, direct queries": made(

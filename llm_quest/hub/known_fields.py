@@ -65,7 +65,7 @@ OF_FAMILY: dict[str, frozenset[str]] = {
         *("reorder_and_upcast_attn", "n_ctx", "gradient_checkpointing"),
     )),
     "gemma": frozenset(("sliding_window_size", "sliding_window_pattern", "_sliding_window_pattern", "hidden_act")),
-    "deepseek_v3": frozenset(("head_dim", "qk_head_dim", "num_key_value_heads")),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), frozenset(("head_dim", "qk_head_dim", "num_key_value_heads"))),
     "qwen3_next": frozenset((
         *("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "full_attention_interval"),
     )),

@@ -9,6 +9,7 @@ expert's matrix in one call. A law holds them equal. Routing is computed in floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -42,25 +43,67 @@ class RouterOutput(NamedTuple):
         return received.new_zeros(self.scores.shape[1]).scatter_add(0, self.topk_ids.flatten(), received)
 
 
+def all_experts(scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+    """Every expert may be chosen."""
+    return scores
+
+
+@dataclass(frozen=True)
+class BestGroups:
+    """Scores (N,E) with the experts of all but the best groups at -inf (DeepSeek-V2, arXiv:2405.04434, section 2.2.2):
+    E experts form n_group groups, a group is worth its `members` best experts together, topk_group groups stay."""
+
+    n_group: int
+    topk_group: int
+    members: int
+
+    def __call__(self, scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        if self.n_group == 1:
+            return scores
+        grouped = scores.unflatten(1, (self.n_group, -1))
+        group_scores = grouped.topk(min(self.members, grouped.shape[2]), dim=-1).values.sum(dim=-1)
+        best = torch.zeros_like(group_scores, dtype=torch.bool).scatter(
+            1, group_scores.topk(self.topk_group, dim=-1).indices, True
+        )
+        return grouped.masked_fill(~best[:, :, None], float("-inf")).flatten(1)
+
+    def check(self, top_k: int, num_experts: int) -> None:
+        """Raise ValueError unless the groups are of one size and the best of them hold top_k experts."""
+        if num_experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(
+                f"{num_experts} experts do not form {self.n_group} equal groups of which {self.topk_group} are taken"
+            )
+        if top_k > num_experts // self.n_group * self.topk_group:
+            raise ValueError(
+                f"top {top_k} of {self.topk_group} groups of {num_experts // self.n_group} experts: fewer than asked "
+                "are left"
+            )
+
+
 class SoftmaxRouter(nn.Module):
     """The router of Mixtral and Qwen3: softmax over all experts, the K largest, weights renormalised to sum 1 if
     `norm_topk_prob`. aux_loss_coef: the coefficient of the load-balancing loss that its family is trained with, for
-    recipes."""
+    recipes.
+
+    A model fills further slots itself: `mask_groups`, which experts may be chosen by their scores;
+    `routed_scaling_factor`, by which the weights are multiplied."""
 
     def __init__(self, dim: int, num_experts: int, *, top_k: int, norm_topk_prob: bool, aux_loss_coef: float = 0.001):
         super().__init__()
         check_top_k(top_k, num_experts)
         self.top_k, self.norm_topk_prob, self.aux_loss_coef = top_k, norm_topk_prob, aux_loss_coef
+        self.mask_groups: Callable[[Tensor], Tensor] = all_experts
+        self.routed_scaling_factor = 1.0
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits = F.linear(x, self.weight.to(x.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.softmax(dim=-1)
-        topk_weights, topk_ids = scores.topk(self.top_k, dim=-1)
+        topk_weights, topk_ids = self.mask_groups(scores).topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        return scores, logits, topk_ids, topk_weights
+        return scores, logits, topk_ids, topk_weights * self.routed_scaling_factor
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)
@@ -91,15 +134,9 @@ class SigmoidRouter(nn.Module):
     ):
         super().__init__()
         check_top_k(top_k, num_experts)
-        if num_experts % n_group or topk_group > n_group:
-            raise ValueError(
-                f"{num_experts} experts do not form {n_group} equal groups of which {topk_group} are taken"
-            )
-        if top_k > num_experts // n_group * topk_group:
-            raise ValueError(
-                f"top {top_k} of {topk_group} groups of {num_experts // n_group} experts: fewer than asked are left"
-            )
-        self.top_k, self.n_group, self.topk_group = top_k, n_group, topk_group
+        self.mask_groups = BestGroups(n_group, topk_group, members=2)
+        self.mask_groups.check(top_k, num_experts)
+        self.top_k = top_k
         self.tokens_per_expert: Tensor | None = None
         self.norm_topk_prob, self.routed_scaling_factor = norm_topk_prob, routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
@@ -116,17 +153,6 @@ class SigmoidRouter(nn.Module):
         if self.norm_topk_prob:
             topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
         return scores, logits, topk_ids, topk_weights * self.routed_scaling_factor
-
-    def mask_groups(self, biased_scores: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
-        """`biased_scores` with the experts of all but the best groups at -inf."""
-        if self.n_group == 1:
-            return biased_scores
-        grouped = biased_scores.unflatten(1, (self.n_group, -1))
-        group_scores = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(dim=-1)
-        best = torch.zeros_like(group_scores, dtype=torch.bool).scatter(
-            1, group_scores.topk(self.topk_group, dim=-1).indices, True
-        )
-        return grouped.masked_fill(~best[:, :, None], float("-inf")).flatten(1)
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llm_quest.models import (
     clip,
     cohere2,
+    deepseek_v2,
     deepseek_v3,
     exaone4,
     gemma,
@@ -61,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     olmoe.FAMILY,
     qwen2_moe.FAMILY,
     qwen3.FAMILY,
+    deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
     qwen3_next.FAMILY,
     mimo.FAMILY,

@@ -138,7 +138,11 @@ DEEPSEEK = {
     "num_nextn_predict_layers": 1, "hidden_act": "silu", "norm_topk_prob": True,
 }  # fmt: skip
 QWEN = {"attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 28}
+DEEPSEEK_V2 = DEEPSEEK | {"scoring_func": "softmax", "norm_topk_prob": False}
+del DEEPSEEK_V2["num_nextn_predict_layers"], DEEPSEEK_V2["topk_method"]
 WRITTEN: dict[str, dict[str, Any]] = {
+    "deepseek-ai/DeepSeek-V2-Lite": DEEPSEEK_V2 | {"topk_method": "greedy"},
+    "deepseek-ai/DeepSeek-V2": DEEPSEEK_V2 | {"topk_method": "group_limited_greedy"},
     "deepseek-ai/DeepSeek-V3": DEEPSEEK,
     "moonshotai/Moonlight-16B-A3B": DEEPSEEK,
     "moonshotai/Kimi-K2-Base": DEEPSEEK | {"model_type": "kimi_k2", "num_nextn_predict_layers": 0},

@@ -61,7 +61,10 @@ REFUSED: dict[tuple[str, str], str] = {
     },
     **{
         ("length", page): STRETCHED
-        for page in ("llama3.2-tiny", "gemma3-tiny", "deepseek-v3-tiny", "phi3-tiny", "olmo3-tiny", "ministral-tiny")
+        for page in (
+            *("llama3.2-tiny", "gemma3-tiny", "deepseek-v2-tiny", "deepseek-v3-tiny", "phi3-tiny", "olmo3-tiny"),
+            "ministral-tiny",
+        )
     },
     ("length", "gpt2-tiny"): "positions are learned vectors, one for each",
     **{("multi_token", page): "has multi-token modules already" for page in ("deepseek-v3-tiny", "mimo-tiny")},
