@@ -44,11 +44,11 @@ def evaluate_problem_task(
 
 
 def evaluate_with_lm_eval(
-    name_or_path: str, tasks: Sequence[str], *, limit: int | None, device: str, dtype: str, log: LogFn
+    name_or_path: str, tasks: Sequence[str], *, limit: int | None, seed: int, device: str, dtype: str, log: LogFn
 ) -> Any:
     """The tasks of EleutherAI's harness. MissingError without its package."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingError("lm_eval is not installed: pip install 'llm-quest[harness]'")
     from llm_quest.eval.lm_eval_harness import run_lm_eval
 
-    return run_lm_eval(*load_text_model(name_or_path, device, dtype, log), tasks, limit=limit)
+    return run_lm_eval(*load_text_model(name_or_path, device, dtype, log), tasks, limit=limit, seed=seed)

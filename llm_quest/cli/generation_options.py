@@ -104,13 +104,12 @@ class GenerationOptions:
         return BeamSearchParams(num_beams=self.num_beams, length_penalty=self.length_penalty)
 
     def stopping_criteria(self, model: Decoder, tokenizer: Tokenizer) -> StoppingCriteria:
-        from llm_quest.generation.stopping import StoppingCriteria
+        from llm_quest.generation.stopping import StoppingCriteria, end_token_ids
 
-        eos = {*(model.generation_config.eos_token_ids if model.generation_config else ()), *tokenizer.eos_token_ids}
         beyond: Literal["stop", "slide"] = "slide" if self.slide else "stop"
         return StoppingCriteria(
             max_new_tokens=self.tokens,
-            eos_token_ids=tuple(sorted(eos)),
+            eos_token_ids=end_token_ids(model, tokenizer),
             stop=self.stop,
             tokenizer=tokenizer,
             on_full_context=beyond,

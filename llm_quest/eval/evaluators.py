@@ -25,6 +25,7 @@ from llm_quest.eval.perplexity import evaluate_perplexity
 from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
 from llm_quest.files import atomic_write_json
 from llm_quest.generation.generate import generate
+from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
@@ -85,7 +86,7 @@ class TextSampler:
             starts,
             max_new_tokens=max(1, min(self.max_new_tokens, room)),
             temperature=self.temperature,
-            eos_token_id=self.tokenizer.eos_token_ids,
+            eos_token_id=end_token_ids(model, self.tokenizer),
             seed=self.seed,
             tokenizer=self.tokenizer,
         )

@@ -18,6 +18,7 @@ from llm_quest.data.synthetic_shapes import QuestionAnswer, exact_match
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import save_samples
 from llm_quest.generation.generate import generate
+from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.multimodal import VisionLanguageModel
 
 IMAGE_BATCH_SIZE = 256
@@ -92,15 +93,16 @@ class ImageQuestionEvaluator:
         room = model.config.max_position_embeddings - max(map(len, prompts))
         if room < 1:
             raise UsageError("a question leaves no room for its answer: set a larger sequence_length")
+        tokenizer = self.writer.tokenizer
+        ends = end_token_ids(model, tokenizer)
         answers = generate(
             model.with_images(images),  # type: ignore[arg-type]
             prompts,
             max_new_tokens=min(longest, room),
             temperature=0.0,
-            eos_token_id=self.writer.tokenizer.eos_token_ids,
+            eos_token_id=ends,
         )
-        ends = set(self.writer.tokenizer.eos_token_ids)
         return [
-            self.writer.tokenizer.decode_continuation(prompt, [token for token in one.tokens if token not in ends])
+            tokenizer.decode_continuation(prompt, [token for token in one.tokens if token not in ends])
             for prompt, one in zip(prompts, answers, strict=True)
         ]

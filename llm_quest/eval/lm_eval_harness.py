@@ -5,7 +5,7 @@ Only this file imports lm_eval, and only `quest eval --harness` imports this fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,73 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
 from llm_quest.generation.decoding import pad_left
-from llm_quest.generation.generate import generate
+from llm_quest.generation.generate import generate_completions
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.generation.stopping import StoppingCriteria, end_token_ids
 from llm_quest.models.decoder import Decoder
+from llm_quest.rollouts.sampler import copy_numbers
 from llm_quest.scope import Scope
 
 DEFAULT_MAX_GEN_TOKS = 256
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The names that tasks have for the length, the first of several counts."""
+SAMPLING_KEYS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+OTHER_KEYS = ("until", "do_sample")
+
+
+@dataclass(frozen=True)
+class GenKwargs:
+    """A task's generation_kwargs: how texts are drawn, where they end."""
+
+    sampling: SamplingParams
+    until: tuple[str, ...]
+    max_new_tokens: int
+
+
+def parse_gen_kwargs(given: Mapping[str, Any]) -> GenKwargs:
+    """As transformers reads them: do_sample false is greedy, true without a temperature is temperature 1; without
+    do_sample the temperature decides. UsageError for a key without effect here."""
+    known = (*LENGTH_KEYS, *SAMPLING_KEYS, *OTHER_KEYS)
+    if unknown := [key for key in given if key not in known]:
+        raise UsageError(
+            f"the task's generation_kwargs has {', '.join(unknown)}, which would have no effect; known: "
+            f"{', '.join(known)}"
+        )
+    temperature = given.get("temperature")
+    asked = given.get("do_sample")
+    sampled = bool(temperature) if asked is None else asked
+    values = {key: given[key] for key in SAMPLING_KEYS if given.get(key) is not None}
+    if not sampled:
+        values = {key: value for key, value in values.items() if key not in ("top_k", "top_p", "min_p")}
+    values["temperature"] = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
+    until = given.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(stop for stop in until if stop)
+    length = next((int(given[key]) for key in LENGTH_KEYS if given.get(key) is not None), DEFAULT_MAX_GEN_TOKS)
+    return GenKwargs(SamplingParams(**values), stops, length)
+
+
+def request_args(request: Instance) -> tuple[str, Mapping[str, Any]]:
+    """The context of a request and its generation_kwargs."""
+    context, given = request.args
+    return context, given
 
 
 class LmEvalModel(LM):
-    """A Decoder and its tokenizer as an lm_eval model. batch_size: sequences in a forward pass."""
+    """A Decoder and its tokenizer as an lm_eval model. batch_size: sequences in a forward pass. seed: of samples."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 16):
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 16, seed: int = 0):
         super().__init__()
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
         self.context = int(model.config.max_position_embeddings)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -47,24 +100,36 @@ class LmEvalModel(LM):
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy continuations up to a stop string, which is not part of the text."""
-        texts = []
-        for request in requests:
-            context, options = request.args
-            length = int(options.get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
-            stops = [options["until"]] if isinstance(options.get("until"), str) else list(options.get("until") or ())
-            prompt = self.encode_prompt(context)[-max(1, self.context - length) :]
-            (done,) = generate(
-                self.model,
-                [prompt],
-                max_new_tokens=min(length, self.context - len(prompt)),
-                temperature=float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0,
-                top_p=options.get("top_p"),
-                eos_token_id=self.tokenizer.eos_token_ids,
-                stop=[stop for stop in stops if stop],
-                tokenizer=self.tokenizer,
-            )
-            texts.append(done.text or "")
+        """Continuations up to a stop string, which is not part of the text. Requests that are asked several times
+        (lm-eval's repeats) are so many samples."""
+        texts: dict[int, str] = {}
+        asked = [
+            (self.encode_prompt(context), parse_gen_kwargs(kwargs)) for context, kwargs in map(request_args, requests)
+        ]
+        for options in dict.fromkeys(options for _, options in asked):
+            rows = [number for number, (_, own) in enumerate(asked) if own == options]
+            room = self.context - options.max_new_tokens
+            prompts = [asked[number][0][-max(1, room) :] for number in rows]
+            texts |= dict(zip(rows, self.complete(prompts, options), strict=True))
+        return [texts[number] for number in range(len(requests))]
+
+    def complete(self, prompts: Sequence[list[int]], options: GenKwargs) -> list[str]:
+        """A completion of each prompt; equal prompts get different random numbers."""
+        stopping_criteria = StoppingCriteria(
+            max_new_tokens=options.max_new_tokens,
+            eos_token_ids=end_token_ids(self.model, self.tokenizer),
+            stop=options.until,
+            tokenizer=self.tokenizer,
+        )
+        copies = copy_numbers([tuple(prompt) for prompt in prompts])
+        texts: list[str] = []
+        for at in range(0, len(prompts), self.batch_size):
+            part = slice(at, at + self.batch_size)
+            done = generate_completions(
+                self.model, prompts[part], options.sampling, stopping_criteria,
+                seed=self.seed, copy_offsets=copies[part],
+            )  # fmt: skip
+            texts += [one.text or "" for one in done]
         return texts
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -130,11 +195,11 @@ class HarnessResults:
 
 
 def run_lm_eval(
-    model: Decoder, tokenizer: Tokenizer, tasks: Sequence[str | Any], *, limit: int | None
+    model: Decoder, tokenizer: Tokenizer, tasks: Sequence[str | Any], *, limit: int | None, seed: int = 0
 ) -> HarnessResults:
     """Run tasks of the harness. Their data come from the hub or its cache."""
     found = lm_eval.simple_evaluate(
-        model=LmEvalModel(model, tokenizer), tasks=list(tasks), limit=limit, bootstrap_iters=0
+        model=LmEvalModel(model, tokenizer, seed=seed), tasks=list(tasks), limit=limit, bootstrap_iters=0
     )
     assert found is not None, "this process is the only one"
     return HarnessResults({name: dict(metrics) for name, metrics in found["results"].items()})

@@ -18,11 +18,11 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.statistics import ConfidenceInterval, mean_at_k, mean_pass_at_k, wilson_confidence_interval
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
-from llm_quest.generation.stopping import Completion, StoppingCriteria
+from llm_quest.generation.stopping import StoppingCriteria, end_token_ids
 from llm_quest.hub.gsm8k import is_gsm8k, load_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.rewards import score_correctness
-from llm_quest.rollouts.sampler import Sample
+from llm_quest.rollouts.sampler import PolicyPrompt, Sample, completion_to_sample
 from llm_quest.rollouts.verifiers import count_outcomes
 
 EncodePrompt = Callable[[str], list[int]]
@@ -179,7 +179,8 @@ def sample_answers(
     seed: int = 0,
 ) -> list[list[Sample]]:
     """Draw n samples of each problem. A problem's samples depend on the seed and not on the other problems."""
-    stopping_criteria = StoppingCriteria(max_new_tokens=max_new_tokens, eos_token_ids=tokenizer.eos_token_ids)
+    ends = end_token_ids(model, tokenizer)
+    stopping_criteria = StoppingCriteria(max_new_tokens=max_new_tokens, eos_token_ids=ends)
     groups: list[list[Sample]] = []
     prompts_per_batch = max(1, PROBLEM_EVAL_BATCH_SIZE // n)
     for start in range(0, len(problems), prompts_per_batch):
@@ -188,14 +189,9 @@ def sample_answers(
         done = generate_completions(model, prompts, sampling_params, stopping_criteria, n=n, seed=seed)
         for number, problem in enumerate(some):
             group = done[number * n : (number + 1) * n]
-            groups.append([completion_to_sample(prompts[number], one, problem, tokenizer) for one in group])
+            prompt = PolicyPrompt(tuple(prompts[number]), problem)
+            groups.append([completion_to_sample(prompt, one, tokenizer, ends) for one in group])
     return groups
-
-
-def completion_to_sample(prompt: Sequence[int], done: Completion, problem: Any, tokenizer: Tokenizer) -> Sample:
-    """A completion in the form that rewards take: its text is without the token that ended it."""
-    text = tokenizer.decode_continuation(prompt, done.tokens)
-    return Sample(tuple(prompt), tuple(done.tokens), tuple(done.logprobs), done.finish_reason, text, problem)
 
 
 def correctness_mark(right: float) -> str:

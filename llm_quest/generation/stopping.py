@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from llm_quest.errors import UsageError
 from llm_quest.generation.detokenizer import IncrementalDetokenizer, StreamingTokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a text of this model: those of its generation_config.json and those of its tokenizer. All
+    that generates asks here, so that an answer ends at the same token wherever it is sampled, evaluated or shown."""
+    advised = () if model.generation_config is None else model.generation_config.eos_token_ids
+    return tuple(sorted({*advised, *tokenizer.eos_token_ids}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
+from llm_quest.generation.stopping import end_token_ids
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import build
 from llm_quest.models.decoder import Decoder, GenerationConfig
@@ -160,10 +161,9 @@ def rollout_plan(config: PolicyConfig, parallel: DistributedContext) -> RolloutP
 
 def policy_sampler(config: PolicyConfig, model: Decoder, tokenizer: Tokenizer, parallel: DistributedContext) -> Sampler:
     """Samples as they are scored: same temperature, same precision; ends at every end that the model knows."""
-    own = model.generation_config.eos_token_ids if model.generation_config is not None else ()
     return Sampler(
         tokenizer=tokenizer,
-        eos_token_ids=tuple(sorted({*own, *tokenizer.eos_token_ids})),
+        eos_token_ids=end_token_ids(model, tokenizer),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         autocast_context=partial(autocast, resolve_precision(config.precision, parallel.device).value, parallel.device),

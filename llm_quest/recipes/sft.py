@@ -21,6 +21,7 @@ from llm_quest.data.instructions import PackedExamples, drop_too_long
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.evaluators import save_samples
 from llm_quest.generation.generate import generate
+from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
 from llm_quest.recipes.assembly import make_sharded_loader, micro_batch_rows
@@ -166,6 +167,7 @@ class AnswerSampler:
             max_new_tokens=self.part.max_new_tokens,
             temperature=self.part.temperature,
             seed=self.seed,
+            eos_token_id=end_token_ids(model, self.tokenizer),
             tokenizer=self.tokenizer,
         )
         if self.folder is not None:

@@ -110,11 +110,17 @@ class Sampler:
         return found
 
     def make_sample(self, prompt: PolicyPrompt, completion: Completion) -> Sample:
-        """The text is decoded for the reward alone; what is trained on are the ids that were drawn."""
-        written = [token for token in completion.tokens if token not in self.eos_token_ids]
-        text = self.tokenizer.decode_continuation(prompt.prompt_ids, written)
-        tokens, logprobs = tuple(completion.tokens), tuple(completion.logprobs)
-        return Sample(prompt.prompt_ids, tokens, logprobs, completion.finish_reason, text, prompt.problem)
+        return completion_to_sample(prompt, completion, self.tokenizer, self.eos_token_ids)
+
+
+def completion_to_sample(
+    prompt: PolicyPrompt, completion: Completion, tokenizer: DecodingTokenizer, ends: Sequence[int]
+) -> Sample:
+    """A completion in the form that rewards take. Its text is without the token that ended it; what is trained on are
+    the ids that were drawn."""
+    text = tokenizer.decode_continuation(prompt.prompt_ids, [token for token in completion.tokens if token not in ends])
+    tokens, logprobs = tuple(completion.tokens), tuple(completion.logprobs)
+    return Sample(prompt.prompt_ids, tokens, logprobs, completion.finish_reason, text, prompt.problem)
 
 
 def copy_numbers(prompts: Sequence[tuple[int, ...]]) -> list[int]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.generation.sampling import SamplingParams
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build
 from llm_quest.models.llama import Config
@@ -97,3 +99,39 @@ def test_a_task_runs_through_the_harness(tmp_path: Path) -> None:
     scores = harnesses.run_lm_eval(build(CONFIG), TOKENIZER, [task], limit=None)
     assert 0.0 <= scores.tasks["letters"]["acc,none"] <= 1.0
     assert any(line.startswith("letters") for line in scores.lines())
+
+
+def texts(harness: LmEvalModel, number: int, **options: object) -> list[str]:
+    given = {"until": [], "max_gen_toks": 8} | options
+    return harness.generate_until([asked("generate_until", "abc", given) for _ in range(number)])
+
+
+def test_repeats_are_different_samples_whatever_the_batch(harness: LmEvalModel) -> None:
+    found = texts(harness, 8, do_sample=True, temperature=1.0)
+    assert len(set(found)) > 4
+    assert texts(harness, 8, do_sample=True, temperature=1.0) == found
+    assert texts(harness, 2, do_sample=True) == found[:2], "without a temperature it is 1, as in transformers"
+    assert len(set(texts(harness, 8))) == 1
+    other = harnesses.LmEvalModel(harness.model, TOKENIZER, batch_size=5, seed=1)
+    assert texts(other, 8, do_sample=True) != found
+    other.seed = 0
+    assert texts(other, 8, do_sample=True) == found
+
+
+def test_every_generation_option_of_a_task_counts(harness: LmEvalModel) -> None:
+    free = texts(harness, 8, do_sample=True, temperature=1.0)
+    greedy = texts(harness, 1)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-6}):
+        assert texts(harness, 8, **({"do_sample": True, "temperature": 1.0} | narrow)) == greedy * 8 != free
+    for key in harnesses.SAMPLING_KEYS:
+        found = harnesses.parse_gen_kwargs({"do_sample": True, key: 1}).sampling
+        assert found == SamplingParams(**{"temperature": 1.0, key: 1})
+        assert key in ("temperature", "repetition_penalty") or found != SamplingParams()
+    for name in harnesses.LENGTH_KEYS:
+        (text,) = harness.generate_until([asked("generate_until", "abc", {"until": [], name: 1})])
+        assert len(text) <= 1
+
+
+def test_an_option_without_effect_is_refused_by_name(harness: LmEvalModel) -> None:
+    with pytest.raises(UsageError, match="num_beams, which would have no effect; known: max_gen_toks"):
+        texts(harness, 1, num_beams=4)
