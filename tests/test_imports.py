@@ -21,6 +21,7 @@ LEVELS = (
     ("train", "rollouts", "objectives", "eval", "cost"),
     ("recipes", "papers", "report"),
     ("cli",),
+    ("__main__",),
 )
 """A package imports from the levels above its own line here (docs/architecture.md); the packages of one line do not
 import one another, but for those of the first line and for what ONE_WAY names."""

@@ -49,8 +49,7 @@ def start_training(
     """Train with a recipe: start a new run, or resume the one in the folder."""
     found, config, settings = load_recipe(recipe, overrides)
     if dry_run:
-        found.check(config, settings)
-        return DryRunResult(config)
+        return DryRunResult(found.check(config, settings))
     folder, resume = choose_run_dir(recipe, config, out, resume)
     env = inspect_machine(folder).as_json()
     outcome = run_recipe(found, config, settings, folder, resume=resume, env=env, quiet=quiet, log=log)

@@ -323,3 +323,14 @@ def read_per_layer(hf_config: Json, field: str, num_hidden_layers: int, *kinds: 
         if kind not in kinds:
             raise DataError(f"config.json: {field} names {kind!r}; known: {', '.join(map(str, kinds))}")
     return list(values)
+
+
+def field_values(config: Any) -> dict[str, Any]:
+    """The fields of a Config by name."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def nested_config(kind: Any) -> type | None:
+    """The part of a config that a field holds, where it holds one."""
+    parts = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one) and one is not RotaryEmbedding]
+    return parts[0] if parts else None  # type: ignore[return-value]

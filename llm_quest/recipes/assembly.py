@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -24,11 +24,16 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
+from llm_quest.recipes.config import RECIPES_DIR
 from llm_quest.recipes.config_schema import BatchedConfig, TextDataConfig, TokenizerConfig, known_techniques
+from llm_quest.recipes.dependent_defaults import is_own_choice
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.adapter_targets import describe_addresses
 from llm_quest.techniques.lora import adapter_addresses
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
+
+ConfigT = TypeVar("ConfigT", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -167,12 +172,18 @@ def require_run_exists(name_or_path: str, key: str, command: str) -> None:
         raise UsageError(f"there is no run {name_or_path}: train one first ({command}), or give {key}=FOLDER")
 
 
-def require_context(length: int, context: int) -> None:
-    """Rows no longer than what the model can see."""
-    if length > context:
+def fit_sequence_length(config: ConfigT, settings: RawConfig, context: int, log: LogFn = lambda text: None) -> ConfigT:
+    """The config with rows no longer than the model's context. UsageError for a length that was asked for; the one that
+    comes with a recipe gives way."""
+    length = config.sequence_length
+    if length <= context:
+        return config
+    if is_own_choice(settings, "sequence_length", str(RECIPES_DIR)):
         raise UsageError(
             f"sequence_length {length} is longer than the model's context of {context}; lower sequence_length"
         )
+    log(f"rows of {context} tokens: the model's context ends there (sequence_length of this recipe is {length})")
+    return config.model_copy(update={"sequence_length": context})
 
 
 def apply_techniques(entries: Sequence[Mapping[str, Any]], model: Any, log: LogFn) -> list[Callback]:

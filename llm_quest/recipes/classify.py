@@ -27,6 +27,7 @@ from llm_quest.recipes.assembly import make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import (
+    FreshTokenizer,
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
@@ -55,6 +56,7 @@ class ClassifyConfig(BatchedConfig):
 
     recipe: Literal["classify"]
     model: StartModelConfig
+    tokenizer: FreshTokenizer = None
     data: LabelledTextConfig = LabelledTextConfig()
     sequence_length: int = Field(default=128, ge=1, description="tokens of a text that are read, at most")
     trainable: Literal["all", "last_block", "head"] = Field(
@@ -75,7 +77,7 @@ class ClassifyConfig(BatchedConfig):
 def build_classify(config: ClassifyConfig, context: Context) -> Job:
     """Model, labelled texts, classification loss."""
     parallel, log = context.parallel, context.log
-    config, model, tokenizer = begin_finetuning(config, context)
+    config, model, tokenizer = begin_finetuning(config, context, builtin_labeled_texts)
     tokenizer.model_max_length = config.sequence_length
     drop_report = DropReport()
     part = config.data

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as File
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
+from llm_quest.recipes.dependent_defaults import override_paths, replace_model
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
@@ -97,9 +98,10 @@ def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
     else:
         settings = read_yaml_file(find_recipe_file(recipe))
     own = settings.tree.get("model")
-    page = own.get("family") if isinstance(own, dict) else None
-    apply_overrides(settings, overrides)
-    give_way(settings, {tuple(pair.partition("=")[0].strip().split(".")) for pair in overrides}, page)
+    own_family = own.get("family") if isinstance(own, dict) else None
+    if overrides:
+        apply_overrides(settings, overrides)
+        replace_model(settings, override_paths(overrides), own_family)
     return settings
 
 
@@ -108,34 +110,6 @@ def load_run_config(run: File) -> RawConfig:
     settings = read_yaml_file(run / "config.yaml")
     settings.tree = with_new_keys(settings.tree)
     return settings
-
-
-def give_way(settings: RawConfig, given: Collection[KeyPath], page: Any) -> None:
-    """A model that is chosen on the command line (`model.preset=NAME`, `model.family=NAME`,
-    `model.load=FOLDER`) takes the place of the recipe's own, with what belongs to that one: its sizes, and for a model
-    that is loaded the training that a fresh one needs and a tokenizer. given: the keys on the command line, which stay;
-    page: the recipe's own."""
-    model = settings.tree.get("model")
-    chosen = [key for key in ALTERNATIVES if ("model", key) in given and isinstance(model, dict) and model.get(key)]
-    if not isinstance(model, dict) or len(chosen) != 1:
-        return
-    for key in ALTERNATIVES:
-        if ("model", key) not in given:
-            model.pop(key, None)
-    sizes = model.get("config")
-    if (
-        isinstance(sizes, dict)
-        and ("model", "config") not in given
-        and (chosen != ["family"] or model["family"] != page)
-    ):
-        model["config"] = {key: value for key, value in sizes.items() if ("model", "config", key) in given}
-    for key in ("warmup", "tokenizer") if chosen == ["load"] else ():
-        if not any(path[0] == key for path in given):
-            settings.tree.pop(key, None)
-
-
-ALTERNATIVES = ("preset", "family", "load")
-"""What a model may come from; one of them is given."""
 
 
 def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[ConfigProblem] = ()) -> ConfigT:

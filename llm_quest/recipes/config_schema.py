@@ -105,7 +105,7 @@ class ModelConfig(StrictModel):
     """Exactly one of: preset (a published model), family with config (your own), load (the weights to start from)."""
 
     preset: str | None = Field(default=None, description="a name from `quest models`")
-    family: str | None = Field(default=None, description="a model family: llama, gpt2")
+    family: str | None = Field(default=None, description="a model family: llama, gpt2; without config its -tiny size")
     config: dict[str, Any] = Field(
         default_factory=dict, description="config.json's fields of the family; with a preset, those to change"
     )

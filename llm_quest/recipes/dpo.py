@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llm_quest.contracts import Callback, Loader
+from llm_quest.data.builtin_qa import builtin_preferences
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
@@ -114,7 +115,7 @@ class DpoConfig(PairBatchedConfig):
 def build_dpo(config: DpoConfig, context: Context) -> Job:
     """Model, pairs, reference, preference loss."""
     parallel, log, out = context.parallel, context.log, context.run_dir
-    config, model, tokenizer = begin_finetuning(config, context)
+    config, model, tokenizer = begin_finetuning(config, context, builtin_preferences)
     pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     set_generation_eos(model, tokenizer, (answer[-1] for one in pairs.train for answer in one.answers))
     adapted_before = has_adapter(model)

@@ -4,10 +4,10 @@ data."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -20,31 +20,34 @@ from llm_quest.data.documents import DropReport
 from llm_quest.data.loader import ShardedLoader, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
+from llm_quest.data.records import Record
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.build import family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import (
     apply_techniques,
+    fit_sequence_length,
+    load_any_tokenizer,
     make_sharded_loader,
     micro_batch_rows,
-    require_context,
     require_run_exists,
 )
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import StrictModel
-from llm_quest.recipes.config_schema import BatchedConfig, PositiveInt, RunConfig
+from llm_quest.recipes.config_schema import BatchedConfig, ModelConfig, PositiveInt, RunConfig, TokenizerConfig
+from llm_quest.recipes.model_config import init_model
 from llm_quest.recipes.recipe import Context
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.token_rows import add_tokens
 from llm_quest.train.parallel import DistributedContext
 
 
-class StartModelConfig(StrictModel):
-    """The model to go on from; its tokenizer and chat template come with it."""
+class StartModelConfig(ModelConfig):
+    """The model to go on from, with its tokenizer and chat template; or a fresh one (preset, family)."""
 
-    load: str = Field(min_length=1, description="a run folder, a Hugging Face folder or a hub id")
     add_tokens: tuple[str, ...] = Field(
         default=(), description="tokens to add to its tokenizer, such as [<think>, </think>]; their rows begin as means"
     )
@@ -66,8 +69,16 @@ class ConversationDataConfig(StrictModel):
     )
 
 
+FreshTokenizer = Annotated[
+    TokenizerConfig | None,
+    Field(description="of a fresh model: trained on the rows (vocab_size), or an existing one (load); null: 4,096"),
+]
+
+
 class PairBatchedConfig(BatchedConfig):
     """Preference pairs in rows."""
+
+    tokenizer: FreshTokenizer = None
 
     batch_size: PositiveInt = Field(default=16, description="pairs in an optimiser step, over all processes")
     sequence_length: int = Field(default=256, ge=4, description="tokens of a prompt with an answer, at most")
@@ -75,6 +86,7 @@ class PairBatchedConfig(BatchedConfig):
 
 def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
     """The model in float32, ready to be trained, and its tokenizer."""
+    assert config.load is not None, "a fresh model is not loaded"
     made = "quest quickstart" if config.load.endswith("quickstart") else f"quest train sft --out {config.load}"
     require_run_exists(config.load, "model.load", made)
     model = load(config.load, dtype="float32", aligned=True)
@@ -88,14 +100,54 @@ def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
     return add_tokens(model, tokenizer, config.add_tokens, config.add_special_tokens)
 
 
-def begin_finetuning(config: Any, context: Context) -> tuple[Any, Decoder, Tokenizer]:
+def begin_finetuning(
+    config: Any, context: Context, builtin_rows: Callable[[], Iterator[Record]]
+) -> tuple[Any, Decoder, Tokenizer]:
     """The config without any `auto`, the model to go on from, and its tokenizer; UsageError for rows longer than its
-    context. config: of a recipe with `model` and `sequence_length`."""
+    context. config: of a recipe with `model`, `tokenizer` and `sequence_length`. builtin_rows: the recipe's own, from
+    which the tokenizer of a fresh model is trained where data.source says builtin."""
     config = resolve_auto(config, context)
     require_trained_token_rows(config)
-    model, tokenizer = load_for_finetuning(config.model)
-    require_context(config.sequence_length, model.config.max_position_embeddings)
+    if config.model.load is None:
+        model, tokenizer = init_fresh_model(config, context, builtin_rows)
+    else:
+        require_no_tokenizer(config)
+        model, tokenizer = load_for_finetuning(config.model)
+    config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
     return config, model, tokenizer
+
+
+def init_fresh_model(
+    config: Any, context: Context, builtin_rows: Callable[[], Iterator[Record]]
+) -> tuple[Decoder, Tokenizer]:
+    """A model with random weights, and a tokenizer that is loaded or trained on the rows."""
+    choice = config.tokenizer or TokenizerConfig()
+    if choice.load is not None:
+        tokenizer = load_any_tokenizer(choice.load)
+    else:
+        rows = load_records(config.data.source, builtin_rows)
+        tokenizer = train_bpe((text for record in rows for text in row_texts(record.row)), choice.vocab_size)
+    length = config.sequence_length
+    model = init_model(config.model, context.settings, tokenizer, context=length, seed=config.seed)
+    context.log(f"a fresh model with random weights, and a tokenizer of {tokenizer.vocab_size:,} tokens")
+    return add_tokens(model, tokenizer, config.model.add_tokens, config.model.add_special_tokens)
+
+
+def row_texts(value: Any) -> Iterator[str]:
+    """Every text in a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from row_texts(inner)
+
+
+def require_no_tokenizer(config: Any) -> None:
+    """UsageError for a tokenizer beside a model that brings its own."""
+    if config.tokenizer is not None:
+        raise UsageError(
+            f"tokenizer has no effect on a model that is loaded: {config.model.load} brings its own; leave it out"
+        )
 
 
 def require_trained_token_rows(config: Any) -> None:

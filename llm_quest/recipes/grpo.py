@@ -28,11 +28,11 @@ from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
+from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.policy_setup import (
     WarmupConfig,
     build_policy_setup,
-    init_model,
     open_policy_run,
     require_demonstrations_fit,
     run_sft_warmup,
@@ -238,7 +238,7 @@ def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenize
     task = parse_task(config.task)
     tokenizer = character_tokenizer(task.alphabet)
     require_demonstrations_fit(config.warmup, task, tokenizer, config.max_new_tokens, context.log)
-    model = init_model(config.model, context.settings, tokenizer, config.seed)
+    model = init_model(config.model, context.settings, tokenizer, context=WARMUP_CONTEXT, seed=config.seed)
     if not context.planning:
         run_sft_warmup(
             config, config.warmup, model, tokenizer, task, config.max_new_tokens, context.run_dir / "warmup",

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import ValidationError
 
@@ -21,12 +21,23 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.config import MAY_BE_ZERO
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES
-from llm_quest.models.build import family_of, preset
+from llm_quest.models.build import build, family_of, preset
+from llm_quest.models.config_fields import field_values, nested_config
+from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.models.family import Family
 from llm_quest.models.rope_config import read_rotary
 from llm_quest.recipes.config import StrictModel, config_error, did_you_mean, nested_schema
 from llm_quest.recipes.config_schema import ModelConfig
+from llm_quest.recipes.model_config_types import (
+    describe_expected,
+    describe_type_error,
+    missing_inside,
+)
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
+from llm_quest.train.state import derive_seed
+
+if TYPE_CHECKING:
+    from llm_quest.data.tokenizer import Tokenizer
 
 ConfigValues = Mapping[str, Any]
 
@@ -68,7 +79,8 @@ def model_config_problems(schema: type[StrictModel], settings: RawConfig) -> lis
     """What is wrong with `model.config` of a model that is to be built. Its tokenizer is not there yet, so a vocabulary
     of no consequence stands in."""
     field = schema.model_fields.get("model")
-    if field is None or nested_schema(field.annotation) is not ModelConfig or settings.problems:
+    part = None if field is None else nested_schema(field.annotation)
+    if part is None or not issubclass(part, ModelConfig) or settings.problems:
         return []
     rows = schema.model_fields.get("sequence_length")
     context = settings.tree.get("sequence_length", rows.default) if rows is not None else WARMUP_CONTEXT
@@ -101,7 +113,9 @@ def planned(part: ModelConfig, settings: RawConfig, vocab: int, context: int) ->
             base = preset(part.preset).config
         except UsageError as error:
             raise Mistaken(ConfigProblem(settings.location(("model", "preset")), "model.preset", str(error))) from None
-        return Sized(family_of(base), base, part.config, {**field_values(base), **part.config, "vocab_size": vocab})
+        page = find_family(family_of(base).name, settings, ("model", "preset"))
+        sizes = {**field_values(base), **recompute_derived(base, part.config), **part.config, "vocab_size": vocab}
+        return Sized(page, base, part.config, sizes)
     page = find_family(part.family or "", settings)
     if not part.config:
         base = next(one.config for one in page.presets if one.name.endswith("-tiny"))
@@ -131,14 +145,45 @@ def mistakes_in(plan: Sized, settings: RawConfig) -> Iterator[ConfigProblem]:
         yield ConfigProblem(settings.location(("model", "config", key)), f"model.config.{key}", what)
 
 
-def find_family(name: str, settings: RawConfig) -> Family:
-    """The page of that name."""
+def recompute_derived(base: Any, changed: ConfigValues) -> dict[str, Any]:
+    """Numbers of a preset that follow from those that are changed, such as head_dim from hidden_size."""
+    before = field_values(base)
+    after = {**before, **changed}
+    found = {}
+    for key, derive in DERIVED_DEFAULTS.items():
+        if key in before:
+            with suppress(KeyError, TypeError, ZeroDivisionError):  # what it follows from is wrong
+                if before[key] == derive(before):
+                    found[key] = derive(after)
+    return found
+
+
+def find_family(name: str, settings: RawConfig, key: tuple[str, str] = ("model", "family")) -> Family:
+    """The page of that name. key: the one that names it."""
     for family in FAMILIES:
         if family.name == name:
             return family
     known = [family.name for family in FAMILIES]
     what = f"no family is called {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
-    raise Mistaken(ConfigProblem(settings.location(("model", "family")), "model.family", what))
+    if image_recipe := IMAGE_RECIPES.get(name):
+        what = f"{name} reads images: quest train {image_recipe} trains it, and this recipe {', '.join(known)}"
+    raise Mistaken(ConfigProblem(settings.location(key), ".".join(key), what))
+
+
+IMAGE_RECIPES = {"vit": "vit", "clip": "vlm", "vision_language": "vlm"}
+"""The recipe of each family that reads images."""
+
+
+def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, *, context: int, seed: int) -> Decoder:
+    """A model of the recipe's config with random weights. context: the length of a row."""
+    numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=context)
+    model = build(numbers, seed=derive_seed(seed, "init"))
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
 
 
 def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
@@ -158,16 +203,6 @@ def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
         for key in [field.name for field in dataclasses.fields(family.Config) if field.default is dataclasses.MISSING]:
             if key not in given:
                 yield key, f"missing; {family.name} needs {describe_expected(fields[key])}"
-
-
-def missing_inside(value: Any, kind: Any, before: Any) -> list[str]:
-    """What a part of a config, given as a group of keys, leaves out. before: the preset's."""
-    part = nested_config(kind)
-    if part is None or not isinstance(value, dict):
-        return []
-    known = {**({} if before is None else field_values(before)), **value}
-    fields: Any = dataclasses.fields(part)  # type: ignore[arg-type]
-    return [one.name for one in fields if one.default is dataclasses.MISSING and one.name not in known]
 
 
 def relations(plan: Sized) -> Iterator[tuple[str, str]]:
@@ -192,68 +227,10 @@ def relations(plan: Sized) -> Iterator[tuple[str, str]]:
             yield key, f"{key} {sizes[key]} must be even: rotary positions turn pairs"
 
 
-def describe_type_error(value: Any, kind: Any, least: int = 1) -> str | None:
-    """Why a value is not of a field's kind; None if it is."""
-    if value is None and type(None) in get_args(kind):
-        return None
-    if get_origin(kind) is Literal:
-        return None if value in get_args(kind) else f"{value!r} is not computed; {describe_expected(kind)}"
-    if (part := nested_config(kind)) is not None:
-        return describe_nested_type_error(value, part)
-    if kind is RotaryEmbedding:
-        good = isinstance(value, dict)
-    elif get_origin(kind) is tuple:
-        good = isinstance(value, list) and len(value) > 0
-    elif kind is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-    elif kind is bool:
-        good = isinstance(value, bool)
-    else:
-        good = kind is not int or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
-    return None if good else f"{value!r} is not {describe_expected(kind)}"
-
-
-def describe_nested_type_error(value: Any, part: type) -> str | None:
-    """The same for a part of a config, given as a group of keys."""
-    kinds = get_type_hints(part)
-    if not isinstance(value, dict):
-        return f"{value!r} is not {describe_expected(part)}"
-    for key, inner in value.items():
-        if key not in kinds:
-            return f"unknown number {key!r}{did_you_mean(key, list(kinds))}; there are: {', '.join(kinds)}"
-        if wrong := describe_type_error(inner, kinds[key]):
-            return f"{key}: {wrong}"
-    return None
-
-
-def nested_config(kind: Any) -> type | None:
-    """The part of a config that a field holds, where it holds one."""
-    parts = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one) and one is not RotaryEmbedding]
-    return parts[0] if parts else None  # type: ignore[return-value]
-
-
-def describe_expected(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"only {' or '.join(map(repr, get_args(kind)))} is"
-    if (part := nested_config(kind)) is not None:
-        return f"a group of keys ({', '.join(get_type_hints(part))})"
-    names = {
-        int: "a whole number > 0",
-        float: "a number >= 0",
-        bool: "true or false",
-        RotaryEmbedding: "a group of keys (rope_theta, rope_type, ...)",
-    }
-    return "a list, one entry per layer" if get_origin(kind) is tuple else names.get(kind, str(kind))
-
-
 def config_fields(family: Family) -> dict[str, Any]:
     """The page's numbers and their types."""
     hints = get_type_hints(family.Config)
     return {field.name: hints[field.name] for field in dataclasses.fields(family.Config)}
-
-
-def field_values(config: Any) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def convert_values(plan: Sized) -> dict[str, Any]:

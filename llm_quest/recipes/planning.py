@@ -25,7 +25,7 @@ from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.preference import PreferenceLoss
-from llm_quest.recipes.assembly import apply_techniques, micro_batch_rows, require_context
+from llm_quest.recipes.assembly import apply_techniques, fit_sequence_length, micro_batch_rows
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
 from llm_quest.recipes.config_schema import known_techniques
@@ -62,7 +62,7 @@ def plan_pretrain(config: PretrainConfig, context: Context, *, measure: bool) ->
     """The cost of pretraining, without preparing its data and without memory for its model."""
     parallel, log = context.parallel, context.log
     numbers, vocab = resolve_model_config(config, context.settings), resolve_vocab_size(config)
-    require_context(config.sequence_length, numbers.max_position_embeddings)
+    config = fit_sequence_length(config, context.settings, numbers.max_position_embeddings, log)
     config = resolve_auto(config, context)
     terms, frozen = list[DistillationLoss](), dict[str, nn.Module]()
     if config.teacher is not None:

@@ -25,8 +25,7 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.hub.load_save import write_model_json
-from llm_quest.models.build import build
-from llm_quest.models.decoder import Decoder, GenerationConfig
+from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
 from llm_quest.objectives.next_token import NextTokenLoss
@@ -34,14 +33,12 @@ from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.auto import resolve_auto, resolve_precision
 from llm_quest.recipes.config import StrictModel
-from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, RunConfig
+from llm_quest.recipes.config_schema import PositiveInt, RunConfig
 from llm_quest.recipes.engine import init_run_dir
 from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prompts
-from llm_quest.recipes.model_config import WARMUP_CONTEXT, build_model_config
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
-from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
 from llm_quest.rollouts.sampler import ContextFactory, Sampler
@@ -269,18 +266,6 @@ def run_sft_warmup(
     stop_rule = StopRule(warmup.max_steps, warmup.learning_rate, warmup.target_accuracy, measure_accuracy)
     step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
     log(f"warm-up: {step} steps on demonstrations; {reached:.0%} of samples are right")
-
-
-def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, seed: int) -> Decoder:
-    """A model of the recipe's config with random weights."""
-    numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=WARMUP_CONTEXT)
-    model = build(numbers, seed=derive_seed(seed, "init"))
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=tuple(tokenizer.eos_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
 
 
 def train_until(

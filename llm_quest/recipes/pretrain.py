@@ -22,17 +22,17 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.baselines import compute_baselines
 from llm_quest.eval.evaluators import LossEvaluator, TextSampler
 from llm_quest.hub.load_save import load
-from llm_quest.models.build import build, build_meta_model, count_parameters
+from llm_quest.models.build import build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
 from llm_quest.recipes.assembly import (
     TextData,
     apply_techniques,
+    fit_sequence_length,
     load_any_tokenizer,
     load_text_data,
     make_sharded_loader,
     micro_batch_rows,
-    require_context,
 )
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import (
@@ -52,7 +52,7 @@ from llm_quest.recipes.config_schema import (
     TextDataConfig,
     TokenizerConfig,
 )
-from llm_quest.recipes.model_config import build_model_config
+from llm_quest.recipes.model_config import build_model_config, init_model
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.state import derive_seed
@@ -127,6 +127,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     text = load_text_data(config.data, config.tokenizer, parallel, log)
     model = init_pretrain_model(config, context.settings, text)
+    config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, log)
     callbacks = apply_techniques(config.all_techniques, model, log)
     flops = 6.0 * count_parameters(model) * config.batch_size * config.sequence_length * config.max_steps
     config = resolve_auto(config, context, flops / parallel.world_size)
@@ -154,19 +155,15 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
 
 def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextData) -> Decoder:
     """The model before the first step: loaded, or built with first values from its own stream of chance."""
-    if config.model.load is not None:
-        model = load(config.model.load, dtype="float32", aligned=True)
-        if model.config.vocab_size < text.tokenizer.vocab_size:
-            raise UsageError(
-                f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer "
-                f"{text.tokenizer.vocab_size}; set tokenizer.load={config.model.load}"
-            )
-    else:
-        numbers = build_model_config(
-            config.model, settings, vocab=text.tokenizer.vocab_size, context=config.sequence_length
+    if config.model.load is None:
+        length = config.sequence_length
+        return init_model(config.model, settings, text.tokenizer, context=length, seed=config.seed)
+    model = load(config.model.load, dtype="float32", aligned=True)
+    if model.config.vocab_size < text.tokenizer.vocab_size:
+        raise UsageError(
+            f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer "
+            f"{text.tokenizer.vocab_size}; set tokenizer.load={config.model.load}"
         )
-        model = build(numbers, seed=derive_seed(config.seed, "init"))
-    require_context(config.sequence_length, model.config.max_position_embeddings)
     model.generation_config = GenerationConfig(
         bos_token_id=text.tokenizer.bos_token_id,
         eos_token_ids=tuple(text.tokenizer.eos_token_ids),
@@ -229,13 +226,15 @@ def resolve_vocab_size(config: PretrainConfig) -> int:
     return part.vocab_size if part.load is None else load_any_tokenizer(part.load).vocab_size
 
 
-def check_pretrain(config: PretrainConfig, settings: RawConfig) -> None:
-    """UsageError for rows longer than the model's context, and for coefficients of parts that it does not have."""
+def check_pretrain(config: PretrainConfig, settings: RawConfig) -> PretrainConfig:
+    """The config with rows that fit. UsageError for rows longer than the model's context, and for coefficients of parts
+    that it does not have."""
     numbers = resolve_model_config(config, settings)
-    require_context(config.sequence_length, numbers.max_position_embeddings)
+    config = fit_sequence_length(config, settings, numbers.max_position_embeddings)
     added = any(one["name"] == "multi_token" for one in config.techniques)
     losses = replace(config.auxiliary_losses, mtp_loss_weight=None) if added else config.auxiliary_losses
     losses.resolve(build_meta_model(numbers))
+    return config
 
 
 RECIPE = Recipe("pretrain", PretrainConfig, build_pretrain, check_pretrain)

@@ -17,6 +17,7 @@ from llm_quest.contracts import Callback, Evaluator, Loader, LogFn, MetricsCallb
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import config_error, did_you_mean, load_raw_config, parse_config
+from llm_quest.recipes.dependent_defaults import WarmupOf, override_paths, shorten_warmup
 from llm_quest.recipes.model_config import model_config_problems
 from llm_quest.recipes.yaml_io import ConfigProblem, RawConfig
 from llm_quest.train.arguments import TrainResult
@@ -132,21 +133,22 @@ class Job:
         return self.objective.model
 
 
-def no_further_rules(config: Any, settings: RawConfig) -> None:
+def no_further_rules(config: Any, settings: RawConfig) -> Any:
     """The schema holds every rule."""
+    return config
 
 
 @dataclass(frozen=True)
 class Recipe:
     """name: what `recipe:` says in YAML. Config: the schema. build(config, context): assembles a job. check(config,
-    settings): UsageError for what only a model's config can show, so that a dry run refuses what the run refuses. run:
-    for a recipe of several jobs, in place of the engine's single one; result_dir(run folder): the one of its runs whose
-    model is the result."""
+    settings): the config as the model's own config makes it, or UsageError for what only that can show, so that a dry
+    run refuses what the run refuses. run: for a recipe of several jobs, in place of the engine's single one;
+    result_dir(run folder): the one of its runs whose model is the result."""
 
     name: str
     Config: type[RunConfig]
     build: Callable[[Any, Context], Job]
-    check: Callable[[Any, RawConfig], None] = no_further_rules
+    check: Callable[[Any, RawConfig], Any] = no_further_rules
     run: Callable[[Any, Context], RunOutcome] | None = None
     result_dir: Callable[[Path], Path] = lambda run_dir: run_dir
 
@@ -172,4 +174,7 @@ def load_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Any, RawCo
         place = settings.location(("recipe",))
         raise config_error([ConfigProblem(place, "recipe", f"{what}; known: {', '.join(RECIPES)}")])
     recipe = get_recipe(str(kind) if kind in RECIPES else "pretrain")
+    if (overrides or "warmup_steps" not in settings.tree) and not settings.problems:
+        default = WarmupOf(*(recipe.Config.model_fields[key].default for key in ("warmup_steps", "max_steps")))
+        shorten_warmup(settings, override_paths(overrides), load_raw_config(name).tree, default)
     return recipe, parse_config(recipe.Config, settings, model_config_problems(recipe.Config, settings)), settings

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
+from llm_quest.data.builtin_qa import builtin_preferences
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
@@ -42,7 +43,7 @@ class RewardConfig(PairBatchedConfig):
 def build_reward(config: RewardConfig, context: Context) -> Job:
     """Model, pairs, reward-model loss."""
     parallel, log = context.parallel, context.log
-    config, model, tokenizer = begin_finetuning(config, context)
+    config, model, tokenizer = begin_finetuning(config, context, builtin_preferences)
     pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     callbacks = apply_config_techniques(config, model, log)
     if (head := find_score_head(model)) is None:

@@ -36,6 +36,7 @@ from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
 from llm_quest.recipes.finetuning import (
     ConversationDataConfig,
+    FreshTokenizer,
     StartModelConfig,
     apply_config_techniques,
     begin_finetuning,
@@ -61,6 +62,7 @@ class SftConfig(TextBatchedConfig):
 
     recipe: Literal["sft"]
     model: StartModelConfig
+    tokenizer: FreshTokenizer = None
     data: ConversationDataConfig = ConversationDataConfig()
     number_token_loss: NumberTokenLossConfig | None = Field(
         default=None, description="adds the distance between numbers (weight, distance, multi_digit); null: no"
@@ -75,7 +77,7 @@ class SftConfig(TextBatchedConfig):
 def build_sft(config: SftConfig, context: Context) -> Job:
     """Model, conversations, next-token loss of the answers."""
     parallel, log = context.parallel, context.log
-    config, model, tokenizer = begin_finetuning(config, context)
+    config, model, tokenizer = begin_finetuning(config, context, builtin_instructions)
     data = prepare_conversations(config.data, tokenizer, config.sequence_length)
     set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
     micro_rows = micro_batch_rows(config, parallel, config.sequence_length)

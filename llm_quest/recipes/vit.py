@@ -31,8 +31,9 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
+from llm_quest.recipes.dependent_defaults import ALTERNATIVES, require_at_most_one
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.train.state import derive_seed
 
@@ -113,6 +114,9 @@ class VitModelConfig(StrictModel):
     num_attention_heads: PositiveInt = 4
     intermediate_size: PositiveInt = 128
     hidden_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
+    family: Annotated[str, Choice({vit.FAMILY.name: vit.FAMILY})] | None = Field(
+        default=None, description="the sizes above are a ViT's; null: the same"
+    )
     preset: str | None = Field(
         default=None, description="a published size instead, with random weights: vit-base-patch16-224"
     )
@@ -120,8 +124,7 @@ class VitModelConfig(StrictModel):
 
     @model_validator(mode="after")
     def check_single_source(self) -> VitModelConfig:
-        if self.preset is not None and self.load is not None:
-            raise ValueError("give preset or load, not both")
+        require_at_most_one(self)
         return self
 
 
@@ -250,7 +253,7 @@ def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
             hidden_dropout_prob=part.hidden_dropout_prob,
         )
     else:
-        sizes = part.model_dump(exclude={"preset", "load"})
+        sizes = part.model_dump(exclude=set(ALTERNATIVES))
         numbers = vit.Config(
             image_size=size, num_channels=channels, num_labels=len(images.names), label_names=labels, **sizes
         )

@@ -22,8 +22,8 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.images import ImageQuestionEvaluator
 from llm_quest.hub.load_save import find_preprocess, load, load_tokenizer
 from llm_quest.layers.rotary import RotaryEmbedding
-from llm_quest.models import clip, llama
-from llm_quest.models.build import build
+from llm_quest.models import clip, llama, llava
+from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
@@ -33,6 +33,7 @@ from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
+from llm_quest.recipes.dependent_defaults import require_at_most_one
 from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
@@ -98,9 +99,26 @@ class LanguageModelConfig(StrictModel):
 
 
 class VlmModelConfig(StrictModel):
-    """A whole vision-language model to start from."""
+    """A whole vision-language model to start from; without one the parts are put together."""
+
+    preset: Annotated[str, Choice({one.name: one for one in llava.FAMILY.presets})] | None = Field(
+        default=None, description="a published size, with random weights and its own image size"
+    )
+    family: Annotated[str, Choice({llava.FAMILY.name: llava.FAMILY})] | None = Field(
+        default=None, description="a tower, a projector and a language model of the sizes above; null: the same"
+    )
 
     load: str | None = Field(default=None, description="a LLaVA model's Hugging Face folder or a run folder")
+
+    @model_validator(mode="after")
+    def check_single_source(self) -> VlmModelConfig:
+        require_at_most_one(self)
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Are the parts' own settings without effect?"""
+        return self.load is not None or self.preset is not None
 
 
 class VlmConfig(VisionConfig):
@@ -128,7 +146,7 @@ class VlmConfig(VisionConfig):
     @model_validator(mode="after")
     def check_parts_fit(self) -> VlmConfig:
         tower, text, size = self.vision_tower, self.language_model, self.data.image_size
-        if self.model.load is not None:
+        if self.model.is_whole:
             return self
         if tower.load is None and (size % tower.patch_size or tower.hidden_size % tower.num_attention_heads):
             raise ValueError(
@@ -198,8 +216,10 @@ def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
         if not isinstance(processor.size, int) or (processor.resize_size is not None and not processor.crop):
             raise UsageError(f"{where} makes images that are not square; quest train vlm trains on squares")
         return processor
+    whole = config.model.preset
+    size = config.data.image_size if whole is None else preset(whole).config.vision_config.image_size
     statistics: dict[str, Any] = SCENE_STATISTICS if config.data.source == "synthetic_shapes" else {}
-    return ImageProcessor(config.data.image_size, **statistics)
+    return ImageProcessor(size, **statistics)
 
 
 def default_preprocess(vision: Any, name: str, log: LogFn) -> ImageProcessor:
@@ -251,6 +271,8 @@ def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor
                 "language_model.load to start from a part"
             )
         return loaded
+    if config.model.preset is not None:
+        return build(fit_preset(config, tokenizer), seed=derive_seed(config.seed, "init"))  # type: ignore[return-value]
     tower = load(config.vision_tower.load, dtype="float32", aligned=True) if config.vision_tower.load else None
     decoder = load(config.language_model.load, dtype="float32", aligned=True) if config.language_model.load else None
     vision = tower.config if tower is not None else make_tower_config(config, preprocess)
@@ -275,6 +297,13 @@ def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor
     if decoder is not None:
         copy_weights_(model.decoder, decoder)
     return model
+
+
+def fit_preset(config: VlmConfig, tokenizer: Tokenizer) -> Config:
+    """A preset's config with the vocabulary of this tokenizer."""
+    numbers: Config = preset(str(config.model.preset)).config
+    text = replace(numbers.text_config, vocab_size=tokenizer.vocab_size)
+    return replace(numbers, text_config=text, image_token_id=tokenizer.token_to_id(IMAGE_TOKEN))
 
 
 def make_tower_config(config: VlmConfig, preprocess: ImageProcessor) -> clip.Config:

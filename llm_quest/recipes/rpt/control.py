@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from llm_quest.cost.flops import ModelCost, PassCost
@@ -47,6 +47,14 @@ class RptControlConfig(RunConfig):
     batch_size: PositiveInt = Field(default=64, description="documents in an optimiser step, over all processes")
     micro_batch_tokens: PositiveInt = Field(default=8192, description="tokens in a micro-batch")
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_model(cls, given: Any) -> Any:
+        """The model is the one that the RPT run began with."""
+        if isinstance(given, dict) and "model" in given:
+            raise ValueError("model has no effect: it is the one that rpt_run began with; leave it out")
+        return given
 
     @property
     def rows_per_step(self) -> int:

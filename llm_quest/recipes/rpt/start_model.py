@@ -33,11 +33,11 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
+from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy_setup import (
     CHECK_PROBLEMS,
     CHECK_SAMPLES,
     StopRule,
-    init_model,
     policy_sampler,
     train_until,
 )
@@ -123,7 +123,7 @@ def train_start_models(
     """A fresh model that reads and thinks, its tokenizer, and a copy that only reads."""
     out, parallel, log = context.run_dir, context.parallel, context.log
     tokenizer = reasoning_tokenizer(parse_task(config.data.source))
-    model = init_model(config.model, context.settings, tokenizer, config.seed)
+    model = init_model(config.model, context.settings, tokenizer, context=WARMUP_CONTEXT, seed=config.seed)
     if context.planning:
         return model, tokenizer, model
     train, _ = split_problems(config.data, config.seed)

@@ -1,0 +1,79 @@
+"""Settings of a recipe that give way to what the command line gives: a model that is chosen there takes the place of
+the recipe's own, and a shorter run shortens its warm-up. What is given on the command line itself stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_quest.recipes.yaml_io import KeyPath, RawConfig
+
+ALTERNATIVES = ("preset", "family", "load")
+"""What a model may come from; one of them is given."""
+
+
+def require_at_most_one(model: Any) -> None:
+    """ValueError for more than one of the alternatives."""
+    given = [key for key in ALTERNATIVES if getattr(model, key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(ALTERNATIVES)} ({' and '.join(given)} given; null takes one away)")
+
+
+def override_paths(overrides: Sequence[str]) -> set[KeyPath]:
+    """The keys of `key=value` pairs."""
+    return {tuple(pair.partition("=")[0].strip().split(".")) for pair in overrides}
+
+
+def replace_model(settings: RawConfig, given: Collection[KeyPath], own_family: Any) -> None:
+    """A model that is chosen on the command line (`model.preset=NAME`, `model.family=NAME`, `model.load=FOLDER`) takes
+    the place of the recipe's own, with what belongs to that one: its sizes, and for a model that is loaded the training
+    that a fresh one needs and a tokenizer. own_family: the recipe's own."""
+    model = settings.tree.get("model")
+    if not isinstance(model, dict):
+        return
+    chosen = [key for key in ALTERNATIVES if ("model", key) in given and model.get(key)]
+    if len(chosen) != 1:
+        return
+    for key in ALTERNATIVES:
+        if ("model", key) not in given:
+            model.pop(key, None)
+    if chosen != ["family"] or model["family"] != own_family:
+        drop_sizes(model, given)
+    for key in ("warmup", "tokenizer") if chosen == ["load"] else ():
+        if not any(path[0] == key for path in given):
+            settings.tree.pop(key, None)
+
+
+def drop_sizes(model: dict[str, Any], given: Collection[KeyPath]) -> None:
+    """Remove the sizes of the recipe's own model."""
+    sizes = model.get("config")
+    if isinstance(sizes, dict) and ("model", "config") not in given:
+        model["config"] = {key: value for key, value in sizes.items() if ("model", "config", key) in given}
+
+
+def shorten_warmup(settings: RawConfig, given: Collection[KeyPath], own: Mapping[str, Any], default: WarmupOf) -> None:
+    """A warm-up that is not given beside a shorter `max_steps` keeps its share of the run: of 50 steps in 1,000 one is
+    left in 20. own: what the file says; default: what holds where it says nothing."""
+    before = WarmupOf(own["warmup_steps"], own.get("max_steps", default.steps)) if "warmup_steps" in own else default
+    steps = settings.tree.get("max_steps", before.steps)
+    if ("warmup_steps",) in given or not all(type(one) is int for one in (steps, before.steps, before.warmup)):
+        return
+    if 0 < steps < before.steps and before.warmup:
+        settings.tree["warmup_steps"] = math.ceil(before.warmup * steps / before.steps)
+
+
+@dataclass(frozen=True)
+class WarmupOf:
+    """A number of warm-up steps, and of steps of the run that it was chosen for."""
+
+    warmup: Any
+    steps: Any
+
+
+def is_own_choice(settings: RawConfig, key: str, packaged: str) -> bool:
+    """Did the user write this key: on the command line, or in a file that is not one of ours? packaged: the folder of
+    the recipes that come with the package."""
+    place = settings.locations.get((key,))
+    return place is not None and not place.startswith(packaged)
