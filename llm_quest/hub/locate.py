@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.manifest import find_fault
 from llm_quest.models.build import presets
+
+logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -55,10 +59,12 @@ def locate_local(folder: Path) -> ModelLocation:
     if (folder / "config.json").exists():
         return ModelLocation(folder, str(folder))
     if (folder / "model.json").exists():
-        return ModelLocation(require_whole(newest_checkpoint(folder)), str(folder), run_dir=folder)
+        return ModelLocation(usable_checkpoint(folder), str(folder), run_dir=folder)
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == "checkpoints" and (run / "model.json").exists():
-        return ModelLocation(require_whole(folder), str(folder), run_dir=run)
+        if fault := find_weights_fault(require_whole(folder)):
+            raise DataError(f"{folder} is damaged: {fault}; name the run, whose last undamaged checkpoint is used")
+        return ModelLocation(folder, str(folder), run_dir=run)
     raise DataError(f"{folder} is neither a published folder (no config.json) nor a run of ours (no model.json)")
 
 
@@ -71,16 +77,35 @@ def require_whole(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The one that LATEST names, else the one with the highest step."""
+def usable_checkpoint(run: Path) -> Path:
+    """The newest checkpoint whose weights are as its manifest says. A newer one that is damaged is named in a warning;
+    DataError if none is left. Nothing is renamed: the run may be training, or somebody else's."""
+    damaged: list[str] = []
+    for checkpoint in checkpoints_newest_first(run):
+        fault = find_weights_fault(require_whole(checkpoint))
+        if not fault:
+            if damaged:
+                logger.warning("note: %s; %s is used", "; ".join(damaged), checkpoint.name)
+            return checkpoint
+        damaged.append(f"{checkpoint} is damaged: {fault}")
+    if damaged:
+        raise DataError(f"{run} has no usable checkpoint: " + "; ".join(damaged))
+    raise DataError(f"{run} has no checkpoint yet; let the run reach its first save")
+
+
+def find_weights_fault(checkpoint: Path) -> str:
+    """What is wrong with the weights of a checkpoint, by its manifest; empty if nothing."""
+    return find_fault(checkpoint, only=("model.safetensors",))
+
+
+def checkpoints_newest_first(run: Path) -> list[Path]:
+    """The one that LATEST names, then the others from the highest step down."""
     checkpoints = run / "checkpoints"
     named = next((p.read_text().strip() for p in (run / "LATEST", checkpoints / "LATEST") if p.is_file()), "")
-    if re.fullmatch(r"(checkpoints/)?step-\d+", named) and (checkpoints / Path(named).name).is_dir():
-        return checkpoints / Path(named).name
+    latest = checkpoints / Path(named).name if re.fullmatch(r"(checkpoints/)?step-\d+", named) else None
     steps = sorted((int(p.name[5:]), p) for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
-    if not steps:
-        raise DataError(f"{run} has no checkpoint yet; let the run reach its first save")
-    return steps[-1][1]
+    found = [folder for _, folder in reversed(steps) if folder.is_dir()]
+    return sorted(found, key=lambda folder: folder != latest)
 
 
 def download_snapshot(name: str, patterns: list[str], revision: str | None) -> Path:

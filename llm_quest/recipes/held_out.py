@@ -5,7 +5,6 @@ numbers are those that the run printed at its end."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +15,12 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load
 from llm_quest.hub.locate import locate_model
+from llm_quest.manifest import read_manifest
 from llm_quest.recipes.config import load_run_config, parse_config
 from llm_quest.recipes.engine import init_distributed
 from llm_quest.recipes.recipe import Context, Job, get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides
-from llm_quest.train.checkpoint import MANIFEST_FILE, checkpoint_step
+from llm_quest.train.checkpoint import checkpoint_step
 from llm_quest.train.state import evaluation_mode
 from llm_quest.train.step import autocast
 
@@ -88,7 +88,7 @@ def evaluate_run(name_or_path: str, overrides: Sequence[str] = (), *, log: LogFn
 
 def require_same_data(job: Job, checkpoint: Path, run_dir: Path) -> None:
     """DataError where what decides the data is not what it was when the run was trained."""
-    saved = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["identity"]
+    saved = read_manifest(checkpoint)["identity"]
     changed = [name for name, value in job.identity.items() if saved.get(name, value) != value]
     if changed:
         raise DataError(

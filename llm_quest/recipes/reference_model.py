@@ -23,6 +23,7 @@ from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
+from llm_quest.files import file_sha256
 from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.techniques.lora import disable_adapter, is_adapter
@@ -184,7 +185,8 @@ class SyncedReference:
             self.folder.mkdir(exist_ok=True)
             save_tensors(self.file_at(self.synced), dict(self.model.named_parameters()), {"step": str(self.synced)})
             self.prune_files()
-        return self.feed.state_dict() | {"reference": self.synced}
+        sha256 = file_sha256(self.file_at(self.synced)) if self.synced and self.leader else ""
+        return self.feed.state_dict() | {"reference": self.synced, "reference_sha256": sha256}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.feed.load_state_dict(state)
@@ -193,6 +195,8 @@ class SyncedReference:
             file = self.file_at(self.synced)
             if not file.is_file():
                 raise DataError(f"{file} is not there, without which this run cannot go on; start a new one")
+            if state.get("reference_sha256") not in (None, "", file_sha256(file)):
+                raise DataError(f"{file} is damaged: it is not what its checkpoint was saved with; start a new run")
             with torch.no_grad():
                 saved = load_file(file)
                 for name, mine in self.model.named_parameters():

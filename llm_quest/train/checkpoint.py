@@ -26,7 +26,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from llm_quest.errors import BusyError, DataError, ResourceError
-from llm_quest.files import atomic_write_text, file_sha256, fsync_path, write_text
+from llm_quest.files import atomic_write_text, fsync_path, write_text
+from llm_quest.manifest import MANIFEST_FILE, file_entry, find_fault, read_manifest
 from llm_quest.tensor_files import write_tensors
 
 FORMAT = 2
@@ -34,7 +35,7 @@ FORMAT = 2
 TENSOR_FILES = {"model": "model.safetensors", "optimizer": "optim.safetensors"}
 SHARDS_DIR = "shards"
 """Holds the tensors of a checkpoint that several processes wrote in parts (`train/sharded_checkpoint.py`)."""
-STATE_FILE, MANIFEST_FILE, LATEST_FILE = "state.json", "MANIFEST.json", "LATEST"
+STATE_FILE, LATEST_FILE = "state.json", "LATEST"
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -111,16 +112,11 @@ def write_state(staged: Path, checkpoint: Checkpoint, entries: Mapping[str, Any]
     fsync_path(staged)
 
 
-def file_entry(file: Path) -> dict[str, Any]:
-    """What the manifest says of a file."""
-    return {"size": file.stat().st_size, "sha256": file_sha256(file)}
-
-
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint whose manifest is right (call `find_fault` first). A sharded one comes without its tensors.
     DataError for one of another format."""
+    manifest = read_manifest(folder)
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
         plain = {} if (folder / SHARDS_DIR).is_dir() else TENSOR_FILES
         tensors = {name: load_file(folder / file) for name, file in plain.items()}
         values = json.loads((folder / STATE_FILE).read_text())
@@ -132,21 +128,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"{FORMAT}): it loads for generate, eval and export; to train on, start a new run from its weights"
         )
     return Checkpoint(manifest["step"], tensors | values, manifest["identity"])
-
-
-def find_fault(folder: Path, verify: str = "full") -> str:
-    """What is wrong with a checkpoint; empty if nothing. verify: full (hashes), size, or none (the list alone)."""
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
-        for name, entry in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if verify != "none" and size != entry["size"]:
-                return f"{name} has {size} bytes, its manifest says {entry['size']}"
-            if verify == "full" and file_sha256(folder / name) != entry["sha256"]:
-                return f"{name} does not have the sha256 of its manifest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read or lists a file that is missing ({error})"
-    return ""
 
 
 def latest_checkpoint(root: Path, report: Callable[[str], None], verify: str = "full") -> Path | None:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
 from llm_quest.files import atomic_write_text, fsync_path
+from llm_quest.manifest import find_fault, read_manifest
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.parallel import DistributedContext
@@ -127,12 +128,12 @@ class RunDir:
             raise UsageError(
                 f"resume={folder} is no checkpoint folder; expected auto, never, or a path ending in step-00001000"
             )
-        if wrong := files.find_fault(folder, self.verify):
+        if wrong := find_fault(folder, self.verify):
             raise DataError(f"the checkpoint {folder} is corrupt: {wrong}; choose another one")
         return folder
 
     def _require_identity(self, folder: Path) -> None:
-        saved = json.loads((folder / files.MANIFEST_FILE).read_text())["identity"]
+        saved = read_manifest(folder)["identity"]
         other = sorted(name for name in self.identity if name in saved and saved[name] != self.identity[name])
         if other:
             raise BusyError(f"{folder} belongs to another run: its {', '.join(other)} differs; choose another folder")

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from llm_quest.errors import DataError, ResourceError
+from llm_quest.manifest import file_entry, find_fault
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import SHARDS_DIR, TENSOR_FILES, Checkpoint, load_checkpoint
 from llm_quest.train.parallel import DistributedContext
@@ -52,7 +53,7 @@ def save_sharded_checkpoint(root: Path, checkpoint: Checkpoint, parallel: Distri
             "and resume"
         ) from error
     own = sorted((staged / SHARDS_DIR).glob(f"shard-{parallel.rank + 1:05d}-*"))
-    entries = parallel.all_gather({f"{SHARDS_DIR}/{file.name}": files.file_entry(file) for file in own})
+    entries = parallel.all_gather({f"{SHARDS_DIR}/{file.name}": file_entry(file) for file in own})
     if parallel.is_main_process:
         files.commit_checkpoint(staged, checkpoint, {name: entry for part in entries for name, entry in part.items()})
     parallel.all_gather(None)  # it is there for all
@@ -136,7 +137,7 @@ def consolidate_checkpoint(folder: Path) -> bool:
     the memory of the model's weights, then of the optimizer's state."""
     if not (folder / SHARDS_DIR).is_dir():
         return False
-    if wrong := files.find_fault(folder):
+    if wrong := find_fault(folder):
         raise DataError(f"the checkpoint {folder} is corrupt: {wrong}; choose another one")
     read, shards = load_checkpoint(folder), open_shards(folder)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{read.step:08d}-", dir=folder.parent))
@@ -144,7 +145,7 @@ def consolidate_checkpoint(folder: Path) -> bool:
     try:
         for name, file in TENSOR_FILES.items():
             files.write_tensors(staged / file, shards.read(name))
-            entries[file] = files.file_entry(staged / file)
+            entries[file] = file_entry(staged / file)
         files.write_state(staged, read, entries)
         aside = files.rename_aside(folder, "sharded")
         staged.rename(folder)

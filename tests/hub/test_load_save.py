@@ -19,7 +19,9 @@ import llm_quest as quest
 from llm_quest import files
 from llm_quest.errors import DataError, MissingError, ResourceError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer, parse_size, save, write_model_json
+from llm_quest.manifest import MANIFEST_FILE
 from llm_quest.models.decoder import GenerationConfig
+from llm_quest.train.checkpoint import Checkpoint, save_checkpoint
 from tests.oracles import ATOL, RTOL, edit_config, logits_of, save_published, tiny_gpt2, tiny_llama, transformers
 
 MODELS = {
@@ -473,16 +475,19 @@ def test_files_and_folder_have_the_modes_that_umask_gives(llama, tmp_path):
     assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {0o640}
 
 
+def write_checkpoints(run: Path, model, *steps: int) -> None:
+    """Checkpoints whose final norm says their step."""
+    for step in steps:
+        with torch.no_grad():
+            model.norm.weight.fill_(step)
+        tensors = {name: p.detach() for name, p in model.named_parameters()}
+        save_checkpoint(run / "checkpoints", Checkpoint(step, {"model": tensors, "optimizer": {}}))
+
+
 def test_a_run_folder_and_each_of_its_checkpoints_are_loaded(tmp_path):
     run, model = tmp_path / "run", quest.build("llama3.2-tiny", seed=3)
     model.generation_config = GenerationConfig(eos_token_ids=(2,))
-    for step in (10, 9):
-        checkpoint = run / "checkpoints" / f"step-{step:08}"
-        checkpoint.mkdir(parents=True)
-        with torch.no_grad():
-            model.norm.weight.fill_(step)
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        safetensors.torch.save_file(weights, checkpoint / "model.safetensors")
+    write_checkpoints(run, model, 9, 10)
     with pytest.raises(DataError, match=r"no model\.json"):
         load(run)
     write_model_json(run, model)
@@ -492,6 +497,67 @@ def test_a_run_folder_and_each_of_its_checkpoints_are_loaded(tmp_path):
     (run / "LATEST").write_text("step-00000009\n")
     assert load(run).norm.weight[0] == 9
     assert load(run).config == model.config
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def cut_short(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+DAMAGES = {
+    "a flipped bit": (flip_a_bit, "does not have the sha256"),
+    "cut short": (cut_short, "bytes, its manifest says"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
+    "no manifest": (lambda folder: (folder / MANIFEST_FILE).unlink(), "No such file"),
+    "no JSON": (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "cannot be read"),
+    "a list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), "holds a list"),
+    "no files": (lambda folder: (folder / MANIFEST_FILE).write_text('{"format": 2, "step": 2}'), "identity is"),
+    "a path out": (
+        lambda folder: (folder / MANIFEST_FILE).write_text(
+            '{"format": 2, "step": 2, "identity": {}, "files": {"../../x": {}}}'
+        ),
+        "leads out of the checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_loaded(tmp_path, caplog, kind: str):
+    damage, reason = DAMAGES[kind]
+    run, model = tmp_path / "run", quest.build("llama3.2-tiny", seed=3)
+    write_checkpoints(run, model, 1, 2)
+    write_model_json(run, model)
+    damage(run / "checkpoints" / "step-00000002")
+    assert load(run).norm.weight[0] == 1
+    assert "step-00000002 is damaged" in caplog.text
+    assert reason in caplog.text
+    assert "step-00000001 is used" in caplog.text
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    with pytest.raises(DataError, match="is damaged: "):
+        load(run / "checkpoints" / "step-00000002")
+    damage(run / "checkpoints" / "step-00000001")
+    with pytest.raises(DataError, match="has no usable checkpoint"):
+        load(run)
+
+
+def test_weights_of_a_run_are_read_through_the_door_that_verifies_them():
+    """Nobody else looks for checkpoint folders: the writer, the resumed run and `locate_model` check the manifest."""
+    package = Path(quest.__file__).parent
+    readers = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if any(text in file.read_text(encoding="utf-8") for text in ('"step-', "'step-", "step-*"))
+    }
+    checked = {"hub/locate.py", "train/checkpoint.py", "train/run_dir.py"}
+    sizes_samples_and_references = {"report/record.py", "eval/evaluators.py", "recipes/engine.py"}
+    assert readers <= checked | sizes_samples_and_references | {"recipes/reference_model.py"}, readers
 
 
 @pytest.mark.parametrize(("size", "nbytes"), [(7, 7), ("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("20mb", 20_000_000)])

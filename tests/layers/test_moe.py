@@ -20,8 +20,8 @@ from llm_quest.layers.moe import (
 )
 from llm_quest.objectives.routing import (
     load_balancing_aux_loss,
-    max_violation,
     load_balancing_aux_loss_over_layers,
+    max_violation,
     router_z_loss,
     routing_entropy,
     sequence_balance_aux_loss,

@@ -12,7 +12,7 @@ import torch
 
 from llm_quest.cli.chat import load_text_model as opened_to_talk
 from llm_quest.data.preferences import Preference
-from llm_quest.errors import UsageError
+from llm_quest.errors import DataError, UsageError
 from llm_quest.eval.evaluators import preference_metrics
 from llm_quest.hub.load_save import load
 from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss, SimPO
@@ -181,6 +181,17 @@ def test_every_checkpoint_that_is_kept_has_its_reference(pairs: list[str], tmp_p
     files = {int(file.stem[5:]) for file in (out / "reference").glob("step-*.safetensors")}
     assert files >= set(kept)
     assert 2 not in files
+
+
+def test_a_damaged_reference_is_named_and_not_used(pairs: list[str], tmp_path: Path):
+    out = tmp_path / "run"
+    synced = ["sync_ref_model=true", "ref_model_sync_steps=2", "save_steps=2"]
+    started("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    file = out / "reference" / "step-00000002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match=r"step-00000002\.safetensors is damaged"):
+        started("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
 
 
 def test_labels_are_turned_round_on_purpose_in_the_part_asked_for_and_it_is_said(pairs: list[str], tmp_path: Path):

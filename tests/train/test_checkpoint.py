@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llm_quest.errors import BusyError, DataError, ResourceError
+from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.guards import NonFiniteGuard
@@ -34,7 +35,7 @@ def test_what_is_written_is_read_and_latest_names_it(tmp_path):
     folder = files.save_checkpoint(tmp_path / "checkpoints", made(1000))
     assert folder.name == "step-00001000"
     assert (tmp_path / "LATEST").read_text() == "step-00001000\n"
-    assert files.find_fault(folder) == ""
+    assert find_fault(folder) == ""
     back = files.load_checkpoint(folder)
     assert torch.equal(back.state_dict["model"]["w"], made(1000).state_dict["model"]["w"])
     assert (back.step, back.state_dict["progress"]) == (1000, {"step": 1000})
@@ -144,7 +145,7 @@ def test_a_disk_that_fills_up_while_writing_loses_nothing(tmp_path):
     assert done.returncode == 5, done.stderr
     assert "the disk is full: step-00000002 needs 8.0 MB" in done.stdout
     assert names(root) == ["step-00000001"]
-    assert files.find_fault(root / "step-00000001") == ""
+    assert find_fault(root / "step-00000001") == ""
     assert (tmp_path / "LATEST").read_text() == "step-00000001\n"
 
 
@@ -176,7 +177,7 @@ def test_background_and_foreground_saves_write_the_same_bytes(tmp_path):
 
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path):
     with RunDir(tmp_path / "run") as run:
-        manifest = Path(go(4, run).checkpoint_path) / files.MANIFEST_FILE
+        manifest = Path(go(4, run).checkpoint_path) / MANIFEST_FILE
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
     with (
         RunDir(tmp_path / "run") as run,

@@ -13,7 +13,8 @@ import torch
 from llm_quest.cli.export import consolidate_run
 from llm_quest.errors import DataError
 from llm_quest.hub.locate import require_whole
-from llm_quest.train.checkpoint import find_fault, load_checkpoint
+from llm_quest.manifest import find_fault
+from llm_quest.train.checkpoint import load_checkpoint
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
 from llm_quest.train.sharded_checkpoint import consolidate_checkpoint, open_shards

@@ -1,0 +1,80 @@
+"""MANIFEST.json of a checkpoint: its step, what it depends on, and the size and sha256 of each of its files. Every
+reader of a checkpoint, for training as for generation, asks here whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llm_quest.errors import DataError
+from llm_quest.files import file_sha256
+
+MANIFEST_FILE = "MANIFEST.json"
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"size": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. DataError, with the field, for one that is missing, damaged or of another form."""
+    file = folder / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    wrong = _find_wrong_field(content)
+    if wrong:
+        raise DataError(f"{file}: {wrong}")
+    return content  # type: ignore[no-any-return]
+
+
+def _find_wrong_field(content: Any) -> str:
+    """Which field of a manifest has another type than we write; empty if none."""
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}, expected an object"
+    for name, kind in (("format", int), ("step", int), ("identity", dict), ("files", dict)):
+        if not isinstance(content.get(name), kind):
+            return f"{name} is {str(content.get(name))[:40]!r}, expected {'a number' if kind is int else 'an object'}"
+    for name, entry in content["files"].items():
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts:
+            return f"files: {name!r} leads out of the checkpoint"
+        if not (isinstance(entry, Mapping) and isinstance(entry.get("size"), int) and "sha256" in entry):
+            return f"files: {name} has no size and sha256"
+    return ""
+
+
+def find_fault(folder: Path, verify: str = "full", only: Collection[str] = ()) -> str:
+    """What is wrong with a checkpoint; empty if nothing. verify: full (hashes), size, or none (the list alone). only:
+    names of the files that will be read; without it all are checked."""
+    try:
+        files = read_manifest(folder)["files"]
+        missing = [name for name in only if name not in files]
+        if missing:
+            return f"its manifest does not list {missing[0]}"
+        for name in only or files:
+            if fault := _find_file_fault(folder / name, files[name], verify):
+                return fault
+    except (OSError, DataError) as error:
+        return f"its manifest cannot be read or lists a file that is missing ({error})"
+    return ""
+
+
+def _find_file_fault(file: Path, entry: Mapping[str, Any], verify: str) -> str:
+    seen = file.stat()
+    if verify != "none" and seen.st_size != entry["size"]:
+        return f"{file.name} has {seen.st_size} bytes, its manifest says {entry['size']}"
+    if verify == "full" and _sha256_at(file, seen.st_size, seen.st_mtime_ns, seen.st_ino) != entry["sha256"]:
+        return f"{file.name} does not have the sha256 of its manifest"
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _sha256_at(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """The sha256 of a file in this state: model, tokenizer and image settings of one run are located one by one."""
+    return file_sha256(file)
