@@ -189,7 +189,7 @@ def test_a_damaged_reference_is_named_and_not_used(pairs: list[str], tmp_path: P
     started("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
     shutil.rmtree(out / "checkpoints" / "step-00000004")
     file = out / "reference" / "step-00000002.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(DataError, match=r"step-00000002\.safetensors is damaged"):
         started("dpo", DPO, out, *pairs, "max_steps=4", "max_time=1000s", *synced)
 
