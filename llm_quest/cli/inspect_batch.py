@@ -18,11 +18,13 @@ from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.data.text_classification import TextClassificationBatch
 from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.unpaired import UnpairedBatch
 from llm_quest.errors import UsageError
 from llm_quest.recipes.engine import open_job
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.techniques.score_head import find_score_head
 
+SHOWN = TokenBatch | PreferenceBatch | UnpairedBatch | TextClassificationBatch
 GREEN, RESET = "\x1b[1;32m", "\x1b[0m"
 
 
@@ -105,9 +107,9 @@ def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: i
     found, config, settings = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory() as scratch, open_job(found, config, settings, log, Path(scratch)) as job:
         batch: Any = job.loader.batches(step)[0]
-        if job.tokenizer is None or not isinstance(batch, TokenBatch | PreferenceBatch | TextClassificationBatch):
+        if job.tokenizer is None or not isinstance(batch, SHOWN):
             raise UsageError(
-                f"inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, classify, not of {config.recipe}"
+                f"inspect-batch shows rows of tokens (pretrain, sft, reward, dpo, kto, classify), not {config.recipe}'s"
             )
         labels: Sequence[str] = job.facts.get("labels", ())
     kinds = [""] * len(batch.input_ids)
@@ -115,6 +117,9 @@ def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: i
     if isinstance(batch, TextClassificationBatch):
         kinds = [f", label {labels[number]}" for number in batch.labels.tolist()]
         batch = TokenBatch(batch.input_ids, torch.full_like(batch.input_ids, IGNORE_INDEX), batch.position_ids)
+    if isinstance(batch, UnpairedBatch):
+        kinds = [" (desirable)" if label else " (undesirable)" for label in batch.desirable.tolist()]
+        batch = TokenBatch(batch.input_ids, batch.targets, batch.position_ids)
     if isinstance(batch, PreferenceBatch):
         for better, worse in zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True):
             kinds[better] = kinds[better] or " (better)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llm_quest.contracts import Loss
 from llm_quest.data.batch import IGNORE_INDEX
 from llm_quest.data.preference_pairs import PreferenceBatch
+from llm_quest.data.unpaired import UnpairedBatch
 from llm_quest.objectives.log_probs import log_probs_from_hidden
 from llm_quest.objectives.next_token import batch_hidden_states
 from llm_quest.objectives.preference_losses import DPO, LogRatios, PairwiseLoss
@@ -109,7 +110,7 @@ def log_ratio_pairs(
     )
 
 
-def sequence_log_probs(model: Any, batch: PreferenceBatch) -> Float[Tensor, " R"]:
+def sequence_log_probs(model: Any, batch: PreferenceBatch | UnpairedBatch) -> Float[Tensor, " R"]:
     """log p(answer | question), the sum over its tokens, without dropout."""
     if model.training:
         model.eval()

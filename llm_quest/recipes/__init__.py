@@ -7,6 +7,7 @@ RECIPES = {
     "sft": "llm_quest.recipes.sft",
     "reward": "llm_quest.recipes.reward",
     "dpo": "llm_quest.recipes.dpo",
+    "kto": "llm_quest.recipes.kto",
     "classify": "llm_quest.recipes.classify",
     "grpo": "llm_quest.recipes.grpo",
     "iterative": "llm_quest.recipes.iterative",

@@ -83,6 +83,10 @@ class PairBatchedConfig(BatchedConfig):
     batch_size: PositiveInt = Field(default=16, description="pairs in an optimiser step, over all processes")
     sequence_length: int = Field(default=256, ge=4, description="tokens of a prompt with an answer, at most")
 
+    @property
+    def scores_without_dropout(self) -> bool:
+        return True
+
 
 def load_for_finetuning(config: StartModelConfig) -> tuple[Decoder, Tokenizer]:
     """The model in float32, ready to be trained, and its tokenizer."""

@@ -22,6 +22,7 @@ from llm_quest.errors import UsageError
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import build, build_meta_model, family_of
 from llm_quest.objectives.distillation import DistillationLoss
+from llm_quest.objectives.kto import KTOLoss
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.preference import PreferenceLoss
@@ -30,6 +31,7 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
 from llm_quest.recipes.config_schema import known_techniques
 from llm_quest.recipes.engine import build_optimizer, init_distributed
+from llm_quest.recipes.kto import KTOLoader
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reference_model import SyncedReference
@@ -118,7 +120,7 @@ def job_workload(job: Job, context: Context) -> Workload:
     units = world * sum(count(batch) for step in steps for batch in step) / len(steps)
     rows = config.rows_per_step
     words = f"{rows:,} rows, about {units:,.0f} tokens" if job.preprocessor is None else f"{rows:,} images"
-    inner: Any = job.loader.feed if isinstance(job.loader, SyncedReference) else job.loader
+    inner: Any = job.loader.feed if isinstance(job.loader, SyncedReference | KTOLoader) else job.loader
     epochs = None if job.preprocessor else config.max_steps * rows / len(inner.source)
     return Workload(
         family=family_of(job.model.config).name,
@@ -152,6 +154,8 @@ def without_reference(batch: Any) -> Any:
 def reference_rows(job: Job) -> float:
     """Rows that a reference scores before the first step, in forward passes of the objective (which are two passes
     where a model computes the reference at every step). Held-out pairs always, all where nothing else computes them."""
+    if isinstance(job.objective, KTOLoss):  # each row with its own answer and with a mismatched one
+        return 2.0 * (job.facts["held_out_rows"] + job.facts["train_rows"])
     if not isinstance(job.objective, PreferenceLoss):
         return 0.0
     if job.objective.reference is not None:

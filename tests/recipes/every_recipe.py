@@ -50,6 +50,7 @@ TEXTS: dict[str, str] = {
     "classify": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labels.jsonl}\n" + BATCH,
     "reward": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/pairs.jsonl}\n" + BATCH,
     "dpo": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/pairs.jsonl}\n" + BATCH,
+    "kto": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labelled.jsonl}\n" + BATCH,
     "grpo": f"task: {TASK}\nmodel: {{load: FOLDER/policy}}\nkl_coef: 0.05\nnum_iterations: 2\neval_problems: 8\n"
     + "rewards: [{name: random}]\ntechniques: [{name: lora, rank: 2}]\n" + ROLLOUTS,
     "iterative": f"task: {EASY}\nmodel: {FRESH}\nwarmup: {{max_steps: 25, batch_size: 16, learning_rate: 1e-2}}\n"
@@ -79,6 +80,10 @@ def prepare(folder: Path) -> None:
         {"prompt": f"say {w}", "chosen": w, "rejected": v, "completion": w} for w in WORDS for v in WORDS if v != w
     ]
     written(folder / "pairs.jsonl", pairs)
+    labelled = [
+        {"prompt": one["prompt"], "completion": one["rejected"], "label": n % 3 > 0} for n, one in enumerate(pairs)
+    ]
+    written(folder / "labelled.jsonl", labelled)
     written(folder / "labels.jsonl", [{"text": f"say {w} {v}", "label": str(w > v)} for w in WORDS for v in WORDS])
     written(folder / "few.jsonl", [{"text": f"say {w} user dog"} for w in WORDS])
     written(folder / "text.jsonl", [{"text": f"say {w} user {v}\n" * 9} for w in WORDS for v in WORDS])

@@ -104,7 +104,7 @@ def test_fine_tunings_flops_are_three_passes_over_its_rows_padding_included(pair
     assert "the reference" not in text
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "classify"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "kto", "classify"])
 def test_every_recipe_that_fine_tunes_is_planned_and_timed(pairs: list[str], recipe: str):
     found = planned(recipe, *pairs, measure=True)
     assert found.measured

@@ -1,0 +1,197 @@
+"""`quest train kto`: single answers labelled as desirable or not -> a model that gives desirable ones more probability
+than it had, without pairs and without a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from llm_quest.contracts import LogFn
+from llm_quest.data.builtin_qa import builtin_preferences, load_records
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversations import split_by_prompt
+from llm_quest.data.documents import DropReport
+from llm_quest.data.loader import ShardedLoader, length_grouped_indices
+from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
+from llm_quest.data.preferences import TokenizedPreference, tokenize_preferences
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.unpaired import UnpairedBatch, add_mismatched_answers, own_rows, read_unpaired, repeat_answers
+from llm_quest.objectives.kto import (
+    UNPAIRED_LOSSES,
+    KTOLoss,
+    UnpairedLoss,
+    balance_note,
+    mismatched_gains,
+    reference_point,
+)
+from llm_quest.recipes.config import Choice
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
+from llm_quest.recipes.finetuning import (
+    ConversationDataConfig,
+    PairBatchedConfig,
+    PreferenceData,
+    StartModelConfig,
+    apply_config_techniques,
+    begin_finetuning,
+    data_facts,
+    pairs_loader,
+    read_chat_template,
+    set_generation_eos,
+)
+from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.reference_model import reference_log_probs
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state import derive_seed
+from llm_quest.train.step import autocast
+
+PolicyContext = Callable[[], AbstractContextManager[Any]]
+EVAL_BATCH_SIZE = 16
+
+
+class KtoConfig(PairBatchedConfig):
+    """A model that answers and labelled answers in, a model that prefers the desirable ones out."""
+
+    recipe: Literal["kto"]
+    model: StartModelConfig
+    data: ConversationDataConfig = ConversationDataConfig()
+    loss_type: Annotated[str, Choice(UNPAIRED_LOSSES)] = "kto"
+    beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
+    desirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of desirable answers")
+    undesirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of undesirable answers")
+    eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
+
+    def build_loss(self) -> UnpairedLoss:
+        loss: UnpairedLoss = UNPAIRED_LOSSES[self.loss_type](self.beta)
+        return loss
+
+
+class KTOLoader:
+    """A `contracts.Loader` of labelled rows that carry the reference point z of their step: the policy reads the
+    mismatched answers of all processes' rows before it learns from their own.
+
+    policy_context: inside it the policy is whole and in the precision of the step. needs_kl: False where z is not read;
+    it is 0 then."""
+
+    def __init__(
+        self,
+        feed: ShardedLoader[PreferenceDataset],
+        model: nn.Module,
+        parallel: DistributedContext,
+        *,
+        policy_context: PolicyContext,
+        needs_kl: bool,
+    ):
+        self.feed, self.model, self.parallel = feed, model, parallel
+        self.policy_context, self.needs_kl = policy_context, needs_kl
+
+    def batches(self, step: int) -> list[UnpairedBatch]:
+        batches = self.feed.batches(step)
+        known = all(batch.reference_log_probs is not None for batch in batches)
+        z = self.estimate_kl(batches) if self.needs_kl and known else torch.zeros(())
+        return [own_rows(batch, z) for batch in batches]
+
+    def estimate_kl(self, batches: Sequence[PreferenceBatch]) -> Tensor:
+        with self.policy_context():
+            mine = mismatched_gains(self.model, batches)
+        return reference_point(self.parallel.all_gather(mine))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.feed.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.feed.load_state_dict(state)
+
+
+class UnpairedEvaluator:
+    """The loss on held-out rows, its metrics, and margin: what the rewards of desirable and undesirable answers differ
+    by. Held-out rows have a reference point of their own."""
+
+    name = "eval"
+
+    def __init__(self, rows: Sequence[TokenizedPreference], every: int, make_objective: Callable[[Any], KTOLoss]):
+        self.rows, self.interval, self.make_objective = PreferenceDataset(rows), every, make_objective
+
+    @torch.no_grad()
+    def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
+        objective, device = self.make_objective(model), next(model.parameters()).device
+        batches = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
+        z = reference_point([mismatched_gains(model, batches)]) if objective.loss.needs_kl else torch.zeros(())
+        losses = [objective(own_rows(batch, z).to(device)) for batch in batches]
+        found = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
+        for name in losses[0].metrics:
+            sums = [(float(one.metrics[name][0]), float(one.metrics[name][1])) for one in losses]
+            total, count = map(sum, zip(*sums, strict=True))
+            if count:
+                found[name.removeprefix("rewards/")] = total / count
+        if "chosen" in found and "rejected" in found:
+            found["margin"] = found["chosen"] - found["rejected"]
+        return found
+
+
+def build_kto(config: KtoConfig, context: Context) -> Job:
+    """Model, labelled rows, reference, KTO loss."""
+    parallel, log, out = context.parallel, context.log, context.run_dir
+    config, model, tokenizer = begin_finetuning(config, context)
+    loss = config.build_loss()
+    rows = prepare_unpaired(config, tokenizer, loss, log)
+    set_generation_eos(model, tokenizer, (one.answers[0][-1] for one in rows.train))
+    callbacks = apply_config_techniques(config, model, log)
+    make_objective = partial(
+        KTOLoss, loss=loss, desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight
+    )
+    objective, feed = make_objective(model), pairs_loader(config, rows, parallel)
+    loader = KTOLoader(
+        feed, model, parallel, needs_kl=loss.needs_kl,
+        policy_context=partial(policy_context, config, parallel, objective),
+    )  # fmt: skip
+    evaluator = UnpairedEvaluator(rows.held_out, config.eval_steps, make_objective)
+
+    def compute_reference() -> Callable[[Path], None]:
+        every = [*rows.train, *rows.held_out]
+        found = reference_log_probs(model, every, out, parallel, config.precision, log)
+        feed.source.reference_log_probs = found.log_probs[: len(rows.train)]
+        evaluator.rows.reference_log_probs = found.log_probs[len(rows.train) :]
+        return found.save
+
+    facts = data_facts(config.data, rows.chat, rows.drop_report, len(rows.train), len(rows.held_out), log)
+    return Job(
+        config, objective, loader, [evaluator], {"tokenizer": tokenizer.hash, "data": feed.source.hash}, facts,
+        tokenizer, callbacks=callbacks, prepare=compute_reference,
+    )  # fmt: skip
+
+
+def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss, log: LogFn) -> PreferenceData:
+    """From a source to labelled rows with mismatched answers, and held-out ones."""
+    data, drop_report = config.data, DropReport()
+    chat = ChatTemplate(tokenizer, read_chat_template(data))
+    found = read_unpaired(load_records(data.source, builtin_preferences)[: data.max_samples], drop_report)
+    parts = list[list[TokenizedPreference]]()
+    for part in split_by_prompt(found, data.held_out):
+        rows = tokenize_preferences(chat, part, config.sequence_length, drop_report)
+        seed, before = derive_seed(config.seed, f"mismatched {len(parts)}"), [one for rows in parts for one in rows]
+        parts.append(
+            add_mismatched_answers(rows, config.sequence_length, seed, more=before)
+            if loss.needs_kl
+            else repeat_answers(rows)
+        )
+    desirable = sum(one.margin > 0 for one in parts[0])
+    counts = desirable, len(parts[0]) - desirable
+    drop_report.note(balance_note(*counts, config.desirable_weight, config.undesirable_weight))
+    return PreferenceData(chat, parts[0], parts[1], drop_report)
+
+
+@contextmanager
+def policy_context(config: KtoConfig, parallel: DistributedContext, objective: nn.Module) -> Iterator[None]:
+    """The policy whole, in the precision of the step."""
+    with parallel.gather_model(objective), autocast(config.precision, parallel.device):
+        yield
+
+
+RECIPE = Recipe("kto", KtoConfig, build_kto)
