@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field
 from llm_quest.data.corpus import builtin_parts
 from llm_quest.machine.probe import DTYPES
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
-from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
+from llm_quest.techniques import ACT_IN_TRAINING_MODE, TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
 from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
 
@@ -253,6 +253,21 @@ class RunConfig(StrictModel):
     def all_techniques(self) -> tuple[TechniqueEntry, ...]:
         """The techniques in the order in which they are applied; `gradient_checkpointing` is one and the last."""
         return (*self.techniques, {"name": "checkpointing"}) if self.gradient_checkpointing else self.techniques
+
+    @property
+    def scores_without_dropout(self) -> bool:
+        """Whether the objective's passes are in evaluation mode."""
+        return False
+
+    @model_validator(mode="after")
+    def check_training_mode(self) -> RunConfig:
+        named = [one["name"] for one in self.all_techniques if one["name"] in ACT_IN_TRAINING_MODE]
+        if self.scores_without_dropout and named:
+            raise ValueError(
+                f"techniques: {named[0]} has no effect on this recipe, whose passes are without dropout and noise, in "
+                "evaluation mode; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_best_metric(self) -> RunConfig:

@@ -131,6 +131,10 @@ class PolicyConfig(RunConfig):
         return self
 
     @property
+    def scores_without_dropout(self) -> bool:
+        return True
+
+    @property
     def rows_per_step(self) -> int:
         return self.prompts_per_rollout
 

@@ -16,6 +16,7 @@ from llm_quest.techniques.dynamic_tanh import DyT
 from llm_quest.techniques.hyper_connections import HyperConnections
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
+from llm_quest.techniques.neftune import NEFTune
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.quantize import Quantize
 from llm_quest.techniques.score_head import ScoreHead
@@ -39,4 +40,7 @@ TRAINING_TECHNIQUES: dict[str, type] = {
     "checkpointing": ActivationCheckpointing,
     "qk_clip": QKClip,
     "taps": AttentionTaps,
+    "neftune": NEFTune,
 }
+ACT_IN_TRAINING_MODE = ("qk_clip", "neftune")
+"""Techniques that do nothing in evaluation mode, in which objectives that score a policy put the model."""

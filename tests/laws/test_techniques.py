@@ -28,6 +28,7 @@ from llm_quest.techniques.hyper_connections import HyperConnections
 from llm_quest.techniques.lora import DoRA, LoRA, LoRAXS, RsLoRA, TinyLoRA
 from llm_quest.techniques.model_spec import techniques_from_json, techniques_to_json
 from llm_quest.techniques.multi_token_prediction import MultiTokenPrediction
+from llm_quest.techniques.neftune import NEFTune
 from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.quantize import Quantize
 from llm_quest.techniques.score_head import ScoreHead
@@ -50,6 +51,7 @@ EXAMPLES: dict[str, Any] = {
     "checkpointing": ActivationCheckpointing(),
     "qk_clip": QKClip(),
     "taps": AttentionTaps(),
+    "neftune": NEFTune(),
 }
 STRETCHED = "defined on the frequencies it was first trained with"
 NORMED = "its queries are normalised after projection"
