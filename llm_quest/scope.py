@@ -112,6 +112,9 @@ class Scope:
         self.is_unpadded = unpadded and segment_ids is None
         self.layer_idx: int | None = None
         self.input_ids: Tensor | None = None
+        self.visible_until: Tensor | None = None
+        self.rows: Sequence[int] = range(position_ids.shape[0])
+        self.num_prompts = position_ids.shape[0]
         self._cached_values: dict[Hashable, Any] = {}
 
     @classmethod
@@ -150,6 +153,19 @@ class Scope:
         scope.input_ids = input_ids
         return scope
 
+    def with_rows(self, rows: Sequence[int], num_prompts: int) -> Scope:
+        """The same pass, which reads these of so many prompts (generation reads prompts of like length together)."""
+        scope = self.copy()
+        scope.rows, scope.num_prompts = rows, num_prompts
+        return scope
+
+    def with_visible_until(self, visible_until: Tensor) -> Scope:
+        """The same pass in which the token at position p sees keys up to visible_until (B,T) >= p instead of up to p:
+        the tokens of one image see each other. A window still counts from the token itself."""
+        scope = self.copy()
+        scope.visible_until, scope._cached_values = visible_until, {}
+        return scope
+
     def copy(self) -> Scope:
         """A shallow copy: the values computed once per pass are shared."""
         scope = object.__new__(Scope)
@@ -169,12 +185,12 @@ class Scope:
 
     def attention_mask(self, window: int | None = None) -> MaskSpec:
         """Which tokens of this pass each of its tokens sees: (B,T,T) bool, or how that is known."""
-        length = self.position_ids.shape[1]
-        if self.is_unpadded and (window is None or window >= length):
+        length, is_causal = self.position_ids.shape[1], not self.bidirectional and self.visible_until is None
+        if self.is_unpadded and (is_causal or self.bidirectional) and (window is None or window >= length):
             return CausalMask.FULL if self.bidirectional or length == 1 else CausalMask.CAUSAL
-        if self.is_unpadded and window is not None and not self.bidirectional:
+        if self.is_unpadded and window is not None and is_causal:
             return SlidingWindow(window)
-        blocks = None if self.bidirectional else self.cached("blocks", self.find_blocks)
+        blocks = self.cached("blocks", self.find_blocks) if is_causal else None
         if blocks is not None:
             return replace(blocks, window=window)
         return self.cached(("visible", window), lambda: self.build_mask(self.position_ids, self.segment_ids, window))
@@ -198,7 +214,7 @@ class Scope:
         q, k = self.position_ids[:, :, None], key_position_ids[:, None, :]
         allowed = (q < 0) == (k < 0)
         if not self.bidirectional:
-            allowed = allowed & (k <= q)
+            allowed = allowed & (k <= (q if self.visible_until is None else self.visible_until[:, :, None]))
         if window is not None:
             allowed = allowed & (q - k < window)
         if self.segment_ids is not None and key_segment_ids is not None:

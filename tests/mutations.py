@@ -32,6 +32,7 @@ DELTA, MOE, LATENT = (
 )
 KEPT = "tests/laws/test_cache.py -k 3.5"
 WIDE = "tests/models/test_float64_parity.py -k qwen3_next"
+VISION64 = "tests/models/test_vision_float64.py"
 VIT, LLAVA = "tests/models/test_vit.py", "tests/models/test_llava.py"
 HELD_OUT = "tests/recipes/test_auxiliary_losses.py -k held_out"
 SUMMED = "tests/layers/test_attention.py"
@@ -181,8 +182,8 @@ MUTATIONS = (
     Mutation("ViT: causal", "models/image_encoder.py", "Scope.unpadded(x, bidirectional=True)", "Scope.unpadded(x)", VIT),
     Mutation("ViT: positions of another size cut off", "layers/vision.py", 'mode="bicubic", align_corners=False', 'mode="bicubic", align_corners=True', VIT + " tests/layers/test_vision.py"),
     Mutation("CLIP: plain GELU", "models/clip.py", "config.intermediate_size, quick_gelu, bias=True", "config.intermediate_size, __import__('torch').nn.functional.gelu, bias=True", VIT + " " + LLAVA),
-    Mutation("LLaVA: the last layer instead of the one before", "models/multimodal.py", "self.tower.intermediate_hidden_states(images, self.config.num_vision_blocks)", "self.tower.intermediate_hidden_states(images)", LLAVA),
-    Mutation("LLaVA: class token shown, the last patch not", "models/multimodal.py", "features if self.config.keep_cls_token else features[:, 1:]", "features if self.config.keep_cls_token else features[:, :-1]", LLAVA),
+    Mutation("LLaVA: the last layer instead of the one before", "models/multimodal.py", "tower.intermediate_hidden_states(images, self.num_blocks)", "tower.intermediate_hidden_states(images)", LLAVA),
+    Mutation("LLaVA: class token shown, the last patch not", "models/multimodal.py", "features if self.keep_cls_token else features[:, 1:]", "features if self.keep_cls_token else features[:, :-1]", LLAVA),
     Mutation("LLaVA: tanh GELU in the adapter", "layers/vision.py", "F.gelu(self.up(x))", 'F.gelu(self.up(x), approximate="tanh")', LLAVA),
     # Windows, sinks, experts and images again, to the end of the list
     Mutation("band: a block begins one key too late", "layers/scaled_dot_product.py", "max(0, start - window + 1)", "max(0, start - window + 2)", SUMMED),
@@ -240,17 +241,25 @@ MUTATIONS = (
     Mutation("CLIP: squeezed, not cut from the middle", "data/images.py", "        if self.crop:\n            image = self.center_crop", "        if False:\n            image = self.center_crop", "tests/data/test_images.py"),
     Mutation("CLIP: no norm before the first block", "models/image_encoder.py", "x = self.enter(self.embed(images))", "x = self.embed(images)", VIT + " -k clip_tower"),
     Mutation("CLIP: eps 1e-12 where the config is silent", "models/clip.py", "layer_norm_eps: float = 1e-5", "layer_norm_eps: float = 1e-12", VIT + " -k silent"),
-    Mutation("LLaVA: patches after the final norm", "models/multimodal.py", "features = self.tower.intermediate_hidden_states(images, self.config.num_vision_blocks)", "features = self.tower.norm(self.tower.intermediate_hidden_states(images, self.config.num_vision_blocks))", LLAVA + " -k test_logits_equal_transformers"),
+    Mutation("LLaVA: patches after the final norm", "models/multimodal.py", "features = tower.intermediate_hidden_states(images, self.num_blocks)", "features = tower.norm(tower.intermediate_hidden_states(images, self.num_blocks))", LLAVA + " -k test_logits_equal_transformers"),
     Mutation("LLaVA: vision_feature_layer counted without the embedding", "models/llava.py", "layer if layer >= 0 else c.vision_config.num_hidden_layers + 1 + layer", "layer if layer >= 0 else c.vision_config.num_hidden_layers + layer", LLAVA + " -k transformers"),
-    Mutation("LLaVA: images in the other order", "models/multimodal.py", "vectors = image_features.reshape(-1, image_features.shape[-1])", "vectors = image_features.flip(0).reshape(-1, image_features.shape[-1])", LLAVA + " -k several_images"),
+    Mutation("LLaVA: images in the other order", "models/multimodal.py", "part.flatten(0, -2) for part", "part.flip(0).flatten(0, -2) for part", LLAVA + " -k several_images"),
     Mutation("LLaVA: a placeholder that is padding takes a vector", "models/multimodal.py", "(input_ids == self.config.image_token_id) & (scope.position_ids >= 0)", "input_ids == self.config.image_token_id", LLAVA + " -k padding"),
     Mutation("LLaVA: more placeholders than patches, silently", "models/multimodal.py", "not torch.compiler.is_compiling() and int(is_placeholder.sum()) != vectors.shape[0]", "False", LLAVA + " -k do_not_match"),
     Mutation("LLaVA: learned positions for the text alone", "layers/embedding.py", "self.dropout(x + self.position(position_ids.clamp(min=0)))", "self.dropout(x + self.position(position_ids.clamp(min=0)) if inputs_embeds is None else x)", LLAVA + " -k gpt2_adds"),
     Mutation("LLaVA: multimodal_projector_bias ignored", "models/llava.py", "multimodal_projector_bias: bool = True", "multimodal_projector_bias: bool = json_field(lambda c: True, default=True)", LLAVA + " -k variants"),
     Mutation("LLaVA: images are shown again with every token", "models/multimodal.py", "if input_ids.shape[1] == 1:", "if False:", LLAVA + " -k generation_reads"),
-    Mutation("LLaVA: a ragged batch takes the first rows' images", "models/multimodal.py", "image_batches = [images for images in self.images if len(images)]", "image_batches = [self.images[0] for images in self.images if len(images)]", LLAVA + " -k generation_reads"),
-    Mutation("LLaVA: what no logit reads is trained", "models/multimodal.py", "            unread.requires_grad_(False)", "            pass", LLAVA + " -k every_parameter"),
+    Mutation("LLaVA: a ragged batch takes the first rows' images", "models/multimodal.py", "for image in self.images[row]]", "for image in self.images[0]]", LLAVA + " -k generation_reads"),
+    Mutation("LLaVA: what no logit reads is trained", "models/multimodal.py", "            self.get_submodule(name).requires_grad_(False)", "            pass", LLAVA + " -k every_parameter"),
     Mutation("LLaVA: a frozen tower is thawed with the rest", "models/multimodal.py", "parameter.requires_grad_(name.startswith(parts) and self.affects_logits(name))", "parameter.requires_grad_(self.affects_logits(name))", LLAVA + " -k frozen_by_choice"),
+    Mutation("Gemma 3: an image is read causally", "models/gemma3.py", "image_scope=bidirectional_images", "image_scope=causal_images", VISION64 + " -k gemma3"),
+    Mutation("Gemma 3: an image's tokens see all that comes", "models/multimodal.py", "torch.where(is_placeholder, next_text - 1, places)", "torch.where(is_placeholder, length - 1, places)", VISION64 + " -k gemma3"),
+    Mutation("Gemma 3: no window for an image's tokens", "scope.py", "allowed & (q - k < window)", "allowed & ((q - k < window) | (self.visible_until[:, :, None] > q) if self.visible_until is not None else (q - k < window))", VISION64 + " -k gemma3"),
+    Mutation("Gemma 3: patches pooled column by column", "layers/vision.py", "self.pool(picture).flatten(2).mT", "self.pool(picture).mT.flatten(2).mT", VISION64 + " -k gemma3"),
+    Mutation("Gemma 3: the projector's norm without 1 +", "layers/vision.py", "self.norm = ZeroCenteredRMSNorm(dim, eps)", "self.norm = nn.RMSNorm(dim, eps)", VISION64 + " -k gemma3"),
+    Mutation("SigLIP: erf GELU", "models/siglip.py", "config.intermediate_size, gelu_tanh, bias=True", "config.intermediate_size, nn.functional.gelu, bias=True", VISION64 + " -k gemma3"),
+    Mutation("SigLIP: the features before the final norm", "models/multimodal.py", "return tower.hidden_states(images)", "return tower.intermediate_hidden_states(images)", VISION64 + " -k gemma3"),
+    Mutation("images: a group of prompts is shown the first prompts' images", "generation/decoding.py", "scope.with_rows(rows, num_prompts)", "scope.with_rows(range(len(rows)), num_prompts)", "tests/cli/test_gemma3_folder.py -k ragged"),
     Mutation("captions: questions are learned too", "data/image_text.py", "learned + [False] * len(question) + [True] * len(answer)", "learned + [True] * len(question) + [True] * len(answer)", "tests/data/test_image_text.py"),
     Mutation("captions: the answer's end is not learned", "data/image_text.py", "answer = [*answer, self.tokenizer.eos_token_id]", "answer = [*answer]", "tests/data/test_image_text.py"),
     Mutation("captions: one image's vectors for another's row", "data/image_text.py", "images = image_processor.normalize(np.stack([example.pixels for example in examples]))", "images = image_processor.normalize(np.stack([example.pixels for example in reversed(examples)]))", "tests/data/test_image_text.py"),

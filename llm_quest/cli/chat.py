@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -30,13 +31,16 @@ from llm_quest.recipes.auto import resolve_precision
 from llm_quest.train.parallel import resolve_device
 
 
-def load_text_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer of a command. dtype auto: bfloat16 on a GPU that has it, else float32."""
+def load_text_model(
+    name_or_path: str, device: str, dtype: str, log: LogFn, *, vision: bool = False
+) -> tuple[Decoder, Tokenizer]:
+    """The model and tokenizer of a command. dtype auto: bfloat16 on a GPU that has it, else float32. vision: with the
+    part that reads images, where there is one."""
     torch_device = resolve_device(device)
     kind = resolve_dtype(dtype, torch_device)
     if torch_device.type == "cpu":
         use_fast_products(kind, log)
-    model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind)
+    model, tokenizer = load_model_and_tokenizer(name_or_path, device=torch_device, dtype=kind, vision=vision)
     if torch_device.type == "cpu" and (kinds := quantized_kinds(model)):
         use_fast_weights(model, kinds, load_weight_rates(log), log)
     size = sum(p.numel() for p in model.parameters())
@@ -166,19 +170,44 @@ def run_chat(
     options = options.with_advice(model.generation_config, CHAT_DEFAULTS, log)
     history = make_conversation(tokenizer, system, template, log)
     log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
-    until = options.stopping_criteria(model, tokenizer)
+    commands = {"/reset": lambda rest: history.reset()}
+    converse(history, lambda: model, options, options.stopping_criteria(model, tokenizer), commands, log)
+
+
+class Conversation(Protocol):
+    """A conversation: messages and replies are added, and all of it is the next prompt."""
+
+    def add_user_message(self, line: str) -> None: ...
+
+    def add_reply(self, reply: str) -> None: ...
+
+    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
+        """The ids of the prompt, at most `room` tokens."""
+
+
+def converse(
+    history: Conversation,
+    decoder: Callable[[], Decoder],
+    options: GenerationOptions,
+    stopping_criteria: StoppingCriteria,
+    commands: Mapping[str, Callable[[str], None]],
+    log: LogFn,
+) -> None:
+    """Read lines from the user and answer each. decoder: what answers the next message. commands: first word of a line
+    -> what is done with the rest of it."""
     turn = 0
     while (line := read_user_line()) is not None:
-        if line == "/reset":
-            history.reset()
+        word, _, rest = line.partition(" ")
+        if word in commands:
+            commands[word](rest.strip())
         elif line:
             turn += 1
             history.add_user_message(line)
-            tokens = history.prompt_tokens(
-                model.config.max_position_embeddings - min(options.tokens, model.config.max_position_embeddings // 2),
-                log,
-            )
-            history.add_reply(stream_answer(model, tokens, replace(options, seed=options.seed + turn), until))
+            model = decoder()
+            context = model.config.max_position_embeddings
+            tokens = history.prompt_tokens(context - min(options.tokens, context // 2), log)
+            seeded = replace(options, seed=options.seed + turn)
+            history.add_reply(stream_answer(model, tokens, seeded, stopping_criteria))
 
 
 def read_user_line() -> str | None:

@@ -74,12 +74,19 @@ def multi_token_modules(modules: Iterable[nn.Module]) -> list[str]:
 
 def draw_vision_language(model: VisionLanguageModel) -> list[str]:
     """The image encoder, the projector and the decoder."""
-    depth, adapter = model.config.num_vision_blocks, type(model.adapter).__name__
-    seen = draw_encoder(model.tower, depth)
-    described = f"  ├── adapter  {adapter}"
+    blocks: Any = model.get_submodule("tower.blocks")
+    read = [layer for layer in range(len(blocks)) if f"tower.blocks.{layer}" not in model.unused]
+    seen = draw_encoder(model.tower, len(read))  # type: ignore[arg-type]
+    described = f"  ├── adapter  {type(model.adapter).__name__}"
     inside = [f"  │          {line}" for line in describe_projections(model.adapter)]
-    end = [f"  {model.config.image_seq_length} vectors, in place of as many placeholder tokens", ""]
+    end = [f"  {nominal_image_tokens(model.config)} vectors, in place of as many placeholder tokens", ""]
     return [*seen, described, *inside, "  │", *end, *draw_model(model.decoder)]
+
+
+def nominal_image_tokens(config: Any) -> int:
+    """The vectors of a square image of the size that the encoder was made for."""
+    side = config.vision_config.image_size
+    return int(config.num_image_tokens(side, side))
 
 
 def draw_encoder(model: ImageEncoder, depth: int) -> list[str]:

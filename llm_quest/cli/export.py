@@ -87,7 +87,7 @@ def export_run(
         raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:
         return export_adapter(run, folder, dtype, overwrite, merged)
-    model = load(run, dtype=dtype)
+    model = load(run, dtype=dtype, vision=True)
     if adapter_layers(model):
         raise UsageError(
             f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
@@ -137,7 +137,7 @@ def prepare_score_export(model: Any, tokenizer: Tokenizer) -> Tokenizer:
 
 def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
     """Export a model with an adapter. Weights are merged in float32, whatever dtype is written."""
-    model = load(run, dtype="float32")
+    model = load(run, dtype="float32", vision=True)
     require_adapters(model)
     kind = parse_dtype(dtype)
     if merged:

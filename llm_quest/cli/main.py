@@ -33,7 +33,10 @@ OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the ne
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")
 ]
-ImageOption = Annotated[str | None, typer.Option(help="An image file, for a vision-language model (quest train vlm).")]
+ImageOption = Annotated[
+    list[str] | None,
+    typer.Option(help="An image file, for a model that reads images; several --image are shown in order."),
+]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="A file of prompts: one per line, or the key `prompt` of JSON lines.")
 ]
@@ -213,7 +216,7 @@ def generate(
     from llm_quest.cli import batch_generate, speculative_generate, vision
     from llm_quest.cli.chat import generate_text
 
-    single = {"--prompt": prompt, "--draft": draft, "--image": image}
+    single = {"--prompt": prompt, "--draft": draft, "--image": image[0] if image else None}
     batch_generate.check_prompt_options(prompts, single, {"--out": out}, {"--batch": batch})
     options = GenerationOptions(
         tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed, compile,
@@ -227,8 +230,8 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else str(prompt)
     if draft:
         speculative_generate.generate_speculative(model, draft, text, options, as_json=json, **machine)
-    elif image is not None:
-        vision.describe_image(model, image, text, options, as_json=json, **machine)
+    elif image:
+        vision.describe_images(model, image, text, options, as_json=json, **machine)
     else:
         generate_text(model, text, options, as_json=json, **machine)
 
@@ -252,17 +255,19 @@ def chat(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Chat with a model in the terminal. /reset starts a new conversation, /quit or Ctrl-D leaves."""
+    """Chat with a model in the terminal. /reset starts a new conversation, /quit or Ctrl-D leaves; a model that reads
+    images is shown one by --image or by /image FILE."""
     set_environment(threads, offline)
     from llm_quest.cli.chat import run_chat
+    from llm_quest.cli.vision import chat_about_images, reads_images
 
-    options = GenerationOptions(tokens, temperature, top_k, top_p, min_p, repetition_penalty, (), image is None, seed)
-    if image is not None:
-        from llm_quest.cli.vision import chat_about_image
-
-        chat_about_image(model, image, options, system=system, device=device, dtype=dtype, log=status_printer(quiet))
-        return
-    run_chat(model, options, system=system, template=template, device=device, dtype=dtype, log=status_printer(quiet))
+    with_images = bool(image) or reads_images(model)
+    options = GenerationOptions(tokens, temperature, top_k, top_p, min_p, repetition_penalty, (), not with_images, seed)
+    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
+    if with_images:
+        chat_about_images(model, image or (), options, system=system, template=template, **machine)
+    else:
+        run_chat(model, options, system=system, template=template, **machine)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.diagram import describe_rotary, draw_model
+from llm_quest.cli.diagram import describe_rotary, draw_model, nominal_image_tokens
 from llm_quest.contracts import Preset
 from llm_quest.cost.flops import ModelCost, image_flops
 from llm_quest.errors import DataError, UsageError
@@ -175,7 +175,7 @@ def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
         }
     image: dict[str, int] = {}
     if isinstance(model, VisionLanguageModel):
-        image, config = image_cost_fields(config.image_seq_length, sum(image_flops(config))), config.text_config
+        image, config = image_cost_fields(nominal_image_tokens(config), sum(image_flops(config))), config.text_config
     context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
     try:
         cost = ModelCost.from_config(config)

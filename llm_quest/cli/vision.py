@@ -1,8 +1,10 @@
-"""`quest generate --image` and `quest chat --image`: a vision-language model answers prompts about an image."""
+"""`quest generate --image` and `quest chat` with images: a vision-language model answers prompts about images."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +12,32 @@ from torch import Tensor
 
 from llm_quest.cli.chat import (
     complete_prompts,
+    converse,
     load_text_model,
     print_text,
-    read_user_line,
     require_room_in_context,
-    stream_answer,
     stream_text,
 )
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import print_json
 from llm_quest.contracts import LogFn
-from llm_quest.data.image_chat import ImageChat
-from llm_quest.data.image_text import ImageTextCollator
+from llm_quest.data.image_chat import ImageChat, ImageTurn
 from llm_quest.data.images import ImageProcessor, load_image
-from llm_quest.errors import DataError, UsageError
-from llm_quest.generation.stopping import StoppingCriteria
-from llm_quest.hub.load_save import load_preprocess
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError, QuestError, UsageError
+from llm_quest.hub.load_save import find_preprocess, load_preprocess, read_model_config
+from llm_quest.models import VISION_FAMILIES
 from llm_quest.models.multimodal import VisionLanguageModel
+
+TEXT_WITH_IMAGES = [family for family in VISION_FAMILIES if family.pipeline_tag == "image-text-to-text"]
 
 
 def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:
     """The image processor of a model. DataError if its size or channels are not those of the model."""
     preprocess = load_preprocess(name_or_path)
-    declared, expected = (preprocess.size, len(preprocess.mean)), (config.image_size, config.num_channels)
     if preprocess.resize_size is not None and not preprocess.crop and preprocess.do_resize:
         return preprocess  # of the image's own aspect ratio: the model says which shapes it reads
+    declared, expected = (preprocess.size, len(preprocess.mean)), (config.image_size, config.num_channels)
     if declared != expected:
         raise DataError(
             f"{name_or_path}: preprocessor_config.json makes images of {declared[0]} pixels with {declared[1]} "
@@ -43,54 +46,60 @@ def load_matching_preprocess(name_or_path: str, config: Any) -> ImageProcessor:
     return preprocess
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImagePrompt:
-    """A vision-language model, an image, and the collator that builds prompts about it."""
+    """A vision-language model, the images that are in view, and what builds prompts about them."""
 
     model: VisionLanguageModel
-    image: Tensor
-    writer: ImageTextCollator
+    tokenizer: Tokenizer
+    preprocess: ImageProcessor
+    images: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def load(cls, name_or_path: str, image: str, device: str, dtype: str, log: LogFn) -> ImagePrompt:
-        pixels = load_image(Path(image))
-        model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    def load(cls, name_or_path: str, images: Sequence[str], device: str, dtype: str, log: LogFn) -> ImagePrompt:
+        opened = [load_image(Path(image)) for image in images]  # a mistake is reported before a model is loaded
+        model, tokenizer = load_text_model(name_or_path, device, dtype, log, vision=True)
         if not isinstance(model, VisionLanguageModel):
             raise UsageError(
                 f"{name_or_path} does not read images: leave --image out, or train a model with quest train vlm"
             )
-        numbers = model.config
-        seen = load_matching_preprocess(name_or_path, numbers.vision_config)(pixels)[None]
-        return cls(
-            model,
-            seen,
-            ImageTextCollator(
-                tokenizer, numbers.image_token_id, numbers.image_seq_length, numbers.max_position_embeddings
-            ),
-        )
+        preprocess = load_matching_preprocess(name_or_path, model.config.vision_config)
+        return cls(model, tokenizer, preprocess, [preprocess(image) for image in opened])
+
+    def add_image(self, file: str) -> None:
+        """Show one more image."""
+        self.images.append(self.preprocess(load_image(Path(file))))
+
+    @property
+    def image_lengths(self) -> list[int]:
+        """How many vectors the decoder reads of each image."""
+        return [self.model.config.num_image_tokens(*image.shape[1:]) for image in self.images]
 
     @property
     def chat(self) -> ImageChat:
-        """Encodes prompts that say where the image is, and conversations in the folder's chat template."""
-        return ImageChat(self.writer.tokenizer, self.writer.image_token_id, self.writer.num_image_tokens)
+        """Encodes prompts that say where the images are, and conversations in the folder's chat template."""
+        return ImageChat(self.tokenizer, self.model.config)
 
     def encode_prompt(self, prompt: str, options: GenerationOptions) -> list[int]:
-        """The ids of a prompt: a message in the chat template, a text with the placeholder where the image is, or a
-        text after the image, as quest train vlm lays rows out."""
+        """The ids of a prompt: a message in the chat template, a text with the marker where each image is, or a text
+        after the images, as quest train vlm lays rows out."""
         if options.chat:
-            system = [] if options.system is None else [("system", options.system)]
-            return self.chat.encode_turns([*system, ("user", prompt)])
-        return self.chat.encode_text(prompt) if self.chat.image_token in prompt else self.writer.encode_prompt(prompt)
+            system = [] if options.system is None else [ImageTurn("system", options.system)]
+            return self.chat.encode_turns([*system, ImageTurn("user", prompt, len(self.images))], self.image_lengths)
+        if self.chat.image_token in prompt:
+            return self.chat.encode_text(prompt, self.image_lengths)
+        rest = self.tokenizer.encode(prompt, add_special_tokens=False)
+        return self.chat.encode_images(self.image_lengths) + rest
 
     @property
     def decoder(self) -> Any:
-        """The decoder, with the image in place of its placeholder tokens."""
-        return self.model.with_images([self.image])
+        """The decoder, with the images in place of their placeholder tokens."""
+        return self.model.with_images([self.images])
 
 
-def describe_image(
+def describe_images(
     name_or_path: str,
-    image: str,
+    images: Sequence[str],
     prompt: str,
     options: GenerationOptions,
     *,
@@ -99,18 +108,16 @@ def describe_image(
     as_json: bool,
     log: LogFn,
 ) -> None:
-    """Print the continuation of a prompt about an image; with as_json, one JSON document at the end."""
+    """Print the continuation of a prompt about images; with as_json, one JSON document at the end."""
     require_image_options(options)
-    image_prompt = ImagePrompt.load(name_or_path, image, device, dtype, log)
+    image_prompt = ImagePrompt.load(name_or_path, images, device, dtype, log)
     options = options.with_advice(image_prompt.model.generation_config, GENERATE_DEFAULTS, log)
-    tokens, until = (
-        image_prompt.encode_prompt(prompt, options),
-        options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
-    )
+    tokens = image_prompt.encode_prompt(prompt, options)
+    until = options.stopping_criteria(image_prompt.decoder, image_prompt.tokenizer)
     require_room_in_context(tokens, image_prompt.decoder, False)
     if as_json:
         done = complete_prompts(image_prompt.decoder, [tokens], options, until)[0]
-        print_json({"image": image, "prompt": prompt, **asdict(done)})
+        print_json({"images": list(images), "prompt": prompt, **asdict(done)})
         return
     if not options.chat:
         print_text(prompt)
@@ -128,52 +135,104 @@ def require_image_options(options: GenerationOptions) -> None:
         raise UsageError("--beams does not work with --image: leave one of them out")
 
 
-def chat_about_image(
+def reads_images(name_or_path: str) -> bool:
+    """Whether a folder or a run has a language model that reads images and says how they are made."""
+    with suppress(QuestError):
+        published = read_model_config(name_or_path)
+        is_known = any(family.matches(published) for family in TEXT_WITH_IMAGES)
+        return is_known and find_preprocess(name_or_path) is not None
+    return False
+
+
+def chat_about_images(
     name_or_path: str,
-    image: str,
+    images: Sequence[str],
     options: GenerationOptions,
     *,
     system: str | None,
+    template: bool,
     device: str,
     dtype: str,
     log: LogFn,
 ) -> None:
-    """Answer questions about one image in one conversation: in the folder's chat template where that has images,
-    otherwise in the layout of the training rows."""
-    image_prompt = ImagePrompt.load(name_or_path, image, device, dtype, log)
-    options = options.with_advice(image_prompt.model.generation_config, CHAT_DEFAULTS, log)
-    tokenizer, until = (
-        image_prompt.writer.tokenizer,
-        options.stopping_criteria(image_prompt.decoder, image_prompt.writer.tokenizer),
-    )
-    if system is not None and not image_prompt.chat.has_template:
+    """Answer questions in one conversation, about images given at its beginning or by /image: in the folder's chat
+    template where that has images, otherwise in the layout of the rows of quest train vlm."""
+    shown = ImagePrompt.load(name_or_path, images, device, dtype, log)
+    options = options.with_advice(shown.model.generation_config, CHAT_DEFAULTS, log)
+    until = options.stopping_criteria(shown.decoder, shown.tokenizer)
+    has_template = template and shown.chat.has_template
+    if system is not None and not has_template:
         raise UsageError("--system has no effect without a chat template that has images; leave it out")
-    log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
-    if image_prompt.chat.has_template:
-        chat_in_template(image_prompt, options, until, system)
-        return
-    tokens = image_prompt.writer.row_prefix
-    while (line := read_user_line()) is not None:
-        if line == "/reset":
-            tokens = image_prompt.writer.row_prefix
-        elif line:
-            tokens = tokens + tokenizer.encode(line, add_special_tokens=False)
-            require_room_in_context(tokens, image_prompt.decoder, False)
-            answer = stream_answer(image_prompt.decoder, tokens, options, until)
-            tokens = [*tokens, *tokenizer.encode_continuation(answer), tokenizer.eos_token_id]
+    history = TemplatedImageConversation(shown, system) if has_template else PlainImageConversation(shown)
+    log("/image FILE shows an image, /reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
+    commands = {"/reset": lambda rest: history.reset(), "/image": lambda file: show_image(history, file, log)}
+    converse(history, lambda: shown.decoder, options, until, commands, log)
 
 
-def chat_in_template(
-    image_prompt: ImagePrompt, options: GenerationOptions, until: StoppingCriteria, system: str | None
-) -> None:
-    """The conversation in the folder's chat template; it is encoded whole for every answer."""
-    begin = [] if system is None else [("system", system)]
-    turns = list(begin)
-    while (line := read_user_line()) is not None:
-        if line == "/reset":
-            turns = list(begin)
-        elif line:
-            turns.append(("user", line))
-            tokens = image_prompt.chat.encode_turns(turns)
-            require_room_in_context(tokens, image_prompt.decoder, False)
-            turns.append(("assistant", stream_answer(image_prompt.decoder, tokens, options, until)))
+def show_image(history: TemplatedImageConversation | PlainImageConversation, file: str, log: LogFn) -> None:
+    """Show one more image in the conversation; what is wrong with the file is said, and the conversation goes on."""
+    try:
+        history.add_image(file)
+    except DataError as error:
+        log(str(error))
+
+
+class TemplatedImageConversation:
+    """A conversation in the folder's chat template, encoded whole for every answer. An image belongs to the next
+    message; those of the command line to the first."""
+
+    def __init__(self, shown: ImagePrompt, system: str | None):
+        self.shown, self.system, self.first_images = shown, system, list(shown.images)
+        self.reset()
+
+    def reset(self) -> None:
+        self.shown.images, self.num_new_images = list(self.first_images), len(self.first_images)
+        self.turns = [] if self.system is None else [ImageTurn("system", self.system)]
+
+    def add_image(self, file: str) -> None:
+        self.shown.add_image(file)
+        self.num_new_images += 1
+
+    def add_user_message(self, line: str) -> None:
+        self.turns.append(ImageTurn("user", line, self.num_new_images))
+        self.num_new_images = 0
+
+    def add_reply(self, reply: str) -> None:
+        self.turns.append(ImageTurn("assistant", reply))
+
+    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
+        tokens = self.shown.chat.encode_turns(self.turns, self.shown.image_lengths)
+        return require_room(tokens, room)
+
+
+class PlainImageConversation:
+    """A conversation in the layout of the rows of quest train vlm: images, then questions and answers."""
+
+    def __init__(self, shown: ImagePrompt):
+        self.shown, self.first_images = shown, list(shown.images)
+        self.reset()
+
+    def reset(self) -> None:
+        self.shown.images = list(self.first_images)
+        self.tokens = self.shown.chat.encode_images(self.shown.image_lengths)
+
+    def add_image(self, file: str) -> None:
+        self.shown.add_image(file)
+        self.tokens += self.shown.chat.encode_images(self.shown.image_lengths[-1:])[1:]
+
+    def add_user_message(self, line: str) -> None:
+        self.tokens += self.shown.tokenizer.encode(line, add_special_tokens=False)
+
+    def add_reply(self, reply: str) -> None:
+        tokenizer = self.shown.tokenizer
+        self.tokens += [*tokenizer.encode_continuation(reply), tokenizer.eos_token_id]
+
+    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
+        return require_room(list(self.tokens), room)
+
+
+def require_room(tokens: list[int], room: int) -> list[int]:
+    """The prompt. UsageError for one that is too long."""
+    if len(tokens) > room:
+        raise UsageError(f"this conversation has {len(tokens)} tokens and there is room for {room}; /reset ends it")
+    return tokens

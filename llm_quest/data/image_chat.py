@@ -1,10 +1,12 @@
-"""Prompts with an image, as transformers' LlavaProcessor writes them: the placeholder in the text, or in the chat
-template's, is repeated once for every vector that the decoder is given in its place.
+"""Prompts with images, as transformers' processors write them: the marker in the text, or in the chat template's,
+stands for everything that an image has there, with one placeholder for every vector that the decoder is given.
 
-      USER: <image> What is it? ASSISTANT:   ->   <s> USER : <image> <image> ... What is it ? ASSISTANT :
+      LLaVA     USER: <image> What is it?    ->   <s> USER : <image> <image> ... What is it ?
+      Gemma 3   <start_of_image> and then    ->   \\n\\n <start_of_image> <image_soft_token> ... <end_of_image> \\n\\n
+      Qwen3.5   <|vision_start|><|image_pad|><|vision_end|>   ->   the middle one, as often as the image has vectors
 
 The text is encoded whole, so that it has the ids that transformers gives it; what somebody typed is never a control
-token, the placeholder aside.
+token, the marker of a plain prompt aside.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from llm_quest.data.control_tokens import ControlTokenEncoder
 from llm_quest.data.template_sandbox import render_prompt
@@ -20,45 +22,65 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 
 
+class ImagePromptConfig(Protocol):
+    """What the Config of a model that reads images says of prompts. marker_token_id: what stands for an image."""
+
+    @property
+    def marker_token_id(self) -> int: ...
+
+    def expand_image(self, num_tokens: int) -> Sequence[int | str]:
+        """What the marker of an image of so many vectors is replaced by: token ids and text."""
+
+
+@dataclass(frozen=True)
+class ImageTurn:
+    """A message of a conversation, behind so many new images."""
+
+    role: str
+    text: str
+    num_images: int = 0
+
+
 @dataclass(frozen=True)
 class ImageChat:
-    """Encodes prompts about one image. image_token_id: the placeholder, repeated `num_image_tokens` times."""
+    """Encodes prompts about images. Every method takes how many vectors each image of the prompt has, in order."""
 
     tokenizer: Tokenizer
-    image_token_id: int
-    num_image_tokens: int
+    config: ImagePromptConfig
 
     @cached_property
     def image_token(self) -> str:
-        """The placeholder as text. DataError where the tokenizer has no such id."""
-        name = self.tokenizer.backend_tokenizer.id_to_token(self.image_token_id)
-        if name is None:
-            raise DataError(f"the tokenizer has no token {self.image_token_id}, which config.json has for images")
-        return name
+        """The marker as text."""
+        return self.token_name(self.config.marker_token_id)
 
     @property
     def has_template(self) -> bool:
         """Whether the folder's chat template writes images."""
         return "image" in (self.tokenizer.chat_template or "")
 
-    def encode_text(self, prompt: str) -> list[int]:
-        """A prompt that has the placeholder where the image is."""
-        begin = self.tokenizer.encode("")
-        return [*begin, *self.encode_expanded(self.image_token.join(map(self.escape, prompt.split(self.image_token))))]
+    def encode_text(self, prompt: str, image_lengths: Sequence[int]) -> list[int]:
+        """A prompt that has the marker where each image is."""
+        escaped = self.image_token.join(map(self.escape, prompt.split(self.image_token)))
+        return [*self.tokenizer.encode(""), *self.encode_expanded(escaped, image_lengths)]
 
-    def encode_turns(self, turns: Sequence[tuple[str, str]]) -> list[int]:
-        """A conversation of (role, text) in the folder's chat template; its first user's message shows the image."""
+    def encode_images(self, image_lengths: Sequence[int]) -> list[int]:
+        """The beginning of a text: its start token and the images."""
+        text = self.image_token * len(image_lengths)
+        return [self.tokenizer.start_token_id, *(self.encode_expanded(text, image_lengths) if text else ())]
+
+    def encode_turns(self, turns: Sequence[ImageTurn], image_lengths: Sequence[int]) -> list[int]:
+        """A conversation in the folder's chat template."""
         if not self.has_template:
             raise UsageError(
                 f"this folder has no chat template with images; write the prompt whole, with {self.image_token} in it"
             )
-        first = next(i for i, (role, _) in enumerate(turns) if role == "user")
         messages: list[Any] = []
-        for i, (role, text) in enumerate(turns):
-            content = [{"type": "text", "text": self.escape(text)}]
-            messages.append({"role": role, "content": [{"type": "image"}, *content] if i == first else content})
+        for turn in turns:
+            text = [{"type": "text", "text": self.escape(turn.text)}]
+            messages.append({"role": turn.role, "content": [{"type": "image"}] * turn.num_images + text})
         names = {key: name[0] if isinstance(name, list) else name for key, name in self.special_names.items()}
-        return self.encode_expanded(render_prompt(str(self.tokenizer.chat_template), messages, special_tokens=names))
+        rendered = render_prompt(str(self.tokenizer.chat_template), messages, special_tokens=names)
+        return self.encode_expanded(rendered, image_lengths)
 
     @property
     def special_names(self) -> dict[str, Any]:
@@ -72,8 +94,25 @@ class ImageChat:
         """Text in which nothing spells a control token."""
         return self.control_encoder.escape(text)
 
-    def encode_expanded(self, text: str) -> list[int]:
-        """The ids of a text with one placeholder, repeated. UsageError for another number of them."""
-        if (count := text.count(self.image_token)) != 1:
-            raise UsageError(f"the prompt has {count} times {self.image_token}, and there is one image: write it once")
-        return self.control_encoder.encode(text.replace(self.image_token, self.image_token * self.num_image_tokens))
+    def encode_expanded(self, text: str, image_lengths: Sequence[int]) -> list[int]:
+        """The ids of a text with every marker replaced. UsageError for another number of markers than of images."""
+        first, *others = text.split(self.image_token)
+        if len(others) != len(image_lengths):
+            images = "there is one image" if len(image_lengths) == 1 else f"there are {len(image_lengths)} images"
+            raise UsageError(
+                f"the prompt has {len(others)} times {self.image_token}, and {images}: write it once for each image"
+            )
+        parts = (self.expand(length) + part for length, part in zip(image_lengths, others, strict=True))
+        return self.control_encoder.encode(first + "".join(parts))
+
+    def expand(self, num_tokens: int) -> str:
+        """What the marker of an image of so many vectors stands for."""
+        pieces = self.config.expand_image(num_tokens)
+        return "".join(piece if isinstance(piece, str) else self.token_name(piece) for piece in pieces)
+
+    def token_name(self, token_id: int) -> str:
+        """A token of images as text. DataError where the tokenizer has no such id."""
+        name = self.tokenizer.backend_tokenizer.id_to_token(token_id)
+        if name is None:
+            raise DataError(f"the tokenizer has no token {token_id}, which config.json has for images")
+        return name

@@ -165,7 +165,7 @@ def prefill(
     caches, logits, order = [], [], []
     for rows in group_by_length([len(window) for window in windows]):
         caches.append(model.new_cache(len(rows), capacity))
-        logits.append(prefill_group(model, [windows[row] for row in rows], caches[-1], device))
+        logits.append(prefill_group(model, windows, rows, caches[-1], device))
         order += rows
     places = sorted(range(len(order)), key=order.__getitem__)
     if len(caches) > 1:
@@ -174,16 +174,17 @@ def prefill(
 
 
 def prefill_group(
-    model: Decoder, windows: Sequence[Sequence[int]], cache: Cache, device: torch.device
+    model: Decoder, windows: Sequence[Sequence[int]], rows: Sequence[int], cache: Cache, device: torch.device
 ) -> Float[Tensor, "B V"]:
-    """Read these windows in one pass; the logits after each one's last token."""
+    """Read these rows of the windows in one pass; the logits after each one's last token."""
+    num_prompts, windows = len(windows), [windows[row] for row in rows]
     tokens, positions = pad_left(windows)
     tokens = tokens.to(device)
     if len({len(window) for window in windows}) == 1:
         scope = Scope.unpadded(tokens, cache=cache)
     else:
         scope = Scope(positions.to(device), cache=cache, max_seq_len=tokens.shape[1])
-    return model.head(model.hidden_states(tokens, scope)[:, -1])
+    return model.head(model.hidden_states(tokens, scope.with_rows(rows, num_prompts))[:, -1])
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:

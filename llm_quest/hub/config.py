@@ -15,7 +15,7 @@ from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 from llm_quest.hub.known_fields import FieldTracker, refuse_unknown_fields
 from llm_quest.hub.safetensors_io import parse_json, refuse_lfs_pointer, regular_file_size
-from llm_quest.models import FAMILIES, VISION_FAMILIES
+from llm_quest.models import FAMILIES, PART_FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES
 from llm_quest.models.config_fields import MAX_PLAUSIBLE_INT
 from llm_quest.models.decoder import Decoder, GenerationConfig
@@ -87,7 +87,7 @@ def list_unknown_fields(family: Family, hf_config: Mapping[str, Any], config: An
     """What is said of fields that nobody knows, of the model's and of its parts'."""
     found = refuse_unknown_fields(family, hf_config, config)
     for part in sub_configs(hf_config) if family in VISION_FAMILIES else []:
-        inner = next((one for one in (*FAMILIES, *VISION_FAMILIES) if one.matches(part)), None)
+        inner = next((one for one in PART_FAMILIES if one.matches(part)), None)
         found += refuse_unknown_fields(inner, part) if inner is not None else []
     return found
 

@@ -80,7 +80,7 @@ class Inspection:
 def inspect_folder(name_or_path: str | Path) -> Inspection:
     """Read the headers and the JSON, not the weights. Raises only where there is no folder to look at."""
     location = locate_model(name_or_path)
-    report = validate_folder(location)
+    report = validate_folder(location, vision=True)
     files = {
         str(p.relative_to(location.folder)): p.stat().st_size for p in sorted(location.folder.rglob("*")) if p.is_file()
     }

@@ -59,6 +59,7 @@ def load(
     revision: str | None = None,
     allow_pickle: bool | None = None,
     aligned: bool = False,
+    vision: bool = False,
 ) -> Decoder:
     """A Decoder in eval mode, with `model.generation_config` as published.
 
@@ -67,6 +68,7 @@ def load(
     stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like,
     but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
     until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
+    vision: of a model of several parts (Gemma 3, Qwen3.5) the whole, which reads images; otherwise its text part.
     allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
     `quest --allow-pickle` says. What is odd but harmless, such as a part that was left out, is logged as a note.
     Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
@@ -75,10 +77,11 @@ def load(
     allow_pickle = os.environ.get(ALLOW_PICKLE) == "1" if allow_pickle is None else allow_pickle
     if (base := adapter_base(name_or_path)) is not None:
         return load_adapter(
-            load(base, device=device, dtype=requested_dtype, allow_pickle=allow_pickle, aligned=aligned), name_or_path
+            load(base, device=device, dtype=requested_dtype, allow_pickle=allow_pickle, aligned=aligned, vision=vision),
+            name_or_path,
         ).eval()
     location = locate_model(name_or_path, revision=revision, allow_pickle=allow_pickle)
-    report = validate_folder(location, allow_pickle=allow_pickle)
+    report = validate_folder(location, allow_pickle=allow_pickle, vision=vision)
     if location.from_hub and not report.sources and not allow_pickle:
         raise offline_error(location.name, "model.safetensors", "")
     raise_problems(report.problems, location.name)
@@ -229,10 +232,15 @@ def split_shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str
 
 
 def load_model_and_tokenizer(
-    name_or_path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    vision: bool = False,
 ) -> tuple[Decoder, Tokenizer]:
-    """A model that writes text, with its tokenizer. UsageError for a model whose head gives scores instead."""
-    model, tokenizer = load(name_or_path, device=device, dtype=dtype), load_tokenizer(name_or_path)
+    """A model that writes text, with its tokenizer; vision: see `load`. UsageError for a model whose head gives scores
+    instead."""
+    model, tokenizer = load(name_or_path, device=device, dtype=dtype, vision=vision), load_tokenizer(name_or_path)
     if (head := find_score_head(model)) is not None:
         raise UsageError(
             f"{name_or_path} gives {head.outputs} numbers and no text: it is a reward model or a classifier"
@@ -296,6 +304,14 @@ def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
             except DataError as error:
                 raise DataError(f"{name_or_path}: {error}") from None
     return None
+
+
+def read_model_config(name_or_path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The contents of config.json of a published folder or hub id, or of a run's model.json, as they stand there."""
+    location = locate_model(name_or_path, revision=revision)
+    if location.run_dir is not None:
+        return dict(read_json(location.run_dir / "model.json").get("config") or {})
+    return read_json(location.folder / "config.json")
 
 
 def read_json_if_there(file: Path) -> dict[str, Any]:

@@ -71,13 +71,14 @@ class FolderReport:
     notes: list[str] = field(default_factory=list)
 
 
-def validate_folder(location: ModelLocation, *, allow_pickle: bool = False) -> FolderReport:
-    """Look at everything; problems are collected, never raised."""
+def validate_folder(location: ModelLocation, *, allow_pickle: bool = False, vision: bool = False) -> FolderReport:
+    """Look at everything; problems are collected, never raised. vision: a language model that reads images is the
+    whole, not its text part."""
     report = FolderReport(location)
     steps = (
         read_configs,
         lambda s: read_sources(s, allow_pickle),
-        build_report_model,
+        lambda s: build_report_model(s, vision),
         match_names,
         check_shapes,
         check_vocabulary_size,
@@ -202,13 +203,14 @@ def lone_weights_hint(folder: Path) -> str:
     return f", only {', '.join(others[:3])}: rename or convert it to model.safetensors" if others else ""
 
 
-def build_report_model(report: FolderReport) -> None:
+def build_report_model(report: FolderReport, vision: bool) -> None:
     """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
     tensors."""
     if quantization := report.hf_config.get("quantization_config"):
         report.sources = pair_scales(report.sources, fp8_block(quantization))
+    reads_images = any(family.matches(report.hf_config) for family in VISION_FAMILIES)
     part = part_of_several(report.hf_config, (*FAMILIES, *VISION_FAMILIES))
-    if part is not None:
+    if part is not None and not (reads_images and (vision or report.location.run_dir is not None)):
         report.hf_config, note = part
         report.notes.append(note)
     report.family = family_for(report.hf_config)

@@ -7,7 +7,7 @@ and proves nothing where it does not.
     text                             logits of random tokens, whole and padded on the left
     ...ForSequenceClassification     scores at the last token, whole and padded on the right
     ViT, CLIP's image encoder        logits, or the class token's vector, of random images
-    LLaVA                            logits of random tokens with two images among them
+    LLaVA, Gemma 3                   logits of random tokens with an image in each row
 """
 
 from __future__ import annotations
@@ -112,13 +112,25 @@ def random_images(config: Any, seed: int) -> Tensor:
 
 def random_illustrated_ids(model: Any, seed: int) -> Inputs:
     """A row for each of two images, its placeholders among random tokens."""
-    config = model.config
-    length = min(config.image_seq_length + 32, config.max_position_embeddings)
+    images = random_images(model.config.vision_config, seed)
+    return {"input_ids": random_ids_with_images(model.config, images, seed), "pixel_values": images}
+
+
+def random_typed_ids(model: Any, seed: int) -> Inputs:
+    """The same for Gemma 3, which is told what is an image's: its tokens see each other."""
+    inputs = random_illustrated_ids(model, seed)
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == model.config.image_token_id).long()}
+
+
+def random_ids_with_images(config: Any, images: Tensor, seed: int) -> Tensor:
+    """(2,T): a row for each of two images of one size."""
+    placeholders = config.num_image_tokens(*images.shape[2:])
+    length = min(placeholders + 32, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (2, length), generator=generator)
     ids = ids.where(ids != config.image_token_id, (config.image_token_id + 1) % config.vocab_size)
-    ids[:, 1 : 1 + config.image_seq_length] = config.image_token_id
-    return {"input_ids": ids, "pixel_values": random_images(config.vision_config, seed)}
+    ids[:, 1 : 1 + placeholders] = config.image_token_id
+    return ids
 
 
 def pad_left(model: Any, inputs: Inputs) -> tuple[Inputs, Tensor]:
@@ -182,15 +194,17 @@ def their_class_vector(model: Any, inputs: Inputs) -> Tensor:
 
 TEXT = Counterpart("AutoModelForCausalLM", random_input_ids, our_logits, their_logits, pad_left)
 SCORES = Counterpart("AutoModelForSequenceClassification", random_scored_ids, our_scores, their_scores, pad_right)
-ILLUSTRATED_TEXT = Counterpart(
-    "AutoModelForImageTextToText", random_illustrated_ids, our_illustrated_logits, their_logits
-)
+TEXT_WITH_IMAGES = {
+    family: Counterpart("AutoModelForImageTextToText", inputs, our_illustrated_logits, their_logits)
+    for family, inputs in {"vision_language": random_illustrated_ids, "gemma3": random_typed_ids}.items()
+}
+"""By family: what each is told about its images differs."""
 
 
 def counterpart_of(model: Any) -> Counterpart:
     """How this model is compared."""
     if isinstance(model, VisionLanguageModel):
-        return ILLUSTRATED_TEXT
+        return TEXT_WITH_IMAGES[model.spec.family]
     if not isinstance(model, ImageEncoder):
         return TEXT if find_score_head(model) is None else SCORES
     inputs = lambda model, seed: {"pixel_values": random_images(model.config, seed)}  # noqa: E731
@@ -211,7 +225,7 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
             f"{name_or_path} is a run of ours, which transformers cannot read: export it, then verify the export"
         )
     transformers = import_transformers()
-    ours = load(location.folder, dtype="float32")
+    ours = load(location.folder, dtype="float32", vision=True)
     refuse_unpublished_techniques(ours, str(name_or_path))
     kind = counterpart_of(ours)
     read = getattr(transformers, kind.auto_class).from_pretrained

@@ -4,12 +4,15 @@ arXiv:2010.11929). Projectors: from an image encoder's vectors to a language mod
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.norm import ZeroCenteredRMSNorm
 
 
 class PatchEmbedding(nn.Linear):
@@ -51,13 +54,7 @@ class ImageEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
-        expected = (self.patches.num_channels, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UsageError(
-                f"images are {' x '.join(map(str, images.shape[1:]))}; "
-                f"this model reads {' x '.join(map(str, expected))} "
-                "(channels, height, width): resize them, or the model's positions"
-            )
+        require_image_shape(images, self.patches.num_channels, self.image_size)
         x = self.patches(images.to(self.start.dtype))
         start = self.start.to(x.dtype).expand(x.shape[0], 1, -1)
         return self.dropout(torch.cat((start, x), dim=1) + self.positions)
@@ -66,6 +63,41 @@ class ImageEmbedding(nn.Module):
         """Class token and positions N(0, 0.02^2)."""
         nn.init.normal_(self.start, std=0.02, generator=generator)
         nn.init.normal_(self.positions, std=0.02, generator=generator)
+
+
+class PatchPositionEmbedding(nn.Module):
+    """Patches + a learned position for each of them, without a class token (SigLIP). image_size: side of the square
+    images. Raises UsageError for images of another shape."""
+
+    def __init__(self, image_size: int, patch_size: int, num_channels: int, dim: int):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"images of {image_size} x {image_size} cannot be cut into patches of {patch_size}: make patch_size "
+                "divide image_size"
+            )
+        self.image_size = image_size
+        self.patches = PatchEmbedding(num_channels, patch_size, dim)
+        self.positions = nn.Parameter(torch.zeros((image_size // patch_size) ** 2, dim))
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        require_image_shape(images, self.patches.num_channels, self.image_size)
+        return self.patches(images.to(self.positions.dtype)) + self.positions
+
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        """Positions N(0, 1/D)."""
+        nn.init.normal_(self.positions, std=self.positions.shape[1] ** -0.5, generator=generator)
+
+
+def require_image_shape(images: Tensor, num_channels: int, image_size: int) -> None:
+    """UsageError for images (B,C,H,W) of another shape than a model reads."""
+    expected = (num_channels, image_size, image_size)
+    if tuple(images.shape[1:]) != expected:
+        raise UsageError(
+            f"images are {' x '.join(map(str, images.shape[1:]))}; "
+            f"this model reads {' x '.join(map(str, expected))} "
+            "(channels, height, width): resize them, or the model's positions"
+        )
 
 
 def interpolate_pos_encoding(positions: Float[Tensor, "T D"], grid_size: int) -> Float[Tensor, "S D"]:
@@ -102,3 +134,26 @@ class MLPProjector(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch W"]:
         return self.out(F.gelu(self.up(x)))
+
+
+class PooledProjector(nn.Module):
+    """out(norm(pool(x))): the patches (B,N,D) of a square are averaged in squares until `num_tokens` are left, then
+    normalised and projected (Gemma 3, arXiv:2503.19786, section 2.1).
+
+    Commonly got wrong: this norm scales by 1 + weight, as the language model's do, with the image encoder's eps."""
+
+    def __init__(self, dim: int, out_dim: int, *, num_patches: int, num_tokens: int, eps: float):
+        super().__init__()
+        self.patches_per_side, side = math.isqrt(num_patches), math.isqrt(num_tokens)
+        if side**2 != num_tokens or side > self.patches_per_side or self.patches_per_side % side:
+            raise ValueError(
+                f"{num_patches} patches cannot be averaged into mm_tokens_per_image={num_tokens}: make it a square "
+                f"whose side divides {self.patches_per_side}"
+            )
+        self.pool = nn.AvgPool2d(self.patches_per_side // side)
+        self.norm = ZeroCenteredRMSNorm(dim, eps)
+        self.out = nn.Linear(dim, out_dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B K W"]:
+        picture = x.mT.unflatten(-1, (self.patches_per_side, self.patches_per_side))
+        return self.out(self.norm(self.pool(picture).flatten(2).mT))

@@ -10,6 +10,7 @@ from llm_quest.models import (
     exaone4,
     gemma,
     gemma1,
+    gemma3,
     glm4,
     gpt2,
     gpt_neox,
@@ -30,6 +31,7 @@ from llm_quest.models import (
     qwen3,
     qwen3_next,
     seed_oss,
+    siglip,
     smollm3,
     stablelm,
     starcoder2,
@@ -68,5 +70,8 @@ FAMILIES: tuple[Family, ...] = (
     mimo.FAMILY,
 )
 
-VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY)
+VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY, gemma3.FAMILY)
 """Families that read images. They have tests of their own (tests/models)."""
+
+PART_FAMILIES: tuple[Family, ...] = (*FAMILIES, *VISION_FAMILIES, siglip.FAMILY)
+"""Families of which a part of a model of several may be: the above, and towers that are no models of their own here."""

@@ -19,22 +19,29 @@ published model reads the last but one; more placeholders than patches, silently
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from llm_quest.contracts import ModelSpec, Preset, format_list
-from llm_quest.errors import DataError, UsageError
+from llm_quest.contracts import ModelSpec, Preset
+from llm_quest.errors import DataError
 from llm_quest.layers.initialize import init_normal_
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.layers.vision import LinearProjector, MLPProjector
 from llm_quest.models import clip, gpt2, llama, qwen3, vit
-from llm_quest.models.config_fields import Json, config_dataclass, json_field, require_field, spelled, unwritten
+from llm_quest.models.config_fields import config_dataclass, json_field, spelled, unwritten
 from llm_quest.models.family import Family
-from llm_quest.models.multimodal import VisionLanguageModel
-from llm_quest.models.weight_names import WeightMap, map_published_names
+from llm_quest.models.multimodal import PatchesOfBlock, VisionLanguageModel
+from llm_quest.models.multimodal_config import (
+    PART_RENAMES,
+    TextWithImages,
+    family_among,
+    join_weight_maps,
+    text_part,
+    vision_part,
+)
+from llm_quest.models.weight_names import WeightMap
 
 VISION_TOWER_FAMILIES: tuple[Family, ...] = (clip.FAMILY, vit.FAMILY)
 TEXT_FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
@@ -48,40 +55,6 @@ TEXT_DEFAULTS = {
     "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32_000,
 }  # fmt: skip
-
-
-def read_sub_config(hf_config: Json, field: str, families: Sequence[Family], defaults: Json) -> Any:
-    """One of the two configs inside, read by the family that its model_type names."""
-    sub_config = require_field(hf_config, field)
-    if not isinstance(sub_config, Mapping):
-        raise DataError(
-            f"config.json: {field} is {type(sub_config).__name__}; it must be an object with the numbers of that part"
-        )
-    kind = sub_config.get("model_type", families[0].model_type)
-    for family in families:
-        if family.model_type == kind:
-            return family.read({**(defaults if family is families[0] else {}), "model_type": kind, **sub_config})
-    known = " or ".join(family.model_type for family in families)
-    raise DataError(f"config.json: {field} has model_type {kind!r}; here it may be {known}")
-
-
-def read_vision_config(c: Any) -> Any:
-    return read_sub_config(c.json, "vision_config", VISION_TOWER_FAMILIES, VISION_DEFAULTS)
-
-
-def write_vision_config(value: Any, config: Any) -> dict[str, Any]:
-    return {"vision_config": family_among(VISION_TOWER_FAMILIES, value).publish(value)}
-
-
-def read_text_config(c: Any) -> Any:
-    """tie_word_embeddings may stand outside the part or inside it."""
-    tied = {"tie_word_embeddings": True} if c.json.get("tie_word_embeddings") else {}
-    return read_sub_config(c.json, "text_config", TEXT_FAMILIES, TEXT_DEFAULTS | tied)
-
-
-def write_text_config(value: Any, config: Any) -> dict[str, Any]:
-    published = family_among(TEXT_FAMILIES, value).publish(value)
-    return {"text_config": published, "tie_word_embeddings": bool(published.get("tie_word_embeddings", False))}
 
 
 def read_num_vision_blocks(c: Any) -> int:
@@ -109,14 +82,14 @@ def read_class_token(c: Any) -> bool:
 
 
 @config_dataclass
-class Config:
+class Config(TextWithImages):
     """vision_config: of the image encoder (clip or vit); text_config: of the decoder. image_token_id: the
     placeholder's. num_vision_blocks: after how many of the encoder's blocks the patches are taken. mlp_projector: two
     matrices in the adapter rather than one. keep_cls_token: is the class token shown too? LLaVA's own config.json
     leaves out what transformers takes for granted in either part."""
 
-    vision_config: Any = json_field(read_vision_config, write_vision_config)
-    text_config: Any = json_field(read_text_config, write_text_config)
+    vision_config: Any = json_field(*vision_part(VISION_TOWER_FAMILIES, VISION_DEFAULTS))
+    text_config: Any = json_field(*text_part(TEXT_FAMILIES, "llama", TEXT_DEFAULTS))
     image_token_id: int = spelled("image_token_index", "image_token_id", hf_default=32_000)
     num_vision_blocks: int = json_field(read_num_vision_blocks, write_num_vision_blocks)
     mlp_projector: bool = json_field(lambda c: c.json.get("model_type") != LINEAR_MODEL_TYPE, unwritten, default=True)
@@ -128,20 +101,22 @@ class Config:
         depth, blocks = self.num_vision_blocks, self.vision_config.num_hidden_layers
         if not 0 < depth <= blocks:
             raise ValueError(f"depth is {depth}, but the image encoder has {blocks} blocks: choose 1 to {blocks}")
-        token, rows = self.image_token_id, self.text_config.vocab_size
-        if not 0 <= token < rows:
-            raise ValueError(f"image_token {token} is outside the vocabulary of {rows}: enlarge it")
+        self.require_image_token()
 
-    vocab_size = property(lambda config: config.text_config.vocab_size, doc="The decoder's.")
-    max_position_embeddings = property(
-        lambda config: config.text_config.max_position_embeddings, doc="Images and text."
-    )
-    num_hidden_layers = property(lambda config: config.text_config.num_hidden_layers, doc="The decoder's.")
+    marker_token_id = property(lambda config: config.image_token_id, doc="What a prompt has in place of an image.")
 
     @property
     def image_seq_length(self) -> int:
         """Placeholders of an image."""
         return self.vision_config.num_patches + self.keep_cls_token
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Placeholders of an image of this size: always as many."""
+        return self.image_seq_length
+
+    def expand_image(self, num_tokens: int) -> list[int | str]:
+        """What the marker stands for."""
+        return [self.image_token_id] * num_tokens
 
 
 def assemble(config: Config) -> VisionLanguageModel:
@@ -150,18 +125,14 @@ def assemble(config: Config) -> VisionLanguageModel:
     tower.head = nn.Identity()
     projector = MLPProjector if config.mlp_projector else LinearProjector
     widths = config.vision_config.hidden_size, config.text_config.hidden_size
-    adapter = projector(*widths, bias=config.multimodal_projector_bias)
-    decoder = family_among(TEXT_FAMILIES, config.text_config).assemble(config.text_config)
-    return VisionLanguageModel(ModelSpec("vision_language", config), tower=tower, adapter=adapter, decoder=decoder)
-
-
-def family_among(families: Sequence[Family], config: Any) -> Family:
-    """The family among these that a config belongs to."""
-    for family in families:
-        if type(config) is family.Config:
-            return family
-    known = format_list(family.name for family in families)
-    raise UsageError(f"{type(config).__module__}.Config cannot stand here; a config of {known} can")
+    return VisionLanguageModel(
+        ModelSpec("vision_language", config),
+        tower=tower,
+        adapter=projector(*widths, bias=config.multimodal_projector_bias),
+        decoder=family_among(TEXT_FAMILIES, config.text_config).assemble(config.text_config),
+        encode=PatchesOfBlock(config.num_vision_blocks, config.keep_cls_token),
+        unused=(*(f"tower.blocks.{i}" for i in range(config.num_vision_blocks, len(tower.blocks))), "tower.norm"),
+    )
 
 
 def initialize(model: VisionLanguageModel, generator: torch.Generator | None = None) -> None:
@@ -179,21 +150,14 @@ def initialize(model: VisionLanguageModel, generator: torch.Generator | None = N
 
 def weight_map(config: Config) -> WeightMap:
     """Our parameters -> published names: the parts' own maps, each behind its prefix."""
-    table: dict[str, Any] = {}
-    vision = family_among(VISION_TOWER_FAMILIES, config.vision_config)
-    text = family_among(TEXT_FAMILIES, config.text_config)
-    for ours, theirs in vision.weight_map(config.vision_config).items():
-        if not ours.startswith("head."):
-            table[f"tower.{ours}"] = map_published_names(
-                theirs, lambda name: f"vision_tower.{name.removeprefix('vit.')}"
-            )
     layers = {"up": "linear_1", "out": "linear_2"} if config.mlp_projector else {"out": "linear_1"}
-    for ours, theirs in layers.items():
-        for kind in ("weight", "bias") if config.multimodal_projector_bias else ("weight",):
-            table[f"adapter.{ours}.{kind}"] = f"multi_modal_projector.{theirs}.{kind}"
-    for ours, theirs in text.weight_map(config.text_config).items():
-        table[f"decoder.{ours}"] = map_published_names(theirs, lambda name: f"language_model.{name}")
-    return table
+    kinds = ("weight", "bias") if config.multimodal_projector_bias else ("weight",)
+    adapter = {
+        f"{ours}.{kind}": f"multi_modal_projector.{theirs}.{kind}" for ours, theirs in layers.items() for kind in kinds
+    }
+    tower = family_among(VISION_TOWER_FAMILIES, config.vision_config).weight_map(config.vision_config)
+    text = family_among(TEXT_FAMILIES, config.text_config).weight_map(config.text_config)
+    return join_weight_maps(tower=tower, adapter=adapter, decoder=text)
 
 
 LLAVA_NAME, CONDITIONAL = "llava-hf/llava-1.5-7b-hf", "LlavaForConditionalGeneration"
@@ -211,13 +175,7 @@ FAMILY = Family(
     architectures={"llava": CONDITIONAL, LINEAR_MODEL_TYPE: "VisionLanguage"},
     choose_model_type=lambda config: "llava" if config.mlp_projector else LINEAR_MODEL_TYPE,
     pipeline_tag="image-text-to-text",
-    renames=(
-        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
-        (r"(model\.)?vision_tower\.", "vision_tower."),
-        (r"model\.multi_modal_projector\.", "multi_modal_projector."),
-        (r"model\.language_model\.", "language_model.model."),
-        (r"lm_head\.", "language_model.lm_head."),
-    ),
+    renames=PART_RENAMES,
     keys_to_ignore=(
         r"vision_tower\.(vision_model\.)?embeddings\.position_ids",
         r".*rotary_emb\.inv_freq",

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import llm_quest as quest
 from llm_quest.cli.main import app
 from llm_quest.cli.vision import ImagePrompt
-from llm_quest.data.image_chat import ImageChat
+from llm_quest.data.image_chat import ImageChat, ImageTurn
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
@@ -104,20 +104,20 @@ def theirs(folder: Path) -> tuple[Any, Any]:
 
 
 def our_prompt(folder: Path) -> ImagePrompt:
-    return ImagePrompt.load(str(folder), str(folder / "photo.png"), "cpu", "float32", lambda text: None)
+    return ImagePrompt.load(str(folder), [str(folder / "photo.png")], "cpu", "float32", lambda text: None)
 
 
 def test_prompt_pixels_and_logits_equal_transformers(folder: Path, theirs: tuple[Any, Any]):
     model, processor = theirs
     wanted = processor(images=Image.open(folder / "photo.png"), text=PROMPT, return_tensors="pt")
     ours = our_prompt(folder)
-    ids = ours.chat.encode_text(PROMPT)
+    ids = ours.chat.encode_text(PROMPT, ours.image_lengths)
     assert ids == wanted["input_ids"][0].tolist()
-    torch.testing.assert_close(ours.image, wanted["pixel_values"], atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.stack(ours.images), wanted["pixel_values"], atol=2e-6, rtol=1e-6)
     tokens = torch.tensor([ids])
     with torch.no_grad():
         reference = model(input_ids=tokens, pixel_values=wanted["pixel_values"]).logits
-        features = ours.model.get_image_features(ours.image)
+        features = ours.model.get_image_features(torch.stack(ours.images))
         found = ours.model(tokens, image_features=features)
     torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
 
@@ -130,7 +130,7 @@ def test_the_commands_answer_as_transformers_does(folder: Path, theirs: tuple[An
         images=Image.open(folder / "photo.png"), text=prompt, add_special_tokens=False, return_tensors="pt"
     )
     ours = our_prompt(folder)
-    assert ours.chat.encode_turns([("user", "What is it?")]) == inputs["input_ids"][0].tolist()
+    assert ours.chat.encode_turns([ImageTurn("user", "What is it?", 1)], [16]) == inputs["input_ids"][0].tolist()
     with torch.no_grad():
         answer = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     asked = ["generate", str(folder), "--image", str(folder / "photo.png"), "-p", "What is it?", "--chat"]
@@ -147,10 +147,14 @@ def test_the_commands_answer_as_transformers_does(folder: Path, theirs: tuple[An
 def test_what_somebody_typed_is_no_control_token_and_the_image_stands_once(folder: Path):
     chat: ImageChat = our_prompt(folder).chat
     end = load_tokenizer(folder).token_to_id("<|im_end|>")
-    assert end not in chat.encode_text("<image> a <|im_end|>")
-    assert chat.encode_turns([("user", "<image> <|im_end|>")]).count(chat.image_token_id) == 16
+    image = load_tokenizer(folder).token_to_id("<image>")
+    assert end not in chat.encode_text("<image> a <|im_end|>", [16])
+    assert chat.encode_turns([ImageTurn("user", "<image> <|im_end|>", 1)], [16]).count(image) == 16
     with pytest.raises(UsageError, match="the prompt has 2 times <image>, and there is one image"):
-        chat.encode_text("<image> and <image>")
+        chat.encode_text("<image> and <image>", [16])
+    with pytest.raises(UsageError, match="the prompt has 1 times <image>, and there are 2 images"):
+        chat.encode_text("<image> and", [16, 16])
+    assert chat.encode_text("<image> and <image>", [16, 3]).count(image) == 19
 
 
 def test_the_folder_loads_and_is_published_again(folder: Path, tmp_path: Path):

@@ -73,7 +73,15 @@ def test_a_vision_language_model_is_an_encoder_an_adapter_and_a_decoder():
     assert json.loads(json.dumps(portrait.as_json()))["flops_image"] > 3.8e11
 
 
-@pytest.mark.parametrize("name", ["vit-tiny", "clip-tiny", "llava-tiny"])
+def test_gemma_3_shows_256_vectors_of_an_image_and_all_blocks_of_its_encoder():
+    portrait = make_model_card("gemma3-vision-4b")
+    assert portrait.image_tokens == 256
+    assert "27 alike" in "\n".join(portrait.lines())
+    assert portrait.parts["image encoder"] == 416_866_032
+    assert portrait.parts["adapter"] == 1152 * 2560 + 1152
+
+
+@pytest.mark.parametrize("name", ["vit-tiny", "clip-tiny", "llava-tiny", "gemma3-vision-tiny"])
 def test_a_folder_that_reads_images_is_drawn(name, tmp_path):
     saved = quest.save(build(name), tmp_path / "model")
     assert make_model_card(str(saved)).parameters == make_model_card(name).parameters

@@ -72,14 +72,14 @@ def test_something_is_said_about_an_image(vlm: Path):
     code, out, _ = run(*asked, "--temperature", "0")
     assert (code, out.startswith("describe:")) == (0, True)
     code, out, _ = run(*asked, "--temperature", "0", "--json")
-    assert (code, json.loads(out)["image"]) == (0, str(vlm / "scene.png"))
+    assert (code, json.loads(out)["images"]) == (0, [str(vlm / "scene.png")])
 
 
 def test_a_conversation_about_an_image(vlm: Path):
-    said = "describe:\n/reset\nwhere are the red circles?\n/quit\n"
+    said = f"describe:\n/reset\nwhere are the red circles?\n/image {vlm / 'scene.png'}\nand here?\n/quit\n"
     code, out, _ = run("chat", str(vlm / "run"), "--image", str(vlm / "scene.png"), "-n", "2", "-q", given=said)
     assert code == 0
-    assert out.count("\n") >= 2
+    assert out.count("\n") >= 3
 
 
 def test_names_of_images_are_told_from_text():

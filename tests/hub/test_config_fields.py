@@ -170,12 +170,12 @@ def test_a_part_of_a_head_that_the_family_does_not_rotate_is_refused():
 
 
 def test_an_unknown_field_of_a_part_is_named():
-    from llm_quest.models import VISION_FAMILIES
+    from llm_quest.models.llava import FAMILY
 
     vision = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}
     inner = published("llama") | {"use_new_thing": True}
     hf_config = {"model_type": "llava", "text_config": inner, "vision_config": vision, "image_token_index": 90}
-    (said,) = list_unknown_fields(VISION_FAMILIES[-1], hf_config, None)
+    (said,) = list_unknown_fields(FAMILY, hf_config, None)
     assert "use_new_thing (True): not known to llama" in said
 
 

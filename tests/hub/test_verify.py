@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from llm_quest.cli.main import app
 from llm_quest.hub.verify import MARGIN, ROUNDING, compare_with_transformers
-from llm_quest.models import clip, llama, vit
-from tests.models.vision import SIZES, their_llava, their_vit
+from llm_quest.models import clip, llama, siglip, vit
+from tests.models.vision import SIZES, their_gemma3, their_llava, their_vit
 from tests.oracles import randomize_, save_published, tiny_gpt2, tiny_llama, transformers
 
 
@@ -46,6 +46,7 @@ MODELS = {
     "whole clip": whole_clip,
     "llava": their_llava,
     "llava with a vit": lambda: their_llava("vit"),
+    "gemma3": their_gemma3,
 }
 
 
@@ -70,7 +71,8 @@ def test_a_model_of_text_that_we_compute_otherwise_is_found(
 
 
 @pytest.mark.parametrize(
-    ("kind", "module"), [("vit", vit), ("vit without classes", vit), ("clip tower", clip), ("llava", clip)]
+    ("kind", "module"),
+    [("vit", vit), ("vit without classes", vit), ("clip tower", clip), ("llava", clip), ("gemma3", siglip)],
 )
 def test_an_image_encoder_that_we_compute_otherwise_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: Any

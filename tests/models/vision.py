@@ -33,10 +33,28 @@ def their_llava(vision: str = "clip", **overrides: Any) -> Any:
     return randomize_(transformers.LlavaForConditionalGeneration(config))
 
 
-def loaded(theirs: Any) -> Any:
+GEMMA3_TEXT = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 20,
+    "max_position_embeddings": 256, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
+
+
+def their_gemma3(**overrides: Any) -> Any:
+    """Gemma 3 with a SigLIP tower of 3 layers, whose 64 patches are pooled to 16: longer than the window of 7."""
+    config = transformers.Gemma3Config(
+        text_config=GEMMA3_TEXT, vision_config={**SIZES, "patch_size": 4, "num_hidden_layers": 3},
+        mm_tokens_per_image=PATCHES, image_token_index=IMAGE, boi_token_index=94, eoi_token_index=95, **overrides,
+    )  # fmt: skip
+    return randomize_(transformers.Gemma3ForConditionalGeneration(config))
+
+
+def loaded(theirs: Any, **options: Any) -> Any:
     """Ours, from the folder that theirs wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        return quest.load(save_published(theirs, folder))
+        return quest.load(save_published(theirs, folder), vision=True, **options)
 
 
 def images(number: int, side: int = 32, channels: int = 3) -> torch.Tensor:
