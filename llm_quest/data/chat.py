@@ -13,16 +13,22 @@ end of the answer is masked away (for pad = end), and the model never stops; her
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llm_quest.data.control_tokens import ControlTokenEncoder
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.template_sandbox import Messages, RenderedChat, RenderJob, render_batch, render_prompt
+from llm_quest.data.documents import DropReport
+from llm_quest.data.messages import Message
+from llm_quest.data.template_messages import MessageWriter
+from llm_quest.data.template_program import RenderJob, TemplateSettings
+from llm_quest.data.template_sandbox import Messages, RenderedChat, render_batch, render_jobs
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError
 
@@ -67,113 +73,129 @@ class ChatExample:
         return (int(before[-1]) + 1 if len(before) else 0), end
 
 
-class ChatTemplate:
-    """A tokenizer's chat template, or else the default one, which the tokenizer then keeps and saves."""
+class EncodedConversation(NamedTuple):
+    """A conversation's examples, or none and why. unwritten: roles of messages that the template left out."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None):
+    examples: tuple[ChatExample, ...]
+    error: str = ""
+    unwritten: tuple[str, ...] = ()
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or else the default one, which the tokenizer then keeps and saves.
+
+    chat_template_kwargs: what the template reads besides messages, such as {"enable_thinking": False}. now: the date
+    that it is told, in ISO form; empty: today's."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        now: str = "",
+    ):
         tokenizer.chat_template = template or tokenizer.chat_template or default_chat_template(tokenizer)
         self.tokenizer, self.template = tokenizer, tokenizer.chat_template
         self.control_encoder = ControlTokenEncoder(tokenizer)
-        self.special_token_names = {
-            key: name[0] if isinstance(name, list) else name
-            for key, name in tokenizer.special_token_names.items()
-            if name
-        }
+        names = {key: one[0] if isinstance(one, list) else one for key, one in tokenizer.special_token_names.items()}
+        self.settings = TemplateSettings(
+            self.template,
+            special_tokens={key: name for key, name in names.items() if name},
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+            control_tokens=tuple(tokenizer.special_tokens),
+            now=now,
+        )
+        self.writer = MessageWriter(self.template, self.control_encoder.escape)
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """The ids that ask for the assistant's next message."""
-        return self.encode(
-            render_prompt(self.template, self.escape_control_tokens(messages), special_tokens=self.special_token_names)
-        )
+        return self.encode_prompts([messages])[0]
+
+    def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+        """The prompts of many conversations."""
+        jobs = [RenderJob(self.writer.write(messages), add_generation_prompt=True) for messages in conversations]
+        return [self.encode(one.text) for one in render_batch(self.settings, jobs)]
 
     def message_of_reply(self, messages: Messages, reply: str) -> str:
         """The content of the message whose rendering, after these messages, is the reply as it was written: perhaps
         without the spaces around it, where the template writes its own (`' ' + content`)."""
         contents = list(dict.fromkeys((reply, reply.lstrip(), reply.strip())))
-        asked = RenderJob(self.escape_control_tokens(messages), add_generation_prompt=True)
-        said = [
-            RenderJob(
-                self.escape_control_tokens([*messages, {"role": "assistant", "content": content}]),
-                add_generation_prompt=False,
-            )
-            for content in contents
-        ]
-        prompt, *rendered = render_batch(self.template, [asked, *said], special_tokens=self.special_token_names)
+        said = [[*messages, {"role": "assistant", "content": content}] for content in contents]
+        asked = RenderJob(self.writer.write(messages), add_generation_prompt=True)
+        jobs = [asked, *(RenderJob(self.writer.write(one), add_generation_prompt=False) for one in said)]
+        prompt, *rendered = render_batch(self.settings, jobs)
         written = prompt.text + self.control_encoder.escape(reply)
         texts = zip(contents, rendered, strict=True)
         return next((content for content, one in texts if one.text.startswith(written)), contents[-1])
 
-    def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
-        """The prompts of many conversations, by one process."""
-        jobs = [
-            RenderJob(self.escape_control_tokens(messages), add_generation_prompt=True) for messages in conversations
-        ]
-        return [
-            self.encode(one.text) for one in render_batch(self.template, jobs, special_tokens=self.special_token_names)
-        ]
-
     def encode_whole(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """The ids of whole conversations as the template writes them, as transformers' `apply_chat_template`."""
-        jobs = [RenderJob(self.escape_control_tokens(one.message_dicts), False, one.where) for one in conversations]
-        rendered = render_batch(self.template, jobs, special_tokens=self.special_token_names) if jobs else []
-        return [self.encode(one.text) for one in rendered]
+        jobs = [self.render_job(one) for one in conversations]
+        return [self.encode(one.text) for one in render_batch(self.settings, jobs)]
 
-    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[ChatExample]:
-        """Each conversation with all its answers learned."""
-        if not conversations:
-            return []
-        render = self.render_with_generation_tags if "generation" in self.template_tags() else self.render_by_prefix
-        return [
-            self.encode_example(layout, one) for layout, one in zip(render(conversations), conversations, strict=True)
-        ]
+    def encode_conversations(
+        self, conversations: Sequence[Conversation], drop_report: DropReport | None = None
+    ) -> list[ChatExample]:
+        """Conversations with all answers learned that are not empty and whose `train` is set. Where the template
+        rewrites earlier answers as a conversation goes on, each answer is an example of its own.
 
-    def template_tags(self) -> set[str]:
-        """The template's statements by their first word."""
-        return set(re.findall(r"\{%[-+]?\s*(\w+)", self.template))
+        drop_report: counts what the template refuses, and is told what else was changed; DataError where there is none,
+        and where nothing is left."""
+        found, refused, notes = list[ChatExample](), list[str](), Counter[str]()
+        for one, encoded in zip(conversations, self.examples_of(conversations, learned_places), strict=True):
+            found += encoded.examples
+            notes += self.count_losses(one, encoded)
+            if encoded.error:
+                refused.append(f"{one.where}: {encoded.error}")
+                if drop_report is not None:
+                    drop_report.drop(f"refused by the chat template: {encoded.error}", 0)
+        if refused and (drop_report is None or not found):
+            raise DataError(refused[0])
+        for sentence, count in notes.items():
+            if drop_report is not None:
+                drop_report.note(f"{count:,} {sentence}")
+        return found
 
-    def render_with_generation_tags(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
-        """Render where the template itself marks what the model writes."""
-        jobs = [
-            RenderJob(self.escape_control_tokens(one.message_dicts), add_generation_prompt=False, where=one.where)
-            for one in conversations
-        ]
-        return render_batch(self.template, jobs, special_tokens=self.special_token_names)
+    def count_losses(self, one: Conversation, encoded: EncodedConversation) -> Counter[str]:
+        """What of a conversation is not learned as it was given."""
+        notes = Counter(
+            f"messages of the role {role} are not written by this chat template" for role in encoded.unwritten
+        )
+        notes["empty answers inside conversations are not learned"] = count_empty_answers(one)
+        notes["conversations have reasoning that this chat template does not write"] = self.writer.drops_reasoning(
+            one.message_dicts
+        )
+        if len(encoded.examples) > 1:
+            notes["conversations are a row for each answer: this chat template rewrites earlier answers"] = 1
+        return +notes
 
-    def render_by_prefix(self, conversations: Sequence[Conversation]) -> list[RenderedChat]:
-        """Render where the template has no marks: an answer is the text between the prompt that asks for it and the
-        prompt after it."""
-        jobs = [job for one in conversations for job in self.prefix_jobs(one)]
-        texts = iter(render_batch(self.template, jobs, special_tokens=self.special_token_names))
-        return [self.locate_answers(one, texts) for one in conversations]
+    def encode_last_answers(self, conversations: Sequence[Conversation]) -> list[EncodedConversation]:
+        """Each conversation with its last answer learned."""
+        return list(self.examples_of(conversations, lambda one: (len(one.messages) - 1,)))
 
-    def prefix_jobs(self, one: Conversation) -> Iterator[RenderJob]:
-        """The whole conversation, then up to before and after each answer."""
-        escaped = self.escape_control_tokens(one.message_dicts)
-        yield RenderJob(escaped, add_generation_prompt=False, where=one.where)
-        for number, message in enumerate(escaped):
-            if message["role"] == "assistant":
-                yield RenderJob(escaped[:number], add_generation_prompt=True, where=one.where)
-                yield RenderJob(escaped[: number + 1], add_generation_prompt=False, where=one.where)
+    def examples_of(
+        self, conversations: Sequence[Conversation], places: Callable[[Conversation], tuple[int, ...]]
+    ) -> Iterator[EncodedConversation]:
+        """The examples of each conversation. places: the messages that are learned."""
+        rendered = render_jobs(self.settings, (self.render_job(one, places(one)) for one in conversations))
+        for one, rendering in zip(conversations, rendered, strict=True):
+            try:
+                examples = tuple(self.encode_example(layout, one.where) for layout in rendering.rows)
+            except DataError as error:
+                yield EncodedConversation((), str(error).removeprefix(f"{one.where}: "))
+            else:
+                yield EncodedConversation(examples, rendering.error, rendering.unwritten)
 
-    def locate_answers(self, one: Conversation, texts: Iterator[RenderedChat]) -> RenderedChat:
-        whole = next(texts).text
-        spans = []
-        for message in one.messages:
-            if message.role == "assistant":
-                before, after = next(texts).text, next(texts).text
-                if not after.startswith(before) or not whole.startswith(after):
-                    raise DataError(
-                        f"{one.where}: this chat template changes what was said before as a conversation goes on, so "
-                        "it cannot be told what of it the model wrote; put {% generation %} and {% endgeneration %} "
-                        "around the answer in it, or give rows of one answer each"
-                    )
-                spans.append((len(before), len(after)))
-        return RenderedChat(whole, tuple(spans))
+    def render_job(self, one: Conversation, learned: tuple[int, ...] | None = None) -> RenderJob:
+        return RenderJob(
+            self.writer.write(one.message_dicts), add_generation_prompt=False, where=one.where,
+            tools=[self.writer.escape_value(tool) for tool in one.tools], learned=learned,
+        )  # fmt: skip
 
-    def encode_example(self, layout: RenderedChat, one: Conversation) -> ChatExample:
+    def encode_example(self, layout: RenderedChat, where: str) -> ChatExample:
         """Encode the conversation up to the end of its last answer, each answer with its end."""
-        where, learned = one.where, iter(learned_answers(one, len(layout.answer_spans)))
-        pieces = [(text, is_answer and next(learned)) for text, is_answer in self.split_answers(layout, where)]
+        pieces = list(self.split_answers(layout, where))
         encoded = self.control_encoder.encode_pieces([text for text, _ in pieces])
         if pieces and not self.ends_with_control_token(pieces[-1][0]):
             encoded[-1] = [*encoded[-1], self.tokenizer.eos_token_id]
@@ -207,24 +229,23 @@ class ChatTemplate:
         """Whether a text ends with a control token."""
         return bool(self.control_encoder.last_control_token(answer))
 
-    def escape_control_tokens(self, messages: Messages) -> Messages:
-        """Messages in which nothing spells a control token."""
-        return [{**message, "content": self.control_encoder.escape(message["content"])} for message in messages]
-
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text: the template's control tokens are control tokens; what was escaped is text."""
         return self.control_encoder.encode(text)
 
 
-def learned_answers(one: Conversation, marked: int) -> list[bool]:
-    """Whether each answer that the template wrote is learned. marked: how many it wrote."""
-    learned = [message.train for message in one.messages if message.role == "assistant"]
-    if len(learned) != marked and not all(learned):
-        raise DataError(
-            f"{one.where}: this chat template marks {marked} answers in a conversation of {len(learned)}, so those "
-            "that are not to be learned cannot be told apart; split the conversation"
-        )
-    return learned if len(learned) == marked else [True] * marked
+def learned_places(one: Conversation) -> tuple[int, ...]:
+    """The places of the answers that are learned."""
+    return tuple(n for n, message in enumerate(one.messages) if message.is_learned and not is_empty(message))
+
+
+def count_empty_answers(one: Conversation) -> int:
+    return sum(message.is_learned and is_empty(message) for message in one.messages)
+
+
+def is_empty(message: Message) -> bool:
+    """Whether an answer says nothing: it would train the model to say nothing."""
+    return not (message.content.strip() or message.extra.get("tool_calls") or message.extra.get("reasoning_content"))
 
 
 ENDINGS = ("conversation", "conversation.rstrip()", "conversation.rstrip() + eos_token")

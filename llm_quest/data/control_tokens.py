@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import tokenizers
@@ -19,6 +19,7 @@ from llm_quest.data.tokenizer import Tokenizer
 
 ESCAPE_MARK = "\ufdd0"  # noncharacters: they stand in no text
 BOUNDARY_MARK = "\ufdd1"
+MAX_KEPT_TEXTS, MAX_KEPT_CHARACTERS = 256, 20_000
 
 
 class ControlTokenEncoder:
@@ -28,6 +29,7 @@ class ControlTokenEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.control_tokens = tokenizer, tokenizer.special_tokens
         words = "|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))
+        self.kept: dict[str, list[int]] = {}
         self.pattern = re.compile(f"(?:{words})(?!{ESCAPE_MARK})" if words else r"(?!)")
 
     def escape(self, text: str) -> str:
@@ -48,8 +50,32 @@ class ControlTokenEncoder:
         return self.tokenizer.decode(ids, keep_special_tokens=True)
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """The ids of consecutive pieces of one text: see `data/encode_pieces.py`."""
-        return encode_pieces(pieces, self.encode, self.decode, self.last_control_token)
+        """The ids of consecutive pieces of one text: see `data/encode_pieces.py`. A piece is read from one control
+        token to the next, so that texts which begin alike, as those of a conversation do, share what was encoded."""
+        parts = [(number, part) for number, piece in enumerate(pieces) for part in self.split_after_controls(piece)]
+        encoded = encode_pieces([part for _, part in parts], self.encode_again, self.decode, self.last_control_token)
+        found: list[list[int]] = [[] for _ in pieces]
+        for (number, _), ids in zip(parts, encoded, strict=True):
+            found[number] += ids
+        return found
+
+    def split_after_controls(self, text: str) -> Iterator[str]:
+        """The text in parts, each but the last ending with a control token."""
+        at = 0
+        for match in self.pattern.finditer(text):
+            yield text[at : (at := match.end())]
+        if at < len(text):
+            yield text[at:]
+
+    def encode_again(self, text: str) -> list[int]:
+        """As `encode`, kept for a while where the text is short."""
+        if len(text) > MAX_KEPT_CHARACTERS:
+            return self.encode(text)
+        if text not in self.kept:
+            if len(self.kept) >= MAX_KEPT_TEXTS:
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[text] = self.encode(text)
+        return self.kept[text]
 
     def last_control_token(self, text: str) -> str:
         """The control token with which a text ends, or ""."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.chat import ChatExample, ChatTemplate
 from llm_quest.data.conversations import Conversation, alpaca_prompt, check_role_order, message_field, parse_messages
 from llm_quest.data.documents import DropReport
 from llm_quest.data.messages import Message, to_messages
@@ -154,27 +154,33 @@ def tokenize_preferences(
     chat_template: ChatTemplate, preferences: Sequence[Preference], max_length: int, drop_report: DropReport
 ) -> list[TokenizedPreference]:
     """Preferences as ids, in rows of at most `max_length`. DataError where nothing is left."""
-    examples = iter(
-        chat_template.encode_conversations([one for preference in preferences for one in preference.to_conversations()])
-    )
-    kept, cut = [], 0
+    encoded = iter(chat_template.encode_last_answers([text for one in preferences for text in one.to_conversations()]))
+    kept, cut, refused = [], 0, ""
     for one in preferences:
-        pieces = []
-        for _ in one.answers:
-            example = next(examples)
-            begin, end = example.last_answer_span
-            pieces.append((example.input_ids[:begin], example.input_ids[begin:end]))
-        answers = tuple(answer for _, answer in pieces)
-        room = max_length - max(map(len, answers))
-        prompt = pieces[0][0]
+        answers = [next(encoded) for _ in one.answers]
+        if error := next((answer.error for answer in answers if answer.error), ""):
+            refused = refused or f"{one.where}: {error}"
+            drop_report.drop(f"refused by the chat template: {error}", 0)
+            continue
+        prompt, completions = split_at_shared_prompt([answer.examples[0] for answer in answers])
+        room = max_length - max(map(len, completions))
         if room < 1 or not len(prompt):
             drop_report.drop(f"an answer alone is longer than a row of {max_length} tokens", 0)
             continue
         if len(prompt) > room:
             cut += 1
-        kept.append(TokenizedPreference(prompt[-room:], answers, one.margin, one.where))
+        kept.append(TokenizedPreference(prompt[-room:], completions, one.margin, one.where))
     if cut:
         drop_report.note(f"{cut} questions are cut on their left to fit into {max_length} tokens with their answers")
     if preferences and not kept:
-        raise DataError(f"no answer fits into {max_length} tokens beside a question; raise sequence_length")
+        raise DataError(refused or f"no answer fits into {max_length} tokens beside a question; raise sequence_length")
     return kept
+
+
+def split_at_shared_prompt(examples: Sequence[ChatExample]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The ids that all answers follow, and each answer's. Commonly got wrong: of a reasoning model one answer may
+    follow `<think>` and another not; the prompt is then what both follow."""
+    size = min(one.last_answer_span[0] for one in examples)
+    first, *others = (one.input_ids[:size] for one in examples)
+    size = min((int(np.argmin(np.append(first == other, False))) for other in others), default=size)
+    return first[:size], tuple(one.input_ids[size : one.last_answer_span[1]] for one in examples)

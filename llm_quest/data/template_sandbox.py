@@ -1,181 +1,195 @@
 """Rendering chat templates safely: a model folder's template is a program from an unknown author.
 
-It runs in Jinja's immutable sandbox, in a process of its own with two seconds of processor time (and a little more
-for each conversation) and 512 MB of memory. The sandbox prevents access to attributes; the process limits the rest
-(an endless loop, a string doubled thirty times). `{% generation %} ... {% endgeneration %}` is transformers' tag
-around what the model writes: here its place in the text is known exactly."""
+It runs in Jinja's immutable sandbox, in a process of its own with limited processor time and 512 MB of memory. The
+sandbox prevents access to attributes; the process limits the rest (an endless loop, a string doubled thirty times).
+Conversations go there in batches, so that neither side holds the text of a whole data set twice."""
 
 from __future__ import annotations
 
-import datetime
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from llm_quest.data.answer_layout import AnswerLayout, LaidOut, unwritten_roles
+from llm_quest.data.template_program import RenderJob, TemplateProgram, TemplateSettings, extract_spans
+from llm_quest.data.template_messages import with_text_arguments
 from llm_quest.errors import DataError
 
-MAX_TEMPLATE_CHARACTERS, MAX_TEXT_CHARACTERS, MAX_TEMPLATE_NODES = 200_000, 1_000_000, 20_000
+MAX_TEMPLATE_CHARACTERS = 200_000
 CPU_SECONDS, MEMORY_BYTES = 2, 512 * 2**20
-CPU_SECONDS_PER_CONVERSATION = 0.01
+CPU_SECONDS_PER_RENDERING = 0.01
+BATCH_CHARACTERS, BATCH_RENDERINGS = 4_000_000, 4_000
 WORKER_COMMAND = "from llm_quest.data.template_sandbox import run_worker; run_worker()"
+ADVICE = "talk without it (quest chat --no-template)"
 
 Messages = list[dict[str, Any]]
 """Messages as transformers' `apply_chat_template` takes them."""
 
 
 class RenderedChat(NamedTuple):
-    """A conversation's text, and the spans that the template marks as written by the model."""
+    """A conversation's text, and the spans of what the model writes."""
 
     text: str
     answer_spans: tuple[tuple[int, int], ...]
 
 
-class RenderJob(NamedTuple):
-    """A conversation to render. add_generation_prompt: whether the text ends where the assistant's next message
-    begins. where: for errors."""
+class Rendering(NamedTuple):
+    """What a template made of one conversation: its rows, or why it refused it. unwritten: roles of messages that it
+    left out."""
 
-    messages: Messages
-    add_generation_prompt: bool
-    where: str = ""
+    rows: tuple[RenderedChat, ...]
+    error: str = ""
+    unwritten: tuple[str, ...] = ()
 
 
-def render_prompt(template: str, messages: Messages, *, special_tokens: dict[str, str] | None = None) -> str:
+def render_prompt(template: str, messages: Messages, *, special_tokens: Mapping[str, str] | None = None) -> str:
     """The prompt that asks for the assistant's next message. special_tokens: bos_token, eos_token and their like, by
     name."""
-    return render_batch(template, [RenderJob(messages, add_generation_prompt=True)], special_tokens=special_tokens)[
-        0
-    ].text
+    settings = TemplateSettings(template, special_tokens or {})
+    return render_batch(settings, [RenderJob(messages, add_generation_prompt=True)])[0].text
 
 
-def render_batch(
-    template: str, jobs: Sequence[RenderJob], *, special_tokens: dict[str, str] | None = None
-) -> list[RenderedChat]:
-    """Render many conversations by one process. DataError names the one at which the template failed."""
-    if len(template) > MAX_TEMPLATE_CHARACTERS:
+def render_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[RenderedChat]:
+    """Render conversations, each as one text. DataError names the first at which the template failed."""
+    rendered = []
+    for job, one in zip(jobs, render_jobs(settings, jobs), strict=True):
+        if one.error:
+            raise DataError(f"the chat template failed: {job.where + ': ' if job.where else ''}{one.error}; {ADVICE}")
+        rendered.append(one.rows[0])
+    return rendered
+
+
+def render_jobs(settings: TemplateSettings, jobs: Iterable[RenderJob]) -> Iterator[Rendering]:
+    """Render conversations in batches, a process for each batch. DataError where the template cannot run at all."""
+    if len(settings.source) > MAX_TEMPLATE_CHARACTERS:
         raise DataError(
-            f"the chat template has {len(template):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are run"
+            f"the chat template has {len(settings.source):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are run"
         )
-    seconds = CPU_SECONDS + int(CPU_SECONDS_PER_CONVERSATION * len(jobs))
-    request = json.dumps({"template": template, "jobs": jobs, "special": special_tokens or {}, "seconds": seconds})
+    for batch in split_batches(jobs):
+        yield from run_batch(settings, batch)
+
+
+def split_batches(jobs: Iterable[RenderJob]) -> Iterator[list[RenderJob]]:
+    """Batches of bounded size and work; a longer conversation is a batch of its own."""
+    batch: list[RenderJob] = []
+    characters = renderings = 0
+    for job in jobs:
+        size, work = len(repr(job.messages)), max_renderings(job)
+        if batch and (characters + size > BATCH_CHARACTERS or renderings + work > BATCH_RENDERINGS):
+            yield batch
+            batch, characters, renderings = [], 0, 0
+        batch.append(job)
+        characters, renderings = characters + size, renderings + work
+    if batch:
+        yield batch
+
+
+def max_renderings(job: RenderJob) -> int:
+    """How often a conversation is rendered at most."""
+    return 1 + 2 * len(job.learned or ())
+
+
+def run_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[Rendering]:
+    """Render a batch by one process."""
+    seconds = CPU_SECONDS + int(CPU_SECONDS_PER_RENDERING * sum(map(max_renderings, jobs)))
+    head = {"settings": vars(settings), "seconds": seconds}
+    request = "".join(f"{json.dumps(one)}\n" for one in (head, *jobs))
     try:
         done = subprocess.run(
             [sys.executable, "-c", WORKER_COMMAND],
             input=request, capture_output=True, text=True, timeout=seconds * 5, check=False,
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
         raise DataError(
-            f"the chat template did not end within {seconds * 5} s; talk without it (quest chat --no-template)"
+            f"the chat template did not end within {seconds * 5} s{describe_place(jobs, error.stdout)}; {ADVICE}"
         ) from None
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it used more than its share of time or memory"])[-1]
-        raise DataError(f"the chat template failed: {why[:200]}; talk without it (quest chat --no-template)")
-    return [RenderedChat(text, tuple((a, b) for a, b in spans)) for text, spans in json.loads(done.stdout)]
+        raise DataError(f"the chat template failed{describe_place(jobs, done.stdout)}: {why[:200]}; {ADVICE}")
+    return [parse_rendering(line) for line in done.stdout.split("\n")[:-1]]
+
+
+def describe_place(jobs: Sequence[RenderJob], output: str | bytes | None) -> str:
+    """The conversation that was being rendered when the process ended."""
+    lines = (output or "").count("\n") if isinstance(output, str | None) else output.count(b"\n")
+    where = jobs[min(lines, len(jobs) - 1)].where
+    return f" at {where}" if where else ""
+
+
+def parse_rendering(line: str) -> Rendering:
+    rows, error, unwritten = json.loads(line)
+    texts = (RenderedChat(text, tuple((a, b) for a, b in spans)) for text, spans in rows)
+    return Rendering(tuple(texts), error, tuple(unwritten))
 
 
 def run_worker() -> None:
-    """The worker process: jobs on stdin, texts with their spans as JSON on stdout."""
-    request = json.load(sys.stdin)
-    limit_resources(request["seconds"])
-    done: list[Any] = []
+    """The worker process: settings and jobs on stdin, a line of JSON each on stdout."""
+    head = json.loads(sys.stdin.readline())
+    limit_resources(head["seconds"])
     try:
-        program = compile_template(request["template"])
-        for messages, ask, _ in request["jobs"]:
-            done.append(extract_spans(render_template(program, messages, ask, request["special"])))
-        json.dump(done, sys.stdout)
+        program = TemplateProgram(TemplateSettings(**head["settings"]))
+        layout = AnswerLayout(program)
     except Exception as error:
-        where = request["jobs"][min(len(done), len(request["jobs"]) - 1)][2]
-        sys.exit(f"{where + ': ' if where else ''}{type(error).__name__}: {error}")
+        sys.exit(f"{type(error).__name__}: {error}")
+    for line in sys.stdin:
+        job = RenderJob(*json.loads(line))
+        rows, error = render_job(layout, job)
+        left_out = unwritten_roles(job.messages, rows[-1].text) if rows else []
+        sys.stdout.write(json.dumps((rows, error, left_out)) + "\n")
+        sys.stdout.flush()
+
+
+def render_job(layout: AnswerLayout, job: RenderJob) -> tuple[list[LaidOut], str]:
+    """The rows of a conversation and "", or none and why the template refuses it. Arguments of functions are objects,
+    as transformers documents them; where a template fails on these (DeepSeek-V3 adds them to a text) they are text."""
+    error = ""
+    for form in (job, job._replace(messages=with_text_arguments(job.messages))):
+        if error and form == job:
+            break
+        try:
+            if job.learned is not None:
+                return layout.lay_out(form), ""
+            text = layout.program.render(form.messages, form.tools, form.add_generation_prompt)
+            return [LaidOut(*extract_spans(text))], ""
+        except Exception as failed:
+            error = error or f"{type(failed).__name__}: {failed}"
+    return [], error
 
 
 def limit_resources(seconds: int) -> None:
-    """Limit time and memory, where the system has resource limits; elsewhere the caller's timeout is the only one."""
-    if sys.platform != "win32":
+    """Limit time and memory by whatever this system takes; the caller's timeout holds everywhere."""
+    try:
         import resource
-
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-
-
-SPAN_BEGIN, SPAN_END = "\U000ffffe", "\U000fffff"  # two noncharacters: they stand in no text
-
-
-def compile_template(template: str) -> Any:
-    """Compile a template in the sandbox, as transformers does it: blocks trimmed, `raise_exception`, `strftime_now`,
-    `tojson`, the `generation` tag."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """The `generation` tag: marks what is between the tags."""
-
-        tags = {"generation"}  # noqa: RUF012 (what Jinja's class declares)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
-
-        def _between(self, caller: Any) -> str:
-            return SPAN_BEGIN + caller() + SPAN_END
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    if sum(1 for _ in environment.parse(template).find_all(nodes.Node)) > MAX_TEMPLATE_NODES:
-        raise ValueError("too long a program")
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    return environment.from_string(template)
+    except ImportError:
+        return  # the caller's timeout is the only limit
+    limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: MEMORY_BYTES}
+    refused = []
+    for kind, limit in limits.items():
+        try:
+            resource.setrlimit(kind, (limit, limit))
+        except (OSError, ValueError):  # macOS refuses to limit the address space
+            refused.append(kind)
+    if resource.RLIMIT_AS in refused:
+        threading.Thread(target=watch_memory, daemon=True).start()
 
 
-def render_template(
-    template: Any, messages: Messages, add_generation_prompt: bool, special_tokens: dict[str, str]
-) -> str:
-    """The rendered text, with marks."""
-    if any(mark in message["content"] for message in messages for mark in (SPAN_BEGIN, SPAN_END)):
-        raise ValueError("a message holds U+FFFFE or U+FFFFF, which are no characters")
-    written, size = [], 0
-    for piece in template.generate(messages=messages, add_generation_prompt=add_generation_prompt, **special_tokens):
-        written.append(piece)
-        size += len(piece)
-        if size > MAX_TEXT_CHARACTERS:
-            raise ValueError(f"it wrote more than {MAX_TEXT_CHARACTERS:,} characters")
-    return "".join(written)
+def watch_memory() -> None:
+    """End this process when it holds more memory than it may, where the system does not see to it."""
+    import resource
 
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-def extract_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks, and the spans between them."""
-    spans: list[tuple[int, int]] = []
-    kept, begin = "", 0
-    for mark, piece in split_at_marks(text):
-        if mark == SPAN_BEGIN:
-            begin = len(kept)
-        elif mark == SPAN_END:
-            spans.append((begin, len(kept)))
-        kept += piece
-    return kept, spans
-
-
-def split_at_marks(text: str) -> Iterator[tuple[str, str]]:
-    """(the mark before it, the text up to the next mark)."""
-    mark, start = "", 0
-    for at, character in enumerate(text):
-        if character in (SPAN_BEGIN, SPAN_END):
-            yield mark, text[start:at]
-            mark, start = character, at + 1
-    yield mark, text[start:]
-
-
-def raise_exception(message: Any) -> NoReturn:
-    """What templates call to refuse a conversation."""
-    raise ValueError(str(message))
-
-
-def strftime_now(form: str) -> str:
-    """The current date and time, formatted."""
-    return datetime.datetime.now().strftime(form)
+    # some systems count bytes, others kilobytes: a Python that has just begun has 5 MB at least, and no 5 GB
+    unit = 1 if peak() > 5 * 10**6 else 1024
+    while peak() * unit < MEMORY_BYTES:
+        time.sleep(0.02)
+    os.write(2, b"MemoryError: more than its share of memory\n")
+    os._exit(1)

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.chat import ALPACA_TEMPLATE, CHATML_TEMPLATE, ChatTemplate, default_chat_template
+from llm_quest.data.chat import (
+    ALPACA_TEMPLATE,
+    CHATML_TEMPLATE,
+    ChatExample,
+    ChatTemplate,
+    default_chat_template,
+)
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.messages import Message
+from llm_quest.data.documents import DropReport
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokenizer_files import END_OF_TEXT
 from llm_quest.data.vocabulary import train_bpe
@@ -72,10 +79,101 @@ def test_a_template_without_ends_is_given_one_or_refused():
         ChatTemplate(tokenizer(), bare).encode_conversations([TALK])
 
 
-def test_a_template_that_rewrites_the_past_is_refused_unless_it_marks_answers():
+def texts(chat: ChatTemplate, examples: list[ChatExample]) -> list[tuple[str, str]]:
+    """What is read and what is learned of each."""
+    pairs = [(one.input_ids[~one.assistant_mask], one.input_ids[one.assistant_mask]) for one in examples]
+    return [tuple(chat.tokenizer.decode(ids, keep_special_tokens=True) for ids in pair) for pair in pairs]
+
+
+def test_a_template_that_rewrites_the_past_makes_a_row_of_each_answer_and_says_so():
     forgetful = "{% for m in messages %}{% if loop.last or m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"  # fmt: skip # noqa: E501
-    with pytest.raises(DataError, match="changes what was said before"):
-        ChatTemplate(tokenizer(), forgetful).encode_conversations([TALK])
+    report, chat = DropReport(), ChatTemplate(tokenizer(), forgetful)
+    talk = Conversation((("user", "2+2?"), ("assistant", "four"), ("user", "3+3?"), ("assistant", "six")))
+    assert texts(chat, chat.encode_conversations([talk], report)) == [
+        ("<|im_start|>2+2?<|im_end|>", "<|im_start|>four<|im_end|>"),
+        ("<|im_start|>2+2?<|im_end|><|im_start|>3+3?<|im_end|>", "<|im_start|>six<|im_end|>"),
+    ]
+    assert report.notes == ["1 conversations are a row for each answer: this chat template rewrites earlier answers"]
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
+    "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
+"""As DeepSeek-R1's: the reasoning goes, and the prompt begins one."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Message("assistant", "<think>\nhm\n</think>\n\nfour"),
+        Message("assistant", "four", extra={"reasoning_content": "hm"}),
+    ],
+)
+def test_reasoning_that_a_template_would_drop_from_the_answer_is_learned_after_the_prompt(answer: Message):
+    chat = ChatTemplate(tokenizer(), THINKING)
+    examples = chat.encode_conversations([Conversation((Message("user", "2+2?"), answer))])
+    assert texts(chat, examples) == [
+        ("<|im_start|>2+2?<|im_end|><think>\n", "hm\n</think>\n\nfour<|endoftext|>"),
+    ]
+    prompt = chat.encode_prompt([{"role": "user", "content": "2+2?"}])
+    assert examples[0].input_ids[: len(prompt)].tolist() == prompt
+
+
+def test_reasoning_of_earlier_answers_is_not_in_the_context_of_later_ones():
+    chat = ChatTemplate(tokenizer(), THINKING)
+    said = "<think>\nhm\n</think>\n\nfour"
+    twice = Conversation((("user", "a"), ("assistant", said), ("user", "b"), ("assistant", said)))
+    assert texts(chat, chat.encode_conversations([twice])) == [
+        ("<|im_start|>a<|im_end|><think>\n", "hm\n</think>\n\nfour<|endoftext|>"),
+        (
+            "<|im_start|>a<|im_end|>\n\nfour<|endoftext|><|im_start|>b<|im_end|><think>\n",
+            "hm\n</think>\n\nfour<|endoftext|>",
+        ),
+    ]
+
+
+def test_what_a_template_leaves_out_is_told_or_refused():
+    report, chat = DropReport(), ChatTemplate(tokenizer(), UNTAGGED.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"))  # fmt: skip # noqa: E501
+    call = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+    calling = Conversation((Message("user", "a"), Message("assistant", "b", extra={"tool_calls": [call]})), "rows:2")
+    asked = Conversation((Message("user", "a"), Message("assistant", "b", extra={"reasoning_content": "hm"})), "rows:3")
+    assert len(chat.encode_conversations([TALK, calling, asked], report)) == 2
+    assert report.dropped == {
+        "refused by the chat template: ValueError: this template does not write function calls": [1, 0]
+    }
+    assert report.notes == [
+        "1 messages of the role system are not written by this chat template",
+        "1 conversations have reasoning that this chat template does not write",
+    ]
+    with pytest.raises(DataError, match="^rows:2: .*does not write function calls"):
+        chat.encode_conversations([TALK, calling])
+    with pytest.raises(DataError, match="^rows:2: "):
+        chat.encode_conversations([calling], DropReport())
+
+
+@pytest.mark.parametrize("template", [CHATML_TEMPLATE, UNTAGGED])
+def test_an_empty_answer_inside_a_conversation_is_read_and_not_learned(template):
+    report, chat = DropReport(), ChatTemplate(tokenizer(), template)
+    talk = Conversation((("user", "a"), ("assistant", " \n"), ("user", "b"), ("assistant", "four")))
+    ((read, learned_text),) = texts(chat, chat.encode_conversations([talk], report))
+    assert learned_text == "four<|im_end|>"
+    assert read.count("<|im_start|>assistant\n<|im_end|>") == 1
+    assert report.notes == ["1 empty answers inside conversations are not learned"]
+
+
+def test_template_arguments_are_given_to_the_template():
+    template = UNTAGGED + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    chat = ChatTemplate(tokenizer(), template, chat_template_kwargs={"enable_thinking": False})
+    asked = [{"role": "user", "content": "a"}]
+    plain = ChatTemplate(tokenizer(), template)
+    assert chat.encode_prompt(asked) == plain.encode_prompt(asked) + plain.encode("<think></think>")
+
+
+def test_a_template_is_told_the_date_that_it_is_given():
+    chat = ChatTemplate(tokenizer(), "{{ strftime_now('%d %b %Y') }}", now="2026-03-01T12:00:00")
+    assert chat.tokenizer.decode(chat.encode_prompt([{"role": "user", "content": "a"}])) == "01 Mar 2026"
 
 
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, UNTAGGED, None])
@@ -141,12 +239,12 @@ def test_an_answer_that_is_not_to_be_learned_is_read_alone(template, trained, ex
     assert learned(ChatTemplate(tokenizer(), template), talk) == [f"{text}<|im_end|>" for text in expected]
 
 
-def test_a_template_that_marks_another_number_of_answers_is_refused_where_some_are_not_learned():
+def test_of_a_template_that_marks_an_answer_twice_the_marks_of_learned_answers_are_learned():
     twice = CHATML_TEMPLATE.replace(
         "{% generation %}", "{% generation %}<|im_start|>{% endgeneration %}{% generation %}"
     )
     talk = Conversation(
         (("user", "2+2?"), Message("assistant", "four", train=False), ("user", "a"), ("assistant", "b"))
     )
-    with pytest.raises(DataError, match="marks 4 answers in a conversation of 2"):
-        ChatTemplate(tokenizer(), twice).encode_conversations([talk])
+    chat = ChatTemplate(tokenizer(), twice)
+    assert [text for _, text in texts(chat, chat.encode_conversations([talk]))] == ["<|im_start|>b<|im_end|>"]

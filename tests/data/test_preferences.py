@@ -12,7 +12,7 @@ from llm_quest.data.documents import DropReport
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.messages import Message
 from llm_quest.data.preference_pairs import PreferenceDataset, collate_preferences
-from llm_quest.data.preferences import TokenizedPreference, read_preferences, tokenize_preferences
+from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
@@ -158,3 +158,26 @@ def test_a_step_is_a_function_of_seed_and_step_for_any_split_and_the_reference_r
     ]
     asked = torch.cat([batch.targets[batch.rejected].max(dim=1).values for batch in epoch])
     assert sorted(asked.tolist()) == list(range(20))
+
+
+def test_an_answer_with_reasoning_and_one_without_share_the_prompt_that_both_follow():
+    tokenizer = train_bpe(["words of text"], 300)
+    thinking = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
+        "{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_end|><think>{% endif %}"
+    )
+    pair = Preference((("user", "of"),), ("<think>text</think>words", "words"))
+    found = tokenize_preferences(ChatTemplate(tokenizer, thinking), [pair], 64, DropReport())[0]
+    texts = [tokenizer.decode(ids.tolist(), keep_special_tokens=True) for ids in (found.prompt, *found.answers)]
+    assert texts == ["<|im_start|>of<|im_end|>", "<think>text</think>words<|endoftext|>", "words<|endoftext|>"]
+
+
+def test_a_preference_that_the_chat_template_refuses_is_dropped_and_counted():
+    tokenizer, report = train_bpe(["words of text"], 300), DropReport()
+    picky = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no') }}{% endif %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"  # fmt: skip # noqa: E501
+    pairs = [Preference((("user", "of"),), ("words", worse), where="p:1") for worse in ("bad", "text")]
+    assert len(tokenize_preferences(ChatTemplate(tokenizer, picky), pairs, 64, report)) == 1
+    assert report.dropped == {"refused by the chat template: ValueError: no": [1, 0]}
+    with pytest.raises(DataError, match="^p:1: ValueError: no"):
+        tokenize_preferences(ChatTemplate(tokenizer, picky), pairs[:1], 64, DropReport())
