@@ -30,8 +30,8 @@ THINK, END_THINK = "<think>", "</think>"
 PROBE_TURNS = 3
 PROBE_MARK = "\ufdd2"  # a noncharacter: no template writes it
 NO_PLACE = (
-    "before an answer this template writes another text than the prompt that asks for it, so what the model would write "
-    "cannot be told; put {% generation %} and {% endgeneration %} around the answer"
+    "before an answer this template writes another text than the prompt that asks for it, so what the model would "
+    "write cannot be told; put {% generation %} and {% endgeneration %} around the answer"
 )
 
 

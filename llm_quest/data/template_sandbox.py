@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_quest.data.answer_layout import AnswerLayout, LaidOut, unwritten_roles
-from llm_quest.data.template_program import RenderJob, TemplateProgram, TemplateSettings, extract_spans
 from llm_quest.data.template_messages import with_text_arguments
+from llm_quest.data.template_program import RenderJob, TemplateProgram, TemplateSettings, extract_spans
 from llm_quest.errors import DataError
 
 MAX_TEMPLATE_CHARACTERS = 200_000
@@ -149,18 +149,18 @@ def run_worker() -> None:
 def render_job(layout: AnswerLayout, job: RenderJob) -> tuple[list[LaidOut], str]:
     """The rows of a conversation and "", or none and why the template refuses it. Arguments of functions are objects,
     as transformers documents them; where a template fails on these (DeepSeek-V3 adds them to a text) they are text."""
-    error = ""
+    reason = ""
     for form in (job, job._replace(messages=with_text_arguments(job.messages))):
-        if error and form == job:
+        if reason and form == job:
             break
         try:
             if job.learned is not None:
                 return layout.lay_out(form), ""
             text = layout.program.render(form.messages, form.tools, form.add_generation_prompt)
             return [LaidOut(*extract_spans(text))], ""
-        except Exception as failed:
-            error = error or f"{type(failed).__name__}: {failed}"
-    return [], error
+        except Exception as error:
+            reason = reason or f"{type(error).__name__}: {error}"
+    return [], reason
 
 
 def limit_resources(seconds: int) -> None:

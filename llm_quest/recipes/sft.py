@@ -124,7 +124,7 @@ def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, 
     said = read_conversations(load_records(config.source, builtin_instructions)[: config.max_samples], drop_report)
     train, held = split_by_prompt(said, config.held_out)
     learned, looked_at = (
-        PackedExamples(drop_too_long(chat.encode_conversations(side), length, drop_report), length)
+        PackedExamples(drop_too_long(chat.encode_conversations(side, drop_report), length, drop_report), length)
         for side in (train, held)
     )
     return ConversationData(chat, learned, looked_at, held, drop_report)

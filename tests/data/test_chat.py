@@ -14,8 +14,8 @@ from llm_quest.data.chat import (
     default_chat_template,
 )
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.messages import Message
 from llm_quest.data.documents import DropReport
+from llm_quest.data.messages import Message
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokenizer_files import END_OF_TEXT
 from llm_quest.data.vocabulary import train_bpe
@@ -147,9 +147,9 @@ def test_what_a_template_leaves_out_is_told_or_refused():
         "1 messages of the role system are not written by this chat template",
         "1 conversations have reasoning that this chat template does not write",
     ]
-    with pytest.raises(DataError, match="^rows:2: .*does not write function calls"):
+    with pytest.raises(DataError, match=r"^rows:2: .*does not write function calls"):
         chat.encode_conversations([TALK, calling])
-    with pytest.raises(DataError, match="^rows:2: "):
+    with pytest.raises(DataError, match=r"^rows:2: "):
         chat.encode_conversations([calling], DropReport())
 
 

@@ -179,5 +179,5 @@ def test_a_preference_that_the_chat_template_refuses_is_dropped_and_counted():
     pairs = [Preference((("user", "of"),), ("words", worse), where="p:1") for worse in ("bad", "text")]
     assert len(tokenize_preferences(ChatTemplate(tokenizer, picky), pairs, 64, report)) == 1
     assert report.dropped == {"refused by the chat template: ValueError: no": [1, 0]}
-    with pytest.raises(DataError, match="^p:1: ValueError: no"):
+    with pytest.raises(DataError, match=r"^p:1: ValueError: no"):
         tokenize_preferences(ChatTemplate(tokenizer, picky), pairs[:1], 64, DropReport())

@@ -55,7 +55,8 @@ ROWS = {
 def templates() -> dict[str, str]:
     """The sources by name, without importing trl."""
     spec = find_spec("trl")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     folder = Path(spec.origin).parent / "chat_templates"
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
 
