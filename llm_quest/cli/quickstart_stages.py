@@ -128,18 +128,18 @@ def run_grpo_stage(context: QuickstartContext) -> StageResult:
     began = time.monotonic()
     folder = context.train("grpo")
     config = context.config("grpo")
-    problems = load_problems(config).held_out
+    problems = load_problems(config, lambda line: None)
     before, after = (
         evaluate_problems(
             context.model(one),
             tokenizer := load_tokenizer(one),
-            problems,
+            problems.held_out,
             max_new_tokens=config.max_new_tokens,
-            encode_prompt=prompt_encoder(config, tokenizer),
+            encode_prompt=prompt_encoder(config, tokenizer, problems),
         ).greedy_accuracy
         for one in (folder / "warmup", folder)
     )
-    return make_stage_result(folder, f"held-out accuracy on {config.task.partition(':')[0]}", before, after, began)
+    return make_stage_result(folder, f"held-out accuracy on {config.task_name.partition(':')[0]}", before, after, began)
 
 
 def make_stage_result(

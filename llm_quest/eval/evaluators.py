@@ -1,11 +1,10 @@
 """Evaluators that run during training: the loss on held-out text, samples from fixed prompts, held-out preference
-pairs, problems that have an answer, and the range of a policy's importance ratios."""
+pairs, and the range of a policy's importance ratios. `eval/policy.py` has the one of a policy's answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from llm_quest.data.loader import length_grouped_indices
 from llm_quest.data.packing import HeldOutLoader, eval_batches
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
-from llm_quest.data.problems import Problem
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenizedDocuments
 from llm_quest.eval.perplexity import evaluate_perplexity
-from llm_quest.eval.problems import ProblemAccuracy, evaluate_problems
 from llm_quest.files import atomic_write_json
 from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
@@ -149,46 +146,6 @@ def preference_metrics(scored: np.ndarray) -> dict[str, float]:
         found["reward_length_correlation"] = float(np.corrcoef(lengths, rewards)[0, 1])
     found["interval"] = 1.96 * math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / len(scored))
     return found
-
-
-@dataclass
-class ProblemEvaluator:
-    """accuracy (greedy), and from samples mean@n and pass@k; the first answers go to
-    samples/step-00000020.json. whole_model: inside it a sharded model is whole."""
-
-    problems: Sequence[Problem]
-    tokenizer: Tokenizer
-    encode: Callable[[str], list[int]]
-    interval: int
-    max_new_tokens: int
-    num_samples: int
-    temperature: float
-    seed: int
-    samples_dir: Path | None = None
-    whole_model: Callable[[], AbstractContextManager[Any]] = nullcontext
-    name: str = "eval"
-
-    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        found = self.accuracy(model)
-        if self.samples_dir is not None:
-            sample_rows = [{"prompt": p, "text": text, "wanted": answer} for p, text, answer, _ in found.examples]
-            save_samples(self.samples_dir, step, sample_rows)
-        passes = {f"pass@{k}": value for k, value in found.pass_at_k.items()}
-        mean = {f"mean@{found.num_samples}": found.mean_at_k} if found.num_samples else {}
-        return {"accuracy": found.greedy_accuracy.share, "length": found.mean_tokens, **mean, **passes}
-
-    def accuracy(self, model: Decoder) -> ProblemAccuracy:
-        with self.whole_model():
-            return evaluate_problems(
-                model,
-                self.tokenizer,
-                self.problems,
-                num_samples=self.num_samples,
-                temperature=self.temperature,
-                max_new_tokens=self.max_new_tokens,
-                seed=self.seed,
-                encode_prompt=self.encode,
-            )
 
 
 @dataclass

@@ -25,7 +25,7 @@ from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, completion_to_sample
 from llm_quest.rollouts.verifiers import count_outcomes
 
-EncodePrompt = Callable[[str], list[int]]
+EncodePrompt = Callable[[Problem], list[int]]
 PROBLEM_EVAL_BATCH_SIZE = 256
 
 
@@ -129,12 +129,13 @@ def evaluate_problems(
     encode_prompt: EncodePrompt | None = None,
 ) -> ProblemAccuracy:
     """Answer each problem greedily and, with num_samples, by sampling. pass@k is reported for those of `ks` that do not
-    exceed num_samples. encode_prompt: from a problem's prompt to ids; by default the start token and the text."""
+    exceed num_samples. encode_prompt: from a problem to the ids of its prompt; by default the start token and its
+    text."""
     if not problems:
         raise UsageError("no problem to evaluate on")
     began = time.perf_counter()
     encoder = encode_prompt or (
-        lambda text: [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        lambda problem: [tokenizer.start_token_id, *tokenizer.encode(problem.prompt, add_special_tokens=False)]
     )
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "encode_prompt": encoder}
     greedy = [
@@ -145,15 +146,31 @@ def evaluate_problems(
         if num_samples
         else []
     )
+    return measure_accuracy(
+        greedy, drawn, source=source, ks=ks, temperature=temperature, seconds=time.perf_counter() - began
+    )
+
+
+def measure_accuracy(
+    greedy: Sequence[Sample],
+    drawn: Sequence[Sequence[Sample]] = (),
+    *,
+    source: str = "problems",
+    ks: Sequence[int] = (1, 4, 16, 64),
+    temperature: float = 1.0,
+    seconds: float = math.nan,
+) -> ProblemAccuracy:
+    """The accuracy of answers that were drawn: a greedy one of each problem, and as many samples of each."""
+    num_samples = len(drawn[0]) if drawn else 0
     scores = [score_correctness(sample) for sample in greedy]
     groups = [[score_correctness(sample) for sample in group] for group in drawn]
     outcomes = count_outcomes(scores)
     scored = outcomes["right"] + outcomes["wrong"]
     if not scored:
-        raise UsageError(f"none of {len(problems)} answers could be scored: check the gold answers of {source}")
+        raise UsageError(f"none of {len(greedy)} answers could be scored: check the gold answers of {source}")
     return ProblemAccuracy(
         source=source,
-        num_problems=len(problems),
+        num_problems=len(greedy),
         greedy_accuracy=wilson_confidence_interval(outcomes["right"], scored),
         outcomes=outcomes,
         truncated=sum(sample.truncated for sample in greedy) / len(greedy),
@@ -163,7 +180,7 @@ def evaluate_problems(
         mean_at_k=mean_at_k(groups) if num_samples else math.nan,
         pass_at_k={k: mean_pass_at_k(k, groups) for k in ks if k <= num_samples},
         examples=tuple((s.problem.prompt, s.text, s.problem.answer, right) for s, right in zip(greedy[:5], scores)),  # noqa: B905
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
     )
 
 
@@ -185,7 +202,7 @@ def sample_answers(
     prompts_per_batch = max(1, PROBLEM_EVAL_BATCH_SIZE // n)
     for start in range(0, len(problems), prompts_per_batch):
         some = problems[start : start + prompts_per_batch]
-        prompts = [encode_prompt(problem.prompt) for problem in some]
+        prompts = [encode_prompt(problem) for problem in some]
         done = generate_completions(model, prompts, sampling_params, stopping_criteria, n=n, seed=seed)
         for number, problem in enumerate(some):
             group = done[number * n : (number + 1) * n]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llm_quest.data.loader import ShardedLoader
-from llm_quest.data.problems import draw_problem, make_task
+from llm_quest.data.problems import Problem, draw_problem, make_task
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.data.whole_documents import Demonstrations
 from llm_quest.eval.problems import sample_answers
@@ -39,9 +39,8 @@ def make_arm(distance: str | None) -> Callable[[int], Measurement]:
         model.eval()
         problems = [draw_problem(TASK, "test", index) for index in range(PROBLEMS)]
         groups = sample_answers(
-            model, TOKENIZER, problems, SamplingParams(temperature=0.0), encode_prompt=encode_text,
-            max_new_tokens=6,
-        )  # fmt: skip
+            model, TOKENIZER, problems, SamplingParams(temperature=0.0), encode_prompt=encode_problem, max_new_tokens=6
+        )
         found = [parse_number(group[0].text) for group in groups]
         errors = [
             abs(float(value) - int(problem.answer)) if value is not None else float(problem.answer)
@@ -53,8 +52,8 @@ def make_arm(distance: str | None) -> Callable[[int], Measurement]:
     return run_arm
 
 
-def encode_text(text: str) -> list[int]:
-    return [TOKENIZER.start_token_id, *TOKENIZER.encode(text, add_special_tokens=False)]
+def encode_problem(problem: Problem) -> list[int]:
+    return [TOKENIZER.start_token_id, *TOKENIZER.encode(problem.prompt, add_special_tokens=False)]
 
 
 def number_token_term(distance: str) -> NumberTokenLoss:

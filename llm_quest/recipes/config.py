@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.dependent_defaults import override_paths, replace_model
+from llm_quest.recipes.dependent_defaults import override_paths, replace_model, replace_task
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
@@ -102,6 +102,7 @@ def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
     if overrides:
         apply_overrides(settings, overrides)
         replace_model(settings, override_paths(overrides), own_family)
+        replace_task(settings, override_paths(overrides))
     return settings
 
 

@@ -46,6 +46,16 @@ def replace_model(settings: RawConfig, given: Collection[KeyPath], own_family: A
             settings.tree.pop(key, None)
 
 
+def replace_task(settings: RawConfig, given: Collection[KeyPath]) -> None:
+    """Rows that are named on the command line (`data.source=FILE`) take the place of a policy's task, and a task that
+    of its rows."""
+    chosen = {path[0] for path in given} & {"task", "data"}
+    if chosen == {"data"}:
+        settings.tree.pop("task", None)
+    elif chosen == {"task"} and settings.tree.get("recipe") in ("grpo", "iterative"):
+        settings.tree.pop("data", None)
+
+
 def drop_sizes(model: dict[str, Any], given: Collection[KeyPath]) -> None:
     """Remove the sizes of the recipe's own model."""
     sizes = model.get("config")

@@ -1,35 +1,46 @@
-"""`quest train grpo`: a model, problems that can be checked -> a model that solves more of them.
+"""`quest train grpo`: a model and prompts, rewards for what it answers -> a model that earns more of them.
 
-      questions -> samples -> rewards -> advantages -> policy gradient, with held-out accuracy before, during and after
+      prompts -> samples -> rewards -> advantages -> policy gradient, with held-out reward and accuracy before, during
+                                                     and after
 
-`recipes/policy_setup.py` assembles the rollouts; here are the task and the rewards."""
+Prompts are a task's problems or rows of a file (`recipes/policy_prompts.py`); rewards are in `recipes/reward_specs.py`;
+`recipes/policy_setup.py` assembles the rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llm_quest.contracts import Reward
-from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
-from llm_quest.data.problems.problem import make_rng
+from llm_quest.contracts import LogFn
+from llm_quest.data.problems import Problem, parse_task
+from llm_quest.data.problems.answer_forms import ANSWER_FORMS, GRADINGS
+from llm_quest.data.prompt_rows import ANSWER_COLUMNS
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
-from llm_quest.errors import UsageError
-from llm_quest.eval.evaluators import ProblemEvaluator, RatioRangeEvaluator
-from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.errors import DataError
+from llm_quest.eval.evaluators import RatioRangeEvaluator
+from llm_quest.eval.policy import PolicyEvaluator
+from llm_quest.eval.problems import sample_answers
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.reward_model import score_rows
-from llm_quest.recipes.config import Choice, StrictModel
+from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy import PolicyConfig
+from llm_quest.recipes.policy_prompts import (
+    ProblemSet,
+    PromptDataConfig,
+    PromptEncoder,
+    make_prompt,
+    make_prompt_encoder,
+    problems_of_rows,
+    problems_of_task,
+)
 from llm_quest.recipes.policy_setup import (
     WarmupConfig,
     build_policy_setup,
@@ -38,72 +49,43 @@ from llm_quest.recipes.policy_setup import (
     run_sft_warmup,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
-from llm_quest.rollouts.advantages import WeightedReward
+from llm_quest.recipes.reward_specs import (
+    NEED_ANSWERS,
+    RewardContext,
+    RewardSpec,
+    build_rewards,
+    check_labels,
+    failures_of,
+    hash_of_reward_files,
+)
 from llm_quest.rollouts.diagnostics import Diagnostics
-from llm_quest.rollouts.model_reward import ModelReward
-from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward, compute_step_rewards
-from llm_quest.rollouts.sampler import PolicyPrompt
-from llm_quest.rollouts.verifier_process import MathVerifyReward
-from llm_quest.techniques.score_head import find_score_head
+from llm_quest.rollouts.rewards import compute_step_rewards
+from llm_quest.rollouts.sampler import Sample
 from llm_quest.train.arguments import TrainResult
-from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
-
-EncodeFn = Callable[[str], list[int]]
-
-
-def load_reward_model(
-    config: GrpoConfig, spec: RewardSpec, tokenizer: Tokenizer, parallel: DistributedContext
-) -> Reward:
-    """A reward model that reads the policy's ids."""
-    name_or_path = str(spec.load)
-    model = load(name_or_path, dtype="float32", aligned=True).to(parallel.device)
-    if find_score_head(model) is None:
-        raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
-    if load_tokenizer(name_or_path).hash != tokenizer.hash:
-        raise UsageError(
-            f"{name_or_path} has another tokenizer than the policy: it would read other ids than were sampled"
-        )
-    return ModelReward(partial(score_rows, model))
-
-
-RewardBuilder = Callable[["GrpoConfig", "RewardSpec", Tokenizer, DistributedContext], Reward]
-REWARDS: dict[str, RewardBuilder] = {
-    "correct": lambda config, spec, tokenizer, parallel: CorrectnessReward(),
-    "format": lambda config, spec, tokenizer, parallel: FormatReward(),
-    "random": lambda config, spec, tokenizer, parallel: RandomReward(derive_seed(config.seed, "random reward")),
-    "model": load_reward_model,
-    "math_verify": lambda config, spec, tokenizer, parallel: MathVerifyReward(),
-}
-"""Name -> how a reward of that name is made."""
-
-
-class RewardSpec(StrictModel):
-    """A reward and its weight."""
-
-    name: Annotated[str, Choice(REWARDS)]
-    weight: float = 1.0
-    load: str | None = Field(default=None, description="the reward model's folder or run, for `model`")
-
-    @model_validator(mode="after")
-    def check_reward_model_path(self) -> RewardSpec:
-        if (self.name == "model") != (self.load is not None):
-            raise ValueError(
-                "a reward model needs its folder: {name: model, load: FOLDER}"
-                if self.name == "model"
-                else f"load has no effect for the reward {self.name}; leave it out"
-            )
-        return self
 
 
 class GrpoConfig(PolicyConfig):
     """A model and problems that can be checked in, a model that solves more of them out."""
 
     recipe: Literal["grpo"]
-    task: str = Field(
-        default="reverse", min_length=1, description="a task, options after a colon; or gsm8k, or its .jsonl"
+    task: str | None = Field(
+        default=None, min_length=1, description="a task, options after a colon; or gsm8k, or its .jsonl; null: reverse"
     )
-    apply_chat_template: bool = Field(default=False, description="ask through the model's chat template")
+    data: PromptDataConfig | None = Field(default=None, description="prompts of your own, in place of a task")
+    apply_chat_template: bool | None = Field(
+        default=None,
+        description="ask through the model's chat template; null: for rows, and where there is a system prompt",
+    )
+    system_prompt: str | None = Field(
+        default=None, description="the system message of every prompt; null: it asks for the form of the answer"
+    )
+    answer_form: Annotated[str, Choice(ANSWER_FORMS)] | None = Field(
+        default=None, description="where the answer stands in a completion; null: as the task has it"
+    )
+    grading: Annotated[str, Choice(GRADINGS)] = Field(
+        default="strict", description="tolerant: the last thing that looks like the answer is read"
+    )
     model: ModelConfig
     warmup: WarmupConfig | None = Field(default=None, description="for a fresh model: demonstrations first")
     rewards: tuple[RewardSpec, ...] = Field(
@@ -123,15 +105,31 @@ class GrpoConfig(PolicyConfig):
 
     @field_validator("task")
     @classmethod
-    def known_task(cls, task: str) -> str:
-        if not is_gsm8k(task):
+    def known_task(cls, task: str | None) -> str | None:
+        if task is not None and not is_gsm8k(task):
             parse_task(task)
         return task
+
+    @field_validator("rewards")
+    @classmethod
+    def distinct_labels(cls, rewards: tuple[RewardSpec, ...]) -> tuple[RewardSpec, ...]:
+        check_labels(rewards)
+        return rewards
+
+    @property
+    def task_name(self) -> str:
+        return self.task or "reverse"
 
     @model_validator(mode="after")
     def check_combination(self) -> GrpoConfig:
         fresh = self.model.load is None
-        if fresh and is_gsm8k(self.task):
+        if self.data is not None and self.task is not None:
+            raise ValueError("task and data both say what is asked; give one of them (task=null takes it away)")
+        if self.data is not None and fresh:
+            raise ValueError("prompts of your own need a model that can read them: give model.load=FOLDER")
+        if self.grading != "strict" and self.answer_form is None and self.data is None:
+            raise ValueError("grading has no effect without answer_form or data; leave it out")
+        if fresh and is_gsm8k(self.task_name):
             raise ValueError("a fresh model cannot be warmed up on GSM8K; give model.load=FOLDER")
         if fresh and self.warmup is None:
             raise ValueError(
@@ -157,77 +155,77 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     """Model, problems, rollouts, objective."""
     parallel, log = context.parallel, context.log
     config = open_policy_run(config, context)
-    problems = load_problems(config)
+    problems = load_problems(config, log)
     model, tokenizer = init_policy(config, context)
     model.to(parallel.device)
-    encode = prompt_encoder(config, tokenizer)
-    rewards = [
-        WeightedReward(one.name, REWARDS[one.name](config, one, tokenizer, parallel), one.weight)
-        for one in config.rewards
-    ]
+    encode = prompt_encoder(config, tokenizer, problems)
+    rewards = build_rewards(config.rewards, RewardContext(config.seed, tokenizer, parallel, log))
     policy = build_policy_setup(
         config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
         normalize_rewards_separately=config.normalize_rewards_separately,
         steps=partial(compute_step_rewards, tokenizer) if config.process_supervision else None,
     )  # fmt: skip
-    evaluator = ProblemEvaluator(
-        problems.held_out, tokenizer, encode, config.eval_steps, config.max_new_tokens, config.eval_num_samples,
-        config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir, policy.whole_policy,
+    evaluator = PolicyEvaluator(
+        problems.held_out, partial(draw_answers, tokenizer, encode, config.max_new_tokens),
+        policy.rollouts.reward_pipeline.compute_rewards, [(one.name, one.weight) for one in rewards],
+        config.eval_steps, config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"),
+        context.samples_dir, policy.whole_policy,
     )  # fmt: skip
 
     def report_before() -> Mapping[str, float]:
-        found = evaluator.accuracy(model)
-        log(f"held out, before: accuracy {found.greedy_accuracy}")
-        return {"eval/accuracy": found.greedy_accuracy.share}
+        found = evaluator.scores(model)
+        log(f"held out, before: {found.line()}")
+        return {f"eval/{name}": value for name, value in found.metrics().items()}
 
     def report_after(result: TrainResult) -> None:
         if result.status == "finished":
-            log(f"held out, after:  accuracy {evaluator.accuracy(model.eval()).greedy_accuracy}")
+            kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
+            log(f"held out, after:  {evaluator.scores(model.eval()).line()}{kl}")
+        for line in failures_of(rewards):
+            log(line)
 
     return Job(
         config,
         policy.objective,
         policy.rollouts,
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
-        {"tokenizer": tokenizer.hash, "task": problems.identity},
-        {"task": config.task, "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash},
+        {"tokenizer": tokenizer.hash, "task": problems.identity, **hash_of_reward_files(config.rewards)},
+        {
+            "task": config.task_name if config.data is None else config.data.source,
+            "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash, **problems.facts,
+        },
         tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.early_stopping_patience)],
         before=report_before,
         finish=report_after,
+    )  # fmt: skip
+
+
+def draw_answers(
+    tokenizer: Tokenizer, encode: PromptEncoder, max_new_tokens: int, model: Decoder, problems: Sequence[Problem],
+    sampling: SamplingParams, n: int, seed: int,
+) -> list[list[Sample]]:  # fmt: skip
+    """n answers of each problem, in one turn."""
+    encode.encode_problems(problems)
+    return sample_answers(
+        model, tokenizer, problems, sampling, encode_prompt=encode, max_new_tokens=max_new_tokens, n=n, seed=seed
     )
 
 
-@dataclass(frozen=True)
-class ProblemSet:
-    """An endless list of training problems, and the held-out ones."""
-
-    train_problem: Callable[[int], Problem]
-    held_out: list[Problem]
-    identity: str
-
-
-def load_problems(config: GrpoConfig) -> ProblemSet:
-    """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
-    seed, number = derive_seed(config.seed, "order"), config.eval_problems
-    if not is_gsm8k(config.task):
-        task = parse_task(config.task)
-        return ProblemSet(
-            partial(TaskSplit(task), seed),
-            [draw_problem(task, "validation", i, seed) for i in range(number)],
-            repr(task),
+def load_problems(config: GrpoConfig, log: LogFn) -> ProblemSet:
+    """The problems of the task, or of the rows. DataError where no row has the answer that a reward compares with."""
+    seed, number, form = derive_seed(config.seed, "order"), config.eval_problems, config.answer_form or ""
+    if config.data is None:
+        return problems_of_task(config.task_name, form, config.grading, number, seed)
+    problems = problems_of_rows(config.data, form, config.grading, number, seed, log)
+    wanting = [spec.label for spec in config.rewards if spec.name in NEED_ANSWERS]
+    if wanting and not problems.has_answers:
+        raise DataError(
+            f"{config.data.source} has no {', '.join(ANSWER_COLUMNS[:-1])} or {ANSWER_COLUMNS[-1]}, which the reward "
+            f"{wanting[0]} compares with; give rewards=[{{function: my_rewards.py:score}}] or a reward model"
         )
-    learned, held = train_validation_split(config.task)
-    return ProblemSet(partial(shuffled_problem, learned, seed), held[:number], f"{config.task}: {len(learned)}")
-
-
-def shuffled_problem(problems: Sequence[Problem], seed: int, index: int) -> Problem:
-    """Every problem once per epoch, in an order of its own."""
-    epoch, place = divmod(index, len(problems))
-    order = list(range(len(problems)))
-    make_rng("order", seed, epoch).shuffle(order)
-    return problems[order[place]]
+    return problems
 
 
 def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenizer]:
@@ -235,7 +233,7 @@ def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenize
     if config.model.load is not None:
         return load_for_finetuning(StartModelConfig(load=config.model.load))
     assert config.warmup is not None
-    task = parse_task(config.task)
+    task = parse_task(config.task_name)
     tokenizer = character_tokenizer(task.alphabet)
     require_demonstrations_fit(config.warmup, task, tokenizer, config.max_new_tokens, context.log)
     model = init_model(config.model, context.settings, tokenizer, context=WARMUP_CONTEXT, seed=config.seed)
@@ -247,18 +245,12 @@ def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenize
     return model, tokenizer
 
 
-def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer) -> EncodeFn:
-    """From a problem's prompt to ids: as plain text after the start token, or through the chat template."""
-    if not config.apply_chat_template:
-        return lambda text: [tokenizer.start_token_id, *tokenizer.encode(text, add_special_tokens=False)]
-    chat = ChatTemplate(tokenizer)
-    return lambda text: chat.encode_prompt([{"role": "user", "content": text}])
-
-
-def make_prompt(problems: ProblemSet, encode: EncodeFn, index: int) -> PolicyPrompt:
-    """The prompt of training problem number `index`."""
-    problem = problems.train_problem(index)
-    return PolicyPrompt(tuple(encode(problem.prompt)), problem)
+def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer, problems: ProblemSet) -> PromptEncoder:
+    """From a problem to the ids of its prompt."""
+    return make_prompt_encoder(
+        tokenizer, problems, config.data, apply_chat_template=config.apply_chat_template,
+        system_prompt=config.system_prompt,
+    )  # fmt: skip
 
 
 RECIPE = Recipe("grpo", GrpoConfig, build_grpo)

@@ -32,9 +32,10 @@ from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
 from llm_quest.recipes.engine import init_run_dir, run_job
-from llm_quest.recipes.grpo import GrpoConfig, RewardSpec, build_grpo, init_policy, load_problems, prompt_encoder
+from llm_quest.recipes.grpo import GrpoConfig, build_grpo, init_policy, load_problems, prompt_encoder
 from llm_quest.recipes.policy_setup import policy_sampler
 from llm_quest.recipes.recipe import Context, Recipe, RunOutcome, no_single_job
+from llm_quest.recipes.reward_specs import RewardSpec
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
 from llm_quest.rollouts.rewards import CorrectnessReward
 from llm_quest.rollouts.sampler import PolicyPrompt
@@ -180,11 +181,14 @@ def collect_comparisons(
 ) -> Sequence[TokenizedPreference]:
     """Comparisons of the newest policy's samples, labelled by the verifier."""
     model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
-    encode, problems = prompt_encoder(config, tokenizer), load_problems(config)
+    problems = load_problems(config, lambda line: None)
+    encode = prompt_encoder(config, tokenizer, problems)
     asked = [
         problems.train_problem(10_000_000 * (number + 1) + index) for index in range(config.reward_model.num_prompts)
     ]
-    questions = [PolicyPrompt(tuple(encode(problem.prompt)), problem) for problem in asked]
+    questions = [
+        PolicyPrompt(tuple(ids), problem) for ids, problem in zip(encode.encode_problems(asked), asked, strict=True)
+    ]
     seed = derive_seed(config.seed, f"comparisons {number}")
     sampler = policy_sampler(config, model, tokenizer, parallel)
     mine = sampler(model, questions, config.num_generations, seed, parallel.data_shard)

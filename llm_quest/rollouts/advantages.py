@@ -7,9 +7,9 @@ whose rewards lie within `MIN_REWARD_SPREAD` of each other holds no news, and ge
 Commonly got wrong: a tiny eps under the standard deviation as the only guard, which blows rounding up to a full-sized
 advantage; NaN counted as 0, which makes "could not be judged" the worst (or with rewards of -1 the best) of its group.
 
-Which groups are kept is judged on the *first* reward alone, the raw correctness, before anything shapes it: length or
-format noise makes a group that is all wrong look mixed, and its gradient is noise (DAPO's filter, got wrong in NeMo-RL
-#2431).
+Which groups are kept is judged on the *first* reward that applies alone, the raw correctness, before anything shapes
+it: length or format noise makes a group that is all wrong look mixed, and its gradient is noise (DAPO's filter, got
+wrong in NeMo-RL #2431).
 """
 
 from __future__ import annotations
@@ -141,21 +141,28 @@ StepRewards = Callable[[Sample], Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """A reward function, its name in the metrics, and its weight."""
+    """A reward function, its name in the metrics, and its weight. per_batch: it is called once for all groups of a
+    batch (a user's function, a judge behind a network) and not once a group."""
 
     name: str
     reward_fn: Reward
     weight: float = 1.0
+    per_batch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPipeline:
-    """rewards: the first one says what is right. estimator: how rewards become advantages. per_reward_advantages: each
-    reward is made an advantage by itself, then they are added and normalised over the batch (GDPO). overlong_window,
-    max_new_tokens: the last `overlong` tokens of the budget are penalised more and more (DAPO's soft punishment); 0:
-    not. filter_truncated: what the budget cut is not learned from. step_rewards: process supervision in place of the
-    outcome. keep_uniform_groups: groups without spread count in the loss's divisor, and a KL term acts on them, as in
-    GRPO, Dr. GRPO and TRL; off: they leave the batch, and a step is the larger, the more of the groups are flat."""
+    """rewards: the first one that applies to a group says what is right there. A reward that is NaN for a sample (it
+    does not apply, or it failed) stands at the mean of its group, so that it says nothing about that sample; a sample
+    for which every reward is NaN is not learned from. Differs: TRL adds 0 there, which ranks the sample below those
+    that were scored (with rewards of -1, above them).
+
+    estimator: how rewards become advantages. per_reward_advantages: each reward is made an advantage by itself, then
+    they are added and normalised over the batch (GDPO). overlong_window, max_new_tokens: the last `overlong` tokens of
+    the budget are penalised more and more (DAPO's soft punishment); 0: not. filter_truncated: what the budget cut is
+    not learned from. step_rewards: process supervision in place of the outcome. keep_uniform_groups: groups without
+    spread count in the loss's divisor, and a KL term acts on them, as in GRPO, Dr. GRPO and TRL; off: they leave the
+    batch, and a step is the larger, the more of the groups are flat."""
 
     rewards: tuple[WeightedReward, ...]
     estimator: AdvantageEstimator = ADVANTAGE_ESTIMATORS["std"]
@@ -183,7 +190,7 @@ class RewardPipeline:
 
     def compute_rewards(self, groups: Sequence[SampleGroup]) -> Float[Tensor, "R P G"]:
         """Every reward of every sample; NaN: unscorable."""
-        found = np.array([[score_group(judge, group) for group in groups] for judge in self.rewards], np.float64)
+        found = np.array([score_groups(judge, groups) for judge in self.rewards], np.float64)
         rewards = torch.from_numpy(found.reshape(len(self.rewards), len(groups), -1))
         if self.filter_truncated and groups:
             cut = torch.tensor([[sample.truncated for sample in group] for group in groups])
@@ -191,8 +198,11 @@ class RewardPipeline:
         return rewards
 
     def is_mixed(self, rewards: Float[Tensor, "R P G"]) -> list[bool]:
-        """Which groups hold both better and worse, by the first reward."""
-        found: list[bool] = (reward_spread(rewards[0]) > MIN_REWARD_SPREAD).tolist()
+        """Which groups hold both better and worse, by the first reward that applies to them."""
+        deciding = rewards[0]
+        for later in rewards[1:]:
+            deciding = torch.where(deciding.isnan().all(dim=1, keepdim=True), later, deciding)
+        found: list[bool] = (reward_spread(deciding) > MIN_REWARD_SPREAD).tolist()
         return found
 
     def compute_advantages(
@@ -202,14 +212,16 @@ class RewardPipeline:
         penalty: Float[Tensor, "P G"] | None = None,
     ) -> list[list[np.ndarray | None]]:
         """Per sample and token; None where a sample is not to be learned from. penalty: taken off the rewards (KL)."""
+        weights = [judge.weight for judge in self.rewards]
+        known = fill_missing_rewards(rewards, weights)
+        unscored = known.isnan().any(dim=0)
         if self.step_rewards is not None:
             found = [self.step_advantages(group, self.step_rewards) for group in groups]
         else:
-            weights = [judge.weight for judge in self.rewards]
             if self.per_reward_advantages:
-                values = gdpo_advantages(self.shape_rewards(groups, rewards, penalty), weights, self.estimator)
+                values = gdpo_advantages(self.shape_rewards(groups, known, penalty), weights, self.estimator)
             else:
-                summed = torch.einsum("rpg,r->pg", rewards, torch.tensor(weights, dtype=rewards.dtype))
+                summed = torch.einsum("rpg,r->pg", known, torch.tensor(weights, dtype=known.dtype))
                 values = self.estimator(self.shape_rewards(groups, summed[None], penalty)[0])
             found = [
                 [np.full(len(s.completion_ids), float(value), np.float32) for s, value in zip(group, row, strict=True)]
@@ -217,9 +229,7 @@ class RewardPipeline:
             ]
         return [
             [
-                None
-                if rewards[:, p, g].isnan().any() or not (self.keep_uniform_groups or any(map(np.any, row)))
-                else each
+                None if unscored[p, g] or not (self.keep_uniform_groups or any(map(np.any, row))) else each
                 for g, each in enumerate(row)
             ]
             for p, row in enumerate(found)
@@ -243,6 +253,30 @@ class RewardPipeline:
         if penalty is not None:
             first -= penalty
         return torch.cat([first[None], rewards[1:]])
+
+
+def fill_missing_rewards(rewards: Float[Tensor, "R P G"], weights: Sequence[float]) -> Float[Tensor, "R P G"]:
+    """A reward that is NaN at the mean of its group (0 where the whole group is NaN), which adds nothing to a centred
+    advantage. A sample that no reward with a weight could score stays NaN."""
+    known = ~rewards.isnan()
+    means = torch.where(known, rewards, 0.0).sum(dim=2, keepdim=True) / known.sum(dim=2, keepdim=True).clamp(min=1)
+    counted = torch.tensor([weight != 0 for weight in weights])
+    scored = known[counted].any(dim=0) if counted.any() else known.any(dim=0)
+    return torch.where(known, rewards, means).masked_fill(~scored, torch.nan)
+
+
+def total_reward(weighted_rewards: Sequence[WeightedReward], rewards: Float[Tensor, "R P G"]) -> float:
+    """The weighted sum of the rewards' means, each over the samples that it applies to."""
+    means = rewards.flatten(1).nanmean(dim=1).nan_to_num(0.0).tolist()
+    return sum(one.weight * mean for one, mean in zip(weighted_rewards, means, strict=True))
+
+
+def score_groups(weighted_reward: WeightedReward, groups: Sequence[SampleGroup]) -> list[list[float]]:
+    """One reward function on all groups: a call for each, or one for all of them."""
+    if not weighted_reward.per_batch:
+        return [score_group(weighted_reward, group) for group in groups]
+    values = iter(score_group(weighted_reward, [sample for group in groups for sample in group]))
+    return [[next(values) for _ in group] for group in groups]
 
 
 def score_group(weighted_reward: WeightedReward, group: SampleGroup) -> list[float]:

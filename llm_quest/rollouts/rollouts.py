@@ -41,7 +41,7 @@ from llm_quest.data.policy_batch import (
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
-from llm_quest.rollouts.advantages import RewardPipeline
+from llm_quest.rollouts.advantages import RewardPipeline, total_reward
 from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, Sample, Sampler, eval_mode
 
 SampleGroups = list[list[Sample]]
@@ -324,18 +324,20 @@ def make_policy_row(sample: Sample, advantages: np.ndarray) -> PolicyRow:
 def sampling_metrics(
     groups: SampleGroups, rewards: Tensor, reward_pipeline: RewardPipeline
 ) -> dict[str, tuple[float, float]]:
-    """What is reported of the samples, as (sum, count) pairs. `reward` is the first of the rewards."""
+    """What is reported of the samples, as (sum, count) pairs. `reward` is the first of the rewards; of several, each
+    has a name of its own too, and `rewards/total` is their weighted sum."""
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
     tokens = sum(len(sample.completion_ids) for sample in samples)
-    names = ["reward", *(f"rewards/{one.name}" for one in reward_pipeline.rewards[1:])]
-    sums: dict[str, tuple[Any, Any]] = {
-        name: (rewards[place].nansum(), known[place].sum()) for place, name in enumerate(names)
-    }
+    sums: dict[str, tuple[Any, Any]] = {"reward": (rewards[0].nansum(), known[0].sum())}
+    if len(reward_pipeline.rewards) > 1:
+        each = {one.name: (rewards[r].nansum(), known[r].sum()) for r, one in enumerate(reward_pipeline.rewards)}
+        sums |= {f"rewards/{name}": pair for name, pair in each.items()}
+        sums["rewards/total"] = (total_reward(reward_pipeline.rewards, rewards), 1)
     sums |= {
         "frac_reward_zero_std": (sum(not mixed for mixed in reward_pipeline.is_mixed(rewards)), len(groups)),
         "completions/clipped_ratio": (sum(sample.truncated for sample in samples), len(samples)),
-        "rewards/unscorable": ((~known).any(dim=0).sum(), len(samples)),
+        "rewards/unscorable": ((~known).all(dim=0).sum(), len(samples)),
         "completions/mean_length": (tokens, len(samples)),
         "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
     }

@@ -1,24 +1,18 @@
 """A verifier that may hang, in a process that can be killed. For heavy checkers (math-verify); our own are bounded and
-run in place.
-
-Commonly got wrong: `signal.alarm` works in the main thread alone, and in others every answer silently becomes wrong; a
-thread that hangs is never reclaimed; a time-out is not a wrong answer."""
+run in place."""
 
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import Any
 
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import MissingError
 from llm_quest.rollouts.sampler import Sample
 from llm_quest.rollouts.verifiers import UNSCORABLE
+from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
 
 CheckFunction = Callable[[Problem, str], float]
-START_TIMEOUT_SECONDS = 60.0
 
 
 class VerifierProcess:
@@ -27,48 +21,19 @@ class VerifierProcess:
     is pickled by name)."""
 
     def __init__(self, verifier: CheckFunction, *, timeout_seconds: float = 2.0):
-        self.verifier, self.timeout_seconds = verifier, timeout_seconds
+        self.worker, self.timeout_seconds = WorkerProcess(answer_checks, verifier), timeout_seconds
         self.num_failures = 0
-        self._context = multiprocessing.get_context("spawn")
-        self._process: Any = None
-        self._pipe: Connection | None = None
 
     def __call__(self, problem: Problem, text: str) -> float:
-        pipe = self._start_process()
         try:
-            pipe.send((problem, text))
-            if pipe.poll(self.timeout_seconds):
-                answer = pipe.recv()
-                if answer is not None:
-                    return float(answer)
-                self.num_failures += 1
-                return UNSCORABLE
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            pass
-        self.close()
-        self.num_failures += 1
-        return UNSCORABLE
-
-    def _start_process(self) -> Connection:
-        if self._process is None or not self._process.is_alive():
-            self.close()
-            self._pipe, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=serve_verifier, args=(theirs, self.verifier), daemon=True)
-            self._process.start()
-            theirs.close()
-            if not self._pipe.poll(START_TIMEOUT_SECONDS) or self._pipe.recv() != "ready":
-                raise RuntimeError("the verifier's process did not start")
-        assert self._pipe is not None
-        return self._pipe
+            return float(self.worker.call((problem, text), self.timeout_seconds))
+        except WorkerFailure:
+            self.num_failures += 1
+            return UNSCORABLE
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        if self._pipe is not None:
-            self._pipe.close()
-        self._process = self._pipe = None
+        self.worker.close()
 
     def __enter__(self) -> VerifierProcess:
         return self
@@ -77,23 +42,14 @@ class VerifierProcess:
         self.close()
 
 
-def serve_verifier(pipe: Connection, verifier: CheckFunction) -> None:
-    """The process's life: answer until the pipe closes."""
-    pipe.send("ready")
-    while True:
-        try:
-            problem, text = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(float(verifier(problem, text)))
-        except Exception:  # the caller counts it: None is "could not score"
-            pipe.send(None)
+def answer_checks(verifier: CheckFunction) -> Callable[[tuple[Problem, str]], float]:
+    """The requests of a verifier's process."""
+    return lambda request: float(verifier(*request))
 
 
 def verify_with_math_verify(problem: Problem, text: str) -> float:
     """Hugging Face's math-verify (`pip install llm-quest[math]`): LaTeX and expressions, verify(gold, answer) in that
-    order, for it is not symmetric. Unscorable where the gold cannot be read. Run it in a Worker, which can be killed:
+    order, for it is not symmetric. Unscorable where the gold cannot be read. Run it in a process that can be killed:
     its own time-out is off, for it needs the main thread."""
     try:
         from math_verify import parse

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from llm_quest.data.problems.answer_forms import extract_answer, normalize_answer
 from llm_quest.data.problems.chained import ANSWER_PREFIX, STEP_END
 from llm_quest.data.problems.problem import Problem
 from llm_quest.rollouts.expression import MAX_NUMBER_DIGITS, MalformedExpression, evaluate_expression
@@ -33,9 +34,12 @@ MAX_COMPLETION_CHARACTERS = 100_000
 
 
 def verify_answer(problem: Problem, text: str) -> float:
-    """RIGHT, WRONG or UNSCORABLE."""
+    """RIGHT, WRONG or UNSCORABLE. Where the problem has an answer form, the verifier reads the answer in it alone."""
     if len(text) > MAX_COMPLETION_CHARACTERS:
         return INCORRECT
+    if problem.answer_form:
+        answer = extract_answer(problem.answer_form, problem.grading, text)
+        return INCORRECT if answer is None else VERIFIERS[problem.verifier](problem, answer)
     return VERIFIERS[problem.verifier](problem, text)
 
 
@@ -64,6 +68,18 @@ def compare_values(value: Fraction | None, gold: Fraction | None) -> float:
 def verify_exact(problem: Problem, text: str) -> float:
     """The answer itself, but for space around it."""
     return CORRECT if text.strip(" \t\n") == problem.answer else INCORRECT
+
+
+def verify_equal(problem: Problem, text: str) -> float:
+    """The answer of a row: the same number, or the same text (graded tolerantly: but for what `normalize_answer`
+    takes away). UNSCORABLE where the row has none."""
+    gold = problem.answer
+    if not gold:
+        return UNSCORABLE
+    if problem.grading == "tolerant":
+        text, gold = normalize_answer(text), normalize_answer(gold)
+    value, wanted = parse_fraction(text), parse_fraction(gold)
+    return CORRECT if text.strip(" \t\n") == gold or (wanted is not None and value == wanted) else INCORRECT
 
 
 def verify_number(problem: Problem, text: str) -> float:
@@ -142,11 +158,15 @@ VERIFIERS: dict[str, Verifier] = {
     "marked": verify_marked,
     "gsm8k": verify_gsm8k,
     "tagged": verify_tagged,
+    "equal": verify_equal,
 }
 
 
 def is_well_formed(problem: Problem, text: str) -> bool:
     """Has the completion the form of an answer, whatever its value? What a format reward pays for."""
+    if problem.answer_form:
+        answer = extract_answer(problem.answer_form, problem.grading, text)
+        return answer is not None and FORMAT_CHECKS[problem.verifier](answer)
     return FORMAT_CHECKS[problem.verifier](text.strip(" \t\n"))
 
 
@@ -176,6 +196,7 @@ FORMAT_CHECKS: dict[str, Callable[[str], bool]] = {
         and parse_number(text.partition(FINAL_ANSWER_MARK)[2].strip(" \t\n$")) is not None
     ),
     "tagged": lambda text: THINK_ANSWER_PATTERN.fullmatch(text) is not None,
+    "equal": bool,
 }
 
 

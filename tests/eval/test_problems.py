@@ -25,7 +25,7 @@ def pair() -> tuple[Decoder, Tokenizer]:
 
 
 def encoder(tokenizer: Tokenizer):
-    return lambda text: [tokenizer.start_token_id, *tokenizer.encode(text)]
+    return lambda problem: [tokenizer.start_token_id, *tokenizer.encode(problem.prompt)]
 
 
 def test_samples_hold_what_was_drawn_and_are_the_same_alone_or_among_others(pair: tuple[Decoder, Tokenizer]) -> None:

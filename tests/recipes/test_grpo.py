@@ -25,7 +25,8 @@ from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
-from llm_quest.recipes.policy_setup import WarmupConfig, init_model, require_demonstrations_fit, run_sft_warmup
+from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
+from llm_quest.recipes.policy_setup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
 from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.rewards import compute_step_rewards
@@ -292,7 +293,7 @@ def test_an_interrupted_warm_up_stops_and_goes_on_to_the_same_bits(tmp_path: Pat
         said: list[str] = []
         try:
             tokenizer = character_tokenizer(task.alphabet)
-            model = init_model(config.model, settings, tokenizer, config.seed)
+            model = init_model(config.model, settings, tokenizer, context=WARMUP_CONTEXT, seed=config.seed)
             folder, log = tmp_path / name, said.append
             run_sft_warmup(config, config.warmup, model, tokenizer, task, 5, folder, DistributedContext(), log)
         except KeyboardInterrupt:

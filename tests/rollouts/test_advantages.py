@@ -8,9 +8,14 @@ from torch import Tensor
 
 from llm_quest.rollouts.advantages import (
     ADVANTAGE_ESTIMATORS,
+    RewardPipeline,
+    WeightedReward,
+    fill_missing_rewards,
     gdpo_advantages,
     process_supervision_advantages,
     reward_spread,
+    score_groups,
+    total_reward,
 )
 
 NAN = float("nan")
@@ -168,3 +173,43 @@ def test_equal_steps_hold_no_news_and_an_output_alone_may():
     assert process_supervision_advantages([[(0, 0.5), (1, 0.5)], [(0, 0.5)]], [2, 1])[0].eq(0).all()
     close(process_supervision_advantages([[(0, 1.0), (1, 0.0)]], [2])[0], [0.0, -1.0])
     assert process_supervision_advantages([[(0, NAN)], [(0, 1.0)]], [1, 1])[0].eq(0).all()
+
+
+def test_a_reward_that_does_not_apply_says_nothing_about_its_sample():
+    """By hand: A = [1 0 1 0], B = [2 - 0 -] with weight 1/2: B's mean is 1, so the sums are 2, 1/2, 1, 1/2, and less
+    their mean 1: 1, -1/2, 0, -1/2. Counted as 0 (TRL), the second and fourth would stand at -3/4."""
+    both = torch.stack([rewards([1, 0, 1, 0]), rewards([2, NAN, 0, NAN])])
+    summed = torch.einsum("rpg,r->pg", fill_missing_rewards(both, [1.0, 0.5]), torch.tensor([1.0, 0.5]).double())
+    close(summed, [[2, 0.5, 1, 0.5]])
+    close(ADVANTAGE_ESTIMATORS["mean"](summed), [[1, -0.5, 0, -0.5]])
+
+
+def test_a_reward_that_applies_to_no_sample_of_a_group_leaves_the_others_as_they_are():
+    both = torch.stack([rewards([1, 0, 1, 0], [1, 0, 0, 0]), rewards([NAN] * 4, [0, 0, 1, 1])])
+    assert fill_missing_rewards(both, [1.0, 1.0])[:, 0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
+
+
+def test_a_sample_that_no_reward_with_a_weight_could_score_is_left_out():
+    both = torch.stack([rewards([1, 0, 1, 0]), rewards([2, NAN, 0, 1])])
+    for weights, left_out in (([1.0, 1.0], [False] * 4), ([0.0, 1.0], [False, True, False, False])):
+        assert fill_missing_rewards(both, weights).isnan().any(dim=0)[0].tolist() == left_out
+
+
+def test_whether_a_group_is_mixed_is_judged_by_the_first_reward_that_applies():
+    pipeline = RewardPipeline(rewards=(WeightedReward("a", list), WeightedReward("b", list)))
+    first, second = rewards([0, 0], [NAN, NAN], [NAN, NAN]), rewards([0, 1], [0, 1], [1, 1])
+    assert pipeline.is_mixed(torch.stack([first, second])) == [False, True, False]
+
+
+def test_a_reward_of_a_whole_batch_is_called_once():
+    calls = []
+
+    def count(samples):
+        calls.append(len(samples))
+        return range(len(samples))
+
+    groups = [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert score_groups(WeightedReward("n", count, per_batch=True), groups) == [[0, 1], [2, 3], [4, 5]]
+    assert score_groups(WeightedReward("n", count), groups) == [[0, 1]] * 3
+    assert calls == [6, 2, 2, 2]
+    assert total_reward([WeightedReward("a", list, 2.0)], torch.stack([rewards([1, NAN], [2, 3])])) == 4.0

@@ -31,6 +31,7 @@ SCHOOL = Problem("How many?", "72", "gsm8k", "")
 TAGS = Problem("How much?", "3/4", "tagged", "")
 EVERY = {"exact": WORD, "number": NUMBER, "fraction": Problem("", "3/4", "fraction", ""), "expression": COUNTDOWN}
 EVERY |= {"chained": CHAIN, "gsm8k": SCHOOL, "tagged": TAGS}
+EVERY |= {"equal": Problem("How much?", "3/4", "equal", "")}
 EVERY |= {"marked": (REGISTERS := Problem("a2b*3:", "6", "marked", "", (7, 2), ("a2", "b*3=6")))}
 
 
@@ -83,7 +84,7 @@ def test_no_text_raises(name: str, text: str) -> None:
     assert is_well_formed(EVERY[name], text) in (True, False)
 
 
-@pytest.mark.parametrize("name", [name for name in VERIFIERS if name != "exact"])
+@pytest.mark.parametrize("name", [name for name in VERIFIERS if name not in ("exact", "equal")])
 def test_a_gold_answer_that_cannot_be_read_is_unscorable_not_wrong(name: str) -> None:
     assert math.isnan(verify_answer(Problem("", "unknown", name, "", (1,), ("1+1=2",)), "#### 5"))
 
@@ -118,3 +119,21 @@ def test_steps_are_judged_one_by_one_with_the_place_where_each_ends() -> None:
 
 def test_the_tally_keeps_three_outcomes_apart() -> None:
     assert count_outcomes([1.0, 0.0, math.nan, 1.0]) == {"right": 2, "wrong": 1, "unscorable": 1}
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "strict", "tolerant"),
+    [
+        ("Paris", "Paris", True, True), ("Paris", " Paris\n", True, True), ("Paris", "paris.", False, True),
+        ("Paris", "The capital is Paris", False, False), ("1,250", "1250", True, True), ("3/4", "0.75", True, True),
+        ("72", "So it is $72.", False, True), ("72", "72 or 71", False, False), ("72", "71, no, 72", False, True),
+        ("72", "", False, False), ("", "72", None, None),
+    ],
+)  # fmt: skip
+def test_the_answer_of_a_row_is_read_strictly_or_tolerantly(
+    gold: str, text: str, strict: bool | None, tolerant: bool | None
+) -> None:
+    for grading, right in (("strict", strict), ("tolerant", tolerant)):
+        found = verify_answer(Problem("", gold, "equal", "", answer_form="plain", grading=grading), text)
+        wanted = math.nan if right is None else float(right)
+        assert found == wanted or (right is None and math.isnan(found)), grading

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from llm_quest.errors import UsageError
 
@@ -23,7 +24,10 @@ MAX_DRAW_ATTEMPTS = 10_000
 class Problem:
     """A problem. prompt: what the model reads. answer: the right answer, or the value it must have. verifier: the
     name of the verifier (`rollouts.verifiers.VERIFIERS`). key: the content that makes two problems the same.
-    numbers: those that must be used (countdown). steps: right intermediate steps (chained)."""
+    numbers: those that must be used (countdown). steps: right intermediate steps (chained). answer_form, grading: how
+    the answer stands in the completion, and how strictly it is read (`data.problems.answer_forms`); "": the completion
+    is the answer. messages: the prompt as messages, of a row; is_conversational: the row itself held messages.
+    columns: all of the row, for rewards."""
 
     prompt: str
     answer: str
@@ -31,6 +35,11 @@ class Problem:
     key: str
     numbers: tuple[int, ...] = ()
     steps: tuple[str, ...] = ()
+    answer_form: str = ""
+    grading: str = "strict"
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    is_conversational: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
 
 
 class Task(Protocol):

@@ -1,0 +1,135 @@
+"""Held-out reward and accuracy of a policy: every reward that it is trained with, on prompts that it never saw.
+
+Commonly got wrong: the reward of training prompts alone is watched, which rises by memory too; or accuracy alone, while
+another reward is what is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm_quest.data.problems import Problem
+from llm_quest.eval.evaluators import save_samples
+from llm_quest.eval.problems import ProblemAccuracy, measure_accuracy
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.models.decoder import Decoder
+from llm_quest.rollouts.sampler import Sample
+
+SampleGroups = list[list[Sample]]
+DrawAnswers = Callable[[Decoder, Sequence[Problem], SamplingParams, int, int], SampleGroups]
+"""(model, problems, sampling parameters, samples of each, seed) -> a group of samples of each problem."""
+ScoreGroups = Callable[[SampleGroups], Tensor]
+"""Groups of samples (P,G) -> every reward of each (R,P,G); NaN where one does not apply."""
+MAX_SAVED_ANSWERS = 5
+
+
+@dataclass(frozen=True)
+class PolicyScores:
+    """rewards: the mean of each, by name, over the answers that it applies to. total: their weighted sum. interval: its
+    half width at 95 %. accuracy: None where no problem has an answer."""
+
+    rewards: Mapping[str, float]
+    total: float
+    interval: float
+    mean_tokens: float
+    truncated: float
+    accuracy: ProblemAccuracy | None
+    answers: Sequence[Sample] = field(repr=False)
+
+    def line(self) -> str:
+        """For the screen."""
+        share = "" if self.accuracy is None else f"accuracy {self.accuracy.greedy_accuracy}, "
+        each = ", ".join(f"{name} {mean:.3f}" for name, mean in self.rewards.items())
+        return f"{share}reward {self.total:.3f} ± {self.interval:.3f}" + (f" ({each})" if len(self.rewards) > 1 else "")
+
+    def metrics(self) -> dict[str, float]:
+        found = {"reward": self.total, "length": self.mean_tokens, "clipped_ratio": self.truncated}
+        if len(self.rewards) > 1:
+            found |= {f"rewards/{name}": mean for name, mean in self.rewards.items()}
+        if self.accuracy is not None:
+            n, passes = self.accuracy.num_samples, self.accuracy.pass_at_k.items()
+            found |= {"accuracy": self.accuracy.greedy_accuracy.share} | {f"pass@{k}": share for k, share in passes}
+            found |= {f"mean@{n}": self.accuracy.mean_at_k} if n else {}
+        return found
+
+
+@dataclass
+class PolicyEvaluator:
+    """Answers the held-out problems greedily, and scores the answers with every reward; with num_samples and answers to
+    check by, mean@n and pass@k too. rewards: (name, weight) of each. The first answers go to
+    samples/step-00000020.json. whole_model: inside it a sharded model is whole."""
+
+    problems: Sequence[Problem]
+    draw: DrawAnswers
+    score: ScoreGroups
+    rewards: Sequence[tuple[str, float]]
+    interval: int
+    num_samples: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    samples_dir: Path | None = None
+    whole_model: Callable[[], AbstractContextManager[Any]] = nullcontext
+    name: str = "eval"
+
+    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
+        found = self.scores(model)
+        if self.samples_dir is not None:
+            save_samples(self.samples_dir, step, [saved_answer(one) for one in found.answers[:MAX_SAVED_ANSWERS]])
+        return found.metrics()
+
+    def scores(self, model: Decoder) -> PolicyScores:
+        """Every reward, and the accuracy where there are answers."""
+        with self.whole_model():
+            greedy = self.draw(model, self.problems, SamplingParams(temperature=0.0), 1, self.seed)
+            checked = [place for place, problem in enumerate(self.problems) if problem.answer]
+            drawn = self.draw_samples(model, checked)
+        answers = [group[0] for group in greedy]
+        rewards = self.score(greedy)[:, :, 0]
+        totals = weighted_totals(rewards, [weight for _, weight in self.rewards])
+        means = rewards.nanmean(dim=1).tolist()
+        return PolicyScores(
+            {name: mean for (name, _), mean in zip(self.rewards, means, strict=True)},
+            *mean_with_interval(totals),
+            sum(len(one.completion_ids) for one in answers) / len(answers),
+            sum(one.truncated for one in answers) / len(answers),
+            measure_accuracy([answers[place] for place in checked], drawn, temperature=self.temperature)
+            if checked
+            else None,
+            answers,
+        )
+
+    def draw_samples(self, model: Decoder, checked: Sequence[int]) -> SampleGroups:
+        if not self.num_samples or not checked:
+            return []
+        sampling = SamplingParams(temperature=self.temperature)
+        return self.draw(model, [self.problems[place] for place in checked], sampling, self.num_samples, self.seed)
+
+
+def weighted_totals(rewards: Tensor, weights: Sequence[float]) -> list[float]:
+    """The weighted sum of each answer's rewards (R,P), those that apply; NaN where none does."""
+    known = ~rewards.isnan()
+    summed = (rewards.nan_to_num(0.0) * rewards.new_tensor(weights)[:, None]).sum(dim=0)
+    found: list[float] = summed.masked_fill(~known.any(dim=0), math.nan).tolist()
+    return found
+
+
+def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of the known values and the half width of its 95 % interval; NaN for none."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return math.nan, math.nan
+    mean = math.fsum(known) / len(known)
+    variance = math.fsum((value - mean) ** 2 for value in known) / max(1, len(known) - 1)
+    return mean, 1.96 * math.sqrt(variance / len(known))
+
+
+def saved_answer(sample: Sample) -> dict[str, str]:
+    """A sample for the report; the wanted answer where it is known."""
+    wanted = {"wanted": sample.problem.answer} if sample.problem.answer else {}
+    return {"prompt": sample.problem.prompt, "text": sample.text, **wanted}

@@ -1,0 +1,187 @@
+"""What a policy is asked: problems of a task or of rows, as the ids of prompts.
+
+Prompts go through the model's chat template, with a system prompt that asks for the form of the answer, or are plain
+text after the start token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from pydantic import Field
+
+from llm_quest.contracts import LogFn
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversations import split_by_prompt
+from llm_quest.data.documents import DropReport
+from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
+from llm_quest.data.problems.answer_forms import ANSWER_FORMS, TASK_INSTRUCTIONS
+from llm_quest.data.problems.problem import make_rng
+from llm_quest.data.prompt_rows import hash_of_rows, read_prompt_rows
+from llm_quest.data.records import read_records
+from llm_quest.data.template_sandbox import Messages
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
+from llm_quest.recipes.finetuning import ConversationDataConfig, read_chat_template
+from llm_quest.rollouts.sampler import PolicyPrompt
+
+PROMPTS_PER_RENDERING = 64
+MAX_CACHED_PROMPTS = 100_000
+
+
+class PromptDataConfig(ConversationDataConfig):
+    """Rows with a prompt, perhaps an answer, and whatever columns rewards read."""
+
+    source: str = Field(min_length=1, description="a .json, .jsonl, .csv or .tsv file of rows")
+    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the prompts that is never trained on")
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """An endless list of training problems, and the held-out ones. identity: what a resumed run may not change; facts:
+    for the report."""
+
+    train_problem: Callable[[int], Problem]
+    held_out: list[Problem]
+    identity: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    is_conversational: bool = False
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether any held-out problem can be checked."""
+        return any(problem.answer for problem in self.held_out)
+
+
+def problems_of_task(task: str, answer_form: str, grading: str, number: int, seed: int) -> ProblemSet:
+    """A task's own splits, or GSM8K's: its training part in a new order every epoch, a part of it held out."""
+    form = partial(with_answer_form, answer_form=answer_form, grading=grading)
+    if not is_gsm8k(task):
+        made = parse_task(task)
+        split = TaskSplit(made)
+        return ProblemSet(
+            lambda index: form(split(seed, index)),
+            [form(draw_problem(made, "validation", index, seed)) for index in range(number)],
+            repr(made),
+        )
+    learned, held = train_validation_split(task)
+    return ProblemSet(
+        lambda index: form(shuffled_problem(learned, seed, index)),
+        [form(problem) for problem in held[:number]],
+        f"{task}: {len(learned)}",
+    )
+
+
+def with_answer_form(problem: Problem, *, answer_form: str, grading: str) -> Problem:
+    """The problem, its answer wanted in this form; "": as the task has it. GSM8K's own form gives way."""
+    if not answer_form:
+        return problem
+    verifier = "number" if problem.verifier == "gsm8k" else problem.verifier
+    return replace(problem, answer_form=answer_form, grading=grading, verifier=verifier)
+
+
+def problems_of_rows(
+    data: PromptDataConfig, answer_form: str, grading: str, number: int, seed: int, log: LogFn
+) -> ProblemSet:
+    """The rows of a file, held out by their prompts, the others in a new order every epoch."""
+    report = DropReport()
+    rows = read_prompt_rows(read_records(data.source)[: data.max_samples], report)
+    train, held = split_by_prompt(rows, data.held_out)
+    answered = sum(row.answer is not None for row in rows)
+    dropped = {reason: count for reason, (count, _) in sorted(report.dropped.items())}
+    lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
+    log(f"prompts: {len(train):,} to train on, {len(held):,} held out, {answered:,} with an answer{lost}")
+    problems = [row.to_problem(answer_form or "plain", grading) for row in train]
+    return ProblemSet(
+        partial(shuffled_problem, problems, seed),
+        [row.to_problem(answer_form or "plain", grading) for row in held[:number]],
+        hash_of_rows(rows),
+        {"source": data.source, "train_rows": len(train), "held_out_rows": len(held), "dropped": dropped},
+        any(row.is_conversational for row in rows),
+    )
+
+
+def shuffled_problem(problems: Sequence[Problem], seed: int, index: int) -> Problem:
+    """Every problem once per epoch, in an order of its own."""
+    epoch, place = divmod(index, len(problems))
+    return problems[epoch_order(len(problems), seed, epoch)[place]]
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(number: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(number))
+    make_rng("order", seed, epoch).shuffle(order)
+    return tuple(order)
+
+
+class PromptEncoder:
+    """`PromptEncoder(tokenizer, chat, system_prompt)(problem) -> ids`. chat: None for plain text after the start token.
+    system_prompt: for every problem; None: what the form of its answer asks for, "": none. A template is rendered for
+    many problems at once (`encode_problems`), and each only once."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: ChatTemplate | None = None, system_prompt: str | None = None):
+        self.tokenizer, self.chat, self.system_prompt = tokenizer, chat, system_prompt
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, problem: Problem) -> list[int]:
+        return self.encode_problems([problem])[0]
+
+    def encode_problems(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """The ids of each problem's prompt."""
+        if self.chat is None:
+            return [self.plain_prompt(problem.prompt) for problem in problems]
+        asked = [self.messages(problem) for problem in problems]
+        if len(self.known) > MAX_CACHED_PROMPTS:
+            self.known.clear()
+        new = list({repr(one): one for one in asked if repr(one) not in self.known}.values())
+        if new:
+            self.known |= dict(zip(map(repr, new), self.chat.encode_prompts(new), strict=True))
+        return [self.known[repr(one)] for one in asked]
+
+    def plain_prompt(self, text: str) -> list[int]:
+        return [self.tokenizer.start_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def messages(self, problem: Problem) -> Messages:
+        """The prompt as messages; a system prompt goes below the one that a row has."""
+        turns = [dict(one) for one in problem.messages] or [{"role": "user", "content": problem.prompt}]
+        wanted = answer_instruction(problem) if self.system_prompt is None else self.system_prompt
+        if not wanted:
+            return turns
+        if turns[0]["role"] != "system":
+            return [{"role": "system", "content": wanted}, *turns]
+        return [{**turns[0], "content": f"{turns[0]['content']}\n\n{wanted}"}, *turns[1:]]
+
+
+def answer_instruction(problem: Problem) -> str:
+    """How a model is asked for the form of the answer; "" for a row that says it itself."""
+    if problem.answer_form and problem.answer_form != "plain":
+        return ANSWER_FORMS[problem.answer_form].instruction
+    return TASK_INSTRUCTIONS.get(problem.verifier, "")
+
+
+def make_prompt_encoder(
+    tokenizer: Tokenizer, problems: ProblemSet, data: PromptDataConfig | None, *, apply_chat_template: bool | None,
+    system_prompt: str | None,
+) -> PromptEncoder:  # fmt: skip
+    """apply_chat_template: None for rows with messages, for rows and a model that has a template, and where there is a
+    system prompt."""
+    template = None if data is None else read_chat_template(data)
+    wanted = bool(system_prompt or template or problems.is_conversational) or (
+        data is not None and tokenizer.chat_template is not None
+    )
+    use = wanted if apply_chat_template is None else apply_chat_template
+    if not use and (system_prompt or template):
+        raise UsageError("system_prompt and data.chat_template_path have no effect with apply_chat_template=false")
+    return PromptEncoder(tokenizer, ChatTemplate(tokenizer, template) if use else None, system_prompt)
+
+
+def make_prompt(problems: ProblemSet, encode: PromptEncoder, index: int) -> PolicyPrompt:
+    """The prompt of training problem number `index`. Chat templates are rendered for the next ones too."""
+    problem = problems.train_problem(index)
+    if encode.chat is not None and repr(encode.messages(problem)) not in encode.known:
+        encode.encode_problems([problems.train_problem(index + more) for more in range(PROMPTS_PER_RENDERING)])
+    return PolicyPrompt(tuple(encode(problem)), problem)

@@ -1,0 +1,163 @@
+"""The rewards of a recipe: what `rewards:` may hold, and how each entry becomes a reward function.
+
+      rewards: [{name: correct}, {name: model, load: FOLDER, weight: 0.5}]         one of REWARDS
+      rewards: [{function: my_rewards.py:score}]                                   a function of a Python file
+
+Each has a `weight`, and a curve of its own under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from llm_quest.contracts import LogFn, Reward
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.objectives.reward_model import score_rows
+from llm_quest.recipes.config import Choice, StrictModel
+from llm_quest.recipes.config_schema import PositiveFloat
+from llm_quest.rollouts.advantages import WeightedReward
+from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward
+from llm_quest.rollouts.model_reward import ModelReward
+from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward
+from llm_quest.rollouts.user_code import check_reference, hash_of_file, split_reference
+from llm_quest.rollouts.verifier_process import MathVerifyReward
+from llm_quest.techniques.score_head import find_score_head
+from llm_quest.train.parallel import DistributedContext
+from llm_quest.train.state import derive_seed
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What rewards are built from besides their entries."""
+
+    seed: int
+    tokenizer: Tokenizer
+    parallel: DistributedContext
+    log: LogFn
+
+
+def load_reward_model(spec: RewardSpec, context: RewardContext) -> Reward:
+    """A reward model that reads the policy's ids."""
+    name_or_path = str(spec.load)
+    model = load(name_or_path, dtype="float32", aligned=True).to(context.parallel.device)
+    if find_score_head(model) is None:
+        raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
+    if load_tokenizer(name_or_path).hash != context.tokenizer.hash:
+        raise UsageError(
+            f"{name_or_path} has another tokenizer than the policy: it would read other ids than were sampled"
+        )
+    return ModelReward(partial(score_rows, model))
+
+
+def start_function_reward(spec: RewardSpec, context: RewardContext) -> Reward:
+    """A user's function; UsageError where its file cannot be run."""
+    reward = FunctionReward(str(spec.function), timeout_seconds=spec.timeout_seconds, log=context.log)
+    try:
+        reward.worker.start()
+    except UsageError as error:
+        raise UsageError(f"rewards: {spec.function} cannot be loaded: {error}") from None
+    return reward
+
+
+RewardBuilder = Callable[["RewardSpec", RewardContext], Reward]
+REWARDS: dict[str, RewardBuilder] = {
+    "correct": lambda spec, context: CorrectnessReward(),
+    "format": lambda spec, context: FormatReward(),
+    "random": lambda spec, context: RandomReward(derive_seed(context.seed, "random reward")),
+    "model": load_reward_model,
+    "math_verify": lambda spec, context: MathVerifyReward(),
+}
+"""Name -> how a reward of that name is made."""
+
+NEED_ANSWERS = ("correct", "format", "math_verify")
+"""Rewards that compare with the answer of a problem."""
+
+
+class RewardKind(NamedTuple):
+    """A form of entry. build: how its reward is made; keys: what it takes besides its own key and weight; per_batch:
+    see `WeightedReward`."""
+
+    build: RewardBuilder
+    keys: tuple[str, ...]
+    per_batch: bool = False
+
+
+REWARD_KINDS = {
+    "name": RewardKind(lambda spec, context: REWARDS[str(spec.name)](spec, context), ("load",)),
+    "function": RewardKind(start_function_reward, ("timeout_seconds",), per_batch=True),
+}
+"""The key that an entry begins with -> its form."""
+
+
+class RewardSpec(StrictModel):
+    """A reward and its weight: exactly one of name and function."""
+
+    name: Annotated[str, Choice(REWARDS)] | None = None
+    function: str | None = Field(default=None, description="FILE.py:NAME, called as TRL calls its reward functions")
+    weight: float = 1.0
+    load: str | None = Field(default=None, description="the reward model's folder or run, for the name model")
+    timeout_seconds: PositiveFloat = Field(default=60.0, description="of a batch, for function")
+
+    @field_validator("function")
+    @classmethod
+    def function_exists(cls, function: str | None) -> str | None:
+        return None if function is None else check_reference(function)
+
+    @model_validator(mode="after")
+    def check_kind(self) -> RewardSpec:
+        given = [key for key in REWARD_KINDS if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(REWARD_KINDS)} ({' and '.join(given) or 'none'} given)")
+        for key, field in type(self).model_fields.items():
+            unused = key not in (*REWARD_KINDS, "weight", *REWARD_KINDS[given[0]].keys)
+            if unused and getattr(self, key) != field.default:
+                raise ValueError(f"{key} has no effect for a reward of a {given[0]}; leave it out")
+        if (self.name == "model") != (self.load is not None):
+            raise ValueError(
+                "a reward model needs its folder: {name: model, load: FOLDER}"
+                if self.name == "model"
+                else f"load has no effect for the reward {self.label}; leave it out"
+            )
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(key for key in REWARD_KINDS if getattr(self, key) is not None)
+
+    @property
+    def label(self) -> str:
+        """What its curve is called."""
+        return self.name or (split_reference(self.function)[1] if self.function else self.kind)
+
+
+def check_labels(specs: Sequence[RewardSpec]) -> None:
+    """ValueError for two rewards whose curves would have one name."""
+    labels = [spec.label for spec in specs]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ValueError(f"two rewards are called {sorted(twice)[0]}, and their curves could not be told apart")
+
+
+def build_rewards(specs: Sequence[RewardSpec], context: RewardContext) -> list[WeightedReward]:
+    """The rewards in their order."""
+    return [
+        WeightedReward(spec.label, kind.build(spec, context), spec.weight, kind.per_batch)
+        for spec in specs
+        for kind in (REWARD_KINDS[spec.kind],)
+    ]
+
+
+def hash_of_reward_files(specs: Sequence[RewardSpec]) -> dict[str, str]:
+    """Name -> hash of each file whose code decides a reward: what a resumed run may not change."""
+    return {f"reward {spec.label}": hash_of_file(spec.function) for spec in specs if spec.function is not None}
+
+
+def failures_of(rewards: Sequence[WeightedReward]) -> list[str]:
+    """A line for each reward that failed at times."""
+    counted = [(one.name, one.reward_fn.summary()) for one in rewards if isinstance(one.reward_fn, CountsFailures)]
+    return [f"the reward {name} failed, {summary}" for name, summary in counted if summary]

@@ -1,0 +1,137 @@
+"""A reward from a user's Python file, with TRL's signature.
+
+      def score(completions, prompts, answer, **kwargs) -> list[float | None]
+
+It is called once a batch, by keyword: completions, prompts, completion_ids, and every column of the rows as a list.
+A function without `**kwargs` gets the arguments that it names. Where the rows hold messages, prompts are lists of
+messages and completions are lists of one message, as in TRL; else both are texts. None: the reward does not apply.
+
+It runs in a process that can be killed. A failure of any kind costs the rewards of its batch (as None), is counted,
+and is told once with the traceback's last line."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from llm_quest.errors import GuardStop
+from llm_quest.rollouts.user_code import check_reference, load_user_object
+from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess
+
+UNSCORABLE = math.nan
+MAX_FAILED_BATCHES = 5
+RewardArguments = dict[str, list[Any]]
+
+
+@runtime_checkable
+class CountsFailures(Protocol):
+    """A reward that may fail, and counts it."""
+
+    def summary(self) -> str:
+        """How often it failed, by kind; "" where it never did."""
+
+
+class FunctionReward:
+    """`FunctionReward("my_rewards.py:score")(samples) -> one number each`, NaN where the function gave None or failed.
+
+    timeout_seconds: of one batch. log: where the first failure of each kind is told. GuardStop after
+    MAX_FAILED_BATCHES failed batches in a row: then nothing is scored any more."""
+
+    def __init__(self, reference: str, *, timeout_seconds: float = 60.0, log: Callable[[str], None] = print):
+        self.reference, self.timeout_seconds, self.log = check_reference(reference), timeout_seconds, log
+        self.worker = WorkerProcess(answer_reward_calls, self.reference)
+        self.failures: Counter[str] = Counter()
+        self.failed_in_a_row = 0
+
+    def __call__(self, group: Sequence[Any]) -> list[float]:
+        if not group:
+            return []
+        try:
+            given = self.worker.call(reward_arguments(group), self.timeout_seconds)
+            values = self.numbers(given, len(group))
+        except WorkerFailure as failure:
+            self.count_failed_batch(failure.kind, failure.message)
+            return [UNSCORABLE] * len(group)
+        self.failed_in_a_row = 0
+        return values
+
+    def numbers(self, given: Any, expected: int) -> list[float]:
+        """The function's values as floats. WorkerFailure for another number of them, or for what is no number."""
+        if not isinstance(given, list) or len(given) != expected:
+            found = f"{len(given)} values" if isinstance(given, list) else f"a {given}"
+            raise WorkerFailure("wrong length", f"it returned {found} for {expected} completions; give one each")
+        if wrong := [value for value in given if not isinstance(value, float | None)]:
+            raise WorkerFailure("no number", f"it returned {wrong[0]!r:.60}; give a number, or None")
+        infinite = sum(value is not None and not math.isfinite(value) for value in given)
+        if infinite:
+            self.count("NaN", f"{infinite} of {expected} values are NaN or infinite; give None for what does not apply")
+        return [UNSCORABLE if value is None or not math.isfinite(value) else value for value in given]
+
+    def count_failed_batch(self, kind: str, message: str) -> None:
+        self.count(kind, message)
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row >= MAX_FAILED_BATCHES:
+            raise GuardStop(f"the reward {self.reference} failed on {self.failed_in_a_row} batches in a row: {message}")
+
+    def count(self, kind: str, message: str) -> None:
+        if not self.failures[kind]:
+            self.log(f"the reward {self.reference}, {kind}: {message}. Counted from now on, and not told again")
+        self.failures[kind] += 1
+
+    def summary(self) -> str:
+        """How often it failed, by kind; "" where it never did."""
+        return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.failures.items()))
+
+
+def reward_arguments(samples: Sequence[Any]) -> RewardArguments:
+    """The keyword arguments for samples: completions, prompts, completion_ids and the columns of the rows."""
+    columns = list(dict.fromkeys(name for sample in samples for name in sample.problem.columns))
+    return {
+        **{name: [sample.problem.columns.get(name) for sample in samples] for name in columns},
+        "prompts": [prompt_of(sample) for sample in samples],
+        "completions": [completion_of(sample) for sample in samples],
+        "completion_ids": [list(sample.completion_ids) for sample in samples],
+    }
+
+
+def prompt_of(sample: Any) -> Any:
+    problem = sample.problem
+    return [dict(message) for message in problem.messages] if problem.is_conversational else problem.prompt
+
+
+def completion_of(sample: Any) -> Any:
+    message = {"role": "assistant", "content": sample.text}
+    return [message] if sample.problem.is_conversational else sample.text
+
+
+def answer_reward_calls(reference: str) -> Callable[[RewardArguments], Any]:
+    """The requests of a reward's process: arguments in; a list of floats and None out, other things by their repr."""
+    function = load_user_object(reference)
+    accepted = accepted_arguments(function)
+
+    def call(arguments: RewardArguments) -> Any:
+        named = arguments if accepted is None else {name: arguments[name] for name in accepted if name in arguments}
+        given = function(**named)
+        is_list = isinstance(given, Iterable) and not isinstance(given, str | bytes | dict)
+        return [plain_number(one) for one in given] if is_list else type(given).__name__
+
+    return call
+
+
+def accepted_arguments(function: Callable[..., Any]) -> list[str] | None:
+    """The arguments that a function names; None where it takes all."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+        return None
+    return [one.name for one in parameters]
+
+
+def plain_number(value: Any) -> Any:
+    """A float; None as it is; what is no number by its repr."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return repr(value)[:60]

@@ -1,0 +1,71 @@
+"""Functions and classes from a user's Python file, named `FILE.py:NAME`."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm_quest.errors import UsageError
+
+
+def split_reference(reference: str) -> tuple[Path, str]:
+    """The file and the name of `FILE.py:NAME`. The file is resolved, so that it is found from any working directory."""
+    file, colon, name = reference.rpartition(":")
+    if not colon or not file.endswith(".py") or not name.isidentifier():
+        raise UsageError(
+            f"{reference!r} names no function or class of a file; write FILE.py:NAME, like my_rewards.py:score"
+        )
+    return Path(file).resolve(), name
+
+
+def check_reference(reference: str) -> str:
+    """`FILE.py:NAME` with the whole path. UsageError where there is no such file, it is not Python, or nothing of that
+    name is in it. The file is read and not run."""
+    file, name = split_reference(reference)
+    try:
+        tree = ast.parse(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"{file} is not Python: {error}") from None
+    names = top_level_names(tree)
+    if name not in names:
+        raise UsageError(f"{file} has no {name!r}; it has {', '.join(names) or 'no names'}")
+    return f"{file}:{name}"
+
+
+def top_level_names(tree: ast.Module) -> list[str]:
+    """What a module defines, assigns or imports, in its order."""
+    found: list[str] = []
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.append(name)
+            case ast.Assign(targets=targets):
+                found += [one.id for one in targets if isinstance(one, ast.Name)]
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                found += [one.asname or one.name for one in names]
+    return found
+
+
+def load_user_object(reference: str) -> Any:
+    """Run the file and return what it has under the name. Modules beside the file can be imported from it."""
+    file, name = split_reference(reference)
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def hash_of_file(reference: str) -> str:
+    """sha256 of the file's bytes: what a resumed run may not change."""
+    return hashlib.sha256(split_reference(reference)[0].read_bytes()).hexdigest()

@@ -1,0 +1,154 @@
+"""GRPO on prompts and rewards of one's own: rows of a file, functions of a Python file, held-out reward."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.errors import BusyError, DataError, GuardStop, UsageError
+from llm_quest.recipes.config import load_raw_config
+from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
+from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
+from tests.recipes.tuned import metrics
+
+pytestmark = pytest.mark.xdist_group("grpo")
+
+REWARDS = '''
+def score(completions, word, **kwargs):
+    """The share of letters that stand where the reversed word has them."""
+    return [sum(a == b for a, b in zip(text, w[::-1])) / len(w) for text, w in zip(completions, word)]
+
+def short(completions, level):
+    return [None if one == "none" else float(len(text) == 3) for text, one in zip(completions, level)]
+
+def broken(completions):
+    raise ValueError("always")
+
+def sometimes(completions, calls=[]):
+    calls.append(1)
+    return [1.0] * len(completions) if len(calls) % 2 else 1 / 0
+'''
+
+
+def write_rows(folder: Path, number: int = 120, **more: Any) -> Path:
+    drawn = random.Random(0)
+    words = ["".join(drawn.choices("abcdefgh", k=3)) for _ in range(number)]
+    rows = [{"prompt": f"reverse({word})=", "word": word, "level": "all", **more} for word in words]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return folder
+
+
+def own(warm: Path, folder: Path, *pairs: str, reward: str = "score") -> list[str]:  # noqa: F811
+    rewards = f"rewards=[{{function: {folder}/my_rewards.py:{reward}}}]"
+    return from_(warm, "task=null", f"data={{source: {folder}/prompts.jsonl}}", rewards, *pairs)
+
+
+def test_a_function_of_ones_own_teaches_on_prompts_of_ones_own(warm: Path, tmp_path: Path):  # noqa: F811
+    """Held-out reward rises, before and after are printed, and the metrics have it."""
+    said: list[str] = []
+    folder, out = write_rows(tmp_path), tmp_path / "run"
+    started(out, *own(warm, folder, "max_steps=30", "eval_steps=15"), say=said.append)
+    assert any("to train on" in line and "0 with an answer" in line for line in said)
+    before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
+    assert after - before >= 0.1
+    assert "accuracy" not in "".join(line for line in said if line.startswith("held out"))
+    looked = [row for row in metrics(out) if "eval/reward" in row]
+    assert looked[-1]["eval/reward"] == pytest.approx(after, abs=1e-3)
+
+
+def test_several_rewards_have_a_curve_each(warm: Path, tmp_path: Path):  # noqa: F811
+    folder = write_rows(tmp_path, answer="abc")
+    both = f"[{{name: correct}}, {{function: {folder}/my_rewards.py:short, weight: 0.5}}]"
+    started(tmp_path / "run", *own(warm, folder, f"rewards={both}", "kl_coef=0.01"))
+    row = metrics(tmp_path / "run")[0]
+    assert row["rewards/total"] == pytest.approx(row["rewards/correct"] + 0.5 * row["rewards/short"], abs=1e-6)
+    assert row["reward"] == row["rewards/correct"]
+    last = metrics(tmp_path / "run")[-1]
+    assert {"eval/reward", "eval/rewards/correct", "eval/rewards/short", "eval/accuracy", "kl"} <= set(last)
+
+
+def test_a_reward_that_applies_to_no_row_teaches_nothing(warm: Path, tmp_path: Path):  # noqa: F811
+    folder = write_rows(tmp_path, level="none")
+    with pytest.raises(GuardStop, match="not one sample could be scored"):
+        started(tmp_path / "run", *own(warm, folder, "max_steps=120", "early_stopping_patience=2", reward="short"))
+
+
+def test_failures_are_told_and_a_run_goes_on_unless_all_fail(warm: Path, tmp_path: Path):  # noqa: F811
+    said: list[str] = []
+    folder = write_rows(tmp_path)
+    started(tmp_path / "run", *own(warm, folder, reward="sometimes"), say=said.append)
+    assert len([line for line in said if "ZeroDivisionError" in line]) == 1
+    assert any(line.startswith("the reward sometimes failed, exception:") for line in said)
+    assert len(metrics(tmp_path / "run")) == 4
+    with pytest.raises(GuardStop, match="failed on 5 batches in a row"):
+        started(tmp_path / "other", *own(warm, folder, "max_steps=20", reward="broken"))
+
+
+def test_a_changed_reward_function_does_not_resume(warm: Path, tmp_path: Path):  # noqa: F811
+    folder = write_rows(tmp_path)
+    started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
+    started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
+    (folder / "my_rewards.py").write_text(REWARDS.replace("3)", "4)"))
+    with pytest.raises(BusyError, match="reward score"):
+        started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
+
+
+def test_a_reward_that_needs_answers_is_refused_on_rows_without(warm: Path, tmp_path: Path):  # noqa: F811
+    folder = write_rows(tmp_path)
+    with pytest.raises(DataError, match=r"has no answer, ground_truth or solution, which the reward correct"):
+        started(tmp_path / "run", *own(warm, folder, "rewards=[{name: correct}]"))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (["task=reverse"], "task and data both say what is asked"),
+        (["model={family: llama}"], "give model.load=FOLDER"),
+        (["rewards=[{function: nowhere.py:f}]"], "cannot be read"),
+        (["rewards=[{function: my_rewards:f}]"], "write FILE.py:NAME"),
+        (["rewards=[{weight: 2.0}]"], "exactly one of name, function"),
+        (["rewards=[{name: correct, timeout_seconds: 2}]"], "timeout_seconds has no effect for a reward of a name"),
+        (["rewards=[{name: correct}, {name: correct}]"], "two rewards are called correct"),
+        (["answer_form=box"], "did you mean 'boxed'"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_read(pairs: list[str], said: str, tmp_path: Path):
+    folder = write_rows(tmp_path)
+    settings = from_(Path("nowhere"), "task=null", f"data={{source: {folder}/prompts.jsonl}}")
+    with pytest.raises(UsageError, match=said):
+        started(tmp_path / "run", *settings, *pairs)
+
+
+def test_rows_on_the_command_line_take_the_place_of_the_recipes_task():
+    tree = load_raw_config("grpo", ["model.load=X", "data.source=a.jsonl"]).tree
+    assert "task" not in tree
+    assert "warmup" not in tree
+    assert load_raw_config("grpo", ["task=countdown"]).tree["task"] == "countdown"
+
+
+def test_prompts_are_rendered_many_at_a_time_with_a_system_prompt(monkeypatch: pytest.MonkeyPatch):
+    from llm_quest.data.chat import ChatTemplate
+    from llm_quest.data.problems import TaskSplit, parse_task
+
+    task = parse_task("reverse")
+    tokenizer, calls = character_tokenizer(task.alphabet), list[int]()
+    chat = ChatTemplate(tokenizer)
+    monkeypatch.setattr(
+        chat, "encode_prompts", lambda asked: calls.append(len(asked)) or [[len(str(one))] for one in asked]
+    )
+    encode = PromptEncoder(tokenizer, chat)
+    problems = ProblemSet(lambda index: TaskSplit(task)(0, index), [], "")
+    for index in range(80):
+        make_prompt(problems, encode, index)
+    assert len(calls) == 2
+    assert encode.messages(problems.train_problem(0))[0] == {
+        "role": "system",
+        "content": "Answer with the result alone.",
+    }
+    assert PromptEncoder(tokenizer, chat, "").messages(problems.train_problem(0))[0]["role"] == "user"
