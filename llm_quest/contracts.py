@@ -182,6 +182,14 @@ class Loader(Protocol):
 
 
 @runtime_checkable
+class RewindableLoader(Protocol):
+    """A loader with state that `batches` changes."""
+
+    def rewind(self) -> None:
+        """Undo the last call of `batches`: its step was given up, and will be asked for again after a resumption."""
+
+
+@runtime_checkable
 class Callback(Protocol):
     """Runs after every optimizer step (QK-Clip, expert-bias balancing). It may edit the model and is deterministic. The
     numbers that it returns (floats, or scalar tensors, read only when a row is logged) go to the metrics.

@@ -208,8 +208,8 @@ def _split_longest_document(corpus: Corpus, held_out: float) -> CorpusSplit:
     if not train.strip() or not val.strip() or len(val.encode()) < MIN_SHARE**2 * held_out * corpus.nbytes:
         raise DataError(
             f"{held_out:.0%} of {corpus.nbytes:,} bytes cannot be held out: the documents are near-copies of one "
-            f"another or too long, and the longest, {longest.source}, has {longest.nbytes:,} bytes; add text, name a "
-            "file with data.validation, or set data.held_out=0"
+            f"another or too long, and the longest, {longest.source}, has {longest.nbytes:,} bytes; add text, or "
+            "set data.held_out=0"
         )
     end = Document(val, longest.source, longest.line + train.count("\n"))
     corpus.drop_report.note(

@@ -140,6 +140,7 @@ KEYS_FREE_ON_RESUME = (
     "compile",
     "parallel",
     "save_steps",
+    "save_minutes",
     "save_total_limit",
     "keep_every",
     "metric_for_best_model",
@@ -219,7 +220,11 @@ class RunConfig(StrictModel):
         default=0, description="CPU threads; 0: as many as there are cores, or OMP_NUM_THREADS"
     )
     save_steps: NonNegativeInt = Field(
-        default=500, description="steps between checkpoints; 0: only at the end; an interrupted run saves one too"
+        default=500,
+        description="steps between checkpoints; 0: by time and at the end; an interrupted run saves too",
+    )
+    save_minutes: float = Field(
+        default=5.0, ge=0, description="a checkpoint is saved this long after the last one too; 0: by steps alone"
     )
     save_total_limit: PositiveInt = Field(default=2, description="how many of the newest checkpoints are kept")
     keep_every: NonNegativeInt = Field(default=0, description="checkpoints at multiples of this step are kept too")

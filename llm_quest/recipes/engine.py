@@ -271,6 +271,7 @@ def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> 
         max_grad_norm=config.max_grad_norm,
         log_every=config.logging_steps,
         save_every=config.save_steps,
+        save_seconds=60 * config.save_minutes,
         keep_last=config.save_total_limit,
         keep_every=config.keep_every,
         metric_for_best_model=config.metric_for_best_model or "",

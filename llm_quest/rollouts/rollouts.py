@@ -138,6 +138,7 @@ class RolloutLoader:
         self.num_prompts_taken = 0
         self.last_step = -1
         self.rollout: RolloutBuffer | None = None
+        self.before_step: tuple[int, int, RolloutBuffer | None] = (0, -1, None)
 
     def require_consistent_plan(self) -> None:
         plan, world_size = self.plan, self.processes.data_shard.world_size
@@ -157,6 +158,7 @@ class RolloutLoader:
     def batches(self, step: int) -> list[PolicyBatch]:
         """The micro-batches of an optimizer step; a new rollout where one begins."""
         number, step_in_rollout = divmod(step, self.plan.steps_per_rollout)
+        self.before_step = (self.num_prompts_taken, self.last_step, self.rollout)
         if self.rollout is None or self.rollout.number != number:
             self.rollout = self.generate_rollout(number)
         self.last_step = step
@@ -282,6 +284,10 @@ class RolloutLoader:
         return [found[number] for number in range(len(rows))]
 
     # ------------------------------------------------------------------------------------------ resuming
+
+    def rewind(self) -> None:
+        """Undo the last call of `batches`."""
+        self.num_prompts_taken, self.last_step, self.rollout = self.before_step
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the list of prompts and, in the middle of a rollout, its rows."""

@@ -17,18 +17,20 @@ class TrainingArguments:
     """How to train.
 
     steps: optimizer steps of the whole run. max_grad_norm: None does not clip. log_every: steps per row of metrics.
-    save_every: steps per checkpoint; 0 saves at the end only. keep_last: how many of the newest checkpoints are kept
-    (0: all); keep_every: those at its multiples are kept too; metric_for_best_model: a metric of an evaluation, such as
-    "eval/loss", by which the best checkpoint is kept too (greater_is_better: the largest value is best). precision:
-    fp32, or bf16 (autocast; the weights stay float32). max_nonfinite_steps, max_empty_steps: more of them in a row
-    stop the run. max_seconds: after so long it saves and ends. expected_loss: of the first step (ln V); a loss far
-    from it gives a warning. on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in
-    the background, from a copy in memory."""
+    save_every: steps per checkpoint; 0 saves at the end only. save_seconds: the next step saves one too, so long after
+    the last; 0: none. keep_last: how many of the newest checkpoints are kept (0: all); keep_every: those at its
+    multiples are kept too; metric_for_best_model: a metric of an evaluation, such as "eval/loss", by which the best
+    checkpoint is kept too (greater_is_better: the largest value is best). precision: fp32, or bf16 (autocast; the
+    weights stay float32). max_nonfinite_steps, max_empty_steps: more of them in a row stop the run. max_seconds: after
+    so long it saves and ends. expected_loss: of the first step (ln V); a loss far from it gives a warning.
+    on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in the background, from a
+    copy in memory."""
 
     steps: int
     max_grad_norm: float | None = 1.0
     log_every: int = 10
     save_every: int = 0
+    save_seconds: float = 0.0
     keep_last: int = 2
     keep_every: int = 0
     metric_for_best_model: str = ""
@@ -53,7 +55,15 @@ class TrainingArguments:
             )
         if self.log_every < 1:
             raise UsageError(f"log_every is {self.log_every}; expected 1 or more steps")
-        for name in ("steps", "save_every", "keep_last", "keep_every", "max_nonfinite_steps", "max_empty_steps"):
+        for name in (
+            "steps",
+            "save_every",
+            "save_seconds",
+            "keep_last",
+            "keep_every",
+            "max_nonfinite_steps",
+            "max_empty_steps",
+        ):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
 

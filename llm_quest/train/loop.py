@@ -53,8 +53,10 @@ def train(
     with SignalHandler(SIGNAL_ECHO_SECONDS if parallel.world_size > 1 else 0.0) as signals, session:
         while not session.is_finished:
             numbers = session.forward_backward(signals)
+            if numbers is None:
+                break
             session.optimizer_step(numbers, callbacks)
-            session.evaluate(evaluators)
+            session.evaluate(evaluators, signals)
             session.log(numbers, watchers)
             session.save()
         return session.result()

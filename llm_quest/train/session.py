@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
+from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback, RewindableLoader
 from llm_quest.errors import GuardStop, ResourceError, UsageError
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
@@ -26,8 +26,8 @@ from llm_quest.train.logger import Logger
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
-from llm_quest.train.signals import SignalHandler
-from llm_quest.train.state import Progress, RNGState, TrainState, evaluation_mode
+from llm_quest.train.signals import STOP_SIGNALS, SignalHandler, StepInterrupted
+from llm_quest.train.state import GeneratorStates, Progress, RNGState, TrainState, capture_generators, evaluation_mode
 
 OUT_OF_MEMORY_REMEDY = (
     "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
@@ -84,6 +84,7 @@ class TrainSession:
             compile_objective(self.objective) if self.args.compile else self.objective
         )
         self.initial_progress, self.start_time = replace(self.progress), time.monotonic()
+        self.last_save_time = self.start_time
         self.last_logged = self.initial_progress
         self.logger.start(self.progress.step, self.args.steps)
         return self
@@ -120,30 +121,49 @@ class TrainSession:
             )
         self.log_event("started", steps=self.args.steps)
 
-    def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
+    def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats | None:
         """Forward and backward over the micro-batches of a step; afterwards every gradient is a sum, and nothing is
-        updated."""
-        self.step_start = time.perf_counter()
-        self.micro_batches = list(self.dataloader.batches(self.progress.step))
-        self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
+        updated. None where a signal came and the step went on for too long: it is given up, and the run stops."""
+        before = capture_generators()
         try:
-            sums, tokens = step.accumulate_gradients(
-                self.engine, self.micro_batches, self.parallel, self.args.precision
-            )
-        except RuntimeError as error:
-            raise_if_out_of_memory(error, self.progress.step)
-            raise
+            return self._forward_backward(signal_handler)
+        except StepInterrupted:
+            self._abandon_step(signal_handler.stop_signal, before)
+            return None
+
+    def _forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
+        self.step_start = time.perf_counter()
+        with signal_handler.interruptible(allowed=self.parallel.world_size == 1):
+            self.micro_batches = list(self.dataloader.batches(self.progress.step))
+            self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
+            try:
+                sums, tokens = step.accumulate_gradients(
+                    self.engine, self.micro_batches, self.parallel, self.args.precision
+                )
+            except RuntimeError as error:
+                raise_if_out_of_memory(error, self.progress.step)
+                raise
         self.parallel.all_reduce_replicated_gradients(self.trainable_parameters)
-        limit = self.args.max_seconds
-        late = limit is not None and time.monotonic() - self.start_time >= limit
-        requests = (
-            signal_handler.stop_signal == 2,
-            signal_handler.stop_signal == 15,
-            signal_handler.save_requested,
-            late,
-        )
-        signal_handler.save_requested = False
+        requests = self._requests(signal_handler)
         return step.reduce_step_stats(sums, tokens, requests, self.trainable_parameters, self.parallel)
+
+    def _requests(self, signal_handler: SignalHandler) -> tuple[bool, ...]:
+        """Which stop signal came to this process, whether to save, and whether the time is over."""
+        now, limit, every = time.monotonic(), self.args.max_seconds, self.args.save_seconds
+        save = signal_handler.save_requested or (every > 0 and now - self.last_save_time >= every)
+        signal_handler.save_requested = False
+        late = limit is not None and now - self.start_time >= limit
+        return (*(signal_handler.stop_signal == number for number in STOP_SIGNALS), save, late)
+
+    def _abandon_step(self, signal_number: int, before: GeneratorStates) -> None:
+        """Stop in the state before the step that is under way, and save it."""
+        if isinstance(self.dataloader, RewindableLoader):
+            self.dataloader.rewind()
+        self.optimizer.zero_grad(set_to_none=True)
+        before.restore()
+        self.status, self.signal_number = "interrupted", signal_number
+        self.log_event("abandoned", step=self.progress.step + 1, message="given up; the resumed run does it again")
+        self.save()
 
     def optimizer_step(self, stats: step.StepStats, callbacks: Sequence[Callback]) -> None:
         """Divide, clip and update; or skip the update and log why."""
@@ -171,20 +191,20 @@ class TrainSession:
     def _update_status(self, stats: step.StepStats) -> None:
         """Set the status. It is the same on every process, because requests to stop are reduced with the numbers of
         the step."""
-        interrupt, terminate, self.save_requested, late = stats.requests
+        *stops, self.save_requested, late = stats.requests
         if self.progress.step >= self.args.steps:
             self.status = "finished"
-        elif interrupt or terminate:
-            self.status, self.signal_number = "interrupted", 2 if interrupt else 15
+        elif any(stops):
+            self.status, self.signal_number = "interrupted", STOP_SIGNALS[stops.index(True)]
         elif late:
             self.status = "time"
         expected = self.args.expected_loss
         if self.progress.step == 1 and expected is not None and (text := initial_loss_warning(stats.loss, expected)):
             self.log_event("warning", message=text)
 
-    def evaluate(self, evaluators: Sequence[Evaluator]) -> None:
+    def evaluate(self, evaluators: Sequence[Evaluator], signal_handler: SignalHandler) -> None:
         """Run the evaluators that are due, without a trace on the model or the generators. An interrupted run skips
-        them."""
+        them, but for those at its end."""
         final = self.status == "finished"
         due = [
             evaluator
@@ -194,12 +214,21 @@ class TrainSession:
         self.eval_metrics = {}
         if not due or self.status == "interrupted":
             return
-        precision, device = self.args.precision, self.parallel.device
-        with evaluation_mode(self.model), step.autocast(precision, device):
-            for evaluator in due:
+        try:
+            with signal_handler.interruptible(allowed=self.parallel.world_size == 1 and not final):
+                self.eval_metrics = self._measure(due)
+        except StepInterrupted:
+            self.status, self.signal_number = "interrupted", signal_handler.stop_signal
+
+    def _measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:
+        """The numbers of these evaluators, name/metric -> value."""
+        metrics: dict[str, Any] = {}
+        with evaluation_mode(self.model), step.autocast(self.args.precision, self.parallel.device):
+            for evaluator in evaluators:
                 with self.parallel.unshard_model(self.objective):
                     found = evaluator.evaluate(self.model, self.progress.step)
-                self.eval_metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
+                metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
+        return metrics
 
     def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
         """Log a row of metrics if one is due, and pass it to the watchers."""
@@ -247,7 +276,7 @@ class TrainSession:
         if due and self.run_dir is not None and progress.step != self.checkpoint_step:
             self._update_best()
             checkpoint = Checkpoint(progress.step, self.state.state_dict(), self.run_dir.identity)
-            self.checkpoint_step = progress.step
+            self.checkpoint_step, self.last_save_time = progress.step, time.monotonic()
             keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
             if self.parallel.strategy == "fsdp":
                 self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep, self.parallel))

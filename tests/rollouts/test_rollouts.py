@@ -1,5 +1,6 @@
 """Rollouts: the policy that samples is the policy that is scored, to 1e-5, on every page; and what is learned from."""
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -231,6 +232,29 @@ def learned(feed: RolloutLoader) -> dict[int, list[float]]:
 
 
 MIXED, WRONG, RIGHT = [1.0, 0, 0, 0], [0.0] * 4, [1.0] * 4
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("given_up", [0, 1, 2, 3])
+def test_a_step_that_is_given_up_leaves_no_trace(passes: int, given_up: int, monkeypatch):
+    """In the middle of sampling as in the passes after it: the state to save is that of the steps before."""
+    policy = build("llama3.2-tiny", seed=1)
+    straight, broken = (rollouts(policy, num_iterations=passes) for _ in range(2))
+    for step in range(given_up):
+        assert straight.batches(step)
+        assert broken.batches(step)
+    before = broken.state_dict()
+    with monkeypatch.context() as patched:
+        patched.setattr(broken, "score_rows", None)
+        with contextlib.suppress(TypeError):
+            broken.batches(given_up)
+        broken.rewind()
+    assert broken.state_dict() == before
+    broken.batches(given_up)
+    broken.rewind()
+    assert broken.state_dict() == before
+    for one, other in zip(straight.batches(given_up), broken.batches(given_up), strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
 
 
 def test_groups_without_spread_are_not_read_and_count_in_the_divisor():

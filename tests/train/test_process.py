@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llm_quest.errors import BusyError
 from llm_quest.train.run_dir import RunDir
+from llm_quest.train.signals import SignalHandler
 from tests.train.small import Losses, Rule, digest, go, main, objective
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +78,7 @@ def test_killed_at_random_moments_and_resumed_the_run_ends_with_the_same_bits(tm
     assert [row["loss"] for row in rows(broken)] == [row["loss"] for row in rows(straight)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_ends_with_its_code(tmp_path, number, code):
     process = start(tmp_path / "run", "--pause", "0.02", "--save-every", "0")
     until(tmp_path / "run", 2)
@@ -131,6 +133,82 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
         assert go(6, run, feed=Asking(), keep_last=0).step == 6
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+class Slow(Rule):
+    """Step 3 goes on for a minute after somebody has pressed Ctrl-C in it, and draws random numbers meanwhile."""
+
+    rewound = 0
+
+    def batches(self, step):
+        if step == 3 and not self.rewound:
+            random.random()
+            torch.rand(3)
+            os.kill(os.getpid(), signal.SIGINT)
+            until_given_up = time.monotonic() + 60
+            while time.monotonic() < until_given_up:
+                time.sleep(0.01)
+        return super().batches(step)
+
+    def rewind(self):
+        self.rewound += 1
+
+
+def test_a_long_step_is_given_up_and_the_resumed_run_has_the_straight_runs_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_quest.train.signals.PATIENCE_SECONDS", 0.2)
+    with RunDir(tmp_path / "straight") as run:
+        straight = go(6, run)
+    slow = Slow()
+    with RunDir(tmp_path / "run") as run:
+        begin = time.monotonic()
+        given_up = go(6, run, feed=slow)
+        assert time.monotonic() - begin < 20
+    assert (given_up.step, given_up.status, given_up.exit_code, slow.rewound) == (3, "interrupted", 130, 1)
+    assert given_up.checkpoint_path.endswith("step-00000003")
+    with RunDir(tmp_path / "run") as run:
+        again = go(6, run)
+    assert digest(again.checkpoint_path) == digest(straight.checkpoint_path)
+
+
+def test_a_long_evaluation_is_given_up_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm_quest.train.signals.PATIENCE_SECONDS", 0.2)
+
+    class Endless:
+        name, interval = "eval", 2
+
+        def evaluate(self, model, step):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                until_given_up = time.monotonic() + 60
+                while time.monotonic() < until_given_up:
+                    time.sleep(0.01)
+            return {"loss": 1.0}
+
+    with RunDir(tmp_path / "run") as run:
+        given_up = go(6, run, probes=[Endless()])
+    assert (given_up.step, given_up.status, given_up.exit_code) == (2, "interrupted", 143)
+    assert given_up.checkpoint_path.endswith("step-00000002")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.stop_signal == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_checkpoint_is_saved_by_time_too(tmp_path):
+    with RunDir(tmp_path / "run") as run:
+        go(12, run, feed=Rule(pause=0.05), save_seconds=0.2, keep_last=0)
+        steps = sorted(int(path.name[5:]) for path in run.checkpoints.iterdir())
+    assert steps[-1] == 12
+    assert 2 <= len(steps) < 7
+    with RunDir(tmp_path / "never") as run:
+        go(12, run, feed=Rule(pause=0.05), keep_last=0)
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000012"]
 
 
 def torchrun(folder: Path, *options: str) -> None:

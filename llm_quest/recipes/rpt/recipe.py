@@ -217,10 +217,14 @@ class MeteredRolloutLoader:
     """Rollouts beside their meter: a feed whose notes hold `teraflops`, all that was spent so far."""
 
     def __init__(self, rollout_loader: RolloutLoader, meter: FlopsMeter):
-        self.rollout_loader, self.meter = rollout_loader, meter
+        self.rollout_loader, self.meter, self.flops_before_step = rollout_loader, meter, meter.flops
+
+    def rewind(self) -> None:
+        self.rollout_loader.rewind()
+        self.meter.flops = self.flops_before_step
 
     def batches(self, step: int) -> list[PolicyBatch]:
-        loader = self.rollout_loader
+        loader, self.flops_before_step = self.rollout_loader, self.meter.flops
         before, batches = loader.rollout, loader.batches(step)
         if loader.rollout is not None and loader.rollout is not before:
             self.meter.count_sampling(loader.rollout.groups)
