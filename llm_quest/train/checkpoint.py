@@ -131,19 +131,28 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def latest_checkpoint(root: Path, report: Callable[[str], None], verify: str = "full") -> Path | None:
-    """The newest undamaged checkpoint; None if there has never been one. Damaged ones are renamed and reported.
+    """The newest undamaged checkpoint; None if there has never been one. Damaged ones after it are renamed and
+    reported.
 
-    DataError if there are checkpoints and all are damaged: starting over silently would throw the run away."""
-    bad = 0
+    DataError if there have been checkpoints and none is usable, now and each time it is asked: starting over silently
+    would throw the run away. Then nothing is renamed."""
+    damaged: list[tuple[Path, str]] = []
     for folder in sorted(list_checkpoints(root), reverse=True):
         wrong = find_fault(folder, verify)
         if not wrong:
+            for other, fault in damaged:
+                aside = rename_aside(other, "corrupt")
+                report(f"checkpoint {other.name} is corrupt: {fault}; renamed {aside.name}, the one before it is used")
             return folder
-        bad += 1
-        aside = rename_aside(folder, "corrupt")
-        report(f"checkpoint {folder.name} is corrupt: {wrong}; renamed {aside.name}, the one before it is used")
-    if bad:
-        raise DataError(f"no usable checkpoint in {root}: all {bad} are corrupt; start again in another run folder")
+        damaged.append((folder, wrong))
+    lost = [f"{folder.name}: {fault}" for folder, fault in damaged] or sorted(
+        p.name for p in root.glob("step-*.corrupt*")
+    )
+    if lost:
+        raise DataError(
+            f"no usable checkpoint in {root}, all are corrupt ({'; '.join(lost[:3])}); bring one back, or start again "
+            "in another run folder"
+        )
     return None
 
 

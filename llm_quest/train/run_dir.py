@@ -139,9 +139,13 @@ class RunDir:
             raise BusyError(f"{folder} belongs to another run: its {', '.join(other)} differs; choose another folder")
 
     def _truncate_metrics(self, step: int) -> None:
-        """Remove rows after `step`, and a last line that is incomplete, from metrics.jsonl."""
+        """Remove rows after `step`, and a last line that is incomplete, from metrics.jsonl. A run that starts again at
+        its first step, because it was stopped before any checkpoint, puts the old rows aside."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if path.exists() and step < 0 and path.stat().st_size:
+            aside = files.rename_aside(path, "aside")
+            self.log_event("restarted", message=f"no checkpoint was saved before; the old rows are in {aside.name}")
+        elif path.exists():
             kept = [
                 line
                 for line in path.read_text(encoding="utf-8", errors="replace").splitlines()

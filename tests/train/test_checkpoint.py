@@ -87,12 +87,34 @@ def test_a_corrupt_newest_is_renamed_and_the_one_before_it_is_used(tmp_path, har
     assert names(root) == ["step-00000001", "step-00000002.corrupt"]
 
 
-def test_if_all_are_corrupt_the_run_does_not_start_over_in_silence(tmp_path):
-    files.save_checkpoint(tmp_path / "checkpoints", made(1))
-    flip(tmp_path / "checkpoints/step-00000001/model.safetensors")
-    with pytest.raises(DataError, match="all 1 are corrupt"):
-        files.latest_checkpoint(tmp_path / "checkpoints", lambda text: None)
-    assert files.latest_checkpoint(tmp_path / "elsewhere", lambda text: None) is None
+def test_if_all_are_corrupt_the_run_does_not_start_over_however_often_it_is_asked(tmp_path):
+    root = tmp_path / "checkpoints"
+    for step in (1, 2):
+        files.save_checkpoint(root, made(step))
+        flip(root / f"step-{step:08d}/model.safetensors")
+    for _ in range(3):
+        with pytest.raises(DataError, match=r"all are corrupt \(step-00000002: .* sha256 .*; step-00000001"):
+            files.latest_checkpoint(root, print)
+    assert names(root) == ["step-00000001", "step-00000002"]
+    for step in (1, 2):
+        files.rename_aside(root / f"step-{step:08d}", "corrupt")
+    with pytest.raises(DataError, match="all are corrupt"):
+        files.latest_checkpoint(root, print)
+
+
+def test_a_run_that_was_stopped_before_any_checkpoint_keeps_its_rows_aside(tmp_path):
+    for _ in range(2):
+        with RunDir(tmp_path / "run") as run:
+            go(3, run)
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with RunDir(tmp_path / "run") as run:
+        go(2, run)
+    lines = {
+        name: (tmp_path / "run" / name).read_text().count("\n")
+        for name in os.listdir(tmp_path / "run")
+        if "metrics" in name
+    }
+    assert lines == {"metrics.jsonl": 2, "metrics.jsonl.aside": 3, "metrics.jsonl.aside-2": 3}
 
 
 def test_retention_keeps_the_last_the_multiples_and_the_best(tmp_path):
