@@ -24,8 +24,8 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.stopping import Completion, StoppingCriteria
 from llm_quest.models.decoder import Decoder
+from llm_quest.progress import EtaClock
 from llm_quest.recipes.reference_model import weights_hash
-from llm_quest.train.logger import EtaClock
 
 DEFAULT_BATCH_SIZE = 32
 PROGRESS_SECONDS = 5.0

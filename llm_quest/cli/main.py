@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from llm_quest.cli.generation_options import GenerationOptions, parse_logit_bias
-from llm_quest.cli.output import open_streams, print_json, print_lines, print_result, run_with_exit_code, status_printer
+from llm_quest.cli.output import (
+    open_streams,
+    print_json,
+    print_lines,
+    print_result,
+    run_with_exit_code,
+    show_progress,
+    status_printer,
+)
+from llm_quest.progress import wants_colour
 
 app = typer.Typer(
     name="quest",
@@ -132,7 +141,8 @@ def quickstart(
     set_environment(threads)
     from llm_quest.cli.quickstart import run_quickstart
 
-    result = run_quickstart(out, seed=seed, device=device, log=status_printer(quiet))
+    with show_progress(quiet):
+        result = run_quickstart(out, seed=seed, device=device, log=status_printer(quiet))
     print_result(result, json)
     raise typer.Exit(result.exit_code)
 
@@ -160,15 +170,16 @@ def train(
 
     short = {"device": device, "precision": dtype, "seed": seed, "threads": threads}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    outcome = start_training(
-        recipe,
-        [*(pairs or []), *given],
-        out=out,
-        resume=resume,
-        dry_run=dry_run,
-        quiet=quiet,
-        log=status_printer(quiet),
-    )
+    with show_progress(quiet):
+        outcome = start_training(
+            recipe,
+            [*(pairs or []), *given],
+            out=out,
+            resume=resume,
+            dry_run=dry_run,
+            quiet=quiet,
+            log=status_printer(quiet),
+        )
     if os.environ.get("RANK", "0") == "0":
         print_result(outcome, json)
     raise typer.Exit(outcome.exit_code)
@@ -340,17 +351,18 @@ def evaluate(
     from llm_quest.cli import evaluate as commands
 
     log = status_printer(quiet)
+    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": log}
     found: Any
-    if harness:
-        names = harness.split(",")
-        found = commands.evaluate_with_lm_eval(model, names, limit=problems, device=device, dtype=dtype, log=log)
-    elif task:
-        options = commands.ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
-        found = commands.evaluate_problem_task(model, options, device=device, dtype=dtype, log=log)
-    elif data:
-        found = commands.evaluate_text(model, data, max_tokens=tokens or None, device=device, dtype=dtype, log=log)
-    else:
-        found = commands.evaluate_held_out(model, device=device, dtype=dtype, threads=threads, log=log)
+    with show_progress(quiet):
+        if harness:
+            found = commands.evaluate_with_lm_eval(model, harness.split(","), limit=problems, seed=seed, **machine)
+        elif task:
+            options = commands.ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
+            found = commands.evaluate_problem_task(model, options, **machine)
+        elif data:
+            found = commands.evaluate_text(model, data, max_tokens=tokens or None, **machine)
+        else:
+            found = commands.evaluate_held_out(model, threads=threads, **machine)
     print_result(found, json)
 
 
@@ -376,7 +388,7 @@ def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, 
     from llm_quest.cli.diff import diff_families
 
     found = diff_families(a, b)
-    if json or not sys.stdout.isatty():
+    if json or not wants_colour(sys.stdout):
         print_result(found, json)
     else:  # our own source and colours: nothing in it needs cleaning
         print("\n".join(found.lines(colour=True)))
@@ -396,7 +408,9 @@ def plan(
     set_environment(threads, offline)
     from llm_quest.cli.train import estimate_cost
 
-    print_result(estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet)), json)
+    with show_progress(quiet):
+        found = estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet))
+    print_result(found, json)
 
 
 @app.command()
@@ -449,7 +463,7 @@ def inspect_batch(
     from llm_quest.cli.inspect_batch import load_batch_view
 
     shown = load_batch_view(recipe, pairs or [], step=step, rows=rows, log=status_printer(quiet))
-    if json or not sys.stdout.isatty():
+    if json or not wants_colour(sys.stdout):
         print_result(shown, json)
     else:  # the colours are ours; the text between them is cleaned already
         print("\n".join(shown.lines(colour=True)))
@@ -535,9 +549,9 @@ def reproduce(
     from llm_quest.machine.hardware import usable_cores
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    print_result(
-        reproduce_paper(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), log=status_printer(quiet)), json
-    )
+    with show_progress(quiet):
+        card = reproduce_paper(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), log=status_printer(quiet))
+    print_result(card, json)
 
 
 @app.command()

@@ -21,7 +21,8 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -33,12 +34,28 @@ from llm_quest.errors import (
     exit_code_of,
     is_out_of_memory,
 )
+from llm_quest.progress import Heartbeat, is_terminal, note_output
 
 UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline
     "\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff"  # bidirectional marks and overrides, odd line ends
     "\ud800-\udfff\U000e0000-\U000e007f]"  # lone surrogates and the invisible tag characters
 )
+
+
+@contextmanager
+def show_progress(quiet: bool = False) -> Iterator[None]:
+    """Inside: phases and training runs are shown on stderr, in the main process."""
+    if quiet or os.environ.get("RANK", "0") != "0":
+        yield
+    elif is_terminal(sys.stderr):
+        from llm_quest.train.terminal_display import TerminalDisplay
+
+        with TerminalDisplay.open():
+            yield
+    else:
+        with Heartbeat():
+            yield
 
 
 class Printable(Protocol):
@@ -86,6 +103,7 @@ def make_encodable(text: str, stream: TextIO) -> str:
 def print_status(text: str = "") -> None:
     """Print a line of progress on stderr."""
     print(make_encodable(clean_text(text), sys.stderr), file=sys.stderr, flush=True)
+    note_output()
 
 
 def discard_status(text: str = "") -> None:

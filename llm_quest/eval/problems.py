@@ -21,6 +21,7 @@ from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria, end_token_ids
 from llm_quest.hub.gsm8k import is_gsm8k, load_gsm8k
 from llm_quest.models.decoder import Decoder
+from llm_quest.progress import track
 from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, completion_to_sample
 from llm_quest.rollouts.verifiers import count_outcomes
@@ -200,7 +201,7 @@ def sample_answers(
     stopping_criteria = StoppingCriteria(max_new_tokens=max_new_tokens, eos_token_ids=ends)
     groups: list[list[Sample]] = []
     prompts_per_batch = max(1, PROBLEM_EVAL_BATCH_SIZE // n)
-    for start in range(0, len(problems), prompts_per_batch):
+    for start in track(range(0, len(problems), prompts_per_batch), "answering problems, batch"):
         some = problems[start : start + prompts_per_batch]
         prompts = [encode_prompt(problem) for problem in some]
         done = generate_completions(model, prompts, sampling_params, stopping_criteria, n=n, seed=seed)

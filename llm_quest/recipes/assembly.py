@@ -24,6 +24,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
+from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
 from llm_quest.recipes.config_schema import BatchedConfig, TextDataConfig, TokenizerConfig, known_techniques
 from llm_quest.recipes.dependent_defaults import is_own_choice
@@ -66,15 +67,18 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
                 f"{data.source} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
             )
         return TextData(folder, folder.load_tokenizer(), text_facts(folder))
-    parts = split_corpus(
-        load_corpus(data.source, column=data.text_column, separator=data.separator), held_out=data.held_out
-    )
-    tokenizer = (
-        load_any_tokenizer(choice.load)
-        if choice.load is not None
-        else train_or_load_tokenizer(parts, choice.vocab_size, log)
-    )
-    folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
+    with phase(f"reading {data.source}"):
+        corpus = load_corpus(data.source, column=data.text_column, separator=data.separator)
+    with phase("choosing what is held out"):
+        parts = split_corpus(corpus, held_out=data.held_out)
+    with phase("training a tokenizer" if choice.load is None else "reading the tokenizer"):
+        tokenizer = (
+            load_any_tokenizer(choice.load)
+            if choice.load is not None
+            else train_or_load_tokenizer(parts, choice.vocab_size, log)
+        )
+    with phase(f"turning {sum(document.nbytes for document in corpus.documents):,} bytes into tokens"):
+        folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
     facts = text_facts(folder)
     log(
         f"text: {facts['train_bytes']:,} bytes in {facts['train_documents']} documents to train on, "

@@ -15,6 +15,7 @@ from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you
 from llm_quest.techniques import ACT_IN_TRAINING_MODE, TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
 from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
+from llm_quest.train.trackers import TRACKERS
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -149,6 +150,7 @@ KEYS_FREE_ON_RESUME = (
     "async_save",
     "max_nonfinite_steps",
     "max_empty_steps",
+    "report_to",
     "tensorboard",
     "max_time",
     "logging_steps",
@@ -246,7 +248,10 @@ class RunConfig(StrictModel):
     max_time: str | None = Field(
         default=None, pattern=r"^\d+(\.\d+)?[smh]$", description="like 90s, 30m or 2h: then it saves and ends"
     )
-    tensorboard: bool = False
+    report_to: tuple[Annotated[str, Choice(TRACKERS)], ...] = Field(
+        default=(), description="trackers that get the numbers too: [tensorboard, wandb, trackio]"
+    )
+    tensorboard: bool = Field(default=False, description="the same as report_to=[tensorboard]")
 
     @model_validator(mode="after")
     def check_warmup_steps(self) -> RunConfig:
@@ -279,6 +284,11 @@ class RunConfig(StrictModel):
         if self.greater_is_better and self.metric_for_best_model is None:
             raise ValueError("greater_is_better has no effect without metric_for_best_model; name a metric")
         return self
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What `report_to` names, in either spelling."""
+        return tuple(dict.fromkeys((*self.report_to, *(("tensorboard",) if self.tensorboard else ()))))
 
     @property
     def rows_per_step(self) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from llm_quest.errors import BusyError, DataError, MissingError, QuestError, Res
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.build import count_parameters, family_of
+from llm_quest.progress import LineLogger, Logger, NullLogger, is_terminal, phase
 from llm_quest.recipes.auto import CompileTimer
 from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
@@ -26,7 +28,6 @@ from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.score_head import read_length
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import SHARDS_DIR, list_checkpoints
-from llm_quest.train.logger import Logger, TensorBoardLogger, make_logger
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import OPTIMIZERS, LRSchedule, make_lr_schedule
 from llm_quest.train.parallel import DistributedContext
@@ -54,7 +55,9 @@ def run_recipe(
         context = Context(folder, parallel, log, settings, resume, dict(env or {}), quiet)
         if recipe.run is not None:
             return recipe.run(config, context)
-        return run_job(recipe.build(config, context), context, callbacks)
+        with phase("preparing"):
+            job = recipe.build(config, context)
+        return run_job(job, context, callbacks)
 
 
 @contextmanager
@@ -72,10 +75,13 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
         f"model: {family_of(job.model.config).name}-style, {parameters:,} parameters, {describe_place(context)}"
     )
     require_matching_run(config, folder)
-    save_prepared = job.prepare()
-    before = job.before() if parallel.broadcast(starts_anew(context)) else {}
+    with phase("preparing the reference"):
+        save_prepared = job.prepare()
+    with phase("evaluating before the first step"):
+        before = job.before() if parallel.broadcast(starts_anew(context)) else {}
     parallel.parallelize(job.objective, list(job.model.blocks if job.blocks is None else job.blocks))
     optimizer = build_optimizer(config, job.model, job.adamw_parameters)
+    logger = make_display(job, folder, parallel, context.quiet)
     with open_run_dir(config, folder, parallel, job.identity, context.env, context.resume) as run:
         if parallel.is_main_process:
             write_run_files(job, folder)
@@ -93,9 +99,10 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
             callbacks=[*job.callbacks, *callbacks, *compile_timers(config, parallel)],
             evaluators=job.evaluators,
             watchers=job.watchers,
-            logger=make_display(config, folder, parallel, context.quiet),
+            logger=logger,
         )
-        job.finish(result)
+        with phase("evaluating after the last step"):
+            job.finish(result)
         finished = parallel.is_main_process and result.status == "finished"
         baselines = job.baselines() if finished else {}
     if finished:
@@ -288,12 +295,25 @@ def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> 
     )
 
 
-def make_display(config: RunConfig, folder: Path, parallel: DistributedContext, quiet: bool) -> Logger:
-    """The progress display, TensorBoard beside it if asked for."""
-    screen = make_logger(parallel.rank, quiet=quiet)
-    return (
-        TensorBoardLogger(folder / "tensorboard", screen) if config.tensorboard and parallel.is_main_process else screen
-    )
+def make_logger(rank: int = 0, *, quiet: bool = False, unit: str = "tokens") -> Logger:
+    """The logger that suits where stderr goes; none for ranks other than 0."""
+    if quiet or rank:
+        return NullLogger()
+    if not is_terminal(sys.stderr):
+        return LineLogger(rank, unit)
+    from llm_quest.train.terminal_display import BarLogger
+
+    return BarLogger(unit)
+
+
+def make_display(job: Job, folder: Path, parallel: DistributedContext, quiet: bool) -> Logger:
+    """The progress display, and the trackers that the run reports to."""
+    screen = make_logger(parallel.rank, quiet=quiet, unit=job.facts.get("counted", "tokens"))
+    if not job.config.trackers or not parallel.is_main_process:
+        return screen
+    from llm_quest.train.trackers import TrackedLogger
+
+    return TrackedLogger(screen, job.config.trackers, folder, job.config.model_dump(mode="json"))
 
 
 def finish_run(

@@ -16,6 +16,7 @@ from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load
 from llm_quest.hub.locate import locate_model
 from llm_quest.manifest import read_manifest
+from llm_quest.progress import phase
 from llm_quest.recipes.config import load_run_config, parse_config
 from llm_quest.recipes.engine import init_distributed
 from llm_quest.recipes.recipe import Context, Job, get_recipe
@@ -80,7 +81,8 @@ def evaluate_run(name_or_path: str, overrides: Sequence[str] = (), *, log: LogFn
     config = parse_config(recipe.Config, settings)
     with init_distributed(config, 1) as parallel:
         context = Context(run_dir, parallel, log, settings, planning=True)
-        job = recipe.build(config, context)
+        with phase("preparing"):
+            job = recipe.build(config, context)
         checkpoint = locate_model(chosen).folder
         require_same_data(job, checkpoint, run_dir)
         return measure(job, context, str(chosen), checkpoint)
@@ -100,12 +102,15 @@ def require_same_data(job: Job, checkpoint: Path, run_dir: Path) -> None:
 def measure(job: Job, context: Context, name: str, checkpoint: Path) -> HeldOutReport:
     """The numbers of the job's evaluators as after its last step, in the precision of the run."""
     config, device = job.config, context.parallel.device
-    job.prepare()
+    with phase("preparing the reference"):
+        job.prepare()
     model: Any = load(checkpoint, device=device, dtype="float32", aligned=True)
     scores: dict[str, float] = {}
     with evaluation_mode(model), autocast(config.precision, device):
         for evaluator in job.evaluators:
             if evaluator.name == SCORED:
-                scores |= evaluator.evaluate(model, config.max_steps)
-        intervals = job.intervals(model)
+                with phase("evaluating"):
+                    scores |= evaluator.evaluate(model, config.max_steps)
+        with phase("measuring intervals"):
+            intervals = job.intervals(model)
     return HeldOutReport(name, config.recipe, checkpoint_step(checkpoint), scores, intervals, job.baselines())

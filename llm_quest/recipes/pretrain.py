@@ -25,6 +25,7 @@ from llm_quest.hub.load_save import load
 from llm_quest.models.build import build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
+from llm_quest.progress import phase
 from llm_quest.recipes.assembly import (
     TextData,
     apply_techniques,
@@ -208,7 +209,9 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
     if parts is None or not parts.val or parts.corpus.nbytes > MAX_BASELINE_BYTES:
         return {}
     log("counting and compressing the same text, to compare")
-    return {one.name: one.bits_per_byte for one in compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)}
+    with phase("fitting n-grams and compressors"):
+        found = compute_baselines(parts.train, parts.val, tokenizer=text.tokenizer)
+    return {one.name: one.bits_per_byte for one in found}
 
 
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:

@@ -26,6 +26,7 @@ from llm_quest.errors import DataError
 from llm_quest.files import file_sha256
 from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
+from llm_quest.progress import track
 from llm_quest.techniques.lora import disable_adapter, is_adapter
 from llm_quest.tensor_files import write_tensors
 from llm_quest.train.checkpoint import checkpoint_step, list_checkpoints
@@ -108,7 +109,7 @@ def compute_log_probs(model: nn.Module, source: PreferenceDataset, device: torch
     """In float32, answers of like length together."""
     pairs = source.preferences
     found: list[np.ndarray] = [np.empty(0)] * len(pairs)
-    for numbers in length_grouped_indices(source, REFERENCE_BATCH_SIZE):
+    for numbers in track(length_grouped_indices(source, REFERENCE_BATCH_SIZE), "scoring answers, batch"):
         flat = sequence_log_probs(model, source.collate(numbers).to(device)).float().cpu().numpy()
         parts = np.split(flat, np.cumsum([len(pairs[n].answers) for n in numbers])[:-1])
         for n, part in zip(numbers, parts, strict=True):

@@ -22,9 +22,9 @@ class TrainingArguments:
     multiples are kept too; metric_for_best_model: a metric of an evaluation, such as "eval/loss", by which the best
     checkpoint is kept too (greater_is_better: the largest value is best). precision: fp32, or bf16 (autocast; the
     weights stay float32). max_nonfinite_steps, max_empty_steps: more of them in a row stop the run. max_seconds: after
-    so long it saves and ends. expected_loss: of the first step (ln V); a loss far from it gives a warning.
-    on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in the background, from a
-    copy in memory."""
+    so long it saves and ends. name: what the progress display calls the run. expected_loss: of the first step (ln V); a
+    loss far from it gives a warning. on_disk_full: stop, or continue without that checkpoint. async_save: write
+    checkpoints in the background, from a copy in memory."""
 
     steps: int
     max_grad_norm: float | None = 1.0
@@ -44,6 +44,7 @@ class TrainingArguments:
     expected_loss: float | None = None
     on_disk_full: str = "stop"
     async_save: bool = True
+    name: str = "training"
 
     def __post_init__(self) -> None:
         for name, allowed in (("precision", PRECISIONS), ("on_disk_full", ON_DISK_FULL)):

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
+from llm_quest.progress import Logger, NullLogger, phase
 from llm_quest.train.arguments import TrainingArguments, TrainResult
-from llm_quest.train.logger import Logger, NullLogger
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir
@@ -50,7 +50,11 @@ def train(
     session = TrainSession(
         objective, dataloader, optimizer, lr_schedule, args, run_dir, parallel, logger or NullLogger()
     )
-    with SignalHandler(SIGNAL_ECHO_SECONDS if parallel.world_size > 1 else 0.0) as signals, session:
+    with (
+        SignalHandler(SIGNAL_ECHO_SECONDS if parallel.world_size > 1 else 0.0) as signals,
+        session,
+        phase(args.name, args.steps, done=session.progress.step, is_run=True) as now,
+    ):
         while not session.is_finished:
             numbers = session.forward_backward(signals)
             if numbers is None:
@@ -59,4 +63,5 @@ def train(
             session.evaluate(evaluators, signals)
             session.log(numbers, watchers)
             session.save()
+            now.done = session.progress.step
         return session.result()

@@ -14,7 +14,6 @@ import os
 import socket
 import stat
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from filelock import FileLock, Timeout
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
 from llm_quest.files import atomic_write_text, fsync_path
 from llm_quest.manifest import find_fault, read_manifest
+from llm_quest.progress import utc_now
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
 from llm_quest.train.parallel import DistributedContext
@@ -224,11 +224,6 @@ def lock_owner(path: Path) -> str:
         return f"process {note['pid']} on {note['host']} since {note['started']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-
-
-def utc_now() -> str:
-    """The time in UTC, in ISO format."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _row_step(line: str) -> float:

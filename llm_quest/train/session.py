@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback, RewindableLoader
 from llm_quest.errors import GuardStop, ResourceError, UsageError
+from llm_quest.progress import Logger, phase
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.checkpoint import SHARDS_DIR, Checkpoint, CheckpointSaver, checkpoint_step, load_checkpoint
 from llm_quest.train.guards import NonFiniteGuard, find_first_nonfinite, find_nonfinite_parameter, initial_loss_warning
-from llm_quest.train.logger import Logger
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
@@ -32,6 +32,8 @@ from llm_quest.train.state import GeneratorStates, Progress, RNGState, TrainStat
 OUT_OF_MEMORY_REMEDY = (
     "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
 )
+PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gathering ratios"}
+"""Name of an evaluator -> what is shown while it works."""
 
 
 class TrainSession:
@@ -134,7 +136,8 @@ class TrainSession:
     def _forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
         self.step_start = time.perf_counter()
         with signal_handler.interruptible(allowed=self.parallel.world_size == 1):
-            self.micro_batches = list(self.dataloader.batches(self.progress.step))
+            with phase("reading the batch"):
+                self.micro_batches = list(self.dataloader.batches(self.progress.step))
             self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
             try:
                 sums, tokens = step.accumulate_gradients(
@@ -225,7 +228,8 @@ class TrainSession:
         metrics: dict[str, Any] = {}
         with evaluation_mode(self.model), step.autocast(self.args.precision, self.parallel.device):
             for evaluator in evaluators:
-                with self.parallel.unshard_model(self.objective):
+                shown = PHASE_NAMES.get(evaluator.name, evaluator.name)
+                with phase(shown), self.parallel.unshard_model(self.objective):
                     found = evaluator.evaluate(self.model, self.progress.step)
                 metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
         return metrics

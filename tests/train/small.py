@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from llm_quest.contracts import DataShard, Loss
 from llm_quest.errors import QuestError
+from llm_quest.progress import LineLogger
 from llm_quest.train.arguments import TrainingArguments, TrainResult
-from llm_quest.train.logger import LineLogger
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule, make_muon
 from llm_quest.train.parallel import DistributedContext

@@ -1,0 +1,119 @@
+"""Progress on a terminal: the bar of a run with step, rate and time left stays in place, below it the newest numbers
+and the phase inside the run; what is printed meanwhile, evaluations among it, scrolls by above."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from llm_quest.progress import PHASES, EtaClock, Phase, format_metrics, format_scores, note_output
+
+LONGEST_BAR = 40
+PATIENCE = 1.0
+"""Seconds after which the phase inside a run is named."""
+
+
+class TerminalDisplay:
+    """The one live area of stderr. `active`: the display that is open. metrics: the newest numbers of the run."""
+
+    active: ClassVar[TerminalDisplay | None] = None
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.metrics: list[str] = []
+        self.clocks: dict[int, EtaClock] = {}
+        self.live = Live(
+            get_renderable=self.render, console=self.console, transient=True, redirect_stdout=False,
+            refresh_per_second=4, vertical_overflow="crop",
+        )  # fmt: skip
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[TerminalDisplay]:
+        """The open display, or a new one for as long as the context lasts."""
+        if cls.active is not None:
+            yield cls.active
+            return
+        cls.active = cls()
+        try:
+            with cls.active.live:
+                yield cls.active
+        finally:
+            cls.active = None
+
+    def render(self) -> RenderableType:
+        """What stands in the live area now."""
+        phases, width = list(PHASES), self.console.width
+        runs = [one for one in phases if one.is_run]
+        lines: list[RenderableType] = [self.run_line(one, width) for one in runs[-1:]]
+        if runs and self.metrics:
+            lines.append(whole_line("  ".join(fitting(self.metrics, width))))
+        inner = [one for one in phases if not one.is_run]
+        if inner and (not runs or time.monotonic() - inner[-1].began > PATIENCE):
+            lines.append(whole_line(" · ".join(map(str, inner))))
+        return Group(*lines)
+
+    def run_line(self, run: Phase, width: int) -> RenderableType:
+        """Step, bar, rate, time left: as wide as the terminal or less."""
+        assert run.total is not None, "a run knows its steps"
+        clock = self.clocks.setdefault(id(run), EtaClock(run.done, run.total))
+        before = f"{'step' if run.name == 'training' else run.name} {run.done}/{run.total}"
+        after = f"{clock.rate(run.done)}  ETA {clock.time_left(run.done)}"
+        room = min(LONGEST_BAR, width - len(before) - len(after) - 4)
+        bar = ProgressBar(total=max(run.total, 1), completed=run.done, width=max(room, 1))
+        line = Table.grid(padding=(0, 2, 0, 0))
+        line.add_row(Text(before, no_wrap=True), *([bar] if room > 3 else []), Text(after, no_wrap=True))
+        return line
+
+    def print_line(self, text: str) -> None:
+        """A line above the live area, wrapped where it is longer than the terminal is wide."""
+        self.live.refresh()  # or else what stood there a moment ago is drawn again below the line
+        self.console.print(text, markup=False, highlight=False)
+        note_output()
+
+
+def whole_line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def fitting(items: Sequence[str], width: int) -> list[str]:
+    """The first items that stand whole on one line, two spaces between them."""
+    shown: list[str] = []
+    for item in items:
+        if len("  ".join([*shown, item])) <= width:
+            shown.append(item)
+    return shown
+
+
+class BarLogger:
+    """The logger of a training run on a terminal. unit: what tokens_per_second counts."""
+
+    def __init__(self, unit: str = "tokens"):
+        self.unit = unit
+        self.context: AbstractContextManager[TerminalDisplay] = TerminalDisplay.open()
+
+    def start(self, step: int, steps: int) -> None:
+        self.display, self.steps = self.context.__enter__(), steps
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        self.display.metrics = format_metrics(row, self.unit)
+        if scores := format_scores(row):
+            self.display.print_line(f"step {row['step']}/{self.steps}  held out: {'  '.join(scores)}")
+
+    def log_event(self, text: str) -> None:
+        if TerminalDisplay.active is not None:
+            TerminalDisplay.active.print_line(text)
+        else:
+            Console(stderr=True).print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self.display.metrics = []
+        self.context.__exit__(None, None, None)

@@ -1,0 +1,129 @@
+"""Experiment trackers beside the run folder: TensorBoard, Weights & Biases and Trackio, by `report_to`.
+
+A tracker that fails while the run goes on is left out from then on, with one warning: it never ends a run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_quest.errors import MissingError
+from llm_quest.progress import Logger
+
+PROJECT = "llm-quest"
+
+
+class Tracker(Protocol):
+    """Where numbers of a run are sent."""
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        """Called before the first step; `step` steps are done."""
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def import_tracker(module: str, name: str) -> Any:
+    """The tracker's package. MissingError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(
+            f"{name} is not installed: pip install 'llm-quest[{name}]', or take it out of report_to"
+        ) from error
+
+
+class TensorBoard:
+    """Scalars in the run's folder `tensorboard`."""
+
+    def __init__(self) -> None:
+        self.module = import_tracker("torch.utils.tensorboard", "tensorboard")
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self.writer = self.module.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, the same one when the run is resumed; WANDB_MODE and WANDB_PROJECT are heard."""
+
+    def __init__(self) -> None:
+        self.module = import_tracker("wandb", "wandb")
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        own_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self.run = self.module.init(
+            project=None if "WANDB_PROJECT" in os.environ else PROJECT, name=folder.name, id=own_id,
+            dir=str(folder), config=dict(config), resume="allow",
+        )  # fmt: skip
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """A run of Trackio, which keeps its numbers on this machine."""
+
+    def __init__(self) -> None:
+        self.module = import_tracker("trackio", "trackio")
+
+    def start(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self.module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow")
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        self.module.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+"""Name in `report_to` -> the tracker."""
+
+
+class TrackedLogger:
+    """A logger that also sends every number of a row to trackers."""
+
+    def __init__(self, inner: Logger, trackers: Sequence[str], folder: Path, config: Mapping[str, Any]):
+        self.inner, self.folder, self.config = inner, folder, config
+        self.trackers = {name: TRACKERS[name]() for name in dict.fromkeys(trackers)}
+
+    def start(self, step: int, steps: int) -> None:
+        self.inner.start(step, steps)
+        self._each(lambda tracker: tracker.start(self.folder, self.config, step))
+
+    def log_metrics(self, row: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self._each(lambda tracker: tracker.log(numbers, row["step"]))
+        self.inner.log_metrics(row)
+
+    def log_event(self, text: str) -> None:
+        self.inner.log_event(text)
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+        self.inner.close()
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        """Do it with every tracker; one that fails is left out from now on."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                action(tracker)
+            except Exception as error:  # whatever somebody else's code raises
+                del self.trackers[name]
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                self.inner.log_event(f"warning: {name} gets no more numbers of this run ({reason})")
