@@ -21,6 +21,7 @@ from llm_quest.techniques.lora import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
 from llm_quest.techniques.score_head import find_score_head, read_length
 from llm_quest.techniques.token_rows import append_embedding_rows
+from llm_quest.techniques.value_head import remove_value_head
 
 NEW_PAD_TOKEN = "<|pad|>"
 
@@ -87,7 +88,7 @@ def export_run(
         raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:
         return export_adapter(run, folder, dtype, overwrite, merged)
-    model = load(run, dtype=dtype, vision=True)
+    model = remove_value_head(load(run, dtype=dtype, vision=True))
     if adapter_layers(model):
         raise UsageError(
             f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
@@ -137,7 +138,7 @@ def prepare_score_export(model: Any, tokenizer: Tokenizer) -> Tokenizer:
 
 def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
     """Export a model with an adapter. Weights are merged in float32, whatever dtype is written."""
-    model = load(run, dtype="float32", vision=True)
+    model = remove_value_head(load(run, dtype="float32", vision=True))
     require_adapters(model)
     kind = parse_dtype(dtype)
     if merged:

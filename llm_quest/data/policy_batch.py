@@ -30,7 +30,7 @@ class PolicyRow:
     """One completion to learn from. advantages, sampler_log_probs and the others are arrays (float32), one number
     per token of `completion_ids`. old_log_probs: computed again by the trainer; reference_log_probs: by the
     reference policy. attention_maps (tokens, length): the attention of the position that predicts each token, when
-    it was sampled."""
+    it was sampled. values, returns: of a value head when it was sampled, and what it learns (GAE)."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -39,6 +39,8 @@ class PolicyRow:
     old_log_probs: np.ndarray | None = None
     reference_log_probs: np.ndarray | None = None
     attention_maps: np.ndarray | None = None
+    values: np.ndarray | None = None
+    returns: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -67,6 +69,8 @@ class PolicyBatch:
     old_log_probs: Float[Tensor, "B T"] | None = None
     reference_log_probs: Float[Tensor, "B T"] | None = None
     attention_maps: Float[Tensor, "B T T"] | None = None
+    values: Float[Tensor, "B T"] | None = None
+    returns: Float[Tensor, "B T"] | None = None
     position_ids: Int[Tensor, "B T"] | None = None
     prefix: SharedPrefix | None = None
     num_tokens: int = 0
@@ -87,6 +91,10 @@ class PolicyBatch:
         return replace(self, **moved)
 
 
+OPTIONAL_ARRAYS = ("old_log_probs", "reference_log_probs", "values", "returns")
+"""Fields of a row with one number a token, which all rows have or none."""
+
+
 def empty_row(*more: str) -> PolicyRow:
     """A row with nothing to learn, which has the same fields (such as old_log_probs) as those that have. It carries
     metrics, and fills in where a process has fewer rows than the others."""
@@ -102,7 +110,7 @@ def collate_policy_rows(
     assert not share_prompts or all(row.attention_maps is None for row in rows), "attention maps cover whole rows"
     made = pad_with_shared_prefix([(row.prompt_ids, row.completion_ids[:-1]) for row in rows], shared=share_prompts)
     targets = np.full(made.tokens.shape, IGNORE_INDEX)
-    more = [name for name in ("old_log_probs", "reference_log_probs") if getattr(rows[0], name) is not None]
+    more = [name for name in OPTIONAL_ARRAYS if getattr(rows[0], name) is not None]
     values: dict[str, Any] = {
         name: np.zeros(targets.shape, np.float32) for name in ("advantages", "sampler_log_probs", *more)
     }
@@ -201,7 +209,7 @@ def micro_batches(
     return [first, *batches[1:]]
 
 
-ROW_ARRAYS = ("advantages", "sampler_log_probs", "old_log_probs", "reference_log_probs", "attention_maps")
+ROW_ARRAYS = ("advantages", "sampler_log_probs", *OPTIONAL_ARRAYS, "attention_maps")
 
 
 def row_to_json(row: PolicyRow) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,6 +28,9 @@ from llm_quest.objectives.kl_penalty import KLPenalty, k3
 from llm_quest.objectives.log_probs import log_probs_from_hidden, token_entropies
 from llm_quest.objectives.next_token import batch_hidden_states
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate, SurrogateInputs, sequence_mean
+
+if TYPE_CHECKING:
+    from llm_quest.objectives.value_loss import ValueLoss
 
 TokenWeights = Callable[[Bool[Tensor, "B T"]], Float[Tensor, "B T"]]
 
@@ -76,7 +79,8 @@ class PolicyGradientLoss(nn.Module):
     count: what the loss is divided by (`WEIGHTS`), samples without an advantage included; horizon: the constant length
     that count "horizon" multiplies by. temperature: what the samples were drawn at. off_policy_delta: delta of the
     off-policy sequence mask. entropy_coef: coefficient of the bonus. attention_coef: lambda of Reinforced Attention
-    Learning (`attention_divergence_loss`), for batches with attention maps and a model with one tap. The policy is put
+    Learning (`attention_divergence_loss`), for batches with attention maps and a model with one tap. value_loss: of
+    PPO, for batches with values and returns and a model with a value head. The policy is put
     into evaluation mode and stays there: dropout between sampling and scoring makes the ratio wrong, and a backward
     that computes a block again must find the mode of the forward.
 
@@ -96,12 +100,13 @@ class PolicyGradientLoss(nn.Module):
         attention_coef: float = 0.0,
         correction: ImportanceSamplingCorrection | None = None,
         off_policy_delta: float | None = None,
+        value_loss: ValueLoss | None = None,
     ):
         super().__init__()
         check_options(count, horizon, entropy_coef, temperature)
         self.model: Any = model
         self.surrogate, self.count, self.horizon, self.temperature = surrogate, count, horizon, temperature
-        self.attention_coef = attention_coef
+        self.attention_coef, self.value_loss = attention_coef, value_loss
         self.kl, self.entropy_coef, self.correction, self.off_policy_delta = (
             kl,
             entropy_coef,
@@ -118,7 +123,8 @@ class PolicyGradientLoss(nn.Module):
         log_p = log_probs_from_hidden(self.model, h, batch.targets, self.temperature)
         entropies = token_entropies(self.model, h, batch.targets, self.temperature) if self.entropy_coef else None
         attention = None if records is None else read_attention_policy(records)
-        return self.loss(log_p, batch, entropies, attention)
+        values = None if self.value_loss is None else self.value_loss.values(self.model, h)
+        return self.loss(log_p, batch, entropies, attention, values)
 
     def loss(
         self,
@@ -126,8 +132,10 @@ class PolicyGradientLoss(nn.Module):
         batch: PolicyBatch,
         entropies: Tensor | None = None,
         attention: Float[Tensor, "B T T"] | None = None,
+        values: Float[Tensor, "B T"] | None = None,
     ) -> Loss:
-        """The loss of given log-probabilities (and entropies, with a bonus; and attention, with attention_coef)."""
+        """The loss of given log-probabilities (and entropies, with a bonus; attention, with attention_coef; values,
+        with a value loss)."""
         loss_mask = batch.loss_mask
         old = batch.sampler_log_probs if batch.old_log_probs is None else batch.old_log_probs
         terms = SurrogateInputs(log_p, (log_p - old) * loss_mask, batch.advantages, loss_mask)
@@ -144,10 +152,22 @@ class PolicyGradientLoss(nn.Module):
         )
         if attention_jsd is not None:
             per_token = per_token + self.attention_coef * batch.advantages * attention_jsd
+        extra_metrics = {} if attention_jsd is None else {"attention_divergence": attention_jsd}
+        if values is not None:
+            value_loss, value_metrics = self.value_terms(values, batch)
+            per_token, extra_metrics = per_token + value_loss, extra_metrics | value_metrics
         token_weights = TOKEN_WEIGHTS[self.count](loss_mask)
         total = torch.where(loss_mask, per_token * token_weights, 0.0).sum()
-        extra_metrics = {} if attention_jsd is None else {"attention_divergence": attention_jsd}
         return Loss(total, self.loss_count(batch), self.metrics(terms, clipped, batch, entropies, extra_metrics))
+
+    def value_terms(self, values: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value loss of every token, and what is reported of it."""
+        assert self.value_loss is not None
+        assert batch.values is not None, "rollouts have values (GAE)"
+        assert batch.returns is not None, "values come with their returns"
+        each, clipped = self.value_loss(values, batch.values, batch.returns)
+        error = (values.detach() - batch.returns).square()
+        return each, {"value/error": error, "value/mean": values.detach(), "value/clipped": clipped.float()}
 
     def weights(self, terms: SurrogateInputs, batch: PolicyBatch) -> Tensor:
         """Weights that correct for samples of another policy; the count does not change."""

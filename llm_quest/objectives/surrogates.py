@@ -124,7 +124,7 @@ class UnclippedSurrogate:
 @dataclass(frozen=True)
 class PolicyVariant:
     """A method of the literature: its surrogate, what its loss is divided by (`policy_gradient.WEIGHTS`), and how its
-    advantages are made (`rollouts.advantages.ADVANTAGE_ESTIMATORS`)."""
+    advantages are made (`rollouts.advantages.ADVANTAGE_ESTIMATORS`, `rollouts.gae.VALUE_ESTIMATORS`)."""
 
     surrogate: Surrogate
     count: str
@@ -143,6 +143,7 @@ POLICY_VARIANTS: dict[str, PolicyVariant] = {
     "gspo_token": PolicyVariant(
         ClippedSurrogate(3e-4, 4e-4, importance_ratio=sequence_token_ratio), "sequences", "std"
     ),
+    "ppo": PolicyVariant(ClippedSurrogate(0.2, 0.2), "tokens", "gae"),  # arXiv:1707.06347
     "sapo": PolicyVariant(SAPOSurrogate(1.0, 1.05), "sequences", "std"),  # arXiv:2511.20347
     "cispo": PolicyVariant(CISPOSurrogate(5.0), "tokens", "std"),  # arXiv:2506.13585, 2510.13786
     "reinforce": PolicyVariant(UnclippedSurrogate(), "sums", "leave_one_out"),  # arXiv:2402.14740

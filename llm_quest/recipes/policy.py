@@ -15,9 +15,11 @@ from llm_quest.objectives.policy_gradient import (
     ImportanceSamplingCorrection,
 )
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
+from llm_quest.objectives.value_loss import ValueLoss
 from llm_quest.recipes.config import Choice, StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
+from llm_quest.rollouts.gae import GAE, VALUE_ESTIMATORS
 
 UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -28,6 +30,19 @@ class SamplerCorrectionConfig(StrictModel):
     cap: PositiveFloat = 2.0
     mode: Annotated[str, Choice(CORRECTION_MODES)] = "truncate"
     level: Annotated[str, Choice(CORRECTION_LEVELS)] = "token"
+
+
+class GaeConfig(StrictModel):
+    """Generalized advantage estimation with a value head on the policy's own trunk, and the loss of its values."""
+
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount of later rewards")
+    lam: float = Field(default=0.95, ge=0, le=1, description="0: trust the next value; 1: the rewards alone")
+    whiten_advantages: bool = Field(default=True, description="mean 0 and standard deviation 1 over the rollout")
+    whiten_rewards: bool = Field(default=False, description="standard deviation 1 over the rollout's tokens")
+    vf_coef: PositiveFloat = Field(default=0.1, description="weight of the value loss")
+    cliprange_value: PositiveFloat | None = Field(
+        default=0.2, description="how far a value may move in one rollout; null: not bounded"
+    )
 
 
 class PolicyConfig(RunConfig):
@@ -42,7 +57,7 @@ class PolicyConfig(RunConfig):
     loss_aggregation: Annotated[str, Choice(TOKEN_WEIGHTS)] | None = Field(
         default=None, description="what the loss is divided by; null: as the loss has it"
     )
-    advantage_estimator: Annotated[str, Choice(ADVANTAGE_ESTIMATORS)] | None = Field(
+    advantage_estimator: Annotated[str, Choice({**ADVANTAGE_ESTIMATORS, **VALUE_ESTIMATORS})] | None = Field(
         default=None, description="how rewards become advantages; null: as the loss has it"
     )
     prompts_per_rollout: PositiveInt = Field(default=16, description="prompts in a rollout")
@@ -81,6 +96,9 @@ class PolicyConfig(RunConfig):
         default=0.0,
         ge=0,
         description="weight of Reinforced Attention Learning: the last layer's attention is trained too",
+    )
+    gae: GaeConfig | None = Field(
+        default=None, description="advantage_estimator=gae: its numbers and those of the value loss; null: the defaults"
     )
     early_stopping_patience: PositiveInt = Field(
         default=30, description="steps after which a run that cannot learn is stopped"
@@ -123,7 +141,7 @@ class PolicyConfig(RunConfig):
                 "dynamic sampling (dynamic_sampling_rounds) leaves no group without spread to keep: leave "
                 "keep_zero_std_groups out"
             )
-        if self.num_generations < 2 and not self.by_steps:
+        if self.num_generations < 2 and not self.by_steps and not self.has_value_head:
             raise ValueError(
                 "num_generations is 1: a completion is compared with others of its group; take at least 2 (one alone "
                 "has no spread)"
@@ -137,6 +155,15 @@ class PolicyConfig(RunConfig):
     @property
     def rows_per_step(self) -> int:
         return self.prompts_per_rollout
+
+    @property
+    def estimator_name(self) -> str:
+        return self.advantage_estimator or POLICY_VARIANTS[self.loss_type].advantages
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether advantages come from values of each token, not from a comparison within the group."""
+        return self.estimator_name in VALUE_ESTIMATORS
 
     @property
     def by_steps(self) -> bool:
@@ -167,6 +194,19 @@ class PolicyConfig(RunConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def check_gae(self) -> PolicyConfig:
+        if self.gae is not None and not self.has_value_head:
+            raise ValueError(
+                f"gae has no effect with advantage_estimator={self.estimator_name}; set advantage_estimator=gae or "
+                "loss_type=ppo, or leave it out"
+            )
+        if self.has_value_head and self.by_steps:
+            raise ValueError("process_supervision has advantages of its own: leave it out, or leave gae out")
+        if self.has_value_head and self.loss_type == "gspo":
+            raise ValueError("gae gives each token its own advantage: take loss_type=gspo_token")
+        return self
+
     def build_surrogate(self) -> Surrogate:
         """The variant's, with the numbers that were given."""
         base: Any = POLICY_VARIANTS[self.loss_type].surrogate
@@ -186,6 +226,14 @@ class PolicyConfig(RunConfig):
 
     def build_kl(self) -> KLPenalty | None:
         return KLPenalty(self.kl_coef, self.kl_estimator) if self.kl_coef and self.kl_placement == "loss" else None
+
+    def build_gae(self) -> GAE:
+        part = self.gae or GaeConfig()
+        return GAE(part.gamma, part.lam, part.whiten_advantages, part.whiten_rewards)
+
+    def build_value_loss(self) -> ValueLoss | None:
+        part = self.gae or GaeConfig()
+        return ValueLoss(part.vf_coef, part.cliprange_value) if self.has_value_head else None
 
     def build_sampler_correction(self) -> ImportanceSamplingCorrection | None:
         part = self.sampler_correction

@@ -28,7 +28,7 @@ from llm_quest.hub.load_save import write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
-from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.objectives.next_token import NextTokenLoss, batch_hidden_states
 from llm_quest.objectives.policy_gradient import PolicyGradientLoss
 from llm_quest.objectives.surrogates import POLICY_VARIANTS
 from llm_quest.recipes.auto import resolve_auto, resolve_precision
@@ -40,9 +40,11 @@ from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
-from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer
+from llm_quest.rollouts.gae import VALUE_ESTIMATORS
+from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer, ValueBaseline
 from llm_quest.rollouts.sampler import ContextFactory, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
+from llm_quest.techniques.value_head import ValueHead, find_value_head, values_from_hidden
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
@@ -90,12 +92,16 @@ def build_policy_setup(
 ) -> PolicySetup:
     """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
     read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
+    if normalize_rewards_separately and config.has_value_head:
+        raise UsageError(
+            "normalize_rewards_separately compares samples within a group, which gae does not: leave one out"
+        )
     adapted_before = has_adapter(model)
     callbacks = apply_config_techniques(config, model, log)
     initial = make_initial_reference(model, adapted_before=adapted_before) if config.kl_coef else None
     scoring = RewardPipeline(
         rewards=tuple(rewards),
-        estimator=ADVANTAGE_ESTIMATORS[config.advantage_estimator or POLICY_VARIANTS[config.loss_type].advantages],
+        estimator={**ADVANTAGE_ESTIMATORS, **VALUE_ESTIMATORS}[config.estimator_name],
         per_reward_advantages=normalize_rewards_separately,
         max_new_tokens=config.max_new_tokens,
         overlong_window=config.overlong_buffer_tokens,
@@ -105,6 +111,8 @@ def build_policy_setup(
     )
     if config.attention_coef:
         tap_last_layer(model)
+    if config.has_value_head and find_value_head(model) is None:
+        ValueHead()(model)
     objective = policy_objective(config, model)
     whole_policy = partial(parallel.gather_model, objective)
     writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config, parallel)
@@ -120,6 +128,7 @@ def build_policy_setup(
     loader = RolloutLoader(
         model, make_question, writer, scoring, plan, scorers=scorers, processes=parallel,
         read_all=read_all or config.entropy_coef > 0, whole_policy=whole_policy,
+        value_baseline=ValueBaseline(value_scorer(model), config.build_gae()) if config.has_value_head else None,
     )  # fmt: skip
     return PolicySetup(objective, loader, callbacks, whole_policy)
 
@@ -136,6 +145,7 @@ def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss
         attention_coef=config.attention_coef,
         correction=config.build_sampler_correction(),
         off_policy_delta=config.off_policy_mask_threshold,
+        value_loss=config.build_value_loss(),
     )
 
 
@@ -174,6 +184,11 @@ def tap_last_layer(model: Decoder) -> None:
         AttentionTaps((-1,))(model)
     except ValueError as error:
         raise UsageError(f"attention cannot be learned on this model: {error}") from None
+
+
+def value_scorer(model: Decoder) -> RowScorer:
+    """The value of each position, before its target is written."""
+    return lambda batch: values_from_hidden(model, batch_hidden_states(model, batch))
 
 
 def attention_scorer(model: Decoder) -> RowScorer:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.advantages import RewardPipeline, total_reward
 from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, Sample, Sampler, eval_mode
+
+if TYPE_CHECKING:
+    from llm_quest.rollouts.gae import GAE
 
 SampleGroups = list[list[Sample]]
 PromptSource = Callable[[int], PolicyPrompt]
@@ -76,6 +79,14 @@ class RolloutPlan:
     @property
     def steps_per_rollout(self) -> int:
         return self.num_iterations * self.minibatches
+
+
+@dataclass(frozen=True)
+class ValueBaseline:
+    """A value of each token in place of the mean of a group. scorer: a batch -> the value head's (B,T)."""
+
+    scorer: RowScorer
+    gae: GAE
 
 
 class ProcessGroup(Protocol):
@@ -112,8 +123,9 @@ class RolloutLoader:
     scorers: a field of `PolicyRow` -> what fills it: old_log_probs (the trainer's own, where they may differ from the
     sampler's), reference_log_probs (for a KL term), attention_maps (not with plan.share_prompts). read_all: rows whose
     advantage is 0 are read too, for an objective with an entropy bonus (with a KL term in the loss they are in any
-    case). whole_policy: inside it a sharded policy is whole in every process (FSDP2), so that each of them samples and
-    scores at its own pace."""
+    case). value_baseline: GAE in place of the comparison within the group, with rewards as the pipeline's estimator
+    gives them. whole_policy: inside it a sharded policy is whole in every process (FSDP2), so that each of them samples
+    and scores at its own pace."""
 
     def __init__(
         self,
@@ -127,13 +139,14 @@ class RolloutLoader:
         processes: ProcessGroup = SingleProcess(),
         read_all: bool = False,
         whole_policy: ContextFactory = nullcontext,
+        value_baseline: ValueBaseline | None = None,
     ):
         self.policy, self.prompt_source, self.sampler = policy, prompt_source, sampler
         self.reward_pipeline, self.plan, self.processes = reward_pipeline, plan, processes
-        self.scorers = dict(scorers or {})
+        self.scorers, self.value_baseline = dict(scorers or {}), value_baseline
         self.require_consistent_plan()
         self.reference_scorer = self.scorers.pop("reference_log_probs") if plan.kl_coef else None
-        self.read_all = read_all or "reference_log_probs" in self.scorers
+        self.read_all = read_all or "reference_log_probs" in self.scorers or value_baseline is not None
         self.whole_policy = whole_policy
         self.num_prompts_taken = 0
         self.last_step = -1
@@ -142,7 +155,7 @@ class RolloutLoader:
 
     def require_consistent_plan(self) -> None:
         plan, world_size = self.plan, self.processes.data_shard.world_size
-        if plan.num_generations < 2 and self.reward_pipeline.step_rewards is None:
+        if plan.num_generations < 2 and self.reward_pipeline.step_rewards is None and self.value_baseline is None:
             raise UsageError(
                 f"num_generations is {plan.num_generations}: a sample is compared with others of its group; take at "
                 "least 2 (one alone has no spread)"
@@ -167,9 +180,13 @@ class RolloutLoader:
         zero = [row for row in rows if not row.advantages.any()] if read and not self.read_all else []
         return micro_batches(
             read, self.plan.max_micro_batch_tokens, self.rollout.metric_sums,
-            share_prompts=self.plan.share_prompts, shard=self.processes.data_shard, filler=empty_row(*self.scorers),
+            share_prompts=self.plan.share_prompts, shard=self.processes.data_shard, filler=self.filler(),
             zero=zero,
         )  # fmt: skip
+
+    def filler(self) -> PolicyRow:
+        """A row with nothing to learn, with the fields of this loader's rows."""
+        return empty_row(*self.scorers, *(() if self.value_baseline is None else ("values", "returns")))
 
     def minibatch(self, step_in_rollout: int) -> list[PolicyRow]:
         """The rows of one step of the rollout; every pass deals them out anew."""
@@ -195,9 +212,13 @@ class RolloutLoader:
         start = time.perf_counter()
         sampled, groups, rewards, metrics = self.sample_rollout(number)
         sampling_end = time.perf_counter()
-        penalty = self.kl_penalty(groups).reshape(rewards.shape[1:]) if self.plan.kl_coef else None
+        by_text = self.plan.kl_coef and self.value_baseline is None
+        penalty = self.kl_penalty(groups).reshape(rewards.shape[1:]) if by_text else None
         advantages = self.reward_pipeline.compute_advantages(groups, rewards, penalty)
-        rows = self.score_rows(make_policy_rows(groups, advantages))
+        rows = make_policy_rows(groups, advantages)
+        if self.value_baseline is not None:
+            rows = self.add_values(rows, self.value_baseline)
+        rows = self.score_rows(rows)
         metrics["rows_trained"] = (len(self.rows_to_read(rows)), sum(map(len, groups)))
         metrics["sampling_seconds"] = (sampling_end - start, 1.0)
         metrics["scoring_seconds"] = (time.perf_counter() - sampling_end, 1.0)
@@ -255,6 +276,16 @@ class RolloutLoader:
         reference = self.row_values(rows, self.reference_scorer)
         k1 = [sum(sample.logprobs) - float(each.sum()) for sample, each in zip(samples, reference, strict=True)]
         return self.plan.kl_coef * torch.tensor(k1, dtype=torch.float64)
+
+    def add_values(self, rows: Sequence[PolicyRow], baseline: ValueBaseline) -> list[PolicyRow]:
+        """The rows with values, returns and advantages; KL in the reward is taken off token by token."""
+        values, penalties = self.row_values(rows, baseline.scorer), None
+        if self.plan.kl_coef:
+            reference = self.row_values(rows, self.reference_scorer)
+            penalties = [
+                self.plan.kl_coef * (row.sampler_log_probs - each) for row, each in zip(rows, reference, strict=True)
+            ]
+        return baseline.gae.rows_with_values(rows, values, penalties)
 
     def score_rows(self, rows: Sequence[PolicyRow]) -> list[PolicyRow]:
         """The same rows in the same order; those that are read with what the scorers say of them."""
@@ -335,13 +366,14 @@ def sampling_metrics(
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
     tokens = sum(len(sample.completion_ids) for sample in samples)
+    mixed = reward_pipeline.is_mixed(rewards) if rewards.shape[2] > 1 else []
     sums: dict[str, tuple[Any, Any]] = {"reward": (rewards[0].nansum(), known[0].sum())}
     if len(reward_pipeline.rewards) > 1:
         each = {one.name: (rewards[r].nansum(), known[r].sum()) for r, one in enumerate(reward_pipeline.rewards)}
         sums |= {f"rewards/{name}": pair for name, pair in each.items()}
         sums["rewards/total"] = (total_reward(reward_pipeline.rewards, rewards), 1)
     sums |= {
-        "frac_reward_zero_std": (sum(not mixed for mixed in reward_pipeline.is_mixed(rewards)), len(groups)),
+        "frac_reward_zero_std": (sum(not one for one in mixed), len(mixed)),
         "completions/clipped_ratio": (sum(sample.truncated for sample in samples), len(samples)),
         "rewards/unscorable": ((~known).all(dim=0).sum(), len(samples)),
         "completions/mean_length": (tokens, len(samples)),

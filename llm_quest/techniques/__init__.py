@@ -21,6 +21,7 @@ from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.quantize import Quantize
 from llm_quest.techniques.score_head import ScoreHead
 from llm_quest.techniques.softcap import SoftCap
+from llm_quest.techniques.value_head import ValueHead
 
 TECHNIQUES: dict[str, type] = {
     "lora": LoRA,
@@ -30,6 +31,7 @@ TECHNIQUES: dict[str, type] = {
     "tiny_lora": TinyLoRA,
     "quantize": Quantize,
     "score_head": ScoreHead,
+    "value_head": ValueHead,
     "hyper_connections": HyperConnections,
     "multi_token": MultiTokenPrediction,
     "length": ContextExtension,

@@ -33,6 +33,7 @@ from llm_quest.techniques.qk_clip import QKClip
 from llm_quest.techniques.quantize import Quantize
 from llm_quest.techniques.score_head import ScoreHead
 from llm_quest.techniques.softcap import SoftCap
+from llm_quest.techniques.value_head import ValueHead
 from tests.laws.subjects import TINY, own, random_tokens, shared
 
 EXAMPLES: dict[str, Any] = {
@@ -42,6 +43,7 @@ EXAMPLES: dict[str, Any] = {
     "lora_xs": LoRAXS(rank=2),
     "tiny_lora": TinyLoRA(u=5, tying=0.5),
     "quantize": Quantize("int4"),
+    "value_head": ValueHead(),
     "score_head": ScoreHead(3, labels=("a", "b", "c")),
     "hyper_connections": HyperConnections(streams=3),
     "multi_token": MultiTokenPrediction(),
@@ -202,6 +204,9 @@ def test_every_trained_parameter_receives_a_gradient(name: str, page: str):
     tokens = random_tokens(model, 3, 14)
     targets = tokens[:, 1:] % model.head.weight.shape[0]
     total = NextTokenLoss(model)(TokenBatch(tokens[:, :-1], targets)).total
+    if name == "value_head":  # read by PPO's loss alone
+        assert {path for path in learned if path.startswith("value_head.")} == {"value_head.weight", "value_head.bias"}
+        learned = {path: parameter for path, parameter in learned.items() if not path.startswith("value_head.")}
     for path, gradient in zip(learned, torch.autograd.grad(total, list(learned.values())), strict=True):
         assert gradient.isfinite().all(), path
         assert gradient.abs().max() > 1e-9, path

@@ -1,0 +1,63 @@
+"""PPO as a run: it learns, resumes with the same bits, and its value head stays out of what is exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llm_quest.cli.export import export_run
+from llm_quest.errors import UsageError
+from llm_quest.hub.load_save import load
+from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.grpo import GrpoConfig
+from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
+from llm_quest.techniques.value_head import find_value_head
+from tests.recipes.test_grpo import RECIPE, from_, rewards, started, warm  # noqa: F401
+from tests.recipes.tuned import metrics, weights
+
+PPO = ["loss_type=ppo", "num_generations=1", "prompts_per_rollout=64", "num_mini_batches=2"]
+
+
+def test_ppo_learns_the_task_and_its_values(warm: Path, tmp_path: Path):  # noqa: F811
+    out = tmp_path / "run"
+    started(out, *from_(warm, *PPO, "max_steps=60", "learning_rate=2e-3"))
+    found, rows = rewards(out), metrics(out)
+    assert sum(found[-5:]) / 5 - sum(found[:5]) / 5 >= 0.2
+    assert rows[0]["value/mean"] == 0.0
+    assert rows[-1]["value/mean"] > 0.2
+    assert rows[0]["log_ratio"] < 1e-5 < rows[1]["log_ratio"]
+    export_run(out, tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == "llama"
+    assert find_value_head(load(out)) is not None
+    assert find_value_head(load(tmp_path / "exported")) is None
+
+
+def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, tmp_path: Path):  # noqa: F811
+    pairs = from_(
+        warm, *PPO, "kl_coef=0.05", "kl_estimator=k1", "kl_placement=reward", "save_steps=1", "max_steps=4",
+        "gae={lam: 0.9, whiten_rewards: true, vf_coef: 0.5}",
+    )  # fmt: skip
+    started(tmp_path / "straight", *pairs)
+    out = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "straight", out)
+    for step in (4,):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
+    started(out, *pairs)
+    assert weights(out, 4) == weights(tmp_path / "straight", 4)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (["gae={lam: 0.9}"], "gae has no effect with advantage_estimator=std; set advantage_estimator=gae"),
+        (["loss_type=gspo", "advantage_estimator=gae"], "take loss_type=gspo_token"),
+        (["loss_type=ppo", "process_supervision=true"], "process_supervision has advantages of its own"),
+        (["num_generations=1"], "take at least 2"),
+    ],
+)
+def test_settings_without_sense_are_refused(pairs: list[str], said: str):
+    with pytest.raises(UsageError, match=said):
+        parse_config(GrpoConfig, apply_overrides(read_yaml(RECIPE, "recipe.yaml"), pairs))
