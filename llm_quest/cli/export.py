@@ -11,6 +11,7 @@ from llm_quest.data.chat import end_template_at_answer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load, load_preprocess, load_tokenizer, parse_dtype, save
+from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.low_rank import adapter_layers
 from llm_quest.models.decoder import GenerationConfig
@@ -82,6 +83,7 @@ def export_run(
 ) -> ExportReport:
     """Write a run's model and tokenizer in the Hugging Face layout. A model with an adapter is written merged, or as
     the adapter alone."""
+    run = resolve_checkpoint(run)
     if merged and adapter:
         raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
     if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
@@ -166,10 +168,12 @@ def advise_next_step(model: Any, folder: Path) -> str:
 
 def base_model_path(run: Path) -> str | None:
     """The model that a run was initialised from, if any."""
-    config = run / "config.yaml"
+    home = run.resolve().parent.parent if run.resolve().parent.name == "checkpoints" else run
+    config = home / "config.yaml"
     model = read_yaml_file(config).tree.get("model") if config.is_file() else None
     where = model.get("load") if isinstance(model, dict) else None
-    return str(Path(where).resolve()) if where is not None and Path(where).is_dir() else where
+    folder = None if where is None else resolve_checkpoint(where)
+    return str(folder.resolve()) if folder is not None and folder.is_dir() else where
 
 
 def make_export_report(run: Path, folder: Path, model: Any, dtype: str, advice: str) -> ExportReport:

@@ -40,7 +40,10 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the random numbers
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0: one per core, or OMP_NUM_THREADS.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network (HF_HUB_OFFLINE=1).")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or hub id, or a run folder.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder or hub id, or a run: RUN, RUN@best, RUN@last, RUN@120."
+    ),
 ]
 ImageOption = Annotated[
     list[str] | None,
@@ -483,7 +486,7 @@ def verify(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints: RUN@best, RUN@last, RUN@120.")],
     folder: Annotated[Path, typer.Argument(help="Where to write the Hugging Face layout.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,

@@ -47,6 +47,10 @@ class ImageTextDataset(Protocol):
     hash: str
 
     @property
+    def num_train_examples(self) -> int | None:
+        """Images of an epoch of training; None: without end."""
+
+    @property
     def num_eval_examples(self) -> int | None:
         """Held-out images; None: without end."""
 
@@ -63,6 +67,7 @@ class ImageTextDataset(Protocol):
 class SceneDataset:
     """Rendered scenes of shapes, without end; combinations are held out (`data.synthetic_shapes`)."""
 
+    num_train_examples: int | None = None
     num_eval_examples: int | None = None
 
     def __init__(self, size: int):
@@ -111,6 +116,10 @@ class CaptionDataset:
             (mark.hex(), [vars(turn) for turn in example.turns]) for mark, example in zip(marks, examples, strict=True)
         ]
         self.hash = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    @property
+    def num_train_examples(self) -> int | None:
+        return len(self.train_examples)
 
     @property
     def num_eval_examples(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -39,7 +40,7 @@ class ModelLocation:
 
 def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> ModelLocation:
     """A folder with config.json; a run folder (its newest checkpoint) or one checkpoint; else a hub id."""
-    folder = Path(name_or_path).expanduser()
+    folder = resolve_checkpoint(name_or_path)
     if folder.is_dir():
         if revision is not None:
             raise UsageError(
@@ -52,6 +53,36 @@ def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow
         raise DataError(f"there is no folder {str(name_or_path)!r}")
     patterns = [*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, *IMAGE_FILES, *(PICKLE_FILES if allow_pickle else ())]
     return ModelLocation(download_snapshot(str(name_or_path), patterns, revision), str(name_or_path), from_hub=True)
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path:
+    """The folder that a name stands for: of `RUN@best` (by metric_for_best_model), `RUN@last` and `RUN@120` a
+    checkpoint of the run, of anything else itself. DataError for one that is not there."""
+    folder = Path(name_or_path).expanduser()
+    run, at, chosen = str(folder).rpartition("@")
+    if not at or folder.is_dir() or not (Path(run) / "checkpoints").is_dir():
+        return folder
+    there = {int(path.name[5:]): path for path in (Path(run) / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    last = max(there, default=None)
+    step = {"last": last, "best": best_step(there.get(last or 0))}.get(
+        chosen, int(chosen) if chosen.isdigit() else None
+    )
+    if step in there:
+        return there[step]
+    if chosen == "best":
+        raise DataError(
+            f"{run} has no best checkpoint: train it with metric_for_best_model=eval/loss, or take {run}@last"
+        )
+    known = ", ".join(f"{run}@{number}" for number in sorted(there)) or "none"
+    raise DataError(f"{run} has no checkpoint {chosen}; there are {known}")
+
+
+def best_step(checkpoint: Path | None) -> int | None:
+    """The step of the best checkpoint, as the newest one knows it."""
+    if checkpoint is None:
+        return None
+    found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]["best_step"]
+    return None if found is None else int(found)
 
 
 def locate_local(folder: Path) -> ModelLocation:
@@ -99,9 +130,10 @@ def find_weights_fault(checkpoint: Path) -> str:
 
 
 def checkpoints_newest_first(run: Path) -> list[Path]:
-    """The one that LATEST names, then the others from the highest step down."""
+    """The one that BEST names (load_best_model_at_end) or LATEST, then the others from the highest step down."""
     checkpoints = run / "checkpoints"
-    named = next((p.read_text().strip() for p in (run / "LATEST", checkpoints / "LATEST") if p.is_file()), "")
+    files = (checkpoints / "BEST", run / "LATEST", checkpoints / "LATEST")
+    named = next((p.read_text().strip() for p in files if p.is_file()), "")
     latest = checkpoints / Path(named).name if re.fullmatch(r"(checkpoints/)?step-\d+", named) else None
     steps = sorted((int(p.name[5:]), p) for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
     found = [folder for _, folder in reversed(steps) if folder.is_dir()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
 from llm_quest.recipes.config_schema import BatchedConfig, TextDataConfig, TokenizerConfig, known_techniques
@@ -172,8 +174,25 @@ def make_sharded_loader(
 def require_run_exists(name_or_path: str, key: str, command: str) -> None:
     """UsageError for a run that is not there, which would be looked for on the hub. key: of the recipe; command: the
     command that trains one."""
-    if name_or_path.startswith("runs/") and not Path(name_or_path).is_dir():
+    if name_or_path.startswith("runs/") and not resolve_checkpoint(name_or_path).is_dir():
         raise UsageError(f"there is no run {name_or_path}: train one first ({command}), or give {key}=FOLDER")
+
+
+def count_epochs(config: ConfigT, settings: RawConfig, rows: int | None, log: LogFn) -> ConfigT:
+    """The config with max_steps, where it asks for epochs. rows: of an epoch; None: they are drawn without end. A
+    warm-up that comes with the recipe keeps its share of a shorter run."""
+    epochs = config.num_train_epochs
+    if epochs is None:
+        return config
+    if rows is None:
+        raise UsageError("num_train_epochs has no effect on rows that are drawn without end; give max_steps")
+    steps = math.ceil(epochs * rows / config.batch_size)
+    warmup = config.warmup_steps
+    if not is_own_choice(settings, "warmup_steps", str(RECIPES_DIR)):
+        warmup = min(warmup, math.ceil(warmup * steps / config.max_steps))
+    log(f"epochs: {epochs:g} of {rows:,} rows, {config.batch_size} at a time, are {steps:,} steps")
+    update = {"num_train_epochs": None, "max_steps": steps, "warmup_steps": min(warmup, steps)}
+    return config.model_copy(update=update)
 
 
 def fit_sequence_length(config: ConfigT, settings: RawConfig, context: int, log: LogFn = lambda text: None) -> ConfigT:

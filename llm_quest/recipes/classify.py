@@ -23,7 +23,7 @@ from llm_quest.data.text_classification import (
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
-from llm_quest.recipes.assembly import make_sharded_loader, micro_batch_rows
+from llm_quest.recipes.assembly import count_epochs, make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import (
@@ -94,6 +94,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         encode_labeled_texts(s, names, tokenizer, config.sequence_length, drop_report)
         for s in split_by_prompt(texts, part.held_out)
     )
+    config = count_epochs(config, context.settings, len(train), log)
     loader = make_sharded_loader(config, train, parallel, micro_batch_rows(config, parallel, config.sequence_length))
     log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
     for note in drop_report.notes:

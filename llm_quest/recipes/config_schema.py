@@ -146,6 +146,8 @@ KEYS_FREE_ON_RESUME = (
     "keep_every",
     "metric_for_best_model",
     "greater_is_better",
+    "early_stopping_patience",
+    "load_best_model_at_end",
     "on_disk_full",
     "async_save",
     "max_nonfinite_steps",
@@ -174,7 +176,9 @@ class RunConfig(StrictModel):
     seed: NonNegativeInt = Field(
         default=0, description="decides first values, data order, dropout and samples, each by a stream of its own"
     )
-    max_steps: PositiveInt = Field(default=1000, description="optimiser steps of the whole run")
+    max_steps: PositiveInt = Field(
+        default=1000, description="optimiser steps of the whole run; more of them make a finished run longer"
+    )
     optim: Annotated[str, Choice(OPTIMIZERS)] = Field(
         default="adamw", description="muon updates the hidden matrices and AdamW the rest, at one learning rate"
     )
@@ -194,6 +198,10 @@ class RunConfig(StrictModel):
     )
     techniques: tuple[TechniqueEntry, ...] = Field(
         default=(), description="edits of the model, in order: names, or {name: lora, rank: 8}"
+    )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        description="parameters that are not trained, by name: [model.embed_tokens.*, blocks.0.*]; * is any text",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="compute each block again in the backward pass instead of keeping its activations"
@@ -231,9 +239,18 @@ class RunConfig(StrictModel):
     save_total_limit: PositiveInt = Field(default=2, description="how many of the newest checkpoints are kept")
     keep_every: NonNegativeInt = Field(default=0, description="checkpoints at multiples of this step are kept too")
     metric_for_best_model: str | None = Field(
-        default=None, description="like eval/loss: of the checkpoints at which it is measured the best is kept too"
+        default=None,
+        description="a metric of the run, such as eval/loss: the model of its best value is saved and kept (RUN@best)",
     )
-    greater_is_better: bool = Field(default=False, description="of metric_for_best_model, where more is better")
+    greater_is_better: bool | None = Field(
+        default=None, description="of metric_for_best_model; null: false for losses, perplexities, bits and errors"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        default=None, description="measurements of metric_for_best_model without a better value that end the run"
+    )
+    load_best_model_at_end: bool = Field(
+        default=False, description="the run's model is at its end the best one by metric_for_best_model"
+    )
     on_disk_full: Literal["stop", "continue"] = Field(
         default="stop", description="continue: the run goes on without the checkpoint"
     )
@@ -281,8 +298,11 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def check_best_metric(self) -> RunConfig:
-        if self.greater_is_better and self.metric_for_best_model is None:
-            raise ValueError("greater_is_better has no effect without metric_for_best_model; name a metric")
+        for key in ("greater_is_better", "early_stopping_patience", "load_best_model_at_end"):
+            if self.metric_for_best_model is None and getattr(self, key) not in (None, False):
+                raise ValueError(f"{key} has no effect without metric_for_best_model; name a metric, such as eval/loss")
+        if self.load_best_model_at_end and self.parallel == "fsdp":
+            raise ValueError("load_best_model_at_end needs the whole model on each process: set parallel=ddp")
         return self
 
     @property
@@ -308,6 +328,9 @@ class RunConfig(StrictModel):
 class BatchedConfig(RunConfig):
     """The batch of one optimiser step, over all processes; micro-batches change memory, not the result."""
 
+    num_train_epochs: PositiveFloat | None = Field(
+        default=None, description="passes over the data, in place of max_steps, which then follows from its rows"
+    )
     batch_size: PositiveInt = Field(default=32, description="rows in an optimiser step, over all processes")
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="rows at once on each process; null: as many as fit 8,192 tokens"

@@ -18,6 +18,7 @@ from llm_quest.eval.evaluators import PairsEvaluator
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.preference import PreferenceLoss, relative_log_probs, sequence_log_probs
 from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLoss, make_preference_loss
+from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.recipes.finetuning import (
@@ -122,6 +123,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
     callbacks: list[Callback] = apply_config_techniques(config, model, log)
     loss = config.build_loss()
     objective = PreferenceLoss(model, loss, average_log_prob=config.average_log_prob, sft_weight=config.rpo_alpha)
+    config = count_epochs(config, context.settings, len(pairs.train), log)
     row_loader = pairs_loader(config, pairs, parallel)
     if loss.traits.sorts_batch:
         require_whole_step(config, row_loader.micro_batch_size)

@@ -23,7 +23,9 @@ from llm_quest.progress import LineLogger, Logger, NullLogger, is_terminal, phas
 from llm_quest.recipes.auto import CompileTimer
 from llm_quest.recipes.config import config_differences, config_to_yaml, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
+from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
+from llm_quest.recipes.run_length import check_new_length, describe_new_length
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.score_head import read_length
 from llm_quest.train.arguments import TrainingArguments, TrainResult
@@ -64,7 +66,10 @@ def run_recipe(
 def open_job(recipe: Recipe, config: RunConfig, settings: RawConfig, log: LogFn, folder: Path) -> Iterator[Job]:
     """A job on this process alone, to count its cost or to look at its batches. folder: an empty one to use."""
     with init_distributed(config, 1) as parallel:
-        yield recipe.build(config, Context(folder, parallel, log, settings, planning=True))
+        job = recipe.build(config, Context(folder, parallel, log, settings, planning=True))
+        if config.freeze:
+            freeze_parameters(job.model, config.freeze, log)
+        yield job
 
 
 def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> RunOutcome:
@@ -75,6 +80,9 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
         f"model: {family_of(job.model.config).name}-style, {parameters:,} parameters, {describe_place(context)}"
     )
     require_matching_run(config, folder)
+    tell_new_length(job, folder, context.log)
+    if config.freeze:
+        freeze_parameters(job.model, config.freeze, context.log)
     with phase("preparing the reference"):
         save_prepared = job.prepare()
     with phase("evaluating before the first step"):
@@ -108,6 +116,15 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
     if finished:
         consolidate_last_checkpoint(result, context.log)
     return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)
+
+
+def tell_new_length(job: Job, folder: Path, log: LogFn) -> None:
+    """Say what changes where a run is resumed with another number of steps."""
+    if list_checkpoints(folder / "checkpoints"):
+        before = parse_config(type(job.config), load_raw_config(str(folder / "config.yaml")))
+        if before.max_steps != job.config.max_steps:
+            schedules = build_lr_schedule(before), build_lr_schedule(job.config)
+            describe_new_length(folder, before.max_steps, job.config.max_steps, schedules, log)
 
 
 def starts_anew(context: Context) -> bool:
@@ -200,7 +217,10 @@ def require_matching_run(config: RunConfig, folder: Path) -> None:
         if settings.tree.get("recipe") != config.recipe:
             other = settings.tree.get("recipe")
             raise BusyError(f"{folder} holds a run of another recipe ({other}); choose another --out")
-        changed = config_differences(parse_config(type(config), settings), config, KEYS_FREE_ON_RESUME)
+        before = parse_config(type(config), settings)
+        if before.max_steps != config.max_steps:
+            check_new_length(folder, config.max_steps)
+        changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps"))
         if changed:
             listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
             raise BusyError(
@@ -283,6 +303,8 @@ def train_settings(config: RunConfig, *, expected_loss: float | None = None) -> 
         keep_every=config.keep_every,
         metric_for_best_model=config.metric_for_best_model or "",
         greater_is_better=config.greater_is_better,
+        early_stopping_patience=config.early_stopping_patience,
+        load_best_model_at_end=config.load_best_model_at_end,
         on_disk_full=config.on_disk_full,
         async_save=config.async_save,
         max_nonfinite_steps=config.max_nonfinite_steps,

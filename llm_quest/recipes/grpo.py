@@ -196,7 +196,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         },
         tokenizer,
         callbacks=policy.callbacks,
-        watchers=[Diagnostics(config.early_stopping_patience)],
+        watchers=[Diagnostics(config.diagnostics_patience)],
         before=report_before,
         finish=report_after,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load
-from llm_quest.hub.locate import locate_model
+from llm_quest.hub.locate import locate_model, resolve_checkpoint
 from llm_quest.manifest import read_manifest
 from llm_quest.progress import phase
 from llm_quest.recipes.config import load_run_config, parse_config
@@ -59,7 +59,7 @@ class HeldOutReport:
 
 def find_run(name_or_path: str) -> Path | None:
     """The run folder that a folder is or that a checkpoint belongs to; None for anything else."""
-    folder = Path(name_or_path).expanduser().resolve()
+    folder = resolve_checkpoint(name_or_path).resolve()
     folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     return folder if (folder / "config.yaml").is_file() else None
 
@@ -75,7 +75,7 @@ def evaluate_run(name_or_path: str, overrides: Sequence[str] = (), *, log: LogFn
         )
     named_run = Path(name_or_path).expanduser().resolve() == run_dir
     run_dir = get_recipe(str(load_run_config(run_dir).tree["recipe"])).result_dir(run_dir)
-    chosen = run_dir if named_run else Path(name_or_path)
+    chosen = run_dir if named_run else resolve_checkpoint(name_or_path)
     settings = apply_overrides(load_run_config(run_dir), list(overrides))
     recipe = get_recipe(str(settings.tree["recipe"]))
     config = parse_config(recipe.Config, settings)

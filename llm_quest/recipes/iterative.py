@@ -24,12 +24,12 @@ from pydantic import Field, model_validator
 from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import DataError
+from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config import StrictModel, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
 from llm_quest.recipes.engine import init_run_dir, run_job
 from llm_quest.recipes.grpo import GrpoConfig, build_grpo, init_policy, load_problems, prompt_encoder
@@ -84,6 +84,7 @@ class IterativeConfig(GrpoConfig):
 def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
     """Run the recipe in a folder; the outcome is that of the last policy."""
     parallel, log, out = context.parallel, context.log, context.run_dir
+    require_same_length(config, out)
     init_run_dir(config, out, parallel)
     init_policy(config, context)
     parallel.wait_for_main_process()
@@ -103,6 +104,18 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
             reward_model = str(train_reward_model_stage(config, policy, reward_model, out, number, parallel, log))
     assert outcome is not None
     return outcome
+
+
+def require_same_length(config: IterativeConfig, out: Path) -> None:
+    """UsageError for another number of steps than the policies that are there have been trained for."""
+    if not (out / "config.yaml").is_file() or not (out / "iteration-0").exists():
+        return
+    before = parse_config(IterativeConfig, load_raw_config(str(out / "config.yaml"))).max_steps
+    if before != config.max_steps:
+        raise UsageError(
+            f"{out} trains each policy for {before} steps, and reward models follow from the policies: its max_steps "
+            "stays; raise num_outer_iterations, or start another run"
+        )
 
 
 def policy_stage_config(config: IterativeConfig, policy: str, reward_model: str, number: int) -> GrpoConfig:

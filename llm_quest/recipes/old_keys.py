@@ -97,7 +97,7 @@ OLD_KEYS = {
     "stale": "off_policy_mask_threshold",
     "entropy": "entropy_coef",
     "attention": "attention_coef",
-    "patience": "early_stopping_patience",
+    "patience": "diagnostics_patience",
     "chat": "apply_chat_template",
     "warmup.steps": "warmup.max_steps",
     "warmup.until": "warmup.target_accuracy",

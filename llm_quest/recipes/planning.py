@@ -31,6 +31,7 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
 from llm_quest.recipes.config_schema import known_techniques
 from llm_quest.recipes.engine import build_optimizer, init_distributed
+from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.kto import KTOLoader
 from llm_quest.recipes.pretrain import PretrainConfig, resolve_model_config, resolve_vocab_size
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -56,6 +57,8 @@ def plan_recipe(recipe: Recipe, config: Any, settings: RawConfig, folder: Path, 
         if recipe.name in WITHOUT_DATA:
             return WITHOUT_DATA[recipe.name](config, context, measure=measure)
         job = recipe.build(config, context)
+        if config.freeze:
+            freeze_parameters(job.model, config.freeze, log)
         plan_it = plan_policy if isinstance(job.objective, PolicyGradientLoss) else plan_job
         return plan_it(job, context, measure=measure)
 

@@ -100,7 +100,7 @@ class PolicyConfig(RunConfig):
     gae: GaeConfig | None = Field(
         default=None, description="advantage_estimator=gae: its numbers and those of the value loss; null: the defaults"
     )
-    early_stopping_patience: PositiveInt = Field(
+    diagnostics_patience: PositiveInt = Field(
         default=30, description="steps after which a run that cannot learn is stopped"
     )
 

@@ -29,6 +29,7 @@ from llm_quest.progress import phase
 from llm_quest.recipes.assembly import (
     TextData,
     apply_techniques,
+    count_epochs,
     fit_sequence_length,
     load_any_tokenizer,
     load_text_data,
@@ -129,6 +130,8 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     text = load_text_data(config.data, config.tokenizer, parallel, log)
     model = init_pretrain_model(config, context.settings, text)
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, log)
+    rows = PackedDocuments(text.tokens.train, config.sequence_length)
+    config = count_epochs(config, context.settings, rows.rows_per_epoch, log)
     callbacks = apply_techniques(config.all_techniques, model, log)
     flops = 6.0 * count_parameters(model) * config.batch_size * config.sequence_length * config.max_steps
     config = resolve_auto(config, context, flops / parallel.world_size)
@@ -142,7 +145,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
     return Job(
         config,
         losses.build_objective(model, terms),
-        make_sharded_loader(config, PackedDocuments(text.tokens.train, config.sequence_length), parallel, micro_rows),
+        make_sharded_loader(config, rows, parallel, micro_rows),
         evaluators,
         {"tokenizer": text.tokenizer.hash, "data": text.tokens.train.hash, **teacher_hash(distillation)},
         text.facts,

@@ -164,6 +164,16 @@ def get_recipe(name: str) -> Recipe:
     return recipe
 
 
+def conflicting_lengths(settings: RawConfig) -> list[ConfigProblem]:
+    """What is wrong where both `num_train_epochs` and `max_steps` were written on the command line, or in one file."""
+    epochs, steps = (settings.locations.get((key,)) for key in ("num_train_epochs", "max_steps"))
+    if settings.tree.get("num_train_epochs") is None or epochs is None or steps is None:
+        return []
+    if epochs.startswith("argument ") != steps.startswith("argument "):
+        return []  # the command line's takes the place of the file's
+    return [ConfigProblem(epochs, "num_train_epochs", "max_steps is given too: leave one of them out")]
+
+
 def load_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Any, RawConfig]:
     """A recipe, its typed config, and where each key was written. UsageError with every mistake at once. name: of a
     recipe, a YAML file or a run folder. overrides: `key=value` pairs on top."""
@@ -174,7 +184,9 @@ def load_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Any, RawCo
         place = settings.location(("recipe",))
         raise config_error([ConfigProblem(place, "recipe", f"{what}; known: {', '.join(RECIPES)}")])
     recipe = get_recipe(str(kind) if kind in RECIPES else "pretrain")
-    if (overrides or "warmup_steps" not in settings.tree) and not settings.problems:
+    settings.problems += conflicting_lengths(settings)
+    resumed = (Path(settings.source).parent / "checkpoints").is_dir()
+    if (overrides or "warmup_steps" not in settings.tree) and not settings.problems and not resumed:
         default = WarmupOf(*(recipe.Config.model_fields[key].default for key in ("warmup_steps", "max_steps")))
         shorten_warmup(settings, override_paths(overrides), load_raw_config(name).tree, default)
     return recipe, parse_config(recipe.Config, settings, model_config_problems(recipe.Config, settings)), settings

@@ -24,7 +24,7 @@ from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.assembly import make_sharded_loader, micro_batch_rows
+from llm_quest.recipes.assembly import count_epochs, make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.auxiliary_losses import (
     NumberTokenLossConfig,
     TeacherConfig,
@@ -81,6 +81,7 @@ def build_sft(config: SftConfig, context: Context) -> Job:
     data = prepare_conversations(config.data, tokenizer, config.sequence_length)
     set_generation_eos(model, tokenizer, (one.input_ids[one.last_answer_span[1] - 1] for one in data.train.examples))
     micro_rows = micro_batch_rows(config, parallel, config.sequence_length)
+    config = count_epochs(config, context.settings, len(data.train), log)
     loader = make_sharded_loader(config, data.train, parallel, micro_rows)
     facts = data_facts(
         config.data, data.chat, data.drop_report, len(data.train.examples), len(data.held_out.examples), log

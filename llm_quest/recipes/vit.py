@@ -29,7 +29,7 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader
+from llm_quest.recipes.assembly import apply_techniques, count_epochs, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
@@ -170,6 +170,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     sides = load_images(config.data, preprocess)
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
     augmented = AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump()))
+    config = count_epochs(config, context.settings, len(sides.train), log)
     loader = make_sharded_loader(config, augmented, parallel)
     objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}

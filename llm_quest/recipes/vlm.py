@@ -29,7 +29,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.next_token import CaptioningLoss
-from llm_quest.recipes.assembly import apply_techniques, make_sharded_loader
+from llm_quest.recipes.assembly import apply_techniques, count_epochs, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
@@ -185,6 +185,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         max_turns=config.data.max_questions_per_row,
         caption_first_rows=config.caption_first_steps * config.batch_size,
     )
+    config = count_epochs(config, context.settings, sights.num_train_examples, log)
     loader = make_sharded_loader(config, rows, parallel)
     samples = context.samples_dir
     evaluator = ImageQuestionEvaluator(sights, writer, preprocess, config.eval_images, config.eval_steps, samples)

@@ -17,14 +17,16 @@ class TrainingArguments:
     """How to train.
 
     steps: optimizer steps of the whole run. max_grad_norm: None does not clip. log_every: steps per row of metrics.
-    save_every: steps per checkpoint; 0 saves at the end only. save_seconds: the next step saves one too, so long after
-    the last; 0: none. keep_last: how many of the newest checkpoints are kept (0: all); keep_every: those at its
-    multiples are kept too; metric_for_best_model: a metric of an evaluation, such as "eval/loss", by which the best
-    checkpoint is kept too (greater_is_better: the largest value is best). precision: fp32, or bf16 (autocast; the
-    weights stay float32). max_nonfinite_steps, max_empty_steps: more of them in a row stop the run. max_seconds: after
-    so long it saves and ends. name: what the progress display calls the run. expected_loss: of the first step (ln V); a
-    loss far from it gives a warning. on_disk_full: stop, or continue without that checkpoint. async_save: write
-    checkpoints in the background, from a copy in memory."""
+    save_every: steps per checkpoint; 0 saves at the end only. save_seconds: the next step saves one too, so long
+    after the last; 0: none. keep_last: how many of the newest checkpoints are kept (0: all); keep_every: those at its
+    multiples are kept too; metric_for_best_model: a metric, such as "eval/loss", by which the best checkpoint is
+    saved and kept too (greater_is_better: the largest value is best; None: as its name says).
+    early_stopping_patience: measurements of it without a better value that end the run. load_best_model_at_end: the
+    model is then the best one. precision: fp32, or bf16 (autocast; the weights stay float32). max_nonfinite_steps,
+    max_empty_steps: more of them in a row stop the run. max_seconds: after so long it saves and ends. name: what the
+    progress display calls the run. expected_loss: of the first step (ln V); a loss far from it gives a warning.
+    on_disk_full: stop, or continue without that checkpoint. async_save: write checkpoints in the background, from a
+    copy in memory."""
 
     steps: int
     max_grad_norm: float | None = 1.0
@@ -34,7 +36,9 @@ class TrainingArguments:
     keep_last: int = 2
     keep_every: int = 0
     metric_for_best_model: str = ""
-    greater_is_better: bool = False
+    greater_is_better: bool | None = None
+    early_stopping_patience: int | None = None
+    load_best_model_at_end: bool = False
     precision: str = "fp32"
     compile: bool = False
     max_nonfinite_steps: int = 10

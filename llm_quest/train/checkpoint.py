@@ -35,7 +35,8 @@ FORMAT = 2
 TENSOR_FILES = {"model": "model.safetensors", "optimizer": "optim.safetensors"}
 SHARDS_DIR = "shards"
 """Holds the tensors of a checkpoint that several processes wrote in parts (`train/sharded_checkpoint.py`)."""
-STATE_FILE, LATEST_FILE = "state.json", "LATEST"
+STATE_FILE, LATEST_FILE, BEST_FILE = "state.json", "LATEST", "BEST"
+"""BEST names the checkpoint that the run's name stands for, where that is not the newest (load_best_model_at_end)."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

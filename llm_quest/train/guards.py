@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.contracts import Loss
+from llm_quest.errors import UsageError
 from llm_quest.train.parallel import local_tensor
 
 
@@ -132,3 +133,18 @@ def _all_finite(thing: Any) -> bool:
     if isinstance(thing, (tuple, list)):
         return all(_all_finite(part) for part in thing)
     return True
+
+
+def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters. UsageError if they are 16-bit: updates smaller than a 500th of a weight would be
+    rounded away."""
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not learned:
+        raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
+    small = [name for name, p in learned.items() if p.dtype not in (torch.float32, torch.float64)]
+    if small:
+        raise UsageError(
+            f"{len(small)} trainable parameters are {learned[small[0]].dtype} (first: {small[0]}): small updates "
+            "would be rounded away; load the model as float32 and set precision=bf16"
+        )
+    return list(learned.values())

@@ -61,7 +61,9 @@ def train(
                 break
             session.optimizer_step(numbers, callbacks)
             session.evaluate(evaluators, signals)
+            session.track_best(numbers, evaluators)
             session.log(numbers, watchers)
             session.save()
             now.done = session.progress.step
+        session.load_best(evaluators)
         return session.result()

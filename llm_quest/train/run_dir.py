@@ -80,6 +80,7 @@ class RunDir:
             for name in ("metrics.jsonl", "events.jsonl"):
                 require_ordinary_file(self.folder / name)
             files.remove_partial_checkpoints(self.checkpoints)
+            (self.checkpoints / files.BEST_FILE).unlink(missing_ok=True)
             atomic_write_text(self.folder / "config.yaml", self.config)
             atomic_write_text(self.folder / "env.json", json.dumps(self.env, indent=1) + "\n")
         except BaseException as error:
@@ -195,6 +196,11 @@ class RunDir:
             best_steps = () if best_step is None else (best_step,)
             files.prune_checkpoints(self.checkpoints, keep_last, keep_every, best_steps)
         return folder
+
+    def mark_best(self, folder: Path) -> None:
+        """From now on the run's name stands for this checkpoint, until the run is trained on."""
+        if self.is_main_process:
+            atomic_write_text(self.checkpoints / files.BEST_FILE, folder.name + "\n")
 
     def write_crash_report(self, report: Mapping[str, Any]) -> Path:
         """Write crash.json: why a guard stopped the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,27 +10,44 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback, RewindableLoader
-from llm_quest.errors import GuardStop, ResourceError, UsageError
+from llm_quest.errors import GuardStop, ResourceError
 from llm_quest.progress import Logger, phase
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
-from llm_quest.train.checkpoint import SHARDS_DIR, Checkpoint, CheckpointSaver, checkpoint_step, load_checkpoint
-from llm_quest.train.guards import NonFiniteGuard, find_first_nonfinite, find_nonfinite_parameter, initial_loss_warning
+from llm_quest.train.best_model import BestModel
+from llm_quest.train.checkpoint import (
+    SHARDS_DIR,
+    Checkpoint,
+    CheckpointSaver,
+    checkpoint_dir,
+    checkpoint_step,
+    load_checkpoint,
+)
+from llm_quest.train.guards import (
+    NonFiniteGuard,
+    find_first_nonfinite,
+    find_nonfinite_parameter,
+    initial_loss_warning,
+    require_fp32_parameters,
+)
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.signals import STOP_SIGNALS, SignalHandler, StepInterrupted
-from llm_quest.train.state import GeneratorStates, Progress, RNGState, TrainState, capture_generators, evaluation_mode
-
-OUT_OF_MEMORY_REMEDY = (
-    "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
+from llm_quest.train.state import (
+    GeneratorStates,
+    Progress,
+    RNGState,
+    TrainState,
+    capture_generators,
+    evaluation_mode,
+    load_model_state_dict,
 )
+
 PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gathering ratios"}
 """Name of an evaluator -> what is shown while it works."""
 
@@ -54,6 +70,8 @@ class TrainSession:
         self.model: nn.Module = objective.model  # type: ignore[assignment]
         self.args, self.run_dir, self.parallel, self.logger = args, run_dir, parallel, logger
         self.trainable_parameters = require_fp32_parameters(self.model)
+        self.best = BestModel(args.metric_for_best_model, args.greater_is_better, args.early_stopping_patience)
+        self.improved = False
         self.guard = NonFiniteGuard(args.max_nonfinite_steps, args.max_empty_steps)
         self.state = TrainState(
             self.model, optimizer, dataloader, lr_schedule, self.guard, RNGState(args.seed, parallel.rank),
@@ -80,10 +98,10 @@ class TrainSession:
     def __enter__(self) -> TrainSession:
         self.model.train()
         self._resume_or_start()
-        if self.progress.step >= self.args.steps:
+        if self.progress.step >= self.args.steps or (self.best.metric and self.best.is_exhausted(self.progress)):
             self.status = "finished"
         self.engine = self.parallel.wrap_model(
-            compile_objective(self.objective) if self.args.compile else self.objective
+            step.compile_objective(self.objective) if self.args.compile else self.objective
         )
         self.initial_progress, self.start_time = replace(self.progress), time.monotonic()
         self.last_save_time = self.start_time
@@ -144,7 +162,7 @@ class TrainSession:
                     self.engine, self.micro_batches, self.parallel, self.args.precision
                 )
             except RuntimeError as error:
-                raise_if_out_of_memory(error, self.progress.step)
+                step.raise_if_out_of_memory(error, self.progress.step)
                 raise
         self.parallel.all_reduce_replicated_gradients(self.trainable_parameters)
         requests = self._requests(signal_handler)
@@ -234,11 +252,44 @@ class TrainSession:
                 metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
         return metrics
 
+    def track_best(self, stats: step.StepStats, evaluators: Sequence[Evaluator]) -> None:
+        """Note whether the metric by which models are chosen has become better; end the run where it has not for too
+        long, after the evaluations that a run ends with."""
+        best, progress = self.best, self.progress
+        self.improved = False
+        if not best.metric or self.status == "interrupted":
+            return
+        measured = {**self.eval_metrics, "loss": stats.loss, **stats.metrics, **self.callback_metrics}
+        if self.eval_metrics or not evaluators:
+            best.require_measured(measured)
+        if best.metric in self.eval_metrics or self._is_log_step():
+            self.improved = best.update(progress, measured)
+        if not self.is_finished and best.is_exhausted(progress):
+            self.status = "finished"
+            self.log_event("early_stopping", step=progress.step, message=best.describe(progress))
+            self.eval_metrics = self._measure(evaluators)
+
+    def load_best(self, evaluators: Sequence[Evaluator]) -> None:
+        """At the end of a run that asks for it: the model gets the weights of the best checkpoint, is evaluated with
+        them, and is from then on what the run's name stands for."""
+        best_step = self.progress.best_step
+        if not self.args.load_best_model_at_end or self.status != "finished" or best_step is None or not self.run_dir:
+            return
+        folder = checkpoint_dir(self.run_dir.checkpoints, best_step)
+        self.parallel.all_gather(None)  # the main process has written it by now
+        if best_step != self.progress.step:
+            load_model_state_dict(self.model, load_checkpoint(folder).state_dict["model"])
+            self.progress.latest_metrics = self.progress.latest_metrics | json_safe(self._measure(evaluators))
+        self.run_dir.mark_best(folder)
+        self.log_event("loaded_best", checkpoint=str(folder), step=best_step)
+
+    def _is_log_step(self) -> bool:
+        return self.is_finished or self.progress.step == 1 or self.progress.step % self.args.log_every == 0
+
     def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
         """Log a row of metrics if one is due, and pass it to the watchers."""
         progress, before = self.progress, self.last_logged
-        due = self.eval_metrics or self.is_finished or progress.step == 1
-        if not due and progress.step % self.args.log_every:
+        if not self.eval_metrics and not self._is_log_step():
             return
         seconds = progress.train_seconds - before.train_seconds
         callback_metrics = {name: float(value) for name, value in self.callback_metrics.items()}
@@ -275,10 +326,9 @@ class TrainSession:
     def save(self) -> None:
         """Save a checkpoint if one is due or requested, and log the one that has been written meanwhile."""
         progress, every = self.progress, self.args.save_every
-        due = self.is_finished or self.save_requested or (every > 0 and progress.step % every == 0)
+        due = self.is_finished or self.save_requested or self.improved or (every > 0 and progress.step % every == 0)
         self._collect_saved(wait=due)
         if due and self.run_dir is not None and progress.step != self.checkpoint_step:
-            self._update_best()
             checkpoint = Checkpoint(progress.step, self.state.state_dict(), self.run_dir.identity)
             self.checkpoint_step, self.last_save_time = progress.step, time.monotonic()
             keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
@@ -287,20 +337,6 @@ class TrainSession:
             elif self.parallel.is_main_process:
                 self.saver.start(partial(self.run_dir.save_checkpoint, checkpoint, *keep))
         self._collect_saved(wait=self.is_finished)
-
-    def _update_best(self) -> None:
-        """Note the step whose metric is the best so far; a warning where the evaluations of this step lack it."""
-        name, progress = self.args.metric_for_best_model, self.progress
-        if not name or not self.eval_metrics:
-            return
-        if name not in self.eval_metrics:
-            known = ", ".join(self.eval_metrics)
-            self.log_event("warning", message=f"metric_for_best_model {name} is not measured here; measured: {known}")
-            return
-        value = float(self.eval_metrics[name])
-        sign = -1 if self.args.greater_is_better else 1
-        if math.isfinite(value) and (progress.best_metric is None or sign * value < sign * progress.best_metric):
-            progress.best_metric, progress.best_step = value, progress.step
 
     def _collect_saved(self, wait: bool) -> None:
         try:
@@ -375,35 +411,3 @@ class TrainSession:
             tokens_per_second=tokens / busy if busy else 0.0,
             checkpoint_path=self.checkpoint_path,
         )
-
-
-def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters. UsageError if they are 16-bit: updates smaller than a 500th of a weight would be
-    rounded away."""
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not learned:
-        raise UsageError("the model has no trainable parameter: every one is frozen (requires_grad is False)")
-    small = [name for name, p in learned.items() if p.dtype not in (torch.float32, torch.float64)]
-    if small:
-        raise UsageError(
-            f"{len(small)} trainable parameters are {learned[small[0]].dtype} (first: {small[0]}): small updates "
-            "would be rounded away; load the model as float32 and set precision=bf16"
-        )
-    return list(learned.values())
-
-
-def compile_objective(objective: nn.Module) -> nn.Module:
-    """torch.compile in place, so that no name changes; under FSDP2 block by block, because its hooks are between
-    them."""
-    blocks = [module for module in objective.modules() if isinstance(module, FSDPModule) and module is not objective]
-    for module in blocks or (objective,):
-        module.compile()  # type: ignore[attr-defined]
-    return objective
-
-
-def raise_if_out_of_memory(error: RuntimeError, number: int) -> None:
-    """ResourceError in place of torch's error, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        raise ResourceError(
-            f"out of memory in step {number + 1}: {OUT_OF_MEMORY_REMEDY} ({str(error).splitlines()[0]})"
-        ) from error

@@ -242,13 +242,16 @@ def _decode_tensor(text: str) -> Tensor:
 @dataclass
 class Progress:
     """How far a run is. step: how many steps are done. train_seconds: time spent in steps alone. best_metric,
-    best_step: of the metric by which the best checkpoint is kept. latest_metrics: the newest value of every metric."""
+    best_step, best_name: of the metric by which the best checkpoint is kept. latest_metrics: the newest value of every
+    metric."""
 
     step: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
     best_metric: float | None = None
     best_step: int | None = None
+    best_name: str = ""
+    measurements_since_best: int = 0
     latest_metrics: dict[str, Any] = field(default_factory=dict)
 
 

@@ -16,9 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from llm_quest.errors import ResourceError
 from llm_quest.train.parallel import DistributedContext, gradient_accumulation, local_tensor
+
+OUT_OF_MEMORY_REMEDY = (
+    "lower the micro-batch and raise accumulation, switch activation checkpointing on, or shorten the sequences"
+)
 
 
 @dataclass(frozen=True)
@@ -109,3 +115,20 @@ def scale_gradients_(parameters: Sequence[nn.Parameter], stats: StepStats, max_g
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype of sums: float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compile_objective(objective: nn.Module) -> nn.Module:
+    """torch.compile in place, so that no name changes; under FSDP2 block by block, because its hooks are between
+    them."""
+    blocks = [module for module in objective.modules() if isinstance(module, FSDPModule) and module is not objective]
+    for module in blocks or (objective,):
+        module.compile()  # type: ignore[attr-defined]
+    return objective
+
+
+def raise_if_out_of_memory(error: RuntimeError, number: int) -> None:
+    """ResourceError in place of torch's error, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        raise ResourceError(
+            f"out of memory in step {number + 1}: {OUT_OF_MEMORY_REMEDY} ({str(error).splitlines()[0]})"
+        ) from error

@@ -214,7 +214,7 @@ def test_a_file_of_problems_is_asked_in_a_new_order_every_epoch(warm: Path, tmp_
 
 
 def test_a_run_that_cannot_learn_stops_and_says_why(warm: Path, tmp_path: Path):
-    pairs = from_(warm, "task=reverse:shortest=30,longest=40", "early_stopping_patience=3", "max_steps=50")
+    pairs = from_(warm, "task=reverse:shortest=30,longest=40", "diagnostics_patience=3", "max_steps=50")
     with pytest.raises(GuardStop, match="cannot learn"):
         started(tmp_path / "run", *pairs)
     assert json.loads((tmp_path / "run" / "crash.json").read_text())["step"] <= 6

@@ -152,10 +152,10 @@ def test_a_metric_that_nothing_measures_is_named(tmp_path):
         def evaluate(self, model, step):
             return {"loss": 1.0}
 
-    show = Losses()
-    with RunDir(tmp_path / "run") as run:
-        go(4, run, metric_for_best_model="eval/los", probes=[Probe()], show=show)
-    assert "warning: metric_for_best_model eval/los is not measured here; measured: eval/loss" in show.events
+    with RunDir(tmp_path / "run") as run, pytest.raises(UsageError, match=r"eval/los is not measured.*eval/loss, loss"):
+        go(4, run, metric_for_best_model="eval/los", probes=[Probe()])
+    with RunDir(tmp_path / "bare") as run, pytest.raises(UsageError, match="eval/loss is not measured"):
+        go(4, run, metric_for_best_model="eval/loss")
 
 
 def test_files_in_the_way_and_device_files_are_refused(tmp_path):

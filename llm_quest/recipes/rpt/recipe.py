@@ -128,7 +128,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         {"source": config.data.source, **positions.facts, "tokenizer_sha256": start.tokenizer.hash},
         start.tokenizer,
         callbacks=policy.callbacks,
-        watchers=[Diagnostics(config.early_stopping_patience)],
+        watchers=[Diagnostics(config.diagnostics_patience)],
         before=partial(report_before, evaluator, log),
         finish=partial(report_after, evaluator, log),
     )
