@@ -31,6 +31,7 @@ from llm_quest.objectives.kto import (
     mismatched_gains,
     reference_point,
 )
+from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
 from llm_quest.recipes.finetuning import (
@@ -138,10 +139,11 @@ class UnpairedEvaluator:
 def build_kto(config: KtoConfig, context: Context) -> Job:
     """Model, labelled rows, reference, KTO loss."""
     parallel, log, out = context.parallel, context.log, context.run_dir
-    config, model, tokenizer = begin_finetuning(config, context)
+    config, model, tokenizer = begin_finetuning(config, context, builtin_preferences)
     loss = config.build_loss()
     rows = prepare_unpaired(config, tokenizer, loss, log)
     set_generation_eos(model, tokenizer, (one.answers[0][-1] for one in rows.train))
+    config = count_epochs(config, context.settings, len(rows.train), log)
     callbacks = apply_config_techniques(config, model, log)
     make_objective = partial(
         KTOLoss, loss=loss, desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight
