@@ -26,6 +26,15 @@ class DataError(QuestError):
     exit_code = 3
 
 
+class RowError(DataError):
+    """A row that cannot be used; the others can. where: file:line. kind: a short name of the fault, under which rows
+    are counted."""
+
+    def __init__(self, where: str, kind: str, reason: str):
+        super().__init__(f"{where}: {reason}")
+        self.kind = kind
+
+
 class GuardStop(QuestError):
     """A training guard stopped the run (too many non-finite steps, a run that cannot learn)."""
 

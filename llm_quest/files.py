@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm_quest.errors import ResourceError, UsageError
 
@@ -20,6 +20,13 @@ def cache_dir(part: str) -> Path:
     """A folder of the user's cache: $LLM_QUEST_CACHE, otherwise llm-quest in $XDG_CACHE_HOME or ~/.cache."""
     own, cache = os.environ.get("LLM_QUEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return (Path(own) if own else Path(cache or Path.home() / ".cache") / "llm-quest") / part
+
+
+def absolute_path(name: str) -> str:
+    """The absolute path of a file or folder that exists, so that it is found from every working directory; any other
+    name, such as a hub id, as it is."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.exists() else name
 
 
 def fsync_path(path: Path) -> None:
@@ -36,6 +43,15 @@ def file_sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line that is not blank, without its end: the one place where JSON lines are split.
+
+    Commonly got wrong: `str.splitlines` also splits at U+2028, U+2029 and U+0085, which may stand in a JSON string."""
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, line.rstrip(b"\r\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,8 +18,7 @@ from llm_quest.cli.chat import complete_prompts, load_text_model, require_compil
 from llm_quest.cli.generation_options import GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.jsonl_output import JsonlOutput, open_jsonl_output
 from llm_quest.contracts import LogFn
-from llm_quest.data.documents import Document
-from llm_quest.data.records import read_prompts
+from llm_quest.data.documents import Document, read_prompts
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.stopping import Completion, StoppingCriteria

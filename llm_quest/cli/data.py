@@ -33,4 +33,4 @@ def list_builtin_corpora() -> CorpusList:
 
 def load_source(source: str, *, column: str = "text", separator: str | None = None) -> Corpus:
     """A data source, with the counts of what was dropped and why."""
-    return load_corpus(source, column=column, separator=separator)
+    return load_corpus(source, columns={"text": column}, separator=separator)

@@ -4,6 +4,7 @@ continues with the same settings or is refused."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from llm_quest.data.documents import parse_json_object
+from llm_quest.data.row_files import parse_json_object
 from llm_quest.errors import BusyError, DataError, UsageError
-from llm_quest.files import atomic_write_json, atomic_write_text
+from llm_quest.files import atomic_write_json, atomic_write_text, iter_lines
 
 OutputRow = Mapping[str, Any]
 IGNORED_SETTING = "model"
@@ -39,9 +40,7 @@ class JsonlOutput:
                 f"{self.file} exists without {self.settings_file.name}, which records its settings; choose another "
                 "--out"
             )
-        self.require_same_settings(
-            parse_json_object(self.settings_file.read_bytes().replace(b"\n", b" "), self.settings_file, 1)
-        )
+        self.require_same_settings(parse_json_object(self.settings_file.read_bytes(), str(self.settings_file)))
         return self.read_rows()
 
     def require_same_settings(self, saved: dict[str, Any]) -> None:
@@ -62,8 +61,8 @@ class JsonlOutput:
         if len(whole) < len(content):
             os.truncate(self.file, len(whole))
         found: dict[int, OutputRow] = {}
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-            row = parse_json_object(line, self.file, number)
+        for number, line in iter_lines(io.BytesIO(whole)):
+            row = parse_json_object(line, f"{self.file}:{number}")
             if type(row.get("row")) is not int or row["row"] in found:
                 raise DataError(
                     f"{self.file}:{number} is not a row of this command, or repeats one; choose another --out"

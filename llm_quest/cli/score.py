@@ -10,6 +10,7 @@ import torch
 
 from llm_quest.data.chat import ChatTemplate, end_template_at_answer
 from llm_quest.data.conversations import Conversation, parse_conversation
+from llm_quest.data.messages import Message
 from llm_quest.data.records import read_records
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns
@@ -79,7 +80,10 @@ def read_scored(file: str | None, prompt: str | None, answers: Sequence[str]) ->
         return [parse_conversation(record) for record in read_records(file)]
     if file is not None or prompt is None or not answers:
         raise UsageError("give a FILE of conversations, or --prompt with one --answer or more")
-    return [Conversation((("user", prompt), ("assistant", one)), f"--answer {i}") for i, one in enumerate(answers, 1)]
+    return [
+        Conversation((Message("user", prompt), Message("assistant", one)), f"--answer {i}")
+        for i, one in enumerate(answers, 1)
+    ]
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from llm_quest.data.corpus import BUILTIN_CORPORA, iter_docstrings, pause_garbage_collection, stdlib_modules
 from llm_quest.data.problems.problem import make_rng
-from llm_quest.data.records import Record, read_records
-from llm_quest.errors import UsageError
+from llm_quest.data.records import Record
 
 MIN_ANSWER_CHARACTERS, MAX_ANSWER_CHARACTERS = 15, 160
 MIN_ANSWER_WORDS, RUN_ON_PROBABILITY = 5, 1 / 3
@@ -101,12 +100,3 @@ def split_pieces(text: str) -> Iterator[str]:
 
 def format_question(head: str) -> str:
     return f"What does {head} do?"
-
-
-def load_records(source: str, builtin: Callable[[], Iterator[Record]]) -> list[Record]:
-    """The rows of a file, or the built-in ones."""
-    if source == "builtin":
-        return list(builtin())
-    if source.startswith("builtin:"):
-        raise UsageError(f"data.source {source}: for this recipe it is builtin alone, or a file")
-    return read_records(source)

@@ -24,7 +24,7 @@ import numpy as np
 
 from llm_quest.data.control_tokens import ControlTokenEncoder
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.template_messages import MessageWriter
 from llm_quest.data.template_program import RenderJob, TemplateSettings
@@ -250,7 +250,9 @@ def is_empty(message: Message) -> bool:
 
 ENDINGS = ("conversation", "conversation.rstrip()", "conversation.rstrip() + eos_token")
 """What of a rendered conversation is kept, tried in this order."""
-PROBE = Conversation((("user", "What is 2 + 2?"), ("assistant", "It is 4.")), "a conversation to try the template with")
+PROBE = Conversation(
+    (Message("user", "What is 2 + 2?"), Message("assistant", "It is 4.")), "a conversation to try the template with"
+)
 
 
 def end_template_at_answer(tokenizer: Tokenizer) -> str:

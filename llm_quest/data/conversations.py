@@ -1,11 +1,7 @@
-"""Conversations: the row formats of instruction data, read as messages with roles, the last of them the assistant's.
+"""Conversations: rows of instruction data as messages with roles, the last of them the assistant's.
 
-      {"messages": [{"role": "user", "content": ...}, ...]}        {"conversations": [{"from": "human", "value": ...}]}
-      {"prompt": ..., "completion": ...}   (text or messages)      {"instruction": ..., "input": ..., "output": ...}
-      {"question": ..., "answer": ...}
-
-A row that is of no such form, or whose roles are out of order, stops with file and line. An empty answer is dropped and
-counted: it would train the model to say nothing.
+A row of no known form (`data/row_forms.py`), or whose roles are out of order, is skipped and counted, with file and
+line. So is an empty answer: it would train the model to say nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
+from llm_quest.data.message_parsing import parse_tools
 from llm_quest.data.messages import Message, to_messages
-from llm_quest.data.records import Record
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import CONVERSATION_FORMS, select_form
 from llm_quest.data.template_sandbox import Messages
-from llm_quest.errors import DataError, UsageError
-
-ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""Other names of the roles system, user and assistant."""
+from llm_quest.errors import DataError, RowError, UsageError
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,12 @@ class Conversation:
 def read_conversations(records: Iterable[Record], drop_report: DropReport) -> list[Conversation]:
     """The conversations that can be learned from; the report counts what was dropped."""
     kept = []
-    for record in records:
-        found = parse_conversation(record)
+    for found in parse_rows(records, parse_conversation, drop_report):
         size = sum(len(one.content.encode()) for one in found.messages)
-        if not found.answer.strip():
+        if not found.answer.strip() and "tool_calls" not in found.messages[-1].extra:
             drop_report.drop("empty answer", size)
+        elif not any(one.is_learned for one in found.messages):
+            drop_report.drop("no message is to be learned", size)
         else:
             drop_report.keep(size)
             kept.append(found)
@@ -76,79 +72,35 @@ def read_conversations(records: Iterable[Record], drop_report: DropReport) -> li
 
 
 def parse_conversation(record: Record) -> Conversation:
-    """Parse one row, by the first of the forms whose keys it has."""
-    for keys, form in ROW_PARSERS.items():
-        if all(key in record.row for key in keys):
-            said = form(record)
-            check_role_order(said, record.where)
-            return Conversation(tuple(said), record.where)
-    known = "; ".join(", ".join(keys) for keys in ROW_PARSERS)
-    raise DataError(
-        f"{record.where} has the keys {', '.join(map(str, record.row)) or '(none)'}; "
-        f"expected those of one form: {known}"
-    )
+    """Parse one row, by the first of the forms whose keys it has. RowError with file and line where it is none."""
+    row, where = TrackedRow.wrap(record.row), record.where
+    messages = select_form(CONVERSATION_FORMS, row, where).parse(row, where)
+    return build_conversation(messages, row, record)
 
 
-def check_role_order(messages: Sequence[tuple[str, str]], where: str) -> None:
-    """Check the roles: perhaps a system message, then user and assistant in turn, the assistant last."""
-    roles = [role for role, _ in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != [("user", "assistant")[i % 2] for i in range(len(turns))] or turns[-1] != "assistant":
-        raise DataError(
-            f"{where}: the roles are {', '.join(roles) or '(none)'}; expected an optional system message, then user "
-            "and assistant in turn, with the assistant last"
-        )
+def build_conversation(messages: Sequence[Message], row: TrackedRow, record: Record) -> Conversation:
+    """A conversation up to its last answer, with the tools of its row."""
+    last = max((n for n, one in enumerate(messages, start=1) if one.role == "assistant"), default=len(messages))
+    if last < len(messages):
+        row.left_out.add("(messages after the last answer)")
+    check_role_order(messages[:last], record.where)
+    return Conversation(tuple(messages[:last]), record.where, parse_tools(row, record.where), record.weight)
 
 
-def parse_messages(value: Any, where: str, role: str = "role", content: str = "content") -> list[tuple[str, str]]:
-    """A list of messages as (role, content), roles by their common names."""
-    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
-        raise DataError(f"{where}: messages are a {type(value).__name__}, expected a list of objects")
-    found = []
-    for number, one in enumerate(value, start=1):
-        if not isinstance(one.get(role), str) or not isinstance(one.get(content), str):
-            raise DataError(
-                f"{where}: message {number} needs {role!r} and {content!r}, both text; it has {dict(one)!r:.80}"
-            )
-        name = ROLE_ALIASES.get(one[role], one[role])
-        if name not in ("system", "user", "assistant"):
-            raise DataError(f"{where}: message {number} has the role {one[role]!r}; known: system, user, assistant")
-        found.append((name, one[content]))
-    return found
+TURN_ORDER = re.compile(r"s?(u(at+)*a)+")
+"""The roles of a conversation by their first letters."""
 
 
-def text_field(record: Record, key: str) -> str:
-    """A value that has to be text."""
-    value = record.row.get(key, "")
-    if not isinstance(value, str):
-        raise DataError(f"{record.where}: {key!r} is a {type(value).__name__}, expected text")
-    return value
-
-
-def message_field(record: Record, key: str, role: str) -> list[tuple[str, str]]:
-    """Text as one message of a role, or a list of messages."""
-    value = record.row[key]
-    return parse_messages(value, record.where) if isinstance(value, list) else [(role, text_field(record, key))]
-
-
-def alpaca_prompt(record: Record) -> list[tuple[str, str]]:
-    """An Alpaca row's instruction, with its input below it."""
-    task, given = text_field(record, "instruction").strip(), text_field(record, "input").strip()
-    return [("user", f"{task}\n\n{given}" if given else task)]
-
-
-RowParser = Callable[[Record], list[tuple[str, str]]]
-ROW_PARSERS: dict[tuple[str, ...], RowParser] = {
-    ("messages",): lambda record: parse_messages(record.row["messages"], record.where),
-    ("conversations",): lambda record: parse_messages(record.row["conversations"], record.where, "from", "value"),
-    ("prompt", "completion"): lambda record: [
-        *message_field(record, "prompt", "user"), *message_field(record, "completion", "assistant")
-    ],
-    ("instruction", "output"): lambda record: [*alpaca_prompt(record), ("assistant", text_field(record, "output"))],
-    ("question", "answer"): lambda record: [
-        ("user", text_field(record, "question")), ("assistant", text_field(record, "answer"))
-    ],
-}  # fmt: skip
+def check_role_order(messages: Sequence[Message], where: str) -> None:
+    """Check the roles: perhaps a system message, then user and assistant in turn, the assistant last. Between them the
+    assistant may call tools, whose answers it then continues from."""
+    roles = [one.role for one in messages]
+    if not TURN_ORDER.fullmatch("".join(role[0] for role in roles)):
+        raise RowError(
+            where, "roles out of order",
+            f"the roles are {', '.join(roles) or '(none)'}; expected an optional system message, then user and "
+            "assistant in turn, with the assistant last; tools answer the assistant",
+        )  # fmt: skip
 
 
 class HasPrompt(Protocol):

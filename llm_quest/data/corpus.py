@@ -19,15 +19,18 @@ import inspect
 import platform
 import sysconfig
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from llm_quest.data.documents import TEXT_SUFFIXES, Document, DropReport, read_documents
+from llm_quest.data.document import Document, DropReport
+from llm_quest.data.documents import TEXT_SUFFIXES, read_documents, row_documents
+from llm_quest.data.records import map_columns
+from llm_quest.data.sources import HUB_PREFIX, DataSource, iter_source, split_function
 from llm_quest.errors import DataError, MissingError, UsageError
 
 EXCLUDED_FOLDERS = frozenset(
@@ -64,27 +67,49 @@ class Corpus:
 
 
 def load_corpus(
-    source: str | Path,
+    source: str | Path | Sequence[DataSource],
     *,
-    column: str = "text",
+    columns: Mapping[str, str] | None = None,
     separator: str | None = None,
     suffixes: Collection[str] = TEXT_SUFFIXES,
+    strict: bool = False,
 ) -> Corpus:
-    """The documents of `builtin`, `builtin:PART[,PART]`, a text file, a JSON-lines file or a folder; each text once.
-    DataError where nothing is left, with the report that says why."""
+    """The documents of `builtin`, `builtin:PART[,PART]`, a text file, a folder or rows (`data/sources.py`), or of
+    several sources; each text once. columns: {"text": COLUMN} for rows whose text stands elsewhere. strict: DataError
+    with all rows that cannot be used, in place of leaving them out. DataError where nothing is left, with the report
+    that says why."""
     drop_report = DropReport()
-    name = str(source)
-    builtin = name == "builtin" or name.startswith("builtin:")
-    found = (
-        _read_builtin(name, drop_report)
-        if builtin
-        else read_documents(source, drop_report, column=column, separator=separator, suffixes=suffixes)
+    sources = [DataSource(str(source))] if isinstance(source, str | Path) else source
+    name = ", ".join(one.path for one in sources)
+    found = chain.from_iterable(
+        _read_source_documents(one, drop_report, columns or {}, separator, suffixes) for one in sources
     )
     documents = _deduplicate(found, drop_report)
+    drop_report.require_rows(len(documents), name, strict=strict)
     if not documents:
         raise DataError(f"{name} holds no text: " + ("; ".join(drop_report.lines()[1:]) or "it is empty"))
-    python = platform.python_version() if builtin else None
+    python = platform.python_version() if any(is_builtin(one.path) for one in sources) else None
     return Corpus(name, documents, drop_report, _corpus_hash(documents), python)
+
+
+def is_builtin(path: str) -> bool:
+    return path == "builtin" or path.startswith("builtin:")
+
+
+def _read_source_documents(
+    source: DataSource,
+    drop_report: DropReport,
+    columns: Mapping[str, str],
+    separator: str | None,
+    suffixes: Collection[str],
+) -> Iterator[Document]:
+    if is_builtin(source.path):
+        found = _read_builtin(source.path, drop_report)
+    elif source.path.startswith(HUB_PREFIX) or split_function(source.path) is not None:
+        found = row_documents(map_columns(iter_source(source, drop_report), columns, drop_report), drop_report)
+    else:
+        found = read_documents(source.path, drop_report, columns=columns, separator=separator, suffixes=suffixes)
+    return (replace(document, weight=source.weight) for document in found)
 
 
 def pydoc_topics() -> Iterator[Document]:

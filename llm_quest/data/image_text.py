@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +23,15 @@ from torch import Tensor
 
 from llm_quest.data import synthetic_shapes
 from llm_quest.data.batch import IGNORE_INDEX, pad
+from llm_quest.data.document import DropReport
 from llm_quest.data.images import ImageProcessor, load_image
-from llm_quest.data.loader import shuffle_indices, split_rows
+from llm_quest.data.loader import repeat_by_weight, shuffle_indices, split_rows
+from llm_quest.data.message_parsing import text_field
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import IMAGE_TEXT_FORMS, select_form
 from llm_quest.data.synthetic_shapes import QuestionAnswer
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import DataError, UsageError
+from llm_quest.errors import DataError, RowError, UsageError
 
 CAPTION_PROMPT = "describe:"
 PAD_TO_MULTIPLE_OF = 8
@@ -35,10 +39,11 @@ PAD_TO_MULTIPLE_OF = 8
 
 @dataclass(frozen=True)
 class ImageText:
-    """An image, as uint8 (C,H,W), with its questions and answers."""
+    """An image, as uint8 (C,H,W), with its questions and answers. weight: how often it is seen in an epoch."""
 
     pixels: np.ndarray
     turns: tuple[QuestionAnswer, ...]
+    weight: float = 1.0
 
 
 class ImageTextDataset(Protocol):
@@ -92,25 +97,28 @@ class SceneDataset:
 
 
 class CaptionDataset:
-    """A JSONL file: {"image": "a.png", "caption": "..."} or {"image": ..., "question": ..., "answer": ...} a line,
-    paths relative to the file. Lines about one image stay together; about `held_out` of the images, by the hash of
-    their pixels, are held out. Every image is opened once, so that a broken one is found before training."""
+    """Rows of images with captions or questions. Those about one image stay together; about `held_out` of the images,
+    by the hash of their pixels, are held out. Every image is opened once, so that a broken one is found before
+    training. name: of the rows, for messages."""
 
-    def __init__(self, file: str | Path, image_processor: ImageProcessor, held_out: float):
+    def __init__(self, rows: Sequence[CaptionRow], image_processor: ImageProcessor, held_out: float, name: str):
         grouped: dict[Path, list[QuestionAnswer]] = {}
-        for image, turn in read_caption_file(Path(file)):
-            grouped.setdefault(image, []).append(turn)
+        weights: dict[Path, float] = {}
+        for row in rows:
+            grouped.setdefault(row.image, []).extend(row.turns)
+            weights.setdefault(row.image, row.weight)
         examples = [
-            ImageText(image_processor.resize_to_pixels(load_image(image)), tuple(turns))
+            ImageText(image_processor.resize_to_pixels(load_image(image)), tuple(turns), weights[image])
             for image, turns in grouped.items()
         ]
         marks = [hashlib.sha256(example.pixels.tobytes()).digest() for example in examples]
         out = [int.from_bytes(mark[:8], "big") < held_out * 2.0**64 for mark in marks]
-        self.train_examples = [example for example, away in zip(examples, out, strict=True) if not away]
+        learned = [example for example, away in zip(examples, out, strict=True) if not away]
+        self.train_examples = repeat_by_weight(learned)
         self.held_out_examples = [example for example, away in zip(examples, out, strict=True) if away]
         if not self.train_examples or not self.held_out_examples:
             raise DataError(
-                f"{file}: {len(examples)} images are too few to hold out {held_out:.0%} of them; add images"
+                f"{name}: {len(examples)} images are too few to hold out {held_out:.0%} of them; add images"
             )
         contents = [
             (mark.hex(), [vars(turn) for turn in example.turns]) for mark, example in zip(marks, examples, strict=True)
@@ -136,37 +144,36 @@ class CaptionDataset:
         return [f"{turn.question} {turn.answer}" for example in self.train_examples for turn in example.turns]
 
 
-def read_caption_file(file: Path) -> list[tuple[Path, QuestionAnswer]]:
-    """The image and the turn of every line; DataError names the line."""
+class CaptionRow(NamedTuple):
+    """An image's file and what is said of it. weight: how often it is seen in an epoch."""
+
+    image: Path
+    turns: tuple[QuestionAnswer, ...]
+    weight: float
+
+
+def read_caption_rows(records: Iterable[Record], drop_report: DropReport) -> list[CaptionRow]:
+    """The image and the turns of every row; the report counts rows that are none."""
+    return parse_rows(records, parse_caption_row, drop_report)
+
+
+def parse_caption_row(record: Record) -> CaptionRow:
+    """Parse one row: a path, relative to the file of rows, with a caption, a question or a conversation."""
+    row, where = TrackedRow.wrap(record.row), record.where
+    found = select_form(IMAGE_TEXT_FORMS, row, where).parse(row, where)
+    image = text_field(row, "image", where)
+    if not image or not all(text for turn in found for text in turn if text is not None):
+        raise RowError(where, "an empty text", "'image', a caption, a question or an answer is empty")
+    turns = tuple(
+        QuestionAnswer("caption", CAPTION_PROMPT, answer)
+        if question is None
+        else QuestionAnswer("question", question, answer)
+        for question, answer in found
+    )
+    file = Path(where.rpartition(":")[0]).parent / image
     if not file.is_file():
-        raise DataError(f"{file}: there is no such file; a JSONL file of images and captions was expected")
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}:{number}: no JSON: {error}") from None
-        keys = row.keys() if isinstance(row, dict) else set()
-        wanted = ("image", "caption") if "caption" in keys else ("image", "question", "answer")
-        wrong = [
-            key for key in wanted if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key]
-        ]
-        if wrong:
-            raise DataError(
-                f"{file}:{number}: {wrong[0]!r} is missing or no text; a line has image and caption, "
-                "or image, question, answer"
-            )
-        turn = (
-            QuestionAnswer("caption", CAPTION_PROMPT, row["caption"])
-            if "caption" in keys
-            else QuestionAnswer("question", row["question"], row["answer"])
-        )
-        found.append((file.parent / row["image"], turn))
-    if not found:
-        raise DataError(f"{file}: is empty; a line for each image was expected")
-    return found
+        raise RowError(where, "an image that is not there", f"there is no image {file}")
+    return CaptionRow(file, turns, record.weight)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
 from llm_quest.data.chat import ChatExample
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.loader import shuffled_batches
 from llm_quest.data.packing import pack_best_fit
 from llm_quest.errors import DataError

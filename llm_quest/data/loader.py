@@ -11,6 +11,8 @@ a run resumes anywhere, and the rows of a step are the same for every number of 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -168,3 +170,25 @@ def _splitmix64(bits: Any) -> Any:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
+
+
+class HasWeight(Protocol):
+    """Anything that is seen `weight` times in an epoch."""
+
+    @property
+    def weight(self) -> float: ...
+
+
+Weighted = TypeVar("Weighted", bound=HasWeight)
+
+
+def repeat_by_weight(items: Iterable[Weighted]) -> list[Weighted]:
+    """The items of an epoch: those of weight 2 twice, of weight 1.5 once and twice in turn, of weight 0.5 every second
+    one."""
+    before: Counter[float] = Counter()
+    repeated: list[Weighted] = []
+    for one in items:
+        number = before[one.weight]
+        before[one.weight] += 1
+        repeated += [one] * (math.floor((number + 1) * one.weight) - math.floor(number * one.weight))
+    return repeated

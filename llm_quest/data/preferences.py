@@ -1,9 +1,6 @@
 """Preferences: answers to one question, the best first; usually two, chosen and rejected.
 
-      {"prompt": ..., "chosen": ..., "rejected": ..., "margin": 1.0}      text or messages; the margin may be left out
-      {"chosen": [messages], "rejected": [messages]}                      the prompt is what both begin with
-      {"instruction": ..., "input": ..., "chosen": ..., "rejected": ...}
-      {"prompt": ..., "ranked": [best, ..., worst]}
+      {"prompt": ..., "chosen": ..., "rejected": ..., "margin": 1.0}      further forms: `data/row_forms.py`
 
 Commonly got wrong: (1) answers are cut at the row's end, and one that was cut to nothing makes NaN; here the question
 is cut, on its left and alike for all answers, and where an answer alone is too long its row is dropped and counted.
@@ -21,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from llm_quest.data.chat import ChatExample, ChatTemplate
-from llm_quest.data.conversations import Conversation, alpaca_prompt, check_role_order, message_field, parse_messages
-from llm_quest.data.documents import DropReport
+from llm_quest.data.conversations import Conversation, check_role_order
+from llm_quest.data.document import DropReport
+from llm_quest.data.message_parsing import parse_tools
 from llm_quest.data.messages import Message, to_messages
-from llm_quest.data.records import Record
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import PREFERENCE_FORMS, select_form
 from llm_quest.data.template_sandbox import Messages
-from llm_quest.errors import DataError
+from llm_quest.errors import DataError, RowError
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class TokenizedPreference:
 def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
     """The preferences that can be learned from; the report counts what was dropped."""
     kept = []
-    for record in records:
-        found = parse_preference(record)
+    for found in parse_rows(records, parse_preference, drop_report):
         size = sum(len(one.content.encode()) for one in found.question) + sum(map(len, found.answers))
         if not all(answer.strip() for answer in found.answers):
             drop_report.drop("empty answer", size)
@@ -90,63 +88,21 @@ def read_preferences(records: Iterable[Record], drop_report: DropReport) -> list
 
 
 def parse_preference(record: Record) -> Preference:
-    """Parse one row. DataError with file and line where it is no preference."""
-    row, where = record.row, record.where
-    if "ranked" in row:
-        question, answers = prompt_messages(record), parse_ranked_answers(record)
-    elif "chosen" in row and "rejected" in row:
-        whole = [message_field(record, key, "assistant") for key in ("chosen", "rejected")]
-        question = prompt_messages(record) if "prompt" in row or "instruction" in row else shared_prompt(whole, where)
-        answers = tuple(answer_text(one, len(question), where) for one in whole)
-    else:
-        raise DataError(f"{where} has the keys {', '.join(map(str, row)) or '(none)'}; expected chosen and rejected")
-    check_role_order([*question, ("assistant", answers[0])], where)
-    return Preference(tuple(question), answers, parse_margin(record), where)
+    """Parse one row. RowError with file and line where it is no preference."""
+    row, where = TrackedRow.wrap(record.row), record.where
+    question, answers = select_form(PREFERENCE_FORMS, row, where).parse(row, where)
+    check_role_order([*question, Message("assistant", answers[0])], where)
+    return Preference(tuple(question), answers, parse_margin(row, where), where, parse_tools(row, where), record.weight)
 
 
-def prompt_messages(record: Record) -> list[tuple[str, str]]:
-    if "prompt" in record.row:
-        return message_field(record, "prompt", "user")
-    if "instruction" in record.row:
-        return alpaca_prompt(record)
-    raise DataError(f"{record.where} has no prompt and no instruction")
-
-
-def shared_prompt(whole: Sequence[list[tuple[str, str]]], where: str) -> list[tuple[str, str]]:
-    """The messages with which both conversations begin."""
-    chosen, rejected = whole
-    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        raise DataError(f"{where}: chosen and rejected do not begin with the same question; give it as prompt")
-    return chosen[:-1]
-
-
-def answer_text(one: list[tuple[str, str]], before: int, where: str) -> str:
-    """The text of the last message, which must be the assistant's and the only one after the question."""
-    role, content = one[-1] if one else ("", "")
-    if role != "assistant" or len(one) not in (1, before + 1):
-        raise DataError(f"{where}: an answer is one message of the assistant; got {len(one)}, the last by {role!r}")
-    return content
-
-
-def parse_ranked_answers(record: Record) -> tuple[str, ...]:
-    """At least two answers, the best first."""
-    found = record.row["ranked"]
-    if not isinstance(found, list) or len(found) < 2:
-        raise DataError(f"{record.where}: 'ranked' is no list of two answers or more")
-    if all(isinstance(one, str) for one in found):
-        return tuple(found)
-    whole = [parse_messages(one, record.where) for one in found]
-    return tuple(answer_text(one, len(prompt_messages(record)), record.where) for one in whole)
-
-
-def parse_margin(record: Record) -> float:
-    value = record.row.get("margin", 0.0)
+def parse_margin(row: TrackedRow, where: str) -> float:
+    value = row.get("margin", 0.0)
     try:
         margin = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):
-        raise DataError(f"{record.where}: 'margin' is {value!r}, expected a number")
+        raise RowError(where, "margin of another form", f"'margin' is {value!r:.60}, expected a number")
     return margin
 
 

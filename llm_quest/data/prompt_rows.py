@@ -10,34 +10,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_quest.data.conversations import alpaca_prompt, message_field, parse_messages, text_field
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.problems.answer_forms import gold_answer
 from llm_quest.data.problems.problem import Problem
-from llm_quest.data.records import Record
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import ANSWER_KEYS, PROMPT_FORMS, select_form
 from llm_quest.data.template_sandbox import Messages
-from llm_quest.errors import DataError
+from llm_quest.errors import RowError
 
-ANSWER_COLUMNS = ("answer", "ground_truth", "solution")
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 """What a reward function is given besides the columns."""
-Turns = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class PromptRow:
     """prompt: messages, the last one the user's (or a tool's). answer: None where the row has none. is_conversational:
-    the row held messages. columns: all of its keys. where: file:line."""
+    the row held messages. columns: all of its keys. where: file:line. weight: how often it is seen in an epoch."""
 
     prompt: Messages
     answer: str | None
     is_conversational: bool
     columns: Mapping[str, Any]
     where: str = ""
+    weight: float = 1.0
 
     def to_problem(self, answer_form: str, grading: str) -> Problem:
         """As a problem of the verifier `equal`."""
@@ -55,10 +54,9 @@ class PromptRow:
 
 
 def read_prompt_rows(records: Iterable[Record], drop_report: DropReport) -> list[PromptRow]:
-    """The rows with a prompt; the report counts those whose prompt is empty. DataError for a row of no known form."""
+    """The rows with a prompt; the report counts those whose prompt is empty, and rows of no known form."""
     kept = []
-    for record in records:
-        row = parse_prompt_row(record)
+    for row in parse_rows(records, parse_prompt_row, drop_report):
         size = sum(len(message["content"].encode()) for message in row.prompt)
         if not row.prompt or not row.prompt[-1]["content"].strip():
             drop_report.drop("empty prompt", size)
@@ -69,48 +67,22 @@ def read_prompt_rows(records: Iterable[Record], drop_report: DropReport) -> list
 
 
 def parse_prompt_row(record: Record) -> PromptRow:
-    """Parse one row, by the first of the forms whose key it has."""
-    for key, form in PROMPT_PARSERS.items():
-        if key in record.row:
-            turns = form(record)
-            break
-    else:
-        raise DataError(
-            f"{record.where} has the keys {', '.join(map(str, record.row)) or '(none)'}; expected one of "
-            f"{', '.join(PROMPT_PARSERS)}"
-        )
-    if found := [name for name in RESERVED_COLUMNS if name in record.row]:
-        raise DataError(f"{record.where}: a column cannot be called {found[0]!r}, which rewards are given; rename it")
-    if "system" in record.row and turns and turns[0][0] != "system":
-        turns = [("system", text_field(record, "system")), *turns]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return PromptRow(messages, parse_answer(record), isinstance(record.row[key], list), record.row, record.where)
+    """Parse one row, by the first of the forms whose key it has. RowError where it has none."""
+    row, where = TrackedRow.wrap(record.row), record.where
+    form = select_form(PROMPT_FORMS, row, where)
+    if found := [name for name in RESERVED_COLUMNS if name in row]:
+        reason = f"a column cannot be called {found[0]!r}, which rewards are given; rename it"
+        raise RowError(where, f"a column {found[0]!r}", reason)
+    messages = [one.as_dict() for one in form.parse(row, where)]
+    row.read.update(row)  # rewards are given all columns
+    return PromptRow(messages, parse_answer(row, where), isinstance(row[form.keys[0]], list), row, where, record.weight)
 
 
-def up_to_last_answer(turns: Turns) -> Turns:
-    """A conversation without the answer that it ends with."""
-    return turns[:-1] if turns and turns[-1][0] == "assistant" else turns
-
-
-PROMPT_PARSERS: dict[str, Callable[[Record], Turns]] = {
-    "prompt": lambda record: message_field(record, "prompt", "user"),
-    "messages": lambda record: up_to_last_answer(parse_messages(record.row["messages"], record.where)),
-    "conversations": lambda record: up_to_last_answer(
-        parse_messages(record.row["conversations"], record.where, "from", "value")
-    ),
-    "question": lambda record: [("user", text_field(record, "question"))],
-    "problem": lambda record: [("user", text_field(record, "problem"))],
-    "query": lambda record: [("user", text_field(record, "query"))],
-    "instruction": alpaca_prompt,
-}
-"""Column -> how the prompt is read from it."""
-
-
-def parse_answer(record: Record) -> str | None:
+def parse_answer(row: Mapping[str, Any], where: str) -> str | None:
     """The final answer of a row; None where it has no such column, or null in it."""
-    value = next((record.row[name] for name in ANSWER_COLUMNS if record.row.get(name) is not None), None)
+    value = next((row[name] for name in ANSWER_KEYS if row.get(name) is not None), None)
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise DataError(f"{record.where}: the answer is {value!r:.60}; expected text or a number")
+        raise RowError(where, "an answer of another kind", f"the answer is {value!r:.60}; expected text or a number")
     return None if value is None else gold_answer(str(value))
 
 

@@ -1,133 +1,172 @@
-"""Records: the rows of a JSON list, a JSON-lines file (also .gz) or a table (CSV, TSV), each with the file and line on
-which it begins."""
+"""Records: rows of a file or folder, each with the file and line on which it begins. One strict reader for all recipes.
+
+A row that cannot be used is skipped and counted (`DropReport.skip`), and so are keys of rows that nothing reads; a file
+that was cut off, or whose rest is unreadable, stops with file and line."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from llm_quest.data.documents import (
-    JSON_LINES_SUFFIXES,
-    Document,
-    DropReport,
-    decode_utf8,
-    open_maybe_gzip,
-    parse_json_object,
-    read_file_bytes,
-    read_text,
-    require_regular_file,
-    text_column,
-)
-from llm_quest.errors import DataError
+from llm_quest.data.document import DropReport
+from llm_quest.data.folders import iter_files
+from llm_quest.data.row_files import CONVERT_REMEDY, READERS, find_reader, open_binary, row_suffix
+from llm_quest.errors import DataError, RowError
 
-TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, *TABLE_DELIMITERS, ".json")
+MAX_DEPTH = 64
+"""Levels of lists and objects in a row."""
+
+
+class TrackedRow(dict[str, Any]):
+    """A row that remembers which of its keys were read, so that the others can be named.
+
+    A key whose value is null counts as absent. `in` does not count as reading: the forms of rows are told apart by
+    it. left_out: what else of the row is not used, in words."""
+
+    def __init__(self, row: Mapping[str, Any]):
+        super().__init__({key: value for key, value in row.items() if value is not None})
+        self.read: set[str] = set()
+        self.left_out: set[str] = set()
+        self.parts: dict[str, list[TrackedRow]] = {}
+
+    @classmethod
+    def wrap(cls, row: Mapping[str, Any]) -> TrackedRow:
+        return row if isinstance(row, TrackedRow) else cls(row)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def track_parts(self, key: str, parts: Sequence[Mapping[str, Any]]) -> list[TrackedRow]:
+        """Objects inside the value of a key, such as messages, whose own keys are told apart too."""
+        self.read.add(key)
+        tracked = [TrackedRow(part) for part in parts]
+        self.parts[key] = self.parts.get(key, []) + tracked
+        return tracked
+
+    def unread_keys(self) -> Iterator[str]:
+        """The keys that nothing read; those of a part as `messages[].name`."""
+        yield from self.left_out
+        yield from (str(key) for key in self if key not in self.read)
+        for key, parts in self.parts.items():
+            yield from (f"{key}[].{inner}" for part in parts for inner in part.unread_keys())
 
 
 class Record(NamedTuple):
-    """A row of a file. where: file:line."""
+    """A row of a file. where: file:line. weight: how often it is seen in an epoch."""
 
-    row: dict[str, Any]
+    row: Mapping[str, Any]
     where: str
+    weight: float = 1.0
+
+
+def map_columns(records: Iterable[Record], columns: Mapping[str, str], drop_report: DropReport) -> Iterator[Record]:
+    """Rows under the keys that the recipe reads. columns: key -> the column that holds it. A column that a row does not
+    have is told with those that it has."""
+    for record in records if columns else ():
+        missing = [column for column in columns.values() if column not in record.row]
+        if missing:
+            has = ", ".join(map(repr, record.row)) or "nothing"
+            reason = f"has no column {missing[0]!r} (data.columns); it has {has}"
+            drop_report.skip(RowError(record.where, f"no column {missing[0]!r}", reason))
+            continue
+        others = {key: value for key, value in record.row.items() if key not in columns.values()}
+        replaced = [key for key in others if key in columns]
+        drop_report.count_unused_keys(f"{key} (data.columns gives it another column)" for key in replaced)
+        yield record._replace(row=others | {key: record.row[column] for key, column in columns.items()})
+    if not columns:
+        yield from records
+
+
+T = TypeVar("T")
+
+
+def parse_rows(records: Iterable[Record], parse: Callable[[Record], T], drop_report: DropReport) -> list[T]:
+    """Every row that can be parsed; the report counts the others, and the keys that nothing read."""
+    parsed = []
+    for record in records:
+        row = TrackedRow.wrap(record.row)
+        try:
+            parsed.append(parse(record._replace(row=row)))
+        except RowError as error:
+            drop_report.skip(error)
+        else:
+            drop_report.count_unused_keys(row.unread_keys())
+    return parsed
 
 
 def read_records(file: str | Path) -> list[Record]:
-    """All rows of a file. DataError with file and line for a file of another kind."""
-    file = require_regular_file(Path(file))
-    name = file.name.lower()
-    if name.endswith(JSON_LINES_SUFFIXES):
-        found = list(iter_json_lines(file))
-    elif file.suffix.lower() in TABLE_DELIMITERS:
-        found = list(iter_table(file, TABLE_DELIMITERS[file.suffix.lower()]))
-    elif file.suffix.lower() == ".json":
-        found = list(iter_json_list(file))
-    else:
-        raise DataError(f"{file} ends in {file.suffix or 'nothing'}; rows are read from .json, .jsonl, .csv and .tsv")
+    """All rows of a file or folder. DataError with file and line where a row cannot be used, or where there is none."""
+    drop_report = DropReport()
+    found = list(iter_records(file, drop_report))
+    drop_report.require_rows(len(found), str(file), strict=True)
     if not found:
         raise DataError(f"{file} holds no rows")
-    for record in found:
-        require_valid_text(record.row, record.where)
     return found
 
 
-def require_valid_text(value: Any, where: str) -> None:
-    """DataError for half of a surrogate pair in any text of a row (a JSON escape of an emoji that was cut off)."""
-    if isinstance(value, str):
+def iter_records(path: str | Path, drop_report: DropReport) -> Iterator[Record]:
+    """The rows of a file, or of all such files in a folder; the report counts what is skipped."""
+    path = Path(path)
+    if path.is_dir():
+        yield from iter_folder(path, drop_report)
+        return
+    with open_binary(path) as file:
         try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = value[error.start]
-            raise DataError(f"{where}: {half!r} is half of a surrogate pair alone, and no text; remove it") from None
-    elif isinstance(value, dict | list):
-        for one in (*value, *value.values()) if isinstance(value, dict) else value:
-            require_valid_text(one, where)
+            for found in find_reader(path)(file, path):
+                error = found if isinstance(found, RowError) else find_text_error(*found)
+                if error is not None:
+                    drop_report.skip(error)
+                elif not isinstance(found, RowError):
+                    yield Record(*found)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path} is not a whole gzip file ({error}): it was cut off; fetch it again") from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def iter_json_lines(file: Path) -> Iterator[Record]:
-    with open_maybe_gzip(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Record(parse_json_object(line, file, number), f"{file}:{number}")
+def iter_folder(folder: Path, drop_report: DropReport) -> Iterator[Record]:
+    """The rows of every file that holds rows; hidden and other files are counted."""
+    for file in iter_files(folder, drop_report):
+        if row_suffix(file) in READERS:
+            yield from iter_records(file, drop_report)
+        else:
+            drop_report.drop(f"suffix {file.suffix or 'none'}", file.stat().st_size)
 
 
-def iter_json_list(file: Path) -> Iterator[Record]:
-    """The objects of a JSON list one by one, each with its line."""
-    text, decoder = decode_utf8(read_file_bytes(file), file), json.JSONDecoder()
-    at = skip_whitespace(text, 0)
-    if text[at : at + 1] != "[":
-        raise DataError(f"{file} does not begin with '[': expected a list of objects, or JSON lines in a .jsonl file")
-    at, line, counted = skip_whitespace(text, at + 1), 1, 0
-    while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            row, end = decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{file}:{line} is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{file}:{line} holds a {type(row).__name__}, expected an object")
-        yield Record(row, f"{file}:{line}")
-        at = skip_whitespace(text, end)
-        if text[at : at + 1] == ",":
-            at = skip_whitespace(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise DataError(f"{file}:{line}: after this object a ',' or the closing ']' is missing")
+def find_text_error(value: Any, where: str) -> RowError | None:
+    """What makes a value of a row no text: half of a surrogate pair (a JSON escape of an emoji that was cut off), a
+    byte that is no UTF-8, a zero character, or values nested too deep to be copied."""
+    stack = [(value, 0)]
+    while stack:
+        one, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            return RowError(where, "nested too deep", f"has values nested more than {MAX_DEPTH} deep")
+        if isinstance(one, dict):
+            stack.extend((part, depth + 1) for pair in one.items() for part in pair)
+        elif isinstance(one, list | tuple):
+            stack.extend((part, depth + 1) for part in one)
+        elif isinstance(one, str) and (error := find_character_error(one, where)):
+            return error
+    return None
 
 
-def skip_whitespace(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def iter_table(file: Path, delimiter: str) -> Iterator[Record]:
-    """The rows of a table, whose first row names the columns."""
-    reader = csv.DictReader(
-        io.StringIO(decode_utf8(read_file_bytes(file), file), newline=""), delimiter=delimiter, strict=True
-    )
+def find_character_error(text: str, where: str) -> RowError | None:
+    if "\0" in text:
+        return RowError(where, "a zero character", "holds a zero character (U+0000), which is no text; remove it")
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{file}:{reader.line_num} has another number of cells than the first line names "
-                    f"({len(reader.fieldnames or ())}); quote cells that hold {delimiter!r}"
-                )
-            yield Record(dict(row), f"{file}:{reader.line_num}")
-    except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num} is not a table ({error})") from None
-
-
-def read_prompts(file: str | Path, column: str = "prompt") -> list[Document]:
-    """The prompts in the file's order. Of JSON lines, a JSON list or a table: the column, which may be empty (a text
-    from its very beginning). Of any other file: its lines, without blank ones."""
-    file = Path(file)
-    if file.name.lower().endswith(RECORD_SUFFIXES):
-        rows = read_records(file)
-        return [Document(text_column(one.row, column, one.where), one.where) for one in rows]
-    found = list(read_text(file, DropReport(), separator="\n"))
-    if not found:
-        raise DataError(f"{file} holds no prompts: write one a line, or rows with {column!r} in a .jsonl file")
-    return [Document(one.text, f"{one.source}:{one.line}", one.line) for one in found]
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        if "\udc80" <= half <= "\udcff":
+            return RowError(where, "not UTF-8", f"is not UTF-8 (byte 0x{ord(half) - 0xDC00:02x}); {CONVERT_REMEDY}")
+        reason = f"{half!r} is half of a surrogate pair alone, and no text; remove it"
+        return RowError(where, "half a surrogate pair", reason)
+    return None

@@ -17,7 +17,7 @@ from itertools import combinations, islice, pairwise
 import numpy as np
 
 from llm_quest.data.corpus import Corpus
-from llm_quest.data.documents import Document
+from llm_quest.data.document import Document
 from llm_quest.errors import DataError, UsageError
 
 SHINGLE_WORDS = 8  # words that must agree in a row

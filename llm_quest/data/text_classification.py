@@ -18,23 +18,26 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llm_quest.data.batch import pad_with_positions
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.loader import length_grouped_batches
-from llm_quest.data.records import Record
+from llm_quest.data.message_parsing import text_field
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import LABELED_TEXT_FORMS, select_form
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import DataError
+from llm_quest.errors import DataError, RowError
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
 class LabeledText:
-    """A text and its label. where: file:line."""
+    """A text and its label. where: file:line. weight: how often it is seen in an epoch."""
 
     text: str
     label: str
     where: str = ""
+    weight: float = 1.0
 
     @property
     def prompt(self) -> Messages:
@@ -94,27 +97,27 @@ class TextClassificationDataset:
         return TextClassificationBatch(torch.from_numpy(tokens), torch.from_numpy(positions), labels)
 
 
-def read_labeled_texts(
-    records: Iterable[Record], drop_report: DropReport, *, text_column: str = "text", label_column: str = "label"
-) -> list[LabeledText]:
-    """Rows with the columns of these names; empty texts are dropped and counted."""
+def read_labeled_texts(records: Iterable[Record], drop_report: DropReport) -> list[LabeledText]:
+    """Rows with text and label; empty texts are dropped and counted."""
     kept = []
-    for record in records:
-        for column in (text_column, label_column):
-            if column not in record.row:
-                raise DataError(
-                    f"{record.where} has no {column!r}; it has {', '.join(map(str, record.row)) or 'nothing'}: "
-                    "name the columns with data.text_column and data.label_column"
-                )
-        said, called = record.row[text_column], record.row[label_column]
-        if not isinstance(said, str) or not isinstance(called, str | int | bool) or called == "":
-            raise DataError(f"{record.where}: {text_column!r} must be text and {label_column!r} text or a whole number")
-        if said.strip():
-            drop_report.keep(len(said.encode()))
-            kept.append(LabeledText(said, str(called), record.where))
+    for found in parse_rows(records, parse_labeled_text, drop_report):
+        size = len(found.text.encode())
+        if found.text.strip():
+            drop_report.keep(size)
+            kept.append(found)
         else:
-            drop_report.drop("empty text", len(said.encode()))
+            drop_report.drop("empty text", size)
     return kept
+
+
+def parse_labeled_text(record: Record) -> LabeledText:
+    """Parse one row. RowError with file and line where it has no text, or no label that is text or a whole number."""
+    row, where = TrackedRow.wrap(record.row), record.where
+    select_form(LABELED_TEXT_FORMS, row, where)
+    label = row["label"]
+    if not isinstance(label, str | int | bool) or label == "":
+        raise RowError(where, "a label of another kind", f"'label' is {label!r:.60}; expected text or a whole number")
+    return LabeledText(text_field(row, "text", where), str(label).strip(), where, record.weight)
 
 
 def collect_label_names(texts: Sequence[LabeledText]) -> tuple[str, ...]:

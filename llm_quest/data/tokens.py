@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
-from llm_quest.data.documents import Document
+from llm_quest.data.document import Document
 from llm_quest.data.split import CorpusSplit
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, ResourceError

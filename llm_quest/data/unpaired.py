@@ -1,6 +1,6 @@
 """Unpaired preferences: one answer to a question and whether it is desirable (KTO, arXiv:2402.01306).
 
-      {"prompt": ..., "completion": ..., "label": true}      text or messages; label: true or false, 1 or 0
+      {"prompt": ..., "completion": ..., "label": true}      any form of conversation with `label` or `kto_tag`
       {"prompt": ..., "chosen": ..., "rejected": ...}        a pair is a desirable and an undesirable row
 
 A row is laid out as a preference of two answers, its own and a *mismatched* one, the answer to another question: KTO's
@@ -13,29 +13,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_quest.data.conversations import check_role_order, message_field
-from llm_quest.data.documents import DropReport
+from llm_quest.data.conversations import build_conversation
+from llm_quest.data.document import DropReport
 from llm_quest.data.loader import shuffle_indices
-from llm_quest.data.messages import to_messages
 from llm_quest.data.preference_pairs import PreferenceBatch
-from llm_quest.data.preferences import Preference, TokenizedPreference, answer_text, parse_preference, prompt_messages
-from llm_quest.data.records import Record
+from llm_quest.data.preferences import Preference, TokenizedPreference, parse_preference
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import RATED_FORMS, select_form
 from llm_quest.errors import DataError
 
 DESIRABLE, UNDESIRABLE = 1.0, -1.0
-LABELS: dict[Any, float] = {
-    True: DESIRABLE, False: UNDESIRABLE,  # 1 and 0 are equal to them
-    "true": DESIRABLE, "false": UNDESIRABLE, "True": DESIRABLE, "False": UNDESIRABLE,
-    "1": DESIRABLE, "0": UNDESIRABLE,
-}  # fmt: skip
-"""What the key `label` may hold; text is what CSV files have."""
 
 
 @dataclass(frozen=True)
@@ -68,41 +62,27 @@ class UnpairedBatch:
 def read_unpaired(records: Iterable[Record], drop_report: DropReport) -> list[Preference]:
     """The labelled answers that can be learned from; the report counts what was dropped."""
     kept = []
-    for record in records:
-        for found in parse_unpaired(record):
-            size = sum(len(one) for one in found.answers)
-            if found.answers[0].strip():
-                drop_report.keep(size)
-                kept.append(found)
-            else:
-                drop_report.drop("empty answer", size)
+    for found in chain.from_iterable(parse_rows(records, parse_unpaired, drop_report)):
+        size = sum(len(one) for one in found.answers)
+        if found.answers[0].strip():
+            drop_report.keep(size)
+            kept.append(found)
+        else:
+            drop_report.drop("empty answer", size)
     return kept
 
 
 def parse_unpaired(record: Record) -> list[Preference]:
-    """The labelled answers of one row. DataError with file and line where there is none."""
-    row = record.row
+    """The labelled answers of one row. RowError with file and line where there is none."""
+    row, where = TrackedRow.wrap(record.row), record.where
     if "chosen" in row and "rejected" in row:
         pair = parse_preference(record)
         labels = (DESIRABLE, *[UNDESIRABLE] * (len(pair.answers) - 1))
         return [replace(pair, answers=(text,), margin=label) for text, label in zip(pair.answers, labels, strict=True)]
-    if "completion" not in row or "label" not in row:
-        keys = ", ".join(map(str, row)) or "(none)"
-        raise DataError(
-            f"{record.where} has the keys {keys}; expected prompt, completion and label, or chosen, rejected"
-        )
-    question = prompt_messages(record)
-    answer = answer_text(message_field(record, "completion", "assistant"), len(question), record.where)
-    check_role_order([*question, ("assistant", answer)], record.where)
-    return [Preference(to_messages(question), (answer,), parse_label(record), record.where)]
-
-
-def parse_label(record: Record) -> float:
-    """1 or -1."""
-    label = record.row["label"]
-    if not isinstance(label, bool | int | str) or label not in LABELS:
-        raise DataError(f"{record.where}: 'label' is {label!r}, expected true or false")
-    return LABELS[label]
+    messages, desirable = select_form(RATED_FORMS, row, where).parse(row, where)
+    talk = build_conversation(messages, row, record)
+    label = DESIRABLE if desirable else UNDESIRABLE
+    return [Preference(talk.messages[:-1], (talk.answer,), label, where, talk.tools, talk.weight)]
 
 
 def add_mismatched_answers(

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_quest.data.documents import Document
+from llm_quest.data.document import Document
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_quest.data.batch import IGNORE_INDEX, TokenBatch
-from llm_quest.data.documents import Document
+from llm_quest.data.document import Document
 from llm_quest.data.packing import HeldOutLoader, eval_batches
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenizedDocuments

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_quest.data.problems.gsm8k import parse_gsm8k_row, read_gsm8k, split_gsm8k_validation
+from llm_quest.data.problems.gsm8k import read_gsm8k, split_gsm8k_validation
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError, MissingError
 from llm_quest.hub.locate import unreachable_reason
@@ -39,15 +39,7 @@ def train_validation_split(task: str) -> tuple[list[Problem], list[Problem]]:
 
 def gsm8k_from_hub(part: str) -> list[Problem]:
     """A published file, from the local cache or downloaded (HF_HOME and HF_HUB_OFFLINE are honoured)."""
-    file = download_dataset_file(FILES[part])
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingError(
-            "the hub's GSM8K is a parquet file: pip install 'llm-quest[parquet]', or give a file of JSON lines"
-        ) from None
-    rows = pyarrow.parquet.read_table(file).to_pylist()
-    return [parse_gsm8k_row(row, f"{NAME}, {part}, row {number}") for number, row in enumerate(rows)]
+    return read_gsm8k(download_dataset_file(FILES[part]))
 
 
 def download_dataset_file(file: str) -> Path:

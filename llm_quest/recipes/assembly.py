@@ -9,8 +9,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +19,11 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from llm_quest.contracts import Callback, LogFn
-from llm_quest.data.corpus import load_corpus
-from llm_quest.data.loader import ShardedLoader, SourceT
+from llm_quest.data.corpus import Corpus, load_corpus
+from llm_quest.data.document import DropReport
+from llm_quest.data.loader import ShardedLoader, SourceT, repeat_by_weight
+from llm_quest.data.records import Record
+from llm_quest.data.sources import Builtin, DataSource, iter_sources, load_rows
 from llm_quest.data.split import CorpusSplit, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
@@ -30,6 +34,7 @@ from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
 from llm_quest.recipes.config_schema import BatchedConfig, TextDataConfig, TokenizerConfig, known_techniques
 from llm_quest.recipes.dependent_defaults import is_own_choice
+from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.adapter_targets import describe_addresses
 from llm_quest.techniques.lora import adapter_addresses
@@ -53,26 +58,27 @@ class TextData:
 def load_text_data(data: TextDataConfig, choice: TokenizerConfig, parallel: DistributedContext, log: LogFn) -> TextData:
     """The text of a run, for every process."""
     text = prepare_text_data(data, choice, log) if parallel.is_main_process else None
-    where = parallel.broadcast(str(text.tokens.path) if text is not None else None)
+    where, facts = parallel.broadcast((str(text.tokens.path), text.facts) if text is not None else None)
     if text is not None:
         return text
     folder = open_token_folder(where, verify="size")
-    return TextData(folder, folder.load_tokenizer(), text_facts(folder))
+    return TextData(folder, folder.load_tokenizer(), facts)
 
 
 def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn) -> TextData:
     """From documents, or from a token folder that was prepared before."""
-    if (Path(data.source) / "manifest.json").is_file():
-        folder = open_token_folder(data.source)
+    if (prepared := token_folder(data)) is not None:
+        folder = open_token_folder(prepared)
         if choice.load is not None and Tokenizer.load(choice.load).hash != folder.load_tokenizer().hash:
             raise DataError(
-                f"{data.source} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
+                f"{source_name(data)} was prepared with another tokenizer than {choice.load}; leave tokenizer.load out"
             )
         return TextData(folder, folder.load_tokenizer(), text_facts(folder))
-    with phase(f"reading {data.source}"):
-        corpus = load_corpus(data.source, column=data.text_column, separator=data.separator)
+    with phase(f"reading {source_name(data)}"):
+        corpus = load_config_corpus(data)
     with phase("choosing what is held out"):
         parts = split_corpus(corpus, held_out=data.held_out)
+        parts = replace(parts, train=tuple(repeat_by_weight(parts.train)))
     with phase("training a tokenizer" if choice.load is None else "reading the tokenizer"):
         tokenizer = (
             load_any_tokenizer(choice.load)
@@ -81,13 +87,58 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
         )
     with phase(f"turning {sum(document.nbytes for document in corpus.documents):,} bytes into tokens"):
         folder = prepare_token_folder(parts, tokenizer, default_cache_dir())
-    facts = text_facts(folder)
+    facts = text_facts(folder) | {"corpus": corpus.as_json()}  # the cache's manifest names its first source
     log(
         f"text: {facts['train_bytes']:,} bytes in {facts['train_documents']} documents to train on, "
         f"{facts['val_bytes']:,} in {facts['val_documents']} held out; {facts['train_tokens']:,} tokens"
         + f" of {tokenizer.vocab_size:,} kinds"
     )
+    log_remarks(parts.corpus.drop_report, log)
     return TextData(folder, tokenizer, facts, parts)
+
+
+def data_sources(data: RowsConfig) -> tuple[DataSource, ...]:
+    """The sources of a config, one or more."""
+    if isinstance(data.source, str):
+        return (DataSource(data.source),)
+    return tuple(DataSource(one.path, one.weight, one.name, one.split) for one in data.source)
+
+
+def source_name(data: RowsConfig) -> str:
+    """The sources in words."""
+    return ", ".join(one.path for one in data_sources(data))
+
+
+def token_folder(data: RowsConfig) -> Path | None:
+    """The folder of prepared tokens, where the source is one."""
+    folder = Path(source_name(data))
+    return folder if (folder / "manifest.json").is_file() else None
+
+
+def iter_config_records(
+    config: RowsConfig, drop_report: DropReport, builtin: Builtin | None = None
+) -> Iterator[Record]:
+    """The rows that a config names."""
+    return iter_sources(data_sources(config), drop_report, builtin=builtin, columns=config.columns)
+
+
+def load_config_rows(
+    config: RowsConfig, read: Any, drop_report: DropReport, *, builtin: Builtin | None = None, limit: int | None = None
+) -> list[Any]:
+    """What `read` makes of the rows that a config names. DataError where none is left."""
+    load = partial(load_rows, data_sources(config), read, drop_report, builtin=builtin, limit=limit)
+    return load(columns=config.columns, strict=config.strict)
+
+
+def log_remarks(drop_report: DropReport, log: LogFn) -> None:
+    """Says once what of the rows is not used."""
+    for line in drop_report.remarks():
+        log(line)
+
+
+def load_config_corpus(data: TextDataConfig) -> Corpus:
+    """The documents that a config names."""
+    return load_corpus(data_sources(data), columns=data.columns, separator=data.separator, strict=data.strict)
 
 
 def load_any_tokenizer(name_or_path: str) -> Tokenizer:

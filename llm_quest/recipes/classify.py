@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from llm_quest.data.builtin_qa import builtin_labeled_texts, load_records
+from llm_quest.data.builtin_qa import builtin_labeled_texts
 from llm_quest.data.conversations import split_by_prompt
-from llm_quest.data.documents import DropReport
-from llm_quest.data.loader import length_grouped_indices
+from llm_quest.data.document import DropReport
+from llm_quest.data.loader import length_grouped_indices, repeat_by_weight
+from llm_quest.data.row_forms import LABELED_TEXT_FORMS
 from llm_quest.data.text_classification import (
     TextClassificationDataset,
     collect_label_names,
@@ -23,8 +24,14 @@ from llm_quest.data.text_classification import (
 from llm_quest.errors import UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
-from llm_quest.recipes.assembly import count_epochs, make_sharded_loader, micro_batch_rows
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.assembly import (
+    count_epochs,
+    load_config_rows,
+    log_remarks,
+    make_sharded_loader,
+    micro_batch_rows,
+    source_name,
+)
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import (
     FreshTokenizer,
@@ -33,20 +40,17 @@ from llm_quest.recipes.finetuning import (
     begin_finetuning,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.state import derive_seed
 
 CALIBRATION_BINS = 10
 
 
-class LabelledTextConfig(StrictModel):
+class LabelledTextConfig(RowsConfig):
     """Texts with labels."""
 
-    source: str = Field(
-        default="builtin", min_length=1, description="builtin, or a .csv, .tsv, .json or .jsonl file of rows"
-    )
-    text_column: str = Field(default="text", min_length=1, description="the column that holds the text")
-    label_column: str = Field(default="label", min_length=1, description="the column that holds its label")
+    forms = LABELED_TEXT_FORMS
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the texts that is never trained on")
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
 
@@ -81,27 +85,23 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     tokenizer.model_max_length = config.sequence_length
     drop_report = DropReport()
     part = config.data
-    texts = read_labeled_texts(
-        load_records(part.source, builtin_labeled_texts)[: part.max_samples],
-        drop_report,
-        text_column=part.text_column,
-        label_column=part.label_column,
+    texts = load_config_rows(
+        part, read_labeled_texts, drop_report, builtin=builtin_labeled_texts, limit=part.max_samples
     )
     callbacks = apply_config_techniques(config, model, log)
     names = attach_score_head(model, collect_label_names(texts), derive_seed(config.seed, "init"))
     freeze_except(model, config.trainable)
+    learned, held_texts = split_by_prompt(texts, part.held_out)
     train, held = (
-        encode_labeled_texts(s, names, tokenizer, config.sequence_length, drop_report)
-        for s in split_by_prompt(texts, part.held_out)
+        encode_labeled_texts(side, names, tokenizer, config.sequence_length, drop_report)
+        for side in (repeat_by_weight(learned), held_texts)
     )
     config = count_epochs(config, context.settings, len(train), log)
     loader = make_sharded_loader(config, train, parallel, micro_batch_rows(config, parallel, config.sequence_length))
     log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
-    for note in drop_report.notes:
-        log(note)
-    dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
-    facts = {"source": part.source, "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
-    facts |= {"dropped": dropped, "notes": list(drop_report.notes), "tokenizer_sha256": tokenizer.hash}
+    log_remarks(drop_report, log)
+    facts = {"source": source_name(part), "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
+    facts |= {**drop_report.row_facts(), "tokenizer_sha256": tokenizer.hash}
     return Job(
         config,
         TextClassificationLoss(model, label_smoothing=config.label_smoothing),

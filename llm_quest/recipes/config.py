@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
+from llm_quest.data.sources import absolute_source
 from llm_quest.errors import UsageError
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.dependent_defaults import override_paths, replace_model, replace_task
@@ -65,6 +66,28 @@ class StrictModel(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
+
+
+def parse_sources(entry: type[ConfigT], given: Any) -> str | tuple[ConfigT, ...]:
+    """Where data comes from: a name, or a list of names and groups of keys. Files get their absolute path. entry: the
+    schema of a group. ValueError in words for anything else."""
+    if isinstance(given, str) and given:
+        return given if given.partition(":")[0] == "builtin" else absolute_source(given)
+    if isinstance(given, list | tuple) and given:
+        return tuple(parse_source_entry(entry, one) for one in given)
+    raise ValueError(
+        f"{given!r:.60} is no source: name a file, a folder, hf:DATASET or FILE.py:FUNCTION, or write a list "
+        "[{path: a.jsonl, weight: 2}, b.jsonl]"
+    )
+
+
+def parse_source_entry(entry: type[ConfigT], given: Any) -> ConfigT:
+    try:
+        return entry.model_validate({"path": given} if isinstance(given, str) else given)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        fault = error.errors()[0]["msg"] if key in entry.model_fields else "unknown key"
+        raise ValueError(f"{key}: {fault}; a source has the keys {', '.join(entry.model_fields)}") from None
 
 
 def recipe_names() -> list[str]:

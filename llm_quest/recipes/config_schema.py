@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from llm_quest.data.corpus import builtin_parts
+from llm_quest.data.row_forms import TEXT_FORMS
 from llm_quest.machine.probe import DTYPES
 from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
+from llm_quest.recipes.row_source import RowsConfig, Sources
 from llm_quest.techniques import ACT_IN_TRAINING_MODE, TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
 from llm_quest.train.optimizers import OPTIMIZERS, SCHEDULE_SHAPES
@@ -73,15 +75,15 @@ TechniqueEntry = Annotated[dict[str, Any], BeforeValidator(parse_technique_entry
 """An entry of `techniques: [lora]` or `[{name: lora, rank: 8}, checkpointing]`, in the order of application."""
 
 
-class TextDataConfig(StrictModel):
+class TextDataConfig(RowsConfig):
     """Where the text comes from, and how much of it is held out (whole documents, chosen by their content)."""
 
-    source: str = Field(
+    forms = TEXT_FORMS
+    source: Sources = Field(
         default="builtin",
-        min_length=1,
-        description="builtin, builtin:topics,docstrings,source, a text or JSONL file, a folder",
+        description="builtin, builtin:topics,docstrings,source, a text file, a file of rows, a folder, hf:DATASET, "
+        "FILE.py:FUNCTION, or a list of them with weights",
     )
-    text_column: str = Field(default="text", min_length=1, description="the key of a JSONL line that holds its text")
     separator: str | None = Field(default=None, min_length=1, description="splits a text file into documents")
     held_out: float = Field(
         default=0.05, gt=0, lt=0.5, description="the part of the documents that is never trained on"
@@ -89,9 +91,10 @@ class TextDataConfig(StrictModel):
 
     @field_validator("source")
     @classmethod
-    def known_parts(cls, source: str) -> str:
-        if source.partition(":")[0] == "builtin":
-            builtin_parts(source)
+    def known_parts(cls, source: Any) -> Any:
+        for path in [source] if isinstance(source, str) else [one.path for one in source]:
+            if path.partition(":")[0] == "builtin":
+                builtin_parts(path)
         return source
 
 

@@ -7,20 +7,20 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.builtin_qa import builtin_preferences as builtin
-from llm_quest.data.builtin_qa import load_records
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import split_by_prompt
-from llm_quest.data.documents import DropReport
-from llm_quest.data.loader import ShardedLoader, shuffle_indices
+from llm_quest.data.document import DropReport
+from llm_quest.data.loader import ShardedLoader, repeat_by_weight, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
+from llm_quest.data.row_forms import CONVERSATION_FORMS, PREFERENCE_FORMS, RowForm
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError
@@ -30,16 +30,20 @@ from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.recipes.assembly import (
     apply_techniques,
     fit_sequence_length,
+    iter_config_records,
     load_any_tokenizer,
+    load_config_rows,
+    log_remarks,
     make_sharded_loader,
     micro_batch_rows,
     require_run_exists,
+    source_name,
 )
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, ModelConfig, PositiveInt, RunConfig, TokenizerConfig
 from llm_quest.recipes.model_config import init_model
 from llm_quest.recipes.recipe import Context
+from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.token_rows import add_tokens
 from llm_quest.train.parallel import DistributedContext
@@ -56,12 +60,10 @@ class StartModelConfig(ModelConfig):
     )
 
 
-class ConversationDataConfig(StrictModel):
+class ConversationDataConfig(RowsConfig):
     """Conversations, and how they are laid out."""
 
-    source: str = Field(
-        default="builtin", min_length=1, description="builtin, or a .json, .jsonl, .csv or .tsv file of rows"
-    )
+    forms: ClassVar[Sequence[RowForm]] = CONVERSATION_FORMS
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
     chat_template_path: str | None = Field(
@@ -129,7 +131,7 @@ def init_fresh_model(
     if choice.load is not None:
         tokenizer = load_any_tokenizer(choice.load)
     else:
-        rows = load_records(config.data.source, builtin_rows)
+        rows = iter_config_records(config.data, DropReport(), builtin_rows)
         tokenizer = train_bpe((text for record in rows for text in row_texts(record.row)), choice.vocab_size)
     length = config.sequence_length
     model = init_model(config.model, context.settings, tokenizer, context=length, seed=config.seed)
@@ -192,10 +194,9 @@ def data_facts(
     dropped = {reason: count for reason, (count, _) in sorted(drop_report.dropped.items())}
     lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
     log(f"rows: {train:,} to train on, {held_out:,} held out{lost}")
-    for note in drop_report.notes:
-        log(note)
-    facts = {"source": config.source, "train_rows": train, "held_out_rows": held_out, "dropped": dropped}
-    facts |= {"notes": list(drop_report.notes), "chat_template": chat.template, "tokenizer_sha256": chat.tokenizer.hash}
+    log_remarks(drop_report, log)
+    facts = {"source": source_name(config), "train_rows": train, "held_out_rows": held_out, **drop_report.row_facts()}
+    facts |= {"chat_template": chat.template, "tokenizer_sha256": chat.tokenizer.hash}
     return facts | ({"python": platform.python_version()} if config.source == "builtin" else {})
 
 
@@ -223,6 +224,7 @@ class PreferenceData:
 class PreferenceDataConfig(ConversationDataConfig):
     """Preferences: a question, the better answer and the worse one."""
 
+    forms: ClassVar[Sequence[RowForm]] = PREFERENCE_FORMS
     label_flip_fraction: float = Field(
         default=0.0, ge=0, lt=0.5, description="turn round this part of the training pairs, to see what noise does"
     )
@@ -232,13 +234,14 @@ def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, leng
     """From a source to pairs; what is left out is in the ledger. seed: decides which labels are flipped."""
     chat = ChatTemplate(tokenizer, read_chat_template(config))
     drop_report = DropReport()
-    pairs = read_preferences(load_records(config.source, builtin)[: config.max_samples], drop_report)
+    pairs = load_config_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
     train, held = split_by_prompt(pairs, config.held_out)
     train = flip_labels(train, config.label_flip_fraction, seed)
     if config.label_flip_fraction:
         drop_report.note(
             f"{round(config.label_flip_fraction * len(train))} of the training pairs are turned round on purpose"
         )
+    train = repeat_by_weight(train)
     return PreferenceData(
         chat,
         tokenize_preferences(chat, train, length, drop_report),

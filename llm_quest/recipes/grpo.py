@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from llm_quest.contracts import LogFn
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, GRADINGS
-from llm_quest.data.prompt_rows import ANSWER_COLUMNS
+from llm_quest.data.row_forms import ANSWER_KEYS
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import DataError
@@ -27,6 +27,7 @@ from llm_quest.eval.problems import sample_answers
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
@@ -191,7 +192,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {"tokenizer": tokenizer.hash, "task": problems.identity, **hash_of_reward_files(config.rewards)},
         {
-            "task": config.task_name if config.data is None else config.data.source,
+            "task": config.task_name if config.data is None else source_name(config.data),
             "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash, **problems.facts,
         },
         tokenizer,
@@ -222,7 +223,7 @@ def load_problems(config: GrpoConfig, log: LogFn) -> ProblemSet:
     wanting = [spec.label for spec in config.rewards if spec.name in NEED_ANSWERS]
     if wanting and not problems.has_answers:
         raise DataError(
-            f"{config.data.source} has no {', '.join(ANSWER_COLUMNS[:-1])} or {ANSWER_COLUMNS[-1]}, which the reward "
+            f"{source_name(config.data)} has no {', '.join(ANSWER_KEYS[:-1])} or {ANSWER_KEYS[-1]}, which the reward "
             f"{wanting[0]} compares with; give rewards=[{{function: my_rewards.py:score}}] or a reward model"
         )
     return problems

@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llm_quest.contracts import LogFn
-from llm_quest.data.builtin_qa import builtin_preferences, load_records
+from llm_quest.data.builtin_qa import builtin_preferences
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import split_by_prompt
-from llm_quest.data.documents import DropReport
-from llm_quest.data.loader import ShardedLoader, length_grouped_indices
+from llm_quest.data.document import DropReport
+from llm_quest.data.loader import ShardedLoader, length_grouped_indices, repeat_by_weight
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference, tokenize_preferences
+from llm_quest.data.row_forms import PREFERENCE_FORMS, RATED_FORMS
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.unpaired import UnpairedBatch, add_mismatched_answers, own_rows, read_unpaired, repeat_answers
 from llm_quest.objectives.kto import (
@@ -31,7 +32,7 @@ from llm_quest.objectives.kto import (
     mismatched_gains,
     reference_point,
 )
-from llm_quest.recipes.assembly import count_epochs
+from llm_quest.recipes.assembly import count_epochs, load_config_rows
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
 from llm_quest.recipes.finetuning import (
@@ -56,12 +57,18 @@ PolicyContext = Callable[[], AbstractContextManager[Any]]
 EVAL_BATCH_SIZE = 16
 
 
+class UnpairedDataConfig(ConversationDataConfig):
+    """Answers that are labelled as desirable or not; a pair is one of each."""
+
+    forms = (*RATED_FORMS, *PREFERENCE_FORMS)
+
+
 class KtoConfig(PairBatchedConfig):
     """A model that answers and labelled answers in, a model that prefers the desirable ones out."""
 
     recipe: Literal["kto"]
     model: StartModelConfig
-    data: ConversationDataConfig = ConversationDataConfig()
+    data: UnpairedDataConfig = UnpairedDataConfig()
     loss_type: Annotated[str, Choice(UNPAIRED_LOSSES)] = "kto"
     beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
     desirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of desirable answers")
@@ -173,9 +180,10 @@ def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss
     """From a source to labelled rows with mismatched answers, and held-out ones."""
     data, drop_report = config.data, DropReport()
     chat = ChatTemplate(tokenizer, read_chat_template(data))
-    found = read_unpaired(load_records(data.source, builtin_preferences)[: data.max_samples], drop_report)
+    found = load_config_rows(data, read_unpaired, drop_report, builtin=builtin_preferences, limit=data.max_samples)
+    learned, held_out = split_by_prompt(found, data.held_out)
     parts = list[list[TokenizedPreference]]()
-    for part in split_by_prompt(found, data.held_out):
+    for part in (repeat_by_weight(learned), held_out):
         rows = tokenize_preferences(chat, part, config.sequence_length, drop_report)
         seed, before = derive_seed(config.seed, f"mismatched {len(parts)}"), [one for rows in parts for one in rows]
         parts.append(

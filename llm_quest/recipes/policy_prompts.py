@@ -9,24 +9,27 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import split_by_prompt
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
+from llm_quest.data.loader import repeat_by_weight
 from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, TASK_INSTRUCTIONS
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.prompt_rows import hash_of_rows, read_prompt_rows
-from llm_quest.data.records import read_records
+from llm_quest.data.row_forms import PROMPT_FORMS, RowForm
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
+from llm_quest.recipes.assembly import load_config_rows, log_remarks, source_name
 from llm_quest.recipes.finetuning import ConversationDataConfig, read_chat_template
+from llm_quest.recipes.row_source import Sources
 from llm_quest.rollouts.sampler import PolicyPrompt
 
 PROMPTS_PER_RENDERING = 64
@@ -36,7 +39,8 @@ MAX_CACHED_PROMPTS = 100_000
 class PromptDataConfig(ConversationDataConfig):
     """Rows with a prompt, perhaps an answer, and whatever columns rewards read."""
 
-    source: str = Field(min_length=1, description="a .json, .jsonl, .csv or .tsv file of rows")
+    forms: ClassVar[Sequence[RowForm]] = PROMPT_FORMS
+    source: Sources = Field(description="a file of rows, a folder, hf:DATASET, FILE.py:FUNCTION, or a list of them")
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the prompts that is never trained on")
 
 
@@ -89,18 +93,20 @@ def problems_of_rows(
 ) -> ProblemSet:
     """The rows of a file, held out by their prompts, the others in a new order every epoch."""
     report = DropReport()
-    rows = read_prompt_rows(read_records(data.source)[: data.max_samples], report)
+    rows = load_config_rows(data, read_prompt_rows, report, limit=data.max_samples)
     train, held = split_by_prompt(rows, data.held_out)
+    train = repeat_by_weight(train)
     answered = sum(row.answer is not None for row in rows)
     dropped = {reason: count for reason, (count, _) in sorted(report.dropped.items())}
     lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())
     log(f"prompts: {len(train):,} to train on, {len(held):,} held out, {answered:,} with an answer{lost}")
+    log_remarks(report, log)
     problems = [row.to_problem(answer_form or "plain", grading) for row in train]
     return ProblemSet(
         partial(shuffled_problem, problems, seed),
         [row.to_problem(answer_form or "plain", grading) for row in held[:number]],
         hash_of_rows(rows),
-        {"source": data.source, "train_rows": len(train), "held_out_rows": len(held), "dropped": dropped},
+        {"source": source_name(data), "train_rows": len(train), "held_out_rows": len(held), **report.row_facts()},
         any(row.is_conversational for row in rows),
     )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -35,6 +34,7 @@ from llm_quest.recipes.assembly import (
     load_text_data,
     make_sharded_loader,
     micro_batch_rows,
+    token_folder,
 )
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import (
@@ -226,8 +226,8 @@ def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
 
 def resolve_vocab_size(config: PretrainConfig) -> int:
     """How many tokens the tokenizer has, or will have."""
-    if (Path(config.data.source) / "manifest.json").is_file():
-        return int(open_token_folder(config.data.source, verify="size").manifest["vocab_size"])
+    if (prepared := token_folder(config.data)) is not None:
+        return int(open_token_folder(prepared, verify="size").manifest["vocab_size"])
     part = config.tokenizer
     return part.vocab_size if part.load is None else load_any_tokenizer(part.load).vocab_size
 

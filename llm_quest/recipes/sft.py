@@ -13,18 +13,19 @@ import torch
 from pydantic import Field
 
 from llm_quest.contracts import Evaluator
-from llm_quest.data.builtin_qa import builtin_instructions, load_records
+from llm_quest.data.builtin_qa import builtin_instructions
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.instructions import PackedExamples, drop_too_long
+from llm_quest.data.loader import repeat_by_weight
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.evaluators import save_samples
 from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.assembly import count_epochs, make_sharded_loader, micro_batch_rows
+from llm_quest.recipes.assembly import count_epochs, load_config_rows, make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.auxiliary_losses import (
     NumberTokenLossConfig,
     TeacherConfig,
@@ -122,8 +123,11 @@ def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, 
     """From a source to rows; what is left out is in the ledger."""
     chat = ChatTemplate(tokenizer, read_chat_template(config))
     drop_report = DropReport()
-    said = read_conversations(load_records(config.source, builtin_instructions)[: config.max_samples], drop_report)
+    said = load_config_rows(
+        config, read_conversations, drop_report, builtin=builtin_instructions, limit=config.max_samples
+    )
     train, held = split_by_prompt(said, config.held_out)
+    train = repeat_by_weight(train)
     learned, looked_at = (
         PackedExamples(drop_too_long(chat.encode_conversations(side, drop_report), length, drop_report), length)
         for side in (train, held)

@@ -9,12 +9,21 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from llm_quest.contracts import LogFn
-from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextDataset, ImageTextRows, SceneDataset
+from llm_quest.data.document import DropReport
+from llm_quest.data.image_text import (
+    CaptionDataset,
+    ImageTextCollator,
+    ImageTextDataset,
+    ImageTextRows,
+    SceneDataset,
+    read_caption_rows,
+)
 from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor
+from llm_quest.data.row_forms import IMAGE_TEXT_FORMS
 from llm_quest.data.synthetic_shapes import SCENE_STATISTICS
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
@@ -29,13 +38,22 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.objectives.next_token import CaptioningLoss
-from llm_quest.recipes.assembly import apply_techniques, count_epochs, make_sharded_loader
+from llm_quest.recipes.assembly import (
+    apply_techniques,
+    count_epochs,
+    load_config_rows,
+    log_remarks,
+    make_sharded_loader,
+    source_name,
+)
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import require_at_most_one
 from llm_quest.recipes.engine import build_lr_schedule
+from llm_quest.recipes.old_keys import OLD_VALUES
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.recipes.row_source import RowsConfig, Sources
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
 from llm_quest.train.optimizers import scale_schedule_after
 from llm_quest.train.state import derive_seed
@@ -46,27 +64,46 @@ PART_MODULES = {"vision_tower": "tower", "projector": "adapter", "language_model
 ADAMW_PARAMETERS = ("tower.embed.positions", "decoder.embed.", "decoder.head.")
 
 
-class ImageTextDataConfig(StrictModel):
-    """Rendered scenes of shapes, or a JSONL file of yours."""
+class ImageTextDataConfig(RowsConfig):
+    """Rendered scenes of shapes, or rows of yours."""
 
-    source: Literal["synthetic_shapes", "jsonl"] = Field(
-        default="synthetic_shapes", description="scenes of shapes are drawn as they are needed"
-    )
-    path: str | None = Field(
-        default=None, description="of jsonl: lines with image and caption, or image, question and answer"
+    forms = IMAGE_TEXT_FORMS
+    source: Sources = Field(
+        default="synthetic_shapes",
+        description="synthetic_shapes: scenes that are drawn as they are needed; or rows with image and caption, or "
+        "image, question and answer: a file, a folder, FILE.py:FUNCTION, or a list of them with weights",
     )
     image_size: PositiveInt = Field(default=48, description="pixels of a side")
     held_out: EvalFraction = Field(
-        default=0.1, description="of a JSONL file's images; of synthetic shapes, every fifth combination"
+        default=0.1, description="of the rows' images; of synthetic shapes, every fifth combination"
     )
     max_questions_per_row: PositiveInt | None = Field(
         default=None, description="questions of an image in one row, at most; null: all that fit"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def source_of_earlier_versions(cls, given: Any) -> Any:
+        """{source: jsonl, path: FILE} is {source: FILE}."""
+        if isinstance(given, dict) and given.get("source") == "jsonl" and "path" in given:
+            return {key: value for key, value in given.items() if key != "path"} | {"source": given["path"]}
+        return given
+
+    @field_validator("source")
+    @classmethod
+    def check_source_name(cls, source: Any) -> Any:
+        if ("data.source", source) in OLD_VALUES:
+            raise ValueError(f"{source} is now {OLD_VALUES['data.source', source]}")
+        return source
+
+    @property
+    def is_synthetic(self) -> bool:
+        return self.source == "synthetic_shapes"
+
     @model_validator(mode="after")
-    def check_file(self) -> ImageTextDataConfig:
-        if (self.path is None) != (self.source == "synthetic_shapes"):
-            raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
+    def check_columns_are_read(self) -> ImageTextDataConfig:
+        if self.is_synthetic and (self.columns or self.strict):
+            raise ValueError("columns and strict have no effect on synthetic_shapes; leave them out")
         return self
 
 
@@ -166,7 +203,9 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config = resolve_auto(config, context)
     preprocess = load_or_make_preprocess(config, log)
-    sights = load_image_text(config, preprocess)
+    drop_report = DropReport()
+    sights = load_image_text(config, preprocess, drop_report)
+    log_remarks(drop_report, log)
     tokenizer = build_vlm_tokenizer(config, sights)
     model = init_vlm(config, tokenizer, preprocess).train_only([PART_MODULES[part] for part in config.trainable])
     model.generation_config = GenerationConfig(
@@ -196,7 +235,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         loader,
         [evaluator],
         {"sights": sights.hash, "tokenizer": tokenizer.hash},
-        {"corpus": {"name": config.data.path or config.data.source}},
+        {"corpus": {"name": source_name(config.data)}, **drop_report.row_facts()},
         tokenizer,
         preprocess,
         callbacks=callbacks,
@@ -219,7 +258,7 @@ def load_or_make_preprocess(config: VlmConfig, log: LogFn) -> ImageProcessor:
         return processor
     whole = config.model.preset
     size = config.data.image_size if whole is None else preset(whole).config.vision_config.image_size
-    statistics: dict[str, Any] = SCENE_STATISTICS if config.data.source == "synthetic_shapes" else {}
+    statistics: dict[str, Any] = SCENE_STATISTICS if config.data.is_synthetic else {}
     return ImageProcessor(size, **statistics)
 
 
@@ -236,11 +275,12 @@ def load_vision_config(name_or_path: str) -> Any:
     return config.vision_config if isinstance(config, Config) else config
 
 
-def load_image_text(config: VlmConfig, preprocess: ImageProcessor) -> ImageTextDataset:
-    if config.data.source == "synthetic_shapes":
+def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: DropReport) -> ImageTextDataset:
+    data = config.data
+    if data.is_synthetic:
         return SceneDataset(preprocess.shape[0])
-    assert config.data.path is not None, "the config asks for a file with this source"
-    return CaptionDataset(config.data.path, preprocess, config.data.held_out)
+    rows = load_config_rows(data, read_caption_rows, drop_report)
+    return CaptionDataset(rows, preprocess, data.held_out, source_name(data))
 
 
 def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenizer:

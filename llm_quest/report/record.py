@@ -14,6 +14,7 @@ part has a report too.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.errors import DataError
+from llm_quest.files import iter_lines
 
 MAX_FILE_BYTES = 64 * 2**20
 SECRET_KEY = re.compile(r"TOKEN$|_KEY$|^KEY$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -152,12 +154,12 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     """JSON objects, one a line. A torn last line (a run in progress or killed) is left out; any other is an error."""
-    lines = read_text_file(file).splitlines()
-    for number, line in enumerate(lines, start=1):
+    lines = list(iter_lines(io.BytesIO(read_text_file(file).encode())))
+    for number, line in lines:
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except (ValueError, RecursionError):
-            if number == len(lines):
+            if number == lines[-1][0]:
                 return
             raise DataError(f"{file}:{number} is not JSON; remove the line, and the report will do without") from None
         if isinstance(row, dict):

@@ -98,7 +98,7 @@ def test_a_row_is_what_generate_says_alone(model: str, prompts: Path, tmp_path: 
 
 def test_training_reads_the_file_as_it_stands(model: str, prompts: Path, tmp_path: Path) -> None:
     wrote(model, prompts, tmp_path / "texts.jsonl")
-    corpus = load_corpus(str(tmp_path / "texts.jsonl"), column="text")
+    corpus = load_corpus(str(tmp_path / "texts.jsonl"), columns={"text": "text"})
     wanted = [str(row["text"]) for row in rows_of(tmp_path / "texts.jsonl") if str(row["text"]).strip()]
     assert sorted({one.text for one in corpus.documents}) == sorted(set(wanted))
 
@@ -187,9 +187,9 @@ def test_a_text_file_is_a_prompt_a_line_and_mistakes_name_file_line_and_field(mo
     wrote(model, tmp_path / "lines.txt", tmp_path / "texts.jsonl", replace(MANNER, tokens=1))
     assert [row["prompt"] for row in rows_of(tmp_path / "texts.jsonl")] == ["abc", "  a b", "c"]
     for name, content, said in [
-        ("wrong.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "wrong.jsonl:2 has no 'prompt'; it has 'text'"),
+        ("wrong.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "wrong.jsonl:2: has no 'prompt'; it has 'text'"),
         ("number.jsonl", '{"prompt": 1}\n', "number.jsonl:1: 'prompt' is a int"),
-        ("half.jsonl", '{"prompt": "a"}\n{"prom', "half.jsonl:2 is not JSON"),
+        ("half.jsonl", '{"prompt": "a"}\n{"prom', "half.jsonl:2: is not JSON"),
         ("empty.txt", "\n\n", "holds no prompts: write one a line"),
     ]:
         (tmp_path / name).write_text(content)

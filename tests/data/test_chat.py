@@ -14,7 +14,7 @@ from llm_quest.data.chat import (
     default_chat_template,
 )
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokenizer_files import END_OF_TEXT

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
-from llm_quest.data.documents import DropReport
+from llm_quest.data.conversations import Conversation, parse_conversation, read_conversations, split_by_prompt
+from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.records import Record, read_records
 from llm_quest.errors import DataError
@@ -38,15 +38,22 @@ def test_an_alpaca_rows_input_stands_below_its_instruction():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": "x"}, "keys text; expected"),
+        ({"text": "x"}, r"keys text; expected .* \(such rows are for pretrain\)"),
+        ({"prompt": "a", "completion": None}, "keys prompt; expected"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "message 2: has no 'content'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of its content is"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight is 0.5; expected 0, 1"),
+        ({"prompt": "a", "completion": "b", "tools": "x"}, "tools is 'x'; expected a list"),
+        ({"instruction": "a", "output": "b", "history": ["a"]}, r"no list of pairs \[question, answer\]"),
         ({"messages": [{"role": "user", "content": "a"}]}, "the roles are user; expected"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the roles are assistant"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
-            "message 2 has the role 'tool'",
+            "the roles are user, tool",
         ),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 needs 'role' and 'content'"),
-        ({"messages": "hello"}, "messages are a str"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "message 1: a part of its content is 1"),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, "message 1: has the role 'narrator'; known: system"),
+        ({"messages": "hello"}, "messages is a str"),
         ({"messages": []}, "the roles are \\(none\\)"),
         ({"prompt": "a", "completion": 4}, "'completion' is a int"),
         ({"prompt": [{"role": "user", "content": "a"}] * 2, "completion": "b"}, "the roles are user, user, assistant"),
@@ -54,7 +61,7 @@ def test_an_alpaca_rows_input_stands_below_its_instruction():
 )
 def test_a_row_that_is_wrong_stops_with_file_and_line(row, said):
     with pytest.raises(DataError, match=f"^f:7.*{said}"):
-        read_conversations([Record(row, "f:7")], DropReport())
+        parse_conversation(Record(row, "f:7"))
 
 
 def test_an_empty_answer_is_dropped_and_counted():
@@ -75,12 +82,12 @@ def test_rows_of_a_list_carry_their_lines(tmp_path: Path):
     [
         ("a.json", '[\n{"a": 1}\n{"a": 2}]', ":2: after this object"),
         ("a.json", '[\n{"a": 1},\n{"a": oops}]', ":3 is not JSON"),
-        ("a.json", '{"a": 1}', "does not begin with"),
-        ("a.json", "[1]", ":1 holds a int"),
+        ("a.json", '"a"', "does not begin with"),
+        ("a.json", "[1]", ":1: holds a int"),
         ("a.json", '[{"a": 1}', ":1: after this object"),
         ("a.json", "[]", "holds no rows"),
-        ("a.jsonl", '{"a": 1}\n\nnope\n', ":3 is not JSON"),
-        ("a.csv", "a,b\n1,2\n3\n", ":3 has another number of cells"),
+        ("a.jsonl", '{"a": 1}\n\nnope\n', ":3: is not JSON"),
+        ("a.csv", "a,b\n1,2\n3\n", ":3: has 1 cells, the first line names 2"),
         ("a.txt", "hello", "rows are read from"),
     ],
 )

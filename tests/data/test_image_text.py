@@ -13,9 +13,12 @@ from PIL import Image
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.batch import IGNORE_INDEX
-from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextRows, SceneDataset, read_caption_file
+from llm_quest.data.document import DropReport
+from llm_quest.data.image_text import CaptionDataset, ImageTextCollator, ImageTextRows, SceneDataset, read_caption_rows
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import ShardedLoader
+from llm_quest.data.records import read_records
+from llm_quest.data.sources import DataSource, load_rows
 from llm_quest.data.synthetic_shapes import QuestionAnswer
 from llm_quest.data.tokenizer import SPECIAL_TOKENS
 from llm_quest.data.vocabulary import train_bpe
@@ -92,10 +95,15 @@ def write(tmp_path: Path, rows: list[object], images: int = 12) -> Path:
     return file
 
 
+def caption_dataset(file: Path, *, strict: bool = False) -> CaptionDataset:
+    rows = load_rows([DataSource(str(file))], read_caption_rows, DropReport(), strict=strict)
+    return CaptionDataset(rows, PREPROCESS, 0.3, str(file))
+
+
 def test_a_file_of_captions_and_questions_is_read_and_lines_of_an_image_stay_together(tmp_path: Path):
     rows = [{"image": f"{i}.png", "caption": f"image {i}"} for i in range(12)]
     rows += [{"image": f"{i}.png", "question": "which?", "answer": str(i)} for i in range(12)]
-    sights = CaptionDataset(write(tmp_path, rows), PREPROCESS, 0.3)
+    sights = caption_dataset(write(tmp_path, rows))
     assert len(sights.train_examples) + len(sights.held_out_examples) == 12
     assert all(
         [turn.question for turn in sight.turns] == ["describe:", "which?"]
@@ -115,23 +123,41 @@ def test_a_file_of_captions_and_questions_is_read_and_lines_of_an_image_stay_tog
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"captions\.jsonl:2: no JSON"),
-        ({"image": "0.png"}, r"captions\.jsonl:2: 'question' is missing or no text"),
-        ({"image": "0.png", "caption": 3}, r"captions\.jsonl:2: 'caption' is missing or no text"),
-        ([1], r"captions\.jsonl:2: 'image' is missing"),
-        ({"image": "absent.png", "caption": "x"}, r"absent\.png: there is no such image"),
+        ("{", r"captions\.jsonl:2: is not JSON"),
+        ({"image": "0.png"}, r"captions\.jsonl:2: has the keys image; expected those of one form: image, caption;"),
+        ({"image": "0.png", "caption": 3}, r"captions\.jsonl:2: 'caption' is a int, expected text"),
+        ({"image": "0.png", "caption": ""}, r"captions\.jsonl:2: .*is empty"),
+        ([1], r"captions\.jsonl:2: holds a list, expected an object"),
+        ({"image": "absent.png", "caption": "x"}, r"captions\.jsonl:2: there is no image .*absent\.png"),
+        (
+            {"image": "0.png", "conversations": [{"from": "gpt", "value": "x"}]},
+            r"captions\.jsonl:2: the roles are assistant",
+        ),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: object, message: str):
+def test_a_bad_line_is_named_and_left_out(tmp_path: Path, line: object, message: str):
+    file = write(tmp_path, [*({"image": f"{i}.png", "caption": "x"} for i in range(12)), line][::-1])
+    file.write_text("\n".join(file.read_text().split("\n")[i] for i in (1, 0, *range(2, 13))))
     with pytest.raises(DataError, match=message):
-        CaptionDataset(write(tmp_path, [{"image": "1.png", "caption": "x"}, line]), PREPROCESS, 0.3)
+        caption_dataset(file, strict=True)
+    dataset = caption_dataset(file)
+    assert len(dataset.train_examples) + len(dataset.held_out_examples) == 12
+
+
+def test_llavas_conversations_are_questions_and_answers(tmp_path: Path):
+    turns = [("human", "<image>\nHow many?"), ("gpt", "two"), ("human", "Which?"), ("gpt", "red")]
+    row = {"image": "0.png", "id": "7", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    report = DropReport()
+    [found] = read_caption_rows(read_records(write(tmp_path, [row])), report)
+    assert [(turn.question, turn.answer) for turn in found.turns] == [("How many?", "two"), ("Which?", "red")]
+    assert report.unused_keys == {"id": 1}
 
 
 def test_an_absent_or_empty_file_is_named(tmp_path: Path):
-    with pytest.raises(DataError, match="there is no such file"):
-        CaptionDataset(tmp_path / "no.jsonl", PREPROCESS, 0.3)
-    with pytest.raises(DataError, match="is empty"):
-        CaptionDataset(write(tmp_path, []), PREPROCESS, 0.3)
+    with pytest.raises(DataError, match=r"no\.jsonl does not exist"):
+        caption_dataset(tmp_path / "no.jsonl")
+    with pytest.raises(DataError, match="it holds no rows"):
+        caption_dataset(write(tmp_path, []))
 
 
 def test_one_turn_a_row_leaves_nothing_to_copy_from():
@@ -159,14 +185,15 @@ def test_captions_come_first_in_so_many_steps_and_questions_after_them():
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
 def test_a_line_ends_at_its_line_end_alone(tmp_path: Path, mark: str):
     rows = [{"image": "0.png", "caption": f"one{mark}two"}, {"image": "1.png", "caption": "three"}]
-    file = tmp_path / "rows.jsonl"
+    file = write(tmp_path, [])
     file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
-    assert [turn.answer for _, turn in read_caption_file(file)] == [f"one{mark}two", "three"]
+    rows = read_caption_rows(read_records(file), DropReport())
+    assert [turn.answer for row in rows for turn in row.turns] == [f"one{mark}two", "three"]
 
 
 def test_every_held_out_image_is_asked_about_once(tmp_path: Path):
     rows = [{"image": f"{i % 10}.png", "question": f"{i}?", "answer": str(i)} for i in range(10)]
-    dataset = CaptionDataset(write(tmp_path, rows), PREPROCESS, 0.3)
+    dataset = caption_dataset(write(tmp_path, rows))
     held_out = dataset.num_eval_examples
     assert held_out is not None
     asked: list[str] = []

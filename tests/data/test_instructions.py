@@ -6,7 +6,7 @@ import torch
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.chat import ChatExample
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.instructions import PackedExamples, drop_too_long
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.packing import pack_best_fit

@@ -8,11 +8,17 @@ import torch
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader
 from llm_quest.data.messages import Message
 from llm_quest.data.preference_pairs import PreferenceDataset, collate_preferences
-from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
+from llm_quest.data.preferences import (
+    Preference,
+    TokenizedPreference,
+    parse_preference,
+    read_preferences,
+    tokenize_preferences,
+)
 from llm_quest.data.records import Record
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
@@ -42,8 +48,15 @@ def test_every_form_of_row_is_one_preference(row):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "a", "chosen": "b"}, "keys prompt, chosen; expected chosen and rejected"),
-        ({"chosen": "b", "rejected": "c"}, "do not begin with the same question"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            "keys prompt, chosen; expected those of one form: prompt, ranked; .*prompt, chosen, rejected",
+        ),
+        ({"chosen": "b", "rejected": "c"}, "the text begins with 'b'; expected 'Human:"),
+        (
+            {"prompt": "q", "chosen": [{"role": "user", "content": "another"}, say("a")], "rejected": "b"},
+            "answers another question",
+        ),
         ({"chosen": [ASKED, say("a")], "rejected": [say("b")]}, "do not begin with the same question"),
         ({"prompt": "a", "chosen": [ASKED], "rejected": "b"}, "an answer is one message of the assistant"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "'margin' is 'much'"),
@@ -53,7 +66,7 @@ def test_every_form_of_row_is_one_preference(row):
 )
 def test_a_row_that_is_wrong_stops_with_file_and_line(row, said):
     with pytest.raises(DataError, match=f"^f:7.*{said}"):
-        read_preferences([Record(row, "f:7")], DropReport())
+        parse_preference(Record(row, "f:7"))
 
 
 def test_what_tells_nothing_is_dropped_and_counted():

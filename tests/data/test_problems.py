@@ -98,7 +98,7 @@ def test_gsm8k_rows_are_read_and_their_worked_answers_are_right(tmp_path: Path) 
     [
         ("", "holds no problems"), ("{", "a.jsonl:1"), ('{"question": "a"}', "a.jsonl:1"), ("[1]", "a.jsonl:1"),
         ('{"question": "a", "answer": "5"}', "no #### before"),
-        ('{"question": "a", "answer": null}', "a.jsonl:1: answer is None; text was expected"),
+        ('{"question": "a", "answer": null}', "a.jsonl:1: answer is None; expected an object"),
         ('{"question": ["a"], "answer": "#### 5"}', "a.jsonl:1: question is"),
         ('{"question": "a\\ud83d", "answer": "#### 5"}', "a.jsonl:1: .* is half of a surrogate pair"),
     ],

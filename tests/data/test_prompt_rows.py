@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from llm_quest.data.conversations import split_by_prompt
-from llm_quest.data.documents import DropReport
-from llm_quest.data.prompt_rows import PROMPT_PARSERS, hash_of_rows, parse_prompt_row, read_prompt_rows
+from llm_quest.data.document import DropReport
+from llm_quest.data.prompt_rows import hash_of_rows, parse_prompt_row, read_prompt_rows
 from llm_quest.data.records import Record
+from llm_quest.data.row_forms import PROMPT_FORMS
 from llm_quest.errors import DataError
 
 USER = [{"role": "user", "content": "2+2?"}]
@@ -36,7 +37,8 @@ def test_every_form_gives_its_prompt(columns: dict[str, Any], conversational: bo
 
 
 def test_every_parser_is_tried_above():
-    assert set(PROMPT_PARSERS) == {"prompt", "messages", "conversations", "question", "problem", "query", "instruction"}
+    asked = {form.keys[0] for form in PROMPT_FORMS}
+    assert asked == {"prompt", "messages", "conversations", "question", "problem", "query", "instruction"}
 
 
 @pytest.mark.parametrize(
@@ -53,13 +55,15 @@ def test_the_answer_is_the_first_of_its_columns(columns: dict[str, Any], answer:
 def test_a_system_column_is_the_system_message_unless_the_row_has_one():
     system = {"role": "system", "content": "Be short."}
     assert row(prompt="2+2?", system="Be short.").prompt == [system, *USER]
-    assert row(prompt=[system, *USER], system="Be long.").prompt == [system, *USER]
+    assert row(prompt=[system, *USER], system="Be short.").prompt == [system, *USER]
+    with pytest.raises(DataError, match="another system message"):
+        row(prompt=[system, *USER], system="Be long.")
 
 
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"text": "2+2?"}, r"rows.jsonl:3 has the keys text; expected one of prompt, messages"),
+        ({"text": "2+2?"}, r"rows.jsonl:3: has the keys text; expected those of one form: prompt; messages"),
         ({"prompt": 3}, "rows.jsonl:3: 'prompt' is a int, expected text"),
         ({"prompt": "a", "answer": [1]}, r"rows.jsonl:3: the answer is \[1\]"),
         ({"prompt": "a", "answer": True}, "the answer is True"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.preferences import read_preferences
 from llm_quest.data.problems.gsm8k import GSM8K_ANSWER_MARK, read_gsm8k
 from llm_quest.data.records import read_records

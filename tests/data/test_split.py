@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from llm_quest.data.corpus import Corpus
-from llm_quest.data.documents import Document, DropReport
+from llm_quest.data.document import Document, DropReport
 from llm_quest.data.split import WORDS_AT_ONCE, near_copies, shingle_hashes, shingle_overlap, split_corpus
 from llm_quest.errors import DataError, UsageError
 

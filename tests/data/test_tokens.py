@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llm_quest.data.corpus import Corpus
-from llm_quest.data.documents import Document, DropReport
+from llm_quest.data.document import Document, DropReport
 from llm_quest.data.split import CorpusSplit
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_quest.data.documents import Document
+from llm_quest.data.document import Document
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
 from llm_quest.eval.baselines import (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm_quest.cli.chat import TemplatedConversation
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.preferences import Preference, tokenize_preferences
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.generation.stopping import Completion, GeneratedSequence, StoppingCriteria

@@ -13,10 +13,15 @@ import torch
 
 from llm_quest.cli.classify import classify_text
 from llm_quest.cli.export import export_run
-from llm_quest.data.documents import DropReport
+from llm_quest.data.document import DropReport
 from llm_quest.data.records import Record, read_records
-from llm_quest.data.text_classification import collect_label_names, encode_labeled_texts, read_labeled_texts
-from llm_quest.errors import DataError, UsageError
+from llm_quest.data.text_classification import (
+    collect_label_names,
+    encode_labeled_texts,
+    parse_labeled_text,
+    read_labeled_texts,
+)
+from llm_quest.errors import DataError, RowError, UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.recipes.classify import (
     classification_metrics,
@@ -59,13 +64,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pairs(start: Path, table: Path) -> list[str]:
-    return [f"model.load={start}", f"data.source={table}", "data.text_column=mail", "data.label_column=kind"]
+    return [f"model.load={start}", f"data.source={table}", "data.columns={text: mail, label: kind}"]
 
 
 @pytest.fixture(scope="module")
 def trained(start: Path, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    pairs = [f"model.load={start}", f"data.source={table}", "data.text_column=mail", "data.label_column=kind"]
+    pairs = [f"model.load={start}", f"data.source={table}", "data.columns={text: mail, label: kind}"]
     outcome = started("classify", RECIPE, out, *pairs)
     assert outcome.scores["accuracy"] == 1.0
     assert outcome.scores["macro_f1"] == 1.0
@@ -133,7 +138,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_interrupted(trained: P
 
 
 def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"rows\.csv:2 has no 'text'; it has mail, kind: name the columns"):
+    with pytest.raises(
+        DataError,
+        match=r"rows\.csv:2: has the keys mail, kind; expected those of one form: text, label",
+    ):
         started("classify", RECIPE, tmp_path / "a", *pairs[:2])
     with pytest.raises(UsageError, match="techniques decide what is trained"):
         started("classify", RECIPE, tmp_path / "a", *pairs, "techniques=[lora]", "trainable=head")
@@ -143,8 +151,8 @@ def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_pat
             RECIPE,
             tmp_path / "a",
             f"model.load={trained}",
-            *pairs[1:3],
-            "data.label_column=mail",
+            pairs[1],
+            "data.columns={text: mail, label: mail}",
         )
     with pytest.raises(UsageError, match="is not a text classifier"):
         classify_text(str(start), "hello")
@@ -175,8 +183,11 @@ def test_rows_are_checked_and_cut_texts_counted(start: Path):
     assert ledger.notes == ["1 texts lost their end beyond 16 tokens"]
     with pytest.raises(DataError, match="all 1 texts have the label"):
         collect_label_names(texts[:1])
-    with pytest.raises(DataError, match="f:3: 'text' must be text"):
-        read_labeled_texts([Record({"text": 3, "label": "x"}, "f:3")], ledger)
+    with pytest.raises(RowError, match="f:3: 'text' is a int, expected text"):
+        parse_labeled_text(Record({"text": 3, "label": "x"}, "f:3"))
+    with pytest.raises(RowError, match=r"f:3: .label. is 0\.5; expected text or a whole number"):
+        parse_labeled_text(Record({"text": "a", "label": 0.5}, "f:3"))
+    assert parse_labeled_text(Record({"text": "a", "label": "spam "}, "f")).label == "spam"
     with pytest.raises(DataError, match="f:1: the model has no label '1'; it has a, b"):
         encode_labeled_texts(texts, ("a", "b"), tokenizer, 16, ledger)
 

@@ -95,12 +95,12 @@ def test_pairs_are_taken_apart_and_labels_may_be_text(start: Path, tmp_path: Pat
     ("row", "said"),
     [
         (
-            {"prompt": "a", "completion": "b", "label": "good"},
-            "rows.jsonl:1: 'label' is 'good', expected true or false",
+            {"prompt": "a", "completion": "b", "label": "fine"},
+            "rows.jsonl:1: 'label' is 'fine', expected true or false",
         ),
-        ({"prompt": "a", "completion": "b", "label": None}, "'label' is None"),
+        ({"prompt": "a", "completion": "b", "label": None}, "keys prompt, completion; expected those of one form"),
         ({"prompt": "a", "completion": "b", "label": [1]}, r"'label' is \[1\]"),
-        ({"prompt": "a", "completion": "b"}, "expected prompt, completion and label"),
+        ({"prompt": "a", "completion": "b"}, "expected those of one form: .*prompt, completion, label"),
     ],
 )
 def test_rows_that_are_not_labelled_answers_are_refused(row, said, start: Path, tmp_path: Path):

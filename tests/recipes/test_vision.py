@@ -233,8 +233,7 @@ def test_captions_of_ones_own_are_trained_on(tmp_path: Path):
         tmp_path,
         "run",
         "max_steps=2",
-        "data.source=jsonl",
-        f"data.path={tmp_path / 'captions.jsonl'}",
+        f"data.source={tmp_path / 'captions.jsonl'}",
         "data.held_out=0.3",
     )
     assert set(outcome.scores) == {"caption"}

@@ -7,56 +7,48 @@ training."""
 from __future__ import annotations
 
 import hashlib
-import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from llm_quest.data.documents import decode_utf8
+from llm_quest.data.document import DropReport
 from llm_quest.data.problems.problem import Problem
-from llm_quest.data.records import require_valid_text
-from llm_quest.errors import DataError
+from llm_quest.data.records import Record, iter_records, parse_rows
+from llm_quest.errors import DataError, RowError
 
 GSM8K_ANSWER_MARK = "####"
 CALCULATOR_ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
-def read_gsm8k(file: str | Path) -> list[Problem]:
-    """Every problem of a file. DataError names the line that cannot be used."""
-    path = Path(file)
-    if not path.is_file():
+def read_gsm8k(file: str | Path, drop_report: DropReport | None = None) -> list[Problem]:
+    """Every problem of a file. DataError with file and line where a row is none; with a report, such rows are counted
+    and left out, and only a file without any problem is an error."""
+    if not Path(file).exists():
         raise DataError(f"there is no file {file}; give GSM8K's JSON lines (question, answer)")
-    problems = []
-    for number, line in enumerate(decode_utf8(path.read_bytes(), path).split("\n"), 1):
-        if line.strip():
-            problems.append(parse_gsm8k_line(line, f"{file}:{number}"))
+    report = DropReport() if drop_report is None else drop_report
+    return parse_gsm8k(iter_records(file, report), str(file), report, strict=drop_report is None)
+
+
+def parse_gsm8k(records: Iterable[Record], name: str, drop_report: DropReport, *, strict: bool) -> list[Problem]:
+    problems = parse_rows(records, parse_gsm8k_row, drop_report)
+    drop_report.require_rows(len(problems), name, strict=strict)
     if not problems:
-        raise DataError(f"{file} holds no problems")
+        raise DataError(f"{name} holds no problems")
     return problems
 
 
-def parse_gsm8k_line(line: str, place: str) -> Problem:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
-    return parse_gsm8k_row(row, place)
-
-
-def parse_gsm8k_row(row: Any, place: str) -> Problem:
+def parse_gsm8k_row(record: Record) -> Problem:
     """The problem of a row with question and answer."""
-    try:
-        question, worked = row["question"], row["answer"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{place}: not an object with question and answer ({type(error).__name__}: {error})") from None
-    for name, value in (("question", question), ("answer", worked)):
-        if not isinstance(value, str):
-            raise DataError(f"{place}: {name} is {value!r:.60}; text was expected")
-        require_valid_text(value, place)
+    row, place = record.row, record.where
+    for name in ("question", "answer"):
+        if not isinstance(row.get(name), str):
+            reason = f"{name} is {row.get(name)!r:.60}; expected an object with question and answer, both text"
+            raise RowError(place, f"no {name}", reason)
+    question, worked = row["question"], row["answer"]
     reasoning, mark, answer = worked.rpartition(GSM8K_ANSWER_MARK)
     if not mark:
-        raise DataError(f"{place}: the answer has no {GSM8K_ANSWER_MARK} before its number")
-    steps = tuple(line for line in CALCULATOR_ANNOTATION.sub("", reasoning).strip().splitlines() if line)
+        raise RowError(place, "no answer mark", f"the answer has no {GSM8K_ANSWER_MARK} before its number")
+    steps = tuple(line for line in CALCULATOR_ANNOTATION.sub("", reasoning).strip().split("\n") if line)
     return Problem(question, answer.strip().replace(",", ""), "gsm8k", question, steps=steps)
 
 

@@ -20,6 +20,7 @@ from llm_quest.data.loader import ShardedLoader, epoch_indices
 from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import DataError, UsageError
 from llm_quest.objectives.next_token import NextTokenLoss
+from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
@@ -94,7 +95,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
         loader,
         [evaluator],
         {"tokenizer": tokenizer.hash, "documents": text.hash},
-        {"source": rpt.data.source, **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run},
+        {"source": source_name(rpt.data), **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run},
         tokenizer,
         callbacks=[*technique_callbacks, flops_counter],
         before=partial(report_before, evaluator, log),

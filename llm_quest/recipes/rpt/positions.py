@@ -29,10 +29,11 @@ from llm_quest.data.whole_documents import hash_documents
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.assembly import load_text_data
+from llm_quest.recipes.assembly import load_text_data, source_name
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, TextDataConfig, TokenizerConfig
 from llm_quest.recipes.policy import PolicyConfig
+from llm_quest.recipes.row_source import Sources
 from llm_quest.recipes.rpt.prompts import (
     Position,
     PromptBuilder,
@@ -60,10 +61,8 @@ class RptDataConfig(TextDataConfig):
     """The text whose tokens are to be foretold: what pretraining takes, or a task, whose problems and answers are
     written out as documents."""
 
-    source: str = Field(
-        default="registers",
-        min_length=1,
-        description="a task, options after a colon; or builtin, builtin:PARTS, a text or JSONL file, a folder",
+    source: Sources = Field(
+        default="registers", description="a task, options after a colon; or any text that `pretrain` reads"
     )
     num_documents: PositiveInt | None = Field(default=None, description="of a task: how many are drawn; null: 8000")
     max_document_tokens: PositiveInt | None = Field(
@@ -72,7 +71,7 @@ class RptDataConfig(TextDataConfig):
 
     @property
     def is_task(self) -> bool:
-        return self.source.partition(":")[0] in TASKS
+        return source_name(self).partition(":")[0] in TASKS
 
     @property
     def document_count(self) -> int:
@@ -81,13 +80,13 @@ class RptDataConfig(TextDataConfig):
     @model_validator(mode="after")
     def check_source_keys(self) -> RptDataConfig:
         if self.is_task:
-            parse_task(self.source)
+            parse_task(source_name(self))
         if not self.is_task and self.num_documents is not None:
             raise ValueError(
-                f"data.num_documents has no effect on {self.source}, whose documents are what they are: leave out"
+                f"data.num_documents has no effect on {source_name(self)}, whose documents are what they are: leave out"
             )
-        for name in ("text_column", "separator", "held_out") if self.is_task else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+        for name in ("columns", "strict", "separator", "held_out") if self.is_task else ():
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
         return self
 
@@ -143,7 +142,7 @@ class SelectedPositions:
 
 def split_problems(config: RptDataConfig, seed: int) -> tuple[list[Problem], list[Problem]]:
     """A task's problems to learn from, and held-out ones."""
-    task, stream = parse_task(config.source), derive_seed(seed, "documents")
+    task, stream = parse_task(source_name(config)), derive_seed(seed, "documents")
     return unique_problems(task, "train", config.document_count, stream), unique_problems(
         task, "validation", NUM_HELD_OUT, stream
     )
@@ -182,7 +181,9 @@ def documents_from_text(
     start, end = tokenizer.start_token_id, tokenizer.eos_token_id
     train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in (folder.train, folder.val))
     if not train or not held:
-        raise DataError(f"{config.data.source} holds too few documents to keep some of them out of training; add text")
+        raise DataError(
+            f"{source_name(config.data)} holds too few documents to keep some of them out of training; add text"
+        )
     return train, held
 
 
@@ -259,12 +260,12 @@ def require_positions(
         why = "".join(f"; {number:,}: {reason}" for reason, number in lost.items())
         why += f"; {short:,} documents have nothing to foretell" if short else ""
         raise DataError(
-            f"no place in {config.data.source} is left to think about: the proxy finds none harder than "
+            f"no place in {source_name(config.data)} is left to think about: the proxy finds none harder than "
             f"{config.selection.entropy_threshold:g} nats{why}; lower selection.entropy_threshold, or "
             "take a smaller proxy or more text"
         )
     if not held_out:
-        raise DataError(f"nothing of {config.data.source} that was held out can be asked for; add text")
+        raise DataError(f"nothing of {source_name(config.data)} that was held out can be asked for; add text")
 
 
 def positions_to_json(found: Sequence[Position]) -> list[list[float]]:

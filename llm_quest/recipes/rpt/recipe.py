@@ -23,6 +23,7 @@ from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.evaluators import RatioRangeEvaluator
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run, policy_sampler
@@ -125,7 +126,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         MeteredRolloutLoader(policy.rollouts, meter),
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {"tokenizer": start.tokenizer.hash, "documents": text.hash},
-        {"source": config.data.source, **positions.facts, "tokenizer_sha256": start.tokenizer.hash},
+        {"source": source_name(config.data), **positions.facts, "tokenizer_sha256": start.tokenizer.hash},
         start.tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],

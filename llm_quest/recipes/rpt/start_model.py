@@ -30,6 +30,7 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.layers.initialize import copy_module
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
@@ -122,7 +123,7 @@ def train_start_models(
 ) -> tuple[Decoder, Tokenizer, Decoder]:
     """A fresh model that reads and thinks, its tokenizer, and a copy that only reads."""
     out, parallel, log = context.run_dir, context.parallel, context.log
-    tokenizer = reasoning_tokenizer(parse_task(config.data.source))
+    tokenizer = reasoning_tokenizer(parse_task(source_name(config.data)))
     model = init_model(config.model, context.settings, tokenizer, context=WARMUP_CONTEXT, seed=config.seed)
     if context.planning:
         return model, tokenizer, model
@@ -152,7 +153,7 @@ def train_thinking(
     log: LogFn,
 ) -> None:
     """The model sees a teacher think, until that helps it now and then on held-out documents."""
-    task, (train, held) = parse_task(config.data.source), split_problems(config.data, config.seed)
+    task, (train, held) = parse_task(source_name(config.data)), split_problems(config.data, config.seed)
     loader = ReasoningLoader(
         task, train, tokenizer, num_examples=part.sft.num_examples, batch_size=part.sft.batch_size,
         seed=derive_seed(config.seed, "demonstrations"),

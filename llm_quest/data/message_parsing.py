@@ -1,0 +1,137 @@
+"""Messages in rows: every spelling of a turn becomes a `Message`.
+
+{"role": "user", "content": ...}            OpenAI; content is text or a list of {"type": "text", "text": ...}
+{"from": "human", "value": ...}             ShareGPT
+{"role": "assistant", "content": ..., "weight": 0}     not learned; also "train": false
+{"role": "assistant", "tool_calls": [...]}, {"role": "tool", ...}; ShareGPT's function_call and observation
+"\\n\\nHuman: ...\\n\\nAssistant: ..."          a transcript, as in hh-rlhf"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_quest.data.messages import EXTRA_MESSAGE_KEYS, Message
+from llm_quest.data.records import TrackedRow
+from llm_quest.errors import RowError
+
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_ALIASES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "developer": "system", "function_call": "assistant", "observation": "tool", "function": "tool",
+    "function_response": "tool", "ipython": "tool",
+}  # fmt: skip
+"""Other names of the roles."""
+ROLE_KEYS = (("role", "content"), ("from", "value"))
+TRAIN_KEYS = ("weight", "train")
+"""Keys of a message that say whether it is learned: 0 or false, 1 or true."""
+TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):[ ]?")
+
+
+def parse_messages(
+    row: Mapping[str, Any], key: str, where: str, *, value: Any = None, extra: bool = True
+) -> list[Message]:
+    """The messages under a key of a row. value: the part of it to read, for all of it None. extra: whether to keep
+    reasoning and tool calls; without, they count as keys that nothing reads."""
+    value = row[key] if value is None else value
+    value = parse_json_cell(value, where) if isinstance(value, str) else value
+    value = [value] if isinstance(value, Mapping) else value
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
+        raise RowError(where, "no list of messages", f"{key} is a {type(value).__name__}, expected a list of messages")
+    parts = TrackedRow.wrap(row).track_parts(key, list(value))
+    return [parse_message(part, f"{where}: message {n}", extra) for n, part in enumerate(parts, start=1)]
+
+
+def parse_json_cell(text: str, where: str) -> Any:
+    """A list that a table holds as JSON text; any other text as it is."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(where, "not JSON", f"a cell begins like JSON and is none ({error})") from None
+
+
+def parse_message(row: TrackedRow, where: str, extra: bool = True) -> Message:
+    role_key, content_key = next((keys for keys in ROLE_KEYS if keys[0] in row), ROLE_KEYS[0])
+    written = row.get(role_key)
+    role = ROLE_ALIASES.get(written, written) if isinstance(written, str) else None
+    if role not in ROLES:
+        known = ", ".join((*ROLES, *ROLE_ALIASES))
+        raise RowError(where, f"the role {written!r:.30}", f"has the role {written!r:.60}; known: {known}")
+    fields = {name: row[name] for name in EXTRA_MESSAGE_KEYS if extra and name in row}
+    if written == "function_call":
+        fields["tool_calls"] = [parse_call(row.get(content_key), where)]
+        return Message(role, "", parse_train(row, where), fields)
+    if content_key not in row and "tool_calls" not in row:
+        raise RowError(where, f"a message without {content_key}", f"has no {content_key!r}, or null")
+    return Message(role, parse_content(row.get(content_key, ""), where), parse_train(row, where), fields)
+
+
+def parse_content(value: Any, where: str) -> str:
+    """Text, or the text of parts of type text. RowError for images and other parts, which text recipes cannot read."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise RowError(where, "content that is no text", f"its content is a {type(value).__name__}, expected text")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, Mapping) else "text" if isinstance(part, str) else None
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind != "text" or not isinstance(text, str):
+            raise RowError(where, f"a content part {kind!r}", f"a part of its content is {part!r:.60}, expected text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def parse_train(row: TrackedRow, where: str) -> bool:
+    """Whether a message is learned: its `weight` and `train` are both true or not given."""
+    for key in TRAIN_KEYS:
+        if key in row and row[key] not in (0, 1):
+            raise RowError(where, f"{key} of a message", f"{key} is {row[key]!r:.40}; expected 0, 1, true or false")
+    return all(bool(row.get(key, True)) for key in TRAIN_KEYS)
+
+
+def parse_call(value: Any, where: str) -> dict[str, Any]:
+    """ShareGPT's call, as JSON text of name and arguments, as a tool call of OpenAI's form."""
+    call = parse_json_cell(value, where) if isinstance(value, str) else value
+    if not isinstance(call, Mapping) or "name" not in call:
+        raise RowError(where, "a function call without name", f"its call is {value!r:.60}; expected name, arguments")
+    return {"type": "function", "function": dict(call)}
+
+
+def parse_tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
+    """The functions under `tools`, also as JSON text."""
+    value = row.get("tools", ())
+    value = parse_json_cell(value, where) if isinstance(value, str) and value else value or ()
+    if not isinstance(value, Sequence) or not all(isinstance(one, Mapping) for one in value):
+        raise RowError(where, "tools that are no list", f"tools is {value!r:.60}; expected a list of objects")
+    return tuple(value)
+
+
+def parse_transcript(text: str, where: str) -> list[Message]:
+    """hh-rlhf's text, in which `\\n\\nHuman: ` and `\\n\\nAssistant: ` begin the turns."""
+    before, *turns = TRANSCRIPT.split("\n\n" + text.lstrip())
+    if before.strip() or not turns:
+        raise RowError(where, "no transcript", f"the text begins with {text[:40]!r}; expected 'Human: ...'")
+    return [
+        Message("user" if name == "Human" else "assistant", said.strip())
+        for name, said in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+def text_field(row: Mapping[str, Any], key: str, where: str, default: str = "") -> str:
+    """A value that has to be text."""
+    value = row.get(key, default)
+    if not isinstance(value, str):
+        raise RowError(where, f"{key} that is no text", f"{key!r} is a {type(value).__name__}, expected text")
+    return value
+
+
+def text_or_messages(row: Mapping[str, Any], key: str, role: str, where: str, *, extra: bool = True) -> list[Message]:
+    """Text as one message of a role, or a list of messages."""
+    if isinstance(row[key], list | Mapping):
+        return parse_messages(row, key, where, extra=extra)
+    return [Message(role, text_field(row, key, where))]

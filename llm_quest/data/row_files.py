@@ -1,0 +1,227 @@
+"""Files of rows: each kind of file as rows with the line on which each begins.
+
+    .jsonl .ndjson   one JSON object a line           .csv .tsv   a table whose first line names the columns
+    .json            a list of objects, or objects    .parquet    a table; numbers of rows in place of lines
+    *.gz             the same, compressed
+
+A row that cannot be used is a `RowError` among the others; what makes the rest of a file unreadable is raised."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from llm_quest.errors import DataError, MissingError, RowError
+from llm_quest.files import iter_lines
+
+MAX_CELL_CHARACTERS = 2**31 - 1
+
+FoundRow = tuple[dict[str, Any], str] | RowError
+"""A row with its file:line, or what is wrong with it."""
+FileReader = Callable[[IO[bytes], Path], Iterator[FoundRow]]
+
+
+def open_binary(file: Path) -> IO[bytes]:
+    """A regular file, decompressed if its name ends in .gz."""
+    if not file.exists():
+        raise DataError(f"{file} does not exist")
+    if not file.is_file():
+        raise DataError(f"{file} is not a regular file")
+    try:
+        return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def row_suffix(file: Path) -> str:
+    """The suffix that says what a file holds: the one before .gz."""
+    name = file.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def find_reader(file: Path) -> FileReader:
+    suffix = row_suffix(file)
+    if suffix not in READERS:
+        raise DataError(f"{file} ends in {suffix or 'nothing'}; rows are read from {', '.join(READERS)} and these .gz")
+    return READERS[suffix]
+
+
+def iter_json_lines(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
+    """One object a line."""
+    for number, line in iter_lines(file):
+        where = f"{name}:{number}"
+        try:
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            yield parse_json_object(line, where), where
+        except RowError as error:
+            yield error
+
+
+def parse_json_object(line: bytes, where: str) -> dict[str, Any]:
+    """The object of a line. RowError for bytes that are no UTF-8, text that is no JSON, and anything but an object."""
+    return require_object(parse_json(decode_line(line, where), where), where)
+
+
+def require_object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise RowError(where, "not an object", f"holds a {type(row).__name__}, expected an object")
+    return row
+
+
+def decode_line(line: bytes, where: str) -> str:
+    if b"\0" in line:
+        raise RowError(where, "a zero byte", "holds a zero byte: binary, or UTF-16; expected UTF-8 text")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(where, "not UTF-8", f"is not UTF-8 (byte 0x{line[error.start]:02x}); {CONVERT_REMEDY}") from None
+
+
+CONVERT_REMEDY = "convert the file, for instance with `iconv -f LATIN1 -t UTF-8`"
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON without a key twice in one object. RowError for anything else."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RowError as error:
+        raise RowError(where, error.kind, str(error).removeprefix(": ")) from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(where, "not JSON", f"is not JSON ({error})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError("", "a key twice", f"has the key {twice!r} twice in one object; keep one")
+    return found
+
+
+def iter_json(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
+    """The objects of a JSON list, or objects one after another, each with its line."""
+    text = decode_whole(file.read(), name)
+    at = skip_whitespace(text, 0)
+    is_list = text[at : at + 1] == "["
+    if not is_list and text[at : at + 1] != "{":
+        raise DataError(f"{name} does not begin with '[' or '{{': expected a list of objects")
+    at, line, counted = skip_whitespace(text, at + 1) if is_list else at, 1, 0
+    while text[at : at + 1] != ("]" if is_list else ""):
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{name}:{line}"
+        found, end = decode_object(text, at, where)
+        yield found
+        at = skip_separator(text, end, where) if is_list else skip_whitespace(text, end)
+
+
+def decode_object(text: str, at: int, where: str) -> tuple[FoundRow, int]:
+    """The object that begins here, and where it ends. DataError where the text is no JSON, which hides all that
+    follows."""
+    try:
+        end = json.JSONDecoder().raw_decode(text, at)[1]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error})") from None
+    try:
+        return (require_object(parse_json(text[at:end], where), where), where), end
+    except RowError as error:
+        return error, end
+
+
+def skip_separator(text: str, at: int, where: str) -> int:
+    """Past the comma after an object, or at the list's end."""
+    at = skip_whitespace(text, at)
+    if text[at : at + 1] == ",":
+        return skip_whitespace(text, at + 1)
+    if text[at : at + 1] != "]":
+        raise DataError(f"{where}: after this object a ',' or the closing ']' is missing")
+    return at
+
+
+def skip_whitespace(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def decode_whole(content: bytes, name: Path) -> str:
+    """The text of a file. Bytes that are no UTF-8 become lone surrogates, which `find_text_error` names in their
+    row."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in content[:100]:
+        raise DataError(f"{name} is binary, or UTF-16; save it as UTF-8")
+    return content.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def iter_table(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
+    """The rows of a table, whose first row names the columns."""
+    delimiter = {".csv": ",", ".tsv": "\t"}[row_suffix(name)]
+    before = csv.field_size_limit(MAX_CELL_CHARACTERS)
+    try:
+        lines = io.StringIO(decode_whole(file.read(), name), newline="")
+        yield from iter_cells(csv.reader(lines, delimiter=delimiter, strict=True), name, delimiter)
+    finally:
+        csv.field_size_limit(before)
+
+
+def iter_cells(reader: Any, name: Path, delimiter: str) -> Iterator[FoundRow]:
+    columns: list[str] | None = None
+    while True:
+        first = reader.line_num + 1
+        where = f"{name}:{first}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(f"{where}: a quote that is opened here never ends; double or remove it") from None
+            yield RowError(where, "not a table's row", f"is no row of a table ({error})")
+            continue
+        if columns is None:
+            columns = check_columns(cells, where)
+        elif cells and len(cells) != len(columns):
+            reason = f"has {len(cells)} cells, the first line names {len(columns)}; quote cells that hold {delimiter!r}"
+            yield RowError(where, "another number of cells", reason)
+        elif cells:
+            yield dict(zip(columns, cells, strict=True)), where
+
+
+def check_columns(columns: list[str], where: str) -> list[str]:
+    """DataError for a name that stands twice: of two cells one would be lost."""
+    for name in columns:
+        if columns.count(name) > 1:
+            raise DataError(f"{where} names the column {name!r} twice; rename one")
+    return columns
+
+
+def iter_parquet(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
+    """The rows of a Parquet file; their numbers stand in place of lines."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingError(f"{name}: Parquet needs pyarrow: pip install 'llm-quest[parquet]'") from None
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{name}:{number}"
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name} is no whole Parquet file ({str(error).partition('.')[0]}); fetch it again") from None
+
+
+READERS: dict[str, FileReader] = {
+    ".jsonl": iter_json_lines,
+    ".ndjson": iter_json_lines,
+    ".json": iter_json,
+    ".csv": iter_table,
+    ".tsv": iter_table,
+    ".parquet": iter_parquet,
+}
+"""Suffix -> the reader of files that end so, also with .gz behind it."""
