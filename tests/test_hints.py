@@ -27,7 +27,11 @@ ROOT_OPTIONS = {name for one in QUEST.params for name in one.opts}
 """Of `quest` itself, before or behind any command."""
 OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
 """A message or a command line that runs one of these names its options, not ours."""
-PRINTED_FOR = {"cli/output.py": tuple(RECIPES), "rollouts/diagnostics.py": ("grpo", "iterative", "rpt")}
+PRINTED_FOR = {
+    "cli/output.py": tuple(RECIPES),
+    "rollouts/diagnostics.py": ("grpo", "iterative", "rpt"),
+    "recipes/diagnostics.py": ("pretrain", "sft", "dpo", "reward", "classify", "vit", "vlm"),
+}
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
 OPTIONS_OF_FILES = {"cost": "plan", "recipes/held_out.py": "eval"}
 """Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""

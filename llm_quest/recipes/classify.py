@@ -33,6 +33,7 @@ from llm_quest.recipes.assembly import (
     source_name,
 )
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
     FreshTokenizer,
     StartModelConfig,
@@ -41,6 +42,7 @@ from llm_quest.recipes.finetuning import (
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.row_source import RowsConfig
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.state import derive_seed
 
@@ -111,6 +113,7 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         facts,
         tokenizer,
         callbacks=callbacks,
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
     )
 
 

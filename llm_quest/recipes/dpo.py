@@ -3,7 +3,7 @@ less, without a reward model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from llm_quest.objectives.preference_losses import PREFERENCE_LOSSES, PairwiseLo
 from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS, WINDOW
 from llm_quest.recipes.finetuning import (
     PairBatchedConfig,
     PreferenceDataConfig,
@@ -41,6 +42,7 @@ from llm_quest.recipes.reference_model import (
     make_initial_reference,
     reference_log_probs,
 )
+from llm_quest.rollouts.diagnostics import Diagnostics, MetricsRow, Symptom, metric_value
 from llm_quest.techniques.lora import require_adapters
 from llm_quest.train.state import derive_seed
 
@@ -168,6 +170,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         data_info,
         tokenizer,
         callbacks=callbacks,
+        watchers=[Diagnostics(symptoms=(*SUPERVISED_SYMPTOMS, *PROBABILITY_SYMPTOMS))],
         prepare=compute_reference,
     )
 
@@ -199,6 +202,51 @@ def initial_log_probs(initial: ReferenceContext, batch: PreferenceBatch) -> Tens
     """The log-probability that the model as the run found it gives each row."""
     with initial() as reference:
         return sequence_log_probs(reference, batch)
+
+
+def both_answers_fall(rows: Sequence[MetricsRow]) -> bool:
+    """Both answers have become less probable than at first, by a fifth, and the margin is half its best or less."""
+    if len(rows) < 2 * WINDOW:
+        return False
+    first, last = rows[:WINDOW], rows[-WINDOW:]
+    before, after = ([mean_metric(some, f"logps/{side}") for side in ("chosen", "rejected")] for some in (first, last))
+    best = max(mean_metric(rows[i : i + WINDOW], "rewards/margin") for i in range(len(rows) - WINDOW + 1))
+    fell = all(b < 0 and a < 1.2 * b for b, a in zip(before, after, strict=True))
+    return fell and best > 0 and mean_metric(last, "rewards/margin") < best / 2
+
+
+def chosen_falls(rows: Sequence[MetricsRow]) -> bool:
+    """The better answers have lost half as much again of their log-probability as they had at first."""
+    if len(rows) < 2 * WINDOW:
+        return False
+    before, after = (mean_metric(some, "logps/chosen") for some in (rows[:WINDOW], rows[-WINDOW:]))
+    return before < 0 and after < 1.5 * before
+
+
+def mean_metric(rows: Sequence[MetricsRow], name: str) -> float:
+    return sum(metric_value(row, name) for row in rows) / len(rows)
+
+
+PROBABILITY_SYMPTOMS = (
+    Symptom(
+        "margin collapses",
+        both_answers_fall,
+        lambda row: (
+            "both answers become less probable and the margin collapses (now "
+            f"{metric_value(row, 'rewards/margin'):.3f}): lower learning_rate, raise beta, or add an SFT term "
+            "(rpo_alpha=1)"
+        ),
+    ),
+    Symptom(
+        "chosen answers fall",
+        chosen_falls,
+        lambda row: (
+            f"the better answers become less probable too ({metric_value(row, 'logps/chosen'):.1f} nats now): the "
+            "margin grows because the worse ones fall faster; add an SFT term (rpo_alpha=1), raise beta, or lower "
+            "learning_rate"
+        ),
+    ),
+)
 
 
 RECIPE = Recipe("dpo", DpoConfig, build_dpo)

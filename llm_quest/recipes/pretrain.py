@@ -54,9 +54,11 @@ from llm_quest.recipes.config_schema import (
     TextDataConfig,
     TokenizerConfig,
 )
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.model_config import build_model_config, init_model
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.state import derive_seed
 
 MAX_BASELINE_BYTES = 20_000_000
@@ -151,6 +153,7 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
         text.facts,
         text.tokenizer,
         callbacks=[*losses.build_callbacks(), *callbacks],
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         expected_loss=losses.initial_loss(model) if random_weights else None,
         baselines=lambda: baseline_bits_per_byte(text, log) if config.eval_baselines else {},
         intervals=lambda model: document_intervals(evaluators, model),

@@ -16,6 +16,7 @@ from llm_quest.objectives.classification import last_token_outputs
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config_schema import NonNegativeInt
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
     PairBatchedConfig,
     PreferenceDataConfig,
@@ -27,6 +28,7 @@ from llm_quest.recipes.finetuning import (
     prepare_preferences,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.state import derive_seed
 
@@ -65,6 +67,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
         facts,
         tokenizer,
         callbacks=callbacks,
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
     )
 
 

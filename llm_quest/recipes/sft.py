@@ -35,6 +35,7 @@ from llm_quest.recipes.auxiliary_losses import (
 )
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
     ConversationDataConfig,
     FreshTokenizer,
@@ -46,6 +47,7 @@ from llm_quest.recipes.finetuning import (
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.state import derive_seed
 
 
@@ -105,6 +107,7 @@ def build_sft(config: SftConfig, context: Context) -> Job:
         facts,
         tokenizer,
         callbacks=apply_config_techniques(config, model, log),
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
     )
 
 

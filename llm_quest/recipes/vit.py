@@ -34,7 +34,9 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import ALTERNATIVES, require_at_most_one
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.recipe import Context, Job, Recipe
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.state import derive_seed
 
 NATIVE_SHAPES = {"digits": (8, 1), "cifar10": (32, 3)}
@@ -186,6 +188,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
         facts,
         preprocessor=preprocess,
         callbacks=callbacks,
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         blocks=fsdp_blocks(objective.model),
     )
 

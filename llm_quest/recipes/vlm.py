@@ -50,11 +50,13 @@ from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import require_at_most_one
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.engine import build_lr_schedule
 from llm_quest.recipes.old_keys import OLD_VALUES
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.row_source import RowsConfig, Sources
 from llm_quest.recipes.vit import EvalFraction, VisionConfig, fsdp_blocks
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.optimizers import scale_schedule_after
 from llm_quest.train.state import derive_seed
 
@@ -239,6 +241,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         tokenizer,
         preprocess,
         callbacks=callbacks,
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         lr_schedule=scale_schedule_after(
             build_lr_schedule(config), config.caption_first_steps, config.question_lr_scale
         ),

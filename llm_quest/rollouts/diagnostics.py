@@ -28,10 +28,12 @@ class Symptom:
 
 @dataclass
 class Diagnostics:
-    """`watch(row) -> advice`, each piece once, until its sign is gone and comes back. patience_steps: steps that a
-    fatal sign may last, over at least three rows. What was seen before a resumption is not remembered."""
+    """`on_log(row) -> advice`, each piece once, until its sign is gone and comes back. patience_steps: steps that a
+    fatal sign may last, over at least three rows. symptoms: None for those of a policy. What was seen before a
+    resumption is not remembered."""
 
     patience_steps: int = 30
+    symptoms: Sequence[Symptom] | None = None
     rows: list[MetricsRow] = field(default_factory=list)
     reported: set[str] = field(default_factory=set)
     first_seen: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -39,7 +41,7 @@ class Diagnostics:
     def on_log(self, row: MetricsRow) -> list[str]:
         self.rows.append(row)
         advice = []
-        for sign in SYMPTOMS:
+        for sign in SYMPTOMS if self.symptoms is None else self.symptoms:
             if not sign.is_present(self.rows):
                 self.reported.discard(sign.name)
                 self.first_seen.pop(sign.name, None)

@@ -1,0 +1,123 @@
+"""Signs that a supervised run fails while it looks healthy, each with its remedy: a rate that is too high, overfitting,
+a classifier or a reward model at chance, answers that lose probability on both sides, steps that are not finite.
+
+`rollouts/diagnostics.py` has those of reinforcement learning, and says each once until its sign is gone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from llm_quest.rollouts.diagnostics import MetricsRow, Symptom, metric_value
+
+WINDOW = 3
+"""Rows whose mean stands for one number."""
+EVALUATIONS = 3
+"""Evaluations in a row that show the same before it is said."""
+RISE_FACTOR, RISE_NATS = 1.5, 0.3
+"""A loss has blown up where it is so many times its lowest, and so much more."""
+OVERFIT_RISE = 0.01
+SKIPPED_FRACTION = 0.01
+CHANCE_MARGIN = 0.02
+
+
+def main_loss(row: MetricsRow) -> float:
+    """The loss that the run is about, without router, look-ahead and teacher terms."""
+    return metric_value(row, "next_token", metric_value(row, "loss"))
+
+
+def window_means(rows: Sequence[MetricsRow]) -> list[float]:
+    """The mean loss of every WINDOW rows, those that are finite."""
+    losses = [value for value in map(main_loss, rows) if math.isfinite(value)]
+    return [sum(losses[i : i + WINDOW]) / WINDOW for i in range(len(losses) - WINDOW + 1)]
+
+
+def loss_blew_up(rows: Sequence[MetricsRow]) -> bool:
+    """Far above the lowest it has been, the first step's loss included, by the mean of the newest rows."""
+    means = window_means(rows)
+    if len(means) <= 1:
+        return False
+    lowest = min([main_loss(rows[0]), *means])
+    return means[-1] > max(RISE_FACTOR * lowest, lowest + RISE_NATS)
+
+
+def last_evaluations(rows: Sequence[MetricsRow], name: str, number: int) -> list[float]:
+    """The newest values of a held-out number; empty where the newest row has none, or there are fewer."""
+    if name not in rows[-1]:
+        return []
+    found = [metric_value(row, name) for row in rows if name in row]
+    return found[-number:] if len(found) >= number else []
+
+
+def is_overfitting(rows: Sequence[MetricsRow]) -> bool:
+    """Held-out loss has risen for EVALUATIONS evaluations, and training loss has not."""
+    held = last_evaluations(rows, "eval/loss", EVALUATIONS + 1)
+    if not held or not all(later > before for before, later in itertools.pairwise(held)):
+        return False
+    since = [row for row in rows if "eval/loss" in row][-EVALUATIONS - 1]
+    return held[-1] > held[0] * (1 + OVERFIT_RISE) and main_loss(rows[-1]) <= main_loss(since)
+
+
+def pairs_at_chance(rows: Sequence[MetricsRow]) -> bool:
+    """Half of the held-out pairs are right, within the 95 % interval of each evaluation."""
+    accuracy = last_evaluations(rows, "eval/accuracy", EVALUATIONS)
+    around = last_evaluations(rows, "eval/interval", EVALUATIONS)
+    return bool(accuracy) and bool(around) and all(a - i <= 0.5 for a, i in zip(accuracy, around, strict=True))
+
+
+def classes_at_chance(rows: Sequence[MetricsRow]) -> bool:
+    """Always saying the commonest class would be right as often."""
+    accuracy = last_evaluations(rows, "eval/accuracy", EVALUATIONS)
+    commonest = last_evaluations(rows, "eval/commonest", EVALUATIONS)
+    return bool(commonest) and all(a <= c + CHANCE_MARGIN for a, c in zip(accuracy, commonest, strict=True))
+
+
+def steps_were_skipped(rows: Sequence[MetricsRow]) -> bool:
+    skipped = metric_value(rows[-1], "skipped_steps", 0.0)
+    return skipped >= 2 and skipped > SKIPPED_FRACTION * rows[-1]["step"]
+
+
+def blow_up_advice(row: MetricsRow) -> str:
+    return (
+        f"the loss has risen to {main_loss(row):.3f}: the rate ({metric_value(row, 'learning_rate'):.1e}) is too high; "
+        "lower learning_rate, or raise warmup_steps"
+    )
+
+
+SUPERVISED_SYMPTOMS: tuple[Symptom, ...] = (
+    Symptom("rate too high", loss_blew_up, blow_up_advice),
+    Symptom(
+        "overfitting",
+        is_overfitting,
+        lambda row: (
+            f"held-out loss has risen for {EVALUATIONS} evaluations (now {metric_value(row, 'eval/loss'):.3f}) while "
+            "training loss fell: keep the best checkpoint (metric_for_best_model=eval/loss), lower max_steps or "
+            "learning_rate, or add data"
+        ),
+    ),
+    Symptom(
+        "pairs at chance",
+        pairs_at_chance,
+        lambda row: (
+            f"held-out accuracy {metric_value(row, 'eval/accuracy'):.1%} is what guessing gets: raise max_steps or "
+            "learning_rate, or read the pairs; labels that are turned round look the same"
+        ),
+    ),
+    Symptom(
+        "classes at chance",
+        classes_at_chance,
+        lambda row: (
+            f"held-out accuracy {metric_value(row, 'eval/accuracy'):.1%} is no better than always saying the commonest "
+            f"class ({metric_value(row, 'eval/commonest'):.1%}): raise max_steps or learning_rate, or read the labels"
+        ),
+    ),
+    Symptom(
+        "skipped steps",
+        steps_were_skipped,
+        lambda row: (
+            f"{metric_value(row, 'skipped_steps'):.0f} of {row['step']} updates were left out, because their numbers "
+            "were not finite: lower learning_rate, or set precision=fp32"
+        ),
+    ),
+)
