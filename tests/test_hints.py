@@ -30,7 +30,7 @@ OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
 PRINTED_FOR = {
     "cli/output.py": tuple(RECIPES),
     "rollouts/diagnostics.py": ("grpo", "iterative", "rpt"),
-    "recipes/diagnostics.py": ("pretrain", "sft", "dpo", "reward", "classify", "vit", "vlm"),
+    "recipes/diagnostics.py": tuple({*RECIPES} - {"grpo", "iterative", "rpt"}),
 }
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
 OPTIONS_OF_FILES = {"cost": "plan", "recipes/held_out.py": "eval"}

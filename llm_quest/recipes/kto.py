@@ -35,6 +35,7 @@ from llm_quest.objectives.kto import (
 from llm_quest.recipes.assembly import count_epochs, load_config_rows
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
     ConversationDataConfig,
     PairBatchedConfig,
@@ -49,6 +50,7 @@ from llm_quest.recipes.finetuning import (
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
 from llm_quest.recipes.reference_model import reference_log_probs
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 from llm_quest.train.step import autocast
@@ -172,7 +174,8 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
     facts = data_facts(config.data, rows.chat, rows.drop_report, len(rows.train), len(rows.held_out), log)
     return Job(
         config, objective, loader, [evaluator], {"tokenizer": tokenizer.hash, "data": feed.source.hash}, facts,
-        tokenizer, callbacks=callbacks, prepare=compute_reference,
+        tokenizer, callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
+        prepare=compute_reference,
     )  # fmt: skip
 
 

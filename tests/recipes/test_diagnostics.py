@@ -3,6 +3,7 @@ left in peace."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.dpo import PROBABILITY_SYMPTOMS
 from llm_quest.rollouts.diagnostics import Diagnostics
+from tests.recipes import every_recipe
 from tests.recipes.every_recipe import prepare, run_tiny
 
 ALL = (*SUPERVISED_SYMPTOMS, *PROBABILITY_SYMPTOMS)
@@ -74,6 +76,14 @@ HEALTHY = {
 def advice(rows: list[dict[str, Any]]) -> list[str]:
     doctor = Diagnostics(symptoms=ALL)
     return [text for row in rows for text in doctor.on_log(row)]
+
+
+def test_every_recipe_is_watched():
+    folder = Path(inspect.getfile(every_recipe)).parents[2] / "llm_quest" / "recipes"
+    texts = {str(file): file.read_text(encoding="utf-8") for file in folder.rglob("*.py")}
+    jobs = {name: text for name, text in texts.items() if " Job(\n" in text}
+    assert len(jobs) >= 9
+    assert [name for name, text in jobs.items() if "watchers=[Diagnostics(" not in text] == []
 
 
 def test_every_symptom_has_an_example():

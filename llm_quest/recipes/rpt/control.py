@@ -24,6 +24,7 @@ from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
+from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.engine import init_run_dir
 from llm_quest.recipes.finetuning import StartModelConfig, apply_config_techniques, load_for_finetuning
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -32,6 +33,7 @@ from llm_quest.recipes.rpt.positions import RptDocuments, SelectedPositions, loa
 from llm_quest.recipes.rpt.recipe import TERA, RptConfig, make_position_evaluation, report_after, report_before
 from llm_quest.recipes.rpt.start_model import start_model_path
 from llm_quest.recipes.yaml_io import RawConfig
+from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 
@@ -98,6 +100,7 @@ def build_rpt_control(config: RptControlConfig, context: Context) -> Job:
         {"source": source_name(rpt.data), **positions.facts, "tokenizer_sha256": tokenizer.hash, "rpt": config.rpt_run},
         tokenizer,
         callbacks=[*technique_callbacks, flops_counter],
+        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         before=partial(report_before, evaluator, log),
         finish=partial(report_after, evaluator, log),
     )
