@@ -28,7 +28,7 @@ def moe(pairs: int) -> None:
     import transformers
 
     import llm_quest as quest
-    from llm_quest.layers.moe import Experts, run_experts_for_loop, run_experts_grouped_mm
+    from llm_quest.layers.experts import Experts, run_experts_for_loop, run_experts_grouped_mm
     from llm_quest.layers.rotary import RotaryEmbedding
     from llm_quest.models.qwen3 import FAMILY, Config, MoEConfig
 

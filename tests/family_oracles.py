@@ -54,6 +54,17 @@ DEEPSEEK_V2 = DEEPSEEK | {
     "routed_scaling_factor": 2.5,
     "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
 }
+GPT_OSS = {
+    "num_hidden_layers": 3,
+    "head_dim": 24,
+    "sliding_window": 5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 48,
+    "swiglu_limit": 1.0,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False}
+    | {"original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0},
+}
 DELTA = {
     "num_hidden_layers": 4,
     "linear_num_key_heads": 2,
@@ -287,6 +298,13 @@ ORACLES: dict[str, Callable[[], Any]] = {
         use_sliding_window=True,
         sliding_window=5,
         max_window_layers=2,
+    ),
+    "gpt_oss": made("GptOssForCausalLM", "GptOssConfig", **GPT_OSS),
+    "gpt_oss, wide experts": made("GptOssForCausalLM", "GptOssConfig", **(GPT_OSS | {"intermediate_size": 32})),
+    "gpt_oss, no biases, all full": made(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        **(GPT_OSS | {"attention_bias": False, "layer_types": ["full_attention"] * 3, "swiglu_alpha": 1.1}),
     ),
     "qwen3": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, tie_word_embeddings=True),
     "qwen3, biases": made("Qwen3ForCausalLM", "Qwen3Config", head_dim=24, attention_bias=True),

@@ -51,14 +51,8 @@ class ScaledTensor:
         return self.weight.nbytes
 
 
-def fp8_block(quantization: Any) -> tuple[int, int] | None:
-    """weight_block_size of a quantization_config. DataError where this is another way of quantising."""
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-    if method != "fp8":
-        raise DataError(
-            f"config.json: the weights are quantised by {method or 'an unnamed method'}; plain floats and block-scaled "
-            "fp8 are read: take files in bfloat16, or have them written so first"
-        )
+def fp8_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
+    """weight_block_size of a quantization_config."""
     block = quantization.get("weight_block_size")
     if block is None:
         return None
@@ -67,8 +61,9 @@ def fp8_block(quantization: Any) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def pair_scales(sources: Mapping[str, Any], block: tuple[int, int] | None) -> dict[str, Any]:
+def join_fp8(sources: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors with each fp8 matrix joined to its scales; scales of activations are left out."""
+    block = fp8_block(quantization)
     found = {name: source for name, source in sources.items() if not name.endswith(ACTIVATION_SCALES)}
     for name in sources:
         weight = name.removesuffix(SCALE_SUFFIX)

@@ -72,6 +72,7 @@ OF_FAMILY: dict[str, frozenset[str]] = {
     "mimo": frozenset(("attention_chunk_size", "sliding_window")),
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "smollm3"), frozenset(("max_window_layers", "sliding_window"))),
     "gpt_neox": frozenset(("num_key_value_heads",)),
+    "gpt_oss": frozenset(("experts_per_token", "initial_context_length")),
     "gemma1": frozenset(("hidden_activation",)),
     "phi3": frozenset(("full_attn_mod", "interpolate_factor", "lm_head_bias")),
     "starcoder2": frozenset((

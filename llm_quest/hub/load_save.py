@@ -22,11 +22,11 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.files import atomic_dir, atomic_write_json, write_json, write_text
 from llm_quest.hub.adapter_config import adapter_base
 from llm_quest.hub.config import add_techniques, build_config_json, build_generation_json, read_json, stored_dtype
-from llm_quest.hub.fp8 import ScaledTensor, read_scaled_into
 from llm_quest.hub.load_adapter import load_adapter
 from llm_quest.hub.locate import ModelLocation, locate_model, offline_error
 from llm_quest.hub.mmap import memory_map_parameters
 from llm_quest.hub.model_card import Readme
+from llm_quest.hub.packed_weights import PackedTensor, read_packed_into
 from llm_quest.hub.safetensors_io import count_non_finite, read_into
 from llm_quest.hub.validate import TECHNIQUES_FILE, FolderReport, TensorSource, main_dtype, validate_folder
 from llm_quest.hub.weight_map import export_weight_map, technique_parameters, weight_views
@@ -132,7 +132,7 @@ def read_source(source: TensorSource, out: Tensor) -> int:
     if isinstance(source, Tensor):
         out.copy_(source.reshape(out.shape))
         return count_non_finite(source)
-    return read_scaled_into(source, out) if isinstance(source, ScaledTensor) else read_into(source, out)
+    return read_packed_into(source, out) if isinstance(source, PackedTensor) else read_into(source, out)
 
 
 def raise_problems(problems: list[str], name: str) -> None:

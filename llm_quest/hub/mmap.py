@@ -71,7 +71,7 @@ def map_parameter(
     nbytes = sum(stored.nbytes for stored, _ in parts if stored.file == first.file)
     if nbytes != parameter.numel() * dtype.itemsize or not nbytes or first.start % dtype.itemsize:
         return None
-    if any(place.row_dims > 1 for _, place in parts):
+    if any(place.merged is not None for _, place in parts):
         return None
     if len(maps[first.file]) < first.start + nbytes:
         raise DataError(f"{first.file.name}: became shorter while it was read; load it again once nobody writes to it")

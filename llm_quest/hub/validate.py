@@ -18,9 +18,9 @@ from torch import Tensor
 from llm_quest.contracts import Technique
 from llm_quest.errors import DataError
 from llm_quest.hub.config import family_for, parse_generation_config, parse_hf_config, read_json, split_techniques
-from llm_quest.hub.fp8 import ScaledTensor, fp8_block, pair_scales
 from llm_quest.hub.layouts import canonical_sources, fused_experts, part_of_several
 from llm_quest.hub.locate import ModelLocation
+from llm_quest.hub.packed_weights import PackedTensor, join_packed
 from llm_quest.hub.pickled import read_pickled
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, INT_DTYPES, StoredTensor, equal_tensors, read_header
 from llm_quest.hub.weight_map import (
@@ -49,7 +49,7 @@ FIRST_VERSION_MODULES = {"ffn": "feed_forward", "lookahead": "mtp_modules", "lay
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 TRAINING_STATES = r"optimizer|optim|scheduler|scaler|training_args|rng_state|random_states|trainer|zero_pp_rank|mp_rank"
 """How the files begin that trainers write beside the weights."""
-TensorSource = StoredTensor | ScaledTensor | Tensor
+TensorSource = StoredTensor | PackedTensor | Tensor
 
 
 @dataclass
@@ -207,7 +207,7 @@ def build_report_model(report: FolderReport, vision: bool) -> None:
     """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
     tensors."""
     if quantization := report.hf_config.get("quantization_config"):
-        report.sources = pair_scales(report.sources, fp8_block(quantization))
+        report.sources = join_packed(report.sources, quantization)
     reads_images = any(family.matches(report.hf_config) for family in VISION_FAMILIES)
     part = part_of_several(report.hf_config, (*FAMILIES, *VISION_FAMILIES))
     if part is not None and not (reads_images and (vision or report.location.run_dir is not None)):
@@ -349,7 +349,7 @@ def check_shapes(report: FolderReport) -> None:
 
 
 def dtype_problems(sources: Iterable[TensorSource]) -> list[str]:
-    kinds = {source.dtype for source in sources if not isinstance(source, ScaledTensor)}
+    kinds = {source.dtype for source in sources if not isinstance(source, PackedTensor)}
     wrong = sorted(str(kind) for kind in kinds if kind not in FLOAT_DTYPES and kind not in FLOAT_DTYPES.values())
     return (
         [f"stored as {', '.join(wrong)}: only plain float weights ({', '.join(FLOAT_DTYPES)}) are read"]

@@ -18,11 +18,12 @@ from itertools import accumulate, groupby
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.linear import PackedLinear
-from llm_quest.layers.moe import Experts
 from llm_quest.layers.norm import PerHeadLayerNorm
 from llm_quest.layers.quantized import QuantizedPackedLinear
 from llm_quest.models.weight_names import (
+    AlternatingRows,
     ConcatRows,
     PublishedWeight,
     Reshaped,
@@ -43,17 +44,19 @@ View = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class WeightView:
     """The place of a stored tensor in our model: `view(parameter)` shares our memory and reads the stored numbers in
-    their order. Its shape is the stored one; but the rows of `WovenRows` have three dimensions there, one in the file.
-    """
+    their order. Its shape is the stored one; but of the dimensions in `merged` (first to last) the file makes one."""
 
     parameter: str
     view: View
-    row_dims: int = 1
+    merged: tuple[int, int] | None = None
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """The shape in the file."""
-        rows = self.view(parameter).shape
-        return (math.prod(rows[: self.row_dims]), *rows[self.row_dims :]) if self.row_dims > 1 else tuple(rows)
+        dims = list(self.view(parameter).shape)
+        if self.merged is None:
+            return tuple(dims)
+        first, last = (place % len(dims) for place in self.merged)
+        return (*dims[:first], math.prod(dims[first : last + 1]), *dims[last + 1 :])
 
     def as_stored(self, parameter: Tensor) -> Tensor:
         """The stored tensor: a view, or a copy where no view has its shape."""
@@ -73,7 +76,7 @@ def weight_views(model: nn.Module, table: WeightMap) -> dict[str, WeightView]:
         )
     row_sizes = packed_row_sizes(model)
     found = {
-        name: WeightView(path, view, row_dims=3 if isinstance(table[path], WovenRows) else 1)
+        name: WeightView(path, view, MERGED.get(type(table[path])))
         for path in ours
         for name, view in entry_views(table[path], row_sizes.get(path, ()))
     }
@@ -96,10 +99,22 @@ def entry_views(published: PublishedWeight, sizes: tuple[int, ...]) -> Iterator[
             starts = accumulate(sizes, initial=0)
             for name, start, size in zip(names, starts, sizes, strict=False):
                 yield name, row_view(start, size)
+        case AlternatingRows(name=name):
+            yield name, alternating_view
         case StackTensors(entries=entries):
             for index, entry in enumerate(entries):
                 for name, view in entry_views(entry, sizes):
                     yield name, index_view(index, view)
+
+
+MERGED = {WovenRows: (0, 2), AlternatingRows: (-2, -1)}
+"""Dimensions of an entry's view that are one in the file."""
+
+
+def alternating_view(parameter: Tensor) -> Tensor:
+    """(E,2F,D) as (E,D,F,2), (E,2F) as (E,F,2)."""
+    halves = parameter.unflatten(1, (2, -1))
+    return halves.movedim(1, -1) if halves.dim() == 3 else halves.permute(0, 3, 2, 1)
 
 
 def row_view(start: int, size: int) -> View:

@@ -9,12 +9,13 @@ from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate,
 from llm_quest.layers.block import Block, ParallelLayers, Residual, SingleBlock, Sublayer
 from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
 from llm_quest.layers.embedding import ScaledEmbedding, TokenEmbedding, TokenPositionEmbedding
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.feed_forward import MLP, GatedMLP
 from llm_quest.layers.hyper_connections import HyperConnection
 from llm_quest.layers.kv_cache import Cache, KVCache, NoCache
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
 from llm_quest.layers.linear import Linear, LMHead, PackedLinear
-from llm_quest.layers.moe import Experts, LatentMoE, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
+from llm_quest.layers.moe import LatentMoE, MixtureOfExperts, SigmoidRouter, SoftmaxRouter
 from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.norm import DynamicTanh, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from llm_quest.layers.recurrent_cache import RecurrentStateCache

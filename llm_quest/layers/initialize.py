@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from llm_quest.layers.moe import Experts
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.norm import LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,6 +87,8 @@ def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: tor
         if isinstance(module, Experts):
             nn.init.normal_(module.gate_up, std=std, generator=generator)
             nn.init.normal_(module.down, std=out_std, generator=generator)
+            for bias in module.biases or ():
+                nn.init.zeros_(bias)
         elif isinstance(module, HasInitWeights):
             module.init_weights(generator)
         elif isinstance(module, nn.Linear | nn.Embedding):

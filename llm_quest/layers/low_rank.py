@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.experts import Experts, fastest_backend
 from llm_quest.layers.linear import PackedLinear
-from llm_quest.layers.moe import Experts, fastest_backend
 from llm_quest.layers.quantized import QuantizedExperts, QuantizedLinear, QuantizedMatrix, QuantizedPackedLinear
 
 
@@ -186,7 +186,7 @@ class AdaptedExperts(nn.Module):
     def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
         gate_up, down = self.gate_up, self.down
         run_experts = getattr(self.base, "run_experts", None) or fastest_backend(gate_up, down, x.dtype)
-        return run_experts(x, gate_up, down, topk_ids, topk_weights, self.base.expert_activation)
+        return run_experts(x, gate_up, down, topk_ids, topk_weights, self.base.expert_activation, self.base.biases)
 
     @property
     def gate_up(self) -> Float[Tensor, "E F2 D"]:

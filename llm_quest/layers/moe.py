@@ -1,24 +1,22 @@
 """Sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): a router sends each token to K of E feed-forward
 layers.
 
-The router chooses experts and weights; the experts run in one of two forms. `run_experts_for_loop` is the definition:
-for each expert, its tokens. `run_experts_grouped_mm` sorts the tokens by expert and multiplies each run of rows by its
-expert's matrix in one call. A law holds them equal. Routing is computed in float32.
+The router chooses experts and weights, in float32; the experts are in `experts.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.grouped_mm import ExpertPermutation, GroupedLinear
 from llm_quest.scope import Scope
 
 
@@ -86,7 +84,7 @@ class SoftmaxRouter(nn.Module):
     recipes.
 
     A model fills further slots itself: `mask_groups`, which experts may be chosen by their scores;
-    `routed_scaling_factor`, by which the weights are multiplied."""
+    `routed_scaling_factor`, by which the weights are multiplied; `bias` (E), of the logits."""
 
     def __init__(self, dim: int, num_experts: int, *, top_k: int, norm_topk_prob: bool, aux_loss_coef: float = 0.001):
         super().__init__()
@@ -95,9 +93,10 @@ class SoftmaxRouter(nn.Module):
         self.mask_groups: Callable[[Tensor], Tensor] = all_experts
         self.routed_scaling_factor = 1.0
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.bias: nn.Parameter | None = None
 
     def forward(self, x: Float[Tensor, "N D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = F.linear(x, self.weight.to(x.dtype))
+        logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.softmax(dim=-1)
         topk_weights, topk_ids = self.mask_groups(scores).topk(self.top_k, dim=-1)
@@ -107,6 +106,8 @@ class SoftmaxRouter(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class SigmoidRouter(nn.Module):
@@ -170,114 +171,6 @@ class SigmoidRouter(nn.Module):
 def check_top_k(top_k: int, num_experts: int) -> None:
     if not 0 < top_k <= num_experts:
         raise ValueError(f"top {top_k} of {num_experts} experts: choose between 1 and {num_experts}")
-
-
-class ExpertsFunction(Protocol):
-    """Runs experts: x (N,D), gate_up (E,2F,D), down (E,D,F), topk_ids (N,K), topk_weights (N,K) -> (N,D)."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        expert_activation: Callable[[Tensor], Tensor],
-    ) -> Tensor: ...
-
-
-ExpertActivation = Callable[[Tensor], Tensor]
-
-
-def glu_activation(activation: Callable[[Tensor], Tensor]) -> ExpertActivation:
-    """The function between an expert's two matrices: (..., 2F) -> activation(gate) * up (..., F)."""
-
-    def inner(h: Tensor) -> Tensor:
-        gate, up = h.chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return inner
-
-
-def relu_squared(h: Tensor) -> Tensor:
-    """max(h, 0)^2, without a gate (So et al. 2021, arXiv:2109.08668): Nemotron's experts."""
-    return F.relu(h).square()
-
-
-def run_experts_for_loop(
-    x: Float[Tensor, "N D"],
-    gate_up: Float[Tensor, "E F2 D"],
-    down: Float[Tensor, "E D F"],
-    topk_ids: Int[Tensor, "N K"],
-    topk_weights: Float[Tensor, "N K"],
-    expert_activation: ExpertActivation,
-) -> Float[Tensor, "N D"]:
-    """The definition: each expert runs on its tokens. (unbind, not an index: the backward pass of `weight[e]` would
-    build a gradient of the full size for every expert.)"""
-    out = torch.zeros_like(x)
-    for expert, (w_in, w_out) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
-        token, slot = torch.where(topk_ids == expert)
-        y = F.linear(expert_activation(F.linear(x[token], w_in)), w_out)
-        out = out.index_add(0, token, (y * topk_weights[token, slot, None].to(y.dtype)).to(out.dtype))
-    return out
-
-
-def run_experts_grouped_mm(
-    x: Float[Tensor, "N D"],
-    gate_up: Float[Tensor, "E F2 D"],
-    down: Float[Tensor, "E D F"],
-    topk_ids: Int[Tensor, "N K"],
-    topk_weights: Float[Tensor, "N K"],
-    expert_activation: ExpertActivation,
-) -> Float[Tensor, "N D"]:
-    """The same with tokens sorted by expert: two calls for all experts. The sum over K runs in the token's own order,
-    so that a row does not depend on the others. Weights multiply the hidden layer, which is narrower than the output.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
-    permutation = ExpertPermutation.from_topk_ids(topk_ids, gate_up.shape[0])
-    h = expert_activation(GroupedLinear.apply(permutation.permute(x), gate_up, permutation.offsets))  # type: ignore[no-untyped-call]
-    h = h * topk_weights.flatten().index_select(0, permutation.order)[:, None].to(h.dtype)
-    return permutation.unpermute(GroupedLinear.apply(h, down, permutation.offsets))  # type: ignore[no-untyped-call]
-
-
-class Experts(nn.Module):
-    """E feed-forward layers as two stacks: gate_up (E,2F,D), gate rows first, and down (E,D,F). Without a gate
-    (`expert_activation` given) the first stack is (E,F,D)."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        dim: int,
-        hidden_dim: int,
-        activation: Callable[[Tensor], Tensor] = F.silu,
-        *,
-        expert_activation: ExpertActivation | None = None,
-    ):
-        super().__init__()
-        self.expert_activation = expert_activation or glu_activation(activation)
-        self.gate_up = nn.Parameter(torch.empty(num_experts, hidden_dim if expert_activation else 2 * hidden_dim, dim))
-        self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
-        self.run_experts: ExpertsFunction | None = None
-
-    def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
-        run_experts = self.run_experts or fastest_backend(self.gate_up, self.down, x.dtype)
-        return run_experts(x, self.gate_up, self.down, topk_ids, topk_weights, self.expert_activation)
-
-    def packed_rows(self) -> dict[str, tuple[int, ...]]:
-        """The matrices of each expert: gate, up and down."""
-        rows, hidden_dim = self.gate_up.shape[1], self.down.shape[2]
-        return {"gate_up": (hidden_dim,) * (rows // hidden_dim), "down": (self.down.shape[1],)}
-
-
-def fastest_backend(
-    gate_up: Float[Tensor, "E F2 D"], down: Float[Tensor, "E D F"], dtype: torch.dtype
-) -> ExpertsFunction:
-    """The grouped kernel does not take float64, and needs rows of a multiple of 16 bytes."""
-    rows = [gate_up.shape[2], down.shape[2]]
-    aligned = all(row * dtype.itemsize % 16 == 0 and row % 8 == 0 for row in rows)
-    return run_experts_grouped_mm if dtype != torch.float64 and aligned else run_experts_for_loop
 
 
 class MixtureOfExperts(nn.Module):

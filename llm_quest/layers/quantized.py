@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llm_quest.layers.experts import ExpertBiases, Experts
 from llm_quest.layers.linear import find_row_slice, softcap_logits
-from llm_quest.layers.moe import ExpertActivation
 from llm_quest.layers.quantized_kernels import quantized_linear
 from llm_quest.layers.weight_formats import WeightFormat, dequantize, quantize
 
@@ -117,9 +117,11 @@ class QuantizedExperts(nn.Module):
     """Replaces experts: each runs on its tokens, and those without tokens are not read. Compiled code, whose shapes
     are constant, reads all of them."""
 
-    def __init__(self, gate_up: QuantizedMatrix, down: QuantizedMatrix, expert_activation: ExpertActivation):
+    def __init__(self, gate_up: QuantizedMatrix, down: QuantizedMatrix, base: Experts):
+        """base: the experts in floats, whose biases and activation stay."""
         super().__init__()
-        self.gate_up, self.down, self.expert_activation = gate_up, down, expert_activation
+        self.gate_up, self.down, self.expert_activation = gate_up, down, base.expert_activation
+        self.gate_up_bias, self.down_bias = base.gate_up_bias, base.down_bias
 
     def forward(self, x: Float[Tensor, "N D"], topk_ids: Tensor, topk_weights: Tensor) -> Float[Tensor, "N D"]:
         if torch.compiler.is_compiling():
@@ -129,8 +131,7 @@ class QuantizedExperts(nn.Module):
             token, slot = torch.where(topk_ids == expert)
             if not token.numel():
                 continue
-            h = self.expert_activation(self.gate_up.multiply_one(x[token], expert))
-            y = self.down.multiply_one(h, expert)
+            y = self.run_one(x[token], expert)
             out = out.index_add(0, token, (y * topk_weights[token, slot, None].to(y.dtype)).to(out.dtype))
         return out
 
@@ -139,6 +140,20 @@ class QuantizedExperts(nn.Module):
         out = torch.zeros_like(x)
         for expert in range(self.down.q.shape[0]):
             weights = torch.where(topk_ids == expert, topk_weights, 0.0).sum(dim=-1, keepdim=True)
-            y = self.down.multiply_one(self.expert_activation(self.gate_up.multiply_one(x, expert)), expert)
+            y = self.run_one(x, expert)
             out = out + (y * weights.to(y.dtype)).to(out.dtype)
         return out
+
+    def run_one(self, x: Float[Tensor, "N D"], expert: int) -> Float[Tensor, "N D"]:
+        """One expert on these tokens."""
+        h = self.gate_up.multiply_one(x, expert)
+        if self.biases is None:
+            return self.down.multiply_one(self.expert_activation(h), expert)
+        h = self.expert_activation(h + self.biases.gate_up[expert])
+        return self.down.multiply_one(h, expert) + self.biases.down[expert]
+
+    @property
+    def biases(self) -> ExpertBiases | None:
+        if self.gate_up_bias is None or self.down_bias is None:
+            return None
+        return ExpertBiases(self.gate_up_bias, self.down_bias)

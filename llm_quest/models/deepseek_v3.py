@@ -28,9 +28,10 @@ from llm_quest.contracts import Preset
 from llm_quest.errors import DataError
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
-from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
+from llm_quest.layers.moe import MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token_prediction import make_mtp_module
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding, YaRNScaling, yarn_mscale
@@ -167,12 +168,8 @@ def weight_map(config: Config) -> WeightMap:
 
 def layer_names(config: Config, ours: str, theirs: str, *, sparse: bool) -> Names:
     """One layer's."""
-    mixer, attention, ffn, mlp = (
-        f"{ours}mixer.layer.",
-        f"{theirs}self_attn.",
-        f"{ours}feed_forward.layer.",
-        f"{theirs}mlp.",
-    )
+    mixer, attention = f"{ours}mixer.layer.", f"{theirs}self_attn."
+    ffn, mlp = f"{ours}feed_forward.layer.", f"{theirs}mlp."
     parts = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "out": "o_proj"}
     direct, ranked = {"q_up": "q_proj"}, {"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
     parts |= direct if config.q_lora_rank is None else ranked

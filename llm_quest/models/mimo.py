@@ -27,9 +27,10 @@ from llm_quest.contracts import Preset
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.linear import Linear, PackedLinear
-from llm_quest.layers.moe import Experts, MixtureOfExperts, SigmoidRouter
+from llm_quest.layers.moe import MixtureOfExperts, SigmoidRouter
 from llm_quest.layers.multi_token_prediction import make_mtp_module
 from llm_quest.layers.norm import ConstantScale, RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding

@@ -18,7 +18,8 @@ from llm_quest.contracts import Preset
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
-from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
+from llm_quest.layers.experts import Experts
+from llm_quest.layers.moe import MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.config_fields import config_dataclass, hf_default, kv_heads_default, rope_field, spelled

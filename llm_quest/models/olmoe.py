@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from llm_quest.contracts import Preset
 from llm_quest.layers.block import Block
 from llm_quest.layers.embedding import TokenEmbedding
-from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
+from llm_quest.layers.experts import Experts
+from llm_quest.layers.moe import MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import AcrossHeads, Clamp, RMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama

@@ -22,9 +22,10 @@ from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
 from llm_quest.layers.embedding import TokenEmbedding
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.linear import PackedLinear
-from llm_quest.layers.moe import Experts, MixtureOfExperts, SoftmaxRouter
+from llm_quest.layers.moe import MixtureOfExperts, SoftmaxRouter
 from llm_quest.layers.norm import ZeroCenteredRMSNorm
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.config_fields import (

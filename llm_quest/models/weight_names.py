@@ -1,7 +1,8 @@
 """Weight maps: our parameter names -> the names in published files, for loading and for saving.
 
 An entry is a plain name, several matrices stacked by rows (`ConcatRows`), one stored the other way round
-(`Transposed`), in another shape (`Reshaped`) or head by head (`WovenRows`), or one for each expert (`StackTensors`).
+(`Transposed`), in another shape (`Reshaped`), head by head (`WovenRows`) or gate and up in turn (`AlternatingRows`), or
+one for each expert (`StackTensors`).
 `{i}` stands for the layer's number. Reading and writing follow the same map (`hub/weight_map.py`), so that export then
 import is the identity by construction. Below the entries, the rows that families share."""
 
@@ -53,7 +54,15 @@ class WovenRows:
     parts: int = 3
 
 
-PublishedWeight = WovenRows | str | ConcatRows | Transposed | Reshaped | StackTensors
+@dataclass(frozen=True)
+class AlternatingRows:
+    """Our two halves of the rows of every expert, gate (E,F,D) and up (E,F,D), are stored in turn, (in, out): gate 0,
+    up 0, gate 1 ... are the columns of (E,D,2F), and of the biases (E,2F) (gpt-oss)."""
+
+    name: str
+
+
+PublishedWeight = AlternatingRows | WovenRows | str | ConcatRows | Transposed | Reshaped | StackTensors
 WeightMap = Mapping[str, PublishedWeight]
 Names = dict[str, PublishedWeight]
 
@@ -130,6 +139,18 @@ def expert_names(
     }
 
 
+def alternating_expert_names(ours: str = f"{OURS}feed_forward.layer.", theirs: str = f"{THEIRS}mlp.") -> Names:
+    """A router and its experts, both with biases, as gpt-oss publishes them: in one tensor a layer."""
+    stacks = f"{theirs}experts."
+    return {
+        **{f"{ours}router.{kind}": f"{theirs}router.{kind}" for kind in ("weight", "bias")},
+        f"{ours}experts.gate_up": AlternatingRows(f"{stacks}gate_up_proj"),
+        f"{ours}experts.gate_up_bias": AlternatingRows(f"{stacks}gate_up_proj_bias"),
+        f"{ours}experts.down": Transposed(f"{stacks}down_proj"),
+        f"{ours}experts.down_bias": f"{stacks}down_proj_bias",
+    }
+
+
 def module_names(modules: Mapping[str, str], *, bias: bool) -> Names:
     """The weight of each module, and with bias its bias: ours -> theirs, both without the last word."""
     kinds = ("weight", "bias") if bias else ("weight",)
@@ -193,6 +214,8 @@ def map_published_names(theirs: PublishedWeight, rename: Callable[[str], str]) -
             return Reshaped(rename(name), shape)
         case WovenRows(name=name, heads=heads, parts=parts):
             return WovenRows(rename(name), heads, parts)
+        case AlternatingRows(name=name):
+            return AlternatingRows(rename(name))
     return rename(theirs)
 
 
@@ -204,7 +227,7 @@ def published_names(entries: Iterable[PublishedWeight]) -> Iterator[str]:
                 yield from names
             case StackTensors(entries=inner):
                 yield from published_names(inner)
-            case Transposed(name=name) | Reshaped(name=name) | str(name):
+            case Transposed(name=name) | Reshaped(name=name) | AlternatingRows(name=name) | str(name):
                 yield name
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.linear import LMHead, PackedLinear, find_row_slice
 from llm_quest.layers.low_rank import AdaptedExperts, AdaptedLinear, AdaptedPackedLinear, as_floats, expert_parts
-from llm_quest.layers.moe import Experts
 from llm_quest.layers.quantized import QuantizedExperts, QuantizedLinear, QuantizedPackedLinear
 from llm_quest.techniques.model_spec import replace_module
 

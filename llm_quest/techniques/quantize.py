@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import nn
 
 from llm_quest.errors import UsageError
+from llm_quest.layers.experts import Experts
 from llm_quest.layers.linear import LMHead, PackedLinear
 from llm_quest.layers.low_rank import adapter_layers
-from llm_quest.layers.moe import Experts
 from llm_quest.layers.quantized import (
     QuantizedEmbedding,
     QuantizedExperts,
@@ -73,7 +73,7 @@ def quantize_layer(module: nn.Module, form: WeightFormat) -> nn.Module | None:
         return QuantizedLinear(QuantizedMatrix(module.weight, form), module.bias)
     if isinstance(module, Experts):
         gate_up, down = QuantizedMatrix(module.gate_up, form), QuantizedMatrix(module.down, form)
-        return QuantizedExperts(gate_up, down, module.expert_activation)
+        return QuantizedExperts(gate_up, down, module)
     return None
 
 

@@ -274,7 +274,7 @@ CONFIGS = {
     "unknown rope": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'spiral' is unknown"),
     "quantised": (
         {"quantization_config": {"quant_method": "gptq"}},
-        "quantised by gptq; plain floats and",
+        "quantised by gptq; plain floats, fp8, mxfp4 are read",
     ),
     "quantised somehow": ({"quantization_config": {"bits": 4}}, "quantised by an unnamed method"),
     "odd blocks": (

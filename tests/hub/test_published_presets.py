@@ -19,6 +19,7 @@ import llm_quest as quest
 from llm_quest.contracts import Preset
 from llm_quest.hub.config import parse_hf_config
 from llm_quest.hub.load_save import load, save
+from llm_quest.hub.mxfp4 import VALUES
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import family_of
 
@@ -55,6 +56,25 @@ def in_fp8(held: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, An
     return stored, config | {"quantization_config": blocks}
 
 
+def in_mxfp4(held: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """The experts' matrices in blocks of 32 numbers with a scale of 1/8."""
+    stored: Tensors = {}
+    for name, tensor in held.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks = mxfp4_blocks(tensor.mT * 8)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": torch.full_like(blocks[..., 0], 127 - 3)}
+        else:
+            stored[name] = tensor
+    return stored, config | {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["x"]}}
+
+
+def mxfp4_blocks(numbers: Tensor) -> Tensor:
+    """(E,out,in) of numbers that a code has -> (E,out,in/32,16)."""
+    codes = (numbers[..., None] == torch.tensor(VALUES[:8] + VALUES[9:])).int().argmax(-1)
+    codes = (codes + (codes > 7)).to(torch.uint8).unflatten(-1, (-1, 16, 2))
+    return (codes[..., 0] | codes[..., 1] << 4).contiguous()
+
+
 def whole_clip(held: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     others = {"text_model.final_layer_norm.weight": torch.ones(2), "visual_projection.weight": torch.ones(2, 2)}
     outer = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": config}
@@ -76,6 +96,7 @@ LAYOUTS: dict[str, Change] = {
     r"Qwen/Qwen3\.5-.*A3B": within("qwen3_5_moe", qwen3_5_name, "model.visual.x.weight"),
     r"Qwen/Qwen3\.5-\d.*B": within("qwen3_5", qwen3_5_name, "model.visual.x.weight"),
     r"deepseek-ai/DeepSeek-V3|moonshotai/Kimi-K2-Base|XiaomiMiMo/MiMo-V2-Flash": in_fp8,
+    r"openai/gpt-oss-.*": in_mxfp4,
     r"openai/clip-.*": whole_clip,
     r".*": as_it_is,
 }
@@ -106,13 +127,13 @@ def tiny_like(name: str) -> str:
 
 @functools.cache
 def tiny_model(name: str) -> Any:
-    """With numbers that every dtype holds, fp8 too: multiples of 1/8 below 1."""
+    """With numbers that every dtype holds, also fp8 and MXFP4 with a scale of 1/8."""
     model = quest.build(name)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
-                parameter.copy_(torch.randint(-7, 8, parameter.shape, generator=generator) / 8)
+                parameter.copy_(torch.tensor(VALUES)[torch.randint(16, parameter.shape, generator=generator)] / 8)
     return model
 
 
@@ -150,6 +171,10 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0, "attention_chunk_size": 128, "hybrid_block_size": None, "sliding_window": 128,
         "sliding_window_size": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_shared_experts": None,
         "routed_scaling_factor": None, "rope_scaling": None, "auto_map": {},
+    },
+    "openai/gpt-oss-20b": {
+        "attention_dropout": 0.0, "experts_per_token": 4, "initial_context_length": 4096, "output_router_logits": False,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
     },
     "google/gemma-2-2b": {
         "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",

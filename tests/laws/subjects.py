@@ -15,10 +15,11 @@ from llm_quest.contracts import ModelSpec
 from llm_quest.layers.attention import GroupedQueryAttention
 from llm_quest.layers.block import Block, ParallelLayers, SingleBlock, Sublayer
 from llm_quest.layers.embedding import TokenEmbedding
+from llm_quest.layers.experts import Experts, relu_squared
 from llm_quest.layers.feed_forward import GatedMLP
 from llm_quest.layers.initialize import init_normal_
 from llm_quest.layers.linear import LMHead
-from llm_quest.layers.moe import Experts, LatentMoE, SigmoidRouter, relu_squared
+from llm_quest.layers.moe import LatentMoE, SigmoidRouter
 from llm_quest.layers.norm import RMSNorm
 from llm_quest.layers.rotary import NTKScaling, RotaryEmbedding, YaRNScaling
 from llm_quest.models import FAMILIES

@@ -67,7 +67,7 @@ REFUSED: dict[tuple[str, str], str] = {
         ("length", page): STRETCHED
         for page in (
             *("llama3.2-tiny", "gemma3-tiny", "deepseek-v2-tiny", "deepseek-v3-tiny", "phi3-tiny", "olmo3-tiny"),
-            "ministral-tiny",
+            *("ministral-tiny", "gpt-oss-tiny"),
         )
     },
     ("length", "gpt2-tiny"): "positions are learned vectors, one for each",

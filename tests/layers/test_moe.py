@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm_quest.layers.feed_forward import GatedMLP
-from llm_quest.layers.moe import (
+from llm_quest.layers.experts import (
+    ExpertBiases,
     Experts,
-    LatentMoE,
-    MixtureOfExperts,
-    RouterOutput,
-    SigmoidRouter,
-    SoftmaxRouter,
+    clamped_swiglu,
     relu_squared,
     run_experts_for_loop,
     run_experts_grouped_mm,
 )
+from llm_quest.layers.feed_forward import GatedMLP
+from llm_quest.layers.moe import LatentMoE, MixtureOfExperts, RouterOutput, SigmoidRouter, SoftmaxRouter
 from llm_quest.objectives.routing import (
     load_balancing_aux_loss,
     load_balancing_aux_loss_over_layers,
@@ -69,17 +67,20 @@ def test_experts_of_dropped_groups_are_never_chosen_even_when_all_scores_are_neg
     assert (experts[:, 0] // 2 == experts[:, 1] // 2).all(), "both in the one group that is taken"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_is_the_loop_in_value_and_gradient(dtype):
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_grouped_is_the_loop_in_value_and_gradient(dtype, bias):
     x = torch.randn(40, 16, generator=seeded()).to(dtype)
-    experts = filled(Experts(8, 16, 24, F.silu)).to(dtype)
+    experts = filled(Experts(8, 16, 24, F.silu, bias=bias)).to(dtype)
+    for one in experts.biases or ():
+        one.data *= 0.2
     chosen = torch.rand(40, 8, generator=seeded(1)).topk(3).indices
     chosen[:, 0] = torch.where(chosen[:, 0] == 5, 4, chosen[:, 0])  # expert 5 may stay empty
     weights = torch.rand(40, 3, generator=seeded(2))
     results = []
     for work in (run_experts_for_loop, run_experts_grouped_mm):
         inputs = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in experts.parameters())]
-        y = work(inputs[0], inputs[1], inputs[2], chosen, weights, experts.expert_activation)
+        biases = ExpertBiases(*inputs[3:]) if bias else None
+        y = work(inputs[0], inputs[1], inputs[2], chosen, weights, experts.expert_activation, biases)
         results.append([y, *torch.autograd.grad((y.float() * torch.arange(16)).sum(), inputs)])
     limit = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.6, "rtol": 0.05}
     for a, b in zip(*results, strict=True):
@@ -96,6 +97,33 @@ def test_all_experts_chosen_equally_is_the_mean_of_dense_layers():
         layer.gate_up.weight.data, layer.down.weight.data = gate_up.data, down.data
         dense.append(layer(x[None], Scope.unpadded(torch.zeros(1, 5)))[0])
     torch.testing.assert_close(y, torch.stack(dense).mean(0), atol=1e-6, rtol=1e-5)
+
+
+def test_experts_with_biases_are_dense_layers_with_biases_each_times_its_weight():
+    experts, x = filled(Experts(3, 8, 8, F.silu, bias=True)), torch.randn(5, 8, generator=seeded())
+    weights = torch.rand(5, 2, generator=seeded(1))
+    expected = torch.zeros(5, 8)
+    for k, expert in enumerate((2, 0)):
+        layer = GatedMLP(8, 8, F.silu, bias=True)
+        layer.gate_up.weight.data, layer.down.weight.data = experts.gate_up[expert].data, experts.down[expert].data
+        layer.gate_up.bias.data, layer.down.bias.data = (part[expert].data for part in experts.biases)
+        expected += weights[:, k, None] * layer(x[None])[0]
+    torch.testing.assert_close(experts(x, torch.tensor([[2, 0]] * 5), weights), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_clamped_gate_worked_by_hand():
+    """alpha 2, limit 3: gate 5 becomes 3 and -5 stays; up -4 becomes -3 and 4 becomes 3."""
+    h = torch.tensor([[5.0, -5.0, -4.0, 4.0]])
+    expected = [(-3 + 1) * 3 / (1 + math.exp(-6)), (3 + 1) * -5 / (1 + math.exp(10))]
+    torch.testing.assert_close(clamped_swiglu(2.0, 3.0)(h), torch.tensor([expected]))
+
+
+def test_a_routers_bias_chooses_and_weighs():
+    router = SoftmaxRouter(2, 3, top_k=2, norm_topk_prob=True)
+    router.weight.data, router.bias = torch.zeros(3, 2), torch.nn.Parameter(torch.tensor([0.0, math.log(3.0), -1.0]))
+    _, _, experts, weights = router(torch.tensor([[1.0, 5.0]]))
+    assert experts.tolist() == [[1, 0]]
+    torch.testing.assert_close(weights, torch.tensor([[0.75, 0.25]]))
 
 
 def test_a_row_does_not_depend_on_its_neighbours_in_the_batch():

@@ -100,7 +100,7 @@ def test_every_page_with_learned_positions_or_a_stretch_refuses():
         except UsageError:
             refused.append(page)
     scaled = {"llama3.2-tiny", "gemma3-tiny", "deepseek-v2-tiny", "deepseek-v3-tiny", "phi3-tiny", "olmo3-tiny"}
-    scaled |= {"ministral-tiny"}
+    scaled |= {"ministral-tiny", "gpt-oss-tiny"}
     assert set(refused) == {"gpt2-tiny"} | scaled
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
+from llm_quest.layers.experts import run_experts_for_loop, run_experts_grouped_mm
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.low_rank import (
     AdaptedExperts,
@@ -22,7 +23,6 @@ from llm_quest.layers.low_rank import (
     LowRankUpdate,
     adapter_layers,
 )
-from llm_quest.layers.moe import run_experts_for_loop, run_experts_grouped_mm
 from llm_quest.scope import Scope
 from llm_quest.techniques.lora import (
     DoRA,

@@ -40,13 +40,13 @@ def test_old_tokens_keep_their_logits_and_new_ones_have_the_mean(name):
     with torch.no_grad():
         after = model(tokens)
         grown = model(torch.tensor([[3, rows + 2]]))
+        assert torch.equal(model.hidden_states(tokens), hidden)
     assert after.shape[-1] == grown.shape[-1] == model.config.vocab_size == rows + 3
     assert torch.allclose(after[..., :rows], before, rtol=1e-12, atol=1e-13)
     assert len(list(model.parameters())) == parameters
     mean = model.head.weight[:rows].mean(dim=0)
     assert torch.equal(model.head.weight[rows:], mean.expand(3, -1))
     assert torch.equal(model.embed.token.weight[rows], model.embed.token.weight[:rows].mean(dim=0))
-    assert torch.equal(model.hidden_states(tokens), hidden)
 
 
 def test_transformers_means_are_the_same():
