@@ -66,6 +66,7 @@ class PassCache(Protocol):
 
     batch_size: int
     capacity: int
+    rope_deltas: Tensor | None
 
     @property
     def layers(self) -> Sequence[Any]: ...
@@ -113,6 +114,7 @@ class Scope:
         self.layer_idx: int | None = None
         self.input_ids: Tensor | None = None
         self.visible_until: Tensor | None = None
+        self.axis_positions: Tensor | None = None
         self.rows: Sequence[int] = range(position_ids.shape[0])
         self.num_prompts = position_ids.shape[0]
         self._cached_values: dict[Hashable, Any] = {}
@@ -157,6 +159,13 @@ class Scope:
         """The same pass, which reads these of so many prompts (generation reads prompts of like length together)."""
         scope = self.copy()
         scope.rows, scope.num_prompts = rows, num_prompts
+        return scope
+
+    def with_axis_positions(self, axis_positions: Tensor) -> Scope:
+        """The same pass with positions on several axes (axes, B, T) for rotary embeddings that read them; masks and
+        caches go by `position_ids` as before."""
+        scope = self.copy()
+        scope.axis_positions, scope._cached_values = axis_positions, {}
         return scope
 
     def with_visible_until(self, visible_until: Tensor) -> Scope:

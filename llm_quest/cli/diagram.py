@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from llm_quest.layers.attention import GroupedQueryAttention
+from llm_quest.layers.axial_rotary import AxialRotary, MultimodalRotary
 from llm_quest.layers.block import Residual, Sublayer
 from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.multi_token_prediction import MTPModule
@@ -195,6 +196,10 @@ def describe_projections(layer: nn.Module) -> list[str]:
 
 def describe_rotary(rotary: Any) -> str:
     """base 500,000, Llama3 x32"""
+    if isinstance(rotary, MultimodalRotary):
+        return f"{describe_rotary(rotary.base)}, of time, row and column"
+    if isinstance(rotary, AxialRotary):
+        return f"base {rotary.rope_theta:,.0f}, of row and column"
     scaling = rotary.scaling
     stretched = "" if scaling is None else f", {type(scaling).__name__} x{scaling.factor:g}"
     return f"base {rotary.rope_theta:,.0f}{stretched}"

@@ -23,10 +23,14 @@ from llm_quest.errors import DataError, UsageError
 
 
 class ImagePromptConfig(Protocol):
-    """What the Config of a model that reads images says of prompts. marker_token_id: what stands for an image."""
+    """What the Config of a model that reads images says of prompts. marker_token_id: what stands for an image;
+    markup_token_ids: the marker with what a chat template writes around it."""
 
     @property
     def marker_token_id(self) -> int: ...
+
+    @property
+    def markup_token_ids(self) -> Sequence[int]: ...
 
     def expand_image(self, num_tokens: int) -> Sequence[int | str]:
         """What the marker of an image of so many vectors is replaced by: token ids and text."""
@@ -53,19 +57,25 @@ class ImageChat:
         """The marker as text."""
         return self.token_name(self.config.marker_token_id)
 
+    @cached_property
+    def image_markup(self) -> str:
+        """The marker as a chat template writes it."""
+        return "".join(map(self.token_name, self.config.markup_token_ids))
+
     @property
     def has_template(self) -> bool:
         """Whether the folder's chat template writes images."""
         return "image" in (self.tokenizer.chat_template or "")
 
     def encode_text(self, prompt: str, image_lengths: Sequence[int]) -> list[int]:
-        """A prompt that has the marker where each image is."""
-        escaped = self.image_token.join(map(self.escape, prompt.split(self.image_token)))
+        """A prompt that has the marker where each image is, alone or as a chat template writes it."""
+        written = self.image_markup if self.image_markup in prompt else self.image_token
+        escaped = self.image_markup.join(map(self.escape, prompt.split(written)))
         return [*self.tokenizer.encode(""), *self.encode_expanded(escaped, image_lengths)]
 
     def encode_images(self, image_lengths: Sequence[int]) -> list[int]:
         """The beginning of a text: its start token and the images."""
-        text = self.image_token * len(image_lengths)
+        text = self.image_markup * len(image_lengths)
         return [self.tokenizer.start_token_id, *(self.encode_expanded(text, image_lengths) if text else ())]
 
     def encode_turns(self, turns: Sequence[ImageTurn], image_lengths: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ Commonly got wrong: the statistics. Each published model has its own mean and de
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,42 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box",
 """Pillow's filters, by their numbers in preprocessor_config.json."""
 PIL_MODES = {1: "L", 3: "RGB"}
 MAX_PIXEL_VALUE, MAX_16_BIT = 255.0, 65_535
+MAX_ASPECT_RATIO = 200
 ImageSize = int | tuple[int, int]
 """A side of a square, or height and width."""
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """A shape that keeps an image's aspect ratio: both sides are multiples of patch_size x merge_size, the product lies
+    between min_pixels and max_pixels (`smart_resize` of Qwen2-VL). temporal_patch_size: frames of a patch.
+
+    Commonly got wrong: sides are rounded to the nearest multiple, and halves to the even one; only where the product
+    leaves the budget they are scaled, and then rounded down (or up) alone."""
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    merge_size: int = 2
+    temporal_patch_size: int = 2
+
+    @property
+    def factor(self) -> int:
+        return self.patch_size * self.merge_size
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image of this height and width is resized to."""
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise DataError(f"an image of {width} x {height}: one side is over {MAX_ASPECT_RATIO} times the other")
+        rows, columns = (round(side / self.factor) for side in (height, width))
+        area = rows * columns * self.factor**2
+        if area > self.max_pixels:
+            scale = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(1, math.floor(side / scale / self.factor)) for side in (height, width))
+        elif area < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(side * scale / self.factor) for side in (height, width))
+        return rows * self.factor, columns * self.factor
 
 
 @dataclass(frozen=True)
@@ -38,7 +73,8 @@ class ImageProcessor:
     size: of what comes out, a side or (height, width). mean, std: one number per channel (1: grey, 3: red, green,
     blue). crop: keep the aspect ratio, resize the shorter side and crop the center (CLIP); otherwise the image is
     squeezed into the square (ViT). resize_size: what is resized to before the crop, where that is not `size`; an
-    integer is the shorter side, (height, width) the exact shape. do_convert_rgb: transparent pixels are shown on white
+    integer is the shorter side, (height, width) the exact shape, a PixelBudget one that follows from the image (`size`
+    is then its least side). do_convert_rgb: transparent pixels are shown on white
     (otherwise alpha is dropped). pad_to_square: first pad the shorter side with the mean color (LLaVA's training)."""
 
     size: ImageSize
@@ -46,14 +82,15 @@ class ImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: str = "bilinear"
     crop: bool = False
-    resize_size: ImageSize | None = None
+    resize_size: ImageSize | PixelBudget | None = None
     do_resize: bool = True
     rescale_factor: float = 1 / MAX_PIXEL_VALUE
     do_convert_rgb: bool = False
     pad_to_square: bool = False
 
     def __post_init__(self) -> None:
-        sides = (*self.shape, *as_shape(1 if self.resize_size is None else self.resize_size))
+        border = self.resize_size.factor if isinstance(self.resize_size, PixelBudget) else self.resize_size
+        sides = (*self.shape, *as_shape(1 if border is None else border))
         if len(self.mean) != len(self.std) or len(self.mean) not in PIL_MODES or min(self.std) <= 0 or min(sides) < 1:
             raise DataError(
                 f"images of size {self.size} with mean {self.mean} and deviation {self.std} cannot be made: give a "
@@ -87,6 +124,8 @@ class ImageProcessor:
         target = self.resize_size
         if target is None:
             target = self.size if self.crop else self.shape
+        if isinstance(target, PixelBudget):
+            return target.shape(image.size[1], image.size[0])
         if not isinstance(target, int):
             return target
         width, height = image.size

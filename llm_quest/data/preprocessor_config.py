@@ -14,7 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_quest.data.images import CLIP_MEAN, CLIP_STD, MAX_PIXEL_VALUE, PIL_MODES, RESAMPLING, ImageProcessor, ImageSize
+from llm_quest.data.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MAX_PIXEL_VALUE,
+    PIL_MODES,
+    RESAMPLING,
+    ImageProcessor,
+    ImageSize,
+    PixelBudget,
+)
 from llm_quest.errors import DataError
 
 FILE = "preprocessor_config.json"
@@ -42,6 +51,11 @@ CLIP_DEFAULTS = CROPPED_224 | {
     "image_mean": CLIP_MEAN,
     "image_std": CLIP_STD,
 }
+QWEN2_VL_DEFAULTS = {
+    "do_center_crop": False, "crop_size": None, "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "min_pixels": None, "max_pixels": None, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+"""Its `size` counts pixels, not sides; min_pixels and max_pixels are older words for it."""
 PROCESSOR_DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {},
     "CLIPImageProcessor": CLIP_DEFAULTS,
@@ -49,9 +63,10 @@ PROCESSOR_DEFAULTS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": {"resample": 3, "do_convert_rgb": True, "default_to_square": False},
     "Gemma3ImageProcessor": {"do_convert_rgb": True},
     "DeiTImageProcessor": CROPPED_224 | {"size": {"height": 256, "width": 256}},
+    "Qwen2VLImageProcessor": CLIP_DEFAULTS | QWEN2_VL_DEFAULTS,
 }
 """transformers' classes, and where their defaults differ from ViT's."""
-ABSENT_STEPS = {"Gemma3ImageProcessor": {"do_center_crop": False}}
+ABSENT_STEPS = {kind: {"do_center_crop": False} for kind in ("Gemma3ImageProcessor", "Qwen2VLImageProcessor")}
 """Steps that a class does not have, whatever its file says."""
 PROCESSOR_OF_MODEL = {
     "vit": "ViTImageProcessor",
@@ -62,6 +77,8 @@ PROCESSOR_OF_MODEL = {
     "siglip_vision_model": "SiglipImageProcessor",
     "llava": "LlavaImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
+    "qwen3_5": "Qwen2VLImageProcessor",
+    "qwen3_5_moe": "Qwen2VLImageProcessor",
 }
 """The class that a model_type has in files that name none."""
 WITHOUT_EFFECT = (
@@ -127,7 +144,7 @@ def processor_class(published: Mapping[str, Any], model_type: str | None) -> str
 
 def refuse_unknown_keys(settings: Mapping[str, Any], kind: str) -> None:
     """DataError for the first key that might change the images and is not computed."""
-    known = {*COMMON_DEFAULTS, *WITHOUT_EFFECT}
+    known = {*COMMON_DEFAULTS, *WITHOUT_EFFECT, *PROCESSOR_DEFAULTS[kind]}
     unknown = [key for key, value in settings.items() if key not in known and value not in (None, False)]
     if settings.get("data_format") in ("channels_first", "ChannelDimension.FIRST"):
         unknown.remove("data_format")
@@ -146,11 +163,31 @@ def refuse_unknown_keys(settings: Mapping[str, Any], kind: str) -> None:
 
 def read_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`size` and `resize_size` of the ImageProcessor."""
+    if "merge_size" in settings:
+        budget = read_pixel_budget(settings)
+        return {"size": budget.factor, "resize_size": budget}
     resized = read_size(settings, "size", square=settings["default_to_square"])
     if not settings["do_center_crop"]:
         return {"size": side_if_square(resized), "resize_size": resized if isinstance(resized, int) else None}
     size = side_if_square(read_size(settings, "size" if settings["crop_size"] is None else "crop_size", square=True))
     return {"size": size, "resize_size": None if resized == size else resized}
+
+
+def read_pixel_budget(settings: Mapping[str, Any]) -> PixelBudget:
+    """The shapes of Qwen's images. DataError names a number that is none."""
+    size = settings["size"] if isinstance(settings["size"], Mapping) else {}
+    numbers = {
+        "min_pixels": settings["min_pixels"] or size.get("shortest_edge"),
+        "max_pixels": settings["max_pixels"] or size.get("longest_edge"),
+        **{key: settings[key] for key in ("patch_size", "merge_size", "temporal_patch_size")},
+    }
+    for key, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise DataError(
+                f"{FILE}: {key} is {value!r}; a positive whole number was expected, or size with "
+                "shortest_edge and longest_edge in pixels"
+            )
+    return PixelBudget(**numbers)
 
 
 def side_if_square(size: ImageSize) -> ImageSize:
@@ -195,19 +232,40 @@ def build_preprocessor_config(processor: ImageProcessor) -> dict[str, Any]:
     """The contents of preprocessor_config.json, every key written out."""
     height, width = processor.shape
     resized = processor.resize_size
+    if isinstance(resized, PixelBudget):
+        return build_budget_config(processor, resized)
     if resized is None:
         resized = processor.size if processor.crop else processor.shape
     size = {"shortest_edge": resized} if isinstance(resized, int) else {"height": resized[0], "width": resized[1]}
     kind = "CLIPImageProcessor" if processor.crop else "ViTImageProcessor"
     return {
         "image_processor_type": "LlavaImageProcessor" if processor.pad_to_square else kind,
-        "do_convert_rgb": processor.do_convert_rgb,
         **({"do_pad": True} if processor.pad_to_square else {}),
-        "do_resize": processor.do_resize,
         "size": size,
-        "resample": next(number for number, name in RESAMPLING.items() if name == processor.resample),
+        **pixel_settings(processor),
         "do_center_crop": processor.crop,
         **({"crop_size": {"height": height, "width": width}} if processor.crop else {}),
+    }
+
+
+def build_budget_config(processor: ImageProcessor, budget: PixelBudget) -> dict[str, Any]:
+    """The same for images whose shape follows from the image (Qwen2VLImageProcessor)."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels},
+        "patch_size": budget.patch_size,
+        "merge_size": budget.merge_size,
+        "temporal_patch_size": budget.temporal_patch_size,
+        **pixel_settings(processor),
+    }
+
+
+def pixel_settings(processor: ImageProcessor) -> dict[str, Any]:
+    """The keys of what is done to the pixels, whatever their shape."""
+    return {
+        "do_convert_rgb": processor.do_convert_rgb,
+        "do_resize": processor.do_resize,
+        "resample": next(number for number, name in RESAMPLING.items() if name == processor.resample),
         "do_rescale": True,
         "rescale_factor": processor.rescale_factor,
         "do_normalize": True,

@@ -7,7 +7,7 @@ and proves nothing where it does not.
     text                             logits of random tokens, whole and padded on the left
     ...ForSequenceClassification     scores at the last token, whole and padded on the right
     ViT, CLIP's image encoder        logits, or the class token's vector, of random images
-    LLaVA, Gemma 3                   logits of random tokens with an image in each row
+    LLaVA, Gemma 3, Qwen3.5          logits of random tokens with an image in each row
 """
 
 from __future__ import annotations
@@ -122,6 +122,26 @@ def random_typed_ids(model: Any, seed: int) -> Inputs:
     return {**inputs, "token_type_ids": (inputs["input_ids"] == model.config.image_token_id).long()}
 
 
+def random_gridded_ids(model: Any, seed: int) -> Inputs:
+    """The same for Qwen3.5: patches in blocks of neighbours, each twice in time, and their grids."""
+    vision = model.config.vision_config
+    side, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    rows, columns = 2 * merge, 4 * merge
+    shape = (2, vision.num_channels, rows * side, columns * side)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    cut = images.unflatten(3, (-1, merge, side)).unflatten(2, (-1, merge, side)).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    patches = cut[:, :, :, :, :, :, None].expand(*cut.shape[:6], frames, side, side).reshape(2 * rows * columns, -1)
+    ids = random_ids_with_images(model.config, images, seed)
+    kinds, grids = (ids == model.config.image_token_id).long(), torch.tensor([[1, rows, columns]] * 2)
+    return {
+        "input_ids": ids,
+        "images": images,
+        "pixel_values": patches,
+        "image_grid_thw": grids,
+        "mm_token_type_ids": kinds,
+    }
+
+
 def random_ids_with_images(config: Any, images: Tensor, seed: int) -> Tensor:
     """(2,T): a row for each of two images of one size."""
     placeholders = config.num_image_tokens(*images.shape[2:])
@@ -173,12 +193,12 @@ def our_scores(model: Any, inputs: Inputs) -> Tensor:
 
 
 def our_illustrated_logits(model: Any, inputs: Inputs) -> Tensor:
-    features = model.get_image_features(inputs["pixel_values"])
+    features = model.get_image_features(inputs["images"] if "images" in inputs else inputs["pixel_values"])
     return model(inputs["input_ids"], image_features=features)
 
 
 def their_logits(model: Any, inputs: Inputs) -> Tensor:
-    return model(**inputs, use_cache=False).logits
+    return model(**{name: value for name, value in inputs.items() if name != "images"}, use_cache=False).logits
 
 
 def their_scores(model: Any, inputs: Inputs) -> Tensor:
@@ -196,7 +216,11 @@ TEXT = Counterpart("AutoModelForCausalLM", random_input_ids, our_logits, their_l
 SCORES = Counterpart("AutoModelForSequenceClassification", random_scored_ids, our_scores, their_scores, pad_right)
 TEXT_WITH_IMAGES = {
     family: Counterpart("AutoModelForImageTextToText", inputs, our_illustrated_logits, their_logits)
-    for family, inputs in {"vision_language": random_illustrated_ids, "gemma3": random_typed_ids}.items()
+    for family, inputs in {
+        "vision_language": random_illustrated_ids,
+        "gemma3": random_typed_ids,
+        "qwen3_5": random_gridded_ids,
+    }.items()
 }
 """By family: what each is told about its images differs."""
 

@@ -25,13 +25,16 @@ from llm_quest.scope import CausalMask, MaskSpec, Scope
 
 
 class Cache:
-    """The cache of one model for B rows: a part for each layer and, for each number of slots, the positions in them."""
+    """The cache of one model for B rows: a part for each layer and, for each number of slots, the positions in them.
+    rope_deltas (B,1): what rotary positions add to `position_ids` behind images whose positions are fewer than their
+    tokens (Qwen3.5); None: nothing."""
 
     def __init__(self, layers: Sequence[LayerCache], batch_size: int, capacity: int):
         self.layers = list(layers)
         self.batch_size = batch_size
         self.capacity = capacity
         self.slot_indices: dict[int, SlotIndex] = {}
+        self.rope_deltas: Tensor | None = None
 
     def slot_index(self, num_slots: int) -> SlotIndex:
         """The positions in the slots of all parts of this size."""
@@ -65,21 +68,37 @@ class Cache:
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, side by side: a group of samples after one prefill."""
         self.batch_size *= repeats
+        if self.rope_deltas is not None:
+            self.rope_deltas = self.rope_deltas.repeat_interleave(repeats, dim=0)
         for part in self.row_states():
             part.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows alone."""
         self.batch_size = indices.shape[0]
+        if self.rope_deltas is not None:
+            self.rope_deltas = self.rope_deltas[indices.to(self.rope_deltas.device)]
         for part in self.row_states():
             part.batch_select_indices(indices)
 
     def batch_concat(self, others: Sequence[Cache], order: Sequence[int]) -> None:
         """Append the rows of other caches of the same model and capacity, which are emptied; then row b is row order[b]
         of all."""
+        self.join_rope_deltas(others, order)
         self.batch_size = len(order)
         for part, *same in zip(*(cache.row_states() for cache in (self, *others)), strict=True):
             part.batch_concat(same, order)
+
+    def join_rope_deltas(self, others: Sequence[Cache], order: Sequence[int]) -> None:
+        """The rows' offsets in their new order; 0 for rows without images."""
+        caches = [self, *others]
+        known = next((cache.rope_deltas for cache in caches if cache.rope_deltas is not None), None)
+        if known is not None:
+            deltas = [
+                known.new_zeros(cache.batch_size, 1) if cache.rope_deltas is None else cache.rope_deltas
+                for cache in caches
+            ]
+            self.rope_deltas = concat_rows(deltas, order)
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states in use."""

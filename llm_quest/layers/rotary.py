@@ -208,6 +208,10 @@ class RotaryEmbedding:
 
     def __call__(self, x: Float[Tensor, "B T H d"], scope: Scope) -> Float[Tensor, "B T H d"]:
         cos, sin = scope.cached((self, x.dtype), lambda: self.cos_sin(scope, x.dtype))
+        return self.rotate(x, cos, sin)
+
+    def rotate(self, x: Float[Tensor, "B T H d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H d"]:
+        """The first `dim` numbers of each head, rotated; the rest as it is."""
         turned = x[..., : self.dim]
         if self.interleaved:
             turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
@@ -217,6 +221,10 @@ class RotaryEmbedding:
     def cos_sin(self, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (B,T,1,pairs), computed in float32; one row for all where all rows have the same positions."""
         position_ids = scope.position_ids[:1] if scope.is_unpadded else scope.position_ids
+        return self.cos_sin_at(position_ids, scope, dtype)
+
+    def cos_sin_at(self, position_ids: Tensor, scope: Scope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (B,T,1,pairs) of these positions (B,T)."""
         f = torch.tensor(self.inv_freq, dtype=torch.float32, device=position_ids.device)
         if isinstance(self.scaling, LongRoPEScaling):
             f = self.scaling.choose_inv_freq(f, f.new_tensor(self.long_inv_freq), scope, position_ids)

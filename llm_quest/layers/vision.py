@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llm_quest.errors import UsageError
-from llm_quest.layers.norm import ZeroCenteredRMSNorm
+from llm_quest.layers.norm import LayerNorm, ZeroCenteredRMSNorm
 
 
 class PatchEmbedding(nn.Linear):
@@ -157,3 +157,55 @@ class PooledProjector(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B K W"]:
         picture = x.mT.unflatten(-1, (self.patches_per_side, self.patches_per_side))
         return self.out(self.norm(self.pool(picture).flatten(2).mT))
+
+
+class PatchGridEmbedding(nn.Module):
+    """Patches of images of any size + learned positions of a square grid, interpolated to the image's own
+    (Qwen3-VL, Qwen3.5): bilinear, the corners of both grids lying on each other. A patch holds `temporal_patch_size`
+    frames, and an image is as many equal ones. factor: what both sides of an image must be multiples of."""
+
+    def __init__(
+        self, num_positions: int, patch_size: int, num_channels: int, dim: int, *, temporal_patch_size: int, factor: int
+    ):
+        super().__init__()
+        self.grid_side, self.factor, self.temporal_patch_size = math.isqrt(num_positions), factor, temporal_patch_size
+        self.patches = PatchEmbedding(num_channels * temporal_patch_size, patch_size, dim)
+        self.positions = nn.Parameter(torch.zeros(num_positions, dim))
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        channels, height, width = images.shape[1:]
+        expected = self.patches.num_channels // self.temporal_patch_size
+        if channels != expected or height % self.factor or width % self.factor:
+            raise UsageError(
+                f"images are {channels} x {height} x {width}; this model reads {expected} channels and sides that are "
+                f"multiples of {self.factor}: resize them"
+            )
+        frames = images.to(self.positions.dtype).repeat_interleave(self.temporal_patch_size, dim=1)
+        rows, columns = (side // self.patches.patch_size for side in (height, width))
+        return self.patches(frames) + self.interpolate_positions(rows, columns)
+
+    def interpolate_positions(self, rows: int, columns: int) -> Float[Tensor, "N D"]:
+        """The positions of a grid of rows x columns."""
+        grid = self.positions.T.unflatten(1, (self.grid_side, self.grid_side))[None]
+        return F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=True)[0].flatten(1).T
+
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        """Positions N(0, 0.02^2)."""
+        nn.init.normal_(self.positions, std=0.02, generator=generator)
+
+
+class PatchMerger(nn.Module):
+    """out(GELU(up(four neighbours, each normalised))): a vector for each square of merge_size x merge_size patches
+    (Qwen2-VL, arXiv:2409.12191): (B,R,C,D) -> (B,R/2,C/2,W). GELU by erf."""
+
+    def __init__(self, dim: int, out_dim: int, merge_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.merge_size = merge_size
+        self.norm = LayerNorm(dim, eps)
+        self.up = nn.Linear(dim * merge_size**2, dim * merge_size**2)
+        self.out = nn.Linear(dim * merge_size**2, out_dim)
+
+    def forward(self, x: Float[Tensor, "B R C D"]) -> Float[Tensor, "B r c W"]:
+        blocks = self.norm(x).unflatten(2, (-1, self.merge_size)).unflatten(1, (-1, self.merge_size))
+        joined = blocks.transpose(2, 3).flatten(3)
+        return self.out(F.gelu(self.up(joined)))

@@ -30,6 +30,8 @@ from llm_quest.models import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
+    qwen3_5_vision,
     qwen3_next,
     seed_oss,
     siglip,
@@ -72,8 +74,8 @@ FAMILIES: tuple[Family, ...] = (
     mimo.FAMILY,
 )
 
-VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY, gemma3.FAMILY)
+VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY, gemma3.FAMILY, qwen3_5.FAMILY)
 """Families that read images. They have tests of their own (tests/models)."""
 
-PART_FAMILIES: tuple[Family, ...] = (*FAMILIES, *VISION_FAMILIES, siglip.FAMILY)
-"""Families of which a part of a model of several may be: the above, and towers that are no models of their own here."""
+PART_FAMILIES: tuple[Family, ...] = (siglip.FAMILY, qwen3_5_vision.FAMILY, *FAMILIES, *VISION_FAMILIES)
+"""Families of which a part of a model of several may be: towers that are no models of their own here, and the above."""

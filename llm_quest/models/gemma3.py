@@ -48,6 +48,7 @@ class Config(TextWithImages):
         return self.mm_tokens_per_image
 
     marker_token_id = property(lambda config: config.boi_token_index, doc="What a prompt has in place of an image.")
+    markup_token_ids = property(lambda config: (config.boi_token_index,), doc="The same as a template writes it.")
 
     def expand_image(self, num_tokens: int) -> list[int | str]:
         """What the marker stands for: ids and text."""

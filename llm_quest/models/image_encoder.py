@@ -3,7 +3,7 @@ they pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -36,8 +36,9 @@ class ImageEncoder(nn.Module):
     """`model(images (B,C,H,W)) -> (B,V)` = head(hidden(images)[:, 0]): what the head makes of the class token, the only
     one that asks in the last block and that its MLP is run on. Every patch sees every patch; no cache.
 
-    embed(images) -> (B,N+1,D), the class token first. enter: before the blocks (CLIP normalises there). Images are as
-    `data.images` prepares them: numbers with the statistics this model was trained with."""
+    embed(images) -> (B,N+1,D), the class token first. positions(images) -> (axes,B,N), where the blocks rotate by them.
+    enter: before the blocks (CLIP normalises there). Images are as `data.images` prepares them: numbers with the
+    statistics this model was trained with."""
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class ImageEncoder(nn.Module):
         norm: nn.Module,
         head: nn.Module,
         enter: nn.Module | None = None,
+        positions: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.spec = spec
@@ -56,6 +58,7 @@ class ImageEncoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.head = head
+        self.positions = positions
         self.generation_config: GenerationConfig | None = None
 
     @property
@@ -86,7 +89,8 @@ class ImageEncoder(nn.Module):
     def embed_images(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, Scope]:
         """What the first block reads, and that everyone sees everyone."""
         x = self.enter(self.embed(images))
-        return x, Scope.unpadded(x, bidirectional=True)
+        scope = Scope.unpadded(x, bidirectional=True)
+        return x, scope if self.positions is None else scope.with_axis_positions(self.positions(images))
 
     def row_splits(self) -> dict[str, tuple[int, ...]]:
         """Parameters that are several matrices stacked by rows, and how many rows each has (Muon works on each

@@ -104,6 +104,7 @@ class Config(TextWithImages):
         self.require_image_token()
 
     marker_token_id = property(lambda config: config.image_token_id, doc="What a prompt has in place of an image.")
+    markup_token_ids = property(lambda config: (config.image_token_id,), doc="The same as a template writes it.")
 
     @property
     def image_seq_length(self) -> int:

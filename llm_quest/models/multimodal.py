@@ -69,6 +69,33 @@ def bidirectional_images(scope: Scope, is_placeholder: Bool[Tensor, "B T"], shap
     return scope.with_visible_until(scope.position_ids.expand_as(places).gather(1, last))
 
 
+def three_axis_positions(scope: Scope, is_placeholder: Bool[Tensor, "B T"], shapes: ImageShapes) -> Scope:
+    """Time, row and column of every token (Qwen2-VL, arXiv:2409.12191, section 2.1). For text the three are equal. An
+    image of (rows, columns) vectors that begins at p has (p, p + row, p + column), and the next token is at
+    p + max(rows, columns): so many positions fewer than tokens, which the cache remembers for the tokens to come.
+
+          a  b  image of 2 x 3     c
+          0  1  2  2  2  2  2  2   5   time
+          0  1  2  2  2  3  3  3   5   row
+          0  1  2  3  4  2  3  4   5   column
+    """
+    device, flat = is_placeholder.device, is_placeholder.flatten()
+    sizes = torch.tensor([rows * columns for rows, columns in shapes], device=device)
+    columns = torch.tensor([columns for _, columns in shapes], device=device)
+    extents = torch.tensor([max(shape) for shape in shapes], device=device)
+    image = torch.arange(len(shapes), device=device).repeat_interleave(sizes)
+    place = torch.arange(len(image), device=device) - (sizes.cumsum(0) - sizes)[image]
+    shift = torch.zeros_like(flat, dtype=torch.int64)
+    shift[flat] = torch.where(place == sizes[image] - 1, (extents - sizes)[image], 0)
+    shift = shift.view_as(is_placeholder)
+    known = 0 if scope.cache is None or scope.cache.rope_deltas is None else scope.cache.rope_deltas
+    axes = (scope.position_ids.expand_as(is_placeholder) + known + shift.cumsum(dim=1) - shift).repeat(3, 1, 1)
+    axes[:, is_placeholder] += torch.stack((0 * place, place // columns[image], place % columns[image])) - place
+    if scope.cache is not None:
+        scope.cache.rope_deltas = known + shift.sum(dim=1, keepdim=True)
+    return scope.with_axis_positions(axes)
+
+
 class VisionLanguageModel(nn.Module):
     """`model(input_ids (B,T), scope=None, image_features=None) -> logits (B,T,V)`: a decoder that may be given what an
     image encoder saw.

@@ -12,7 +12,7 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.models.config_fields import Json
 from llm_quest.models.family import Family
 from llm_quest.models.rope_config import require_field
-from llm_quest.models.weight_names import PublishedWeight, WeightMap, map_published_names
+from llm_quest.models.weight_names import WeightMap, map_published_names
 
 PartField = tuple[Callable[[Any], Any], Callable[[Any, Any], dict[str, Any]]]
 """The arguments of `json_field`."""
@@ -26,8 +26,13 @@ PART_RENAMES = (
     (r"lm_head\.", "language_model.lm_head."),
 )
 """transformers' names of today -> those of LLaVA's and Gemma 3's files."""
-PREFIXES = {"tower": "vision_tower.", "adapter": "", "decoder": "language_model."}
-"""Our parts -> how their published names begin in such files."""
+Rename = Callable[[str], str]
+PART_NAMES: Mapping[str, Rename] = {
+    "tower": lambda name: f"vision_tower.{name.removeprefix('vit.')}",
+    "adapter": lambda name: name,
+    "decoder": lambda name: f"language_model.{name}",
+}
+"""Our parts -> what their published names become in such files."""
 
 
 class TextWithImages:
@@ -105,18 +110,12 @@ def family_among(families: Sequence[Family], config: Any) -> Family:
 
 
 def join_weight_maps(
-    tower: WeightMap, adapter: WeightMap, decoder: WeightMap, prefixes: Mapping[str, str] = PREFIXES
+    tower: WeightMap, adapter: WeightMap, decoder: WeightMap, part_names: Mapping[str, Rename] = PART_NAMES
 ) -> dict[str, Any]:
-    """The parts' own maps as one, each behind its prefix. The tower's head is not read."""
+    """The parts' own maps as one, each renamed. The tower's head is not read."""
     table: dict[str, Any] = {}
     for part, names in {"tower": tower, "adapter": adapter, "decoder": decoder}.items():
-        prefix = prefixes[part]
         for ours, theirs in names.items():
             if not (part == "tower" and ours.startswith("head.")):
-                table[f"{part}.{ours}"] = prepend(prefix, theirs)
+                table[f"{part}.{ours}"] = map_published_names(theirs, part_names[part])
     return table
-
-
-def prepend(prefix: str, theirs: PublishedWeight) -> PublishedWeight:
-    """The entry with every published name behind a prefix."""
-    return map_published_names(theirs, lambda name: prefix + name.removeprefix("vit."))

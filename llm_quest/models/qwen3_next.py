@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from llm_quest.contracts import Preset
 from llm_quest.layers.attention import GroupedQueryAttention, SigmoidOutputGate
+from llm_quest.layers.axial_rotary import MultimodalRotary
 from llm_quest.layers.block import Block, Sublayer
 from llm_quest.layers.delta_net import FlatProjection, GatedDeltaNet, InterleavedProjection
 from llm_quest.layers.embedding import TokenEmbedding
@@ -93,11 +94,18 @@ class MoEConfig:
             )
 
 
-def mrope_sections(config: Any) -> dict[str, Any]:
-    """How the multimodal model divides the rotated pairs between time, height and width; for text they are one."""
-    pairs = config.rotary.dim // 2
-    sections = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
-    return {} if config.delta_net.interleaved else {"mrope_section": sections, "mrope_interleaved": True}
+MROPE_SECTION = (11, 11, 10)
+
+
+def read_mrope_section(c: Any) -> tuple[int, ...]:
+    """How the model with images divides the rotated pairs between time, row and column; for text they are one."""
+    rope = c.json.get("rope_parameters") or c.json.get("rope_scaling") or {}
+    return tuple(rope.get("mrope_section") or MROPE_SECTION)
+
+
+def publish_mrope(config: Any) -> dict[str, Any]:
+    sections = {"mrope_section": list(config.mrope_section), "mrope_interleaved": True}
+    return {} if config.delta_net.interleaved else sections
 
 
 @config_dataclass
@@ -119,11 +127,12 @@ class Config:
         hf_default=lambda c: layer_pattern(c.num_hidden_layers, c.json.get("full_attention_interval") or 4),
     )
     delta_net: DeltaNetConfig = nested(DeltaNetConfig)
-    rotary: RotaryEmbedding = rope_field(partial=0.25, extra=mrope_sections)
+    rotary: RotaryEmbedding = rope_field(partial=0.25, extra=publish_mrope)
     tie_word_embeddings: bool = hf_default(False)
     moe: MoEConfig | None = nested(
         MoEConfig, when=lambda json: json.get("model_type") in ("qwen3_next", "qwen3_5_moe_text"), default=None
     )
+    mrope_section: tuple[int, ...] = json_field(read_mrope_section, unwritten, default=MROPE_SECTION)
     rms_norm_eps: float = 1e-6
     attention_bias: Literal[False] = False
     attn_output_gate: Literal[True] = True
@@ -166,7 +175,7 @@ def gated_attention(config: Config) -> GroupedQueryAttention:
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        rotary=config.rotary,
+        rotary=MultimodalRotary(config.rotary, config.mrope_section),
         q_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
         k_norm=ZeroCenteredRMSNorm(config.head_dim, config.rms_norm_eps),
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor, load_image
+from llm_quest.data.images import CLIP_STATISTICS, ImageProcessor, PixelBudget, load_image
 from llm_quest.data.preprocessor_config import (
     PROCESSOR_DEFAULTS,
     PROCESSOR_OF_MODEL,
@@ -47,6 +47,7 @@ def pixels(theirs: Any, image: Any) -> np.ndarray:
     return np.asarray(theirs(images=image, return_tensors="np")["pixel_values"][0])
 
 
+OF_ONE_SHAPE = [kind for kind in PROCESSOR_DEFAULTS if "merge_size" not in PROCESSOR_DEFAULTS[kind]]
 SIZES: tuple[Any, ...] = (None, 24, [20, 24], {"height": 24, "width": 20}, {"shortest_edge": 22})
 CROPS: tuple[Any, ...] = (None, 16, {"height": 24, "width": 18}, {"height": 40, "width": 40})
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -75,7 +76,7 @@ def configs() -> Iterator[dict[str, Any]]:
     yield {"do_convert_rgb": None, "do_center_crop": None, "default_to_square": None, "size": 24}
 
 
-@pytest.mark.parametrize("kind", PROCESSOR_DEFAULTS)
+@pytest.mark.parametrize("kind", OF_ONE_SHAPE)
 def test_every_config_gives_the_pixels_of_transformers(kind: str):
     images = [photo(*shape) for shape in ((40, 28), (28, 41), (24, 24), (91, 31), (9, 7))]
     compared = 0
@@ -87,7 +88,7 @@ def test_every_config_gives_the_pixels_of_transformers(kind: str):
     assert compared > 150
 
 
-@pytest.mark.parametrize("kind", PROCESSOR_DEFAULTS)
+@pytest.mark.parametrize("kind", OF_ONE_SHAPE)
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "YCbCr"])
 def test_every_mode_gives_the_pixels_of_transformers(kind: str, mode: str, tmp_path: Path):
     published = {"size": {"height": 24, "width": 24}, "crop_size": 20}
@@ -100,7 +101,7 @@ def test_every_mode_gives_the_pixels_of_transformers(kind: str, mode: str, tmp_p
     assert_equal(ours(load_image(tmp_path / "a.tiff")), pixels(theirs, str(tmp_path / "a.tiff")))
 
 
-@pytest.mark.parametrize("kind", PROCESSOR_DEFAULTS)
+@pytest.mark.parametrize("kind", OF_ONE_SHAPE)
 def test_a_palette_with_a_transparent_color_gives_the_pixels_of_transformers(kind: str, tmp_path: Path):
     stored = photo(40, 28).quantize(8)
     stored.save(tmp_path / "a.png", transparency=3)
@@ -108,6 +109,52 @@ def test_a_palette_with_a_transparent_color_gives_the_pixels_of_transformers(kin
     assert_equal(ours(load_image(tmp_path / "a.png")), pixels(theirs, str(tmp_path / "a.png")))
     with Image.open(tmp_path / "a.png") as image:
         assert_equal(ours(image), pixels(theirs, image if ours.do_convert_rgb else image.convert("RGB")))
+
+
+QWEN_CONFIGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"patch_size": 16, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}},
+    {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 4096}, "do_convert_rgb": False},
+    {"patch_size": 4, "min_pixels": 256, "max_pixels": 1024, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    {"patch_size": 4, "merge_size": 1, "resample": 2, "size": {"shortest_edge": 256, "longest_edge": 2048}},
+    {"patch_size": 4, "do_normalize": False, "do_rescale": False, "min_pixels": 64},
+)
+
+
+@pytest.mark.parametrize("published", QWEN_CONFIGS)
+def test_images_of_their_own_shape_give_the_patches_of_transformers(published: dict[str, Any]):
+    """Qwen's: the shape, and the pixels as patches in blocks, each twice in time."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    theirs = Qwen2VLImageProcessorPil(**published)
+    ours = parse_preprocessor_config({"image_processor_type": "Qwen2VLImageProcessorFast"} | published)
+    budget = ours.resize_size
+    for shape in ((40, 28), (28, 41), (24, 24), (91, 31), (9, 7), (12, 300), (620, 410)):
+        found, expected = ours(photo(*shape)), theirs(images=photo(*shape), return_tensors="np")
+        rows, columns = (side // budget.patch_size for side in found.shape[1:])
+        assert expected["image_grid_thw"].tolist() == [[1, rows, columns]]
+        merge, side = budget.merge_size, budget.patch_size
+        cut = found.reshape(3, rows // merge, merge, side, columns // merge, merge, side).permute(1, 4, 2, 5, 0, 3, 6)
+        twice = cut[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, 2, -1, -1)
+        assert_equal(twice.reshape(rows * columns, -1), expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        ({"patch_size": 0}, "patch_size is 0; a positive whole number was expected"),
+        ({"size": {"height": 24, "width": 24}}, "min_pixels is None; a positive whole number was expected, or size"),
+        ({"window_size": 7}, "window_size is 7, which Qwen2VLImageProcessor does not compute"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(published: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        parse_preprocessor_config({"image_processor_type": "Qwen2VLImageProcessor"} | published)
+
+
+def test_an_image_that_is_a_line_is_refused():
+    with pytest.raises(DataError, match="one side is over 200 times the other"):
+        parse_preprocessor_config({}, "qwen3_5")(Image.new("RGB", (402, 2)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -132,9 +179,10 @@ def test_a_file_that_names_no_class_has_the_defaults_of_its_model(model_type: st
 
     named = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type.removesuffix("_vision_model"))["pil"]
     assert PROCESSOR_OF_MODEL[model_type] == named.removesuffix("Pil")
-    assert_equal(
-        parse_preprocessor_config({}, model_type)(photo(40, 28)), pixels(reference(named[:-3], {}), photo(40, 28))
-    )
+    if PROCESSOR_OF_MODEL[model_type] in OF_ONE_SHAPE:
+        assert_equal(
+            parse_preprocessor_config({}, model_type)(photo(40, 28)), pixels(reference(named[:-3], {}), photo(40, 28))
+        )
 
 
 @pytest.mark.parametrize(
@@ -147,6 +195,7 @@ def test_a_file_that_names_no_class_has_the_defaults_of_its_model(model_type: st
         ImageProcessor(24, crop=True, resize_size=(24, 24), do_resize=False),
         ImageProcessor(24, resize_size=24, resample="lanczos"),
         ImageProcessor(24, **CLIP_STATISTICS, pad_to_square=True),
+        ImageProcessor(32, resize_size=PixelBudget(4096, 65_536, 16), resample="bicubic", do_convert_rgb=True),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from llm_quest.cli.main import app
 from llm_quest.hub.verify import MARGIN, ROUNDING, compare_with_transformers
 from llm_quest.models import clip, llama, siglip, vit
-from tests.models.vision import SIZES, their_gemma3, their_llava, their_vit
+from tests.models.vision import SIZES, their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import randomize_, save_published, tiny_gpt2, tiny_llama, transformers
 
 
@@ -47,6 +47,7 @@ MODELS = {
     "llava": their_llava,
     "llava with a vit": lambda: their_llava("vit"),
     "gemma3": their_gemma3,
+    "qwen3.5": their_qwen3_5,
 }
 
 

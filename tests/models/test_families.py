@@ -15,7 +15,7 @@ from llm_quest.hub.load_save import load, save
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
-from tests.models.vision import their_gemma3, their_llava, their_vit
+from tests.models.vision import their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import save_published, tiny_gpt2, tiny_llama, transformers
 
 LENGTH = 80  # over one chunk of the DeltaNet, sixteen windows of five
@@ -52,7 +52,8 @@ families = pytest.mark.parametrize("name", ORACLES)
 def test_every_family_is_compared_with_its_reference(family):
     """A family without an oracle fails by name. A class that transformers does not have is a format of our own."""
     llava = their_llava()
-    others = (tiny_gpt2(), tiny_llama(), their_vit(), llava, llava.model.vision_tower, their_gemma3())
+    others = (tiny_gpt2(), tiny_llama(), their_vit(), llava, llava.model.vision_tower)
+    others += (their_gemma3(), their_qwen3_5(), their_qwen3_5("Qwen3_5Moe"))
     compared = {oracle.architecture for oracle in ORACLES.values()} | {type(oracle).__name__ for oracle in others}
     missing = [one for one in family.architectures.values() if hasattr(transformers, one) and one not in compared]
     assert not missing, f"{family.name}: no oracle builds {missing[0]}; add one to tests/family_oracles.py"

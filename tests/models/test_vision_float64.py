@@ -20,7 +20,19 @@ from llm_quest.hub.load_save import save
 from llm_quest.scope import Scope
 from tests.float64 import computing_in_float64
 from tests.models.test_float64_parity import BOUND
-from tests.models.vision import IMAGE, PATCHES, SIZES, images, loaded, shown, their_gemma3, their_llava, their_vit
+from tests.models.vision import (
+    IMAGE,
+    PATCHES,
+    SIZES,
+    images,
+    loaded,
+    qwen_patches,
+    shown,
+    their_gemma3,
+    their_llava,
+    their_qwen3_5,
+    their_vit,
+)
 from tests.oracles import randomize_, transformers
 
 
@@ -69,32 +81,45 @@ def typed_logits(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tensor
     return theirs(input_ids=ids, token_type_ids=kinds, **shown_pixels, use_cache=False).logits  # type: ignore[no-any-return]
 
 
+def gridded_logits(theirs: Any, ids: Tensor, pictures: Sequence[Tensor]) -> Tensor:
+    """Qwen3.5's processor says which tokens are an image's, and how many rows and columns of patches it has."""
+    seen = qwen_patches(pictures) if len(pictures) else {}
+    if hasattr(theirs.config.text_config, "num_experts"):
+        theirs.set_experts_implementation("eager")  # the others know no float64
+    kinds = (ids == IMAGE).long()
+    return theirs(input_ids=ids, mm_token_type_ids=kinds, **seen, use_cache=False).logits  # type: ignore[no-any-return]
+
+
 LANGUAGE_MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor, Sequence[Tensor]], Tensor]]] = {
     "llava": (their_llava, causal_logits),
     "llava with a vit": (functools.partial(their_llava, "vit"), causal_logits),
     "gemma3": (their_gemma3, typed_logits),
+    "qwen3.5": (their_qwen3_5, gridded_logits),
+    "qwen3.5 moe": (functools.partial(their_qwen3_5, "Qwen3_5Moe"), gridded_logits),
 }
 every = pytest.mark.parametrize("name", LANGUAGE_MODELS)
 LENGTH, PADDING = 48, 9
 
 
-def rows() -> tuple[Tensor, list[Tensor]]:
-    """Two rows: one with two images, one with one that stands near its end."""
+def rows(name: str) -> tuple[Tensor, list[list[Tensor]]]:
+    """Two rows: one with two images, one with one that stands near its end; of several sizes, where a model reads
+    several: 16 vectors each."""
     ids = shown(LENGTH, 2, 29)
     ids[0, 25 : 25 + PATCHES] = IMAGE
-    pictures = images(3).double()
+    shapes = [(64, 16), (32, 32), (16, 64)] if name.startswith("qwen") else [(32, 32)] * 3
+    pictures = [torch.randn(3, *shape, generator=torch.Generator().manual_seed(7)).double() for shape in shapes]
     return ids, [pictures[:2], pictures[2:]]
 
 
-def features(ours: Any, pictures: Sequence[Sequence[Tensor]]) -> Tensor:
-    return torch.cat([ours.get_image_features(torch.stack(list(row))) for row in pictures])
+def features(ours: Any, pictures: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [ours.get_image_features(image[None])[0] for row in pictures for image in row]
 
 
 @every
 @torch.no_grad()
 def test_ragged_rows_with_images_equal_each_row_alone_in_transformers(name: str):
     ours, theirs = pair(LANGUAGE_MODELS[name][0])
-    ids, pictures = rows()
+    ids, pictures = rows(name)
     positions = torch.arange(LENGTH).repeat(2, 1)
     positions[1] = (positions[1] - PADDING).clamp(min=-1)
     with computing_in_float64():
@@ -110,7 +135,7 @@ def test_ragged_rows_with_images_equal_each_row_alone_in_transformers(name: str)
 def test_cached_rows_with_images_equal_one_pass_of_transformers(name: str):
     """The prompts with their images in one pass, then one token a pass, and several: the images are in the cache."""
     ours, theirs = pair(LANGUAGE_MODELS[name][0])
-    ids, pictures = rows()
+    ids, pictures = rows(name)
     cache, outs, start = ours.new_cache(2, LENGTH), [], 0
     with computing_in_float64():
         expected = [LANGUAGE_MODELS[name][1](theirs, row[None], seen) for row, seen in zip(ids, pictures, strict=True)]
@@ -125,7 +150,7 @@ def test_cached_rows_with_images_equal_one_pass_of_transformers(name: str):
 def test_gradients_of_every_weight_equal_transformers(name: str):
     """Of a cross-entropy, matched by published names: both save a model whose weights are their gradients."""
     ours, theirs = copy.deepcopy(pair(LANGUAGE_MODELS[name][0]))
-    ids, pictures = rows()
+    ids, pictures = rows(name)
     with computing_in_float64(), tempfile.TemporaryDirectory() as folder:
         for parameter in theirs.parameters():
             parameter.requires_grad_(True)
@@ -155,7 +180,7 @@ def gradients_for_weights(model: Any) -> Any:
 @every
 def test_what_is_saved_loads_in_transformers_with_the_same_logits(name: str, tmp_path: Any):
     ours, theirs = pair(LANGUAGE_MODELS[name][0])
-    ids, pictures = rows()
+    ids, pictures = rows(name)
     with computing_in_float64(), torch.no_grad():
         save(ours, tmp_path / "m")
         again, info = type(theirs).from_pretrained(tmp_path / "m", output_loading_info=True, dtype=torch.float64)
