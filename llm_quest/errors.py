@@ -4,6 +4,8 @@ remedy."""
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class QuestError(ValueError):
@@ -66,6 +68,15 @@ class PeerFailure(QuestError):
     def __init__(self, message: str, exit_code: int, shown: bool = True):
         super().__init__(message)
         self.exit_code, self.shown = exit_code, shown
+
+
+@contextmanager
+def tolerate_failure(what: str, log: Callable[[str], None]) -> Iterator[None]:
+    """For what a run writes besides its result (a report, a plot): a failure is logged, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        log(f"{what} could not be written, and is left out: {(str(error) or type(error).__name__).splitlines()[0]}")
 
 
 EXIT_INTERRUPTED = 130

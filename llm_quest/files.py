@@ -9,11 +9,14 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llm_quest.errors import ResourceError, UsageError
+
+SWEEP_SECONDS = 24 * 3600.0
 
 
 def cache_dir(part: str) -> Path:
@@ -73,6 +76,12 @@ def atomic_write_text(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
+def update_text(path: Path, text: str) -> None:
+    """A file with this text, replaced as a whole; untouched where it holds that text already."""
+    if path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode():
+        atomic_write_text(path, text)
+
+
 def write_json(path: Path, content: Any) -> None:
     """A new file of JSON. NaN is not JSON and is refused."""
     write_text(path, to_json(content))
@@ -104,13 +113,14 @@ def atomic_dir(
         raise ResourceError(
             f"{target.parent} has {free:,} bytes free, {target.name} needs {required_bytes:,}; make room"
         )
+    sweep_stages(target)
     stage = target.parent / f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
     stage.mkdir()
     try:
         yield stage
         for file in (*stage.iterdir(), stage):
             fsync_path(file)
-        swap_directories(stage, target)
+        swap_directories(stage, target, overwrite=overwrite)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -134,9 +144,23 @@ def check_target(target: Path, overwrite: bool, replaceable: Callable[[str], boo
         )
 
 
-def swap_directories(stage: Path, target: Path) -> None:
-    """Two renames where something stands there already, one otherwise."""
+def sweep_stages(target: Path) -> None:
+    """Remove what processes that were killed while they wrote `target` left beside it a day ago or longer."""
+    for stage in target.parent.glob(f".tmp-{target.name}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - stage.stat().st_mtime > SWEEP_SECONDS:
+                shutil.rmtree(stage)
+
+
+def swap_directories(stage: Path, target: Path, *, overwrite: bool) -> None:
+    """Two renames where something stands there already, one otherwise. UsageError where another process has written
+    the folder meanwhile, and it is not to be replaced."""
     old = stage.with_name(f"{stage.name}-old")
+    if target.exists() and not overwrite:
+        try:
+            target.rmdir()  # an empty folder, which not every system lets a rename replace
+        except OSError:
+            raise UsageError(f"{target} was written by another process meanwhile; nothing was changed") from None
     if target.exists():
         os.rename(target, old)
     try:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -34,6 +34,7 @@ from llm_quest.errors import (
     exit_code_of,
     is_out_of_memory,
 )
+from llm_quest.files import atomic_write_text
 from llm_quest.progress import Heartbeat, is_terminal, note_output
 
 UNSAFE_CHARACTERS = re.compile(
@@ -214,10 +215,13 @@ def write_crash_file(error: BaseException) -> Path:
     environment."""
     head = f"quest {__version__}, python {platform.python_version()}, {platform.platform()}\n\n"
     text = head + "".join(traceback.format_exception(error))
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
-        try:
-            (folder / "crash.txt").write_text(text, encoding="utf-8", errors="replace")
-            return folder / "crash.txt"
-        except OSError:
-            continue
+    text = text.encode(errors="replace").decode()
+    with suppress(OSError):
+        atomic_write_text(Path.cwd() / "crash.txt", text)
+        return Path.cwd() / "crash.txt"
+    with suppress(OSError):
+        descriptor, name = tempfile.mkstemp(prefix="llm-quest-crash-", suffix=".txt")  # nobody can foresee its name
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        return Path(name)
     return Path("crash.txt (which could not be written)")

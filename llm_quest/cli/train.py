@@ -13,7 +13,7 @@ from typing import Any
 from llm_quest.cli.doctor import inspect_machine
 from llm_quest.contracts import LogFn
 from llm_quest.cost.plan import Plan
-from llm_quest.errors import UsageError
+from llm_quest.errors import UsageError, tolerate_failure
 from llm_quest.files import atomic_write_json
 from llm_quest.recipes.config import config_to_yaml
 from llm_quest.recipes.config_schema import RunConfig
@@ -103,9 +103,10 @@ def write_plan_and_report(folder: Path, training_plan: Plan | None, log: LogFn) 
     """Write the plan, if there is one, and the report that compares it with what was measured."""
     from llm_quest.report.page import write_report
 
-    if training_plan is not None:
-        atomic_write_json(folder / "plan.json", training_plan.as_json())
-    log(f"report: {write_report([folder])}")
+    with tolerate_failure("the report", log):
+        if training_plan is not None:
+            atomic_write_json(folder / "plan.json", training_plan.as_json())
+        log(f"report: {write_report([folder])}")
 
 
 def estimate_cost(recipe: str, overrides: Sequence[str], *, measure: bool, log: LogFn) -> Plan:

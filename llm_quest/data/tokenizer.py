@@ -24,6 +24,7 @@ from llm_quest.data.decode_stream import DecodeStream, decode_continuation
 from llm_quest.data.encode_pieces import encode_continuation, encode_pieces
 from llm_quest.data.tokenizer_files import END_OF_TEXT, read_chat_template, read_tokenizer_files, token_name
 from llm_quest.errors import DataError, UsageError
+from llm_quest.files import to_json, update_text
 
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|pad|>", *(f"<|reserved_{i}|>" for i in range(4)))
 
@@ -231,10 +232,15 @@ class Tokenizer:
             settings["model_max_length"] = limit
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-        for file, content in (("tokenizer_config.json", settings), ("special_tokens_map.json", names)):
-            (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        texts = {
+            "chat_template.jinja": self.chat_template,
+            "tokenizer.json": self.backend_tokenizer.to_str(pretty=True),
+            "tokenizer_config.json": to_json(settings),
+            "special_tokens_map.json": to_json(names),
+        }
+        for name, text in texts.items():
+            if text is not None:
+                update_text(folder / name, text)
 
     def _backend_for(self, special: bool) -> tokenizers.Tokenizer:
         return self.backend_tokenizer if special else self._literal

@@ -74,9 +74,12 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         return commit_checkpoint(staged, checkpoint, entries)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        if not is_disk_full(error):
-            raise
         name = checkpoint_dir(root, checkpoint.step).name
+        if not is_disk_full(error):
+            raise ResourceError(
+                f"{root / name} cannot be written ({error}). Earlier checkpoints are untouched; look at the disk "
+                "and resume"
+            ) from error
         raise ResourceError(
             f"the disk is full: {name} needs {checkpoint.nbytes / 1e6:.1f} MB ({error}). Earlier checkpoints are "
             f"untouched; make room under {root} and resume"

@@ -81,6 +81,8 @@ class RunDir:
                 require_ordinary_file(self.folder / name)
             files.remove_partial_checkpoints(self.checkpoints)
             (self.checkpoints / files.BEST_FILE).unlink(missing_ok=True)
+            for stray in self.folder.glob(".tmp-*"):  # of an atomic write that was killed
+                stray.unlink(missing_ok=True)
             atomic_write_text(self.folder / "config.yaml", self.config)
             atomic_write_text(self.folder / "env.json", json.dumps(self.env, indent=1) + "\n")
         except BaseException as error:
@@ -170,9 +172,20 @@ class RunDir:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
+            self._require_present()
             if not files.is_disk_full(error):
-                raise
+                raise ResourceError(
+                    f"{self.folder / name} cannot be written ({error}); look at the disk and resume"
+                ) from error
             raise ResourceError(f"the disk is full: {self.folder / name} cannot grow; make room and resume") from error
+
+    def _require_present(self) -> None:
+        """DataError where somebody has deleted the run's folder: what is saved now could never be loaded."""
+        if not (self.folder / "config.yaml").is_file():
+            raise DataError(
+                f"{self.folder} was deleted or emptied while its run was training, and can't be saved into; start "
+                "a new run"
+            )
 
     def save_checkpoint(
         self,
@@ -184,6 +197,7 @@ class RunDir:
     ) -> Path:
         """Commit a checkpoint, and only then remove older ones. parallel: the processes that write it together, each
         its part."""
+        self._require_present()
         if self.is_main_process and (self.folder / "metrics.jsonl").exists():
             fsync_path(self.folder / "metrics.jsonl")
         if parallel is None:
@@ -218,8 +232,8 @@ def json_safe(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_ordinary_file(path: Path) -> None:
-    """UsageError if something other than an ordinary file (a device, a pipe, a folder) has this name."""
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    """UsageError if something other than an ordinary file (a link, a device, a pipe, a folder) has this name."""
+    if path.is_symlink() or (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
         raise UsageError(f"{path} is not an ordinary file and is not written to; choose another run folder")
 
 

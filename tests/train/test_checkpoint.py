@@ -235,3 +235,34 @@ def test_a_train_state_is_restored_whole():
     assert {name: again[name] for name in again if name not in ("model", "optimizer", "rng")} == {
         name: saved[name] for name in saved if name not in ("model", "optimizer", "rng")
     }
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES])
+def test_an_error_of_the_disk_names_the_checkpoint_and_leaves_the_others(tmp_path, monkeypatch, number: int):
+    root = tmp_path / "checkpoints"
+    files.save_checkpoint(root, made(1))
+
+    def fail(*given: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for door in ("write_tensors", "file_entry", "write_text", "fsync_path"):
+        with monkeypatch.context() as patched:
+            patched.setattr(files, door, fail)
+            with pytest.raises(ResourceError, match=r"step-00000002 cannot be written .*Earlier checkpoints are"):
+                files.save_checkpoint(root, made(2))
+        if door != "fsync_path" or not (root / "step-00000002").exists():
+            assert names(root) == ["step-00000001"]
+    assert find_fault(root / "step-00000001") == ""
+
+
+def test_a_run_folder_that_was_deleted_while_it_trained_ends_the_run(tmp_path):
+    class Deleted(Rule):
+        def batches(self, step):
+            if step == 2:
+                shutil.rmtree(tmp_path / "run")
+            return super().batches(step)
+
+    for log_every in (1, 50):
+        with RunDir(tmp_path / "run") as run, pytest.raises(DataError, match="was deleted or emptied while"):
+            go(4, run, feed=Deleted(), save_every=3, log_every=log_every)
+    assert not (tmp_path / "run" / "checkpoints").exists()
