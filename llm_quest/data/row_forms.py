@@ -96,8 +96,8 @@ def parse_pair(row: Row, where: str, asked: str, answered: str) -> list[Message]
     return [*question_turns(row, where, asked), *text_or_messages(row, answered, "assistant", where)]
 
 
-def chat_form(key: str, name: str, message: Mapping[str, str]) -> RowForm:
-    return RowForm(name, (key,), partial(parse_chat, key=key), {key: [message, "..."]}, COMMON_KEYS)
+def chat_form(key: str, name: str, turns: Sequence[Mapping[str, str]]) -> RowForm:
+    return RowForm(name, (key,), partial(parse_chat, key=key), {key: turns}, COMMON_KEYS)
 
 
 def pair_form(asked: str, answered: str, name: str, *optional: str) -> RowForm:
@@ -105,12 +105,13 @@ def pair_form(asked: str, answered: str, name: str, *optional: str) -> RowForm:
     return RowForm(name, (asked, answered), parse, {asked: "2+2?", answered: "4"}, (*optional, *COMMON_KEYS))
 
 
-OPENAI_MESSAGE, SHAREGPT_MESSAGE = {"role": "user", "content": "2+2?"}, {"from": "human", "value": "2+2?"}
+OPENAI_TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+SHAREGPT_TURNS = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
 
 CONVERSATION_FORMS = (
-    chat_form("messages", "messages (OpenAI, TRL)", OPENAI_MESSAGE),
-    chat_form("conversations", "conversations (ShareGPT)", SHAREGPT_MESSAGE),
-    chat_form("conversation", "conversation", OPENAI_MESSAGE),
+    chat_form("messages", "messages (OpenAI, TRL)", OPENAI_TURNS),
+    chat_form("conversations", "conversations (ShareGPT)", SHAREGPT_TURNS),
+    chat_form("conversation", "conversation", OPENAI_TURNS),
     pair_form("prompt", "completion", "prompt and completion (TRL; text or messages)"),
     pair_form("prompt", "response", "prompt and response"),
     pair_form("query", "response", "query and response"),
@@ -178,7 +179,7 @@ def answer_text(one: list[Message], question: list[Message], where: str) -> str:
 
 
 def choice_form(asked: str, name: str, *optional: str) -> RowForm:
-    example = {asked: [SHAREGPT_MESSAGE] if asked in CHAT_KEYS else "2+2?", "chosen": "4", "rejected": "5"}
+    example = {asked: SHAREGPT_TURNS[:1] if asked in CHAT_KEYS else "2+2?", "chosen": "4", "rejected": "5"}
     keys = (asked, "chosen", "rejected")
     return RowForm(name, keys, partial(parse_choice, asked=asked), example, (*optional, "margin", *COMMON_KEYS))
 
@@ -226,7 +227,7 @@ def parse_prompt(row: Row, where: str, key: str) -> list[Message]:
 
 
 def prompt_form(key: str, name: str, *optional: str) -> RowForm:
-    example = {key: [SHAREGPT_MESSAGE] if key in CHAT_KEYS else "2+2?", "answer": "4"}
+    example = {key: SHAREGPT_TURNS if key in CHAT_KEYS else "2+2?", "answer": "4"}
     return RowForm(name, (key,), partial(parse_prompt, key=key), example, (*optional, *ANSWER_KEYS, *COMMON_KEYS))
 
 
@@ -287,7 +288,7 @@ IMAGE_TEXT_FORMS = (
         "LLaVA's conversations",
         ("image", "conversations"),
         parse_image_conversation,
-        {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nHow many?"}, "..."]},
+        {"image": "a.png", "conversations": SHAREGPT_TURNS},
     ),
 )
 """Rows of images: pairs of question and answer; a caption has None for its question."""

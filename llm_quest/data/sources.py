@@ -113,8 +113,9 @@ def iter_hub_rows(source: DataSource) -> Iterator[tuple[Any, str]]:
         saved = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, source.name)
     except Exception as error:  # each of its builders has errors of its own
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{source.path} cannot be loaded: {type(error).__name__}: {reason}") from None
+        cause = error.__cause__ or error  # of a table that it cannot build, the cause names the columns
+        reason = " ".join(str(cause).split())[:300]
+        raise DataError(f"{source.path} cannot be loaded: {type(cause).__name__}: {reason}") from None
     table = choose_split(loaded, source) if isinstance(loaded, Mapping) else loaded
     yield from ((row, f"{source.path}:{number}") for number, row in enumerate(table, start=1))
 

@@ -149,12 +149,9 @@ class RunDir:
             aside = files.rename_aside(path, "aside")
             self.log_event("restarted", message=f"no checkpoint was saved before; the old rows are in {aside.name}")
         elif path.exists():
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if _row_step(line) <= step
-            ]
-            atomic_write_text(path, "".join(line + "\n" for line in kept))
+            with path.open("rb") as file:
+                kept = [line.decode("utf-8", "replace") for _, line in files.iter_lines(file)]
+            atomic_write_text(path, "".join(line + "\n" for line in kept if _row_step(line) <= step))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a row of metrics. NaN and infinities, which JSON does not have, are null and named under

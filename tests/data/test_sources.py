@@ -1,0 +1,175 @@
+"""Where rows come from: several files with weights, data sets of the hub, functions in Python files; columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_quest.data.conversations import Conversation, read_conversations
+from llm_quest.data.corpus import load_corpus
+from llm_quest.data.document import DropReport
+from llm_quest.data.loader import repeat_by_weight
+from llm_quest.data.sources import DataSource, absolute_source, load_rows
+from llm_quest.errors import DataError, MissingError, QuestError, UsageError
+
+ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(4)]
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def load(*sources: DataSource, report: DropReport | None = None, **options: Any) -> list[Conversation]:
+    return load_rows(sources, read_conversations, DropReport() if report is None else report, **options)
+
+
+def test_a_weight_says_how_often_a_row_is_seen() -> None:
+    rows = [
+        Conversation((("user", str(n)), ("assistant", "a")), "f", weight=weight) for n in range(4) for weight in (1, 2)
+    ]
+    assert [one.weight for one in repeat_by_weight(rows)].count(2) == 8
+    half = [Conversation((("user", str(n)), ("assistant", "a")), "f", weight=0.5) for n in range(10)]
+    assert len(repeat_by_weight(half)) == 5
+    more = [Conversation((("user", str(n)), ("assistant", "a")), "f", weight=1.5) for n in range(10)]
+    assert len(repeat_by_weight(more)) == 15
+    assert set(repeat_by_weight(more)) == set(more)
+
+
+def test_the_rows_of_several_files_carry_their_weights_and_lines(tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.jsonl", ROWS[:2]), write_rows(tmp_path / "b.jsonl", ROWS[2:])
+    found = load(DataSource(str(first), weight=2.0), DataSource(str(second)))
+    assert [(one.weight, one.where) for one in found] == [
+        (2.0, f"{first}:1"), (2.0, f"{first}:2"), (1.0, f"{second}:1"), (1.0, f"{second}:2"),
+    ]  # fmt: skip
+    texts = write_rows(tmp_path / "t.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert [one.weight for one in load_corpus([DataSource(str(texts), 3.0)]).documents] == [3.0, 3.0]
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [{"q": "2+2?", "reply": "4", "prompt": "old", "level": 3}])
+    report = DropReport()
+    [found] = load(DataSource(str(file)), report=report, columns={"prompt": "q", "completion": "reply"})
+    assert [(one.role, one.content) for one in found.messages] == [("user", "2+2?"), ("assistant", "4")]
+    assert report.unused_keys == {"level": 1, "prompt (data.columns gives it another column)": 1}
+    with pytest.raises(DataError, match=r"a\.jsonl:1: has no column 'question' \(data\.columns\); it has 'q', 'reply'"):
+        load(DataSource(str(file)), columns={"prompt": "question"})
+    texts = write_rows(tmp_path / "t.jsonl", [{"body": "one"}])
+    assert [one.text for one in load_corpus(texts, columns={"text": "body"}).documents] == ["one"]
+
+
+def test_bad_rows_are_left_out_or_all_shown(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([json.dumps(ROWS[0]), '{"x": 1}', "{", json.dumps(ROWS[1])]))
+    report = DropReport()
+    assert len(load(DataSource(str(file)), report=report)) == 2
+    assert dict(report.skipped) == {"not JSON": 1, "no known form": 1}
+    assert report.remarks()[0].startswith("skipped: 2 rows cannot be used (1 x ")
+    with pytest.raises(DataError) as error:
+        load(DataSource(str(file)), strict=True)
+    assert {line.split(": ")[0].rpartition(":")[2] for line in str(error.value).splitlines()[1:]} == {"2", "3"}
+    assert "data.strict=false" in str(error.value)
+
+
+def test_a_source_without_a_row_left_says_why(tmp_path: Path) -> None:
+    empty = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": " "}])
+    with pytest.raises(DataError, match=r"no row is left to learn from \(1 x empty answer\)"):
+        load(DataSource(str(empty)))
+    wrong = write_rows(tmp_path / "b.jsonl", [{"x": 1}])
+    with pytest.raises(DataError, match=r"1 row cannot be used .*; no row is left\n.*b\.jsonl:1: has the keys x"):
+        load(DataSource(str(wrong)))
+
+
+MODULE = """
+def rows():
+    yield {"prompt": "q0", "completion": "a0"}
+    yield ["no row"]
+    yield {"prompt": "half \\ud83d", "completion": "b"}
+    yield {"prompt": "q1", "completion": "a1"}
+
+def fails():
+    yield {"prompt": "q0", "completion": "a0"}
+    raise KeyError("nothing")
+"""
+
+
+def test_a_function_of_a_python_file_gives_rows(tmp_path: Path) -> None:
+    file = tmp_path / "my_data.py"
+    file.write_text(MODULE)
+    report = DropReport()
+    found = load(DataSource(f"{file}:rows"), report=report)
+    assert [one.where for one in found] == [f"{file}:rows:1", f"{file}:rows:4"]
+    assert dict(report.skipped) == {"not an object": 1, "half a surrogate pair": 1}
+    file.write_text(MODULE + 'def texts():\n    return [{"text": "one"}]\n')
+    assert [one.text for one in load_corpus(f"{file}:texts").documents] == ["one"]
+    for name, error, said in [
+        ("row", UsageError, "has no function 'row'; it has rows, fails, texts"),
+        ("fails", DataError, r"my_data\.py:10: fails failed with KeyError: 'nothing'"),
+    ]:
+        with pytest.raises(error, match=said):
+            load(DataSource(f"{file}:{name}"))
+    file.write_text("import nowhere_at_all\n")
+    with pytest.raises(DataError, match=r"my_data\.py:1: .*ModuleNotFoundError"):
+        load(DataSource(f"{file}:rows"))
+    with pytest.raises(DataError, match=r"absent\.py does not exist"):
+        load(DataSource(f"{tmp_path}/absent.py:rows"))
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set in a folder, as `datasets.load_dataset` reads it without a network."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", ROWS)
+    write_rows(folder / "test.jsonl", [{"prompt": "t", "completion": "u"}])
+    return folder
+
+
+def test_a_data_set_is_loaded_by_datasets_with_its_split(hub_folder: Path) -> None:
+    found = load(DataSource(f"hf:{hub_folder}"))
+    assert [one.answer for one in found] == ["a0", "a1", "a2", "a3"]
+    assert found[1].where == f"hf:{hub_folder}:2"
+    assert [one.answer for one in load(DataSource(f"hf:{hub_folder}", split="test"))] == ["u"]
+    with pytest.raises(UsageError, match="has no split 'dev'; it has train, test"):
+        load(DataSource(f"hf:{hub_folder}", split="dev"))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load(DataSource(f"hf:{hub_folder}", name="another"))
+    write_rows(hub_folder / "test.jsonl", [{"surprise": "t"}])
+    with pytest.raises(DataError, match="cannot be loaded: .*surprise"):
+        load(DataSource(f"hf:{hub_folder}"))
+
+
+def test_a_data_set_that_was_saved_to_disk_is_loaded(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
+    assert len(load(DataSource(f"hf:{tmp_path}/one"))) == 4
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(MissingError, match=r"pip install 'llm-quest\[datasets\]'"):
+        load(DataSource("hf:org/name"))
+
+
+def test_a_source_keeps_its_place_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "my.py").write_text(MODULE)
+    for name in ("a.jsonl", "hf:a.jsonl", "my.py:rows"):
+        assert str(tmp_path) in absolute_source(name)
+    for name in ("builtin", "builtin:topics", "hf:org/name", "nowhere.jsonl", "registers:count=3"):
+        assert absolute_source(name) == name
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(QuestError, match=r"nowhere\.jsonl does not exist"):
+        load(DataSource(str(tmp_path / "nowhere.jsonl")))
