@@ -150,7 +150,20 @@ def quickstart(
     raise typer.Exit(result.exit_code)
 
 
-@app.command()
+class RecipeCommand(typer.core.TyperCommand):
+    """A command about a recipe, whose help with a recipe's name is about that recipe: `quest train sft --help`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        names = [one for one in args if not one.startswith("-")]
+        if names and {"-h", "--help"} & set(args):
+            from llm_quest.recipes.settings_reference import make_page
+
+            print_lines([*self.get_help(ctx).splitlines(), "", *make_page(names[0]).lines()])
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=RecipeCommand)
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN", help="A name, a YAML file, a run folder.")],
     pairs: Overrides = None,
@@ -167,7 +180,8 @@ def train(
     quiet: QuietOption = False,
     offline: OfflineOption = False,
 ) -> None:
-    """Train with a recipe. Run the same command again to resume after an interruption."""
+    """Train with a recipe. Run the same command again to resume after an interruption. `quest train RECIPE --help`
+    lists the recipe's settings."""
     set_environment(threads or 0, offline)
     from llm_quest.cli.train import start_training
 
@@ -377,6 +391,31 @@ def models(json: JsonOption = False) -> None:
     print_result(list_presets(), json)
 
 
+@app.command()
+def settings(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; without it: their names.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write a page for each recipe into this folder.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the settings of a recipe: what each takes, its default, what it is for."""
+    set_environment(0)
+    from llm_quest.recipes import settings_reference as reference
+
+    if write is not None:
+        print_result(reference.write_pages(write), json)
+    else:
+        print_result(reference.list_pages() if recipe is None else reference.make_page(recipe), json)
+
+
+@app.command()
+def techniques(json: JsonOption = False) -> None:
+    """List the techniques, each with its options and the words that switch it on."""
+    set_environment(0)
+    from llm_quest.cli.techniques import list_techniques
+
+    print_result(list_techniques(), json)
+
+
 @app.command("show")
 def show_model(name: Annotated[str, typer.Argument(help="A preset's name.")], json: JsonOption = False) -> None:
     """Describe a model: its layers, parameters by part, cache and cost."""
@@ -397,7 +436,7 @@ def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, 
         print("\n".join(found.lines(colour=True)))
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def plan(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE|RUN")],
     pairs: Overrides = None,

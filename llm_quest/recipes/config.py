@@ -194,7 +194,7 @@ def explain_validation_error(
         if (new_value := OLD_VALUES.get((".".join(path), str(finding["input"])))) is not None:
             what = f"{finding['input']} is now {new_value}"
         elif finding["type"] == "extra_forbidden":
-            what = f"unknown key{did_you_mean(path[-1], list(fields))}; allowed here: {', '.join(fields)}"
+            what = explain_unknown_key(schema, path, list(fields))
         elif finding["type"] == "missing":
             what = f"missing; give {describe_field(fields.get(path[-1]))}"
         elif finding["type"] in ("value_error", "assertion_error"):
@@ -203,6 +203,21 @@ def explain_validation_error(
             field = schema_field(schema, path)
             what = f"{short_repr(finding['input'])} is not {describe_field(field)}{suggest_choice(finding, field)}"
         yield ConfigProblem(settings.location(path), ".".join(path), what)
+
+
+def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequence[str]) -> str:
+    """What to write instead of a key that the schema does not have."""
+    from llm_quest.recipes.other_names import setting_of
+
+    def knows(key: str) -> bool:
+        *group, last = key.split(".")
+        holder = schema_field(schema, tuple(group)) if group else None
+        is_open = holder is not None and get_origin(holder.annotation) is dict  # its keys are not the schema's
+        return is_open or last in schema_fields(schema, tuple(group))
+
+    if (ours := setting_of(path[-1], knows)) is not None:
+        return f"unknown key; here it is {ours}"
+    return f"unknown key{did_you_mean(path[-1], known)}; allowed here: {', '.join(known)}"
 
 
 def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[ConfigProblem]:

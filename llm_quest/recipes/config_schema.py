@@ -133,9 +133,11 @@ class SamplesConfig(StrictModel):
     """Texts the model writes during the run."""
 
     every_steps: NonNegativeInt = Field(default=200, description="steps; 0: none")
-    prompts: tuple[str, ...] = Field(default=("The ", "Return "), max_length=16)
+    prompts: tuple[str, ...] = Field(
+        default=("The ", "Return "), max_length=16, description="what each text goes on from"
+    )
     max_new_tokens: PositiveInt = Field(default=64, description="tokens of each text")
-    temperature: float = Field(default=0.8, ge=0)
+    temperature: float = Field(default=0.8, ge=0, description="of the texts; 0: greedy")
 
 
 KEYS_FREE_ON_RESUME = (
@@ -175,7 +177,7 @@ bits of what it computes."""
 class RunConfig(StrictModel):
     """How a run goes on, whatever it learns. Each recipe's config is one of these."""
 
-    recipe: str
+    recipe: str = Field(description="what is trained: one of the recipes")
     seed: NonNegativeInt = Field(
         default=0, description="decides first values, data order, dropout and samples, each by a stream of its own"
     )
@@ -186,14 +188,18 @@ class RunConfig(StrictModel):
         default="adamw", description="muon updates the hidden matrices and AdamW the rest, at one learning rate"
     )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="peak learning rate")
-    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    adam_epsilon: PositiveFloat = 1e-8
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="decay of the averages of gradients and of their squares"
+    )
+    adam_epsilon: PositiveFloat = Field(default=1e-8, description="added to the root of the average of squares")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="decay of Muon's average of gradients")
     muon_form: Literal["auto", "float32", "bfloat16", "eigenvalues"] = Field(
         default="auto", description="Muon's iterations: products in a dtype, or eigenvalues; auto: what is fastest here"
     )
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices only")
-    lr_scheduler_type: Annotated[str, Choice(SCHEDULE_SHAPES)] = "cosine"
+    lr_scheduler_type: Annotated[str, Choice(SCHEDULE_SHAPES)] = Field(
+        default="cosine", description="how the learning rate falls after the warm-up"
+    )
     warmup_steps: NonNegativeInt = Field(default=20, description="steps of linear warm-up")
     min_lr_ratio: UnitFraction = Field(default=0.1, description="the last learning rate as a fraction of the peak")
     lr_decay_ratio: float = Field(

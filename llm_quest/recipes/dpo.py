@@ -53,7 +53,7 @@ class DpoConfig(PairBatchedConfig):
     recipe: Literal["dpo"]
     model: StartModelConfig
     data: PreferenceDataConfig = PreferenceDataConfig()
-    loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = "dpo"
+    loss_type: Annotated[str, Choice(PREFERENCE_LOSSES)] = Field(default="dpo", description="which preference loss")
     beta: PositiveFloat | None = Field(
         default=None, description="how strongly the policy is held to the reference; null: as the loss has it, dpo 0.1"
     )

@@ -54,7 +54,7 @@ class RewardModelConfig(StrictModel):
     load: str | None = Field(default=None, description="a reward model; null: one is made from the first policy")
     max_steps: PositiveInt = Field(default=60, description="of training on, in each iteration")
     batch_size: PositiveInt = Field(default=32, description="comparisons in a step")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate, constant")
     num_prompts: PositiveInt = Field(default=128, description="asked of the newest policy for comparisons")
     replay_fraction: float = Field(
         default=0.1, ge=0, lt=1, description="the part of a batch that earlier iterations wrote"
@@ -65,7 +65,9 @@ class IterativeConfig(GrpoConfig):
     """GRPO with a reward model that learns from what the policy has become (DeepSeekMath, algorithm 1)."""
 
     recipe: Literal["iterative"]  # type: ignore[assignment]
-    num_outer_iterations: PositiveInt = 2
+    num_outer_iterations: PositiveInt = Field(
+        default=2, description="how often policy and reward model are trained in turn"
+    )
     reward_model: RewardModelConfig = RewardModelConfig()
 
     @model_validator(mode="after")

@@ -71,7 +71,9 @@ class KtoConfig(PairBatchedConfig):
     recipe: Literal["kto"]
     model: StartModelConfig
     data: UnpairedDataConfig = UnpairedDataConfig()
-    loss_type: Annotated[str, Choice(UNPAIRED_LOSSES)] = "kto"
+    loss_type: Annotated[str, Choice(UNPAIRED_LOSSES)] = Field(
+        default="kto", description="which loss of single answers"
+    )
     beta: PositiveFloat = Field(default=0.1, description="how strongly the policy is held to the reference")
     desirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of desirable answers")
     undesirable_weight: PositiveFloat = Field(default=1.0, description="weight of the loss of undesirable answers")

@@ -27,9 +27,13 @@ UNSUPPORTED_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 class SamplerCorrectionConfig(StrictModel):
     """The trainer scores the samples again, and importance weights correct what differs from the sampler."""
 
-    cap: PositiveFloat = 2.0
-    mode: Annotated[str, Choice(CORRECTION_MODES)] = "truncate"
-    level: Annotated[str, Choice(CORRECTION_LEVELS)] = "token"
+    cap: PositiveFloat = Field(default=2.0, description="largest importance weight")
+    mode: Annotated[str, Choice(CORRECTION_MODES)] = Field(
+        default="truncate", description="larger weights are cut to the cap, or left out"
+    )
+    level: Annotated[str, Choice(CORRECTION_LEVELS)] = Field(
+        default="token", description="one weight for each token, or for each sequence"
+    )
 
 
 class GaeConfig(StrictModel):
@@ -48,7 +52,9 @@ class GaeConfig(StrictModel):
 class PolicyConfig(RunConfig):
     """The keys of a recipe that trains a policy on its own samples."""
 
-    loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = "grpo"
+    loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = Field(
+        default="grpo", description="the variant of the policy gradient"
+    )
     loss_kwargs: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default_factory=dict,
         description="the loss's own numbers: epsilon_low, epsilon_high, dual, delta; tau_positive, tau_negative; "
@@ -63,7 +69,7 @@ class PolicyConfig(RunConfig):
     prompts_per_rollout: PositiveInt = Field(default=16, description="prompts in a rollout")
     num_generations: PositiveInt = Field(default=8, description="completions of each prompt (the group)")
     max_new_tokens: PositiveInt = Field(default=32, description="tokens of a completion, at most")
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, description="of the samples; log-probabilities are taken at the same")
     num_iterations: PositiveInt = Field(default=1, description="passes over a rollout (mu)")
     num_mini_batches: PositiveInt = Field(default=1, description="optimiser steps per pass")
     dynamic_sampling_rounds: PositiveInt | None = Field(
@@ -83,8 +89,11 @@ class PolicyConfig(RunConfig):
     micro_batch_tokens: PositiveInt = Field(default=4096, description="tokens in a micro-batch")
     generation_batch_size: NonNegativeInt = Field(default=0, description="rows sampled together; 0: all")
     kl_coef: float = Field(default=0.0, ge=0, description="weight of the divergence from the first policy; 0: off")
-    kl_estimator: Annotated[str, Choice(KL_ESTIMATORS)] = "k3"
-    kl_placement: Literal["loss", "reward"] = "loss"
+    kl_estimator: Annotated[str, Choice(KL_ESTIMATORS)] = Field(
+        default="k3",
+        description="how the divergence is estimated from samples (Schulman 2020)",
+    )
+    kl_placement: Literal["loss", "reward"] = Field(default="loss", description="where the divergence counts")
     sampler_correction: SamplerCorrectionConfig | None = Field(
         default=None, description="importance weights between sampler and trainer (cap, mode, level); null: none"
     )

@@ -219,8 +219,8 @@ class WarmupConfig(StrictModel):
     target_accuracy: float = Field(
         default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
     )
-    batch_size: PositiveInt = 64
-    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    batch_size: PositiveInt = Field(default=64, description="demonstrations in a step")
+    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="learning rate after 25 steps of warm-up")
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,9 @@ REWARD_KINDS = {
 class RewardSpec(StrictModel):
     """A reward and its weight: exactly one of name and function."""
 
-    name: Annotated[str, Choice(REWARDS)] | None = None
+    name: Annotated[str, Choice(REWARDS)] | None = Field(default=None, description="which reward")
     function: str | None = Field(default=None, description="FILE.py:NAME, called as TRL calls its reward functions")
-    weight: float = 1.0
+    weight: float = Field(default=1.0, description="factor of this reward in the sum")
     load: str | None = Field(default=None, description="the reward model's folder or run, for the name model")
     timeout_seconds: PositiveFloat = Field(default=60.0, description="of a batch, for function")
 

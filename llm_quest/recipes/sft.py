@@ -57,7 +57,7 @@ class AnswerSamplesConfig(StrictModel):
     every_steps: NonNegativeInt = Field(default=100, description="steps; 0: none")
     num_prompts: PositiveInt = Field(default=4, description="how many questions")
     max_new_tokens: PositiveInt = Field(default=64, description="tokens of an answer, at most")
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, description="of the answers; 0: greedy")
 
 
 class SftConfig(TextBatchedConfig):

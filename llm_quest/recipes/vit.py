@@ -111,11 +111,13 @@ class VitModelConfig(StrictModel):
     anew."""
 
     patch_size: PositiveInt = Field(default=2, description="pixels of a patch's side")
-    hidden_size: PositiveInt = 64
-    num_hidden_layers: PositiveInt = 3
-    num_attention_heads: PositiveInt = 4
-    intermediate_size: PositiveInt = 128
-    hidden_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
+    hidden_size: PositiveInt = Field(default=64, description="width of a block")
+    num_hidden_layers: PositiveInt = Field(default=3, description="blocks")
+    num_attention_heads: PositiveInt = Field(default=4, description="attention heads of a block")
+    intermediate_size: PositiveInt = Field(default=128, description="width inside the feed-forward layers")
+    hidden_dropout_prob: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout behind the embedding and in each block"
+    )
     family: Annotated[str, Choice({vit.FAMILY.name: vit.FAMILY})] | None = Field(
         default=None, description="the sizes above are a ViT's; null: the same"
     )

@@ -113,10 +113,10 @@ class VisionTowerConfig(StrictModel):
     """The image encoder: your own config, or one to load (a ViT, a CLIP tower)."""
 
     patch_size: PositiveInt = Field(default=8, description="pixels of a patch's side")
-    hidden_size: PositiveInt = 128
-    num_hidden_layers: PositiveInt = 4
-    num_attention_heads: PositiveInt = 4
-    intermediate_size: PositiveInt = 512
+    hidden_size: PositiveInt = Field(default=128, description="width of a block")
+    num_hidden_layers: PositiveInt = Field(default=4, description="blocks")
+    num_attention_heads: PositiveInt = Field(default=4, description="attention heads of a block")
+    intermediate_size: PositiveInt = Field(default=512, description="width inside the feed-forward layers")
     feature_layer: PositiveInt | None = Field(
         default=None, description="the block after which patch features are taken; null: the last"
     )
@@ -127,10 +127,10 @@ class VisionTowerConfig(StrictModel):
 class LanguageModelConfig(StrictModel):
     """The decoder, a Llama: your own config, or one to load, whose tokenizer is then used."""
 
-    hidden_size: PositiveInt = 128
-    num_hidden_layers: PositiveInt = 3
-    num_attention_heads: PositiveInt = 4
-    intermediate_size: PositiveInt = 384
+    hidden_size: PositiveInt = Field(default=128, description="width of a block")
+    num_hidden_layers: PositiveInt = Field(default=3, description="blocks")
+    num_attention_heads: PositiveInt = Field(default=4, description="attention heads of a block")
+    intermediate_size: PositiveInt = Field(default=384, description="width inside the feed-forward layers")
     vocab_size: int = Field(
         default=400, ge=280, description="tokens of the tokenizer to train, the image placeholder among them"
     )
@@ -166,11 +166,15 @@ class VlmConfig(VisionConfig):
     recipe: Literal["vlm"]
     data: ImageTextDataConfig = ImageTextDataConfig()
     vision_tower: VisionTowerConfig = VisionTowerConfig()
-    projector: Literal["mlp", "linear"] = "mlp"
+    projector: Literal["mlp", "linear"] = Field(
+        default="mlp", description="between image encoder and decoder: one matrix, or two with a GELU"
+    )
     language_model: LanguageModelConfig = LanguageModelConfig()
     model: VlmModelConfig = VlmModelConfig()
     trainable: tuple[Annotated[str, Choice(PART_MODULES)], ...] = Field(
-        default=("vision_tower", "projector", "language_model"), min_length=1
+        default=("vision_tower", "projector", "language_model"),
+        min_length=1,
+        description="the parts that learn; the others are frozen",
     )
     batch_size: PositiveInt = Field(default=64, description="images in an optimiser step, over all processes")
     sequence_length: int = Field(default=256, ge=8, description="tokens in a row: an image's patches and its text")

@@ -26,7 +26,8 @@ class TappedAttention(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionTaps:
-    """layers: which layers to record, counted from 0, or backwards from -1."""
+    """Records the attention weights of some layers. layers: which layers to record, counted from 0, or backwards from
+    -1."""
 
     layers: tuple[int, ...] = (-1,)
     is_identity_at_init: ClassVar[bool] = True

@@ -30,8 +30,8 @@ from llm_quest.techniques.model_spec import (
 
 @dataclass(frozen=True)
 class ContextExtension:
-    """factor: how many times longer the context becomes. kind: a name in `ROPE_EXTENSIONS`. original: the length that
-    the model was trained at; None: its max_position_embeddings."""
+    """Stretches rotary positions to a longer context. factor: how many times longer the context becomes. kind: a name
+    in `ROPE_EXTENSIONS`. original: the length that the model was trained at; None: its max_position_embeddings."""
 
     factor: float = 4.0
     kind: str = "yarn"

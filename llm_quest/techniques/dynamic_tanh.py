@@ -40,8 +40,8 @@ ALPHA_BY_DIM = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6
 
 @dataclass(frozen=True)
 class DyT:
-    """form: plain or llama. alpha: the initial value of every alpha; attention_alpha: of those before attention; None:
-    the paper's (plain: 0.5 for both)."""
+    """Replaces every norm by a scaled tanh. form: plain or llama. alpha: the initial value of every alpha;
+    attention_alpha: of those before attention; None: the paper's (plain: 0.5 for both)."""
 
     form: str = "plain"
     alpha: float | None = None

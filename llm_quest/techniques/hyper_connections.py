@@ -33,8 +33,8 @@ MAX_STREAMS = {"lite": 6}
 
 @dataclass(frozen=True)
 class HyperConnections:
-    """streams: n. form: static or dynamic (Zhu et al.), manifold (mHC, Sinkhorn) or lite (mHC as a mixture of n!
-    permutations). Layer l reads stream l mod n first."""
+    """Several residual streams instead of one. streams: n. form: static or dynamic (Zhu et al.), manifold (mHC,
+    Sinkhorn) or lite (mHC as a mixture of n! permutations). Layer l reads stream l mod n first."""
 
     streams: int = 4
     form: str = "dynamic"

@@ -44,8 +44,9 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class LoRA:
-    """rank: r. alpha: s = alpha / r. targets: short names (q, k, v, out, gate, up, down, ...) or all. modules_to_save:
-    modules or parameters that learn whole, by our names (embed.token, head), such as the embedding of new tokens."""
+    """Low-rank adapters: W' = W + s B A. rank: r. alpha: s = alpha / r. targets: short names (q, k, v, out, gate, up,
+    down, ...) or all. modules_to_save: modules or parameters that learn whole, by our names (embed.token, head), such
+    as the embedding of new tokens."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -102,7 +103,7 @@ class DoRA:
 
 @dataclass(frozen=True)
 class LoRAXS:
-    """W' = W + scale U_r S_r R V_r^T; R starts at N(0, std^2), as published: near zero but not zero."""
+    """LoRA-XS: W' = W + scale U_r S_r R V_r^T; R starts at N(0, std^2), as published: near zero but not zero."""
 
     rank: int = 8
     scale: float = 1.0
@@ -131,8 +132,8 @@ class LoRAXS:
 
 @dataclass(frozen=True)
 class TinyLoRA:
-    """W' = W + U_r sqrt(S_r) (sum_u v_u P_u) sqrt(S_r) V_r^T. u: how many numbers a group of matrices learns. tying: 0,
-    every matrix is a group; 1, the whole model is one.
+    """TinyLoRA: W' = W + U_r sqrt(S_r) (sum_u v_u P_u) sqrt(S_r) V_r^T. u: how many numbers a group of matrices learns.
+    tying: 0, every matrix is a group; 1, the whole model is one.
 
     Differs: the paper writes U S (...) V^T; the square root on both sides and P ~ N(0, 1/r) are PEFT's, for balance."""
 

@@ -20,7 +20,8 @@ from llm_quest.techniques.model_spec import Model, materialize_part, record_tech
 
 @dataclass(frozen=True)
 class MultiTokenPrediction:
-    """depth: how many modules. seed: of their initial values."""
+    """Adds DeepSeek-V3's modules that predict further tokens. depth: how many modules. seed: of their initial
+    values."""
 
     depth: int = 1
     seed: int = 0

@@ -39,7 +39,7 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class Quantize:
-    """format: int8, int4 or nf4. A token reads as many bits of each weight."""
+    """Stores matrices in 8 or 4 bits. format: int8, int4 or nf4. A token reads as many bits of each weight."""
 
     format: Literal["int8", "int4", "nf4"] = "int8"
     is_identity_at_init: ClassVar[bool] = False

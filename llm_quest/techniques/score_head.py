@@ -26,7 +26,8 @@ Model = TypeVar("Model", bound=Any)
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """outputs: how many numbers. labels: the names of the classes. std: of the initial values."""
+    """Replaces the head by one that gives scores. outputs: how many numbers. labels: the names of the classes. std: of
+    the initial values."""
 
     outputs: int = 1
     labels: tuple[str, ...] = ()

@@ -17,7 +17,8 @@ from llm_quest.techniques.model_spec import Model, attention_layers, record_tech
 
 @dataclass(frozen=True)
 class SoftCap:
-    """attention: cap of the scores, final: of the logits; None: not capped. Defaults: Gemma 2's."""
+    """Bounds attention scores and logits by tanh. attention: cap of the scores, final: of the logits; None: not capped.
+    Defaults: Gemma 2's."""
 
     attention: float | None = 50.0
     final: float | None = 30.0

@@ -76,7 +76,7 @@ def test_several_rewards_have_a_curve_each(warm: Path, tmp_path: Path):  # noqa:
 def test_a_reward_that_applies_to_no_row_teaches_nothing(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path, level="none")
     with pytest.raises(GuardStop, match="not one sample could be scored"):
-        started(tmp_path / "run", *own(warm, folder, "max_steps=120", "early_stopping_patience=2", reward="short"))
+        started(tmp_path / "run", *own(warm, folder, "max_steps=120", "diagnostics_patience=2", reward="short"))
 
 
 def test_failures_are_told_and_a_run_goes_on_unless_all_fail(warm: Path, tmp_path: Path):  # noqa: F811

@@ -100,7 +100,7 @@ class PositionSelectionConfig(StrictModel):
     entropy_threshold: float = Field(
         default=ENTROPY_THRESHOLDS[0], ge=0, description="nats of entropy over the likeliest top_k tokens"
     )
-    top_k: int = Field(default=TOP_K_ENTROPY, ge=2)
+    top_k: int = Field(default=TOP_K_ENTROPY, ge=2, description="the entropy is that of so many likeliest tokens")
     renormalize: bool = Field(default=True, description="those tokens' probabilities are made to sum to one")
     max_positions: PositiveInt | None = Field(default=None, description="keep so many places, drawn evenly; null: all")
 

@@ -40,8 +40,8 @@ class PromptConfig(StrictModel):
     """What stands around the text so far; control tokens may be written out (a chat template's). The answer has to
     have the form <think>...</think><answer>...</answer>, of which `suffix` may hold the beginning."""
 
-    prefix: str = ""
-    suffix: str = THINK_OPEN
+    prefix: str = Field(default="", description="text before the document's part")
+    suffix: str = Field(default=THINK_OPEN, description="text behind the document's part, where thinking begins")
     max_target_tokens: PositiveInt = Field(default=8, description="true tokens that an answer may foretell")
 
     @property

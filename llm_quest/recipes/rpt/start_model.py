@@ -60,9 +60,9 @@ from llm_quest.train.state import derive_seed
 class PretrainStageConfig(StrictModel):
     """A fresh model learns the text, by its next tokens."""
 
-    max_steps: PositiveInt = 600
+    max_steps: PositiveInt = Field(default=600, description="steps on plain documents")
     batch_size: PositiveInt = Field(default=64, description="documents in a step")
-    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="learning rate after 25 steps of warm-up")
 
 
 class ThinkingStageConfig(StrictModel):
@@ -74,8 +74,8 @@ class ThinkingStageConfig(StrictModel):
         default=0.4, gt=0, le=1, description="stop when this share of samples is right, held out"
     )
     num_examples: PositiveInt = Field(default=400, description="documents that the teacher has thought about")
-    batch_size: PositiveInt = 48
-    learning_rate: float = Field(default=3e-3, gt=0, le=1)
+    batch_size: PositiveInt = Field(default=48, description="demonstrations in a step")
+    learning_rate: float = Field(default=3e-3, gt=0, le=1, description="learning rate after 25 steps of warm-up")
 
 
 class RptWarmupConfig(StrictModel):

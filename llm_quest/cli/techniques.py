@@ -1,0 +1,86 @@
+"""`quest techniques`: every technique with its options, their defaults, and the words that switch it on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
+
+from llm_quest.recipes.config import describe_type
+from llm_quest.recipes.settings_reference import show_value
+from llm_quest.techniques import TECHNIQUES, TRAINING_TECHNIQUES
+
+SHORT_KEYS = {"checkpointing": "gradient_checkpointing=true"}
+"""A technique that has a setting of its own."""
+
+
+@dataclass(frozen=True)
+class TechniqueOption:
+    """takes: what it may be, in words; default: as YAML writes it."""
+
+    name: str
+    takes: str
+    default: str
+
+
+@dataclass(frozen=True)
+class TechniqueEntry:
+    """command: what follows `quest train RECIPE` to switch it on. in_training: acts in training alone; no saved model
+    names it."""
+
+    name: str
+    summary: str
+    command: str
+    options: tuple[TechniqueOption, ...]
+    in_training: bool
+
+
+@dataclass(frozen=True)
+class TechniqueList:
+    """All techniques."""
+
+    entries: tuple[TechniqueEntry, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(entry) for entry in self.entries]
+
+    def lines(self) -> list[str]:
+        result = []
+        for entry in self.entries:
+            alone = " (in training alone)" if entry.in_training else ""
+            result += [f"{entry.name}{alone}: {entry.summary}", f"    quest train RECIPE {entry.command}"]
+            result += [f"    {one.name}: {one.takes}, default {one.default}" for one in entry.options]
+            result.append("")
+        return [*result, "several, with options: techniques='[{name: lora, rank: 16}, qk_clip]'"]
+
+
+def list_techniques() -> TechniqueList:
+    """Every technique that a recipe may name."""
+    return TechniqueList(
+        tuple(
+            describe_technique(name, technique, in_training)
+            for table, in_training in ((TECHNIQUES, False), (TRAINING_TECHNIQUES, True))
+            for name, technique in table.items()
+        )
+    )
+
+
+def describe_technique(name: str, technique: type, in_training: bool) -> TechniqueEntry:
+    hints = get_type_hints(technique, include_extras=True)
+    options = tuple(
+        TechniqueOption(field.name, describe_type(hints[field.name]), show_value(option_default(field)))
+        for field in dataclasses.fields(technique)
+    )
+    command = SHORT_KEYS.get(name, f"techniques='[{name}]'")
+    summary = re.sub(r"\s+", " ", inspect.getdoc(technique) or "").split(". ")[0].rstrip(".")
+    return TechniqueEntry(name, summary, command, options, in_training)
+
+
+def option_default(field: dataclasses.Field[Any]) -> Any:
+    """The default of an option; every technique works without any."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is not dataclasses.MISSING, f"{field.name} has no default"
+    return field.default_factory()
