@@ -81,6 +81,10 @@ class EncodedConversation(NamedTuple):
     unwritten: tuple[str, ...] = ()
 
 
+REPLY_MARK = "reply-7f3a9c"
+"""Stands for a reply whose ids are known, where only what follows it is rendered."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template, or else the default one, which the tokenizer then keeps and saves.
 
@@ -116,6 +120,19 @@ class ChatTemplate:
         """The prompts of many conversations."""
         jobs = [RenderJob(self.writer.write(messages), add_generation_prompt=True) for messages in conversations]
         return [self.encode(one.text) for one in render_batch(self.settings, jobs)]
+
+    def encode_continuations(self, turns: Sequence[Messages]) -> list[list[int]]:
+        """The ids of messages that answer a reply (a tool's, an environment's): from the end of the reply to where the
+        next one begins. What stands before the reply is kept as it was sampled, and is not rendered again. DataError
+        where the template does not write the reply."""
+        before: Messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY_MARK}]
+        rendered = render_batch(
+            self.settings, [RenderJob(self.writer.write([*before, *one]), add_generation_prompt=True) for one in turns]
+        )
+        texts = [one.text.rpartition(REPLY_MARK) for one in rendered]
+        if any(not mark for _, mark, _ in texts):
+            raise DataError("this chat template does not write a reply that messages follow")
+        return [self.encode(after) for _, _, after in texts]
 
     def message_of_reply(self, messages: Messages, reply: str) -> str:
         """The content of the message whose rendering, after these messages, is the reply as it was written: perhaps

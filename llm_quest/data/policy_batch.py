@@ -28,9 +28,11 @@ MetricSums = Mapping[str, tuple[float, float]]
 @dataclass(frozen=True)
 class PolicyRow:
     """One completion to learn from. advantages, sampler_log_probs and the others are arrays (float32), one number
-    per token of `completion_ids`. old_log_probs: computed again by the trainer; reference_log_probs: by the
-    reference policy. attention_maps (tokens, length): the attention of the position that predicts each token, when
-    it was sampled. values, returns: of a value head when it was sampled, and what it learns (GAE)."""
+    per token of `completion_ids`. is_policy_token: which of them the policy sampled, None for all; the others (what an
+    environment answered) are read and never learned. old_log_probs: computed again by the trainer;
+    reference_log_probs: by the reference policy. attention_maps (tokens, length): the attention of the position that
+    predicts each token, when it was sampled. values, returns: of a value head when it was sampled, and what it learns
+    (GAE)."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -41,6 +43,23 @@ class PolicyRow:
     attention_maps: np.ndarray | None = None
     values: np.ndarray | None = None
     returns: np.ndarray | None = None
+    is_policy_token: np.ndarray | None = None
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return len(self.completion_ids) if self.is_policy_token is None else int(self.is_policy_token.sum())
+
+    def at_policy_tokens(self, values: np.ndarray) -> np.ndarray:
+        """Of one number for each token of the completion those of the policy's own tokens."""
+        return values if self.is_policy_token is None else values[self.is_policy_token]
+
+    def spread_over_completion(self, values: np.ndarray) -> np.ndarray:
+        """One number for each token of the completion, from one for each token of the policy; 0 at the others."""
+        if self.is_policy_token is None:
+            return values
+        spread = np.zeros((len(self.completion_ids), *values.shape[1:]), values.dtype)
+        spread[self.is_policy_token] = values
+        return spread
 
     @property
     def length(self) -> int:
@@ -60,6 +79,11 @@ class PolicyBatch:
         tokens      p0  p1  a   b   .        prompt p0 p1, completion a b </s>
         targets      .  a   b  </s> .        . is -100
         advantages   0  A   A   A   0
+
+    With an answer of the environment (x y) inside the completion, which is read and not learned:
+
+        tokens      p0  p1  a  </s>  x   y   b
+        targets      .  a  </s>  .   .   b  </s>
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -117,6 +141,8 @@ def collate_policy_rows(
     for number, (row, first) in enumerate(zip(rows, made.first_target_columns, strict=True)):
         place = slice(first, first + len(row.completion_ids))
         targets[number, place] = row.completion_ids
+        if row.is_policy_token is not None:
+            targets[number, place][~row.is_policy_token] = IGNORE_INDEX
         for name, value in values.items():
             value[number, place] = getattr(row, name)
     if rows[0].attention_maps is not None:
@@ -204,7 +230,7 @@ def micro_batches(
         batches[0],
         metric_sums=first_sums,
         zero_rows=len(counted),
-        zero_tokens=sum(len(row.completion_ids) for row in counted),
+        zero_tokens=sum(row.num_policy_tokens for row in counted),
     )
     return [first, *batches[1:]]
 
@@ -216,6 +242,8 @@ def row_to_json(row: PolicyRow) -> dict[str, Any]:
     """A row as JSON, exact to the bit, for a checkpoint in the middle of a rollout."""
     arrays = {name: getattr(row, name) for name in ROW_ARRAYS}
     encoded = {name: base64.b64encode(array.tobytes()).decode() for name, array in arrays.items() if array is not None}
+    if row.is_policy_token is not None:
+        encoded["is_policy_token"] = base64.b64encode(row.is_policy_token.tobytes()).decode()
     return {"prompt": list(row.prompt_ids), "tokens": list(row.completion_ids), **encoded}
 
 
@@ -224,4 +252,6 @@ def row_from_json(saved: Mapping[str, Any]) -> PolicyRow:
     arrays = {name: np.frombuffer(base64.b64decode(saved[name]), np.float32) for name in ROW_ARRAYS if name in saved}
     if "attention_maps" in arrays:  # a row of the matrix for each token
         arrays["attention_maps"] = arrays["attention_maps"].reshape(len(saved["tokens"]), -1)
+    if "is_policy_token" in saved:
+        arrays["is_policy_token"] = np.frombuffer(base64.b64decode(saved["is_policy_token"]), np.bool_)
     return PolicyRow(tuple(saved["prompt"]), tuple(saved["tokens"]), **arrays)

@@ -47,13 +47,15 @@ def replace_model(settings: RawConfig, given: Collection[KeyPath], own_family: A
 
 
 def replace_task(settings: RawConfig, given: Collection[KeyPath]) -> None:
-    """Rows that are named on the command line (`data.source=FILE`) take the place of a policy's task, and a task that
-    of its rows."""
-    chosen = {path[0] for path in given} & {"task", "data"}
-    if chosen == {"data"}:
-        settings.tree.pop("task", None)
-    elif chosen == {"task"} and settings.tree.get("recipe") in ("grpo", "iterative"):
+    """Rows or an environment that are named on the command line (`data.source=FILE`, `environment=NAME`) take the place
+    of a policy's task, and a task that of its rows."""
+    if settings.tree.get("recipe") not in ("grpo", "iterative"):
+        return
+    chosen = {path[0] for path in given} & {"task", "data", "environment"}
+    if "task" in chosen and "data" not in chosen:
         settings.tree.pop("data", None)
+    elif chosen and "task" not in chosen:
+        settings.tree.pop("task", None)
 
 
 def drop_sizes(model: dict[str, Any], given: Collection[KeyPath]) -> None:

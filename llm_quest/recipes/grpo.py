@@ -8,7 +8,8 @@ Prompts are a task's problems or rows of a file (`recipes/policy_prompts.py`); r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -30,9 +31,18 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
+from llm_quest.recipes.environment_setup import (
+    EnvironmentProblems,
+    EpisodeConfig,
+    draw_episodes,
+    environment_failures,
+    episodes_in_place_of_answers,
+    games,
+    hash_of_environment,
+    start_environment,
+)
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
-from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.policy_prompts import (
     ProblemSet,
     PromptDataConfig,
@@ -43,6 +53,7 @@ from llm_quest.recipes.policy_prompts import (
     problems_of_task,
 )
 from llm_quest.recipes.policy_setup import (
+    PolicySetup,
     WarmupConfig,
     build_policy_setup,
     open_policy_run,
@@ -60,13 +71,16 @@ from llm_quest.recipes.reward_specs import (
     hash_of_reward_files,
 )
 from llm_quest.rollouts.diagnostics import Diagnostics
+from llm_quest.rollouts.environments import EnvironmentClient
+from llm_quest.rollouts.episodes import EpisodeSampler
+from llm_quest.rollouts.included_environments import NEED_ROWS
 from llm_quest.rollouts.rewards import compute_step_rewards
-from llm_quest.rollouts.sampler import Sample
+from llm_quest.rollouts.sampler import RolloutSampler, Sample, Sampler
 from llm_quest.train.arguments import TrainResult
 from llm_quest.train.state import derive_seed
 
 
-class GrpoConfig(PolicyConfig):
+class GrpoConfig(EpisodeConfig):
     """A model and problems that can be checked in, a model that solves more of them out."""
 
     recipe: Literal["grpo"]
@@ -128,6 +142,12 @@ class GrpoConfig(PolicyConfig):
             raise ValueError("task and data both say what is asked; give one of them (task=null takes it away)")
         if self.data is not None and fresh:
             raise ValueError("prompts of your own need a model that can read them: give model.load=FOLDER")
+        if self.environment is not None and fresh:
+            raise ValueError("an environment needs a model that can talk to it: give model.load=FOLDER")
+        if self.environment is None and any(spec.name == "environment" for spec in self.rewards):
+            raise ValueError("the reward environment is paid by an environment: name one, or leave it out")
+        if self.environment in NEED_ROWS and self.task is None and self.data is None:
+            raise ValueError(f"{self.environment} needs questions with answers: give task=addition or data.source=FILE")
         if self.grading != "strict" and self.answer_form is None and self.data is None:
             raise ValueError("grading has no effect without answer_form or data; leave it out")
         if fresh and is_gsm8k(self.task_name):
@@ -157,6 +177,9 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config = open_policy_run(config, context)
     problems = load_problems(config, log)
+    environments = open_environment(config, log)
+    if environments is not None:
+        problems = EnvironmentProblems(problems, environments, bool(config.answer_form)).as_set()
     model, tokenizer = init_policy(config, context)
     model.to(parallel.device)
     encode = prompt_encoder(config, tokenizer, problems)
@@ -165,42 +188,89 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
         normalize_rewards_separately=config.normalize_rewards_separately,
         steps=partial(compute_step_rewards, tokenizer) if config.process_supervision else None,
+        wrap_sampler=sampler_of(config, environments, tokenizer, encode),
     )  # fmt: skip
-    evaluator = PolicyEvaluator(
-        problems.held_out, partial(draw_answers, tokenizer, encode, config.max_new_tokens),
-        policy.rollouts.reward_pipeline.compute_rewards, [(one.name, one.weight) for one in rewards],
-        config.eval_steps, config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"),
-        context.samples_dir, policy.whole_policy,
-    )  # fmt: skip
-
-    def report_before() -> Mapping[str, float]:
-        found = evaluator.scores(model)
-        log(f"held out, before: {found.line()}")
-        return {f"eval/{name}": value for name, value in found.metrics().items()}
-
-    def report_after(result: TrainResult) -> None:
-        if result.status == "finished":
-            kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
-            log(f"held out, after:  {evaluator.scores(model.eval()).line()}{kl}")
-        for line in failures_of(rewards):
-            log(line)
-
+    evaluator = held_out_evaluator(config, context, policy, problems, encode, tokenizer)
+    report = HeldOutReport(evaluator, model, log, lambda: [*failures_of(rewards), *environment_failures(environments)])
     return Job(
         config,
         policy.objective,
         policy.rollouts,
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
-        {"tokenizer": tokenizer.hash, "task": problems.identity, **hash_of_reward_files(config.rewards)},
         {
-            "task": config.task_name if config.data is None else source_name(config.data),
+            "tokenizer": tokenizer.hash, "task": problems.identity, **hash_of_reward_files(config.rewards),
+            **hash_of_environment(config.environment),
+        },
+        {
+            "task": source_name(config.data) if config.data else config.task or config.environment or "reverse",
             "held_out_problems": len(problems.held_out), "tokenizer_sha256": tokenizer.hash, **problems.facts,
         },
         tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
-        before=report_before,
-        finish=report_after,
+        before=report.before,
+        finish=report.after,
     )  # fmt: skip
+
+
+def held_out_evaluator(
+    config: GrpoConfig, context: Context, policy: PolicySetup, problems: ProblemSet, encode: PromptEncoder,
+    tokenizer: Tokenizer,
+) -> PolicyEvaluator:  # fmt: skip
+    """Every reward on the held-out problems, answered as in a rollout, but greedily."""
+    sampler, pipeline = policy.rollouts.sampler, policy.rollouts.reward_pipeline
+    return PolicyEvaluator(
+        problems.held_out,
+        partial(draw_episodes, sampler, encode)
+        if isinstance(sampler, EpisodeSampler)
+        else partial(draw_answers, tokenizer, encode, config.max_new_tokens),
+        pipeline.compute_rewards, [(one.name, one.weight) for one in pipeline.rewards], config.eval_steps,
+        config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir,
+        policy.whole_policy,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOutReport:
+    """What is said of the held-out problems before the first step and after the last. failure_lines: of rewards and
+    environments."""
+
+    evaluator: PolicyEvaluator
+    model: Decoder
+    log: LogFn
+    failure_lines: Callable[[], Sequence[str]]
+
+    def before(self) -> Mapping[str, float]:
+        found = self.evaluator.scores(self.model)
+        self.log(f"held out, before: {found.line()}")
+        return {f"eval/{name}": value for name, value in found.metrics().items()}
+
+    def after(self, result: TrainResult) -> None:
+        if result.status == "finished":
+            kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
+            self.log(f"held out, after:  {self.evaluator.scores(self.model.eval()).line()}{kl}")
+        for line in self.failure_lines():
+            self.log(line)
+
+
+def open_environment(config: GrpoConfig, log: LogFn) -> EnvironmentClient | None:
+    """The environment, where the config names one."""
+    if config.environment is None:
+        return None
+    return start_environment(
+        config.environment, config.environment_kwargs, timeout_seconds=config.environment_timeout, log=log
+    )
+
+
+def sampler_of(
+    config: GrpoConfig, environments: EnvironmentClient | None, tokenizer: Tokenizer, encode: PromptEncoder
+) -> Callable[[Sampler], RolloutSampler]:
+    """What makes the recipe's sampler from one of single answers."""
+    if environments is None:
+        return lambda sampler: sampler
+    return episodes_in_place_of_answers(
+        environments, tokenizer, encode, max_turns=config.max_turns, max_episode_tokens=config.max_episode_tokens
+    )
 
 
 def draw_answers(
@@ -217,6 +287,8 @@ def draw_answers(
 def load_problems(config: GrpoConfig, log: LogFn) -> ProblemSet:
     """The problems of the task, or of the rows. DataError where no row has the answer that a reward compares with."""
     seed, number, form = derive_seed(config.seed, "order"), config.eval_problems, config.answer_form or ""
+    if config.environment is not None and config.data is None and config.task is None:
+        return games(number, seed)
     if config.data is None:
         return problems_of_task(config.task_name, form, config.grading, number, seed)
     problems = problems_of_rows(config.data, form, config.grading, number, seed, log)
@@ -248,10 +320,10 @@ def init_policy(config: GrpoConfig, context: Context) -> tuple[Decoder, Tokenize
 
 def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer, problems: ProblemSet) -> PromptEncoder:
     """From a problem to the ids of its prompt."""
+    own = "" if config.environment is not None and config.system_prompt is None else config.system_prompt
     return make_prompt_encoder(
-        tokenizer, problems, config.data, apply_chat_template=config.apply_chat_template,
-        system_prompt=config.system_prompt,
-    )  # fmt: skip
+        tokenizer, problems, config.data, apply_chat_template=config.apply_chat_template, system_prompt=own
+    )
 
 
 RECIPE = Recipe("grpo", GrpoConfig, build_grpo)

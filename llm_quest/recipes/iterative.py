@@ -76,6 +76,8 @@ class IterativeConfig(GrpoConfig):
             raise ValueError(
                 "rewards has no effect here: the reward model is the reward (reward_model.load); leave it out"
             )
+        if self.environment is not None:
+            raise ValueError("environment has no effect here: the reward model judges single answers; leave it out")
         if self.process_supervision:
             raise ValueError(
                 "process_supervision has no effect here: the reward model judges whole answers; leave it out"

@@ -216,6 +216,11 @@ class PolicyConfig(RunConfig):
             raise ValueError("gae gives each token its own advantage: take loss_type=gspo_token")
         return self
 
+    @property
+    def max_completion_tokens(self) -> int:
+        """Tokens that the policy writes for a prompt, at most."""
+        return self.max_new_tokens
+
     def build_surrogate(self) -> Surrogate:
         """The variant's, with the numbers that were given."""
         base: Any = POLICY_VARIANTS[self.loss_type].surrogate

@@ -42,7 +42,7 @@ from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, mak
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.gae import VALUE_ESTIMATORS
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer, ValueBaseline
-from llm_quest.rollouts.sampler import ContextFactory, Sampler
+from llm_quest.rollouts.sampler import ContextFactory, RolloutSampler, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
 from llm_quest.techniques.value_head import ValueHead, find_value_head, values_from_hidden
 from llm_quest.train.arguments import TrainingArguments
@@ -89,9 +89,11 @@ def build_policy_setup(
     normalize_rewards_separately: bool = False,
     steps: StepRewards | None = None,
     read_all: bool = False,
+    wrap_sampler: Callable[[Sampler], RolloutSampler] = lambda sampler: sampler,
 ) -> PolicySetup:
     """From a model that stands on its device. rewards, normalize_rewards_separately, steps: see `RewardPipeline`.
-    read_all: see `RolloutLoader`; an entropy bonus wants it in any case."""
+    read_all: see `RolloutLoader`; an entropy bonus wants it in any case. wrap_sampler: makes a sampler of episodes from
+    the one of answers."""
     if normalize_rewards_separately and config.has_value_head:
         raise UsageError(
             "normalize_rewards_separately compares samples within a group, which gae does not: leave one out"
@@ -115,7 +117,8 @@ def build_policy_setup(
         ValueHead()(model)
     objective = policy_objective(config, model)
     whole_policy = partial(parallel.gather_model, objective)
-    writer, plan = policy_sampler(config, model, tokenizer, parallel), rollout_plan(config, parallel)
+    writer = wrap_sampler(policy_sampler(config, model, tokenizer, parallel))
+    plan = rollout_plan(config, parallel)
     scorers = {
         **(
             {"old_log_probs": log_prob_scorer(lambda: nullcontext(model), config)}
@@ -138,7 +141,7 @@ def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss
         model,
         config.build_surrogate(),
         count=(count := config.loss_aggregation or POLICY_VARIANTS[config.loss_type].count),
-        horizon=config.max_new_tokens if count == "horizon" else None,
+        horizon=config.max_completion_tokens if count == "horizon" else None,
         temperature=config.temperature,
         kl=config.build_kl(),
         entropy_coef=config.entropy_coef,

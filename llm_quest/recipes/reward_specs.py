@@ -24,7 +24,7 @@ from llm_quest.recipes.config_schema import PositiveFloat
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward
 from llm_quest.rollouts.model_reward import ModelReward
-from llm_quest.rollouts.rewards import CorrectnessReward, FormatReward, RandomReward
+from llm_quest.rollouts.rewards import CorrectnessReward, EnvironmentReward, FormatReward, RandomReward
 from llm_quest.rollouts.user_code import check_reference, hash_of_file, split_reference
 from llm_quest.rollouts.verifier_process import MathVerifyReward
 from llm_quest.techniques.score_head import find_score_head
@@ -69,6 +69,7 @@ RewardBuilder = Callable[["RewardSpec", RewardContext], Reward]
 REWARDS: dict[str, RewardBuilder] = {
     "correct": lambda spec, context: CorrectnessReward(),
     "format": lambda spec, context: FormatReward(),
+    "environment": lambda spec, context: EnvironmentReward(),
     "random": lambda spec, context: RandomReward(derive_seed(context.seed, "random reward")),
     "model": load_reward_model,
     "math_verify": lambda spec, context: MathVerifyReward(),

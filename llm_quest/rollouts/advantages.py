@@ -192,6 +192,9 @@ class RewardPipeline:
         """Every reward of every sample; NaN: unscorable."""
         found = np.array([score_groups(judge, groups) for judge in self.rewards], np.float64)
         rewards = torch.from_numpy(found.reshape(len(self.rewards), len(groups), -1))
+        if groups:
+            failed = torch.tensor([[sample.environment_failed for sample in group] for group in groups])
+            rewards = rewards.masked_fill(failed, torch.nan)
         if self.filter_truncated and groups:
             cut = torch.tensor([[sample.truncated for sample in group] for group in groups])
             rewards = rewards.masked_fill(cut, torch.nan)

@@ -2,9 +2,10 @@
 
       def score(completions, prompts, answer, **kwargs) -> list[float | None]
 
-It is called once a batch, by keyword: completions, prompts, completion_ids, and every column of the rows as a list.
-A function without `**kwargs` gets the arguments that it names. Where the rows hold messages, prompts are lists of
-messages and completions are lists of one message, as in TRL; else both are texts. None: the reward does not apply.
+It is called once a batch, by keyword: completions, prompts, completion_ids, and every column of the rows as a list. A
+function without `**kwargs` gets the arguments that it names. Where the rows hold messages, prompts are lists of
+messages and completions are lists of one message, as in TRL (of several after an episode); else both are texts. None:
+the reward does not apply.
 
 It runs in a process that can be killed. A failure of any kind costs the rewards of its batch (as None), is counted,
 and is told once with the traceback's last line."""
@@ -103,6 +104,8 @@ def prompt_of(sample: Any) -> Any:
 
 
 def completion_of(sample: Any) -> Any:
+    if sample.messages:
+        return [dict(message) for message in sample.messages]
     message = {"role": "assistant", "content": sample.text}
     return [message] if sample.problem.is_conversational else sample.text
 

@@ -60,25 +60,28 @@ class GAE:
         self, rows: Sequence[PolicyRow], values: Sequence[np.ndarray], token_penalties: Sequence[np.ndarray] | None
     ) -> list[PolicyRow]:
         """The rows of a rollout with values, returns and advantages. rows: their advantages are the rewards of their
-        texts. token_penalties: taken off the reward of each token."""
+        texts. token_penalties: taken off the reward of each token. An environment's tokens are no steps: the value of
+        the policy's next token follows that of its last one before them."""
         rewards = [final_reward(row) for row in rows]
         if token_penalties is not None:
-            rewards = [reward - penalty for reward, penalty in zip(rewards, token_penalties, strict=True)]
+            rewards = [
+                reward - row.at_policy_tokens(penalty)
+                for row, reward, penalty in zip(rows, rewards, token_penalties, strict=True)
+            ]
         if self.whiten_rewards:
             rewards = whiten_together(rewards, shift_mean=False)
-        values = [each.astype(np.float64) for each in values]
+        values = [row.at_policy_tokens(each).astype(np.float64) for row, each in zip(rows, values, strict=True)]
         found = [self.advantages(reward, value) for reward, value in zip(rewards, values, strict=True)]
         returns = [advantage + value for advantage, value in zip(found, values, strict=True)]
         found = whiten_together(found) if self.whiten else found
-        return [
-            replace(row, advantages=a.astype(np.float32), returns=g.astype(np.float32), values=v.astype(np.float32))
-            for row, a, g, v in zip(rows, found, returns, values, strict=True)
-        ]
+        columns = zip(rows, found, returns, values, strict=True)
+        spread = ((row, [row.spread_over_completion(x.astype(np.float32)) for x in agv]) for row, *agv in columns)
+        return [replace(row, advantages=a, returns=g, values=v) for row, (a, g, v) in spread]
 
 
 def final_reward(row: PolicyRow) -> np.ndarray:
-    """The text's reward at its last token, 0 before."""
-    rewards = np.zeros(len(row.completion_ids), np.float64)
+    """The text's reward at its last token, 0 before; of the policy's tokens."""
+    rewards = np.zeros(row.num_policy_tokens, np.float64)
     if len(rewards):
         rewards[-1] = row.advantages[-1]
     return rewards

@@ -35,6 +35,14 @@ def score_correctness(sample: Sample) -> float:
 
 
 @dataclass(frozen=True)
+class EnvironmentReward:
+    """The sum of what the environment paid in an episode; NaN where it failed."""
+
+    def __call__(self, group: Sequence[Sample]) -> list[float]:
+        return [sample.episode_reward for sample in group]
+
+
+@dataclass(frozen=True)
 class FormatReward:
     """1 for anything in the form of an answer: a control."""
 

@@ -42,7 +42,7 @@ from llm_quest.data.problems.problem import make_rng
 from llm_quest.errors import DataError, UsageError
 from llm_quest.models.decoder import Decoder
 from llm_quest.rollouts.advantages import RewardPipeline, total_reward
-from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, Sample, Sampler, eval_mode
+from llm_quest.rollouts.sampler import ContextFactory, PolicyPrompt, RolloutSampler, Sample, eval_mode
 
 if TYPE_CHECKING:
     from llm_quest.rollouts.gae import GAE
@@ -131,7 +131,7 @@ class RolloutLoader:
         self,
         policy: Decoder,
         prompt_source: PromptSource,
-        sampler: Sampler,
+        sampler: RolloutSampler,
         reward_pipeline: RewardPipeline,
         plan: RolloutPlan,
         *,
@@ -310,7 +310,7 @@ class RolloutLoader:
                 batch = collate_policy_rows(some, share_prompts=shared)
                 values = scorer(batch.to(device)).float().cpu()
                 for row, value, loss_mask in zip(some, values, batch.loss_mask, strict=True):
-                    mine[place[id(row)]] = value[loss_mask].numpy()
+                    mine[place[id(row)]] = row.spread_over_completion(value[loss_mask].numpy())
         found = {number: value for part in self.processes.all_gather(mine) for number, value in part.items()}
         return [found[number] for number in range(len(rows))]
 
@@ -355,7 +355,9 @@ def make_policy_rows(
 
 
 def make_policy_row(sample: Sample, advantages: np.ndarray) -> PolicyRow:
-    return PolicyRow(sample.prompt_ids, sample.completion_ids, advantages, np.array(sample.logprobs, np.float32))
+    mask = None if sample.is_policy_token is None else np.array(sample.is_policy_token, np.bool_)
+    sampled = np.array(sample.logprobs, np.float32)
+    return PolicyRow(sample.prompt_ids, sample.completion_ids, advantages, sampled, is_policy_token=mask)
 
 
 def sampling_metrics(
@@ -365,7 +367,7 @@ def sampling_metrics(
     has a name of its own too, and `rewards/total` is their weighted sum."""
     samples = [sample for group in groups for sample in group]
     known = ~rewards.isnan()
-    tokens = sum(len(sample.completion_ids) for sample in samples)
+    tokens = sum(sample.num_policy_tokens for sample in samples)
     mixed = reward_pipeline.is_mixed(rewards) if rewards.shape[2] > 1 else []
     sums: dict[str, tuple[Any, Any]] = {"reward": (rewards[0].nansum(), known[0].sum())}
     if len(reward_pipeline.rewards) > 1:
@@ -379,4 +381,6 @@ def sampling_metrics(
         "completions/mean_length": (tokens, len(samples)),
         "entropy": (-sum(sum(sample.logprobs) for sample in samples), tokens),
     }
+    if any(sample.is_policy_token is not None for sample in samples):
+        sums["completions/mean_turns"] = (sum(sample.num_turns for sample in samples), len(samples))
     return {name: (float(total), float(count)) for name, (total, count) in sums.items()}

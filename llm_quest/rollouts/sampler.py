@@ -5,8 +5,9 @@ afterwards, and the ratio of the policy with itself would be the mass they kept.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -44,7 +45,11 @@ class Sample:
 
     completion_ids: the end-of-text token included if it was sampled. logprobs: of each, under the distribution that was
     sampled. finish_reason: "length" where the budget cut it. text: the decoded completion alone, without the prompt and
-    the end-of-text token: a reward that also reads the prompt is satisfied by the prompt's own example."""
+    the end-of-text token: a reward that also reads the prompt is satisfied by the prompt's own example.
+
+    Of an episode of several turns: completion_ids holds the environment's answers too, with log-probability 0;
+    is_policy_token says which ids the policy sampled (None: all), messages are those after the prompt, text is the last
+    turn's, episode_reward is the sum of the environment's rewards (NaN: it failed, or there was none)."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -52,10 +57,46 @@ class Sample:
     finish_reason: Literal["eos", "length", "stop"]
     text: str
     problem: Any = None
+    is_policy_token: tuple[bool, ...] | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    episode_reward: float = math.nan
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def environment_failed(self) -> bool:
+        """Whether the sample is an episode that cannot be scored."""
+        return self.is_policy_token is not None and math.isnan(self.episode_reward)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return len(self.completion_ids) if self.is_policy_token is None else sum(self.is_policy_token)
+
+    @property
+    def num_turns(self) -> int:
+        """How often the policy wrote."""
+        return max(1, sum(message["role"] == "assistant" for message in self.messages))
+
+
+class RolloutSampler(Protocol):
+    """What draws groups of samples: `Sampler`, or `EpisodeSampler` for several turns."""
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
+    def autocast_context(self) -> ContextFactory: ...
+
+    def __call__(
+        self,
+        policy: Decoder,
+        prompts: Sequence[PolicyPrompt],
+        num_generations: int,
+        seed: int,
+        shard: DataShard = DataShard(),
+    ) -> list[list[Sample]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

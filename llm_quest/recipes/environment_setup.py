@@ -1,0 +1,225 @@
+"""The environment of a policy recipe: from its keys to episodes in place of single answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from llm_quest.contracts import LogFn
+from llm_quest.data.problems import Problem
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import DataError, UsageError
+from llm_quest.generation.sampling import SamplingParams
+from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.config import did_you_mean
+from llm_quest.recipes.config_schema import PositiveFloat, PositiveInt
+from llm_quest.recipes.policy import PolicyConfig
+from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder
+from llm_quest.rollouts.environments import (
+    EnvironmentClient,
+    EnvironmentHost,
+    EpisodeFailure,
+    start_user_environment,
+)
+from llm_quest.rollouts.episodes import EpisodeSampler, TurnEncoder
+from llm_quest.rollouts.included_environments import ENVIRONMENTS
+from llm_quest.rollouts.sampler import PolicyPrompt, Sample, Sampler, copy_numbers
+from llm_quest.rollouts.user_code import check_reference, hash_of_file
+
+RESETS_AT_ONCE = 64
+HELD_OUT_GAMES = 10
+
+
+class EpisodeConfig(PolicyConfig):
+    """The keys of a policy that is answered by an environment, over several turns."""
+
+    environment: str | None = Field(
+        default=None, description="calculator, guessing_game, file_search, or FILE.py:CLASS; null: one answer a prompt"
+    )
+    environment_kwargs: dict[str, Any] = Field(default_factory=dict, description="the environment's own options")
+    environment_timeout: PositiveFloat = Field(default=60.0, description="seconds for a turn of all episodes")
+    max_turns: PositiveInt = Field(default=4, description="of the policy in an episode, each of max_new_tokens at most")
+    max_episode_tokens: PositiveInt | None = Field(
+        default=None, description="of policy and environment together; null: what the context holds"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def paid_by_the_environment(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("environment") is not None and given.get("rewards") is None:
+            return {**given, "rewards": [{"name": "environment"}]}
+        return given
+
+    @field_validator("environment")
+    @classmethod
+    def known_environment(cls, environment: str | None) -> str | None:
+        return None if environment is None else check_environment(environment)
+
+    @model_validator(mode="after")
+    def check_environment_keys(self) -> EpisodeConfig:
+        if self.environment is None:
+            for key in ("environment_kwargs", "environment_timeout", "max_turns", "max_episode_tokens"):
+                if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                    raise ValueError(f"{key} has no effect without environment; leave it out")
+            return self
+        for key in ("attention_coef", "overlong_buffer_tokens"):
+            if getattr(self, key):
+                raise ValueError(f"{key} is for single answers; leave it out, or environment")
+        if self.by_steps:
+            raise ValueError("process_supervision is for single answers; leave it out, or environment")
+        check_environment_options(self.environment, self.environment_kwargs)
+        return self
+
+    @property
+    def max_completion_tokens(self) -> int:
+        turns = self.max_turns if self.environment is not None else 1
+        return turns * self.max_new_tokens
+
+
+def check_environment(environment: str) -> str:
+    """The name of an included environment, or FILE.py:CLASS with the whole path."""
+    if environment in ENVIRONMENTS:
+        return environment
+    if ".py:" in environment:
+        return check_reference(environment)
+    known = list(ENVIRONMENTS)
+    raise UsageError(
+        f"no environment is called {environment!r}{did_you_mean(environment, known)}; known: {', '.join(known)}, or "
+        "FILE.py:CLASS"
+    )
+
+
+def check_environment_options(environment: str, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that an included environment does not have."""
+    if environment in ENVIRONMENTS:
+        known = [one.name for one in dataclasses.fields(ENVIRONMENTS[environment]) if one.init]
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"environment_kwargs.{name} has no effect on {environment}{did_you_mean(name, known)}; it has "
+                    f"{', '.join(known)}"
+                )
+
+
+def hash_of_environment(environment: str | None) -> dict[str, str]:
+    """What a resumed run may not change."""
+    if environment is None or environment in ENVIRONMENTS:
+        return {}
+    return {"environment": hash_of_file(environment)}
+
+
+def start_environment(
+    environment: str, options: Mapping[str, Any], *, timeout_seconds: float, log: LogFn
+) -> EnvironmentClient:
+    """The included ones live in this process, a user's in one that can be killed."""
+    if environment not in ENVIRONMENTS:
+        return start_user_environment(environment, options, timeout_seconds=timeout_seconds, log=log)
+    make = partial(ENVIRONMENTS[environment], **options)
+    try:
+        make()
+    except TypeError as error:
+        raise UsageError(f"environment_kwargs of {environment}: {error}") from None
+    return EnvironmentClient(environment, EnvironmentHost(make).answer, log)
+
+
+def environment_failures(environments: EnvironmentClient | None) -> list[str]:
+    """What the environment's failures were, for the end of a run."""
+    return [] if environments is None else environments.failure_lines()
+
+
+def games(number: int, seed: int) -> ProblemSet:
+    """For an environment that needs no rows: {"index": 0}, {"index": 1} and so on, one in HELD_OUT_GAMES held out."""
+
+    def game(index: int) -> Problem:
+        return Problem("", "", "equal", str(index), columns={"index": index, "seed": seed})
+
+    return ProblemSet(
+        lambda index: game(index + index // (HELD_OUT_GAMES - 1) + 1),
+        [game(index * HELD_OUT_GAMES) for index in range(number)],
+        f"games {seed}",
+    )
+
+
+def row_of(problem: Problem) -> dict[str, Any]:
+    """What an environment's `reset` is given: the row's columns; of a task, its prompt and answer."""
+    if problem.columns:
+        messages = {"messages": [dict(one) for one in problem.messages]} if problem.messages else {}
+        return {**messages, "prompt": problem.prompt, "answer": problem.answer, **problem.columns}
+    return {"prompt": problem.prompt, "answer": problem.answer}
+
+
+@dataclass
+class EnvironmentProblems:
+    """Problems that begin with an environment's first messages. keep_answers: the answers are compared with by a
+    reward besides the environment's. Rows on which `reset` fails are passed over."""
+
+    problems: ProblemSet
+    environments: EnvironmentClient
+    keep_answers: bool
+    known: dict[int, Problem] = field(default_factory=dict)
+
+    def train_problem(self, index: int) -> Problem:
+        if index not in self.known:
+            self.known = dict(enumerate(self.begin([self.problems.train_problem(n) for n in self.block(index)]), index))
+        return self.known[index]
+
+    def block(self, index: int) -> range:
+        return range(index, index + RESETS_AT_ONCE)
+
+    def begin(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems as the environment begins them; in place of one that fails, the next that does not."""
+        first = self.environments.reset([row_of(problem) for problem in problems])
+        begun = [
+            None if isinstance(messages, EpisodeFailure) or not messages else self.begun_problem(problem, messages)
+            for problem, messages in zip(problems, first, strict=True)
+        ]
+        good = [one for one in begun if one is not None]
+        if not good:
+            failed = next((one.message for one in first if isinstance(one, EpisodeFailure)), "it gave no messages")
+            raise DataError(f"the environment {self.environments.name} begins no episode: {failed}")
+        found, following = [], good[0]
+        for one in reversed(begun):
+            following = one or following
+            found.append(following)
+        return found[::-1]
+
+    def begun_problem(self, problem: Problem, messages: list[dict[str, Any]]) -> Problem:
+        return replace(
+            problem,
+            prompt="".join(message["content"] for message in messages),
+            messages=tuple(messages),
+            is_conversational=True,
+            columns=row_of(problem),
+            answer=problem.answer if self.keep_answers else "",
+        )
+
+    def as_set(self) -> ProblemSet:
+        held_out = self.begin(self.problems.held_out)
+        return replace(self.problems, train_problem=self.train_problem, held_out=held_out, is_conversational=True)
+
+
+def episodes_in_place_of_answers(
+    environments: EnvironmentClient, tokenizer: Tokenizer, encode: PromptEncoder, *, max_turns: int,
+    max_episode_tokens: int | None,
+) -> Callable[[Sampler], EpisodeSampler]:  # fmt: skip
+    """What makes a sampler of episodes from one of answers."""
+    turns = TurnEncoder(tokenizer, encode.chat)
+    return lambda sampler: EpisodeSampler(
+        sampler=sampler, environments=environments, encode_turns=turns, max_turns=max_turns,
+        max_episode_tokens=max_episode_tokens,
+    )  # fmt: skip
+
+
+def draw_episodes(
+    sampler: EpisodeSampler, encode: PromptEncoder, model: Decoder, problems: Sequence[Problem],
+    sampling: SamplingParams, n: int, seed: int,
+) -> list[list[Sample]]:  # fmt: skip
+    """n episodes of each problem."""
+    ids = encode.encode_problems(problems)
+    prompts = [PolicyPrompt(tuple(one), problem) for one, problem in zip(ids, problems, strict=True)]
+    return sampler.play(model, prompts, copy_numbers([one.prompt_ids for one in prompts]), sampling, n, seed)

@@ -1,0 +1,181 @@
+"""Environments that come with the package: a calculator, a guessing game, and search over local files.
+
+A tool is called by its tag, `<calc>12*7</calc>`, or as published models write it,
+`<tool_call>{"name": "calc", "arguments": {"expression": "12*7"}}</tool_call>`. `<answer>84</answer>` ends the episode;
+so does a turn that calls nothing, which is the answer itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_quest.data.problems.answer_forms import last_tagged_answer
+from llm_quest.data.problems.problem import Problem, make_rng
+from llm_quest.errors import UsageError
+from llm_quest.rollouts.expression import MalformedExpression, evaluate_expression
+from llm_quest.rollouts.verifiers import CORRECT, verify_equal
+
+Messages = list[dict[str, Any]]
+Answered = tuple[Messages, float, bool]
+TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,12}")
+WORD = re.compile(r"\w+")
+
+
+def tool_argument(completion: str, tool: str) -> str | None:
+    """What the last call of this tool asks; None where it is not called, "" where the call cannot be read."""
+    if found := re.findall(rf"<{tool}>(.*?)</{tool}>", completion, re.DOTALL):
+        return str(found[-1]).strip()
+    calls = TOOL_CALL.findall(completion)
+    if not calls:
+        return None
+    try:
+        call = json.loads(calls[-1])
+        arguments = call["arguments"]
+        return str(next(iter(arguments.values()))) if call["name"] == tool else ""
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
+        return ""
+
+
+def question_with_hint(row: Mapping[str, Any], hint: str, ask_for_tool: bool) -> Messages:
+    """The row's messages, or its prompt as one; with what the tool is for below the last of them."""
+    given = row.get("messages") or [{"role": "user", "content": str(row["prompt"])}]
+    messages = [dict(one) for one in given]
+    if ask_for_tool:
+        messages[-1]["content"] = f"{messages[-1]['content']}\n\n{hint}"
+    return messages
+
+
+def pay_for_answer(completion: str, gold: str) -> float:
+    """1 for the right answer: in its tag, or the completion itself."""
+    answer = last_tagged_answer(completion) or completion
+    problem = Problem("", gold, "equal", "", grading="tolerant")
+    return float(verify_equal(problem, answer) == CORRECT)
+
+
+def tool_result(content: str) -> Messages:
+    return [{"role": "tool", "content": content}]
+
+
+@dataclass
+class Calculator:
+    """Questions whose answer may be computed: `<calc>EXPRESSION</calc>` is answered with its value. hint: whether the
+    question says so. The reward is 1 for the row's answer, 0 for another."""
+
+    hint: bool = True
+    gold: str = field(default="", init=False)
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        self.gold = str(row["answer"])
+        return question_with_hint(row, "Compute with <calc>12*7</calc>. End with <answer>84</answer>.", self.hint)
+
+    def step(self, completion: str) -> Answered:
+        asked = tool_argument(completion, "calc")
+        if asked is None:
+            return [], pay_for_answer(completion, self.gold), True
+        try:
+            value = evaluate_expression(asked).value
+            shown = str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
+        except (MalformedExpression, OverflowError) as error:
+            shown = f"error: {error}"
+        return tool_result(shown), 0.0, False
+
+
+@dataclass
+class GuessingGame:
+    """A number between low and high (the row's `secret`, or one that its content decides) is guessed: the answers are
+    higher and lower. The reward is 1 for a hit."""
+
+    low: int = 1
+    high: int = 20
+    secret: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise UsageError(f"environment_kwargs: low is {self.low} and high {self.high}; low must be the smaller")
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        content = json.dumps(dict(row), sort_keys=True, default=str)
+        self.secret = int(row.get("secret", make_rng("secret", content).randint(self.low, self.high)))
+        question = f"Guess my number between {self.low} and {self.high}. Say one number."
+        return [{"role": "user", "content": question}]
+
+    def step(self, completion: str) -> Answered:
+        found = WHOLE_NUMBER.findall(completion)
+        if not found:
+            return [{"role": "user", "content": "Say one number."}], 0.0, False
+        guess = int(found[-1])
+        if guess == self.secret:
+            return [], 1.0, True
+        return [{"role": "user", "content": "higher" if guess < self.secret else "lower"}], 0.0, False
+
+
+@dataclass
+class FileSearch:
+    """Questions whose answer stands in the text files of a folder: `<search>WORDS</search>` is answered with the
+    paragraphs that fit best (BM25). The reward is 1 for the row's answer, 0 for another."""
+
+    folder: str
+    num_results: int = 2
+    max_characters: int = 400
+    hint: bool = True
+    gold: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.paragraphs = read_paragraphs(self.folder)
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        self.gold = str(row["answer"])
+        hint = "Search with <search>words</search>. End with <answer>what you found</answer>."
+        return question_with_hint(row, hint, self.hint)
+
+    def step(self, completion: str) -> Answered:
+        asked = tool_argument(completion, "search")
+        if asked is None:
+            return [], pay_for_answer(completion, self.gold), True
+        found = rank_paragraphs(self.paragraphs, asked)[: self.num_results]
+        return tool_result("\n\n".join(one[: self.max_characters] for one in found) or "nothing found"), 0.0, False
+
+
+PARAGRAPHS: dict[str, tuple[str, ...]] = {}
+"""The paragraphs of folders that were read: every episode of a run searches the same ones."""
+
+
+def read_paragraphs(folder: str) -> tuple[str, ...]:
+    """The paragraphs of a folder's .txt and .md files, read once."""
+    if folder not in PARAGRAPHS:
+        files = sorted(file for file in Path(folder).rglob("*") if file.suffix in (".txt", ".md"))
+        if not files:
+            raise UsageError(f"environment_kwargs: the folder {folder} holds no .txt or .md file to search")
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+        parts = (part.strip() for text in texts for part in re.split(r"\n\s*\n", text))
+        PARAGRAPHS[folder] = tuple(part for part in parts if part)
+    return PARAGRAPHS[folder]
+
+
+def rank_paragraphs(paragraphs: tuple[str, ...], query: str, k1: float = 1.5, b: float = 0.75) -> list[str]:
+    """Those that share a word with the query, the best first: BM25 (Robertson and Zaragoza 2009),
+    sum over words of idf f (k1 + 1) / (f + k1 (1 - b + b length / mean length))."""
+    counted = [Counter(WORD.findall(one.lower())) for one in paragraphs]
+    mean = sum(words.total() for words in counted) / max(1, len(counted))
+    scores = [0.0] * len(paragraphs)
+    for word in set(WORD.findall(query.lower())):
+        frequency = sum(word in words for words in counted)
+        idf = math.log(1 + (len(paragraphs) - frequency + 0.5) / (frequency + 0.5))
+        for place, words in enumerate(counted):
+            f = words[word]
+            scores[place] += idf * f * (k1 + 1) / (f + k1 * (1 - b + b * words.total() / mean)) if f else 0.0
+    order = sorted(range(len(paragraphs)), key=lambda place: -scores[place])
+    return [paragraphs[place] for place in order if scores[place] > 0]
+
+
+ENVIRONMENTS: dict[str, Any] = {"calculator": Calculator, "guessing_game": GuessingGame, "file_search": FileSearch}
+"""Name -> the class: what `environment` may be besides FILE.py:CLASS."""
+NEED_ROWS = ("calculator", "file_search")
+"""Environments that compare with a row's answer."""
