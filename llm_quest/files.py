@@ -26,9 +26,12 @@ def cache_dir(part: str) -> Path:
 
 
 def absolute_path(name: str) -> str:
-    """The absolute path of a file or folder that exists, so that it is found from every working directory; any other
-    name, such as a hub id, as it is."""
+    """The absolute path of a file or folder that exists, so that it is found from every working directory; of
+    RUN@best its run's. Any other name, such as a hub id, as it is."""
     path = Path(name).expanduser()
+    run, at, checkpoint = name.rpartition("@")
+    if at and not path.exists():
+        return absolute_path(run) + at + checkpoint
     return str(path.absolute()) if name and path.exists() else name
 
 

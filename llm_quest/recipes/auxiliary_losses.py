@@ -27,7 +27,7 @@ from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
 from llm_quest.objectives.number_token import DISTANCES, NumberTokenLoss, number_values
 from llm_quest.recipes.assembly import require_run_exists
 from llm_quest.recipes.auto import resolve_precision
-from llm_quest.recipes.config import Choice, StrictModel
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import PositiveFloat, UnitFraction
 from llm_quest.recipes.reference_model import weights_hash
 from llm_quest.techniques.expert_bias import ExpertBiasBalancer
@@ -140,7 +140,7 @@ def number_token_terms(
 class TeacherConfig(StrictModel):
     """A teacher of the same tokenizer: loss = (1 - weight) cross-entropy + weight divergence."""
 
-    load: str = Field(min_length=1, description="a run folder, a Hugging Face folder or a hub id")
+    load: LocalPath = Field(min_length=1, description="a run folder, a Hugging Face folder or a hub id")
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="of the divergence from the teacher; the cross-entropy has the rest"
     )

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as File
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from llm_quest.data.sources import absolute_source
 from llm_quest.errors import UsageError
+from llm_quest.files import absolute_path
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.dependent_defaults import override_paths, replace_model, replace_task
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
@@ -66,6 +67,10 @@ class StrictModel(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
+
+
+LocalPath = Annotated[str, AfterValidator(absolute_path)]
+"""A file, a folder or a hub id. What exists here gets its absolute path, so that a run resumes from anywhere."""
 
 
 def parse_sources(entry: type[ConfigT], given: Any) -> str | tuple[ConfigT, ...]:

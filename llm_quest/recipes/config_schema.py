@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, field
 from llm_quest.data.corpus import builtin_parts
 from llm_quest.data.row_forms import TEXT_FORMS
 from llm_quest.machine.probe import DTYPES
-from llm_quest.recipes.config import Choice, StrictModel, describe_type, did_you_mean
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel, describe_type, did_you_mean
 from llm_quest.recipes.row_source import RowsConfig, Sources
 from llm_quest.techniques import ACT_IN_TRAINING_MODE, TECHNIQUES, TRAINING_TECHNIQUES
 from llm_quest.techniques.model_spec import FORMER_NAMES
@@ -102,7 +102,7 @@ class TokenizerConfig(StrictModel):
     """A byte-level BPE trained on the training text, or one that exists."""
 
     vocab_size: int = Field(default=4096, ge=300, le=1_000_000, description="how many tokens to train")
-    load: str | None = Field(default=None, description="a folder or tokenizer.json to use instead of training one")
+    load: LocalPath | None = Field(default=None, description="a folder or tokenizer.json in place of training one")
 
 
 class ModelConfig(StrictModel):
@@ -113,7 +113,7 @@ class ModelConfig(StrictModel):
     config: dict[str, Any] = Field(
         default_factory=dict, description="config.json's fields of the family; with a preset, those to change"
     )
-    load: str | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
+    load: LocalPath | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
 
     @model_validator(mode="after")
     def require_one_source(self) -> ModelConfig:

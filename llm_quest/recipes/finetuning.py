@@ -40,6 +40,7 @@ from llm_quest.recipes.assembly import (
     source_name,
 )
 from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.config import LocalPath
 from llm_quest.recipes.config_schema import BatchedConfig, ModelConfig, PositiveInt, RunConfig, TokenizerConfig
 from llm_quest.recipes.model_config import init_model
 from llm_quest.recipes.recipe import Context
@@ -66,7 +67,7 @@ class ConversationDataConfig(RowsConfig):
     forms: ClassVar[Sequence[RowForm]] = CONVERSATION_FORMS
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
-    chat_template_path: str | None = Field(
+    chat_template_path: LocalPath | None = Field(
         default=None, min_length=1, description="a file with a chat template, in place of the model's own"
     )
 

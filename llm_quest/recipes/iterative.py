@@ -29,7 +29,7 @@ from llm_quest.files import atomic_write_json
 from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
-from llm_quest.recipes.config import StrictModel, load_raw_config, parse_config
+from llm_quest.recipes.config import LocalPath, StrictModel, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
 from llm_quest.recipes.engine import init_run_dir, run_job
 from llm_quest.recipes.grpo import GrpoConfig, build_grpo, init_policy, load_problems, prompt_encoder
@@ -51,7 +51,7 @@ from llm_quest.train.state import derive_seed
 class RewardModelConfig(StrictModel):
     """The reward model and how it is trained on. Labels come from the task's verifier."""
 
-    load: str | None = Field(default=None, description="a reward model; null: one is made from the first policy")
+    load: LocalPath | None = Field(default=None, description="a reward model; null: one is made from the first policy")
     max_steps: PositiveInt = Field(default=60, description="of training on, in each iteration")
     batch_size: PositiveInt = Field(default=32, description="comparisons in a step")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="learning rate, constant")

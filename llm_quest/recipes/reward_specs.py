@@ -19,7 +19,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.objectives.reward_model import score_rows
-from llm_quest.recipes.config import Choice, StrictModel
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import PositiveFloat
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward
@@ -102,7 +102,7 @@ class RewardSpec(StrictModel):
     name: Annotated[str, Choice(REWARDS)] | None = Field(default=None, description="which reward")
     function: str | None = Field(default=None, description="FILE.py:NAME, called as TRL calls its reward functions")
     weight: float = Field(default=1.0, description="factor of this reward in the sum")
-    load: str | None = Field(default=None, description="the reward model's folder or run, for the name model")
+    load: LocalPath | None = Field(default=None, description="the reward model's folder or run, for the name model")
     timeout_seconds: PositiveFloat = Field(default=60.0, description="of a batch, for function")
 
     @field_validator("function")

@@ -31,7 +31,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.assembly import apply_techniques, count_epochs, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import Choice, StrictModel
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import ALTERNATIVES, require_at_most_one
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -72,7 +72,7 @@ class ImageDataConfig(StrictModel):
     source: Literal["digits", "folder", "cifar10"] = Field(
         default="digits", description="digits come with scikit-learn"
     )
-    path: str | None = Field(
+    path: LocalPath | None = Field(
         default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
     )
     image_size: PositiveInt | None = Field(
@@ -124,7 +124,7 @@ class VitModelConfig(StrictModel):
     preset: str | None = Field(
         default=None, description="a published size instead, with random weights: vit-base-patch16-224"
     )
-    load: str | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
+    load: LocalPath | None = Field(default=None, description="a Hugging Face folder, hub id or run folder")
 
     @model_validator(mode="after")
     def check_single_source(self) -> VitModelConfig:

@@ -47,7 +47,7 @@ from llm_quest.recipes.assembly import (
     source_name,
 )
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import Choice, StrictModel
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import require_at_most_one
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -121,7 +121,7 @@ class VisionTowerConfig(StrictModel):
         default=None, description="the block after which patch features are taken; null: the last"
     )
     keep_class_token: bool = Field(default=False, description="whether the decoder sees the class token too")
-    load: str | None = Field(default=None, description="a Hugging Face folder or run folder")
+    load: LocalPath | None = Field(default=None, description="a Hugging Face folder or run folder")
 
 
 class LanguageModelConfig(StrictModel):
@@ -134,7 +134,7 @@ class LanguageModelConfig(StrictModel):
     vocab_size: int = Field(
         default=400, ge=280, description="tokens of the tokenizer to train, the image placeholder among them"
     )
-    load: str | None = Field(default=None, description="a Hugging Face folder or run folder, with its tokenizer")
+    load: LocalPath | None = Field(default=None, description="a Hugging Face folder or run folder, with its tokenizer")
 
 
 class VlmModelConfig(StrictModel):
@@ -147,7 +147,7 @@ class VlmModelConfig(StrictModel):
         default=None, description="a tower, a projector and a language model of the sizes above; null: the same"
     )
 
-    load: str | None = Field(default=None, description="a LLaVA model's Hugging Face folder or a run folder")
+    load: LocalPath | None = Field(default=None, description="a LLaVA model's Hugging Face folder or a run folder")
 
     @model_validator(mode="after")
     def check_single_source(self) -> VlmModelConfig:

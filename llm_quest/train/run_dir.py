@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
-from llm_quest.files import atomic_write_text, fsync_path
+from llm_quest.files import atomic_write_text, fsync_path, iter_lines
 from llm_quest.manifest import find_fault, read_manifest
 from llm_quest.progress import utc_now
 from llm_quest.train import checkpoint as files
@@ -150,7 +150,7 @@ class RunDir:
             self.log_event("restarted", message=f"no checkpoint was saved before; the old rows are in {aside.name}")
         elif path.exists():
             with path.open("rb") as file:
-                kept = [line.decode("utf-8", "replace") for _, line in files.iter_lines(file)]
+                kept = [line.decode("utf-8", "replace") for _, line in iter_lines(file)]
             atomic_write_text(path, "".join(line + "\n" for line in kept if _row_step(line) <= step))
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:

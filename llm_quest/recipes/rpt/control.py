@@ -22,7 +22,7 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import load_raw_config, parse_config
+from llm_quest.recipes.config import LocalPath, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, RunConfig
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.engine import init_run_dir
@@ -43,7 +43,7 @@ class RptControlConfig(RunConfig):
     took."""
 
     recipe: Literal["rpt_control"]
-    rpt_run: str = Field(min_length=1, description="the RPT run: its start, documents, places and FLOPs are taken")
+    rpt_run: LocalPath = Field(min_length=1, description="the RPT run: its start, documents, places, FLOPs are taken")
     targets: Literal["all", "selected"] = Field(
         default="all", description="what is learned: every token, or those at the places that RPT thought about"
     )

@@ -30,7 +30,7 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import load_text_data, source_name
-from llm_quest.recipes.config import StrictModel
+from llm_quest.recipes.config import LocalPath, StrictModel
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt, TextDataConfig, TokenizerConfig
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.row_source import Sources
@@ -94,7 +94,7 @@ class RptDataConfig(TextDataConfig):
 class PositionSelectionConfig(StrictModel):
     """Which places are worth thinking about: where a proxy does not know the next token."""
 
-    proxy_model: str | None = Field(
+    proxy_model: LocalPath | None = Field(
         default=None, description="a model's folder or run; null: the model as it began to think"
     )
     entropy_threshold: float = Field(
