@@ -141,7 +141,7 @@ def test_a_data_set_is_loaded_by_datasets_with_its_split(hub_folder: Path) -> No
     with pytest.raises(DataError, match="cannot be loaded"):
         load(DataSource(f"hf:{hub_folder}", name="another"))
     write_rows(hub_folder / "test.jsonl", [{"surprise": "t"}])
-    with pytest.raises(DataError, match="cannot be loaded: .*surprise"):
+    with pytest.raises(DataError, match=r"cannot be loaded: .*surprise"):
         load(DataSource(f"hf:{hub_folder}"))
 
 

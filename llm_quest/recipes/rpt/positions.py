@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,13 @@ class RptTextConfig(PolicyConfig):
 
 @dataclass(frozen=True)
 class RptDocuments:
-    """Documents with their start tokens, no longer than leaves room to think, and how their places are asked for."""
+    """Documents with their start tokens, no longer than leaves room to think, and how their places are asked for.
+    facts: about the text they are from, for the report."""
 
     train: Documents
     held_out: Documents
     prompt_builder: PromptBuilder
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -152,12 +154,13 @@ def load_documents(
     config: RptTextConfig, tokenizer: Tokenizer, context: int, parallel: DistributedContext, log: LogFn
 ) -> RptDocuments:
     """The documents of this run in this tokenizer's ids."""
+    facts: Mapping[str, Any] = {}
     if config.data.is_task:
         train, held = (
             [encode_problem(one, tokenizer) for one in part] for part in split_problems(config.data, config.seed)
         )
     else:
-        train, held = documents_from_text(config, tokenizer, parallel, log)
+        train, held, facts = documents_from_text(config, tokenizer, parallel, log)
     asking = make_prompt_builder(
         tokenizer,
         [*train, *held],
@@ -170,21 +173,23 @@ def load_documents(
         split_documents(train, length, tokenizer.start_token_id),
         split_documents(held, length, tokenizer.start_token_id),
         asking,
+        facts,
     )
 
 
 def documents_from_text(
     config: RptTextConfig, tokenizer: Tokenizer, parallel: DistributedContext, log: LogFn
-) -> tuple[Documents, Documents]:
-    """As pretraining reads it, in the model's own tokens."""
-    folder = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log).tokens
+) -> tuple[Documents, Documents, Mapping[str, Any]]:
+    """As pretraining reads it, in the model's own tokens; and the facts about it."""
+    text = load_text_data(config.data, TokenizerConfig(load=config.model.load), parallel, log)
+    folder = text.tokens
     start, end = tokenizer.start_token_id, tokenizer.eos_token_id
     train, held = ([[start, *map(int, ids), end] for ids in side.documents()] for side in (folder.train, folder.val))
     if not train or not held:
         raise DataError(
             f"{source_name(config.data)} holds too few documents to keep some of them out of training; add text"
         )
-    return train, held
+    return train, held, {"corpus": text.facts["corpus"]}
 
 
 def find_or_load_positions(

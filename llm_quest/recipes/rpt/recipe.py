@@ -126,7 +126,12 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         MeteredRolloutLoader(policy.rollouts, meter),
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {"tokenizer": start.tokenizer.hash, "documents": text.hash},
-        {"source": source_name(config.data), **positions.facts, "tokenizer_sha256": start.tokenizer.hash},
+        {
+            "source": source_name(config.data),
+            **positions.facts,
+            **text.facts,
+            "tokenizer_sha256": start.tokenizer.hash,
+        },
         start.tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
