@@ -20,7 +20,7 @@ COMPUTED = frozenset((
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "bias", "trainable_token_indices", "init_lora_weights", "base_model_name_or_path"),
     *("u", "weight_tying", "projection_seed", "save_projection", "init_weights", "tinylora_dropout"),
-    "ensure_weight_tying",
+    *("ensure_weight_tying", "target_parameters"),
 ))  # fmt: skip
 """Settings that are read. Which modules are adapted follows from the tensors."""
 HARMLESS = frozenset((

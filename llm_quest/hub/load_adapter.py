@@ -7,6 +7,8 @@ What one rank and one scale cannot express is brought exactly into a form that t
 - PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775): the base that they were trained on is W - s B0 A0, where A0 and
   B0 are computed from W (its largest singular directions; the first columns of its QR decomposition). So the adapter is
   the plain LoRA A' = [A; A0], B' = [B, -B0] of twice the rank.
+- Of experts PEFT has all of a layer in one matrix: A (E r,in), B (out,r E), the expert's number running slowest in A
+  and fastest in B (`published_matrices.py`).
 - Of the embedding and the output matrix, whose losses read them directly: the adapter is merged into the matrix, which
   then belongs to the whole parameters that `modules_to_save` names.
 """
@@ -27,15 +29,14 @@ from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.adapter_config import CONFIG, TINY_LORA_TYPE, module_rank, module_scale, read_adapter_config
 from llm_quest.hub.layouts import renamer
 from llm_quest.hub.load_tiny_lora import load_tiny_lora
-from llm_quest.hub.save_adapter import (
-    ROOT,
-    WEIGHTS,
+from llm_quest.hub.published_matrices import (
     LoRAPair,
     PublishedMatrix,
-    adapter_edits,
     base_matrices,
-    read_adapter_tensors,
+    experts_parameters,
+    stack_experts_pair,
 )
+from llm_quest.hub.save_adapter import ROOT, WEIGHTS, adapter_edits, read_adapter_tensors
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.hub.whole_parameters import LM_HEAD, WholeParameters
 from llm_quest.layers.low_rank import DoRAUpdate
@@ -85,7 +86,7 @@ def load_adapter(model: Any, folder: str | Path, *, adapter_name: str | None = N
     for module, pair in merged.items():
         if tie and module == LM_HEAD and whole.embedding in merged:
             continue  # the embedding's again
-        whole.add(module, pair, module_scale(config, module, pair.A.shape[0]), is_dora=bool(config.get("use_dora")))
+        whole.add(module, pair, module_scale(config, module, pair.rank), is_dora=bool(config.get("use_dora")))
     pairs = {module: pair for module, pair in held.pairs.items() if module not in merged}
     if unmatched := [module for module in pairs if module not in by_module]:
         raise DataError(
@@ -110,11 +111,11 @@ def apply_pairs(
     for module, pair in pairs.items():
         check_base(folder, module, pair, next(iter(by_module[module].values())))
         check_rank(folder, config, module, pair)
-        scale = module_scale(config, module, pair.A.shape[0])
+        scale = module_scale(config, module, pair.rank)
         full = residual_pair(config.get("init_lora_weights"), pair, scale, lambda m=module: whole.matrix(m))
         for address, part in split_pair(full, by_module[module], int(config["r"])).items():
             parts[address], scales[address] = part, scale
-    rank = max(pair.A.shape[0] for pair in parts.values())
+    rank = max(pair.rank for pair in parts.values())
     (scale, _), *_ = Counter(scales.values()).most_common(1)
     technique = technique_from_peft(config, rank, scale, shortest_targets(model, set(parts)))
     replace(technique, modules_to_save=whole.changed())(model)
@@ -123,16 +124,17 @@ def apply_pairs(
 
 def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_config: Any) -> AdapterTensors:
     """The tensors of an adapter's file by what they are, under the names that the family's weight map has."""
-    known = {place.module for place in base_matrices(model_config).values()}
+    places = {place.module: place for place in base_matrices(model_config).values()}
     stored = read_adapter_tensors(folder / WEIGHTS, lambda name: name.startswith(ROOT))
     bare = {name: name.removeprefix(ROOT).replace(".modules_to_save.", ".") for name in stored}
-    rename = renamer(family, known, [name.partition(".lora_")[0] for name in bare.values()])
+    rename = renamer(family, places, [name.partition(".lora_")[0] for name in bare.values()])
+    stacks = experts_parameters([split_tensor_name(name)[0] for name in bare.values()], config)
     low_rank: dict[str, dict[str, Tensor]] = {}
     held = AdapterTensors()
     for name, tensor in stored.items():
         module, ending = split_tensor_name(bare[name])
         if ending in TENSOR_SUFFIXES:
-            low_rank.setdefault(rename(module), {})[TENSOR_SUFFIXES[ending]] = tensor
+            low_rank.setdefault(rename(stacks.get(module, module)), {})[TENSOR_SUFFIXES[ending]] = tensor
         elif bare[name].endswith(TOKEN_ROWS):
             held.rows[rename(bare[name].removesuffix(TOKEN_ROWS))] = tensor
         elif ".lora_" in bare[name] or not bare[name].endswith((".weight", ".bias")):
@@ -144,6 +146,9 @@ def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_con
     if incomplete:
         raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is missing of {compact_names(incomplete)}")
     held.pairs = {module: LoRAPair(**pair) for module, pair in low_rank.items()}
+    for module, pair in held.pairs.items():
+        if module in places and places[module].num_experts:
+            held.pairs[module] = stack_experts_pair(pair, places[module].num_experts)
     return held
 
 
@@ -154,17 +159,17 @@ def split_tensor_name(name: str) -> tuple[str, str]:
 
 
 def check_base(folder: Path, module: str, pair: LoRAPair, matrix: PublishedMatrix) -> None:
-    rank = pair.A.shape[0]
-    if pair.A.shape != (rank, matrix.in_features) or pair.B.shape != (matrix.out_features, rank):
+    rank, stack = pair.rank, (matrix.num_experts,) if matrix.num_experts else ()
+    if pair.A.shape != (*stack, rank, matrix.in_features) or pair.B.shape != (*stack, matrix.out_features, rank):
         raise DataError(
-            f"{folder} is an adapter of another base: at {module} it maps {pair.A.shape[-1]} to {pair.B.shape[0]} "
+            f"{folder} is an adapter of another base: at {module} it maps {pair.A.shape[-1]} to {pair.B.shape[-2]} "
             f"numbers, this model {matrix.in_features} to {matrix.out_features}"
         )
 
 
 def check_rank(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair) -> None:
     """The scale follows from the rank, so the file must have the one that the config gives."""
-    said, found = module_rank(config, module), pair.A.shape[0]
+    said, found = module_rank(config, module), pair.rank
     if said != found:
         raise DataError(f"{folder}: {module} has rank {found}, r and rank_pattern make it {said}: the files do not fit")
 
@@ -189,12 +194,12 @@ def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: in
     """A published matrix's adapter as those of our parts: as `save_adapter.join_parts` laid them, with one piece of A
     for each; otherwise all have the same A."""
     alike = {address: slice_pair(pair, pair.A, pair.B, place) for address, place in matrices.items()}
-    if len(matrices) == 1 or pair.A.shape[0] == rank or pair.A.shape[0] % rank:
+    if len(matrices) == 1 or pair.rank == rank or pair.rank % rank:
         return alike
     found: dict[str, LoRAPair] = {}
-    for A, B in zip(pair.A.split(rank), pair.B.split(rank, dim=1), strict=True):
+    for A, B in zip(pair.A.split(rank, dim=-2), pair.B.split(rank, dim=-1), strict=True):
         free = [address for address in matrices if address not in found]
-        touched = [address for address in matrices if B[matrices[address].rows].any()] or free[:1]
+        touched = [address for address in matrices if B[..., matrices[address].rows, :].any()] or free[:1]
         if len(touched) != 1 or touched[0] not in free:
             return alike
         found[touched[0]] = slice_pair(pair, A, B, matrices[touched[0]])
@@ -202,14 +207,14 @@ def split_pair(pair: LoRAPair, matrices: Mapping[str, PublishedMatrix], rank: in
 
 
 def slice_pair(pair: LoRAPair, A: Tensor, B: Tensor, matrix: PublishedMatrix) -> LoRAPair:
-    return LoRAPair(A, B[matrix.rows], None if pair.magnitude is None else pair.magnitude[matrix.rows])
+    return LoRAPair(A, B[..., matrix.rows, :], None if pair.magnitude is None else pair.magnitude[matrix.rows])
 
 
 def unify(pair: LoRAPair, rank: int, gain: float) -> LoRAPair:
     """The same edit with this rank and another scale."""
     A, B = pair.A, pair.B if gain == 1 else pair.B * gain
-    if missing := rank - A.shape[0]:
-        A, B = torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat([B, B.new_zeros(B.shape[0], missing)], 1)
+    if missing := rank - pair.rank:
+        A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
     return LoRAPair(A, B, pair.magnitude)
 
 

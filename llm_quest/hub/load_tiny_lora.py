@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llm_quest.errors import DataError
-from llm_quest.hub.save_adapter import WEIGHTS, adapter_edits, base_matrices, read_adapter_tensors
+from llm_quest.hub.published_matrices import base_matrices
+from llm_quest.hub.save_adapter import WEIGHTS, adapter_edits, read_adapter_tensors
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.techniques.adapter_targets import TargetMatrix, select_targets, shortest_targets
 from llm_quest.techniques.lora import TinyLoRA

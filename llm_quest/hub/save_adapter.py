@@ -1,17 +1,19 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, whose tensors are named after the
-published modules that they edit (`adapters.py` reads it).
+published modules that they edit (`load_adapter.py` reads it).
 
 LoRA-XS and TinyLoRA are written as the plain LoRA they amount to (their core goes into B). Where the published model
 has one matrix and we edit its parts apart (GPT-2's c_attn), A's are stacked and B's lie on the diagonal:
 
       A = [A_q; A_k; A_v]     B = [B_q 0 0; 0 B_k 0; 0 0 B_v]     rank 3 r, and alpha so much larger that s is the same
+
+An expert stack is one parameter in transformers (`mlp.experts.gate_up_proj`), which PEFT names in `target_parameters`;
+of two in one module the second wraps the first, whose tensors are then called `experts.base_layer.lora_A`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,15 @@ from torch import Tensor, nn
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_dir, write_json
 from llm_quest.hub.adapter_config import CONFIG
+from llm_quest.hub.published_matrices import (
+    LoRAPair,
+    PublishedMatrix,
+    base_matrices,
+    experts_module,
+    flatten_experts,
+)
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES, read_header, read_into
 from llm_quest.hub.weight_map import compact_names, export_weight_map, weight_views
-from llm_quest.layers.linear import PackedLinear
 from llm_quest.layers.low_rank import (
     AdaptedLinear,
     AdaptedPackedLinear,
@@ -32,10 +40,8 @@ from llm_quest.layers.low_rank import (
     as_floats,
     row_norms,
 )
-from llm_quest.models import FAMILIES
-from llm_quest.models.build import build_meta_model, family_of
-from llm_quest.models.weight_names import ConcatRows, Transposed, WovenRows
-from llm_quest.techniques.adapter_targets import TargetMatrix, target_matrices
+from llm_quest.models.build import family_of
+from llm_quest.models.weight_names import Transposed
 from llm_quest.techniques.lora import (
     DoRA,
     LoRA,
@@ -53,68 +59,6 @@ from llm_quest.tensor_files import write_tensors
 WEIGHTS, ROOT = "adapter_model.safetensors", "base_model.model."
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 """How token embeddings are called in published files."""
-
-
-@dataclass(frozen=True)
-class PublishedMatrix:
-    """The place of an address in the published model: rows of the matrix of a module, whose shape is (out, width). Of
-    a matrix that is stored head by head the rows of a part are a list, and `order` has the stored row of each of ours.
-    """
-
-    module: str
-    rows: slice | list[int]
-    out_features: int
-    in_features: int
-    order: list[int] | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.rows == slice(0, self.out_features)
-
-
-@dataclass(frozen=True)
-class LoRAPair:
-    """One published matrix's adapter. magnitude: DoRA's."""
-
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor | None = None
-
-
-def base_matrices(config: Any) -> dict[str, PublishedMatrix]:
-    """Address -> place, for every matrix of this family that is one in the published model too (experts are stacked
-    there)."""
-    family = family_of(config)
-    if family not in FAMILIES:
-        raise UsageError(f"adapters of {family.name} have no PEFT form here: merge, and save the whole model")
-    meta_model, table, found = build_meta_model(config), family.weight_map(config), {}
-    for site in target_matrices(meta_model):
-        match table.get(f"{site.path}.weight"):
-            case ConcatRows(names=names):
-                module: Any = meta_model.get_submodule(site.path)
-                found[site.address] = locate_matrix(names[list(module.parts).index(site.part)], site)
-            case WovenRows(name=name, heads=heads):
-                found[site.address] = locate_woven_rows(name, site, meta_model.get_submodule(site.path), heads)
-            case str(name) | Transposed(name=name):
-                found[site.address] = locate_matrix(name, site, meta_model.get_submodule(site.path))
-    return found
-
-
-def locate_matrix(name: str, site: TargetMatrix, packed: nn.Module | None = None) -> PublishedMatrix:
-    """packed: the layer, where its whole matrix is published as one."""
-    rows, width = site.weight.shape
-    module = name.removesuffix(".weight")
-    if isinstance(packed, PackedLinear):
-        return PublishedMatrix(module, packed.row_slice(site.part), packed.out_features, width)
-    return PublishedMatrix(module, slice(0, rows), rows, width)
-
-
-def locate_woven_rows(name: str, site: TargetMatrix, packed: Any, heads: int) -> PublishedMatrix:
-    """The rows of one part of a matrix that is stored head by head."""
-    stored = torch.arange(packed.out_features).view(heads, len(packed.parts), -1)
-    order: list[int] = stored.transpose(0, 1).flatten().tolist()
-    module, own = name.removesuffix(".weight"), order[packed.row_slice(site.part)]
-    return PublishedMatrix(module, own, packed.out_features, site.weight.shape[1], order)
 
 
 def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -142,10 +86,10 @@ def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, ove
     """The adapter alone, as PEFT's `PeftModel.from_pretrained` reads it. base: where the model underneath is (a folder
     or hub id), for readers who want to find it.
 
-    Raises UsageError without an adapter, or for one that PEFT has no form for: of experts, of models that see."""
+    Raises UsageError without an adapter, or for one that PEFT has no form for: DoRA of experts, of models that see."""
     pairs = adapter_pairs(model)
     whole = whole_tensors(model)
-    tensors = {name: tensor for module, pair in pairs.items() for name, tensor in peft_tensors(module, pair)}
+    tensors = {name: tensor for module, pair in pairs.items() for name, tensor in peft_tensors(module, pair, pairs)}
     tensors |= {ROOT + whole_name(name, pairs): tensor.contiguous() for name, tensor in whole.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with atomic_dir(
@@ -162,8 +106,8 @@ def adapter_pairs(model: Any) -> dict[str, LoRAPair]:
     matrices = base_matrices(model.config)
     grouped: dict[str, list[tuple[PublishedMatrix, nn.Module, Tensor]]] = {}
     for address, edit, weight in adapter_edits(model):
-        if address not in matrices:
-            raise UsageError(f"PEFT has no form for an adapter of {address}: merge, and save the whole model")
+        if address not in matrices or (matrices[address].num_experts and isinstance(edit, DoRAUpdate)):
+            raise UsageError(f"PEFT has no form for this adapter of {address}: merge, and save the whole model")
         grouped.setdefault(matrices[address].module, []).append((matrices[address], edit, weight))
     return {module: join_parts(parts) for module, parts in grouped.items()}
 
@@ -223,32 +167,41 @@ def adapter_edits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 
 def join_parts(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]]) -> LoRAPair:
-    """One published matrix's adapter, from those of its parts."""
+    """One published matrix's adapter, or a stack's, from those of its parts."""
     if parts[0][0].is_whole:
         return to_lora_pair(parts[0][1])
-    ours, (first, _, weight) = [to_lora_pair(edit) for _, edit, _ in parts], parts[0]
-    B = weight.new_zeros(first.out_features, sum(one.A.shape[0] for one in ours))
-    norms, column = row_norms(weight), 0
-    magnitude = (
-        norms if first.order is None else torch.empty_like(norms).index_copy_(0, torch.tensor(first.order), norms)
-    )
+    ours, first = [to_lora_pair(edit) for _, edit, _ in parts], parts[0][0]
+    A, column = torch.cat([one.A for one in ours], dim=-2), 0
+    B = A.new_zeros(*A.shape[:-2], first.out_features, A.shape[-2])
     for (where, _, _), one in zip(parts, ours, strict=True):
-        B[where.rows, column : column + one.A.shape[0]] = one.B
-        column += one.A.shape[0]
-        if one.magnitude is not None:
-            magnitude[where.rows] = one.magnitude
-    return LoRAPair(torch.cat([one.A for one in ours]), B, magnitude if ours[0].magnitude is not None else None)
+        B[..., where.rows, column : column + one.rank] = one.B
+        column += one.rank
+    return LoRAPair(A, B, join_magnitudes(parts, ours) if ours[0].magnitude is not None else None)
+
+
+def join_magnitudes(parts: Sequence[tuple[PublishedMatrix, nn.Module, Tensor]], ours: Sequence[LoRAPair]) -> Tensor:
+    """DoRA's magnitudes of a published matrix; rows without an edit keep their norm."""
+    norms, order = row_norms(parts[0][2]), parts[0][0].order
+    magnitude = norms if order is None else torch.empty_like(norms).index_copy_(0, torch.tensor(order), norms)
+    for (where, _, _), one in zip(parts, ours, strict=True):
+        assert one.magnitude is not None
+        magnitude[where.rows] = one.magnitude
+    return magnitude
 
 
 def to_lora_pair(edit: nn.Module) -> LoRAPair:
     """A plain A and B: what is between them goes into B."""
     low: Any = edit.low if isinstance(edit, DoRAUpdate) else edit
     assert isinstance(low, LowRankUpdate)
-    core = low.core(torch.eye(low.A.shape[0], dtype=low.A.dtype, device=low.A.device)).mT
+    identity = torch.eye(low.A.shape[-2], dtype=low.A.dtype, device=low.A.device)
+    core = low.core(identity.expand(*low.A.shape[:-2], -1, -1)).mT
     return LoRAPair(low.A, low.B @ core, edit.magnitude if isinstance(edit, DoRAUpdate) else None)
 
 
-def peft_tensors(module: str, pair: LoRAPair) -> Iterator[tuple[str, Tensor]]:
+def peft_tensors(module: str, pair: LoRAPair, modules: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """modules: all that the adapter edits."""
+    if pair.A.dim() == 3:
+        module, pair = experts_module(module, modules), flatten_experts(pair)
     yield f"{ROOT}{module}.lora_A.weight", pair.A.contiguous()
     yield f"{ROOT}{module}.lora_B.weight", pair.B.contiguous()
     if pair.magnitude is not None:
@@ -259,7 +212,8 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
     """adapter_config.json."""
     technique: Any = next(one for one in model.spec.techniques if is_adapter(one))
     rank, use_rslora = technique.rank, isinstance(technique, RsLoRA)
-    rank_pattern = {module: one.A.shape[0] for module, one in pairs.items() if one.A.shape[0] != rank}
+    rank_pattern = {module: one.rank for module, one in pairs.items() if one.rank != rank}
+    modules, stacks = ([name for name, one in pairs.items() if one.A.dim() == dims] for dims in (2, 3))
     alpha = LORA_ALPHA[type(technique)](technique)
     root = math.sqrt if use_rslora else float
     return {
@@ -268,13 +222,15 @@ def peft_config(model: Any, pairs: Mapping[str, LoRAPair], base: str | None) -> 
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": technique.dropout if isinstance(technique, LoRA | RsLoRA | DoRA) else 0.0,
-        "target_modules": target_modules(model.config, pairs),
+        "target_modules": shortest_names(model.config, modules, stacked=False),
+        "target_parameters": shortest_names(model.config, stacks, stacked=True) or None,
         "rank_pattern": rank_pattern,
         "alpha_pattern": {module: alpha * root(one / rank) for module, one in rank_pattern.items()},
         "use_rslora": use_rslora,
         "use_dora": isinstance(technique, DoRA),
         "fan_in_fan_out": any(
-            isinstance(one, Transposed) for one in family_of(model.config).weight_map(model.config).values()
+            isinstance(one, Transposed) and one.name.endswith(".weight")
+            for one in family_of(model.config).weight_map(model.config).values()
         ),
         "inference_mode": True,
     }
@@ -289,8 +245,11 @@ LORA_ALPHA = {
 }
 
 
-def target_modules(config: Any, pairs: Mapping[str, LoRAPair]) -> list[str]:
-    """Short names where all modules of that name are adapted, as PEFT's users write them; else every module's own."""
-    last = {module: module.rsplit(".", 1)[-1] for module in {one.module for one in base_matrices(config).values()}}
-    short = sorted({last[module] for module in pairs})
-    return short if {module for module in last if last[module] in short} == set(pairs) else sorted(pairs)
+def shortest_names(config: Any, names: Sequence[str], *, stacked: bool) -> list[str]:
+    """Short names where all modules (or, with stacked, all experts' stacks) of that name are adapted, as PEFT's users
+    write them; else every module's own."""
+    places = base_matrices(config).values()
+    parts = 3 if stacked else 1  # mlp.experts.down_proj
+    last = {one.module: ".".join(one.module.split(".")[-parts:]) for one in places if bool(one.num_experts) == stacked}
+    short = sorted({last[module] for module in names})
+    return short if {module for module in last if last[module] in short} == set(names) else sorted(names)

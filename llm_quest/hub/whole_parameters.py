@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.errors import DataError
-from llm_quest.hub.save_adapter import LoRAPair
+from llm_quest.hub.published_matrices import LoRAPair
 from llm_quest.hub.weight_map import HEAD, SCORE, WeightView, compact_names, export_weight_map, weight_views
 from llm_quest.layers.low_rank import row_norms
 from llm_quest.models.build import family_of

@@ -195,7 +195,7 @@ def test_every_setting_of_pefts_config_is_computed_or_harmless_or_refused(bases,
     quest.load(tmp_path / "a")
     known = COMPUTED | HARMLESS
     others = {name for name in peft.LoraConfig().to_dict() if name not in known}
-    assert others >= {"lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora"}
+    assert others >= {"lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora"}
     for name in [*sorted(others), "use_new_thing"]:
         rewrite(tmp_path / "a", **{name: [1]})
         with pytest.raises(DataError, match=rf"{name} \(\[1\]\) is not computed here: merge the adapter"):

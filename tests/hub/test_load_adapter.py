@@ -308,6 +308,6 @@ def test_what_peft_has_no_form_for_is_refused(bases, tmp_path):
     with pytest.raises(UsageError, match="has no adapter"):
         quest.save_adapter(quest.load(bases["llama"]), tmp_path / "adapter")
     with pytest.raises(UsageError, match=r"experts.* merge"):
-        quest.save_adapter(LoRA()(quest.build("mixtral-tiny")), tmp_path / "adapter")
+        quest.save_adapter(DoRA()(quest.build("mixtral-tiny")), tmp_path / "adapter")
     with pytest.raises(UsageError, match="has an adapter already"):
         quest.load_adapter(LoRA()(quest.load(bases["llama"])), adapter(bases, tmp_path))
