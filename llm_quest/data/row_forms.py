@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from llm_quest.data.message_parsing import parse_messages, parse_transcript, text_field, text_or_messages
@@ -228,7 +229,8 @@ def parse_prompt(row: Row, where: str, key: str) -> list[Message]:
 
 def prompt_form(key: str, name: str, *optional: str) -> RowForm:
     example = {key: SHAREGPT_TURNS if key in CHAT_KEYS else "2+2?", "answer": "4"}
-    return RowForm(name, (key,), partial(parse_prompt, key=key), example, (*optional, *ANSWER_KEYS, *COMMON_KEYS))
+    keys = (*optional, *ANSWER_KEYS, "system", "history")
+    return RowForm(name, (key,), partial(parse_prompt, key=key), example, keys)
 
 
 PROMPT_FORMS = (
@@ -258,7 +260,7 @@ def rated_form(form: RowForm, key: str) -> RowForm:
     return RowForm(f"{form.name}, rated", (*form.keys, key), parse, {**form.example, key: True}, form.optional)
 
 
-RATED_FORMS = tuple(rated_form(form, key) for key in ("label", "kto_tag") for form in CONVERSATION_FORMS)
+RATED_FORMS = tuple(rated_form(form, key) for form in CONVERSATION_FORMS for key in ("label", "kto_tag"))
 """KTO's rows: any conversation with `label` (TRL) or `kto_tag` (LLaMA-Factory)."""
 
 
@@ -309,3 +311,15 @@ ROW_FORMS: dict[str, Sequence[RowForm]] = {
     "vlm": IMAGE_TEXT_FORMS,
 }
 """Recipes -> the forms that they read."""
+
+
+def describe_forms() -> list[str]:
+    """The forms as the table of docs/rows.md, one line each."""
+    lines = ["| recipe | form | keys | also read |", "| --- | --- | --- | --- |"]
+    for recipe, forms in ROW_FORMS.items():
+        for name, same in groupby(forms, key=lambda form: form.name):
+            form, *others = same
+            keys, optional = (", ".join(f"`{key}`" for key in names) for names in (form.keys, form.optional))
+            either = "".join(f" or `{other.keys[-1]}`" for other in others)
+            lines.append(f"| {recipe} | {name} | {keys}{either} | {optional} |")
+    return lines
