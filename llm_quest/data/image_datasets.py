@@ -1,8 +1,8 @@
 """Labelled images: their sources, the held-out split, and the rows of training with their augmentation.
 
-Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class, CIFAR-10
-as files on disk. What is held out is chosen by the hash of the pixels, so that equal images stay on one side;
-nothing but the final score looks at it.
+Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class
+(`image_folder.py`), CIFAR-10 as files on disk. What is held out is chosen by the hash of the pixels, so that equal
+images stay on one side; nothing but the final score looks at it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_quest.data.images import ImageProcessor, list_image_files, load_pixels
+from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import epoch_indices, philox_uniforms, split_rows
 from llm_quest.errors import DataError, MissingError
 
@@ -81,45 +81,6 @@ def load_sklearn_digits() -> ImageDataset:
     found = load_digits()
     pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)[:, None]
     return ImageDataset(pixels, found.target.astype(np.int64), tuple(str(digit) for digit in range(10)))
-
-
-def load_image_folder(path: str | Path, image_processor: ImageProcessor, held_out: float) -> ImageSplits:
-    """A folder with a sub-folder for each class; or with folders `train` and `val` (or `test`) of such, which are
-    then the two sides."""
-    path = Path(path)
-    if not path.is_dir():
-        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class")
-    inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
-    if (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
-        train = read_class_folders(inside["train"], image_processor)
-        return ImageSplits(
-            train, read_class_folders(inside.get("val", inside.get("test", path)), image_processor, train.names)
-        )
-    return split_images(read_class_folders(path, image_processor), held_out)
-
-
-def read_class_folders(
-    path: Path, image_processor: ImageProcessor, class_names: Sequence[str] | None = None
-) -> ImageDataset:
-    """Every image of every sub-folder; class_names: the classes that must exist. Hidden folders (`.ipynb_checkpoints`)
-    are no classes."""
-    folders = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    there = sorted(entry.name for entry in folders if list_image_files(entry))
-    if class_names is None and len(there) < 2:
-        raise DataError(
-            f"{path} has images in {len(there)} sub-folders; at least two classes are needed, one folder each"
-        )
-    class_names = tuple(there if class_names is None else class_names)
-    if unknown := [name for name in there if name not in class_names]:
-        raise DataError(f"{path} has the class {unknown[0]!r}, which the training images have not")
-    files = [
-        (file, label)
-        for label, name in enumerate(class_names)
-        if name in there
-        for file in list_image_files(path / name)
-    ]
-    pixels = load_pixels([file for file, _ in files], image_processor)
-    return ImageDataset(pixels, np.array([label for _, label in files]), class_names)
 
 
 def load_cifar10(path: str | Path) -> ImageSplits:

@@ -232,12 +232,6 @@ def is_image_file(file: str | Path) -> bool:
         return False
 
 
-def list_image_files(folder: Path) -> list[Path]:
-    """The images of a folder, by name; hidden files (`._a.png`) are no images."""
-    visible = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-
-
 def load_pixels(files: Sequence[Path], image_processor: ImageProcessor) -> np.ndarray:
     """uint8 (N,C,H,W) of the images in these files. DataError names one whose shape differs from the others'."""
     pixels = [image_processor.resize_to_pixels(load_image(file)) for file in files]

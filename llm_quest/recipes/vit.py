@@ -11,16 +11,17 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from llm_quest.contracts import LogFn
+from llm_quest.data.document import DropReport
 from llm_quest.data.image_datasets import (
     AugmentedImages,
     ImageAugmentation,
     ImageDataset,
     ImageSplits,
     load_cifar10,
-    load_image_folder,
     load_sklearn_digits,
     split_images,
 )
+from llm_quest.data.image_folder import load_image_folder
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import UsageError
 from llm_quest.eval.images import ImageAccuracyEvaluator
@@ -29,7 +30,7 @@ from llm_quest.models import vit
 from llm_quest.models.build import build, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
-from llm_quest.recipes.assembly import apply_techniques, count_epochs, make_sharded_loader
+from llm_quest.recipes.assembly import apply_techniques, count_epochs, log_remarks, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
@@ -171,7 +172,11 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config = resolve_auto(config, context)
     preprocess = make_image_processor(config, log)
-    sides = load_images(config.data, preprocess)
+    drop_report = DropReport()
+    sides = load_images(config.data, preprocess, drop_report)
+    log_remarks(drop_report, log)
+    if left_out := {reason: count for reason, (count, _) in drop_report.dropped.items()}:
+        log(f"left out: {', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()))}")
     log(f"images: {len(sides.train):,} to train on, {len(sides.held_out):,} held out, {len(sides.train.names)} classes")
     augmented = AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump()))
     config = count_epochs(config, context.settings, len(sides.train), log)
@@ -179,6 +184,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
     facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}
+    facts["corpus"] |= {"drop_report": drop_report.as_json()} if config.data.source == "folder" else {}
     facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(sides.train.names)}
     callbacks = apply_techniques(config.all_techniques, objective.model, log)
     return Job(
@@ -218,7 +224,7 @@ def resize_processor(processor: ImageProcessor, size: int) -> ImageProcessor:
     border = processor.resize_size
     if isinstance(border, int):
         border = round(border * size / min(height, width))
-    elif border is not None:
+    elif isinstance(border, tuple):
         border = (round(border[0] * size / height), round(border[1] * size / width))
     return replace(processor, size=size, resize_size=border)
 
@@ -228,15 +234,15 @@ def fsdp_blocks(model: Any) -> list[nn.Module]:
     return [block for name, part in model.named_modules() if name.endswith("blocks") for block in part]
 
 
-def load_images(config: ImageDataConfig, preprocess: ImageProcessor) -> ImageSplits:
-    """The source's images, in two sides."""
+def load_images(config: ImageDataConfig, preprocess: ImageProcessor, drop_report: DropReport) -> ImageSplits:
+    """The source's images, in two sides. drop_report: what of a folder was used."""
     if config.source == "digits":
         return split_images(load_sklearn_digits(), config.held_out)
     assert config.path is not None, "the config asks for a folder with every other source"
     return (
         load_cifar10(config.path)
         if config.source == "cifar10"
-        else load_image_folder(config.path, preprocess, config.held_out)
+        else load_image_folder(config.path, preprocess, config.held_out, drop_report)
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from llm_quest.contracts import DataShard
 from llm_quest.data.image_datasets import (
@@ -17,7 +16,6 @@ from llm_quest.data.image_datasets import (
     ImageAugmentation,
     ImageDataset,
     load_cifar10,
-    load_image_folder,
     load_sklearn_digits,
     split_images,
 )
@@ -123,52 +121,6 @@ def test_chance_is_uniform_and_a_function_of_seed_and_number():
     assert drawn.min() >= 0
     assert drawn.max() < 1
     assert drawn.mean() == pytest.approx(0.5, abs=0.02)
-
-
-def paint(path: Path, brightness: int, number: int) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    for i in range(number):
-        Image.fromarray(np.full((5, 7), brightness + i, dtype=np.uint8)).save(path / f"{i}.png")
-
-
-def test_a_folders_sub_folders_are_its_classes(tmp_path: Path):
-    paint(tmp_path / "dark", 10, 20)
-    paint(tmp_path / "light", 200, 20)
-    sides = load_image_folder(tmp_path, PREPROCESS, 0.3)
-    assert sides.train.names == ("dark", "light")
-    assert len(sides.train) + len(sides.held_out) == 40
-    for side in (sides.train, sides.held_out):
-        assert ((side.pixels.mean(axis=(1, 2, 3)) > 100) == side.labels).all()
-
-
-def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path: Path):
-    for name in ("cat", "dog", ".ipynb_checkpoints"):
-        paint(tmp_path / name, len(name), 20)
-    (tmp_path / "cat" / "._0.png").write_bytes(b"of another system")
-    sides = load_image_folder(tmp_path, PREPROCESS, 0.3)
-    assert sides.train.names == ("cat", "dog")
-    assert len(sides.train) + len(sides.held_out) == 40
-
-
-def test_a_folder_with_a_split_of_its_own_keeps_it(tmp_path: Path):
-    for side, number in (("train", 6), ("val", 3)):
-        paint(tmp_path / side / "a", 10, number)
-        paint(tmp_path / side / "b", 99, number)
-    sides = load_image_folder(tmp_path, PREPROCESS, 0.3)
-    assert (len(sides.train), len(sides.held_out)) == (12, 6)
-    paint(tmp_path / "val" / "c", 50, 1)
-    with pytest.raises(DataError, match="has the class 'c', which the training images have not"):
-        load_image_folder(tmp_path, PREPROCESS, 0.3)
-
-
-def test_a_folder_without_classes_and_a_broken_image_are_named(tmp_path: Path):
-    paint(tmp_path / "a", 10, 3)
-    with pytest.raises(DataError, match="has images in 1 sub-folders; at least two classes"):
-        load_image_folder(tmp_path, PREPROCESS, 0.3)
-    paint(tmp_path / "b", 10, 3)
-    (tmp_path / "b" / "1.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"1\.png: no image that can be read"):
-        load_image_folder(tmp_path, PREPROCESS, 0.3)
 
 
 def write_cifar(path: Path, labels: list[int]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from llm_quest.data.images import ImageProcessor, is_image_file, list_image_files, load_image
+from llm_quest.data.images import ImageProcessor, is_image_file, load_image
 from llm_quest.errors import DataError
 
 
@@ -115,10 +115,7 @@ def test_a_range_that_means_nothing_is_refused(tmp_path: Path, values: list[floa
         load_image(tmp_path / "a.tiff")
 
 
-def test_an_image_is_known_by_what_it_holds_and_hidden_files_are_passed_over(tmp_path: Path):
+def test_an_image_is_known_by_what_it_holds(tmp_path: Path):
     photo().save(tmp_path / "photo", "JPEG")
     (tmp_path / "notes").write_text("a text")
     assert [is_image_file(tmp_path / name) for name in ("photo", "notes", "absent", ".")] == [True, False, False, False]
-    photo().save(tmp_path / "b.JFIF", "JPEG")
-    (tmp_path / "._b.jfif").write_bytes(b"of another system")
-    assert [file.name for file in list_image_files(tmp_path)] == ["b.JFIF"]
