@@ -15,6 +15,8 @@ from llm_quest.hub.load_save import load, save
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
+from tests.float64 import computing_in_float64
+from tests.models.test_float64_parity import BOUND
 from tests.models.vision import their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import save_published, tiny_gpt2, tiny_llama, transformers
 
@@ -127,6 +129,7 @@ def test_export_loads_in_transformers_without_a_missing_or_unexpected_key(name, 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
+@computing_in_float64()
 def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_path):
     """DeepSeek's released layout: the modules are layers beyond the last, with the shared matrices stored again."""
     from safetensors.torch import load_file, save_file
@@ -134,8 +137,8 @@ def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_pat
 
     from tests.oracles import randomize_
 
-    oracle = ORACLES["deepseek_v3"]()
-    mtp = randomize_(MtpModel(oracle, depth), seed=3)
+    oracle = ORACLES["deepseek_v3"]().double()
+    mtp = randomize_(MtpModel(oracle, depth), seed=3).double()
     mtp.set_experts_implementation("eager")
     folder = save_published(oracle, tmp_path / "main")
     tensors = load_file(folder / "model.safetensors")
@@ -150,7 +153,7 @@ def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_pat
     for k in range(depth):
         tensors[f"model.layers.{3 + k}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = load(folder)
+    model = load(folder, dtype="float64")
     assert len(model.mtp_modules) == depth
     row = tokens(2, 20)
     scope, h = Scope.unpadded(row), model.hidden_states(row)
@@ -164,10 +167,11 @@ def test_lookahead_modules_compute_what_transformers_mtp_computes(depth, tmp_pat
         theirs = mtp.forward_layer(
             k - 1, theirs[:, :width], torch.arange(k, row.shape[1])[None], None, input_ids=row[:, k:]
         )
-        torch.testing.assert_close(h[:, :width], theirs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(h[:, :width], theirs, atol=BOUND, rtol=0)
 
 
 @torch.no_grad()
+@computing_in_float64()
 def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_released_layout(tmp_path):
     """The layout is the released files' (model.mtp.layers.K), as serving engines read it; transformers has the layer
     but not the module, so the module is put together from its layer here."""
@@ -177,9 +181,9 @@ def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_relea
     from llm_quest.layers.multi_token_prediction import shift_left, shift_position_ids
     from tests.oracles import randomize_
 
-    oracle, settings = ORACLES["mimo_v2_flash"](), copy.deepcopy(ORACLES["mimo_v2_flash"]().config)
+    oracle, settings = ORACLES["mimo_v2_flash"]().double(), copy.deepcopy(ORACLES["mimo_v2_flash"]().config)
     settings.layer_types, settings.mlp_layer_types = ["sliding_attention"], ["dense"]
-    layers = [randomize_(theirs.MiMoV2FlashDecoderLayer(settings, 0), seed=20 + k).eval() for k in range(2)]
+    layers = [randomize_(theirs.MiMoV2FlashDecoderLayer(settings, 0), seed=20 + k).double().eval() for k in range(2)]
     drawn = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(3))
     extra = dict(zip(("enorm", "hnorm", "final"), drawn, strict=True))
     join = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(4)) / 11
@@ -194,7 +198,7 @@ def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_relea
         named = {"enorm": "enorm", "hnorm": "hnorm", "final": "final_layernorm"}
         tensors |= {f"{prefix}{name}.weight": extra[part][k].clone() for part, name in named.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = load(folder)
+    model = load(folder, dtype="float64")
     assert len(model.mtp_modules) == model.config.num_nextn_predict_layers == 2
 
     row = tokens(2, 30)
@@ -213,7 +217,7 @@ def test_mimos_lookahead_modules_compute_what_their_layers_do_and_keep_the_relea
         turned = oracle.model.rotary_emb(x, places, "sliding_attention")
         x = layers[k - 1](x, attention_mask=hidden[None, None], position_embeddings=turned)
         before = rms(x, extra["final"][k - 1])
-        torch.testing.assert_close(h[:, :width], before, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(h[:, :width], before, atol=BOUND, rtol=0)
 
     save(model, tmp_path / "out")
     again = load_file(tmp_path / "out" / "model.safetensors")

@@ -62,6 +62,19 @@ def cached_chunks(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, 1), theirs(tokens(), use_cache=False).logits
 
 
+@torch.no_grad()
+def packed_documents(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
+    """Documents packed into rows, the second row ending in padding; theirs reads each alone."""
+    ids, spans = tokens(), {0: ((0, 31), (31, LENGTH)), 1: ((0, 3), (3, 50), (50, LENGTH - 8))}
+    positions, segments = torch.full_like(ids, -1), torch.zeros_like(ids)
+    alone = []
+    for row, documents in spans.items():
+        for number, (start, stop) in enumerate(documents):
+            positions[row, start:stop], segments[row, start:stop] = torch.arange(stop - start), number
+            alone.append(theirs(ids[row, start:stop][None], use_cache=False).logits[0])
+    return ours(ids, Scope(positions, segment_ids=segments))[positions >= 0], torch.cat(alone)
+
+
 def gradients(ours: Decoder, theirs: Any) -> tuple[Tensor, Tensor]:
     """Of a cross-entropy, for every weight, matched by published names: both save a model whose weights they are."""
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +96,7 @@ def gradients_for_weights(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("compare", [whole_ragged_rows, cached_chunks, gradients])
+@pytest.mark.parametrize("compare", [whole_ragged_rows, cached_chunks, packed_documents, gradients])
 @pytest.mark.parametrize("name", ALL)
 def test_a_family_equals_transformers_in_float64(name, compare):
     """No family needs a bound of its own: constants that a float32 model keeps rounded (Gemma's embedding scale, YaRN's
