@@ -183,6 +183,7 @@ def python_examples() -> list[tuple[str, str]]:
 def test_a_python_example_runs(place: str, code: str, tmp_path: Path, monkeypatch):
     """`tokens` and the folder that it loads are a tiny model's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path / "cache"))
     for folder in re.findall(r"quest\.load\(\"([^\"]+)\"\)", code):
         save(build("llama3.2-tiny", seed=1), folder)
     exec(compile(code, place, "exec"), {"tokens": torch.tensor([[1, 2, 3]])})

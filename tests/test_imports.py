@@ -31,6 +31,7 @@ LEVELS = (
     ("train", "rollouts", "objectives", "eval", "cost"),
     ("recipes", "papers", "report"),
     ("cli",),
+    ("api",),
     ("__main__",),
 )
 """A package imports from the levels above its own line here (docs/architecture.md); the packages of one line do not
