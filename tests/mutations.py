@@ -316,7 +316,7 @@ MUTATIONS = (
     Mutation("listed tokens are not added", "data/tokenizer_files.py", "    add_listed_tokens(backend, folder, settings)\n", "", "tests/data/test_tokenizer_files.py"),
     Mutation("merges of a SentencePiece model by length", "data/sentencepiece_model.py", "(-piece.score, number, left, right)", "(len(piece.text), number, left, right)", "tests/data/test_tokenizer_files.py"),
     Mutation("new tokens' rows are zero", "techniques/token_rows.py", "mean_row(weight.detach()).expand(rows - weight.shape[0], -1)", "torch.zeros(rows - weight.shape[0], weight.shape[1], dtype=weight.dtype)", "tests/techniques/test_token_rows.py"),
-    Mutation("a chat's reply is rendered with a second space", "cli/chat.py", "content = self.chat.message_of_reply(self.messages, reply)", "content = reply", PIECES),
+    Mutation("a chat's reply is rendered with a second space", "cli/text_chat.py", "content = self.chat.message_of_reply(self.messages, reply)", "content = reply", PIECES),
     Mutation("an answer is encoded without its prompt", "data/encode_pieces.py", "return whole[len(prefix_ids) :]", "return encode(piece)", PIECES),
     Mutation("an answer has a token across the seam", "data/encode_pieces.py", "if whole[: len(prefix_ids)] == list(prefix_ids):", "if whole:", CHAT),
     Mutation("a completion is decoded without its prompt", "generation/stopping.py", "stopping_criteria.stop_strings, prompt)", "stopping_criteria.stop_strings)", PIECES),

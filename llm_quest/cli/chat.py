@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import nn
 
-from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
+from llm_quest.cli.generation_options import GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import clean_text, print_json
 from llm_quest.contracts import LogFn
-from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.beam_search import beam_search
@@ -152,150 +149,3 @@ def print_text(text: str) -> None:
     """Write text to stdout at once, without control characters."""
     sys.stdout.write(clean_text(text))
     sys.stdout.flush()
-
-
-def run_chat(
-    name_or_path: str,
-    options: GenerationOptions,
-    *,
-    system: str | None,
-    template: bool,
-    device: str,
-    dtype: str,
-    log: LogFn,
-) -> None:
-    """Read lines from the user and answer each, in one conversation."""
-    options.sampling  # noqa: B018  (mistakes are reported before a model is loaded)
-    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
-    options = options.with_advice(model.generation_config, CHAT_DEFAULTS, log)
-    history = make_conversation(tokenizer, system, template, log)
-    log("/reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
-    commands = {"/reset": lambda rest: history.reset()}
-    converse(history, lambda: model, options, options.stopping_criteria(model, tokenizer), commands, log)
-
-
-class Conversation(Protocol):
-    """A conversation: messages and replies are added, and all of it is the next prompt."""
-
-    def add_user_message(self, line: str) -> None: ...
-
-    def add_reply(self, reply: str) -> None: ...
-
-    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
-        """The ids of the prompt, at most `room` tokens."""
-
-
-def converse(
-    history: Conversation,
-    decoder: Callable[[], Decoder],
-    options: GenerationOptions,
-    stopping_criteria: StoppingCriteria,
-    commands: Mapping[str, Callable[[str], None]],
-    log: LogFn,
-) -> None:
-    """Read lines from the user and answer each. decoder: what answers the next message. commands: first word of a line
-    -> what is done with the rest of it."""
-    turn = 0
-    while (line := read_user_line()) is not None:
-        word, _, rest = line.partition(" ")
-        if word in commands:
-            commands[word](rest.strip())
-        elif line:
-            turn += 1
-            history.add_user_message(line)
-            model = decoder()
-            context = model.config.max_position_embeddings
-            tokens = history.prompt_tokens(context - min(options.tokens, context // 2), log)
-            seeded = replace(options, seed=options.seed + turn)
-            history.add_reply(stream_answer(model, tokens, seeded, stopping_criteria))
-
-
-def read_user_line() -> str | None:
-    """The next line of input; None at /quit or the end of input."""
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return None
-    return None if line in ("/quit", "/exit") else line
-
-
-def stream_answer(
-    model: Decoder, tokens: list[int], options: GenerationOptions, stopping_criteria: StoppingCriteria
-) -> str:
-    """Print the answer and return it. Ctrl-C stops it early."""
-    answer = ""
-    try:
-        for piece in stream_text(model, tokens, options, stopping_criteria):
-            print_text(piece)
-            answer += piece
-    except KeyboardInterrupt:
-        print_text(" ...")
-    print_text("\n")
-    return answer
-
-
-def make_conversation(
-    tokenizer: Tokenizer, system: str | None, template: bool, log: LogFn
-) -> TemplatedConversation | PlainConversation:
-    """A conversation in the folder's chat template if there is one and `template` is set, else in plain text."""
-    if template and tokenizer.chat_template:
-        log("using the chat template of this folder")
-        return TemplatedConversation(tokenizer, system)
-    log(
-        "plain continuation: the model continues the text of the conversation (no chat template"
-        + (" is used)" if not template else " in this folder)")
-    )
-    return PlainConversation(tokenizer, system)
-
-
-class PlainConversation:
-    """A conversation as one plain text."""
-
-    def __init__(self, tokenizer: Tokenizer, system: str | None):
-        self.tokenizer, self.system = tokenizer, system
-        self.reset()
-
-    def reset(self) -> None:
-        self.text = f"{self.system}\n" if self.system else ""
-
-    def add_user_message(self, line: str) -> None:
-        self.text += line
-
-    def add_reply(self, reply: str) -> None:
-        self.text += reply + "\n"
-
-    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
-        """The end of the text, at most `room` tokens."""
-        return (self.tokenizer.encode(self.text) or [self.tokenizer.start_token_id])[-room:]
-
-
-class TemplatedConversation:
-    """A conversation as messages with roles, rendered with the folder's chat template."""
-
-    def __init__(self, tokenizer: Tokenizer, system: str | None):
-        self.chat, self.system = ChatTemplate(tokenizer), system
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages: Messages = [{"role": "system", "content": self.system}] if self.system else []
-
-    def add_user_message(self, line: str) -> None:
-        self.messages.append({"role": "user", "content": line})
-
-    def add_reply(self, reply: str) -> None:
-        content = self.chat.message_of_reply(self.messages, reply)
-        self.messages.append({"role": "assistant", "content": content})
-
-    def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
-        """The prompt. If it is longer than `room`, the oldest question and answer are dropped."""
-        tokens = self.chat.encode_prompt(self.messages)
-        while len(tokens) > room:
-            first = 1 if self.system else 0
-            if len(self.messages) - first < 3:
-                raise UsageError(
-                    f"this message makes a prompt of {len(tokens)} tokens and there is room for {room}; shorten it"
-                )
-            del self.messages[first : first + 2]
-            log("(the oldest question and answer no longer fit in the context and are dropped)")
-            tokens = self.chat.encode_prompt(self.messages)
-        return tokens

@@ -6,7 +6,7 @@ min_p, repetition_penalty and do_sample. Where they say nothing either, the comm
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_quest.errors import UsageError
@@ -52,6 +52,7 @@ class GenerationOptions:
     chat: bool = False
     system: str | None = None
     special_tokens: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def with_advice(
         self, advice: GenerationConfig | None, defaults: Mapping[str, float], log: LogFn
@@ -75,6 +76,8 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if self.system is not None and not self.chat:
             raise UsageError("--system is part of a chat template: give --chat too, or leave it out")
+        if self.chat_template_kwargs and not self.chat:
+            raise UsageError("--chat-template-kwargs is read by a chat template: give --chat too, or leave it out")
         if self.length_penalty != 1 and self.num_beams == 1:
             raise UsageError("--length-penalty belongs to beam search: give --beams too, or leave it out")
 
@@ -128,12 +131,12 @@ class GenerationOptions:
                 "--chat: this folder has no chat template; leave --chat out to continue the prompt as text"
             )
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
-        chat = ChatTemplate(tokenizer)
+        chat = ChatTemplate(tokenizer, chat_template_kwargs=self.chat_template_kwargs)
         return chat.encode_prompts([[*before, {"role": "user", "content": prompt}] for prompt in prompts])
 
     def as_settings(self) -> dict[str, Any]:
         """What the text depends on, for the record beside it; options at their default are left out."""
-        defaults = {one.name: one.default for one in fields(self)}
+        defaults = {one.name: one.default for one in fields(self)} | {"chat_template_kwargs": {}}
         return {key: value for key, value in asdict(self).items() if key != "compile" and value != defaults[key]}
 
 
@@ -148,6 +151,27 @@ def read_advice(advice: GenerationConfig | None) -> dict[str, Any]:
         return {}
     said = {key: value for key, value in said.items() if not (key == "top_k" and value == 0)}  # 0: no limit
     return {"temperature": 1.0} | said
+
+
+def parse_template_kwargs(text: str | None) -> dict[str, Any]:
+    """Arguments of a chat template, as the command line gives them. UsageError for anything but a mapping of names."""
+    if text is None:
+        return {}
+    import yaml
+
+    from llm_quest.data.template_program import reserved_argument
+
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise UsageError(
+            f"--chat-template-kwargs {text!r}: give names and values, such as '{{enable_thinking: false}}'"
+        )
+    if name := reserved_argument(given):
+        raise UsageError(f"--chat-template-kwargs: {name!r} is given to every chat template; leave it out")
+    return given
 
 
 def parse_logit_bias(given: Sequence[str]) -> tuple[tuple[int, float], ...]:

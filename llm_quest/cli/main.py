@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llm_quest.cli.generation_options import GenerationOptions, parse_logit_bias
+from llm_quest.cli.generation_options import GenerationOptions, parse_logit_bias, parse_template_kwargs
 from llm_quest.cli.output import (
     open_streams,
     print_json,
@@ -77,6 +77,10 @@ LogitBiasOption = Annotated[
 BeamsOption = Annotated[int, typer.Option(min=1, help="Above 1: beam search with so many beams.")]
 LengthPenaltyOption = Annotated[float, typer.Option(help="With --beams: above 0 favours longer texts.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="The prompt is a message in the folder's chat template.")]
+TemplateKwargsOption = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", help="Arguments of the chat template, such as '{enable_thinking: false}'."),
+]
 SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
 SpecialTokensOption = Annotated[
     bool, typer.Option("--special-tokens", help="Control tokens may be written out in a prompt, such as <|im_end|>.")
@@ -224,6 +228,7 @@ def generate(
     length_penalty: LengthPenaltyOption = 1.0,
     chat: ChatOption = False,
     system: SystemOption = None,
+    chat_template_kwargs: TemplateKwargsOption = None,
     special_tokens: SpecialTokensOption = False,
     stop: StopOption = None,
     slide: SlideOption = False,
@@ -249,7 +254,7 @@ def generate(
     options = GenerationOptions(
         tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), slide, seed, compile,
         min_new_tokens, no_repeat_ngram_size, presence_penalty, frequency_penalty, parse_logit_bias(logit_bias or ()),
-        beams, length_penalty, chat, system, special_tokens,
+        beams, length_penalty, chat, system, special_tokens, parse_template_kwargs(chat_template_kwargs),
     )  # fmt: skip
     machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
     if prompts is not None and out is not None:
@@ -268,6 +273,7 @@ def generate(
 def chat(
     model: ModelArgument,
     system: SystemOption = None,
+    chat_template_kwargs: TemplateKwargsOption = None,
     tokens: TokensOption = 256,
     temperature: TemperatureOption = None,
     top_k: TopKOption = None,
@@ -283,14 +289,17 @@ def chat(
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Chat with a model in the terminal. /reset starts a new conversation, /quit or Ctrl-D leaves; a model that reads
-    images is shown one by --image or by /image FILE."""
+    """Chat with a model in the terminal. /help lists the commands, /quit or Ctrl-D leaves; a model that reads images is
+    shown one by --image or by /image FILE."""
     set_environment(threads, offline)
-    from llm_quest.cli.chat import run_chat
+    from llm_quest.cli.text_chat import run_chat
     from llm_quest.cli.vision import chat_about_images, reads_images
 
     with_images = bool(image) or reads_images(model)
-    options = GenerationOptions(tokens, temperature, top_k, top_p, min_p, repetition_penalty, (), not with_images, seed)
+    options = GenerationOptions(
+        tokens, temperature, top_k, top_p, min_p, repetition_penalty, (), not with_images, seed, chat=True,
+        chat_template_kwargs=parse_template_kwargs(chat_template_kwargs),
+    )  # fmt: skip
     machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
     if with_images:
         chat_about_images(model, image or (), options, system=system, template=template, **machine)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from llm_quest.cli.chat import (
     complete_prompts,
-    converse,
     load_text_model,
     print_text,
     require_room_in_context,
     stream_text,
 )
+from llm_quest.cli.chat_session import ChatCommand, ChatSession
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.output import print_json
 from llm_quest.contracts import LogFn
@@ -133,6 +133,8 @@ def require_image_options(options: GenerationOptions) -> None:
         raise UsageError("--compile is for models that read text: leave one of --compile and --image out")
     if options.num_beams > 1:
         raise UsageError("--beams does not work with --image: leave one of them out")
+    if options.chat_template_kwargs:
+        raise UsageError("--chat-template-kwargs is not used with images: leave it out")
 
 
 def reads_images(name_or_path: str) -> bool:
@@ -164,17 +166,8 @@ def chat_about_images(
     if system is not None and not has_template:
         raise UsageError("--system has no effect without a chat template that has images; leave it out")
     history = TemplatedImageConversation(shown, system) if has_template else PlainImageConversation(shown)
-    log("/image FILE shows an image, /reset starts a new conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer")
-    commands = {"/reset": lambda rest: history.reset(), "/image": lambda file: show_image(history, file, log)}
-    converse(history, lambda: shown.decoder, options, until, commands, log)
-
-
-def show_image(history: TemplatedImageConversation | PlainImageConversation, file: str, log: LogFn) -> None:
-    """Show one more image in the conversation; what is wrong with the file is said, and the conversation goes on."""
-    try:
-        history.add_image(file)
-    except DataError as error:
-        log(str(error))
+    show = ChatCommand("FILE shows an image", lambda session, file: history.add_image(file))
+    ChatSession(history, lambda: shown.decoder, options, until, log, {"/image": show}).run()
 
 
 class TemplatedImageConversation:
@@ -188,6 +181,17 @@ class TemplatedImageConversation:
     def reset(self) -> None:
         self.shown.images, self.num_new_images = list(self.first_images), len(self.first_images)
         self.turns = [] if self.system is None else [ImageTurn("system", self.system)]
+
+    def set_system(self, text: str) -> None:
+        self.system = text or None
+        self.reset()
+
+    def snapshot(self) -> tuple[list[ImageTurn], list[Any], int]:
+        return list(self.turns), list(self.shown.images), self.num_new_images
+
+    def restore(self, state: tuple[list[ImageTurn], list[Any], int]) -> None:
+        turns, images, self.num_new_images = state
+        self.turns, self.shown.images = list(turns), list(images)
 
     def add_image(self, file: str) -> None:
         self.shown.add_image(file)
@@ -208,6 +212,8 @@ class TemplatedImageConversation:
 class PlainImageConversation:
     """A conversation in the layout of the rows of quest train vlm: images, then questions and answers."""
 
+    system: str | None = None
+
     def __init__(self, shown: ImagePrompt):
         self.shown, self.first_images = shown, list(shown.images)
         self.reset()
@@ -215,6 +221,16 @@ class PlainImageConversation:
     def reset(self) -> None:
         self.shown.images = list(self.first_images)
         self.tokens = self.shown.chat.encode_images(self.shown.image_lengths)
+
+    def set_system(self, text: str) -> None:
+        raise UsageError("a system message has no effect without a chat template that has images")
+
+    def snapshot(self) -> tuple[list[int], list[Any]]:
+        return list(self.tokens), list(self.shown.images)
+
+    def restore(self, state: tuple[list[int], list[Any]]) -> None:
+        tokens, images = state
+        self.tokens, self.shown.images = list(tokens), list(images)
 
     def add_image(self, file: str) -> None:
         self.shown.add_image(file)

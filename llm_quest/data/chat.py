@@ -27,10 +27,10 @@ from llm_quest.data.conversations import Conversation
 from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.template_messages import MessageWriter
-from llm_quest.data.template_program import RenderJob, TemplateSettings
+from llm_quest.data.template_program import RenderJob, TemplateSettings, unread_arguments
 from llm_quest.data.template_sandbox import Messages, RenderedChat, render_batch, render_jobs
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import DataError
+from llm_quest.errors import DataError, UsageError
 
 CHATML_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -101,6 +101,8 @@ class ChatTemplate:
     ):
         tokenizer.chat_template = template or tokenizer.chat_template or default_chat_template(tokenizer)
         self.tokenizer, self.template = tokenizer, tokenizer.chat_template
+        if unread := unread_arguments(self.template, chat_template_kwargs or {}):
+            raise UsageError(f"this chat template reads no {', '.join(unread)}: leave it out of chat_template_kwargs")
         self.control_encoder = ControlTokenEncoder(tokenizer)
         names = {key: one[0] if isinstance(one, list) else one for key, one in tokenizer.special_token_names.items()}
         self.settings = TemplateSettings(

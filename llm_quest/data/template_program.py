@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 MAX_TEXT_CHARACTERS, MAX_TEMPLATE_NODES = 1_000_000, 20_000
 SPAN_BEGIN, SPAN_END = "\U000ffffe", "\U000fffff"  # two noncharacters: they stand in no text
 
+RESERVED_ARGUMENTS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
 PROBE = "\ufdd2probe"  # begins with a noncharacter: no template writes it
 
 Spans = list[tuple[int, int]]
@@ -82,6 +83,16 @@ class TemplateProgram:
             if size > limit:
                 raise ValueError(f"it wrote more than {MAX_TEXT_CHARACTERS:,} characters beside what was said")
         return "".join(written)
+
+
+def reserved_argument(given: Mapping[str, Any]) -> str | None:
+    """The first argument whose name every template gets from us."""
+    return next((name for name in given if name in RESERVED_ARGUMENTS), None)
+
+
+def unread_arguments(source: str, given: Mapping[str, Any]) -> list[str]:
+    """The arguments that a template does not name."""
+    return [name for name in given if not re.search(rf"\b{re.escape(name)}\b", source)]
 
 
 def template_statements(source: str) -> set[str]:

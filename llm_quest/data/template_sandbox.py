@@ -140,9 +140,9 @@ def run_worker() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     for line in sys.stdin:
         job = RenderJob(*json.loads(line))
-        rows, error = render_job(layout, job)
+        rows, reason = render_job(layout, job)
         left_out = unwritten_roles(job.messages, rows[-1].text) if rows else []
-        sys.stdout.write(json.dumps((rows, error, left_out)) + "\n")
+        sys.stdout.write(json.dumps((rows, reason, left_out)) + "\n")
         sys.stdout.flush()
 
 

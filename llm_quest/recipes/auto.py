@@ -63,14 +63,20 @@ def resolve_auto(config: ConfigT, context: Context, flops: float | None = None) 
 
 def recorded_choices(config: RunConfig, context: Context) -> dict[str, Any]:
     """The choices of the run that is about to be resumed; empty if there is none."""
+    if (recorded := recorded_config(config, context)) is None:
+        return {}
+    return {key: value for key in RESOLVERS if (value := getattr(recorded, key)) not in UNDECIDED}
+
+
+def recorded_config(config: ConfigT, context: Context) -> ConfigT | None:
+    """The config of the run that is about to be resumed; None if there is none."""
     folder = context.run_dir if context.resume in ("auto", "never") else Path(context.resume).parent.parent
     if not (folder / "config.yaml").is_file() or not list_checkpoints(folder / "checkpoints"):
-        return {}
+        return None
     settings = load_raw_config(str(folder / "config.yaml"))
     if settings.tree.get("recipe") != config.recipe:
-        return {}
-    recorded = parse_config(type(config), settings)
-    return {key: value for key in RESOLVERS if (value := getattr(recorded, key)) not in UNDECIDED}
+        return None
+    return parse_config(type(config), settings)
 
 
 def choose_all(config: RunConfig, recorded: Mapping[str, Any], machine: Machine) -> dict[str, Any]:

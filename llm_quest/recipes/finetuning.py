@@ -6,7 +6,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -40,7 +39,7 @@ from llm_quest.recipes.assembly import (
     source_name,
 )
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import LocalPath
+from llm_quest.recipes.chat_template_config import ChatTemplateConfig, fix_template_date, open_chat_template
 from llm_quest.recipes.config_schema import BatchedConfig, ModelConfig, PositiveInt, RunConfig, TokenizerConfig
 from llm_quest.recipes.model_config import init_model
 from llm_quest.recipes.recipe import Context
@@ -61,15 +60,12 @@ class StartModelConfig(ModelConfig):
     )
 
 
-class ConversationDataConfig(RowsConfig):
+class ConversationDataConfig(RowsConfig, ChatTemplateConfig):
     """Conversations, and how they are laid out."""
 
     forms: ClassVar[Sequence[RowForm]] = CONVERSATION_FORMS
     held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
-    chat_template_path: LocalPath | None = Field(
-        default=None, min_length=1, description="a file with a chat template, in place of the model's own"
-    )
 
 
 FreshTokenizer = Annotated[
@@ -121,7 +117,7 @@ def begin_finetuning(
         require_no_tokenizer(config)
         model, tokenizer = load_for_finetuning(config.model)
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
-    return config, model, tokenizer
+    return fix_template_date(config, tokenizer, context), model, tokenizer
 
 
 def init_fresh_model(
@@ -168,16 +164,6 @@ def require_trained_token_rows(config: Any) -> None:
                 f"techniques: {entry['name']} freezes the embedding, so the rows of model.add_tokens would not be "
                 "trained: add modules_to_save [embed.token], and head where that is a matrix of its own"
             )
-
-
-def read_chat_template(config: ConversationDataConfig) -> str | None:
-    """The text of the template file, where one is named."""
-    if config.chat_template_path is None:
-        return None
-    try:
-        return Path(config.chat_template_path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.chat_template_path {config.chat_template_path} cannot be read: {error}") from None
 
 
 def set_generation_eos(model: Decoder, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
@@ -233,7 +219,7 @@ class PreferenceDataConfig(ConversationDataConfig):
 
 def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, length: int, seed: int) -> PreferenceData:
     """From a source to pairs; what is left out is in the ledger. seed: decides which labels are flipped."""
-    chat = ChatTemplate(tokenizer, read_chat_template(config))
+    chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
     pairs = load_config_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
     train, held = split_by_prompt(pairs, config.held_out)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.builtin_qa import builtin_preferences
-from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, length_grouped_indices, repeat_by_weight
@@ -33,6 +32,7 @@ from llm_quest.objectives.kto import (
     reference_point,
 )
 from llm_quest.recipes.assembly import count_epochs, load_config_rows
+from llm_quest.recipes.chat_template_config import open_chat_template
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -45,7 +45,6 @@ from llm_quest.recipes.finetuning import (
     begin_finetuning,
     data_facts,
     pairs_loader,
-    read_chat_template,
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -184,7 +183,7 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
 def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss, log: LogFn) -> PreferenceData:
     """From a source to labelled rows with mismatched answers, and held-out ones."""
     data, drop_report = config.data, DropReport()
-    chat = ChatTemplate(tokenizer, read_chat_template(data))
+    chat = open_chat_template(data, tokenizer)
     found = load_config_rows(data, read_unpaired, drop_report, builtin=builtin_preferences, limit=data.max_samples)
     learned, held_out = split_by_prompt(found, data.held_out)
     parts = list[list[TokenizedPreference]]()

@@ -33,6 +33,7 @@ from llm_quest.recipes.auxiliary_losses import (
     number_token_terms,
     teacher_hash,
 )
+from llm_quest.recipes.chat_template_config import open_chat_template
 from llm_quest.recipes.config import StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveInt, TextBatchedConfig
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -43,7 +44,6 @@ from llm_quest.recipes.finetuning import (
     apply_config_techniques,
     begin_finetuning,
     data_facts,
-    read_chat_template,
     set_generation_eos,
 )
 from llm_quest.recipes.recipe import Context, Job, Recipe
@@ -124,7 +124,7 @@ class ConversationData:
 
 def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, length: int) -> ConversationData:
     """From a source to rows; what is left out is in the ledger."""
-    chat = ChatTemplate(tokenizer, read_chat_template(config))
+    chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
     said = load_config_rows(
         config, read_conversations, drop_report, builtin=builtin_instructions, limit=config.max_samples

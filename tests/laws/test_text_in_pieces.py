@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_quest.cli.chat import TemplatedConversation
+from llm_quest.cli.text_chat import TemplatedConversation
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.document import DropReport

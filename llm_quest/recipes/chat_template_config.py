@@ -1,0 +1,84 @@
+"""The chat template of a recipe: its file, its arguments, and the date that it is told."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.template_program import reserved_argument
+from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.errors import UsageError
+from llm_quest.recipes.auto import recorded_config
+from llm_quest.recipes.config import LocalPath, StrictModel
+from llm_quest.recipes.recipe import Context
+
+
+class ChatTemplateConfig(StrictModel):
+    """How conversations become text."""
+
+    chat_template_path: LocalPath | None = Field(
+        default=None, min_length=1, description="a file with a chat template, in place of the model's own"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the chat template, such as {enable_thinking: false}"
+    )
+    chat_template_date: str | None = Field(
+        default=None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="the date that a template which writes it is told, YYYY-MM-DD; null: the day the run begins",
+    )
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def check_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """ValueError for a name that the template gets from us."""
+        if name := reserved_argument(given):
+            raise ValueError(f"{name!r} is given to every chat template; leave it out")
+        return given
+
+    @field_validator("chat_template_date")
+    @classmethod
+    def check_date(cls, given: str | None) -> str | None:
+        """ValueError for a day that no calendar has."""
+        if given is not None:
+            datetime.date.fromisoformat(given)
+        return given
+
+
+def open_chat_template(config: ChatTemplateConfig, tokenizer: Tokenizer) -> ChatTemplate:
+    """The recipe's chat template on a tokenizer."""
+    return ChatTemplate(
+        tokenizer,
+        read_chat_template(config),
+        chat_template_kwargs=config.chat_template_kwargs,
+        now=config.chat_template_date or "",
+    )
+
+
+def read_chat_template(config: ChatTemplateConfig) -> str | None:
+    """The text of the template file, where one is named."""
+    if config.chat_template_path is None:
+        return None
+    try:
+        return Path(config.chat_template_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data.chat_template_path {config.chat_template_path} cannot be read: {error}") from None
+
+
+def fix_template_date(config: Any, tokenizer: Tokenizer, context: Context) -> Any:
+    """The config with the day of the run's beginning, where the chat template writes a date: a run that is resumed on
+    another day has the same rows. config: of a recipe whose `data` may have a chat template."""
+    data = config.data
+    if not isinstance(data, ChatTemplateConfig) or data.chat_template_date is not None:
+        return config
+    if "strftime_now" not in (read_chat_template(data) or tokenizer.chat_template or ""):
+        return config
+    recorded = recorded_config(config, context)
+    before = recorded.data.chat_template_date if recorded is not None else None
+    today = context.parallel.broadcast(before or datetime.date.today().isoformat())
+    context.log(f"the chat template writes the date: {today} in the whole run")
+    return config.model_copy(update={"data": data.model_copy(update={"chat_template_date": today})})
