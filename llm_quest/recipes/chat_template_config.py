@@ -69,16 +69,18 @@ def read_chat_template(config: ChatTemplateConfig) -> str | None:
         raise UsageError(f"data.chat_template_path {config.chat_template_path} cannot be read: {error}") from None
 
 
-def fix_template_date(config: Any, tokenizer: Tokenizer, context: Context) -> Any:
-    """The config with the day of the run's beginning, where the chat template writes a date: a run that is resumed on
-    another day has the same rows. config: of a recipe whose `data` may have a chat template."""
+def fix_template_date(config: Any, context: Context, tokenizer: Tokenizer | None = None) -> Any:
+    """The config with the day of the run's beginning, where its chat template writes a date: a run that is resumed on
+    another day has the same rows. config: of a recipe whose `data` may have a chat template. tokenizer: None before the
+    model is read, and the date is then fixed in any case."""
     data = config.data
     if not isinstance(data, ChatTemplateConfig) or data.chat_template_date is not None:
         return config
-    if "strftime_now" not in (read_chat_template(data) or tokenizer.chat_template or ""):
+    if tokenizer is not None and "strftime_now" not in (read_chat_template(data) or tokenizer.chat_template or ""):
         return config
     recorded = recorded_config(config, context)
-    before = recorded.data.chat_template_date if recorded is not None else None
+    before = recorded.data.chat_template_date if recorded is not None and recorded.data is not None else None
     today = context.parallel.broadcast(before or datetime.date.today().isoformat())
-    context.log(f"the chat template writes the date: {today} in the whole run")
+    if tokenizer is not None:
+        context.log(f"the chat template writes the date: {today} in the whole run")
     return config.model_copy(update={"data": data.model_copy(update={"chat_template_date": today})})

@@ -117,7 +117,7 @@ def begin_finetuning(
         require_no_tokenizer(config)
         model, tokenizer = load_for_finetuning(config.model)
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
-    return fix_template_date(config, tokenizer, context), model, tokenizer
+    return fix_template_date(config, context, tokenizer), model, tokenizer
 
 
 def init_fresh_model(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, GRADINGS
 from llm_quest.data.row_forms import ANSWER_KEYS
+from llm_quest.data.template_program import reserved_argument
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import DataError
@@ -29,6 +30,7 @@ from llm_quest.generation.sampling import SamplingParams
 from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import source_name
+from llm_quest.recipes.chat_template_config import ChatTemplateConfig, fix_template_date
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.environment_setup import (
@@ -95,6 +97,10 @@ class GrpoConfig(EpisodeConfig):
     system_prompt: str | None = Field(
         default=None, description="the system message of every prompt; null: it asks for the form of the answer"
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template for a task's prompts, such as {enable_thinking: false}",
+    )
     answer_form: Annotated[str, Choice(ANSWER_FORMS)] | None = Field(
         default=None, description="where the answer stands in a completion; null: as the task has it"
     )
@@ -140,6 +146,10 @@ class GrpoConfig(EpisodeConfig):
         fresh = self.model.load is None
         if self.data is not None and self.task is not None:
             raise ValueError("task and data both say what is asked; give one of them (task=null takes it away)")
+        if self.data is not None and self.chat_template_kwargs:
+            raise ValueError("chat_template_kwargs is for a task's prompts; for rows give data.chat_template_kwargs")
+        if name := reserved_argument(self.chat_template_kwargs):
+            raise ValueError(f"chat_template_kwargs: {name!r} is given to every chat template; leave it out")
         if self.data is not None and fresh:
             raise ValueError("prompts of your own need a model that can read them: give model.load=FOLDER")
         if self.environment is not None and fresh:
@@ -171,11 +181,16 @@ class GrpoConfig(EpisodeConfig):
             )
         return self
 
+    @property
+    def prompt_template(self) -> ChatTemplateConfig:
+        """The chat template of the rows or of the task's prompts."""
+        return self.data or ChatTemplateConfig(chat_template_kwargs=self.chat_template_kwargs)
+
 
 def build_grpo(config: GrpoConfig, context: Context) -> Job:
     """Model, problems, rollouts, objective."""
     parallel, log = context.parallel, context.log
-    config = open_policy_run(config, context)
+    config = open_policy_run(fix_template_date(config, context), context)
     problems = load_problems(config, log)
     environments = open_environment(config, log)
     if environments is not None:
@@ -322,7 +337,7 @@ def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer, problems: ProblemSe
     """From a problem to the ids of its prompt."""
     own = "" if config.environment is not None and config.system_prompt is None else config.system_prompt
     return make_prompt_encoder(
-        tokenizer, problems, config.data, apply_chat_template=config.apply_chat_template, system_prompt=own
+        tokenizer, problems, config.prompt_template, apply_chat_template=config.apply_chat_template, system_prompt=own
     )
 
 

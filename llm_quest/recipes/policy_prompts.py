@@ -28,7 +28,8 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
 from llm_quest.recipes.assembly import load_config_rows, log_remarks, source_name
-from llm_quest.recipes.finetuning import ConversationDataConfig, read_chat_template
+from llm_quest.recipes.chat_template_config import ChatTemplateConfig, open_chat_template
+from llm_quest.recipes.finetuning import ConversationDataConfig
 from llm_quest.recipes.row_source import Sources
 from llm_quest.rollouts.sampler import PolicyPrompt
 
@@ -170,19 +171,24 @@ def answer_instruction(problem: Problem) -> str:
 
 
 def make_prompt_encoder(
-    tokenizer: Tokenizer, problems: ProblemSet, data: PromptDataConfig | None, *, apply_chat_template: bool | None,
+    tokenizer: Tokenizer, problems: ProblemSet, template: ChatTemplateConfig, *, apply_chat_template: bool | None,
     system_prompt: str | None,
 ) -> PromptEncoder:  # fmt: skip
-    """apply_chat_template: None for rows with messages, for rows and a model that has a template, and where there is a
-    system prompt."""
-    template = None if data is None else read_chat_template(data)
-    wanted = bool(system_prompt or template or problems.is_conversational) or (
-        data is not None and tokenizer.chat_template is not None
+    """template: of the rows, or of a task's prompts. apply_chat_template: None for rows with messages, for rows and a
+    model that has a template, and where there is a system prompt or something for the template."""
+    asked = bool(system_prompt or template.chat_template_path or template.chat_template_kwargs)
+    wanted = (
+        asked
+        or problems.is_conversational
+        or (isinstance(template, PromptDataConfig) and tokenizer.chat_template is not None)
     )
     use = wanted if apply_chat_template is None else apply_chat_template
-    if not use and (system_prompt or template):
-        raise UsageError("system_prompt and data.chat_template_path have no effect with apply_chat_template=false")
-    return PromptEncoder(tokenizer, ChatTemplate(tokenizer, template) if use else None, system_prompt)
+    if not use and asked:
+        raise UsageError(
+            "system_prompt, chat_template_kwargs and data.chat_template_path have no effect with "
+            "apply_chat_template=false"
+        )
+    return PromptEncoder(tokenizer, open_chat_template(template, tokenizer) if use else None, system_prompt)
 
 
 def make_prompt(problems: ProblemSet, encode: PromptEncoder, index: int) -> PolicyPrompt:

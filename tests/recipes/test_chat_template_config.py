@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from llm_quest.data.chat import CHATML_TEMPLATE
+from llm_quest.data.problems import Problem
 from llm_quest.errors import QuestError, UsageError
+from llm_quest.hub.load_save import load_tokenizer
 from llm_quest.recipes import chat_template_config
+from llm_quest.recipes.chat_template_config import ChatTemplateConfig
+from llm_quest.recipes.policy_prompts import ProblemSet, make_prompt_encoder
 from tests.recipes.tuned import WORDS, base, started, weights, written
 
 COMMON = """
@@ -98,3 +102,26 @@ def test_arguments_of_the_template_are_in_every_row(name, start, tmp_path):
 def test_what_no_template_can_be_given_is_refused_with_its_key(pair, said, start, tmp_path):
     with pytest.raises(QuestError, match=said):
         started("sft", RECIPES["sft"] + COMMON, tmp_path / "run", f"model.load={start}", pair)
+
+
+def test_a_policys_prompts_have_the_arguments_of_the_template(start):
+    """Of a task's prompts and of rows alike; without a chat template they are refused."""
+    tokenizer = load_tokenizer(str(start))
+    tokenizer.chat_template = ASKING
+    problems = ProblemSet(lambda index: Problem("say red", "red", "exact", ""), [], "one")
+    given = ChatTemplateConfig(chat_template_kwargs={"thinking": True})
+
+    def prompt(template: ChatTemplateConfig, use: bool | None) -> str:
+        encode = make_prompt_encoder(tokenizer, problems, template, apply_chat_template=use, system_prompt=None)
+        return tokenizer.decode(encode(problems.train_problem(0)))
+
+    assert "red dog" not in prompt(ChatTemplateConfig(), True)
+    assert "red dog" in prompt(given, True)
+    assert "red dog" in prompt(given, None)
+    with pytest.raises(UsageError, match="have no effect with apply_chat_template=false"):
+        prompt(given, False)
+    with pytest.raises(QuestError, match=r"for rows give data\.chat_template_kwargs"):
+        started(
+            "grpo", "recipe: grpo\n", Path("never"), f"model.load={start}", "model.preset=null", "warmup=null",
+            "data={source: rows.jsonl}", "chat_template_kwargs={thinking: true}",
+        )  # fmt: skip
