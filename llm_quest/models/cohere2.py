@@ -6,8 +6,7 @@
   all. The rotated pairs are neighbours.
 - Logits are multiplied by logit_scale; the output matrix is the embedding.
 
-Commonly got wrong: a layer has one norm, not two; the layers without a window must not be rotated; pairs (2i, 2i+1)
-are rotated, not halves.
+Commonly got wrong: a layer has one norm; layers without a window are not rotated; pairs (2i, 2i+1) are, not halves.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def weight_map(config: Config) -> Names:
 
 
 def cohere2_config(**numbers: Any) -> Config:
-    """The published sizes share vocabulary, head_dim, base, window and pattern."""
+    """The published sizes share head_dim, base, window and pattern."""
     shared: dict[str, Any] = {"vocab_size": 256_000, "max_position_embeddings": 132_096, "head_dim": 128}
     shared |= {"tie_word_embeddings": True, "layer_types": layer_pattern(numbers["num_hidden_layers"], 4)} | numbers
     return Config(**shared, rotary=RotaryEmbedding(shared["head_dim"], 50_000.0, interleaved=True))
@@ -112,6 +111,8 @@ PRESETS = preset_table(
     make=cohere2_config,
     eos=(255_001,),
 )
+COLUMNS = f"{SIZES} vocab_size max_position_embeddings logit_scale"
+TINY_AYA = ("tiny-aya", "CohereLabs/tiny-aya-base", 3_349_227_520, 36, 2048, 16, 4, 11_008, 262_144, 500_000, 1.0)
 
 FAMILY = Family(
     name="cohere2",
@@ -120,5 +121,5 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"cohere2": "Cohere2ForCausalLM"},
     classifiers={"cohere2": None},
-    presets=(*PRESETS, Preset("cohere2-tiny", TINY)),
+    presets=(*PRESETS, *preset_table(COLUMNS, TINY_AYA, make=cohere2_config, eos=(3,)), Preset("cohere2-tiny", TINY)),
 )
