@@ -185,6 +185,8 @@ class ChatTemplate:
         notes["conversations have reasoning that this chat template does not write"] = self.writer.drops_reasoning(
             one.message_dicts
         )
+        for name in self.writer.unknown_keys(one.message_dicts, has_tools=bool(one.tools)):
+            notes[f"conversations have {name}, which this chat template does not write"] += 1
         if len(encoded.examples) > 1:
             notes["conversations are a row for each answer: this chat template rewrites earlier answers"] = 1
         return +notes

@@ -60,6 +60,15 @@ class MessageWriter:
             return False
         return any(message.get("reasoning_content") for message in messages)
 
+    def unknown_keys(self, messages: Iterable[Message], *, has_tools: bool) -> list[str]:
+        """What messages and their conversation have that the template knows nothing of."""
+        keys = {key for message in messages for key in UNWRITTEN_KEYS if message.get(key)}
+        return [key for key in sorted(keys | ({"tools"} if has_tools else set())) if key not in self.source]
+
+
+UNWRITTEN_KEYS = ("tool_call_id", "name")
+"""Keys of messages that a template may not know; function calls that it does not know are refused."""
+
 
 def with_arguments(call: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """A function call with its arguments changed; OpenAI's form has them below `function`."""
