@@ -4,6 +4,7 @@ read at a text's last token."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from llm_quest.data.text_classification import (
     read_labeled_texts,
 )
 from llm_quest.errors import UsageError
+from llm_quest.files import atomic_write_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
 from llm_quest.recipes.assembly import (
@@ -104,11 +106,12 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     log_remarks(drop_report, log)
     facts = {"source": source_name(part), "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
     facts |= {**drop_report.row_facts(), "tokenizer_sha256": tokenizer.hash}
+    facts["label_counts"] = {name: (count_label(train, i), count_label(held, i)) for i, name in enumerate(names)}
     return Job(
         config,
         TextClassificationLoss(model, label_smoothing=config.label_smoothing),
         loader,
-        [ClassifierEvaluator(held, config.eval_steps)],
+        [ClassifierEvaluator(held, config.eval_steps, labels=names, samples_dir=context.samples_dir)],
         {"tokenizer": tokenizer.hash, "data": train.hash},
         facts,
         tokenizer,
@@ -138,12 +141,22 @@ def freeze_except(model: Decoder, trainable: str) -> None:
 
 
 class ClassifierEvaluator:
-    """Held-out texts: loss, accuracy, macro F1, calibration error; and what always saying the commonest would reach."""
+    """Held-out texts: loss, accuracy, macro F1, calibration error; and what always saying the commonest would reach.
+    How often each label was said for each is kept beside samples_dir, in confusion.json."""
 
     name = "eval"
 
-    def __init__(self, held_out: TextClassificationDataset, every: int, batch_size: int = 32):
+    def __init__(
+        self,
+        held_out: TextClassificationDataset,
+        every: int,
+        batch_size: int = 32,
+        *,
+        labels: Sequence[str] = (),
+        samples_dir: Path | None = None,
+    ):
         self.held, self.interval, self.at_once = held_out, every, batch_size
+        self.labels, self.samples_dir = labels, samples_dir
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
@@ -154,7 +167,22 @@ class ClassifierEvaluator:
             out = last_token_outputs(model, batch.input_ids, batch.position_ids)
             found.append(out.double().softmax(dim=1).cpu().numpy())
             labels.append(batch.labels.cpu().numpy())
-        return classification_metrics(np.concatenate(found), np.concatenate(labels))
+        probabilities, wanted = np.concatenate(found), np.concatenate(labels)
+        if self.samples_dir is not None:
+            matrix = confusion_matrix(probabilities.argmax(axis=1), wanted, probabilities.shape[1])
+            content = {"step": step, "labels": list(self.labels), "matrix": matrix.tolist()}
+            atomic_write_json(self.samples_dir.parent / "confusion.json", content)
+        return classification_metrics(probabilities, wanted)
+
+
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """(classes, classes): how often class j was said for class i."""
+    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def count_label(texts: TextClassificationDataset, label: int) -> int:
+    """How many texts have this label."""
+    return sum(one == label for one in texts.label_ids)
 
 
 def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:

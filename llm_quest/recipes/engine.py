@@ -18,6 +18,7 @@ from llm_quest.contracts import Callback, LogFn
 from llm_quest.errors import BusyError, DataError, MissingError, QuestError, ResourceError, UsageError
 from llm_quest.files import atomic_write_json, atomic_write_text
 from llm_quest.hub.load_save import write_model_json
+from llm_quest.machine.hardware import peak_memory_bytes
 from llm_quest.models.build import count_parameters, family_of
 from llm_quest.progress import LineLogger, Logger, NullLogger, is_terminal, phase
 from llm_quest.recipes.auto import CompileTimer
@@ -358,6 +359,7 @@ def finish_run(
         seconds=result.seconds,
         tokens_per_second=result.tokens_per_second,
         metrics=dict(result.metrics),
+        peak_memory_bytes=peak_memory_bytes(),
         baselines=baselines or {},
     )
     if leader:

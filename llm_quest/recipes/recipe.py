@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended, and what it reached. baselines: bits per byte of other methods on the same held-out bytes."""
+    """How a run ended, and what it reached. peak_memory_bytes: the most that this process held, on a GPU what torch
+    allocated there; None where the system does not say. baselines: bits per byte of other methods on the same held-out
+    bytes."""
 
     run: str
     status: str
@@ -44,6 +46,7 @@ class RunOutcome:
     seconds: float
     tokens_per_second: float
     metrics: Mapping[str, Any]
+    peak_memory_bytes: int | None = None
     baselines: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from llm_quest.errors import UsageError
 from llm_quest.files import atomic_write_text
-from llm_quest.report.plots import Curve, plot_bars, plot_curves
+from llm_quest.report.metric_families import Family, families_of, is_plotted, loss_unit, main_loss_metric, reward_family
+from llm_quest.report.plots import PERCENT, Curve, plot_bars, plot_curves
 from llm_quest.report.record import RunRecord, read_run
 from llm_quest.report.run_summary import (
     TableRow,
@@ -70,39 +71,61 @@ def number_duplicate_names(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     """The plots: (heading, svg, whether it takes the whole width)."""
+    rewarded = [reward_family(record) for record in records if "reward" in record.names]
+    if rewarded:
+        curves = list(family_curves(records, rewarded[0]))
+        yield "Reward", plot_curves("reward", curves, wide=True), True
+    yield ("Policy loss" if len(rewarded) == len(records) else "Loss"), plot_loss(records), not rewarded
+    known = [recorded_baselines(record) for record in records if recorded_baselines(record)]
+    best = min(known[0].items(), key=lambda one: one[1]) if known and all(one == known[0] for one in known) else None
+    families = {family.title: family for record in records for family in families_of(record)}
+    for title, family in families.items():
+        level = best if title == "Held-out bits per byte" else None
+        curves = list(family_curves(records, family))
+        heading = title if len(records) == 1 or len(family.lines) == 1 else f"{title}: {compared_line(records, family)}"
+        yield heading, plot_curves(title.lower(), curves, unit=family.unit, log=family.log, level=level), False
+    yield "Held-out scores", plot_curves("held-out scores", list(score_lines(records)), unit=PERCENT), False
+    counted = records[0].unit
+    speeds = [metric_curve(record, "tokens_per_second", number, rough=True) for number, record in enumerate(records)]
+    yield f"{counted.capitalize()} per second", plot_curves(f"{counted} per second", speeds, unit=f"{counted}/s"), False
+    yield "Against counting and compressing the same bytes", plot_baselines(records), True
+
+
+def compared_line(records: Sequence[RunRecord], family: Family) -> str:
+    """The name of the line that stands for a family among several runs."""
+    return next((label for metric, label in family.lines if any(metric in record.names for record in records)), "")
+
+
+def plot_loss(records: Sequence[RunRecord]) -> str:
+    """The main loss of each run; of a single one its held-out loss beside it."""
     alone = len(records) == 1
     losses = [
-        metric_curve(record, "loss", number, rough=True, name="training" if alone else "")
+        metric_curve(record, main_loss_metric(record), number, rough=True, name="training" if alone else "")
         for number, record in enumerate(records)
     ]
     if alone:
         losses.append(metric_curve(records[0], "eval/loss", 1, dots=True, name="held-out"))
-    counted = records[0].unit
-    yield "Loss", plot_curves("loss", losses, unit=f"nats per {counted.removesuffix('s')}", wide=True), True
-    known = [recorded_baselines(record) for record in records if recorded_baselines(record)]
-    best = min(known[0].items(), key=lambda one: one[1]) if known and all(one == known[0] for one in known) else None
-    bits = [
-        metric_curve(record, "eval/bits_per_byte", number, dots=True, name="model" if alone else "")
-        for number, record in enumerate(records)
-    ]
-    yield "Held-out bits per byte", plot_curves("held-out bits per byte", bits, unit="bits", level=best), False
-    yield "Held-out scores", plot_curves("held-out scores", list(score_lines(records))), False
-    yield (
-        "Learning rate",
-        plot_curves("learning rate", [metric_curve(r, "learning_rate", n) for n, r in enumerate(records)]),
-        False,
-    )
-    norms = [metric_curve(record, "grad_norm", number, rough=True) for number, record in enumerate(records)]
-    yield "Gradient norm", plot_curves("gradient norm", norms, log=True), False
-    speeds = [metric_curve(record, "tokens_per_second", number, rough=True) for number, record in enumerate(records)]
-    yield f"{counted.capitalize()} per second", plot_curves(f"{counted} per second", speeds), False
-    yield "Against counting and compressing the same bytes", plot_baselines(records), True
+    units = {loss_unit(record) for record in records}
+    policy = all("reward" in record.names for record in records)
+    return plot_curves("loss", losses, unit=units.pop() if len(units) == 1 else "", wide=not policy)
+
+
+def family_curves(records: Sequence[RunRecord], family: Family) -> Iterator[Curve]:
+    """All lines of a single run, those that it has; of several runs the first line of each, in the run's colour."""
+    for number, record in enumerate(records):
+        found = [(metric, label) for metric, label in family.lines if metric in record.names]
+        for place, (metric, label) in enumerate(found if len(records) == 1 else found[:1]):
+            held_out = metric.startswith("eval/")
+            colour, name = (place, label) if len(records) == 1 else (number, record.name)
+            yield metric_curve(record, metric, colour, rough=not held_out, dots=held_out, name=name)
 
 
 def score_lines(records: Sequence[RunRecord]) -> Iterator[Curve]:
-    """Curves of held-out accuracies: all of a single run; of several runs the first of each, in the run's colour."""
+    """Curves of further held-out shares: all of a single run; of several runs the first of each, in the run's
+    colour."""
     for number, record in enumerate(records):
-        for place, (name, (steps, values)) in enumerate(record.scores.items()):
+        scores = {name: one for name, one in record.scores.items() if not is_plotted(f"eval/{name}")}
+        for place, (name, (steps, values)) in enumerate(scores.items()):
             if len(records) == 1:
                 yield Curve(name, steps, values, place, show_points=True)
             elif place == 0:
@@ -116,7 +139,7 @@ def metric_curve(
     bad = [
         event["step"] for event in record.events if event.get("event") == "skipped" and type(event.get("step")) is int
     ]
-    return Curve(name or record.name, steps, values, number, rough, dots, bad if key == "loss" else ())
+    return Curve(name or record.name, steps, values, number, rough, dots, bad if key in ("loss", "next_token") else ())
 
 
 def plot_baselines(records: Sequence[RunRecord]) -> str:

@@ -24,8 +24,12 @@ SERIES = ("#040101", "#040102", "#040103", "#040104", "#040105", "#040106")
 CSS_VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)", BAD: "var(--bad)"}
 CSS_VARIABLES |= {stand_in: f"var(--s{number})" for number, stand_in in enumerate(SERIES, start=1)}
 MAX_POINTS = 1200
+PERCENT = "percent"
+"""The unit of shares, 0 to 1."""
 SMOOTHING_WINDOWS = 25
 MIN_POINTS_TO_SCALE = 40
+LEAST_LOG_RANGE = 5
+"""A logarithmic axis of less has hardly a number on it."""
 
 RC_PARAMS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -80,17 +84,20 @@ def plot_curves(
     from matplotlib.ticker import MaxNLocator
 
     with new_figure(title, 9.6 if wide else 4.7, 3.2 if wide else 2.7) as (figure, axes):
-        positive = all(value > 0 for line in drawable for value in line.values if math.isfinite(value))
+        values = [value for line in drawable for value in line.values if math.isfinite(value)]
+        wide_range = min(values) > 0 and max(values) > LEAST_LOG_RANGE * min(values)
         for line in drawable:
             draw_curve(axes, line)
-        if log and positive:
+        if log and wide_range:
             set_log_scale(axes)
         else:
             set_y_limits(axes, drawable, level)
         if level is not None:
             axes.axhline(level[1], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=level[0])
         axes.set_xlabel("step")
-        axes.set_ylabel(unit)
+        axes.set_ylabel("" if unit == PERCENT else unit)
+        if unit == PERCENT:
+            axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g}%")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False)
@@ -202,12 +209,22 @@ def downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[list[fl
 
 
 def moving_average(values: Sequence[float]) -> list[float]:
-    """The mean of a point and its neighbours on both sides (one part in WINDOWS of the line): it does not lag behind,
-    as a mean of what came before does. NaN stays a gap and is left out of the means."""
+    """The mean of a point and its neighbours on both sides (one part in WINDOWS of the line); at the ends, where they
+    are on one side, the value there of the straight line through them. So it neither lags behind nor ends in the last
+    value's noise. NaN stays a gap and is left out."""
     reach = max(2, len(values) // (2 * SMOOTHING_WINDOWS))
     out = []
     for place, value in enumerate(values):
-        near = min(reach, place, len(values) - 1 - place)
-        around = [one for one in values[place - near : place + near + 1] if math.isfinite(one)]
-        out.append(sum(around) / len(around) if math.isfinite(value) else math.nan)
+        around = range(max(0, place - reach), min(len(values), place + reach + 1))
+        points = [(i - place, values[i]) for i in around if math.isfinite(values[i])]
+        out.append(line_at_zero(points) if math.isfinite(value) else math.nan)
     return out
+
+
+def line_at_zero(points: Sequence[tuple[float, float]]) -> float:
+    """The value at x = 0 of the straight line with the least squares through some points (x, y)."""
+    middle = sum(x for x, _ in points) / len(points)
+    level = sum(y for _, y in points) / len(points)
+    spread = sum((x - middle) ** 2 for x, _ in points)
+    slope = sum((x - middle) * (y - level) for x, y in points) / spread if spread else 0.0
+    return level - slope * middle

@@ -8,6 +8,7 @@ part has a report too.
       events.jsonl   time, event, ... a row                 data.json       the text and what was dropped
       plan.json      the predicted cost (cost/plan.py)      summary.json    how it ended, and the baselines
       model.json     the family and its config              evaluation.json  bits per byte with their interval
+      confusion.json  a classifier's held-out texts: labels, and how often each was said for each
       samples/       step-00000200.json: {"step", "samples": [{"prompt", "text"}, ...]}
       checkpoints/   step-00000200/
 """
@@ -20,6 +21,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ OLD_METRICS = {
 }
 OLD_EVENTS = {"set aside": "checkpoint_renamed", "not saved": "save_failed", "guard stop": "stopped_by_guard"}
 """Names of the first version -> current names."""
-EXCLUDED_SCORES = ("eval/loss", "eval/bits_per_byte")
+EXCLUDED_SCORES = ("eval/loss", "eval/bits_per_byte", "eval/interval")
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,25 @@ class RunRecord:
     plan: Mapping[str, Any]
     summary: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    confusion: Mapping[str, Any]
     checkpoints: Mapping[str, int]
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
-        """(steps, values) of a column, in the rows that have it; NaN where it was not finite."""
-        found = [(row["step"], row[key]) for row in self.rows if key in row]
+        """(steps, values) of a column, in the rows that have it, from what was measured before the first step on; NaN
+        where it was not finite."""
+        first = [(0, event[key]) for event in self.events if event.get("event") == "evaluated" and key in event]
+        found = first[:1] + [(row["step"], row[key]) for row in self.rows if key in row]
         return [step for step, _ in found], [math.nan if value is None else float(value) for _, value in found]
 
     def last(self, key: str) -> float | None:
         """The newest finite value of a column."""
         values = [value for value in self.series(key)[1] if math.isfinite(value)]
         return values[-1] if values else None
+
+    @cached_property
+    def names(self) -> dict[str, None]:
+        """The columns of the metrics, in their order."""
+        return dict.fromkeys(key for row in self.rows for key in row)
 
     @property
     def unit(self) -> str:
@@ -95,7 +105,7 @@ class RunRecord:
     def scores(self) -> dict[str, tuple[list[float], list[float]]]:
         """Name -> (steps, values) of what was measured on held-out data and lies between 0 and 1 (accuracies), without
         losses."""
-        names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("eval/"))
+        names = [name for name in self.names if name.startswith("eval/")]
         found = {name.removeprefix("eval/"): self.series(name) for name in names if name not in EXCLUDED_SCORES}
         return {name: (at, values) for name, (at, values) in found.items() if all(0 <= value <= 1 for value in values)}
 
@@ -123,6 +133,7 @@ def read_run(folder: Path) -> RunRecord:
         plan=read_json_object(folder / "plan.json"),
         summary=read_json_object(folder / "summary.json"),
         evaluation=read_json_object(folder / "evaluation.json"),
+        confusion=read_json_object(folder / "confusion.json"),
         checkpoints=checkpoint_sizes(folder / "checkpoints"),
     )
 

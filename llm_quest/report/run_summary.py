@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.formatting import format_bytes, format_duration, format_quantity
+from llm_quest.report.metric_families import LOSS_TERMS, WATCHED, loss_unit, main_loss_metric
 from llm_quest.report.record import RunRecord, SampleRow
 
 MAX_SAMPLES_SHOWN = 6
@@ -49,6 +50,8 @@ class RunSummary:
     stories: tuple[SampleHistory, ...]
     data: tuple[TableRow, ...]
     notes: tuple[str, ...]
+    labels: tuple[TableRow, ...]
+    confusion: tuple[TableRow, ...]
     plan: tuple[TableRow, ...]
     guessed: bool
     events: tuple[TableRow, ...]
@@ -71,7 +74,9 @@ def summarize_run(record: RunRecord, number: int) -> RunSummary:
         tiles=tuple(key_figures(record)),
         stories=tuple(sample_histories(record)),
         data=tuple(data_rows(record)),
-        notes=tuple(map(str, drop_report.get("notes", ()))),
+        notes=tuple(map(str, [*drop_report.get("notes", ()), *row_notes(record)])),
+        labels=tuple(label_rows(record)),
+        confusion=tuple(confusion_rows(record)),
         plan=tuple(plan_rows(record)),
         guessed=record.plan.get("measured") is False,
         events=tuple(event_rows(record)),
@@ -148,13 +153,11 @@ def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
             f"{reached:.3f}",
             f"best baseline {min(others.values()):.3f}" if others else between,
         )
-    if (loss := record.last("loss")) is not None:
-        held = record.last("eval/loss")
-        per = f"nats per {record.unit.removesuffix('s')}"
-        yield KeyFigure("training loss", f"{loss:.3f}", f"held-out {held:.3f}" if held is not None else per)
-    for name, (_, values) in record.scores.items():
-        best = f"largest {max(values):.3f}, of {len(values)}" if len(values) > 1 else ""
-        yield KeyFigure(f"held-out {name}", f"{values[-1]:.3f}", best)
+    yield from loss_figures(record)
+    for metric, label, form in WATCHED:
+        if (value := record.last(metric)) is not None:
+            yield KeyFigure(label, form.format(value), "at the end")
+    yield from score_figures(record)
     if parameters := parameters_of(record):
         yield KeyFigure("parameters", format_quantity(parameters), f"{parameters:,}" if parameters >= 1e6 else "")
     if tokens := record.last("tokens"):
@@ -164,11 +167,35 @@ def key_figures(record: RunRecord) -> Iterator[KeyFigure]:
         yield KeyFigure(f"{record.unit} per second", f"{speed:,.0f}", "median over the run")
     if seconds := record.last("train_seconds"):
         yield KeyFigure("time in steps", format_duration(seconds), f"{record.step:,} steps")
+    if memory := record.summary.get("peak_memory_bytes"):
+        yield KeyFigure("most memory", format_bytes(memory), "of the main process")
     resumed = sum(event.get("event") == "resumed" for event in record.events)
     if resumed:
         yield KeyFigure("resumed", f"{resumed}", "going on where it stood")
     if skipped := record.last("skipped_steps"):
         yield KeyFigure("skipped updates", f"{skipped:,.0f}", "not finite, left out")
+
+
+def loss_figures(record: RunRecord) -> Iterator[KeyFigure]:
+    """The main loss, and where other terms are added to it, the sum that is optimised and each of them by its name."""
+    main, unit = main_loss_metric(record), loss_unit(record)
+    if (loss := record.last(main)) is None:
+        return
+    held = record.last("eval/loss")
+    label = "policy loss" if "reward" in record.rows[-1] else "training loss"
+    yield KeyFigure(label, f"{loss:.3f}", f"held-out {held:.3f}, {unit}" if held is not None else unit)
+    terms = [(name, value) for metric, name in LOSS_TERMS if (value := record.last(metric)) is not None]
+    if terms and main != "loss":
+        yield KeyFigure("optimised sum", f"{record.last('loss'):.3f}", "the loss with the terms below")
+    yield from (KeyFigure(f"term: {name}", f"{value:.4f}", "before its weight") for name, value in terms)
+
+
+def score_figures(record: RunRecord) -> Iterator[KeyFigure]:
+    """Held-out scores: the last, what it was before the first step, and the best."""
+    for name, (steps, values) in record.scores.items():
+        before = f"{values[0]:.3f} before" if steps[0] == 0 and len(values) > 1 else ""
+        best = f"largest {max(values):.3f}, of {len(values)}" if len(values) > 1 else ""
+        yield KeyFigure(f"held-out {name}", f"{values[-1]:.3f}", ", ".join(filter(None, (before, best))))
 
 
 def median_speed(record: RunRecord) -> float | None:
@@ -204,11 +231,41 @@ def data_rows(record: RunRecord) -> Iterator[TableRow]:
             yield name, *(format_count(record.data.get(f"{key}_{what}")) for what in ("documents", "bytes", "tokens"))
         if f"{key}_images" in record.data:
             yield name, f"{format_count(record.data[f'{key}_images'])} images", "", ""
+        if f"{ROW_KEYS[key]}_rows" in record.data:
+            yield name, f"{format_count(record.data[f'{ROW_KEYS[key]}_rows'])} rows", "", ""
+    for reason, count in (record.data.get("dropped") or {}).items():
+        yield f"not used: {reason}", f"{format_count(count)} rows", "", ""
     drop_report = drop_report_of(record)
     if kept := drop_report.get("kept"):
         yield "kept of the source", format_count(kept.get("documents")), format_count(kept.get("bytes")), ""
     for reason, dropped in (drop_report.get("dropped") or {}).items():
         yield f"dropped: {reason}", format_count(dropped.get("documents")), format_count(dropped.get("bytes")), ""
+
+
+ROW_KEYS = {"train": "train", "val": "held_out"}
+"""Part of the data -> its name in the facts about rows."""
+
+
+def row_notes(record: RunRecord) -> list[str]:
+    """What was noted about the rows."""
+    found = record.data.get("notes") or []
+    return [str(one) for one in found] if isinstance(found, list) else []
+
+
+def label_rows(record: RunRecord) -> Iterator[TableRow]:
+    """(label, texts to train on, held-out texts) of a classifier."""
+    counts = record.data.get("label_counts") or {}
+    for label, (train, held_out) in counts.items():
+        yield str(label), format_count(train), format_count(held_out)
+
+
+def confusion_rows(record: RunRecord) -> Iterator[TableRow]:
+    """A head of what was said, then a row for each label: how often each was said for it."""
+    labels, matrix = record.confusion.get("labels") or [], record.confusion.get("matrix") or []
+    if labels and len(labels) == len(matrix):
+        yield ("is \\ was called", *map(str, labels))
+        for label, counts in zip(labels, matrix, strict=True):
+            yield (str(label), *map(format_count, counts))
 
 
 def format_count(value: Any) -> str:

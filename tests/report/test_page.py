@@ -205,3 +205,94 @@ def test_the_metrics_of_the_first_version_are_shown_under_todays_names(tmp_path)
     assert again.rows == record.rows
     assert again.events[-1]["event"] == "stopped_by_guard"
     assert set(again.rows[0]) >= {"learning_rate", "train_seconds", "skipped_steps"}
+
+
+def run_of(folder: Path, recipe: str, rows: list[dict], **files: dict) -> Path:
+    """A run folder of a recipe with these rows."""
+    write_rows(folder / "metrics.jsonl", rows)
+    (folder / "config.yaml").write_text(f"recipe: {recipe}\nseed: 0\n")
+    for name, content in files.items():
+        write_json(folder / f"{name}.json", content)
+    return folder
+
+
+def words(page: Path) -> str:
+    """The visible text, in one line."""
+    return " ".join(Reader(page.read_text(encoding="utf-8").replace("</span>", "</span> ")).text.split())
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"<h3>(.*?)</h3>", page.read_text(encoding="utf-8"))
+
+
+POLICY = {
+    "reward": 0.5, "rewards/format": 0.9, "completions/mean_length": 12.0, "entropy": 0.75, "kl": 0.02,
+    "frac_reward_zero_std": 0.25, "completions/clipped_ratio": 0.125, "ratio/max": 1.5, "ratio/min": 0.5,
+}  # fmt: skip
+PREFERENCE = {
+    "rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/margin": 0.75, "rewards/accuracy": 0.875,
+    "logps/chosen": -30.0, "logps/rejected": -33.0,
+}  # fmt: skip
+
+
+def test_a_policy_is_shown_by_what_it_is_watched_by_and_was_before(tmp_path):
+    rows = [row(step, **POLICY) for step in range(1, 21)]
+    rows[-1] |= {"eval/accuracy": 0.75, "eval/reward": 0.5}
+    folder = run_of(tmp_path / "run", "grpo", rows)
+    write_rows(folder / "events.jsonl", [{"event": "evaluated", "step": 0, "eval/accuracy": 0.25}])
+    page = write_report([folder])
+    seen = words(page)
+    for told in (
+        "reward 0.500", "length of completions 12.0 tokens", "entropy 0.750 nats", "KL to the reference 0.0200 nats",
+        "groups without spread 25.0%", "cut off 12.5%", "held-out accuracy 0.750", "0.250 before",
+    ):  # fmt: skip
+        assert told in seen, told
+    assert "training loss" not in seen
+    assert headings(page)[:2] == ["Reward", "Policy loss"]
+    wanted = {"Accuracy", "Length of completions", "Entropy", "KL to the reference", "Shares of samples"}
+    assert wanted <= set(headings(page))
+    assert read_run(folder).series("eval/accuracy") == ([0, 20], [0.25, 0.75])
+
+
+def test_preferences_are_shown_by_margin_accuracy_and_both_answers(tmp_path):
+    page = write_report([run_of(tmp_path / "run", "dpo", [row(step, **PREFERENCE) for step in range(1, 21)])])
+    seen = words(page)
+    for told in ("training margin 0.750", "training accuracy 87.5%", "reward of chosen 0.500", "nats per pair"):
+        assert told in seen, told
+    assert {"Rewards of pairs", "Accuracy", "Log-probability of answers"} <= set(headings(page))
+
+
+def test_a_classifier_is_shown_with_its_labels_and_its_confusions(tmp_path):
+    data = {
+        "train_rows": 90, "held_out_rows": 10, "dropped": {"no label": 3}, "notes": ["two texts were alike"],
+        "label_counts": {"joy": [60, 6], "anger": [30, 4]},
+    }  # fmt: skip
+    confusion = {"labels": ["joy", "anger"], "matrix": [[5, 1], [0, 4]]}
+    rows = [row(step, accuracy=0.5) for step in range(1, 21)]
+    seen = " ".join(
+        read(write_report([run_of(tmp_path, "classify", rows, data=data, confusion=confusion)])).text.split()
+    )
+    for told in (
+        "trained on 90 rows", "held out 10 rows", "not used: no label 3 rows", "two texts were alike",
+        "joy 60 6 anger 30 4", "joy 5 1 anger 0 4", "nats per text",
+    ):  # fmt: skip
+        assert told in seen, told
+
+
+def test_the_training_loss_is_the_main_loss_of_every_run_and_other_terms_have_names(tmp_path):
+    plain = run_of(tmp_path / "plain", "pretrain", [row(1, loss=3.0), row(2, loss=2.0)])
+    more = {"lookahead_1": 4.0, "load_balancing": 1.25}
+    ahead = run_of(tmp_path / "ahead", "pretrain", [row(s, loss=5.0, next_token=2.5, **more) for s in (1, 2)])
+    both = words(write_report([plain, ahead], out=tmp_path / "both.html"))
+    assert "training loss 2.000 2.500" in both
+    alone = words(write_report([ahead]))
+    for told in ("training loss 2.500", "optimised sum 5.000", "term: 1 tokens further 4.0000", "term: load balancing"):
+        assert told in alone, told
+    assert "optimised sum" not in read(write_report([plain])).text
+
+
+def test_several_policies_are_compared_by_one_line_of_each_family(tmp_path):
+    runs = [run_of(tmp_path / name, "grpo", [row(s, **POLICY) for s in (1, 2, 3)]) for name in ("a", "b")]
+    page = write_report(runs, out=tmp_path / "both.html")
+    assert "Shares of samples: groups without spread" in headings(page)
+    assert "Importance ratio: largest" in headings(page)

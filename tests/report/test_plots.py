@@ -80,3 +80,17 @@ def test_no_figure_is_laid_out_by_the_constraint_solver():
     ]
     assert layouts == ["tight"] * len(layouts)
     assert layouts
+
+
+def test_smoothing_does_not_end_in_the_last_values_noise():
+    line = [float(i % 2) for i in range(200)]
+    assert max(abs(value - 0.5) for value in moving_average(line)) < 0.4
+    assert abs(moving_average([*line[:-1], 50.0])[-1]) < 40
+
+
+def test_shares_are_in_percent_and_a_narrow_logarithmic_axis_has_numbers():
+    svg = plot_curves("shares", [Curve("a", [1, 2, 3], [0.0, 0.25, 0.5])], unit="percent")
+    assert "50%</text>" in svg
+    assert "percent" not in svg
+    narrow = plot_curves("norm", [Curve("a", [1, 2, 3], [1.0, 1.5, 2.0])], log=True)
+    assert len([text for text in ("1.2</text>", "1.4</text>", "1.6</text>", "1.8</text>") if text in narrow]) == 4
