@@ -78,3 +78,21 @@ def _find_file_fault(file: Path, entry: Mapping[str, Any], verify: str) -> str:
 def _sha256_at(file: Path, size: int, mtime_ns: int, inode: int) -> str:
     """The sha256 of a file in this state: model, tokenizer and image settings of one run are located one by one."""
     return file_sha256(file)
+
+
+def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """What differs between the identities of a checkpoint and of the run that would resume it: name -> how it is
+    called in a message. Of a value that is a JSON object only keys that both have are compared, and each is named."""
+    changes = {}
+    for name in sorted(now):
+        if saved.get(name, now[name]) == now[name]:
+            continue
+        if not now[name].startswith("{"):
+            changes[name] = name
+            continue
+        before, after = json.loads(saved[name]), json.loads(now[name])
+        keys = [key for key in before if after.get(key, before[key]) != before[key]]
+        if keys:
+            listing = "; ".join(f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys[:6])
+            changes[name] = f"{name} ({listing})"
+    return changes

@@ -173,6 +173,9 @@ def train(
     pairs: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one in runs/).")] = None,
     resume: Annotated[str, typer.Option(help="auto (if there is a checkpoint), never, or a run folder.")] = "auto",
+    accept: Annotated[
+        str, typer.Option(help="What may have changed since the checkpoint, by comma: settings, model.load.")
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the settings and print them; do not train.")
     ] = False,
@@ -197,6 +200,7 @@ def train(
             [*(pairs or []), *given],
             out=out,
             resume=resume,
+            accept=[name.strip() for name in accept.split(",") if name.strip()],
             dry_run=dry_run,
             quiet=quiet,
             log=status_printer(quiet),

@@ -42,6 +42,7 @@ def start_training(
     *,
     out: Path | None,
     resume: str = "auto",
+    accept: Sequence[str] = (),
     dry_run: bool = False,
     quiet: bool = False,
     log: LogFn,
@@ -52,7 +53,7 @@ def start_training(
         return DryRunResult(found.check(config, settings))
     folder, resume = choose_run_dir(recipe, config, out, resume)
     env = inspect_machine(folder).as_json()
-    outcome = run_recipe(found, config, settings, folder, resume=resume, env=env, quiet=quiet, log=log)
+    outcome = run_recipe(found, config, settings, folder, resume=resume, accept=accept, env=env, quiet=quiet, log=log)
     if os.environ.get("RANK", "0") == "0":
         write_plan_and_report(folder, predict_cost(found, config, settings, folder), log)
     return outcome

@@ -26,6 +26,7 @@ from llm_quest.recipes.config import config_differences, config_to_yaml, load_ra
 from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.recipe import Context, Job, Recipe, RunOutcome
+from llm_quest.recipes.run_identity import run_identity
 from llm_quest.recipes.run_length import check_new_length, describe_new_length
 from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.techniques.score_head import read_length
@@ -47,6 +48,7 @@ def run_recipe(
     folder: Path,
     *,
     resume: str = "auto",
+    accept: Sequence[str] = (),
     env: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     quiet: bool = False,
@@ -55,7 +57,7 @@ def run_recipe(
     """Run a recipe in a folder, or resume the run that is there. Every process of a torchrun calls this."""
     with remove_if_refused(folder), init_distributed(config, config.rows_per_step) as parallel:
         log = log if parallel.is_main_process else lambda text: None
-        context = Context(folder, parallel, log, settings, resume, dict(env or {}), quiet)
+        context = Context(folder, parallel, log, settings, resume, tuple(accept), dict(env or {}), quiet)
         if recipe.run is not None:
             return recipe.run(config, context)
         with phase("preparing"):
@@ -80,7 +82,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
     context.log(
         f"model: {family_of(job.model.config).name}-style, {parameters:,} parameters, {describe_place(context)}"
     )
-    require_matching_run(config, folder)
+    require_matching_run(config, folder, context.accept)
     tell_new_length(job, folder, context.log)
     if config.freeze:
         freeze_parameters(job.model, config.freeze, context.log)
@@ -91,7 +93,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
     parallel.parallelize(job.objective, list(job.model.blocks if job.blocks is None else job.blocks))
     optimizer = build_optimizer(config, job.model, job.adamw_parameters)
     logger = make_display(job, folder, parallel, context.quiet)
-    with open_run_dir(config, folder, parallel, job.identity, context.env, context.resume) as run:
+    with open_run_dir(job, context) as run:
         if parallel.is_main_process:
             write_run_files(job, folder)
             save_prepared(folder)
@@ -207,7 +209,7 @@ def init_distributed(config: RunConfig, batch_size: int) -> Iterator[Distributed
         parallel.destroy_process_group()
 
 
-def require_matching_run(config: RunConfig, folder: Path) -> None:
+def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] = ()) -> None:
     """A folder that holds something else, or a run of other settings, is left alone."""
     old = folder / "config.yaml"
     if not old.is_file():
@@ -222,7 +224,7 @@ def require_matching_run(config: RunConfig, folder: Path) -> None:
         if before.max_steps != config.max_steps:
             check_new_length(folder, config.max_steps)
         changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps"))
-        if changed:
+        if changed and "settings" not in accept:
             listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
             raise BusyError(
                 f"{folder} holds a run of other settings ({listing}).\n"
@@ -241,22 +243,18 @@ def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) 
     parallel.all_gather(None)
 
 
-def open_run_dir(
-    config: RunConfig,
-    folder: Path,
-    parallel: DistributedContext,
-    identity: Mapping[str, str],
-    env: Mapping[str, Any],
-    resume: str,
-) -> RunDir:
-    """The run's folder, to be entered. identity: name -> hash of what a resumed run may not change."""
+def open_run_dir(job: Job, context: Context) -> RunDir:
+    """The run's folder, to be entered."""
+    identity = {**job.identity, **run_identity(job.config)}
+    hashes = {name: value for name, value in identity.items() if name != "settings"}
     return RunDir(
-        folder,
-        config=config_to_yaml(config),
-        env={**env, "hashes": dict(identity)},
+        context.run_dir,
+        config=config_to_yaml(job.config),
+        env={**context.env, "hashes": hashes},
         identity=identity,
-        resume=resume,
-        is_main_process=parallel.is_main_process,
+        resume=context.resume,
+        is_main_process=context.parallel.is_main_process,
+        accept=context.accept,
     )
 
 

@@ -77,6 +77,7 @@ class RunOutcome:
 @dataclass(frozen=True)
 class Context:
     """What surrounds a run. settings: where each key was written, for messages. resume: auto, never or a checkpoint.
+    accept: what of the run's identity may have changed since its checkpoint.
     env: facts about the machine. planning: the job is built to count its cost or to look at a batch: nothing is
     trained before the loop (no warm-up) and nothing is written."""
 
@@ -85,6 +86,7 @@ class Context:
     log: LogFn
     settings: RawConfig
     resume: str = "auto"
+    accept: tuple[str, ...] = ()
     env: Mapping[str, Any] = field(default_factory=dict)
     quiet: bool = False
     planning: bool = False

@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
 from llm_quest.files import atomic_write_text, fsync_path, iter_lines
-from llm_quest.manifest import find_fault, read_manifest
+from llm_quest.manifest import describe_changes, find_fault, read_manifest
 from llm_quest.progress import utc_now
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ class RunDir:
     config: the resolved configuration as YAML text. env: machine and packages. identity: name -> hash of what may
     not change between a checkpoint and its resumption. resume: auto (continue if there is a checkpoint), never
     (BusyError if there is one), or the path of a checkpoint. is_main_process: False for the other ranks, which write
-    nothing."""
+    nothing. accept: names of the identity that may have changed."""
 
     def __init__(
         self,
@@ -46,11 +46,13 @@ class RunDir:
         resume: str | Path = "auto",
         verify: str = "full",
         is_main_process: bool = True,
+        accept: Collection[str] = (),
     ):
         if verify not in ("full", "size", "none"):
             raise UsageError(f"verify is {verify!r}; known: full, size, none")
         self.folder = Path(folder)
         self.config, self.env, self.identity = config, dict(env or {}), dict(identity or {})
+        self.accept = accept
         self.resume, self.verify, self.is_main_process = resume, verify, is_main_process
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
@@ -136,10 +138,15 @@ class RunDir:
         return folder
 
     def _require_identity(self, folder: Path) -> None:
-        saved = read_manifest(folder)["identity"]
-        other = sorted(name for name in self.identity if name in saved and saved[name] != self.identity[name])
-        if other:
-            raise BusyError(f"{folder} belongs to another run: its {', '.join(other)} differs; choose another folder")
+        changes = describe_changes(read_manifest(folder)["identity"], self.identity)
+        refused = {name: said for name, said in changes.items() if name not in self.accept}
+        if refused:
+            raise BusyError(
+                f"{folder} belongs to another run: its {', '.join(refused.values())} differs.\nBring back what it was "
+                f"trained with, choose another folder, or go on with the change by --accept {','.join(refused)}"
+            )
+        if changes:
+            self.log_event("accepted", message=f"changed since the checkpoint: {', '.join(changes.values())}")
 
     def _truncate_metrics(self, step: int) -> None:
         """Remove rows after `step`, and a last line that is incomplete, from metrics.jsonl. A run that starts again at
