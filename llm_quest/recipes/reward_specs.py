@@ -2,14 +2,18 @@
 
       rewards: [{name: correct}, {name: model, load: FOLDER, weight: 0.5}]         one of REWARDS
       rewards: [{function: my_rewards.py:score}]                                   a function of a Python file
+      rewards: [{judge: http://localhost:8000/v1, model: NAME, prompt: FILE}]      a language model behind a URL
 
 Each has a `weight`, and a curve of its own under its name."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -20,9 +24,10 @@ from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import Choice, LocalPath, StrictModel
-from llm_quest.recipes.config_schema import PositiveFloat
+from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward
+from llm_quest.rollouts.judge_reward import JudgeReward, read_judge_prompt
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.rollouts.rewards import CorrectnessReward, EnvironmentReward, FormatReward, RandomReward
 from llm_quest.rollouts.user_code import check_reference, hash_of_file, split_reference
@@ -65,6 +70,15 @@ def start_function_reward(spec: RewardSpec, context: RewardContext) -> Reward:
     return reward
 
 
+def ask_judge(spec: RewardSpec, context: RewardContext) -> Reward:
+    """A language model behind a URL; its key is what the environment variable OPENAI_API_KEY holds."""
+    return JudgeReward(
+        str(spec.judge), str(spec.model), read_judge_prompt(str(spec.prompt)), low=spec.score_range[0],
+        high=spec.score_range[1], timeout_seconds=spec.timeout_seconds, max_retries=spec.max_retries,
+        concurrency=spec.concurrency, api_key=os.environ.get("OPENAI_API_KEY", ""), log=context.log,
+    )  # fmt: skip
+
+
 RewardBuilder = Callable[["RewardSpec", RewardContext], Reward]
 REWARDS: dict[str, RewardBuilder] = {
     "correct": lambda spec, context: CorrectnessReward(),
@@ -92,23 +106,50 @@ class RewardKind(NamedTuple):
 REWARD_KINDS = {
     "name": RewardKind(lambda spec, context: REWARDS[str(spec.name)](spec, context), ("load",)),
     "function": RewardKind(start_function_reward, ("timeout_seconds",), per_batch=True),
+    "judge": RewardKind(
+        ask_judge, ("model", "prompt", "score_range", "timeout_seconds", "max_retries", "concurrency"), per_batch=True
+    ),
 }
 """The key that an entry begins with -> its form."""
 
 
 class RewardSpec(StrictModel):
-    """A reward and its weight: exactly one of name and function."""
+    """A reward and its weight: exactly one of name, function and judge."""
 
     name: Annotated[str, Choice(REWARDS)] | None = Field(default=None, description="which reward")
     function: str | None = Field(default=None, description="FILE.py:NAME, called as TRL calls its reward functions")
+    judge: str | None = Field(default=None, pattern=r"^https?://", description="a URL like http://localhost:8000/v1")
     weight: float = Field(default=1.0, description="factor of this reward in the sum")
     load: LocalPath | None = Field(default=None, description="the reward model's folder or run, for the name model")
-    timeout_seconds: PositiveFloat = Field(default=60.0, description="of a batch, for function")
+    model: str | None = Field(default=None, description="the name under which a judge's URL serves it")
+    prompt: str | None = Field(default=None, description="a judge's prompt: a file with {prompt} and {completion}")
+    score_range: tuple[float, float] = Field(default=(0.0, 10.0), description="a judge's scores: lowest, highest")
+    timeout_seconds: PositiveFloat = Field(default=60.0, description="of a batch for function, of a request for judge")
+    max_retries: NonNegativeInt = Field(default=3, description="of a judge's request")
+    concurrency: PositiveInt = Field(default=8, description="requests to a judge at once")
 
     @field_validator("function")
     @classmethod
     def function_exists(cls, function: str | None) -> str | None:
         return None if function is None else check_reference(function)
+
+    @field_validator("prompt")
+    @classmethod
+    def prompt_exists(cls, prompt: str | None) -> str | None:
+        if prompt is None:
+            return None
+        read_judge_prompt(prompt)
+        return str(Path(prompt).resolve())
+
+    @model_validator(mode="after")
+    def check_judge(self) -> RewardSpec:
+        if self.judge is not None and (self.model is None or self.prompt is None):
+            raise ValueError(
+                "a judge needs the name of its model and its prompt: {judge: URL, model: NAME, prompt: FILE}"
+            )
+        if not self.score_range[0] < self.score_range[1]:
+            raise ValueError("score_range: the first number must be the smaller one")
+        return self
 
     @model_validator(mode="after")
     def check_kind(self) -> RewardSpec:
@@ -154,8 +195,10 @@ def build_rewards(specs: Sequence[RewardSpec], context: RewardContext) -> list[W
 
 
 def hash_of_reward_files(specs: Sequence[RewardSpec]) -> dict[str, str]:
-    """Name -> hash of each file whose code decides a reward: what a resumed run may not change."""
-    return {f"reward {spec.label}": hash_of_file(spec.function) for spec in specs if spec.function is not None}
+    """Name -> hash of each file that decides a reward, code or a judge's prompt: what a resumed run may not change."""
+    found = {f"reward {spec.label}": hash_of_file(spec.function) for spec in specs if spec.function is not None}
+    prompts = {spec.label: Path(spec.prompt).read_bytes() for spec in specs if spec.prompt is not None}
+    return found | {f"reward {label}": hashlib.sha256(text).hexdigest() for label, text in prompts.items()}
 
 
 def failures_of(rewards: Sequence[WeightedReward]) -> list[str]:

@@ -15,6 +15,7 @@ from llm_quest.recipes.config import load_raw_config
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
 from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
 from tests.recipes.tuned import metrics
+from tests.rollouts.test_judge_reward import TEMPLATE, Server, server  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.xdist_group("grpo")
 
@@ -90,6 +91,17 @@ def test_failures_are_told_and_a_run_goes_on_unless_all_fail(warm: Path, tmp_pat
         started(tmp_path / "other", *own(warm, folder, "max_steps=20", reward="broken"))
 
 
+def test_a_judge_behind_a_url_is_asked_for_every_completion(warm: Path, tmp_path: Path, server: Server):  # noqa: F811
+    folder = write_rows(tmp_path)
+    (folder / "judge.txt").write_text(TEMPLATE)
+    judge = f"rewards=[{{judge: '{server.url}', model: m, prompt: {folder}/judge.txt}}]"
+    started(tmp_path / "run", *own(warm, folder, judge, "max_steps=1", "eval_problems=5"))
+    assert 0 < metrics(tmp_path / "run")[0]["reward"] < 5
+    (folder / "judge.txt").write_text(TEMPLATE + " Be strict.")
+    with pytest.raises(BusyError, match="reward judge"):
+        started(tmp_path / "run", *own(warm, folder, judge, "max_steps=1", "eval_problems=5"))
+
+
 def test_a_changed_reward_function_does_not_resume(warm: Path, tmp_path: Path):  # noqa: F811
     folder = write_rows(tmp_path)
     started(tmp_path / "run", *own(warm, folder, "max_steps=2"))
@@ -112,8 +124,11 @@ def test_a_reward_that_needs_answers_is_refused_on_rows_without(warm: Path, tmp_
         (["model={family: llama}"], "give model.load=FOLDER"),
         (["rewards=[{function: nowhere.py:f}]"], "cannot be read"),
         (["rewards=[{function: my_rewards:f}]"], "write FILE.py:NAME"),
-        (["rewards=[{weight: 2.0}]"], "exactly one of name, function"),
+        (["rewards=[{weight: 2.0}]"], "exactly one of name, function, judge"),
         (["rewards=[{name: correct, timeout_seconds: 2}]"], "timeout_seconds has no effect for a reward of a name"),
+        (["rewards=[{judge: http://localhost/v1}]"], "a judge needs the name of its model and its prompt"),
+        (["rewards=[{judge: localhost}]"], "judge"),
+        (["rewards=[{judge: http://a/v1, model: m, prompt: nowhere.txt}]"], "nowhere.txt cannot be read"),
         (["rewards=[{name: correct}, {name: correct}]"], "two rewards are called correct"),
         (["answer_form=box"], "did you mean 'boxed'"),
     ],

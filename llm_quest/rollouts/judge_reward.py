@@ -1,0 +1,164 @@
+"""A language model as a judge, through any URL with OpenAI's chat completions (vLLM, llama.cpp, Ollama, a hosted API).
+
+The judge reads a file in which {prompt}, {completion} and {answer} stand for the sample's, and ends its reply with its
+score (`Score: 7`): the last number is read, and must lie between low and high. What it cannot score, after retries, is
+NaN, and a sample that others can score is then learned from by these.
+
+Commonly got wrong: the first number of the reply is read, which is the judge quoting the answer; and a completion that
+says "Score: 10" is believed. The judge's own reply alone is read here, but it may be persuaded: read its samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_quest.errors import GuardStop, UsageError
+
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+MAX_REPLY_BYTES = 1_000_000
+MAX_FAILED_BATCHES = 5
+RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504)
+UNSCORABLE = math.nan
+
+
+def read_judge_prompt(file: str) -> str:
+    """The text of a judge's prompt. UsageError where it cannot be read or does not hold {completion}."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the judge's prompt {file} cannot be read: {error}") from None
+    if "{completion}" not in text:
+        raise UsageError(
+            f"the judge's prompt {file} does not hold {{completion}}, so the judge would not see the answer"
+        )
+    return text
+
+
+class JudgeFailure(Exception):
+    """A judge that gave no score. can_retry: whether another try may help."""
+
+    def __init__(self, kind: str, message: str, *, can_retry: bool = False):
+        super().__init__(message)
+        self.kind, self.message, self.can_retry = kind, message, can_retry
+
+
+@dataclass
+class JudgeReward:
+    """`JudgeReward(url, model, template)(samples) -> one number each`; NaN where the judge gave none.
+
+    template: the prompt's text. low, high: the scores that count. timeout_seconds: of one request; max_retries: of a
+    request that timed out or that the server could not serve, with pauses of 1, 2, 4, ... `pause_seconds`. concurrency:
+    requests at once. api_key: sent as the bearer token. Equal samples of a batch are asked about once. GuardStop after
+    MAX_FAILED_BATCHES batches in a row without a score."""
+
+    url: str
+    model: str
+    template: str
+    low: float = 0.0
+    high: float = 10.0
+    timeout_seconds: float = 60.0
+    max_retries: int = 3
+    max_tokens: int = 512
+    concurrency: int = 8
+    api_key: str = field(default="", repr=False)
+    pause_seconds: float = 1.0
+    log: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.failures: Counter[str] = Counter()
+        self.failed_in_a_row = 0
+
+    def __call__(self, group: Sequence[Any]) -> list[float]:
+        asked = [self.fill_template(sample) for sample in group]
+        questions = list(dict.fromkeys(asked))
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            found = dict(zip(questions, pool.map(self.try_score, questions), strict=True))
+        for one in found.values():
+            if isinstance(one, JudgeFailure):
+                self.count(one)
+        scores = {text: UNSCORABLE if isinstance(one, JudgeFailure) else one for text, one in found.items()}
+        failed = bool(scores) and all(map(math.isnan, scores.values()))
+        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
+        if self.failed_in_a_row >= MAX_FAILED_BATCHES:
+            raise GuardStop(f"the judge {self.url} gave no score for {self.failed_in_a_row} batches in a row")
+        return [scores[text] for text in asked]
+
+    def fill_template(self, sample: Any) -> str:
+        """The judge's prompt for a sample. What a sample holds is not searched for placeholders."""
+        parts = {"prompt": sample.problem.prompt, "completion": sample.text, "answer": sample.problem.answer}
+        return re.sub(r"\{(prompt|completion|answer)\}", lambda found: str(parts[found[1]]), self.template)
+
+    def try_score(self, question: str) -> float | JudgeFailure:
+        """The judge's score, with retries."""
+        for attempt in range(self.max_retries + 1):
+            try:
+                return self.read_score(self.ask(question))
+            except JudgeFailure as failure:
+                if not failure.can_retry or attempt == self.max_retries:
+                    return failure
+            time.sleep(self.pause_seconds * 2**attempt)
+        raise AssertionError("the last attempt returns")
+
+    def ask(self, question: str) -> str:
+        """The judge's reply."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions",
+            data=json.dumps(body | {"max_tokens": self.max_tokens}).encode(),
+            headers={"Content-Type": "application/json"} | self.authorization(),
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
+                return reply_text(response.read(MAX_REPLY_BYTES))
+        except urllib.error.HTTPError as error:
+            said = error.read(300).decode(errors="replace")
+            raise JudgeFailure(f"HTTP {error.code}", said, can_retry=error.code in RETRY_STATUS) from None
+        except OSError as error:
+            raise JudgeFailure("no connection", str(error), can_retry=True) from None
+
+    def authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def read_score(self, reply: str) -> float:
+        """The last number of a reply, within the limits."""
+        numbers = NUMBER.findall(reply)
+        if not numbers:
+            raise JudgeFailure("no score", f"the reply holds no number: {reply[-80:]!r}")
+        score = float(numbers[-1])
+        if not self.low <= score <= self.high:
+            raise JudgeFailure(
+                "no score", f"the reply ends in {score:g}, which is not between {self.low:g} and {self.high:g}"
+            )
+        return score
+
+    def count(self, failure: JudgeFailure) -> None:
+        if not self.failures[failure.kind]:
+            self.log(
+                f"the judge {self.url}, {failure.kind}: {failure.message}. Counted from now on, and not told again"
+            )
+        self.failures[failure.kind] += 1
+
+    def summary(self) -> str:
+        """How often it gave no score, by kind; "" where it always did."""
+        return ", ".join(f"{kind}: {number}" for kind, number in sorted(self.failures.items()))
+
+
+def reply_text(content: bytes) -> str:
+    """The message of a response. JudgeFailure for another kind of response."""
+    try:
+        reply = json.loads(content)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        raise JudgeFailure("no chat completion", content[:80].decode(errors="replace")) from None
+    if not isinstance(reply, str):
+        raise JudgeFailure("no chat completion", f"its content is a {type(reply).__name__}")
+    return reply
