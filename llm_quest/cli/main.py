@@ -594,7 +594,9 @@ def reproduce(
     paper: Annotated[str, typer.Argument(help="A name from `quest papers`.")],
     seeds: Annotated[int, typer.Option(min=1, max=10, help="The number of seeds.")] = 3,
     jobs: Annotated[int, typer.Option(min=0, help="Measurements in parallel; 0: one per core.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="The folder of the card (default: docs/papers).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the card (default: docs/papers of the project, or the cache).")
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.contracts import LogFn
-from llm_quest.files import atomic_write_json
+from llm_quest.files import atomic_write_json, cache_dir
 from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import VERDICTS, PaperCard, outcome_of_card, recorded_verdict, write_card
 from llm_quest.papers.reproduce import run_experiment
 
-CARDS_DIR = Path("docs/papers")
+CHECKOUT_CARDS = VERDICTS.parents[2] / "docs" / "papers"
+"""The cards of the project, where the package lies in a checkout of it."""
+
+
+def cards_dir() -> Path:
+    """Where cards are read and written, whatever the working directory: the project's docs/papers, or for an installed
+    package a folder of the user's cache."""
+    return CHECKOUT_CARDS if CHECKOUT_CARDS.is_dir() else cache_dir("papers")
 
 
 @dataclass(frozen=True)
@@ -52,19 +59,20 @@ def list_papers() -> PaperList:
     found = [load_paper(name) for name in PAPERS]
     return PaperList(
         tuple(
-            PaperEntry(p.name, p.title, p.arxiv, p.claim, p.minutes, recorded_verdict(CARDS_DIR, p.name)) for p in found
+            PaperEntry(p.name, p.title, p.arxiv, p.claim, p.minutes, recorded_verdict(cards_dir(), p.name))
+            for p in found
         )
     )
 
 
 def reproduce_paper(name: str, *, seeds: int, out: Path | None, jobs: int, log: LogFn) -> PaperCard:
     """Run the experiment, and write the card with its verdict and figure."""
-    chosen, folder = load_paper(name), out or CARDS_DIR
+    chosen, folder = load_paper(name), out or cards_dir()
     log(
         f"{chosen.title}: {len(chosen.arms)} arms, {seeds} seeds, about {chosen.minutes * seeds / 3 / jobs:.0f} minutes"
     )
     card = write_card(chosen, run_experiment(name, seeds=seeds, out=folder, jobs=jobs, log=log), folder)
-    if folder.resolve() == VERDICTS.parents[2] / CARDS_DIR:  # the project's own docs: the package ships their outcomes
+    if folder.resolve() == CHECKOUT_CARDS.resolve():  # the project's own docs: the package ships their outcomes
         atomic_write_json(
             VERDICTS, {name: verdict for name in sorted(PAPERS) if (verdict := outcome_of_card(folder, name))}
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_quest.cli.papers import list_papers
+from llm_quest.cli.papers import cards_dir, list_papers
 from llm_quest.errors import UsageError
 from llm_quest.papers import PAPERS, load_paper
 from llm_quest.papers.card import VERDICTS, outcome_of_card, recorded_verdict, results_table, write_card
@@ -118,3 +118,16 @@ def test_the_packages_outcomes_are_those_of_the_cards_and_are_found_anywhere(tmp
 def test_an_outcome_outcome_of_card_here_comes_before_the_packages(tmp_path):
     (tmp_path / "muon.md").write_text("## Verdict: no effect seen\n")
     assert recorded_verdict(tmp_path, "muon") == "no effect seen"
+
+
+def test_cards_have_one_place_whatever_the_working_directory(tmp_path, monkeypatch):
+    """In a checkout it is docs/papers; an installed package keeps them in the user's cache."""
+    monkeypatch.chdir(tmp_path)
+    assert cards_dir() == Path(__file__).parents[2] / "docs" / "papers"
+    monkeypatch.setattr("llm_quest.cli.papers.CHECKOUT_CARDS", tmp_path / "nowhere")
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(tmp_path / "cache"))
+    assert cards_dir() == tmp_path / "cache" / "papers"
+    cards_dir().mkdir(parents=True)
+    (cards_dir() / "muon.md").write_text("## Verdict: no effect seen\n")
+    monkeypatch.chdir("/")
+    assert {entry.name: entry.verdict for entry in list_papers().entries}["muon"] == "no effect seen"
