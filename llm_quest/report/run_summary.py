@@ -240,6 +240,11 @@ def data_rows(record: RunRecord) -> Iterator[TableRow]:
         yield "kept of the source", format_count(kept.get("documents")), format_count(kept.get("bytes")), ""
     for reason, dropped in (drop_report.get("dropped") or {}).items():
         yield f"dropped: {reason}", format_count(dropped.get("documents")), format_count(dropped.get("bytes")), ""
+    rows = drop_report or record.data
+    for kind, count in (rows.get("skipped") or {}).get("kinds", {}).items():
+        yield f"cannot be used: {kind}", f"{format_count(count)} rows", "", ""
+    for key, count in (rows.get("unused_keys") or {}).items():
+        yield f"key that nothing reads: {key}", f"{format_count(count)} rows", "", ""
 
 
 ROW_KEYS = {"train": "train", "val": "held_out"}

@@ -265,7 +265,8 @@ def test_preferences_are_shown_by_margin_accuracy_and_both_answers(tmp_path):
 def test_a_classifier_is_shown_with_its_labels_and_its_confusions(tmp_path):
     data = {
         "train_rows": 90, "held_out_rows": 10, "dropped": {"no label": 3}, "notes": ["two texts were alike"],
-        "label_counts": {"joy": [60, 6], "anger": [30, 4]},
+        "label_counts": {"joy": [60, 6], "anger": [30, 4]}, "unused_keys": {"scores": 90},
+        "skipped": {"rows": 2, "kinds": {"not JSON": 2}, "first": ["a.jsonl:3: is not JSON"]},
     }  # fmt: skip
     confusion = {"labels": ["joy", "anger"], "matrix": [[5, 1], [0, 4]]}
     rows = [row(step, accuracy=0.5) for step in range(1, 21)]
@@ -273,7 +274,8 @@ def test_a_classifier_is_shown_with_its_labels_and_its_confusions(tmp_path):
         read(write_report([run_of(tmp_path, "classify", rows, data=data, confusion=confusion)])).text.split()
     )
     for told in (
-        "trained on 90 rows", "held out 10 rows", "not used: no label 3 rows", "two texts were alike",
+        "trained on 90 rows", "held out 10 rows", "not used: no label 3 rows",
+        "cannot be used: not JSON 2 rows", "key that nothing reads: scores 90 rows", "two texts were alike",
         "joy 60 6 anger 30 4", "joy 5 1 anger 0 4", "nats per text",
     ):  # fmt: skip
         assert told in seen, told
