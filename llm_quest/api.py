@@ -187,7 +187,7 @@ def generate(
     see `GenerateOptions`; max_new_tokens is 128 for texts and has to be given for ids. Where neither the options nor the
     folder say how to sample, the temperature is 0.8 for texts, 1 for ids."""
     texts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(model, Decoder):
+    if isinstance(model, str | os.PathLike):
         model, tokenizer = load_model_and_tokenizer(os.fspath(model))
     if not is_text(texts):
         return decoding.generate(model, texts, tokenizer=tokenizer, **options)  # type: ignore[misc, arg-type]
@@ -230,7 +230,7 @@ def chat(
 
     messages: `role` and `content` of each, the last one the user's; or a text, which is the user's. model, tokenizer,
     options: as for `quest.generate`; max_new_tokens is 256."""
-    if not isinstance(model, Decoder):
+    if isinstance(model, str | os.PathLike):
         model, tokenizer = load_model_and_tokenizer(os.fspath(model))
     if tokenizer is None:
         raise UsageError(

@@ -75,8 +75,17 @@ class ImageChat:
 
     def encode_images(self, image_lengths: Sequence[int]) -> list[int]:
         """The beginning of a text: its start token and the images."""
-        text = self.image_markup * len(image_lengths)
-        return [self.tokenizer.start_token_id, *(self.encode_expanded(text, image_lengths) if text else ())]
+        return [self.tokenizer.start_token_id, *(i for length in image_lengths for i in self.encode_image(length))]
+
+    def encode_image(self, num_tokens: int) -> list[int]:
+        """What an image of so many vectors is in a text."""
+        ids: list[int] = []
+        for token in self.config.markup_token_ids:
+            is_marker = token == self.config.marker_token_id
+            for piece in self.config.expand_image(num_tokens) if is_marker else [token]:
+                is_text = isinstance(piece, str)
+                ids += self.tokenizer.encode(piece, add_special_tokens=False) if is_text else [piece]  # type: ignore[arg-type, list-item]
+        return ids
 
     def encode_turns(self, turns: Sequence[ImageTurn], image_lengths: Sequence[int]) -> list[int]:
         """A conversation in the folder's chat template."""

@@ -199,27 +199,21 @@ class ImageTextBatch:
 
 @dataclass(frozen=True)
 class ImageTextCollator:
-    """Encodes turns. The placeholder image_token_id is repeated `num_image_tokens` times for an image; a row has at
-    most `max_length` tokens."""
+    """Encodes turns. row_prefix: the ids that every row begins with: a start token and the image's (`ImageChat`); a row
+    has at most `max_length` tokens."""
 
     tokenizer: Tokenizer
-    image_token_id: int
-    num_image_tokens: int
+    row_prefix: tuple[int, ...]
     max_length: int
-
-    @property
-    def row_prefix(self) -> list[int]:
-        """The ids that every row begins with."""
-        return [self.tokenizer.start_token_id, *[self.image_token_id] * self.num_image_tokens]
 
     def encode_prompt(self, question: str) -> list[int]:
         """The ids of a row up to where the answer begins."""
-        return self.row_prefix + self.tokenizer.encode(question, add_special_tokens=False)
+        return [*self.row_prefix, *self.tokenizer.encode(question, add_special_tokens=False)]
 
     def encode_row(self, turns: Sequence[QuestionAnswer]) -> tuple[list[int], list[int]]:
         """Tokens and targets of a row. UsageError where the first turn does not fit; later turns that do not fit are
         left out."""
-        tokens, learned = self.row_prefix, [False] * len(self.row_prefix)
+        tokens, learned = list(self.row_prefix), [False] * len(self.row_prefix)
         for turn in turns:
             question, answer = self.tokenizer.encode_pieces(turn.question, f" {turn.answer}")
             answer = [*answer, self.tokenizer.eos_token_id]
@@ -228,7 +222,7 @@ class ImageTextCollator:
             tokens, learned = tokens + question + answer, learned + [False] * len(question) + [True] * len(answer)
         if not any(learned):
             raise UsageError(
-                f"an image's {self.num_image_tokens} placeholders and {turns[0].answer[:40]!r} do not fit a row of "
+                f"the {len(self.row_prefix) - 1} tokens of an image and {turns[0].answer[:40]!r} do not fit a row of "
                 f"{self.max_length} tokens: "
                 "set a larger sequence_length or a larger patch"
             )

@@ -68,7 +68,8 @@ def load(
     stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like,
     but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
     until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
-    vision: of a model of several parts (Gemma 3, Qwen3.5) the whole, which reads images; otherwise its text part.
+    vision: of a model of several parts (Gemma 3, Qwen3.5) the whole, which reads images; otherwise, and with an
+    adapter, its text part.
     allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
     `quest --allow-pickle` says. What is odd but harmless, such as a part that was left out, is logged as a note.
     Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
@@ -77,8 +78,7 @@ def load(
     allow_pickle = os.environ.get(ALLOW_PICKLE) == "1" if allow_pickle is None else allow_pickle
     if (base := adapter_base(name_or_path)) is not None:
         return load_adapter(
-            load(base, device=device, dtype=requested_dtype, allow_pickle=allow_pickle, aligned=aligned, vision=vision),
-            name_or_path,
+            load(base, device=device, dtype=requested_dtype, allow_pickle=allow_pickle, aligned=aligned), name_or_path
         ).eval()
     location = locate_model(name_or_path, revision=revision, allow_pickle=allow_pickle)
     report = validate_folder(location, allow_pickle=allow_pickle, vision=vision)

@@ -27,23 +27,16 @@ from llm_quest.models.multimodal import VisionLanguageModel, three_axis_position
 from llm_quest.models.multimodal_config import TextWithImages, join_weight_maps, text_part, vision_part
 from llm_quest.models.weight_names import Names, WeightMap, module_names
 
-MOE = "qwen3_5_moe"
-
 
 def publish_vision(value: Any, config: Any) -> dict[str, Any]:
     """The image encoder is one; its model_type is that of the whole."""
-    return {"vision_config": qwen3_5_vision.FAMILY.publish(value) | {"model_type": f"{model_type(config)}_vision"}}
-
-
-def model_type(config: Any) -> str:
-    """Qwen3.5's, by the feed-forward layers of its decoder."""
-    return "qwen3_5" if config.text_config.moe is None else MOE
+    kind = qwen3_next.choose_model_type(config.text_config).replace("_text", "_vision")
+    return {"vision_config": qwen3_5_vision.FAMILY.publish(value) | {"model_type": kind}}
 
 
 @config_dataclass
 class Config(TextWithImages):
-    """vision_config: of the image encoder; text_config: of the decoder. image_token_id: the placeholder's; the other
-    ids are known to the chat template alone."""
+    """vision_config: of the image encoder; text_config: of the decoder. image_token_id: the placeholder's."""
 
     vision_config: Any = json_field(vision_part((qwen3_5_vision.FAMILY,))[0], publish_vision)
     text_config: Any = json_field(*text_part((qwen3_next.FAMILY,), "qwen3_5_text", qwen3_next.DENSE_DEFAULTS))
@@ -87,8 +80,8 @@ def assemble(config: Config) -> VisionLanguageModel:
 
 def initialize(model: VisionLanguageModel, generator: torch.Generator | None = None) -> None:
     """Each part as its own family does; the adapter N(0, 1/width)."""
-    qwen3_5_vision.FAMILY.initialize(model.tower, generator)
     std = model.config.vision_config.hidden_size**-0.5
+    qwen3_5_vision.FAMILY.initialize(model.tower, generator)
     init_normal_(model.adapter, std=std, out_std=std, generator=generator)
     qwen3_next.FAMILY.initialize(model.decoder, generator)
 
@@ -107,6 +100,8 @@ def weight_map(config: Config) -> WeightMap:
     return join_weight_maps(tower, adapter, decoder, PART_NAMES)
 
 
+BY_NAME = {preset.name: preset.config for preset in qwen3_next.FAMILY.presets}
+LARGE = Config(qwen3_5_vision.LARGE, BY_NAME["qwen3.5-27b"], 248_056, 248_057, 248_053, 248_054)
 TINY = Config(qwen3_5_vision.Config(3, 48, 4, 96, 48, 36, 4), qwen3_next.DENSE_TINY, 96, 95, 94, 93)
 
 FAMILY = Family(
@@ -115,9 +110,14 @@ FAMILY = Family(
     assemble=assemble,
     initialize=initialize,
     weight_map=weight_map,
-    architectures={"qwen3_5": "Qwen3_5ForConditionalGeneration", MOE: "Qwen3_5MoeForConditionalGeneration"},
-    choose_model_type=model_type,
+    architectures={"qwen3_5": "Qwen3_5ForConditionalGeneration", "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration"},
+    choose_model_type=lambda config: qwen3_next.choose_model_type(config.text_config).removesuffix("_text"),
     pipeline_tag="image-text-to-text",
     keys_to_ignore=(r"(model\.)?mtp\..*",),
-    presets=(Preset("qwen3.5-vision-tiny", TINY),),
+    presets=(
+        Preset(
+            "qwen3.5-vision-27b", LARGE, 27_356_728_560, "Qwen/Qwen3.5-27B", "without MTP", qwen3_next.EOS_TOKEN_IDS
+        ),
+        Preset("qwen3.5-vision-tiny", TINY),
+    ),
 )

@@ -127,6 +127,7 @@ def weight_map(config: Config) -> WeightMap:
     return expand_layers(names | module_names(layer, bias=True), config.num_hidden_layers)
 
 
+LARGE = Config(27, 1152, 16, 4304, 5120, 2304)
 FAMILY = Family(
     name="qwen3_5_vision",
     Config=Config,

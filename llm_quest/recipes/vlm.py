@@ -14,6 +14,7 @@ from torch import nn
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.document import DropReport
+from llm_quest.data.image_chat import ImageChat
 from llm_quest.data.image_text import (
     CaptionDataset,
     ImageTextCollator,
@@ -37,6 +38,7 @@ from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
+from llm_quest.models.multimodal_config import TextWithImages
 from llm_quest.objectives.next_token import CaptioningLoss
 from llm_quest.recipes.assembly import (
     apply_techniques,
@@ -218,11 +220,12 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         tokenizer.bos_token_id, tuple(tokenizer.eos_token_ids), tokenizer.pad_token_id
     )
     numbers = model.config
+    image_ids = ImageChat(tokenizer, numbers).encode_images([numbers.num_image_tokens(*preprocess.shape)])
     log(
-        f"an image is {numbers.image_seq_length} of the {config.sequence_length} tokens of a row; "
+        f"an image is {len(image_ids) - 1} of the {config.sequence_length} tokens of a row; "
         f"{', '.join(config.trainable)} trained"
     )
-    writer = ImageTextCollator(tokenizer, numbers.image_token_id, numbers.image_seq_length, config.sequence_length)
+    writer = ImageTextCollator(tokenizer, tuple(image_ids), config.sequence_length)
     rows = ImageTextRows(
         sights,
         writer,
@@ -278,8 +281,8 @@ def default_preprocess(vision: Any, name: str, log: LogFn) -> ImageProcessor:
 
 def load_vision_config(name_or_path: str) -> Any:
     """The vision part's numbers of a model that does not say how its images are made."""
-    config = load(name_or_path, device="meta").config
-    return config.vision_config if isinstance(config, Config) else config
+    config = load(name_or_path, device="meta", vision=True).config
+    return config.vision_config if isinstance(config, TextWithImages) else config
 
 
 def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: DropReport) -> ImageTextDataset:
@@ -297,7 +300,7 @@ def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenize
     if where is None:
         return train_bpe(sights.tokenizer_texts(), config.language_model.vocab_size, (*SPECIAL_TOKENS, IMAGE_TOKEN))
     tokenizer = load_tokenizer(where)
-    if IMAGE_TOKEN not in tokenizer.special_tokens:
+    if config.model.load is None and IMAGE_TOKEN not in tokenizer.special_tokens:
         tokenizer.backend_tokenizer.add_special_tokens([IMAGE_TOKEN])
         tokenizer = Tokenizer(
             tokenizer.backend_tokenizer,
@@ -312,7 +315,7 @@ def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenize
 def init_vlm(config: VlmConfig, tokenizer: Tokenizer, preprocess: ImageProcessor) -> VisionLanguageModel:
     """Loaded whole; or put together from parts, each loaded or built with first values."""
     if config.model.load is not None:
-        loaded: Any = load(config.model.load, dtype="float32", aligned=True)
+        loaded: Any = load(config.model.load, dtype="float32", aligned=True, vision=True)
         if not isinstance(loaded, VisionLanguageModel):
             raise UsageError(
                 f"model.load={config.model.load} is no vision-language model; set vision_tower.load or "

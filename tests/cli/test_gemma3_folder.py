@@ -170,6 +170,43 @@ def test_inspect_verify_and_export_read_the_whole_model(folder: Path, tmp_path: 
     )
 
 
+def test_captions_are_trained_on_and_the_run_is_shown_images_and_exported(folder: Path, tmp_path: Path):
+    """The rows of train vlm have an image as Gemma writes it, between its own tokens."""
+    rows = []
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "caption": "a photo"}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    asked = [f"model.load={folder}", f"data.source={tmp_path / 'rows.jsonl'}", "data.held_out=0.3", "max_steps=2"]
+    asked += ["sequence_length=64", "batch_size=4", "precision=fp32", "warmup_steps=1", "eval_images=2"]
+    train = CliRunner().invoke(app, ["train", "vlm", *asked, "--out", str(tmp_path / "run"), "-q"])
+    assert train.exit_code == 0, train.exception
+    trained: Any = quest.load(tmp_path / "run")
+    assert trained.spec.family == "gemma3"
+    assert not torch.equal(trained.adapter.out.weight, quest.load(folder, vision=True).adapter.out.weight)  # type: ignore[attr-defined]
+    exported = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert exported.exit_code == 0, exported.exception
+    answers = []
+    for where in (tmp_path / "run", tmp_path / "out"):
+        shown = [
+            "generate",
+            str(where),
+            "--image",
+            files(folder)[0],
+            "-p",
+            "describe:",
+            "-n",
+            "4",
+            "--temperature",
+            "0",
+        ]
+        said = CliRunner().invoke(app, [*shown, "--json", "-q"])
+        assert said.exit_code == 0, said.exception
+        answers.append(json.loads(said.stdout)["tokens"])
+    assert answers[0] == answers[1]
+
+
 def test_text_commands_read_the_text_part_alone(folder: Path):
     assert quest.load(folder).spec.family == "gemma"
     said = CliRunner().invoke(app, ["generate", str(folder), "-p", "now", "-n", "3", "-q"])

@@ -28,7 +28,8 @@ from llm_quest.eval.images import ImageQuestionEvaluator
 SCENES = SceneDataset(24)
 TOKENIZER = train_bpe(SCENES.tokenizer_texts()[:300], 400, (*SPECIAL_TOKENS, "<image>"))
 IMAGE = TOKENIZER.token_to_id("<image>")
-WRITER = ImageTextCollator(TOKENIZER, IMAGE, 4, 120)
+PREFIX = (TOKENIZER.start_token_id, *[IMAGE] * 4)
+WRITER = ImageTextCollator(TOKENIZER, PREFIX, 120)
 PREPROCESS = ImageProcessor(24)
 
 
@@ -79,11 +80,11 @@ def test_every_row_has_a_placeholder_for_every_vector_of_its_image():
 
 
 def test_turns_beyond_the_room_are_left_out_but_not_the_first():
-    short = ImageTextCollator(TOKENIZER, IMAGE, 4, 12)
+    short = ImageTextCollator(TOKENIZER, PREFIX, 12)
     tokens, _ = short.encode_row([QuestionAnswer("count", "how many red circles?", "two")] * 5)
     assert len(tokens) <= 12
-    with pytest.raises(UsageError, match="4 placeholders and 'two' do not fit a row of 6 tokens"):
-        ImageTextCollator(TOKENIZER, IMAGE, 4, 6).encode_row([QuestionAnswer("count", "how many red circles?", "two")])
+    with pytest.raises(UsageError, match="the 4 tokens of an image and 'two' do not fit a row of 6 tokens"):
+        ImageTextCollator(TOKENIZER, PREFIX, 6).encode_row([QuestionAnswer("count", "how many red circles?", "two")])
 
 
 def write(tmp_path: Path, rows: list[object], images: int = 12) -> Path:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import llm_quest as quest
 from llm_quest.errors import DataError
+from llm_quest.hub.config import family_for, parse_hf_config
 from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load, save
 from llm_quest.hub.pickled import read_pickled
@@ -123,6 +124,58 @@ def test_what_gemma_3s_text_config_leaves_out_has_its_class_s_values():
     inner, _ = part_of_several(published, FAMILIES)  # type: ignore[misc]
     assert FAMILY.read(inner) == quest.preset("gemma3-4b").config
     assert inner["torch_dtype"] == "bfloat16"
+
+
+GEMMA3_4B_IT = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "model_type": "gemma3", "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    "vision_config": {
+        "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+    },
+}  # fmt: skip
+QWEN3_5_27B = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "model_type": "qwen3_5",
+    "tie_word_embeddings": False, "transformers_version": "4.57.0.dev0", "video_token_id": 248057,
+    "vision_end_token_id": 248054, "vision_start_token_id": 248053,
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
+        "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+        "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 17408, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+        "mlp_only_layers": [], "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False, "num_attention_heads": 24, "num_hidden_layers": 64,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "use_cache": True, "vocab_size": 248320,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default", "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+    "vision_config": {
+        "deepstack_visual_indexes": [], "depth": 27, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304, "model_type": "qwen3_5",
+        "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 5120, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "hf_config"), [("gemma3-vision-4b", GEMMA3_4B_IT), ("qwen3.5-vision-27b", QWEN3_5_27B)]
+)
+def test_the_configs_of_models_with_images_as_they_stand_on_the_hub_are_the_presets(name: str, hf_config: dict):
+    config, problems = parse_hf_config(family_for(hf_config), hf_config)
+    assert not problems
+    assert config == quest.preset(name).config
+    for part in ("text_config", "vision_config"):
+        _, problems = parse_hf_config(family_for(hf_config), hf_config | {part: hf_config[part] | {"use_new": True}})
+        assert "use_new (True): not known to" in "".join(problems)
 
 
 PREFIXES: dict[str, Callable[[str], str]] = {
