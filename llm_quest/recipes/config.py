@@ -9,6 +9,8 @@ config.yaml is itself a recipe.
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as File
@@ -145,6 +147,8 @@ def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[Conf
     """The typed config; UsageError with one line per mistake. more: mistakes that are not the schema's to find."""
     if settings.problems:
         raise config_error(settings.problems)
+    if implausible := list(find_implausible_numbers(schema, settings)):
+        raise config_error(implausible)
     try:
         config = schema.model_validate(settings.tree)
     except ValidationError as error:
@@ -153,6 +157,43 @@ def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[Conf
     if more:
         raise config_error(more)
     return config
+
+
+LARGEST_NUMBER = 10**9
+LARGEST = {
+    "seed": 2**63 - 1,
+    "max_steps": 10**12,
+    "threads": 4 * max(16, os.cpu_count() or 1),
+    "batch_size": 2**20,
+    "micro_batch_size": 2**20,
+}
+LARGEST |= {"num_generations": 2**16, "sequence_length": 2**27, "prompts_per_rollout": 2**20, "save_total_limit": 10**6}
+"""Whole numbers above these are slips of the keyboard, which would fill the memory or never end."""
+
+
+def find_implausible_numbers(schema: type[StrictModel], settings: RawConfig) -> Iterator[ConfigProblem]:
+    """`true` where a number is expected (it would count as 1), and whole numbers that no run can have."""
+    for key, value in flatten_tree(settings.tree):
+        path = tuple(key.split("."))
+        field, most = schema_field(schema, path), LARGEST.get(path[-1], LARGEST_NUMBER)
+        if field is None or path[-1] not in schema_fields(schema, path[:-1]):
+            continue
+        if isinstance(value, bool) and takes_number(field.annotation):
+            what = f"{str(value).lower()} is not {describe_field(field)}"
+        elif type(value) is int and abs(value) > most:
+            digits = int(value.bit_length() * math.log10(2)) + 1  # Python does not print a number of more than 4,300
+            shown = f"{value:,}" if digits < 30 else f"a number of about {digits} digits"
+            what = f"{shown} is more than {most:,}, the most that is plausible"
+        else:
+            continue
+        yield ConfigProblem(settings.location(path), key, what)
+
+
+def takes_number(annotation: Any) -> bool:
+    """Whether a field of this type holds a number, and no truth value."""
+    parts = {annotation, *get_args(annotation)}
+    parts |= {inner for part in parts if get_origin(part) is Annotated for inner in get_args(part)[:1]}
+    return not parts.isdisjoint((int, float)) and bool not in parts
 
 
 def refuse_earlier_version(error: ValidationError, settings: RawConfig) -> None:

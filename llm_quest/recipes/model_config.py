@@ -196,6 +196,8 @@ def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
             yield key, f"unknown number{did_you_mean(key, list(fields))}; {family.name} has: {', '.join(fields)}"
         elif wrong := describe_type_error(value, fields[key], least=0 if key in MAY_BE_ZERO else 1):
             yield key, wrong
+        elif (number := largest_number(value)) > (most := LARGEST_SIZES.get(key, LARGEST_SIZE)):
+            yield key, f"{number:,} is more than {most:,}, the most that is plausible"
         elif missing := missing_inside(value, fields[key], None if plan.base is None else getattr(plan.base, key)):
             yield key, f"missing in it: {', '.join(missing)}"
     if plan.base is None:
@@ -203,6 +205,20 @@ def check_config_keys(plan: Sized) -> Iterator[tuple[str, str]]:
         for key in [field.name for field in dataclasses.fields(family.Config) if field.default is dataclasses.MISSING]:
             if key not in given:
                 yield key, f"missing; {family.name} needs {describe_expected(fields[key])}"
+
+
+LARGEST_SIZE = 2**22
+LARGEST_SIZES = {"num_hidden_layers": 1024, "max_position_embeddings": 2**30}
+"""Sizes above these are slips of the keyboard; the largest published model has 126 layers of width 16,384."""
+
+
+def largest_number(value: Any) -> int:
+    """The largest whole number in a value or in the lists and groups that it holds."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return max(map(largest_number, value), default=0)
+    return value if type(value) is int else 0
 
 
 def relations(plan: Sized) -> Iterator[tuple[str, str]]:
