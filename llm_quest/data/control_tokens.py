@@ -7,7 +7,6 @@ tokenizers begin a text.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -84,8 +83,7 @@ class ControlTokenEncoder:
     @cached_property
     def boundary_backend(self) -> tokenizers.Tokenizer:
         """A copy in which control tokens are text, unless they stand between two boundary marks."""
-        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        backend.encode_special_tokens = True
+        backend = self.tokenizer.copy_without_controls()
         added = [token for token in backend.get_added_tokens_decoder().values() if token.special]
         backend.add_tokens(
             [

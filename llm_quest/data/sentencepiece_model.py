@@ -1,23 +1,29 @@
-"""SentencePiece models (`tokenizer.model`) read without the sentencepiece package, as transformers converts them.
+"""SentencePiece models (`tokenizer.model`, `spiece.model`) read without the sentencepiece package, as transformers
+converts them.
 
 The file is a protocol buffer (github.com/google/sentencepiece, src/sentencepiece_model.proto): pieces with a score and
 a type, and how the model was trained. BPE: of all neighbouring pieces whose concatenation is a piece, the one with the
 highest score is merged first; so every way of cutting a piece into two is a merge, in the order of scores. Unigram
 (Kudo 2018, arXiv:1804.10959): the scores are log-probabilities.
 
-Commonly got wrong: user-defined symbols are tokens that are never cut, and no control tokens.
+T5's text form differs from Llama's: characters are first replaced by a map (NFKC and more) that the file holds, runs of
+white space are one space, an end token is put behind every text, and a hundred sentinels <extra_id_99> .. <extra_id_0>
+follow the file's pieces.
+
+Commonly got wrong: user-defined symbols are tokens that are never cut, and no control tokens; T5's first sentinel is
+the last token.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from llm_quest.errors import DataError
 
@@ -25,8 +31,10 @@ META_SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2
 CONTROL, USER_DEFINED = 3, 4
 """Values of ModelType, and of a piece's Type."""
-CONVERTIBLE_CLASSES = {"LlamaTokenizer": True, "CodeLlamaTokenizer": True, "GemmaTokenizer": False}
-"""Tokenizer classes whose text form is known: whether they put a space before a text."""
+FILES = {"tokenizer.model": "LlamaTokenizer", "spiece.model": "T5Tokenizer"}
+"""Names of model files, and the tokenizer class where tokenizer_config.json names none."""
+Converted = tuple[tokenizers.Tokenizer, dict[str, Any]]
+"""A tokenizer, and the settings that its class has where tokenizer_config.json says nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a tokenizer.model holds, as far as ids depend on it."""
+    """What a model file holds, as far as ids depend on it. charsmap: a map of characters, in SentencePiece's form;
+    empty without one."""
 
     pieces: tuple[Piece, ...]
     model_type: int
@@ -48,7 +57,7 @@ class SentencePieceModel:
     unk_id: int
     bos_id: int
     eos_id: int
-    has_charsmap: bool
+    charsmap: bytes
 
     @property
     def token_names(self) -> dict[str, str]:
@@ -67,34 +76,91 @@ class SentencePieceModel:
         return [(left, right) for _, _, left, right in sorted(merges, key=lambda merge: merge[0])]
 
 
-def convert_sentencepiece(file: Path, settings: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """A SentencePiece model as a tokenizer, and the names of its unknown, begin and end token. settings:
-    tokenizer_config.json, which names its class. DataError for a class whose text form is not known here."""
-    name = str(settings.get("tokenizer_class", "LlamaTokenizer")).removesuffix("Fast")
-    if name not in CONVERTIBLE_CLASSES:
+def convert_sentencepiece(file: Path, settings: Mapping[str, Any]) -> Converted:
+    """A SentencePiece model as a tokenizer, and its class's settings. settings: tokenizer_config.json, which names the
+    class. DataError for a class whose text form is not known here."""
+    name = str(settings.get("tokenizer_class", FILES[file.name])).removesuffix("Fast")
+    if name not in CONVERTERS:
         raise DataError(
             f"{file}: a SentencePiece model of the class {name} is not converted here (known: "
-            f"{', '.join(CONVERTIBLE_CLASSES)}): load it with transformers' AutoTokenizer and save_pretrained it, "
+            f"{', '.join(CONVERTERS)}): load it with transformers' AutoTokenizer and save_pretrained it, "
             "which writes a tokenizer.json"
         )
+    return CONVERTERS[name](file, settings)
+
+
+def convert_with_prefix_space(file: Path, settings: Mapping[str, Any]) -> Converted:
+    """Llama's form: a space stands before every text, unless add_prefix_space is false."""
+    return convert_llama(file, prepend=settings.get("add_prefix_space") is not False)
+
+
+def convert_plain(file: Path, settings: Mapping[str, Any]) -> Converted:
+    """Gemma's form: spaces as they are."""
+    return convert_llama(file, prepend=False)
+
+
+def convert_llama(file: Path, *, prepend: bool) -> Converted:
+    """Spaces are pieces, bytes stand for characters that the model lacks."""
     model = read_sentencepiece(file)
-    if model.has_charsmap:
+    if model.charsmap:
         raise DataError(
-            f"{file} normalises text by a character map, which is not read here: load it with transformers' "
+            f"{file} normalises text by a character map, which its class does not read: load it with transformers' "
             "AutoTokenizer and save_pretrained it, which writes a tokenizer.json"
         )
     backend = tokenizers.Tokenizer(build_model(model))
-    prepend = CONVERTIBLE_CLASSES[name] and settings.get("add_prefix_space") is not False
     before = [normalizers.Prepend(META_SPACE)] if prepend else []
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", META_SPACE)])
     after = [decoders.Strip(" ", 1, 0)] if prepend else []
     steps = [decoders.Replace(META_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     backend.decoder = decoders.Sequence(steps)
+    add_marked_pieces(backend, model)
+    return backend, {"add_bos_token": True} | model.token_names
+
+
+def convert_t5(file: Path, settings: Mapping[str, Any]) -> Converted:
+    """T5's form (Raffel et al. 2020, arXiv:1910.10683)."""
+    model = read_sentencepiece(file)
+    if model.model_type != UNIGRAM:
+        raise DataError(f"{file} is a BPE, a T5Tokenizer's model is Unigram: name its class in tokenizer_config.json")
+    count = settings.get("extra_ids", EXTRA_IDS)
+    if type(count) is not int or not 0 <= count <= MAX_EXTRA_IDS:
+        raise DataError(
+            f"{file.parent}: extra_ids is {count!r}; a number of sentinels, 0 to {MAX_EXTRA_IDS}, was expected"
+        )
+    sentinels = [f"<extra_id_{number}>" for number in reversed(range(count))]
+    scores = [(piece.text, piece.score) for piece in model.pieces] + [(name, 0.0) for name in sentinels]
+    try:
+        backend = tokenizers.Tokenizer(models.Unigram(scores, unk_id=model.unk_id, byte_fallback=model.byte_fallback))
+        if model.charsmap:
+            backend.normalizer = normalizers.Precompiled(model.charsmap)
+    except Exception as error:  # the package raises bare Exception for a broken map, or an id beyond the pieces
+        raise DataError(f"{file} is damaged: {error}") from error
+    spaces = pre_tokenizers.Metaspace(replacement=META_SPACE, prepend_scheme="always", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    backend.decoder = decoders.Metaspace(replacement=META_SPACE, prepend_scheme="always", split=True)
+    add_marked_pieces(backend, model)
+    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in sentinels])
+    names = model.token_names | {"pad_token": "<pad>"}
+    return backend, {"add_bos_token": False, "add_eos_token": True} | names
+
+
+EXTRA_IDS, MAX_EXTRA_IDS = 100, 10_000
+CONVERTERS: dict[str, Callable[[Path, Mapping[str, Any]], Converted]] = {
+    "LlamaTokenizer": convert_with_prefix_space,
+    "CodeLlamaTokenizer": convert_with_prefix_space,
+    "GemmaTokenizer": convert_plain,
+    "T5Tokenizer": convert_t5,
+    "MT5Tokenizer": convert_t5,
+}
+"""Tokenizer classes whose text form is known."""
+
+
+def add_marked_pieces(backend: tokenizers.Tokenizer, model: SentencePieceModel) -> None:
+    """Control tokens, and the symbols that a user defined."""
     special = [tokenizers.AddedToken(p.text, normalized=False, special=True) for p in model.pieces if p.type == CONTROL]
     backend.add_special_tokens(special)
     own = [tokenizers.AddedToken(p.text, normalized=False) for p in model.pieces if p.type == USER_DEFINED]
     backend.add_tokens(own)
-    return backend, model.token_names
 
 
 def build_model(model: SentencePieceModel) -> models.Model:
@@ -133,9 +199,7 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
     if not pieces or kind not in (UNIGRAM, BPE):
         raise DataError(f"{file} is not a SentencePiece model of the kind BPE or Unigram{tiktoken_hint(file)}")
     unknown, begin, end = (training.get(field, number) for number, field in enumerate((40, 41, 42)))
-    return SentencePieceModel(
-        pieces, kind, bool(training.get(35, 0)), unknown, begin, end, has_charsmap=bool(normal.get(2))
-    )
+    return SentencePieceModel(pieces, kind, bool(training.get(35, 0)), unknown, begin, end, charsmap=normal.get(2, b""))
 
 
 def read_piece(content: bytes) -> Piece:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -247,9 +248,28 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> tokenizers.Tokenizer:
+        return self.copy_without_controls()
+
+    def copy_without_controls(self) -> tokenizers.Tokenizer:
+        """A copy of the backend in which control tokens are text like any other."""
         literal = copy.deepcopy(self.backend_tokenizer)
         literal.encode_special_tokens = True
+        if isinstance(literal.model, tokenizers.models.Unigram):
+            literal.model = without_spellings(literal)
         return literal
+
+
+def without_spellings(backend: tokenizers.Tokenizer) -> tokenizers.models.Unigram:
+    """A Unigram model whose control tokens no text spells. They are pieces like others there, often the likeliest, and
+    BPE's merges never make them. Their places keep their ids under names that are drawn."""
+    model = json.loads(backend.to_str())["model"]
+    control = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    drawn = secrets.token_hex(16)
+    pieces = [
+        (f"{drawn}-{number}" if piece in control and number != model["unk_id"] else piece, score)
+        for number, (piece, score) in enumerate(model["vocab"])
+    ]
+    return tokenizers.models.Unigram(pieces, unk_id=model["unk_id"], byte_fallback=model.get("byte_fallback", False))
 
 
 def require_valid_unicode(text: str) -> str:

@@ -2,7 +2,7 @@
 
     tokenizer.json                          the whole tokenizer                      (fast)
     vocab.json + merges.txt                 byte-level BPE, cut into words by the class of tokenizer_config.json (slow)
-    tokenizer.model                         SentencePiece (`sentencepiece_model.py`)
+    tokenizer.model, T5's spiece.model      SentencePiece (`sentencepiece_model.py`)
     tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja        beside any of them
 
 As in transformers, added tokens of these files that the tokenizer lacks are added under their ids, and a named begin,
@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from llm_quest.data.sentencepiece_model import FILES as SENTENCEPIECE_FILES
 from llm_quest.data.sentencepiece_model import begin_and_end_template, convert_sentencepiece, tiktoken_hint
 from llm_quest.errors import DataError
 
@@ -67,13 +68,13 @@ def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
         backend = read_tokenizer_json(file)
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         backend, settings = read_slow_files(folder, settings)
-    elif (folder / "tokenizer.model").exists():
-        backend, names = convert_sentencepiece(folder / "tokenizer.model", settings)
-        settings = {"add_bos_token": True} | names | settings
+    elif (model := next((folder / name for name in SENTENCEPIECE_FILES if (folder / name).exists()), None)) is not None:
+        backend, defaults = convert_sentencepiece(model, settings)
+        settings = defaults | settings
     else:
         raise DataError(
-            f"no tokenizer at {path}: expected a tokenizer.json, vocab.json with merges.txt, or tokenizer.model"
-            f"{other_format_hint(folder)}"
+            f"no tokenizer at {path}: expected a tokenizer.json, vocab.json with merges.txt, tokenizer.model or "
+            f"spiece.model{other_format_hint(folder)}"
         )
     add_listed_tokens(backend, folder, settings)
     add_named_tokens(backend, settings)
@@ -178,7 +179,7 @@ def read_json_object(file: Path) -> Settings:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has files that `read_tokenizer_files` reads."""
-    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    return any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", *SENTENCEPIECE_FILES))
 
 
 def other_format_hint(folder: Path) -> str:

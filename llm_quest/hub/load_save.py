@@ -270,7 +270,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         if has_tokenizer(home):
             return Tokenizer.load(home)
     raise DataError(
-        f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model)"
+        f"{name_or_path} has no tokenizer (no tokenizer.json, no vocab.json with merges.txt, no tokenizer.model, no "
+        "spiece.model)"
         f"{other_format_hint(location.folder)}"
     )
 

@@ -20,7 +20,7 @@ WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.i
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -185,3 +185,13 @@ def test_mistakes_are_named():
         TOKENIZER.encode("a\ud800")
     with pytest.raises(UsageError, match=r"no token '<\|nope\|>'"):
         TOKENIZER.token_to_id("<|nope|>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_tokenizer_makes_a_control_token_of_ordinary_text(kind: str):
+    tokenizer = tokenizer_of(kind)
+    for name in tokenizer.special_tokens:
+        if name != tokenizer.unk_token:
+            text = f"one {name} two{name}three"
+            assert tokenizer.token_to_id(name) not in tokenizer.encode(text, add_special_tokens=False), name
+            assert tokenizer.token_to_id(name) in tokenizer.encode(text, allow_special_tokens=True), name

@@ -164,8 +164,8 @@ def test_a_sentencepiece_model_is_converted(tmp_path: Path):
 
 def test_what_does_not_convert_says_what_would(tmp_path: Path):
     write_sentencepiece(tmp_path / "tokenizer.model", llama_pieces()[:300])
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    with pytest.raises(DataError, match=r"class T5Tokenizer is not converted.*AutoTokenizer"):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLNetTokenizer"}))
+    with pytest.raises(DataError, match=r"class XLNetTokenizer is not converted.*AutoTokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
