@@ -184,8 +184,8 @@ def generate(
 
     model: a name (its tokenizer and the sampling that its generation_config.json advises are used), or a model.
     prompts: a text, texts, or lists of token ids. tokenizer: of a model that was given itself; texts need it. options:
-    see `GenerateOptions`; max_new_tokens is 128 for texts and has to be given for ids. Where neither the options nor the
-    folder say how to sample, the temperature is 0.8 for texts, 1 for ids."""
+    see `GenerateOptions`; max_new_tokens is 128 for texts and has to be given for ids. Where neither the options nor
+    the folder say how to sample, the temperature is 0.8 for texts, 1 for ids."""
     texts = [prompts] if isinstance(prompts, str) else prompts
     if isinstance(model, str | os.PathLike):
         model, tokenizer = load_model_and_tokenizer(os.fspath(model))

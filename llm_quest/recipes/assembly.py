@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from llm_quest.contracts import Callback, LogFn
+from llm_quest.data.conversations import prompt_hash, split_by_prompt
 from llm_quest.data.corpus import Corpus, load_corpus
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, SourceT, repeat_by_weight
 from llm_quest.data.records import Record
 from llm_quest.data.sources import Builtin, DataSource, iter_sources, load_rows
-from llm_quest.data.split import CorpusSplit, split_corpus
+from llm_quest.data.split import CorpusSplit, shingle_overlap, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
@@ -77,7 +78,7 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
     with phase(f"reading {source_name(data)}"):
         corpus = load_config_corpus(data)
     with phase("choosing what is held out"):
-        parts = split_corpus(corpus, held_out=data.held_out)
+        parts = split_text(corpus, data)
         parts = replace(parts, train=tuple(repeat_by_weight(parts.train)))
     with phase("training a tokenizer" if choice.load is None else "reading the tokenizer"):
         tokenizer = (
@@ -130,6 +131,21 @@ def load_config_rows(
     return load(columns=config.columns, strict=config.strict)
 
 
+def load_split_rows(
+    config: Any, read: Any, drop_report: DropReport, *, builtin: Builtin | None = None, limit: int | None = None
+) -> tuple[list[Any], list[Any]]:
+    """(training, held out): a part of the rows by their prompts, the rows of data.validation, or none (held_out=0).
+    config: a RowsConfig with `held_out`."""
+    rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
+    if config.validation is None:
+        return split_by_prompt(rows, config.held_out) if config.held_out else (rows, [])
+    held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
+    known = {prompt_hash(one.prompt) for one in rows}
+    if shared := sum(prompt_hash(one.prompt) in known for one in held):
+        drop_report.note(f"{shared:,} of the {len(held):,} rows of data.validation: their prompt is trained on too")
+    return rows, held
+
+
 def log_remarks(drop_report: DropReport, log: LogFn) -> None:
     """Says once what of the rows is not used."""
     for line in drop_report.remarks():
@@ -139,6 +155,16 @@ def log_remarks(drop_report: DropReport, log: LogFn) -> None:
 def load_config_corpus(data: TextDataConfig) -> Corpus:
     """The documents that a config names."""
     return load_corpus(data_sources(data), columns=data.columns, separator=data.separator, strict=data.strict)
+
+
+def split_text(corpus: Corpus, data: TextDataConfig) -> CorpusSplit:
+    """Documents to train on and held-out ones: a part of them, those of data.validation, or none (held_out=0)."""
+    if data.validation is None:
+        return split_corpus(corpus, held_out=data.held_out)
+    held = load_config_corpus(data.of_validation).documents
+    overlap = shingle_overlap(corpus.documents, held)
+    corpus.drop_report.note(f"overlap: {overlap:.1%} of the runs of words of data.validation are trained on too")
+    return CorpusSplit(corpus, corpus.documents, tuple(held))
 
 
 def load_any_tokenizer(name_or_path: str) -> Tokenizer:

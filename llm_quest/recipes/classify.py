@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, model_validator
 
 from llm_quest.data.builtin_qa import builtin_labeled_texts
-from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import length_grouped_indices, repeat_by_weight
 from llm_quest.data.row_forms import LABELED_TEXT_FORMS
@@ -28,7 +27,7 @@ from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
 from llm_quest.recipes.assembly import (
     count_epochs,
-    load_config_rows,
+    load_split_rows,
     log_remarks,
     make_sharded_loader,
     micro_batch_rows,
@@ -55,7 +54,9 @@ class LabelledTextConfig(RowsConfig):
     """Texts with labels."""
 
     forms = LABELED_TEXT_FORMS
-    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the texts that is never trained on")
+    held_out: float = Field(
+        default=0.1, ge=0, lt=0.5, description="the part of the texts that is never trained on; 0: none"
+    )
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
 
 
@@ -89,13 +90,12 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     tokenizer.model_max_length = config.sequence_length
     drop_report = DropReport()
     part = config.data
-    texts = load_config_rows(
+    learned, held_texts = load_split_rows(
         part, read_labeled_texts, drop_report, builtin=builtin_labeled_texts, limit=part.max_samples
     )
     callbacks = apply_config_techniques(config, model, log)
-    names = attach_score_head(model, collect_label_names(texts), derive_seed(config.seed, "init"))
+    names = attach_score_head(model, collect_label_names([*learned, *held_texts]), derive_seed(config.seed, "init"))
     freeze_except(model, config.trainable)
-    learned, held_texts = split_by_prompt(texts, part.held_out)
     train, held = (
         encode_labeled_texts(side, names, tokenizer, config.sequence_length, drop_report)
         for side in (repeat_by_weight(learned), held_texts)
@@ -111,7 +111,9 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
         config,
         TextClassificationLoss(model, label_smoothing=config.label_smoothing),
         loader,
-        [ClassifierEvaluator(held, config.eval_steps, labels=names, samples_dir=context.samples_dir)],
+        [ClassifierEvaluator(held, config.eval_steps, labels=names, samples_dir=context.samples_dir)]
+        if held_texts
+        else [],
         {"tokenizer": tokenizer.hash, "data": train.hash},
         facts,
         tokenizer,

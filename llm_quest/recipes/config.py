@@ -24,7 +24,7 @@ from llm_quest.data.sources import absolute_source
 from llm_quest.errors import UsageError
 from llm_quest.files import absolute_path
 from llm_quest.recipes import RECIPES
-from llm_quest.recipes.dependent_defaults import override_paths, replace_model, replace_task
+from llm_quest.recipes.dependent_defaults import override_paths, replace_data, replace_model, replace_task
 from llm_quest.recipes.old_keys import OLD_VALUES, new_key, with_new_keys
 from llm_quest.recipes.yaml_io import (
     ConfigProblem,
@@ -88,6 +88,18 @@ def parse_sources(entry: type[ConfigT], given: Any) -> str | tuple[ConfigT, ...]
     )
 
 
+def hold_nothing_out(given: Any) -> Any:
+    """A group of data with rows to evaluate on: all of its source is trained on. ValueError for a part that is held out
+    beside them."""
+    if not isinstance(given, dict) or given.get("validation") is None:
+        return given
+    if given.get("held_out"):
+        raise ValueError(
+            f"held_out={given['held_out']} has no effect beside validation, which is evaluated on: leave one out"
+        )
+    return {**given, "held_out": 0.0}
+
+
 def parse_source_entry(entry: type[ConfigT], given: Any) -> ConfigT:
     try:
         return entry.model_validate({"path": given} if isinstance(given, str) else given)
@@ -132,6 +144,7 @@ def load_raw_config(recipe: str, overrides: Sequence[str] = ()) -> RawConfig:
     if overrides:
         apply_overrides(settings, overrides)
         replace_model(settings, override_paths(overrides), own_family)
+        replace_data(settings, override_paths(overrides))
         replace_task(settings, override_paths(overrides))
     return settings
 

@@ -86,7 +86,7 @@ class TextDataConfig(RowsConfig):
     )
     separator: str | None = Field(default=None, min_length=1, description="splits a text file into documents")
     held_out: float = Field(
-        default=0.05, gt=0, lt=0.5, description="the part of the documents that is never trained on"
+        default=0.05, ge=0, lt=0.5, description="the part of the documents that is never trained on; 0: none"
     )
 
     @field_validator("source")

@@ -58,6 +58,21 @@ def replace_task(settings: RawConfig, given: Collection[KeyPath]) -> None:
         settings.tree.pop("task", None)
 
 
+BELONGS_TO = {"validation": "held_out", "source": "num_documents"}
+"""A key of `data` -> what of the recipe's own belongs to another value of it: the part that is held out, the number of
+a task's documents."""
+
+
+def replace_data(settings: RawConfig, given: Collection[KeyPath]) -> None:
+    """Data that are named on the command line take the place of the recipe's own, with what belongs to those."""
+    data = settings.tree.get("data")
+    if not isinstance(data, dict):
+        return
+    for key, own in BELONGS_TO.items():
+        if ("data", key) in given and ("data", own) not in given:
+            data.pop(own, None)
+
+
 def drop_sizes(model: dict[str, Any], given: Collection[KeyPath]) -> None:
     """Remove the sizes of the recipe's own model."""
     sizes = model.get("config")

@@ -165,7 +165,7 @@ def build_dpo(config: DpoConfig, context: Context) -> Job:
         config,
         objective,
         loader,
-        [evaluator],
+        [evaluator] if pairs.held_out else [],
         {"tokenizer": tokenizer.hash, "data": row_loader.source.hash},
         data_info,
         tokenizer,

@@ -13,7 +13,6 @@ from pydantic import Field
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.builtin_qa import builtin_preferences as builtin
 from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, repeat_by_weight, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceDataset
@@ -31,7 +30,7 @@ from llm_quest.recipes.assembly import (
     fit_sequence_length,
     iter_config_records,
     load_any_tokenizer,
-    load_config_rows,
+    load_split_rows,
     log_remarks,
     make_sharded_loader,
     micro_batch_rows,
@@ -64,7 +63,9 @@ class ConversationDataConfig(RowsConfig, ChatTemplateConfig):
     """Conversations, and how they are laid out."""
 
     forms: ClassVar[Sequence[RowForm]] = CONVERSATION_FORMS
-    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
+    held_out: float = Field(
+        default=0.1, ge=0, lt=0.5, description="the part of the questions that is never trained on; 0: none"
+    )
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
 
 
@@ -221,8 +222,7 @@ def prepare_preferences(config: PreferenceDataConfig, tokenizer: Tokenizer, leng
     """From a source to pairs; what is left out is in the ledger. seed: decides which labels are flipped."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
-    pairs = load_config_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
-    train, held = split_by_prompt(pairs, config.held_out)
+    train, held = load_split_rows(config, read_preferences, drop_report, builtin=builtin, limit=config.max_samples)
     train = flip_labels(train, config.label_flip_fraction, seed)
     if config.label_flip_fraction:
         drop_report.note(

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.builtin_qa import builtin_preferences
-from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, length_grouped_indices, repeat_by_weight
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
@@ -31,7 +30,7 @@ from llm_quest.objectives.kto import (
     mismatched_gains,
     reference_point,
 )
-from llm_quest.recipes.assembly import count_epochs, load_config_rows
+from llm_quest.recipes.assembly import count_epochs, load_split_rows
 from llm_quest.recipes.chat_template_config import open_chat_template
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat
@@ -174,7 +173,8 @@ def build_kto(config: KtoConfig, context: Context) -> Job:
 
     facts = data_facts(config.data, rows.chat, rows.drop_report, len(rows.train), len(rows.held_out), log)
     return Job(
-        config, objective, loader, [evaluator], {"tokenizer": tokenizer.hash, "data": feed.source.hash}, facts,
+        config, objective, loader, [evaluator] if rows.held_out else [],
+        {"tokenizer": tokenizer.hash, "data": feed.source.hash}, facts,
         tokenizer, callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         prepare=compute_reference,
     )  # fmt: skip
@@ -184,8 +184,9 @@ def prepare_unpaired(config: KtoConfig, tokenizer: Tokenizer, loss: UnpairedLoss
     """From a source to labelled rows with mismatched answers, and held-out ones."""
     data, drop_report = config.data, DropReport()
     chat = open_chat_template(data, tokenizer)
-    found = load_config_rows(data, read_unpaired, drop_report, builtin=builtin_preferences, limit=data.max_samples)
-    learned, held_out = split_by_prompt(found, data.held_out)
+    learned, held_out = load_split_rows(
+        data, read_unpaired, drop_report, builtin=builtin_preferences, limit=data.max_samples
+    )
     parts = list[list[TokenizedPreference]]()
     for part in (repeat_by_weight(learned), held_out):
         rows = tokenize_preferences(chat, part, config.sequence_length, drop_report)

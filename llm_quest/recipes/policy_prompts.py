@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import repeat_by_weight
 from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
@@ -27,7 +26,7 @@ from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.gsm8k import is_gsm8k, train_validation_split
-from llm_quest.recipes.assembly import load_config_rows, log_remarks, source_name
+from llm_quest.recipes.assembly import load_split_rows, log_remarks, source_name
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig, open_chat_template
 from llm_quest.recipes.finetuning import ConversationDataConfig
 from llm_quest.recipes.row_source import Sources
@@ -42,7 +41,13 @@ class PromptDataConfig(ConversationDataConfig):
 
     forms: ClassVar[Sequence[RowForm]] = PROMPT_FORMS
     source: Sources = Field(description="a file of rows, a folder, hf:DATASET, FILE.py:FUNCTION, or a list of them")
-    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the prompts that is never trained on")
+    held_out: float = Field(default=0.1, ge=0, lt=0.5, description="the part of the prompts that is never trained on")
+
+    @model_validator(mode="after")
+    def check_held_out(self) -> PromptDataConfig:
+        if not self.held_out and self.validation is None:
+            raise ValueError("a policy is watched on held-out prompts: give data.validation, or data.held_out above 0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,8 @@ def problems_of_rows(
 ) -> ProblemSet:
     """The rows of a file, held out by their prompts, the others in a new order every epoch."""
     report = DropReport()
-    rows = load_config_rows(data, read_prompt_rows, report, limit=data.max_samples)
-    train, held = split_by_prompt(rows, data.held_out)
-    train = repeat_by_weight(train)
+    train, held = load_split_rows(data, read_prompt_rows, report, limit=data.max_samples)
+    rows, train = [*train, *held], repeat_by_weight(train)
     answered = sum(row.answer is not None for row in rows)
     dropped = {reason: count for reason, (count, _) in sorted(report.dropped.items())}
     lost = "".join(f"; dropped, {reason}: {count:,}" for reason, count in dropped.items())

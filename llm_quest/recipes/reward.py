@@ -62,7 +62,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
         config,
         RewardModelLoss(model, center_coefficient=config.center_rewards_coefficient),
         loader,
-        [PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)],
+        [PairsEvaluator(pairs.held_out, config.eval_steps, score_answers)] if pairs.held_out else [],
         {"tokenizer": tokenizer.hash, "data": loader.source.hash},
         facts,
         tokenizer,

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from llm_quest.data.row_forms import RowForm
 from llm_quest.data.sources import absolute_source
-from llm_quest.recipes.config import StrictModel, did_you_mean, parse_sources
+from llm_quest.recipes.config import StrictModel, did_you_mean, hold_nothing_out, parse_sources
 
 RowPath = Annotated[str, Field(min_length=1), AfterValidator(absolute_source)]
 
@@ -41,6 +41,17 @@ class RowsConfig(StrictModel):
         default_factory=dict, description="keys whose column has another name: {prompt: question, completion: reply}"
     )
     strict: bool = Field(default=False, description="true: rows that cannot be used stop the run; false: are left out")
+
+    validation: Sources | None = Field(
+        default=None, description="rows to evaluate on, in place of a part of source, all of which is then trained on"
+    )
+
+    hold_nothing_out = model_validator(mode="before")(hold_nothing_out)
+
+    @property
+    def of_validation(self) -> Self:
+        """The same, of the rows to evaluate on."""
+        return self.model_copy(update={"source": self.validation, "validation": None})
 
     @field_validator("columns")
     @classmethod

@@ -15,7 +15,7 @@ from pydantic import Field
 from llm_quest.contracts import Evaluator
 from llm_quest.data.builtin_qa import builtin_instructions
 from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
+from llm_quest.data.conversations import Conversation, read_conversations
 from llm_quest.data.document import DropReport
 from llm_quest.data.instructions import PackedExamples, drop_too_long
 from llm_quest.data.loader import repeat_by_weight
@@ -25,7 +25,7 @@ from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.next_token import AuxiliaryLoss, NextTokenLoss
-from llm_quest.recipes.assembly import count_epochs, load_config_rows, make_sharded_loader, micro_batch_rows
+from llm_quest.recipes.assembly import count_epochs, load_split_rows, make_sharded_loader, micro_batch_rows
 from llm_quest.recipes.auxiliary_losses import (
     NumberTokenLossConfig,
     TeacherConfig,
@@ -94,8 +94,10 @@ def build_sft(config: SftConfig, context: Context) -> Job:
     distillation_terms = build_distillation_terms(config, tokenizer, model.config.vocab_size, parallel, log)
     terms: list[AuxiliaryLoss] = [*number_token_terms(config.number_token_loss, tokenizer, model), *distillation_terms]
 
-    evaluators: list[Evaluator] = [AnswerLossEvaluator(data.held_out, config.eval_steps, micro_rows)]
-    if config.samples.every_steps:
+    evaluators: list[Evaluator] = []
+    if data.questions:
+        evaluators.append(AnswerLossEvaluator(data.held_out, config.eval_steps, micro_rows))
+    if data.questions and config.samples.every_steps:
         seed = derive_seed(config.seed, "sampling")
         evaluators.append(AnswerSampler(data, config.samples, seed, context.samples_dir))
     return Job(
@@ -126,10 +128,9 @@ def prepare_conversations(config: ConversationDataConfig, tokenizer: Tokenizer, 
     """From a source to rows; what is left out is in the ledger."""
     chat = open_chat_template(config, tokenizer)
     drop_report = DropReport()
-    said = load_config_rows(
+    train, held = load_split_rows(
         config, read_conversations, drop_report, builtin=builtin_instructions, limit=config.max_samples
     )
-    train, held = split_by_prompt(said, config.held_out)
     train = repeat_by_weight(train)
     learned, looked_at = (
         PackedExamples(drop_too_long(chat.encode_conversations(side, drop_report), length, drop_report), length)

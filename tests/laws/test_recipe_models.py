@@ -4,6 +4,7 @@ length: what a recipe brings as a default gives way to what is given."""
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from llm_quest.cli.train import DryRunResult, start_training
 from llm_quest.errors import UsageError
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.family import Family
-from llm_quest.recipes.config import load_raw_config, recipe_names
+from llm_quest.recipes.config import RECIPES_DIR, load_raw_config, recipe_names
 from llm_quest.recipes.dependent_defaults import ALTERNATIVES
 from llm_quest.recipes.recipe import load_recipe
 from tests.recipes.tuned import base
@@ -77,6 +78,32 @@ def test_every_recipe_runs_for_a_few_steps(recipe: str, steps: int):
     config = dry_config(recipe, f"max_steps={steps}")
     assert config.max_steps == steps
     assert config.warmup_steps <= -(-steps // 5)
+
+
+def commands_in_comments() -> list[tuple[str, ...]]:
+    """`quest train NAME ...` in the head of a recipe's file, perhaps over two lines."""
+    found = []
+    for name in recipe_names():
+        head = " ".join(
+            line.lstrip("# ").rstrip()
+            for line in (RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+            if line.startswith("#")
+        )
+        for match in re.finditer(r"quest train (\w+)((?: [\w.]+=(?:'[^']*'|\"[^\"]*\"|[^\s,;)]+))+)", head):
+            found.append((match[1], *shlex.split(match[2])))
+    return found
+
+
+@pytest.mark.parametrize("command", commands_in_comments(), ids=" ".join)
+def test_the_command_in_the_head_of_a_recipe_passes(command: tuple[str, ...], tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if any(pair.startswith("model.load=") for pair in command):
+        base(tmp_path / "FOLDER")
+    dry_config(*command)
+
+
+def test_there_are_commands_in_the_heads_of_recipes():
+    assert {name for name, *_ in commands_in_comments()} >= {"pretrain", "sft", "dpo", "grpo", "rpt", "classify", "vit"}
 
 
 def test_a_warm_up_that_is_given_stays_and_one_too_long_is_refused():

@@ -85,7 +85,9 @@ class RptDataConfig(TextDataConfig):
             raise ValueError(
                 f"data.num_documents has no effect on {source_name(self)}, whose documents are what they are: leave out"
             )
-        for name in ("columns", "strict", "separator", "held_out") if self.is_task else ():
+        if not self.is_task and not self.held_out and self.validation is None:
+            raise ValueError("RPT is watched on held-out documents: give data.validation, or data.held_out above 0")
+        for name in ("validation", "columns", "strict", "separator", "held_out") if self.is_task else ():
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"data.{name} has no effect on a task, whose content decides its splits; leave it out")
         return self

@@ -1,0 +1,92 @@
+"""What a recipe with rows is evaluated on: a part that it holds out, rows of a file of their own, or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llm_quest.errors import UsageError
+from llm_quest.recipes.recipe import load_recipe
+from tests.recipes.every_recipe import prepare, run_tiny
+from tests.recipes.tuned import WORDS, metrics, written
+
+RECIPES = ("pretrain", "sft", "dpo", "reward", "kto", "classify")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    prepare(folder)
+    words = WORDS[:3]
+    rows = [
+        {
+            "prompt": f"repeat {w}", "chosen": w, "rejected": "tree", "completion": w, "label": True,
+            "text": f"repeat {w} " * 9,
+        }
+        for w in words
+    ]  # fmt: skip
+    written(folder / "held.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    written(folder / "held_pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+    written(folder / "held_texts.jsonl", [{"text": row["text"]} for row in rows])
+    written(folder / "held_labels.jsonl", [{"text": row["text"], "label": "True"} for row in rows])
+    return folder
+
+
+FILES = {
+    "pretrain": "held_texts.jsonl", "sft": "held.jsonl", "dpo": "held_pairs.jsonl", "reward": "held_pairs.jsonl",
+    "kto": "held_pairs.jsonl", "classify": "held_labels.jsonl",
+}  # fmt: skip
+
+
+def eval_names(out: Path) -> set[str]:
+    return {name for row in metrics(out) for name in row if name.startswith("eval/")}
+
+
+def data_of(out: Path) -> dict[str, int]:
+    facts = json.loads((out / "data.json").read_text())
+    names = {"train_rows": "train", "held_out_rows": "held", "train_documents": "train", "val_documents": "held"}
+    return {names[key]: value for key, value in facts.items() if key in names}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_rows_to_evaluate_on_are_given_or_left_out(recipe: str, folder: Path, tmp_path: Path):
+    """With held_out=0 or a file everything is trained on; without rows nothing is measured, with a file it is."""
+    run_tiny(recipe, folder, tmp_path / "part")
+    run_tiny(recipe, folder, tmp_path / "none", "data.held_out=0")
+    run_tiny(recipe, folder, tmp_path / "file", f"data.validation={folder / FILES[recipe]}")
+    part, none, file = (data_of(tmp_path / name) for name in ("part", "none", "file"))
+    assert part["held"] > 0
+    assert none["held"] == 0
+    assert none["train"] == file["train"] > part["train"]
+    assert file["held"] == (6 if recipe == "kto" else 3)
+    assert eval_names(tmp_path / "none") == set()
+    assert eval_names(tmp_path / "file") == eval_names(tmp_path / "part") != set()
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "quickstart", "sft", "dpo", "classify"])
+def test_a_part_and_a_file_exclude_each_other(recipe: str):
+    assert load_recipe(recipe, ["data.validation=x.jsonl"])[1].data.held_out == 0
+    with pytest.raises(UsageError, match=r"held_out=0.2 has no effect beside validation"):
+        load_recipe(recipe, ["data.validation=x.jsonl", "data.held_out=0.2"])
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "sft"])
+def test_the_config_of_a_run_with_a_file_is_read_again(recipe: str, folder: Path, tmp_path: Path):
+    for _ in range(2):  # the second time it resumes
+        run_tiny(recipe, folder, tmp_path / "run", f"data.validation={folder / FILES[recipe]}")
+    assert load_recipe(str(tmp_path / "run"), ())[1].data.held_out == 0
+
+
+def test_a_policy_needs_prompts_that_it_is_watched_on():
+    with pytest.raises(UsageError, match=r"give data.validation, or data.held_out above 0"):
+        load_recipe("grpo", ["model.load=x", "data.source=x.jsonl", "data.held_out=0"])
+    with pytest.raises(UsageError, match=r"give data.validation, or data.held_out above 0"):
+        load_recipe("rpt", ["model.load=x", "data.source=x.jsonl", "data.held_out=0"])
+
+
+def test_rows_that_are_trained_on_too_are_told(folder: Path, tmp_path: Path):
+    run_tiny("sft", folder, tmp_path / "run", f"data.validation={folder / 'pairs.jsonl'}")
+    notes = json.loads((tmp_path / "run/data.json").read_text())["notes"]
+    assert any("90 of the 90 rows of data.validation: their prompt is trained on too" in note for note in notes)
