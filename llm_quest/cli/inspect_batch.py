@@ -109,7 +109,8 @@ def load_batch_view(recipe: str, overrides: Sequence[str], *, step: int, rows: i
         batch: Any = job.loader.batches(step)[0]
         if job.tokenizer is None or not isinstance(batch, SHOWN):
             raise UsageError(
-                f"inspect-batch shows rows of tokens (pretrain, sft, reward, dpo, kto, classify), not {config.recipe}'s"
+                "inspect-batch shows rows of tokens: of pretrain, sft, reward, dpo, kto, gkd, classify, "
+                f"not of {config.recipe}"
             )
         labels: Sequence[str] = job.facts.get("labels", ())
     kinds = [""] * len(batch.input_ids)

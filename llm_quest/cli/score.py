@@ -17,7 +17,8 @@ from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.hub.locate import locate_model
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.classification import last_token_outputs, pad_rows
+from llm_quest.objectives.classification import pad_rows
+from llm_quest.objectives.readouts import read_rewards
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.train.parallel import resolve_device
 
@@ -92,5 +93,5 @@ def score_rows(model: Decoder, rows: Sequence[Sequence[int]], device: torch.devi
     found: list[float] = []
     for first in range(0, len(rows), SCORE_BATCH_SIZE):
         tokens, positions = pad_rows(rows[first : first + SCORE_BATCH_SIZE])
-        found += last_token_outputs(model, tokens.to(device), positions.to(device))[:, 0].tolist()
+        found += read_rewards(model, tokens.to(device), positions.to(device)).tolist()
     return found

@@ -296,6 +296,33 @@ IMAGE_TEXT_FORMS = (
 """Rows of images: pairs of question and answer; a caption has None for its question."""
 
 TEXT_FORMS = (RowForm("text", ("text",), lambda row, where: text_field(row, "text", where), {"text": "Once ..."}),)
+
+
+class StepParts(NamedTuple):
+    """A question, the steps of a solution, and how right each of them is, 0 to 1."""
+
+    question: str
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+
+
+def parse_steps(row: Row, where: str) -> StepParts:
+    """Stepwise supervision (TRL): a label for each step."""
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not all(isinstance(one, str) for one in steps):
+        raise RowError(where, "completions of another form", "'completions' is no list of texts, one for each step")
+    if not isinstance(labels, list) or not all(isinstance(one, bool | int | float) and 0 <= one <= 1 for one in labels):
+        reason = f"'labels' is {labels!r:.60}, expected true, false or numbers from 0 to 1"
+        raise RowError(where, "labels of another form", reason)
+    if len(labels) != len(steps):
+        reason = f"{len(steps)} steps in 'completions' and {len(labels)} labels; one each is needed"
+        raise RowError(where, "steps without labels", reason)
+    return StepParts(text_field(row, "prompt", where), tuple(steps), tuple(map(float, labels)))
+
+
+STEP_EXAMPLE = {"prompt": "2+2*2?", "completions": ["2*2=4", "2+4=7"], "labels": [True, False]}
+STEP_FORMS = (RowForm("labelled steps (TRL's stepwise supervision)", tuple(STEP_EXAMPLE), parse_steps, STEP_EXAMPLE),)
+
 LABELED_TEXT_KEYS = ("text", "label")
 LABELED_TEXT_FORMS = (
     RowForm("text and label", LABELED_TEXT_KEYS, lambda row, where: row, {"text": "Good.", "label": "positive"}),
@@ -307,6 +334,7 @@ ROW_FORMS: dict[str, Sequence[RowForm]] = {
     "reward, dpo": PREFERENCE_FORMS,
     "kto": RATED_FORMS,
     "grpo": PROMPT_FORMS,
+    "prm": STEP_FORMS,
     "classify": LABELED_TEXT_FORMS,
     "vlm": IMAGE_TEXT_FORMS,
 }

@@ -182,6 +182,7 @@ def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]
     if (
         architecture is None
         or len(heads) != 1
+        or heads[0].readout != "last_token"
         or not all_exportable([one for one in techniques if one is not heads[0]])
     ):
         return {}

@@ -2,8 +2,8 @@
 
       loss = -log sigma(r_better - r_worse - margin) + center (r_better + r_worse)^2
 
-r is one number read at the answer's end. margin: Llama 2 (arXiv:2307.09288). center: removes the constant that the
-loss does not determine (arXiv:2312.09244).
+r is one number read at the answer's end (or the mean of all tokens' scores, `readouts.py`). margin: Llama 2
+(arXiv:2307.09288). center: removes the constant that the loss does not determine (arXiv:2312.09244).
 
 Commonly got wrong: the score is read at padding, or at the token before the end, which most answers share.
 """
@@ -21,7 +21,8 @@ from torch.nn.functional import logsigmoid
 from llm_quest.contracts import Loss
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
-from llm_quest.objectives.classification import last_token_outputs, pad_rows
+from llm_quest.objectives.classification import pad_rows
+from llm_quest.objectives.readouts import read_rewards
 
 
 class RewardModelLoss(nn.Module):
@@ -36,7 +37,7 @@ class RewardModelLoss(nn.Module):
     def forward(self, batch: PreferenceBatch) -> Loss:
         if self.model.training:
             self.model.eval()
-        r = last_token_outputs(self.model, batch.input_ids, batch.position_ids)[:, 0]
+        r = read_rewards(self.model, batch.input_ids, batch.position_ids)
         better, worse = r[batch.chosen], r[batch.rejected]
         w = batch.weights.to(r.dtype)
         each = bradley_terry(better, worse, batch.margins.to(r.dtype)) + self.center_coefficient * (better + worse) ** 2
@@ -67,5 +68,5 @@ def score_rows(model: Any, rows: Sequence[Sequence[int]], micro_batch_size: int 
         numbers = order[first : first + micro_batch_size]
         tokens, positions = pad_rows([rows[number] for number in numbers])
         device = model.head.weight.device
-        rewards[numbers] = last_token_outputs(model, tokens.to(device), positions.to(device))[:, 0].float().cpu()
+        rewards[numbers] = read_rewards(model, tokens.to(device), positions.to(device)).float().cpu()
     return rewards

@@ -8,6 +8,8 @@ RECIPES = {
     "reward": "llm_quest.recipes.reward",
     "dpo": "llm_quest.recipes.dpo",
     "kto": "llm_quest.recipes.kto",
+    "gkd": "llm_quest.recipes.gkd",
+    "prm": "llm_quest.recipes.prm",
     "classify": "llm_quest.recipes.classify",
     "grpo": "llm_quest.recipes.grpo",
     "iterative": "llm_quest.recipes.iterative",

@@ -31,7 +31,7 @@ from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig, fix_template_date
-from llm_quest.recipes.config import Choice
+from llm_quest.recipes.config import Choice, LocalPath
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.environment_setup import (
     EnvironmentProblems,
@@ -71,7 +71,9 @@ from llm_quest.recipes.reward_specs import (
     check_labels,
     failures_of,
     hash_of_reward_files,
+    load_process_reward_model,
 )
+from llm_quest.rollouts.advantages import StepRewards
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.environments import EnvironmentClient
 from llm_quest.rollouts.episodes import EpisodeSampler
@@ -79,6 +81,7 @@ from llm_quest.rollouts.included_environments import NEED_ROWS
 from llm_quest.rollouts.rewards import compute_step_rewards
 from llm_quest.rollouts.sampler import RolloutSampler, Sample, Sampler
 from llm_quest.train.arguments import TrainResult
+from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 
 
@@ -116,6 +119,9 @@ class GrpoConfig(EpisodeConfig):
         default=False, description="each reward made an advantage by itself (GDPO)"
     )
     process_supervision: bool = Field(default=False, description="reward every step of the answer (chained)")
+    process_reward_model: LocalPath | None = Field(
+        default=None, description="a model of quest train prm that rewards the steps; null: the task's program does"
+    )
     eval_steps: NonNegativeInt = Field(default=20, description="steps between evaluations; 0: only at the end")
     eval_problems: PositiveInt = Field(default=200, description="held-out problems, answered greedily")
     eval_num_samples: NonNegativeInt = Field(default=0, description="samples of each, for mean@k and pass@k")
@@ -168,6 +174,8 @@ class GrpoConfig(EpisodeConfig):
             )
         if not fresh and self.warmup is not None:
             raise ValueError("warmup has no effect on a model that is loaded; leave it out (warmup=null)")
+        if self.process_reward_model is not None and not self.process_supervision:
+            raise ValueError("process_reward_model has no effect without process_supervision=true; leave it out")
         if self.process_supervision and self.loss_type == "gspo":
             raise ValueError("process supervision gives each token its own advantage: take loss_type=gspo_token")
         if self.normalize_rewards_separately and len(self.rewards) < 2:
@@ -187,6 +195,15 @@ class GrpoConfig(EpisodeConfig):
         return self.data or ChatTemplateConfig(chat_template_kwargs=self.chat_template_kwargs)
 
 
+def build_step_rewards(config: GrpoConfig, tokenizer: Tokenizer, parallel: DistributedContext) -> StepRewards | None:
+    """Under process supervision: what the steps of a sample are worth, by a model or by the task's program."""
+    if not config.process_supervision:
+        return None
+    if config.process_reward_model is not None:
+        return load_process_reward_model(config.process_reward_model, tokenizer, parallel)
+    return partial(compute_step_rewards, tokenizer)
+
+
 def build_grpo(config: GrpoConfig, context: Context) -> Job:
     """Model, problems, rollouts, objective."""
     parallel, log = context.parallel, context.log
@@ -202,7 +219,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     policy = build_policy_setup(
         config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
         normalize_rewards_separately=config.normalize_rewards_separately,
-        steps=partial(compute_step_rewards, tokenizer) if config.process_supervision else None,
+        steps=build_step_rewards(config, tokenizer, parallel),
         wrap_sampler=sampler_of(config, environments, tokenizer, encode),
     )  # fmt: skip
     evaluator = held_out_evaluator(config, context, policy, problems, encode, tokenizer)

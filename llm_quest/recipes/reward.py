@@ -12,7 +12,7 @@ from llm_quest.data.builtin_qa import builtin_preferences
 from llm_quest.data.preference_pairs import PreferenceBatch
 from llm_quest.errors import UsageError
 from llm_quest.eval.evaluators import PairsEvaluator
-from llm_quest.objectives.classification import last_token_outputs
+from llm_quest.objectives.readouts import read_rewards
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.assembly import count_epochs
 from llm_quest.recipes.config_schema import NonNegativeInt
@@ -40,6 +40,9 @@ class RewardConfig(PairBatchedConfig):
     model: StartModelConfig
     data: PreferenceDataConfig = PreferenceDataConfig()
     center_rewards_coefficient: float = Field(default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2")
+    readout: Literal["last_token", "mean_tokens"] = Field(
+        default="last_token", description="the score of the last token, or the mean of all tokens' scores"
+    )
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
 
@@ -50,7 +53,12 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
     pairs = prepare_preferences(config.data, tokenizer, config.sequence_length, derive_seed(config.seed, "flips"))
     callbacks = apply_config_techniques(config, model, log)
     if (head := find_score_head(model)) is None:
-        ScoreHead(1, seed=derive_seed(config.seed, "init"))(model)
+        ScoreHead(1, seed=derive_seed(config.seed, "init"), readout=config.readout)(model)
+    elif head.readout != config.readout:
+        raise UsageError(
+            f"model.load={config.model.load} is read by {head.readout}, not by readout={config.readout}; "
+            "go on from a language model, or leave readout as it is there"
+        )
     elif head.outputs != 1:
         raise UsageError(
             f"model.load={config.model.load} is a classifier of {head.outputs} classes: a reward model gives one number"
@@ -73,7 +81,7 @@ def build_reward(config: RewardConfig, context: Context) -> Job:
 
 def score_answers(model: Any, batch: PreferenceBatch) -> Tensor:
     """Of each row."""
-    return last_token_outputs(model, batch.input_ids, batch.position_ids)[:, 0]
+    return read_rewards(model, batch.input_ids, batch.position_ids)
 
 
 RECIPE = Recipe("reward", RewardConfig, build_reward)

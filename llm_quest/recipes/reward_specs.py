@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,10 +22,12 @@ from llm_quest.contracts import LogFn, Reward
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.objectives.readouts import READOUTS, ROW_READOUTS, find_readout
 from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import Choice, LocalPath, StrictModel
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt
-from llm_quest.rollouts.advantages import WeightedReward
+from llm_quest.recipes.step_rewards import ModelStepRewards, ReadoutReward
+from llm_quest.rollouts.advantages import StepRewards, WeightedReward
 from llm_quest.rollouts.function_reward import CountsFailures, FunctionReward
 from llm_quest.rollouts.judge_reward import JudgeReward, read_judge_prompt
 from llm_quest.rollouts.model_reward import ModelReward
@@ -48,16 +50,43 @@ class RewardContext:
 
 
 def load_reward_model(spec: RewardSpec, context: RewardContext) -> Reward:
-    """A reward model that reads the policy's ids."""
-    name_or_path = str(spec.load)
-    model = load(name_or_path, dtype="float32", aligned=True).to(context.parallel.device)
+    """A reward model that reads the policy's ids, by its own read-out or another one."""
+    model = load_scoring_model(str(spec.load), context.tokenizer, context.parallel)
+    own = find_readout(model)
+    chosen = spec.readout or own
+    if chosen in READOUTS_OF_STEPS and not find_step_token_ids(model):
+        raise UsageError(
+            f"rewards: readout {chosen} reads the steps of a process reward model, and {spec.load} is none; train one "
+            "(quest train prm), or leave readout out"
+        )
+    if chosen == own and own in ROW_READOUTS:
+        return ModelReward(partial(score_rows, model))
+    return ReadoutReward(model, chosen)
+
+
+def load_scoring_model(name_or_path: str, tokenizer: Tokenizer, parallel: DistributedContext) -> Any:
+    """A model with a score head and the policy's tokenizer, in float32."""
+    model = load(name_or_path, dtype="float32", aligned=True).to(parallel.device)
     if find_score_head(model) is None:
         raise UsageError(f"{name_or_path} is no reward model; train one (quest train reward)")
-    if load_tokenizer(name_or_path).hash != context.tokenizer.hash:
+    if load_tokenizer(name_or_path).hash != tokenizer.hash:
         raise UsageError(
             f"{name_or_path} has another tokenizer than the policy: it would read other ids than were sampled"
         )
-    return ModelReward(partial(score_rows, model))
+    return model
+
+
+def load_process_reward_model(name_or_path: str, tokenizer: Tokenizer, parallel: DistributedContext) -> StepRewards:
+    """The rewards of a sample's steps by a process reward model."""
+    model = load_scoring_model(name_or_path, tokenizer, parallel)
+    if not find_step_token_ids(model):
+        raise UsageError(f"{name_or_path} is no process reward model; train one (quest train prm)")
+    return ModelStepRewards(model)
+
+
+def find_step_token_ids(model: Any) -> tuple[int, ...]:
+    head = find_score_head(model)
+    return () if head is None else head.step_token_ids
 
 
 def start_function_reward(spec: RewardSpec, context: RewardContext) -> Reward:
@@ -68,6 +97,9 @@ def start_function_reward(spec: RewardSpec, context: RewardContext) -> Reward:
     except UsageError as error:
         raise UsageError(f"rewards: {spec.function} cannot be loaded: {error}") from None
     return reward
+
+
+READOUTS_OF_STEPS = tuple(name for name in READOUTS if name not in ROW_READOUTS)
 
 
 def ask_judge(spec: RewardSpec, context: RewardContext) -> Reward:
@@ -104,7 +136,7 @@ class RewardKind(NamedTuple):
 
 
 REWARD_KINDS = {
-    "name": RewardKind(lambda spec, context: REWARDS[str(spec.name)](spec, context), ("load",)),
+    "name": RewardKind(lambda spec, context: REWARDS[str(spec.name)](spec, context), ("load", "readout")),
     "function": RewardKind(start_function_reward, ("timeout_seconds",), per_batch=True),
     "judge": RewardKind(
         ask_judge, ("model", "prompt", "score_range", "timeout_seconds", "max_retries", "concurrency"), per_batch=True
@@ -121,6 +153,9 @@ class RewardSpec(StrictModel):
     judge: str | None = Field(default=None, pattern=r"^https?://", description="a URL like http://localhost:8000/v1")
     weight: float = Field(default=1.0, description="factor of this reward in the sum")
     load: LocalPath | None = Field(default=None, description="the reward model's folder or run, for the name model")
+    readout: Annotated[str, Choice(READOUTS)] | None = Field(
+        default=None, description="which of its scores, for the name model; null: as it was trained"
+    )
     model: str | None = Field(default=None, description="the name under which a judge's URL serves it")
     prompt: str | None = Field(default=None, description="a judge's prompt: a file with {prompt} and {completion}")
     score_range: tuple[float, float] = Field(default=(0.0, 10.0), description="a judge's scores: lowest, highest")
@@ -160,6 +195,8 @@ class RewardSpec(StrictModel):
             unused = key not in (*REWARD_KINDS, "weight", *REWARD_KINDS[given[0]].keys)
             if unused and getattr(self, key) != field.default:
                 raise ValueError(f"{key} has no effect for a reward of a {given[0]}; leave it out")
+        if self.readout is not None and self.name != "model":
+            raise ValueError(f"readout has no effect for the reward {self.label}; leave it out")
         if (self.name == "model") != (self.load is not None):
             raise ValueError(
                 "a reward model needs its folder: {name: model, load: FOLDER}"

@@ -11,8 +11,8 @@ from llm_quest.report.plots import PERCENT
 from llm_quest.report.record import RunRecord
 
 LOSS_UNITS = {
-    "dpo": "nats per pair", "reward": "nats per pair", "kto": "per answer", "classify": "nats per text",
-    "vit": "nats per image", "grpo": "", "iterative": "", "rpt": "",
+    "dpo": "nats per pair", "reward": "nats per pair", "kto": "per answer", "prm": "nats per step",
+    "classify": "nats per text", "vit": "nats per image", "grpo": "", "iterative": "", "rpt": "",
 }  # fmt: skip
 """Recipe -> what its loss counts; of the others: nats per token. A policy's surrogate has no unit."""
 SIDE_METRICS = ("rewards/margin", "rewards/accuracy", "rewards/chosen", "rewards/rejected", "rewards/mean")

@@ -27,12 +27,15 @@ Model = TypeVar("Model", bound=Any)
 @dataclass(frozen=True)
 class ScoreHead:
     """Replaces the head by one that gives scores. outputs: how many numbers. labels: the names of the classes. std: of
-    the initial values."""
+    the initial values. readout: which of a reward model's scores make the reward (`objectives.readouts.READOUTS`).
+    step_token_ids: what ends a step, for a process reward model."""
 
     outputs: int = 1
     labels: tuple[str, ...] = ()
     std: float = 0.02
     seed: int = 0
+    readout: str = "last_token"
+    step_token_ids: tuple[int, ...] = ()
     is_identity_at_init: ClassVar[bool] = False
     exportable: ClassVar[bool] = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ def test_vector_rm_1(better, worse, margin, loss, slope):
 
 class Scored(torch.nn.Module):
     """A model whose rows have these scores at their ends, and 99 everywhere else."""
+
+    spec = SimpleNamespace(techniques=())
 
     def __init__(self, rows: list[float]):
         super().__init__()

@@ -51,6 +51,9 @@ TEXTS: dict[str, str] = {
     "reward": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/pairs.jsonl}\n" + BATCH,
     "dpo": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/pairs.jsonl}\n" + BATCH,
     "kto": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/labelled.jsonl}\n" + BATCH,
+    "prm": "model: {load: FOLDER/modules}\ndata: {source: FOLDER/steps.jsonl}\n" + BATCH,
+    "gkd": "model: {load: FOLDER/base}\nteacher: {load: FOLDER/taller, beta: 0.5}\nmax_new_tokens: 8\n"
+    + "data: {source: FOLDER/pairs.jsonl}\n" + BATCH,
     "grpo": f"task: {TASK}\nmodel: {{load: FOLDER/policy}}\nkl_coef: 0.05\nnum_iterations: 2\neval_problems: 8\n"
     + "rewards: [{name: random}]\ntechniques: [{name: lora, rank: 2}]\n" + ROLLOUTS,
     "iterative": f"task: {EASY}\nmodel: {FRESH}\nwarmup: {{max_steps: 25, batch_size: 16, learning_rate: 1e-2}}\n"
@@ -71,6 +74,7 @@ TEXTS: dict[str, str] = {
 def prepare(folder: Path) -> None:
     """Models, rows and images that the recipes begin with."""
     base(folder / "base")
+    base(folder / "taller", num_hidden_layers=3)
     base(folder / "short", max_position_embeddings=64, num_hidden_layers=1)
     base(folder / "modules", "deepseek-v3-tiny")
     tokenizer = character_tokenizer(parse_task(TASK).alphabet)
@@ -84,6 +88,8 @@ def prepare(folder: Path) -> None:
         {"prompt": one["prompt"], "completion": one["rejected"], "label": n % 3 > 0} for n, one in enumerate(pairs)
     ]
     written(folder / "labelled.jsonl", labelled)
+    steps = [{"prompt": f"say {w}", "completions": [w, v], "labels": [True, w > v]} for w in WORDS for v in WORDS]
+    written(folder / "steps.jsonl", steps)
     written(folder / "labels.jsonl", [{"text": f"say {w} {v}", "label": str(w > v)} for w in WORDS for v in WORDS])
     written(folder / "few.jsonl", [{"text": f"say {w} user dog"} for w in WORDS])
     written(folder / "text.jsonl", [{"text": f"say {w} user {v}\n" * 9} for w in WORDS for v in WORDS])

@@ -32,6 +32,8 @@ ROWS: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "reward": lambda one, two: {"prompt": f"say {one} {two}", "chosen": one, "rejected": two},
     "dpo": lambda one, two: {"prompt": f"say {one} {two}", "chosen": one, "rejected": two},
     "kto": lambda one, two: {"prompt": f"say {one} {two}", "completion": one, "label": one < two},
+    "gkd": lambda one, two: {"prompt": f"say {one} {two}", "completion": one},
+    "prm": lambda one, two: {"prompt": f"say {one} {two}", "completions": [one, two], "labels": [True, one < two]},
     "classify": lambda one, two: {"text": f"say {one} {two}", "label": str(one > two)},
     "vlm": lambda one, two: {"image": f"{WORDS.index(one)}.png", "question": f"{two}?", "answer": one},
 }
