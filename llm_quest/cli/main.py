@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llm_quest.cli.eval_options import check_eval_options
 from llm_quest.cli.generation_options import GenerationOptions, parse_logit_bias, parse_template_kwargs
 from llm_quest.cli.output import (
     open_streams,
@@ -95,6 +96,37 @@ DraftOption = Annotated[
         help="Speculative decoding: with a smaller model, multi-token modules, or n-grams of the text.",
     ),
 ]
+EvalDataOption = Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")]
+EvalTaskOption = Annotated[str, typer.Option(help="A task: countdown, addition:digits=3, gsm8k or its file.")]
+EvalHarnessOption = Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-eval, with commas: hellaswag,arc_easy.")]
+EvalTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="With --data: evaluate on so many tokens (0: all); with --task: the longest answer (64).",
+    ),
+]
+EvalProblemsOption = Annotated[
+    int | None, typer.Option(min=1, help="With --task, --harness: the number of problems (200).")
+]
+EvalSamplesOption = Annotated[
+    int | None, typer.Option(min=1, help="With --task: samples of each problem, for mean@k and pass@k.")
+]
+EvalTemperatureOption = Annotated[float | None, typer.Option(min=0.01, help="With --samples, --vote, --best-of (1.0).")]
+EvalVoteOption = Annotated[
+    int | None, typer.Option(min=1, help="With --task: the accuracy of the majority of so many samples.")
+]
+EvalBestOfOption = Annotated[
+    int | None, typer.Option(min=1, help="With --task: the accuracy of the best of so many samples, by --reward-model.")
+]
+EvalRewardModelOption = Annotated[
+    str | None, typer.Option(help="With --best-of: a reward model with the model's tokenizer.")
+]
+EvalChatOption = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="With --task: ask through the chat template (as a run was trained)."),
+]
+EvalPartOption = Annotated[str | None, typer.Option(help="With --task: train, validation, test (test).")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")]
 Overrides = Annotated[
     list[str] | None,
@@ -353,19 +385,18 @@ def score(
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option(help="builtin[:parts], a file, a folder; default: what the run held out.")] = "",
-    tokens: Annotated[
-        int,
-        typer.Option(min=0, help="Evaluate on so many tokens (0: all); with --task: the maximum length of an answer."),
-    ] = 0,
-    task: Annotated[str, typer.Option(help="A task: countdown, addition:digits=3, gsm8k or its file.")] = "",
-    problems: Annotated[int, typer.Option(min=1, help="With --task, --harness: the number of problems.")] = 200,
-    samples: Annotated[
-        int, typer.Option(min=0, help="With --task: samples of each problem, for mean@k and pass@k.")
-    ] = 0,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --samples.")] = 1.0,
-    part: Annotated[str, typer.Option(help="With --task: train, validation, test.")] = "test",
-    harness: Annotated[str, typer.Option(help="Tasks of EleutherAI's lm-eval, with commas: hellaswag,arc_easy.")] = "",
+    data: EvalDataOption = "",
+    task: EvalTaskOption = "",
+    harness: EvalHarnessOption = "",
+    tokens: EvalTokensOption = None,
+    problems: EvalProblemsOption = None,
+    samples: EvalSamplesOption = None,
+    temperature: EvalTemperatureOption = None,
+    vote: EvalVoteOption = None,
+    best_of: EvalBestOfOption = None,
+    reward_model: EvalRewardModelOption = None,
+    chat: EvalChatOption = None,
+    part: EvalPartOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
@@ -376,19 +407,34 @@ def evaluate(
 ) -> None:
     """Evaluate a model. A run: its recipe's own measure on what it held out, the numbers that it printed at its end.
     On text (--data): perplexity and bits per byte, beside compressors. On problems (--task): greedy accuracy with its
-    interval, mean@k and pass@k."""
+    interval, mean@k and pass@k, the accuracy of a majority vote and of a reward model's choice."""
     set_environment(threads, offline)
+    check_eval_options(
+        {"--data": data, "--task": task, "--harness": harness},
+        {"--tokens": tokens, "--problems": problems, "--part": part, "--temperature": temperature,
+         "--samples": samples, "--vote": vote, "--best-of": best_of, "--reward-model": reward_model, "--chat": chat},
+    )  # fmt: skip
     from llm_quest.cli import evaluate as commands
 
-    log = status_printer(quiet)
-    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": log}
+    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
+    number = problems or 200
     found: Any
     with show_progress(quiet):
         if harness:
-            found = commands.evaluate_with_lm_eval(model, harness.split(","), limit=problems, seed=seed, **machine)
+            found = commands.evaluate_with_lm_eval(model, harness.split(","), limit=number, seed=seed, **machine)
         elif task:
-            options = commands.ProblemEvalOptions(task, part, problems, samples, temperature, tokens or 64, seed)
-            found = commands.evaluate_problem_task(model, options, **machine)
+            options = commands.ProblemEvalOptions(
+                task,
+                part or "test",
+                number,
+                samples or 0,
+                temperature or 1.0,
+                tokens or 64,
+                seed,
+                vote or 0,
+                best_of or 0,
+            )
+            found = commands.evaluate_problem_task(model, options, chat=chat, reward_model=reward_model, **machine)
         elif data:
             found = commands.evaluate_text(model, data, max_tokens=tokens or None, **machine)
         else:

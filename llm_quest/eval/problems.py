@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llm_quest.contracts import Reward
 from llm_quest.data.problems import SPLIT_NAMES, Problem, SplitName, draw_problem, parse_task
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
+from llm_quest.eval.selection import best_of_at_k, majority_at_k, selection_sizes
 from llm_quest.eval.statistics import ConfidenceInterval, mean_at_k, mean_pass_at_k, wilson_confidence_interval
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
@@ -22,6 +24,7 @@ from llm_quest.generation.stopping import StoppingCriteria, end_token_ids
 from llm_quest.hub.gsm8k import is_gsm8k, load_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.progress import track
+from llm_quest.rollouts.answers import answer_value
 from llm_quest.rollouts.rewards import score_correctness
 from llm_quest.rollouts.sampler import PolicyPrompt, Sample, completion_to_sample
 from llm_quest.rollouts.verifiers import count_outcomes
@@ -46,6 +49,8 @@ class ProblemAccuracy:
     temperature: float
     mean_at_k: float
     pass_at_k: dict[int, float]
+    majority_at_k: dict[int, float]
+    best_of_at_k: dict[int, float]
     examples: tuple[tuple[str, str, str, float], ...]
     seconds: float
 
@@ -64,6 +69,10 @@ class ProblemAccuracy:
                 f"mean@{self.num_samples}            {self.mean_at_k:.3f}   at temperature {self.temperature:g}"
             )
             lines += [f"pass@{k:<13}{share:.3f}" for k, share in self.pass_at_k.items()]
+            lines += [f"maj@{k:<14}{share:.3f}   the majority's answer" for k, share in self.majority_at_k.items()]
+            lines += [
+                f"best-of-{k:<10}{share:.3f}   the reward model's choice" for k, share in self.best_of_at_k.items()
+            ]
         lines.append("")
         return [
             *lines,
@@ -75,10 +84,40 @@ class ProblemAccuracy:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """How one of several samples is chosen. vote, best_of: among up to how many, 0: not at all. reward: what best-of
+    goes by. Samples that cannot be scored are left out, and so are problems with too few others."""
+
+    vote: int = 0
+    best_of: int = 0
+    reward: Reward | None = None
+
+    def majorities(self, drawn: Sequence[Sequence[Sample]], scores: Sequence[Sequence[float]]) -> dict[int, float]:
+        """k -> accuracy of the majority's answer among k samples."""
+        votes = [
+            [(answer_value(sample), score) for sample, score in zip(*group, strict=True) if not math.isnan(score)]
+            for group in zip(drawn, scores, strict=True)
+        ]
+        return {k: mean_over_problems(majority_at_k, k, votes) for k in selection_sizes(self.vote)}
+
+    def best_of_rewards(self, drawn: Sequence[Sequence[Sample]], scores: Sequence[Sequence[float]]) -> dict[int, float]:
+        """k -> accuracy of the best rewarded among k samples."""
+        if self.reward is None:
+            return {}
+        scored = []
+        for group, right in track(list(zip(drawn, scores, strict=True)), "scoring samples, problem"):
+            rewards = self.reward(group)
+            scored.append(
+                [(value, worth) for value, worth in zip(rewards, right, strict=True) if not math.isnan(worth)]
+            )
+        return {k: mean_over_problems(best_of_at_k, k, scored) for k in selection_sizes(self.best_of)}
+
+
+@dataclass(frozen=True)
 class ProblemEvalOptions:
     """Which problems to evaluate on, and how. task: a name, with options after a colon
     (countdown:count=4,largest=9), gsm8k (from the hub), or a file in GSM8K's format. num_samples: samples of each
-    problem for pass@k; 0: greedy answers only."""
+    problem for pass@k; 0: greedy answers only. vote, best_of: up to how many samples are chosen from."""
 
     task: str
     split: str = "test"
@@ -87,10 +126,18 @@ class ProblemEvalOptions:
     temperature: float = 1.0
     max_new_tokens: int = 64
     seed: int = 0
+    vote: int = 0
+    best_of: int = 0
 
 
 def evaluate_task(
-    model: Decoder, tokenizer: Tokenizer, problems: Sequence[Problem], options: ProblemEvalOptions
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    options: ProblemEvalOptions,
+    *,
+    encode_prompt: EncodePrompt | None = None,
+    reward: Reward | None = None,
 ) -> ProblemAccuracy:
     """`evaluate_problems` on the problems that `load_eval_problems` returns for these options."""
     return evaluate_problems(
@@ -98,10 +145,12 @@ def evaluate_task(
         tokenizer,
         problems,
         source=options.task,
-        num_samples=options.num_samples,
+        num_samples=max(options.num_samples, options.vote, options.best_of),
         temperature=options.temperature,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
+        encode_prompt=encode_prompt,
+        selection=Selection(options.vote, options.best_of, reward),
     )
 
 
@@ -128,6 +177,7 @@ def evaluate_problems(
     max_new_tokens: int = 64,
     seed: int = 0,
     encode_prompt: EncodePrompt | None = None,
+    selection: Selection = Selection(),
 ) -> ProblemAccuracy:
     """Answer each problem greedily and, with num_samples, by sampling. pass@k is reported for those of `ks` that do not
     exceed num_samples. encode_prompt: from a problem to the ids of its prompt; by default the start token and its
@@ -148,8 +198,9 @@ def evaluate_problems(
         else []
     )
     return measure_accuracy(
-        greedy, drawn, source=source, ks=ks, temperature=temperature, seconds=time.perf_counter() - began
-    )
+        greedy, drawn, source=source, ks=ks, temperature=temperature, seconds=time.perf_counter() - began,
+        selection=selection,
+    )  # fmt: skip
 
 
 def measure_accuracy(
@@ -160,6 +211,7 @@ def measure_accuracy(
     ks: Sequence[int] = (1, 4, 16, 64),
     temperature: float = 1.0,
     seconds: float = math.nan,
+    selection: Selection = Selection(),
 ) -> ProblemAccuracy:
     """The accuracy of answers that were drawn: a greedy one of each problem, and as many samples of each."""
     num_samples = len(drawn[0]) if drawn else 0
@@ -180,9 +232,17 @@ def measure_accuracy(
         temperature=temperature,
         mean_at_k=mean_at_k(groups) if num_samples else math.nan,
         pass_at_k={k: mean_pass_at_k(k, groups) for k in ks if k <= num_samples},
+        majority_at_k=selection.majorities(drawn, groups),
+        best_of_at_k=selection.best_of_rewards(drawn, groups),
         examples=tuple((s.problem.prompt, s.text, s.problem.answer, right) for s, right in zip(greedy[:5], scores)),  # noqa: B905
         seconds=seconds,
     )
+
+
+def mean_over_problems(estimate: Callable[[int, Any], float], k: int, groups: Sequence[Sequence[Any]]) -> float:
+    """The mean of an estimate over the problems that have k samples."""
+    found = [estimate(k, group) for group in groups if len(group) >= k]
+    return sum(found) / len(found) if found else math.nan
 
 
 def sample_answers(
