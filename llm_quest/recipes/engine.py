@@ -115,7 +115,7 @@ def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> R
         with phase("evaluating after the last step"):
             job.finish(result)
         finished = parallel.is_main_process and result.status == "finished"
-        baselines = job.baselines() if finished else {}
+        baselines = job.baselines() if finished and job.with_baselines else {}
     if finished:
         consolidate_last_checkpoint(result, context.log)
     return finish_run(config, folder, result, parameters, leader=parallel.is_main_process, baselines=baselines)

@@ -155,7 +155,8 @@ def build_pretrain(config: PretrainConfig, context: Context) -> Job:
         callbacks=[*losses.build_callbacks(), *callbacks],
         watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
         expected_loss=losses.initial_loss(model) if random_weights else None,
-        baselines=lambda: baseline_bits_per_byte(text, log) if config.eval_baselines else {},
+        baselines=lambda: baseline_bits_per_byte(text, log),
+        with_baselines=config.eval_baselines,
         intervals=lambda model: document_intervals(evaluators, model),
     )
 

@@ -111,7 +111,7 @@ class Job:
     weights. prepare: what the loss and the evaluators need of the model before the first step (a reference), while it
     is whole, before it is sharded; what it returns is called with the run folder once that is open. before: measures
     the model that a new run begins with, by name. finish: after the loop. baselines: what other methods reach on the
-    held-out data, asked when a run has finished. intervals: name -> 95 % confidence interval of a held-out number."""
+    held-out data; with_baselines: whether a run that has finished asks. intervals: name -> 95 % confidence interval of a held-out number."""
 
     config: RunConfig
     objective: nn.Module
@@ -131,6 +131,7 @@ class Job:
     before: Callable[[], Mapping[str, float]] = dict
     finish: Callable[[TrainResult], None] = lambda result: None
     baselines: Callable[[], Mapping[str, float]] = dict
+    with_baselines: bool = True
     intervals: Callable[[Any], Mapping[str, tuple[float, float]]] = lambda model: {}
 
     @property

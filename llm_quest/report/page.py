@@ -82,7 +82,7 @@ def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     for title, family in families.items():
         level = best if title == "Held-out bits per byte" else None
         curves = list(family_curves(records, family))
-        heading = title if len(records) == 1 or len(family.lines) == 1 else f"{title}: {compared_line(records, family)}"
+        heading = title if len(records) == 1 or len(family.lines) == 1 else f"{title}: {comparison_label(records, family)}"
         yield heading, plot_curves(title.lower(), curves, unit=family.unit, log=family.log, level=level), False
     yield "Held-out scores", plot_curves("held-out scores", list(score_lines(records)), unit=PERCENT), False
     counted = records[0].unit
@@ -91,7 +91,7 @@ def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     yield "Against counting and compressing the same bytes", plot_baselines(records), True
 
 
-def compared_line(records: Sequence[RunRecord], family: Family) -> str:
+def comparison_label(records: Sequence[RunRecord], family: Family) -> str:
     """The name of the line that stands for a family among several runs."""
     return next((label for metric, label in family.lines if any(metric in record.names for record in records)), "")
 
