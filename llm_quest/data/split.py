@@ -11,7 +11,7 @@ import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, islice, pairwise
 
 import numpy as np
@@ -215,7 +215,7 @@ def _split_longest_document(corpus: Corpus, held_out: float) -> CorpusSplit:
     corpus.drop_report.note(
         f"no document is small enough to be held out: the end of {longest.source} is, from line {end.line}"
     )
-    kept = Document(train, longest.source, longest.line)
+    kept = replace(longest, text=train)
     others = [document for document in corpus.documents if document is not longest]
     repeated = [document for document in others if shingle_overlap([document], [end]) >= NEAR_COPY_OVERLAP]
     for document in repeated:

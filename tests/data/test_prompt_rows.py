@@ -92,3 +92,13 @@ def test_prompts_are_held_out_by_content():
 
 def test_the_hash_knows_every_column():
     assert hash_of_rows([row(prompt="a", level=1)]) != hash_of_rows([row(prompt="a", level=2)])
+
+
+def test_odd_rows_among_prompts_are_skipped_and_every_key_goes_to_the_rewards():
+    report = DropReport()
+    rows = [{"prompt": "a", "level": 3, "tools": "x"}, {"text": "b"}, {"prompt": "c", "answer": [1]}, {"prompt": 4}]
+    found = read_prompt_rows([Record(one, f"a:{n}") for n, one in enumerate(rows, start=1)], report)
+    assert [one.where for one in found] == ["a:1"]
+    assert found[0].columns == rows[0]
+    assert report.skipped.total() == 3
+    assert not report.unused_keys
