@@ -111,7 +111,8 @@ class Job:
     weights. prepare: what the loss and the evaluators need of the model before the first step (a reference), while it
     is whole, before it is sharded; what it returns is called with the run folder once that is open. before: measures
     the model that a new run begins with, by name. finish: after the loop. baselines: what other methods reach on the
-    held-out data; with_baselines: whether a run that has finished asks. intervals: name -> 95 % confidence interval of a held-out number."""
+    held-out data; with_baselines: whether a run that has finished asks. intervals: name -> 95 % confidence interval of
+    a held-out number."""
 
     config: RunConfig
     objective: nn.Module

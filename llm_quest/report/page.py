@@ -82,7 +82,8 @@ def draw_plots(records: Sequence[RunRecord]) -> Iterator[tuple[str, str, bool]]:
     for title, family in families.items():
         level = best if title == "Held-out bits per byte" else None
         curves = list(family_curves(records, family))
-        heading = title if len(records) == 1 or len(family.lines) == 1 else f"{title}: {comparison_label(records, family)}"
+        whole = len(records) == 1 or len(family.lines) == 1
+        heading = title if whole else f"{title}: {comparison_label(records, family)}"
         yield heading, plot_curves(title.lower(), curves, unit=family.unit, log=family.log, level=level), False
     yield "Held-out scores", plot_curves("held-out scores", list(score_lines(records)), unit=PERCENT), False
     counted = records[0].unit

@@ -164,8 +164,6 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, run
     held_out = json.loads((place / "outcome.json").read_text())["metrics"]["eval/bits_per_byte"]
     assert any("Kneser-Ney" in name for name in found["baselines"])
     assert found["bits_per_byte"] == held_out
-    low, high = found["intervals"]["bits_per_byte"]
-    assert low < held_out < high
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def test_eval_measures_what_the_run_printed_and_writes_nothing(
     assert f"step {found.step}" in found.lines()[0]
     assert json.loads(json.dumps(found.as_json()))["scores"].keys() == found.scores.keys()
     assert files_of(run) == before
+    assert set(found.intervals) == ({"bits_per_byte"} if recipe == "pretrain" else set())
+    assert all(low < found.scores[name] < high for name, (low, high) in found.intervals.items())
 
 
 def test_a_checkpoint_is_measured_as_the_run_measured_it_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
