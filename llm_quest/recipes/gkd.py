@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from llm_quest.data.builtin_qa import builtin_instructions
-from llm_quest.data.conversations import Conversation, read_conversations, split_by_prompt
+from llm_quest.data.conversations import Conversation, read_conversations
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import repeat_by_weight
 from llm_quest.data.preferences import Preference, TokenizedPreference, tokenize_preferences
@@ -23,7 +23,7 @@ from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.distillation import DistillationLoss
 from llm_quest.objectives.next_token import NextTokenLoss
-from llm_quest.recipes.assembly import load_config_rows, micro_batch_rows
+from llm_quest.recipes.assembly import count_epochs, load_split_rows, micro_batch_rows
 from llm_quest.recipes.auto import resolve_precision
 from llm_quest.recipes.auxiliary_losses import TeacherConfig, build_distillation_terms, teacher_hash
 from llm_quest.recipes.chat_template_config import open_chat_template
@@ -82,6 +82,7 @@ def build_gkd(config: GkdConfig, context: Context) -> Job:
     config, model, tokenizer = begin_finetuning(config, context, builtin_instructions)
     data = prepare_questions(config, tokenizer)
     set_generation_eos(model, tokenizer, (one.answers[0][-1] for one in data.train))
+    config = count_epochs(config, context.settings, len(data.train), log)
     terms = build_distillation_terms(config, tokenizer, model.config.vocab_size, parallel, log)
     callbacks = apply_config_techniques(config, model, log)
     objective = NextTokenLoss(model, auxiliary=terms)
@@ -96,8 +97,8 @@ def build_gkd(config: GkdConfig, context: Context) -> Job:
     facts = data_facts(config.data, data.chat, data.drop_report, len(data.train), len(data.held_out), log)
     identity = {"tokenizer": tokenizer.hash, "data": loader.data_hash, **teacher_hash(terms)}
     return Job(
-        config, objective, loader, [evaluator], identity, facts, tokenizer, callbacks=callbacks,
-        watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
+        config, objective, loader, [evaluator] if data.held_out else [], identity, facts, tokenizer,
+        callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
     )  # fmt: skip
 
 
@@ -106,9 +107,10 @@ def prepare_questions(config: GkdConfig, tokenizer: Tokenizer) -> PreferenceData
     data's answer and the model's own both have room."""
     data, drop_report = config.data, DropReport()
     chat = open_chat_template(data, tokenizer)
-    said = load_config_rows(data, read_conversations, drop_report, builtin=builtin_instructions, limit=data.max_samples)
+    learned, held_out = load_split_rows(
+        data, read_conversations, drop_report, builtin=builtin_instructions, limit=data.max_samples
+    )
     room = config.sequence_length - config.max_new_tokens
-    learned, held_out = split_by_prompt(said, data.held_out)
     parts = []
     for part in (repeat_by_weight(learned), held_out):
         rows = tokenize_preferences(chat, [last_turn(one) for one in part], config.sequence_length, drop_report)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import length_grouped_indices, repeat_by_weight
 from llm_quest.data.row_forms import STEP_FORMS
@@ -19,7 +18,8 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.objectives.process_reward import ProcessRewardLoss
 from llm_quest.recipes.assembly import (
-    load_config_rows,
+    count_epochs,
+    load_split_rows,
     log_remarks,
     make_sharded_loader,
     micro_batch_rows,
@@ -41,7 +41,9 @@ class StepDataConfig(RowsConfig):
     """Solutions with labelled steps."""
 
     forms = STEP_FORMS
-    held_out: float = Field(default=0.1, gt=0, lt=0.5, description="the part of the questions that is never trained on")
+    held_out: float = Field(
+        default=0.1, ge=0, lt=0.5, description="the part of the questions that is never trained on; 0: none"
+    )
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
     step_separator: str = Field(default="\n", min_length=1, description="what ends every step")
 
@@ -60,6 +62,7 @@ def build_prm(config: PrmConfig, context: Context) -> Job:
     parallel, log = context.parallel, context.log
     config, model, tokenizer = begin_finetuning(config, context, no_builtin_rows)
     train, held_out, drop_report = prepare_steps(config, tokenizer)
+    config = count_epochs(config, context.settings, len(train), log)
     callbacks = apply_config_techniques(config, model, log)
     add_step_head(model, tokenizer, config)
     source = StepDataset(train)
@@ -74,8 +77,8 @@ def build_prm(config: PrmConfig, context: Context) -> Job:
     }  # fmt: skip
     return Job(
         config, ProcessRewardLoss(model), make_sharded_loader(config, source, parallel, rows),
-        [StepEvaluator(held_out, config.eval_steps)], {"tokenizer": tokenizer.hash, "data": source.hash}, facts,
-        tokenizer, callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
+        [StepEvaluator(held_out, config.eval_steps)] if held_out else [],
+        {"tokenizer": tokenizer.hash, "data": source.hash}, facts, tokenizer, callbacks=callbacks, watchers=[Diagnostics(symptoms=SUPERVISED_SYMPTOMS)],
     )  # fmt: skip
 
 
@@ -94,9 +97,10 @@ def prepare_steps(
     """From a source to rows of ids to train on, and held-out ones."""
     drop_report = DropReport()
     data = config.data
-    rows = load_config_rows(data, read_labelled_steps, drop_report, builtin=no_builtin_rows, limit=data.max_samples)
+    learned, held_back = load_split_rows(
+        data, read_labelled_steps, drop_report, builtin=no_builtin_rows, limit=data.max_samples
+    )
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    learned, held_back = split_by_prompt(rows, data.held_out)
     train, held_out = (
         tokenize_steps(
             part, plain_prompt_ids(tokenizer), encode, data.step_separator, config.sequence_length, drop_report

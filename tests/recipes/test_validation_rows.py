@@ -12,7 +12,7 @@ from llm_quest.recipes.recipe import load_recipe
 from tests.recipes.every_recipe import prepare, run_tiny
 from tests.recipes.tuned import WORDS, metrics, written
 
-RECIPES = ("pretrain", "sft", "dpo", "reward", "kto", "classify")
+RECIPES = ("pretrain", "sft", "dpo", "reward", "kto", "gkd", "prm", "classify")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for w in words
     ]  # fmt: skip
     written(folder / "held.jsonl", [{key: row[key] for key in ("prompt", "completion")} for row in rows])
+    steps = [{"prompt": row["prompt"], "completions": ["a", "b"], "labels": [True, False]} for row in rows]
+    written(folder / "held_steps.jsonl", steps)
     written(folder / "held_pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
     written(folder / "held_texts.jsonl", [{"text": row["text"]} for row in rows])
     written(folder / "held_labels.jsonl", [{"text": row["text"], "label": "True"} for row in rows])
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FILES = {
     "pretrain": "held_texts.jsonl", "sft": "held.jsonl", "dpo": "held_pairs.jsonl", "reward": "held_pairs.jsonl",
-    "kto": "held_pairs.jsonl", "classify": "held_labels.jsonl",
+    "kto": "held_pairs.jsonl", "gkd": "held.jsonl", "prm": "held_steps.jsonl", "classify": "held_labels.jsonl",
 }  # fmt: skip
 
 
