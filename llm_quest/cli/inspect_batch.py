@@ -20,7 +20,7 @@ from llm_quest.data.text_classification import TextClassificationBatch
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.unpaired import UnpairedBatch
 from llm_quest.errors import UsageError
-from llm_quest.recipes.engine import open_job
+from llm_quest.recipes.planning import open_job
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.techniques.score_head import find_score_head
 

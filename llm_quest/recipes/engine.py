@@ -65,16 +65,6 @@ def run_recipe(
         return run_job(job, context, callbacks)
 
 
-@contextmanager
-def open_job(recipe: Recipe, config: RunConfig, settings: RawConfig, log: LogFn, folder: Path) -> Iterator[Job]:
-    """A job on this process alone, to count its cost or to look at its batches. folder: an empty one to use."""
-    with init_distributed(config, 1) as parallel:
-        job = recipe.build(config, Context(folder, parallel, log, settings, planning=True))
-        if config.freeze:
-            freeze_parameters(job.model, config.freeze, log)
-        yield job
-
-
 def run_job(job: Job, context: Context, callbacks: Sequence[Callback] = ()) -> RunOutcome:
     """The loop over an assembled job, in its run folder. callbacks: after the job's own."""
     config, folder, parallel = job.config, context.run_dir, context.parallel

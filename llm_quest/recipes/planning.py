@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from llm_quest.objectives.preference import PreferenceLoss
 from llm_quest.recipes.assembly import apply_techniques, fit_sequence_length, micro_batch_rows
 from llm_quest.recipes.auto import resolve_auto
 from llm_quest.recipes.auxiliary_losses import build_distillation
-from llm_quest.recipes.config_schema import known_techniques
+from llm_quest.recipes.config_schema import RunConfig, known_techniques
 from llm_quest.recipes.engine import build_optimizer, init_distributed
 from llm_quest.recipes.freezing import freeze_parameters
 from llm_quest.recipes.kto import KTOLoader
@@ -47,6 +48,16 @@ from llm_quest.train.state import derive_seed
 SAMPLED_STEPS = 8
 """So many steps show how long rows are."""
 TIMED_ROLLOUTS = 2
+
+
+@contextmanager
+def open_job(recipe: Recipe, config: RunConfig, settings: RawConfig, log: LogFn, folder: Path) -> Iterator[Job]:
+    """A job on this process alone, to count its cost or to look at its batches. folder: an empty one to use."""
+    with init_distributed(config, 1) as parallel:
+        job = recipe.build(config, Context(folder, parallel, log, settings, planning=True))
+        if config.freeze:
+            freeze_parameters(job.model, config.freeze, log)
+        yield job
 
 
 def plan_recipe(recipe: Recipe, config: Any, settings: RawConfig, folder: Path, *, measure: bool, log: LogFn) -> Plan:

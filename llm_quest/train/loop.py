@@ -16,11 +16,14 @@ from torch.optim import Optimizer
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback
 from llm_quest.progress import Logger, NullLogger, phase
 from llm_quest.train.arguments import TrainingArguments, TrainResult
+from llm_quest.train.checkpoint import checkpoint_dir, load_checkpoint
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
-from llm_quest.train.run_dir import RunDir
+from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.session import TrainSession
 from llm_quest.train.signals import SignalHandler
+from llm_quest.train.state import load_model_state_dict
+from llm_quest.train.step import StepStats
 
 SIGNAL_ECHO_SECONDS = 2.0
 
@@ -61,9 +64,44 @@ def train(
                 break
             session.optimizer_step(numbers, callbacks)
             session.evaluate(evaluators, signals)
-            session.track_best(numbers, evaluators)
+            if args.metric_for_best_model:
+                track_best(session, numbers, evaluators)
             session.log(numbers, watchers)
             session.save()
             now.done = session.progress.step
-        session.load_best(evaluators)
+        if args.load_best_model_at_end:
+            load_best(session, evaluators)
         return session.result()
+
+
+def track_best(session: TrainSession, stats: StepStats, evaluators: Sequence[Evaluator]) -> None:
+    """Note whether the metric by which models are chosen has become better; end the run where it has not for too long,
+    after the evaluations that a run ends with."""
+    best, progress = session.best, session.progress
+    session.improved = False
+    if session.status == "interrupted":
+        return
+    measured = {**session.eval_metrics, "loss": stats.loss, **stats.metrics, **session.callback_metrics}
+    if session.eval_metrics or not evaluators:
+        best.require_measured(measured)
+    if best.metric in session.eval_metrics or session.is_log_step():
+        session.improved = best.update(progress, measured)
+    if not session.is_finished and best.is_exhausted(progress):
+        session.status = "finished"
+        session.log_event("early_stopping", step=progress.step, message=best.describe(progress))
+        session.eval_metrics = session.measure(evaluators)
+
+
+def load_best(session: TrainSession, evaluators: Sequence[Evaluator]) -> None:
+    """At the end of a run that asks for it: the model gets the weights of the best checkpoint, is evaluated with them,
+    and is from then on what the run's name stands for."""
+    progress, run_dir = session.progress, session.run_dir
+    if session.status != "finished" or progress.best_step is None or run_dir is None:
+        return
+    folder = checkpoint_dir(run_dir.checkpoints, progress.best_step)
+    session.parallel.all_gather(None)  # the main process has written it by now
+    if progress.best_step != progress.step:
+        load_model_state_dict(session.model, load_checkpoint(folder).state_dict["model"])
+        progress.latest_metrics = progress.latest_metrics | json_safe(session.measure(evaluators))
+    run_dir.mark_best(folder)
+    session.log_event("loaded_best", checkpoint=str(folder), step=progress.best_step)

@@ -23,7 +23,6 @@ from llm_quest.train.checkpoint import (
     SHARDS_DIR,
     Checkpoint,
     CheckpointSaver,
-    checkpoint_dir,
     checkpoint_step,
     load_checkpoint,
 )
@@ -45,7 +44,6 @@ from llm_quest.train.state import (
     TrainState,
     capture_generators,
     evaluation_mode,
-    load_model_state_dict,
 )
 
 PHASE_NAMES = {"eval": "evaluating", "samples": "writing samples", "ratio": "gathering ratios"}
@@ -237,11 +235,11 @@ class TrainSession:
             return
         try:
             with signal_handler.interruptible(allowed=self.parallel.world_size == 1 and not final):
-                self.eval_metrics = self._measure(due)
+                self.eval_metrics = self.measure(due)
         except StepInterrupted:
             self.status, self.signal_number = "interrupted", signal_handler.stop_signal
 
-    def _measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:
+    def measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:
         """The numbers of these evaluators, name/metric -> value."""
         metrics: dict[str, Any] = {}
         with evaluation_mode(self.model), step.autocast(self.args.precision, self.parallel.device):
@@ -252,44 +250,13 @@ class TrainSession:
                 metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
         return metrics
 
-    def track_best(self, stats: step.StepStats, evaluators: Sequence[Evaluator]) -> None:
-        """Note whether the metric by which models are chosen has become better; end the run where it has not for too
-        long, after the evaluations that a run ends with."""
-        best, progress = self.best, self.progress
-        self.improved = False
-        if not best.metric or self.status == "interrupted":
-            return
-        measured = {**self.eval_metrics, "loss": stats.loss, **stats.metrics, **self.callback_metrics}
-        if self.eval_metrics or not evaluators:
-            best.require_measured(measured)
-        if best.metric in self.eval_metrics or self._is_log_step():
-            self.improved = best.update(progress, measured)
-        if not self.is_finished and best.is_exhausted(progress):
-            self.status = "finished"
-            self.log_event("early_stopping", step=progress.step, message=best.describe(progress))
-            self.eval_metrics = self._measure(evaluators)
-
-    def load_best(self, evaluators: Sequence[Evaluator]) -> None:
-        """At the end of a run that asks for it: the model gets the weights of the best checkpoint, is evaluated with
-        them, and is from then on what the run's name stands for."""
-        best_step = self.progress.best_step
-        if not self.args.load_best_model_at_end or self.status != "finished" or best_step is None or not self.run_dir:
-            return
-        folder = checkpoint_dir(self.run_dir.checkpoints, best_step)
-        self.parallel.all_gather(None)  # the main process has written it by now
-        if best_step != self.progress.step:
-            load_model_state_dict(self.model, load_checkpoint(folder).state_dict["model"])
-            self.progress.latest_metrics = self.progress.latest_metrics | json_safe(self._measure(evaluators))
-        self.run_dir.mark_best(folder)
-        self.log_event("loaded_best", checkpoint=str(folder), step=best_step)
-
-    def _is_log_step(self) -> bool:
+    def is_log_step(self) -> bool:
         return self.is_finished or self.progress.step == 1 or self.progress.step % self.args.log_every == 0
 
     def log(self, stats: step.StepStats, watchers: Sequence[MetricsCallback] = ()) -> None:
         """Log a row of metrics if one is due, and pass it to the watchers."""
         progress, before = self.progress, self.last_logged
-        if not self.eval_metrics and not self._is_log_step():
+        if not self.eval_metrics and not self.is_log_step():
             return
         seconds = progress.train_seconds - before.train_seconds
         callback_metrics = {name: float(value) for name, value in self.callback_metrics.items()}
