@@ -7,6 +7,17 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+LONGEST_LINE = 900  # characters
+
+
+def shorten_lines(text: str) -> str:
+    """A message whose lines can be read: what a user gave may be megabytes in one line."""
+    lines = (
+        line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} ... {line[-250:]}"
+        for line in text.split("\n")
+    )
+    return "\n".join(lines)
+
 
 class QuestError(ValueError):
     """Shown as one to four lines without a traceback; the process ends with `exit_code`. came_first: of several
@@ -14,6 +25,9 @@ class QuestError(ValueError):
 
     exit_code = 1
     came_first = False
+
+    def __init__(self, message: object = "", *more: object):
+        super().__init__(shorten_lines(message) if isinstance(message, str) else message, *more)
 
 
 class UsageError(QuestError):

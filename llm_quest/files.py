@@ -28,11 +28,15 @@ def cache_dir(part: str) -> Path:
 def absolute_path(name: str) -> str:
     """The absolute path of a file or folder that exists, so that it is found from every working directory; of
     RUN@best its run's. Any other name, such as a hub id, as it is."""
-    path = Path(name).expanduser()
     run, at, checkpoint = name.rpartition("@")
-    if at and not path.exists():
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError):  # longer than a name may be, a zero byte, or nobody's home
+        return name
+    if at and not exists:
         return absolute_path(run) + at + checkpoint
-    return str(path.absolute()) if name and path.exists() else name
+    return str(path.absolute()) if name and exists else name
 
 
 def fsync_path(path: Path) -> None:

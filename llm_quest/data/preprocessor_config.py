@@ -99,7 +99,7 @@ def parse_preprocessor_config(published: Mapping[str, Any], model_type: str | No
     mean, std = (read_channels(settings, key) for key in ("image_mean", "image_std"))
     if not settings["do_normalize"]:
         mean, std = (0.0,) * len(mean), (1.0,) * len(mean)
-    if settings["resample"] not in RESAMPLING:
+    if type(settings["resample"]) is not int or settings["resample"] not in RESAMPLING:
         raise DataError(
             f"{FILE}: resample is {settings['resample']!r}; known: "
             + ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items())

@@ -193,7 +193,7 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
         pieces = tuple(read_piece(value) for number, value in fields if number == 1)
         training, normal = ({n: v for number, value in fields if number == key for n, v in parse_message(value)}
                             for key in (2, 3))  # fmt: skip
-    except (ValueError, IndexError, struct.error, TypeError) as error:
+    except (ValueError, LookupError, struct.error, TypeError, AttributeError) as error:
         raise DataError(f"{file} is not a SentencePiece model: {error}{tiktoken_hint(file)}") from None
     kind = training.get(3, UNIGRAM)
     if not pieces or kind not in (UNIGRAM, BPE):

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from llm_quest.data.documents import decode_utf8, read_file_bytes
 from llm_quest.data.sentencepiece_model import FILES as SENTENCEPIECE_FILES
 from llm_quest.data.sentencepiece_model import begin_and_end_template, convert_sentencepiece, tiktoken_hint
 from llm_quest.errors import DataError
@@ -82,7 +83,22 @@ def read_tokenizer_files(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
         begin = token_name(settings, "bos_token") if settings.get("add_bos_token") else None
         end = token_name(settings, "eos_token") if settings.get("add_eos_token") else None
         backend.post_processor = begin_and_end_template(backend, begin, end)
+    require_working(backend, path)
     return backend, settings
+
+
+PROBE_TEXT = "Once upon a time, 12 cats;\n\tété  \U0001f642 <s>"
+
+
+def require_working(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """DataError for a tokenizer that cannot encode or decode a short text: the package panics, in an exception that is
+    no Exception, over what it did not check on reading (a template with a token that is not there, some patterns)."""
+    try:
+        backend.decode(backend.encode(PROBE_TEXT).ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DataError(f"{path} is read, and cannot encode a text: {error}; its files are damaged") from None
 
 
 def read_slow_files(folder: Path, settings: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
@@ -110,7 +126,11 @@ def add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Set
     get another id."""
     listed = {}
     for name, number in read_json_object(folder / "added_tokens.json").items():
-        listed[int(number)] = AddedToken(name, normalized=False, special=is_named(name, settings))
+        if type(number) is not int or not is_text(name) or not 0 <= number < 2**31:
+            raise DataError(
+                f"{folder / 'added_tokens.json'}: {name!r:.40} has the id {number!r:.40}, expected a number"
+            )
+        listed[number] = AddedToken(name, normalized=False, special=is_named(name, settings))
     for number, one in (settings.get("added_tokens_decoder") or {}).items():
         listed[int(number)] = AddedToken(one["content"], **{key: bool(one[key]) for key in TOKEN_FLAGS if key in one})
     present = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -158,22 +178,67 @@ def token_name(settings: Mapping[str, Any], key: str) -> str | None:
 def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return decode_utf8(read_file_bytes(file), file)
     template = settings.get("chat_template") or read_json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several templates by name
         return next((one["template"] for one in template if one.get("name") == "default"), None)
     return template
 
 
+def is_text(value: Any) -> bool:
+    """Text that has bytes: half of a surrogate pair, as a JSON escape can write it, has none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_token(value: Any) -> bool:
+    """A token's name, bare or as an object with `content`."""
+    return is_text(value.get("content") if isinstance(value, dict) else value)
+
+
+def are_tokens(value: Any) -> bool:
+    return isinstance(value, list | dict) and all(map(is_token, value.values() if isinstance(value, dict) else value))
+
+
+def are_numbered_tokens(value: Any) -> bool:
+    """Ids, as text, with their tokens."""
+    return isinstance(value, dict) and all(
+        isinstance(one, dict) and is_token(one) and number.isdecimal() and len(number) < 10
+        for number, one in value.items()
+    )
+
+
+def is_template(value: Any) -> bool:
+    """A chat template, or several with their names."""
+    return is_text(value) or (
+        isinstance(value, list) and all(isinstance(one, dict) and is_text(one.get("template")) for one in value)
+    )
+
+
+SETTING_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(NAMED_TOKENS, (is_token, 'a token ("</s>" or {"content": "</s>"})')),
+    **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), (are_tokens, "a list of tokens")),
+    "added_tokens_decoder": (are_numbered_tokens, 'ids with their tokens ({"5": {"content": "<x>"}})'),
+    "chat_template": (is_template, "a template, or a list of {name, template}"),
+    "tokenizer_class": (is_text, "the name of a class"),
+}
+"""Key of tokenizer_config.json and special_tokens_map.json -> whether a value is of its type, and the type in words.
+null is every key's absence."""
+
+
 def read_json_object(file: Path) -> Settings:
+    """The object of a JSON file, empty without the file. DataError names the file and the key that is of another type
+    than it is read as."""
     if not file.exists():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, expected a JSON object")
+    for key, (is_of_type, expected) in SETTING_TYPES.items():
+        if content.get(key) is not None and not is_of_type(content[key]):
+            raise DataError(f"{file}: {key} is {content[key]!r:.80}, expected {expected}")
     return content
 
 

@@ -1,0 +1,46 @@
+"""What reads input refuses bad input in a message, whatever it is. `python -m tests.faults --count 5000` does more."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.fuzz import mutated_inputs, read_once, run_target
+from tests.faults.targets import TARGETS, Target
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_hostile_input_is_read_or_refused_in_a_message(target: Target):
+    assert run_target(target, 60) == []
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_good_input_is_read(target: Target, tmp_path):
+    """The inputs that are mutated are good ones: otherwise all of their variants would be refused for one reason."""
+    from tests.faults.fuzz import FILE_NAMES
+    from tests.faults.mutations import to_hostile_json
+
+    read = 0
+    file = tmp_path / FILE_NAMES.get(target.name.partition(" of ")[0], target.name)
+    for value in target.values():
+        rows = value if target.as_lines else [value]
+        file.write_bytes(b"\n".join(map(to_hostile_json, rows)))
+        read += read_once(target, file, 0, b"") is None
+    for content in target.contents():
+        file.write_bytes(content)
+        read += read_once(target, file, 0, b"") is None
+    assert read == len(target.values()) + len(target.contents()) > 0
+
+
+def test_an_input_is_a_function_of_its_number():
+    first, second = (dict(mutated_inputs(TARGETS[0], 5, start)) for start in (10, 12))
+    assert first[12] == second[12]
+    assert len(set(first.values())) > 3
+
+
+def test_the_harness_finds_what_is_not_caught(tmp_path):
+    def careless(file):
+        return {"a": 1}[file.read_bytes()[:1].decode()]
+
+    faults = run_target(Target("careless", careless, contents=lambda: [b"abc"]), 200)
+    assert {fault.what.partition(":")[0] for fault in faults} <= {"KeyError", "UnicodeDecodeError"}
+    assert faults
