@@ -1,11 +1,19 @@
-"""`quest data`: lists the built-in corpora, or summarises a data source."""
+"""`quest data`: lists the built-in corpora or the forms of rows, or summarises a data source."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llm_quest.data.corpus import BUILTIN_CORPORA, Corpus, load_corpus
+from llm_quest.data.document import DropReport
+from llm_quest.data.records import Record, TrackedRow, parse_rows
+from llm_quest.data.row_forms import ROW_FORMS, RowForm, describe_forms, select_form
+from llm_quest.data.sources import DataSource, iter_sources
+from llm_quest.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -34,3 +42,58 @@ def list_builtin_corpora() -> CorpusList:
 def load_source(source: str, *, column: str = "text", separator: str | None = None) -> Corpus:
     """A data source, with the counts of what was dropped and why."""
     return load_corpus(source, columns={"text": column}, separator=separator)
+
+
+@dataclass(frozen=True)
+class RowFormList:
+    """The forms of rows that each recipe reads."""
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {"recipe": recipe, "form": form.name, "keys": form.keys, "optional": form.optional, "example": form.example}
+            for recipe, forms in ROW_FORMS.items()
+            for form in forms
+        ]
+
+    def lines(self) -> list[str]:
+        return describe_forms()
+
+
+@dataclass(frozen=True)
+class RowSummary:
+    """What a recipe would read of a source: rows of each form, and what it would leave out."""
+
+    source: str
+    recipe: str
+    forms: dict[str, int]
+    drop_report: DropReport
+
+    def as_json(self) -> dict[str, Any]:
+        return {"source": self.source, "recipe": self.recipe, "forms": self.forms, **self.drop_report.row_facts()}
+
+    def lines(self) -> list[str]:
+        counted = [f"{count:>9,} rows: {form}" for form, count in self.forms.items()]
+        return [f"{self.source}, as quest train {self.recipe} reads it", *counted, *self.drop_report.remarks()]
+
+
+def summarize_rows(source: str, recipe: str) -> RowSummary:
+    """Read every row of a source as a recipe does, without a model. UsageError for a recipe that reads no rows."""
+    forms = next((forms for names, forms in ROW_FORMS.items() if recipe in names.split(", ")), None)
+    if forms is None:
+        known = ", ".join(ROW_FORMS)
+        raise UsageError(f"{recipe} reads no rows of a known form; known: {known}")
+    report, counts = DropReport(), Counter[str]()
+    records = iter_sources([DataSource(source)], report)
+    parse_rows(records, partial(count_form, forms, counts), report)
+    report.require_rows(counts.total(), source)
+    return RowSummary(source, recipe, dict(counts), report)
+
+
+def count_form(forms: Sequence[RowForm], counts: Counter[str], record: Record) -> None:
+    """Parse a row by its form, and count it."""
+    row = TrackedRow.wrap(record.row)
+    form = select_form(forms, row, record.where)
+    form.parse(row, record.where)
+    for key in form.optional:
+        row.get(key)
+    counts[form.name] += 1

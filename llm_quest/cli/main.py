@@ -675,18 +675,25 @@ def doctor(
 def data(
     source: Annotated[
         str | None,
-        typer.Argument(help="builtin[:parts], a file, a folder; without it: a list of the built-in corpora."),
+        typer.Argument(help="builtin[:parts], a file, a folder, hf:DATASET, FILE.py:FUNCTION; without it: a list."),
     ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Read its rows as this recipe does: sft, dpo, ...")] = None,
+    forms: Annotated[bool, typer.Option("--forms", help="List the forms of rows that each recipe reads.")] = False,
     column: Annotated[str, typer.Option(help="The key of the text in a JSONL line.")] = "text",
     separator: Annotated[str | None, typer.Option(help="The separator between documents in a text file.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Summarise a data source: documents, bytes, and what was dropped and why."""
-    from llm_quest.cli.data import list_builtin_corpora, load_source
+    from llm_quest.cli.data import RowFormList, list_builtin_corpora, load_source, summarize_rows
 
-    print_result(
-        list_builtin_corpora() if source is None else load_source(source, column=column, separator=separator), json
-    )
+    if forms:
+        print_result(RowFormList(), json)
+    elif source is None:
+        print_result(list_builtin_corpora(), json)
+    elif recipe is not None:
+        print_result(summarize_rows(source, recipe), json)
+    else:
+        print_result(load_source(source, column=column, separator=separator), json)
 
 
 def set_environment(threads: int, offline: bool = False) -> None:

@@ -1,0 +1,53 @@
+"""`quest data`: the forms of rows, and what a recipe would read of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llm_quest.cli.data import summarize_rows
+from llm_quest.cli.main import app
+from llm_quest.data.row_forms import ROW_FORMS
+from llm_quest.errors import DataError, UsageError
+
+ROWS = [
+    {"prompt": "a", "completion": "b", "id": 1},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "likes": 3}]},
+    {"instruction": "a", "output": "b", "history": []},
+    {"text": "no conversation"},
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def test_a_file_is_summarized_as_a_recipe_reads_it(rows: Path) -> None:
+    done = CliRunner().invoke(app, ["data", str(rows), "--recipe", "sft"])
+    assert done.exit_code == 0
+    for said in (
+        "1 rows: prompt and completion", "1 rows: messages", "1 rows: Alpaca", "skipped: 1 row cannot be used",
+        f"{rows}:4: has the keys text", "id (1), messages[].likes (1)",
+    ):  # fmt: skip
+        assert said in " ".join(done.output.split()), said
+    found = summarize_rows(str(rows), "sft").as_json()
+    assert found["skipped"]["kinds"] == {"no known form": 1}
+
+
+def test_a_file_without_a_row_of_the_recipe_and_a_recipe_without_rows_are_told(rows: Path) -> None:
+    with pytest.raises(DataError, match="4 rows cannot be used"):
+        summarize_rows(str(rows), "dpo")
+    with pytest.raises(UsageError, match="vit reads no rows of a known form; known: pretrain, sft"):
+        summarize_rows(str(rows), "vit")
+
+
+def test_the_forms_are_listed() -> None:
+    done = CliRunner().invoke(app, ["data", "--forms", "--json"])
+    assert {one["recipe"] for one in json.loads(done.output)} == set(ROW_FORMS)
+    assert "Alpaca" in CliRunner().invoke(app, ["data", "--forms"]).output
