@@ -21,6 +21,7 @@ from llm_quest.data.image_chat import ImageTurn
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError
+from llm_quest.generation import decoding
 from tests.models.vision import GEMMA3_TEXT, SIZES
 from tests.oracles import randomize_, transformers
 
@@ -133,8 +134,12 @@ def test_generate_and_chat_answer_as_transformers_does(folder: Path, theirs: tup
     assert "no.png: there is no such image" in talk.stderr
 
 
-def test_ragged_prompts_with_and_without_images_are_answered_as_each_alone(folder: Path):
+@pytest.mark.parametrize("padding", [2, decoding.MAX_PADDING])
+def test_ragged_prompts_with_and_without_images_are_answered_as_each_alone(
+    folder: Path, padding: int, monkeypatch: pytest.MonkeyPatch
+):
     """Prompts so unlike in length that they are read in groups: each group is shown its own images."""
+    monkeypatch.setattr(decoding, "MAX_PADDING", padding)  # 2: each prompt is read in a pass of its own
     ours = our_prompt(folder)
     prompts = [
         ours.chat.encode_text("a <start_of_image> b", [16]),

@@ -21,6 +21,7 @@ from llm_quest.data.image_chat import ImageTurn
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import UsageError
+from llm_quest.generation import decoding
 from tests.models.vision import QWEN3_5_TEXT, QWEN3_5_VISION, qwen_patches
 from tests.oracles import edit_config, randomize_, transformers
 
@@ -137,9 +138,13 @@ def test_generate_and_chat_answer_as_transformers_does(folder: Path, theirs: tup
     assert ours.tokenizer.decode(answer.tolist()).strip() in talk.stdout
 
 
-def test_ragged_prompts_with_and_without_images_are_answered_as_each_alone(folder: Path):
+@pytest.mark.parametrize("padding", [2, decoding.MAX_PADDING])
+def test_ragged_prompts_with_and_without_images_are_answered_as_each_alone(
+    folder: Path, padding: int, monkeypatch: pytest.MonkeyPatch
+):
     """Positions behind images are fewer than tokens by another number in each row, also when rows end or are joined."""
     ours = our_prompt(folder)
+    monkeypatch.setattr(decoding, "MAX_PADDING", padding)  # 2: each prompt is read in a pass of its own
     lengths = ours.image_lengths
     prompts = [
         ours.chat.encode_text(f"a {ONE} b", lengths[:1]),
