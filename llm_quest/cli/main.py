@@ -297,10 +297,10 @@ def generate(
         print_result(batch_generate.generate_batch(model, prompts, out, options, batch=batch, **machine), json)
         return
     text = sys.stdin.read() if prompt == "-" else str(prompt)
-    if draft:
+    if image:
+        vision.describe_images(model, image, text, options, draft=draft, as_json=json, **machine)
+    elif draft:
         speculative_generate.generate_speculative(model, draft, text, options, as_json=json, **machine)
-    elif image:
-        vision.describe_images(model, image, text, options, as_json=json, **machine)
     else:
         generate_text(model, text, options, as_json=json, **machine)
 

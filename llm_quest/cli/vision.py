@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -54,9 +54,18 @@ class ImagePrompt:
     tokenizer: Tokenizer
     preprocess: ImageProcessor
     images: list[Tensor] = field(default_factory=list)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, name_or_path: str, images: Sequence[str], device: str, dtype: str, log: LogFn) -> ImagePrompt:
+    def load(
+        cls,
+        name_or_path: str,
+        images: Sequence[str],
+        device: str,
+        dtype: str,
+        log: LogFn,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ImagePrompt:
         opened = [load_image(Path(image)) for image in images]  # a mistake is reported before a model is loaded
         model, tokenizer = load_text_model(name_or_path, device, dtype, log, vision=True)
         if not isinstance(model, VisionLanguageModel):
@@ -64,7 +73,8 @@ class ImagePrompt:
                 f"{name_or_path} does not read images: leave --image out, or train a model with quest train vlm"
             )
         preprocess = load_matching_preprocess(name_or_path, model.config.vision_config)
-        return cls(model, tokenizer, preprocess, [preprocess(image) for image in opened])
+        pixels = [preprocess(image) for image in opened]
+        return cls(model, tokenizer, preprocess, pixels, chat_template_kwargs or {})
 
     def add_image(self, file: str) -> None:
         """Show one more image."""
@@ -78,7 +88,7 @@ class ImagePrompt:
     @property
     def chat(self) -> ImageChat:
         """Encodes prompts that say where the images are, and conversations in the folder's chat template."""
-        return ImageChat(self.tokenizer, self.model.config)
+        return ImageChat(self.tokenizer, self.model.config, self.chat_template_kwargs)
 
     def encode_prompt(self, prompt: str, options: GenerationOptions) -> list[int]:
         """The ids of a prompt: a message in the chat template, a text with the marker where each image is, or a text
@@ -103,14 +113,15 @@ def describe_images(
     prompt: str,
     options: GenerationOptions,
     *,
+    draft: str | None,
     device: str,
     dtype: str,
     as_json: bool,
     log: LogFn,
 ) -> None:
     """Print the continuation of a prompt about images; with as_json, one JSON document at the end."""
-    require_image_options(options)
-    image_prompt = ImagePrompt.load(name_or_path, images, device, dtype, log)
+    require_image_options(options, draft)
+    image_prompt = ImagePrompt.load(name_or_path, images, device, dtype, log, options.chat_template_kwargs)
     options = options.with_advice(image_prompt.model.generation_config, GENERATE_DEFAULTS, log)
     tokens = image_prompt.encode_prompt(prompt, options)
     until = options.stopping_criteria(image_prompt.decoder, image_prompt.tokenizer)
@@ -126,15 +137,18 @@ def describe_images(
     print_text("\n")
 
 
-def require_image_options(options: GenerationOptions) -> None:
+def require_image_options(options: GenerationOptions, draft: str | None) -> None:
+    """UsageError for what is not there for prompts with images."""
+    if draft:
+        raise UsageError("--draft does not work with --image: leave one of them out")
     if options.slide:
         raise UsageError("--slide would drop the image from the context; leave one of --slide and --image out")
     if options.compile:
         raise UsageError("--compile is for models that read text: leave one of --compile and --image out")
     if options.num_beams > 1:
         raise UsageError("--beams does not work with --image: leave one of them out")
-    if options.chat_template_kwargs:
-        raise UsageError("--chat-template-kwargs is not used with images: leave it out")
+    if options.special_tokens:
+        raise UsageError("--special-tokens does not work with --image: a prompt may hold the image's own marker alone")
 
 
 def reads_images(name_or_path: str) -> bool:
@@ -159,12 +173,14 @@ def chat_about_images(
 ) -> None:
     """Answer questions in one conversation, about images given at its beginning or by /image: in the folder's chat
     template where that has images, otherwise in the layout of the rows of quest train vlm."""
-    shown = ImagePrompt.load(name_or_path, images, device, dtype, log)
+    shown = ImagePrompt.load(name_or_path, images, device, dtype, log, options.chat_template_kwargs)
     options = options.with_advice(shown.model.generation_config, CHAT_DEFAULTS, log)
     until = options.stopping_criteria(shown.decoder, shown.tokenizer)
     has_template = template and shown.chat.has_template
     if system is not None and not has_template:
         raise UsageError("--system has no effect without a chat template that has images; leave it out")
+    if options.chat_template_kwargs and not has_template:
+        raise UsageError("--chat-template-kwargs has no effect without a chat template that has images; leave it out")
     history = TemplatedImageConversation(shown, system) if has_template else PlainImageConversation(shown)
     show = ChatCommand("FILE shows an image", lambda session, file: history.add_image(file))
     ChatSession(history, lambda: shown.decoder, options, until, log, {"/image": show}).run()

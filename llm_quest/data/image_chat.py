@@ -11,12 +11,13 @@ token, the marker of a plain prompt aside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 from llm_quest.data.control_tokens import ControlTokenEncoder
+from llm_quest.data.template_program import unread_arguments
 from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -47,10 +48,12 @@ class ImageTurn:
 
 @dataclass(frozen=True)
 class ImageChat:
-    """Encodes prompts about images. Every method takes how many vectors each image of the prompt has, in order."""
+    """Encodes prompts about images. Every method takes how many vectors each image of the prompt has, in order.
+    chat_template_kwargs: what the template reads besides messages, such as {"enable_thinking": False}."""
 
     tokenizer: Tokenizer
     config: ImagePromptConfig
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def image_token(self) -> str:
@@ -98,7 +101,10 @@ class ImageChat:
             text = [{"type": "text", "text": self.escape(turn.text)}]
             messages.append({"role": turn.role, "content": [{"type": "image"}] * turn.num_images + text})
         names = {key: name[0] if isinstance(name, list) else name for key, name in self.special_names.items()}
-        rendered = render_prompt(str(self.tokenizer.chat_template), messages, special_tokens=names)
+        template, arguments = str(self.tokenizer.chat_template), self.chat_template_kwargs
+        if unread := unread_arguments(template, arguments):
+            raise UsageError(f"this chat template reads no {', '.join(unread)}: leave it out of chat_template_kwargs")
+        rendered = render_prompt(template, messages, special_tokens=names, chat_template_kwargs=arguments)
         return self.encode_expanded(rendered, image_lengths)
 
     @property

@@ -48,10 +48,16 @@ class Rendering(NamedTuple):
     unwritten: tuple[str, ...] = ()
 
 
-def render_prompt(template: str, messages: Messages, *, special_tokens: Mapping[str, str] | None = None) -> str:
+def render_prompt(
+    template: str,
+    messages: Messages,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
     """The prompt that asks for the assistant's next message. special_tokens: bos_token, eos_token and their like, by
-    name."""
-    settings = TemplateSettings(template, special_tokens or {})
+    name. chat_template_kwargs: what the template reads besides messages."""
+    settings = TemplateSettings(template, special_tokens or {}, chat_template_kwargs=dict(chat_template_kwargs or {}))
     return render_batch(settings, [RenderJob(messages, add_generation_prompt=True)])[0].text
 
 

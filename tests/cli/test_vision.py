@@ -103,6 +103,10 @@ def test_mistakes_are_answered(vit: Path, vlm: Path, tmp_path: Path):
     refused = run("generate", str(vlm / "run"), "-p", "a", "--image", scene_file, "--slide")[2]
     assert isinstance(refused, UsageError)
     assert "--slide would drop the image" in str(refused)
+    for option in (["--draft", "ngram"], ["--special-tokens"], ["--beams", "2"]):
+        refused = run("generate", str(vlm / "run"), "-p", "a", "--image", scene_file, *option)[2]
+        assert isinstance(refused, UsageError)
+        assert f"{option[0]} does not work with --image" in str(refused)
     refused = run("chat", str(vlm / "run"), "--image", scene_file, "--system", "be kind")[2]
     assert isinstance(refused, UsageError)
 

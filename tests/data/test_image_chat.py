@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,15 +71,15 @@ TURNS = [
 ]
 
 
-def chat(name: str) -> ImageChat:
+def chat(name: str, **arguments: Any) -> ImageChat:
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer = Tokenizer(
         TOKENIZER.backend_tokenizer, eos_tokens=["<|im_end|>"], bos_token="<|im_start|>", chat_template=template
     )
-    return ImageChat(tokenizer, LAYOUTS[name])
+    return ImageChat(tokenizer, LAYOUTS[name], arguments)
 
 
-def rendered(name: str, turns: list[ImageTurn]) -> str:
+def rendered(name: str, turns: list[ImageTurn], **arguments: Any) -> str:
     """By transformers, with its own way of writing images in messages."""
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>"
@@ -88,7 +89,11 @@ def rendered(name: str, turns: list[ImageTurn]) -> str:
         for turn in turns
     ]
     template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    return str(theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True))
+    return str(
+        theirs.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **arguments
+        )
+    )
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -103,6 +108,18 @@ def test_a_conversation_with_images_in_several_turns_has_the_ids_of_transformers
     )
     expected = TOKENIZER.encode(text, allow_special_tokens=True, add_special_tokens=False)
     assert chat(name).encode_turns(turns, counts) == expected
+
+
+def test_a_template_s_arguments_are_given_to_it_and_others_refused():
+    turns, name = [ImageTurn("user", "What is it?", 1)], "qwen3_5_nothink"
+    texts = {}
+    for thinks in (True, False):
+        text = rendered(name, turns, enable_thinking=thinks).replace("<|image_pad|>", "<|image_pad|>" * 2)
+        texts[thinks] = TOKENIZER.encode(text, allow_special_tokens=True, add_special_tokens=False)
+        assert chat(name, enable_thinking=thinks).encode_turns(turns, [2]) == texts[thinks]
+    assert texts[True] != texts[False]
+    with pytest.raises(UsageError, match="this chat template reads no enable_thoughts: leave it out"):
+        chat(name, enable_thoughts=True).encode_turns(turns, [2])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
