@@ -114,13 +114,16 @@ Item = TypeVar("Item", bound=HasPrompt)
 
 
 def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
-    """(training, held out): about `held_out` of the items, chosen by the hash of their prompt, so that the same
-    question with other answers is never on both sides, no seed is needed, and a new row moves few others."""
+    """(training, held out): about `held_out` of the items, chosen by the hash of their first question, so that the
+    same question with other answers is never on both sides, no seed is needed, and a new row moves few others.
+
+    Commonly got wrong: the rows of a conversation tree begin with the same turns, and what one of them holds out the
+    others train on."""
     if not 0 < fraction < 1:
         raise UsageError(f"held_out is {fraction}; expected a part of the rows, above 0 and below 1")
     groups: dict[str, list[int]] = defaultdict(list)
     for number, item in enumerate(items):
-        groups[prompt_hash(item.prompt)].append(number)
+        groups[first_question_hash(item.prompt)].append(number)
     wanted, chosen = max(1, round(fraction * len(items))), set[int]()
     for _, numbers in sorted(groups.items()):
         if len(chosen) < wanted:
@@ -131,7 +134,9 @@ def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item],
     return train, [items[number] for number in sorted(chosen)]
 
 
-def prompt_hash(prompt: Messages) -> str:
-    """sha256 of a prompt, whatever its spaces and capitals."""
-    text = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in prompt)
+def first_question_hash(prompt: Messages) -> str:
+    """sha256 of a prompt's first message by the user (of all of them, where there is none), whatever its spaces and
+    capitals."""
+    asked = [message for message in prompt if message["role"] == "user"][:1] or prompt
+    text = "\n".join(re.sub(r"\s+", " ", message["content"]).strip().lower() for message in asked)
     return hashlib.sha256(text.encode()).hexdigest()
