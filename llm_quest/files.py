@@ -17,6 +17,9 @@ from typing import IO, Any
 from llm_quest.errors import ResourceError, UsageError
 
 SWEEP_SECONDS = 24 * 3600.0
+NO_FSYNC = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+"""How systems say that this cannot be synced. Not EIO or ENOSPC, which lose data."""
+REPLACE_PAUSES = (0.01, 0.05, 0.2, 0.7)
 
 
 def cache_dir(part: str) -> Path:
@@ -40,13 +43,30 @@ def absolute_path(name: str) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file, or a folder's entries, durable (not every system lets folders be opened)."""
-    with contextlib.suppress(PermissionError):
+    """Make a file, or a folder's entries, durable, where the system does that: some open no folders, some sync nothing
+    that is open for reading. A device that fails is an error."""
+    try:
         handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """`os.replace`, tried again for a second where a reader has the target open, which some systems refuse."""
+    for pause in REPLACE_PAUSES:
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(source, target)
 
 
 def file_sha256(path: Path) -> str:
@@ -77,7 +97,7 @@ def atomic_write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         write_text(temporary, text)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)

@@ -6,7 +6,6 @@ GRPO, export to the Hugging Face layout and back, reports.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -110,7 +109,7 @@ class InterruptCallback:
     def on_step_end(self, model: Any, step: int) -> None:
         if step == self.at and not self.done:
             self.done = True
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     def on_step_skipped(self, model: Any) -> None:
         """A skipped step is not counted."""

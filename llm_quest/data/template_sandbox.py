@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,23 +175,22 @@ def limit_resources(seconds: int) -> None:
         import resource
     except ImportError:
         return  # the caller's timeout is the only limit
-    limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: MEMORY_BYTES}
     refused = []
-    for kind, limit in limits.items():
+    for name, limit in (("RLIMIT_CPU", seconds), ("RLIMIT_AS", MEMORY_BYTES)):
         try:
+            kind = getattr(resource, name)
             resource.setrlimit(kind, (limit, limit))
-        except (OSError, ValueError):  # macOS refuses to limit the address space
-            refused.append(kind)
-    if resource.RLIMIT_AS in refused:
-        threading.Thread(target=watch_memory, daemon=True).start()
+        except (AttributeError, OSError, ValueError):  # macOS refuses to limit the address space
+            refused.append(name)
+    if "RLIMIT_AS" in refused:
+        threading.Thread(target=watch_memory, args=(resource.getrusage, resource.RUSAGE_SELF), daemon=True).start()
 
 
-def watch_memory() -> None:
+def watch_memory(getrusage: Callable[[int], Any], whole_process: int) -> None:
     """End this process when it holds more memory than it may, where the system does not see to it."""
-    import resource
 
     def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(getrusage(whole_process).ru_maxrss)
 
     # some systems count bytes, others kilobytes: a Python that has just begun has 5 MB at least, and no 5 GB
     unit = 1 if peak() > 5 * 10**6 else 1024

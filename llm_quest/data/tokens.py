@@ -224,7 +224,7 @@ def _group_documents(documents: Sequence[Document], size: int = 4 << 20) -> Iter
 def _open_split(folder: Path, name: str, manifest: dict[str, Any], verify: str) -> TokenizedDocuments:
     file = folder / f"{name}.bin"
     empty = file.stat().st_size == 0
-    ids = np.zeros(0, dtype=manifest["dtype"]) if empty else np.memmap(file, dtype=manifest["dtype"], mode="r")
+    ids = np.zeros(0, dtype=manifest["dtype"]) if empty else map_numbers(file, manifest["dtype"])
     offsets = np.load(folder / f"{name}.offsets.npy", allow_pickle=False)
     nbytes = np.load(folder / f"{name}.bytes.npy", allow_pickle=False)
     facts = [manifest["files"][f"{name}{end}"]["sha256"] for end in (".bin", ".offsets.npy", ".bytes.npy")]
@@ -258,3 +258,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _folder_key(split: CorpusSplit, tokenizer: Tokenizer) -> str:
     sides = [[document.hash for document in side] for side in (split.train, split.val)]
     return hashlib.sha256(json.dumps([TOKEN_FOLDER_FORMAT, tokenizer.hash, sides]).encode()).hexdigest()[:32]
+
+
+def map_numbers(file: Path, dtype: str) -> np.ndarray:
+    """The numbers of a file, mapped; read where the file system maps nothing."""
+    try:
+        return np.memmap(file, dtype=dtype, mode="r")
+    except OSError:
+        return np.fromfile(file, dtype=dtype)

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,7 +32,23 @@ from llm_quest.hub.safetensors_io import FLOAT_DTYPES, StoredTensor
 from llm_quest.hub.weight_map import WeightView
 from llm_quest.tensor_files import ALIGNMENT
 
-CAN_MAP = os.name == "posix"
+
+@cache
+def mapped_files_can_be_replaced() -> bool:
+    """Whether this system lets a file be renamed over a mapped one, tried once."""
+    with tempfile.TemporaryDirectory() as folder:
+        old, new = Path(folder) / "old", Path(folder) / "new"
+        old.write_bytes(b"old")
+        new.write_bytes(b"new")
+        try:
+            mapped = map_file(old)
+            try:
+                os.replace(new, old)
+            finally:
+                mapped.close()
+        except OSError:
+            return False
+    return True
 
 
 def memory_map_parameters(
@@ -46,9 +64,14 @@ def memory_map_parameters(
     parts: dict[str, list[tuple[StoredTensor, WeightView]]] = defaultdict(list)
     for name, place in weight_views.items():
         source = sources[name]
-        if CAN_MAP and isinstance(source, StoredTensor) and FLOAT_DTYPES.get(source.dtype) == dtypes[place.parameter]:
+        if isinstance(source, StoredTensor) and FLOAT_DTYPES.get(source.dtype) == dtypes[place.parameter]:
             parts[place.parameter].append((source, place))
-    maps = {file: map_file(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
+    if not parts or not mapped_files_can_be_replaced():
+        return {}
+    try:
+        maps = {file: map_file(file) for file in {stored.file for found in parts.values() for stored, _ in found}}
+    except OSError:  # a file system that maps nothing, or no address space left: everything is read
+        return {}
     mapped = {path: map_parameter(parameters[path], found, maps, aligned) for path, found in parts.items()}
     return {path: tensor for path, tensor in mapped.items() if tensor is not None}
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TRIAL_SECONDS = 20.0
 """A compiler that takes longer for the trial's few lines counts as one that does not work."""
@@ -79,8 +80,7 @@ def _compile_trial(path: str, folder: Path, timeout: float) -> str:
         try:
             code = trial.wait(timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(trial.pid, signal.SIGKILL)
-            trial.wait()
+            kill_with_children(trial)
             return f"{path} did not compile five lines in {timeout:.3g} s"
     if code:
         lines = messages.read_text(errors="replace").splitlines()
@@ -91,3 +91,12 @@ def _compile_trial(path: str, folder: Path, timeout: float) -> str:
     except OSError as error:
         return f"{path} makes libraries that cannot be loaded ({str(error)[:200]})"
     return ""
+
+
+def kill_with_children(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that has a session of its own, with all that it started where the system can do that."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, OSError):  # Windows has no such call; a group that has ended is none
+        process.kill()
+    process.wait()

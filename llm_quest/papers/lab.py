@@ -24,6 +24,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import GuardStop
+from llm_quest.files import replace_file
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import llama
 from llm_quest.models.build import build
@@ -77,7 +78,7 @@ def cached_model(name: str, seed: int, config: Any, train: Callable[[], Decoder]
             unfinished = file.with_suffix(".part")
             unfinished.unlink(missing_ok=True)
             write_tensors(unfinished, dict(model.named_parameters()))
-            unfinished.replace(file)
+            replace_file(unfinished, file)
     model = build(config)
     with torch.no_grad():
         for path, tensor in load_file(file).items():

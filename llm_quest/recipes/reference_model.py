@@ -23,7 +23,7 @@ from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
-from llm_quest.files import file_sha256
+from llm_quest.files import file_sha256, replace_file
 from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.progress import track
@@ -130,7 +130,7 @@ def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     staged = file.with_name(f".tmp-{file.name}")
     staged.unlink(missing_ok=True)
     write_tensors(staged, tensors, metadata)
-    staged.replace(file)
+    replace_file(staged, file)
 
 
 def weights_hash(model: nn.Module) -> str:

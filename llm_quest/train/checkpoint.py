@@ -12,6 +12,7 @@ loop."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -109,7 +110,8 @@ def write_state(staged: Path, checkpoint: Checkpoint, entries: Mapping[str, Any]
     values = {name: value for name, value in checkpoint.state_dict.items() if name not in TENSOR_FILES}
     write_text(staged / STATE_FILE, json.dumps(values))
     mode = (staged / STATE_FILE).stat().st_mode & 0o777
-    os.chmod(staged, mode | (mode & 0o444) >> 2)
+    with contextlib.suppress(OSError):  # a file system without modes
+        os.chmod(staged, mode | (mode & 0o444) >> 2)
     files = {**entries, STATE_FILE: file_entry(staged / STATE_FILE)}
     manifest = {"format": FORMAT, "step": checkpoint.step, "identity": dict(checkpoint.identity), "files": files}
     write_text(staged / MANIFEST_FILE, json.dumps(manifest, indent=1))
