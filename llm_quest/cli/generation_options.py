@@ -159,7 +159,7 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    from llm_quest.data.template_program import reserved_argument
+    from llm_quest.data.template_program import find_reserved_argument
 
     try:
         given = yaml.safe_load(text)
@@ -169,7 +169,7 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
         raise UsageError(
             f"--chat-template-kwargs {text!r}: give names and values, such as '{{enable_thinking: false}}'"
         )
-    if name := reserved_argument(given):
+    if name := find_reserved_argument(given):
         raise UsageError(f"--chat-template-kwargs: {name!r} is given to every chat template; leave it out")
     return given
 

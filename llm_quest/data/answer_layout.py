@@ -111,7 +111,7 @@ class AnswerLayout:
             after = whole if place == len(job.messages) - 1 else self.render(job, place + 1)
             text, (begin, end) = self.locate_answer(job, place, after)
             require_written(job.messages[place], text[begin:end])
-            if text == after and (kept := self.kept_end(after, whole, self.words.tail)) > begin:
+            if text == after and (kept := self.end_in_whole(after, whole, self.words.tail)) > begin:
                 shared.append((begin, kept))
             else:
                 own.append(LaidOut(text, [(begin, end)]))
@@ -136,7 +136,7 @@ class AnswerLayout:
             raise ValueError(NO_PLACE)
         return begin
 
-    def kept_end(self, after: str, whole: str, tail: str) -> int:
+    def end_in_whole(self, after: str, whole: str, tail: str) -> int:
         """How much of a text up to an answer begins the whole conversation too: all of it, or all but what the template
         writes at the end alone (Phi-3: `<|end|>\\n<|endoftext|>`, of which `<|end|>` is kept); else 0. tail: what
         follows an answer that ends the text."""
@@ -177,7 +177,7 @@ class AnswerLayout:
 
     def probe_closing(self, text: str, whole: str, tail: str) -> str:
         """What is written after the answer that ends this text, here and in the whole conversation."""
-        kept = text[: self.kept_end(text, whole, tail)].rpartition(PROBE_MARK)[2]
+        kept = text[: self.end_in_whole(text, whole, tail)].rpartition(PROBE_MARK)[2]
         return self.through_control_token(kept)
 
 
@@ -247,7 +247,7 @@ def require_written(message: Mapping[str, Any], written: str) -> None:
             raise ValueError("this template does not write function calls")
 
 
-def unwritten_roles(messages: Sequence[Mapping[str, Any]], text: str) -> list[str]:
+def roles_left_out(messages: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     """The roles of messages that stand nowhere in the text, neither as they are nor as JSON."""
     said = [(message["role"], str(message["content"] or "").strip()) for message in messages]
     return [

@@ -27,7 +27,7 @@ from llm_quest.data.conversations import Conversation
 from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.template_messages import MessageWriter
-from llm_quest.data.template_program import RenderJob, TemplateSettings, unread_arguments
+from llm_quest.data.template_program import RenderJob, TemplateSettings, find_unread_arguments
 from llm_quest.data.template_sandbox import Messages, RenderedChat, render_batch, render_jobs
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -101,7 +101,7 @@ class ChatTemplate:
     ):
         tokenizer.chat_template = template or tokenizer.chat_template or default_chat_template(tokenizer)
         self.tokenizer, self.template = tokenizer, tokenizer.chat_template
-        if unread := unread_arguments(self.template, chat_template_kwargs or {}):
+        if unread := find_unread_arguments(self.template, chat_template_kwargs or {}):
             raise UsageError(f"this chat template reads no {', '.join(unread)}: leave it out of chat_template_kwargs")
         self.control_encoder = ControlTokenEncoder(tokenizer)
         names = {key: one[0] if isinstance(one, list) else one for key, one in tokenizer.special_token_names.items()}
@@ -162,7 +162,7 @@ class ChatTemplate:
         drop_report: counts what the template refuses, and is told what else was changed; DataError where there is none,
         and where nothing is left."""
         found, refused, notes = list[ChatExample](), list[str](), Counter[str]()
-        for one, encoded in zip(conversations, self.examples_of(conversations, learned_places), strict=True):
+        for one, encoded in zip(conversations, self.examples_of(conversations, places_to_learn), strict=True):
             found += encoded.examples
             notes += self.count_losses(one, encoded)
             if encoded.error:
@@ -255,7 +255,7 @@ class ChatTemplate:
         return self.control_encoder.encode(text)
 
 
-def learned_places(one: Conversation) -> tuple[int, ...]:
+def places_to_learn(one: Conversation) -> tuple[int, ...]:
     """The places of the answers that are learned."""
     return tuple(n for n, message in enumerate(one.messages) if message.is_learned and not is_empty(message))
 

@@ -85,12 +85,12 @@ class TemplateProgram:
         return "".join(written)
 
 
-def reserved_argument(given: Mapping[str, Any]) -> str | None:
+def find_reserved_argument(given: Mapping[str, Any]) -> str | None:
     """The first argument whose name every template gets from us."""
     return next((name for name in given if name in RESERVED_ARGUMENTS), None)
 
 
-def unread_arguments(source: str, given: Mapping[str, Any]) -> list[str]:
+def find_unread_arguments(source: str, given: Mapping[str, Any]) -> list[str]:
     """The arguments that a template does not name."""
     return [name for name in given if not re.search(rf"\b{re.escape(name)}\b", source)]
 

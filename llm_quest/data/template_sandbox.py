@@ -12,11 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_quest.data.answer_layout import AnswerLayout, LaidOut, unwritten_roles
+from llm_quest.data.answer_layout import AnswerLayout, LaidOut, roles_left_out
 from llm_quest.data.template_messages import with_text_arguments
 from llm_quest.data.template_program import RenderJob, TemplateProgram, TemplateSettings, extract_spans
 from llm_quest.errors import DataError
@@ -147,7 +147,7 @@ def run_worker() -> None:
     for line in sys.stdin:
         job = RenderJob(*json.loads(line))
         rows, reason = render_job(layout, job)
-        left_out = unwritten_roles(job.messages, rows[-1].text) if rows else []
+        left_out = roles_left_out(job.messages, rows[-1].text) if rows else []
         sys.stdout.write(json.dumps((rows, reason, left_out)) + "\n")
         sys.stdout.flush()
 
@@ -173,28 +173,28 @@ def limit_resources(seconds: int) -> None:
     """Limit time and memory by whatever this system takes; the caller's timeout holds everywhere."""
     try:
         import resource
-    except ImportError:
-        return  # the caller's timeout is the only limit
-    refused = []
-    for name, limit in (("RLIMIT_CPU", seconds), ("RLIMIT_AS", MEMORY_BYTES)):
+
+        kinds = ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, MEMORY_BYTES))
+    except (ImportError, AttributeError):  # Windows
+        watch_memory()
+        return
+    for kind, limit in kinds:
         try:
-            kind = getattr(resource, name)
             resource.setrlimit(kind, (limit, limit))
-        except (AttributeError, OSError, ValueError):  # macOS refuses to limit the address space
-            refused.append(name)
-    if "RLIMIT_AS" in refused:
-        threading.Thread(target=watch_memory, args=(resource.getrusage, resource.RUSAGE_SELF), daemon=True).start()
+        except (OSError, ValueError):  # macOS refuses to limit the address space
+            watch_memory()
 
 
-def watch_memory(getrusage: Callable[[int], Any], whole_process: int) -> None:
+def watch_memory() -> None:
     """End this process when it holds more memory than it may, where the system does not see to it."""
+    import psutil
 
-    def peak() -> int:
-        return int(getrusage(whole_process).ru_maxrss)
+    process = psutil.Process()
 
-    # some systems count bytes, others kilobytes: a Python that has just begun has 5 MB at least, and no 5 GB
-    unit = 1 if peak() > 5 * 10**6 else 1024
-    while peak() * unit < MEMORY_BYTES:
-        time.sleep(0.02)
-    os.write(2, b"MemoryError: more than its share of memory\n")
-    os._exit(1)
+    def watch() -> None:
+        while process.memory_info().rss < MEMORY_BYTES:
+            time.sleep(0.02)
+        os.write(2, b"MemoryError: more than its share of memory\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -34,7 +34,7 @@ from llm_quest.tensor_files import ALIGNMENT
 
 
 @cache
-def mapped_files_can_be_replaced() -> bool:
+def can_replace_mapped_files() -> bool:
     """Whether this system lets a file be renamed over a mapped one, tried once."""
     with tempfile.TemporaryDirectory() as folder:
         old, new = Path(folder) / "old", Path(folder) / "new"
@@ -66,7 +66,7 @@ def memory_map_parameters(
         source = sources[name]
         if isinstance(source, StoredTensor) and FLOAT_DTYPES.get(source.dtype) == dtypes[place.parameter]:
             parts[place.parameter].append((source, place))
-    if not parts or not mapped_files_can_be_replaced():
+    if not parts or not can_replace_mapped_files():
         return {}
     try:
         maps = {file: map_file(file) for file in {stored.file for found in parts.values() for stored, _ in found}}

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from llm_quest.data.chat import ChatTemplate
-from llm_quest.data.template_program import reserved_argument
+from llm_quest.data.template_program import find_reserved_argument
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.recipes.auto import recorded_config
@@ -36,7 +36,7 @@ class ChatTemplateConfig(StrictModel):
     @classmethod
     def check_arguments(cls, given: dict[str, Any]) -> dict[str, Any]:
         """ValueError for a name that the template gets from us."""
-        if name := reserved_argument(given):
+        if name := find_reserved_argument(given):
             raise ValueError(f"{name!r} is given to every chat template; leave it out")
         return given
 

@@ -19,7 +19,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, GRADINGS
 from llm_quest.data.row_forms import ANSWER_KEYS
-from llm_quest.data.template_program import reserved_argument
+from llm_quest.data.template_program import find_reserved_argument
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import DataError
@@ -154,7 +154,7 @@ class GrpoConfig(EpisodeConfig):
             raise ValueError("task and data both say what is asked; give one of them (task=null takes it away)")
         if self.data is not None and self.chat_template_kwargs:
             raise ValueError("chat_template_kwargs is for a task's prompts; for rows give data.chat_template_kwargs")
-        if name := reserved_argument(self.chat_template_kwargs):
+        if name := find_reserved_argument(self.chat_template_kwargs):
             raise ValueError(f"chat_template_kwargs: {name!r} is given to every chat template; leave it out")
         if self.data is not None and fresh:
             raise ValueError("prompts of your own need a model that can read them: give model.load=FOLDER")

@@ -41,7 +41,7 @@ def lying_in(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torc
 def read(folder: Path, monkeypatch) -> quest.Decoder:
     """Loaded by the definition: every number copied."""
     with monkeypatch.context() as without:
-        without.setattr(mmap, "mapped_files_can_be_replaced", lambda: False)
+        without.setattr(mmap, "can_replace_mapped_files", lambda: False)
         return load(folder)
 
 

@@ -81,6 +81,7 @@ NAMES = {
 """Attributes that a system may lack: those behind `sys.platform` in typeshed, without flags of Linux alone."""
 NAMED_SYSTEMS = {
     "machine/compiler.py": "the compiler that torch.compile calls there is torch's choice by name",
+    "machine/hardware.py": "the unit of ru_maxrss is another on macOS, and no call tells it",
 }
 """Files that may ask for the system's name, and why."""
 
@@ -199,9 +200,11 @@ def test_a_template_is_rendered_and_an_attack_ends_where_the_address_space_canno
 
 def test_a_template_is_rendered_and_an_endless_one_ends_where_there_are_no_limits(monkeypatch):
     """As on Windows."""
-    missing = "import sys\nsys.modules['resource'] = None\n"
+    missing = "import sys, psutil\nsys.modules['resource'] = None\n"
     monkeypatch.setattr(template_sandbox, "WORKER_COMMAND", missing + template_sandbox.WORKER_COMMAND)
     assert render_prompt(CHATML, HELLO).startswith("<|im_start|>user\nhello")
+    with pytest.raises(DataError, match="MemoryError: more than its share of memory"):
+        render_prompt(DOUBLING, HELLO)
     monkeypatch.setattr(template_sandbox, "CPU_SECONDS", 1)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(DataError, match="did not end within 5 s"):
@@ -268,7 +271,7 @@ def test_numbers_of_a_file_that_cannot_be_mapped_are_read(tmp_path: Path, monkey
     np.arange(9, dtype=np.uint16).tofile(tmp_path / "ids")
     monkeypatch.setattr(mmap, "mmap", refuse)
     for known in (True, False):
-        monkeypatch.setattr("llm_quest.hub.mmap.mapped_files_can_be_replaced", lambda known=known: known)
+        monkeypatch.setattr("llm_quest.hub.mmap.can_replace_mapped_files", lambda known=known: known)
         read = load(folder).parameters()
         assert all(torch.equal(a, b) for a, b in zip(before, read, strict=True))
     assert tokens.map_numbers(tmp_path / "ids", "uint16").tolist() == list(range(9))
@@ -279,9 +282,9 @@ def test_a_system_that_refuses_to_rename_over_a_mapped_file_is_found_out(call: s
     def refuse(*given: object, **more: object) -> None:
         raise PermissionError(errno.EACCES, "in use")
 
-    assert hub_mmap.mapped_files_can_be_replaced.__wrapped__()
+    assert hub_mmap.can_replace_mapped_files.__wrapped__()
     monkeypatch.setattr(call, refuse)
-    assert not hub_mmap.mapped_files_can_be_replaced.__wrapped__()
+    assert not hub_mmap.can_replace_mapped_files.__wrapped__()
 
 
 def test_a_compiler_that_hangs_is_ended_where_groups_cannot_be_killed(tmp_path: Path, monkeypatch):
