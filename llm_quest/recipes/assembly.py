@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from llm_quest.contracts import Callback, LogFn
-from llm_quest.data.conversations import prompt_hash, split_by_prompt
+from llm_quest.data.conversations import first_question_hash, split_by_prompt
 from llm_quest.data.corpus import Corpus, load_corpus
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, SourceT, repeat_by_weight
@@ -140,8 +140,8 @@ def load_split_rows(
     if config.validation is None:
         return split_by_prompt(rows, config.held_out) if config.held_out else (rows, [])
     held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
-    known = {prompt_hash(one.prompt) for one in rows}
-    if shared := sum(prompt_hash(one.prompt) in known for one in held):
+    known = {first_question_hash(one.prompt) for one in rows}
+    if shared := sum(first_question_hash(one.prompt) in known for one in held):
         drop_report.note(f"{shared:,} of the {len(held):,} rows of data.validation: their prompt is trained on too")
     return rows, held
 
