@@ -34,6 +34,10 @@ WITHOUT_A_MODEL = {"models", "show", "diff", "papers", "settings", "techniques"}
 """Commands that need no model and no training: they are run as they stand."""
 
 
+READERS_FILES = {"my_rewards.py": "def score(completions, word, **kwargs):\n    return [0.0] * len(completions)\n"}
+"""Files of the reader's own that commands name."""
+
+
 class DocCommand(NamedTuple):
     place: str
     words: tuple[str, ...]
@@ -140,6 +144,8 @@ def test_a_command_of_the_docs_passes_as_a_dry_run(
     `quest train --dry-run` does; a name that is no recipe stands for a run folder."""
     given = parameters(words)
     monkeypatch.chdir(tmp_path)
+    for file, text in READERS_FILES.items():
+        Path(file).write_text(text)
     for folder in {Path(pair.partition("=")[2]) for pair in given.get("pairs") or () if ".load=" in pair}:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(tiny_folder)

@@ -63,7 +63,8 @@ class PolicyScores:
 class PolicyEvaluator:
     """Answers the held-out problems greedily, and scores the answers with every reward; with num_samples and answers to
     check by, mean@n and pass@k too. rewards: (name, weight) of each. The first answers go to
-    samples/step-00000020.json. whole_model: inside it a sharded model is whole."""
+    samples/step-00000020.json. whole_model: inside it a sharded model is whole. newest: what the last evaluation of
+    this process found."""
 
     problems: Sequence[Problem]
     draw: DrawAnswers
@@ -76,9 +77,10 @@ class PolicyEvaluator:
     samples_dir: Path | None = None
     whole_model: Callable[[], AbstractContextManager[Any]] = nullcontext
     name: str = "eval"
+    newest: PolicyScores | None = None
 
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        found = self.scores(model)
+        self.newest = found = self.scores(model)
         if self.samples_dir is not None:
             save_samples(self.samples_dir, step, [saved_answer(one) for one in found.answers[:MAX_SAVED_ANSWERS]])
         return found.metrics()

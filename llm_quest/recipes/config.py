@@ -244,8 +244,11 @@ def explain_validation_error(
     error: ValidationError, schema: type[StrictModel], settings: RawConfig
 ) -> Iterator[ConfigProblem]:
     """Pydantic's findings in our words."""
-    for finding in error.errors():
+    findings = error.errors()
+    for finding in findings:
         path = tuple(str(part) for part in finding["loc"])
+        if finding["type"] == "too_short" and has_findings_below(finding["loc"], findings):
+            continue  # a list is too short because its entries are mistakes
         fields = schema_fields(schema, path[:-1])
         if finding["type"] == "extra_forbidden" and (renamed := list(renamed_keys(path, finding["input"], settings))):
             yield from renamed
@@ -277,6 +280,11 @@ def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequenc
     if (ours := setting_of(path[-1], knows)) is not None:
         return f"unknown key; here it is {ours}"
     return f"unknown key{did_you_mean(path[-1], known)}; allowed here: {', '.join(known)}"
+
+
+def has_findings_below(place: tuple[int | str, ...], findings: Sequence[Any]) -> bool:
+    """Whether one of pydantic's findings is about a part of what stands at a place."""
+    return any(len(one["loc"]) > len(place) and one["loc"][: len(place)] == place for one in findings)
 
 
 def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[ConfigProblem]:

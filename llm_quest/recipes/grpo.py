@@ -280,7 +280,8 @@ class HeldOutReport:
     def after(self, result: TrainResult) -> None:
         if result.status == "finished":
             kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
-            self.log(f"held out, after:  {self.evaluator.scores(self.model.eval()).line()}{kl}")
+            found = self.evaluator.newest or self.evaluator.scores(self.model.eval())
+            self.log(f"held out, after:  {found.line()}{kl}")
         for line in self.failure_lines():
             self.log(line)
 

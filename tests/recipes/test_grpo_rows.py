@@ -136,8 +136,9 @@ def test_a_reward_that_needs_answers_is_refused_on_rows_without(warm: Path, tmp_
 def test_a_mistake_is_named_before_anything_is_read(pairs: list[str], said: str, tmp_path: Path):
     folder = write_rows(tmp_path)
     settings = from_(Path("nowhere"), "task=null", f"data={{source: {folder}/prompts.jsonl}}")
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as raised:
         started(tmp_path / "run", *settings, *pairs)
+    assert len(str(raised.value).splitlines()) == 1, "one mistake, one line"
 
 
 def test_rows_on_the_command_line_take_the_place_of_the_recipes_task():
