@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from llm_quest.data.control_tokens import ControlTokenEncoder
-from llm_quest.data.template_program import unread_arguments
+from llm_quest.data.template_program import find_unread_arguments
 from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -102,7 +102,7 @@ class ImageChat:
             messages.append({"role": turn.role, "content": [{"type": "image"}] * turn.num_images + text})
         names = {key: name[0] if isinstance(name, list) else name for key, name in self.special_names.items()}
         template, arguments = str(self.tokenizer.chat_template), self.chat_template_kwargs
-        if unread := unread_arguments(template, arguments):
+        if unread := find_unread_arguments(template, arguments):
             raise UsageError(f"this chat template reads no {', '.join(unread)}: leave it out of chat_template_kwargs")
         rendered = render_prompt(template, messages, special_tokens=names, chat_template_kwargs=arguments)
         return self.encode_expanded(rendered, image_lengths)
