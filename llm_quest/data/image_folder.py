@@ -26,15 +26,23 @@ MAX_LISTED_CLASSES = 5
 
 
 def load_image_folder(
-    path: str | Path, image_processor: ImageProcessor, held_out: float, drop_report: DropReport
+    path: str | Path,
+    image_processor: ImageProcessor,
+    held_out: float,
+    drop_report: DropReport,
+    validation: str | None = None,
 ) -> ImageSplits:
     """A folder with a sub-folder for each class; or with folders `train` and `val` (or `test`) of such, which are
-    then the two sides. drop_report counts the files, and notes what is odd about the two sides."""
+    then the two sides; or with another folder for validation. drop_report counts the files, and notes what is odd about
+    the two sides."""
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path} is no folder of images; expected a sub-folder for each class")
     inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
-    if (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
+    if validation is not None:
+        train = read_class_folders(path, image_processor, drop_report)
+        sides = ImageSplits(train, read_class_folders(Path(validation), image_processor, drop_report, train.names))
+    elif (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
         train = read_class_folders(inside["train"], image_processor, drop_report)
         other = inside.get("val", inside.get("test", path))
         sides = ImageSplits(train, read_class_folders(other, image_processor, drop_report, train.names))

@@ -96,27 +96,40 @@ class SceneDataset:
         return ImageText(synthetic_shapes.render_scenes([scene], self.size)[0], tuple(scene.question_answers))
 
 
+def read_examples(rows: Sequence[CaptionRow], image_processor: ImageProcessor) -> list[ImageText]:
+    """The images of rows, each with all that is said about it."""
+    grouped: dict[Path, list[QuestionAnswer]] = {}
+    weights: dict[Path, float] = {}
+    for row in rows:
+        grouped.setdefault(row.image, []).extend(row.turns)
+        weights.setdefault(row.image, row.weight)
+    return [
+        ImageText(image_processor.resize_to_pixels(load_image(image)), tuple(turns), weights[image])
+        for image, turns in grouped.items()
+    ]
+
+
 class CaptionDataset:
     """Rows of images with captions or questions. Those about one image stay together; about `held_out` of the images,
     by the hash of their pixels, are held out. Every image is opened once, so that a broken one is found before
-    training. name: of the rows, for messages."""
+    training. name: of the rows, for messages. validation: rows to evaluate on, beside which held_out is 0."""
 
-    def __init__(self, rows: Sequence[CaptionRow], image_processor: ImageProcessor, held_out: float, name: str):
-        grouped: dict[Path, list[QuestionAnswer]] = {}
-        weights: dict[Path, float] = {}
-        for row in rows:
-            grouped.setdefault(row.image, []).extend(row.turns)
-            weights.setdefault(row.image, row.weight)
-        examples = [
-            ImageText(image_processor.resize_to_pixels(load_image(image)), tuple(turns), weights[image])
-            for image, turns in grouped.items()
-        ]
+    def __init__(
+        self,
+        rows: Sequence[CaptionRow],
+        image_processor: ImageProcessor,
+        held_out: float,
+        name: str,
+        validation: Sequence[CaptionRow] = (),
+    ):
+        examples = read_examples(rows, image_processor)
         marks = [hashlib.sha256(example.pixels.tobytes()).digest() for example in examples]
         out = [int.from_bytes(mark[:8], "big") < held_out * 2.0**64 for mark in marks]
         learned = [example for example, away in zip(examples, out, strict=True) if not away]
         self.train_examples = repeat_by_weight(learned)
         self.held_out_examples = [example for example, away in zip(examples, out, strict=True) if away]
-        if not self.train_examples or not self.held_out_examples:
+        self.held_out_examples += read_examples(validation, image_processor)
+        if not self.train_examples or (held_out and not self.held_out_examples):
             raise DataError(
                 f"{name}: {len(examples)} images are too few to hold out {held_out:.0%} of them; add images"
             )

@@ -32,7 +32,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.assembly import apply_techniques, count_epochs, log_remarks, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
-from llm_quest.recipes.config import Choice, LocalPath, StrictModel
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel, hold_nothing_out
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import ALTERNATIVES, require_at_most_one
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
@@ -44,7 +44,7 @@ NATIVE_SHAPES = {"digits": (8, 1), "cifar10": (32, 3)}
 """Pixels of a side and channels of the sources that have them."""
 DEFAULT_PROCESSORS = {"folder": ImageProcessor(224), "digits": ImageProcessor(8, (0.0,), (0.4,))}
 """Digits have a black background, which is 0: what augmentation shifts in from outside is background."""
-EvalFraction = Annotated[float, Field(gt=0, lt=0.9)]
+EvalFraction = Annotated[float, Field(ge=0, lt=0.9)]
 
 
 class VisionConfig(BatchedConfig):
@@ -85,8 +85,15 @@ class ImageDataConfig(StrictModel):
     image_std: tuple[float, ...] | None = Field(
         default=None, description="null: as model.load's folder says; without one, of digits 0.4, otherwise 0.5"
     )
-    held_out: EvalFraction = Field(default=0.2, description="the part that is never trained on; cifar10 has its own")
+    held_out: EvalFraction = Field(
+        default=0.2, description="the part that is never trained on; 0: none; cifar10 has its own"
+    )
+    validation: LocalPath | None = Field(
+        default=None, description="of folder: another such folder to evaluate on, in place of a part of path"
+    )
     augment: AugmentConfig = AugmentConfig()
+
+    hold_nothing_out = model_validator(mode="before")(hold_nothing_out)
 
     @model_validator(mode="after")
     def one_mean_and_std_per_channel(self) -> ImageDataConfig:
@@ -104,6 +111,8 @@ class ImageDataConfig(StrictModel):
     def check_folder(self) -> ImageDataConfig:
         if (self.path is None) != (self.source == "digits"):
             raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
+        if self.validation is not None and self.source != "folder":
+            raise ValueError(f"validation is a folder beside source=folder; source {self.source} has its own split")
         return self
 
 
@@ -191,7 +200,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
         config,
         objective,
         loader,
-        [ImageAccuracyEvaluator(sides.held_out, preprocess, config.eval_steps)],
+        [ImageAccuracyEvaluator(sides.held_out, preprocess, config.eval_steps)] if len(sides.held_out) else [],
         identity,
         facts,
         preprocessor=preprocess,
@@ -242,7 +251,7 @@ def load_images(config: ImageDataConfig, preprocess: ImageProcessor, drop_report
     return (
         load_cifar10(config.path)
         if config.source == "cifar10"
-        else load_image_folder(config.path, preprocess, config.held_out, drop_report)
+        else load_image_folder(config.path, preprocess, config.held_out, drop_report, config.validation)
     )
 
 

@@ -79,7 +79,7 @@ class ImageTextDataConfig(RowsConfig):
     )
     image_size: PositiveInt = Field(default=48, description="pixels of a side")
     held_out: EvalFraction = Field(
-        default=0.1, description="of the rows' images; of synthetic shapes, every fifth combination"
+        default=0.1, description="of the rows' images, 0: none; of synthetic shapes, every fifth combination"
     )
     max_questions_per_row: PositiveInt | None = Field(
         default=None, description="questions of an image in one row, at most; null: all that fit"
@@ -106,8 +106,8 @@ class ImageTextDataConfig(RowsConfig):
 
     @model_validator(mode="after")
     def check_columns_are_read(self) -> ImageTextDataConfig:
-        if self.is_synthetic and (self.columns or self.strict):
-            raise ValueError("columns and strict have no effect on synthetic_shapes; leave them out")
+        if self.is_synthetic and (self.columns or self.strict or self.validation is not None):
+            raise ValueError("columns, strict and validation have no effect on synthetic_shapes; leave them out")
         return self
 
 
@@ -242,7 +242,7 @@ def build_vlm(config: VlmConfig, context: Context) -> Job:
         config,
         CaptioningLoss(model),
         loader,
-        [evaluator],
+        [] if sights.num_eval_examples == 0 else [evaluator],
         {"sights": sights.hash, "tokenizer": tokenizer.hash},
         {"corpus": {"name": source_name(config.data)}, **drop_report.row_facts()},
         tokenizer,
@@ -290,7 +290,8 @@ def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: 
     if data.is_synthetic:
         return SceneDataset(preprocess.shape[0])
     rows = load_config_rows(data, read_caption_rows, drop_report)
-    return CaptionDataset(rows, preprocess, data.held_out, source_name(data))
+    held = [] if data.validation is None else load_config_rows(data.of_validation, read_caption_rows, drop_report)
+    return CaptionDataset(rows, preprocess, data.held_out, source_name(data), held)
 
 
 def build_vlm_tokenizer(config: VlmConfig, sights: ImageTextDataset) -> Tokenizer:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from llm_quest.data.document import DropReport
+from llm_quest.data.image_text import CaptionDataset, read_caption_rows
+from llm_quest.data.images import ImageProcessor
+from llm_quest.data.sources import DataSource, load_rows
 from llm_quest.errors import UsageError
 from llm_quest.recipes.recipe import load_recipe
 from tests.recipes.every_recipe import prepare, run_tiny
@@ -92,3 +98,39 @@ def test_rows_that_are_trained_on_too_are_told(folder: Path, tmp_path: Path):
     run_tiny("sft", folder, tmp_path / "run", f"data.validation={folder / 'pairs.jsonl'}")
     notes = json.loads((tmp_path / "run/data.json").read_text())["notes"]
     assert any("90 of the 90 rows of data.validation: their prompt is trained on too" in note for note in notes)
+
+
+def test_images_to_evaluate_on_are_a_folder_of_their_own(folder: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    for kind in ("above", "below"):
+        (other / kind).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(other / kind / "0.png")
+    run_tiny("vit", folder, tmp_path / "none", "data.held_out=0")
+    run_tiny("vit", folder, tmp_path / "file", f"data.validation={other}")
+    facts = [json.loads((tmp_path / name / "data.json").read_text()) for name in ("none", "file")]
+    assert [one["train_images"] for one in facts] == [40, 40]
+    assert [one["val_images"] for one in facts] == [0, 2]
+    assert eval_names(tmp_path / "none") == set()
+    assert "eval/accuracy" in eval_names(tmp_path / "file")
+    with pytest.raises(UsageError, match="validation is a folder beside source=folder"):
+        load_recipe("vit", [f"data.validation={other}"])
+
+
+def test_captions_to_evaluate_on_are_rows_of_their_own(folder: Path, tmp_path: Path):
+    images = sorted((folder / "images/above").glob("*.png"))[:6]
+    rows = [{"image": str(image), "caption": f"sight {image.stem}"} for image in images]
+    train, held = written(tmp_path / "train.jsonl", rows[:4]), written(tmp_path / "held.jsonl", rows[4:])
+    preprocess = ImageProcessor(8)
+    report = DropReport()
+    learned, others = (load_rows([DataSource(str(file))], read_caption_rows, report) for file in (train, held))
+    found = CaptionDataset(learned, preprocess, 0.0, "rows", others)
+    assert (found.num_train_examples, found.num_eval_examples) == (4, 2)
+    assert CaptionDataset(learned, preprocess, 0.0, "rows").num_eval_examples == 0
+    with pytest.raises(UsageError, match="validation have no effect on synthetic_shapes"):
+        load_recipe("vlm", [f"data.validation={held}"])
+
+
+def test_iterative_runs_are_not_made_longer(folder: Path, tmp_path: Path):
+    run_tiny("iterative", folder, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"trains each policy for 2 steps.*raise num_outer_iterations"):
+        run_tiny("iterative", folder, tmp_path / "run", "max_steps=3")
