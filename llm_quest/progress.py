@@ -24,13 +24,14 @@ ItemT = TypeVar("ItemT")
 
 @dataclass
 class Phase:
-    """A part of a command's work. total: how many steps it has, None where nobody knows. done: of them. is_run: a
-    training run, which has a bar on a terminal."""
+    """A part of a command's work. total: how many steps it has, None where nobody knows. done: of them,
+    first: how many at its beginning. is_run: a training run, which has a bar on a terminal."""
 
     name: str
     total: int | None = None
     done: int = 0
     is_run: bool = False
+    first: int = 0
     began: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
@@ -45,7 +46,7 @@ PHASES: list[Phase] = []
 @contextmanager
 def phase(name: str, total: int | None = None, *, done: int = 0, is_run: bool = False) -> Iterator[Phase]:
     """Inside: the command is in this phase."""
-    now = Phase(name, total, done, is_run)
+    now = Phase(name, total, done, is_run, first=done)
     PHASES.append(now)
     try:
         yield now
@@ -125,19 +126,24 @@ class LineLogger:
 class EtaClock:
     """Rate and time left, from how long the steps of this process took, with all that came between them."""
 
-    def __init__(self, step: int, steps: int):
-        self.first_step, self.steps, self.start_time = step, steps, time.monotonic()
+    def __init__(self, step: int, steps: int, start_time: float | None = None):
+        self.first_step, self.steps = step, steps
+        self.start_time = time.monotonic() if start_time is None else start_time
 
     def seconds_per_step(self, step: int) -> float:
         return (time.monotonic() - self.start_time) / max(1, step - self.first_step)
 
     def rate(self, step: int) -> str:
-        """Steps per second, or seconds per step where that is more."""
+        """Steps per second, or seconds per step where that is more; empty before the first step."""
+        if step == self.first_step:
+            return ""
         seconds = self.seconds_per_step(step)
         return f"{seconds:.1f} s/step" if seconds > 1 else f"{1 / max(seconds, 1e-9):.1f} step/s"
 
     def time_left(self, step: int) -> str:
-        """As h:mm:ss."""
+        """As h:mm:ss; -:--:-- before the first step."""
+        if step == self.first_step < self.steps:
+            return "-:--:--"
         seconds = round(self.seconds_per_step(step) * (self.steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 

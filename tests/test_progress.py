@@ -18,6 +18,7 @@ import pytest
 from llm_quest import progress
 from llm_quest.cli.output import show_progress
 from llm_quest.progress import (
+    EtaClock,
     Heartbeat,
     LineLogger,
     NullLogger,
@@ -87,6 +88,13 @@ def test_a_line_shows_what_a_method_is_watched_by_and_in_its_units():
     assert "accuracy 25.0%" in format_metrics(ROW | {"accuracy": 0.25})
     assert "1,234 images/s" in format_metrics(ROW, "images")
     assert "1,234 tok/s" in format_metrics(ROW)
+
+
+def test_no_rate_is_told_before_the_first_step():
+    clock = EtaClock(3, 10)
+    assert (clock.rate(3), clock.time_left(3)) == ("", "-:--:--")
+    assert clock.rate(4).endswith("/s") or clock.rate(4).endswith("/step")
+    assert clock.time_left(10) == "0:00:00"
 
 
 def test_other_ranks_and_the_quiet_see_nothing(capsys, monkeypatch):

@@ -178,9 +178,9 @@ def quickstart(
     """Run the whole workflow once, offline: tokenizer, pretraining, resume, SFT, DPO, a conversation, GRPO, export,
     reports. About five minutes on two cores."""
     set_environment(threads)
-    from llm_quest.cli.quickstart import run_quickstart
-
     with show_progress(quiet):
+        from llm_quest.cli.quickstart import run_quickstart
+
         result = run_quickstart(out, seed=seed, device=device, log=status_printer(quiet))
     print_result(result, json)
     raise typer.Exit(result.exit_code)
@@ -222,11 +222,11 @@ def train(
     """Train with a recipe. Run the same command again to resume after an interruption. `quest train RECIPE --help`
     lists the recipe's settings."""
     set_environment(threads or 0, offline)
-    from llm_quest.cli.train import start_training
-
     short = {"device": device, "precision": dtype, "seed": seed, "threads": threads}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    with show_progress(quiet):
+    with show_progress(quiet):  # importing torch takes seconds too
+        from llm_quest.cli.train import start_training
+
         outcome = start_training(
             recipe,
             [*(pairs or []), *given],
@@ -414,12 +414,12 @@ def evaluate(
         {"--tokens": tokens, "--problems": problems, "--part": part, "--temperature": temperature,
          "--samples": samples, "--vote": vote, "--best-of": best_of, "--reward-model": reward_model, "--chat": chat},
     )  # fmt: skip
-    from llm_quest.cli import evaluate as commands
-
     machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
     number = problems or 200
     found: Any
     with show_progress(quiet):
+        from llm_quest.cli import evaluate as commands
+
         if harness:
             found = commands.evaluate_with_lm_eval(model, harness.split(","), limit=number, seed=seed, **machine)
         elif task:
@@ -507,9 +507,9 @@ def plan(
 ) -> None:
     """Estimate the cost of a run: parameters, FLOPs, memory by kind, checkpoints, time."""
     set_environment(threads, offline)
-    from llm_quest.cli.train import estimate_cost
-
     with show_progress(quiet):
+        from llm_quest.cli.train import estimate_cost
+
         found = estimate_cost(recipe, pairs or [], measure=measure, log=status_printer(quiet))
     print_result(found, json)
 

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from llm_quest.progress import PHASES, EtaClock, Phase, format_metrics, format_scores, note_output
+from llm_quest.progress import LAST_OUTPUT, PHASES, EtaClock, Phase, format_metrics, format_scores, note_output
 
 LONGEST_BAR = 40
 PATIENCE = 1.0
@@ -29,7 +29,6 @@ class TerminalDisplay:
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.metrics: list[str] = []
-        self.clocks: dict[int, EtaClock] = {}
         self.live = Live(
             get_renderable=self.render, console=self.console, transient=True, redirect_stdout=False,
             refresh_per_second=4, vertical_overflow="crop",
@@ -59,14 +58,16 @@ class TerminalDisplay:
         inner = [one for one in phases if not one.is_run]
         if inner and (not runs or time.monotonic() - inner[-1].began > PATIENCE):
             lines.append(whole_line(" · ".join(map(str, inner))))
+        if not phases and time.monotonic() - LAST_OUTPUT[0] > PATIENCE:
+            lines.append(whole_line("working"))
         return Group(*lines)
 
     def run_line(self, run: Phase, width: int) -> RenderableType:
         """Step, bar, rate, time left: as wide as the terminal or less."""
         assert run.total is not None, "a run knows its steps"
-        clock = self.clocks.setdefault(id(run), EtaClock(run.done, run.total))
+        clock = EtaClock(run.first, run.total, run.began)
         before = f"{'step' if run.name == 'training' else run.name} {run.done}/{run.total}"
-        after = f"{clock.rate(run.done)}  ETA {clock.time_left(run.done)}"
+        after = f"{clock.rate(run.done)}  ETA {clock.time_left(run.done)}".strip()
         room = min(LONGEST_BAR, width - len(before) - len(after) - 4)
         bar = ProgressBar(total=max(run.total, 1), completed=run.done, width=max(room, 1))
         line = Table.grid(padding=(0, 2, 0, 0))
