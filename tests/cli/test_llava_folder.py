@@ -162,3 +162,14 @@ def test_the_folder_loads_and_is_published_again(folder: Path, tmp_path: Path):
     quest.save(model, tmp_path / "again", tokenizer=load_tokenizer(folder))
     again = dict(quest.load(tmp_path / "again").named_parameters())
     assert all(torch.equal(again[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_folder_as_today_s_transformers_saves_it_says_how_images_are_made(folder: Path, tmp_path: Path):
+    """processor_config.json with the image processor inside, and no preprocessor_config.json."""
+    for file in folder.iterdir():
+        if file.name not in ("preprocessor_config.json", "processor_config.json"):
+            (tmp_path / file.name).symlink_to(file)
+    said = json.loads((folder / "processor_config.json").read_text())
+    inner = json.loads((folder / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps(said | {"image_processor": inner}))
+    assert our_prompt(tmp_path).preprocess == our_prompt(folder).preprocess

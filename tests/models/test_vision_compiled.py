@@ -14,8 +14,9 @@ from llm_quest.models.build import build
 name = sys.argv[1]
 model = build(name).double()
 images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-if name == "llava-tiny":
-    tokens = torch.randint(96, (2, 24)); tokens[:, 2:18] = 96
+if name in ("llava-tiny", "gemma3-vision-tiny"):
+    length = model.config.num_image_tokens(16, 16)
+    tokens = torch.randint(90, (2, length + 8)); tokens[:, 2 : 2 + length] = 96
     plain = lambda t, i: model(t, image_features=model.get_image_features(i))
     inputs = (tokens, images)
 else:
@@ -27,7 +28,7 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("name", ["vit-tiny", "llava-tiny"])
+@pytest.mark.parametrize("name", ["vit-tiny", "llava-tiny", "gemma3-vision-tiny"])
 def test_a_compiled_model_is_one_graph_with_the_same_logits(name: str):
     run = subprocess.run(
         [sys.executable, "-c", CODE, name], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
