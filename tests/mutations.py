@@ -370,6 +370,8 @@ MUTATIONS = (
     Mutation("GKD: a step's answers are those of the first step", "rollouts/on_policy_distillation.py", 'make_rng("answers", self.seed, step)', 'make_rng("answers", self.seed)', "tests/rollouts/test_on_policy_distillation.py"),
     Mutation("PRM: separators of the question end steps too", "objectives/readouts.py", "for end in range(start + size - 1, len(ids))", "for end in range(size - 1, len(ids))", "tests/objectives/test_process_reward.py"),
     Mutation("PRM: the label stands before the separator", "data/step_labels.py", "ends.append(len(ids) - 1)", "ends.append(len(ids) - 1 - len(between))", "tests/objectives/test_process_reward.py"),
+    Mutation("router replay: the objective does not replay", "objectives/policy_gradient.py", "nullcontext() if batch.routing is None else", "nullcontext() if True else", "tests/rollouts/test_router_replay.py"),
+    Mutation("router replay: routers do not learn", "layers/router_replay.py", "router.weigh_choice(scores, ids)", "router.weigh_choice(scores.detach(), ids)", "tests/rollouts/test_router_replay.py"),
     Mutation("flips accepted and never read", "objectives/preference_losses.py", "if without_effect := [one for one in numbers if one not in loss_numbers(name)]:", "if without_effect := []:", PREFERENCE),
     Mutation("DPO: all answers go on from the first question", "data/batch.py", "torch.tensor(of)", "torch.tensor(of) * 0", SHARED),
     Mutation("DPO: a question is shared where rows in full are less to read", "data/preference_pairs.py", "share_prompts = share_prompts and shared_token_count(shared_rows) < full_token_count(unshared)", "share_prompts = share_prompts", SHARED),

@@ -32,7 +32,7 @@ class PolicyRow:
     environment answered) are read and never learned. old_log_probs: computed again by the trainer;
     reference_log_probs: by the reference policy. attention_maps (tokens, length): the attention of the position that
     predicts each token, when it was sampled. values, returns: of a value head when it was sampled, and what it learns
-    (GAE)."""
+    (GAE). routing (length, choices): the experts that the rollout's pass chose for each token that is read."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -44,6 +44,7 @@ class PolicyRow:
     values: np.ndarray | None = None
     returns: np.ndarray | None = None
     is_policy_token: np.ndarray | None = None
+    routing: np.ndarray | None = None
 
     @property
     def num_policy_tokens(self) -> int:
@@ -95,6 +96,7 @@ class PolicyBatch:
     attention_maps: Float[Tensor, "B T T"] | None = None
     values: Float[Tensor, "B T"] | None = None
     returns: Float[Tensor, "B T"] | None = None
+    routing: Int[Tensor, "B T C"] | None = None
     position_ids: Int[Tensor, "B T"] | None = None
     prefix: SharedPrefix | None = None
     num_tokens: int = 0
@@ -147,6 +149,8 @@ def collate_policy_rows(
             value[number, place] = getattr(row, name)
     if rows[0].attention_maps is not None:
         values["attention_maps"] = pad_attention_maps(rows, made.first_target_columns, made.tokens.shape[1])
+    if rows[0].routing is not None:
+        values["routing"] = pad_routing(rows, made.tokens.shape[1])
     tensors: dict[str, Any] = {name: torch.from_numpy(value) for name, value in values.items()}
     return PolicyBatch(
         torch.from_numpy(made.tokens),
@@ -165,6 +169,16 @@ def pad_attention_maps(rows: Sequence[PolicyRow], firsts: Sequence[int], width: 
     for number, (row, first) in enumerate(zip(rows, firsts, strict=True)):
         assert row.attention_maps is not None, "all rows have attention maps or none has"
         laid_out[number, first : first + len(row.completion_ids), : row.length] = row.attention_maps
+    return laid_out
+
+
+def pad_routing(rows: Sequence[PolicyRow], width: int) -> np.ndarray:
+    """Each row's routing (B,T,C), expert 0 for padding."""
+    assert rows[0].routing is not None, "the first row has a routing"
+    laid_out = np.zeros((len(rows), width, rows[0].routing.shape[1]), np.int64)
+    for number, row in enumerate(rows):
+        assert row.routing is not None, "all rows have a routing or none has"
+        laid_out[number, : row.length] = row.routing
     return laid_out
 
 
@@ -235,7 +249,7 @@ def micro_batches(
     return [first, *batches[1:]]
 
 
-ROW_ARRAYS = ("advantages", "sampler_log_probs", *OPTIONAL_ARRAYS, "attention_maps")
+ROW_ARRAYS = ("advantages", "sampler_log_probs", *OPTIONAL_ARRAYS, "attention_maps", "routing")
 
 
 def row_to_json(row: PolicyRow) -> dict[str, Any]:
@@ -252,6 +266,8 @@ def row_from_json(saved: Mapping[str, Any]) -> PolicyRow:
     arrays = {name: np.frombuffer(base64.b64decode(saved[name]), np.float32) for name in ROW_ARRAYS if name in saved}
     if "attention_maps" in arrays:  # a row of the matrix for each token
         arrays["attention_maps"] = arrays["attention_maps"].reshape(len(saved["tokens"]), -1)
+    if "routing" in arrays:  # of each token that is read
+        arrays["routing"] = arrays["routing"].reshape(len(saved["prompt"]) + len(saved["tokens"]) - 1, -1)
     if "is_policy_token" in saved:
         arrays["is_policy_token"] = np.frombuffer(base64.b64decode(saved["is_policy_token"]), np.bool_)
     return PolicyRow(tuple(saved["prompt"]), tuple(saved["tokens"]), **arrays)

@@ -99,10 +99,15 @@ class SoftmaxRouter(nn.Module):
         logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         scores = logits.softmax(dim=-1)
-        topk_weights, topk_ids = self.mask_groups(scores).topk(self.top_k, dim=-1)
+        topk_ids = self.mask_groups(scores).topk(self.top_k, dim=-1).indices
+        return scores, logits, topk_ids, self.weigh_choice(scores, topk_ids)
+
+    def weigh_choice(self, scores: Float[Tensor, "N E"], topk_ids: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """The weights of chosen experts."""
+        topk_weights = scores.gather(1, topk_ids)
         if self.norm_topk_prob:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        return scores, logits, topk_ids, topk_weights * self.routed_scaling_factor
+        return topk_weights * self.routed_scaling_factor
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)
@@ -150,10 +155,14 @@ class SigmoidRouter(nn.Module):
             logits = F.linear(x.to(wide), self.weight.to(wide))
         scores = logits.sigmoid()
         topk_ids = self.mask_groups(scores.detach() + self.bias.to(wide)).topk(self.top_k, dim=-1).indices
+        return scores, logits, topk_ids, self.weigh_choice(scores, topk_ids)
+
+    def weigh_choice(self, scores: Float[Tensor, "N E"], topk_ids: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """The weights of chosen experts: their scores without the bias."""
         topk_weights = scores.gather(1, topk_ids)
         if self.norm_topk_prob:
             topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return scores, logits, topk_ids, topk_weights * self.routed_scaling_factor
+        return topk_weights * self.routed_scaling_factor
 
     def init_weights(self, generator: torch.Generator | None) -> None:
         nn.init.normal_(self.weight, std=0.02, generator=generator)

@@ -13,6 +13,7 @@ temperature, with dropout, or at other positions than they are scored at. Here o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,8 @@ class PolicyGradientLoss(nn.Module):
         if self.model.training:
             self.model.eval()
         records: dict[str, list[Any]] | None = {} if self.attention_coef and batch.attention_maps is not None else None
-        h = batch_hidden_states(self.model, batch, records)
+        with nullcontext() if batch.routing is None else replay_batch_routing(self.model, batch.routing):
+            h = batch_hidden_states(self.model, batch, records)
         log_p = log_probs_from_hidden(self.model, h, batch.targets, self.temperature)
         entropies = token_entropies(self.model, h, batch.targets, self.temperature) if self.entropy_coef else None
         attention = None if records is None else read_attention_policy(records)
@@ -226,6 +228,13 @@ class PolicyGradientLoss(nn.Module):
         return found | {
             name: (tokens.new_tensor(a), tokens.new_tensor(b)) for name, (a, b) in batch.metric_sums.items()
         }
+
+
+def replay_batch_routing(model: Any, routing: Tensor) -> AbstractContextManager[None]:
+    """Inside, a pass over the batch takes the experts of its rollout."""
+    from llm_quest.layers.router_replay import replay_routing
+
+    return replay_routing(model, routing)
 
 
 def require_reference(reference: Tensor | None) -> Tensor:

@@ -109,6 +109,9 @@ class PolicyConfig(RunConfig):
     gae: GaeConfig | None = Field(
         default=None, description="advantage_estimator=gae: its numbers and those of the value loss; null: the defaults"
     )
+    router_replay: bool = Field(
+        default=False, description="experts: a rollout's choices are taken again while it is learned from"
+    )
     diagnostics_patience: PositiveInt = Field(
         default=30, description="steps after which a run that cannot learn is stopped"
     )
@@ -220,6 +223,21 @@ class PolicyConfig(RunConfig):
     def max_completion_tokens(self) -> int:
         """Tokens that the policy writes for a prompt, at most."""
         return self.max_new_tokens
+
+    @model_validator(mode="after")
+    def check_router_replay(self) -> PolicyConfig:
+        if not self.router_replay:
+            return self
+        if self.num_iterations * self.num_mini_batches == 1:
+            raise ValueError(
+                "router_replay has no effect where a rollout is learned from once: the routers choose as they did; set "
+                "num_iterations or num_mini_batches to 2 or more, or leave it out"
+            )
+        if any(one["name"] == "checkpointing" for one in self.all_techniques):
+            raise ValueError("router_replay cannot be combined with checkpointing, which routes again: leave one out")
+        if self.compile is True:
+            raise ValueError("router_replay changes what routers give, which a compiled pass cannot: set compile=false")
+        return self
 
     def build_surrogate(self) -> Surrogate:
         """The variant's, with the numbers that were given."""

@@ -25,6 +25,7 @@ from llm_quest.errors import UsageError
 from llm_quest.eval.problems import evaluate_problems
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.hub.load_save import write_model_json
+from llm_quest.layers.router_replay import find_routers, record_routing, stack_routing
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.attention_divergence import compute_attention_policy
 from llm_quest.objectives.log_probs import token_log_probs
@@ -113,6 +114,8 @@ def build_policy_setup(
     )
     if config.attention_coef:
         tap_last_layer(model)
+    if config.router_replay and not find_routers(model):
+        raise UsageError("router_replay has no effect: this model has no experts; leave it out")
     if config.has_value_head and find_value_head(model) is None:
         ValueHead()(model)
     objective = policy_objective(config, model)
@@ -131,6 +134,7 @@ def build_policy_setup(
     loader = RolloutLoader(
         model, make_question, writer, scoring, plan, scorers=scorers, processes=parallel,
         read_all=read_all or config.entropy_coef > 0, whole_policy=whole_policy,
+        routing_scorer=routing_scorer(model) if config.router_replay else None,
         value_baseline=ValueBaseline(value_scorer(model), config.build_gae()) if config.has_value_head else None,
     )  # fmt: skip
     return PolicySetup(objective, loader, callbacks, whole_policy)
@@ -155,7 +159,11 @@ def policy_objective(config: PolicyConfig, model: Decoder) -> PolicyGradientLoss
 def rollout_plan(config: PolicyConfig, parallel: DistributedContext) -> RolloutPlan:
     """Prompts that are shared leave no whole rows of attention to learn, and pass every block twice, which FSDP2 shards
     again after the first time."""
-    share_prompts = can_share_prompts(config) and not config.attention_coef and parallel.strategy != "fsdp"
+    share_prompts = (
+        can_share_prompts(config)
+        and not (config.attention_coef or config.router_replay)
+        and parallel.strategy != "fsdp"
+    )
     return RolloutPlan(
         prompts_per_rollout=config.prompts_per_rollout,
         num_generations=config.num_generations,
@@ -192,6 +200,17 @@ def tap_last_layer(model: Decoder) -> None:
 def value_scorer(model: Decoder) -> RowScorer:
     """The value of each position, before its target is written."""
     return lambda batch: values_from_hidden(model, batch_hidden_states(model, batch))
+
+
+def routing_scorer(model: Decoder) -> RowScorer:
+    """The experts that the routers choose for every token."""
+
+    def score(batch: Any) -> torch.Tensor:
+        with record_routing(model) as chosen:
+            batch_hidden_states(model, batch)
+        return stack_routing(chosen, len(batch.input_ids))
+
+    return score
 
 
 def attention_scorer(model: Decoder) -> RowScorer:

@@ -140,10 +140,12 @@ class RolloutLoader:
         read_all: bool = False,
         whole_policy: ContextFactory = nullcontext,
         value_baseline: ValueBaseline | None = None,
+        routing_scorer: RowScorer | None = None,
     ):
         self.policy, self.prompt_source, self.sampler = policy, prompt_source, sampler
         self.reward_pipeline, self.plan, self.processes = reward_pipeline, plan, processes
         self.scorers, self.value_baseline = dict(scorers or {}), value_baseline
+        self.routing_scorer = routing_scorer
         self.require_consistent_plan()
         self.reference_scorer = self.scorers.pop("reference_log_probs") if plan.kl_coef else None
         self.read_all = read_all or "reference_log_probs" in self.scorers or value_baseline is not None
@@ -218,6 +220,9 @@ class RolloutLoader:
         rows = make_policy_rows(groups, advantages)
         if self.value_baseline is not None:
             rows = self.add_values(rows, self.value_baseline)
+        if self.routing_scorer is not None:
+            routing = self.row_values(rows, self.routing_scorer, every_token=True)
+            rows = [replace(row, routing=each) for row, each in zip(rows, routing, strict=True)]
         rows = self.score_rows(rows)
         metrics["rows_trained"] = (len(self.rows_to_read(rows)), sum(map(len, groups)))
         metrics["sampling_seconds"] = (sampling_end - start, 1.0)
@@ -297,8 +302,11 @@ class RolloutLoader:
         scored = {id(row): replace(row, **field) for row, field in zip(read, fields, strict=True)}  # type: ignore[arg-type]
         return [scored.get(id(row), row) for row in rows]
 
-    def row_values(self, rows: Sequence[PolicyRow], scorer: RowScorer | None) -> list[np.ndarray]:
-        """What a scorer says of every row's tokens, in the rows' order; each process scores its part."""
+    def row_values(
+        self, rows: Sequence[PolicyRow], scorer: RowScorer | None, *, every_token: bool = False
+    ) -> list[np.ndarray]:
+        """What a scorer says of every row's tokens, in the rows' order; each process scores its part. every_token: of
+        all that are read, not of the completion's alone."""
         assert scorer is not None
         mine: dict[int, np.ndarray] = {}
         device = next(self.policy.parameters()).device
@@ -310,7 +318,8 @@ class RolloutLoader:
                 batch = collate_policy_rows(some, share_prompts=shared)
                 values = scorer(batch.to(device)).float().cpu()
                 for row, value, loss_mask in zip(some, values, batch.loss_mask, strict=True):
-                    mine[place[id(row)]] = row.spread_over_completion(value[loss_mask].numpy())
+                    own = value[: row.length].numpy() if every_token else None
+                    mine[place[id(row)]] = row.spread_over_completion(value[loss_mask].numpy()) if own is None else own
         found = {number: value for part in self.processes.all_gather(mine) for number, value in part.items()}
         return [found[number] for number in range(len(rows))]
 
