@@ -128,6 +128,8 @@ MUTATIONS = (
     Mutation("T5: runs of spaces kept", "data/sentencepiece_model.py", "[pre_tokenizers.WhitespaceSplit(), spaces]", "[spaces]", "tests/data/test_t5_tokenizer.py"),
     Mutation("T5: no end behind a text", "data/sentencepiece_model.py", "\"add_eos_token\": True", "\"add_eos_token\": False", "tests/data/test_t5_tokenizer.py"),
     Mutation("Unigram: a text spells control tokens", "data/tokenizer.py", "            literal.model = without_spellings(literal)", "            pass", "tests/data/test_tokenizer.py tests/data/test_t5_tokenizer.py -k control"),
+    Mutation("beams: a stop ends nothing", "generation/beam_search.py", "if self.stopping_criteria is None or not self.stopping_criteria.stop:", "if True:", BEAMS),
+    Mutation("beams, compiled: the batch shrinks", "generation/decoding.py", "padding = [0] * (most_places - len(places)) if self.compiled_step is not None else []", "padding: list[int] = []", "tests/generation/test_compiled.py -k one_graph"),
     Mutation("Mixtral: weights not renormalised", "models/mixtral.py", "norm_topk_prob=True", "norm_topk_prob=False", MIXTRAL),
     Mutation("softmax router: softmax over the chosen alone, without renormalising", "layers/moe.py", "topk_weights, topk_ids = self.mask_groups(scores).topk(self.top_k, dim=-1)", "topk_weights, topk_ids = logits.topk(self.top_k, dim=-1)", MIXTRAL),
     Mutation("Mixtral: w1 and w3 swapped", "models/mixtral.py", 'gate="w1", up="w3"', 'gate="w3", up="w1"', MIXTRAL),

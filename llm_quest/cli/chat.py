@@ -114,7 +114,7 @@ def complete_prompts(
 ) -> list[Completion]:
     """One completion of each prompt: sampled, or the best that beam search finds."""
     if (beams := options.beams) is not None:
-        return beam_search(model, prompts, options.sampling, stopping_criteria, beams)
+        return beam_search(model, prompts, options.sampling, stopping_criteria, beams, compile=options.compile)
     return generate_completions(
         model, prompts, options.sampling, stopping_criteria,
         seed=options.seed, compile=options.compile, copy_offsets=copy_offsets,

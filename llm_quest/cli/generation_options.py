@@ -97,13 +97,11 @@ class GenerationOptions:
 
     @property
     def beams(self) -> BeamSearchParams | None:
-        """Beam search, where there is more than one beam. UsageError for options that it does not have."""
+        """Beam search, where there is more than one beam."""
         from llm_quest.generation.beam_search import BeamSearchParams
 
         if self.num_beams == 1:
             return None
-        if self.compile:
-            raise UsageError("--beams works without --compile: leave one of them out")
         return BeamSearchParams(num_beams=self.num_beams, length_penalty=self.length_penalty)
 
     def stopping_criteria(self, model: Decoder, tokenizer: Tokenizer) -> StoppingCriteria:

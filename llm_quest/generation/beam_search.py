@@ -6,8 +6,11 @@ the first num_beams of the others go on. A hypothesis of n tokens scores
 
     sum of log-probabilities / n ** length_penalty
 
-as in transformers, whose tokens these are. Commonly got wrong: a positive length_penalty favours *long* texts, for the
-sums are negative; only candidates of the first num_beams ranks may finish, the others are there so that enough go on.
+as in transformers, whose tokens these are. A text that reaches a stop has ended like one that reaches an eos. Compiled,
+a step reads num_beams places for every prompt, those that are left as padding.
+
+Commonly got wrong: a positive length_penalty favours *long* texts, for the sums are negative; only candidates of the
+first num_beams ranks may finish, the others are there so that enough go on.
 """
 
 from __future__ import annotations
@@ -73,14 +76,15 @@ class BeamState:
     max_new_tokens: int
     params: BeamSearchParams
     eos_token_ids: tuple[int, ...]
+    stopping_criteria: StoppingCriteria | None = None
     beams: list[Hypothesis] = field(default_factory=lambda: [Hypothesis(0.0)])
     finished: list[Hypothesis] = field(default_factory=list)
 
     def advance(self, extensions: Sequence[Extension]) -> list[int]:
         """Take the ranked extensions of a step; which beams the new ones continue."""
         length = len(self.beams[0].tokens) + 1
-        ends = [one.token in self.eos_token_ids or length >= self.max_new_tokens for one in extensions]
         grown = [self.extend(one) for one in extensions]
+        ends = [length >= self.max_new_tokens or self.is_ended(one.tokens) for one in grown]
         first = list(zip(grown, ends, strict=True))[: self.params.num_beams]
         divisor = length**self.params.length_penalty
         new = [replace(one, score=one.score / divisor) for one, end in first if end]
@@ -92,6 +96,15 @@ class BeamState:
     def extend(self, one: Extension) -> Hypothesis:
         old = self.beams[one.beam]
         return Hypothesis(one.score, (*old.tokens, one.token), (*old.logprobs, one.score - old.score))
+
+    def is_ended(self, tokens: Sequence[int]) -> bool:
+        """Whether this completion ends with its last token: an eos, or the end of a stop."""
+        if tokens[-1] in self.eos_token_ids:
+            return True
+        if self.stopping_criteria is None or not self.stopping_criteria.stop:
+            return False
+        row = GeneratedSequence(0, self.prompt, self.stopping_criteria, len(self.prompt) + self.max_new_tokens + 1)
+        return [row.append_token(token, 0.0).finish_reason for token in tokens][-1] == "stop"
 
     @property
     def done(self) -> bool:
@@ -114,17 +127,18 @@ def beam_search(
     params: BeamSearchParams,
     *,
     n: int = 1,
+    compile: bool = False,
 ) -> list[Completion]:
     """The n best completions of each prompt, the best first; lengths may differ. The log-probabilities of a completion
-    are those that were summed. Draws nothing: temperature has to be 0."""
+    are those that were summed. Draws nothing: temperature has to be 0. compile: compiled steps."""
     require_beam_options(sampling_params, stopping_criteria, params, n)
     context = model.config.max_position_embeddings
     states = [
         BeamState(prompt, min(stopping_criteria.max_new_tokens, context - len(prompt)), params,
-                  stopping_criteria.eos_token_ids)
+                  stopping_criteria.eos_token_ids, stopping_criteria)
         for prompt in prompts
     ]  # fmt: skip
-    search_beams(model, states, sampling_params, stopping_criteria)
+    search_beams(model, states, sampling_params, stopping_criteria, compile)
     return [build_hypothesis(one, state, stopping_criteria, context) for state in states for one in state.finished[:n]]
 
 
@@ -134,21 +148,29 @@ def require_beam_options(
     """UsageError for options that mean nothing here."""
     if not sampling_params.is_greedy:
         raise UsageError(f"beam search draws nothing: set temperature to 0; it is {sampling_params.temperature}")
-    if stopping_criteria.stop:
-        raise UsageError("beam search ends at an eos token or at max_new_tokens: leave stop out")
     if stopping_criteria.on_full_context == "slide":
-        raise UsageError("beam search stays within the context: leave on_full_context='slide' out")
+        raise UsageError(
+            "beam search stays within the context, for a sum of log-probabilities of two contexts ranks nothing: leave "
+            "on_full_context='slide' out"
+        )
     if n > params.num_beams:
         raise UsageError(f"n is {n}, but {params.num_beams} beams give {params.num_beams} completions: raise num_beams")
 
 
 def search_beams(
-    model: Decoder, states: Sequence[BeamState], sampling_params: SamplingParams, stopping_criteria: StoppingCriteria
+    model: Decoder,
+    states: Sequence[BeamState],
+    sampling_params: SamplingParams,
+    stopping_criteria: StoppingCriteria,
+    compile: bool,
 ) -> None:
     """Search for all prompts at once. One prefill serves the beams of a prompt, which leave the batch when done."""
     device = next(model.parameters()).device
     processor = LogitsProcessor(sampling_params, stopping_criteria, model.config.vocab_size, device)
-    decoder = BatchDecoder(model, sampling_params, processor, torch.zeros(len(states), 1, device=device))
+    decoder = BatchDecoder(
+        model, sampling_params, processor, torch.zeros(len(states), 1, device=device), compile=compile
+    )
+    most_places = len(states) * max(state.params.num_beams for state in states)
     capacity = max(len(state.prompt) + state.max_new_tokens for state in states)
     decoder.prefill_windows([state.prompt for state in states], capacity=capacity)
     active = list(states)
@@ -165,7 +187,7 @@ def search_beams(
             first += size
         active = still
         if active:
-            decoder.continue_places(places, tokens)
+            decoder.continue_places(places, tokens, most_places)
 
 
 @torch.inference_mode()
@@ -190,7 +212,8 @@ def rank_extensions(
 
 def next_log_probs(logits: Tensor, states: Sequence[BeamState], processor: LogitsProcessor) -> Tensor:
     """Log-probabilities (R,V) of the next token of every beam, after the logits processors."""
-    log_probs = processor.add_bias(logits.float().log_softmax(dim=-1))
+    places = sum(len(state.beams) for state in states)
+    log_probs = processor.add_bias(logits[:places].float().log_softmax(dim=-1))
     rows = [as_sequence(state, beam, processor.stopping_criteria) for state in states for beam in state.beams]
     seen = None
     if processor.sampling_params.repetition_penalty != 1:
@@ -200,7 +223,7 @@ def next_log_probs(logits: Tensor, states: Sequence[BeamState], processor: Logit
 
 def as_sequence(state: BeamState, beam: Hypothesis, stopping_criteria: StoppingCriteria) -> GeneratedSequence:
     """A beam as the processors read it: its tokens, and where its prompt ends."""
-    row = GeneratedSequence(0, state.prompt, replace(stopping_criteria, tokenizer=None), 0)
+    row = GeneratedSequence(0, state.prompt, replace(stopping_criteria, tokenizer=None, stop=()), 0)
     row.token_ids += beam.tokens
     return row
 

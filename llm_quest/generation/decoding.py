@@ -129,12 +129,15 @@ class BatchDecoder:
             self.logits = self.model(self.tokens[:, None], scope)[:, -1]
 
     @inference_only
-    def continue_places(self, places: Sequence[int], tokens: Sequence[int]) -> None:
-        """Continue with these places of the batch, each perhaps several times, and feed each its next token."""
-        index = torch.tensor(places, device=self.positions.device)
+    def continue_places(self, places: Sequence[int], tokens: Sequence[int], most_places: int) -> None:
+        """Continue with these places of the batch, each perhaps several times, and feed each its next token. Compiled,
+        the batch has most_places places; those that are left read padding."""
+        padding = [0] * (most_places - len(places)) if self.compiled_step is not None else []
+        index = torch.tensor([*places, *padding], device=self.positions.device)
         self.cache.batch_select_indices(index)
         self.lengths, self.positions = [self.lengths[place] for place in places], self.positions[index]
-        self.tokens = torch.tensor(tokens, device=self.positions.device)
+        self.positions[len(places) :] = -1
+        self.tokens = torch.tensor([*tokens, *padding], device=self.positions.device)
         self.decode_one_token()
 
     @inference_only

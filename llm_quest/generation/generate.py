@@ -78,12 +78,14 @@ def generate(
         return generate_completions(
             model, prompts, sampling_params, stopping_criteria, n=n, seed=seed, compile=compile, draft=draft
         )
-    if draft is not None or compile:
-        raise UsageError(f"num_beams={num_beams} works without draft and compile: leave them out")
+    if draft is not None:
+        raise UsageError(
+            f"num_beams={num_beams} works without draft, which guesses one text and not its alternatives: leave it out"
+        )
     beams = BeamSearchParams(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
     require_inference_mode(model)
     read = validate_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)
-    return beam_search(model, read, sampling_params, stopping_criteria, beams, n=n)
+    return beam_search(model, read, sampling_params, stopping_criteria, beams, n=n, compile=compile)
 
 
 def generate_completions(

@@ -50,7 +50,11 @@ def report(name: str) -> dict[str, object]:
         same.append(
             same_texts(name, RAGGED, max_new_tokens=150, temperature=0.0, on_full_context="slide", eos_token_id=(3, 4))
         )
-    return {"same": same, "graphs": graphs() - before}
+    same.append(same_texts(name, [[5, 9, 2]], n=2, num_beams=3, max_new_tokens=30, temperature=0.0))
+    first = graphs() - before
+    ends = {"eos_token_id": list(range(0, 97, 5)), "early_stopping": True}
+    beams = same_texts(name, RAGGED, n=2, num_beams=4, max_new_tokens=30, temperature=0.0, min_new_tokens=2, **ends)
+    return {"same": same, "graphs": first, "beams": beams, "graphs_of_beams": graphs() - before - first}
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 import llm_quest as quest
+from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.beam_search import BeamSearchParams, BeamState, Extension, beam_search
 from llm_quest.generation.generate import generate
@@ -55,6 +59,52 @@ def test_beam_search_finds_what_transformers_finds(pair, manner, eos):
             assert (row.finish_reason == "eos") == (row.tokens[-1] in eos)
 
 
+def letters() -> tuple[Tokenizer, Any]:
+    """A tokenizer of 97 tokens of one to three letters, ours and as transformers has it: a stop may end within a
+    token, or lie across two."""
+    pieces = [a + b + c for c in "x" for b in "abc" for a in "abcd"] + [a + b for a in "abcdefg" for b in "abcdefg"]
+    pieces += list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJ")
+    backend = Backend(models.WordLevel({piece: number for number, piece in enumerate(pieces[:97])}, unk_token="J"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    theirs = oracles.transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    return Tokenizer(backend, eos_tokens=()), theirs
+
+
+@pytest.mark.parametrize("stop", [("ab",), ("bc", "ga", "x"), ("k",), ("dd", "ee", "ff", "l", "j")])
+@pytest.mark.parametrize("manner", MANNERS[:3])
+def test_beams_that_reach_a_stop_string_end_as_in_transformers(pair, manner, stop):
+    theirs, ours = pair
+    own, other = letters()
+    rows = generate(
+        ours, PROMPTS, max_new_tokens=12, temperature=0.0, num_beams=4, n=2, eos_token_id=(11,), stop=stop,
+        tokenizer=own, **manner,
+    )  # fmt: skip
+    for number, prompt in enumerate(PROMPTS):
+        expected = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
+            num_beams=4, num_return_sequences=2, eos_token_id=[11], pad_token_id=96, stop_strings=list(stop),
+            tokenizer=other, **manner,
+        )  # fmt: skip
+        for row, told in zip(rows[2 * number : 2 * number + 2], expected.tolist(), strict=True):
+            told = told[len(prompt) :]
+            assert row.tokens == told[: len(row.tokens)]
+            assert set(told[len(row.tokens) :]) <= {96}
+            text = own.decode(row.tokens)
+            assert (row.finish_reason == "stop") == (any(one in text for one in stop) and row.tokens[-1] != 11)
+
+
+def test_beams_end_at_a_stop_of_tokens(pair):
+    """A completion that ends with it is one that ends with an eos, if the stop is one token."""
+    _, ours = pair
+    choice = {"max_new_tokens": 12, "temperature": 0.0, "num_beams": 4, "n": 2}
+    by_stop = generate(ours, PROMPTS, stop=[[40]], eos_token_id=(), **choice)
+    by_eos = generate(ours, PROMPTS, eos_token_id=(40,), **choice)
+    assert [row.tokens for row in by_stop] == [row.tokens for row in by_eos]
+    two = generate(ours, PROMPTS, stop=[[40, 63]], eos_token_id=(), **choice)
+    assert all((row.finish_reason == "stop") == (row.tokens[-2:] == [40, 63]) for row in two)
+
+
 def test_one_beam_is_greedy_decoding(pair):
     _, ours = pair
     criteria = StoppingCriteria(max_new_tokens=9)
@@ -84,12 +134,11 @@ def test_what_ends_beyond_the_first_ranks_is_not_finished():
     ("choice", "message"),
     [
         ({"temperature": 1.0}, "draws nothing"),
-        ({"stop": [[3]]}, "leave stop out"),
         ({"n": 4}, "raise num_beams"),
-        ({"on_full_context": "slide"}, "within the context"),
+        ({"on_full_context": "slide"}, "of two contexts ranks nothing"),
         ({"early_stopping": "soon"}, "True, False or 'never'"),
         ({"num_beams": 0}, "at least 1"),
-        ({"draft": "ngram"}, "without draft"),
+        ({"draft": "ngram"}, "guesses one text and not its alternatives"),
     ],
 )
 def test_options_that_mean_nothing_to_beams_are_refused(choice, message):

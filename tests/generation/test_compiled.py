@@ -30,6 +30,8 @@ def test_many_calls_of_one_shape_are_one_graph_without_a_break_and_no_model_is_k
     for name, report in found["reports"].items():
         assert all(report["same"]), name
         assert report["graphs"] == 1, name
+        assert report["beams"], name
+        assert report["graphs_of_beams"] == 1, "prompts that are done leave the batch as large as it was"
     assert found["breaks"] == 0
     assert found["leaked"] == 0
 
