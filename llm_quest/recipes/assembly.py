@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -78,7 +79,8 @@ def prepare_text_data(data: TextDataConfig, choice: TokenizerConfig, log: LogFn)
     with phase(f"reading {source_name(data)}"):
         corpus = load_config_corpus(data)
     with phase("choosing what is held out"):
-        parts = split_text(corpus, data)
+        with skipped_rows_told(corpus.drop_report):
+            parts = split_text(corpus, data)
         parts = replace(parts, train=tuple(repeat_by_weight(parts.train)))
     with phase("training a tokenizer" if choice.load is None else "reading the tokenizer"):
         tokenizer = (
@@ -138,12 +140,25 @@ def load_split_rows(
     config: a RowsConfig with `held_out`."""
     rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
     if config.validation is None:
-        return split_by_prompt(rows, config.held_out) if config.held_out else (rows, [])
+        with skipped_rows_told(drop_report):
+            return split_by_prompt(rows, config.held_out) if config.held_out else (rows, [])
     held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
     known = {first_question_hash(one.prompt) for one in rows}
     if shared := sum(first_question_hash(one.prompt) in known for one in held):
         drop_report.note(f"{shared:,} of the {len(held):,} rows of data.validation: their prompt is trained on too")
     return rows, held
+
+
+@contextmanager
+def skipped_rows_told(drop_report: DropReport) -> Iterator[None]:
+    """An error about too few rows names those that were skipped: they may be the reason."""
+    try:
+        yield
+    except DataError as error:
+        if not drop_report.skipped:
+            raise
+        told = f"{drop_report.describe_skipped()}, first: {drop_report.skipped_rows[0]}"
+        raise DataError(f"{error}\n{told}") from None
 
 
 def log_remarks(drop_report: DropReport, log: LogFn) -> None:
@@ -161,7 +176,10 @@ def split_text(corpus: Corpus, data: TextDataConfig) -> CorpusSplit:
     """Documents to train on and held-out ones: a part of them, those of data.validation, or none (held_out=0)."""
     if data.validation is None:
         return split_corpus(corpus, held_out=data.held_out)
-    held = load_config_corpus(data.of_validation).documents
+    validation = load_config_corpus(data.of_validation)
+    held = validation.documents
+    for line in validation.drop_report.remarks():
+        corpus.drop_report.note(f"data.validation: {line}")
     overlap = shingle_overlap(corpus.documents, held)
     corpus.drop_report.note(f"overlap: {overlap:.1%} of the runs of words of data.validation are trained on too")
     return CorpusSplit(corpus, corpus.documents, tuple(held))

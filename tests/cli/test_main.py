@@ -175,7 +175,7 @@ def test_eval_sets_the_run_beside_baselines_on_what_it_held_out(place: Path, run
         (["train", "tiny", "data.source=nothing.txt"], 3, "nothing.txt does not exist"),
         (["train", "tiny", "data.source=latin.txt"], 3, "latin.txt:2 is not UTF-8"),
         (["train", "tiny", "data.source=empty.txt"], 3, "empty.txt"),
-        (["train", "tiny", "data.source=bad.jsonl"], 3, "bad.jsonl:2 is not JSON"),
+        (["train", "tiny", "data.source=bad.jsonl"], 3, "bad.jsonl:2: is not JSON"),
         (
             ["train", "tiny", "data.source=text.txt", "max_steps=3", *TINY, "learning_rate=0.3", "--out", "run"],
             7,

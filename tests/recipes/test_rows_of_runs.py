@@ -125,6 +125,22 @@ def test_columns_are_mapped_and_mistakes_name_what_there_is(name: str, folder: P
         build(name, folder, f"data.source={source}", "data.columns={nothing: other}")
 
 
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "classify"])
+def test_too_few_rows_are_told_with_those_that_were_skipped(name: str, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "a", "label": "x"} if name == "pretrain" else ROWS[name]("cat", "dog")) + "\n{")
+    with pytest.raises(
+        DataError, match=r"\n1 row cannot be used \(1 x not JSON\), first: .*rows\.jsonl:2: is not JSON"
+    ):
+        build(name, folder, f"data.source={file}")
+
+
+def test_bad_rows_of_validation_are_told_too(folder: Path, tmp_path: Path) -> None:
+    held = written(tmp_path / "held.jsonl", [{"text": "say cat user dog\n" * 9}, {"body": "x"}])
+    _, said = build("pretrain", folder, f"data.source={folder}/text.jsonl", f"data.validation={held}")
+    assert any("data.validation: skipped: 1 row cannot be used" in line for line in said)
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto", "classify"])
 def test_a_weight_of_two_shows_each_row_twice_and_holds_out_no_more(name: str, folder: Path, tmp_path: Path) -> None:
     source = folder / f"{name}-rows.jsonl"

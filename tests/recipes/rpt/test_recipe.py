@@ -273,7 +273,7 @@ def test_mistakes_that_only_the_run_can_see(done: tuple[Path, list[str]], tmp_pa
         started(tmp_path / "d", *start, "data.source=registers:deepest=3")
     (tmp_path / "short.txt").write_text("a")
     source = [f"data.source={tmp_path / 'short.txt'}", "data.num_documents=null"]
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(DataError, match="cannot be held out"):
         started(tmp_path / "e", *start, *source)
     with pytest.raises(UsageError, match="is no run folder; train one first"):
         controlled(tmp_path / "f", tmp_path / "nothing")
