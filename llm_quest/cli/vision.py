@@ -221,8 +221,16 @@ class TemplatedImageConversation:
         self.turns.append(ImageTurn("assistant", reply))
 
     def prompt_tokens(self, room: int, log: LogFn) -> list[int]:
-        tokens = self.shown.chat.encode_turns(self.turns, self.shown.image_lengths)
-        return require_room(tokens, room)
+        """The prompt. If it is longer than `room`, the oldest question is dropped with its images and its answer.
+        UsageError where the last message alone is too long."""
+        first = 0 if self.system is None else 1
+        while len(tokens := self.shown.chat.encode_turns(self.turns, self.shown.image_lengths)) > room:
+            if len(self.turns) - first < 3:
+                return require_room(tokens, room)
+            del self.shown.images[: self.turns[first].num_images]
+            del self.turns[first : first + 2]
+            log("(the oldest question and answer no longer fit in the context and are dropped)")
+        return tokens
 
 
 class PlainImageConversation:

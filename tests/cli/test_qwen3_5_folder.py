@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import llm_quest as quest
 from llm_quest.cli.main import app
-from llm_quest.cli.vision import ImagePrompt
+from llm_quest.cli.vision import ImagePrompt, TemplatedImageConversation
 from llm_quest.data.image_chat import ImageTurn
 from llm_quest.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from llm_quest.data.vocabulary import train_bpe
@@ -162,6 +162,26 @@ def test_ragged_prompts_with_and_without_images_are_answered_as_each_alone(
             assert token == int(ours.model(torch.tensor([row]), image_features=features)[0, -1].argmax())
             row.append(token)
         assert [one.tokens for one in together[2 * number : 2 * number + 2]] == [alone.tokens] * 2
+
+
+def test_what_no_longer_fits_is_dropped_with_its_images(folder: Path):
+    shown, said = ImagePrompt.load(str(folder), [], "cpu", "float32", lambda text: None), []
+    history = TemplatedImageConversation(shown, "Be brief.")
+    for number, file in enumerate(files(folder)):
+        history.add_image(file)
+        history.add_user_message(f"What is it, {number}?")
+        history.add_reply("A cat.")
+    history.add_user_message("And now?")
+    whole = history.prompt_tokens(1000, said.append)
+    assert not said
+    shorter = history.prompt_tokens(len(whole) - 1, said.append)
+    assert len(said) == 1
+    assert len(shown.images) == 1
+    assert torch.equal(shown.images[0], our_prompt(folder).images[1])
+    assert shorter == shown.chat.encode_turns(history.turns, shown.image_lengths)
+    assert [turn.role for turn in history.turns] == ["system", "user", "assistant", "user"]
+    with pytest.raises(UsageError, match="and there is room for 5"):
+        history.prompt_tokens(5, said.append)
 
 
 def test_inspect_verify_and_export_read_the_whole_model(folder: Path, tmp_path: Path):
