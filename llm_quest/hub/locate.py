@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quest.errors import DataError, MissingError, UsageError
-from llm_quest.manifest import find_fault
+from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.models.build import presets
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,11 @@ def usable_checkpoint(run: Path) -> Path:
 
 
 def find_weights_fault(checkpoint: Path) -> str:
-    """What is wrong with the weights of a checkpoint, by its manifest; empty if nothing."""
+    """What is wrong with the weights of a checkpoint, by its manifest; empty if nothing. One that came without its
+    manifest (our writer never leaves such a folder) cannot be verified, which a warning says."""
+    if not (checkpoint / MANIFEST_FILE).exists() and (checkpoint / "model.safetensors").exists():
+        logger.warning("note: %s has no %s: its weights are read unverified", checkpoint, MANIFEST_FILE)
+        return ""
     return find_fault(checkpoint, only=("model.safetensors",))
 
 

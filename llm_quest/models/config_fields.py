@@ -292,8 +292,8 @@ def plain_reader(names: tuple[str, ...], hf_default: Any, null: Any = MISSING) -
         for name in names or (field.name,):
             value = values.json.get(name)
             if value is not None:
-                if kind is int and type(value) is int and abs(value) > MAX_PLAUSIBLE_INT:
-                    raise DataError(f"config.json: {name} is {value:,}, which is no plausible size")
+                if kind is int:
+                    return plausible_int(name, value)
                 if get_origin(kind) is Literal and value not in get_args(kind):
                     allowed = " or ".join(map(repr, get_args(kind)))
                     raise DataError(f"config.json: {name} is {value!r}; only {allowed} is computed")
@@ -307,6 +307,16 @@ def plain_reader(names: tuple[str, ...], hf_default: Any, null: Any = MISSING) -
         return fallback(values) if callable(fallback) else fallback
 
     return read
+
+
+def plausible_int(name: str, value: Any) -> int:
+    """A whole number (4096.0 is one). DataError for anything else, and for one above MAX_PLAUSIBLE_INT."""
+    whole = (isinstance(value, float) and value.is_integer()) or type(value) is int
+    if not whole:
+        raise DataError(f"config.json: {name} is {value!r:.60}, expected a whole number")
+    if abs(value) > MAX_PLAUSIBLE_INT:
+        raise DataError(f"config.json: {name} is {value:,}, which is no plausible size")
+    return int(value)
 
 
 def read_per_layer(hf_config: Json, field: str, num_hidden_layers: int, *kinds: Any) -> list[Any] | None:

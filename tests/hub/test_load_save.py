@@ -515,7 +515,6 @@ DAMAGES = {
     "a flipped bit": (flip_a_bit, "does not have the sha256"),
     "cut short": (cut_short, "bytes, its manifest says"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "No such file"),
-    "no manifest": (lambda folder: (folder / MANIFEST_FILE).unlink(), "No such file"),
     "no JSON": (lambda folder: (folder / MANIFEST_FILE).write_text("{"), "cannot be read"),
     "a list": (lambda folder: (folder / MANIFEST_FILE).write_text("[]"), "holds a list"),
     "no files": (lambda folder: (folder / MANIFEST_FILE).write_text('{"format": 2, "step": 2}'), "identity is"),
@@ -545,6 +544,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_loaded(tmp_path,
     damage(run / "checkpoints" / "step-00000001")
     with pytest.raises(DataError, match="has no usable checkpoint"):
         load(run)
+
+
+def test_a_checkpoint_that_came_without_its_manifest_is_read_with_a_warning(tmp_path, caplog):
+    run, model = tmp_path / "run", quest.build("llama3.2-tiny", seed=3)
+    write_checkpoints(run, model, 1)
+    write_model_json(run, model)
+    (run / "checkpoints" / "step-00000001" / MANIFEST_FILE).unlink()
+    assert load(run).norm.weight[0] == 1
+    assert "has no MANIFEST.json: its weights are read unverified" in caplog.text
 
 
 def test_weights_of_a_run_are_read_through_the_door_that_verifies_them():
