@@ -83,6 +83,8 @@ def evaluate_run(name_or_path: str, overrides: Sequence[str] = (), *, log: LogFn
         context = Context(run_dir, parallel, log, settings, planning=True)
         with phase("preparing"):
             job = recipe.build(config, context)
+        if not any(evaluator.name == SCORED for evaluator in job.evaluators):
+            raise UsageError(f"{run_dir} held nothing out (data.held_out=0): name a text, --data FILE, or --task")
         checkpoint = locate_model(chosen).folder
         require_same_data(job, checkpoint, run_dir)
         return measure(job, context, str(chosen), checkpoint)

@@ -77,6 +77,13 @@ def test_a_run_whose_data_changed_is_not_measured_on_other_data(folder: Path, mo
         evaluate_run(str(run), log=quiet)
 
 
+def test_a_run_that_held_nothing_out_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLM_QUEST_CACHE", str(folder / "cache"))
+    run_tiny("sft", folder, folder / "all of it", "data.held_out=0")
+    with pytest.raises(UsageError, match="held nothing out"):
+        evaluate_run(str(folder / "all of it"), log=quiet)
+
+
 def test_what_is_no_run_is_asked_for_a_text(folder: Path):
     with pytest.raises(UsageError, match="--data FILE"):
         evaluate_run(str(folder / "base"), log=quiet)
