@@ -98,6 +98,7 @@ def plot_curves(
         axes.set_ylabel("" if unit == PERCENT else unit)
         if unit == PERCENT:
             axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g}%")
+            axes.set_ylim(max(axes.get_ylim()[0], min(0.0, *values)), None)  # no ticks below 0 %
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False)

@@ -92,5 +92,6 @@ def test_shares_are_in_percent_and_a_narrow_logarithmic_axis_has_numbers():
     svg = plot_curves("shares", [Curve("a", [1, 2, 3], [0.0, 0.25, 0.5])], unit="percent")
     assert "50%</text>" in svg
     assert "percent" not in svg
+    assert "-2%" not in plot_curves("none", [Curve("a", [1, 2], [0.0, 0.0])], unit="percent").replace("−", "-")
     narrow = plot_curves("norm", [Curve("a", [1, 2, 3], [1.0, 1.5, 2.0])], log=True)
     assert len([text for text in ("1.2</text>", "1.4</text>", "1.6</text>", "1.8</text>") if text in narrow]) == 4
