@@ -193,3 +193,12 @@ def test_a_python_example_runs(place: str, code: str, tmp_path: Path, monkeypatc
     for folder in re.findall(r"quest\.load\(\"([^\"]+)\"\)", code):
         save(build("llama3.2-tiny", seed=1), folder)
     exec(compile(code, place, "exec"), {"tokens": torch.tensor([[1, 2, 3]])})
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "SECURITY.md"])
+def test_every_test_that_a_promise_names_exists(page: str):
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for file, test in named:
+        assert (ROOT / file).is_file(), file
+        assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
