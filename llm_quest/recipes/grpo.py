@@ -73,6 +73,7 @@ from llm_quest.recipes.reward_specs import (
     hash_of_reward_files,
     load_process_reward_model,
 )
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import StepRewards
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.environments import EnvironmentClient
@@ -359,4 +360,13 @@ def prompt_encoder(config: GrpoConfig, tokenizer: Tokenizer, problems: ProblemSe
     )
 
 
-RECIPE = Recipe("grpo", GrpoConfig, build_grpo)
+def check_warmup(config: GrpoConfig, settings: RawConfig) -> GrpoConfig:
+    """The config. UsageError for a warm-up whose demonstrations do not fit into max_new_tokens."""
+    if config.warmup is not None:
+        task = parse_task(config.task_name)
+        tokenizer = character_tokenizer(task.alphabet)
+        require_demonstrations_fit(config.warmup, task, tokenizer, config.max_new_tokens, lambda line: None)
+    return config
+
+
+RECIPE = Recipe("grpo", GrpoConfig, build_grpo, check=check_warmup)

@@ -32,7 +32,7 @@ from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config import LocalPath, StrictModel, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
 from llm_quest.recipes.engine import init_run_dir, run_job
-from llm_quest.recipes.grpo import GrpoConfig, build_grpo, init_policy, load_problems, prompt_encoder
+from llm_quest.recipes.grpo import GrpoConfig, build_grpo, check_warmup, init_policy, load_problems, prompt_encoder
 from llm_quest.recipes.policy_setup import policy_sampler
 from llm_quest.recipes.recipe import Context, Recipe, RunOutcome, no_single_job
 from llm_quest.recipes.reward_specs import RewardSpec
@@ -234,4 +234,6 @@ def last_policy_dir(run_dir: Path) -> Path:
     return max(found, key=lambda policy: int(policy.parent.name.removeprefix("iteration-")))
 
 
-RECIPE = Recipe("iterative", IterativeConfig, no_single_job, run=run_iterative, result_dir=last_policy_dir)
+RECIPE = Recipe(
+    "iterative", IterativeConfig, no_single_job, check=check_warmup, run=run_iterative, result_dir=last_policy_dir
+)

@@ -262,14 +262,17 @@ def require_demonstrations_fit(
     """UsageError where fewer demonstrations than the warm-up's target end within max_new_tokens: the rest are cut off
     and never right, so that all its steps would run without reaching it. Where some do not fit, a line."""
     demonstrations = Demonstrations(task, tokenizer)
-    lengths = sorted(len(demonstrations.encode_example(n, 0)[1]) for n in range(CHECK_DEMONSTRATIONS))
+    lengths = [len(demonstrations.encode_example(n, 0)[1]) for n in range(CHECK_DEMONSTRATIONS)]
+    require_lengths_fit(lengths, max_new_tokens, warmup.target_accuracy, "warmup.target_accuracy", log)
+
+
+def require_lengths_fit(lengths: Sequence[int], max_new_tokens: int, target: float, key: str, log: LogFn) -> None:
+    """As `require_demonstrations_fit`. lengths: tokens of demonstrations. key: of the target in the config."""
+    longest = max(lengths)
     fit = sum(length <= max_new_tokens for length in lengths) / len(lengths)
-    told = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {lengths[-1]})"
-    if fit < warmup.target_accuracy:
-        raise UsageError(
-            f"{told}, and warmup.target_accuracy is {warmup.target_accuracy:.0%}, which can never be reached: "
-            f"set max_new_tokens={lengths[-1]}"
-        )
+    told = f"{fit:.0%} of the task's demonstrations fit into max_new_tokens={max_new_tokens} (longest: {longest})"
+    if fit < target:
+        raise UsageError(f"{told}, and {key} is {target:.0%}, which can never be reached: set max_new_tokens={longest}")
     if fit < 1:
         log(f"warm-up: {told}; answers that are cut off are never right")
 

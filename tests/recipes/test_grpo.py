@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from functools import partial
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from llm_quest.cli.main import app
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.strings import Reverse
 from llm_quest.data.vocabulary import character_tokenizer
@@ -27,7 +30,7 @@ from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy_setup import WarmupConfig, require_demonstrations_fit, run_sft_warmup
-from llm_quest.recipes.recipe import get_recipe
+from llm_quest.recipes.recipe import get_recipe, load_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.rollouts.rewards import compute_step_rewards
 from llm_quest.rollouts.sampler import Sample
@@ -154,6 +157,26 @@ def test_a_warm_up_whose_target_cannot_be_reached_is_refused_before_it_runs(targ
     else:
         with pytest.raises(UsageError, match=r"^0% of .* max_new_tokens=3 \(longest: 4\).*\n?.*set max_new_tokens=4"):
             check()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pairs"),
+    [
+        ("grpo", ["task=chained", "max_new_tokens=8"]),
+        ("iterative", ["task=chained", "max_new_tokens=8"]),
+        ("rpt", ["max_new_tokens=4"]),
+    ],
+)
+def test_a_dry_run_refuses_demonstrations_that_do_not_fit(recipe: str, pairs: list[str]):
+    result = CliRunner().invoke(app, ["train", recipe, *pairs, "--dry-run"])
+    assert isinstance(result.exception, UsageError)
+    said = re.search(
+        r"0% of the task's demonstrations .*, and (warmup\.(?:sft\.)?target_accuracy) is .* set (max_new_tokens=\d+)",
+        str(result.exception),
+    )
+    assert said is not None
+    found, config, settings = load_recipe(recipe, [*pairs[:-1], said[2]])
+    assert found.check(config, settings)  # what the message recommends is taken
 
 
 def test_two_runs_are_the_same_to_the_bit(warm: Path, tmp_path: Path):

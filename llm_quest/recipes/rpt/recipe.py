@@ -45,7 +45,7 @@ from llm_quest.recipes.rpt.prompts import (
     Position,
     PrefixMatchReward,
 )
-from llm_quest.recipes.rpt.start_model import RptStart, RptWarmupConfig, init_rpt_models
+from llm_quest.recipes.rpt.start_model import RptStart, RptWarmupConfig, check_thoughts, init_rpt_models
 from llm_quest.rollouts.advantages import WeightedReward
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.rewards import RandomReward
@@ -246,4 +246,4 @@ class MeteredRolloutLoader:
         self.meter.flops = state_dict["flops"]
 
 
-RECIPE = Recipe("rpt", RptConfig, build_rpt)
+RECIPE = Recipe("rpt", RptConfig, build_rpt, check=check_thoughts)

@@ -36,10 +36,12 @@ from llm_quest.recipes.config_schema import PositiveInt
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy_setup import (
+    CHECK_DEMONSTRATIONS,
     CHECK_PROBLEMS,
     CHECK_SAMPLES,
     StopRule,
     policy_sampler,
+    require_lengths_fit,
     train_until,
 )
 from llm_quest.recipes.recipe import Context
@@ -53,6 +55,7 @@ from llm_quest.recipes.rpt.prompts import (
     PrefixMatchReward,
     make_prompt_builder,
 )
+from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 
@@ -177,6 +180,22 @@ def train_thinking(
     stop_rule = StopRule(part.sft.max_steps, part.sft.learning_rate, part.sft.target_accuracy, share)
     step, reached = train_until(config, model, tokenizer, loader, stop_rule, folder, parallel, log)
     log(f"warm-up: {step} steps on {len(loader.problems)} thoughts; {reached:.0%} of sampled answers are right")
+
+
+def check_thoughts(config: Any, settings: RawConfig) -> Any:
+    """The config. UsageError for a warm-up whose thoughts do not fit into max_new_tokens. config: with `warmup`."""
+    if config.warmup is not None:
+        stage, task = config.warmup.sft, parse_task(source_name(config.data))
+        train, _ = split_problems(config.data, config.seed)
+        thinking = ReasoningLoader(
+            task, train, reasoning_tokenizer(task), num_examples=stage.num_examples, batch_size=stage.batch_size,
+            seed=derive_seed(config.seed, "demonstrations"),
+        )  # fmt: skip
+        count = min(len(thinking.problems), CHECK_DEMONSTRATIONS)
+        lengths = [len(thinking.reasoning_example(number)[1]) for number in range(count)]
+        key = "warmup.sft.target_accuracy"
+        require_lengths_fit(lengths, config.max_new_tokens, stage.target_accuracy, key, lambda line: None)
+    return config
 
 
 def reasoning_tokenizer(task: Task) -> Tokenizer:
