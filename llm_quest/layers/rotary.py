@@ -93,7 +93,10 @@ class YaRNScaling:
 
     Commonly got wrong: it acts on the *original* base; the temperature 0.1 ln s + 1 multiplies cos and sin, so the
     scores by its square. mscale, mscale_all_dim: DeepSeek's variant of that factor. truncate False keeps the ramp's
-    ends fractional."""
+    ends fractional.
+
+    Differs: the ramp is linear in the pair's index, as in the authors' released code and every published model; in the
+    paper it is linear in the number of turns, original / wavelength (`yarn_by_wavelength`)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -182,6 +185,20 @@ class LongRoPEScaling:
             return long if scope.cache.capacity > self.original_max_position_embeddings else short
         reach = position_ids.amax(dim=1)[:, None, None, None] + 1
         return torch.where(reach > self.original_max_position_embeddings, long, short)
+
+
+def yarn_by_wavelength(
+    factor: float, original: int, dim: int, theta: float, *, beta_fast: float = 32.0, beta_slow: float = 1.0
+) -> LongRoPEScaling:
+    """YaRN with the paper's ramp ("NTK-by-parts"): a pair that makes r = original / wavelength turns within the
+    original length has the frequency (1 - gamma) f / s + gamma f, gamma = (r - beta_slow) / (beta_fast - beta_slow)
+    within [0, 1].
+
+    As a divisor for each pair, 1 / ((1 - gamma) / s + gamma), which is a form that every reader of configs computes."""
+    turns = original * default_inv_freq(dim, theta).double() / (2 * math.pi)
+    gamma = ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
+    divisors = tuple((1 / ((1 - gamma) / factor + gamma)).tolist())
+    return LongRoPEScaling(factor, original, divisors, divisors, yarn_mscale(factor, 1.0))
 
 
 @dataclass(frozen=True)

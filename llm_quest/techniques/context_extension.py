@@ -1,6 +1,9 @@
 """Context extension: a trained model reads further than it was trained, by a scaling of its rotary frequencies
 (`layers/rotary.py`): YaRN (Peng et al. 2023, arXiv:2309.00071), the NTK-aware base, or linear interpolation.
 
+Differs: `yarn` has the ramp of the authors' released code, linear in the pair's index; `yarn_by_wavelength` has the
+paper's, linear in the number of turns within the original length.
+
 The config changes with the model, so that a saved folder has the published fields, which any reader computes. YaRN
 needs a short training at the new length, and helps even without.
 
@@ -17,7 +20,14 @@ from typing import Any, ClassVar
 
 from llm_quest.errors import UsageError
 from llm_quest.layers.latent_attention import MultiHeadLatentAttention
-from llm_quest.layers.rotary import LinearScaling, NTKScaling, RopeScaling, RotaryEmbedding, YaRNScaling
+from llm_quest.layers.rotary import (
+    LinearScaling,
+    NTKScaling,
+    RopeScaling,
+    RotaryEmbedding,
+    YaRNScaling,
+    yarn_by_wavelength,
+)
 from llm_quest.models.build import build_meta_model, family_of
 from llm_quest.techniques.model_spec import (
     Model,
@@ -46,7 +56,7 @@ class ContextExtension:
             )
         if not self.factor >= 1:
             raise UsageError(f"factor {self.factor} is below 1: a length is extended, not cut")
-        if self.original is not None and self.kind != "yarn":
+        if self.original is not None and not self.kind.startswith("yarn"):
             raise UsageError(f"original has no effect with kind {self.kind!r}: leave it out")
 
     def __call__(self, model: Model) -> Model:
@@ -73,7 +83,13 @@ class ContextExtension:
                 f"the model's rotation is scaled already ({type(config.rotary.scaling).__name__}): a scaling is "
                 "defined on the frequencies it was first trained with; extend the original model"
             )
-        scaling = ROPE_EXTENSIONS[self.kind](self.factor, self.original or config.max_position_embeddings)
+        if isinstance(mixer, MultiHeadLatentAttention) and self.kind == "yarn_by_wavelength":
+            raise UsageError(
+                "yarn_by_wavelength has its temperature on rotated numbers alone, and latent attention needs it on the "
+                "whole score; take kind yarn"
+            )
+        original = self.original or config.max_position_embeddings
+        scaling = ROPE_EXTENSIONS[self.kind](self.factor, original, config.rotary)
         if isinstance(mixer, MultiHeadLatentAttention) and isinstance(scaling, YaRNScaling):
             scaling = replace(scaling, mscale=1.0, mscale_all_dim=1.0)
         context = round(config.max_position_embeddings * self.factor)
@@ -85,8 +101,11 @@ class ContextExtension:
         return replace(longer, **rotations)
 
 
-ROPE_EXTENSIONS: dict[str, Callable[[float, int], RopeScaling]] = {
-    "yarn": lambda factor, original: YaRNScaling(factor, original),
-    "ntk": lambda factor, original: NTKScaling(factor),
-    "linear": lambda factor, original: LinearScaling(factor),
+ROPE_EXTENSIONS: dict[str, Callable[[float, int, RotaryEmbedding], RopeScaling]] = {
+    "yarn": lambda factor, original, rotary: YaRNScaling(factor, original),
+    "yarn_by_wavelength": lambda factor, original, rotary: yarn_by_wavelength(
+        factor, original, rotary.dim, rotary.rope_theta
+    ),
+    "ntk": lambda factor, original, rotary: NTKScaling(factor),
+    "linear": lambda factor, original, rotary: LinearScaling(factor),
 }

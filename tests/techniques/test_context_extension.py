@@ -3,6 +3,7 @@ transformers computes the same."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,16 +11,23 @@ import torch
 
 import llm_quest as quest
 from llm_quest.errors import UsageError
-from llm_quest.layers.rotary import LinearScaling, NTKScaling, RotaryEmbedding, YaRNScaling, default_inv_freq
+from llm_quest.layers.rotary import (
+    LinearScaling,
+    NTKScaling,
+    RotaryEmbedding,
+    YaRNScaling,
+    default_inv_freq,
+    yarn_by_wavelength,
+)
 from llm_quest.models.build import build, preset
 from llm_quest.models.decoder import Decoder
-from llm_quest.techniques.context_extension import ContextExtension
+from llm_quest.techniques.context_extension import ROPE_EXTENSIONS, ContextExtension
 from tests.later import Later
 from tests.laws.subjects import TINY, own, random_tokens, randomize_, shared
 
 transformers = Later("transformers")
 
-KINDS = ("yarn", "ntk", "linear")
+PAPERS = "yarn_by_wavelength"
 PLAIN = ("gemma2-tiny", "mixtral-tiny", "qwen3-tiny", "qwen3-next-tiny", "mimo-tiny")
 
 
@@ -39,16 +47,20 @@ def mla(dtype: torch.dtype = torch.float64) -> Decoder:
     return randomize_(build(config)).to(dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [llama, mla], ids=["llama", "mla"])
+every_kind = pytest.mark.parametrize(
+    ("kind", "make"),
+    [(kind, make) for kind in ROPE_EXTENSIONS for make in (llama, mla) if (kind, make) != (PAPERS, mla)],
+)
+
+
+@every_kind
 def test_factor_1_is_neutral(kind: str, make):
     plain, model = make(), ContextExtension(1.0, kind)(make())
     tokens = random_tokens(plain, 2, 40)
     torch.testing.assert_close(model(tokens), plain(tokens), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [llama, mla], ids=["llama", "mla"])
+@every_kind
 def test_the_saved_model_is_the_published_spelling_and_transformers_computes_it(kind: str, make, tmp_path):
     model = ContextExtension(4.0, kind)(make(torch.float32))
     folder = quest.save(model, tmp_path / "model")
@@ -107,9 +119,32 @@ def test_every_page_with_learned_positions_or_a_stretch_refuses():
 def test_mistakes_are_named():
     with pytest.raises(UsageError, match="below 1: a length is extended, not cut"):
         ContextExtension(0.5)
-    with pytest.raises(UsageError, match="known: yarn, ntk, linear"):
+    with pytest.raises(UsageError, match="known: yarn, yarn_by_wavelength, ntk, linear"):
         ContextExtension(kind="dynamic")
     with pytest.raises(UsageError, match="original has no effect with kind 'ntk'"):
         ContextExtension(kind="ntk", original=64)
+    with pytest.raises(UsageError, match="latent attention needs it on the whole score"):
+        ContextExtension(kind=PAPERS)(mla())
     with pytest.raises(ValueError, match="applied once"):
         ContextExtension(4.0)(ContextExtension(2.0)(llama()))
+
+
+def test_the_papers_ramp_is_linear_in_the_number_of_turns():
+    """With theta (2 pi)^4 the four pairs of 8 numbers have the wavelengths 2 pi times 1, 2 pi, (2 pi)^2, (2 pi)^3. In
+    330 positions they make 52.52, 8.359, 1.330 and 0.2117 turns, so gamma is 1, 7.359 / 31, 0.330 / 31 and 0."""
+    scaling = yarn_by_wavelength(4.0, 330, 8, (2 * math.pi) ** 4)
+    turns = [330 / (2 * math.pi) ** (n + 1) for n in range(4)]
+    assert turns == pytest.approx([52.521, 8.3590, 1.3304, 0.21174], rel=1e-4)
+    gammas = [1.0, 7.3590 / 31, 0.3304 / 31, 0.0]
+    wanted = [(2 * math.pi) ** -n * ((1 - gamma) / 4 + gamma) for n, gamma in enumerate(gammas)]
+    assert scaling.inv_freq(8, (2 * math.pi) ** 4).tolist() == pytest.approx(wanted, rel=1e-4)
+    assert scaling.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_the_two_ramps_agree_at_their_ends_and_differ_between():
+    theirs, papers = YaRNScaling(4.0, 2048), yarn_by_wavelength(4.0, 2048, 128, 10_000.0)
+    released, paper = (one.inv_freq(128, 10_000.0) for one in (theirs, papers))
+    assert theirs.attention_factor == papers.attention_factor
+    assert torch.allclose(released[:10], paper[:10])
+    assert torch.allclose(released[-10:], paper[-10:])
+    assert ((released - paper).abs() / paper).max() > 0.2
