@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.corpus import BUILTIN_CORPORA, Corpus, load_corpus
 from llm_quest.data.document import DropReport
 from llm_quest.data.records import Record, TrackedRow, parse_rows
-from llm_quest.data.row_forms import ROW_FORMS, RowForm, describe_forms, select_form
+from llm_quest.data.row_forms import ROW_FORMS, describe_forms, select_form
 from llm_quest.data.sources import DataSource, iter_sources
 from llm_quest.errors import UsageError
 

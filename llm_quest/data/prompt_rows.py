@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_quest.data.conversation_forms import ANSWER_KEYS
 from llm_quest.data.document import DropReport
 from llm_quest.data.problems.answer_forms import gold_answer
 from llm_quest.data.problems.problem import Problem
 from llm_quest.data.records import Record, TrackedRow, parse_rows
-from llm_quest.data.row_forms import ANSWER_KEYS, PROMPT_FORMS, select_form
+from llm_quest.data.row_forms import PROMPT_FORMS, select_form
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.errors import RowError
 

@@ -13,12 +13,13 @@ from pydantic import Field
 from llm_quest.contracts import Callback, LogFn
 from llm_quest.data.builtin_qa import builtin_preferences as builtin
 from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import ShardedLoader, repeat_by_weight, shuffle_indices
 from llm_quest.data.preference_pairs import PreferenceDataset
 from llm_quest.data.preferences import Preference, TokenizedPreference, read_preferences, tokenize_preferences
 from llm_quest.data.records import Record
-from llm_quest.data.row_forms import CONVERSATION_FORMS, PREFERENCE_FORMS, RowForm
+from llm_quest.data.row_forms import CONVERSATION_FORMS, PREFERENCE_FORMS
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import train_bpe
 from llm_quest.errors import DataError, UsageError

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llm_quest.contracts import LogFn
+from llm_quest.data.conversation_forms import ANSWER_KEYS
 from llm_quest.data.problems import Problem, parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, GRADINGS
-from llm_quest.data.row_forms import ANSWER_KEYS
 from llm_quest.data.template_program import find_reserved_argument
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer

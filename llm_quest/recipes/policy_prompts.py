@@ -15,13 +15,14 @@ from pydantic import Field, model_validator
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.document import DropReport
 from llm_quest.data.loader import repeat_by_weight
 from llm_quest.data.problems import Problem, TaskSplit, draw_problem, parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, TASK_INSTRUCTIONS
 from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.prompt_rows import hash_of_rows, read_prompt_rows
-from llm_quest.data.row_forms import PROMPT_FORMS, RowForm
+from llm_quest.data.row_forms import PROMPT_FORMS
 from llm_quest.data.template_sandbox import Messages
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError

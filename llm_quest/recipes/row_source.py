@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from llm_quest.data.row_forms import RowForm
+from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.sources import absolute_source
 from llm_quest.recipes.config import StrictModel, did_you_mean, hold_nothing_out, parse_sources
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.conversations import read_conversations
 from llm_quest.data.document import DropReport
 from llm_quest.data.documents import row_documents
@@ -19,7 +20,7 @@ from llm_quest.data.image_text import read_caption_rows
 from llm_quest.data.preferences import read_preferences
 from llm_quest.data.prompt_rows import read_prompt_rows
 from llm_quest.data.records import Record
-from llm_quest.data.row_forms import ROW_FORMS, RowForm, describe_forms
+from llm_quest.data.row_forms import ROW_FORMS, describe_forms
 from llm_quest.data.step_labels import read_labelled_steps
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.unpaired import read_unpaired
