@@ -12,11 +12,14 @@ from llm_quest.cli.export import export_run
 from llm_quest.errors import UsageError
 from llm_quest.hub.load_save import load
 from llm_quest.recipes.config import parse_config
+from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
+from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.value_head import find_value_head
 from tests.recipes.test_grpo import RECIPE, from_, rewards, started, warm  # noqa: F401
 from tests.recipes.tuned import metrics, weights
+from tests.recipes.two import recipe_by_two
 
 PPO = ["loss_type=ppo", "num_generations=1", "prompts_per_rollout=64", "num_mini_batches=2"]
 
@@ -47,6 +50,25 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
         shutil.rmtree(out / "checkpoints" / f"step-{step:08d}")
     started(out, *pairs)
     assert weights(out, 4) == weights(tmp_path / "straight", 4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_do_what_one_does(engine: str, warm: Path, tmp_path: Path):  # noqa: F811
+    """Rewards and advantages are whitened over the rows of both, and the value head learns the same."""
+    pairs = [
+        f"model.load={warm}", "task=reverse:shortest=3,longest=3,letters=8", *PPO,
+        "prompts_per_rollout=16", "max_steps=2",
+        "max_new_tokens=5", "eval_problems=4", "eval_steps=0", "precision=fp32", "logging_steps=1", "warmup_steps=0",
+        "gae={whiten_rewards: true, vf_coef: 1.0}", "kl_coef=0.1", "kl_estimator=k1", "kl_placement=reward",
+        "threads=1",
+        "compile=false", "device=cpu",
+    ]  # fmt: skip
+    found, config, settings = load_recipe("grpo", pairs)
+    run_recipe(found, config, settings, tmp_path / "one", quiet=True, log=lambda line: None)
+    recipe_by_two("grpo", [*pairs, f"parallel={engine}"], tmp_path / "two")
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in ("reward", "loss", "grad_norm", "value/error", "value/mean"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize(
