@@ -8,8 +8,7 @@ Prompts are a task's problems or rows of a file (`recipes/policy_prompts.py`); r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llm_quest.contracts import LogFn
 from llm_quest.data.conversation_forms import ANSWER_KEYS
-from llm_quest.data.problems import Problem, parse_task
+from llm_quest.data.problems import parse_task
 from llm_quest.data.problems.answer_forms import ANSWER_FORMS, GRADINGS
 from llm_quest.data.template_program import find_reserved_argument
 from llm_quest.data.tokenizer import Tokenizer
@@ -25,8 +24,6 @@ from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import DataError
 from llm_quest.eval.evaluators import RatioRangeEvaluator
 from llm_quest.eval.policy import PolicyEvaluator
-from llm_quest.eval.problems import sample_answers
-from llm_quest.generation.sampling import SamplingParams
 from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import source_name
@@ -36,7 +33,6 @@ from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, Positiv
 from llm_quest.recipes.environment_setup import (
     EnvironmentProblems,
     EpisodeConfig,
-    draw_episodes,
     environment_failures,
     episodes_in_place_of_answers,
     games,
@@ -44,6 +40,7 @@ from llm_quest.recipes.environment_setup import (
     start_environment,
 )
 from llm_quest.recipes.finetuning import StartModelConfig, load_for_finetuning
+from llm_quest.recipes.held_out_reward import HeldOutReport, draw_held_out
 from llm_quest.recipes.model_config import WARMUP_CONTEXT, init_model
 from llm_quest.recipes.policy_prompts import (
     ProblemSet,
@@ -77,11 +74,9 @@ from llm_quest.recipes.yaml_io import RawConfig
 from llm_quest.rollouts.advantages import StepRewards
 from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.rollouts.environments import EnvironmentClient
-from llm_quest.rollouts.episodes import EpisodeSampler
 from llm_quest.rollouts.included_environments import NEED_ROWS
 from llm_quest.rollouts.rewards import compute_step_rewards
-from llm_quest.rollouts.sampler import RolloutSampler, Sample, Sampler
-from llm_quest.train.arguments import TrainResult
+from llm_quest.rollouts.sampler import RolloutSampler, Sampler
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.state import derive_seed
 
@@ -254,37 +249,11 @@ def held_out_evaluator(
     sampler, pipeline = policy.rollouts.sampler, policy.rollouts.reward_pipeline
     return PolicyEvaluator(
         problems.held_out,
-        partial(draw_episodes, sampler, encode)
-        if isinstance(sampler, EpisodeSampler)
-        else partial(draw_answers, tokenizer, encode, config.max_new_tokens),
+        draw_held_out(sampler, tokenizer, encode, config.max_new_tokens),
         pipeline.compute_rewards, [(one.name, one.weight) for one in pipeline.rewards], config.eval_steps,
         config.eval_num_samples, config.temperature, derive_seed(config.seed, "evaluation"), context.samples_dir,
         policy.whole_policy,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HeldOutReport:
-    """What is said of the held-out problems before the first step and after the last. failure_lines: of rewards and
-    environments."""
-
-    evaluator: PolicyEvaluator
-    model: Decoder
-    log: LogFn
-    failure_lines: Callable[[], Sequence[str]]
-
-    def before(self) -> Mapping[str, float]:
-        found = self.evaluator.scores(self.model)
-        self.log(f"held out, before: {found.line()}")
-        return {f"eval/{name}": value for name, value in found.metrics().items()}
-
-    def after(self, result: TrainResult) -> None:
-        if result.status == "finished":
-            kl = f", KL {result.metrics['kl']:.3g} nats a token" if "kl" in result.metrics else ""
-            found = self.evaluator.newest or self.evaluator.scores(self.model.eval())
-            self.log(f"held out, after:  {found.line()}{kl}")
-        for line in self.failure_lines():
-            self.log(line)
 
 
 def open_environment(config: GrpoConfig, log: LogFn) -> EnvironmentClient | None:
@@ -304,17 +273,6 @@ def sampler_of(
         return lambda sampler: sampler
     return episodes_in_place_of_answers(
         environments, tokenizer, encode, max_turns=config.max_turns, max_episode_tokens=config.max_episode_tokens
-    )
-
-
-def draw_answers(
-    tokenizer: Tokenizer, encode: PromptEncoder, max_new_tokens: int, model: Decoder, problems: Sequence[Problem],
-    sampling: SamplingParams, n: int, seed: int,
-) -> list[list[Sample]]:  # fmt: skip
-    """n answers of each problem, in one turn."""
-    encode.encode_problems(problems)
-    return sample_answers(
-        model, tokenizer, problems, sampling, encode_prompt=encode, max_new_tokens=max_new_tokens, n=n, seed=seed
     )
 
 
