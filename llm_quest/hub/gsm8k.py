@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_quest.data.problems.gsm8k import read_gsm8k, split_gsm8k_validation
 from llm_quest.data.problems.problem import Problem
 from llm_quest.errors import DataError, MissingError
-from llm_quest.hub.locate import unreachable_reason
+from llm_quest.hub.locate import describe_failure, unreachable_reason
 
 NAME = "openai/gsm8k"
 FILES = {"train": "main/train-00000-of-00001.parquet", "test": "main/test-00000-of-00001.parquet"}
@@ -44,12 +44,12 @@ def gsm8k_from_hub(part: str) -> list[Problem]:
 
 def download_dataset_file(file: str) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
     try:
         return Path(huggingface_hub.hf_hub_download(NAME, file, repo_type="dataset"))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # also what the packages below raise
+        reason = unreachable_reason(describe_failure(error))
         raise MissingError(
-            f"{NAME} lacks {file} in the local cache while {unreachable_reason(str(error))}: run `hf download "
-            f"--repo-type dataset {NAME}` where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
+            f"{NAME} lacks {file} in the local cache while {reason}: run `hf download --repo-type dataset {NAME}` "
+            "where there is a network, or give a file of JSON lines (task=FILE.jsonl)"
         ) from None

@@ -162,8 +162,13 @@ def download_snapshot(name: str, patterns: list[str], revision: str | None) -> P
         raise DataError(f"{name!r} is no hub id: {error}") from None
     except errors.RepositoryNotFoundError:
         raise DataError(f"there is no folder {name!r} here and no such model on the hub{preset_hint(name)}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        raise offline_error(name, "config.json", str(error)) from None
+    except Exception as error:  # also what the packages below raise: httpx's errors, a portal's page that is no JSON
+        raise offline_error(name, "config.json", describe_failure(error)) from None
+
+
+def describe_failure(error: Exception) -> str:
+    """What a download failed with, in a line."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
 def unreachable_reason(reason: str) -> str:
@@ -178,7 +183,7 @@ def offline_error(name: str, file: str, reason: str) -> MissingError:
     return MissingError(
         f"there is no folder {name!r} here, and the hub's {name} lacks {file} in the local cache while "
         f"{unreachable_reason(reason)}{preset_hint(name)}; run `hf download {name}` where there is a network (same "
-        "HF_HOME), or give a folder"
+        "HF_HOME; what has arrived is kept), or give a folder"
     )
 
 
