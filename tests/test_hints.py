@@ -37,6 +37,7 @@ OPTIONS_OF_FILES = {"cost": "plan", "recipes/held_out.py": "eval"}
 """Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
 NOT_OURS = {
     "save_projection": "PEFT's VeRA", "safe_serialization": "PEFT's save_pretrained", "tokenizer.model": "a file",
+    "spiece.model": "a file",
     "model.embed_tokens": "a module, which freeze names",
     "embed.token": "a module, which modules_to_save names",
     "--abbrev-ref": "git's", "--porcelain": "git's", "--untracked-files": "git's",

@@ -79,9 +79,7 @@ def generate(
             model, prompts, sampling_params, stopping_criteria, n=n, seed=seed, compile=compile, draft=draft
         )
     if draft is not None:
-        raise UsageError(
-            f"num_beams={num_beams} works without draft, which guesses one text and not its alternatives: leave it out"
-        )
+        raise UsageError("beam search works without draft, which guesses one text, not its alternatives: leave it out")
     beams = BeamSearchParams(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
     require_inference_mode(model)
     read = validate_prompts(prompts, model.config.vocab_size, model.config.max_position_embeddings)

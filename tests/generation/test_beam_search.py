@@ -138,7 +138,7 @@ def test_what_ends_beyond_the_first_ranks_is_not_finished():
         ({"on_full_context": "slide"}, "of two contexts ranks nothing"),
         ({"early_stopping": "soon"}, "True, False or 'never'"),
         ({"num_beams": 0}, "at least 1"),
-        ({"draft": "ngram"}, "guesses one text and not its alternatives"),
+        ({"draft": "ngram"}, "guesses one text, not its alternatives"),
     ],
 )
 def test_options_that_mean_nothing_to_beams_are_refused(choice, message):
