@@ -52,8 +52,7 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
 ) -> list[Completion]:
-    """Generate `n` completions of each prompt (a list of token ids; lengths may differ); those of one prompt are
-    consecutive.
+    """Generate `n` completions of each prompt (token ids; lengths may differ), those of one prompt one after another.
 
     temperature ... logit_bias: see `SamplingParams`. min_new_tokens: no eos before so many. seed: seed, prompt and its
     number among equal prompts determine the text of a row, whatever else is in the batch. eos_token_id: ends a row;
