@@ -48,7 +48,7 @@ class RowError(DataError):
 
     def __init__(self, where: str, kind: str, reason: str):
         super().__init__(f"{where}: {reason}")
-        self.kind = kind
+        self.where, self.kind, self.reason = where, kind, reason
 
 
 class GuardStop(QuestError):

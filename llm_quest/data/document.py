@@ -12,8 +12,8 @@ from typing import Any
 
 from llm_quest.errors import DataError, RowError
 
-MAX_LISTED_ROWS, MAX_SHOWN_ROWS = 200, 10
-"""Skipped rows that a run's data.json lists, and those that an error shows."""
+MAX_LISTED_ROWS, MAX_SHOWN_REASONS, MAX_SHOWN_PLACES = 200, 10, 9
+"""Skipped rows that a run's data.json lists; reasons that an error shows, and rows beside the first of each."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Document:
 @dataclass
 class DropReport:
     """What was kept, and what was dropped and why, in documents and bytes. Files that were never opened count their
-    size. skipped: rows that cannot be used, by kind; skipped_rows: the first of them, each with file, line and reason.
+    size. skipped: rows that cannot be used, by kind; skipped_rows: the first of them, each with file, line and reason;
+    skipped_places: the same by reason.
     unused_keys: keys of rows that nothing read, each with the number of rows that have it."""
 
     kept: list[int] = field(default_factory=lambda: [0, 0])
@@ -49,6 +50,7 @@ class DropReport:
     files_with_separator: list[int] = field(default_factory=lambda: [0, 0])
     skipped: Counter[str] = field(default_factory=Counter)
     skipped_rows: list[str] = field(default_factory=list)
+    skipped_places: dict[str, list[str]] = field(default_factory=dict)
     unused_keys: Counter[str] = field(default_factory=Counter)
 
     def keep(self, nbytes: int) -> None:
@@ -78,6 +80,7 @@ class DropReport:
         self.skipped[error.kind] += 1
         if len(self.skipped_rows) < MAX_LISTED_ROWS:
             self.skipped_rows.append(str(error))
+            self.skipped_places.setdefault(error.reason, []).append(error.where)
 
     def count_unused_keys(self, keys: Iterable[str]) -> None:
         """Count the keys of a row that nothing read, once a row."""
@@ -95,8 +98,17 @@ class DropReport:
         return f"{self.skipped.total():,} {'row' if self.skipped.total() == 1 else 'rows'} cannot be used ({kinds})"
 
     def shown_rows(self) -> list[str]:
-        more = self.skipped.total() - MAX_SHOWN_ROWS
-        return [*self.skipped_rows[:MAX_SHOWN_ROWS], *([f"... and {more:,} more"] if more > 0 else [])]
+        """The skipped rows for a message: one line for each reason, with the places of the first rows that have it."""
+        reasons = [*self.skipped_places.items()][:MAX_SHOWN_REASONS]
+        shown = [
+            f"{first}: {reason}" + (f" (the same at {', '.join(others[:MAX_SHOWN_PLACES])})" if others else "")
+            for reason, (first, *others) in reasons
+        ]
+        named = sum(
+            min(len(places), 1 + MAX_SHOWN_PLACES) for places in [*self.skipped_places.values()][:MAX_SHOWN_REASONS]
+        )
+        more = self.skipped.total() - named
+        return [*shown, *([f"... and {more:,} more rows"] if more > 0 else [])]
 
     def remarks(self) -> list[str]:
         """What a run says once about its rows: rows that were skipped, keys that nothing read, and the notes."""

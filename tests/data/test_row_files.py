@@ -156,12 +156,13 @@ def test_a_folder_gives_the_rows_of_its_files_by_path_and_counts_the_others(tmp_
     assert set(report.dropped) == {"hidden", "suffix .md"}
 
 
-def test_all_bad_rows_are_shown_up_to_ten_with_counts_by_kind(tmp_path: Path) -> None:
+def test_bad_rows_are_shown_by_reason_with_their_places_and_counts_by_kind(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join([LINE, *[b"{"] * 12, b"[]"]))
     with pytest.raises(DataError) as error:
         read_records(file)
     lines = str(error.value).splitlines()
     assert "13 rows cannot be used (12 x not JSON, 1 x not an object)" in lines[0]
-    assert [line.split(": ")[0] for line in lines[1:11]] == [f"{file}:{number}" for number in range(2, 12)]
-    assert lines[11] == "... and 3 more"
+    assert lines[1].startswith(f"{file}:2: is not JSON")
+    assert lines[1].endswith(f"(the same at {', '.join(f'{file}:{number}' for number in range(3, 12))})")
+    assert lines[2:] == [f"{file}:14: holds a list, expected an object", "... and 2 more rows"]
