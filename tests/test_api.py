@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import llm_quest as quest
-from llm_quest.api import Result, setting_pairs
+from llm_quest.api import GenerateOptions, Result, setting_pairs
 from llm_quest.cli.evaluate import evaluate_held_out
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import UsageError
+from llm_quest.generation import generate as decoding
 from llm_quest.hub.load_save import load_model_and_tokenizer, save
 from llm_quest.models.decoder import GenerationConfig
 from tests.recipes.tuned import WORDS, base, metrics, written
@@ -141,3 +143,8 @@ def test_the_package_is_a_command_and_imports_nothing_heavy():
     code = "import llm_quest, sys; print([name for name in ('torch', 'pydantic', 'numpy') if name in sys.modules])"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent).stdout == "[]\n"
+
+
+def test_every_option_of_generating_is_an_option_here():
+    known = set(inspect.signature(decoding.generate).parameters) - {"model", "prompts", "tokenizer"}
+    assert set(GenerateOptions.__annotations__) == known
