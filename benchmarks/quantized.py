@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 
 import llm_quest as quest
 from benchmarks.generation import PROMPT, SHAPES
 from benchmarks.pairs import race, table
-from llm_quest.cli.evaluate import load_eval_documents
+from llm_quest.data.corpus import load_corpus
+from llm_quest.data.split import split_corpus
 from llm_quest.layers.weight_formats import FORMATS
 from llm_quest.models.decoder import Decoder
+from llm_quest.recipes.config import load_run_config, parse_config
+from llm_quest.recipes.pretrain import PretrainConfig
 from llm_quest.scope import Scope
 from llm_quest.techniques.quantize import Quantize
 
@@ -55,7 +59,9 @@ def nats(model: Decoder, tokens: torch.Tensor, step: int) -> float:
 
 
 def perplexities(where: str, limit: int) -> None:
-    _, documents, name = load_eval_documents(where, "")
+    data = parse_config(PretrainConfig, load_run_config(Path(where))).data
+    documents = split_corpus(load_corpus(data.source), held_out=data.held_out).val
+    name = f"the text that {where} held out of {data.source}"
     tokenizer, plain = quest.Tokenizer.load(f"{where}/tokenizer"), quest.load(where, dtype="float32")
     ids = [token for document in documents for token in [*tokenizer.encode(document.text), tokenizer.eos_token_ids[0]]][
         :limit

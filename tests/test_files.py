@@ -91,6 +91,8 @@ WRITES_IN_A_STAGE = {
     "cli/output.py": "the null device, and a temporary file with a name of its own",
     "train/run_dir.py": "appends lines to metrics and events, and notes who holds run.lock, after the check for links",
     "cli/jsonl_output.py": "appends lines under its own lock",
+    "cli/chat_session.py": "appends a conversation to the file that the user names",
+    "hub/mmap.py": "a temporary folder of its own",
     "files.py": "the functions that all others use",
     "tensor_files.py": "a new file, never an existing one",
 }

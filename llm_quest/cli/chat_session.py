@@ -6,6 +6,7 @@ keeps its line ends. Anything else (a file, a pipe) is read line by line."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -232,7 +233,7 @@ def open_history(file: Path) -> Any:
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
+        os.close(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))  # for its owner alone
     except OSError:
         return InMemoryHistory()
     return FileHistory(str(file))
