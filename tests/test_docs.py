@@ -21,6 +21,7 @@ from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.hub.load_save import save
 from llm_quest.models.build import build, preset
 from llm_quest.recipes.config import recipe_names
+from tests.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -202,3 +203,13 @@ def test_every_test_that_a_promise_names_exists(page: str):
     for file, test in named:
         assert (ROOT / file).is_file(), file
         assert not test or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_every_mutation_quotes_text_that_stands_once_in_its_file():
+    """A mutation whose text has moved breaks nothing, and says nothing about the tests."""
+    lost = [
+        f"{one.title} ({one.file})"
+        for one in MUTATIONS
+        if (ROOT / "llm_quest" / one.file).read_text(encoding="utf-8").count(one.right) != 1
+    ]
+    assert lost == []
