@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LONGEST_LINE = 900  # characters
+LONGEST_LINE = 2000  # characters
 
 
 def shorten_lines(text: str) -> str:

@@ -129,8 +129,8 @@ def load_config_rows(
     config: RowsConfig, read: Any, drop_report: DropReport, *, builtin: Builtin | None = None, limit: int | None = None
 ) -> list[Any]:
     """What `read` makes of the rows that a config names. DataError where none is left."""
-    load = partial(load_rows, data_sources(config), read, drop_report, builtin=builtin, limit=limit)
-    return load(columns=config.columns, strict=config.strict)
+    named = partial(load_rows, data_sources(config), read, drop_report, builtin=builtin, limit=limit)
+    return named(columns=config.columns, strict=config.strict)
 
 
 def load_split_rows(

@@ -16,6 +16,7 @@ from llm_quest.recipes.config_schema import KEYS_FREE_ON_RESUME, RunConfig
 from llm_quest.recipes.yaml_io import flatten_tree
 
 FREE_SETTINGS = (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs")
+PATHS = ("load", "source", "path", "validation")
 WEIGHTS_GLOBS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 SAMPLED_BLOCKS, BLOCK_BYTES = 32, 1 << 16
 
@@ -24,9 +25,16 @@ def run_identity(config: RunConfig) -> dict[str, str]:
     """Name -> what a resumed run may not find changed: `settings`, and a key for each model or tokenizer that is
     loaded from a folder or file here (`model.load`, `rewards.1.load`)."""
     tree = config.model_dump(mode="json")
-    settings = {key: value for key, value in flatten_tree(tree) if not is_free(key)}
+    settings = {key: value for key, value in flatten_tree(without_paths(tree)) if not is_free(key)}
     loaded = {name: fingerprint_path(Path(value)) for name, value in iter_loaded(tree)}
     return {"settings": json.dumps(settings, sort_keys=True)} | {name: found for name, found in loaded.items() if found}
+
+
+def without_paths(tree: Any) -> Any:
+    """The config without the paths of what is compared by content: `load`s here, rows and texts by their loader."""
+    if isinstance(tree, Mapping):
+        return {key: without_paths(value) for key, value in tree.items() if key not in PATHS}
+    return [without_paths(one) for one in tree] if isinstance(tree, list | tuple) else tree
 
 
 def is_free(key: str) -> bool:

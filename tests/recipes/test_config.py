@@ -56,7 +56,7 @@ def told(text: str, *pairs: str) -> list[str]:
         ("warmup_steps=2000", "", "warmup_steps 2000 is more than max_steps 1000"),
         ("micro_batch_size=5", "", "micro_batch_size 5 must divide batch_size 32; the nearest below is 4"),
         ("tokenizer.vocab_size=10", "tokenizer.vocab_size", "10 is not a whole number >= 300 <= 1000000"),
-        ("data.held_out=1", "data.held_out", "1 is not a number > 0 < 0.5"),
+        ("data.held_out=1", "data.held_out", "1 is not a number >= 0 < 0.5"),
         ("model.family=llama", "model", "exactly one of preset, family, load (preset and family given"),
         ("precision=fp8", "precision", "'fp8' is not one of auto, fp32, bf16"),
         ("compile=maybe", "compile", "is not true or false or one of auto"),

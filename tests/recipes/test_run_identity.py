@@ -74,6 +74,15 @@ def test_settings_that_were_edited_by_hand_are_named(run):
     assert train(out, *pairs, "adam_epsilon=1e-6", accept=("settings",)).step == 4
 
 
+def test_a_run_and_its_model_may_be_moved(run):
+    out, pairs, model = run
+    moved = model.with_name("moved")
+    model.rename(moved)
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace(str(model), str(moved)))
+    assert train(out, pairs[1], f"model.load={moved}").step == 4
+
+
 def test_what_is_free_on_resume_is_free(run):
     out, pairs, _ = run
     assert train(out, *pairs, "save_steps=3", "logging_steps=1").step == 4
@@ -100,5 +109,5 @@ def test_settings_hold_everything_but_what_is_free():
         get_recipe("sft").Config, read_yaml(SFT + COMMON + "model: {load: nowhere}\ndata: {source: x}", "r")
     )
     settings = json.loads(run_identity(config)["settings"])
-    assert {"learning_rate", "seed", "model.load"} <= set(settings)
-    assert not {"save_steps", "max_steps", "threads"} & set(settings)
+    assert {"learning_rate", "seed", "model.preset"} <= set(settings)
+    assert not {"save_steps", "max_steps", "threads", "model.load", "data.source"} & set(settings)

@@ -102,11 +102,13 @@ OBJECTIVES: dict[str, tuple[Callable[[Any], nn.Module], Callable[[Any], Any]]] =
     "policy": (PolicyGradientLoss, Completions),
 }
 SUITABLE = {"score_head": "classification"}
+OWN_NOISE = ("neftune",)
+"""Techniques whose random numbers each process draws for its own rows, as dropout's: two processes have other noise."""
 CELLS: list[Cell] = [
     *(
         (SUITABLE.get(technique, "next token"), technique, PLAIN if (technique, PLAIN) not in REFUSED else "qwen3-tiny")
         for technique in EXAMPLES
-        if technique not in NOT_TRAINED
+        if technique not in {*NOT_TRAINED, *OWN_NOISE}
     ),
     ("next token", "quantize+lora", PLAIN),
     *((objective, "", WITH_MODULES) for objective in OBJECTIVES),
