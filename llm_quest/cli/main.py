@@ -443,11 +443,15 @@ def evaluate(
 
 
 @app.command()
-def models(json: JsonOption = False) -> None:
-    """List the models that can be built by name."""
+def models(
+    words: Annotated[list[str] | None, typer.Argument(help="Only models that hold all of these: qwen3 moe.")] = None,
+    max_parameters: Annotated[str | None, typer.Option(help="At most so many: 500M, 4B.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the models that can be built by name, or search them."""
     from llm_quest.cli.models import list_presets
 
-    print_result(list_presets(), json)
+    print_result(list_presets(words or (), max_parameters), json)
 
 
 @app.command()

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +51,38 @@ class PresetList:
         return [*align_columns(cells, right=(2, 3)), "", hint]
 
 
-def list_presets() -> PresetList:
-    """All presets. Published models have their published parameter counts; others are counted on the meta device."""
-    return PresetList(tuple(preset_row(family, one) for family in ALL_FAMILIES for one in family.presets))
+def list_presets(words: Sequence[str] = (), max_parameters: str | None = None) -> PresetList:
+    """The presets whose name, family, hub id or notes hold every word (upper or lower case), with at most so many
+    parameters (`4B`, `500M`). Published models have their published counts; others are counted on the meta device.
+    UsageError where none is left, with the names that are near."""
+    most = math.inf if max_parameters is None else parse_count(max_parameters)
+    rows = [preset_row(family, one) for family in ALL_FAMILIES for one in family.presets]
+    found = [row for row in rows if row["parameters"] <= most and holds_words(row, words)]
+    if not found:
+        names = [row["name"] for row in rows]
+        near = get_close_matches(words[0], [*names, *{row["family"] for row in rows}], cutoff=0.5) if words else []
+        raise UsageError(
+            f"no model has {' and '.join(map(repr, words)) or 'a name'}"
+            + (f" and at most {max_parameters} parameters" if max_parameters else "")
+            + (f"; near: {', '.join(near)}" if near else "; quest models lists all")
+        )
+    return PresetList(tuple(found))
+
+
+def holds_words(row: Mapping[str, Any], words: Sequence[str]) -> bool:
+    """Whether every word stands somewhere in a row."""
+    text = " ".join(str(row[key] or "") for key in ("name", "family", "hub", "notes")).lower()
+    return all(word.lower() in text for word in words)
+
+
+def parse_count(text: str) -> float:
+    """A number of parameters: 500M, 1.5B, 2e9."""
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmbt]?)", text.strip().lower())
+    try:
+        assert match is not None
+        return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]]
+    except (AssertionError, ValueError):
+        raise UsageError(f"{text!r} is no number of parameters; write 500M or 1.5B") from None
 
 
 def preset_row(family: Family, one: Preset) -> dict[str, Any]:

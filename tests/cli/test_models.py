@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -166,3 +167,29 @@ def test_multi_token_modules_are_drawn_with_all_they_hold():
     assert drawn.count("MixtureOfExperts") == 2, "once in the blocks, once in the modules"
     assert "multi-token module 1:" in "\n".join(make_model_card("mimo-tiny").lines())
     assert "multi-token" not in "\n".join(make_model_card("llama3.2-tiny").lines())
+
+
+def test_models_are_searched_by_words_and_by_size():
+    names = {row["name"] for row in list_presets().rows}
+    found = list_presets(("Qwen3", "moe")).rows
+    assert found
+    assert {row["name"] for row in found} < names
+    assert all("qwen3" in f"{row['name']} {row['family']} {row['hub']}".lower() for row in found)
+    small = list_presets(max_parameters="500M").rows
+    assert small
+    assert all(row["parameters"] <= 5e8 for row in small)
+    assert {row["name"] for row in list_presets(max_parameters="1.5B").rows} > {row["name"] for row in small}
+
+
+@pytest.mark.parametrize(
+    ("words", "most", "said"),
+    [
+        (("lamma3.2",), None, "no model has 'lamma3.2'; near: llama"),
+        (("gpt2",), "1K", "no model has 'gpt2' and at most 1K parameters"),
+        ((), "big", "'big' is no number of parameters; write 500M or 1.5B"),
+        ((), "1..5B", "'1..5B' is no number of parameters"),
+    ],
+)
+def test_a_search_that_finds_nothing_says_what_is_near(words, most, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        list_presets(words, most)
