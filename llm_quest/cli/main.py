@@ -366,7 +366,7 @@ def classify(
 def score(
     model: ModelArgument,
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="Conversations, as quest train sft reads them.")
+        str | None, typer.Argument(metavar="[FILE]", help="Rows of conversations, or of preferences.")
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question, without a FILE.")] = None,
     answer: AnswerOption = None,

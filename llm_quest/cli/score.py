@@ -11,7 +11,9 @@ import torch
 from llm_quest.data.chat import ChatTemplate, end_template_at_answer
 from llm_quest.data.conversations import Conversation, parse_conversation
 from llm_quest.data.messages import Message
-from llm_quest.data.records import read_records
+from llm_quest.data.preference_forms import PREFERENCE_FORMS
+from llm_quest.data.preferences import parse_preference
+from llm_quest.data.records import Record, read_records
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_tokenizer
@@ -36,25 +38,29 @@ class ConversationScore:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """A number for each conversation, in the order in which they were given."""
+    """A number for each conversation, in the order in which they were given. accuracy: of rows of preferences, the part
+    whose best answer has the highest number; None without such rows."""
 
     model: str
     scores: tuple[ConversationScore, ...]
+    accuracy: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
         rows = [(f"{one.score:+.4f}", one.where, " ".join(one.answer.split())[:60]) for one in self.scores]
-        return align_columns(rows, right=(0,))
+        pairs = [] if self.accuracy is None else ["", f"the best answer has the highest score: {self.accuracy:.1%}"]
+        return [*align_columns(rows, right=(0,)), *pairs]
 
 
 def score_conversations(
     name_or_path: str, file: str | None, prompt: str | None, answers: Sequence[str], *, device: str = "auto"
 ) -> ScoreReport:
-    """Score the conversations of a file, or answers to one prompt, with a run of `quest train reward` or a published
-    ...ForSequenceClassification of one output."""
-    conversations = read_scored(file, prompt, answers)
+    """Score the conversations or the preferences of a file, or answers to one prompt, with a run of `quest train
+    reward` or a published ...ForSequenceClassification of one output."""
+    groups = read_scored(file, prompt, answers)
+    conversations = [one for group in groups for one in group]
     torch_device = resolve_device(device)
     model = load(name_or_path, device=torch_device, dtype="float32")
     head = find_score_head(model) if isinstance(model, Decoder) else None
@@ -72,18 +78,39 @@ def score_conversations(
             raise DataError(f"{one.where}: {len(row):,} tokens, the model reads {context:,}; shorten the conversation")
     scores = score_rows(model, rows, torch_device)
     found = zip(scores, conversations, strict=True)
-    return ScoreReport(name_or_path, tuple(ConversationScore(score, one.answer, one.where) for score, one in found))
+    told = tuple(ConversationScore(score, one.answer, one.where) for score, one in found)
+    return ScoreReport(name_or_path, told, ranking_accuracy(scores, groups))
 
 
-def read_scored(file: str | None, prompt: str | None, answers: Sequence[str]) -> list[Conversation]:
-    """What is to be scored. UsageError unless it is a file, or a prompt with answers."""
+def ranking_accuracy(scores: Sequence[float], groups: Sequence[Sequence[Conversation]]) -> float | None:
+    """Of the groups of several answers, the part whose first has the highest score; None without such a group."""
+    rest = iter(scores)
+    ranked = [[next(rest) for _ in group] for group in groups]
+    right = [first > max(others) for first, *others in ranked if others]
+    return sum(right) / len(right) if right else None
+
+
+def read_scored(file: str | None, prompt: str | None, answers: Sequence[str]) -> list[list[Conversation]]:
+    """What is to be scored, the answers of a row of preferences together, the best first. UsageError unless it is a
+    file, or a prompt with answers."""
     if file is not None and prompt is None and not answers:
-        return [parse_conversation(record) for record in read_records(file)]
+        return [read_scored_row(record) for record in read_records(file)]
     if file is not None or prompt is None or not answers:
-        raise UsageError("give a FILE of conversations, or --prompt with one --answer or more")
+        raise UsageError("give a FILE of conversations or preferences, or --prompt with one --answer or more")
     return [
-        Conversation((Message("user", prompt), Message("assistant", one)), f"--answer {i}")
+        [Conversation((Message("user", prompt), Message("assistant", one)), f"--answer {i}")]
         for i, one in enumerate(answers, 1)
+    ]
+
+
+def read_scored_row(record: Record) -> list[Conversation]:
+    """A conversation, or those that a row of preferences makes with each of its answers."""
+    if not any(set(form.keys) <= set(record.row) for form in PREFERENCE_FORMS):
+        return [parse_conversation(record)]
+    row = parse_preference(record)
+    return [
+        Conversation((*row.question, Message("assistant", answer)), f"{row.where}, answer {number}", tools=row.tools)
+        for number, answer in enumerate(row.answers, 1)
     ]
 
 

@@ -129,7 +129,7 @@ def test_conversations_of_a_file_are_scored_by_the_command(tmp_path: Path):
     said = json.loads(result.stdout)["scores"]
     assert [one["score"] for one in said] == pytest.approx(trained_scores(run), abs=1e-5)
     assert [one["answer"] for one in said] == list(ANSWERS)
-    with pytest.raises(UsageError, match="give a FILE of conversations, or --prompt"):
+    with pytest.raises(UsageError, match="give a FILE of conversations or preferences, or --prompt"):
         score_conversations(str(run), str(file), "question", ())
     with pytest.raises(DataError, match=r"--answer 1: [\d,]+ tokens, the model reads"):
         score_conversations(str(run), None, "q", ["a long one " * 500])
@@ -165,3 +165,23 @@ def test_a_template_that_writes_more_after_an_answer_is_refused():
     tokenizer.chat_template = CHATML_TEMPLATE + "{% if not add_generation_prompt %}the end{% endif %}"
     with pytest.raises(DataError, match="more than white space after an answer's end"):
         end_template_at_answer(tokenizer)
+
+
+def test_rows_of_preferences_are_scored_answer_by_answer_with_their_accuracy(tmp_path: Path):
+    tokenizer = make_tokenizer("pad")
+    run = write_run(tmp_path / "run", tokenizer, ScoreHead(outputs=1), "llama3.2-tiny")
+    rows = [
+        {"prompt": f"question {n}", "chosen": f"one good answer {n}", "rejected": f"bad {n} and so on"}
+        for n in range(6)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = score_conversations(str(run), str(file), None, ())
+    assert [one.answer for one in found.scores] == [row[key] for row in rows for key in ("chosen", "rejected")]
+    assert found.scores[1].where == f"{file}:1, answer 2"
+    alone = [score_conversations(str(run), None, row["prompt"], [row["chosen"], row["rejected"]]) for row in rows]
+    pairs = [tuple(score.score for score in one.scores) for one in alone]
+    assert [one.score for one in found.scores] == pytest.approx([score for pair in pairs for score in pair], abs=1e-5)
+    assert found.accuracy == sum(better > worse for better, worse in pairs) / 6
+    assert found.lines()[-1] == f"the best answer has the highest score: {found.accuracy:.1%}"
+    assert alone[0].accuracy is None
