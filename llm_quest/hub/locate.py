@@ -81,8 +81,12 @@ def best_step(checkpoint: Path | None) -> int | None:
     """The step of the best checkpoint, as the newest one knows it."""
     if checkpoint is None:
         return None
-    found = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]["best_step"]
-    return None if found is None else int(found)
+    file = checkpoint / "state.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["progress"]["best_step"]
+        return None if found is None else int(found)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{file} does not say which checkpoint is the best ({error}); name a step") from None
 
 
 def locate_local(folder: Path) -> ModelLocation:

@@ -12,10 +12,11 @@ ImageNet's statistics in place of CLIP's own do the same.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llm_quest.contracts import ModelSpec, Preset
 from llm_quest.layers.attention import GroupedQueryAttention
@@ -46,8 +47,8 @@ class Config(SquareImages):
     hidden_act: Literal["quick_gelu"] = "quick_gelu"
 
 
-def block(config: Config, layer_idx: int) -> Block:
-    """One layer: multi-head attention to everybody, then the MLP."""
+def block(config: Any, layer_idx: int, activation: Callable[[Tensor], Tensor] = quick_gelu) -> Block:
+    """One layer, SigLIP's too: multi-head attention to everybody, then the MLP."""
     attention = GroupedQueryAttention(
         config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -56,7 +57,7 @@ def block(config: Config, layer_idx: int) -> Block:
         rotary=NoRotary(),
         bias=True,
     )
-    mlp = MLP(config.hidden_size, config.intermediate_size, quick_gelu, bias=True)
+    mlp = MLP(config.hidden_size, config.intermediate_size, activation, bias=True)
     return Block(
         mixer=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), attention),
         feed_forward=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), mlp),

@@ -11,22 +11,25 @@ it. Commonly got wrong: the erf GELU of ViT or the quick one of CLIP in place of
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from llm_quest.contracts import ModelSpec, Preset
-from llm_quest.layers.attention import GroupedQueryAttention
-from llm_quest.layers.block import Block, Sublayer
-from llm_quest.layers.feed_forward import MLP, gelu_tanh
+from llm_quest.layers.feed_forward import gelu_tanh
 from llm_quest.layers.norm import LayerNorm
-from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.vision import PatchPositionEmbedding
 from llm_quest.models import clip
 from llm_quest.models.config_fields import config_dataclass, hf_default, json_field
 from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder, SquareImages
 from llm_quest.models.weight_names import WeightMap
+
+
+def leave_out_head(values: Any) -> bool:
+    """Read `vision_use_head` and answer no, whatever it says: the pooling head is never part of the model."""
+    values.json.get("vision_use_head")
+    return False
 
 
 @config_dataclass
@@ -42,24 +45,7 @@ class Config(SquareImages):
     intermediate_size: int = hf_default(3072)
     layer_norm_eps: float = 1e-6
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
-    vision_use_head: bool = json_field(lambda c: bool(c.json.get("vision_use_head")) and False, default=False)
-
-
-def block(config: Config, layer_idx: int) -> Block:
-    """One layer: multi-head attention to everybody, then the MLP."""
-    attention = GroupedQueryAttention(
-        config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        rotary=NoRotary(),
-        bias=True,
-    )
-    mlp = MLP(config.hidden_size, config.intermediate_size, gelu_tanh, bias=True)
-    return Block(
-        mixer=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), attention),
-        feed_forward=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), mlp),
-    )
+    vision_use_head: bool = json_field(leave_out_head, default=False)
 
 
 def assemble(config: Config) -> ImageEncoder:
@@ -67,7 +53,7 @@ def assemble(config: Config) -> ImageEncoder:
     return ImageEncoder(
         ModelSpec("siglip", config),
         embed=PatchPositionEmbedding(config.image_size, config.patch_size, config.num_channels, config.hidden_size),
-        blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
+        blocks=[clip.block(config, layer, gelu_tanh) for layer in range(config.num_hidden_layers)],
         norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
         head=nn.Identity(),
     )

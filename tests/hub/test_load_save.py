@@ -546,6 +546,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_loaded(tmp_path,
         load(run)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"progress": {}}', '{"progress": {"best_step": [1]}}', "\ud800"])
+def test_a_state_that_does_not_say_which_checkpoint_is_the_best_is_named(tmp_path, content: str):
+    run, model = tmp_path / "run", quest.build("llama3.2-tiny", seed=3)
+    write_checkpoints(run, model, 1)
+    write_model_json(run, model)
+    (run / "checkpoints" / "step-00000001" / "state.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(DataError, match=r"state\.json does not say which checkpoint is the best"):
+        load(f"{run}@best")
+
+
 def test_a_checkpoint_that_came_without_its_manifest_is_read_with_a_warning(tmp_path, caplog):
     run, model = tmp_path / "run", quest.build("llama3.2-tiny", seed=3)
     write_checkpoints(run, model, 1)
