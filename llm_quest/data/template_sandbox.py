@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,13 +73,18 @@ def render_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[
 
 
 def render_jobs(settings: TemplateSettings, jobs: Iterable[RenderJob]) -> Iterator[Rendering]:
-    """Render conversations in batches, a process for each batch. DataError where the template cannot run at all."""
+    """Render conversations in batches, a process for each batch, which runs while what was rendered before is read.
+    DataError where the template cannot run at all."""
     if len(settings.source) > MAX_TEMPLATE_CHARACTERS:
         raise DataError(
             f"the chat template has {len(settings.source):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are run"
         )
-    for batch in split_batches(jobs):
-        yield from run_batch(settings, batch)
+    with ThreadPoolExecutor(1) as executor:
+        running: Future[list[Rendering]] | None = None
+        for batch in split_batches(jobs):
+            done, running = running, executor.submit(run_batch, settings, batch)
+            yield from done.result() if done else ()
+        yield from running.result() if running else ()
 
 
 def split_batches(jobs: Iterable[RenderJob]) -> Iterator[list[RenderJob]]:
