@@ -411,7 +411,10 @@ MUTATIONS = (
     Mutation("the reward is read at the last column, padding or not", "objectives/classification.py", "last = position_ids.argmax(dim=1)", "last = torch.full_like(position_ids[:, 0], -1)", "tests/objectives/test_reward_model.py"),
     Mutation("the reward ignores the margin", "objectives/reward_model.py", "-logsigmoid(better - worse - margins)", "-logsigmoid(better - worse)", "tests/objectives/test_reward_model.py"),
     Mutation("a resumed run forgets its moving reference", "recipes/reference_model.py", "mine.copy_(saved[name])", "pass", "tests/recipes/test_preference_data.py -k resumed"),
-    Mutation("macro F1 weighed by how common a class is", "recipes/classify.py", "float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1_score(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
+    Mutation("macro F1 weighed by how common a class is", "eval/classification.py", "float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()]))", "float(np.average([f1_score(said == c, labels == c) for c in range(classes)], weights=np.bincount(labels, minlength=classes)))", "tests/recipes/test_classify.py -k hand"),
+    Mutation("class weights: the weighted sum is divided by the number of texts", "objectives/classification.py", "rows if weights is None else weights[labels].sum()", "rows", "tests/objectives/test_classification.py -k weights"),
+    Mutation("stratified split: common labels are divided first", "data/stratified_split.py", "rarest = min((", "rarest = max((", "tests/data/test_stratified_split.py -k rarest"),
+    Mutation("an export of several labels does not say so", "hub/config.py", '**label_maps, **kind}', '**label_maps}', "tests/recipes/test_classify.py -k multi_label_export"),
     Mutation("warm-up: Ctrl-C ends a chunk and not the warm-up", "recipes/policy_setup.py", "result.status == \"interrupted\"", "result.status == \"never\"", "tests/recipes/test_grpo.py -k warm_up_stops"),
     # Adapters and quantized weights (architectures.md 4.7)
     Mutation("adapter: rsLoRA scaled by 1/r", "techniques/lora.py", "self.alpha / math.sqrt(self.rank)", "self.alpha / self.rank", LORA),

@@ -95,10 +95,11 @@ def parse_steps(row: Row, where: str) -> StepParts:
 STEP_EXAMPLE = {"prompt": "2+2*2?", "completions": ["2*2=4", "2+4=7"], "labels": [True, False]}
 STEP_FORMS = (RowForm("labelled steps (TRL's stepwise supervision)", tuple(STEP_EXAMPLE), parse_steps, STEP_EXAMPLE),)
 
-LABELED_TEXT_KEYS = ("text", "label")
 LABELED_TEXT_FORMS = (
-    RowForm("text and label", LABELED_TEXT_KEYS, lambda row, where: row, {"text": "Good.", "label": "positive"}),
+    RowForm("text and label", ("text", "label"), lambda row, where: row, {"text": "Good.", "label": "positive"}),
+    RowForm("text and label", ("text", "labels"), lambda row, where: row, {"text": "Good.", "labels": ["joy", "love"]}),
 )
+"""A list under either key is of several labels (multi-label)."""
 
 ROW_FORMS: dict[str, Sequence[RowForm]] = {
     "pretrain": TEXT_FORMS,

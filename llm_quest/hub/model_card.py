@@ -66,7 +66,8 @@ def describe_outputs(model: Decoder) -> str:
             "It is a reward model: it gives a conversation one number, read at the end of its last answer, and writes "
             "no text."
         )
-    return f"It classifies texts and writes none; classes: {', '.join(head.labels) or head.outputs}."
+    number = "; a text may have several or none (multi-label)" if head.is_multi_label else ""
+    return f"It classifies texts and writes none; classes: {', '.join(head.labels) or head.outputs}{number}."
 
 
 def transformers_usage(task: str) -> str:

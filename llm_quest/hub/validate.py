@@ -40,7 +40,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.weight_names import published_names
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import replay_techniques, techniques_from_json
-from llm_quest.techniques.score_head import ScoreHead
+from llm_quest.techniques.score_head import PROBLEM_TYPES, ScoreHead
 
 LM_HEAD = "lm_head.weight"
 TECHNIQUES_FILE = "techniques.safetensors"
@@ -246,7 +246,9 @@ def find_published_score_head(report: FolderReport) -> list[Technique]:
     names = report.hf_config.get("id2label")
     labels = tuple(str(names[key]) for key in names) if isinstance(names, Mapping) else ()
     is_named = len(labels) == score.shape[0] and labels != tuple(f"LABEL_{i}" for i in range(len(labels)))
-    return [ScoreHead(score.shape[0], labels if is_named else ())]
+    head = ScoreHead(score.shape[0], labels if is_named else ())
+    kind: Any = report.hf_config.get("problem_type")
+    return [replace(head, problem_type=kind) if head.outputs > 1 and kind in PROBLEM_TYPES else head]
 
 
 def untie_own_head(report: FolderReport, config: Any) -> Any:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,14 +134,20 @@ def load_config_rows(
 
 
 def load_split_rows(
-    config: Any, read: Any, drop_report: DropReport, *, builtin: Builtin | None = None, limit: int | None = None
+    config: Any,
+    read: Any,
+    drop_report: DropReport,
+    *,
+    builtin: Builtin | None = None,
+    limit: int | None = None,
+    split: Callable[[list[Any], float], tuple[list[Any], list[Any]]] = split_by_prompt,
 ) -> tuple[list[Any], list[Any]]:
-    """(training, held out): a part of the rows by their prompts, the rows of data.validation, or none (held_out=0).
-    config: a RowsConfig with `held_out`."""
+    """(training, held out): a part of the rows, the rows of data.validation, or none (held_out=0). config: a RowsConfig
+    with `held_out`. split: which rows are that part."""
     rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
     if config.validation is None:
         with skipped_rows_told(drop_report):
-            return split_by_prompt(rows, config.held_out) if config.held_out else (rows, [])
+            return split(rows, config.held_out) if config.held_out else (rows, [])
     held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
     known = {first_question_hash(one.prompt) for one in rows}
     if shared := sum(first_question_hash(one.prompt) in known for one in held):
