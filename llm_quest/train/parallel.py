@@ -191,6 +191,10 @@ class DistributedContext:
         dist.all_gather_object(things, thing)
         return things
 
+    def first_found(self, found: str) -> str:
+        """The text of the first process that has one; empty if none has."""
+        return next((one for one in self.all_gather(found) if one), "")
+
     def destroy_process_group(self) -> None:
         """Leave the process group, if this context made it."""
         if self.owns_group and dist.is_initialized():
