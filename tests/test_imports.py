@@ -29,7 +29,7 @@ LEVELS = (
     ("models", "data", "machine"),
     ("techniques", "generation", "hub"),
     ("train", "rollouts", "objectives", "eval", "cost"),
-    ("recipes", "papers", "report"),
+    ("recipes", "papers", "report", "serve"),
     ("cli",),
     ("api",),
     ("__main__",),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llm_quest.cli import generate_commands, model_commands, paper_commands, train_commands
+from llm_quest.cli import generate_commands, model_commands, paper_commands, serve_commands, train_commands
 from llm_quest.cli.output import open_streams, run_with_exit_code
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_commands.train,
     "generate": generate_commands.generate,
     "chat": generate_commands.chat,
+    "serve": serve_commands.serve,
     "classify": generate_commands.classify,
     "score": generate_commands.score,
     "eval": generate_commands.evaluate,

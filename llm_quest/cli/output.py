@@ -12,6 +12,7 @@ run · 130, 143 interrupted
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from typing import Any, Protocol, TextIO
 from llm_quest import __version__
 from llm_quest.errors import (
     OUT_OF_DISK_ERRNOS,
+    MissingError,
     PeerFailure,
     QuestError,
     exit_code_of,
@@ -225,3 +227,10 @@ def write_crash_file(error: BaseException) -> Path:
             file.write(text)
         return Path(name)
     return Path("crash.txt (which could not be written)")
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """MissingError where packages of an extra of this project are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingError(f"{', '.join(missing)} is not installed: pip install 'llm-quest[{extra}]'")

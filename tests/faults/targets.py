@@ -35,6 +35,7 @@ from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.report.record import read_run
 from llm_quest.rollouts.verifiers import VERIFIERS, verify_answer
+from tests.faults.server_target import CHAT, STRUCTURED, TEXTS, ask
 from tests.tokenizer_kinds import tokenizer_of
 
 
@@ -205,4 +206,6 @@ TARGETS: tuple[Target, ...] = (
     Target("key=value", read_overrides, contents=lambda: OVERRIDES),
     Target("answers", read_answers, contents=lambda: ANSWERS),
     Target("tasks", read_task, contents=lambda: TASKS),
+    Target("POST chat", ask("/v1/chat/completions"), lambda: [CHAT, STRUCTURED]),
+    Target("POST completions", ask("/v1/completions"), lambda: TEXTS),
 )  # fmt: skip
