@@ -22,11 +22,16 @@ from llm_quest.cli.options import (
     EvalBestOfOption,
     EvalChatOption,
     EvalDataOption,
+    EvalFewshotOption,
     EvalHarnessOption,
+    EvalMultiturnOption,
     EvalPartOption,
     EvalProblemsOption,
+    EvalRefineOption,
+    EvalRefinePromptsOption,
     EvalRewardModelOption,
     EvalSamplesOption,
+    EvalSystemOption,
     EvalTaskOption,
     EvalTemperatureOption,
     EvalTokensOption,
@@ -209,7 +214,13 @@ def evaluate(
     vote: EvalVoteOption = None,
     best_of: EvalBestOfOption = None,
     reward_model: EvalRewardModelOption = None,
+    refine: EvalRefineOption = None,
+    refine_prompts: EvalRefinePromptsOption = None,
     chat: EvalChatOption = None,
+    system: EvalSystemOption = None,
+    chat_template_kwargs: TemplateKwargsOption = None,
+    fewshot: EvalFewshotOption = None,
+    fewshot_as_multiturn: EvalMultiturnOption = None,
     part: EvalPartOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -221,36 +232,21 @@ def evaluate(
 ) -> None:
     """Evaluate a model. A run: its recipe's own measure on what it held out, the numbers that it printed at its end.
     On text (--data): perplexity and bits per byte, beside compressors. On problems (--task): greedy accuracy with its
-    interval, mean@k and pass@k, the accuracy of a majority vote and of a reward model's choice."""
+    interval, mean@k and pass@k, the accuracy of a majority vote, of a reward model's choice, and of answers that the
+    model revised itself."""
     set_environment(threads, offline)
-    check_eval_options(
-        {"--data": data, "--task": task, "--harness": harness},
-        {"--tokens": tokens, "--problems": problems, "--part": part, "--temperature": temperature,
-         "--samples": samples, "--vote": vote, "--best-of": best_of, "--reward-model": reward_model, "--chat": chat},
-    )  # fmt: skip
-    machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
-    number = problems or 200
-    found: Any
+    measures = {"--data": data, "--task": task, "--harness": harness}
+    given = {
+        "--tokens": tokens, "--problems": problems, "--part": part, "--temperature": temperature,
+        "--samples": samples, "--vote": vote, "--best-of": best_of, "--reward-model": reward_model, "--refine": refine,
+        "--refine-prompts": refine_prompts, "--chat": chat, "--system": system,
+        "--chat-template-kwargs": chat_template_kwargs, "--fewshot": fewshot,
+        "--fewshot-as-multiturn": fewshot_as_multiturn,
+    }  # fmt: skip
+    check_eval_options(measures, given)
     with show_progress(quiet):
-        from llm_quest.cli import evaluate as commands
+        from llm_quest.cli.evaluate import EvalContext, evaluate_measure
 
-        if harness:
-            found = commands.evaluate_with_lm_eval(model, harness.split(","), limit=number, seed=seed, **machine)
-        elif task:
-            options = commands.ProblemEvalOptions(
-                task,
-                part or "test",
-                number,
-                samples or 0,
-                temperature or 1.0,
-                tokens or 64,
-                seed,
-                vote or 0,
-                best_of or 0,
-            )
-            found = commands.evaluate_problem_task(model, options, chat=chat, reward_model=reward_model, **machine)
-        elif data:
-            found = commands.evaluate_text(model, data, max_tokens=tokens or None, **machine)
-        else:
-            found = commands.evaluate_held_out(model, threads=threads, **machine)
+        context = EvalContext(device, dtype, status_printer(quiet), seed, threads)
+        found = evaluate_measure(model, measures, given, context)
     print_result(found, json)

@@ -98,7 +98,24 @@ EvalRewardModelOption = Annotated[
 ]
 EvalChatOption = Annotated[
     bool | None,
-    typer.Option("--chat/--no-chat", help="With --task: ask through the chat template (as a run was trained)."),
+    typer.Option(
+        "--chat/--no-chat", help="With --task, --harness: ask through the chat template (as a run was trained)."
+    ),
+]
+EvalSystemOption = Annotated[str | None, typer.Option(help="With --task --chat, --harness: a system message.")]
+EvalRefineOption = Annotated[
+    int | None, typer.Option(min=1, help="With --task: rounds in which the model criticises and revises its answer.")
+]
+EvalRefinePromptsOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="With --refine: YAML with feedback, refine, stop.")
+]
+EvalFewshotOption = Annotated[int | None, typer.Option(min=0, help="With --harness: examples before each question.")]
+EvalMultiturnOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--fewshot-as-multiturn/--fewshot-as-text",
+        help="With --harness --chat: examples as turns (default) or as text.",
+    ),
 ]
 EvalPartOption = Annotated[str | None, typer.Option(help="With --task: train, validation, test (test).")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the model: slow to start, then faster.")]

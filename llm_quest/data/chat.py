@@ -121,8 +121,12 @@ class ChatTemplate:
 
     def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
         """The prompts of many conversations."""
+        return [self.encode(text) for text in self.render_prompts(conversations)]
+
+    def render_prompts(self, conversations: Sequence[Messages]) -> list[str]:
+        """The prompts as texts for `encode`, in which control tokens that somebody typed are escaped."""
         jobs = [RenderJob(self.writer.write(messages), add_generation_prompt=True) for messages in conversations]
-        return [self.encode(one.text) for one in render_batch(self.settings, jobs)]
+        return [one.text for one in render_batch(self.settings, jobs)]
 
     def encode_continuations(self, turns: Sequence[Messages]) -> list[list[int]]:
         """The ids of messages that answer a reply (a tool's, an environment's): from the end of the reply to where the
