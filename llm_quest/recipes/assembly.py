@@ -280,18 +280,19 @@ def require_run_exists(name_or_path: str, key: str, command: str) -> None:
 
 
 def count_epochs(config: ConfigT, settings: RawConfig, rows: int | None, log: LogFn) -> ConfigT:
-    """The config with max_steps, where it asks for epochs. rows: of an epoch; None: they are drawn without end. A
-    warm-up that comes with the recipe keeps its share of a shorter run."""
+    """The config with max_steps, where it asks for epochs. rows: of an epoch (a policy's prompts); None: they are drawn
+    without end. A warm-up that comes with the recipe keeps its share of a shorter run."""
     epochs = config.num_train_epochs
     if epochs is None:
         return config
     if rows is None:
         raise UsageError("num_train_epochs has no effect on rows that are drawn without end; give max_steps")
-    steps = math.ceil(epochs * rows / config.batch_size)
+    steps = math.ceil(epochs * rows / config.rows_per_step) * config.steps_per_batch
     warmup = config.warmup_steps
     if not is_own_choice(settings, "warmup_steps", str(RECIPES_DIR)):
         warmup = min(warmup, math.ceil(warmup * steps / config.max_steps))
-    log(f"epochs: {epochs:g} of {rows:,} rows, {config.batch_size} at a time, are {steps:,} steps")
+    often = f" and {config.steps_per_batch} steps each" if config.steps_per_batch > 1 else ""
+    log(f"epochs: {epochs:g} of {rows:,} rows, {config.rows_per_step} at a time{often}, are {steps:,} steps")
     update = {"num_train_epochs": None, "max_steps": steps, "warmup_steps": min(warmup, steps)}
     return config.model_copy(update=update)
 

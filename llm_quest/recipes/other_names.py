@@ -124,7 +124,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 ONLY_WITH = {
-    "neftune_noise_alpha": "num_train_epochs",
+    "neftune_noise_alpha": "batch_size",
     **dict.fromkeys(("epsilon", "epsilon_high", "cliprange", "clip_range"), "num_generations"),
 }
 """A name that is answered in recipes alone that have this key: policies are trained without noise, and other losses

@@ -52,6 +52,9 @@ class GaeConfig(StrictModel):
 class PolicyConfig(RunConfig):
     """The keys of a recipe that trains a policy on its own samples."""
 
+    num_train_epochs: PositiveFloat | None = Field(
+        default=None, description="passes over the prompts, in place of max_steps, which then follows from them"
+    )
     loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = Field(
         default="grpo", description="the variant of the policy gradient"
     )
@@ -169,6 +172,10 @@ class PolicyConfig(RunConfig):
         return self.prompts_per_rollout
 
     @property
+    def steps_per_batch(self) -> int:
+        return self.num_iterations * self.num_mini_batches
+
+    @property
     def estimator_name(self) -> str:
         return self.advantage_estimator or POLICY_VARIANTS[self.loss_type].advantages
 
@@ -191,7 +198,7 @@ class PolicyConfig(RunConfig):
     def check_attention(self) -> PolicyConfig:
         if not self.attention_coef:
             return self
-        if self.num_iterations * self.num_mini_batches == 1:
+        if self.steps_per_batch == 1:
             raise ValueError(
                 "attention_coef has no effect where a rollout is learned from once: the policy does not "
                 "differ from itself; set num_iterations or num_mini_batches to 2 or more, or leave it out"
@@ -228,7 +235,7 @@ class PolicyConfig(RunConfig):
     def check_router_replay(self) -> PolicyConfig:
         if not self.router_replay:
             return self
-        if self.num_iterations * self.num_mini_batches == 1:
+        if self.steps_per_batch == 1:
             raise ValueError(
                 "router_replay has no effect where a rollout is learned from once: the routers choose as they did; set "
                 "num_iterations or num_mini_batches to 2 or more, or leave it out"

@@ -82,8 +82,9 @@ def track_best(session: TrainSession, stats: StepStats, evaluators: Sequence[Eva
     if session.status == "interrupted":
         return
     measured = {**session.eval_metrics, "loss": stats.loss, **stats.metrics, **session.callback_metrics}
-    if session.eval_metrics or not evaluators:
-        best.require_measured(measured)
+    best.known.update(measured)
+    if session.is_finished or len(session.evaluators_run) == len(evaluators):
+        best.require_measured()
     if best.metric in session.eval_metrics or session.is_log_step():
         session.improved = best.update(progress, measured)
     if not session.is_finished and best.is_exhausted(progress):

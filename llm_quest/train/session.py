@@ -87,6 +87,7 @@ class TrainSession:
         self.checkpoint_path, self.checkpoint_step, self.save_requested = "", -1, False
         self.eval_metrics: dict[str, Any] = {}
         self.callback_metrics: dict[str, Any] = {}
+        self.evaluators_run: set[int] = set()  # those that have measured, by their id
 
     @property
     def progress(self) -> Progress:
@@ -242,6 +243,7 @@ class TrainSession:
         try:
             with signal_handler.interruptible(allowed=self.parallel.world_size == 1 and not final):
                 self.eval_metrics = self.measure(due)
+                self.evaluators_run |= set(map(id, due))
         except StepInterrupted:
             self.status, self.signal_number = "interrupted", signal_handler.stop_signal
 
