@@ -29,7 +29,7 @@ from typing import Any, Protocol, TextIO
 
 from llm_quest import __version__
 from llm_quest.errors import (
-    OUT_OF_DISK_ERRNOS,
+    DISK_REMEDIES,
     MissingError,
     PeerFailure,
     QuestError,
@@ -187,10 +187,8 @@ def failure_lines(error: BaseException) -> list[str]:
         return ["quest: interrupted"]
     if is_out_of_memory(error):
         return [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
-    if isinstance(error, OSError) and error.errno in OUT_OF_DISK_ERRNOS:
-        return [
-            f"quest: no space left on the disk of {error.filename or 'the output'}; free some and run the command again"
-        ]
+    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
+        return [f"quest: {error.filename or 'the output'}: {DISK_REMEDIES[error.errno]}"]
     if isinstance(error, OSError) and error.filename is not None:
         return [f"quest: {error.filename}: {error.strerror}"]
     return [

@@ -6,11 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +27,8 @@ from llm_quest.data.split import CorpusSplit, shingle_overlap, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
-from llm_quest.errors import DataError, UsageError
+from llm_quest.errors import DataError, QuestError, UsageError
+from llm_quest.files import atomic_dir
 from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
@@ -206,14 +204,12 @@ def train_or_load_tokenizer(parts: CorpusSplit, vocab: int, log: LogFn) -> Token
         return Tokenizer.load(cache_dir)
     log(f"training a tokenizer of {vocab:,} tokens on {sum(document.nbytes for document in parts.train):,} bytes")
     tokenizer = train_bpe((document.text for document in parts.train), vocab)
-    cache_dir.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=cache_dir.parent))
-    try:
+    # Another process may be first, or the cache can't be written; it is only a cache.
+    with (
+        suppress(OSError, QuestError),
+        atomic_dir(cache_dir, overwrite=False, replaceable=lambda name: False, required_bytes=0) as stage,
+    ):
         tokenizer.save(stage)
-        os.rename(stage, cache_dir)
-    except OSError:
-        # Another process was first, or the cache can't be written; it is only a cache.
-        shutil.rmtree(stage, ignore_errors=True)
     return tokenizer
 
 

@@ -21,7 +21,6 @@ from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
 from llm_quest.train.run_dir import RunDir, json_safe
 from llm_quest.train.session import TrainSession
-from llm_quest.train.signals import SignalHandler
 from llm_quest.train.state import load_model_state_dict
 from llm_quest.train.step import StepStats
 
@@ -54,7 +53,7 @@ def train(
         objective, dataloader, optimizer, lr_schedule, args, run_dir, parallel, logger or NullLogger()
     )
     with (
-        SignalHandler(SIGNAL_ECHO_SECONDS if parallel.world_size > 1 else 0.0) as signals,
+        parallel.handle_signals(SIGNAL_ECHO_SECONDS) as signals,
         session,
         phase(args.name, args.steps, done=session.progress.step, is_run=True) as now,
     ):

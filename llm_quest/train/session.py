@@ -148,22 +148,27 @@ class TrainSession:
         try:
             return self._forward_backward(signal_handler)
         except StepInterrupted:
-            self._abandon_step(signal_handler.stop_signal, before)
-            return None
+            pass
         except Exception as error:
-            self._stop_if_weights_are_bad(error)
-            raise
+            if not (isinstance(error, RuntimeError) and self.parallel.is_abandoned()):
+                self._stop_if_weights_are_bad(error)
+                raise
+        self._abandon_step(signal_handler, before)
+        return None
 
     def _forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
         self.step_start = time.perf_counter()
-        with signal_handler.interruptible(allowed=self.parallel.world_size == 1):
+        if self.parallel.is_abandoned():
+            raise StepInterrupted
+        with signal_handler.interruptible(allowed=self.parallel.can_abandon):
             with phase("reading the batch"):
                 self.micro_batches = list(self.dataloader.batches(self.progress.step))
             self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
             try:
                 sums, tokens = step.accumulate_gradients(
-                    self.engine, self.micro_batches, self.parallel, self.args.precision
-                )
+                    self.engine, self.micro_batches, self.parallel, self.args.precision,
+                    signal_handler.commit if self.parallel.world_size > 1 else lambda: None,
+                )  # fmt: skip
             except RuntimeError as error:
                 step.raise_if_out_of_memory(error, self.progress.step)
                 raise
@@ -179,13 +184,19 @@ class TrainSession:
         late = limit is not None and now - self.start_time >= limit
         return (*(signal_handler.stop_signal == number for number in STOP_SIGNALS), save, late)
 
-    def _abandon_step(self, signal_number: int, before: GeneratorStates) -> None:
+    def _abandon(self, signal_handler: SignalHandler) -> None:
+        """Stop, in the state that all processes have in common."""
+        self.parallel.abandon()
+        announced = self.parallel.store.announced_stop() if self.parallel.store is not None else 0
+        self.status, self.signal_number = "interrupted", signal_handler.stop_signal or announced
+
+    def _abandon_step(self, signal_handler: SignalHandler, before: GeneratorStates) -> None:
         """Stop in the state before the step that is under way, and save it."""
+        self._abandon(signal_handler)
         if isinstance(self.dataloader, RewindableLoader):
             self.dataloader.rewind()
         self.optimizer.zero_grad(set_to_none=True)
         before.restore()
-        self.status, self.signal_number = "interrupted", signal_number
         self.log_event("abandoned", step=self.progress.step + 1, message="given up; the resumed run does it again")
         self.save()
 
@@ -241,11 +252,16 @@ class TrainSession:
         if not due or self.status == "interrupted":
             return
         try:
-            with signal_handler.interruptible(allowed=self.parallel.world_size == 1 and not final):
+            with signal_handler.interruptible(allowed=self.parallel.can_abandon and not final):
                 self.eval_metrics = self.measure(due)
                 self.evaluators_run |= set(map(id, due))
+                return
         except StepInterrupted:
-            self.status, self.signal_number = "interrupted", signal_handler.stop_signal
+            pass
+        except RuntimeError:
+            if not self.parallel.is_abandoned():
+                raise
+        self._abandon(signal_handler)
 
     def measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:
         """The numbers of these evaluators, name/metric -> value."""

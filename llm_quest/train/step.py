@@ -9,7 +9,7 @@ count, norm, metrics, requests to stop) is in one small tensor: one all-reduce, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -48,14 +48,21 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def accumulate_gradients(
-    engine: nn.Module, batches: Sequence[Any], parallel: DistributedContext, precision: str
+    engine: nn.Module,
+    batches: Sequence[Any],
+    parallel: DistributedContext,
+    precision: str,
+    before_last: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], int]:
     """Add every micro-batch's gradients. Returns this process's sums, name -> (sum, count), and its tokens; the loss
-    is the entry "". The sums stay on the device: nothing is read yet."""
+    is the entry "". The sums stay on the device: nothing is read yet. before_last: called before the last micro-batch,
+    in which gradients are sent to other processes."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     for number, batch in enumerate(batches):
         tokens += int(batch.num_tokens)
+        if number == len(batches) - 1:
+            before_last()
         with gradient_accumulation(engine, sync_gradients=number == len(batches) - 1):
             with autocast(precision, parallel.device):
                 loss = engine(batch.to(parallel.device))
