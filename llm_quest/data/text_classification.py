@@ -157,6 +157,8 @@ def parse_labeled_text(record: Record, *, label_separator: str | None = None) ->
 
 
 def parse_label(value: Any, key: str, where: str) -> str:
+    """A label as text. Whole numbers that a table holds as 1.0, as pandas writes a column with gaps, are 1."""
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     if not isinstance(value, str | int | bool) or value == "":
         reason = f"{key!r} is {value!r:.60}; expected text or a whole number, or a list of them"
         raise RowError(where, "a label of another kind", reason)
