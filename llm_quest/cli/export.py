@@ -18,6 +18,7 @@ from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
+from llm_quest.report.run_card import run_readme
 from llm_quest.techniques.lora import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
 from llm_quest.techniques.score_head import find_score_head, read_length
@@ -80,27 +81,28 @@ def export_run(
     overwrite: bool = False,
     merged: bool = False,
     adapter: bool = False,
+    license: str | None = None,
 ) -> ExportReport:
-    """Write a run's model and tokenizer in the Hugging Face layout. A model with an adapter is written merged, or as
-    the adapter alone."""
+    """Write a run's model and tokenizer in the Hugging Face layout, with a card (README.md) that says how it was made.
+    A model with an adapter is written merged, or as the adapter alone. license: of the weights, for the card."""
     run = resolve_checkpoint(run)
     if merged and adapter:
         raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
     if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
         raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:
-        return export_adapter(run, folder, dtype, overwrite, merged)
+        return export_adapter(run, folder, dtype, overwrite, merged, license)
     model = remove_value_head(load(run, dtype=dtype, vision=True))
     if adapter_layers(model):
         raise UsageError(
             f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
             "--adapter the adapter alone for PEFT"
         )
-    save_with_inputs(model, run, folder, overwrite)
+    save_with_inputs(model, run, folder, overwrite, license)
     return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
 
 
-def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool) -> None:
+def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool, license: str | None) -> None:
     """Save the model with what makes its inputs: the tokenizer of a model that reads text, the image processor of one
     that reads images, both of one that reads both."""
     reads_text = not isinstance(model, ImageEncoder)
@@ -113,6 +115,7 @@ def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool) -> No
         folder,
         tokenizer=tokenizer,
         preprocess=load_preprocess(run) if reads_images else None,
+        readme=run_readme(run, license),
         overwrite=overwrite,
     )
 
@@ -138,14 +141,16 @@ def prepare_score_export(model: Any, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
+def export_adapter(
+    run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool, license: str | None
+) -> ExportReport:
     """Export a model with an adapter. Weights are merged in float32, whatever dtype is written."""
     model = remove_value_head(load(run, dtype="float32", vision=True))
     require_adapters(model)
     kind = parse_dtype(dtype)
     if merged:
         merge_adapter(model)
-        save_with_inputs(model.to(kind), run, folder, overwrite)
+        save_with_inputs(model.to(kind), run, folder, overwrite, license)
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     base = base_model_path(run)
     save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)

@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect-batch": train_commands.inspect_batch,
     "verify": model_commands.verify,
     "export": model_commands.export,
+    "push": model_commands.push,
     "consolidate": model_commands.consolidate,
     "report": train_commands.report,
     "papers": paper_commands.papers,

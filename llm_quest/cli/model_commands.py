@@ -98,12 +98,28 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Of a model with an adapter: the adapter alone, for PEFT.")
     ] = False,
+    license: Annotated[str | None, typer.Option(help="The license of the weights, for the card: apache-2.0.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Export the model of a run as a folder that transformers and vLLM load."""
+    """Export the model of a run as a folder that transformers and vLLM load, with a card of its data, recipe and
+    numbers."""
     from llm_quest.cli.export import export_run
 
-    print_result(export_run(run, folder, dtype=dtype, overwrite=overwrite, merged=merge, adapter=adapter), json)
+    kind: dict[str, bool] = {"overwrite": overwrite, "merged": merge, "adapter": adapter}
+    print_result(export_run(run, folder, dtype=dtype, license=license, **kind), json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model folder, as quest export writes it.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository of the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Upload a model folder to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    set_environment(0)
+    from llm_quest.hub.push import push_folder
+
+    print_result(push_folder(folder, repository, private=private), json)
 
 
 def consolidate(
