@@ -237,6 +237,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
+        blocks=policy.blocks,
         before=report.before,
         finish=report.after,
     )  # fmt: skip

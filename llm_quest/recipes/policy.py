@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
 from llm_quest.objectives.policy_gradient import (
@@ -16,7 +16,7 @@ from llm_quest.objectives.policy_gradient import (
 )
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
 from llm_quest.objectives.value_loss import ValueLoss
-from llm_quest.recipes.config import Choice, StrictModel, did_you_mean
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.gae import GAE, VALUE_ESTIMATORS
@@ -47,6 +47,17 @@ class GaeConfig(StrictModel):
     cliprange_value: PositiveFloat | None = Field(
         default=0.2, description="how far a value may move in one rollout; null: not bounded"
     )
+
+
+class ValueModelConfig(StrictModel):
+    """A value model of PPO that shares nothing with the policy; its last layer becomes the value head."""
+
+    load: LocalPath | None = Field(
+        default=None, description="a reward model or language model; null: a copy of the policy as it begins"
+    )
+
+
+VALUE_MODEL_WORDS: dict[Any, Any] = {"shared": None, "separate": {}}
 
 
 class PolicyConfig(RunConfig):
@@ -111,6 +122,13 @@ class PolicyConfig(RunConfig):
     )
     gae: GaeConfig | None = Field(
         default=None, description="advantage_estimator=gae: its numbers and those of the value loss; null: the defaults"
+    )
+    value_model: Annotated[
+        ValueModelConfig | None,
+        BeforeValidator(lambda given: VALUE_MODEL_WORDS.get(given, given) if isinstance(given, str) else given),
+    ] = Field(
+        default=None,
+        description="with gae: a value model of its own (separate, or load); null or shared: a head on the policy",
     )
     router_replay: bool = Field(
         default=False, description="experts: a rollout's choices are taken again while it is learned from"
@@ -219,6 +237,11 @@ class PolicyConfig(RunConfig):
             raise ValueError(
                 f"gae has no effect with advantage_estimator={self.estimator_name}; set advantage_estimator=gae or "
                 "loss_type=ppo, or leave it out"
+            )
+        if self.value_model is not None and not self.has_value_head:
+            raise ValueError(
+                f"value_model has no effect with advantage_estimator={self.estimator_name}; set "
+                "advantage_estimator=gae or loss_type=ppo, or leave it out"
             )
         if self.has_value_head and self.by_steps:
             raise ValueError("process_supervision has advantages of its own: leave it out, or leave gae out")
