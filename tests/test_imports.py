@@ -22,6 +22,7 @@ LEVELS = (
         "files",
         "formatting",
         "progress",
+        "child_process",
         "manifest",
         "tensor_files",
         "layers",

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_quest.child_process import end_with_parent
 from llm_quest.data.answer_layout import AnswerLayout, LaidOut, roles_left_out
 from llm_quest.data.template_messages import with_text_arguments
 from llm_quest.data.template_program import RenderJob, TemplateProgram, TemplateSettings, extract_spans
@@ -110,7 +111,7 @@ def max_renderings(job: RenderJob) -> int:
 def run_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[Rendering]:
     """Render a batch by one process."""
     seconds = CPU_SECONDS + int(CPU_SECONDS_PER_RENDERING * sum(map(max_renderings, jobs)))
-    head = {"settings": vars(settings), "seconds": seconds}
+    head = {"settings": vars(settings), "seconds": seconds, "parent": os.getpid()}
     request = "".join(f"{json.dumps(one)}\n" for one in (head, *jobs))
     try:
         done = subprocess.run(
@@ -144,6 +145,7 @@ def parse_rendering(line: str) -> Rendering:
 def run_worker() -> None:
     """The worker process: settings and jobs on stdin, a line of JSON each on stdout."""
     head = json.loads(sys.stdin.readline())
+    end_with_parent(head["parent"])
     limit_resources(head["seconds"])
     try:
         program = TemplateProgram(TemplateSettings(**head["settings"]))

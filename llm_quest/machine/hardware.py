@@ -122,6 +122,8 @@ def set_environment(threads: int, offline: bool = False) -> None:
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if "RANK" in os.environ:  # a store that is gone has a message of ours; torch's is a page of C++ frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if (
         threads or "OMP_NUM_THREADS" not in os.environ
     ):  # torch counts physical cores only, which leaves half of a small machine idle

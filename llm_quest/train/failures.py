@@ -28,12 +28,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm_quest.errors import PeerFailure, QuestError, exit_code_of
+from llm_quest.errors import PeerFailure, QuestError, ResourceError, exit_code_of
+from llm_quest.train.signals import write_stderr
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
 ACKNOWLEDGE_SECONDS = 5.0
 """How long a failed main process waits for the others to end with its exit code, before torchrun stops them."""
+STORE_SECONDS = 8.0
+"""How long a process may go on when the store is gone."""
+KILLED = (
+    "another process of the run ended without a message (killed, perhaps for memory); resume the run with the same "
+    "command"
+)
 LEADER_SECONDS = 20.0
 """How long the main process has to write what it was writing when another one failed."""
 
@@ -144,7 +151,7 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
     """Inside, an error of one process ends all of them. It leaves the block as it is where it came first, and as
     PeerFailure (which is not shown again) elsewhere."""
     stopped = threading.Event()
-    watcher = threading.Thread(target=run_quietly, args=(store, stopped), daemon=True, name="failures")
+    watcher = threading.Thread(target=run_watcher, args=(store, stopped), daemon=True, name="failures")
     watcher.start()
     try:
         yield
@@ -165,10 +172,15 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
         watcher.join(timeout=2 * WATCH_SECONDS)
 
 
-def run_quietly(store: ProcessStore, stopped: threading.Event) -> None:
-    """The watcher's thread: a store that is gone (its process ended well) is no failure."""
+def run_watcher(store: ProcessStore, stopped: threading.Event) -> None:
+    """The watcher's thread. A store that is gone is no failure where this process is about to end too; otherwise the
+    process that held it, torchrun's agent or the main process, was killed, and this one ends."""
     with suppress(dist.DistError):
         store.watch(stopped)
+        return
+    if not stopped.wait(STORE_SECONDS):
+        write_stderr(f"quest: {KILLED}\n")
+        os._exit(ResourceError.exit_code)
 
 
 def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | None:
@@ -185,7 +197,7 @@ def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | 
             store.wait_for_acknowledgements()
         return failure
     except dist.DistError:  # the process that held the store is gone
-        return PeerFailure("another process of the run ended without a message", 5, shown=False)
+        return PeerFailure(KILLED, ResourceError.exit_code, shown=False)
 
 
 def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
@@ -195,12 +207,7 @@ def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
         if (failure := store.first_failure()) is not None:
             return failure
         time.sleep(POLL_SECONDS)
-    lost = PeerFailure(
-        "another process of the run ended without a message (killed, perhaps for memory); resume the run with the "
-        "same command",
-        5,
-        shown=False,
-    )
+    lost = PeerFailure(KILLED, ResourceError.exit_code, shown=False)
     return store.report_failure(lost) or lost
 
 

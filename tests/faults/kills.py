@@ -38,12 +38,12 @@ from tests.recipes.every_recipe import prepare, run_tiny
 SETTINGS: dict[str, Sequence[str]] = {
     name: (f"max_steps={steps}", "save_steps=2", "save_total_limit=2", *more)
     for name, steps, more in (
-        ("pretrain", 16, ()),
-        ("sft", 20, ()),
-        ("dpo", 12, ()),
-        ("reward", 16, ()),
-        ("grpo", 10, ("max_new_tokens=12",)),
-        ("rpt", 6, ()),
+        ("pretrain", 8, ()),
+        ("sft", 10, ()),
+        ("dpo", 8, ()),
+        ("reward", 8, ()),
+        ("grpo", 6, ("max_new_tokens=12",)),
+        ("rpt", 4, ()),
     )
 }
 """What is trained, of tests/recipes/every_recipe.py, for longer than there."""
@@ -209,7 +209,8 @@ def kill_once(
         codes = end(start(recipe, here, out, plans))
         died += codes[victim] == -signal.SIGKILL
         if count > 1 and codes[victim] == -signal.SIGKILL:
-            assert codes[1 - victim] not in (0, 1), f"the other process ended with {codes[1 - victim]}"
+            well = codes[1 - victim] == 0 and straight.result["last"] in os.listdir(out / "checkpoints")
+            assert codes[1 - victim] == 5 or well, f"the other process ended with {codes[1 - victim]}"
     codes = end(start(recipe, here, out, [Plan()] * count))
     assert codes == [0] * count, f"the resumed run ended with {codes}"
     return died
