@@ -116,11 +116,7 @@ class DropReport:
         if self.skipped:
             told.append(f"skipped: {self.describe_skipped()}, first: {self.skipped_rows[0]}")
         if self.unused_keys:
-            shown = (
-                (key if key.strip() and key.isprintable() else repr(key), self.unused_keys[key])
-                for key in self.unused_keys
-            )
-            keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(shown))
+            keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused_keys.items()))
             told.append(f"keys that nothing reads, and in how many rows: {keys}")
         return told + self.notes
 
