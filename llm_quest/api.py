@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from llm_quest.cli.eval_options import ChatOptions
 from llm_quest.cli.evaluate import evaluate_held_out, evaluate_problem_task, evaluate_text
 from llm_quest.cli.generation_options import CHAT_DEFAULTS, GENERATE_DEFAULTS, GenerationOptions
 from llm_quest.cli.train import start_training
@@ -124,6 +125,11 @@ def evaluate(
     *,
     task: str = "",
     num_problems: int = 200,
+    num_samples: int = 0,
+    vote: int = 0,
+    refine: int = 0,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
     log: LogFn | None = None,
@@ -132,13 +138,21 @@ def evaluate(
 
     Without data and task: what a run measures on the data that it held out. data: a text file, a folder or builtin:
     loss, perplexity and bits per byte. task: problems with a verifier, such as countdown: accuracy, on num_problems of
-    its test part. max_tokens: of the text that are read, or of an answer (None: all; 64)."""
+    its test part; num_samples: of each, for pass@k; vote: among up to how many; refine: rounds of self-refinement;
+    chat: whether through the chat template (None: as a run was trained). max_tokens: of the text that are read, or of
+    an answer (None: all; 64)."""
     name, say = os.fspath(model), log or (lambda text: None)
     if data and task:
         raise UsageError("data is a text and task a kind of problem: give one of them")
     if task:
-        options = ProblemEvalOptions(task, num_problems=num_problems, max_new_tokens=max_tokens or 64)
-        return evaluate_problem_task(name, options, device=device, dtype="auto", log=say).as_json()
+        options = ProblemEvalOptions(
+            task, num_problems=num_problems, num_samples=num_samples, vote=vote, max_new_tokens=max_tokens or 64
+        )
+        asked = ChatOptions(chat, template_kwargs=chat_template_kwargs or {})
+        done = evaluate_problem_task(name, options, chat=asked, refine=refine, device=device, dtype="auto", log=say)
+        return done.as_json()
+    if num_samples or vote or refine or chat is not None or chat_template_kwargs:
+        raise UsageError("num_samples, vote, refine, chat and chat_template_kwargs are about a task: give task too")
     if data:
         return evaluate_text(name, data, max_tokens=max_tokens, device=device, dtype="auto", log=say).as_json()
     return evaluate_held_out(name, device=device, dtype="auto", threads=0, log=say).as_json()

@@ -94,7 +94,16 @@ def tolerate_failure(what: str, log: Callable[[str], None]) -> Iterator[None]:
 
 
 EXIT_INTERRUPTED = 130
-OUT_OF_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+DISK_REMEDIES: dict[int, str] = {
+    errno.ENOSPC: "no space is left on its disk; free some and run the command again",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
+    errno.EFBIG: "the file grew larger than is allowed here (ulimit -f); raise the limit and run the command again",
+    errno.EROFS: "its file system can only be read; name another folder, or mount it for writing",
+    errno.EIO: "its disk cannot be read or written (input/output error); look at the disk and run the command again",
+    getattr(errno, "ESTALE", -1): "its network file system has lost it (stale file handle); mount it again and run the "
+    "command again",
+}
+"""What is wrong with a disk, and what to do, by the system's error number."""
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "not enough memory")
 
 
@@ -104,7 +113,7 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in OUT_OF_DISK_ERRNOS):
+    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_REMEDIES):
         return ResourceError.exit_code
     return DataError.exit_code if isinstance(error, OSError) and error.filename is not None else 1
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +42,17 @@ def absolute_path(name: str) -> str:
     return str(path.absolute()) if name and exists else name
 
 
+@contextlib.contextmanager
+def name_file_errors(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file (of a write, of a sync) gets this file's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def fsync_path(path: Path) -> None:
     """Make a file, or a folder's entries, durable, where the system does that: some open no folders, some sync nothing
     that is open for reading. A device that fails is an error."""
@@ -50,7 +61,8 @@ def fsync_path(path: Path) -> None:
     except PermissionError:
         return
     try:
-        os.fsync(handle)
+        with name_file_errors(path):
+            os.fsync(handle)
     except OSError as error:
         if error.errno not in NO_FSYNC:
             raise
@@ -86,7 +98,7 @@ def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def write_text(path: Path, text: str) -> None:
     """A new file, durable; mode by umask. FileExistsError if something is there."""
-    with path.open("x", encoding="utf-8") as file:
+    with name_file_errors(path), path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -94,13 +106,48 @@ def write_text(path: Path, text: str) -> None:
 
 def atomic_write_text(path: Path, text: str) -> None:
     """A file replaced as a whole: readers see the old text or the new one. A link there is replaced, not followed."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    with atomic_file(path) as stage:
+        write_text(stage, text)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` for a new file, which takes its place on success and is removed on any error."""
+    stage = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        write_text(temporary, text)
-        replace_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield stage
+        replace_file(stage, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what it failed with is what the caller has to know
+            stage.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append whole lines, or none. A line without an end that stands there (of a process that was killed) is ended
+    first."""
+    with name_file_errors(path), path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        cut = end > 0 and file.read(1) != b"\n"
+        content = ("\n" * cut + "".join(f"{line}\n" for line in lines)).encode()
+        try:
+            while content:
+                content = content[file.write(content) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def remove_partial_line(path: Path) -> None:
+    """Cut a last line that has no end, which a killed process has left."""
+    if path.exists():
+        with name_file_errors(path), path.open("r+b") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
 
 
 def update_text(path: Path, text: str) -> None:
@@ -156,37 +203,6 @@ def atomic_dir(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def atomic_file(file: str | Path, *, overwrite: bool, required_bytes: int) -> Iterator[Path]:
-    """A path to write a new file to; on success it takes the place of `file`, on any error it is removed. UsageError
-    where something is there and `overwrite` is false; ResourceError where the disk is full."""
-    target = Path(file).expanduser().absolute()
-    if target.is_dir() or target.is_symlink() or (target.exists() and not overwrite):
-        hint = (
-            "choose another name"
-            if target.is_dir() or target.is_symlink()
-            else "choose another name, or --overwrite it"
-        )
-        raise UsageError(f"{target} exists; {hint}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < required_bytes:
-        raise ResourceError(
-            f"{target.parent} has {free:,} bytes free, {target.name} needs {required_bytes:,}; make room"
-        )
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        replace_file(temporary, target)
-        fsync_path(target.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise ResourceError(f"no room left to write {target}: nothing was changed; make room and save again") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_target(target: Path, overwrite: bool, replaceable: Callable[[str], bool]) -> None:
     if target.is_symlink():
         raise UsageError(f"{target} is a link; give the folder itself")
@@ -211,21 +227,42 @@ def sweep_stages(target: Path) -> None:
 
 
 def swap_directories(stage: Path, target: Path, *, overwrite: bool) -> None:
-    """Two renames where something stands there already, one otherwise. UsageError where another process has written
-    the folder meanwhile, and it is not to be replaced."""
-    old = stage.with_name(f"{stage.name}-old")
+    """Give a written folder its name; what stood there is removed. UsageError where another process has written the
+    folder meanwhile, and it is not to be replaced."""
     if target.exists() and not overwrite:
         try:
             target.rmdir()  # an empty folder, which not every system lets a rename replace
         except OSError:
             raise UsageError(f"{target} was written by another process meanwhile; nothing was changed") from None
     if target.exists():
-        os.rename(target, old)
-    try:
+        exchange_names(stage, target)
+    else:
         os.rename(stage, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
     fsync_path(target.parent)
+
+
+def exchange_names(first: Path, second: Path) -> None:
+    """Exchange the names of two folders: in one step on Linux, elsewhere by three renames (a process that is killed
+    between them leaves `second` under the name `.tmp-...-old`)."""
+    if _exchange_in_one_step(first, second):
+        return
+    old = second.with_name(f".tmp-{second.name}-{os.getpid()}-{secrets.token_hex(4)}-old")
+    os.rename(second, old)
+    try:
+        os.rename(first, second)
+    except OSError:
+        os.rename(old, second)
+        raise
+    os.rename(old, first)
+
+
+def _exchange_in_one_step(first: Path, second: Path) -> bool:
+    """renameat2 with RENAME_EXCHANGE; False where the system or the file system has no such call."""
+    import ctypes
+
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        call = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):  # macOS, Windows, an old C library
+        return False
+    return call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0  # type: ignore[no-any-return]

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from llm_quest.files import name_file_errors
+
 ALIGNMENT = 64  # bytes: a cache line, the widest vector, and what PyTorch's host allocator gives
 
 
@@ -47,7 +49,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    with file.open("xb") as handle:
+    with name_file_errors(file), file.open("xb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             write_bytes(handle, tensors[name])

@@ -70,7 +70,7 @@ def definitions() -> dict[str, list[tuple[Path, ast.stmt]]]:
                 for alias in node.names:
                     if alias.asname and alias.asname != alias.name:
                         found[alias.asname].append((file, ast.Expr(ast.Name(alias.name))))
-            if isinstance(node, ast.Expr):  # runs when the file is imported
+            if isinstance(node, ast.Expr | ast.For):  # runs when the file is imported
                 found[AT_IMPORT].append((file, node))
     return found
 

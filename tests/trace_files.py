@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import os
 import signal
 import sys
@@ -57,12 +58,13 @@ class FileTrace:
 
 
 @contextlib.contextmanager
-def empty_folder() -> Iterator[None]:
-    """A new folder to run commands in, whose cache is empty too; what they print goes nowhere."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), open(os.devnull, "w") as nowhere:
+def empty_folder() -> Iterator[io.StringIO]:
+    """A new folder to run commands in, whose cache is empty too, and what they print."""
+    printed = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         os.environ["LLM_QUEST_CACHE"] = str(Path(folder) / "cache")
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield printed
 
 
 def quest(*arguments: str) -> int:
@@ -91,13 +93,13 @@ def files_to_first_step() -> dict[str, str]:
 
     hook = register_optimizer_step_pre_hook(stop)
     try:
-        with empty_folder():
+        with empty_folder() as printed:
             trace.open()
             code = quest("train", "tiny", "--quiet", "--out", "run", "--device", "cpu")
     finally:
         trace.close()
         hook.remove()
-    assert code == 130, f"the run was to be interrupted at its first step (130), but ended with {code}"
+    assert code == 130, f"interrupted at its first step, the run ended with {code}: {printed.getvalue()}"
     return trace.files
 
 

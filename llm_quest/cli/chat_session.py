@@ -19,7 +19,7 @@ from llm_quest.cli.generation_options import GenerationOptions
 from llm_quest.cli.output import clean_text
 from llm_quest.contracts import LogFn
 from llm_quest.errors import QuestError, UsageError
-from llm_quest.files import cache_dir
+from llm_quest.files import append_lines, cache_dir
 from llm_quest.generation.stopping import StoppingCriteria
 from llm_quest.models.decoder import Decoder
 
@@ -138,8 +138,7 @@ class ChatSession:
             raise UsageError("name a file, such as /save talks.jsonl")
         if self.asked is None:
             raise UsageError("nothing was said yet")
-        with Path(name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": self.transcript}, ensure_ascii=False) + "\n")
+        append_lines(Path(name), [json.dumps({"messages": self.transcript}, ensure_ascii=False)])
         tell(f"saved: {len(self.transcript)} messages, in {name}")
 
     def reset(self, rest: str = "") -> None:

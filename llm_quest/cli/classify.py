@@ -27,19 +27,29 @@ MAX_PATH_LENGTH = 4096
 
 @dataclass(frozen=True)
 class TextPrediction:
-    """A text classification. probabilities: of every label, the most probable first. tokens: how many of the text were
-    read. cut: how many were not, as in training."""
+    """A text classification. labels: what the text is called: the most probable label, or of a multi-label classifier
+    all above 0.5. probabilities: of every label, the most probable first. tokens: how many of the text were read. cut:
+    how many were not, as in training."""
 
-    label: str
+    labels: tuple[str, ...]
     probabilities: dict[str, float]
     tokens: int
     cut: int
 
+    is_multi_label: bool = False
+
+    @property
+    def label(self) -> str:
+        """The most probable label."""
+        return next(iter(self.probabilities))
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"label": self.label, **asdict(self)}
 
     def lines(self) -> list[str]:
         result = align_columns([(name, f"{p:.4f}") for name, p in self.probabilities.items()], right=(1,))
+        if self.is_multi_label:
+            result.append(f"labels: {', '.join(self.labels) or 'none (no probability is above 0.5)'}")
         return result + (
             [f"(read: the first {self.tokens:,} tokens, as in training; left out: {self.cut:,})"] if self.cut else []
         )
@@ -60,12 +70,14 @@ def classify_text(name_or_path: str, text: str, *, device: str = "auto") -> Text
     tokenizer = load_tokenizer(name_or_path)
     whole = encode_truncated(tokenizer, text, 10**9)
     tokens, positions = pad_rows([whole[: read_length(model, tokenizer.model_max_length)]])
-    probabilities = (
-        last_token_outputs(model, tokens.to(torch_device), positions.to(torch_device))[0].softmax(dim=0).tolist()
-    )
+    if head.problem_type == "regression":
+        raise UsageError(f"{name_or_path} predicts numbers (problem_type regression in its config.json), no labels")
+    logits = last_token_outputs(model, tokens.to(torch_device), positions.to(torch_device))[0]
+    probabilities = (logits.sigmoid() if head.is_multi_label else logits.softmax(dim=0)).tolist()
     names = unique_names(head.labels or tuple(f"LABEL_{i}" for i in range(head.outputs)))
     ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
-    return TextPrediction(next(iter(ordered)), ordered, tokens.shape[1], len(whole) - tokens.shape[1])
+    said = [name for name, p in ordered.items() if p > 0.5] if head.is_multi_label else list(ordered)[:1]
+    return TextPrediction(tuple(said), ordered, tokens.shape[1], len(whole) - tokens.shape[1], head.is_multi_label)
 
 
 def is_image_path(text: str) -> bool:

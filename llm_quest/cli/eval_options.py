@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from llm_quest.errors import UsageError
 
 SAMPLED = ("--samples", "--vote", "--best-of")
+CHAT = ("--chat", "--system", "--chat-template-kwargs")
 EVAL_MEASURES: dict[str, tuple[str, ...]] = {
     "": (),
     "--data": ("--tokens",),
-    "--task": ("--tokens", "--problems", "--part", "--temperature", *SAMPLED, "--reward-model", "--chat"),
-    "--harness": ("--problems",),
-}
+    "--task": (
+        "--tokens", "--problems", "--part", "--temperature", *SAMPLED, "--reward-model", "--refine", "--refine-prompts",
+        *CHAT,
+    ),
+    "--harness": ("--problems", "--fewshot", "--fewshot-as-multiturn", *CHAT),
+}  # fmt: skip
 """What is measured -> its options. "": what a run held out."""
 NEEDS: dict[str, tuple[str, ...]] = {
     "--temperature": SAMPLED,
     "--best-of": ("--reward-model",),
     "--reward-model": ("--best-of",),
+    "--refine-prompts": ("--refine",),
+    "--fewshot-as-multiturn": ("--chat",),
 }
 """Option -> those of which it needs one."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How problems are asked. chat: whether through the chat template; None: as a run was trained, else as plain text.
+    system: a system message; None: the run's. template_kwargs: arguments of the template; empty: the run's."""
+
+    chat: bool | None = None
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_eval_options(measures: Mapping[str, object], options: Mapping[str, object]) -> None:

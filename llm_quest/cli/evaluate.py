@@ -4,13 +4,18 @@ lm-eval tasks."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from llm_quest.cli.chat import load_text_model
+from llm_quest.cli.eval_options import ChatOptions
+from llm_quest.cli.generation_options import parse_template_kwargs
 from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.corpus import load_corpus
@@ -18,6 +23,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import MissingError, UsageError
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
+from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import score_rows
@@ -26,6 +32,44 @@ from llm_quest.recipes.held_out import HeldOutReport, evaluate_run, find_run
 from llm_quest.recipes.policy_prompts import PromptEncoder
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.techniques.score_head import find_score_head
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """Where and how a command evaluates."""
+
+    device: str
+    dtype: str
+    log: LogFn
+    seed: int = 0
+    threads: int = 0
+
+
+def evaluate_measure(
+    model: str, measures: Mapping[str, str], given: Mapping[str, Any], context: EvalContext
+) -> PerplexityReport | ProblemAccuracy | HeldOutReport | Any:
+    """The measure of which a source is given, or a run's own. given: options by their names in the command; None where
+    one was left out."""
+    machine: dict[str, Any] = {"device": context.device, "dtype": context.dtype, "log": context.log}
+    kwargs = parse_template_kwargs(given["--chat-template-kwargs"])
+    chat, number = ChatOptions(given["--chat"], given["--system"], kwargs), given["--problems"] or 200
+    if tasks := measures["--harness"]:
+        return evaluate_with_lm_eval(
+            model, tasks.split(","), limit=number, seed=context.seed, chat=chat, fewshot=given["--fewshot"],
+            fewshot_as_multiturn=given["--fewshot-as-multiturn"], **machine,
+        )  # fmt: skip
+    if task := measures["--task"]:
+        options = ProblemEvalOptions(
+            task, given["--part"] or "test", number, given["--samples"] or 0, given["--temperature"] or 1.0,
+            given["--tokens"] or 64, context.seed, given["--vote"] or 0, given["--best-of"] or 0,
+        )  # fmt: skip
+        return evaluate_problem_task(
+            model, options, chat=chat, reward_model=given["--reward-model"], refine=given["--refine"] or 0,
+            refine_prompts=given["--refine-prompts"], **machine,
+        )  # fmt: skip
+    if data := measures["--data"]:
+        return evaluate_text(model, data, max_tokens=given["--tokens"] or None, **machine)
+    return evaluate_held_out(model, threads=context.threads, **machine)
 
 
 def evaluate_held_out(name_or_path: str, *, device: str, dtype: str, threads: int, log: LogFn) -> HeldOutReport:
@@ -48,33 +92,72 @@ def evaluate_problem_task(
     name_or_path: str,
     options: ProblemEvalOptions,
     *,
-    chat: bool | None = None,
+    chat: ChatOptions = ChatOptions(),
     reward_model: str | None = None,
+    refine: int = 0,
+    refine_prompts: str | None = None,
     device: str,
     dtype: str,
     log: LogFn,
 ) -> ProblemAccuracy:
-    """Greedy accuracy on a task, and from samples mean@k, pass@k, the majority's and a reward model's choice. chat:
-    whether problems are asked through the chat template; None: as the run was trained, else as plain text."""
+    """Greedy accuracy on a task, and from samples mean@k, pass@k, the majority's and a reward model's choice. refine:
+    rounds of self-refinement, with the prompts of a YAML file or the default ones."""
     problems = load_eval_problems(options)  # a mistake in its name is reported before the model is loaded
+    prompts = read_refine_prompts(refine_prompts)
     model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    if refine and chat.chat is None:
+        chat = replace(chat, chat=True)
     encode = eval_prompt_encoder(name_or_path, tokenizer, chat)
+    refinement = None
+    if refine:
+        if encode.chat is None:
+            raise UsageError("--refine is a conversation with the model: leave --no-chat out")
+        context = int(model.config.max_position_embeddings)
+        refinement = SelfRefinement(refine, encode.messages, encode.chat.encode_prompts, context, prompts)
     reward = None if reward_model is None else load_reward(reward_model, tokenizer, next(model.parameters()).device)
     samples = max(options.num_samples, options.vote, options.best_of)
     told = f"greedy{f' and {samples} samples' if samples else ''}{', through the chat template' if encode.chat else ''}"
     log(f"{options.task}: {len(problems):,} problems, {told}")
-    return evaluate_task(model, tokenizer, problems, options, encode_prompt=encode, reward=reward)
+    encode.encode_problems(problems)  # all in one call of the template
+    return evaluate_task(
+        model, tokenizer, problems, options, encode_prompt=encode, reward=reward, refinement=refinement
+    )
 
 
-def eval_prompt_encoder(name_or_path: str, tokenizer: Tokenizer, chat: bool | None) -> PromptEncoder:
+def read_refine_prompts(path: str | None) -> RefinePrompts:
+    """The prompts of self-refinement from a YAML file; None: the default ones."""
+    if path is None:
+        return RefinePrompts()
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--refine-prompts {path} cannot be read: {error}") from None
+    return RefinePrompts.parse(given, f"--refine-prompts {path}")
+
+
+def eval_prompt_encoder(name_or_path: str, tokenizer: Tokenizer, chat: ChatOptions) -> PromptEncoder:
     """How a model is asked: by the recipe's rule, where MODEL is a run that asked problems; else as `chat` says."""
     run_dir = find_run(name_or_path)
     tree = {} if run_dir is None else load_run_config(run_dir).tree
-    use = tree.get("apply_chat_template") if chat is None else chat
-    if use and not tokenizer.chat_template:
+    use = tree.get("apply_chat_template") if chat.chat is None else chat.chat
+    if not use:
+        if chat.system is not None or chat.template_kwargs:
+            raise UsageError("--system and --chat-template-kwargs are read by a chat template: give --chat too")
+        return PromptEncoder(tokenizer)
+    kwargs = chat.template_kwargs or recorded_template_kwargs(tree)
+    template = open_eval_template(name_or_path, tokenizer, kwargs)
+    return PromptEncoder(tokenizer, template, tree.get("system_prompt") if chat.system is None else chat.system)
+
+
+def recorded_template_kwargs(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments that a run gave to its chat template."""
+    return tree.get("chat_template_kwargs") or (tree.get("data") or {}).get("chat_template_kwargs") or {}
+
+
+def open_eval_template(name_or_path: str, tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> ChatTemplate:
+    if not tokenizer.chat_template:
         raise UsageError(f"--chat: {name_or_path} has no chat template; leave --chat out to ask in plain text")
-    system = tree.get("system_prompt") if use else None
-    return PromptEncoder(tokenizer, ChatTemplate(tokenizer) if use else None, system)
+    return ChatTemplate(tokenizer, chat_template_kwargs=kwargs)
 
 
 def load_reward(name_or_path: str, tokenizer: Tokenizer, device: torch.device) -> ModelReward:
@@ -89,11 +172,29 @@ def load_reward(name_or_path: str, tokenizer: Tokenizer, device: torch.device) -
 
 
 def evaluate_with_lm_eval(
-    name_or_path: str, tasks: Sequence[str], *, limit: int | None, seed: int, device: str, dtype: str, log: LogFn
+    name_or_path: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None,
+    seed: int,
+    chat: ChatOptions = ChatOptions(),
+    fewshot: int | None = None,
+    fewshot_as_multiturn: bool | None = None,
+    device: str,
+    dtype: str,
+    log: LogFn,
 ) -> Any:
-    """The tasks of EleutherAI's harness. MissingError without its package."""
+    """The tasks of EleutherAI's harness, through the chat template where `chat.chat`. MissingError without its
+    package."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingError("lm_eval is not installed: pip install 'llm-quest[harness]'")
+    if chat.template_kwargs and not chat.chat:
+        raise UsageError("--chat-template-kwargs are read by a chat template: give --chat too")
     from llm_quest.eval.lm_eval_harness import run_lm_eval
 
-    return run_lm_eval(*load_text_model(name_or_path, device, dtype, log), tasks, limit=limit, seed=seed)
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    template = open_eval_template(name_or_path, tokenizer, chat.template_kwargs) if chat.chat else None
+    return run_lm_eval(
+        model, tokenizer, tasks, limit=limit, seed=seed, chat_template=template, system_instruction=chat.system,
+        num_fewshot=fewshot, fewshot_as_multiturn=True if fewshot_as_multiturn is None else fewshot_as_multiturn,
+    )  # fmt: skip

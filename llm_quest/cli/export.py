@@ -1,5 +1,5 @@
-"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder, or as one GGUF file.
-`quest consolidate RUN`: gives sharded checkpoints the plain form."""
+"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder. `quest consolidate RUN`: gives
+sharded checkpoints the plain form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_quest.cli.export_gguf import GGUFExportReport, export_gguf
 from llm_quest.data.chat import end_template_at_answer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -19,6 +18,7 @@ from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
+from llm_quest.report.run_card import run_readme
 from llm_quest.techniques.lora import merge_adapter, require_adapters
 from llm_quest.techniques.model_spec import all_exportable
 from llm_quest.techniques.score_head import find_score_head, read_length
@@ -77,44 +77,32 @@ def export_run(
     run: Path,
     folder: Path,
     *,
-    dtype: str | None = None,
+    dtype: str = "float32",
     overwrite: bool = False,
     merged: bool = False,
     adapter: bool = False,
-    quantize: str | None = None,
-) -> ExportReport | GGUFExportReport:
-    """Write a run's model and tokenizer in the Hugging Face layout, or where the name ends in .gguf as one file for
-    llama.cpp. A model with an adapter is written merged, or as the adapter alone. dtype None: float32; in a GGUF file
-    the dtype of the weights. quantize: of a GGUF file, q8_0 or q4_0."""
+    license: str | None = None,
+) -> ExportReport:
+    """Write a run's model and tokenizer in the Hugging Face layout, with a card (README.md) that says how it was made.
+    A model with an adapter is written merged, or as the adapter alone. license: of the weights, for the card."""
     run = resolve_checkpoint(run)
     if merged and adapter:
         raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
-    if folder.suffix == ".gguf":
-        return export_gguf(
-            run, folder, quantize=quantize, dtype=dtype, overwrite=overwrite, merged=merged, adapter=adapter
-        )
-    if quantize is not None:
-        raise UsageError(f"--quantize {quantize} writes a GGUF file: give a name that ends in .gguf, not {folder}")
-    dtype = dtype or "float32"
-    if run.suffix == ".gguf":
-        model = load(run, dtype=dtype)
-        save_with_inputs(model, run, folder, overwrite)
-        return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
         raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:
-        return export_adapter(run, folder, dtype, overwrite, merged)
+        return export_adapter(run, folder, dtype, overwrite, merged, license)
     model = remove_value_head(load(run, dtype=dtype, vision=True))
     if adapter_layers(model):
         raise UsageError(
             f"the model of {run} has an adapter: --merge writes the whole model for transformers, "
             "--adapter the adapter alone for PEFT"
         )
-    save_with_inputs(model, run, folder, overwrite)
+    save_with_inputs(model, run, folder, overwrite, license)
     return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
 
 
-def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool) -> None:
+def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool, license: str | None) -> None:
     """Save the model with what makes its inputs: the tokenizer of a model that reads text, the image processor of one
     that reads images, both of one that reads both."""
     reads_text = not isinstance(model, ImageEncoder)
@@ -127,6 +115,7 @@ def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool) -> No
         folder,
         tokenizer=tokenizer,
         preprocess=load_preprocess(run) if reads_images else None,
+        readme=run_readme(run, license),
         overwrite=overwrite,
     )
 
@@ -152,14 +141,16 @@ def prepare_score_export(model: Any, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def export_adapter(run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool) -> ExportReport:
+def export_adapter(
+    run: Path, folder: Path, dtype: str, overwrite: bool, merged: bool, license: str | None
+) -> ExportReport:
     """Export a model with an adapter. Weights are merged in float32, whatever dtype is written."""
     model = remove_value_head(load(run, dtype="float32", vision=True))
     require_adapters(model)
     kind = parse_dtype(dtype)
     if merged:
         merge_adapter(model)
-        save_with_inputs(model.to(kind), run, folder, overwrite)
+        save_with_inputs(model.to(kind), run, folder, overwrite, license)
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     base = base_model_path(run)
     save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)

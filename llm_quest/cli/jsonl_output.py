@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from llm_quest.data.row_files import parse_json_object
 from llm_quest.errors import BusyError, DataError, UsageError
-from llm_quest.files import atomic_write_json, atomic_write_text, iter_lines
+from llm_quest.files import append_lines, atomic_write_json, atomic_write_text, iter_lines
 
 OutputRow = Mapping[str, Any]
 IGNORED_SETTING = "model"
@@ -72,15 +72,15 @@ class JsonlOutput:
 
     def append(self, rows: Sequence[OutputRow]) -> None:
         """Append rows in one write, so that none is lost if this process is killed."""
-        with self.file.open("ab") as file:
-            file.write("".join(map(to_json_line, rows)).encode())
+        append_lines(self.file, [json.dumps(row, ensure_ascii=False) for row in rows])
 
     def sort_rows(self) -> dict[int, OutputRow]:
         """All rows, with the file sorted into the prompts' order."""
         rows = self.read_rows() if self.file.exists() else {}
         if list(rows) != sorted(rows):
             rows = {number: rows[number] for number in sorted(rows)}
-            atomic_write_text(self.file, "".join(map(to_json_line, rows.values())))
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()]
+            atomic_write_text(self.file, "".join(lines))
         return rows
 
 
@@ -101,10 +101,6 @@ def open_jsonl_output(file: Path, settings: Mapping[str, Any]) -> Iterator[Jsonl
         yield JsonlOutput(file, settings)
     finally:
         lock.release()
-
-
-def to_json_line(row: OutputRow) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def shorten_hash(value: Any) -> str:

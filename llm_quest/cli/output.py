@@ -12,6 +12,7 @@ run · 130, 143 interrupted
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -28,7 +29,8 @@ from typing import Any, Protocol, TextIO
 
 from llm_quest import __version__
 from llm_quest.errors import (
-    OUT_OF_DISK_ERRNOS,
+    DISK_REMEDIES,
+    MissingError,
     PeerFailure,
     QuestError,
     exit_code_of,
@@ -185,10 +187,8 @@ def failure_lines(error: BaseException) -> list[str]:
         return ["quest: interrupted"]
     if is_out_of_memory(error):
         return [f"quest: out of memory: {first_line(error)}", *OUT_OF_MEMORY_REMEDIES]
-    if isinstance(error, OSError) and error.errno in OUT_OF_DISK_ERRNOS:
-        return [
-            f"quest: no space left on the disk of {error.filename or 'the output'}; free some and run the command again"
-        ]
+    if isinstance(error, OSError) and error.errno in DISK_REMEDIES:
+        return [f"quest: {error.filename or 'the output'}: {DISK_REMEDIES[error.errno]}"]
     if isinstance(error, OSError) and error.filename is not None:
         return [f"quest: {error.filename}: {error.strerror}"]
     return [
@@ -225,3 +225,10 @@ def write_crash_file(error: BaseException) -> Path:
             file.write(text)
         return Path(name)
     return Path("crash.txt (which could not be written)")
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """MissingError where packages of an extra of this project are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingError(f"{', '.join(missing)} is not installed: pip install 'llm-quest[{extra}]'")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 IGNORE_INDEX = -100
+SINGLE_LABEL: Final = "single_label_classification"
+MULTI_LABEL: Final = "multi_label_classification"
+"""transformers' problem types of a classifier: softmax over the labels, or a sigmoid for each."""
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, length: int | None = None) -> np.ndarray:

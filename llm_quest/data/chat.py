@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from llm_quest.data.document import DropReport
 from llm_quest.data.messages import Message
 from llm_quest.data.template_messages import MessageWriter
 from llm_quest.data.template_program import RenderJob, TemplateSettings, find_unread_arguments
-from llm_quest.data.template_sandbox import Messages, RenderedChat, render_batch, render_jobs
+from llm_quest.data.template_sandbox import Messages, RenderedChat, Rendering, render_batch, render_jobs
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 
@@ -81,6 +80,8 @@ class EncodedConversation(NamedTuple):
     unwritten: tuple[str, ...] = ()
 
 
+ENCODED_CHARACTERS = 2_000_000
+"""How much text the tokenizer reads at once, with what its conversations have in common."""
 REPLY_MARK = "reply-7f3a9c"
 """Stands for a reply whose ids are known, where only what follows it is rendered."""
 
@@ -120,8 +121,12 @@ class ChatTemplate:
 
     def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
         """The prompts of many conversations."""
+        return [self.encode(text) for text in self.render_prompts(conversations)]
+
+    def render_prompts(self, conversations: Sequence[Messages]) -> list[str]:
+        """The prompts as texts for `encode`, in which control tokens that somebody typed are escaped."""
         jobs = [RenderJob(self.writer.write(messages), add_generation_prompt=True) for messages in conversations]
-        return [self.encode(one.text) for one in render_batch(self.settings, jobs)]
+        return [one.text for one in render_batch(self.settings, jobs)]
 
     def encode_continuations(self, turns: Sequence[Messages]) -> list[list[int]]:
         """The ids of messages that answer a reply (a tool's, an environment's): from the end of the reply to where the
@@ -200,13 +205,30 @@ class ChatTemplate:
     ) -> Iterator[EncodedConversation]:
         """The examples of each conversation. places: the messages that are learned."""
         rendered = render_jobs(self.settings, (self.render_job(one, places(one)) for one in conversations))
-        for one, rendering in zip(conversations, rendered, strict=True):
-            try:
-                examples = tuple(self.encode_example(layout, one.where) for layout in rendering.rows)
-            except DataError as error:
-                yield EncodedConversation((), str(error).removeprefix(f"{one.where}: "))
-            else:
-                yield EncodedConversation(examples, rendering.error, rendering.unwritten)
+        for batch in batch_by_size(zip(conversations, rendered, strict=True)):
+            yield from self.encode_renderings(batch)
+
+    def encode_renderings(self, batch: Sequence[tuple[Conversation, Rendering]]) -> Iterator[EncodedConversation]:
+        """The examples of conversations, of which the tokenizer reads all texts at once."""
+        split = [self.split_rows(rendering, one.where) for one, rendering in batch]
+        pieces = [[text for text, _ in row] for rows in split if not isinstance(rows, str) for row in rows]
+        encoded = self.control_encoder.encode_texts_in_pieces(pieces)
+        for (one, rendering), rows in zip(batch, split, strict=True):
+            if isinstance(rows, str):
+                yield EncodedConversation((), rows)
+                continue
+            examples = tuple(self.build_example(row, next(encoded), one.where) for row in rows)
+            yield EncodedConversation(examples, rendering.error, rendering.unwritten)
+
+    def split_rows(self, rendering: Rendering, where: str) -> list[list[tuple[str, bool]]] | str:
+        """The pieces of each row of a conversation, or why nothing can be learned from it."""
+        try:
+            rows = [list(self.split_answers(layout, where)) for layout in rendering.rows]
+        except DataError as error:
+            return str(error).removeprefix(f"{where}: ")
+        if any(not any(is_answer and text for text, is_answer in row) for row in rows):
+            return "this chat template writes no answer of the assistant that is learned"
+        return rows
 
     def render_job(self, one: Conversation, learned: tuple[int, ...] | None = None) -> RenderJob:
         return RenderJob(
@@ -214,16 +236,12 @@ class ChatTemplate:
             tools=[self.writer.escape_value(tool) for tool in one.tools], learned=learned,
         )  # fmt: skip
 
-    def encode_example(self, layout: RenderedChat, where: str) -> ChatExample:
-        """Encode the conversation up to the end of its last answer, each answer with its end."""
-        pieces = list(self.split_answers(layout, where))
-        encoded = self.control_encoder.encode_pieces([text for text, _ in pieces])
-        if pieces and not self.ends_with_control_token(pieces[-1][0]):
-            encoded[-1] = [*encoded[-1], self.tokenizer.eos_token_id]
-        assistant_mask = [is_answer for ids, (_, is_answer) in zip(encoded, pieces, strict=True) for _ in ids]
-        if not any(assistant_mask):
-            raise DataError(f"{where}: this chat template writes no answer of the assistant that is learned")
-        return ChatExample(np.array([*chain(*encoded)], dtype=np.int64), np.array(assistant_mask), where)
+    def build_example(self, pieces: Sequence[tuple[str, bool]], encoded: list[np.ndarray], where: str) -> ChatExample:
+        """The conversation up to the end of its last answer, each answer with its end."""
+        if not self.ends_with_control_token(pieces[-1][0]):
+            encoded[-1] = np.append(encoded[-1], np.int32(self.tokenizer.eos_token_id))
+        is_answer = np.repeat([one for _, one in pieces], [len(ids) for ids in encoded])
+        return ChatExample(np.concatenate(encoded), is_answer, where)
 
     def split_answers(self, layout: RenderedChat, where: str) -> Iterator[tuple[str, bool]]:
         """The text before each answer, and the answer with the token that ends it; whether it is the answer."""
@@ -253,6 +271,20 @@ class ChatTemplate:
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered text: the template's control tokens are control tokens; what was escaped is text."""
         return self.control_encoder.encode(text)
+
+
+def batch_by_size(
+    renderings: Iterable[tuple[Conversation, Rendering]],
+) -> Iterator[list[tuple[Conversation, Rendering]]]:
+    """Batches of bounded text."""
+    batch, size = list[tuple[Conversation, Rendering]](), 0
+    for one, rendering in renderings:
+        batch.append((one, rendering))
+        size += sum(len(row.text) for row in rendering.rows)
+        if size > ENCODED_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def places_to_learn(one: Conversation) -> tuple[int, ...]:

@@ -8,17 +8,18 @@ tokenizers begin a text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import tokenizers
 
-from llm_quest.data.encode_pieces import encode_pieces
-from llm_quest.data.tokenizer import Tokenizer
+from llm_quest.data.encode_pieces import Segment, encode_segment, split_segments
+from llm_quest.data.tokenizer import Tokenizer, require_valid_unicode
 
 ESCAPE_MARK = "\ufdd0"  # noncharacters: they stand in no text
 BOUNDARY_MARK = "\ufdd1"
-MAX_KEPT_TEXTS, MAX_KEPT_CHARACTERS = 256, 20_000
 
 
 class ControlTokenEncoder:
@@ -28,7 +29,7 @@ class ControlTokenEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.control_tokens = tokenizer, tokenizer.special_tokens
         words = "|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True)))
-        self.kept: dict[str, list[int]] = {}
+        self.control_endings = tuple(self.control_tokens)
         self.pattern = re.compile(f"(?:{words})(?!{ESCAPE_MARK})" if words else r"(?!)")
 
     def escape(self, text: str) -> str:
@@ -38,11 +39,27 @@ class ControlTokenEncoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. Nothing is added around it."""
-        if ESCAPE_MARK not in text:
-            return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
-        bounded = self.pattern.sub(lambda match: boundary_name(match.group()), text).replace(ESCAPE_MARK, "")
-        ids = self.boundary_backend.encode(bounded, add_special_tokens=False).ids
-        return [self.boundary_ids.get(token, token) for token in ids]
+        if ESCAPE_MARK in text:
+            return self.encode_escaped([text])[0]
+        return self.tokenizer.encode(text, allow_special_tokens=True, add_special_tokens=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        plain = [text for text in texts if ESCAPE_MARK not in text]
+        ids = self.tokenizer.encode_batch(plain, allow_special_tokens=True, add_special_tokens=False)
+        found = dict(zip(plain, ids, strict=True))
+        if len(plain) < len(texts):
+            escaped = [text for text in texts if ESCAPE_MARK in text]
+            found |= dict(zip(escaped, self.encode_escaped(escaped), strict=True))
+        return [found[text] for text in texts]
+
+    def encode_escaped(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts in which words that spell control tokens are escaped."""
+        bounded = [self.pattern.sub(lambda match: boundary_name(match.group()), one) for one in texts]
+        encoded = self.boundary_backend.encode_batch_fast(
+            [require_valid_unicode(one.replace(ESCAPE_MARK, "")) for one in bounded], add_special_tokens=False
+        )
+        return [[self.boundary_ids.get(token, token) for token in one.ids] for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, control tokens included."""
@@ -50,13 +67,43 @@ class ControlTokenEncoder:
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """The ids of consecutive pieces of one text: see `data/encode_pieces.py`. A piece is read from one control
-        token to the next, so that texts which begin alike, as those of a conversation do, share what was encoded."""
-        parts = [(number, part) for number, piece in enumerate(pieces) for part in self.split_after_controls(piece)]
-        encoded = encode_pieces([part for _, part in parts], self.encode_again, self.decode, self.last_control_token)
+        token to the next."""
+        numbers, segments = self.split(pieces)
+        parts = [ids for segment in segments for ids in encode_segment(segment, self.encode, self.decode)]
         found: list[list[int]] = [[] for _ in pieces]
-        for (number, _), ids in zip(parts, encoded, strict=True):
+        for number, ids in zip(numbers, parts, strict=True):
             found[number] += ids
         return found
+
+    def encode_texts_in_pieces(self, texts: Sequence[Sequence[str]]) -> Iterator[list[np.ndarray]]:
+        """`encode_pieces` of each of these texts, as int32. What they share, as the rows of a conversation do that its
+        template rewrites, is encoded once, and all together on all cores."""
+        split = [self.split(pieces) for pieces in texts]
+        encoded = self.encode_segments(dict.fromkeys(segment for _, segments in split for segment in segments))
+        for pieces, (numbers, segments) in zip(texts, split, strict=True):
+            parts: list[list[np.ndarray]] = [[np.empty(0, np.int32)] for _ in pieces]
+            for number, ids in zip(numbers, chain.from_iterable(encoded[one] for one in segments), strict=True):
+                parts[number].append(ids)
+            yield [np.concatenate(one) for one in parts]
+
+    def encode_segments(self, segments: Iterable[Segment]) -> dict[Segment, list[np.ndarray]]:
+        """The ids of each piece of these segments."""
+        wanted = list(dict.fromkeys(text for segment in segments for text in segment.texts))
+        known = dict(zip(wanted, self.encode_batch(wanted), strict=True))
+
+        def encode(text: str) -> list[int]:
+            return known[text] if text in known else self.encode(text)
+
+        return {
+            segment: [np.array(ids, np.int32) for ids in encode_segment(segment, encode, self.decode)]
+            for segment in segments
+        }
+
+    def split(self, pieces: Sequence[str]) -> tuple[list[int], list[Segment]]:
+        """The parts of these pieces in segments, and the number of the piece of each part."""
+        parts = [(number, part) for number, piece in enumerate(pieces) for part in self.split_after_controls(piece)]
+        segments = split_segments((part for _, part in parts), self.last_control_token)
+        return [number for number, _ in parts], list(segments)
 
     def split_after_controls(self, text: str) -> Iterator[str]:
         """The text in parts, each but the last ending with a control token."""
@@ -66,19 +113,11 @@ class ControlTokenEncoder:
         if at < len(text):
             yield text[at:]
 
-    def encode_again(self, text: str) -> list[int]:
-        """As `encode`, kept for a while where the text is short."""
-        if len(text) > MAX_KEPT_CHARACTERS:
-            return self.encode(text)
-        if text not in self.kept:
-            if len(self.kept) >= MAX_KEPT_TEXTS:
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[text] = self.encode(text)
-        return self.kept[text]
-
     def last_control_token(self, text: str) -> str:
         """The control token with which a text ends, or ""."""
-        return next((control for control in self.control_tokens if text.endswith(control)), "")
+        if not text.endswith(self.control_endings):
+            return ""
+        return next(control for control in self.control_tokens if text.endswith(control))
 
     @cached_property
     def boundary_backend(self) -> tokenizers.Tokenizer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from llm_quest.data.message_parsing import parse_messages, text_field, text_or_messages
+from llm_quest.data.message_parsing import parse_messages, read_cell, text_field, text_or_messages
 from llm_quest.data.messages import Message
 from llm_quest.errors import RowError
 
@@ -34,7 +34,7 @@ def begin_turns(row: Row, where: str) -> list[Message]:
     """The system message and the earlier turns (pairs of question and answer) that stand beside the others."""
     system = text_field(row, "system", where)
     turns = [Message("system", system)] if system.strip() else []
-    history = row.get("history", [])
+    history = read_cell(row, "history", where) if row.get("history") else []
     if not isinstance(history, list) or any(not is_text_pair(pair) for pair in history):
         raise RowError(where, "history of another form", "history is no list of pairs [question, answer]")
     for question, answer in history:
@@ -145,9 +145,10 @@ TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes", "good"), ("false", "0", "no", "ba
 
 def parse_rating(row: Row, where: str, form: RowForm, key: str) -> RatedParts:
     """A conversation of another form, with a key that rates its answer."""
-    value = str(row[key]).strip().lower()
+    given = row[key]
+    value = str(int(given) if isinstance(given, float) and given in (0, 1) else given).strip().lower()
     if value not in TRUE_WORDS + FALSE_WORDS:
-        raise RowError(where, f"{key} of another form", f"{key!r} is {row[key]!r:.40}, expected true or false")
+        raise RowError(where, f"{key} of another form", f"{key!r} is {given!r:.40}, expected true or false")
     return RatedParts(form.parse(row, where), value in TRUE_WORDS)
 
 

@@ -116,7 +116,11 @@ class DropReport:
         if self.skipped:
             told.append(f"skipped: {self.describe_skipped()}, first: {self.skipped_rows[0]}")
         if self.unused_keys:
-            keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unused_keys.items()))
+            shown = (
+                (key if key.strip() and key.isprintable() else repr(key), self.unused_keys[key])
+                for key in self.unused_keys
+            )
+            keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(shown))
             told.append(f"keys that nothing reads, and in how many rows: {keys}")
         return told + self.notes
 

@@ -14,13 +14,27 @@ seam, no generation can produce it: the answer then has the ids of its text behi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 Encode = Callable[[str], list[int]]
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXTS = ("\n", ".", ":", ")", "a", "1")
 """Texts tried in turn as what precedes a piece; the first that no token joins to it is taken."""
+
+
+class Segment(NamedTuple):
+    """Consecutive pieces that end where a control token ends. control: the one before them, or ""."""
+
+    control: str
+    pieces: tuple[str, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts whose ids decide those of the pieces: what precedes each, and the piece with it."""
+        return [text for text in accumulate((self.control, *self.pieces)) if text]
 
 
 def encode_pieces(
@@ -31,14 +45,31 @@ def encode_pieces(
     encode, decode: of whole texts, without anything added around them. restart: the control token with which a text
     ends, or "". Nothing before a control token changes the ids after it, so with `restart` every piece is read a
     bounded number of times."""
-    found: list[list[int]] = []
-    prefix, prefix_ids = "", list[int]()
+    segments = split_segments(pieces, restart)
+    return [ids for segment in segments for ids in encode_segment(segment, encode, decode)]
+
+
+def split_segments(pieces: Iterable[str], restart: Callable[[str], str]) -> Iterator[Segment]:
+    """The pieces in segments: a segment ends with a piece at whose end the text ends with a control token."""
+    control, text, held = "", "", list[str]()
     for piece in pieces:
+        held.append(piece)
+        text += piece
+        if end := restart(text):
+            yield Segment(control, tuple(held))
+            control, text, held = end, end, []
+    if held:
+        yield Segment(control, tuple(held))
+
+
+def encode_segment(segment: Segment, encode: Encode, decode: Decode) -> list[list[int]]:
+    """The ids of each piece of a segment."""
+    found: list[list[int]] = []
+    prefix, prefix_ids = segment.control, encode(segment.control) if segment.control else []
+    for piece in segment.pieces:
         ids = encode_behind(prefix, prefix_ids, piece, encode, decode)
         found.append(ids)
         prefix, prefix_ids = prefix + piece, prefix_ids + ids
-        if control := restart(prefix):
-            prefix, prefix_ids = control, encode(control)
     return found
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.loader import epoch_indices, philox_uniforms, split_rows
+from llm_quest.data.stratified_split import choose_held_out
 from llm_quest.errors import DataError, MissingError
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,6 +48,11 @@ class ImageDataset:
         digest.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
         return digest.hexdigest()
 
+    @property
+    def label_counts(self) -> list[int]:
+        """How many images each class has."""
+        return np.bincount(self.labels, minlength=len(self.names)).tolist()  # type: ignore[no-any-return]
+
     def subset(self, indices: np.ndarray) -> ImageDataset:
         """These images alone."""
         return ImageDataset(self.pixels[indices], self.labels[indices], self.names)
@@ -60,16 +66,15 @@ class ImageSplits:
     held_out: ImageDataset
 
 
-def split_images(images: ImageDataset, held_out: float) -> ImageSplits:
+def split_images(images: ImageDataset, held_out: float, *, stratify: bool = True) -> ImageSplits:
     """Hold out about this part of the images, by the hash of their pixels alone: no seed can choose an easy one. 0:
-    none of them."""
+    none of them. stratify: the same part of each class."""
     if held_out == 0:
         return ImageSplits(images, images.subset(np.arange(0)))
-    bound = held_out * 2.0**64
-    marks = [int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:8], "big") for image in images.pixels]
-    out = np.array([mark < bound for mark in marks])
-    if out.all() or not out.any():
-        raise DataError(f"{len(images)} images are too few to hold out {held_out:.0%}; add images")
+    hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in images.pixels]
+    labels = [(images.names[label] if stratify else "",) for label in images.labels]
+    out = np.zeros(len(images), dtype=bool)
+    out[choose_held_out(hashes, labels, held_out)] = True
     return ImageSplits(images.subset(np.flatnonzero(~out)), images.subset(np.flatnonzero(out)))
 
 

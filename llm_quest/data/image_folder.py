@@ -31,6 +31,8 @@ def load_image_folder(
     held_out: float,
     drop_report: DropReport,
     validation: str | None = None,
+    *,
+    stratify: bool = True,
 ) -> ImageSplits:
     """A folder with a sub-folder for each class; or with folders `train` and `val` (or `test`) of such, which are
     then the two sides; or with another folder for validation. drop_report counts the files, and notes what is odd about
@@ -47,7 +49,7 @@ def load_image_folder(
         other = inside.get("val", inside.get("test", path))
         sides = ImageSplits(train, read_class_folders(other, image_processor, drop_report, train.names))
     else:
-        sides = split_images(read_class_folders(path, image_processor, drop_report), held_out)
+        sides = split_images(read_class_folders(path, image_processor, drop_report), held_out, stratify=stratify)
     for note in describe_sides(sides):
         drop_report.note(note)
     return sides

@@ -52,7 +52,7 @@ class PackedExamples:
         self.packed_rows = pack_best_fit([one.last_answer_span[1] - 1 for one in examples], sequence_length)
         digest = hashlib.sha256()
         for one in examples:
-            digest.update(one.input_ids.tobytes() + b"|" + one.assistant_mask.tobytes() + b"\n")
+            digest.update(one.input_ids.astype(np.int64).tobytes() + b"|" + one.assistant_mask.tobytes() + b"\n")
         self.hash = digest.hexdigest()
         self.num_targets = sum(int(one.assistant_mask[1:].sum()) for one in examples)
 

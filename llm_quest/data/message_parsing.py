@@ -19,14 +19,16 @@ from llm_quest.errors import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "human": "user", "gpt": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
+    "chatgpt": "assistant",
     "developer": "system", "function_call": "assistant", "observation": "tool", "function": "tool",
     "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
-"""Other names of the roles."""
+"""Other names of the roles, which are read in capitals too."""
 ROLE_KEYS = (("role", "content"), ("from", "value"))
 TRAIN_KEYS = ("weight", "train")
 """Keys of a message that say whether it is learned: 0 or false, 1 or true."""
+SPELLED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
@@ -39,7 +41,10 @@ def parse_messages(
     value = parse_json_cell(value, where) if isinstance(value, str) else value
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
-        raise RowError(where, "no list of messages", f"{key} is a {type(value).__name__}, expected a list of messages")
+        what = type(value).__name__
+        if what in ("list", "tuple"):
+            what += f" that holds a {next(type(one).__name__ for one in value if not isinstance(one, Mapping))}"
+        raise RowError(where, "no list of messages", f"{key} is a {what}, expected a list of messages")
     parts = TrackedRow.wrap(row).track_parts(key, list(value))
     return [parse_message(part, f"{where}: message {n}", extra) for n, part in enumerate(parts, start=1)]
 
@@ -54,20 +59,65 @@ def parse_json_cell(text: str, where: str) -> Any:
         raise RowError(where, "not JSON", f"a cell begins like JSON and is none ({error})") from None
 
 
+def read_cell(row: Mapping[str, Any], key: str, where: str) -> Any:
+    """A value that is a list or a number, also as the JSON text of a table."""
+    value = row[key]
+    return parse_json_cell(value, where) if isinstance(value, str) else value
+
+
+def read_spelled_messages(value: Any, where: str) -> Any:
+    """The messages that a text spells; any other value as it is. RowError for messages as Python prints them, which
+    would be learned as text."""
+    if not isinstance(value, str) or not SPELLED_MESSAGES.match(value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        reason = f"a cell spells messages and is no JSON: {value[:40]!r}; write it with json.dumps"
+        raise RowError(where, "messages that are no JSON", reason) from None
+
+
 def parse_message(row: TrackedRow, where: str, extra: bool = True) -> Message:
     role_key, content_key = next((keys for keys in ROLE_KEYS if keys[0] in row), ROLE_KEYS[0])
     written = row.get(role_key)
-    role = ROLE_ALIASES.get(written, written) if isinstance(written, str) else None
+    name = written.strip().lower() if isinstance(written, str) else None
+    role = ROLE_ALIASES.get(name, name) if name else None
     if role not in ROLES:
         known = ", ".join((*ROLES, *ROLE_ALIASES))
         raise RowError(where, f"the role {written!r:.30}", f"has the role {written!r:.60}; known: {known}")
-    fields = {name: row[name] for name in EXTRA_MESSAGE_KEYS if extra and name in row}
-    if written == "function_call":
+    fields = parse_extra_keys(row, where) if extra else {}
+    if name == "function_call":
         fields["tool_calls"] = [parse_call(row.get(content_key), where)]
         return Message(role, "", parse_train(row, where), fields)
-    if content_key not in row and "tool_calls" not in row:
+    if content_key not in row and "tool_calls" not in fields:
         raise RowError(where, f"a message without {content_key}", f"has no {content_key!r}, or null")
     return Message(role, parse_content(row.get(content_key, ""), where), parse_train(row, where), fields)
+
+
+def parse_extra_keys(row: TrackedRow, where: str) -> dict[str, Any]:
+    """Reasoning, name and function calls of a message, where it has them. RowError for values that no chat template
+    could write."""
+    fields = {key: row[key] for key in EXTRA_MESSAGE_KEYS if key in row and row[key] not in ("", [])}
+    for key, value in fields.items():
+        if key == "tool_calls":
+            fields[key] = parse_calls(value, where)
+        elif not isinstance(value, str | int) or (key == "reasoning_content" and not isinstance(value, str)):
+            raise RowError(where, f"{key} that is no text", f"{key} is a {type(value).__name__}, expected text")
+    return fields
+
+
+def parse_calls(value: Any, where: str) -> list[Mapping[str, Any]]:
+    """Function calls in OpenAI's form, or their function alone; also as JSON text."""
+    calls = parse_json_cell(value, where) if isinstance(value, str) else value
+    functions = [one.get("function", one) if isinstance(one, Mapping) else None for one in as_list(calls)]
+    if not all(isinstance(one, Mapping) and isinstance(one.get("name"), str) for one in functions) or not functions:
+        reason = f"tool_calls is {value!r:.60}; expected a list of functions with a name and arguments"
+        raise RowError(where, "tool_calls of another form", reason)
+    return list(calls)
+
+
+def as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
 
 
 def parse_content(value: Any, where: str) -> str:
@@ -131,7 +181,8 @@ def text_field(row: Mapping[str, Any], key: str, where: str, default: str = "") 
 
 
 def text_or_messages(row: Mapping[str, Any], key: str, role: str, where: str, *, extra: bool = True) -> list[Message]:
-    """Text as one message of a role, or a list of messages."""
-    if isinstance(row[key], list | Mapping):
-        return parse_messages(row, key, where, extra=extra)
+    """Text as one message of a role, or a list of messages, which a table holds as JSON text."""
+    value = read_spelled_messages(row[key], where)
+    if isinstance(value, list | Mapping):
+        return parse_messages(row, key, where, value=value, extra=extra)
     return [Message(role, text_field(row, key, where))]

@@ -16,7 +16,13 @@ from llm_quest.data.conversation_forms import (
     parse_chat,
     question_turns,
 )
-from llm_quest.data.message_parsing import parse_messages, parse_transcript, text_or_messages
+from llm_quest.data.message_parsing import (
+    parse_messages,
+    parse_transcript,
+    read_cell,
+    read_spelled_messages,
+    text_or_messages,
+)
 from llm_quest.data.messages import Message
 from llm_quest.errors import RowError
 
@@ -38,11 +44,8 @@ def parse_choice(row: Row, where: str, asked: str) -> PreferenceParts:
 
 def parse_whole_choice(row: Row, where: str) -> PreferenceParts:
     """Two whole conversations, as messages or transcripts: the question is what both begin with."""
-    whole = [
-        parse_transcript(row[key], where) if isinstance(row[key], str) else parse_messages(row, key, where, extra=False)
-        for key in ("chosen", "rejected")
-    ]
-    chosen, rejected = whole
+    chosen, rejected = (parse_whole_conversation(row, key, where) for key in ("chosen", "rejected"))
+    whole = (chosen, rejected)
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
         reason = "chosen and rejected do not begin with the same question; give it as prompt"
         raise RowError(where, "no common question", reason)
@@ -50,9 +53,17 @@ def parse_whole_choice(row: Row, where: str) -> PreferenceParts:
     return PreferenceParts(question, tuple(answer_text(one[-1:], question, where) for one in whole))
 
 
+def parse_whole_conversation(row: Row, key: str, where: str) -> list[Message]:
+    """A conversation as messages or as a transcript."""
+    value = read_spelled_messages(row[key], where)
+    if isinstance(value, str):
+        return parse_transcript(value, where)
+    return parse_messages(row, key, where, value=value, extra=False)
+
+
 def parse_ranking(row: Row, where: str, asked: str, key: str) -> PreferenceParts:
     """A question with two answers or more, the best first."""
-    question, found = question_turns(row, where, asked), row[key]
+    question, found = question_turns(row, where, asked), read_cell(row, key, where)
     if not isinstance(found, list) or len(found) < 2:
         raise RowError(where, f"{key} of another form", f"{key!r} is no list of two answers or more")
     if all(isinstance(one, str) for one in found):

@@ -129,7 +129,7 @@ class PreferenceDataset:
         digest = hashlib.sha256()
         for one in self.preferences:
             digest.update(repr((one.margin, len(one.prompt), *map(len, one.answers))).encode())
-            digest.update(one.prompt.tobytes() + b"".join(answer.tobytes() for answer in one.answers))
+            digest.update(b"".join(ids.astype(np.int64).tobytes() for ids in (one.prompt, *one.answers)))
         return digest.hexdigest()
 
     def micro_batches(self, rows: range, micro_batch_size: int, seed: int) -> list[PreferenceBatch]:

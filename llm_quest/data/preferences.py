@@ -97,6 +97,7 @@ def parse_preference(record: Record) -> Preference:
 
 def parse_margin(row: TrackedRow, where: str) -> float:
     value = row.get("margin", 0.0)
+    value = 0.0 if value == "" else value  # an empty cell of a table
     try:
         margin = float(value)
     except (TypeError, ValueError, OverflowError):

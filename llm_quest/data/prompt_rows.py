@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_quest.data.conversation_forms import ANSWER_KEYS
+from llm_quest.data.conversation_forms import ANSWER_KEYS, CHAT_KEYS
 from llm_quest.data.document import DropReport
+from llm_quest.data.message_parsing import read_spelled_messages
 from llm_quest.data.problems.answer_forms import gold_answer
 from llm_quest.data.problems.problem import Problem
 from llm_quest.data.records import Record, TrackedRow, parse_rows
@@ -75,13 +76,17 @@ def parse_prompt_row(record: Record) -> PromptRow:
         reason = f"a column cannot be called {found[0]!r}, which rewards are given; rename it"
         raise RowError(where, f"a column {found[0]!r}", reason)
     messages = [one.as_dict() for one in form.parse(row, where)]
+    if messages and messages[-1]["role"] not in ("user", "tool"):
+        reason = f"the prompt's last message is by {messages[-1]['role']!r}; expected the user's, or a tool's"
+        raise RowError(where, "roles out of order", reason)
     row.read.update(row)  # rewards are given all columns
-    return PromptRow(messages, parse_answer(row, where), isinstance(row[form.keys[0]], list), row, where, record.weight)
+    is_conversational = form.keys[0] in CHAT_KEYS or isinstance(read_spelled_messages(row[form.keys[0]], where), list)
+    return PromptRow(messages, parse_answer(row, where), is_conversational, row, where, record.weight)
 
 
 def parse_answer(row: Mapping[str, Any], where: str) -> str | None:
     """The final answer of a row; None where it has no such column, or null in it."""
-    value = next((row[name] for name in ANSWER_KEYS if row.get(name) is not None), None)
+    value = next((row[name] for name in ANSWER_KEYS if row.get(name) not in (None, "")), None)
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise RowError(where, "an answer of another kind", f"the answer is {value!r:.60}; expected text or a number")
     return None if value is None else gold_answer(str(value))

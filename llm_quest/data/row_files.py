@@ -2,7 +2,7 @@
 
     .jsonl .ndjson   one JSON object a line           .csv .tsv   a table whose first line names the columns
     .json            a list of objects, or objects    .parquet    a table; numbers of rows in place of lines
-    *.gz             the same, compressed
+    *.gz             the same, compressed; a file's first bytes say whether it is
 
 A row that cannot be used is a `RowError` among the others; what makes the rest of a file unreadable is raised."""
 
@@ -20,6 +20,7 @@ from llm_quest.errors import DataError, MissingError, RowError
 from llm_quest.files import iter_lines
 
 MAX_CELL_CHARACTERS = 2**31 - 1
+GZIP_MAGIC, BYTE_ORDER_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 
 FoundRow = tuple[dict[str, Any], str] | RowError
 """A row with its file:line, or what is wrong with it."""
@@ -27,13 +28,15 @@ FileReader = Callable[[IO[bytes], Path], Iterator[FoundRow]]
 
 
 def open_binary(file: Path) -> IO[bytes]:
-    """A regular file, decompressed if its name ends in .gz."""
+    """A regular file, decompressed if its bytes are gzip's, whatever its name: downloads keep `.gz` or lose it."""
     if not file.exists():
         raise DataError(f"{file} does not exist")
     if not file.is_file():
         raise DataError(f"{file} is not a regular file")
     try:
-        return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+        with file.open("rb") as opened:
+            compressed = opened.read(2) == GZIP_MAGIC
+        return gzip.open(file, "rb") if compressed else file.open("rb")  # type: ignore[return-value]
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
 
@@ -52,11 +55,16 @@ def find_reader(file: Path) -> FileReader:
 
 
 def iter_json_lines(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
-    """One object a line."""
+    """One object a line. DataError where the file is one list."""
+    first = True
     for number, line in iter_lines(file):
-        where = f"{name}:{number}"
+        where, line = f"{name}:{number}", line.removeprefix(BYTE_ORDER_MARK)  # within a file: two were joined
+        if not line.strip():
+            continue
+        if first and line.lstrip().startswith(b"["):
+            raise DataError(f"{where} begins with '[': the file is one JSON list and not a row a line; name it .json")
+        first = False
         try:
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             yield parse_json_object(line, where), where
         except RowError as error:
             yield error
@@ -159,13 +167,21 @@ def decode_whole(content: bytes, name: Path) -> str:
 
 def iter_table(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
     """The rows of a table, whose first row names the columns."""
-    delimiter = {".csv": ",", ".tsv": "\t"}[row_suffix(name)]
     before = csv.field_size_limit(MAX_CELL_CHARACTERS)
     try:
-        lines = io.StringIO(decode_whole(file.read(), name), newline="")
+        text = decode_whole(file.read(), name)
+        delimiter, lines = find_delimiter(text, row_suffix(name)), io.StringIO(text, newline="")
         yield from iter_cells(csv.reader(lines, delimiter=delimiter, strict=True), name, delimiter)
     finally:
         csv.field_size_limit(before)
+
+
+def find_delimiter(text: str, suffix: str) -> str:
+    """What separates the cells: a tab in .tsv; in .csv a comma, or where the first line has none a semicolon or a tab,
+    as spreadsheets of many languages write."""
+    header = text.partition("\n")[0]
+    others = [mark for mark in (";", "\t") if mark in header and "," not in header]
+    return "\t" if suffix == ".tsv" else others[0] if others else ","
 
 
 def iter_cells(reader: Any, name: Path, delimiter: str) -> Iterator[FoundRow]:
@@ -183,7 +199,7 @@ def iter_cells(reader: Any, name: Path, delimiter: str) -> Iterator[FoundRow]:
             yield RowError(where, "not a table's row", f"is no row of a table ({error})")
             continue
         if columns is None:
-            columns = check_columns(cells, where)
+            columns = check_columns([cell.strip() for cell in cells], where)
         elif cells and len(cells) != len(columns):
             reason = f"has {len(cells)} cells, the first line names {len(columns)}; quote cells that hold {delimiter!r}"
             yield RowError(where, "another number of cells", reason)
@@ -211,9 +227,18 @@ def iter_parquet(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield row, f"{name}:{number}"
+                yield without_nulls(row), f"{name}:{number}"
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name} is no whole Parquet file ({str(error).partition('.')[0]}); fetch it again") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of a typed table without the nulls inside it. Commonly got wrong: all objects of a column have the keys of
+    any of them there, so that every call of a function has the arguments of all functions, most of them null, and a
+    chat template writes those out."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 READERS: dict[str, FileReader] = {

@@ -18,7 +18,7 @@ from llm_quest.data.conversation_forms import (
     Row,
     RowForm,
 )
-from llm_quest.data.message_parsing import parse_messages, text_field
+from llm_quest.data.message_parsing import parse_messages, read_cell, text_field
 from llm_quest.data.preference_forms import PREFERENCE_FORMS
 from llm_quest.errors import RowError
 
@@ -80,7 +80,7 @@ class StepParts(NamedTuple):
 
 def parse_steps(row: Row, where: str) -> StepParts:
     """Stepwise supervision (TRL): a label for each step."""
-    steps, labels = row["completions"], row["labels"]
+    steps, labels = (read_cell(row, key, where) for key in ("completions", "labels"))
     if not isinstance(steps, list) or not all(isinstance(one, str) for one in steps):
         raise RowError(where, "completions of another form", "'completions' is no list of texts, one for each step")
     if not isinstance(labels, list) or not all(isinstance(one, bool | int | float) and 0 <= one <= 1 for one in labels):
@@ -95,10 +95,11 @@ def parse_steps(row: Row, where: str) -> StepParts:
 STEP_EXAMPLE = {"prompt": "2+2*2?", "completions": ["2*2=4", "2+4=7"], "labels": [True, False]}
 STEP_FORMS = (RowForm("labelled steps (TRL's stepwise supervision)", tuple(STEP_EXAMPLE), parse_steps, STEP_EXAMPLE),)
 
-LABELED_TEXT_KEYS = ("text", "label")
 LABELED_TEXT_FORMS = (
-    RowForm("text and label", LABELED_TEXT_KEYS, lambda row, where: row, {"text": "Good.", "label": "positive"}),
+    RowForm("text and label", ("text", "label"), lambda row, where: row, {"text": "Good.", "label": "positive"}),
+    RowForm("text and label", ("text", "labels"), lambda row, where: row, {"text": "Good.", "labels": ["joy", "love"]}),
 )
+"""A list under either key is of several labels (multi-label)."""
 
 ROW_FORMS: dict[str, Sequence[RowForm]] = {
     "pretrain": TEXT_FORMS,

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from llm_quest.data.document import DropReport
 from llm_quest.data.records import Record, find_text_error, iter_records, map_columns
+from llm_quest.data.row_files import without_nulls
 from llm_quest.errors import DataError, MissingError, RowError, UsageError
 from llm_quest.files import absolute_path
 
@@ -117,7 +118,7 @@ def iter_hub_rows(source: DataSource) -> Iterator[tuple[Any, str]]:
         reason = " ".join(str(cause).split())[:300]
         raise DataError(f"{source.path} cannot be loaded: {type(cause).__name__}: {reason}") from None
     table = choose_split(loaded, source) if isinstance(loaded, Mapping) else loaded
-    yield from ((row, f"{source.path}:{number}") for number, row in enumerate(table, start=1))
+    yield from ((without_nulls(row), f"{source.path}:{number}") for number, row in enumerate(table, start=1))
 
 
 def choose_split(loaded: Mapping[str, Any], source: DataSource) -> Any:
@@ -147,7 +148,7 @@ def iter_function_rows(path: str) -> Iterator[tuple[Any, str]]:
         yield from ((row, f"{path}:{number}") for number, row in enumerate(function(), start=1))
     except (DataError, UsageError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [one.lineno for one in traceback.extract_tb(error.__traceback__) if one.filename == str(file)]
         line = f":{lines[-1]}" if lines else ""
         raise DataError(f"{file}{line}: {name} failed with {type(error).__name__}: {error}") from error

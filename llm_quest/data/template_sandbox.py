@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_quest.child_process import end_with_parent
 from llm_quest.data.answer_layout import AnswerLayout, LaidOut, roles_left_out
 from llm_quest.data.template_messages import with_text_arguments
 from llm_quest.data.template_program import RenderJob, TemplateProgram, TemplateSettings, extract_spans
@@ -72,13 +74,18 @@ def render_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[
 
 
 def render_jobs(settings: TemplateSettings, jobs: Iterable[RenderJob]) -> Iterator[Rendering]:
-    """Render conversations in batches, a process for each batch. DataError where the template cannot run at all."""
+    """Render conversations in batches, a process for each batch, which runs while what was rendered before is read.
+    DataError where the template cannot run at all."""
     if len(settings.source) > MAX_TEMPLATE_CHARACTERS:
         raise DataError(
             f"the chat template has {len(settings.source):,} characters; at most {MAX_TEMPLATE_CHARACTERS:,} are run"
         )
-    for batch in split_batches(jobs):
-        yield from run_batch(settings, batch)
+    with ThreadPoolExecutor(1) as executor:
+        running: Future[list[Rendering]] | None = None
+        for batch in split_batches(jobs):
+            done, running = running, executor.submit(run_batch, settings, batch)
+            yield from done.result() if done else ()
+        yield from running.result() if running else ()
 
 
 def split_batches(jobs: Iterable[RenderJob]) -> Iterator[list[RenderJob]]:
@@ -104,7 +111,7 @@ def max_renderings(job: RenderJob) -> int:
 def run_batch(settings: TemplateSettings, jobs: Sequence[RenderJob]) -> list[Rendering]:
     """Render a batch by one process."""
     seconds = CPU_SECONDS + int(CPU_SECONDS_PER_RENDERING * sum(map(max_renderings, jobs)))
-    head = {"settings": vars(settings), "seconds": seconds}
+    head = {"settings": vars(settings), "seconds": seconds, "parent": os.getpid()}
     request = "".join(f"{json.dumps(one)}\n" for one in (head, *jobs))
     try:
         done = subprocess.run(
@@ -138,6 +145,7 @@ def parse_rendering(line: str) -> Rendering:
 def run_worker() -> None:
     """The worker process: settings and jobs on stdin, a line of JSON each on stdout."""
     head = json.loads(sys.stdin.readline())
+    end_with_parent(head["parent"])
     limit_resources(head["seconds"])
     try:
         program = TemplateProgram(TemplateSettings(**head["settings"]))

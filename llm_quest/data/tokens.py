@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -199,12 +200,19 @@ def _write_split(
         for batch in _group_documents(documents):
             encoded = tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False)
             for document, ids in zip(batch, encoded, strict=True):
-                np.array([start, *ids, end], dtype=dtype).tofile(file)
+                file.write(np.array([start, *ids, end], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 2)
                 nbytes.append(document.nbytes)
-    np.save(stage / f"{name}.offsets.npy", np.cumsum([0, *lengths], dtype=np.int64), allow_pickle=False)
-    np.save(stage / f"{name}.bytes.npy", np.array(nbytes, dtype=np.int64), allow_pickle=False)
+    _write_array(stage / f"{name}.offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    _write_array(stage / f"{name}.bytes.npy", np.array(nbytes, dtype=np.int64))
     return {"documents": len(lengths), "tokens": sum(lengths) - 2 * len(lengths), "bytes": sum(nbytes)}
+
+
+def _write_array(file: Path, array: np.ndarray) -> None:
+    """A .npy file. (`np.save` and `tofile` on a full disk raise an error that has no number.)"""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    file.write_bytes(content.getvalue())
 
 
 def _group_documents(documents: Sequence[Document], size: int = 4 << 20) -> Iterator[list[Document]]:

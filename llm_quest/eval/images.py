@@ -1,4 +1,4 @@
-"""Evaluators of models that read images: accuracy of an image classifier, exact match of a vision-language model."""
+"""Evaluator of a vision-language model: exact match of its answers about images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from llm_quest.data.image_datasets import ImageDataset
 from llm_quest.data.image_text import ImageTextCollator, ImageTextDataset
 from llm_quest.data.images import ImageProcessor
 from llm_quest.data.synthetic_shapes import QuestionAnswer, exact_match
@@ -21,29 +17,7 @@ from llm_quest.generation.generate import generate
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.multimodal import VisionLanguageModel
 
-IMAGE_BATCH_SIZE = 256
 QUESTION_BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class ImageAccuracyEvaluator:
-    """Top-1 accuracy and cross-entropy on held-out images."""
-
-    images: ImageDataset
-    preprocess: ImageProcessor
-    interval: int
-    name: str = "eval"
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, step: int) -> Mapping[str, float]:
-        right, nats, device = 0.0, 0.0, next(model.parameters()).device
-        for first in range(0, len(self.images), IMAGE_BATCH_SIZE):
-            here = slice(first, first + IMAGE_BATCH_SIZE)
-            labels = torch.from_numpy(self.images.labels[here]).to(device)
-            logits = model(self.preprocess.normalize(self.images.pixels[here]).to(device)).float()
-            right += float((logits.argmax(dim=-1) == labels).sum())
-            nats += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        return {"accuracy": right / len(self.images), "loss": nats / len(self.images)}
 
 
 @dataclass(frozen=True)

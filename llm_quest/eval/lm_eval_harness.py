@@ -5,6 +5,7 @@ Only this file imports lm_eval, and only `quest eval --harness` imports this fil
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.generation.decoding import pad_left
@@ -37,6 +39,7 @@ SAMPLING_KEYS = (
     "frequency_penalty",
 )
 OTHER_KEYS = ("until", "do_sample")
+CHAT_MARK = "\ufdd3"  # a noncharacter: no task's text begins with it
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,26 @@ def request_args(request: Instance) -> tuple[str, Mapping[str, Any]]:
 
 
 class LmEvalModel(LM):
-    """A Decoder and its tokenizer as an lm_eval model. batch_size: sequences in a forward pass. seed: of samples."""
+    """A Decoder and its tokenizer as an lm_eval model. batch_size: sequences in a forward pass. seed: of samples. chat:
+    for tasks that are run through a chat template."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch_size: int = 16, seed: int = 0):
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 16,
+        seed: int = 0,
+        chat: ChatTemplate | None = None,
+    ):
         super().__init__()
+        self.chat, self.rendered = chat, dict[str, str]()
         self.model, self.tokenizer, self.batch_size, self.seed = model, tokenizer, batch_size, seed
         self.context = int(model.config.max_position_embeddings)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether greedy decoding gives the continuation) for each request."""
+        self.render_contexts([request.args[0] for request in requests])
         pairs = [self.encode_pair(*request.args) for request in requests]
         return self.score_continuations(
             [(context + continuation, len(continuation)) for context, continuation in pairs]
@@ -103,8 +117,9 @@ class LmEvalModel(LM):
         """Continuations up to a stop string, which is not part of the text. Requests that are asked several times
         (lm-eval's repeats) are so many samples."""
         texts: dict[int, str] = {}
+        self.render_contexts([request_args(request)[0] for request in requests])
         asked = [
-            (self.encode_prompt(context), parse_gen_kwargs(kwargs)) for context, kwargs in map(request_args, requests)
+            (self.encode_context(context), parse_gen_kwargs(kwargs)) for context, kwargs in map(request_args, requests)
         ]
         for options in dict.fromkeys(options for _, options in asked):
             rows = [number for number, (_, own) in enumerate(asked) if own == options]
@@ -132,14 +147,46 @@ class LmEvalModel(LM):
             texts += [one.text or "" for one in done]
         return texts
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """What stands for a conversation until the requests come, so that the template runs once for all of them.
+        add_generation_prompt: false where the last message is the beginning of the answer."""
+        return CHAT_MARK + json.dumps([chat_history, add_generation_prompt])
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.hash
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.chat.template if self.chat is not None and chat_template else None
+
+    def render_contexts(self, contexts: Sequence[str]) -> None:
+        """Render the conversations among the contexts of requests."""
+        new = [one for one in dict.fromkeys(contexts) if one.startswith(CHAT_MARK) and one not in self.rendered]
+        if not new or self.chat is None:
+            return
+        asked = [json.loads(one.removeprefix(CHAT_MARK)) for one in new]
+        begun = ["" if is_whole else messages.pop()["content"] for messages, is_whole in asked]
+        texts = self.chat.render_prompts([messages for messages, _ in asked])
+        for context, text, beginning in zip(new, texts, begun, strict=True):
+            self.rendered[context] = text + self.chat.control_encoder.escape(beginning)
+
     def encode_prompt(self, text: str) -> list[int]:
         return [self.tokenizer.start_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
+
+    def encode_context(self, context: str) -> list[int]:
+        """The ids of a context, plain or of a conversation; nothing is added to what the template writes."""
+        if context in self.rendered and self.chat is not None:
+            return self.chat.encode(self.rendered[context])
+        return self.encode_prompt(context)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both. They are encoded in one piece, and whitespace at the end of the context belongs to the
         continuation, as the harness specifies."""
-        bare = context.rstrip()
-        whole, before = self.encode_prompt(context + continuation), self.encode_prompt(bare)
+        encode = self.encode_prompt
+        if context in self.rendered and self.chat is not None:
+            encode, context = self.chat.encode, self.rendered[context]
+            continuation = self.chat.control_encoder.escape(continuation)
+        whole, before = encode(context + continuation), encode(context.rstrip())
         return whole[: len(before)], whole[len(before) :]
 
     def rolling_windows(self, ids: Sequence[int]) -> list[tuple[list[int], int]]:
@@ -195,11 +242,29 @@ class HarnessResults:
 
 
 def run_lm_eval(
-    model: Decoder, tokenizer: Tokenizer, tasks: Sequence[str | Any], *, limit: int | None, seed: int = 0
+    model: Decoder,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str | Any],
+    *,
+    limit: int | None,
+    seed: int = 0,
+    chat_template: ChatTemplate | None = None,
+    system_instruction: str | None = None,
+    num_fewshot: int | None = None,
+    fewshot_as_multiturn: bool = True,
 ) -> HarnessResults:
-    """Run tasks of the harness. Their data come from the hub or its cache."""
+    """Run tasks of the harness. Their data come from the hub or its cache. chat_template: what questions are asked
+    through, None: as plain text. system_instruction: before every question. num_fewshot: examples before each; None: as
+    the task has it. fewshot_as_multiturn: with a chat template, examples are turns of the conversation."""
     found = lm_eval.simple_evaluate(
-        model=LmEvalModel(model, tokenizer, seed=seed), tasks=list(tasks), limit=limit, bootstrap_iters=0
+        model=LmEvalModel(model, tokenizer, seed=seed, chat=chat_template),
+        tasks=list(tasks),
+        limit=limit,
+        bootstrap_iters=0,
+        num_fewshot=num_fewshot,
+        system_instruction=system_instruction,
+        apply_chat_template=chat_template is not None,
+        fewshot_as_multiturn=fewshot_as_multiturn and chat_template is not None,
     )
     assert found is not None, "this process is the only one"
     return HarnessResults({name: dict(metrics) for name, metrics in found["results"].items()})

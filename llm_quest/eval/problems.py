@@ -17,6 +17,7 @@ from llm_quest.data.problems import SPLIT_NAMES, Problem, SplitName, draw_proble
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import UsageError
 from llm_quest.eval.selection import best_of_at_k, majority_at_k, selection_sizes
+from llm_quest.eval.self_refinement import RefineRound, SelfRefinement
 from llm_quest.eval.statistics import ConfidenceInterval, mean_at_k, mean_pass_at_k, wilson_confidence_interval
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
@@ -51,6 +52,7 @@ class ProblemAccuracy:
     pass_at_k: dict[int, float]
     majority_at_k: dict[int, float]
     best_of_at_k: dict[int, float]
+    refined: tuple[RefineRound, ...]
     examples: tuple[tuple[str, str, str, float], ...]
     seconds: float
 
@@ -73,6 +75,7 @@ class ProblemAccuracy:
             lines += [
                 f"best-of-{k:<10}{share:.3f}   the reward model's choice" for k, share in self.best_of_at_k.items()
             ]
+        lines += [one.line(number) for number, one in enumerate(self.refined, start=1)]
         lines.append("")
         return [
             *lines,
@@ -138,6 +141,7 @@ def evaluate_task(
     *,
     encode_prompt: EncodePrompt | None = None,
     reward: Reward | None = None,
+    refinement: SelfRefinement | None = None,
 ) -> ProblemAccuracy:
     """`evaluate_problems` on the problems that `load_eval_problems` returns for these options."""
     return evaluate_problems(
@@ -151,6 +155,7 @@ def evaluate_task(
         seed=options.seed,
         encode_prompt=encode_prompt,
         selection=Selection(options.vote, options.best_of, reward),
+        refinement=refinement,
     )
 
 
@@ -178,6 +183,7 @@ def evaluate_problems(
     seed: int = 0,
     encode_prompt: EncodePrompt | None = None,
     selection: Selection = Selection(),
+    refinement: SelfRefinement | None = None,
 ) -> ProblemAccuracy:
     """Answer each problem greedily and, with num_samples, by sampling. pass@k is reported for those of `ks` that do not
     exceed num_samples. encode_prompt: from a problem to the ids of its prompt; by default the start token and its
@@ -188,18 +194,24 @@ def evaluate_problems(
     encoder = encode_prompt or (
         lambda problem: [tokenizer.start_token_id, *tokenizer.encode(problem.prompt, add_special_tokens=False)]
     )
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "encode_prompt": encoder}
-    greedy = [
-        group[0] for group in sample_answers(model, tokenizer, problems, SamplingParams(temperature=0.0), **settings)
-    ]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
+
+    def answer_greedily(some: Sequence[Problem], prompts: Sequence[list[int]]) -> list[Sample]:
+        draw = SamplingParams(temperature=0.0)
+        return [group[0] for group in complete_prompts(model, tokenizer, some, prompts, draw, **settings)]
+
+    prompts = [encoder(problem) for problem in problems]
+    greedy = answer_greedily(problems, prompts)
+    sampling_params = SamplingParams(temperature=temperature)
     drawn = (
-        sample_answers(model, tokenizer, problems, SamplingParams(temperature=temperature), n=num_samples, **settings)
+        complete_prompts(model, tokenizer, problems, prompts, sampling_params, n=num_samples, **settings)
         if num_samples
         else []
     )
+    refined = refinement.refine(greedy, answer_greedily) if refinement else ()
     return measure_accuracy(
         greedy, drawn, source=source, ks=ks, temperature=temperature, seconds=time.perf_counter() - began,
-        selection=selection,
+        selection=selection, refined=refined,
     )  # fmt: skip
 
 
@@ -212,6 +224,7 @@ def measure_accuracy(
     temperature: float = 1.0,
     seconds: float = math.nan,
     selection: Selection = Selection(),
+    refined: Sequence[RefineRound] = (),
 ) -> ProblemAccuracy:
     """The accuracy of answers that were drawn: a greedy one of each problem, and as many samples of each."""
     num_samples = len(drawn[0]) if drawn else 0
@@ -234,6 +247,7 @@ def measure_accuracy(
         pass_at_k={k: mean_pass_at_k(k, groups) for k in ks if k <= num_samples},
         majority_at_k=selection.majorities(drawn, groups),
         best_of_at_k=selection.best_of_rewards(drawn, groups),
+        refined=tuple(refined),
         examples=tuple((s.problem.prompt, s.text, s.problem.answer, right) for s, right in zip(greedy[:5], scores)),  # noqa: B905
         seconds=seconds,
     )
@@ -257,17 +271,34 @@ def sample_answers(
     seed: int = 0,
 ) -> list[list[Sample]]:
     """Draw n samples of each problem. A problem's samples depend on the seed and not on the other problems."""
+    prompts = [encode_prompt(problem) for problem in problems]
+    return complete_prompts(
+        model, tokenizer, problems, prompts, sampling_params, max_new_tokens=max_new_tokens, n=n, seed=seed
+    )
+
+
+def complete_prompts(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    sampling_params: SamplingParams,
+    *,
+    max_new_tokens: int,
+    n: int = 1,
+    seed: int = 0,
+) -> list[list[Sample]]:
+    """Draw n completions of each prompt, as samples of its problem."""
     ends = end_token_ids(model, tokenizer)
     stopping_criteria = StoppingCriteria(max_new_tokens=max_new_tokens, eos_token_ids=ends)
     groups: list[list[Sample]] = []
     prompts_per_batch = max(1, PROBLEM_EVAL_BATCH_SIZE // n)
     for start in track(range(0, len(problems), prompts_per_batch), "answering problems, batch"):
-        some = problems[start : start + prompts_per_batch]
-        prompts = [encode_prompt(problem) for problem in some]
-        done = generate_completions(model, prompts, sampling_params, stopping_criteria, n=n, seed=seed)
+        some, read = problems[start : start + prompts_per_batch], prompts[start : start + prompts_per_batch]
+        done = generate_completions(model, read, sampling_params, stopping_criteria, n=n, seed=seed)
         for number, problem in enumerate(some):
+            prompt = PolicyPrompt(tuple(read[number]), problem)
             group = done[number * n : (number + 1) * n]
-            prompt = PolicyPrompt(tuple(prompts[number]), problem)
             groups.append([completion_to_sample(prompt, one, tokenizer, ends) for one in group])
     return groups
 

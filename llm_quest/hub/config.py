@@ -188,7 +188,8 @@ def classifier_config(config: Mapping[str, Any], techniques: Sequence[Technique]
         return {}
     names = heads[0].labels or tuple(f"LABEL_{i}" for i in range(heads[0].outputs))
     label_maps = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {"architectures": [architecture], "num_labels": heads[0].outputs, **label_maps}
+    kind = {"problem_type": heads[0].problem_type} if heads[0].outputs > 1 else {}
+    return {"architectures": [architecture], "num_labels": heads[0].outputs, **label_maps, **kind}
 
 
 def split_techniques(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:

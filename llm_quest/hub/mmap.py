@@ -36,18 +36,18 @@ from llm_quest.tensor_files import ALIGNMENT
 @cache
 def can_replace_mapped_files() -> bool:
     """Whether this system lets a file be renamed over a mapped one, tried once."""
-    with tempfile.TemporaryDirectory() as folder:
-        old, new = Path(folder) / "old", Path(folder) / "new"
-        old.write_bytes(b"old")
-        new.write_bytes(b"new")
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            old, new = Path(folder) / "old", Path(folder) / "new"
+            old.write_bytes(b"old")
+            new.write_bytes(b"new")
             mapped = map_file(old)
             try:
                 os.replace(new, old)
             finally:
                 mapped.close()
-        except OSError:
-            return False
+    except OSError:  # or there is no place for temporary files
+        return False
     return True
 
 

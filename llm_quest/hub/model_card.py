@@ -18,7 +18,8 @@ from llm_quest.techniques.score_head import find_score_head
 
 @dataclass(frozen=True)
 class Readme:
-    """What only the maker of a model can say about it. results: measure -> value; limits: sentences."""
+    """What only the maker of a model can say about it. datasets: names of the hub. data, training, results: name ->
+    value, a table each; limits: sentences."""
 
     title: str = ""
     summary: str = ""
@@ -26,6 +27,8 @@ class Readme:
     base_model: str | None = None
     language: str | None = None
     datasets: Sequence[str] = ()
+    data: Mapping[str, float | str] = field(default_factory=dict)
+    training: Mapping[str, float | str] = field(default_factory=dict)
     results: Mapping[str, float | str] = field(default_factory=dict)
     limits: Sequence[str] = ()
 
@@ -48,9 +51,12 @@ class Readme:
             f"# {self.title or f'{family.name}-style, {size}'}",
             self.summary
             or f"A {architecture} of {size}, trained and exported with LLM Quest. {describe_outputs(model)}".rstrip(),
-            "## Use\n\n```python\n" + (transformers_usage(task) if exportable else quest_usage(model)) + "\n```",
+            "## Use\n\n" + (usage(task) if exportable else quest_usage(model)),
+            markdown_table("Data", self.data),
+            markdown_table("Training", self.training),
+            markdown_table("Results", self.results, note="Measured on held-out data."),
             markdown_table("Shape", published),
-            markdown_table("Results", self.results),
+            "## License\n\n" + (self.license or "Not stated: ask who made these weights before you use them."),
             "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
@@ -66,22 +72,33 @@ def describe_outputs(model: Decoder) -> str:
             "It is a reward model: it gives a conversation one number, read at the end of its last answer, and writes "
             "no text."
         )
-    return f"It classifies texts and writes none; classes: {', '.join(head.labels) or head.outputs}."
+    number = "; a text may have several or none (multi-label)" if head.is_multi_label else ""
+    return f"It classifies texts and writes none; classes: {', '.join(head.labels) or head.outputs}{number}."
 
 
-def transformers_usage(task: str) -> str:
-    """How transformers loads it."""
+def usage(task: str) -> str:
+    """How transformers, vLLM and this package load it; vLLM where it writes text."""
     auto = AUTO_CLASSES[task]
-    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("path/to/this/folder")'
+    parts = [code_block("python", f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{PLACE}")')]
+    if task == "text-generation":
+        parts.append(code_block("", f"vllm serve {PLACE}\nquest serve {PLACE}"))
+    parts.append(code_block("python", f'import llm_quest as quest\n\nmodel = quest.load("{PLACE}")'))
+    return "\n\n".join(parts)
 
 
 def quest_usage(model: Decoder) -> str:
     """How this package loads it, and why others do not."""
     made = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
     why = f"# made with {made}: the published tensors alone are not this model"
-    return f'import llm_quest as quest\n\nmodel = quest.load("path/to/this/folder")  {why}'
+    return code_block("python", f'import llm_quest as quest\n\nmodel = quest.load("{PLACE}")  {why}')
 
 
+def code_block(language: str, code: str) -> str:
+    return f"```{language}\n{code}\n```"
+
+
+PLACE = "path/to/this/folder"
+"""What a card calls the folder; `quest push` writes the repository's name there."""
 AUTO_CLASSES = {
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
@@ -91,7 +108,15 @@ AUTO_CLASSES = {
 }
 
 
-def markdown_table(title: str, values: Mapping[str, Any]) -> str:
+def markdown_table(title: str, values: Mapping[str, Any], note: str = "") -> str:
     """A table; empty without values."""
-    rows = [f"| {name} | {value} |" for name, value in values.items() if not isinstance(value, Mapping)]
-    return "\n".join([f"## {title}\n", "| | |", "| --- | --- |", *rows]) if rows else ""
+    cells = [(table_cell(name), table_cell(value)) for name, value in values.items() if not isinstance(value, Mapping)]
+    if not cells:
+        return ""
+    head = [f"## {title}\n", *([f"{note}\n"] if note else []), "| | |", "| --- | --- |"]
+    return "\n".join([*head, *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def table_cell(value: Any) -> str:
+    """A value as one cell of a table, whatever it holds."""
+    return " ".join(str(value).split()).replace("|", r"\|").replace("<", "&lt;")

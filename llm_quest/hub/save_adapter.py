@@ -12,6 +12,7 @@ of two in one module the second wraps the first, whose tensors are then called `
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,8 +97,16 @@ def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, ove
         folder, overwrite=overwrite, replaceable={CONFIG, WEIGHTS}.__contains__, required_bytes=size + 2**20
     ) as stage:
         write_json(stage / CONFIG, peft_config(model, pairs, base) | whole_config(model, whole))
-        write_tensors(stage / WEIGHTS, tensors)
+        write_tensors(stage / WEIGHTS, tensors, head_metadata(model))
     return Path(folder)
+
+
+def head_metadata(model: Any) -> dict[str, str]:
+    """What a classifier's scores mean, in the header of the file: PEFT's config has no key for it."""
+    head = find_score_head(model)
+    if head is None or head.outputs == 1:
+        return {}
+    return {"labels": json.dumps(head.labels), "problem_type": head.problem_type}
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.weight_names import published_names
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import replay_techniques, techniques_from_json
-from llm_quest.techniques.score_head import ScoreHead
+from llm_quest.techniques.score_head import PROBLEM_TYPES, ScoreHead
 
 LM_HEAD = "lm_head.weight"
 TECHNIQUES_FILE = "techniques.safetensors"
@@ -92,12 +92,7 @@ def validate_folder(location: ModelLocation, *, allow_pickle: bool = False, visi
 
 
 def read_configs(report: FolderReport) -> None:
-    """config.json (or our model.json, or a GGUF file's keys) and generation_config.json."""
-    if report.location.gguf_file is not None:
-        from llm_quest.hub.gguf_load import file_config, open_model_file
-
-        report.hf_config, report.generation_config = file_config(open_model_file(report.location.gguf_file))
-        return
+    """config.json (or our model.json) and generation_config.json."""
     if report.location.run_dir is not None:
         ours = read_json(report.location.run_dir / "model.json")
         report.hf_config, generation_json = ours.get("config") or {}, ours.get("generation") or {}
@@ -114,11 +109,6 @@ def read_sources(report: FolderReport, allow_pickle: bool) -> None:
     """Single file, or shards with their index; pickled ones only if allowed. What techniques added is in a file of
     its own."""
     folder = report.location.folder
-    if report.location.gguf_file is not None:
-        from llm_quest.hub.gguf_load import open_model_file, tensor_sources
-
-        report.sources = dict(tensor_sources(open_model_file(report.location.gguf_file)))
-        return
     if (folder / TECHNIQUES_FILE).exists():
         added = read_header(folder / TECHNIQUES_FILE)
         report.sources.update({current_parameter_name(name): source for name, source in added.items()})
@@ -232,7 +222,7 @@ def build_report_model(report: FolderReport, vision: bool) -> None:
         raise DataError(
             f"config.json: {config.num_hidden_layers:,} layers, but the files hold only {len(report.sources)} tensors"
         )
-    is_published = report.location.run_dir is None and report.location.gguf_file is None
+    is_published = report.location.run_dir is None
     if is_published:
         report.sources, notes = canonical_sources(report.sources, report.family, config)
         report.notes += notes
@@ -256,7 +246,9 @@ def find_published_score_head(report: FolderReport) -> list[Technique]:
     names = report.hf_config.get("id2label")
     labels = tuple(str(names[key]) for key in names) if isinstance(names, Mapping) else ()
     is_named = len(labels) == score.shape[0] and labels != tuple(f"LABEL_{i}" for i in range(len(labels)))
-    return [ScoreHead(score.shape[0], labels if is_named else ())]
+    head = ScoreHead(score.shape[0], labels if is_named else ())
+    kind: Any = report.hf_config.get("problem_type")
+    return [replace(head, problem_type=kind) if head.outputs > 1 and kind in PROBLEM_TYPES else head]
 
 
 def untie_own_head(report: FolderReport, config: Any) -> Any:
@@ -287,12 +279,6 @@ def match_names(report: FolderReport) -> None:
     """Every published tensor to its place: what is missing, what is too much."""
     if report.model is None or report.family is None:
         return
-    if report.location.gguf_file is not None:
-        from llm_quest.hub.gguf_load import match_tensors
-
-        report.sources, views = match_tensors(report.model, report.sources)  # type: ignore[assignment, arg-type]
-        compare_names(report, views)
-        return
     own_format = report.location.run_dir is not None
     names = (
         identity_weight_map(report.model)
@@ -302,12 +288,7 @@ def match_names(report: FolderReport) -> None:
     if not own_format:
         fused = fused_experts(names)
         names = {ours: fused[ours] if fused.get(ours) in report.sources else one for ours, one in names.items()}
-    compare_names(report, weight_views(report.model, names))
-
-
-def compare_names(report: FolderReport, views: Mapping[str, WeightView]) -> None:
-    """What is missing of these tensors, and what is too much."""
-    assert report.family is not None
+    views = weight_views(report.model, names)
     missing = [name for name in views if name not in report.sources]
     report.weight_views = {name: place for name, place in views.items() if name in report.sources}
     report.duplicates = find_duplicates(report)
@@ -384,8 +365,6 @@ def check_vocabulary_size(report: FolderReport) -> None:
     if report.model is None or isinstance(report.model, ImageEncoder):
         return
     rows = report.model.config.vocab_size
-    if report.location.gguf_file is not None:
-        return
     biggest, added = largest_token_ids(report.location.folder / "tokenizer.json")
     ids = f"the embedding has only {rows} rows (ids 0 to {rows - 1})"
     if biggest >= rows:

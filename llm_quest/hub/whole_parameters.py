@@ -6,21 +6,25 @@ an exception, both uses see them; so is ensure_weight_tying."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from llm_quest.data.batch import SINGLE_LABEL
 from llm_quest.errors import DataError
 from llm_quest.hub.published_matrices import LoRAPair
+from llm_quest.hub.save_adapter import WEIGHTS
 from llm_quest.hub.weight_map import HEAD, SCORE, WeightView, compact_names, export_weight_map, weight_views
 from llm_quest.layers.low_rank import row_norms
 from llm_quest.models.build import family_of
 from llm_quest.models.weight_names import Transposed, published_names
-from llm_quest.techniques.score_head import ScoreHead, find_score_head
+from llm_quest.techniques.score_head import PROBLEM_TYPES, ScoreHead, find_score_head
 
 LM_HEAD = "lm_head"
 EMBEDDING = "embed.token.weight"
@@ -79,7 +83,7 @@ class WholeParameters:
     def add_score_head(self, tensors: Mapping[str, Tensor]) -> None:
         """A reward model's or classifier's adapter brings the head that its base lacks."""
         if SCORE in tensors and find_score_head(self.model) is None:
-            ScoreHead(tensors[SCORE].shape[0])(self.model)
+            read_score_head(self.folder / WEIGHTS, tensors[SCORE].shape[0])(self.model)
 
     @torch.no_grad()
     def replace_rows(self, rows: Mapping[str, Tensor], indices: Any) -> None:
@@ -146,3 +150,17 @@ class WholeParameters:
         names = [name for name, _ in self.model.named_parameters() if name in self.touched]
         assert len(names) == len(self.touched), f"{self.touched} are not all parameters; {HEAD} is one"
         return tuple(names)
+
+
+def read_score_head(file: Path, outputs: int) -> ScoreHead:
+    """The head of an adapter's file, with what its scores mean where the header says it (`head_metadata`)."""
+    with safe_open(file, framework="np") as held:
+        said = held.metadata() or {}
+    try:
+        labels = json.loads(said.get("labels", "[]"))
+    except ValueError:
+        labels = []
+    is_named = isinstance(labels, list) and len(labels) == outputs
+    kind: Any = said.get("problem_type")
+    kind = kind if kind in PROBLEM_TYPES else SINGLE_LABEL
+    return ScoreHead(outputs, tuple(map(str, labels)) if is_named else (), problem_type=kind)

@@ -5,7 +5,8 @@ generator, so that a seed gives the same weights on any machine, whatever else h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -80,10 +81,26 @@ def init_depth_scaled_(model: nn.Module, generator: torch.Generator | None = Non
     init_normal_(model, std=0.02, out_std=0.02 / (2 * layers) ** 0.5, generator=generator)
 
 
+class ModuleGenerator(torch.Generator):
+    """A generator that `init_normal_` seeds anew for every module, from its own seed and the module's name: models that
+    differ in one part begin with the same values of all others. (From one stream, a part of another shape moves the
+    values of all that follow.)"""
+
+
+def seed_modules(model: nn.Module, generator: torch.Generator | None) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with their names; a `ModuleGenerator` is seeded before each of them."""
+    seed = generator.initial_seed() if isinstance(generator, ModuleGenerator) else None
+    for path, module in model.named_modules():
+        if seed is not None and generator is not None:
+            digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield path, module
+
+
 def init_normal_(model: nn.Module, *, std: float, out_std: float, generator: torch.Generator | None = None) -> None:
     """Matrices N(0, std^2), those that write into the residual stream (named `out` or `down`) N(0, out_std^2), biases
     0, norms 1 (or the weight 0 of a norm that scales by 1 + weight)."""
-    for path, module in model.named_modules():
+    for path, module in seed_modules(model, generator):
         if isinstance(module, Experts):
             nn.init.normal_(module.gate_up, std=std, generator=generator)
             nn.init.normal_(module.down, std=out_std, generator=generator)

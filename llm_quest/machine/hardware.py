@@ -115,3 +115,16 @@ def peak_memory_bytes() -> int | None:
         return getattr(psutil.Process().memory_info(), "peak_wset", None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # macOS counts bytes, Linux kilobytes
+
+
+def set_environment(threads: int, offline: bool = False) -> None:
+    """Set environment variables that torch and huggingface_hub read when they are imported."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if "RANK" in os.environ:  # a store that is gone has a message of ours; torch's is a page of C++ frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if (
+        threads or "OMP_NUM_THREADS" not in os.environ
+    ):  # torch counts physical cores only, which leaves half of a small machine idle
+        os.environ["OMP_NUM_THREADS"] = str(threads or usable_cores())

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from llm_quest.contracts import Preset
 from llm_quest.errors import UsageError
-from llm_quest.layers.initialize import materialize
+from llm_quest.layers.initialize import ModuleGenerator, materialize
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.decoder import Decoder
 from llm_quest.models.family import Family
@@ -65,13 +65,15 @@ def build(
     seed: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "float32",
+    seed_per_module: bool = False,
 ) -> Decoder:
     """A model with random weights, in eval mode. preset_or_config: a preset's name or a family's Config. The same
-    seed gives the same weights on any machine: they are drawn in float32 on the host, then moved."""
+    seed gives the same weights on any machine: they are drawn in float32 on the host, then moved. seed_per_module:
+    each module's values follow from the seed and its name alone, whatever other modules the model has."""
     config = preset(preset_or_config).config if isinstance(preset_or_config, str) else preset_or_config
     dtype = dtype_from_name(dtype) if isinstance(dtype, str) else dtype
     model = materialize(build_meta_model(config), "cpu", torch.float32)
-    family_of(config).initialize(model, torch.Generator().manual_seed(seed))
+    family_of(config).initialize(model, (ModuleGenerator() if seed_per_module else torch.Generator()).manual_seed(seed))
     return model.to(device=device, dtype=dtype).eval()
 
 

@@ -1,6 +1,12 @@
-"""Classification: sum over images, or texts, of -log p(class | it), with label smoothing if asked for.
+"""Classification: sum over images, or texts, of -log p(class | it).
 
-smoothed target = (1 - s) one_hot(label) + s / C            (Szegedy et al. 2016, arXiv:1512.00567, section 7)
+label smoothing    target = (1 - s) one_hot(label) + s / C  (Szegedy et al. 2016, arXiv:1512.00567, section 7)
+class weights      sum of w[label] -log p(label), count = sum of w[label], as torch.nn.CrossEntropyLoss(weight) has it
+multi-label        sum over all labels of -w y log sigmoid(z) - (1 - y) log(1 - sigmoid(z)), count = texts x labels;
+                   w: torch.nn.BCEWithLogitsLoss's pos_weight; smoothed target = (1 - s) y + s / 2
+
+Commonly got wrong: a weighted sum divided by the number of texts; the loss then grows and falls with the labels that a
+batch happens to have, and the same weights times ten are another learning rate.
 
 A score head reads a text at its last real token, which attends to the whole row (`last_token_outputs`).
 """
@@ -41,35 +47,54 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 class ImageClassificationLoss(nn.Module):
-    """`ImageClassificationLoss(model)(batch) -> Loss`: total in nats, count = images. metrics: accuracy."""
+    """`ImageClassificationLoss(model)(batch) -> Loss`: total in nats, count = images, or the sum of their weights.
+    class_weights: of each class (C,). metrics: accuracy."""
 
-    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None):
         super().__init__()
         self.model = model
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def forward(self, batch: ImageBatch) -> Loss:
-        return classification_loss(self.model(batch.images).float(), batch.labels, self.label_smoothing)
+        logits = self.model(batch.images).float()
+        return classification_loss(logits, batch.labels, self.label_smoothing, self.class_weights)
 
 
 class TextClassificationLoss(nn.Module):
     """`TextClassificationLoss(model)(batch) -> Loss`, for texts. model: its head gives one number for each class (the
-    technique score_head), read at a text's last real token."""
+    technique score_head), read at a text's last real token. class_weights: of each class (C,)."""
 
-    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0):
+    def __init__(self, model: nn.Module, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None):
         super().__init__()
         self.model = model
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def forward(self, batch: TextClassificationBatch) -> Loss:
-        return classification_loss(
-            last_token_outputs(self.model, batch.input_ids, batch.position_ids), batch.labels, self.label_smoothing
-        )
+        logits = last_token_outputs(self.model, batch.input_ids, batch.position_ids)
+        return classification_loss(logits, batch.labels, self.label_smoothing, self.class_weights)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Loss:
-    """The loss of logits (rows, C)."""
-    total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    count = torch.full_like(total.detach(), len(labels))
+def classification_loss(
+    logits: Float[Tensor, "R C"], labels: Tensor, label_smoothing: float, class_weights: Tensor | None = None
+) -> Loss:
+    """labels: (R,) class numbers; or (R,C) of 0 and 1, multi-label."""
+    weights = None if class_weights is None else class_weights.to(logits)
+    if labels.is_floating_point():
+        return multi_label_loss(logits, labels, label_smoothing, weights)
+    total = F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=label_smoothing)
+    rows = torch.full_like(total.detach(), len(labels))
     num_correct = (logits.argmax(dim=-1) == labels).sum(dtype=torch.float32)
-    return Loss(total, count, {"accuracy": (num_correct, count)})
+    return Loss(total, rows if weights is None else weights[labels].sum(), {"accuracy": (num_correct, rows)})
+
+
+def multi_label_loss(
+    logits: Float[Tensor, "R C"], targets: Float[Tensor, "R C"], label_smoothing: float, pos_weight: Tensor | None
+) -> Loss:
+    """Binary cross-entropy of every label. metrics: accuracy (all labels of a text are right), micro_f1."""
+    smoothed = ((1 - label_smoothing) * targets + label_smoothing / 2).to(logits)
+    total = F.binary_cross_entropy_with_logits(logits, smoothed, pos_weight=pos_weight, reduction="sum")
+    found, wanted = logits > 0, targets > 0.5
+    rows = torch.full_like(total.detach(), len(targets))
+    num_correct = (found == wanted).all(dim=1).sum(dtype=torch.float32)
+    overlap, said = 2 * (found & wanted).sum(dtype=torch.float32), (found.sum() + wanted.sum()).float()
+    return Loss(total, rows * targets.shape[1], {"accuracy": (num_correct, rows), "micro_f1": (overlap, said)})

@@ -125,7 +125,7 @@ class PolicyGradientLoss(nn.Module):
         log_p = log_probs_from_hidden(self.model, h, batch.targets, self.temperature)
         entropies = token_entropies(self.model, h, batch.targets, self.temperature) if self.entropy_coef else None
         attention = None if records is None else read_attention_policy(records)
-        values = None if self.value_loss is None else self.value_loss.values(self.model, h)
+        values = None if self.value_loss is None else self.value_loss.values(self.model, batch, h)
         return self.loss(log_p, batch, entropies, attention, values)
 
     def loss(

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm_quest.errors import UsageError
-from llm_quest.techniques.value_head import values_from_hidden
+from llm_quest.objectives.next_token import batch_hidden_states
+from llm_quest.techniques.value_head import find_value_model, values_from_hidden
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class ValueLoss:
         if not self.coef > 0 or (self.clip is not None and not self.clip > 0):
             raise UsageError(f"a value loss of coef {self.coef} and clip {self.clip}: give numbers above 0")
 
-    def values(self, model: Any, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
-        """The value head's, at each position."""
-        return values_from_hidden(model, h)
+    def values(self, model: Any, batch: Any, h: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+        """See `token_values`."""
+        return token_values(model, batch, h)
 
     def __call__(
         self, values: Float[Tensor, "B T"], old_values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"]
@@ -43,3 +44,12 @@ class ValueLoss:
             return self.coef * plain / 2, torch.zeros_like(plain, dtype=torch.bool)
         clipped = (old_values + (values - old_values).clamp(-self.clip, self.clip) - returns).square()
         return self.coef * torch.maximum(plain, clipped) / 2, clipped > plain
+
+
+def token_values(model: Any, batch: Any, h: Float[Tensor, "B T D"] | None = None) -> Float[Tensor, "B T"]:
+    """The value of each position, before its target is written. h: the policy's hidden states, where they are known;
+    a value model of its own is read in their place."""
+    own = find_value_model(model)
+    if own is not None or h is None:
+        h = batch_hidden_states(model if own is None else own, batch)
+    return values_from_hidden(model, h)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -108,7 +109,9 @@ def plot_experiment(paper: Paper, results: ExperimentResults, file: Path) -> Non
             axes.set_yscale("log")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.legend(frameon=False)
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    atomic_write_text(file, drawn.getvalue())
 
 
 def mean_curve(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import re
 import time
 import tokenize
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from llm_quest.child_process import end_with_parent
 from llm_quest.contracts import LogFn
 from llm_quest.files import atomic_write_json
 from llm_quest.papers import load_paper
@@ -56,7 +58,8 @@ def run_measurements(name: str, arm_seeds: Iterable[ArmSeed], jobs: int) -> Iter
     """Measurements in the order in which they finish. Every process has one thread, so the number of jobs does not
     change the results."""
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    parent = os.getpid()
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=end_with_parent, initargs=(parent,)) as pool:
         futures = {pool.submit(measure_arm, name, arm, seed): (arm, seed) for arm, seed in arm_seeds}
         for done in concurrent.futures.as_completed(futures):
             yield futures[done], done.result()

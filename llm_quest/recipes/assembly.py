@@ -6,11 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -30,7 +27,8 @@ from llm_quest.data.split import CorpusSplit, shingle_overlap, split_corpus
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import TokenFolder, default_cache_dir, open_token_folder, prepare_token_folder
 from llm_quest.data.vocabulary import train_bpe
-from llm_quest.errors import DataError, UsageError
+from llm_quest.errors import DataError, QuestError, UsageError
+from llm_quest.files import atomic_dir
 from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.progress import phase
 from llm_quest.recipes.config import RECIPES_DIR
@@ -134,14 +132,20 @@ def load_config_rows(
 
 
 def load_split_rows(
-    config: Any, read: Any, drop_report: DropReport, *, builtin: Builtin | None = None, limit: int | None = None
+    config: Any,
+    read: Any,
+    drop_report: DropReport,
+    *,
+    builtin: Builtin | None = None,
+    limit: int | None = None,
+    split: Callable[[list[Any], float], tuple[list[Any], list[Any]]] = split_by_prompt,
 ) -> tuple[list[Any], list[Any]]:
-    """(training, held out): a part of the rows by their prompts, the rows of data.validation, or none (held_out=0).
-    config: a RowsConfig with `held_out`."""
+    """(training, held out): a part of the rows, the rows of data.validation, or none (held_out=0). config: a RowsConfig
+    with `held_out`. split: which rows are that part."""
     rows = load_config_rows(config, read, drop_report, builtin=builtin, limit=limit)
     if config.validation is None:
         with skipped_rows_told(drop_report):
-            return split_by_prompt(rows, config.held_out) if config.held_out else (rows, [])
+            return split(rows, config.held_out) if config.held_out else (rows, [])
     held = load_config_rows(config.of_validation, read, drop_report, builtin=builtin)
     known = {first_question_hash(one.prompt) for one in rows}
     if shared := sum(first_question_hash(one.prompt) in known for one in held):
@@ -200,14 +204,12 @@ def train_or_load_tokenizer(parts: CorpusSplit, vocab: int, log: LogFn) -> Token
         return Tokenizer.load(cache_dir)
     log(f"training a tokenizer of {vocab:,} tokens on {sum(document.nbytes for document in parts.train):,} bytes")
     tokenizer = train_bpe((document.text for document in parts.train), vocab)
-    cache_dir.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=cache_dir.parent))
-    try:
+    # Another process may be first, or the cache can't be written; it is only a cache.
+    with (
+        suppress(OSError, QuestError),
+        atomic_dir(cache_dir, overwrite=False, replaceable=lambda name: False, required_bytes=0) as stage,
+    ):
         tokenizer.save(stage)
-        os.rename(stage, cache_dir)
-    except OSError:
-        # Another process was first, or the cache can't be written; it is only a cache.
-        shutil.rmtree(stage, ignore_errors=True)
     return tokenizer
 
 
@@ -274,18 +276,19 @@ def require_run_exists(name_or_path: str, key: str, command: str) -> None:
 
 
 def count_epochs(config: ConfigT, settings: RawConfig, rows: int | None, log: LogFn) -> ConfigT:
-    """The config with max_steps, where it asks for epochs. rows: of an epoch; None: they are drawn without end. A
-    warm-up that comes with the recipe keeps its share of a shorter run."""
+    """The config with max_steps, where it asks for epochs. rows: of an epoch (a policy's prompts); None: they are drawn
+    without end. A warm-up that comes with the recipe keeps its share of a shorter run."""
     epochs = config.num_train_epochs
     if epochs is None:
         return config
     if rows is None:
         raise UsageError("num_train_epochs has no effect on rows that are drawn without end; give max_steps")
-    steps = math.ceil(epochs * rows / config.batch_size)
+    steps = math.ceil(epochs * rows / config.rows_per_step) * config.steps_per_batch
     warmup = config.warmup_steps
     if not is_own_choice(settings, "warmup_steps", str(RECIPES_DIR)):
         warmup = min(warmup, math.ceil(warmup * steps / config.max_steps))
-    log(f"epochs: {epochs:g} of {rows:,} rows, {config.batch_size} at a time, are {steps:,} steps")
+    often = f" and {config.steps_per_batch} steps each" if config.steps_per_batch > 1 else ""
+    log(f"epochs: {epochs:g} of {rows:,} rows, {config.rows_per_step} at a time{often}, are {steps:,} steps")
     update = {"num_train_epochs": None, "max_steps": steps, "warmup_steps": min(warmup, steps)}
     return config.model_copy(update=update)
 

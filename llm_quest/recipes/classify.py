@@ -1,30 +1,32 @@
 """`quest train classify`: texts with labels -> a classifier: a model's head is replaced by one number for each class,
-read at a text's last token."""
+read at a text's last token. Rows with lists of labels make a multi-label classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
-import numpy as np
-import torch
 from pydantic import Field, model_validator
 
+from llm_quest.data.batch import MULTI_LABEL
 from llm_quest.data.builtin_qa import builtin_labeled_texts
+from llm_quest.data.conversations import split_by_prompt
 from llm_quest.data.document import DropReport
-from llm_quest.data.loader import length_grouped_indices, repeat_by_weight
+from llm_quest.data.loader import repeat_by_weight
 from llm_quest.data.row_forms import LABELED_TEXT_FORMS
 from llm_quest.data.text_classification import (
-    TextClassificationDataset,
+    LabeledText,
     collect_label_names,
     encode_labeled_texts,
+    problem_type_of,
     read_labeled_texts,
+    split_labeled_texts,
 )
 from llm_quest.errors import UsageError
-from llm_quest.files import atomic_write_json
+from llm_quest.eval.classification import ClassifierEvaluator, text_outputs
 from llm_quest.models.decoder import Decoder
-from llm_quest.objectives.classification import TextClassificationLoss, last_token_outputs
+from llm_quest.objectives.classification import TextClassificationLoss
 from llm_quest.recipes.assembly import (
     count_epochs,
     load_split_rows,
@@ -33,6 +35,7 @@ from llm_quest.recipes.assembly import (
     micro_batch_rows,
     source_name,
 )
+from llm_quest.recipes.class_weights import ClassWeights, make_class_weights
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.diagnostics import SUPERVISED_SYMPTOMS
 from llm_quest.recipes.finetuning import (
@@ -47,8 +50,6 @@ from llm_quest.rollouts.diagnostics import Diagnostics
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.state import derive_seed
 
-CALIBRATION_BINS = 10
-
 
 class LabelledTextConfig(RowsConfig):
     """Texts with labels."""
@@ -58,6 +59,10 @@ class LabelledTextConfig(RowsConfig):
         default=0.1, ge=0, lt=0.5, description="the part of the texts that is never trained on; 0: none"
     )
     max_samples: PositiveInt | None = Field(default=None, description="use so many rows; null: all")
+    stratify: bool = Field(default=True, description="hold out the same share of each label; false: of all texts")
+    label_separator: str | None = Field(
+        default=None, min_length=1, description="splits a label of text into several, such as ; (multi-label)"
+    )
 
 
 class ClassifyConfig(BatchedConfig):
@@ -71,6 +76,11 @@ class ClassifyConfig(BatchedConfig):
     trainable: Literal["all", "last_block", "head"] = Field(
         default="all", description="what learns: everything, the last block with the last norm and the head, the head"
     )
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = Field(
+        default=None,
+        description="one label of a text, or any number; null: as the rows have it (a list of labels: any)",
+    )
+    class_weights: ClassWeights = None
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
     eval_steps: NonNegativeInt = Field(default=50, description="steps between evaluations; 0: only at the end")
 
@@ -91,29 +101,35 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     drop_report = DropReport()
     part = config.data
     learned, held_texts = load_split_rows(
-        part, read_labeled_texts, drop_report, builtin=builtin_labeled_texts, limit=part.max_samples
-    )
+        part, partial(read_labeled_texts, label_separator=part.label_separator), drop_report,
+        builtin=builtin_labeled_texts, limit=part.max_samples,
+        split=split_labeled_texts if part.stratify else split_by_prompt,
+    )  # fmt: skip
     callbacks = apply_config_techniques(config, model, log)
-    names = attach_score_head(model, collect_label_names([*learned, *held_texts]), derive_seed(config.seed, "init"))
+    head = attach_score_head(model, [*learned, *held_texts], config.problem_type, derive_seed(config.seed, "init"))
     freeze_except(model, config.trainable)
+    names, is_multi_label = head.labels, head.is_multi_label
     train, held = (
-        encode_labeled_texts(side, names, tokenizer, config.sequence_length, drop_report)
+        encode_labeled_texts(side, names, tokenizer, config.sequence_length, drop_report, is_multi_label)
         for side in (repeat_by_weight(learned), held_texts)
     )
+    note_unmeasured(names, train.label_counts, held.label_counts, drop_report)
     config = count_epochs(config, context.settings, len(train), log)
     loader = make_sharded_loader(config, train, parallel, micro_batch_rows(config, parallel, config.sequence_length))
     log(f"texts: {len(train):,} to train on, {len(held):,} held out, {len(names)} labels: {', '.join(names[:8])}")
     log_remarks(drop_report, log)
+    weights = make_class_weights(
+        config.class_weights, names, train.label_counts, len(train), log, multi_label=is_multi_label
+    )
     facts = {"source": source_name(part), "labels": list(names), "train_rows": len(train), "held_out_rows": len(held)}
-    facts |= {**drop_report.row_facts(), "tokenizer_sha256": tokenizer.hash}
-    facts["label_counts"] = {name: (count_label(train, i), count_label(held, i)) for i, name in enumerate(names)}
+    facts |= {**drop_report.row_facts(), "tokenizer_sha256": tokenizer.hash, "problem_type": head.problem_type}
+    facts["label_counts"] = dict(zip(names, zip(train.label_counts, held.label_counts, strict=True), strict=True))
+    evaluator = ClassifierEvaluator(text_outputs(held), config.eval_steps, names, context.samples_dir)
     return Job(
         config,
-        TextClassificationLoss(model, label_smoothing=config.label_smoothing),
+        TextClassificationLoss(model, label_smoothing=config.label_smoothing, class_weights=weights),
         loader,
-        [ClassifierEvaluator(held, config.eval_steps, labels=names, samples_dir=context.samples_dir)]
-        if held_texts
-        else [],
+        [evaluator] if held_texts else [],
         {"tokenizer": tokenizer.hash, "data": train.hash},
         facts,
         tokenizer,
@@ -122,15 +138,31 @@ def build_classify(config: ClassifyConfig, context: Context) -> Job:
     )
 
 
-def attach_score_head(model: Decoder, labels: tuple[str, ...], seed: int) -> tuple[str, ...]:
-    """The names of the classes, in the order of the head's outputs; a head is put on where there is none."""
-    head = find_score_head(model)
+def attach_score_head(model: Decoder, texts: Sequence[LabeledText], wanted: str | None, seed: int) -> ScoreHead:
+    """The model's head, with the names of the classes in the order of its outputs; one is put on where there is none.
+    wanted: the problem type, where the config names it."""
+    labels, head = collect_label_names(texts), find_score_head(model)
     if head is None:
-        ScoreHead(len(labels), labels, seed=seed)(model)
-        return labels
+        head = ScoreHead(len(labels), labels, seed=seed, problem_type=problem_type_of(texts, wanted))  # type: ignore[arg-type]
+        head(model)
+        return head
     if set(labels) - set(head.labels):
         raise UsageError(f"the model tells apart {', '.join(head.labels) or 'nothing'}, the texts {', '.join(labels)}")
-    return head.labels
+    if wanted not in (None, head.problem_type) or problem_type_of(texts) == MULTI_LABEL != head.problem_type:
+        raise UsageError(
+            f"the model's problem type is {head.problem_type}, that of the texts is {wanted or MULTI_LABEL}: start "
+            "from the model that it was trained from"
+        )
+    return head
+
+
+def note_unmeasured(names: Sequence[str], train: Sequence[int], held: Sequence[int], drop_report: DropReport) -> None:
+    """Notes the labels that are on one side alone."""
+    for counts, others, what in ((held, train, "held out, so that it is never measured"),
+                                 (train, held, "trained on, so that it is never learned")):  # fmt: skip
+        absent = [name for name, here, there in zip(names, counts, others, strict=True) if there and not here]
+        if absent and any(counts):
+            drop_report.note(f"of {len(absent)} labels no text is {what}: {', '.join(absent[:5])}")
 
 
 def freeze_except(model: Decoder, trainable: str) -> None:
@@ -140,81 +172,6 @@ def freeze_except(model: Decoder, trainable: str) -> None:
         model.requires_grad_(False)
         for part in parts[trainable]:
             part.requires_grad_(True)
-
-
-class ClassifierEvaluator:
-    """Held-out texts: loss, accuracy, macro F1, calibration error; and what always saying the commonest would reach.
-    How often each label was said for each is kept beside samples_dir, in confusion.json."""
-
-    name = "eval"
-
-    def __init__(
-        self,
-        held_out: TextClassificationDataset,
-        every: int,
-        batch_size: int = 32,
-        *,
-        labels: Sequence[str] = (),
-        samples_dir: Path | None = None,
-    ):
-        self.held, self.interval, self.at_once = held_out, every, batch_size
-        self.labels, self.samples_dir = labels, samples_dir
-
-    @torch.no_grad()
-    def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
-        device = next(model.parameters()).device
-        found, labels = [], []
-        for numbers in length_grouped_indices(self.held, self.at_once):
-            batch = self.held.collate(numbers).to(device)
-            out = last_token_outputs(model, batch.input_ids, batch.position_ids)
-            found.append(out.double().softmax(dim=1).cpu().numpy())
-            labels.append(batch.labels.cpu().numpy())
-        probabilities, wanted = np.concatenate(found), np.concatenate(labels)
-        if self.samples_dir is not None:
-            matrix = confusion_matrix(probabilities.argmax(axis=1), wanted, probabilities.shape[1])
-            content = {"step": step, "labels": list(self.labels), "matrix": matrix.tolist()}
-            atomic_write_json(self.samples_dir.parent / "confusion.json", content)
-        return classification_metrics(probabilities, wanted)
-
-
-def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes): how often class j was said for class i."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-
-
-def count_label(texts: TextClassificationDataset, label: int) -> int:
-    """How many texts have this label."""
-    return sum(one == label for one in texts.label_ids)
-
-
-def classification_metrics(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """From probabilities (N, classes) and class numbers (N,)."""
-    said, classes = probabilities.argmax(axis=1), probabilities.shape[1]
-    right = said == labels
-    return {
-        "loss": float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-300)).mean()),
-        "accuracy": float(right.mean()),
-        "macro_f1": float(np.mean([f1_score(said == c, labels == c) for c in range(classes) if (labels == c).any()])),
-        "calibration_error": expected_calibration_error(probabilities.max(axis=1), right),
-        "commonest": float(np.bincount(labels).max() / len(labels)),
-    }
-
-
-def f1_score(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of one class; 0 where it was never rightly said."""
-    both = float((predicted & labels).sum())
-    return 2 * both / float(predicted.sum() + labels.sum()) if both else 0.0
-
-
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): |accuracy - confidence| by bins of equal width,
-    weighed by how many fall in each."""
-    where = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps: Sequence[float] = [
-        abs(float(correct[where == b].mean() - confidence[where == b].mean())) * float((where == b).mean())
-        for b in np.unique(where)
-    ]
-    return float(sum(gaps))
 
 
 RECIPE = Recipe("classify", ClassifyConfig, build_classify)

@@ -325,6 +325,11 @@ class RunConfig(StrictModel):
         return 1
 
     @property
+    def steps_per_batch(self) -> int:
+        """Optimiser steps that learn from the same rows."""
+        return 1
+
+    @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds."""
         return (

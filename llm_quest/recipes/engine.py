@@ -211,9 +211,9 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
             other = settings.tree.get("recipe")
             raise BusyError(f"{folder} holds a run of another recipe ({other}); choose another --out")
         before = parse_config(type(config), settings)
-        if before.max_steps != config.max_steps:
+        if before.max_steps != config.max_steps and not counts_epochs(config):
             check_new_length(folder, config.max_steps)
-        changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps"))
+        changed = config_differences(before, config, (*KEYS_FREE_ON_RESUME, "max_steps", "num_train_epochs"))
         if changed and "settings" not in accept:
             listing = "; ".join(changed[:6]) + (f"; and {len(changed) - 6} more" if len(changed) > 6 else "")
             raise BusyError(
@@ -222,12 +222,18 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
             )
 
 
+def counts_epochs(config: RunConfig) -> bool:
+    """Whether max_steps is not known yet: it follows from the rows (`assembly.count_epochs`)."""
+    return getattr(config, "num_train_epochs", None) is not None
+
+
 def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) -> None:
     """The run's folder with its config, for recipes that write into it before their run begins. All look before the
-    leader writes, and none goes on before the leader has written."""
+    leader writes, and none goes on before the leader has written. A config whose length is not known yet leaves that of
+    a run that is there."""
     require_matching_run(config, folder)
     parallel.all_gather(None)
-    if parallel.is_main_process:
+    if parallel.is_main_process and not (counts_epochs(config) and list_checkpoints(folder / "checkpoints")):
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / "config.yaml", config_to_yaml(config))
     parallel.all_gather(None)

@@ -46,6 +46,7 @@ from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.row_source import RowsConfig
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.token_rows import add_tokens
+from llm_quest.techniques.value_head import remove_value_head
 from llm_quest.train.parallel import DistributedContext
 
 
@@ -118,6 +119,7 @@ def begin_finetuning(
     else:
         require_no_tokenizer(config)
         model, tokenizer = load_for_finetuning(config.model)
+        remove_value_head(model)  # of a run of PPO
     config = fit_sequence_length(config, context.settings, model.config.max_position_embeddings, context.log)
     return fix_template_date(config, context, tokenizer), model, tokenizer
 

@@ -26,7 +26,7 @@ from llm_quest.eval.evaluators import RatioRangeEvaluator
 from llm_quest.eval.policy import PolicyEvaluator
 from llm_quest.hub.gsm8k import is_gsm8k
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.assembly import source_name
+from llm_quest.recipes.assembly import count_epochs, source_name
 from llm_quest.recipes.chat_template_config import ChatTemplateConfig, fix_template_date
 from llm_quest.recipes.config import Choice, LocalPath
 from llm_quest.recipes.config_schema import ModelConfig, NonNegativeInt, PositiveInt
@@ -203,8 +203,9 @@ def build_step_rewards(config: GrpoConfig, tokenizer: Tokenizer, parallel: Distr
 def build_grpo(config: GrpoConfig, context: Context) -> Job:
     """Model, problems, rollouts, objective."""
     parallel, log = context.parallel, context.log
-    config = open_policy_run(fix_template_date(config, context), context)
+    config = fix_template_date(config, context)
     problems = load_problems(config, log)
+    config = open_policy_run(count_epochs(config, context.settings, problems.num_prompts, log), context)
     environments = open_environment(config, log)
     if environments is not None:
         problems = EnvironmentProblems(problems, environments, bool(config.answer_form)).as_set()
@@ -236,6 +237,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
+        blocks=policy.blocks,
         before=report.before,
         finish=report.after,
     )  # fmt: skip

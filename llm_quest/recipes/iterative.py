@@ -114,11 +114,12 @@ def require_same_length(config: IterativeConfig, out: Path) -> None:
     """UsageError for another number of steps than the policies that are there have been trained for."""
     if not (out / "config.yaml").is_file() or not (out / "iteration-0").exists():
         return
-    before = parse_config(IterativeConfig, load_raw_config(str(out / "config.yaml"))).max_steps
-    if before != config.max_steps:
+    before = parse_config(IterativeConfig, load_raw_config(str(out / "config.yaml")))
+    if (before.max_steps, before.num_train_epochs) != (config.max_steps, config.num_train_epochs):
+        length = f"{before.num_train_epochs:g} epochs" if before.num_train_epochs else f"{before.max_steps} steps"
         raise UsageError(
-            f"{out} trains each policy for {before} steps, and reward models follow from the policies: its max_steps "
-            "stays; raise num_outer_iterations, or start another run"
+            f"{out} trains each policy for {length}, and reward models follow from the policies: its length stays; "
+            "raise num_outer_iterations, or start another run"
         )
 
 

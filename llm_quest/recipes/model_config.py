@@ -174,10 +174,18 @@ IMAGE_RECIPES = {"vit": "vit", "clip": "vlm", "vision_language": "vlm"}
 """The recipe of each family that reads images."""
 
 
-def init_model(config: ModelConfig, settings: RawConfig, tokenizer: Tokenizer, *, context: int, seed: int) -> Decoder:
+def init_model(
+    config: ModelConfig,
+    settings: RawConfig,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    seed: int,
+    seed_per_module: bool = False,
+) -> Decoder:
     """A model of the recipe's config with random weights. context: the length of a row."""
     numbers: Any = build_model_config(config, settings, vocab=tokenizer.vocab_size, context=context)
-    model = build(numbers, seed=derive_seed(seed, "init"))
+    model = build(numbers, seed=derive_seed(seed, "init"), seed_per_module=seed_per_module)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(tokenizer.eos_token_ids),

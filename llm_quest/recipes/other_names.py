@@ -41,6 +41,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "epsilon_high": ("loss_kwargs.epsilon_high",),
     "cliprange": ("loss_kwargs.epsilon_low",),
     "clip_range": ("loss_kwargs.epsilon_low",),
+    "value_model_path": ("value_model.load",),
     "ref_model_sync": ("sync_ref_model",),
     "loss": ("loss_type",),
     "lr_scheduler": ("lr_scheduler_type",),
@@ -124,7 +125,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 ONLY_WITH = {
-    "neftune_noise_alpha": "num_train_epochs",
+    "neftune_noise_alpha": "batch_size",
     **dict.fromkeys(("epsilon", "epsilon_high", "cliprange", "clip_range"), "num_generations"),
 }
 """A name that is answered in recipes alone that have this key: policies are trained without noise, and other losses

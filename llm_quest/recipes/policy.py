@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llm_quest.objectives.kl_penalty import KL_ESTIMATORS, KLPenalty
 from llm_quest.objectives.policy_gradient import (
@@ -16,7 +16,7 @@ from llm_quest.objectives.policy_gradient import (
 )
 from llm_quest.objectives.surrogates import POLICY_VARIANTS, Surrogate
 from llm_quest.objectives.value_loss import ValueLoss
-from llm_quest.recipes.config import Choice, StrictModel, did_you_mean
+from llm_quest.recipes.config import Choice, LocalPath, StrictModel, did_you_mean
 from llm_quest.recipes.config_schema import NonNegativeInt, PositiveFloat, PositiveInt, RunConfig
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS
 from llm_quest.rollouts.gae import GAE, VALUE_ESTIMATORS
@@ -49,9 +49,23 @@ class GaeConfig(StrictModel):
     )
 
 
+class ValueModelConfig(StrictModel):
+    """A value model of PPO that shares nothing with the policy; its last layer becomes the value head."""
+
+    load: LocalPath | None = Field(
+        default=None, description="a reward model or language model; null: a copy of the policy as it begins"
+    )
+
+
+VALUE_MODEL_WORDS: dict[Any, Any] = {"shared": None, "separate": {}}
+
+
 class PolicyConfig(RunConfig):
     """The keys of a recipe that trains a policy on its own samples."""
 
+    num_train_epochs: PositiveFloat | None = Field(
+        default=None, description="passes over the prompts, in place of max_steps, which then follows from them"
+    )
     loss_type: Annotated[str, Choice(POLICY_VARIANTS)] = Field(
         default="grpo", description="the variant of the policy gradient"
     )
@@ -108,6 +122,13 @@ class PolicyConfig(RunConfig):
     )
     gae: GaeConfig | None = Field(
         default=None, description="advantage_estimator=gae: its numbers and those of the value loss; null: the defaults"
+    )
+    value_model: Annotated[
+        ValueModelConfig | None,
+        BeforeValidator(lambda given: VALUE_MODEL_WORDS.get(given, given) if isinstance(given, str) else given),
+    ] = Field(
+        default=None,
+        description="with gae: a value model of its own (separate, or load); null or shared: a head on the policy",
     )
     router_replay: bool = Field(
         default=False, description="experts: a rollout's choices are taken again while it is learned from"
@@ -169,6 +190,10 @@ class PolicyConfig(RunConfig):
         return self.prompts_per_rollout
 
     @property
+    def steps_per_batch(self) -> int:
+        return self.num_iterations * self.num_mini_batches
+
+    @property
     def estimator_name(self) -> str:
         return self.advantage_estimator or POLICY_VARIANTS[self.loss_type].advantages
 
@@ -191,7 +216,7 @@ class PolicyConfig(RunConfig):
     def check_attention(self) -> PolicyConfig:
         if not self.attention_coef:
             return self
-        if self.num_iterations * self.num_mini_batches == 1:
+        if self.steps_per_batch == 1:
             raise ValueError(
                 "attention_coef has no effect where a rollout is learned from once: the policy does not "
                 "differ from itself; set num_iterations or num_mini_batches to 2 or more, or leave it out"
@@ -213,6 +238,11 @@ class PolicyConfig(RunConfig):
                 f"gae has no effect with advantage_estimator={self.estimator_name}; set advantage_estimator=gae or "
                 "loss_type=ppo, or leave it out"
             )
+        if self.value_model is not None and not self.has_value_head:
+            raise ValueError(
+                f"value_model has no effect with advantage_estimator={self.estimator_name}; set "
+                "advantage_estimator=gae or loss_type=ppo, or leave it out"
+            )
         if self.has_value_head and self.by_steps:
             raise ValueError("process_supervision has advantages of its own: leave it out, or leave gae out")
         if self.has_value_head and self.loss_type == "gspo":
@@ -228,7 +258,7 @@ class PolicyConfig(RunConfig):
     def check_router_replay(self) -> PolicyConfig:
         if not self.router_replay:
             return self
-        if self.num_iterations * self.num_mini_batches == 1:
+        if self.steps_per_batch == 1:
             raise ValueError(
                 "router_replay has no effect where a rollout is learned from once: the routers choose as they did; set "
                 "num_iterations or num_mini_batches to 2 or more, or leave it out"

@@ -54,13 +54,14 @@ class PromptDataConfig(ConversationDataConfig):
 @dataclass(frozen=True)
 class ProblemSet:
     """An endless list of training problems, and the held-out ones. identity: what a resumed run may not change; facts:
-    for the report."""
+    for the report. num_prompts: how many different training problems there are; None: they are drawn without end."""
 
     train_problem: Callable[[int], Problem]
     held_out: list[Problem]
     identity: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     is_conversational: bool = False
+    num_prompts: int | None = None
 
     @property
     def has_answers(self) -> bool:
@@ -84,6 +85,7 @@ def problems_of_task(task: str, answer_form: str, grading: str, number: int, see
         lambda index: form(shuffled_problem(learned, seed, index)),
         [form(problem) for problem in held[:number]],
         f"{task}: {len(learned)}",
+        num_prompts=len(learned),
     )
 
 
@@ -114,6 +116,7 @@ def problems_of_rows(
         hash_of_rows(rows),
         {"source": source_name(data), "train_rows": len(train), "held_out_rows": len(held), **report.row_facts()},
         any(row.is_conversational for row in rows),
+        len(problems),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from llm_quest.contracts import Callback, Loader, LogFn
 from llm_quest.data.loader import ShardedLoader
@@ -40,12 +41,13 @@ from llm_quest.recipes.finetuning import apply_config_techniques, can_share_prom
 from llm_quest.recipes.policy import PolicyConfig
 from llm_quest.recipes.recipe import Context
 from llm_quest.recipes.reference_model import ReferenceContext, has_adapter, make_initial_reference
+from llm_quest.recipes.value_model import add_value_estimate, init_value_model, value_scorer
 from llm_quest.rollouts.advantages import ADVANTAGE_ESTIMATORS, RewardPipeline, StepRewards, WeightedReward
 from llm_quest.rollouts.gae import VALUE_ESTIMATORS
 from llm_quest.rollouts.rollouts import PromptSource, RolloutLoader, RolloutPlan, RowScorer, ValueBaseline
 from llm_quest.rollouts.sampler import ContextFactory, RolloutSampler, Sampler
 from llm_quest.techniques.attention_taps import AttentionTaps
-from llm_quest.techniques.value_head import ValueHead, find_value_head, values_from_hidden
+from llm_quest.techniques.value_head import find_value_model
 from llm_quest.train.arguments import TrainingArguments
 from llm_quest.train.loop import train
 from llm_quest.train.optimizers import make_adamw, make_lr_schedule
@@ -77,6 +79,13 @@ class PolicySetup:
     callbacks: list[Callback]
     whole_policy: ContextFactory
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+        model: Any = self.objective.model
+        own = find_value_model(model)
+        return [*model.blocks, *(own.blocks if own is not None else ())]
+
 
 def build_policy_setup(
     config: PolicyConfig,
@@ -100,6 +109,7 @@ def build_policy_setup(
             "normalize_rewards_separately compares samples within a group, which gae does not: leave one out"
         )
     adapted_before = has_adapter(model)
+    own = init_value_model(config, model, tokenizer)
     callbacks = apply_config_techniques(config, model, log)
     initial = make_initial_reference(model, adapted_before=adapted_before) if config.kl_coef else None
     scoring = RewardPipeline(
@@ -116,8 +126,7 @@ def build_policy_setup(
         tap_last_layer(model)
     if config.router_replay and not find_routers(model):
         raise UsageError("router_replay has no effect: this model has no experts; leave it out")
-    if config.has_value_head and find_value_head(model) is None:
-        ValueHead()(model)
+    add_value_estimate(config, model, own)
     objective = policy_objective(config, model)
     whole_policy = partial(parallel.gather_model, objective)
     writer = wrap_sampler(policy_sampler(config, model, tokenizer, parallel))
@@ -195,11 +204,6 @@ def tap_last_layer(model: Decoder) -> None:
         AttentionTaps((-1,))(model)
     except ValueError as error:
         raise UsageError(f"attention cannot be learned on this model: {error}") from None
-
-
-def value_scorer(model: Decoder) -> RowScorer:
-    """The value of each position, before its target is written."""
-    return lambda batch: values_from_hidden(model, batch_hidden_states(model, batch))
 
 
 def routing_scorer(model: Decoder) -> RowScorer:

@@ -71,6 +71,11 @@ class PretrainConfig(TextBatchedConfig):
     data: TextDataConfig = Field(default_factory=TextDataConfig)
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig
+    seed_per_module: bool = Field(
+        default=False,
+        description="each module's first values follow from the seed and its name alone, so that models that differ in "
+        "one part share those of all others",
+    )
     router_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="load-balancing loss of experts (Switch); null: the model's own"
     )
@@ -165,7 +170,10 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
     """The model before the first step: loaded, or built with first values from its own stream of chance."""
     if config.model.load is None:
         length = config.sequence_length
-        return init_model(config.model, settings, text.tokenizer, context=length, seed=config.seed)
+        return init_model(
+            config.model, settings, text.tokenizer, context=length, seed=config.seed,
+            seed_per_module=config.seed_per_module,
+        )  # fmt: skip
     model = load(config.model.load, dtype="float32", aligned=True)
     if model.config.vocab_size < text.tokenizer.vocab_size:
         raise UsageError(

@@ -126,7 +126,7 @@ class Job:
     watchers: Sequence[MetricsCallback] = ()
     lr_schedule: LRSchedule | None = None
     blocks: Sequence[nn.Module] | None = None
-    adamw_parameters: Sequence[str] = ("embed.", "head.")
+    adamw_parameters: Sequence[str] = ("embed.", "head.", "value_head.", "value_model.embed.")
     expected_loss: float | None = None
     prepare: Callable[[], Callable[[Path], None]] = lambda: save_nothing
     before: Callable[[], Mapping[str, float]] = dict

@@ -23,7 +23,7 @@ from llm_quest.data.loader import ShardedLoader, length_grouped_indices
 from llm_quest.data.preference_pairs import PreferenceBatch, PreferenceDataset
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.errors import DataError
-from llm_quest.files import file_sha256, replace_file
+from llm_quest.files import atomic_file, file_sha256
 from llm_quest.layers.initialize import copy_module
 from llm_quest.objectives.preference import sequence_log_probs
 from llm_quest.progress import track
@@ -127,10 +127,8 @@ def load_log_probs(file: Path, key: str) -> np.ndarray | None:
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Whole or not at all."""
-    staged = file.with_name(f".tmp-{file.name}")
-    staged.unlink(missing_ok=True)
-    write_tensors(staged, tensors, metadata)
-    replace_file(staged, file)
+    with atomic_file(file) as stage:
+        write_tensors(stage, tensors, metadata)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -24,7 +24,7 @@ from llm_quest.data.image_datasets import (
 from llm_quest.data.image_folder import load_image_folder
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import UsageError
-from llm_quest.eval.images import ImageAccuracyEvaluator
+from llm_quest.eval.classification import ClassifierEvaluator, image_outputs
 from llm_quest.hub.load_save import find_preprocess, load
 from llm_quest.models import vit
 from llm_quest.models.build import build, preset
@@ -32,6 +32,7 @@ from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import ImageClassificationLoss
 from llm_quest.recipes.assembly import apply_techniques, count_epochs, log_remarks, make_sharded_loader
 from llm_quest.recipes.auto import resolve_auto
+from llm_quest.recipes.class_weights import ClassWeights, make_class_weights
 from llm_quest.recipes.config import Choice, LocalPath, StrictModel, hold_nothing_out
 from llm_quest.recipes.config_schema import BatchedConfig, NonNegativeInt, PositiveInt
 from llm_quest.recipes.dependent_defaults import ALTERNATIVES, require_at_most_one
@@ -88,6 +89,7 @@ class ImageDataConfig(StrictModel):
     held_out: EvalFraction = Field(
         default=0.2, description="the part that is never trained on; 0: none; cifar10 has its own"
     )
+    stratify: bool = Field(default=True, description="hold out the same share of each class; false: of all images")
     validation: LocalPath | None = Field(
         default=None, description="of folder: another such folder to evaluate on, in place of a part of path"
     )
@@ -149,6 +151,7 @@ class VitConfig(VisionConfig):
     data: ImageDataConfig = ImageDataConfig()
     model: VitModelConfig = VitModelConfig()
     batch_size: PositiveInt = Field(default=128, description="images in an optimiser step, over all processes")
+    class_weights: ClassWeights = None
     label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
 
     @model_validator(mode="after")
@@ -190,17 +193,23 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     augmented = AugmentedImages(sides.train, preprocess, ImageAugmentation(**config.data.augment.model_dump()))
     config = count_epochs(config, context.settings, len(sides.train), log)
     loader = make_sharded_loader(config, augmented, parallel)
-    objective = ImageClassificationLoss(init_vit(config, sides.train), label_smoothing=config.label_smoothing)
+    names, counts = sides.train.names, sides.train.label_counts
+    weights = make_class_weights(config.class_weights, names, counts, len(sides.train), log)
+    objective = ImageClassificationLoss(
+        init_vit(config, sides.train), label_smoothing=config.label_smoothing, class_weights=weights
+    )
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
     facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}
     facts["corpus"] |= {"drop_report": drop_report.as_json()} if config.data.source == "folder" else {}
-    facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(sides.train.names)}
+    facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(names)}
+    facts["label_counts"] = dict(zip(names, zip(counts, sides.held_out.label_counts, strict=True), strict=True))
     callbacks = apply_techniques(config.all_techniques, objective.model, log)
+    outputs = image_outputs(sides.held_out, preprocess)
     return Job(
         config,
         objective,
         loader,
-        [ImageAccuracyEvaluator(sides.held_out, preprocess, config.eval_steps)] if len(sides.held_out) else [],
+        [ClassifierEvaluator(outputs, config.eval_steps, names, context.samples_dir)] if len(sides.held_out) else [],
         identity,
         facts,
         preprocessor=preprocess,
@@ -246,12 +255,14 @@ def fsdp_blocks(model: Any) -> list[nn.Module]:
 def load_images(config: ImageDataConfig, preprocess: ImageProcessor, drop_report: DropReport) -> ImageSplits:
     """The source's images, in two sides. drop_report: what of a folder was used."""
     if config.source == "digits":
-        return split_images(load_sklearn_digits(), config.held_out)
+        return split_images(load_sklearn_digits(), config.held_out, stratify=config.stratify)
     assert config.path is not None, "the config asks for a folder with every other source"
     return (
         load_cifar10(config.path)
         if config.source == "cifar10"
-        else load_image_folder(config.path, preprocess, config.held_out, drop_report, config.validation)
+        else load_image_folder(
+            config.path, preprocess, config.held_out, drop_report, config.validation, stratify=config.stratify
+        )
     )
 
 

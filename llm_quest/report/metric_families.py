@@ -51,6 +51,7 @@ FAMILIES = (
         (
             ("eval/accuracy", "held out"), ("rewards/accuracy", "training"), ("accuracy", "training"),
             ("eval/accuracy_same_length", "held out, like lengths"), ("eval/macro_f1", "macro F1, held out"),
+            ("micro_f1", "micro F1, training"), ("eval/micro_f1", "micro F1, held out"),
             ("eval/commonest", "always the commonest"),
         ),
         PERCENT,
@@ -90,7 +91,7 @@ WATCHED: tuple[tuple[str, str, str], ...] = (
     ("frac_reward_zero_std", "groups without spread", "{:.1%}"), ("completions/clipped_ratio", "cut off", "{:.1%}"),
     ("rewards/margin", "training margin", "{:.3f}"), ("rewards/accuracy", "training accuracy", "{:.1%}"),
     ("rewards/chosen", "reward of chosen", "{:.3f}"), ("rewards/rejected", "reward of rejected", "{:.3f}"),
-    ("accuracy", "training accuracy", "{:.1%}"),
+    ("accuracy", "training accuracy", "{:.1%}"), ("micro_f1", "training micro F1", "{:.1%}"),
 )  # fmt: skip
 """(metric, its label, its form): the main numbers besides losses and held-out scores."""
 
@@ -103,6 +104,8 @@ def recipe_of(record: RunRecord) -> str:
 
 def loss_unit(record: RunRecord) -> str:
     """The unit of the main loss."""
+    if record.data.get("problem_type") == "multi_label_classification":
+        return "nats per label"
     return LOSS_UNITS.get(recipe_of(record), f"nats per {record.unit.removesuffix('s')}")
 
 

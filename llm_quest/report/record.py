@@ -8,7 +8,8 @@ part has a report too.
       events.jsonl   time, event, ... a row                 data.json       the text and what was dropped
       plan.json      the predicted cost (cost/plan.py)      summary.json    how it ended, and the baselines
       model.json     the family and its config              evaluation.json  bits per byte with their interval
-      confusion.json  a classifier's held-out texts: labels, and how often each was said for each
+      confusion.json  a classifier's held-out items: labels, and how often each was said for each (matrix), or of
+                     several labels the four cases of each (counts)
       samples/       step-00000200.json: {"step", "samples": [{"prompt", "text"}, ...]}
       checkpoints/   step-00000200/
 """
@@ -28,6 +29,7 @@ from typing import Any
 from llm_quest.errors import DataError
 from llm_quest.files import iter_lines
 
+TableRow = tuple[str, ...]
 MAX_FILE_BYTES = 64 * 2**20
 SECRET_KEY = re.compile(r"TOKEN$|_KEY$|^KEY$|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 REDACTED = "(not shown)"

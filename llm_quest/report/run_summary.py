@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.formatting import format_bytes, format_duration, format_quantity
+from llm_quest.report.classifier_tables import confusion_rows, format_count, label_rows
 from llm_quest.report.metric_families import LOSS_TERMS, WATCHED, loss_unit, main_loss_metric
-from llm_quest.report.record import RunRecord, SampleRow
+from llm_quest.report.record import RunRecord, SampleRow, TableRow
 
 MAX_SAMPLES_SHOWN = 6
 MAX_EVENTS_SHOWN = 200
-TableRow = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -255,26 +255,6 @@ def row_notes(record: RunRecord) -> list[str]:
     """What was noted about the rows."""
     found = record.data.get("notes") or []
     return [str(one) for one in found] if isinstance(found, list) else []
-
-
-def label_rows(record: RunRecord) -> Iterator[TableRow]:
-    """(label, texts to train on, held-out texts) of a classifier."""
-    counts = record.data.get("label_counts") or {}
-    for label, (train, held_out) in counts.items():
-        yield str(label), format_count(train), format_count(held_out)
-
-
-def confusion_rows(record: RunRecord) -> Iterator[TableRow]:
-    """A head of what was said, then a row for each label: how often each was said for it."""
-    labels, matrix = record.confusion.get("labels") or [], record.confusion.get("matrix") or []
-    if labels and len(labels) == len(matrix):
-        yield ("is \\ was called", *map(str, labels))
-        for label, counts in zip(labels, matrix, strict=True):
-            yield (str(label), *map(format_count, counts))
-
-
-def format_count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else ""
 
 
 def plan_rows(record: RunRecord) -> Iterator[TableRow]:

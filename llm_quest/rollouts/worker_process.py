@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from llm_quest.child_process import end_with_parent
 from llm_quest.errors import UsageError
 
 START_TIMEOUT_SECONDS = 60.0
@@ -65,8 +67,9 @@ class WorkerProcess:
         if self._process is None or not self._process.is_alive():
             self.close()
             self._pipe, theirs = self._context.Pipe()
+            is_main_thread = threading.current_thread() is threading.main_thread()
             self._process = self._context.Process(
-                target=serve_requests, args=(theirs, self.setup, self.arguments), daemon=True
+                target=serve_requests, args=(theirs, self.setup, self.arguments, is_main_thread), daemon=True
             )
             self._process.start()
             theirs.close()
@@ -103,8 +106,11 @@ class WorkerProcess:
         self.close()
 
 
-def serve_requests(pipe: Connection, setup: Setup, arguments: tuple[Any, ...]) -> None:
-    """The process's life: set up, then answer until the pipe closes. Ctrl-C is the trainer's to handle."""
+def serve_requests(pipe: Connection, setup: Setup, arguments: tuple[Any, ...], by_signal: bool = True) -> None:
+    """The process's life: set up, then answer until the pipe closes or the parent is gone. Ctrl-C is the trainer's to
+    handle. by_signal: whether the main thread started it (`end_with_parent`)."""
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        end_with_parent(parent.pid, by_signal)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout = sys.stderr
     try:

@@ -12,23 +12,27 @@ are small, and the first loss is near ln N.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
+from llm_quest.data.batch import MULTI_LABEL, SINGLE_LABEL
 from llm_quest.errors import UsageError
 from llm_quest.layers.linear import LMHead
 from llm_quest.techniques.model_spec import record_technique, require_decoder, require_not_applied
 
 Model = TypeVar("Model", bound=Any)
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+PROBLEM_TYPES = get_args(ProblemType)
 
 
 @dataclass(frozen=True)
 class ScoreHead:
     """Replaces the head by one that gives scores. outputs: how many numbers. labels: the names of the classes. std: of
     the initial values. readout: which of a reward model's scores make the reward (`objectives.readouts.READOUTS`).
-    step_token_ids: what ends a step, for a process reward model."""
+    step_token_ids: what ends a step, for a process reward model. problem_type: transformers' name of what the scores
+    of several labels mean."""
 
     outputs: int = 1
     labels: tuple[str, ...] = ()
@@ -36,8 +40,14 @@ class ScoreHead:
     seed: int = 0
     readout: str = "last_token"
     step_token_ids: tuple[int, ...] = ()
+    problem_type: ProblemType = SINGLE_LABEL
     is_identity_at_init: ClassVar[bool] = False
     exportable: ClassVar[bool] = False
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each label has a probability of its own."""
+        return self.problem_type == MULTI_LABEL
 
     def __call__(self, model: Model) -> Model:
         require_decoder(model, self)

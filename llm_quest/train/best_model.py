@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llm_quest.errors import UsageError
@@ -28,11 +28,12 @@ def is_greater_better(name: str) -> bool:
 @dataclass(frozen=True)
 class BestModel:
     """metric: the name, empty for none. greater_is_better: None asks the name. patience: measurements without a better
-    value after which the run ends; None: it never does."""
+    value after which the run ends; None: it never does. known: the metrics that the run has measured so far."""
 
     metric: str
     greater_is_better: bool | None = None
     patience: int | None = None
+    known: set[str] = field(default_factory=set, compare=False)
 
     def update(self, progress: Progress, measured: Mapping[str, Any]) -> bool:
         """Note the value that was measured at this step; whether it is the best so far. A value that is not finite is
@@ -61,12 +62,13 @@ class BestModel:
             and progress.measurements_since_best >= self.patience
         )
 
-    def require_measured(self, measured: Mapping[str, Any]) -> None:
-        """UsageError for a metric that a run does not measure. measured: all that it does."""
-        if self.metric not in measured:
-            raise UsageError(
-                f"metric_for_best_model {self.metric} is not measured in this run; measured are {', '.join(measured)}"
-            )
+    def require_measured(self) -> None:
+        """UsageError for a metric that the run does not measure, once every evaluator has measured.
+
+        Commonly got wrong: the first evaluator taken for all of them, where each has an interval of its own."""
+        if self.metric not in self.known:
+            named = ", ".join(sorted(self.known))
+            raise UsageError(f"metric_for_best_model {self.metric} is not measured in this run; measured are {named}")
 
     def describe(self, progress: Progress) -> str:
         """Why the run has ended."""

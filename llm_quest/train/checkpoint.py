@@ -189,7 +189,8 @@ def prune_checkpoints(root: Path, keep_last: int, keep_every: int = 0, best_step
         step = checkpoint_step(folder)
         if not (keep_every and step % keep_every == 0) and step not in best_steps:
             trash = folder.with_name(f".trash-{folder.name}")
-            os.rename(folder, trash)
+            with contextlib.suppress(OSError):  # one too many is no reason to end a run
+                os.rename(folder, trash)
             shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -45,15 +45,15 @@ class GradientReducer:
         hooks = [p.register_post_accumulate_grad_hook(self._mark_ready) for bucket in self.buckets for p in bucket]
         try:
             yield
+            while len(self.sent) < len(self.buckets):
+                self._send_next()
+            for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
+                work.wait()
+                unpack_gradients(bucket, flat)
         finally:
+            self.sent = []  # what is held here keeps the connections open
             for hook in hooks:
                 hook.remove()
-        while len(self.sent) < len(self.buckets):
-            self._send_next()
-        for bucket, (flat, work) in zip(self.buckets, self.sent, strict=True):
-            work.wait()
-            unpack_gradients(bucket, flat)
-        self.sent = []
 
     def _mark_ready(self, p: Tensor) -> None:
         self.missing[self.bucket_of[id(p)]].discard(id(p))

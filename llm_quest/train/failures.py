@@ -6,6 +6,11 @@
 The store is the key-value store on which the processes met (a TCP server in torchrun's agent or in process 0); reading
 it needs no other process. The first failure stands, those that it causes elsewhere are not shown.
 
+A long step is given up by all together. A process that was told to stop and has lost patience writes so into the
+store; each process that has not yet contributed to the step's sums leaves the process group, which wakes those that
+wait for it in a collective; nobody can have completed the step. What a checkpoint holds of every process (its random
+states) then goes through the store.
+
 Commonly got wrong: a process that waits in a collective cannot be woken by another one that has failed. gloo notices
 when the failed process is gone, and reports a lost connection as if that were the fault; NCCL waits for its time limit.
 And long work of one process (reading and splitting a corpus) inside the others' collective reaches that limit."""
@@ -17,18 +22,25 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
 
-from llm_quest.errors import PeerFailure, QuestError, exit_code_of
+from llm_quest.errors import PeerFailure, QuestError, ResourceError, exit_code_of
+from llm_quest.train.signals import write_stderr
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
 ACKNOWLEDGE_SECONDS = 5.0
 """How long a failed main process waits for the others to end with its exit code, before torchrun stops them."""
+STORE_SECONDS = 8.0
+"""How long a process may go on when the store is gone."""
+KILLED = (
+    "another process of the run ended without a message (killed, perhaps for memory); resume the run with the same "
+    "command"
+)
 LEADER_SECONDS = 20.0
 """How long the main process has to write what it was writing when another one failed."""
 
@@ -42,8 +54,13 @@ class ProcessStore:
 
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
-        self.failure_key, self.seen_key = (f"llm_quest/{name}/{next(_numbers)}" for name in ("failure", "seen"))
+        names = ("failure", "seen", "stop", "left")
+        self.failure_key, self.seen_key, self.stop_key, self.left_key = (
+            f"llm_quest/{n}/{next(_numbers)}" for n in names
+        )
         self.store: Any = dist.distributed_c10d._get_default_store()
+        self.on_stop: Callable[[int], None] | None = None
+        self.has_left, self.num_gathered = False, 0
 
     def report_failure(self, error: BaseException) -> PeerFailure | None:
         """Make an error known, as the first one; or return the failure that was there before."""
@@ -69,6 +86,41 @@ class ProcessStore:
                 raise failure
             time.sleep(POLL_SECONDS)
 
+    def announce_stop(self, signal_number: int) -> None:
+        """Have every process give up its step: `on_stop` is called there."""
+        with suppress(dist.DistError):
+            self.store.set(self.stop_key, str(signal_number))
+
+    def announced_stop(self) -> int:
+        """The signal for which the processes give up; 0: none does."""
+        return int(self.store.get(self.stop_key)) if self.store.check([self.stop_key]) else 0
+
+    def leave_group(self) -> None:
+        """Leave the process group for good, which wakes those that wait in a collective: they find `is_abandoned`."""
+        if not self.has_left:
+            self.has_left = True
+            self.store.set(self.left_key, "left")
+            dist.destroy_process_group()
+
+    def is_abandoned(self) -> bool:
+        """Whether a process has left the group because it was told to stop."""
+        with suppress(dist.DistError):
+            return self.has_left or bool(self.store.check([self.left_key]))
+        return False
+
+    def gather(self, thing: Any) -> list[Any]:
+        """The JSON values of all processes, without the process group; in the main process alone. PeerFailure for one
+        that does not answer."""
+        keys = [f"{self.left_key}/{self.num_gathered}/{rank}" for rank in range(self.world_size)]
+        self.num_gathered += 1
+        self.store.set(keys[self.rank], json.dumps(thing))
+        give_up = time.monotonic() + LEADER_SECONDS
+        while self.rank == 0 and not self.store.check(keys):
+            if time.monotonic() > give_up:
+                raise PeerFailure("a process of the run does not stop; its last checkpoint stands, resume from it", 5)
+            time.sleep(POLL_SECONDS)
+        return [json.loads(self.store.get(key)) if self.rank == 0 else thing for key in keys]
+
     def acknowledge(self) -> None:
         """This process has ended its part, or is about to. (The main process waits for the others.)"""
         if self.rank != 0:
@@ -84,6 +136,8 @@ class ProcessStore:
         """End this process with the exit code of the first failure elsewhere, wherever its main thread is; the main
         process's own thread may first notice by itself and close its files."""
         while not stopped.wait(WATCH_SECONDS):
+            if self.on_stop is not None and (signal_number := self.announced_stop()):
+                self.on_stop(signal_number)
             failure = self.first_failure()
             if failure is not None:
                 if self.rank == 0 and stopped.wait(LEADER_SECONDS):
@@ -97,7 +151,7 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
     """Inside, an error of one process ends all of them. It leaves the block as it is where it came first, and as
     PeerFailure (which is not shown again) elsewhere."""
     stopped = threading.Event()
-    watcher = threading.Thread(target=run_quietly, args=(store, stopped), daemon=True, name="failures")
+    watcher = threading.Thread(target=run_watcher, args=(store, stopped), daemon=True, name="failures")
     watcher.start()
     try:
         yield
@@ -118,10 +172,15 @@ def share_failures(store: ProcessStore) -> Iterator[None]:
         watcher.join(timeout=2 * WATCH_SECONDS)
 
 
-def run_quietly(store: ProcessStore, stopped: threading.Event) -> None:
-    """The watcher's thread: a store that is gone (its process ended well) is no failure."""
+def run_watcher(store: ProcessStore, stopped: threading.Event) -> None:
+    """The watcher's thread. A store that is gone is no failure where this process is about to end too; otherwise the
+    process that held it, torchrun's agent or the main process, was killed, and this one ends."""
     with suppress(dist.DistError):
         store.watch(stopped)
+        return
+    if not stopped.wait(STORE_SECONDS):
+        write_stderr(f"quest: {KILLED}\n")
+        os._exit(ResourceError.exit_code)
 
 
 def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | None:
@@ -138,7 +197,7 @@ def resolve_failure(store: ProcessStore, error: BaseException) -> PeerFailure | 
             store.wait_for_acknowledgements()
         return failure
     except dist.DistError:  # the process that held the store is gone
-        return PeerFailure("another process of the run ended without a message", 5, shown=False)
+        return PeerFailure(KILLED, ResourceError.exit_code, shown=False)
 
 
 def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
@@ -148,12 +207,7 @@ def wait_for_failure(store: ProcessStore, seconds: float = 2.0) -> PeerFailure:
         if (failure := store.first_failure()) is not None:
             return failure
         time.sleep(POLL_SECONDS)
-    lost = PeerFailure(
-        "another process of the run ended without a message (killed, perhaps for memory); resume the run with the "
-        "same command",
-        5,
-        shown=False,
-    )
+    lost = PeerFailure(KILLED, ResourceError.exit_code, shown=False)
     return store.report_failure(lost) or lost
 
 

@@ -1,5 +1,6 @@
-"""Guards against numbers that are not finite: the update is skipped, counted and logged; too many in a row stop the
-run, and the error names the module.
+"""Guards against numbers that are not finite. A loss or a gradient: the update is skipped, counted and logged with the
+module where it began; too many in a row stop the run. A weight, or the optimizer's state: the run stops in that step,
+and no checkpoint ever holds it.
 
 The loop reads one small tensor per step; everything here is decided from those few numbers on the host."""
 
@@ -14,10 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from llm_quest.contracts import Loss
 from llm_quest.errors import UsageError
 from llm_quest.train.parallel import local_tensor
+from llm_quest.train.step import autocast
+
+MAX_PLAUSIBLE_WEIGHT = 1e12
+"""No trained weight is so large; its square is still a float32."""
+NO_CULPRIT = "no module, this time"
 
 
 @dataclass
@@ -68,28 +75,54 @@ def initial_loss_warning(loss: float, expected: float) -> str:
     return f"the first loss is {loss:.3f}, expected about {expected:.3f}: look at the initialisation and at the targets"
 
 
-def find_nonfinite_parameter(model: nn.Module) -> str:
-    """The first parameter that is not finite; empty if all are."""
+def find_bad_parameter(model: nn.Module) -> str:
+    """The first parameter that is not finite, or holds a weight beyond MAX_PLAUSIBLE_WEIGHT; empty if all are right."""
     named = list(model.named_parameters())
-    fine = torch.stack([torch.isfinite(local_tensor(p.detach())).all() for _, p in named]).tolist() if named else []
-    return next((f"parameter {name}" for (name, _), good in zip(named, fine, strict=True) if not good), "")
+    largest = torch.stack([_largest(p) for _, p in named]).tolist() if named else []
+    for (name, _), value in zip(named, largest, strict=True):
+        if not value <= MAX_PLAUSIBLE_WEIGHT:
+            return f"parameter {name} {f'holds {value:.3g}' if math.isfinite(value) else 'is not finite'}"
+    return ""
+
+
+def find_bad_optimizer_state(model: nn.Module, optimizer: Optimizer) -> str:
+    """The first state of an optimizer that is not finite; empty if all are."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and not torch.isfinite(local_tensor(value)).all():
+                return f"the optimizer's {key} of {name} is not finite"
+    return ""
+
+
+def _largest(parameter: Tensor) -> Tensor:
+    """The largest absolute value of this process's part; NaN where there is one."""
+    tensor = local_tensor(parameter.detach())
+    if not tensor.numel():
+        return torch.zeros((), device=tensor.device)
+    least, most = torch.aminmax(tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor)
+    return torch.maximum(most.float(), -least.float())
+
+
+def suggest_remedies(learning_rate: float, precision: str, max_grad_norm: float | None) -> str:
+    """What to change in a run whose numbers went wrong."""
+    clipping = "set max_grad_norm=1.0, " if max_grad_norm is None else ""
+    exact = "set precision=fp32, " if precision != "fp32" else ""
+    return f"Lower learning_rate (now {learning_rate:.1e}), {clipping}{exact}or look at the data of this step"
 
 
 def find_first_nonfinite(objective: nn.Module, batches: Sequence[Any], forward: Callable[[Any], Loss]) -> str:
     """Run a step again with hooks and name where the first number that is not finite appears: a parameter, a
     module's output, or the gradient that passes through a module. Empty if all is finite this time. Leaves gradients
-    behind."""
-    if found := find_nonfinite_parameter(objective):
+    behind. Every batch is run, because the processes of FSDP2 communicate in each."""
+    if found := find_bad_parameter(objective):
         return found
-    for batch in batches:
-        with warnings.catch_warnings(), _record_nonfinite(objective) as seen:
-            warnings.filterwarnings("ignore", "Full backward hook is firing")
+    with warnings.catch_warnings(), _record_nonfinite(objective) as seen:
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        for batch in batches:
             forward(batch).total.backward()
-        if seen:
-            return seen[0]
     named = reversed(list(objective.named_parameters()))
     broken = (name for name, p in named if p.grad is not None and not _all_finite(p.grad))
-    return next((f"gradient of {name}" for name in broken), "")
+    return next(iter(seen), "") or next((f"gradient of {name}" for name in broken), "")
 
 
 @contextmanager
@@ -148,3 +181,21 @@ def require_fp32_parameters(model: nn.Module) -> list[nn.Parameter]:
             "would be rounded away; load the model as float32 and set precision=bf16"
         )
     return list(learned.values())
+
+
+def find_culprit(objective: nn.Module, batches: Sequence[Any], precision: str, device: torch.device) -> str:
+    """Where the first number of a step that is not finite appears, in words."""
+    objective.zero_grad(set_to_none=True)
+    try:
+        with autocast(precision, device):
+            found = find_first_nonfinite(objective, [batch.to(device) for batch in batches], objective.forward)
+    except RuntimeError as error:
+        return f"unknown: running the step again failed ({error})"
+    return found or NO_CULPRIT
+
+
+def describe_good_checkpoint(checkpoint_path: str) -> str:
+    """Where a run that was stopped can go on from."""
+    if not checkpoint_path:
+        return "No checkpoint was saved before, so the run starts again (save_steps, save_minutes)"
+    return f"The last good checkpoint is {checkpoint_path}; the same command goes on from it"

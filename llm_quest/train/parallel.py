@@ -29,6 +29,7 @@ from llm_quest.errors import MissingError, UsageError
 from llm_quest.tensor_files import align
 from llm_quest.train.data_parallel import DataParallel
 from llm_quest.train.failures import ProcessStore, share_failures
+from llm_quest.train.signals import SignalHandler
 
 PARALLEL_STRATEGIES = ("ddp", "fsdp")
 
@@ -175,6 +176,20 @@ class DistributedContext:
             self.store.wait_for_main_process(self.is_main_process)
 
     @contextmanager
+    def handle_signals(self, echo_seconds: float) -> Iterator[SignalHandler]:
+        """Inside, signals stop the run, in all processes together. echo_seconds: of SignalHandler, with several."""
+        if self.store is None:
+            with SignalHandler() as signals:
+                yield signals
+            return
+        with SignalHandler(echo_seconds if self.world_size > 1 else 0.0, self.store.announce_stop) as signals:
+            self.store.on_stop = signals.stop_with_peer
+            try:
+                yield signals
+            finally:
+                self.store.on_stop = None
+
+    @contextmanager
     def share_failures(self) -> Iterator[None]:
         """Inside, an error of one process ends all of them, with its exit code."""
         if self.store is None:
@@ -188,8 +203,34 @@ class DistributedContext:
         if self.strategy == "single":
             return [thing]
         things: list[Any] = [None] * self.world_size
-        dist.all_gather_object(things, thing)
-        return things
+        if not self.is_abandoned():
+            try:
+                dist.all_gather_object(things, thing)
+                return things
+            except RuntimeError:
+                if not self.is_abandoned():
+                    raise
+        assert self.store is not None
+        self.store.leave_group()
+        return self.store.gather(thing)
+
+    @property
+    def can_abandon(self) -> bool:
+        """Whether a step can be given up: every process holds the whole state, but for its random states."""
+        return self.strategy != "fsdp" and (self.world_size == 1 or self.store is not None)
+
+    def is_abandoned(self) -> bool:
+        """Whether a process has given up the step, or the evaluation, that all are in."""
+        return self.store is not None and self.store.is_abandoned()
+
+    def abandon(self) -> None:
+        """Give up the step, or the evaluation: no process can complete it. From here on there are no collectives."""
+        if self.store is not None:
+            self.store.leave_group()
+
+    def first_found(self, found: str) -> str:
+        """The text of the first process that has one; empty if none has."""
+        return next((one for one in self.all_gather(found) if one), "")
 
     def destroy_process_group(self) -> None:
         """Leave the process group, if this context made it."""

@@ -20,7 +20,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm_quest.errors import BusyError, DataError, ResourceError, UsageError
-from llm_quest.files import atomic_write_text, fsync_path, iter_lines
+from llm_quest.files import (
+    append_lines,
+    atomic_write_text,
+    fsync_path,
+    iter_lines,
+    name_file_errors,
+    remove_partial_line,
+)
 from llm_quest.manifest import describe_changes, find_fault, read_manifest
 from llm_quest.progress import utc_now
 from llm_quest.train import checkpoint as files
@@ -77,6 +84,9 @@ class RunDir:
             ) from error
         self._take_lock()
         try:
+            note = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
+            with name_file_errors(self.folder / "run.lock"):
+                (self.folder / "run.lock").write_text(json.dumps(note) + "\n")
             if self.resume == "never" and files.list_checkpoints(self.checkpoints):
                 raise BusyError(f"{self.folder} holds a run already: resume it, or choose another folder")
             for name in ("metrics.jsonl", "events.jsonl"):
@@ -85,6 +95,7 @@ class RunDir:
             (self.checkpoints / files.BEST_FILE).unlink(missing_ok=True)
             for stray in self.folder.glob(".tmp-*"):  # of an atomic write that was killed
                 stray.unlink(missing_ok=True)
+            remove_partial_line(self.folder / "events.jsonl")
             atomic_write_text(self.folder / "config.yaml", self.config)
             atomic_write_text(self.folder / "env.json", json.dumps(self.env, indent=1) + "\n")
         except BaseException as error:
@@ -102,8 +113,6 @@ class RunDir:
             raise BusyError(
                 f"{self.folder} is in use by {lock_owner(path)}; wait for it, or choose another folder"
             ) from None
-        note = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
-        path.write_text(json.dumps(note) + "\n")
 
     def resolve_checkpoint(self) -> Path | None:
         """The checkpoint to continue from (None: start from the beginning). Later rows of metrics are removed, later
@@ -173,8 +182,7 @@ class RunDir:
 
     def _append_line(self, name: str, line: Mapping[str, Any]) -> None:
         try:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_lines(self.folder / name, [json.dumps(line)])
         except OSError as error:
             self._require_present()
             if not files.is_disk_full(error):

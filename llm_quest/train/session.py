@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -27,11 +27,16 @@ from llm_quest.train.checkpoint import (
     load_checkpoint,
 )
 from llm_quest.train.guards import (
+    MAX_PLAUSIBLE_WEIGHT,
+    NO_CULPRIT,
     NonFiniteGuard,
-    find_first_nonfinite,
-    find_nonfinite_parameter,
+    describe_good_checkpoint,
+    find_bad_optimizer_state,
+    find_bad_parameter,
+    find_culprit,
     initial_loss_warning,
     require_fp32_parameters,
+    suggest_remedies,
 )
 from llm_quest.train.optimizers import LRSchedule
 from llm_quest.train.parallel import DistributedContext
@@ -82,6 +87,7 @@ class TrainSession:
         self.checkpoint_path, self.checkpoint_step, self.save_requested = "", -1, False
         self.eval_metrics: dict[str, Any] = {}
         self.callback_metrics: dict[str, Any] = {}
+        self.evaluators_run: set[int] = set()  # those that have measured, by their id
 
     @property
     def progress(self) -> Progress:
@@ -131,12 +137,8 @@ class TrainSession:
                 self.log_event("changed", message=note)
             return
         self.state.rng.seed()
-        if bad := next(
-            (found for found in self.parallel.all_gather(find_nonfinite_parameter(self.model)) if found), ""
-        ):
-            raise GuardStop(
-                f"{bad} is not finite before the first step: look at the initialisation or at the loaded weights"
-            )
+        if bad := self.parallel.first_found(find_bad_parameter(self.model)):
+            raise GuardStop(f"{bad} before the first step: look at the initialisation or at the loaded weights")
         self.log_event("started", steps=self.args.steps)
 
     def forward_backward(self, signal_handler: SignalHandler) -> step.StepStats | None:
@@ -146,19 +148,27 @@ class TrainSession:
         try:
             return self._forward_backward(signal_handler)
         except StepInterrupted:
-            self._abandon_step(signal_handler.stop_signal, before)
-            return None
+            pass
+        except Exception as error:
+            if not (isinstance(error, RuntimeError) and self.parallel.is_abandoned()):
+                self._stop_if_weights_are_bad(error)
+                raise
+        self._abandon_step(signal_handler, before)
+        return None
 
     def _forward_backward(self, signal_handler: SignalHandler) -> step.StepStats:
         self.step_start = time.perf_counter()
-        with signal_handler.interruptible(allowed=self.parallel.world_size == 1):
+        if self.parallel.is_abandoned():
+            raise StepInterrupted
+        with signal_handler.interruptible(allowed=self.parallel.can_abandon):
             with phase("reading the batch"):
                 self.micro_batches = list(self.dataloader.batches(self.progress.step))
             self.parallel.require_equal_schedules(len(self.micro_batches), self.progress.step)
             try:
                 sums, tokens = step.accumulate_gradients(
-                    self.engine, self.micro_batches, self.parallel, self.args.precision
-                )
+                    self.engine, self.micro_batches, self.parallel, self.args.precision,
+                    signal_handler.commit if self.parallel.world_size > 1 else lambda: None,
+                )  # fmt: skip
             except RuntimeError as error:
                 step.raise_if_out_of_memory(error, self.progress.step)
                 raise
@@ -174,25 +184,33 @@ class TrainSession:
         late = limit is not None and now - self.start_time >= limit
         return (*(signal_handler.stop_signal == number for number in STOP_SIGNALS), save, late)
 
-    def _abandon_step(self, signal_number: int, before: GeneratorStates) -> None:
+    def _abandon(self, signal_handler: SignalHandler) -> None:
+        """Stop, in the state that all processes have in common."""
+        self.parallel.abandon()
+        announced = self.parallel.store.announced_stop() if self.parallel.store is not None else 0
+        self.status, self.signal_number = "interrupted", signal_handler.stop_signal or announced
+
+    def _abandon_step(self, signal_handler: SignalHandler, before: GeneratorStates) -> None:
         """Stop in the state before the step that is under way, and save it."""
+        self._abandon(signal_handler)
         if isinstance(self.dataloader, RewindableLoader):
             self.dataloader.rewind()
         self.optimizer.zero_grad(set_to_none=True)
         before.restore()
-        self.status, self.signal_number = "interrupted", signal_number
         self.log_event("abandoned", step=self.progress.step + 1, message="given up; the resumed run does it again")
         self.save()
 
     def optimizer_step(self, stats: step.StepStats, callbacks: Sequence[Callback]) -> None:
         """Divide, clip and update; or skip the update and log why."""
         self.state.set_learning_rate()
+        if not stats.parameter_norm <= MAX_PLAUSIBLE_WEIGHT:
+            self._stop_run(self.parallel.first_found(find_bad_parameter(self.model)) or "the weights are not finite")
         refused = self.guard.refusal_reason(stats.loss, stats.grad_norm, stats.count)
         if not refused:
             step.scale_gradients_(self.trainable_parameters, stats, self.args.max_grad_norm)
             self.optimizer.step()
-        elif self.guard.stop_reason:
-            self._stop_on_nonfinite(refused)
+        elif self.guard.stop_reason or self.guard.nonfinite_streak == 1:
+            refused = self._locate_nonfinite(refused)
         self.progress.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         self.callback_metrics = {}
@@ -234,10 +252,16 @@ class TrainSession:
         if not due or self.status == "interrupted":
             return
         try:
-            with signal_handler.interruptible(allowed=self.parallel.world_size == 1 and not final):
+            with signal_handler.interruptible(allowed=self.parallel.can_abandon and not final):
                 self.eval_metrics = self.measure(due)
+                self.evaluators_run |= set(map(id, due))
+                return
         except StepInterrupted:
-            self.status, self.signal_number = "interrupted", signal_handler.stop_signal
+            pass
+        except RuntimeError:
+            if not self.parallel.is_abandoned():
+                raise
+        self._abandon(signal_handler)
 
     def measure(self, evaluators: Sequence[Evaluator]) -> dict[str, Any]:
         """The numbers of these evaluators, name/metric -> value."""
@@ -245,8 +269,12 @@ class TrainSession:
         with evaluation_mode(self.model), step.autocast(self.args.precision, self.parallel.device):
             for evaluator in evaluators:
                 shown = PHASE_NAMES.get(evaluator.name, evaluator.name)
-                with phase(shown), self.parallel.unshard_model(self.objective):
-                    found = evaluator.evaluate(self.model, self.progress.step)
+                try:
+                    with phase(shown), self.parallel.unshard_model(self.objective):
+                        found = evaluator.evaluate(self.model, self.progress.step)
+                except Exception as error:
+                    self._stop_if_weights_are_bad(error)
+                    raise
                 metrics |= {f"{evaluator.name}/{name}": value for name, value in found.items()}
         return metrics
 
@@ -296,6 +324,9 @@ class TrainSession:
         due = self.is_finished or self.save_requested or self.improved or (every > 0 and progress.step % every == 0)
         self._collect_saved(wait=due)
         if due and self.run_dir is not None and progress.step != self.checkpoint_step:
+            bad = find_bad_parameter(self.model) or find_bad_optimizer_state(self.model, self.optimizer)
+            if bad := self.parallel.first_found(bad):
+                self._stop_run(f"{bad} after the update of step {progress.step}")
             checkpoint = Checkpoint(progress.step, self.state.state_dict(), self.run_dir.identity)
             self.checkpoint_step, self.last_save_time = progress.step, time.monotonic()
             keep = (self.args.keep_last, self.args.keep_every, progress.best_step)
@@ -317,40 +348,40 @@ class TrainSession:
             self.checkpoint_path = str(folder)
             self.log_event("saved", checkpoint=self.checkpoint_path, step=checkpoint_step(folder))
 
-    def _stop_on_nonfinite(self, refused: str) -> None:
-        """Find the first bad module by running the step again, write crash.json, raise GuardStop."""
-        culprit = next(
-            (found for found in self.parallel.all_gather(self._find_culprit()) if found), "no module, this time"
-        )
-        report = {
-            "step": self.progress.step + 1,
-            "reason": self.guard.stop_reason,
-            "last": refused,
-            "first_bad": culprit,
-        }
-        report |= {
-            "loader": self.dataloader.state_dict(),
-            "guard": asdict(self.guard),
-            "last_row": self.progress.latest_metrics,
-        }
+    def _stop_if_weights_are_bad(self, error: Exception) -> None:
+        """Raise GuardStop in place of an error in a step or an evaluation whose cause is a weight."""
+        if bad := "" if isinstance(error, GuardStop) else find_bad_parameter(self.model):
+            self._stop_run(f"{bad} ({str(error).partition(chr(10))[0]})")
+
+    def _locate_nonfinite(self, refused: str) -> str:
+        """Find the first bad module by running the step again: why the step is skipped. Stops the run where skipping
+        cannot help, or has been done too often."""
+        if not self.guard.nonfinite_streak:
+            self._stop_run(self.guard.stop_reason, refused)
+        before = capture_generators()
+        found = find_culprit(self.objective, self.micro_batches, self.args.precision, self.parallel.device)
+        before.restore()
+        found = self.parallel.first_found(found if found != NO_CULPRIT else "") or found
+        if found.startswith("parameter "):
+            self._stop_run(found)
+        found = f"the first number that is not finite is in: {found}"
+        if self.guard.stop_reason:
+            self._stop_run(f"{self.guard.stop_reason}, {found}", refused)
+        return f"{refused}; {found}"
+
+    def _stop_run(self, reason: str, last: str = "") -> NoReturn:
+        """Write crash.json, and raise GuardStop with the place, the last good checkpoint and the remedies."""
+        self._collect_saved(wait=True)
+        number, args = self.progress.step + 1, self.args
+        report = {"step": number, "reason": reason, "last": last, "checkpoint": self.checkpoint_path}
+        report |= {"loader": self.dataloader.state_dict(), "guard": asdict(self.guard)}
+        report |= {"last_row": self.progress.latest_metrics}
         where = f" ({self.run_dir.write_crash_report(report)})" if self.run_dir is not None else ""
         self.log_event("stopped_by_guard", **report)
         raise GuardStop(
-            f"stopped at step {self.progress.step + 1}: {self.guard.stop_reason}. The first number that is not finite "
-            f"is in: {culprit}{where}. Lower the learning rate, look at the data of this step, or resume from an "
-            "earlier checkpoint"
+            f"stopped at step {number}: {reason}{where}.\n{describe_good_checkpoint(self.checkpoint_path)}.\n"
+            + suggest_remedies(self.optimizer.param_groups[0]["lr"], args.precision, args.max_grad_norm)
         )
-
-    def _find_culprit(self) -> str:
-        if not self.guard.nonfinite_streak:
-            return "none: the data has no targets"
-        self.optimizer.zero_grad(set_to_none=True)
-        batches = [batch.to(self.parallel.device) for batch in self.micro_batches]
-        try:
-            with step.autocast(self.args.precision, self.parallel.device):
-                return find_first_nonfinite(self.objective, batches, self.objective.forward)
-        except RuntimeError as error:
-            return f"unknown: running the step again failed ({error})"
 
     def log_event(self, name: str, **fields: Any) -> None:
         """Log an event to the logger and to the run folder."""

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from llm_quest.errors import DataError, ResourceError
+from llm_quest.files import exchange_names
 from llm_quest.manifest import file_entry, find_fault
 from llm_quest.train import checkpoint as files
 from llm_quest.train.checkpoint import SHARDS_DIR, TENSOR_FILES, Checkpoint, load_checkpoint
@@ -147,8 +148,7 @@ def consolidate_checkpoint(folder: Path) -> bool:
             files.write_tensors(staged / file, shards.read(name))
             entries[file] = file_entry(staged / file)
         files.write_state(staged, read, entries)
-        aside = files.rename_aside(folder, "sharded")
-        staged.rename(folder)
+        exchange_names(staged, folder)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
         if not files.is_disk_full(error):
@@ -157,5 +157,5 @@ def consolidate_checkpoint(folder: Path) -> bool:
             f"the disk is full: {folder} keeps its shards; make room and run the command again"
         ) from error
     files.fsync_path(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(staged, ignore_errors=True)
     return True

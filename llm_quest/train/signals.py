@@ -3,8 +3,11 @@ saves one and goes on.
 
 A handler only sets a flag; the loop reads it between two steps. A step or an evaluation that goes on for
 PATIENCE_SECONDS more (a long rollout) is given up, and the state before it is saved: a resumed run does it again, with
-the same bits. A second signal ends the process at once: the checkpoints are safe, because one that is incomplete does
-not have its name yet."""
+the same bits. Of several processes all give it up together (`train/failures.py`). A second signal ends the process at
+once: the checkpoints are safe, because one that is incomplete does not have its name yet.
+
+Commonly got wrong: Python runs a handler only when the main thread is back in Python. One that waits in a collective
+or in a long product hears nothing; so signals are also read from a wakeup socket, by a thread."""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ import _thread
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,38 +45,55 @@ class SignalHandler:
 
     echo_seconds: seconds after the first signal during which a second one is taken for its echo (torchrun passes
     Ctrl-C on, so that a worker receives it twice). Outside the main thread nothing is installed: Python allows it
-    nowhere else. A signal that is ignored (SIGHUP under nohup) stays ignored."""
+    nowhere else. A signal that is ignored (SIGHUP under nohup) stays ignored. announce: called with the signal when
+    this process gives up, from another thread."""
 
-    def __init__(self, echo_seconds: float = 0.0):
-        self.echo_seconds = echo_seconds
+    def __init__(self, echo_seconds: float = 0.0, announce: Callable[[int], None] = lambda number: None):
+        self.echo_seconds, self.announce = echo_seconds, announce
         self.stop_signal = 0
         self.save_requested = False
         self._first_signal_time = 0.0
         self._previous_handlers: dict[int, Any] = {}
         self._timer: threading.Timer | None = None
-        self._interruptible = self._out_of_patience = False
+        self._interruptible = self._out_of_patience = self._has_given_up = False
+        self._num_simulated = 0
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
             heeded = [n for n in (*STOP_SIGNALS, *SAVE_SIGNALS) if signal.getsignal(n) is not signal.SIG_IGN]
             self._previous_handlers = {number: signal.signal(number, self._handle) for number in heeded}
+            reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._read_signals, args=(reader,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._interruptible = False
+        if self._previous_handlers:
+            signal.set_wakeup_fd(self._previous_wakeup)
+            self._writer.close()
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+        self._previous_handlers = {}
 
     @contextlib.contextmanager
     def interruptible(self, *, allowed: bool = True) -> Iterator[None]:
-        """Work that may be given up: nothing that is saved has changed until it ends. allowed=False: never given up
-        (one of several processes would leave the others waiting)."""
+        """Work that may be given up: nothing that is saved has changed until it ends, or until `commit`. allowed=False:
+        never given up (the last evaluation, and processes that each hold a part of the model)."""
         self._interruptible = allowed
         try:
+            if allowed and self._has_given_up:
+                raise StepInterrupted
             yield
         finally:
             self._interruptible = False
-            if self._timer is not None:
-                self._timer.cancel()
+
+    def commit(self) -> None:
+        """From here on this process does not give up by itself: others may complete the step with what it sends."""
+        self._interruptible = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._out_of_patience:
@@ -82,19 +103,43 @@ class SignalHandler:
         elif number not in STOP_SIGNALS:
             self.save_requested = True
         elif not self.stop_signal:
-            self.stop_signal, self._first_signal_time = number, time.monotonic()
+            self.stop_signal = number
             write_stderr(f"\n{signal.Signals(number).name}: this step is finished and saved; once more ends at once\n")
-            if self._interruptible:
-                self._timer = threading.Timer(PATIENCE_SECONDS, self._give_up)
-                self._timer.daemon = True
-                self._timer.start()
+
+    def _read_signals(self, reader: socket.socket) -> None:
+        """The thread that hears signals at once: starts the patience at the first, ends the process at the second."""
+        with reader:
+            while received := reader.recv(64):
+                for number in received:
+                    if number in STOP_SIGNALS and number in self._previous_handlers:
+                        self._note_signal(number)
+
+    def _note_signal(self, number: int) -> None:
+        if self._num_simulated:
+            self._num_simulated -= 1
+        elif not self._first_signal_time:
+            self._first_signal_time = time.monotonic()
+            self._timer = threading.Timer(PATIENCE_SECONDS, self._give_up, (number,))
+            self._timer.daemon = True
+            self._timer.start()
         elif time.monotonic() - self._first_signal_time >= self.echo_seconds:
             os._exit(128 + number)
 
-    def _give_up(self) -> None:
-        """In the timer's thread: have the main thread run the handler once more."""
-        self._out_of_patience = True
-        _thread.interrupt_main(signal.SIGINT)
+    def stop_with_peer(self, number: int) -> None:
+        """Another process of the run was told to stop and gives up its step: so does this one, from whatever thread."""
+        if not self._has_given_up:
+            self._give_up(number)
+
+    def _give_up(self, number: int) -> None:
+        """In another thread: have the main thread run the handler once more. (Of a signal that is heeded: one that is
+        ignored, as SIGINT is behind `&` in a script, would wake nobody.)"""
+        self.stop_signal = self.stop_signal or number
+        self._has_given_up = self._out_of_patience = True
+        self.announce(number)
+        heeded = [one for one in self._previous_handlers if one in STOP_SIGNALS][:1]
+        for one in heeded:
+            self._num_simulated += 1
+            _thread.interrupt_main(signal.Signals(one))
 
 
 def write_stderr(text: str) -> None:

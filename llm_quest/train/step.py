@@ -9,7 +9,7 @@ count, norm, metrics, requests to stop) is in one small tensor: one all-reduce, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +30,14 @@ OUT_OF_MEMORY_REMEDY = (
 @dataclass(frozen=True)
 class StepStats:
     """Numbers of one step, over all micro-batches and processes. grad_norm: of the mean gradient, before clipping.
-    requests: whether any process asked for each of them. loss is NaN if count is 0."""
+    parameter_norm: of what is trained, before the update. requests: whether any process asked for each of them. loss is
+    NaN if count is 0."""
 
     loss: float
     count: float
     tokens: int
     grad_norm: float
+    parameter_norm: float
     requests: tuple[bool, ...]
     metrics: Mapping[str, float]
 
@@ -46,14 +48,21 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def accumulate_gradients(
-    engine: nn.Module, batches: Sequence[Any], parallel: DistributedContext, precision: str
+    engine: nn.Module,
+    batches: Sequence[Any],
+    parallel: DistributedContext,
+    precision: str,
+    before_last: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Tensor], int]:
     """Add every micro-batch's gradients. Returns this process's sums, name -> (sum, count), and its tokens; the loss
-    is the entry "". The sums stay on the device: nothing is read yet."""
+    is the entry "". The sums stay on the device: nothing is read yet. before_last: called before the last micro-batch,
+    in which gradients are sent to other processes."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     for number, batch in enumerate(batches):
         tokens += int(batch.num_tokens)
+        if number == len(batches) - 1:
+            before_last()
         with gradient_accumulation(engine, sync_gradients=number == len(batches) - 1):
             with autocast(precision, parallel.device):
                 loss = engine(batch.to(parallel.device))
@@ -82,23 +91,24 @@ def reduce_step_stats(
     nothing = torch.zeros(2, dtype=sum_dtype(parallel.device), device=parallel.device)
     names = sorted(name for name in sums if name)
     own = nothing.new_tensor([tokens, *requests])
-    squared = grad_norm_squared(parameters, parallel).to(nothing).reshape(1)
-    packed = torch.cat([sums.get("", nothing), squared, own, *(sums[name] for name in names)])
-    total, count, square, all_tokens, *rest = parallel.all_reduce_(packed).tolist()
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares = torch.stack([norm_squared(tensors, parallel) for tensors in (grads, parameters)]).to(nothing)
+    packed = torch.cat([sums.get("", nothing), squares, own, *(sums[name] for name in names)])
+    total, count, square, weights_square, all_tokens, *rest = parallel.all_reduce_(packed).tolist()
     requested, pairs = rest[: len(requests)], rest[len(requests) :]
     metrics = {name: pairs[2 * i] / pairs[2 * i + 1] if pairs[2 * i + 1] else math.nan for i, name in enumerate(names)}
     loss, norm = (total / count, math.sqrt(square) / abs(count)) if count else (math.nan, math.nan)
-    return StepStats(loss, count, round(all_tokens), norm, tuple(one > 0 for one in requested), metrics)
+    asked = tuple(one > 0 for one in requested)
+    return StepStats(loss, count, round(all_tokens), norm, math.sqrt(weights_square), asked, metrics)
 
 
-def grad_norm_squared(parameters: Sequence[nn.Parameter], parallel: DistributedContext) -> Tensor:
-    """This process's part of the squared norm of all summed gradients."""
-    held = [p.grad for p in parameters if p.grad is not None]
-    sharded = [local_tensor(grad) for grad in held if isinstance(grad, DTensor)]
-    whole = [grad for grad in held if not isinstance(grad, DTensor)]
+@torch.no_grad()
+def norm_squared(tensors: Sequence[Tensor], parallel: DistributedContext) -> Tensor:
+    """This process's part of the squared norm of all gradients, or of all parameters."""
+    sharded = [local_tensor(tensor) for tensor in tensors if isinstance(tensor, DTensor)]
+    whole = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     parts, all_of_it = (
-        torch.nn.utils.get_total_norm(grads).to(parallel.device, sum_dtype(parallel.device))
-        for grads in (sharded, whole)
+        torch.nn.utils.get_total_norm(held).to(parallel.device, sum_dtype(parallel.device)) for held in (sharded, whole)
     )
     return parts**2 + all_of_it**2 / parallel.world_size
 

@@ -63,15 +63,18 @@ def test_every_spelling_of_an_answer_is_one_message(message: dict[str, Any], exp
 @pytest.mark.parametrize("key", EXTRA_MESSAGE_KEYS)
 def test_a_key_for_the_chat_template_reaches_it(key: str) -> None:
     report = DropReport()
-    row = {"messages": [user("q"), assistant("a", **{key: [CALL]}), user("q"), assistant("b")]}
+    value = [CALL] if key == "tool_calls" else "a text"
+    row = {"messages": [user("q"), assistant("a", **{key: value}), user("q"), assistant("b")]}
     [found] = read_conversations([Record(row, "f:1")], report)
-    assert found.message_dicts[1][key] == [CALL]
+    assert found.message_dicts[1][key] == value
     assert not report.unused_keys
 
 
-@pytest.mark.parametrize(("role", "name"), [("developer", "system"), ("human", "user")])
+@pytest.mark.parametrize(
+    ("role", "name"), [("developer", "system"), ("Human", "user"), (" USER ", "user"), ("human", "user")]
+)
 def test_other_names_of_roles(role: str, name: str) -> None:
-    turns = [{"role": role, "content": "x"}, user("q"), assistant("a")][1 if role == "human" else 0 :]
+    turns = [{"role": role, "content": "x"}, user("q"), assistant("a")][1 if name == "user" else 0 :]
     turns[0] = {"role": role, "content": "x"}
     assert parse_conversation(Record({"messages": turns}, "f:1")).messages[0] == Message(name, "x")
 

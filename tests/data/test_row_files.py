@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from llm_quest.data.document import DropReport
 from llm_quest.data.records import iter_records, read_records
 from llm_quest.data.row_files import READERS
+from llm_quest.data.sources import DataSource, iter_source
 from llm_quest.errors import DataError
 
 GOOD = {"prompt": "a", "completion": "b"}
@@ -136,7 +138,8 @@ def test_a_row_of_a_list_or_table_that_cannot_be_used_is_skipped(
         ("a.parquet", b"PAR1 and no more", "is no whole Parquet file"),
         ("a.jsonl.gz", gzip.compress(LINE * 99, mtime=0)[:-9], "cut off; fetch it again"),
         ("a.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 99, mtime=0)[:-9], "cut off; fetch it again"),
-        ("a.jsonl.gz", b"no gzip", "not a whole gzip file"),
+        ("a.jsonl.gz", b"\x1f\x8bno gzip", "not a whole gzip file"),
+        ("a.jsonl", json.dumps([GOOD], indent=1).encode(), r"a\.jsonl:1 begins with '\['.*name it \.json"),
         ("a.xlsx", b"x", r"ends in \.xlsx; rows are read from \.jsonl"),
     ],
 )
@@ -166,3 +169,43 @@ def test_bad_rows_are_shown_by_reason_with_their_places_and_counts_by_kind(tmp_p
     assert lines[1].startswith(f"{file}:2: is not JSON")
     assert lines[1].endswith(f"(the same at {', '.join(f'{file}:{number}' for number in range(3, 12))})")
     assert lines[2:] == [f"{file}:14: holds a list, expected an object", "... and 2 more rows"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", gzip.compress(LINE)),  # a download that lost its .gz, and one that kept it
+        ("a.jsonl.gz", LINE),
+        ("a.csv.gz", b"prompt,completion\na,b"),
+        ("a.jsonl", b"\xef\xbb\xbf" + LINE + b"\n\xef\xbb\xbf\n\xef\xbb\xbf" + LINE),  # two files, joined
+        ("a.csv", b"prompt;completion\r\na;b\r\n"),
+        ("a.csv", b"prompt\tcompletion\na\tb\n"),
+        ("a.csv", b" prompt , completion\na,b\n"),
+        ("a.csv", b"\xef\xbb\xbfprompt,completion\ra,b\r"),
+    ],
+)
+def test_files_as_other_programs_write_them_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    report = DropReport()
+    found = rows_of(tmp_path / name, report)
+    assert found == [GOOD] * len(found)
+    assert found
+    assert not report.skipped
+
+
+CALLS = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "clock", "arguments": {"zone": 3}}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_a_call_has_its_own_arguments_and_not_those_of_every_other_function(tmp_path: Path, kind: str) -> None:
+    """A typed table gives every object of a column the keys of all of them, null."""
+    rows = [{"messages": [{"role": "assistant", "tool_calls": [{"function": call}]}], "n": [1, None]} for call in CALLS]
+    if kind == "parquet":
+        (tmp_path / "a.parquet").write_bytes(parquet(rows))
+        source = DataSource(str(tmp_path / "a.parquet"))
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "hub")
+        source = DataSource(f"hf:{tmp_path / 'hub'}")
+    found = [dict(one.row) for one in iter_source(source, DropReport())]
+    assert [row["messages"][0]["tool_calls"][0]["function"] for row in found] == CALLS
+    assert found[0]["n"] == [1, None], "a null in a list keeps its place"

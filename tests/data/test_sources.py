@@ -115,6 +115,9 @@ def test_a_function_of_a_python_file_gives_rows(tmp_path: Path) -> None:
     file.write_text("import nowhere_at_all\n")
     with pytest.raises(DataError, match=r"my_data\.py:1: .*ModuleNotFoundError"):
         load(DataSource(f"{file}:rows"))
+    file.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(DataError, match=r"my_data\.py:2: rows failed with SystemExit: 3"):
+        load(DataSource(f"{file}:rows"))
     with pytest.raises(DataError, match=r"absent\.py does not exist"):
         load(DataSource(f"{tmp_path}/absent.py:rows"))
 

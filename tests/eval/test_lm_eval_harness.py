@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.data.chat import CHATML_TEMPLATE, ChatTemplate
+from llm_quest.data.vocabulary import character_tokenizer, train_bpe
 from llm_quest.errors import UsageError
 from llm_quest.generation.sampling import SamplingParams
+from llm_quest.hub.load_save import load, load_tokenizer, save
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models.build import build
 from llm_quest.models.llama import Config
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from llm_quest.eval.lm_eval_harness import LmEvalModel
 
 harnesses, lm_eval = Later("llm_quest.eval.lm_eval_harness"), Later("lm_eval.api.instance")
+tasks = Later("lm_eval.tasks")
+evaluator, huggingface = Later("lm_eval.evaluator"), Later("lm_eval.models.huggingface")
 
 TOKENIZER = character_tokenizer("abcdefghij \n")
 CONFIG = Config(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 64, 24, RotaryEmbedding(8, 1e4), False)
@@ -135,3 +139,68 @@ def test_every_generation_option_of_a_task_counts(harness: LmEvalModel) -> None:
 def test_an_option_without_effect_is_refused_by_name(harness: LmEvalModel) -> None:
     with pytest.raises(UsageError, match="num_beams, which would have no effect; known: max_gen_toks"):
         texts(harness, 1, num_beams=4)
+
+
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "a <|im_end|> b"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a chat template that transformers reads too."""
+    tokenizer = train_bpe(["be brief, user and assistant: a b c d e f g\n" * 20], 300)
+    tokenizer.chat_template = CHATML_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    config = Config(tokenizer.vocab_size, 32, 2, 4, 2, 8, 64, 256, RotaryEmbedding(8, 1e4), False)
+    path = tmp_path_factory.mktemp("chat")
+    save(randomize_(build(config)), path, tokenizer=tokenizer)
+    return path
+
+
+def chat_harness(folder: Path, **kwargs: Any) -> LmEvalModel:
+    tokenizer = load_tokenizer(folder)
+    return harnesses.LmEvalModel(load(folder), tokenizer, chat=ChatTemplate(tokenizer, chat_template_kwargs=kwargs))
+
+
+def test_a_conversation_is_what_the_template_writes_and_typed_control_tokens_stay_text(folder: Path) -> None:
+    harness = chat_harness(folder)
+    whole, begun = (
+        harness.apply_chat_template(TALK),
+        harness.apply_chat_template([*TALK, {"role": "assistant", "content": "e f"}], add_generation_prompt=False),
+    )
+    harness.render_contexts([whole, begun, whole])
+    ids = harness.encode_context(whole)
+    assert ids == harness.chat.encode_prompt(TALK)
+    end = harness.tokenizer.token_to_id("<|im_end|>")
+    assert ids.count(end) == 4, "what the user typed is no end"
+    assert harness.encode_context(begun) == ids + harness.tokenizer.encode_continuation("e f")
+    context, continuation = harness.encode_pair(whole, "e f")
+    assert (context + continuation)[: len(ids)] == ids
+    assert harness.tokenizer.decode(continuation).strip() == "e f"
+
+
+@pytest.mark.parametrize("multiturn", [True, False])
+def test_scores_through_the_template_are_the_harness_own(folder: Path, tmp_path: Path, multiturn: bool) -> None:
+    rows = [{"question": f"a{sign}", "choices": ["b", "c d"], "gold": i % 2} for i, sign in enumerate("abcdef")]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "letters", "dataset_path": "json", "description": "be brief",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test", "fewshot_split": "test", "output_type": "multiple_choice", "num_fewshot": 2,
+        "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    theirs = huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32")
+    found = [
+        evaluator.simple_evaluate(
+            model=model, tasks=[dict(task)], bootstrap_iters=0, apply_chat_template=True, system_instruction="a b",
+            fewshot_as_multiturn=multiturn, task_manager=tasks.TaskManager(include_defaults=False),
+        )["samples"]["letters"]
+        for model in (theirs, chat_harness(folder))
+    ]  # fmt: skip
+    likelihoods = [[float(r[0][0]) for row in rows for r in row["resps"]] for rows in found]
+    assert likelihoods[1] == pytest.approx(likelihoods[0], abs=1e-3)
+    assert len(set(likelihoods[0])) > 6

@@ -101,7 +101,8 @@ def test_samples_that_cannot_be_scored_are_left_out():
 
 GIVEN = {
     "--tokens": 9, "--problems": 3, "--part": "test", "--temperature": 1.0, "--samples": 4, "--vote": 4, "--best-of": 4,
-    "--reward-model": "runs/r", "--chat": False,
+    "--reward-model": "runs/r", "--chat": False, "--refine": 2, "--refine-prompts": "p.yaml", "--system": "s",
+    "--chat-template-kwargs": "{}", "--fewshot": 2, "--fewshot-as-multiturn": True,
 }  # fmt: skip
 MEASURES = ("--data", "--task", "--harness")
 
@@ -114,6 +115,8 @@ def test_an_option_without_effect_is_refused_by_name(measure: str, option: str):
     others |= (
         {"--reward-model": "r"} if option == "--best-of" else {"--best-of": 4} if option == "--reward-model" else {}
     )
+    others |= {"--refine": 1} if option == "--refine-prompts" else {}
+    others |= {"--chat": True} if option == "--fewshot-as-multiturn" else {}
     options = dict.fromkeys(GIVEN) | {option: GIVEN[option]} | others
     if option in EVAL_MEASURES[measure]:
         check_eval_options(chosen, options)
@@ -122,10 +125,12 @@ def test_an_option_without_effect_is_refused_by_name(measure: str, option: str):
             check_eval_options(chosen, options)
 
 
-@pytest.mark.parametrize("option", ["--temperature", "--best-of", "--reward-model"])
+@pytest.mark.parametrize("option", ["--temperature", "--best-of", "--reward-model", "--refine-prompts"])
 def test_an_option_that_needs_another_says_which(option: str):
     with pytest.raises(UsageError, match=f"{option} has no effect without --"):
         check_eval_options({"--task": "x"}, {option: GIVEN[option]})
+    with pytest.raises(UsageError, match="--fewshot-as-multiturn has no effect without --chat"):
+        check_eval_options({"--harness": "x"}, {"--fewshot-as-multiturn": True})
 
 
 def test_two_measures_at_once_are_refused():

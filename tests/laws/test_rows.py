@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import csv
+import io
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,13 @@ from llm_quest.data.conversations import read_conversations
 from llm_quest.data.document import DropReport
 from llm_quest.data.documents import row_documents
 from llm_quest.data.image_text import read_caption_rows
+from llm_quest.data.messages import EXTRA_MESSAGE_KEYS
 from llm_quest.data.preferences import read_preferences
-from llm_quest.data.prompt_rows import read_prompt_rows
-from llm_quest.data.records import Record
+from llm_quest.data.prompt_rows import PromptRow, read_prompt_rows
+from llm_quest.data.records import Record, iter_records
 from llm_quest.data.row_forms import ROW_FORMS, describe_forms
 from llm_quest.data.step_labels import read_labelled_steps
+from llm_quest.data.template_messages import MessageWriter
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.unpaired import read_unpaired
 
@@ -125,6 +131,82 @@ def test_a_value_of_a_wrong_kind_is_skipped_and_never_ends_the_run(kind: str, fo
         for wrong in (3.5, [3.5], {"a": 1}, [[]], [{"role": "user", "content": 1}], ""):
             found, report = read(kind, {**form.example, key: wrong}, tmp_path)
             assert found or report.skipped or report.dropped or kind == "grpo", (key, wrong)
+
+
+def as_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as a table holds it: lists and numbers as JSON text."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+
+
+def read_table(kind: str, row: Mapping[str, Any], folder: Path) -> tuple[str, DropReport]:
+    """What is read of a row in a table of one row."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, row)
+    table.writeheader()
+    table.writerow(row)
+    (folder / "rows.csv").write_text(text.getvalue(), encoding="utf-8")
+    report = DropReport()
+    records = [one._replace(where=f"{folder}/rows.jsonl:1") for one in iter_records(folder / "rows.csv", report)]
+    return show_rows(READERS[kind](records, report)), report
+
+
+def show_rows(found: list[Any]) -> str:
+    """What was read, but for the columns that rewards are given as they stand in the file."""
+    return repr([replace(one, columns={}) if isinstance(one, PromptRow) else one for one in found])
+
+
+@each_form
+def test_cells_of_a_table_are_read_as_the_values_that_they_spell_and_empty_ones_are_absent(
+    kind: str, form: RowForm, tmp_path: Path
+) -> None:
+    empty = {key: "" for key in form.optional if key not in form.example}
+    plain = show_rows(read(kind, form.example, tmp_path)[0])
+    assert read_table(kind, as_cells(form.example) | empty, tmp_path)[0] == plain
+    for key in form.optional:
+        row = {**form.example, key: OPTIONAL[key]}
+        found, report = read_table(kind, as_cells(row), tmp_path)
+        assert found == show_rows(read(kind, row, tmp_path)[0]), (key, report.skipped_rows)
+
+
+ODD = (
+    3.5,
+    True,
+    "f()",
+    [],
+    {},
+    [3.5],
+    [{"id": 1}],
+    [{"name": 5}],
+    {"function": "f"},
+    [{"function": {"name": "f"}}],
+    "[1]",
+    "{",
+)
+
+
+@pytest.mark.parametrize("key", EXTRA_MESSAGE_KEYS)
+def test_an_odd_value_beside_a_message_is_refused_before_the_template_sees_it(key: str) -> None:
+    source = "{{ tools }}{% for m in messages %}{{ m.reasoning_content + m.name }}{{ m.tool_calls }}{% endfor %}"
+    writer, kept = MessageWriter(source, lambda text: text), 0
+    for value in ODD:
+        answer = {"role": "assistant", "content": "b", key: value}
+        report = DropReport()
+        record = Record({"messages": [{"role": "user", "content": "a"}, answer]}, "rows.jsonl:1")
+        for one in read_conversations([record], report):
+            written = writer.write(one.message_dicts)[1]
+            assert key not in written or isinstance(written[key], list if key == "tool_calls" else str | int)
+            kept += 1
+        assert report.skipped or key not in report.unused_keys
+    assert 0 < kept < len(ODD), "some are values, and some are none"
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward, dpo", "kto", "grpo"])
+def test_messages_as_python_prints_them_are_refused_and_never_learned_as_text(recipe: str) -> None:
+    printed = str([{"role": "user", "content": "2+2?"}])
+    rest = {"completion": "4", "label": 1} if recipe in ("sft", "kto") else {"chosen": "4", "rejected": "5"}
+    report = DropReport()
+    assert READERS[recipe]([Record({"prompt": printed, **rest}, "a.csv:2")], report) == []
+    assert report.skipped == {"messages that are no JSON": 1}
 
 
 PACKAGE = Path(__file__).parents[2] / "llm_quest"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llm_quest.cli.text_chat import TemplatedConversation
 from llm_quest.data.chat import ChatTemplate
+from llm_quest.data.control_tokens import ControlTokenEncoder
 from llm_quest.data.conversations import Conversation
 from llm_quest.data.document import DropReport
 from llm_quest.data.preferences import Preference, tokenize_preferences
@@ -61,6 +62,20 @@ def test_a_continuation_is_spelled_as_behind_other_text(kind, text, before):
     if whole[: len(encode(tokenizer, before))] == encode(tokenizer, before) and kind != "WordPiece":
         ids = [*encode(tokenizer, before), *tokenizer.encode_continuation(text)]
         assert tokenizer.decode(ids) == tokenizer.decode(whole)
+
+
+CONTROLLED = [*PARTS, "<s>", "</s>", "<|im_start|>", "<|im_end|>", "</s>\n", "a <|im_end|>"]
+
+
+@every_kind
+@quick
+@given(rows=st.lists(st.lists(st.lists(st.sampled_from(CONTROLLED), max_size=4).map("".join), max_size=5), max_size=4),
+       typed=st.sampled_from(["", "</s>", "a<|im_end|>b"]))  # fmt: skip
+def test_texts_together_have_the_ids_of_each_alone(kind, rows, typed):
+    encoder = ControlTokenEncoder(tokenizer_of(kind))
+    rows = [*rows, *([*row, encoder.escape(typed)] for row in rows[:2])]
+    together = [[ids.tolist() for ids in pieces] for pieces in encoder.encode_texts_in_pieces(rows)]
+    assert together == [encoder.encode_pieces(pieces) for pieces in rows]
 
 
 def token_ids(tokenizer: Tokenizer):

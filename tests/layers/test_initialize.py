@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,17 @@ def test_no_module_of_the_package_is_copied_with_deepcopy():
     package = Path(llm_quest.__file__).parent
     found = {str(f.relative_to(package)) for f in package.rglob("*.py") if "deepcopy(" in f.read_text(encoding="utf-8")}
     assert found <= allowed, f"copy_module instead of copy.deepcopy: {found - allowed}"
+
+
+def test_models_that_differ_in_one_part_share_the_others():
+    """With seed_per_module; from one stream a wider part moves the values of all that follow."""
+    base = preset("llama3.2-tiny").config
+    wider = replace(base, intermediate_size=2 * base.intermediate_size)
+    for per_module in (True, False):
+        one, other = (dict(build(c, seed=1, seed_per_module=per_module).named_parameters()) for c in (base, wider))
+        matrices = {path: value for path, value in one.items() if value.dim() > 1}
+        differing = {path for path, value in matrices.items() if not torch.equal(value, other[path])}
+        assert ("blocks.1.mixer.layer.qkv.weight" in differing) != per_module
+        assert any("feed_forward" in path for path in differing)
+        outputs = [one[f"blocks.{number}.mixer.layer.out.weight"] for number in (0, 1)]
+        assert not torch.equal(*outputs), "each module has a stream of its own"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_quest.machine import hardware
-from llm_quest.machine.hardware import usable_cores
+from llm_quest.machine.hardware import set_environment, usable_cores
 
 
 def written(root: Path, files: dict[str, str]) -> Path:
@@ -76,9 +76,7 @@ def test_affinity_counts_and_may_be_absent(tmp_path, monkeypatch):
 
 
 def test_the_command_line_starts_as_many_threads_as_the_quota_allows(tmp_path, monkeypatch):
-    from llm_quest.cli.main import set_environment
-
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(hardware, "affinity", lambda: 64)
     monkeypatch.setattr(hardware, "cpu_quotas", lambda root: [2.0])
     set_environment(0)

@@ -22,16 +22,21 @@ from llm_quest.data.text_classification import (
     read_labeled_texts,
 )
 from llm_quest.errors import DataError, RowError, UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
-from llm_quest.recipes.classify import (
+from llm_quest.eval.classification import (
     classification_metrics,
+    confusions,
     expected_calibration_error,
     f1_score,
+    multi_label_metrics,
 )
+from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.recipes.class_weights import make_class_weights
+from llm_quest.report.page import write_report
 from tests.later import Later
 from tests.recipes.tuned import WORDS, base, started, weights
 
 transformers = Later("transformers")
+sklearn_metrics, sklearn_class_weight = Later("sklearn.metrics"), Later("sklearn.utils.class_weight")
 
 RECIPE = """
 recipe: classify
@@ -153,6 +158,7 @@ def test_mistakes_are_told(pairs: list[str], trained: Path, start: Path, tmp_pat
             f"model.load={trained}",
             pairs[1],
             "data.columns={text: mail, label: mail}",
+            "data.stratify=false",
         )
     with pytest.raises(UsageError, match="is not a text classifier"):
         classify_text(str(start), "hello")
@@ -178,7 +184,7 @@ def test_rows_are_checked_and_cut_texts_counted(start: Path):
     texts = read_labeled_texts(rows, ledger)
     assert collect_label_names(texts) == ("0", "1")
     made = encode_labeled_texts(texts, ("0", "1"), tokenizer, 16, ledger)
-    assert made.label_ids == [1, 0]
+    assert made.label_ids == [(1,), (0,)]
     assert made.item_length(0) == 16
     assert ledger.notes == ["1 texts lost their end beyond 16 tokens"]
     with pytest.raises(DataError, match="all 1 texts have the label"):
@@ -187,7 +193,7 @@ def test_rows_are_checked_and_cut_texts_counted(start: Path):
         parse_labeled_text(Record({"text": 3, "label": "x"}, "f:3"))
     with pytest.raises(RowError, match=r"f:3: .label. is 0\.5; expected text or a whole number"):
         parse_labeled_text(Record({"text": "a", "label": 0.5}, "f:3"))
-    assert parse_labeled_text(Record({"text": "a", "label": "spam "}, "f")).label == "spam"
+    assert parse_labeled_text(Record({"text": "a", "label": "spam "}, "f")).labels == ("spam",)
     with pytest.raises(DataError, match="f:1: the model has no label '1'; it has a, b"):
         encode_labeled_texts(texts, ("a", "b"), tokenizer, 16, ledger)
 
@@ -209,3 +215,116 @@ def test_tables_and_json_lines_are_read_alike(table: Path, tmp_path: Path):
     rows = [record.row for record in read_records(table)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert [record.row for record in read_records(tmp_path / "rows.jsonl")] == rows
+
+
+def test_every_spelling_of_several_labels_is_read():
+    def labels(row: dict[str, object], separator: str | None = None) -> tuple[tuple[str, ...], bool]:
+        found = parse_labeled_text(Record({"text": "a", **row}, "f:1"), label_separator=separator)
+        return found.labels, found.is_list
+
+    assert labels({"labels": ["joy", "love", "joy"]}) == (("joy", "love"), True)
+    assert labels({"label": [3, 1]}) == (("3", "1"), True)
+    assert labels({"labels": []}) == ((), True)
+    assert labels({"labels": '["joy", "love"]'}) == (("joy", "love"), True)
+    assert labels({"labels": "joy"}) == (("joy",), False)
+    assert labels({"label": "joy; love;"}, ";") == (("joy", "love"), True)
+    assert labels({"label": "[joy]"}) == (("[joy]",), False)
+    with pytest.raises(RowError, match=r"f:1: .labels. is None; expected text or a whole number, or a list"):
+        labels({"labels": ["a", None]})
+
+
+def test_measures_of_several_labels_equal_scikit_learns():
+    chance = np.random.default_rng(0)
+    p, y = chance.random((40, 5)), (chance.random((40, 5)) < 0.3).astype(float)
+    y[:, 4] = 0  # a label that does not occur
+    said = p > 0.5
+    found = multi_label_metrics(p, y)
+    assert found["micro_f1"] == pytest.approx(sklearn_metrics.f1_score(y, said, average="micro"))
+    assert found["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(y[:, :4], said[:, :4], average="macro"))
+    assert found["accuracy"] == sklearn_metrics.accuracy_score(y, said)
+    logits = torch.from_numpy(np.log(p / (1 - p)))
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(y))
+    assert found["loss"] == pytest.approx(float(bce))
+    cases = sklearn_metrics.multilabel_confusion_matrix(y, said)  # [[tn, fp], [fn, tp]] of each label
+    assert confusions(p, y)["counts"] == [[m[1][1], m[0][1], m[1][0], m[0][0]] for m in cases.tolist()]
+
+
+def test_class_weights_balance_the_classes_as_scikit_learn_does():
+    names, counts, log = ("a", "b", "c"), [6, 3, 1], lambda line: None
+    labels = np.repeat([0, 1, 2], counts)
+    theirs = sklearn_class_weight.compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert make_class_weights("balanced", names, counts, 10, log).tolist() == pytest.approx(theirs.tolist())
+    found = make_class_weights("balanced", names, [6, 0, 10], 10, log, multi_label=True)
+    assert found.tolist() == pytest.approx([4 / 6, 1, 1 / 10])
+    assert make_class_weights({"b": 5.0}, names, counts, 10, log).tolist() == [1, 5, 1]
+    assert make_class_weights((1.0, 2.0, 3.0), names, counts, 10, log).tolist() == [1, 2, 3]
+    with pytest.raises(UsageError, match="there is no class 'bb', did you mean 'b'"):
+        make_class_weights({"bb": 5.0}, names, counts, 10, log)
+    with pytest.raises(UsageError, match="class_weights has 2 numbers for 3 classes"):
+        make_class_weights((1.0, 2.0), names, counts, 10, log)
+
+
+@pytest.fixture(scope="module")
+def several(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on texts of no, one or two words, each of which is a label."""
+    folder = tmp_path_factory.mktemp("several")
+    words = WORDS[:3]
+    chosen = [[word for k, word in enumerate(words) if n >> k & 1] for n in range(7)] * 12
+    rows = [{"text": f"{' '.join(some)} {n}", "labels": some} for n, some in enumerate(chosen)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [f"model.load={start}", f"data.source={folder}/rows.jsonl", "max_steps=60", "class_weights=balanced"]
+    outcome = started("classify", RECIPE, folder / "run", *pairs, "eval_steps=0", "label_smoothing=0.02")
+    assert outcome.scores["micro_f1"] > 0.95
+    assert outcome.scores["accuracy"] > 0.9
+    return folder / "run"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_multi_label_export_scores_the_same_in_transformers(several: Path, tmp_path: Path):
+    export_run(several, tmp_path / "out")
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "out"), top_k=None, device="cpu")
+    assert pipe.model.config.problem_type == "multi_label_classification"
+    for text, labels in (("red blue 3", {"red", "blue"}), ("green 1", {"green"}), ("5", set())):
+        ours = classify_text(str(tmp_path / "out"), text)
+        assert set(ours.labels) == set(classify_text(str(several), text).labels) == labels
+        assert {one["label"]: one["score"] for one in pipe([text])[0]} == pytest.approx(ours.probabilities, abs=1e-5)
+    assert "labels: none" in classify_text(str(several), "5").lines()[3]
+
+
+def test_the_report_of_several_labels_has_the_cases_of_each(several: Path):
+    page = write_report([several], out=several / "page.html").read_text()
+    for told in ("wrongly left out", "nats per label", "macro F1, held out"):
+        assert told in page, told
+    facts = json.loads((several / "data.json").read_text())
+    assert facts["problem_type"] == "multi_label_classification"
+    assert all(held == round(0.2 * (learned + held)) for learned, held in facts["label_counts"].values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_keeps_what_its_scores_mean(several: Path, start: Path, tmp_path: Path):
+    pairs = [f"model.load={start}", f"data.source={several.parent}/rows.jsonl", "max_steps=1", "warmup_steps=0"]
+    started("classify", RECIPE, tmp_path / "run", *pairs, "techniques=[lora]", "eval_steps=0")
+    export_run(tmp_path / "run", tmp_path / "out", adapter=True)
+    ours, theirs = (classify_text(str(folder), "red 1") for folder in (tmp_path / "run", tmp_path / "out"))
+    assert ours.is_multi_label
+    assert theirs.is_multi_label
+    assert theirs.probabilities == pytest.approx(ours.probabilities, abs=1e-6)
+
+
+def test_problem_types_that_do_not_fit_are_told(several: Path, pairs: list[str], trained: Path, tmp_path: Path):
+    rows = f"data.source={several.parent}/rows.jsonl"
+    with pytest.raises(DataError, match=r"rows.jsonl:\d: has a list of labels, and the problem type is single_label"):
+        started("classify", RECIPE, tmp_path / "a", pairs[0], rows, "problem_type=single_label_classification")
+    with pytest.raises(UsageError, match="the model's problem type is single_label_classification"):
+        started("classify", RECIPE, tmp_path / "a", f"model.load={trained}", *pairs[1:],
+                "problem_type=multi_label_classification")  # fmt: skip
+
+
+def test_rare_labels_are_held_out_and_learned(pairs: list[str], table: Path, tmp_path: Path):
+    with table.open() as file:
+        rows = list(csv.reader(file))
+    with (tmp_path / "rows.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([*rows, *[[f"rare {n}", "rare"] for n in range(5)]])
+    pairs = [pairs[0], f"data.source={tmp_path}/rows.csv", pairs[2], "max_steps=1", "warmup_steps=0"]
+    started("classify", RECIPE, tmp_path / "run", *pairs, "class_weights={rare: 8.0}", "eval_steps=0")
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["label_counts"]["rare"] == [4, 1]

@@ -11,6 +11,7 @@ import pytest
 
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.errors import BusyError, DataError, GuardStop, UsageError
+from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.recipes.config import load_raw_config
 from llm_quest.recipes.policy_prompts import ProblemSet, PromptEncoder, make_prompt
 from tests.recipes.test_grpo import from_, started, warm  # noqa: F401 (a fixture)
@@ -168,3 +169,34 @@ def test_prompts_are_rendered_many_at_a_time_with_a_system_prompt(monkeypatch: p
         "content": "Answer with the result alone.",
     }
     assert PromptEncoder(tokenizer, chat, "").messages(problems.train_problem(0))[0]["role"] == "user"
+
+
+def test_an_epoch_is_every_prompt_once(warm: Path, tmp_path: Path):  # noqa: F811
+    """Of 36 prompts, 8 at a time with two steps each; the same command goes on with the same run, and ends it."""
+    said: list[str] = []
+    pairs = own(warm, write_rows(tmp_path, 40), "num_train_epochs=1", "prompts_per_rollout=8", "num_iterations=2",
+                "eval_problems=4", "save_steps=2")  # fmt: skip
+    outcome = started(tmp_path / "run", *pairs, say=said.append)
+    assert "epochs: 1 of 36 rows, 8 at a time and 2 steps each, are 10 steps" in said
+    assert (outcome.status, outcome.step) == ("finished", 10)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())
+    assert 36 <= state["loaders"][0]["num_prompts_taken"] <= 40
+    assert started(tmp_path / "run", *pairs).steps == 10
+    longer = started(tmp_path / "run", *[one.replace("epochs=1", "epochs=1.2") for one in pairs], say=said.append)
+    assert (longer.steps, longer.step) == (12, 12)
+    with pytest.raises(UsageError, match="num_train_epochs has no effect on rows that are drawn without end"):
+        started(tmp_path / "other", *from_(warm, "num_train_epochs=1"))
+
+
+def test_a_policy_stops_early_and_keeps_its_best(warm: Path, tmp_path: Path):  # noqa: F811
+    """A reward that only falls while the policy moves: the first measured one is the best."""
+    pairs = own(warm, write_rows(tmp_path), "max_steps=30", "eval_steps=2", "learning_rate=0.5", "max_grad_norm=null",
+                "metric_for_best_model=eval/reward", "early_stopping_patience=2", "load_best_model_at_end=true",
+                "eval_problems=8", "save_steps=0")  # fmt: skip
+    outcome = started(tmp_path / "run", *pairs)
+    looked = {row["step"]: row["eval/reward"] for row in metrics(tmp_path / "run") if "eval/reward" in row}
+    best = max(looked, key=lambda step: (looked[step], -step))
+    assert outcome.step < 30
+    assert len(looked) < 15
+    assert outcome.metrics["eval/reward"] == pytest.approx(looked[best])
+    assert resolve_checkpoint(f"{tmp_path / 'run'}@best").name == f"step-{best:08d}"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from llm_quest.cli.export import export_run
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load
+from llm_quest.hub.load_save import load, load_tokenizer, save
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.grpo import GrpoConfig
 from llm_quest.recipes.recipe import load_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
-from llm_quest.techniques.value_head import find_value_head
+from llm_quest.techniques.score_head import ScoreHead
+from llm_quest.techniques.value_head import find_value_head, find_value_model, remove_value_head
 from tests.recipes.test_grpo import RECIPE, from_, rewards, started, warm  # noqa: F401
 from tests.recipes.tuned import metrics, weights
 from tests.recipes.two import recipe_by_two
@@ -52,6 +55,46 @@ def test_a_run_resumed_in_the_middle_of_a_rollout_has_the_same_bits(warm: Path, 
     assert weights(out, 4) == weights(tmp_path / "straight", 4)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_value_model_of_its_own_learns_and_leaves_the_policy_alone(optim: str, warm: Path, tmp_path: Path):  # noqa: F811
+    """Values are learned; resumed in the middle the run has the same bits; with LoRA on the policy its base stays,
+    though the value model's weights move; the export has neither."""
+    out = tmp_path / "run"
+    pairs = from_(warm, *PPO, "value_model=separate", "max_steps=4", "save_steps=1", f"optim={optim}",
+                  "prompts_per_rollout=16", "techniques=[{name: lora, rank: 4}]", "kl_coef=0.01")  # fmt: skip
+    started(out, *pairs)
+    rows = metrics(out)
+    assert rows[0]["value/mean"] == 0.0 != rows[-1]["value/mean"]
+    model = load(out)
+    assert find_value_model(model) is not None
+    assert all(torch.equal(a, b) for a, b in zip(trunk(model), trunk(load(warm)), strict=True))  # LoRA alone learns
+    assert not all(torch.equal(a, b) for a, b in zip(trunk(model.value_model), trunk(load(warm)), strict=True))
+    shutil.copytree(out, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000004")
+    started(tmp_path / "stopped", *pairs)
+    assert weights(out, 4) == weights(tmp_path / "stopped", 4)
+    export_run(out, tmp_path / "exported", merged=True)
+    assert find_value_head(load(tmp_path / "exported")) is None
+
+
+def trunk(model: Any) -> list[torch.Tensor]:
+    """The parameters of the blocks, without adapters."""
+    return [p for name, p in model.blocks.named_parameters() if ".edit" not in name]
+
+
+def test_a_reward_model_is_where_the_values_begin(warm: Path, tmp_path: Path):  # noqa: F811
+    """The first values are its scores of what was written so far; its weights belong to the run's identity."""
+    reward = ScoreHead(1, std=0.5)(load(warm))
+    save(reward, tmp_path / "reward", tokenizer=load_tokenizer(warm))
+    pairs = from_(warm, *PPO, f"value_model.load={tmp_path / 'reward'}", "max_steps=1", "prompts_per_rollout=8")
+    started(tmp_path / "run", *pairs)
+    assert abs(metrics(tmp_path / "run")[0]["value/mean"]) > 1e-3
+    assert "value_model.load" in json.loads((tmp_path / "run" / "env.json").read_text())["hashes"]
+    policy = load(tmp_path / "run")
+    assert remove_value_head(policy).spec.techniques == ()
+    assert not [name for name, _ in policy.named_parameters() if "value" in name]
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_do_what_one_does(engine: str, warm: Path, tmp_path: Path):  # noqa: F811
     """Rewards and advantages are whitened over the rows of both, and the value head learns the same."""
@@ -61,7 +104,7 @@ def test_two_processes_do_what_one_does(engine: str, warm: Path, tmp_path: Path)
         "max_new_tokens=5", "eval_problems=4", "eval_steps=0", "precision=fp32", "logging_steps=1", "warmup_steps=0",
         "gae={whiten_rewards: true, vf_coef: 1.0}", "kl_coef=0.1", "kl_estimator=k1", "kl_placement=reward",
         "threads=1",
-        "compile=false", "device=cpu",
+        "compile=false", "device=cpu", *(["value_model=separate"] if engine == "fsdp" else []),
     ]  # fmt: skip
     found, config, settings = load_recipe("grpo", pairs)
     run_recipe(found, config, settings, tmp_path / "one", quiet=True, log=lambda line: None)
@@ -78,6 +121,8 @@ def test_two_processes_do_what_one_does(engine: str, warm: Path, tmp_path: Path)
         (["loss_type=gspo", "advantage_estimator=gae"], "take loss_type=gspo_token"),
         (["loss_type=ppo", "process_supervision=true"], "process_supervision has advantages of its own"),
         (["num_generations=1"], "take at least 2"),
+        (["value_model=separate"], "value_model has no effect with advantage_estimator=std"),
+        (["loss_type=ppo", "value_model=seperate"], "value_model"),
     ],
 )
 def test_settings_without_sense_are_refused(pairs: list[str], said: str):

@@ -96,7 +96,8 @@ def error_of(recipe: str, *pairs: str) -> str:
     [
         ("sft", "lr=1e-3", "learning_rate"),
         ("sft", "epochs=2", "num_train_epochs"),
-        ("grpo", "epochs=2", "max_steps"),
+        ("grpo", "epochs=2", "num_train_epochs"),
+        ("rpt_control", "epochs=2", "max_steps"),
         ("grpo", "batch_size=2", "prompts_per_rollout"),
         ("sft", "lora_r=8", "techniques='[{name: lora, rank: 8}]'"),
         ("grpo", "beta=0.1", "kl_coef"),

@@ -93,6 +93,23 @@ def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Pa
     assert load_preprocess(tmp_path / "run") == ImageProcessor(8, (0.5,), (0.5,))
     image = Image.open(tmp_path / "images" / "below" / "0.png")
     assert int(model(load_preprocess(tmp_path / "run")(image)[None]).argmax()) == 1
+    confusion = json.loads((tmp_path / "run" / "confusion.json").read_text())
+    assert confusion["labels"] == ["above", "below"]
+    assert [sum(row) for row in confusion["matrix"]] == [12, 12]  # 0.2 of each class
+    page = write_report([tmp_path / "run"]).read_text(encoding="utf-8")
+    for told in ("Confusion matrix, held out", "above", '<td class="number">48</td>', "macro F1, held out"):
+        assert told in page, told
+
+
+def test_classes_of_images_are_weighed(tmp_path: Path):
+    two_classes(tmp_path / "images")
+    said: list[str] = []
+    settings = load_raw_config(
+        "vit", [*SMALL_VIT, f"data.path={tmp_path / 'images'}", "class_weights={below: 3}", "max_steps=2"]
+    )
+    config = parse_config(VitConfig, settings)
+    run_recipe(get_recipe("vit"), config, settings, tmp_path / "run", quiet=True, log=said.append)
+    assert "class weights: above 1, below 3" in said
 
 
 def test_a_run_goes_on_with_the_bits_of_one_that_was_never_interrupted(tmp_path: Path):

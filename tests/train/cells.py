@@ -61,7 +61,8 @@ def pairs(shard: Any) -> Any:
 
 
 def labelled(shard: Any) -> Any:
-    texts = TextClassificationDataset([some_ids(n, 4, 9) for n in range(8)], [n % 3 for n in range(8)], ["a", "b", "c"])
+    labels = [(n % 3,) for n in range(8)]
+    texts = TextClassificationDataset([some_ids(n, 4, 9) for n in range(8)], labels, ["a", "b", "c"])
     return ShardedLoader(texts, batch_size=ROWS, micro_batch_size=1, seed=0, shard=shard)
 
 
@@ -98,7 +99,10 @@ OBJECTIVES: dict[str, tuple[Callable[[Any], nn.Module], Callable[[Any], Any]]] =
     "next token": (NextTokenLoss, documents),
     "preference": (lambda model: PreferenceLoss(model, reference=no_reference), pairs),
     "reward": (lambda model: RewardModelLoss(score(model, 1)), pairs),
-    "classification": (lambda model: TextClassificationLoss(score(model, 3)), labelled),
+    "classification": (
+        lambda model: TextClassificationLoss(score(model, 3), class_weights=torch.tensor([0.5, 1.0, 4.0])),
+        labelled,
+    ),
     "policy": (PolicyGradientLoss, Completions),
 }
 SUITABLE = {"score_head": "classification"}

@@ -23,7 +23,7 @@ from llm_quest.data.policy_batch import PolicyBatch, PolicyRow
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.eval.evaluators import RatioRangeEvaluator
 from llm_quest.models.decoder import Decoder
-from llm_quest.recipes.assembly import source_name
+from llm_quest.recipes.assembly import count_epochs, source_name
 from llm_quest.recipes.config import Choice
 from llm_quest.recipes.config_schema import NonNegativeInt
 from llm_quest.recipes.policy_setup import PolicySetup, build_policy_setup, open_policy_run, policy_sampler
@@ -112,6 +112,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         f"places: {len(positions.train):,} to think about, {len(positions.held_out):,} held out"
         f"{dropped_summary(positions)}"
     )
+    config = count_epochs(config, context.settings, len(positions.train), log)
     policy, meter = build_rollouts(config, start, text, positions, ModelCost(start.model), parallel, log)
     evaluator = PositionEvaluator(
         make_position_evaluation(config, start.model, start.tokenizer, text, positions, parallel, policy.whole_policy),
@@ -135,6 +136,7 @@ def build_rpt(config: RptConfig, context: Context) -> Job:
         start.tokenizer,
         callbacks=policy.callbacks,
         watchers=[Diagnostics(config.diagnostics_patience)],
+        blocks=policy.blocks,
         before=partial(report_before, evaluator, log),
         finish=partial(report_after, evaluator, log),
     )

@@ -1,0 +1,132 @@
+"""Commands about models and their folders: list, describe, compare, change, verify, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_quest.cli.options import (
+    JsonOption,
+    ModelArgument,
+    OfflineOption,
+    ThreadsOption,
+)
+from llm_quest.cli.output import print_result
+from llm_quest.machine.hardware import set_environment
+from llm_quest.progress import wants_colour
+
+
+def models(
+    words: Annotated[list[str] | None, typer.Argument(help="Only models that hold all of these: qwen3 moe.")] = None,
+    max_parameters: Annotated[str | None, typer.Option(help="At most so many: 500M, 4B.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the models that can be built by name, or search them."""
+    from llm_quest.cli.models import list_presets
+
+    print_result(list_presets(words or (), max_parameters), json)
+
+
+def show_model(name: Annotated[str, typer.Argument(help="A preset's name.")], json: JsonOption = False) -> None:
+    """Describe a model: its layers, parameters by part, cache and cost."""
+    from llm_quest.cli.models import make_model_card
+
+    print_result(make_model_card(name), json)
+
+
+def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, json: JsonOption = False) -> None:
+    """Compare two families: what is new, layers, numbers, code."""
+    from llm_quest.cli.diff import diff_families
+
+    found = diff_families(a, b)
+    if json or not wants_colour(sys.stdout):
+        print_result(found, json)
+    else:  # our own source and colours: nothing in it needs cleaning
+        print("\n".join(found.lines(colour=True)))
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A model folder.")],
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Describe a model folder, and everything that is wrong with it."""
+    set_environment(0, offline)
+    from llm_quest.hub.inspect import inspect_folder
+
+    print_result(inspect_folder(folder), json)
+
+
+def add_tokens(
+    model: ModelArgument,
+    folder: Annotated[Path, typer.Argument(help="The output folder.")],
+    tokens: Annotated[list[str], typer.Argument(metavar="TOKEN...", help="The new tokens.")],
+    special: Annotated[bool, typer.Option("--special", help="Control tokens, which nobody's text spells.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
+    json: JsonOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Add tokens to a model: to its tokenizer, and rows to its embedding, each the mean of the others."""
+    set_environment(0, offline)
+    from llm_quest.cli.tokens import add_tokens_to_folder
+
+    print_result(add_tokens_to_folder(model, folder, tokens, special=special, overwrite=overwrite), json)
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(help="A model folder.")], json: JsonOption = False, threads: ThreadsOption = 0
+) -> None:
+    """Compare the outputs and tokens of a model folder, of text or of images, with transformers', which must be
+    installed."""
+    set_environment(threads)
+    from llm_quest.hub.verify import compare_with_transformers
+
+    print_result(compare_with_transformers(folder), json)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints: RUN@best, RUN@last, RUN@120.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write the Hugging Face layout.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a model with an adapter: the whole model, with the adapter merged.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a model with an adapter: the adapter alone, for PEFT.")
+    ] = False,
+    license: Annotated[str | None, typer.Option(help="The license of the weights, for the card: apache-2.0.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Export the model of a run as a folder that transformers and vLLM load, with a card of its data, recipe and
+    numbers."""
+    from llm_quest.cli.export import export_run
+
+    kind: dict[str, bool] = {"overwrite": overwrite, "merged": merge, "adapter": adapter}
+    print_result(export_run(run, folder, dtype=dtype, license=license, **kind), json)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model folder, as quest export writes it.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository of the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Upload a model folder to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    set_environment(0)
+    from llm_quest.hub.push import push_folder
+
+    print_result(push_folder(folder, repository, private=private), json)
+
+
+def consolidate(
+    run: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or one of its checkpoints.")],
+    json: JsonOption = False,
+) -> None:
+    """Make the checkpoints whole that the processes of an FSDP2 run wrote in shards."""
+    from llm_quest.cli.export import consolidate_run
+
+    print_result(consolidate_run(run), json)

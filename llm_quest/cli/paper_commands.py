@@ -1,0 +1,45 @@
+"""Commands about the claims of papers: list them, measure them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_quest.cli.options import (
+    JsonOption,
+    QuietOption,
+)
+from llm_quest.cli.output import print_result, show_progress, status_printer
+from llm_quest.machine.hardware import set_environment
+
+
+def papers(json: JsonOption = False) -> None:
+    """List the papers whose claims are tested here, with their verdicts."""
+    set_environment(0)
+    from llm_quest.cli.papers import list_papers
+
+    print_result(list_papers(), json)
+
+
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="A name from `quest papers`.")],
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="The number of seeds.")] = 3,
+    jobs: Annotated[int, typer.Option(min=0, help="Measurements in parallel; 0: one per core.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the card (default: docs/papers of the project, or the cache).")
+    ] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the experiment of a paper and write its card. Finished measurements are kept, so an interrupted command
+    continues."""
+    from llm_quest.cli.papers import reproduce_paper
+    from llm_quest.machine.hardware import usable_cores
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with show_progress(quiet):
+        card = reproduce_paper(paper, seeds=seeds, out=out, jobs=jobs or usable_cores(), log=status_printer(quiet))
+    print_result(card, json)

@@ -1,0 +1,74 @@
+"""`quest serve`: a model and its adapters behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm_quest.cli.chat import load_text_model
+from llm_quest.cli.generation_options import read_advice
+from llm_quest.contracts import LogFn
+from llm_quest.errors import UsageError
+from llm_quest.hub.load_adapter import load_adapter
+from llm_quest.serve.server import LoadedModel, ServeOptions, bind_socket, http_server, make_server, run_server
+
+
+def serve_models(
+    name_or_path: str,
+    adapters: Sequence[str],
+    options: ServeOptions,
+    *,
+    name: str | None,
+    device: str,
+    dtype: str,
+    log: LogFn,
+) -> None:
+    """Serve until the process is told to end. The port is bound first, so that a mistake shows before models load."""
+    parsed = parse_adapters(adapters)
+    listener = bind_socket(options.host, options.port)
+    with listener:
+        served_name = name or Path(name_or_path).name or name_or_path
+        models = {served_name: load_model(name_or_path, device, dtype, log)}
+        for adapter, folder in parsed.items():
+            if adapter in models:
+                raise UsageError(
+                    f"--adapter {adapter}={folder}: this is the name of the model; give another, or --name"
+                )
+            models[adapter] = load_adapted(name_or_path, folder, served_name, device, dtype, log)
+        server = make_server(models, options, log)
+        host, port = listener.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        first = next(iter(server.served.values()))
+        log(f"{', '.join(models)}: {options.slots} slots of {first.max_model_len:,} tokens")
+        log(f"http://{address}:{port}/v1  (OpenAI's interface; Ctrl-C ends)")
+        run_server(server, listener, http_server(server))
+
+
+def parse_adapters(given: Sequence[str]) -> dict[str, str]:
+    """NAME=PATH each. UsageError for another form, or a name that is given twice."""
+    found: dict[str, str] = {}
+    for one in given:
+        name, _, folder = one.partition("=")
+        if not name or not folder:
+            raise UsageError(f"--adapter {one!r}: give a name and a folder, such as french=runs/french-lora")
+        if name in found:
+            raise UsageError(f"--adapter {name} is given twice")
+        found[name] = folder
+    return found
+
+
+def load_model(name_or_path: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
+    model, tokenizer = load_text_model(name_or_path, device, dtype, log)
+    advice = read_advice(model.generation_config)
+    if advice:
+        log(f"generation_config.json advises {', '.join(f'{key} {value:g}' for key, value in advice.items())}")
+    return LoadedModel(model, tokenizer, advice)
+
+
+def load_adapted(name_or_path: str, folder: str, parent: str, device: str, dtype: str, log: LogFn) -> LoadedModel:
+    """The base with an adapter. Weights that are mapped from the base's files are in memory once."""
+    model, tokenizer = load_text_model(name_or_path, device, dtype, lambda line: None)
+    load_adapter(model, folder)
+    model.eval()
+    log(f"{folder}: adapter of {name_or_path}")
+    return LoadedModel(model, tokenizer, read_advice(model.generation_config), parent)

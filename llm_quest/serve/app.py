@@ -1,0 +1,356 @@
+"""The routes of the server (Starlette): bodies come in with limits, answers go out whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from llm_quest import __version__
+from llm_quest.contracts import LogFn
+from llm_quest.errors import QuestError
+from llm_quest.serve.answers import AnswerWriter, Part, make_answer
+from llm_quest.serve.engine import QueueFull, ServingEngine
+from llm_quest.serve.errors import ApiError
+from llm_quest.serve.metrics import Samples, model_label, render_metrics, value_samples
+from llm_quest.serve.protocol import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    parse_body,
+)
+from llm_quest.serve.requests import Event, GenerationRequest, RequestFailed
+from llm_quest.serve.security import AccessGuard, AccessRules
+from llm_quest.serve.service import RequestOptions, ServedModel, chat_request, completion_requests
+
+PING_SECONDS = 10.0
+LEFT = 499
+"""The status of a request whose client left, in the log."""
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """body_bytes: of a request; body_seconds: until all of it has come; request_seconds: until its answer is
+    complete."""
+
+    body_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    request_seconds: float = 600.0
+
+
+class Outbox:
+    """Carries events from the engine's thread to the tasks that wait for them: one wake-up for a step."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.queues: dict[int, asyncio.Queue[tuple[GenerationRequest, Event]]] = {}
+        self.made: list[tuple[GenerationRequest, Sequence[Event]]] = []
+
+    def deliver(self, request: GenerationRequest, events: Sequence[Event]) -> None:
+        """In the engine's thread: keep the events of a step."""
+        self.made.append((request, events))
+
+    def flush(self) -> None:
+        """In the engine's thread, behind a step: hand them out."""
+        if self.made and self.loop is not None:
+            made, self.made = self.made, []
+            try:
+                self.loop.call_soon_threadsafe(self.put, made)
+            except RuntimeError:  # the loop has ended; so have those who wait
+                return
+
+    def put(self, made: Sequence[tuple[GenerationRequest, Sequence[Event]]]) -> None:
+        for request, events in made:
+            if (queue := self.queues.get(request.number)) is not None:
+                for event in events:
+                    queue.put_nowait((request, event))
+
+
+class QuestServer:
+    """The application's state and its routes. log_prompts: whether the log may hold what was asked."""
+
+    def __init__(
+        self,
+        served: Mapping[str, ServedModel],
+        engine: ServingEngine,
+        outbox: Outbox,
+        rules: AccessRules,
+        limits: HttpLimits,
+        *,
+        log: LogFn,
+        log_requests: bool = False,
+        log_prompts: bool = False,
+    ):
+        self.served, self.engine, self.outbox, self.limits = served, engine, outbox, limits
+        self.log, self.log_requests, self.log_prompts = log, log_requests or log_prompts, log_prompts
+        routes = [
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/version", self.version),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+        ]
+        handlers = {ApiError: answer_error, HTTPException: answer_error, Exception: answer_error}
+        guard = Middleware(AccessGuard, rules=rules)
+        self.app = Starlette(routes=routes, exception_handlers=handlers, middleware=[guard])  # type: ignore[arg-type]
+
+    # --- about the server
+
+    async def health(self, request: Request) -> Response:
+        alive = self.engine.is_alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [describe_model(one) for one in self.served.values()]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(describe_model(self.find_model(request.path_params["name"])))
+
+    async def metrics(self, request: Request) -> Response:
+        text = render_metrics(model_samples(one) for one in self.served.values())
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    def find_model(self, name: str | None) -> ServedModel:
+        """The model of this name. ApiError 404 for one that is not served."""
+        if name is None:
+            return next(iter(self.served.values()))
+        if name not in self.served:
+            known = ", ".join(self.served)
+            message = f"there is no model {name[:200]!r} here; it serves {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.served[name]
+
+    # --- tokens
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self.read(request, TokenizeBody)
+        served = self.find_model(body.model)
+        ids = await run_in_threadpool(served.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": served.max_model_len})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self.read(request, DetokenizeBody)
+        served = self.find_model(body.model)
+        if wrong := [token for token in body.tokens if token >= served.tokenizer.vocab_size]:
+            raise ApiError(400, f"token {wrong[0]} does not exist", param="tokens")
+        return JSONResponse({"prompt": served.tokenizer.decode(body.tokens, keep_special_tokens=True)})
+
+    # --- text
+
+    async def embeddings(self, request: Request) -> Response:
+        raise ApiError(404, "the models of this server write text and make no embeddings", code="not_supported")
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self.complete(request, await self.read(request, ChatBody))
+
+    async def completions(self, request: Request) -> Response:
+        return await self.complete(request, await self.read(request, CompletionBody))
+
+    async def complete(self, request: Request, body: ChatBody | CompletionBody) -> Response:
+        """Answer a request for text."""
+        self.outbox.loop = asyncio.get_running_loop()
+        served = self.find_model(body.model)
+        options = RequestOptions(self.outbox.deliver, time.monotonic() + self.limits.request_seconds)
+        try:
+            requests = await run_in_threadpool(make_requests, served, body, options)
+        except QuestError as error:
+            raise ApiError(400, str(error)) from None
+        answer = make_answer(served, requests, body)
+        work = Work(self, answer, time.monotonic())
+        work.submit()
+        if body.stream:
+            return StreamingResponse(
+                work.stream(include_usage=body.include_usage), headers=STREAM_HEADERS, media_type="text/event-stream"
+            )
+        return await work.collect(request)
+
+    async def read(self, request: Request, kind: type[Body]) -> Body:
+        """The body of a POST, within the limits."""
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            raise ApiError(415, "send Content-Type: application/json")
+        too_large = ApiError(413, f"the body has more than {self.limits.body_bytes:,} bytes")
+        length = request.headers.get("content-length", "0")
+        if length.isascii() and length.isdigit() and int(length[:20]) > self.limits.body_bytes:
+            raise too_large
+        raw = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for chunk in request.stream():
+                    raw += chunk
+                    if len(raw) > self.limits.body_bytes:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {self.limits.body_seconds:g} s") from None
+        except ClientDisconnect:
+            raise ApiError(400, "the client left before the body had come") from None
+        return await run_in_threadpool(parse_body, kind, bytes(raw))
+
+    def log_end(self, answer: AnswerWriter, status: int, began: float) -> None:
+        """A line about a finished request; its prompt only if that was asked for."""
+        if not self.log_requests:
+            return
+        usage = answer.usage
+        line = f"{answer.id} {answer.served.name}: {status}, {usage['prompt_tokens']} tokens read, "
+        line += f"{usage['completion_tokens']} made, {time.monotonic() - began:.2f} s"
+        if self.log_prompts:
+            line += "".join(f"\n  {answer.served.tokenizer.decode(one.prompt)!r}" for one in answer.requests)
+        self.log(line)
+
+
+def make_requests(
+    served: ServedModel, body: ChatBody | CompletionBody, options: RequestOptions
+) -> list[GenerationRequest]:
+    """The engine's requests for a body."""
+    if isinstance(body, CompletionBody):
+        return completion_requests(served, body, options)
+    return [chat_request(served, body, options)]
+
+
+class Work:
+    """The requests of one body while they run. Whatever ends it frees their slots."""
+
+    def __init__(self, server: QuestServer, answer: AnswerWriter, began: float):
+        self.server, self.answer, self.began = server, answer, began
+        self.queue: asyncio.Queue[tuple[GenerationRequest, Event]] = asyncio.Queue()
+
+    def submit(self) -> None:
+        """Queue the requests. ApiError 429 where too many wait, 503 where the engine has stopped."""
+        engine, requests = self.server.engine, self.answer.requests
+        if not engine.is_alive:
+            raise ApiError(503, "the engine has stopped", headers={"retry-after": "10"})
+        self.server.outbox.queues |= {one.number: self.queue for one in requests}
+        try:
+            for one in requests:
+                engine.submit(self.answer.served.name, one)
+        except QueueFull:
+            self.release(429)
+            message = f"{engine.max_waiting} requests wait already; try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"}) from None
+
+    def release(self, status: int) -> None:
+        """Forget the requests; those that still run are cancelled."""
+        for one in self.answer.requests:
+            self.server.outbox.queues.pop(one.number, None)
+            if not self.answer.is_finished:
+                self.server.engine.cancel(one)
+        self.server.log_end(self.answer, status, self.began)
+
+    async def parts(self) -> AsyncIterator[Part | None]:
+        """The parts of choices as they are made; None where nothing came for a while."""
+        while not self.answer.is_finished:
+            try:
+                async with asyncio.timeout(PING_SECONDS):
+                    request, event = await self.queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(event, RequestFailed):
+                raise ApiError(event.status, event.message, code=event.code)
+            for part in self.answer.read(request, event):
+                yield part
+
+    async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+        status = LEFT
+        try:
+            async for part in self.parts():
+                if part is None:
+                    yield ": ping\n\n"
+                else:
+                    yield to_event(self.answer.chunk([part], with_usage=include_usage))
+            if include_usage:
+                yield to_event(self.answer.usage_chunk())
+            status = 200
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            status = error.status
+            yield to_event(error.body())
+        finally:
+            self.release(status)
+
+    async def collect(self, request: Request) -> Response:
+        """The whole answer, unless the client leaves before."""
+        gathered = asyncio.ensure_future(self.gather())
+        left = asyncio.ensure_future(wait_until_left(request))
+        status = LEFT
+        try:
+            await asyncio.wait({gathered, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not gathered.done():
+                return Response(status_code=LEFT)
+            status = error.status if isinstance(error := gathered.exception(), ApiError) else 200
+            return JSONResponse(gathered.result())
+        finally:
+            gathered.cancel()
+            left.cancel()
+            self.release(status)
+
+    async def gather(self) -> dict[str, Any]:
+        async for _ in self.parts():
+            pass
+        return self.answer.whole()
+
+
+async def wait_until_left(request: Request) -> None:
+    """Wait until the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def to_event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def model_samples(served: ServedModel) -> Samples:
+    """The metrics of a model."""
+    batch, label = served.batch, model_label(served.name)
+    gauges = {
+        "vllm:num_requests_running": batch.num_running,
+        "vllm:num_requests_waiting": len(batch.waiting),
+        "vllm:kv_cache_usage_perc": batch.slots.use,
+    }
+    reuse = {
+        "vllm:prefix_cache_queries_total": batch.prefixes.queries,
+        "vllm:prefix_cache_hits_total": batch.prefixes.hits,
+    }
+    return batch.metrics.samples(label) | value_samples("gauge", gauges, label) | value_samples("counter", reuse, label)
+
+
+def describe_model(served: ServedModel) -> dict[str, Any]:
+    """A model as /v1/models lists it."""
+    found = {"id": served.name, "object": "model", "created": served.created, "owned_by": "llm-quest"}
+    return found | {"root": served.name, "parent": served.parent, "max_model_len": served.max_model_len}
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """Any error in OpenAI's form."""
+    if isinstance(error, HTTPException):
+        messages = {404: "there is no such path here", 405: f"{request.method} is not for this path"}
+        error = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
+    if isinstance(error, QuestError):
+        error = ApiError(400, str(error))
+    if not isinstance(error, ApiError):
+        error = ApiError(500, f"an error of the server: {type(error).__name__}")
+    return JSONResponse(error.body(), error.status, dict(error.headers or {}))

@@ -1,0 +1,190 @@
+"""The caches of running requests as rows of one batch. A request joins and leaves by copying its own row; the rows of
+the others stay where they are.
+
+      rows   0 1 2 3        request 1 leaves        0 3 2        a request joins        0 3 2 4
+                            (the last row takes its place)
+
+Every slot of the batch has the same capacity. On the CPU its memory is touched only as far as it is filled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_quest.layers.kv_cache import Cache, KVCache, SlotIndex, allocate_slots
+from llm_quest.models.decoder import Decoder
+from llm_quest.scope import Scope
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """What the layers keep of one text: a part for each layer, whose keys and values are the filled slots alone.
+    length: the number of positions."""
+
+    length: int
+    layers: Sequence[Any]
+    slot_indices: dict[int, SlotIndex]
+
+    def clone(self) -> CacheRow:
+        """A copy that no later pass changes."""
+        layers = [copy_slots(layer) if isinstance(layer, KVCache) else layer for layer in self.layers]
+        return CacheRow(self.length, layers, self.slot_indices)
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values and states."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    def to_cache(self, model: Decoder, capacity: int) -> Cache:
+        """A cache of one row with room for `capacity` positions, which holds this text."""
+        cache: Cache = model.new_cache(1, capacity)
+        layers: list[Any] = cache.layers
+        cache.slot_indices = {size: copy.copy(index) for size, index in self.slot_indices.items()}
+        for number, layer in enumerate(self.layers):
+            held: Any = copy.copy(layer)
+            if isinstance(held, KVCache):
+                held.tensors = {name: widen(part, held.num_slots) for name, part in held.tensors.items()}
+                held.slot_index = cache.slot_indices.get(held.num_slots)
+            layers[number] = held
+        return cache
+
+
+def read_row(cache: Cache, row: int, length: int) -> CacheRow:
+    """Row `row` of a cache, in which it has positions 0 to length-1. Keys and values are views."""
+    index = torch.tensor([row])
+    slot_indices = {size: one_row_index(one, index, length) for size, one in cache.slot_indices.items()}
+    layers: list[Any] = []
+    for layer in cache.layers:
+        held: Any = copy.copy(layer)
+        if isinstance(held, KVCache):
+            filled = min(length, held.num_slots) + 1
+            held.tensors = {name: one[row : row + 1, :filled] for name, one in held.tensors.items()}
+            held.slot_index = slot_indices.get(held.num_slots)
+        else:
+            held.batch_select_indices(index)
+        layers.append(held)
+    return CacheRow(length, layers, slot_indices)
+
+
+def one_row_index(slot_index: SlotIndex, row: Tensor, length: int) -> SlotIndex:
+    """The index of one row. A text without a gap fills the slots from the first one on."""
+    one = copy.copy(slot_index)
+    one.batch_select_indices(row)
+    one.is_contiguous, one.run_length = True, length
+    return one
+
+
+def copy_slots(layer: KVCache) -> KVCache:
+    """The same keys and values in memory of their own."""
+    held = copy.copy(layer)
+    held.tensors = {name: widen(part, part.shape[1] - 1) for name, part in held.tensors.items()}
+    return held
+
+
+def widen(part: Tensor, num_slots: int) -> Tensor:
+    """A copy of (1,filled,...) with num_slots + 1 slots."""
+    wide = allocate_slots(part, num_slots + 1)
+    wide[:, : part.shape[1]] = part
+    return wide
+
+
+class SlotCache:
+    """A cache of at most `max_rows` texts, each of at most `capacity` positions. lengths: of each row."""
+
+    def __init__(self, model: Decoder, max_rows: int, capacity: int):
+        self.model, self.max_rows, self.capacity = model, max_rows, capacity
+        self.buffers: dict[tuple[int, str], Tensor] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows; their memory is used again."""
+        self.cache: Cache = self.model.new_cache(1, self.capacity)
+        self.cache.batch_size = 0
+        self.lengths: list[int] = []
+
+    def join(self, row: CacheRow) -> None:
+        """Append a text, as the last row."""
+        first, order = not self.lengths, range(len(self.lengths) + 1)
+        self.lengths.append(row.length)
+        self.cache.batch_size = len(self.lengths)
+        for number, (layer, new) in enumerate(zip(self.cache.layers, row.layers, strict=True)):
+            if isinstance(new, KVCache):
+                self.write_slots(number, new, len(self.lengths) - 1)
+            elif first:
+                self.cache.layers[number] = copy.copy(new)
+            else:
+                layer.batch_concat([copy.copy(new)], order)
+        for size, index in row.slot_indices.items():
+            if first:
+                self.cache.slot_indices[size] = copy.copy(index)
+            else:
+                self.cache.slot_indices[size].batch_concat([index], order)
+        self.set_views()
+
+    def write_slots(self, number: int, layer: KVCache, row: int) -> None:
+        """Copy the filled slots of layer `number` to a row of its buffers."""
+        for name, part in layer.tensors.items():
+            if (number, name) not in self.buffers:
+                like = part[:1].expand(self.max_rows, *part.shape[1:])
+                self.buffers[number, name] = allocate_slots(like, layer.num_slots + 1)
+            self.buffers[number, name][row, : part.shape[1]] = part[0]
+
+    def set_views(self) -> None:
+        """The layers see the rows in use."""
+        for (number, name), buffer in self.buffers.items():
+            self.kv_layer(number).tensors[name] = buffer[: len(self.lengths)]
+
+    def kv_layer(self, number: int) -> KVCache:
+        layer = self.cache.layers[number]
+        assert isinstance(layer, KVCache), "only such layers have buffers"
+        return layer
+
+    def leave(self, row: int) -> list[int]:
+        """Remove a row; the last one takes its place. Returns the old number of each row that is left."""
+        last = len(self.lengths) - 1
+        order = [*range(last)]
+        if row != last:
+            order[row] = last
+            for (number, _), buffer in self.buffers.items():
+                filled = min(self.lengths[last], self.kv_layer(number).num_slots) + 1
+                buffer[row, :filled] = buffer[last, :filled]
+        self.lengths = [self.lengths[old] for old in order]
+        if not order:
+            self.clear()
+            return order
+        self.cache.batch_size = last
+        for part in other_states(self.cache):
+            part.batch_select_indices(torch.tensor(order))
+        self.set_views()
+        return order
+
+    def row(self, number: int) -> CacheRow:
+        """A text of the batch; a view, until the next pass."""
+        return read_row(self.cache, number, self.lengths[number])
+
+    def decode(self, tokens: Sequence[int], device: torch.device) -> Float[Tensor, "B V"]:
+        """Feed every row its next token; the logits after it."""
+        reach, same = max(self.lengths) + 1, len(set(self.lengths)) == 1
+        for index in self.cache.slot_indices.values():  # no row has a gap: the mask is left out where lengths are equal
+            index.is_contiguous, index.run_length = same, min(self.lengths)
+        positions = torch.tensor(self.lengths, device=device)[:, None]
+        scope = Scope(positions, cache=self.cache, max_seq_len=reach, unpadded=same)
+        logits = self.model(torch.tensor(tokens, device=device)[:, None], scope)[:, -1]
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    @property
+    def use(self) -> float:
+        """The share of all positions that is filled."""
+        return sum(self.lengths) / (self.max_rows * self.capacity)
+
+
+def other_states(cache: Cache) -> Iterable[Any]:
+    """What is kept per row besides keys and values."""
+    yield from (layer for layer in cache.layers if not isinstance(layer, KVCache))
+    yield from cache.slot_indices.values()

@@ -1,0 +1,206 @@
+"""A folder is pushed to a stand-in of the hub, which then holds the files; the card says how the model was made."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+import llm_quest as quest
+from llm_quest.data.vocabulary import character_tokenizer
+from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.hub.load_save import save
+from llm_quest.hub.push import push_folder
+from llm_quest.report.run_card import run_readme
+
+TOKEN = "hf_" + "x" * 34
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Takes commits as the hub does: large files apart, by their hash. `server.status`: of every answer."""
+
+    def log_message(self, *given: object) -> None:
+        pass
+
+    def reply(self, answer: object) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_PUT(self) -> None:
+        self.server.objects[self.path.rpartition("/")[2]] = self.body()  # type: ignore[attr-defined]
+        self.reply({})
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def do_POST(self) -> None:
+        hub, raw = self.server, self.body()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        hub.tokens.add(self.headers.get("Authorization"))
+        if self.path.endswith("/api/repos/create"):
+            hub.made.append(json.loads(raw))
+            self.reply({"url": f"{address}/me/model", "name": "me/model", "id": "1"})
+        elif self.path.endswith("/validate-yaml"):
+            self.reply({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            names = [one["path"] for one in json.loads(raw)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            self.reply(
+                {"files": [{"path": one, "uploadMode": mode, "shouldIgnore": False} for one, mode in modes.items()]}
+            )
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            found = [
+                {**one, "actions": {"upload": {"href": f"{address}/upload/{one['oid']}"}}}
+                for one in json.loads(raw)["objects"]
+            ]
+            self.reply({"transfer": "basic", "objects": found})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, raw.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    hub.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[value["path"]] = hub.objects[value["oid"]]
+            self.reply({"success": True, "commitOid": "1" * 40, "commitUrl": f"{address}/me/model/commit/1"})
+        else:
+            self.reply({})
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.status, server.files, server.objects, server.made, server.tokens = 200, {}, {}, [], set()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    huggingface_hub.close_session()
+    yield server
+    server.shutdown()
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    model = quest.build("llama3.2-tiny")
+    save(model, tmp_path / "model", tokenizer=character_tokenizer("abcdefghij klmnop"))
+    (tmp_path / "model" / "optimizer.pt").write_bytes(b"not for others")
+    return tmp_path / "model"
+
+
+def test_the_hub_holds_the_model_and_nothing_else(hub, folder, tmp_path):
+    report = push_folder(folder, "me/model", private=True)
+    assert hub.made[0]["visibility"] == "private"
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert report.left_out == ("optimizer.pt",)
+    assert set(hub.files) == {file.name for file in folder.iterdir()} - {"optimizer.pt"} == set(report.files)
+    card = hub.files["README.md"].decode()
+    assert 'from_pretrained("me/model")' in card
+    assert "path/to/this/folder" not in card
+    for name, content in hub.files.items():
+        (tmp_path / "fetched").mkdir(exist_ok=True)
+        (tmp_path / "fetched" / name).write_bytes(content)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(quest.load(tmp_path / "fetched")(ids), quest.load(folder)(ids))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [(401, DataError, "does not accept"), (403, DataError, "may not"), (500, MissingError, "500")],
+)
+def test_a_hub_that_refuses_is_one_message_without_the_token(hub, folder, status, kind, words):
+    hub.status = status
+    with pytest.raises(kind, match=words) as caught:
+        push_folder(folder, "me/model")
+    assert TOKEN not in str(caught.value)
+    assert hub.files == {}
+
+
+def test_a_hub_that_is_not_there_is_one_message(hub, folder, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(MissingError, match="cannot be reached"):
+        push_folder(folder, "me/model")
+
+
+def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(hub, folder, tmp_path, monkeypatch):
+    for name in ("model", "me/you/model", "me/", "me/mo del"):
+        with pytest.raises(UsageError, match="OWNER/NAME"):
+            push_folder(folder, name)
+    with pytest.raises(DataError, match="no model folder"):
+        push_folder(tmp_path, "me/model")
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(DataError, match="does not load"):
+        push_folder(folder, "me/model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
+        push_folder(folder, "me/model")
+    assert hub.made == []
+
+
+CONFIG = """
+recipe: sft
+learning_rate: 0.001
+batch_size: 4
+techniques: [{name: lora}]
+data: {source: ["hf:me/rows", {path: "/home/me/secret/rows.jsonl", weight: 2}], held_out: 0.05}
+model: {load: org/base}
+"""
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(CONFIG)
+    rows = [{"step": step, "tokens": step * 100, "eval/loss": 3.0 - step / 10} for step in (10, 20)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "summary.json").write_text(json.dumps({"step": 20, "scores": {"loss": 1.0, "accuracy": 0.5}}))
+    (run / "data.json").write_text(json.dumps({"train_rows": 1234}))
+    return run
+
+
+def test_a_runs_card_says_data_recipe_numbers_and_license(run):
+    readme = run_readme(run, "mit")
+    model = quest.build("llama3.2-tiny")
+    from llm_quest.models.build import family_of
+
+    text = readme.render(model, family_of(model.config))
+    head = yaml.safe_load(text.split("---")[1])
+    assert (head["license"], head["base_model"], head["datasets"]) == ("mit", "org/base", ["me/rows"])
+    for line in (
+        "| source | hf:me/rows, rows.jsonl |", "| rows | 1,234 |", "| recipe | sft |", "| techniques | lora |",
+        "| steps | 20 |", "| tokens | 2,000 |", "| learning_rate | 0.001 |", "| loss | 1 |", "| accuracy | 0.5 |",
+        "## License\n\nmit", "quest.load(", "from_pretrained(", "vllm serve",
+    ):  # fmt: skip
+        assert line in text, line
+    assert "/home/me" not in text
+
+
+def test_a_checkpoints_card_has_the_numbers_of_its_step(run):
+    folder = run / "checkpoints" / "step-00000010"
+    folder.mkdir(parents=True)
+    readme = run_readme(folder)
+    assert readme.results == {"loss": "2"}
+    assert (readme.training["steps"], readme.training["tokens"]) == ("10", "1,000")
+
+
+def test_a_folder_that_is_no_run_has_a_card_without_them(tmp_path, folder):
+    assert run_readme(folder, "mit").training == {}
+    (tmp_path / "config.yaml").write_text("a: [")
+    assert run_readme(tmp_path).data == {}
