@@ -33,17 +33,18 @@ PRINTED_FOR = {
     "recipes/diagnostics.py": tuple({*RECIPES} - {"grpo", "iterative", "rpt"}),
 }
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
-OPTIONS_OF_FILES = {"cost": "plan", "recipes/held_out.py": "eval"}
+OPTIONS_OF_FILES = {"cost": "plan", "experiments": "ablate", "recipes/held_out.py": "eval"}
 """Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
 NOT_OURS = {
     "save_projection": "PEFT's VeRA", "safe_serialization": "PEFT's save_pretrained", "tokenizer.model": "a file",
     "spiece.model": "a file",
     "model.embed_tokens": "a module, which freeze names",
     "embed.token": "a module, which modules_to_save names",
-    "--abbrev-ref": "git's", "--porcelain": "git's", "--untracked-files": "git's",
+    "--abbrev-ref": "git's", "--short": "git's", "--whitespace": "git's",
+    "--porcelain": "git's", "--untracked-files": "git's",
 }  # fmt: skip
-FILE_ENDINGS = "json jsonl yaml yml py md txt html csv safetensors svg org com co jinja bin".split()  # noqa: SIM905
-PYTHON_NAMES = ("torch", "itertools", "quest", "cache", "llm_quest", "transformers")
+FILE_ENDINGS = "json jsonl yaml yml py md txt html csv safetensors svg org com co jinja bin patch".split()  # noqa: SIM905
+PYTHON_NAMES = ("torch", "sys", "itertools", "quest", "cache", "llm_quest", "transformers")
 """What a dotted word of a message to a Python caller begins with."""
 
 

@@ -30,7 +30,7 @@ LEVELS = (
     ("models", "data", "machine"),
     ("techniques", "generation", "hub"),
     ("train", "rollouts", "objectives", "eval", "cost"),
-    ("recipes", "papers", "report", "serve"),
+    ("recipes", "papers", "report", "serve", "experiments"),
     ("cli",),
     ("api",),
     ("__main__",),
@@ -42,6 +42,9 @@ ONE_WAY = {
     ("hub", "techniques"): "files of adapters and of techniques are read into techniques",
     ("eval", "objectives"): "perplexity is the loss of an objective",
     ("eval", "rollouts"): "pass@k samples and verifies as a rollout does",
+    ("experiments", "recipes"): "an arm is a recipe with settings",
+    ("experiments", "report"): "the page of an experiment draws with the plots of a run's report",
+    ("papers", "experiments"): "measurements of papers and of experiments are kept by the code that made them",
 }
 """Imports inside a level, each with its reason; the other way round is refused."""
 TRAIN_MAY_IMPORT = ("contracts", "errors", "files", "progress", "manifest", "tensor_files", "machine")

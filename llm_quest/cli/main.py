@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-from llm_quest.cli import generate_commands, model_commands, paper_commands, serve_commands, train_commands
+from llm_quest.cli import (
+    experiment_commands,
+    generate_commands,
+    model_commands,
+    paper_commands,
+    serve_commands,
+    train_commands,
+)
 from llm_quest.cli.output import open_streams, run_with_exit_code
 
 app = typer.Typer(
@@ -23,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 tokens_app = typer.Typer(help="Change a model's tokens.", no_args_is_help=True, rich_markup_mode=None)
+ledger_app = typer.Typer(help="The ledger of experiments.", no_args_is_help=True, rich_markup_mode=None)
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": train_commands.quickstart,
@@ -45,18 +53,24 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": model_commands.export,
     "push": model_commands.push,
     "consolidate": model_commands.consolidate,
+    "ablate": experiment_commands.ablate,
     "report": train_commands.report,
     "papers": paper_commands.papers,
     "reproduce": paper_commands.reproduce,
     "doctor": train_commands.doctor,
     "data": train_commands.data,
 }
-ABOUT_A_RECIPE = ("train", "plan")
+ABOUT_A_RECIPE = ("train", "plan", "ablate")
 
 for name, command in COMMANDS.items():
     app.command(name, cls=train_commands.RecipeCommand if name in ABOUT_A_RECIPE else None)(command)
 tokens_app.command("add")(model_commands.add_tokens)
 app.add_typer(tokens_app, name="tokens")
+ledger_app.command("list")(experiment_commands.list_ledger)
+ledger_app.command("show")(experiment_commands.show_ledger)
+ledger_app.command("merge")(experiment_commands.merge_ledger)
+ledger_app.command("export")(experiment_commands.export_ledger)
+app.add_typer(ledger_app, name="ledger")
 
 
 def main() -> None:

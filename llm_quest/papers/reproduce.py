@@ -11,14 +11,12 @@ import concurrent.futures
 import hashlib
 import importlib
 import inspect
-import io
 import json
 import math
 import multiprocessing
 import os
 import re
 import time
-import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import torch
 
 from llm_quest.child_process import end_with_parent
 from llm_quest.contracts import LogFn
+from llm_quest.experiments.code_tree import code_text
 from llm_quest.files import atomic_write_json
 from llm_quest.papers import load_paper
 from llm_quest.papers.paper import ExperimentResults, Measurement, Paper
@@ -78,18 +77,6 @@ def code_fingerprint(chosen: Paper) -> str:
     names = sorted(set(LAB_IMPORT.findall(inspect.getsource(own))) - {"paper"})
     modules = [own, *(importlib.import_module(f"llm_quest.papers.{name}") for name in names)]
     return hashlib.sha256("".join(code_text(inspect.getsource(m)) for m in modules).encode()).hexdigest()[:16]
-
-
-def code_text(source: str) -> str:
-    """The code without docstrings, comments and layout: other words do not make other measurements."""
-    between, parts, begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT), [], True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.NL, tokenize.COMMENT):
-            continue
-        if token.type not in between and not (begins and token.type == tokenize.STRING):  # not a docstring
-            parts.append(token.string)
-        begins = token.type in between
-    return re.sub(r",(?=[)\]}])", "", "".join(parts))
 
 
 def load_results(file: Path, chosen: Paper) -> ExperimentResults:

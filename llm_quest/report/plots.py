@@ -76,8 +76,10 @@ def plot_curves(
     log: bool = False,
     wide: bool = False,
     level: tuple[str, float] | None = None,
+    x: str = "step",
 ) -> str:
-    """An SVG plot of lines; an empty string where there is nothing to draw. level: a dashed horizontal line."""
+    """An SVG plot of lines; an empty string where there is nothing to draw. level: a dashed horizontal line. x: what
+    the horizontal axis counts."""
     drawable = [line for line in lines if any(map(math.isfinite, line.values))]
     if not drawable:
         return ""
@@ -94,7 +96,7 @@ def plot_curves(
             set_y_limits(axes, drawable, level)
         if level is not None:
             axes.axhline(level[1], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=level[0])
-        axes.set_xlabel("step")
+        axes.set_xlabel(x)
         axes.set_ylabel("" if unit == PERCENT else unit)
         if unit == PERCENT:
             axes.yaxis.set_major_formatter(lambda value, place: f"{100 * value:.3g}%")

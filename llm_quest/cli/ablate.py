@@ -1,0 +1,158 @@
+"""`quest ablate`: arms of a recipe against a control, until a sequential test decides."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.experiments.arms import CONTROL, Arm, fixed_pairs, parse_arms, refuse_own_keys, resolve_arms
+from llm_quest.experiments.budgets import BUDGETS
+from llm_quest.experiments.code_tree import own_code
+from llm_quest.experiments.comparison import Claim
+from llm_quest.experiments.experiment import Experiment, Plan
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.measurements import require_reported_seeds
+from llm_quest.experiments.page import write_page
+from llm_quest.experiments.sequential import FIRST_LOOK, THRESHOLDS
+from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.files import atomic_write_json
+from llm_quest.recipes.recipe import load_recipe
+from llm_quest.train.best_model import is_greater_better
+
+POLICIES = ("grpo", "iterative", "rpt", "rpt_control")
+DEFAULT_METRICS = {**dict.fromkeys(POLICIES, "eval/accuracy"), "vit": "eval/accuracy", "vlm": "eval/loss"}
+DEFAULT_DELTA = 0.03
+"""Nats, or a share: 3 points of accuracy."""
+PROTOCOL = Path(__file__).parents[1] / "experiments" / "agents.md"
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """What the command line gives."""
+
+    vary: Sequence[str] = ()
+    arms: Sequence[str] = ()
+    code: Sequence[str] = ()
+    metrics: Sequence[str] = ()
+    delta: float | None = None
+    cap: int = 12
+    budget: str = ""
+    rates: int = 3
+    tuning_seeds: int = 2
+    aa_pairs: int = 3
+    first_seed: int = 1
+    question: str = ""
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """The result of an experiment and where its files are."""
+
+    result: dict[str, Any]
+    folder: Path
+    ledger: Path
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.result, "folder": str(self.folder), "ledger": str(self.ledger)}
+
+    def lines(self) -> list[str]:
+        """The verdicts, what they cost, and what would repeat them."""
+        found = [line for verdict in self.result["verdicts"] for line in describe_verdict(verdict)]
+        found += [f"note: {text}" for text in self.result["notes"]]
+        return [*found, f"page: {self.folder / 'report.html'}", f"ledger: {self.ledger} ({self.result['experiment']})"]
+
+
+@dataclass(frozen=True)
+class AgentProtocol:
+    """`quest ablate --for-agents`."""
+
+    def lines(self) -> list[str]:
+        return PROTOCOL.read_text(encoding="utf-8").splitlines()
+
+    def as_json(self) -> dict[str, str]:
+        return {"protocol": PROTOCOL.read_text(encoding="utf-8")}
+
+
+def run_ablation(recipe: str, pairs: Sequence[str], options: AblateOptions, *, out: Path, log: LogFn) -> AblationReport:
+    """Run an experiment below the folder `out`, or go on with it."""
+    plan = make_plan(recipe, pairs, options, out, log)
+    folder, ledger = out / plan.experiment, Ledger(out / "ledger.jsonl", log)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "experiment.lock", timeout=0)
+    try:
+        with lock, WorkerPool(options.jobs) as pool:
+            log(f"experiment {plan.experiment}: {describe_plan(plan)}")
+            result = Experiment(plan, out, pool, ledger, log).run()
+            atomic_write_json(folder / "result.json", result)
+            write_page(result, out, folder / "report.html")
+    except Timeout:
+        raise BusyError(f"{folder} is in use: the same experiment is running; wait, or read its ledger") from None
+    return AblationReport(result, folder, ledger.file)
+
+
+def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Path, log: LogFn) -> Plan:
+    """The plan, with all that is wrong with the options said before anything runs."""
+    check_options(options)
+    if not recipe:
+        raise UsageError("no recipe was given: quest ablate pretrain --vary optim=adamw,muon, for example")
+    refuse_own_keys(pairs, allowed=("max_steps",))
+    base = [*fixed_pairs(recipe, pairs), *pairs]
+    found, config, _ = load_recipe(recipe, base)
+    if config.device not in ("auto", "cpu") or found.run is not None:
+        what = f"device={config.device}" if found.run is None else f"{found.name} (a recipe of several runs)"
+        raise UsageError(f"quest ablate runs single jobs on the CPU; {what} is not one: compare its runs by hand")
+    claim = make_claim(found.name, options)
+    arms = resolve_arms(recipe, base, parse_arms(options.vary, options.arms, options.code, out / "code"), log)
+    budget = options.budget or ("steps" if found.name in POLICIES else "flops")
+    return Plan(
+        recipe, tuple(base), tuple(arms), Arm(CONTROL, (), own_code()), claim, budget,
+        options.rates, options.tuning_seeds, options.aa_pairs, options.first_seed,
+        tuple(options.metrics[1:]), options.question, shlex.join(["quest", *sys.argv[1:]]),
+    )  # fmt: skip
+
+
+def check_options(options: AblateOptions) -> None:
+    """UsageError for options that no verdict can rest on."""
+    if options.cap < FIRST_LOOK:
+        raise UsageError(
+            f"--cap {options.cap}: {options.cap} pairs decide nothing; the first look is after {FIRST_LOOK}. "
+            f"Take one of {', '.join(map(str, THRESHOLDS))}"
+        )
+    if options.cap not in THRESHOLDS:
+        raise UsageError(f"--cap {options.cap}: thresholds are known for {', '.join(map(str, THRESHOLDS))} pairs")
+    if options.budget and options.budget not in BUDGETS:
+        raise UsageError(f"--budget {options.budget}: known are {', '.join(BUDGETS)}")
+    if options.delta is not None and not options.delta > 0:
+        raise UsageError(f"--delta {options.delta:g}: the smallest difference worth having is above 0")
+    require_reported_seeds(options.first_seed, options.cap)
+
+
+def make_claim(recipe: str, options: AblateOptions) -> Claim:
+    """Metric, direction, delta and cap."""
+    metric = options.metrics[0] if options.metrics else DEFAULT_METRICS.get(recipe, "eval/loss")
+    greater = is_greater_better(metric)
+    if options.delta is None and not metric.endswith(("loss", "accuracy", "bits_per_byte")):
+        raise UsageError(f"--delta is missing: the smallest difference of {metric} that is worth having, in its units")
+    normal = not greater and recipe not in POLICIES
+    return Claim(metric, DEFAULT_DELTA if options.delta is None else options.delta, options.cap, greater, normal)
+
+
+def describe_plan(plan: Plan) -> str:
+    """How many runs there are at most."""
+    arms = 1 + len(plan.arms)
+    tuning = arms * plan.rates * plan.tuning_seeds if plan.rates > 1 else 0
+    noise = 2 * plan.aa_pairs + 1 if plan.aa_pairs else 0
+    return (
+        f"{arms} arms, {plan.claim.metric}, delta {plan.claim.delta:g}; {tuning} runs to tune, {noise} A/A, at most "
+        f"{arms * plan.claim.cap} in {plan.claim.cap} pairs, each to the same {plan.budget}"
+    )

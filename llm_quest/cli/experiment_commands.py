@@ -1,0 +1,111 @@
+"""`quest ablate` and `quest ledger`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_quest.cli.options import JsonOption, OfflineOption, Overrides, QuietOption
+from llm_quest.cli.output import print_result, show_progress, status_printer
+from llm_quest.machine.hardware import set_environment
+
+LedgerOption = Annotated[Path, typer.Option(help="The ledger.")]
+LEDGER = Path("ablations/ledger.jsonl")
+
+
+def ablate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="The recipe of the control.")] = "",
+    pairs: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B", help="An arm for each value; may be repeated.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="NAME='KEY=VALUE ...'", help="An arm of several settings.")
+    ] = None,
+    code: Annotated[
+        list[str] | None, typer.Option(metavar="PATCH|WORKTREE", help="An arm that runs an edit of this package.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What decides (eval/loss; policies: eval/accuracy); further ones describe.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="The smallest difference worth having (losses, shares: 0.03).")
+    ] = None,
+    cap: Annotated[int, typer.Option(help="The largest number of pairs: 8, 12, 16, 20, 30.")] = 12,
+    budget: Annotated[
+        str, typer.Option(help="What arms spend alike: flops (policies: steps), steps, tokens, seconds, parameters.")
+    ] = "",
+    rates: Annotated[int, typer.Option(min=1, max=9, help="Learning rates that each arm is tuned over; 1: none.")] = 3,
+    tuning_seeds: Annotated[int, typer.Option(min=1, max=9, help="Seeds of each of them.")] = 2,
+    aa_pairs: Annotated[int, typer.Option(min=0, max=20, help="Pairs of the control with itself; 0: none.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=1, help="Of the reported seeds; 401 for a confirmation.")] = 1,
+    question: Annotated[str, typer.Option(help="What is asked, for the ledger.")] = "",
+    jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: one per core.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder of experiments, runs and the ledger.")] = Path("ablations"),
+    for_agents: Annotated[bool, typer.Option("--for-agents", help="Print the protocol that an agent follows.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Compare arms of a recipe with a control: pairs of runs that share seed, data order and start weights, equal
+    budgets and equal tuning, until a sequential test says better, worse, no difference, or undecided. The same command
+    again goes on after an interruption."""
+    set_environment(1, offline)
+    with show_progress(quiet or for_agents):
+        from llm_quest.cli import ablate as commands
+        from llm_quest.machine.hardware import usable_cores
+
+        if for_agents:
+            print_result(commands.AgentProtocol(), json)
+            return
+        options = commands.AblateOptions(
+            vary or (), arm or (), code or (), metric or (), delta, cap, budget, rates, tuning_seeds, aa_pairs,
+            first_seed, question, jobs or usable_cores(),
+        )  # fmt: skip
+        found = commands.run_ablation(recipe, pairs or [], options, out=out, log=status_printer(quiet))
+    print_result(found, json)
+
+
+def list_ledger(file: LedgerOption = LEDGER, json: JsonOption = False) -> None:
+    """List the experiments with their verdicts."""
+    from llm_quest.cli.ledger import list_experiments
+
+    print_result(list_experiments(file, status_printer(False)), json)
+
+
+def show_ledger(
+    experiment: Annotated[str, typer.Argument(help="A name from `quest ledger list`, or its beginning.")],
+    file: LedgerOption = LEDGER,
+    json: JsonOption = False,
+) -> None:
+    """Show an experiment: its claim, verdicts, runs, and the command that repeats it."""
+    from llm_quest.cli.ledger import show_experiment
+
+    print_result(show_experiment(file, experiment, status_printer(False)), json)
+
+
+def merge_ledger(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Ledgers to add.")],
+    file: LedgerOption = LEDGER,
+    json: JsonOption = False,
+) -> None:
+    """Add the rows of other ledgers to this one, each row once."""
+    from llm_quest.cli.ledger import merge
+
+    print_result(merge(files, file, status_printer(False)), json)
+
+
+def export_ledger(
+    format: Annotated[
+        str, typer.Option(help="csv (verdicts), or runs to a tracker: tensorboard, wandb, trackio.")
+    ] = "csv",
+    out: Annotated[Path | None, typer.Option(help="csv: the file. tensorboard: the folder.")] = None,
+    file: LedgerOption = LEDGER,
+    json: JsonOption = False,
+) -> None:
+    """Export the ledger."""
+    from llm_quest.cli.ledger import export
+
+    print_result(export(file, format, out, status_printer(False)), json)

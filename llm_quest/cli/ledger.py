@@ -1,0 +1,160 @@
+"""`quest ledger`: what was asked and decided, by experiment; merged and exported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import UsageError
+from llm_quest.experiments.ledger import Row, experiments, find_faults, merge_ledgers, read_rows
+from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.files import atomic_write_text
+from llm_quest.formatting import align_columns
+from llm_quest.train.trackers import TRACKERS
+
+VERDICT_COLUMNS = (
+    "experiment", "time", "question", "recipe", "arm", "outcome", "size", "metric", "delta", "pairs", "cap", "mean",
+    "median", "interval_95", "threshold", "budget", "command",
+)  # fmt: skip
+CLAIM_KEYS = ("experiment", "time", "recipe", "budget", "command")
+FORMATS = ("csv", *TRACKERS)
+
+
+@dataclass(frozen=True)
+class LedgerView:
+    """Rows as lines and as JSON."""
+
+    rows: tuple[Row, ...]
+    text: tuple[str, ...]
+
+    def as_json(self) -> list[Row]:
+        return list(self.rows)
+
+    def lines(self) -> list[str]:
+        return list(self.text)
+
+
+def open_ledger(file: Path, log: LogFn) -> list[Row]:
+    """The rows; what is wrong with them is said."""
+    if not file.is_file():
+        raise UsageError(f"{file}: there is no ledger yet; name another with --file, or make one with quest ablate")
+    rows = read_rows(file, log)
+    for fault in find_faults(rows):
+        log(f"warning: {file}: {fault}")
+    return rows
+
+
+def list_experiments(file: Path, log: LogFn) -> LedgerView:
+    """A line for each verdict, and for each experiment without one."""
+    rows = open_ledger(file, log)
+    shown: list[tuple[str, str]] = []
+    for name, own in experiments(rows).items():
+        claim = first_of(own, "claim")
+        asked = claim.get("question") or " ".join(arm for arm in claim.get("arms", {}) if arm != "control")
+        shown.append((name, f"{claim.get('time', '')[:10]}  {asked}"))
+        verdicts = latest_verdicts(own)
+        shown += [("", describe_verdict(verdict)[0]) for verdict in verdicts]
+        shown += [] if verdicts else [("", "not decided: the same command goes on")]
+    kept = [row for row in rows if row["kind"] in ("claim", "verdict")]
+    return LedgerView(tuple(kept), tuple(align_columns(shown)))
+
+
+def show_experiment(file: Path, name: str, log: LogFn) -> LedgerView:
+    """The claim, verdicts and runs of an experiment. name: or the beginning of one."""
+    found = experiments(open_ledger(file, log))
+    matching = [one for one in found if one == name] or [one for one in found if one.startswith(name)]
+    if len(matching) != 1:
+        known = ", ".join(list(found)[-8:])
+        raise UsageError(f"{len(matching)} experiments of {file} are called {name}; the newest are: {known}")
+    own = found[matching[0]]
+    claim = first_of(own, "claim")
+    runs = [row for row in own if row["kind"] == "run"]
+    ended = {row["run"] for row in runs}
+    lines = [
+        claim.get("question") or matching[0],
+        *align_columns([(key, str(claim.get(key, ""))) for key in CLAIM_KEYS]),
+        *(line for verdict in latest_verdicts(own) for line in describe_verdict(verdict)),
+        *align_columns([run_line(row) for row in runs]),
+        *(f"started and not ended: {row['arm']}, seed {row['seed']}" for row in own
+          if row["kind"] == "started" and row["run"] not in ended),
+    ]  # fmt: skip
+    return LedgerView(tuple(own), tuple(lines))
+
+
+def run_line(row: Mapping[str, Any]) -> tuple[str, str]:
+    metrics = row.get("metrics", {})
+    scores = "  ".join(
+        f"{key} {value:.4g}" for key, value in metrics.items() if key.startswith("eval/") and value is not None
+    )
+    return f"{row['role']} {row['arm']}", f"seed {row['seed']}  {row['status']}  {row['cpu_seconds']:.1f} s  {scores}"
+
+
+def first_of(rows: Sequence[Row], kind: str) -> Row:
+    return next((row for row in rows if row["kind"] == kind), {})
+
+
+def latest_verdicts(rows: Sequence[Row]) -> list[Row]:
+    """The newest verdict of each arm."""
+    return list({row["arm"]: row for row in rows if row["kind"] == "verdict"}.values())
+
+
+@dataclass(frozen=True)
+class LedgerChange:
+    """What a command wrote."""
+
+    message: str
+    content: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(self.content)
+
+    def lines(self) -> list[str]:
+        return [self.message]
+
+
+def merge(files: Sequence[Path], into: Path, log: LogFn) -> LedgerChange:
+    """All rows of several ledgers in one, each once."""
+    added = merge_ledgers(files, into, log)
+    return LedgerChange(f"{added:,} new rows in {into}", {"ledger": str(into), "added": added})
+
+
+def export(file: Path, format: str, out: Path | None, log: LogFn) -> LedgerChange:
+    """Verdicts as a table, or the runs to an experiment tracker."""
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: known are {', '.join(FORMATS)}")
+    rows = open_ledger(file, log)
+    if format != "csv":
+        return export_runs(rows, format, out)
+    target = out or file.with_suffix(".csv")
+    found = [row for row in rows if row["kind"] == "verdict"]
+    claims = {row["experiment"]: row for row in rows if row["kind"] == "claim"}
+    text = io.StringIO()
+    table = csv.DictWriter(text, VERDICT_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows({**claims.get(row["experiment"], {}), **row} for row in found)
+    atomic_write_text(target, text.getvalue())
+    return LedgerChange(f"{len(found)} verdicts in {target}", {"file": str(target), "verdicts": len(found)})
+
+
+def export_runs(rows: Sequence[Row], format: str, out: Path | None) -> LedgerChange:
+    """A run of the tracker for each run: its settings as config, its last metrics at its last step. A run has the same
+    name each time, so trackers that resume by it do not double it."""
+    runs = [row for row in rows if row["kind"] == "run"]
+    with tempfile.TemporaryDirectory() as temporary:
+        for row in runs:
+            folder = (out or Path(temporary)) / f"{row['experiment']}-{row['arm']}-{row['seed']}-{row['run']}".replace(
+                "/", "_"
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = {key: value for key, value in row["metrics"].items() if isinstance(value, int | float)}
+            tracker = TRACKERS[format]()
+            tracker.start(folder, {key: value for key, value in row.items() if key != "metrics"}, 0)
+            tracker.log(numbers, int(row.get("steps", 0)))
+            tracker.close()
+    return LedgerChange(f"{len(runs)} runs sent to {format}", {"format": format, "runs": len(runs)})

@@ -1,0 +1,165 @@
+"""The code that an arm runs: this package, or an edit of it (`--code`): a patch, applied to a copy, or a git worktree
+without uncommitted changes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_quest.errors import UsageError
+
+PACKAGE = Path(__file__).parents[1]
+LEFT_OUT = ("cli", "papers", "report", "experiments", "__pycache__")
+"""Parts that change nothing of what a run computes."""
+
+
+@dataclass(frozen=True)
+class CodeTree:
+    """A folder that holds `llm_quest`. hash: of the source of what a run computes. revision: where it comes from."""
+
+    root: Path
+    hash: str
+    revision: str
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return source_files(self.root / "llm_quest")
+
+
+def source_files(package: Path) -> dict[str, Path]:
+    """The files that decide what a run computes, by their path in the package."""
+    found = {str(file.relative_to(package)): file for file in package.rglob("*") if file.suffix in (".py", ".yaml")}
+    return {name: found[name] for name in sorted(found) if not set(Path(name).parts) & set(LEFT_OUT)}
+
+
+def load_code_tree(root: Path, revision: str = "") -> CodeTree:
+    """The tree in a folder, with the hash of its source."""
+    digest = hashlib.sha256()
+    for name, file in source_files(root / "llm_quest").items():
+        digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
+    return CodeTree(root, digest.hexdigest()[:16], revision or describe_revision(root))
+
+
+def own_code() -> CodeTree:
+    """This package."""
+    return load_code_tree(PACKAGE.parent)
+
+
+def describe_revision(root: Path) -> str:
+    """The git commit of a folder, with a plus sign where files have changed since; empty outside of a repository."""
+    commit = git(root, "rev-parse", "--short=12", "HEAD")
+    if commit.returncode:
+        return ""
+    return commit.stdout.strip() + ("+" if git(root, "status", "--porcelain", "--", "llm_quest").stdout.strip() else "")
+
+
+def git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A git command; its exit code is 127 where there is no git."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(arguments, 127, "", "git is not installed")
+
+
+def code_text(source: str) -> str:
+    """The code without docstrings, comments and layout: other words do not make other measurements."""
+    between, parts, begins = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT), [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NL, tokenize.COMMENT):
+            continue
+        if token.type not in between and not (begins and token.type == tokenize.STRING):  # not a docstring
+            parts.append(token.string)
+        begins = token.type in between
+    return re.sub(r",(?=[)\]}])", "", "".join(parts))
+
+
+def changed_files(base: CodeTree, other: CodeTree) -> list[str]:
+    """The files of a run whose code differs, by more than words and layout."""
+    before, after = base.files, other.files
+    changed = [
+        name for name in sorted(before.keys() | after.keys())
+        if name not in before or name not in after or before[name].read_bytes() != after[name].read_bytes()
+    ]  # fmt: skip
+    return [name for name in changed if not same_code(before.get(name), after.get(name))]
+
+
+def same_code(one: Path | None, other: Path | None) -> bool:
+    """Whether two files differ in words and layout alone."""
+    if one is None or other is None or one.suffix != ".py":
+        return False
+    try:
+        return code_text(one.read_text(encoding="utf-8")) == code_text(other.read_text(encoding="utf-8"))
+    except (SyntaxError, tokenize.TokenError):
+        return False
+
+
+def open_edit(given: str, copies: Path) -> CodeTree:
+    """The tree of `--code PATCH|WORKTREE`. copies: the folder for copies of this package that patches are applied
+    to. UsageError for what is neither, has uncommitted changes, or does not apply."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return open_worktree(path.resolve())
+    if path.is_file():
+        return apply_patch(path.resolve(), copies)
+    raise UsageError(f"--code {given}: there is no such file or folder; give a patch (git diff > FILE) or a worktree")
+
+
+def open_worktree(folder: Path) -> CodeTree:
+    """A git worktree of the package."""
+    if not (folder / "llm_quest" / "__init__.py").is_file():
+        raise UsageError(
+            f"--code {folder} holds no llm_quest; give the root of a worktree (git worktree add DIR BRANCH)"
+        )
+    status = git(folder, "status", "--porcelain", "--", "llm_quest")
+    if status.returncode:
+        raise UsageError(
+            f"--code {folder} is no git worktree ({status.stderr.strip().splitlines()[-1:]}); give a patch"
+        )
+    if changes := status.stdout.splitlines():
+        files = ", ".join(line[3:] for line in changes[:3])
+        raise UsageError(
+            f"--code {folder} has uncommitted changes ({files}{', ...' if len(changes) > 3 else ''}): nobody could run "
+            "that code again\ncommit them there, or give them as a patch: git diff > edit.patch"
+        )
+    return load_code_tree(folder)
+
+
+def apply_patch(patch: Path, copies: Path) -> CodeTree:
+    """This package with a patch, in a folder of its own that is made once."""
+    base = own_code()
+    digest = hashlib.sha256(base.hash.encode() + patch.read_bytes()).hexdigest()[:16]
+    root = (copies / digest).absolute()
+    if not (root / "llm_quest").is_dir():
+        stage = root.with_name(f".tmp-{root.name}-{os.getpid()}")
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.copytree(PACKAGE, stage / "llm_quest", ignore=shutil.ignore_patterns("__pycache__"))
+        try:
+            run_patch(patch, stage)
+            stage.rename(root)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    return load_code_tree(root, f"{base.revision} with {patch.name}")
+
+
+def run_patch(patch: Path, root: Path) -> None:
+    """Apply a patch to a copy. UsageError with git's reason."""
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
+    command = ["git", "apply", "--whitespace=nowarn", str(patch)]
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UsageError("--code PATCH needs git, which is not installed") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["unknown"])[0]
+        raise UsageError(
+            f"--code {patch} does not apply to this package: {reason}\nmake it here: git diff > {patch.name}"
+        )

@@ -1,0 +1,168 @@
+"""The comparison of arms with a control, pair by pair, and its verdicts.
+
+`Comparison.add_pair` takes the measurements of one seed, in the order of the seeds; after each pair every open arm is
+
+    better, worse                  E reached its threshold (with several arms: Holm's), and where differences are not
+                                   normal the sign-symmetric evidence reached 10 as well
+    worse: it diverges             more often than the control (e-value at least 20)
+    no difference larger than delta   the 90 % interval lies within (-delta, delta)
+    undecided (cap)                at the largest number of pairs
+
+and leaves when decided. A run that diverges is an outcome of its own: it is neither averaged nor dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from llm_quest.experiments import sequential
+from llm_quest.experiments.sequential import FIRST_LOOK
+
+Outcome = Literal["better", "worse", "no difference larger than delta", "undecided (cap)", "invalid", "open"]
+STABILITY_THRESHOLD = 20.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is fixed before the first pair. metric: the name in a run's metrics. delta: the smallest difference worth
+    having, in the metric's units. cap: the largest number of pairs. normal: whether differences are near enough to
+    normal for the t statistic alone (losses); accuracies and rewards are not."""
+
+    metric: str
+    delta: float
+    cap: int
+    greater_is_better: bool
+    normal: bool
+
+
+@dataclass
+class ArmProgress:
+    """The pairs of an arm so far. arm, control: values of pairs in which both finished. largest: the running maximum of
+    E. diverged: pairs in which (the arm, the control) diverged."""
+
+    name: str
+    arm: list[float] = field(default_factory=list)
+    control: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    evidence: list[float] = field(default_factory=list)
+    started: int = 0
+    diverged: list[int] = field(default_factory=list)
+    control_diverged: list[int] = field(default_factory=list)
+    outcome: Outcome = "open"
+    reason: str = ""
+
+    @property
+    def differences(self) -> list[float]:
+        return [a - c for a, c in zip(self.arm, self.control, strict=True)]
+
+    @property
+    def largest(self) -> float:
+        return max(self.evidence[FIRST_LOOK - 1 :], default=0.0)
+
+    def add(self, seed: int, value: float | None, control: float | None) -> None:
+        """A pair; None: that run diverged."""
+        self.started += 1
+        if value is None or control is None:
+            self.diverged += [seed] if value is None else []
+            self.control_diverged += [seed] if control is None else []
+            return
+        self.arm.append(value)
+        self.control.append(control)
+        self.seeds.append(seed)
+        self.evidence.append(sequential.evidence(self.differences))
+
+
+class Comparison:
+    """All arms of an experiment against its control."""
+
+    def __init__(self, claim: Claim, arms: Sequence[str]):
+        self.claim = claim
+        self.arms = {name: ArmProgress(name) for name in arms}
+        self.pairs = 0
+
+    @property
+    def open_arms(self) -> list[str]:
+        return [name for name, arm in self.arms.items() if arm.outcome == "open"]
+
+    def add_pair(self, seed: int, control: float | None, values: Mapping[str, float | None]) -> None:
+        """The measurements of a seed for the control and for the open arms; then every open arm is looked at."""
+        self.pairs += 1
+        for name in self.open_arms:
+            self.arms[name].add(seed, values[name], control)
+        found = sequential.holm_rejections({name: arm.largest for name, arm in self.arms.items()}, self.claim.cap)
+        for name in self.open_arms:
+            arm = self.arms[name]
+            arm.outcome, arm.reason = self.look(arm, name in found)
+
+    def look(self, arm: ArmProgress, reached: bool) -> tuple[Outcome, str]:
+        """The outcome after the newest pair. reached: the evidence is enough, among all arms."""
+        if (fault := self.stability_fault(arm)) is not None:
+            return fault
+        if len(arm.arm) >= FIRST_LOOK:
+            mean = float(np.mean(arm.differences))
+            if reached and self.signs_agree(arm):
+                return ("better" if (mean > 0) == self.claim.greater_is_better else "worse"), ""
+            low, high = sequential.sequential_interval(arm.differences, self.claim.cap, 0.1)
+            if -self.claim.delta < low and high < self.claim.delta and not reached:
+                return "no difference larger than delta", "" if any(arm.differences) else "every pair is identical"
+        if self.pairs >= self.claim.cap:
+            return "undecided (cap)", ""
+        return "open", ""
+
+    def stability_fault(self, arm: ArmProgress) -> tuple[Outcome, str] | None:
+        only_arm = len(set(arm.diverged) - set(arm.control_diverged))
+        discordant = only_arm + len(set(arm.control_diverged) - set(arm.diverged))
+        if sequential.stability_evidence(only_arm, discordant) >= STABILITY_THRESHOLD:
+            return "worse", f"it diverges: {len(arm.diverged)} of {arm.started} runs"
+        return None
+
+    def signs_agree(self, arm: ArmProgress) -> bool:
+        return self.claim.normal or self.sign_evidence(arm) >= sequential.SIGN_THRESHOLD
+
+    def sign_evidence(self, arm: ArmProgress) -> float:
+        return float(sequential.sign_evidence(arm.differences)) if arm.arm else 1.0
+
+    def threshold(self, name: str) -> float:
+        """What E of this arm has to reach now: Holm's, by its place among the arms."""
+        ordered = sorted(self.arms, key=lambda arm: -self.arms[arm].largest)
+        return sequential.evidence_threshold(self.claim.cap, 0.05 / (len(ordered) - ordered.index(name)))
+
+    def verdict(self, name: str) -> dict[str, Any]:
+        """Everything that was found about an arm, as JSON can hold it."""
+        arm, claim = self.arms[name], self.claim
+        d = arm.differences
+        low, high = sequential.sequential_interval(d, claim.cap)
+        enough = len(d) > 1
+        return {
+            "arm": name, "outcome": arm.outcome, "reason": arm.reason, "metric": claim.metric, "delta": claim.delta,
+            "pairs": arm.started, "cap": claim.cap, "seeds": arm.seeds, "differences": d,
+            "mean": float(np.mean(d)) if d else None, "median": float(np.median(d)) if d else None,
+            "standard_deviation": float(np.std(d, ddof=1)) if enough else None,
+            "interval_95": finite_interval(low, high),
+            "interval_90": finite_interval(*sequential.sequential_interval(d, claim.cap, 0.1)),
+            "evidence": arm.evidence, "threshold": self.threshold(name), "sign_evidence": self.sign_evidence(arm),
+            "pairing_gain": finite_or_none(sequential.pairing_gain(arm.arm, arm.control)) if enough else None,
+            "diverged": arm.diverged, "control_diverged": arm.control_diverged,
+            "divergence_bound": sequential.divergence_bound(arm.started) if arm.started and not arm.diverged else None,
+            "size": describe_size(low, high, claim.delta) if arm.outcome in ("better", "worse") and d else "",
+        }  # fmt: skip
+
+
+def finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def finite_interval(low: float, high: float) -> list[float] | None:
+    """None where too few pairs bound nothing."""
+    return [low, high] if math.isfinite(low) and math.isfinite(high) else None
+
+
+def describe_size(low: float, high: float, delta: float) -> str:
+    """The size of a real effect against delta."""
+    if low >= delta or high <= -delta:
+        return "by at least delta"
+    return "by less than delta" if -delta < low and high < delta else ""

@@ -1,0 +1,301 @@
+"""An experiment from its claim to its verdict: `quest ablate`.
+
+    claim (ledger) ─► what the arms begin with and cost ─► equal budgets ─► equal tuning ─► A/A pairs ─► pairs until
+    every arm is decided ─► verdicts (ledger), result.json, report.html
+
+Nothing but finished runs is kept between the parts, and every part follows from them: the same command goes on after
+kill -9 and ends with the same result."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import GuardStop, UsageError
+from llm_quest.experiments import sequential
+from llm_quest.experiments.arms import CONTROL, Arm
+from llm_quest.experiments.budgets import budget_pairs, shared_weights
+from llm_quest.experiments.comparison import Claim, Comparison
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.measurements import (
+    TUNING_SEEDS,
+    Measurements,
+    Record,
+    RunRequest,
+    metric_value,
+)
+from llm_quest.experiments.noise import measure_noise
+from llm_quest.experiments.tuning import RateSearch, describe_search, first_grid, needs_extension
+from llm_quest.experiments.verdict_lines import pair_line
+from llm_quest.experiments.worker_pool import WorkerPool
+
+UNIGRAM_MARGIN = 0.05
+"""An arm whose loss is within so many nats of that of token frequencies alone has not used its context."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment is. pairs: the control's settings. rates, tuning_seeds: how many learning rates each arm
+    tries, on how many seeds (one rate: no tuning). aa_pairs: pairs of the control with itself. first_seed: of the
+    reported ones. secondary: metrics that are described. guards: metric -> how much worse it may be."""
+
+    recipe: str
+    pairs: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    control: Arm
+    claim: Claim
+    budget: str = "flops"
+    rates: int = 3
+    tuning_seeds: int = 2
+    aa_pairs: int = 3
+    first_seed: int = 1
+    secondary: tuple[str, ...] = ()
+    question: str = ""
+    command: str = ""
+
+    def content(self) -> dict[str, Any]:
+        """What is fixed before the first run, as JSON can hold it."""
+        arms = {arm.name: {"settings": list(arm.pairs), "code": arm.code.hash} for arm in (self.control, *self.arms)}
+        return {
+            "question": self.question, "recipe": self.recipe, "settings": list(self.pairs), "arms": arms,
+            "claim": asdict(self.claim), "budget": self.budget, "rates": self.rates,
+            "tuning_seeds": self.tuning_seeds, "aa_pairs": self.aa_pairs, "first_seed": self.first_seed,
+            "secondary": list(self.secondary),
+        }  # fmt: skip
+
+    @property
+    def experiment(self) -> str:
+        """The name of the experiment: the recipe, and a hash of all that is fixed."""
+        text = json.dumps(self.content(), sort_keys=True)
+        return f"{Path(self.recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+class Experiment:
+    """Runs a plan. root: the folder of all experiments and of their runs."""
+
+    def __init__(self, plan: Plan, root: Path, pool: WorkerPool, ledger: Ledger, log: LogFn):
+        self.plan, self.root, self.pool, self.ledger, self.log = plan, root, pool, ledger, log
+        self.folder = root / plan.experiment
+        self.arms = {arm.name: arm for arm in (plan.control, *plan.arms)}
+        self.searches: dict[str, RateSearch] = {}
+        self.costs: dict[str, list[Record]] = {name: [] for name in self.arms}
+        self.notes: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """The result: everything that was found, as JSON can hold it."""
+        self.ledger.append("claim", self.plan.experiment, {**self.plan.content(), "command": self.plan.command})
+        self.describe()
+        self.measurements = Measurements(
+            self.plan.recipe, self.root, self.pool, self.ledger, self.plan.experiment,
+            json.dumps(self.descriptions[CONTROL]["identity"], sort_keys=True),
+        )  # fmt: skip
+        self.arm_pairs = self.equal_budgets()
+        self.tune()
+        noise = measure_noise(self) if self.plan.aa_pairs else {}
+        comparison = self.compare()
+        result = self.result(comparison, noise)
+        for verdict in result["verdicts"]:
+            self.ledger.append("verdict", self.plan.experiment, {**verdict, "command": self.plan.command})
+        return result
+
+    def note(self, text: str) -> None:
+        """A remark that the result keeps."""
+        self.notes.append(text)
+        self.log(text)
+
+    def describe(self) -> None:
+        """What each arm begins with and costs, before anything is trained."""
+        message = {"do": "describe", "recipe": self.plan.recipe, "measure": self.plan.budget == "seconds"}
+        seed = f"seed={self.plan.first_seed}"
+        futures = {
+            name: self.pool.submit(arm.code, {**message, "pairs": [*self.plan.pairs, *arm.pairs, seed]})
+            for name, arm in self.arms.items()
+        }
+        self.descriptions = {name: future.result() for name, future in futures.items()}
+        control = self.descriptions[CONTROL]
+        self.drop_equal_arms()
+        for name in self.open_names:
+            arm = self.descriptions[name]
+            if arm["identity"] != control["identity"] and self.plan.claim.metric in ("eval/loss", "eval/perplexity"):
+                raise UsageError(
+                    f"{name} has other tokens than the control, so {self.plan.claim.metric} can't be compared; use "
+                    "--metric eval/bits_per_byte"
+                )
+            same = "the same order of data" if arm["order"] == control["order"] else "another order of data"
+            self.log(f"{name}: {shared_weights(arm, control):.0%} of its first weights are the control's, {same}")
+
+    @property
+    def open_names(self) -> list[str]:
+        """The arms that are compared with the control."""
+        return [name for name in self.arms if name != CONTROL]
+
+    def drop_equal_arms(self) -> None:
+        """Leave out arms that compute what the control does: their settings are its own, spelled out."""
+        control = self.descriptions[CONTROL]["computes"], self.arms[CONTROL].code.hash
+        for name in self.open_names:
+            if (self.descriptions[name]["computes"], self.arms[name].code.hash) == control:
+                self.note(f"{name} changes nothing: its settings are the control's; not run")
+                del self.arms[name], self.descriptions[name], self.costs[name]
+        if not self.open_names:
+            raise UsageError("no arm differs from the control: there is nothing to compare")
+
+    def equal_budgets(self) -> dict[str, tuple[str, ...]]:
+        """The settings of each arm with the number of steps that its budget gives."""
+        found, control = {}, self.descriptions[CONTROL]
+        for name, arm in self.arms.items():
+            own = budget_pairs(self.plan.budget, self.descriptions[name], control, name)
+            found[name] = (*self.plan.pairs, *arm.pairs, *own)
+            flops = self.descriptions[name].get("flops_per_step")
+            steps = int(own[0].partition("=")[2])
+            counted = f", {flops * steps:.3g} FLOPs" if flops else ""
+            self.log(f"{name}: {self.descriptions[name]['parameters']:,} parameters, {steps} steps{counted}")
+        return found
+
+    def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest:
+        return RunRequest(name, (*self.arm_pairs[name], *extra), seed, self.arms[name].code, role, repeat)
+
+    def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
+        records = self.measurements.measure(requests, what)
+        for request, record in zip(requests, records, strict=True):
+            self.costs[request.arm].append({"role": request.role, **record})
+        return records
+
+    def value(self, record: Record, name: str, metric: str = "") -> float | None:
+        vocab_size = self.descriptions[name]["vocab_size"]
+        return metric_value(record, metric or self.plan.claim.metric, name, vocab_size)
+
+    def tune(self) -> None:
+        """Give each arm its learning rate."""
+        if self.plan.rates < 2:
+            self.note("learning rates are not tuned: the verdict holds for the rates that were given")
+            return
+        if any(arm.sets("learning_rate") for arm in self.arms.values()):
+            self.note("learning_rate is what differs, so it is not tuned")
+            return
+        self.searches = {name: RateSearch() for name in self.arms}
+        wanted = {n: first_grid(d["learning_rate"], self.plan.rates) for n, d in self.descriptions.items()}
+        self.try_rates(wanted)
+        while needs_extension(self.searches, self.plan.rates):
+            self.try_rates({name: [search.next_rate()] for name, search in self.searches.items()})
+        for name, search in self.searches.items():
+            self.log(describe_search(name, search))
+            if search.at_edge:
+                self.note(f"{name}: the best learning rate is at the edge of those tried")
+            self.arm_pairs[name] = (*self.arm_pairs[name], f"learning_rate={search.choose():g}")
+
+    def try_rates(self, wanted: Mapping[str, Sequence[float]]) -> None:
+        """The mean loss of each rate over the tuning seeds."""
+        seeds = TUNING_SEEDS[: self.plan.tuning_seeds]
+        points = [(name, rate) for name, rates in wanted.items() for rate in rates]
+        requests = [
+            self.request(name, seed, "tune", [f"learning_rate={rate:g}"]) for name, rate in points for seed in seeds
+        ]
+        records = iter(self.measure(requests, "tuning learning rates"))
+        for name, rate in points:
+            self.searches[name].losses[rate] = statistics.fmean(self.loss(next(records), name) for _ in seeds)
+
+    def loss(self, record: Record, name: str) -> float:
+        """The metric where less is better; infinite if the run diverged."""
+        value = self.value(record, name)
+        if value is None:
+            return math.inf
+        return -value if self.plan.claim.greater_is_better else value
+
+    def compare(self) -> Comparison:
+        """Pairs in the order of their seeds, until every arm is decided or the cap is reached."""
+        claim = self.plan.claim
+        comparison = Comparison(claim, self.open_names)
+        self.reported: dict[str, list[tuple[int, Record]]] = {name: [] for name in self.arms}
+        seeds = iter(range(self.plan.first_seed, self.plan.first_seed + claim.cap))
+        while comparison.open_arms and comparison.pairs < claim.cap:
+            names = [CONTROL, *comparison.open_arms]
+            wanted = sequential.FIRST_LOOK if comparison.pairs == 0 else max(1, self.pool.jobs // len(names))
+            chosen = list(itertools.islice(seeds, wanted))
+            requests = [self.request(name, seed, "report") for seed in chosen for name in names]
+            records = iter(self.measure(requests, "pairs"))
+            for seed in chosen:
+                self.add_pair(comparison, seed, {name: next(records) for name in names})
+        return comparison
+
+    def add_pair(self, comparison: Comparison, seed: int, records: Mapping[str, Record]) -> None:
+        """One pair, and a line for each arm that it adds to. A pair behind the decision is left out."""
+        if not comparison.open_arms:
+            return
+        names = comparison.open_arms
+        values = {name: self.value(records[name], name) for name in (CONTROL, *names)}
+        if values[CONTROL] is None and self.searches:
+            raise GuardStop(
+                f"the control diverged with seed {seed} at its tuned learning rate, so the experiment is void: give a "
+                "lower learning_rate and fresh seeds (--first-seed)"
+            )
+        for name in (CONTROL, *names):
+            self.reported[name].append((seed, records[name]))
+        comparison.add_pair(seed, values[CONTROL], values)
+        self.refuse_unlearned(comparison, names)
+        for name in names:
+            self.log(pair_line(comparison, name, seed))
+
+    def refuse_unlearned(self, comparison: Comparison, names: Sequence[str]) -> None:
+        """Void arms: those that predict no better than the frequencies of tokens after the first look."""
+        unigram = self.descriptions[CONTROL]["unigram_loss"]
+        if unigram is None or self.plan.claim.metric != "eval/loss" or comparison.pairs < sequential.FIRST_LOOK:
+            return
+        for name in names:
+            arm = comparison.arms[name]
+            for who, values in ((name, arm.arm), (CONTROL, arm.control)):
+                if values and min(values) > unigram - UNIGRAM_MARGIN:
+                    arm.outcome = "invalid"
+                    arm.reason = f"{who} never used its context: its loss is that of token frequencies, {unigram:.3f}"
+
+    def result(self, comparison: Comparison, noise: Mapping[str, Any]) -> dict[str, Any]:
+        """The whole result. Times are left to the records, so that a resumed experiment ends with the same bytes."""
+        verdicts = [{**comparison.verdict(name), **self.provenance(name)} for name in comparison.arms]
+        return {
+            "experiment": self.plan.experiment, **self.plan.content(), "command": self.plan.command,
+            "verdicts": verdicts, "noise": dict(noise), "notes": self.notes,
+            "arms_measured": {name: self.measured_arm(name) for name in self.arms},
+        }  # fmt: skip
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """The runs that a verdict rests on, and the secondary metrics."""
+        runs = {
+            who: [self.measurements.fingerprint(self.request(who, seed, "report")) for seed, _ in self.reported[who]]
+            for who in (name, CONTROL)
+        }
+        return {"runs": runs, "secondary": dict(self.secondary(name)), "budget": self.plan.budget}
+
+    def secondary(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Differences in the other metrics, which describe and decide nothing."""
+        control = dict(self.reported[CONTROL])
+        for metric in self.plan.secondary:
+            pairs = [
+                (self.value(r, name, metric), self.value(control[s], CONTROL, metric)) for s, r in self.reported[name]
+            ]
+            d = [a - c for a, c in pairs if a is not None and c is not None]
+            low, high = sequential.sequential_interval(d, self.plan.claim.cap)
+            bounded = math.isfinite(low) and math.isfinite(high)
+            yield metric, {"mean": statistics.fmean(d) if d else None, "interval_95": [low, high] if bounded else None}
+
+    def measured_arm(self, name: str) -> dict[str, Any]:
+        """What an arm is, costs and was tuned to."""
+        about, search = self.descriptions[name], self.searches.get(name)
+        steps = next(int(p.partition("=")[2]) for p in reversed(self.arm_pairs[name]) if p.startswith("max_steps="))
+        flops, losses = about.get("flops_per_step"), search.losses if search else {}
+        return {
+            "settings": list(self.arm_pairs[name]), "code": self.arms[name].code.hash,
+            "revision": self.arms[name].code.revision, "parameters": about["parameters"], "steps": steps,
+            "flops": flops * steps if flops else None,
+            "shared_weights": shared_weights(about, self.descriptions[CONTROL]),
+            "same_data_order": about["order"] == self.descriptions[CONTROL]["order"],
+            "rates": {f"{rate:g}": loss if math.isfinite(loss) else "diverged" for rate, loss in losses.items()},
+            "learning_rate": search.choose() if search else about["learning_rate"],
+            "values": [self.value(record, name) for _, record in self.reported[name]],
+        }  # fmt: skip

@@ -1,0 +1,140 @@
+"""The ledger of experiments: one JSON object a line, appended and never edited, in files that can be merged.
+
+    claim     what is asked, written before the first run: metric, direction, delta, cap, arms, settings, code, seeds
+    started   a run, before its first step: a run that is hidden leaves a hole
+    run       the same run at its end: status, metrics, cost
+    verdict   of an arm, with the numbers that decide it
+
+A row's `id` is a hash of its content, and `parent` the id of the row before it of the same experiment: an edited row
+and a missing one are found (`find_faults`), and the rows of several files are one set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import DataError, UsageError
+from llm_quest.files import atomic_write_text, iter_lines
+from llm_quest.progress import utc_now
+
+Row = dict[str, Any]
+
+
+def row_id(row: Mapping[str, Any]) -> str:
+    """The hash of a row's content."""
+    content = {key: value for key, value in row.items() if key != "id"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_rows(file: Path, log: LogFn) -> list[Row]:
+    """All rows of a file. A line that is no row, such as a last one that was cut, is named and skipped. DataError for
+    a file that cannot be read."""
+    rows = []
+    try:
+        with file.open("rb") as handle:
+            for number, line in iter_lines(handle):
+                try:
+                    row = json.loads(line)
+                    rows.append({**row, "kind": row["kind"], "experiment": row["experiment"], "id": row["id"]})
+                except (ValueError, KeyError, TypeError):
+                    log(f"{file}:{number}: not a whole row ({len(line)} bytes), skipped; its experiment adds it again")
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror}") from None
+    return rows
+
+
+def find_faults(rows: Sequence[Row]) -> list[str]:
+    """Rows that were edited, and rows that others name and that are missing."""
+    known = {row["id"] for row in rows}
+    edited = [f"row {row['id']} of {row['experiment']} was edited" for row in rows if row_id(row) != row["id"]]
+    missing = [
+        f"{row['experiment']} lacks the row before {row['id']} ({row['parent']})"
+        for row in rows if row.get("parent") and row["parent"] not in known
+    ]  # fmt: skip
+    return edited + missing
+
+
+@dataclass
+class Ledger:
+    """A ledger's file, which need not be there yet."""
+
+    file: Path
+    log: LogFn = lambda text: None
+
+    def rows(self) -> list[Row]:
+        return read_rows(self.file, self.log) if self.file.exists() else []
+
+    def of(self, experiment: str) -> list[Row]:
+        return [row for row in self.rows() if row["experiment"] == experiment]
+
+    def append(self, kind: str, experiment: str, content: Mapping[str, Any]) -> Row:
+        """Add a row, durable when this returns. A row of the same kind and content that is there already is not
+        written again."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.file}.lock"):
+            mine = self.of(experiment)
+            same = [row for row in mine if row["kind"] == kind and all(row.get(k) == v for k, v in content.items())]
+            if same:
+                return same[0]
+            parent = mine[-1]["id"] if mine else ""
+            row = {"kind": kind, "experiment": experiment, "parent": parent, "time": utc_now(), **content}
+            row["id"] = row_id(row)
+            append_line(self.file, json.dumps(row, ensure_ascii=False, allow_nan=False))
+        return row
+
+
+def append_line(file: Path, line: str) -> None:
+    """A line of its own, also behind one that was cut."""
+    with file.open("ab+") as handle:
+        end = handle.seek(0, os.SEEK_END)
+        if end:
+            handle.seek(end - 1)
+            line = line if handle.read(1) == b"\n" else "\n" + line
+        handle.write(line.encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def merge_ledgers(files: Sequence[Path], into: Path, log: LogFn) -> int:
+    """Write all rows of `files` and of `into` to `into`, each once, by time; how many are new there."""
+    for file in files:
+        if not file.is_file():
+            raise UsageError(f"{file}: there is no such ledger")
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{into}.lock"):
+        before = read_rows(into, log) if into.exists() else []
+        rows = {row["id"]: row for file in files for row in read_rows(file, log)} | {row["id"]: row for row in before}
+        ordered = sorted(rows.values(), key=lambda row: (row.get("time", ""), row["id"]))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in in_chain_order(ordered))
+        atomic_write_text(into, text)
+    return len(rows) - len(before)
+
+
+def in_chain_order(rows: Iterable[Row]) -> list[Row]:
+    """The rows with every parent before its child, otherwise in their order."""
+    waiting, found, there = list(rows), list[Row](), set[str]()
+    known = {row["id"] for row in waiting}
+    while waiting:
+        ready = [row for row in waiting if row.get("parent", "") in there or row.get("parent", "") not in known]
+        if not ready:  # parents in a circle, which only an editor makes
+            return found + waiting
+        found += ready
+        there |= {row["id"] for row in ready}
+        waiting = [row for row in waiting if row["id"] not in there]
+    return found
+
+
+def experiments(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each experiment, the newest experiment last."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["experiment"], []).append(row)
+    return found

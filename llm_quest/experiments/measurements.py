@@ -1,0 +1,134 @@
+"""The runs of an experiment: each is measured once and kept as a record, under a name that follows from everything that
+decides its numbers. A command that was killed goes on where it was, and experiments share the runs of their control."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_quest.errors import BusyError, UsageError
+from llm_quest.experiments.arms import resolved_settings
+from llm_quest.experiments.code_tree import CodeTree
+from llm_quest.experiments.ledger import Ledger
+from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.progress import phase
+
+Record = dict[str, Any]
+REPORTED_SEEDS, TUNING_SEEDS, AA_SEEDS = range(1, 101), range(101, 201), range(301, 401)
+"""Seeds have classes: those that a verdict reports, those that rates are tuned on, those of A/A pairs."""
+
+
+def require_reported_seeds(first: int, cap: int) -> None:
+    """UsageError for seeds of another class."""
+    wanted = range(first, first + cap)
+    for seeds, what in ((TUNING_SEEDS, "tuning"), (AA_SEEDS, "A/A pairs")):
+        if set(wanted) & set(seeds):
+            raise UsageError(
+                f"--first-seed {first}: seeds {seeds[0]} to {seeds[-1]} are for {what}, so their runs can't be "
+                f"reported; take 1 to {TUNING_SEEDS[0] - cap}, or {AA_SEEDS[-1] + 1} and above"
+            )
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A run: the arm's name, its settings, seed and code. role: tune, aa, report. repeat: a second run of the same."""
+
+    arm: str
+    pairs: tuple[str, ...]
+    seed: int
+    code: CodeTree
+    role: str
+    repeat: int = 0
+
+
+class Measurements:
+    """Records of runs below `root`/runs, made by a pool of processes where they are missing."""
+
+    def __init__(self, recipe: str, root: Path, pool: WorkerPool, ledger: Ledger, experiment: str, data: str):
+        self.recipe, self.root, self.pool, self.ledger, self.experiment = recipe, root, pool, ledger, experiment
+        self.data = data
+        self.runs = 0
+
+    def fingerprint(self, request: RunRequest) -> str:
+        """The name of a run. data: the hash of what it reads."""
+        settings = resolved_settings(self.recipe, (*request.pairs, f"seed={request.seed}"))
+        content = [settings, request.code.hash, torch.__version__, self.data, request.repeat]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def folder(self, request: RunRequest) -> Path:
+        return self.root / "runs" / self.fingerprint(request)
+
+    def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]:
+        """The records, in the order of the requests. Equal requests are one run."""
+        folders = [self.folder(request) for request in requests]
+        missing = {folder: request for folder, request in zip(folders, requests, strict=True) if not is_there(folder)}
+        for folder, request in missing.items():
+            self.ledger.append("started", self.experiment, describe_request(request, folder))
+        futures = {
+            self.pool.submit(request.code, self.run_message(request, folder)): (folder, request)
+            for folder, request in missing.items()
+        }
+        with phase(what, len(futures)) as now:
+            for future in concurrent.futures.as_completed(futures):
+                require_whole(future.result(), *futures[future])
+                now.done += 1
+        self.runs += len(futures)
+        records = [read_record(folder) for folder in folders]
+        for request, folder, record in zip(requests, folders, records, strict=True):
+            self.ledger.append("run", self.experiment, describe_request(request, folder) | record)
+        return records
+
+    def run_message(self, request: RunRequest, folder: Path) -> dict[str, Any]:
+        pairs = [*request.pairs, f"seed={request.seed}"]
+        return {"do": "run", "recipe": self.recipe, "pairs": pairs, "folder": str(folder.absolute())}
+
+
+def is_there(folder: Path) -> bool:
+    return (folder / "record.json").is_file()
+
+
+def read_record(folder: Path) -> Record:
+    record: Record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    return record
+
+
+def describe_request(request: RunRequest, folder: Path) -> dict[str, Any]:
+    """What the ledger says of a run."""
+    return {
+        "run": folder.name, "arm": request.arm, "seed": request.seed, "role": request.role, "code": request.code.hash,
+        "revision": request.code.revision, "settings": list(request.pairs),
+    }  # fmt: skip
+
+
+def require_whole(record: Record, folder: Path, request: RunRequest) -> None:
+    """BusyError for a run that neither finished nor diverged."""
+    if record["status"] not in ("finished", "diverged"):
+        raise BusyError(
+            f"the run of {request.arm}, seed {request.seed}, ended early ({record['status']}): {folder}\n"
+            "the same command goes on with it"
+        )
+
+
+def metric_value(record: Mapping[str, Any], metric: str, arm: str, vocab_size: int | None = None) -> float | None:
+    """A number of a run; None if it diverged: stopped by a guard, not finite, or a loss above that of equal
+    probabilities. UsageError for a metric that it does not report."""
+    if record["status"] == "diverged":
+        return None
+    metrics = record["metrics"]
+    if metric not in metrics:
+        known = ", ".join(sorted(name for name, value in metrics.items() if isinstance(value, int | float)))
+        raise UsageError(f"--metric {metric}: {arm} reports no such number; it has {known}")
+    value = metrics[metric]
+    if value is None or not math.isfinite(value):
+        return None
+    if metric == "eval/loss" and vocab_size is not None and value > math.log(vocab_size):
+        return None
+    return float(value)

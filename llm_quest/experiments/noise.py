@@ -1,0 +1,82 @@
+"""A/A pairs: what equal arms differ by. They are measured before anything is compared.
+
+the control twice with one seed           the same bits, or nothing else may be said
+micro-batches of another size             another order of sums and nothing else: the noise of pairing
+the control with another seed             what runs vary by without pairing"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from llm_quest.contracts import LogFn
+from llm_quest.errors import DataError
+from llm_quest.experiments.arms import CONTROL
+from llm_quest.experiments.measurements import AA_SEEDS, Record, RunRequest
+
+NOISE_FACTORS = {2: 31.9, 3: 6.3, 4: 3.7, 5: 2.9}
+"""Pairs -> how many times larger than measured a standard deviation may be (95 %)."""
+
+
+class Bench(Protocol):
+    """What A/A pairs need of an experiment: its plan, what its arms are, and runs."""
+
+    plan: Any
+    descriptions: dict[str, dict[str, Any]]
+    log: LogFn
+
+    def request(self, name: str, seed: int, role: str, extra: Sequence[str] = (), repeat: int = 0) -> RunRequest: ...
+    def measure(self, requests: Sequence[RunRequest], what: str) -> list[Record]: ...
+    def value(self, record: Record, name: str, metric: str = "") -> float | None: ...
+    def note(self, text: str) -> None: ...
+
+
+def measure_noise(bench: Bench) -> dict[str, Any]:
+    """The noise floor. DataError where a run is not repeatable."""
+    seeds = AA_SEEDS[: bench.plan.aa_pairs]
+    plain = [bench.request(CONTROL, seed, "aa") for seed in seeds]
+    repeat = bench.request(CONTROL, seeds[0], "aa", repeat=1)
+    nuisance = nuisance_setting(bench)
+    other = [replace(one, pairs=(*one.pairs, nuisance)) for one in plain] if nuisance else []
+    records = bench.measure([*plain, repeat, *other], "A/A pairs")
+    values = [bench.value(record, CONTROL) for record in records]
+    if values[0] != values[len(seeds)]:
+        raise DataError(
+            f"the control's run isn't repeatable: with seed {seeds[0]} it gave {values[0]} and {values[len(seeds)]}\n"
+            "nothing can be compared on such a bench; look for what draws random numbers without the run's seed"
+        )
+    single = [value for value in values[: len(seeds)] if value is not None]
+    pairs = zip(values[: len(seeds)], values[len(seeds) + 1 :], strict=False)
+    return describe_noise(bench, nuisance, single, [b - a for a, b in pairs if a is not None and b is not None])
+
+
+def nuisance_setting(bench: Bench) -> str:
+    """A setting that changes the order of sums alone; empty where there is none."""
+    control = bench.descriptions[CONTROL]
+    rows = int(control["rows"])
+    given = [pair.partition("=")[0] for pair in bench.plan.pairs]
+    sizes = [size for size in range(1, rows // 3 + 1) if rows % size == 0]
+    possible = control["micro_batches"] and sizes and "micro_batch_size" not in given
+    return f"micro_batch_size={sizes[-1]}" if possible else ""
+
+
+def describe_noise(bench: Bench, nuisance: str, single: Sequence[float], d: Sequence[float]) -> dict[str, Any]:
+    """The noise in numbers, and what it means for delta."""
+    pair_sd = statistics.stdev(d) if len(d) > 1 else None
+    run_sd = statistics.stdev(single) if len(single) > 1 else None
+    delta = bench.plan.claim.delta
+    if pair_sd and run_sd:
+        bench.log(
+            f"A/A: the same seed gives the same bits; equal arms differ with sd {pair_sd:.3g} ({len(d)} pairs, so at "
+            f"most {NOISE_FACTORS.get(len(d), 2.9) * pair_sd:.2g}), runs of different seeds with sd {run_sd:.3g}"
+        )
+    if pair_sd and delta < 1.5 * pair_sd:
+        bench.note(
+            f"delta {delta:g} is less than 1.5 times the noise of equal arms ({pair_sd:.3g}), so 'undecided' is "
+            "probable: evaluate on more tokens, train longer, or raise --cap"
+        )
+    return {
+        "repeatable": True, "nuisance": nuisance, "differences": list(d), "pair_sd": pair_sd, "run_sd": run_sd,
+    }  # fmt: skip

@@ -1,0 +1,120 @@
+"""The HTML page of an experiment: verdicts, paired differences, evidence, training curves, tuning, costs. It fetches
+nothing and holds no script."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_quest.experiments.arms import CONTROL
+from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.files import atomic_write_text, iter_lines
+from llm_quest.report.plots import Curve, plot_curves
+
+TEMPLATE = Path(__file__).with_name("page.html")
+Table = list[tuple[str, ...]]
+
+
+def write_page(result: Mapping[str, Any], root: Path, file: Path) -> None:
+    """Write the page. root: the folder of the runs."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        result=result,
+        verdicts=[describe_verdict(verdict) for verdict in result["verdicts"]],
+        pictures=[(heading, Markup(svg), wide) for heading, svg, wide in draw_plots(result, root) if svg],
+        tables=[
+            ("Arms", arms_table(result)),
+            ("Learning rates", rates_table(result)),
+            ("Settings", settings_table(result)),
+        ],
+    )
+    atomic_write_text(file, text)
+
+
+def draw_plots(result: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str, bool]]:
+    """(heading, svg, whether it takes the whole width)."""
+    claim, verdicts = result["claim"], result["verdicts"]
+    differences = [
+        Curve(v["arm"], pair_numbers(v), v["differences"], place, show_points=True)
+        for place, v in enumerate(verdicts, 1)
+    ]
+    heading = f"Paired differences in {claim['metric']}, arm - control"
+    yield heading, plot_curves("paired differences", differences, level=("0", 0.0), x="pair"), False
+    evidence = [
+        Curve(v["arm"], pair_numbers(v), v["evidence"], place, show_points=True) for place, v in enumerate(verdicts, 1)
+    ]
+    if verdicts:
+        level = ("threshold", verdicts[0]["threshold"])
+        yield "Evidence for an effect", plot_curves("evidence", evidence, log=True, level=level, x="pair"), False
+    curves = [mean_curve(name, runs, place, root) for place, (name, runs) in enumerate(reported_runs(result).items())]
+    yield "Training loss, mean over seeds", plot_curves("training loss", curves, wide=True), True
+
+
+def pair_numbers(verdict: Mapping[str, Any]) -> list[float]:
+    return [float(number) for number in range(1, len(verdict["differences"]) + 1)]
+
+
+def reported_runs(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Arm -> its runs, the control first."""
+    found: dict[str, list[str]] = {CONTROL: []}
+    for verdict in result["verdicts"]:
+        for name, runs in verdict["runs"].items():
+            found[name] = runs
+    return found
+
+
+def mean_curve(name: str, runs: Sequence[str], colour: int, root: Path) -> Curve:
+    """The mean of the runs' training losses at the steps that all of them logged."""
+    losses = [read_losses(root / "runs" / run / "metrics.jsonl") for run in runs]
+    steps = sorted(set.intersection(*map(set, losses))) if losses else []
+    values = [statistics.fmean(one[step] for one in losses) for step in steps]
+    return Curve(name, steps, values, colour, smooth=True)
+
+
+def read_losses(file: Path) -> dict[int, float]:
+    """Step -> training loss of a run; NaN where it was not finite."""
+    if not file.is_file():
+        return {}
+    with file.open("rb") as handle:
+        rows = [json.loads(line) for _, line in iter_lines(handle)]
+    return {row["step"]: math.nan if row.get("loss") is None else row["loss"] for row in rows if "loss" in row}
+
+
+def arms_table(result: Mapping[str, Any]) -> Table:
+    """What each arm is and costs."""
+    head = ("", "parameters", "steps", "FLOPs", "first weights shared", "learning rate", "mean", "settings", "code")
+    return [head, *(arm_row(name, arm, result) for name, arm in result["arms_measured"].items())]
+
+
+def arm_row(name: str, arm: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
+    values = [value for value in arm["values"] if value is not None]
+    flops = f"{arm['flops']:.3g}" if arm["flops"] else "not counted"
+    own = " ".join(pair for pair in result["arms"][name]["settings"])
+    mean = f"{statistics.fmean(values):.4f} ({len(values)} runs)" if values else ""
+    return (
+        name, f"{arm['parameters']:,}", f"{arm['steps']:,}", flops, f"{arm['shared_weights']:.0%}",
+        f"{arm['learning_rate']:g}", mean, own, f"{arm['code']} {arm['revision']}",
+    )  # fmt: skip
+
+
+def rates_table(result: Mapping[str, Any]) -> Table:
+    """The metric at each learning rate that was tried."""
+    searched = {name: arm["rates"] for name, arm in result["arms_measured"].items() if arm["rates"]}
+    rates = sorted({rate for found in searched.values() for rate in found}, key=float)
+    shown = {
+        name: [f"{found[rate]:.4f}" if isinstance(found.get(rate), float) else found.get(rate, "") for rate in rates]
+        for name, found in searched.items()
+    }
+    return [("", *rates), *((name, *cells) for name, cells in shown.items())]
+
+
+def settings_table(result: Mapping[str, Any]) -> Table:
+    """The settings that all arms have."""
+    return [(key, value) for key, _, value in (pair.partition("=") for pair in result["settings"])]

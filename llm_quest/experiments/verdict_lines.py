@@ -1,0 +1,79 @@
+"""Verdicts in words, and the rows of the live table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from llm_quest.experiments import sequential
+from llm_quest.experiments.comparison import Comparison
+
+PAIRING_HELPS = 1.3
+"""A pairing gain of less is said."""
+
+
+def describe_verdict(found: Mapping[str, Any]) -> list[str]:
+    """A verdict in words: the sentence, the interval, how many pairs, and what would change it."""
+    outcome = found["outcome"]
+    words = outcome.replace("delta", f"{found['delta']:g}")
+    if found["size"]:
+        words += f", {found['size'].replace('delta', format(found['delta'], 'g'))}"
+    lines = [f"{found['arm']}: {words}" + (f" ({found['reason']})" if found["reason"] else "")]
+    interval = found["interval_95"]
+    if found["mean"] is not None:
+        between = f"between {interval[0]:+.4g} and {interval[1]:+.4g} (95 %)" if interval else "not bounded yet"
+        lines.append(
+            f"  {found['metric']}, arm - control: {between}; mean {found['mean']:+.4g}, median "
+            f"{found['median']:+.4g}; {len(found['differences'])} pairs, E = {found['evidence'][-1]:.3g} of "
+            f"{found['threshold']:.3g}"
+        )
+    if outcome == "undecided (cap)" and interval:
+        lines.append(f"  at most {max(map(abs, interval)):.3g} in either direction; more pairs need a new --first-seed")
+    if (gain := found["pairing_gain"]) is not None and gain < PAIRING_HELPS:
+        lines.append(
+            f"  pairing did not help (gain {gain:.2g}): the runs of a pair vary like runs of different seeds; evaluate "
+            "on more tokens, or let the learning rate fall further"
+        )
+    lines += [f"  {line}" for line in describe_stability(found)]
+    return lines
+
+
+def describe_stability(found: Mapping[str, Any]) -> list[str]:
+    """How many runs diverged."""
+    if found["diverged"] or found["control_diverged"]:
+        return [
+            f"diverged: {len(found['diverged'])} runs of the arm, {len(found['control_diverged'])} of the control, of "
+            f"{found['pairs']}; the difference is of the pairs that finished"
+        ]
+    bound = found["divergence_bound"]
+    return [] if bound is None else [f"no run of {found['pairs']} diverged (probability below {bound:.0%})"]
+
+
+def pair_line(comparison: Comparison, name: str, seed: int) -> str:
+    """A row of the live table: seed, difference, mean, its interval as a bar around 0, E against its threshold."""
+    arm, claim = comparison.arms[name], comparison.claim
+    d = arm.differences
+    newest = f"{d[-1]:+.4f}" if arm.seeds and arm.seeds[-1] == seed else "diverged"
+    low, high = sequential.sequential_interval(d, claim.cap)
+    mean = f"{statistics.fmean(d):+.4f}" if d else "-"
+    state = "" if arm.outcome == "open" else f"  {arm.outcome.replace('delta', f'{claim.delta:g}')}"
+    value = f"E {arm.evidence[-1]:7.3g} of {comparison.threshold(name):.3g}" if arm.evidence else "E -"
+    bar = interval_bar(low, high, claim.delta)
+    return f"seed {seed:<4} {name:<20.20} {newest:>9}  mean {mean:>9}  {bar}  {value}{state}"
+
+
+BAR_WIDTH = 25
+
+
+def interval_bar(low: float, high: float, delta: float) -> str:
+    """`----:--==|=----:----` between -3 delta and 3 delta: the interval in =, 0 at |, -delta and delta at the colons;
+    an arrow where the whole interval lies outside."""
+    span = 3 * delta
+    places = [-span + 2 * span * (column + 0.5) / BAR_WIDTH for column in range(BAR_WIDTH)]
+    cells = ["=" if low <= x <= high else "-" for x in places]
+    for x, mark in ((-delta, ":"), (delta, ":"), (0.0, "|")):
+        cells[min(BAR_WIDTH - 1, int((x + span) / (2 * span) * BAR_WIDTH))] = mark
+    if low > span or high < -span:
+        cells[-1 if low > span else 0] = ">" if low > span else "<"
+    return "".join(cells)

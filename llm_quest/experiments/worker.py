@@ -1,0 +1,163 @@
+"""A process that runs arms, one after another: requests are JSON lines on stdin, answers JSON lines on stdout. It runs
+the package on its PYTHONPATH, which is an edited one for arms of `--code`, and ends when its parent does.
+
+    {"do": "run", "recipe": "tiny", "pairs": ["seed=1"], "folder": "..."}   -> the record, written to record.json too
+    {"do": "describe", ...}                  -> parameters, FLOPs, hashes of the first values"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llm_quest
+from llm_quest.errors import GuardStop, QuestError, UsageError
+from llm_quest.eval.evaluators import LossEvaluator
+from llm_quest.files import atomic_write_json
+from llm_quest.progress import utc_now
+from llm_quest.recipes.engine import run_recipe
+from llm_quest.recipes.planning import open_job, plan_recipe
+from llm_quest.recipes.recipe import Job, load_recipe
+
+UNIGRAM_STEPS = 50
+"""Steps whose targets say how frequent tokens are."""
+
+
+def run_arm(request: dict[str, Any]) -> dict[str, Any]:
+    """Train a run; its record. A run that a guard stops has diverged."""
+    folder = Path(request["folder"])
+    if not any(folder.glob("checkpoints/step-*")):
+        shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed before its first checkpoint left
+    recipe, config, settings = load_recipe(request["recipe"], request["pairs"])
+    began, start, cpu = utc_now(), time.perf_counter(), time.process_time()
+    record: dict[str, Any] = {"status": "diverged", "reason": "", "metrics": {}, "began": began}
+    try:
+        outcome = run_recipe(recipe, config, settings, folder, quiet=True, log=lambda text: None)
+        record |= {"status": outcome.status, "metrics": outcome.as_json()["metrics"], "parameters": outcome.parameters}
+        record |= {"steps": outcome.steps}
+    except GuardStop as stop:
+        record["reason"] = str(stop).splitlines()[0]
+    record |= {"cpu_seconds": round(time.process_time() - cpu, 3), "seconds": round(time.perf_counter() - start, 3)}
+    record |= {"ended": utc_now(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    if record["status"] in ("finished", "diverged"):
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(folder / "record.json", record)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return record
+
+
+def describe_arm(request: dict[str, Any]) -> dict[str, Any]:
+    """What an arm begins with and what its steps cost, without training it."""
+    recipe, config, settings = load_recipe(request["recipe"], request["pairs"])
+    recipe.check(config, settings)
+    quiet: Any = {"log": lambda text: None}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_job(recipe, config, settings, folder=Path(folder), **quiet) as job,
+    ):
+        found = describe_job(job)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            cost = plan_recipe(recipe, config, settings, Path(folder), measure=request.get("measure", False), **quiet)
+            found |= {
+                "flops_per_step": cost.flops_per_step,
+                "units_per_step": cost.units_per_step,
+                "step_seconds": cost.step_seconds,
+            }
+        except UsageError:  # a policy's samples cannot be counted beforehand
+            pass
+    return found
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """Parameters, hashes of their first values, of all settings (`computes`), of the order of the data, of the data."""
+    weights = {name: tensor_hash(value) for name, value in job.model.named_parameters()}
+    order = {key: value for key, value in job.loader.state_dict().items() if isinstance(value, str | int | float)}
+    return {
+        "parameters": sum(value.numel() for value in job.model.parameters()),
+        "sizes": {name: value.numel() for name, value in job.model.named_parameters()},
+        "weights": weights,
+        "computes": text_hash([job.config.model_dump(mode="json") | {"model": repr(job.model.config), "seed": 0}]),
+        "order": text_hash(order),
+        "identity": dict(job.identity),
+        "vocab_size": getattr(job.model.config, "vocab_size", None),
+        "unigram_loss": unigram_loss(job),
+        "learning_rate": job.config.learning_rate,
+        "max_steps": job.config.max_steps,
+        "warmup_steps": job.config.warmup_steps,
+        "rows": job.config.rows_per_step,
+        "micro_batches": "micro_batch_size" in type(job.config).model_fields,
+    }
+
+
+def text_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tensor_hash(value: torch.Tensor) -> str:
+    data = value.detach().float().contiguous().cpu().numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()[:16]
+
+
+def unigram_loss(job: Job) -> float | None:
+    """The held-out loss of the frequencies of tokens alone, in nats: what a model reaches that uses no context. None
+    for recipes that do not predict the next token of held-out text."""
+    held_out = next((one.whole for one in job.evaluators if isinstance(one, LossEvaluator)), None)
+    if held_out is None:
+        return None
+    counts: Counter[int] = Counter()
+    for step in range(UNIGRAM_STEPS):
+        for batch in job.loader.batches(step):
+            counts.update(known_targets(batch))
+    seen = Counter(label for batch in held_out for label in known_targets(batch))
+    total = sum(counts.values()) + job.model.config.vocab_size
+    return sum(-n * math.log((counts[label] + 1) / total) for label, n in seen.items()) / sum(seen.values())
+
+
+def known_targets(batch: Any) -> list[int]:
+    """The tokens that a batch predicts."""
+    found: list[int] = batch.targets[batch.targets >= 0].tolist()
+    return found
+
+
+ACTIONS = {"run": run_arm, "describe": describe_arm}
+
+
+def handle_request(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return ACTIONS[request["do"]](request)
+    except QuestError as error:
+        return {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+
+
+def read_requests(requests: queue.Queue[dict[str, Any]]) -> None:
+    """Requests of the parent; its end is ours, also in the middle of a run."""
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    os._exit(0)
+
+
+def main() -> None:
+    """Answer requests until stdin ends. What code prints goes to stderr."""
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        threading.Thread(target=read_requests, args=(requests,), daemon=True).start()
+        print(json.dumps({"package": str(Path(llm_quest.__file__).parent)}), file=answers, flush=True)
+        while True:
+            found = handle_request(requests.get())
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(found), file=answers, flush=True)

@@ -1,0 +1,124 @@
+"""Runs of arms side by side, each in a process of its own with one thread: starting torch once for many runs."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llm_quest.errors import DataError, GuardStop, MissingError, QuestError, ResourceError, UsageError
+from llm_quest.experiments.code_tree import CodeTree
+
+WORKER = Path(__file__).with_name("worker.py")
+START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"
+"""Our worker on the package of a tree, which need not have one."""
+ERRORS = {error.__name__: error for error in (UsageError, DataError, MissingError, ResourceError, GuardStop)}
+
+
+class Worker:
+    """A process that runs the code of one tree."""
+
+    def __init__(self, tree: CodeTree, threads: int):
+        self.tree = tree
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
+        environment = {**os.environ, "PYTHONPATH": str(tree.root), "OMP_NUM_THREADS": str(threads)}
+        environment.pop("RANK", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", START, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, env=environment, text=True, start_new_session=True,
+        )  # fmt: skip
+        package = self.read_answer().get("package")
+        if package is not None and Path(package).resolve() != (tree.root / "llm_quest").resolve():
+            self.close()
+            raise UsageError(f"{tree.root} was asked for and {package} is imported: uninstall that llm_quest")
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request. A mistake of the user's is raised here as it was there."""
+        assert self.process.stdin is not None, "it is a pipe"
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer says why
+        found = self.read_answer()
+        if "error" in found:
+            raise ERRORS.get(found["kind"], QuestError)(found["error"])
+        return found
+
+    def read_answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None, "it is a pipe"
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            tail = self.errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+            code = self.process.wait()
+            raise ResourceError(
+                f"a process that runs {self.tree.root} ended (exit code {code}): {(tail or ['no message'])[0]}\n"
+                "finished runs are kept: the same command goes on"
+            )
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process, also in the middle of a run."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            if stream is not None:
+                stream.close()
+
+
+class WorkerPool:
+    """At most `jobs` requests at once; processes are started when they are first needed and used again."""
+
+    def __init__(self, jobs: int, threads: int = 1):
+        self.jobs, self.threads = jobs, threads
+        self.executor = concurrent.futures.ThreadPoolExecutor(jobs)
+        self.lock = threading.Lock()
+        self.idle: list[Worker] = []
+        self.workers: list[Worker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        for worker in list(self.workers):
+            worker.close()
+        self.executor.shutdown(wait=True)
+
+    def submit(self, tree: CodeTree, request: dict[str, Any]) -> concurrent.futures.Future[dict[str, Any]]:
+        return self.executor.submit(self.ask, tree, request)
+
+    def ask(self, tree: CodeTree, request: dict[str, Any]) -> dict[str, Any]:
+        worker = self.take_worker(tree)
+        found = worker.ask(request)
+        with self.lock:
+            self.idle.append(worker)
+        return found
+
+    def take_worker(self, tree: CodeTree) -> Worker:
+        """An idle process of this code, or a new one, for which an idle one of other code makes room."""
+        with self.lock:
+            own = next((one for one in self.idle if one.tree.hash == tree.hash), None)
+            other = self.idle[0] if own is None and self.idle and len(self.workers) >= 2 * self.jobs else None
+            for one in (own, other):
+                if one is not None:
+                    self.idle.remove(one)
+        if own is not None:
+            return own
+        if other is not None:
+            other.close()
+            self.workers.remove(other)
+        worker = Worker(tree, self.threads)
+        self.workers.append(worker)
+        return worker

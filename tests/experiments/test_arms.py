@@ -1,0 +1,240 @@
+"""Arms, budgets, tuning and edited code: what is compared, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_quest.cli.ablate import AblateOptions, AgentProtocol, make_claim, make_plan
+from llm_quest.errors import UsageError
+from llm_quest.experiments.arms import FIXED, fixed_pairs, parse_arm, parse_vary, split_values
+from llm_quest.experiments.budgets import budget_pairs, shared_weights
+from llm_quest.experiments.code_tree import CodeTree, changed_files, load_code_tree, open_edit, own_code
+from llm_quest.experiments.measurements import metric_value, require_reported_seeds
+from llm_quest.experiments.tuning import RateSearch, first_grid, needs_extension
+from llm_quest.experiments.verdict_lines import interval_bar
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan(tmp_path: Path, log: list[str] | None = None, pairs: tuple[str, ...] = (), **options: Any) -> Any:
+    return make_plan("tiny", pairs, AblateOptions(**options), tmp_path, (log if log is not None else []).append)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a,b", ["a", "b"]),
+        ("[lora],[{name: dyt, form: 'a,b'}, x]", ["[lora]", "[{name: dyt, form: 'a,b'}, x]"]),
+        ("1", ["1"]),
+    ],
+)
+def test_values_are_separated_by_commas_outside_of_brackets(text: str, values: list[str]):
+    assert list(split_values(text)) == values
+
+
+def test_an_arm_is_a_name_and_settings():
+    assert list(parse_vary("optim=adamw,muon")) == [("optim=adamw", ("optim=adamw",)), ("optim=muon", ("optim=muon",))]
+    assert parse_arm("big=batch_size=64 techniques='[{name: lora, rank: 8}]'") == (
+        "big", ("batch_size=64", "techniques=[{name: lora, rank: 8}]"),
+    )  # fmt: skip
+    for wrong in ("big", "big=", "big=batch_size", "a b=x=1"):
+        with pytest.raises(UsageError, match="expected name="):
+            parse_arm(wrong)
+
+
+def test_what_decides_last_bits_is_fixed_unless_it_is_given():
+    assert set(fixed_pairs("tiny", [])) == {f"{key}={value}" for key, value in FIXED.items()}
+    assert "precision=fp32" not in fixed_pairs("tiny", ["precision=bf16"])
+    assert not any(pair.startswith("seed_per_module") for pair in fixed_pairs("sft", []))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing varies"),
+        ({"vary": ("optim=muon",)}, "no arm differs"),
+        ({"vary": ("seed=1,2",)}, "--first-seed says which seeds"),
+        ({"vary": ("max_steps=10,20",)}, "--budget decide"),
+        ({"vary": ("optim=adamw,adamw",)}, "two arms are called optim=adamw"),
+        ({"arms": ("control=batch_size=4",)}, "two arms are called control"),
+        ({"vary": ("optim=adamw",), "cap": 1}, "1 pairs decide nothing"),
+        ({"vary": ("optim=adamw",), "cap": 13}, "thresholds are known for 8, 12"),
+        ({"vary": ("optim=adamw",), "budget": "joules"}, "known are flops, steps"),
+        ({"vary": ("optim=adamw",), "delta": 0.0}, "above 0"),
+        ({"vary": ("optim=adamw",), "first_seed": 101}, "seeds 101 to 200 are for tuning"),
+        ({"vary": ("optim=adamw",), "first_seed": 95}, "take 1 to 89, or 401"),
+        ({"vary": ("optim=adamw",), "metrics": ("eval/perplexity",)}, "--delta is missing"),
+        ({"code": ("nowhere.patch",)}, "no such file or folder"),
+        ({"vary": ("optim=adamm",)}, "optim"),
+    ],
+)
+def test_what_no_verdict_can_rest_on_is_refused(tmp_path: Path, options: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        plan(tmp_path, **options)
+
+
+def test_an_arm_that_is_the_control_is_said_and_left_out(tmp_path: Path):
+    log: list[str] = []
+    found = plan(tmp_path, log, vary=("optim=adamw,muon",))
+    assert [arm.name for arm in found.arms] == ["optim=adamw"]
+    assert log == ["optim=muon changes nothing: it is the control; not run"]
+
+
+def test_the_name_of_an_experiment_follows_from_its_claim(tmp_path: Path):
+    one, same, other = (plan(tmp_path, vary=("optim=adamw",), delta=d) for d in (0.03, 0.03, 0.05))
+    assert one.experiment == same.experiment != other.experiment
+
+
+def test_policies_are_judged_by_accuracy_with_the_sign_test():
+    claim = make_claim("grpo", AblateOptions())
+    assert (claim.metric, claim.greater_is_better, claim.normal) == ("eval/accuracy", True, False)
+    assert make_claim("pretrain", AblateOptions()).normal
+
+
+def description(**changed: Any) -> dict[str, Any]:
+    return {
+        "max_steps": 200, "warmup_steps": 20, "flops_per_step": 100.0, "units_per_step": 512, "step_seconds": 1.0,
+        "parameters": 1000, **changed,
+    }  # fmt: skip
+
+
+def test_budgets_give_each_arm_its_steps():
+    control, wide = description(), description(flops_per_step=150.0, units_per_step=256, step_seconds=0.5)
+    found = {name: budget_pairs(name, wide, control, "wide") for name in ("flops", "steps", "tokens", "seconds")}
+    assert found == {
+        "flops": ("max_steps=133", "warmup_steps=13"),
+        "steps": ("max_steps=200", "warmup_steps=20"),
+        "tokens": ("max_steps=400", "warmup_steps=40"),
+        "seconds": ("max_steps=400", "warmup_steps=40"),
+    }
+    own = budget_pairs("flops", {**wide, "warmup_steps": 50}, control, "wide")
+    assert own == ("max_steps=133", "warmup_steps=50"), "an arm's own warm-up stays"
+
+
+def test_budgets_that_cannot_be_equal_are_refused():
+    control = description(max_steps=10, warmup_steps=1)
+    with pytest.raises(UsageError, match=r"would need 9.35 steps .*\n.*max_steps larger"):
+        budget_pairs("flops", description(flops_per_step=107.0), control, "wide")
+    with pytest.raises(UsageError, match="wide has 1,100, the control 1,000"):
+        budget_pairs("parameters", description(parameters=1100), control, "wide")
+    assert budget_pairs("parameters", description(parameters=1009), control, "wide")[0] == "max_steps=10"
+    with pytest.raises(UsageError, match="can't be counted beforehand"):
+        budget_pairs("flops", {"max_steps": 5, "warmup_steps": 0}, {"max_steps": 5, "warmup_steps": 0}, "policy")
+
+
+def test_shared_weights_are_counted_in_parameters():
+    arm = {"weights": {"a": "1", "b": "2"}, "sizes": {"a": 30, "b": 10}}
+    assert shared_weights(arm, {"weights": {"a": "1", "b": "3"}}) == 0.75
+
+
+def search(losses: dict[float, float]) -> RateSearch:
+    return RateSearch(losses)
+
+
+def test_the_chosen_rate_is_the_vertex_of_the_parabola():
+    """Losses of a parabola around 2^-7 in log2(rate): three wide points find it."""
+    found = search({2.0**x: (x + 7.0) ** 2 for x in (-10, -8, -6)})
+    assert found.choose() == pytest.approx(2.0**-7, rel=1e-2)
+    assert search({1e-3: 3.0, 4e-3: 2.0, 16e-3: math.inf}).choose() == 4e-3, "a cliff on one side"
+    assert search({1e-3: 2.0}).choose() == 1e-3
+
+
+def test_every_arm_gets_the_same_number_of_rates():
+    """While one lies at an edge: that one goes on, the others look closer."""
+    edge, inside = search({1e-3: 3.0, 4e-3: 2.0, 16e-3: 1.0}), search({1e-3: 2.0, 4e-3: 1.0, 16e-3: 1.5})
+    assert needs_extension({"edge": edge, "inside": inside}, 3)
+    assert edge.next_rate() == 64e-3
+    assert inside.next_rate() == 8e-3, "between the best and the better of its neighbours"
+    assert not needs_extension({"inside": inside}, 3)
+    seven = search({x: x for x in np.geomspace(1e-4, 1e-2, 7).tolist()})
+    assert not needs_extension({"seven": seven}, 3), "not for ever"
+    assert search({0.25: 2.0, 1.0: 1.0}).next_rate() <= 1.0, "what a recipe takes"
+    assert first_grid(2e-3, 3) == [5e-4, 2e-3, 8e-3]
+    assert first_grid(0.5, 3) == [0.125, 0.5]
+
+
+def test_a_run_that_does_not_report_a_finite_loss_has_diverged():
+    finished = {"status": "finished", "metrics": {"eval/loss": 5.0, "eval/odd": None}}
+    assert metric_value(finished, "eval/loss", "arm", 512) == 5.0
+    assert metric_value(finished, "eval/loss", "arm", 100) is None, "above ln(vocabulary)"
+    assert metric_value(finished, "eval/odd", "arm") is None
+    assert metric_value({"status": "diverged", "metrics": {}}, "eval/loss", "arm") is None
+    with pytest.raises(UsageError, match="arm reports no such number; it has eval/loss"):
+        metric_value(finished, "eval/accuracy", "arm")
+
+
+def test_seeds_have_classes():
+    for first in (1, 89, 201, 401, 1000):
+        require_reported_seeds(first, 12)
+    for first in (90, 101, 190, 300, 400):
+        with pytest.raises(UsageError, match="can't be"):
+            require_reported_seeds(first, 12)
+
+
+@pytest.fixture
+def worktree(tmp_path: Path) -> Path:
+    """A git repository with a package of one file."""
+    folder = tmp_path / "tree"
+    (folder / "llm_quest").mkdir(parents=True)
+    (folder / "llm_quest" / "__init__.py").write_text("X = 1  # one\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(folder), *identity, *words], check=True)
+    return folder
+
+
+def test_a_worktree_is_taken_as_committed_or_not_at_all(worktree: Path, tmp_path: Path):
+    tree = open_edit(str(worktree), tmp_path / "code")
+    assert tree.revision
+    assert not tree.revision.endswith("+")
+    (worktree / "llm_quest" / "__init__.py").write_text("X = 2\n")
+    with pytest.raises(UsageError, match=r"uncommitted changes \(llm_quest/__init__.py\)"):
+        open_edit(str(worktree), tmp_path / "code")
+    with pytest.raises(UsageError, match="holds no llm_quest"):
+        open_edit(str(tmp_path), tmp_path / "code")
+
+
+def test_words_and_layout_are_no_edit(worktree: Path):
+    def tree(text: str) -> CodeTree:
+        (worktree / "llm_quest" / "__init__.py").write_text(text)
+        return load_code_tree(worktree)
+
+    base = tree('"""A."""\nX = f(1, 2)  # one\n')
+    copy = worktree.parent / "copy"
+    (copy / "llm_quest").mkdir(parents=True)
+    for text, changed in [('"""B."""\n# two\nX = f(1,\n  2,)\n', []), ("X = f(1, 3)\n", ["__init__.py"])]:
+        (copy / "llm_quest" / "__init__.py").write_text(text)
+        assert changed_files(base, load_code_tree(copy)) == changed
+
+
+def test_a_patch_that_does_not_apply_is_named_with_the_reason(tmp_path: Path):
+    patch = tmp_path / "edit.patch"
+    patch.write_text("--- a/llm_quest/nowhere.py\n+++ b/llm_quest/nowhere.py\n@@ -1,1 +1,1 @@\n-a\n+b\n")
+    with pytest.raises(UsageError, match=r"does not apply to this package: .*nowhere\.py"):
+        open_edit(str(patch), tmp_path / "code")
+    assert not list((tmp_path / "code").glob("*")), "nothing is left"
+
+
+def test_the_hash_of_the_code_is_of_what_a_run_computes():
+    names = own_code().files
+    assert "layers/attention.py" in names
+    assert "recipes/tiny.yaml" in names
+    assert not any(name.startswith(("cli/", "experiments/", "papers/")) for name in names)
+
+
+def test_the_protocol_for_agents_is_the_page_of_the_docs():
+    lines = AgentProtocol().lines()
+    assert len(lines) < 60
+    assert "\n".join(lines) + "\n" == (ROOT / "docs" / "agents.md").read_text(encoding="utf-8")
+
+
+def test_the_bar_of_an_interval():
+    assert interval_bar(-0.5, 0.5, 1.0) == "--------:-==|==-:--------"
+    assert interval_bar(4.0, 5.0, 1.0).endswith(">")
+    assert interval_bar(-5.0, -4.0, 1.0).startswith("<")

@@ -1,0 +1,85 @@
+"""`Comparison`: pair by pair the decisions of the simulated rule, and the outcomes that are no difference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llm_quest.experiments.comparison import Claim, Comparison
+from llm_quest.experiments.verdict_lines import describe_verdict
+from tests.experiments.test_sequential import run_experiments, walks
+
+LOSS = Claim("eval/loss", 1.5, 12, greater_is_better=False, normal=True)
+
+
+def compare(differences: list[float | None], claim: Claim = LOSS) -> Comparison:
+    """One arm, whose control measures 0."""
+    comparison = Comparison(claim, ["arm"])
+    for seed, value in enumerate(differences, 1):
+        if not comparison.open_arms:
+            break
+        comparison.add_pair(seed, 0.0, {"arm": value})
+    return comparison
+
+
+@pytest.mark.parametrize("effect", [0.0, 1.0, -1.5])
+def test_it_stops_where_the_simulated_rule_stops(effect: float):
+    d = walks(effect, 12, seed=7)[:60]
+    outcomes, pairs = run_experiments(d, 12, delta=1.5)
+    for row, outcome, ended in zip(d, outcomes, pairs, strict=True):
+        arm = compare(list(row)).arms["arm"]
+        assert arm.started == ended
+        effects = {True: "worse", False: "better"}
+        expected = {1: effects[arm.differences and np.mean(arm.differences) > 0], 0: "undecided (cap)"}
+        assert arm.outcome == expected.get(outcome, "no difference larger than delta")
+
+
+def test_for_an_accuracy_more_is_better():
+    accuracy = Claim("eval/accuracy", 0.03, 12, greater_is_better=True, normal=False)
+    assert compare([0.1 + 0.01 * (i % 3) for i in range(12)], accuracy).arms["arm"].outcome == "better"
+
+
+def test_identical_runs_are_no_difference():
+    found = compare([0.0] * 12).verdict("arm")
+    assert (found["outcome"], found["pairs"]) == ("no difference larger than delta", 4)
+    assert "identical" in found["reason"]
+    assert found["evidence"] == [1.0] * 4
+
+
+def test_an_arm_that_diverges_is_worse_and_its_pairs_are_not_dropped():
+    found = compare([None] * 12).verdict("arm")
+    assert (found["outcome"], found["pairs"]) == ("worse", 7)
+    assert "7 of 7" in found["reason"]
+    assert found["mean"] is None
+    mixed = compare([-5.0, None, -5.1, -4.9, -5.0]).verdict("arm")
+    assert (mixed["outcome"], mixed["pairs"], mixed["diverged"]) == ("better", 5, [2])
+    assert any("of the pairs that finished" in line for line in describe_verdict(mixed))
+
+
+def test_arms_that_are_decided_leave_and_the_others_go_on():
+    comparison = Comparison(LOSS, ["good", "null"])
+    draw = np.random.default_rng(0)
+    while comparison.open_arms and comparison.pairs < 12:
+        values = {name: {"good": -9.0, "null": 0.0}[name] + 2 * draw.normal() for name in comparison.open_arms}
+        comparison.add_pair(comparison.pairs + 1, 0.0, values)
+    assert comparison.arms["good"].outcome == "better"
+    assert comparison.arms["good"].started < comparison.arms["null"].started
+    assert comparison.arms["null"].outcome != "open"
+
+
+def test_pairing_that_does_not_help_is_said():
+    comparison = Comparison(LOSS, ["arm"])
+    draw = np.random.default_rng(1)
+    for seed in range(1, 7):
+        comparison.add_pair(seed, draw.normal(), {"arm": draw.normal()})
+        if not comparison.open_arms:
+            break
+    assert any("pairing did not help" in line for line in describe_verdict(comparison.verdict("arm")))
+
+
+def test_the_words_of_a_verdict():
+    first, second, *_ = describe_verdict(compare([-2.0, -2.1, -1.9, -2.05]).verdict("arm"))
+    assert first == "arm: better, by at least 1.5"
+    assert "4 pairs" in second
+    assert "95 %" in second
+    assert "undecided" in describe_verdict(compare([8.0, -8.0] * 6).verdict("arm"))[0]

@@ -1,0 +1,167 @@
+"""`quest ablate` on real runs: from the claim to the ledger, killed and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_quest.errors import UsageError
+from llm_quest.experiments.code_tree import own_code
+from llm_quest.experiments.ledger import Ledger, find_faults
+from llm_quest.experiments.measurements import Measurements
+from llm_quest.experiments.page import write_page
+from llm_quest.experiments.verdict_lines import describe_verdict
+from llm_quest.experiments.worker_pool import WorkerPool
+from tests.experiments.bench import SHORT, plan_of, run_experiment, settings, write_text
+
+pytestmark = pytest.mark.xdist_group("experiment")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool(1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ablations")
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path, text: Path, pool: WorkerPool) -> tuple[dict[str, Any], list[str]]:
+    return run_experiment(plan_of(text, root), root, pool)
+
+
+def test_an_experiment_ends_with_a_verdict(finished: tuple[dict[str, Any], list[str]]):
+    result, lines = finished
+    assert "same changes nothing" in result["notes"][0], "tiny's own width, spelled out"
+    (verdict,) = result["verdicts"]
+    assert verdict["outcome"] in ("better", "worse", "no difference larger than delta", "undecided (cap)")
+    assert 4 <= verdict["pairs"] <= 8
+    assert verdict["seeds"] == list(range(1, verdict["pairs"] + 1))
+    assert set(verdict["secondary"]) == {"eval/loss"}
+    assert describe_verdict(verdict)[0].startswith("wide: ")
+    assert len([line for line in lines if line.startswith("seed ")]) == verdict["pairs"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_arms_share_weights_and_data_and_spend_alike(finished: tuple[dict[str, Any], list[str]]):
+    control, wide = (finished[0]["arms_measured"][name] for name in ("control", "wide"))
+    assert control["shared_weights"] == 1.0
+    assert 0.3 < wide["shared_weights"] < 1.0
+    assert wide["same_data_order"]
+    assert wide["steps"] < control["steps"]
+    assert wide["flops"] == pytest.approx(control["flops"], rel=0.01)
+    assert len(wide["rates"]) == len(control["rates"]) >= 2
+
+
+def test_the_control_is_repeatable_and_its_noise_is_known(finished: tuple[dict[str, Any], list[str]]):
+    noise = finished[0]["noise"]
+    assert noise["repeatable"]
+    assert noise["nuisance"] == "micro_batch_size=2"
+    assert 0 < noise["pair_sd"] < noise["run_sd"]
+
+
+def test_the_ledger_tells_everything_in_order(finished: tuple[dict[str, Any], list[str]], root: Path):
+    rows = Ledger(root / "ledger.jsonl").of(finished[0]["experiment"])
+    assert find_faults(rows) == []
+    assert rows[0]["kind"] == "claim"
+    assert rows[0]["claim"]["delta"] == 0.03
+    assert rows[-1]["kind"] == "verdict"
+    started, ended = ([row["run"] for row in rows if row["kind"] == kind] for kind in ("started", "run"))
+    assert set(started) == set(ended)
+    reported = {run for runs in rows[-1]["runs"].values() for run in runs}
+    assert reported <= {row["run"] for row in rows if row["kind"] == "run" and row["role"] == "report"}
+    tuned = {row["seed"] for row in rows if row["kind"] == "run" and row["role"] == "tune"}
+    assert not tuned & set(rows[-1]["seeds"])
+
+
+def test_the_page_shows_curves_and_differences(finished: tuple[dict[str, Any], list[str]], root: Path, tmp_path: Path):
+    write_page(finished[0], root, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+    assert "Does a wider feed-forward network help" in page
+
+
+def test_the_same_command_again_runs_nothing(
+    finished: tuple[dict[str, Any], list[str]],
+    root: Path,
+    text: Path,
+    pool: WorkerPool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    before = (root / "ledger.jsonl").read_bytes()
+    monkeypatch.setattr(Measurements, "run_message", lambda *given: pytest.fail("a run was repeated"))
+    assert run_experiment(plan_of(text, root), root, pool)[0] == finished[0]
+    assert (root / "ledger.jsonl").read_bytes() == before
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bytes(
+    finished: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool, tmp_path: Path
+):
+    """The process is killed after three runs, and its ledger loses the end of a row."""
+    command = [sys.executable, "-m", "tests.experiments.bench", str(tmp_path), str(text), "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-40])
+    assert len(list(tmp_path.glob("runs/*/record.json"))) in (3, 4)
+    result, lines = run_experiment(plan_of(text, tmp_path, **SHORT), tmp_path, pool)
+    whole, _ = run_experiment(plan_of(text, root, **SHORT), root, pool)
+    assert json.dumps(result) == json.dumps(whole)
+    assert any("not a whole row" in line for line in lines)
+    assert find_faults(Ledger(ledger).rows()) == []
+
+
+def test_a_metric_that_no_arm_reports_is_named_with_those_that_are(
+    finished: tuple[dict[str, Any], list[str]], root: Path, text: Path, pool: WorkerPool
+):
+    with pytest.raises(UsageError, match=r"eval/accuracy: control reports no such number; it has .*eval/loss"):
+        run_experiment(plan_of(text, root, metrics=("eval/accuracy",)), root, pool)
+
+
+def test_an_arm_that_does_not_use_its_context_is_void(root: Path, text: Path, pool: WorkerPool):
+    """Nothing is learned in a few steps, and a comparison of such runs says nothing."""
+    plan = plan_of(
+        text, root, arms=("few=weight_decay=0",), metrics=("eval/loss",), rates=1, aa_pairs=0, budget="steps"
+    )
+    plan = type(plan)(**{**vars(plan), "pairs": (*plan.pairs, "max_steps=3", "warmup_steps=3")})
+    (verdict,) = run_experiment(plan, root, pool)[0]["verdicts"]
+    assert verdict["outcome"] == "invalid"
+    assert "token frequencies" in verdict["reason"]
+    assert verdict["pairs"] == 4
+
+
+def test_an_edit_of_the_package_runs_from_a_copy(root: Path, text: Path, tmp_path: Path, pool: WorkerPool):
+    """A patch that changes the first values; the control keeps this package's."""
+    file = "llm_quest/layers/initialize.py"
+    before = (own_code().root / file).read_text()
+    after = before.replace("layers: Any = model.config", "layers: Any = 4 * model.config")
+    lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
+    patch = tmp_path / "edit.patch"
+    patch.write_text("".join(lines))
+    plan = plan_of(text, root, arms=(), code=(str(patch),))
+    (arm,) = plan.arms
+    request = {"do": "describe", "recipe": "tiny", "pairs": [*settings(text), "seed_per_module=true"]}
+    own, edited = (pool.submit(tree, request).result() for tree in (own_code(), arm.code))
+    changed = {name for name in own["weights"] if own["weights"][name] != edited["weights"][name]}
+    assert changed
+    assert all(name.endswith(("out.weight", "down.weight")) for name in changed)
+    assert own["order"] == edited["order"]
