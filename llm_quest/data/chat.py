@@ -31,6 +31,8 @@ from llm_quest.data.template_sandbox import Messages, RenderedChat, Rendering, r
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 
+Tools = Sequence[Mapping[str, Any]]
+"""Functions that the assistant may call, as JSON schemas."""
 CHATML_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + '<|im_end|>' }}"
@@ -119,13 +121,17 @@ class ChatTemplate:
         """The ids that ask for the assistant's next message."""
         return self.encode_prompts([messages])[0]
 
-    def encode_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
-        """The prompts of many conversations."""
-        return [self.encode(text) for text in self.render_prompts(conversations)]
+    def encode_prompts(self, conversations: Sequence[Messages], tools: Sequence[Tools] = ()) -> list[list[int]]:
+        """The prompts of many conversations. tools: of each, the functions that the assistant may call, as JSON
+        schemas (the template's argument `tools`); empty: none has any."""
+        return [self.encode(text) for text in self.render_prompts(conversations, tools)]
 
-    def render_prompts(self, conversations: Sequence[Messages]) -> list[str]:
+    def render_prompts(self, conversations: Sequence[Messages], tools: Sequence[Tools] = ()) -> list[str]:
         """The prompts as texts for `encode`, in which control tokens that somebody typed are escaped."""
-        jobs = [RenderJob(self.writer.write(messages), add_generation_prompt=True) for messages in conversations]
+        jobs = [
+            RenderJob(self.writer.write(messages), True, tools=[self.writer.escape_value(tool) for tool in some])
+            for messages, some in zip(conversations, tools or [()] * len(conversations), strict=True)
+        ]
         return [one.text for one in render_batch(self.settings, jobs)]
 
     def encode_continuations(self, turns: Sequence[Messages]) -> list[list[int]]:

@@ -125,7 +125,7 @@ def parse_prompt(row: Row, where: str, key: str) -> list[Message]:
 
 def prompt_form(key: str, name: str, *optional: str) -> RowForm:
     example = {key: SHAREGPT_TURNS if key in CHAT_KEYS else "2+2?", "answer": "4"}
-    keys = (*optional, *ANSWER_KEYS, "system", "history")
+    keys = (*optional, *ANSWER_KEYS, *COMMON_KEYS)
     return RowForm(name, (key,), partial(parse_prompt, key=key), example, keys)
 
 

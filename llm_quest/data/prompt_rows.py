@@ -4,7 +4,7 @@
       {"messages": [...], ...}  up to the last answer            {"instruction": ..., "input": ...}
 
 The answer is `answer`, `ground_truth` or `solution`, whichever comes first, as text or a number. A `system` column is
-the system message of its row."""
+the system message of its row; `tools` are the functions that the chat template shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from llm_quest.data.conversation_forms import ANSWER_KEYS, CHAT_KEYS
 from llm_quest.data.document import DropReport
-from llm_quest.data.message_parsing import read_spelled_messages
+from llm_quest.data.message_parsing import parse_tools, read_spelled_messages
 from llm_quest.data.problems.answer_forms import gold_answer
 from llm_quest.data.problems.problem import Problem
 from llm_quest.data.records import Record, TrackedRow, parse_rows
@@ -31,7 +31,8 @@ RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
 @dataclass(frozen=True)
 class PromptRow:
     """prompt: messages, the last one the user's (or a tool's). answer: None where the row has none. is_conversational:
-    the row held messages. columns: all of its keys. where: file:line. weight: how often it is seen in an epoch."""
+    the row held messages. columns: all of its keys. where: file:line. weight: how often it is seen in an epoch. tools:
+    functions that may be called."""
 
     prompt: Messages
     answer: str | None
@@ -39,6 +40,7 @@ class PromptRow:
     columns: Mapping[str, Any]
     where: str = ""
     weight: float = 1.0
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def to_problem(self, answer_form: str, grading: str) -> Problem:
         """As a problem of the verifier `equal`."""
@@ -52,6 +54,7 @@ class PromptRow:
             messages=tuple(self.prompt),
             is_conversational=self.is_conversational,
             columns=self.columns,
+            tools=self.tools,
         )
 
 
@@ -81,7 +84,12 @@ def parse_prompt_row(record: Record) -> PromptRow:
         raise RowError(where, "roles out of order", reason)
     row.read.update(row)  # rewards are given all columns
     is_conversational = form.keys[0] in CHAT_KEYS or isinstance(read_spelled_messages(row[form.keys[0]], where), list)
-    return PromptRow(messages, parse_answer(row, where), is_conversational, row, where, record.weight)
+    tools = () if is_plain_text(row.get("tools")) else parse_tools(row, where)  # text is a column of rewards alone
+    return PromptRow(messages, parse_answer(row, where), is_conversational, row, where, record.weight, tools)
+
+
+def is_plain_text(value: Any) -> bool:
+    return isinstance(value, str) and not value.lstrip().startswith("[")
 
 
 def parse_answer(row: Mapping[str, Any], where: str) -> str | None:

@@ -39,7 +39,8 @@ class EpisodeConfig(PolicyConfig):
     """The keys of a policy that is answered by an environment, over several turns."""
 
     environment: str | None = Field(
-        default=None, description="calculator, guessing_game, file_search, or FILE.py:CLASS; null: one answer a prompt"
+        default=None,
+        description="calculator, guessing_game, file_search, functions, or FILE.py:CLASS; null: one answer a prompt",
     )
     environment_kwargs: dict[str, Any] = Field(default_factory=dict, description="the environment's own options")
     environment_timeout: PositiveFloat = Field(default=60.0, description="seconds for a turn of all episodes")
@@ -104,10 +105,17 @@ def check_environment_options(environment: str, options: Mapping[str, Any]) -> N
                     f"environment_kwargs.{name} has no effect on {environment}{did_you_mean(name, known)}; it has "
                     f"{', '.join(known)}"
                 )
+    if environment == "functions":
+        functions = options.get("functions")
+        if not isinstance(functions, list) or not functions:
+            raise ValueError("environment_kwargs.functions: name the tools, [my_tools.py:FUNCTION]")
+        options["functions"] = [check_reference(str(one)) for one in functions]  # type: ignore[index]
 
 
-def hash_of_environment(environment: str | None) -> dict[str, str]:
+def hash_of_environment(environment: str | None, options: Mapping[str, Any]) -> dict[str, str]:
     """What a resumed run may not change."""
+    if environment == "functions":
+        return {f"environment.{one}": hash_of_file(one) for one in options.get("functions", ())}
     if environment is None or environment in ENVIRONMENTS:
         return {}
     return {"environment": hash_of_file(environment)}
@@ -116,8 +124,8 @@ def hash_of_environment(environment: str | None) -> dict[str, str]:
 def start_environment(
     environment: str, options: Mapping[str, Any], *, timeout_seconds: float, log: LogFn
 ) -> EnvironmentClient:
-    """The included ones live in this process, a user's in one that can be killed."""
-    if environment not in ENVIRONMENTS:
+    """The included ones live in this process, a user's class or functions in one that can be killed."""
+    if environment not in ENVIRONMENTS or environment == "functions":
         return start_user_environment(environment, options, timeout_seconds=timeout_seconds, log=log)
     make = partial(ENVIRONMENTS[environment], **options)
     try:
@@ -196,6 +204,7 @@ class EnvironmentProblems:
             is_conversational=True,
             columns=row_of(problem),
             answer=problem.answer if self.keep_answers else "",
+            tools=self.environments.tools or problem.tools,
         )
 
     def as_set(self) -> ProblemSet:

@@ -212,6 +212,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
     model, tokenizer = init_policy(config, context)
     model.to(parallel.device)
     encode = prompt_encoder(config, tokenizer, problems)
+    tell_tools(problems, encode, log)
     rewards = build_rewards(config.rewards, RewardContext(config.seed, tokenizer, parallel, log))
     policy = build_policy_setup(
         config, model, tokenizer, partial(make_prompt, problems, encode), rewards, parallel, log,
@@ -228,7 +229,7 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         [evaluator, RatioRangeEvaluator(policy.objective, config.logging_steps, parallel.all_gather)],
         {
             "tokenizer": tokenizer.hash, "task": problems.identity, **hash_of_reward_files(config.rewards),
-            **hash_of_environment(config.environment),
+            **hash_of_environment(config.environment, config.environment_kwargs),
         },
         {
             "task": source_name(config.data) if config.data else config.task or config.environment or "reverse",
@@ -241,6 +242,14 @@ def build_grpo(config: GrpoConfig, context: Context) -> Job:
         before=report.before,
         finish=report.after,
     )  # fmt: skip
+
+
+def tell_tools(problems: ProblemSet, encode: PromptEncoder, log: LogFn) -> None:
+    """Says whether the model sees the tools of its prompts."""
+    names = {str(tool.get("function", tool).get("name")) for one in problems.held_out for tool in one.tools}
+    if names:
+        shown = "shown by the chat template" if encode.shows_tools() else "which this chat template does not show"
+        log(f"tools: {', '.join(sorted(names))}; {shown}")
 
 
 def held_out_evaluator(

@@ -1,6 +1,6 @@
 """`quest train iterative`: GRPO with a reward model that is trained on (DeepSeekMath, arXiv:2402.03300, algorithm 1).
 
-      reward model 0   from policy 0 and its samples, labelled by the verifier
+      reward model 0   from policy 0 and its samples, labelled by the verifier (or the environment)
       policy i         GRPO from policy i-1, its reference, with reward model i-1
       reward model i   trained on with comparisons of policy i's samples, a tenth of each batch from earlier iterations
 
@@ -32,12 +32,22 @@ from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config import LocalPath, StrictModel, load_raw_config, parse_config
 from llm_quest.recipes.config_schema import ModelConfig, PositiveInt
 from llm_quest.recipes.engine import init_run_dir, run_job
-from llm_quest.recipes.grpo import GrpoConfig, build_grpo, check_warmup, init_policy, load_problems, prompt_encoder
+from llm_quest.recipes.environment_setup import EnvironmentProblems
+from llm_quest.recipes.grpo import (
+    GrpoConfig,
+    build_grpo,
+    check_warmup,
+    init_policy,
+    load_problems,
+    open_environment,
+    prompt_encoder,
+    sampler_of,
+)
 from llm_quest.recipes.policy_setup import policy_sampler
 from llm_quest.recipes.recipe import Context, Recipe, RunOutcome, no_single_job
 from llm_quest.recipes.reward_specs import RewardSpec
 from llm_quest.rollouts.model_reward import ReplayLoader, make_comparisons
-from llm_quest.rollouts.rewards import CorrectnessReward
+from llm_quest.rollouts.rewards import CorrectnessReward, EnvironmentReward
 from llm_quest.rollouts.sampler import PolicyPrompt
 from llm_quest.techniques.score_head import ScoreHead, find_score_head
 from llm_quest.train.arguments import TrainingArguments
@@ -49,7 +59,7 @@ from llm_quest.train.state import derive_seed
 
 
 class RewardModelConfig(StrictModel):
-    """The reward model and how it is trained on. Labels come from the task's verifier."""
+    """The reward model and how it is trained on. Labels come from the task's verifier, or the environment."""
 
     load: LocalPath | None = Field(default=None, description="a reward model; null: one is made from the first policy")
     max_steps: PositiveInt = Field(default=60, description="of training on, in each iteration")
@@ -70,14 +80,17 @@ class IterativeConfig(GrpoConfig):
     )
     reward_model: RewardModelConfig = RewardModelConfig()
 
+    @property
+    def gold_reward(self) -> str:
+        """What labels the comparisons: the environment, or the verifier."""
+        return "correct" if self.environment is None else "environment"
+
     @model_validator(mode="after")
     def check_single_reward(self) -> IterativeConfig:
-        if self.rewards != (RewardSpec(name="correct"),):
+        if self.rewards != (RewardSpec(name=self.gold_reward),):
             raise ValueError(
                 "rewards has no effect here: the reward model is the reward (reward_model.load); leave it out"
             )
-        if self.environment is not None:
-            raise ValueError("environment has no effect here: the reward model judges single answers; leave it out")
         if self.process_supervision:
             raise ValueError(
                 "process_supervision has no effect here: the reward model judges whole answers; leave it out"
@@ -124,11 +137,12 @@ def require_same_length(config: IterativeConfig, out: Path) -> None:
 
 
 def policy_stage_config(config: IterativeConfig, policy: str, reward_model: str, number: int) -> GrpoConfig:
-    """The config of one iteration's policy run: the reward model rewards, the verifier is only reported."""
+    """The config of one iteration's policy run: the reward model rewards, the verifier or environment is only
+    reported."""
     given = config.model_dump(
         exclude={"num_outer_iterations", "reward_model", "recipe", "model", "warmup", "rewards", "seed"}
     )
-    rewards = (RewardSpec(name="correct", weight=0.0), RewardSpec(name="model", load=reward_model))
+    rewards = (RewardSpec(name=config.gold_reward, weight=0.0), RewardSpec(name="model", load=reward_model))
     seed = config.seed + number
     return GrpoConfig(recipe="grpo", model=ModelConfig(load=policy), warmup=None, rewards=rewards, seed=seed, **given)
 
@@ -148,7 +162,7 @@ def train_reward_model_stage(
     folder, part = out / f"iteration-{number}" / "judge", config.reward_model
     file = out / f"iteration-{number}" / "comparisons.json"
     if not parallel.broadcast(file.is_file()):
-        found = collect_comparisons(config, policy, number, parallel)
+        found = collect_comparisons(config, policy, number, parallel, log)
         if parallel.is_main_process:
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_json(file, [comparison_to_json(one) for one in found])
@@ -196,11 +210,14 @@ def init_reward_model(name_or_path: str, seed: int) -> tuple[Decoder, Tokenizer]
 
 
 def collect_comparisons(
-    config: IterativeConfig, policy: str, number: int, parallel: DistributedContext
+    config: IterativeConfig, policy: str, number: int, parallel: DistributedContext, log: LogFn
 ) -> Sequence[TokenizedPreference]:
-    """Comparisons of the newest policy's samples, labelled by the verifier."""
+    """Comparisons of the newest policy's samples, or episodes, labelled by the verifier or the environment."""
     model, tokenizer = load(policy, dtype="float32", aligned=True).to(parallel.device), load_tokenizer(policy)
     problems = load_problems(config, lambda line: None)
+    environments = open_environment(config, log)
+    if environments is not None:
+        problems = EnvironmentProblems(problems, environments, keep_answers=False).as_set()
     encode = prompt_encoder(config, tokenizer, problems)
     asked = [
         problems.train_problem(10_000_000 * (number + 1) + index) for index in range(config.reward_model.num_prompts)
@@ -209,10 +226,11 @@ def collect_comparisons(
         PolicyPrompt(tuple(ids), problem) for ids, problem in zip(encode.encode_problems(asked), asked, strict=True)
     ]
     seed = derive_seed(config.seed, f"comparisons {number}")
-    sampler = policy_sampler(config, model, tokenizer, parallel)
+    make_sampler = sampler_of(config, environments, tokenizer, encode)
+    sampler = make_sampler(policy_sampler(config, model, tokenizer, parallel))
     mine = sampler(model, questions, config.num_generations, seed, parallel.data_shard)
     groups = [group for part in parallel.all_gather(mine) for group in part]
-    return make_comparisons(groups, CorrectnessReward(), seed)
+    return make_comparisons(groups, CorrectnessReward() if environments is None else EnvironmentReward(), seed)
 
 
 def comparison_to_json(one: TokenizedPreference) -> list[list[int]]:

@@ -149,13 +149,22 @@ class PromptEncoder:
         """The ids of each problem's prompt."""
         if self.chat is None:
             return [self.plain_prompt(problem.prompt) for problem in problems]
-        asked = [self.messages(problem) for problem in problems]
+        asked = [(self.messages(problem), problem.tools) for problem in problems]
         if len(self.known) > MAX_CACHED_PROMPTS:
             self.known.clear()
-        new = list({repr(one): one for one in asked if repr(one) not in self.known}.values())
+        new = {repr(one): one for one in asked if repr(one) not in self.known}
         if new:
-            self.known |= dict(zip(map(repr, new), self.chat.encode_prompts(new), strict=True))
+            messages, tools = zip(*new.values(), strict=True)
+            self.known |= dict(zip(new, self.chat.encode_prompts(messages, tools), strict=True))
         return [self.known[repr(one)] for one in asked]
+
+    def knows(self, problem: Problem) -> bool:
+        """Whether nothing has to be rendered for this problem."""
+        return self.chat is None or repr((self.messages(problem), problem.tools)) in self.known
+
+    def shows_tools(self) -> bool:
+        """Whether the chat template reads `tools`."""
+        return self.chat is not None and not self.chat.writer.unknown_keys([], has_tools=True)
 
     def plain_prompt(self, text: str) -> list[int]:
         return [self.tokenizer.start_token_id, *self.tokenizer.encode(text, add_special_tokens=False)]
@@ -202,6 +211,6 @@ def make_prompt_encoder(
 def make_prompt(problems: ProblemSet, encode: PromptEncoder, index: int) -> PolicyPrompt:
     """The prompt of training problem number `index`. Chat templates are rendered for the next ones too."""
     problem = problems.train_problem(index)
-    if encode.chat is not None and repr(encode.messages(problem)) not in encode.known:
+    if not encode.knows(problem):
         encode.encode_problems([problems.train_problem(index + more) for more in range(PROMPTS_PER_RENDERING)])
     return PolicyPrompt(tuple(encode(problem)), problem)

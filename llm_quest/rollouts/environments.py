@@ -3,6 +3,7 @@
 An environment is a class with two methods:
 
       class Env:
+          tools = [...]                                         perhaps: what the chat template shows (`tool_schema.py`)
           def reset(self, row) -> messages                          row: the columns of a row, as a dict
           def step(self, completion) -> (messages, reward, done)    what is answered, what is paid, whether it ends
 
@@ -19,9 +20,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from llm_quest.errors import GuardStop, UsageError
+from llm_quest.rollouts.included_environments import ENVIRONMENTS
+from llm_quest.rollouts.tool_schema import tool_schemas
 from llm_quest.rollouts.user_code import load_user_object
 from llm_quest.rollouts.worker_process import WorkerFailure, WorkerProcess, describe_exception
 
@@ -54,7 +58,8 @@ class Step(NamedTuple):
 
 class EnvironmentHost:
     """Holds the environments of a batch of episodes, and answers requests about them: ("reset", rows) begins a new
-    batch, ("step", {number: completion}) plays one turn of some of them."""
+    batch, ("step", {number: completion}) plays one turn of some of them, ("tools", None) gives the schemas of its
+    tools."""
 
     def __init__(self, make: Callable[[], Environment]):
         self.make = make
@@ -62,6 +67,8 @@ class EnvironmentHost:
 
     def answer(self, request: tuple[str, Any]) -> Any:
         kind, content = request
+        if kind == "tools":
+            return tool_schemas(getattr(self.make(), "tools", ()))
         return self.reset(content) if kind == "reset" else self.step(content)
 
     def reset(self, rows: Sequence[Row]) -> list[Messages | EpisodeFailure]:
@@ -126,6 +133,14 @@ class EnvironmentClient:
         self.failures: Counter[str] = Counter()
         self.failed_in_a_row = 0
 
+    @cached_property
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """The JSON schemas of the environment's tools. UsageError for tools that cannot be described."""
+        try:
+            return tuple(self.call(("tools", None)))
+        except WorkerFailure as failure:
+            raise UsageError(f"the tools of the environment {self.name}: {failure.message}") from None
+
     def reset(self, rows: Sequence[Row]) -> list[Messages | EpisodeFailure]:
         found = self.ask(("reset", [dict(row) for row in rows]), range(len(rows)))
         return [found[number] for number in range(len(rows))]
@@ -162,14 +177,15 @@ class EnvironmentClient:
 
 def serve_environments(reference: str, options: Mapping[str, Any]) -> Callable[[tuple[str, Any]], Any]:
     """The requests of the process in which a user's environments live."""
-    make = load_user_object(reference)
+    make = ENVIRONMENTS[reference] if reference in ENVIRONMENTS else load_user_object(reference)
     return EnvironmentHost(lambda: make(**options)).answer
 
 
 def start_user_environment(
     reference: str, options: Mapping[str, Any], *, timeout_seconds: float, log: Callable[[str], None]
 ) -> EnvironmentClient:
-    """Environments of a user's class (`FILE.py:CLASS`), in a process that can be killed."""
+    """Environments of a user's class (`FILE.py:CLASS`), or an included one that runs a user's code, in a process that
+    can be killed."""
     worker = WorkerProcess(serve_environments, reference, dict(options))
     try:
         worker.start()

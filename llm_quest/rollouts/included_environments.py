@@ -1,4 +1,5 @@
-"""Environments that come with the package: a calculator, a guessing game, and search over local files.
+"""Environments that come with the package: a calculator, a guessing game, search over local files, and functions of
+one's own as tools. What a tool is for stands in `tools`, which chat templates that know tools show.
 
 A tool is called by its tag, `<calc>12*7</calc>`, or as published models write it,
 `<tool_call>{"name": "calc", "arguments": {"expression": "12*7"}}</tool_call>`. `<answer>84</answer>` ends the episode;
@@ -13,12 +14,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_quest.data.problems.answer_forms import last_tagged_answer
 from llm_quest.data.problems.problem import Problem, make_rng
 from llm_quest.errors import UsageError
 from llm_quest.rollouts.expression import MalformedExpression, evaluate_expression
+from llm_quest.rollouts.user_code import load_user_object
 from llm_quest.rollouts.verifiers import CORRECT, verify_equal
 
 Messages = list[dict[str, Any]]
@@ -63,6 +65,28 @@ def tool_result(content: str) -> Messages:
     return [{"role": "tool", "content": content}]
 
 
+def calc(expression: str) -> str:
+    """Compute an arithmetic expression exactly.
+
+    Args:
+        expression: numbers, + - * / and brackets, such as 12*(7+1)
+    """
+    try:
+        value = evaluate_expression(expression).value
+    except (MalformedExpression, OverflowError) as error:
+        return f"error: {error}"
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
+
+
+def search(words: str) -> str:
+    """Search the files for the paragraphs that fit the words best.
+
+    Args:
+        words: what to look for
+    """
+    raise NotImplementedError("it is described here for chat templates; FileSearch answers")
+
+
 @dataclass
 class Calculator:
     """Questions whose answer may be computed: `<calc>EXPRESSION</calc>` is answered with its value. hint: whether the
@@ -70,6 +94,7 @@ class Calculator:
 
     hint: bool = True
     gold: str = field(default="", init=False)
+    tools: ClassVar[tuple[Any, ...]] = (calc,)
 
     def reset(self, row: Mapping[str, Any]) -> Messages:
         self.gold = str(row["answer"])
@@ -79,12 +104,7 @@ class Calculator:
         asked = tool_argument(completion, "calc")
         if asked is None:
             return [], pay_for_answer(completion, self.gold), True
-        try:
-            value = evaluate_expression(asked).value
-            shown = str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
-        except (MalformedExpression, OverflowError) as error:
-            shown = f"error: {error}"
-        return tool_result(shown), 0.0, False
+        return tool_result(calc(asked)), 0.0, False
 
 
 @dataclass
@@ -126,6 +146,7 @@ class FileSearch:
     max_characters: int = 400
     hint: bool = True
     gold: str = field(default="", init=False)
+    tools: ClassVar[tuple[Any, ...]] = (search,)
 
     def __post_init__(self) -> None:
         self.paragraphs = read_paragraphs(self.folder)
@@ -175,7 +196,58 @@ def rank_paragraphs(paragraphs: tuple[str, ...], query: str, k1: float = 1.5, b:
     return [paragraphs[place] for place in order if scores[place] > 0]
 
 
-ENVIRONMENTS: dict[str, Any] = {"calculator": Calculator, "guessing_game": GuessingGame, "file_search": FileSearch}
+@dataclass
+class FunctionTools:
+    """Functions of one's own as tools (functions: FILE.py:NAME of each). A call is answered with what the function
+    returns, or with its error; a turn that calls nothing ends the episode. The reward is 1 for the row's answer, 0 for
+    another and for rows without one."""
+
+    functions: list[str]
+    gold: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.tools = [load_user_object(reference) for reference in self.functions]
+        self.by_name = {one.__name__: one for one in self.tools}
+
+    def reset(self, row: Mapping[str, Any]) -> Messages:
+        self.gold = str(row.get("answer") or "")
+        return question_with_hint(row, "", False)
+
+    def step(self, completion: str) -> Answered:
+        calls = read_tool_calls(completion)
+        if not calls:
+            return [], pay_for_answer(completion, self.gold) if self.gold else 0.0, True
+        return [one for call in calls for one in tool_result(self.answer(call))], 0.0, False
+
+    def answer(self, call: Any) -> str:
+        """What one call gives, as text."""
+        try:
+            function = self.by_name[call["name"]]
+        except (LookupError, TypeError):
+            return f"error: there is no such tool; call one of {', '.join(self.by_name)}"
+        try:
+            return str(function(**(call.get("arguments") or call.get("parameters") or {})))
+        except Exception as error:
+            return f"error: {type(error).__name__}: {error}"
+
+
+def read_tool_calls(completion: str) -> list[Any]:
+    """The calls of a turn, as published models write them: JSON in <tool_call>, or nothing but a JSON object with a
+    name (Llama 3.1). A call that is no JSON is None."""
+    text = completion.strip()
+    found = TOOL_CALL.findall(completion) or ([text] if text.startswith("{") and '"name"' in text else [])
+    calls = []
+    for one in found:
+        try:
+            calls.append(json.loads(one))
+        except (ValueError, RecursionError):
+            calls.append(None)
+    return calls
+
+
+ENVIRONMENTS: dict[str, Any] = {
+    "calculator": Calculator, "guessing_game": GuessingGame, "file_search": FileSearch, "functions": FunctionTools,
+}  # fmt: skip
 """Name -> the class: what `environment` may be besides FILE.py:CLASS."""
-NEED_ROWS = ("calculator", "file_search")
-"""Environments that compare with a row's answer."""
+NEED_ROWS = ("calculator", "file_search", "functions")
+"""Environments that ask what rows or a task ask."""

@@ -88,6 +88,32 @@ def test_a_calculator_asks_the_tasks_questions(warm: Path, tmp_path: Path):  # n
     assert metrics(tmp_path / "run")[0]["reward"] >= 0
 
 
+TOOL = '''
+def double(x: int) -> int:
+    """Doubles.
+
+    Args:
+        x: a number
+    """
+    return 2 * x
+'''
+
+
+def test_functions_of_ones_own_are_tools(warm: Path, tmp_path: Path):  # noqa: F811
+    """They are told, and belong to the run's identity."""
+    file, said = tmp_path / "my_tools.py", []
+    file.write_text(TOOL)
+    functions = f"environment_kwargs={{functions: ['{file}:double']}}"
+    pairs = from_(warm, "task=addition", "environment=functions", functions, "max_steps=1", "eval_problems=4")
+    started(tmp_path / "run", *pairs, "max_turns=2", say=said.append)
+    assert "tools: double; which this chat template does not show" in said
+    file.write_text(TOOL.replace("2 * x", "3 * x"))
+    with pytest.raises(BusyError, match="environment"):
+        started(tmp_path / "run", *pairs, "max_turns=2")
+    with pytest.raises(UsageError, match=r"environment_kwargs\.functions: name the tools"):
+        started(tmp_path / "other", *from_(warm, "task=addition", "environment=functions"))
+
+
 def test_a_changed_environment_does_not_resume(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
     pairs = played(warm, file, "max_steps=1")
     started(tmp_path / "run", *pairs)

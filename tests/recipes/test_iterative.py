@@ -18,6 +18,7 @@ from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.techniques.score_head import find_score_head
 from tests.recipes.test_grpo import RECIPE, from_, started, warm  # noqa: F401
+from tests.recipes.test_grpo_environments import ENVIRONMENT
 from tests.recipes.tuned import metrics, weights
 
 pytestmark = pytest.mark.xdist_group("iterative")
@@ -76,6 +77,21 @@ def test_a_reward_model_rewards_a_plain_grpo_run(done: tuple[Path, list[str]], w
     assert metrics(tmp_path / "run")[-1]["rows_trained"] == 1
     with pytest.raises(UsageError, match="no reward model"):
         started(tmp_path / "no", *from_(warm, f"rewards=[{{name: model, load: {warm}}}]"))
+
+
+def test_episodes_are_judged_and_labelled_by_their_environment(warm: Path, tmp_path: Path):  # noqa: F811
+    """Comparisons of whole episodes, in which the environment's text stands; its reward is reported beside."""
+    file, out = tmp_path / "my_env.py", tmp_path / "run"
+    file.write_text(ENVIRONMENT)
+    pairs = from_(warm, "task=null", f"environment={file}:TwoWords", "max_turns=2", "max_steps=1", "eval_problems=4",
+                  "apply_chat_template=false",
+                  "num_outer_iterations=1", "reward_model={max_steps: 2, batch_size: 4, num_prompts: 16}")  # fmt: skip
+    iterated(out, *pairs)
+    row = metrics(out / "iteration-1" / "policy")[-1]
+    assert {"rewards/environment", "rewards/model", "completions/mean_turns"} <= set(row)
+    _, better, worse = json.loads((out / "iteration-0" / "comparisons.json").read_text())[0]
+    assert max(len(better), len(worse)) > 5  # max_new_tokens: there are two turns
+    assert better != worse
 
 
 @pytest.mark.parametrize("pairs", [["rewards=[{name: random}]"], ["process_supervision=true"]])

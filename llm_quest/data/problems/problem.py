@@ -27,7 +27,8 @@ class Problem:
     numbers: those that must be used (countdown). steps: right intermediate steps (chained). answer_form, grading: how
     the answer stands in the completion, and how strictly it is read (`data.problems.answer_forms`); "": the completion
     is the answer. messages: the prompt as messages, of a row; is_conversational: the row itself held messages.
-    columns: all of the row, for rewards."""
+    columns: all of the row, for rewards. tools: functions that may be called, as JSON schemas, for the chat
+    template."""
 
     prompt: str
     answer: str
@@ -40,6 +41,7 @@ class Problem:
     messages: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     is_conversational: bool = False
     columns: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False, repr=False)
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
 
 class Task(Protocol):
