@@ -33,7 +33,7 @@ DELTA, MOE, LATENT = (
 KEPT = "tests/laws/test_cache.py -k 3.5"
 WIDE = "tests/models/test_float64_parity.py -k qwen3_next"
 VISION64 = "tests/models/test_vision_float64.py"
-VIT, LLAVA = "tests/models/test_vit.py", "tests/models/test_llava.py"
+VIT, LLAVA, CLIP = "tests/models/test_vit.py", "tests/models/test_llava.py", "tests/models/test_clip.py"
 HELD_OUT = "tests/recipes/test_auxiliary_losses.py -k held_out"
 SUMMED = "tests/layers/test_attention.py"
 DEFAULTS = "tests/models/test_config_defaults.py"
@@ -206,7 +206,10 @@ MUTATIONS = (
     Mutation("ViT: patches column by column", "layers/vision.py", "cut.permute(0, 2, 4, 1, 3, 5)", "cut.permute(0, 4, 2, 1, 3, 5)", VIT + " tests/layers/test_vision.py"),
     Mutation("ViT: causal", "models/image_encoder.py", "Scope.unpadded(x, bidirectional=True)", "Scope.unpadded(x)", VIT),
     Mutation("ViT: positions of another size cut off", "layers/vision.py", 'mode="bicubic", align_corners=False', 'mode="bicubic", align_corners=True', VIT + " tests/layers/test_vision.py"),
-    Mutation("CLIP: plain GELU", "models/clip.py", "activation: Callable[[Tensor], Tensor] = quick_gelu", "activation: Callable[[Tensor], Tensor] = nn.functional.gelu", VIT + " " + LLAVA),
+    Mutation("CLIP: plain GELU", "models/clip_encoder.py", '{"quick_gelu": quick_gelu,', '{"quick_gelu": F.gelu,', VIT + " " + LLAVA),
+    Mutation("CLIP: vectors not normalised", "models/dual_encoder.py", "F.normalize(self.get_text_features(input_ids, scope), dim=-1)", "self.get_text_features(input_ids, scope)", CLIP),
+    Mutation("CLIP: the last end token, not the first", "models/dual_encoder.py", "is_end.int().argmax(dim=1)", "is_end.shape[1] - 1 - is_end.int().flip(1).argmax(dim=1)", CLIP),
+    Mutation("CLIP: the part's projection_dim instead of the whole's", "hub/layouts.py", "**inside, **tied, **whole}", "**whole, **inside, **tied}", CLIP),
     Mutation("LLaVA: the last layer instead of the one before", "models/multimodal.py", "tower.intermediate_hidden_states(images, self.num_blocks)", "tower.intermediate_hidden_states(images)", LLAVA),
     Mutation("LLaVA: class token shown, the last patch not", "models/multimodal.py", "features if self.keep_cls_token else features[:, 1:]", "features if self.keep_cls_token else features[:, :-1]", LLAVA),
     Mutation("LLaVA: tanh GELU in the adapter", "layers/vision.py", "F.gelu(self.up(x))", 'F.gelu(self.up(x), approximate="tanh")', LLAVA),
@@ -282,7 +285,7 @@ MUTATIONS = (
     Mutation("Gemma 3: no window for an image's tokens", "scope.py", "allowed & (q - k < window)", "allowed & ((q - k < window) | (self.visible_until[:, :, None] > q) if self.visible_until is not None else (q - k < window))", VISION64 + " -k gemma3"),
     Mutation("Gemma 3: patches pooled column by column", "layers/vision.py", "self.pool(picture).flatten(2).mT", "self.pool(picture).mT.flatten(2).mT", VISION64 + " -k gemma3"),
     Mutation("Gemma 3: the projector's norm without 1 +", "layers/vision.py", "self.norm = ZeroCenteredRMSNorm(dim, eps)", "self.norm = nn.RMSNorm(dim, eps)", VISION64 + " -k gemma3"),
-    Mutation("SigLIP: erf GELU", "models/siglip.py", "clip.block(config, layer, gelu_tanh)", "clip.block(config, layer, nn.functional.gelu)", VISION64 + " -k gemma3"),
+    Mutation("SigLIP: erf GELU", "models/siglip.py", "block(config, layer, gelu_tanh)", "block(config, layer, nn.functional.gelu)", VISION64 + " -k gemma3"),
     Mutation("SigLIP: the features before the final norm", "models/multimodal.py", "return tower.hidden_states(images)", "return tower.intermediate_hidden_states(images)", VISION64 + " -k gemma3"),
     Mutation("Qwen3.5: text goes on behind the number of an image's tokens", "models/multimodal.py", "torch.where(place == sizes[image] - 1, (extents - sizes)[image], 0)", "torch.zeros_like(place)", VISION64 + " -k qwen"),
     Mutation("Qwen3.5: text goes on behind an image's rows", "models/multimodal.py", "[max(shape) for shape in shapes]", "[shape[0] for shape in shapes]", VISION64 + " -k qwen"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llm_quest.cli.vision import load_matching_preprocess
 from llm_quest.data.images import IMAGE_SUFFIXES, is_image_file, load_image
@@ -17,12 +19,28 @@ from llm_quest.errors import UsageError
 from llm_quest.formatting import align_columns
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.dual_encoder import CLIPModel
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.objectives.classification import last_token_outputs, pad_rows
+from llm_quest.scope import Scope
 from llm_quest.techniques.score_head import find_score_head, read_length
 from llm_quest.train.parallel import resolve_device
 
 MAX_PATH_LENGTH = 4096
+PROMPT_TEMPLATE = "a photo of a {}."
+"""CLIP's own (section 3.1.4)."""
+
+
+def classify_input(
+    model: str, text: str, *, labels: Sequence[str] = (), template: str | None = None, device: str = "auto"
+) -> TextPrediction | ImagePrediction:
+    """Classify a text (-: the one on stdin), or the image file that it names. labels, template: see
+    `classify_image`."""
+    if is_image_path(text):
+        return classify_image(model, text, labels=labels, template=template or PROMPT_TEMPLATE, device=device)
+    if labels or template is not None:
+        raise UsageError("--label and --template are for images: a text classifier has labels of its own")
+    return classify_text(model, sys.stdin.read() if text == "-" else text, device=device)
 
 
 @dataclass(frozen=True)
@@ -111,14 +129,48 @@ class ImagePrediction:
 
 
 @torch.no_grad()
-def classify_image(model: str, path: str | Path, *, device: str = "auto") -> ImagePrediction:
-    """Classify an image with a run of `quest train vit` or a published ViT."""
-    torch_device = resolve_device(device)
-    loaded: Any = load(model, device=torch_device, dtype="float32")
-    if not isinstance(loaded, ImageEncoder) or isinstance(loaded.head, torch.nn.Identity):
+def classify_image(
+    model: str, path: str | Path, *, labels: Sequence[str] = (), template: str = PROMPT_TEMPLATE, device: str = "auto"
+) -> ImagePrediction:
+    """Classify an image: with a run of `quest train vit` or a published ViT among its classes, with a whole CLIP among
+    `labels`, each of which is put into the template's braces."""
+    torch_device, image = resolve_device(device), load_image(Path(path))
+    loaded: Any = load(model, device=torch_device, dtype="float32", vision=True)
+    if isinstance(loaded, CLIPModel):
+        names, texts = unique_names(labels), label_prompts(model, labels, template)
+        preprocess = load_matching_preprocess(model, loaded.config.vision_config)
+        input_ids, position_ids = (part.to(torch_device) for part in encode_label_prompts(model, loaded, texts))
+        images = preprocess(image)[None].to(torch_device)
+        logits = loaded(input_ids, images, Scope(position_ids))[0]
+    elif labels:
+        raise UsageError(f"{model} answers with its own classes: leave --label out, or give a whole CLIP")
+    elif not isinstance(loaded, ImageEncoder) or not getattr(loaded.config, "num_labels", 0):
         raise UsageError(f"{model} is not an image classifier; train one with quest train vit")
-    preprocess = load_matching_preprocess(model, loaded.config)
-    probabilities = loaded(preprocess(load_image(Path(path)))[None].to(torch_device))[0].softmax(dim=0).tolist()
-    names = unique_names(loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels)))
+    else:
+        preprocess = load_matching_preprocess(model, loaded.config)
+        logits = loaded(preprocess(image)[None].to(torch_device))[0]
+        names = unique_names(loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels)))
+    probabilities = logits.softmax(dim=0).tolist()
     ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
     return ImagePrediction(next(iter(ordered)), ordered)
+
+
+def label_prompts(model: str, labels: Sequence[str], template: str) -> list[str]:
+    """The text that stands for each label. UsageError for fewer than two labels and for a template without braces."""
+    if len(labels) < 2:
+        raise UsageError(
+            f"{model} is a CLIP, which chooses among texts: name two or more classes, --label cat --label dog"
+        )
+    if "{}" not in template:
+        raise UsageError(f"the template {template!r} has no place for a label: write {{}} there")
+    return [template.replace("{}", label) for label in labels]
+
+
+def encode_label_prompts(name_or_path: str, model: CLIPModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """input_ids, position_ids (N,T). UsageError for a text that is too long to be read whole."""
+    tokenizer, room = load_tokenizer(name_or_path), model.config.max_position_embeddings
+    rows = [tokenizer.encode(text) for text in texts]
+    longest, text = max(zip(map(len, rows), texts, strict=True))
+    if longest > room:
+        raise UsageError(f"{text[:60]!r} has {longest} tokens, and this model reads {room}: shorten the label")
+    return pad_rows(rows)

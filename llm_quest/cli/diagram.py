@@ -20,28 +20,38 @@ from llm_quest.layers.multi_token_prediction import MTPModule
 from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.vision import ImageEmbedding
 from llm_quest.models.decoder import Decoder
+from llm_quest.models.dual_encoder import CLIPModel, TextEncoder
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
 
 
-def draw_model(model: Decoder | ImageEncoder | VisionLanguageModel) -> list[str]:
+def draw_model(model: Decoder | ImageEncoder | TextEncoder | CLIPModel | VisionLanguageModel) -> list[str]:
     """The model from top to bottom. A sublayer leaves the residual stream at ┣ and is added to it at ⊕. Equal blocks
     are drawn once."""
     if isinstance(model, VisionLanguageModel):
         return draw_vision_language(model)
+    if isinstance(model, CLIPModel):
+        end = ["", "  logits (M,N): exp(logit_scale) times the cosine of every image and text"]
+        return [*draw_model(model.image_encoder), "", *draw_model(model.text_encoder), *end]
     if isinstance(model, ImageEncoder):
-        end = ["  logits (B,V)"]
-        if isinstance(model.head, nn.Identity):
-            end = ["  the class token's vector (B,D)"]
-        else:
-            end = [f"  ├── head   {describe_layer(model.head)}", "  │", *end]
-        return [*draw_encoder(model, len(model.blocks)), f"  ├── norm   {describe_layer(model.norm)}", "  │", *end]
+        output = "image_embeds (B,P)" if getattr(model.config, "projection_dim", 0) else "logits (B,V)"
+        return [*draw_encoder(model, len(model.blocks)), *draw_end(model, "class", output)]
     drawn = ["  tokens (B,T)", "  │", f"  ├── embed  {describe_layer(model.embed)}", "  │", *draw_blocks(model.blocks)]
+    if isinstance(model, TextEncoder):
+        return [*drawn, *draw_end(model, "end", "text_embeds (B,P)")]
     tied = model.embed.token.weight is model.head.weight  # type: ignore[union-attr]
     head = f"{type(model.head).__name__} {model.head.in_features:,} → {model.head.out_features:,}"
     head += ", tied to the embedding" if tied else ", not tied"
     drawn += [f"  ├── norm   {describe_layer(model.norm)}", "  │", f"  ├── head   {head}", "  │", "  logits (B,T,V)"]
     return [*drawn, *multi_token_modules(model.mtp_modules)]
+
+
+def draw_end(model: Any, token: str, output: str) -> list[str]:
+    """The last norm of an encoder, and what its head makes of one token."""
+    norm = [f"  ├── norm   {describe_layer(model.norm)}", "  │"]
+    if isinstance(model.head, nn.Identity):
+        return [*norm, f"  the {token} token's vector (B,D)"]
+    return [*norm, f"  ├── head   {describe_layer(model.head)}", "  │", f"  {output}"]
 
 
 def multi_token_modules(modules: Iterable[nn.Module]) -> list[str]:

@@ -15,6 +15,7 @@ from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.hub.save_adapter import save_adapter
 from llm_quest.layers.low_rank import adapter_layers
 from llm_quest.models.decoder import GenerationConfig
+from llm_quest.models.dual_encoder import CLIPModel
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.recipes.yaml_io import read_yaml_file
@@ -106,7 +107,7 @@ def save_with_inputs(model: Any, run: Path, folder: Path, overwrite: bool, licen
     """Save the model with what makes its inputs: the tokenizer of a model that reads text, the image processor of one
     that reads images, both of one that reads both."""
     reads_text = not isinstance(model, ImageEncoder)
-    reads_images = isinstance(model, ImageEncoder | VisionLanguageModel)
+    reads_images = isinstance(model, ImageEncoder | VisionLanguageModel | CLIPModel)
     tokenizer = load_tokenizer(run) if reads_text else None
     if tokenizer is not None and find_score_head(model) is not None:
         tokenizer = prepare_score_export(model, tokenizer)

@@ -168,19 +168,20 @@ def chat(
 def classify(
     model: ModelArgument,
     text: Annotated[str, typer.Argument(metavar="TEXT|IMAGE", help="The text (- reads stdin), or an image file.")],
+    label: Annotated[list[str] | None, typer.Option(help="A class to choose from, for a CLIP; give several.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help='With --label: the prompt (default: "a photo of a {}.").')
+    ] = None,
     json: JsonOption = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 0,
     offline: OfflineOption = False,
 ) -> None:
-    """Classify a text or an image: the probability of each label."""
+    """Classify a text or an image: the probability of each label. A CLIP is told the labels (zero-shot)."""
     set_environment(threads, offline)
-    from llm_quest.cli.classify import classify_image, classify_text, is_image_path
+    from llm_quest.cli.classify import classify_input
 
-    if is_image_path(text):
-        print_result(classify_image(model, text, device=device), json)
-        return
-    print_result(classify_text(model, sys.stdin.read() if text == "-" else text, device=device), json)
+    print_result(classify_input(model, text, labels=label or (), template=template, device=device), json)
 
 
 def score(

@@ -18,12 +18,13 @@ from typing import Any
 
 from llm_quest.cli.diagram import describe_rotary, draw_model, nominal_image_tokens
 from llm_quest.contracts import Preset
-from llm_quest.cost.flops import ModelCost, image_flops
+from llm_quest.cost.flops import ModelCost, image_flops, text_flops
 from llm_quest.errors import DataError, UsageError
 from llm_quest.formatting import align_columns, format_bytes
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES, build_meta_model, count_parameters, family_of, preset
+from llm_quest.models.dual_encoder import CLIPModel, TextEncoder
 from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.multimodal import VisionLanguageModel
@@ -193,19 +194,15 @@ def make_model_card(name: str, *, context: int | None = None) -> ModelCard:
 def cost_fields(title: str, model: Any, context: int | None) -> dict[str, int]:
     """The cost fields of a `ModelCard`."""
     config = model.config
-    if isinstance(model, ImageEncoder):
-        weights, pairs = image_flops(config)
+    if isinstance(model, CLIPModel):
+        tokens, flops = config.vision_config.max_position_embeddings, sum(image_flops(config))
+        return cost_fields(title, model.text_encoder, context) | image_cost_fields(tokens, flops)
+    if isinstance(model, ImageEncoder | TextEncoder):
+        reads_images, tokens = isinstance(model, ImageEncoder), config.max_position_embeddings
+        weights, pairs = image_flops(config) if reads_images else text_flops(config)
         held = dict.fromkeys(("cache_per_token", "cache_fixed", "cache_total"), 0)
-        each = {
-            "flops_linear": weights // config.max_position_embeddings,
-            "flops_scores": pairs // config.max_position_embeddings,
-        }
-        return {
-            "context": config.max_position_embeddings,
-            **held,
-            **each,
-            **image_cost_fields(config.max_position_embeddings, weights + pairs),
-        }
+        each = {"context": tokens, "flops_linear": weights // tokens, "flops_scores": pairs // tokens}
+        return held | each | (image_cost_fields(tokens, weights + pairs) if reads_images else {})
     image: dict[str, int] = {}
     if isinstance(model, VisionLanguageModel):
         image, config = image_cost_fields(nominal_image_tokens(config), sum(image_flops(config))), config.text_config
@@ -296,8 +293,14 @@ PART_NAMES = ("image encoder", "adapter", "embedding", "attention", "feed-forwar
 
 
 def parameter_part(name: str) -> str:
-    words = name.removeprefix("decoder.").split(".")
-    named = {"tower": "image encoder", "adapter": "adapter", "embed": "embedding", "head": "head"}
+    words = name.removeprefix("decoder.").removeprefix("text_encoder.").split(".")
+    named = {
+        "tower": "image encoder",
+        "image_encoder": "image encoder",
+        "adapter": "adapter",
+        "embed": "embedding",
+        "head": "head",
+    }
     if words[0] in named:
         return named[words[0]]
     if words[0] == "enter" or any("norm" in word for word in words):

@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm_quest.layers.initialize import materialize
 from llm_quest.models.build import build_meta_model
-from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.scope import Scope
 
 Shape = Sequence[int]
@@ -224,13 +223,27 @@ def lagrange(points: Sequence[tuple[int, int]], x: int) -> int:
 
 def image_flops(config: Any) -> tuple[int, int]:
     """(products with weights, products of patches with patches) of reading one image, forward: an image encoder with
-    its classifier; of a vision-language model the encoder and the projector, before the decoder reads anything."""
+    its classifier; of a vision-language model the encoder and the projector, before the decoder reads anything; of a
+    CLIP its image encoder."""
+    seen = getattr(config, "vision_config", config)
+    shape = (1, seen.num_channels, seen.image_size, seen.image_size)
+
+    def read(model: Any) -> Any:
+        images = torch.zeros(shape, dtype=torch.bfloat16)
+        return model(images) if seen is config else model.get_image_features(images)
+
+    return count_flops(config, read)
+
+
+def text_flops(config: Any) -> tuple[int, int]:
+    """The same of reading one text of the longest length, for a text encoder."""
+    tokens = lambda: torch.zeros(1, config.max_position_embeddings, dtype=torch.int64)  # noqa: E731
+    return count_flops(config, lambda model: model.head(model.hidden_states(tokens())[:, 0]))
+
+
+def count_flops(config: Any, run: Callable[[Any], Any]) -> tuple[int, int]:
     with FakeTensorMode(), make_flop_counter() as counter, torch.no_grad():
-        model: Any = materialize(build_meta_model(config).eval(), "cpu", torch.bfloat16)
-        language = isinstance(model, VisionLanguageModel)
-        seen = config.vision_config if language else config
-        images = torch.zeros(1, seen.num_channels, seen.image_size, seen.image_size, dtype=torch.bfloat16)
-        model.get_image_features(images) if language else model(images)
+        run(materialize(build_meta_model(config).eval(), "cpu", torch.bfloat16))
     counts = counter.get_flop_counts()["Global"]
     linear = sum(count for op, count in counts.items() if str(op) in LINEAR_OPS)
     return linear, sum(counts.values()) - linear

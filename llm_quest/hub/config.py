@@ -78,8 +78,8 @@ def nearest_family_hint(hf_config: Mapping[str, Any]) -> str:
 
 
 def sub_configs(hf_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The configs of the parts of a model of several."""
-    parts = (hf_config.get("text_config"), hf_config.get("vision_config"))
+    """The configs of the parts of a model of several. (Old CLIPs have a second spelling, which comes first.)"""
+    parts = [hf_config.get(f"{name}_dict") or hf_config.get(name) for name in ("text_config", "vision_config")]
     return [part for part in parts if isinstance(part, Mapping)]
 
 
@@ -118,6 +118,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
 
 MAY_BE_ZERO = (
     "num_labels",
+    "projection_dim",
     "num_nextn_predict_layers",
     "first_k_dense_replace",
     "n_shared_experts",

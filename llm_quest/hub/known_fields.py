@@ -86,7 +86,9 @@ OF_FAMILY: dict[str, frozenset[str]] = {
     )),
     "ministral": frozenset(("llama_4_scaling_beta", "max_position_embeddings")),
     "vit": frozenset(("encoder_stride", "pooler_output_size", "pooler_act")),
-    "clip": frozenset(("projection_dim", "vocab_size")),
+    "clip": frozenset(("projection_dim", "vocab_size", "text_config", "vision_config")),
+    "clip_text": frozenset(("projection_dim",)),
+    "clip_model": frozenset(("logit_scale_init_value",)),
     "vision_language": frozenset(("image_seq_length", "vocab_size")),
 }  # fmt: skip
 """Fields of one family that follow from others, or belong to parts that are not computed here."""

@@ -5,7 +5,7 @@
     torch.compile, DDP, FSDP, checkpointing       _orig_mod.model.layers.0, module.    model.layers.0
     a model of several parts (Gemma 3, Qwen3.5)   language_model.model.layers.0        model.layers.0
                                                   model.language_model.layers.0        model.layers.0
-    CLIP with its text tower                      vision_model.encoder                 as it is; the rest is left out
+    CLIP with its text encoder                    vision_model.encoder                 as it is; the rest is left out
 
 A name is changed only into one that the family's weight map has, so that no layout can hide a tensor that does not
 belong: what has no place keeps its name and is reported by it."""
@@ -55,7 +55,8 @@ def inherited_fields(hf_config: Mapping[str, Any], inner: Mapping[str, Any], par
     tied = (
         {} if hf_config.get("tie_word_embeddings") is None else {"tie_word_embeddings": outside["tie_word_embeddings"]}
     )
-    return {"model_type": part.model_type, **part.defaults, **outside, **inside, **tied}
+    whole = {name: hf_config.get(name) or default for name, default in part.of_whole.items()}
+    return {"model_type": part.model_type, **part.defaults, **outside, **inside, **tied, **whole}
 
 
 OUTSIDE_FIELDS = (

@@ -33,6 +33,7 @@ from llm_quest.hub.weight_map import export_weight_map, technique_parameters, we
 from llm_quest.layers.initialize import float32_parameters, materialize, parameter_dtype
 from llm_quest.models.build import dtype_from_name, family_of
 from llm_quest.models.decoder import Decoder, GenerationConfig
+from llm_quest.models.multimodal import VisionLanguageModel
 from llm_quest.techniques import TECHNIQUES
 from llm_quest.techniques.model_spec import techniques_to_json
 from llm_quest.techniques.score_head import find_score_head, read_length
@@ -240,12 +241,22 @@ def load_model_and_tokenizer(
 ) -> tuple[Decoder, Tokenizer]:
     """A model that writes text, with its tokenizer; vision: see `load`. UsageError for a model whose head gives scores
     instead."""
-    model, tokenizer = load(name_or_path, device=device, dtype=dtype, vision=vision), load_tokenizer(name_or_path)
+    model = require_language_model(load(name_or_path, device=device, dtype=dtype, vision=vision), name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
     if (head := find_score_head(model)) is not None:
         raise UsageError(
             f"{name_or_path} gives {head.outputs} numbers and no text: it is a reward model or a classifier"
         )
     return model, tokenizer
+
+
+def require_language_model(model: Any, name_or_path: str | Path) -> Any:
+    """The model. UsageError for one that reads no text token by token (an image encoder, a CLIP)."""
+    if not isinstance(model, Decoder | VisionLanguageModel):
+        raise UsageError(
+            f"{name_or_path} writes no text: it is a {model.spec.family}; quest show {model.spec.family} describes it"
+        )
+    return model
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:

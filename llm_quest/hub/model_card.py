@@ -105,6 +105,8 @@ AUTO_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "image-feature-extraction": "AutoModel",
     "image-text-to-text": "AutoModelForImageTextToText",
+    "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
+    "feature-extraction": "AutoModel",
 }
 
 

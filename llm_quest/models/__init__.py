@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from llm_quest.models import (
     clip,
+    clip_model,
+    clip_text,
     cohere2,
     deepseek_v2,
     deepseek_v3,
@@ -74,8 +76,11 @@ FAMILIES: tuple[Family, ...] = (
     mimo.FAMILY,
 )
 
-VISION_FAMILIES: tuple[Family, ...] = (vit.FAMILY, clip.FAMILY, llava.FAMILY, gemma3.FAMILY, qwen3_5.FAMILY)
-"""Families that read images. They have tests of their own (tests/models)."""
+VISION_FAMILIES: tuple[Family, ...] = (
+    *(vit.FAMILY, clip.FAMILY, clip_text.FAMILY, clip_model.FAMILY),
+    *(llava.FAMILY, gemma3.FAMILY, qwen3_5.FAMILY),
+)
+"""Families that read images, and CLIP's text encoder. They have tests of their own (tests/models)."""
 
 PART_FAMILIES: tuple[Family, ...] = (siglip.FAMILY, qwen3_5_vision.FAMILY, *FAMILIES, *VISION_FAMILIES)
 """Families of which a part of a model of several may be: towers that are no models of their own here, and the above."""

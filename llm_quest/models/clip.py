@@ -3,8 +3,9 @@ arXiv:2103.00020); LLaVA reads images with it. What is new after ViT:
 
 - One more LayerNorm, between the embedding and the first block (published as `pre_layrnorm`, misspelt).
 - The patches' matrix has no bias.
-- The GELU is x sigmoid(1.702 x); LayerNorm's eps is 1e-5.
-- No classes: trained beside a text tower, it ends in the class token's vector after the final norm.
+- The GELU is x sigmoid(1.702 x); LayerNorm's eps is 1e-5. (OpenCLIP's own models have the erf GELU.)
+- No classes: trained beside a text encoder, it ends in the class token's vector after the final norm, projected without
+  a bias into the space that both encoders share (`image_embeds`). Inside a language model nothing is projected.
 
 Commonly got wrong: the erf GELU in place of the quick one moves every feature by a little and raises nothing;
 ImageNet's statistics in place of CLIP's own do the same.
@@ -12,29 +13,31 @@ ImageNet's statistics in place of CLIP's own do the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
-
 import torch
-from torch import Tensor, nn
 
 from llm_quest.contracts import ModelSpec, Preset
-from llm_quest.layers.attention import GroupedQueryAttention
-from llm_quest.layers.block import Block, Sublayer
-from llm_quest.layers.feed_forward import MLP, quick_gelu
 from llm_quest.layers.initialize import init_normal_
 from llm_quest.layers.norm import LayerNorm
-from llm_quest.layers.rotary import NoRotary
 from llm_quest.layers.vision import ImageEmbedding
+from llm_quest.models.clip_encoder import (
+    PROJECTION_DIM,
+    HiddenAct,
+    block,
+    encoder_names,
+    project_if_stored,
+    projection,
+    projection_field,
+)
 from llm_quest.models.config_fields import config_dataclass, hf_default
 from llm_quest.models.family import Family, SubConfig
 from llm_quest.models.image_encoder import ImageEncoder, SquareImages
-from llm_quest.models.weight_names import ConcatRows, Names, Reshaped, WeightMap, expand_layers
+from llm_quest.models.weight_names import Reshaped, WeightMap, expand_layers
 
 
 @config_dataclass
 class Config(SquareImages):
-    """The encoder's numbers, as config.json has them. image_size, patch_size: sides in pixels."""
+    """The encoder's numbers, as config.json has them. image_size, patch_size: sides in pixels. projection_dim: of the
+    space that images and texts share; 0: the class token's vector is not projected."""
 
     image_size: int
     patch_size: int
@@ -44,24 +47,8 @@ class Config(SquareImages):
     num_attention_heads: int
     intermediate_size: int
     layer_norm_eps: float = 1e-5
-    hidden_act: Literal["quick_gelu"] = "quick_gelu"
-
-
-def block(config: Any, layer_idx: int, activation: Callable[[Tensor], Tensor] = quick_gelu) -> Block:
-    """One layer, SigLIP's too: multi-head attention to everybody, then the MLP."""
-    attention = GroupedQueryAttention(
-        config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
-        rotary=NoRotary(),
-        bias=True,
-    )
-    mlp = MLP(config.hidden_size, config.intermediate_size, activation, bias=True)
-    return Block(
-        mixer=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), attention),
-        feed_forward=Sublayer(LayerNorm(config.hidden_size, config.layer_norm_eps), mlp),
-    )
+    hidden_act: HiddenAct = "quick_gelu"
+    projection_dim: int = projection_field("CLIPVisionModelWithProjection", "CLIPModel")
 
 
 def assemble(config: Config) -> ImageEncoder:
@@ -72,7 +59,7 @@ def assemble(config: Config) -> ImageEncoder:
         enter=LayerNorm(config.hidden_size, config.layer_norm_eps),
         blocks=[block(config, layer) for layer in range(config.num_hidden_layers)],
         norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
-        head=nn.Identity(),
+        head=projection(config),
     )
 
 
@@ -83,27 +70,13 @@ def initialize(model: ImageEncoder, generator: torch.Generator | None = None) ->
 
 def weight_map(config: Config) -> WeightMap:
     """Our parameters -> published names."""
-    root, layer, P = "vision_model.", "vision_model.encoder.layers.{i}.", config.patch_size
+    root, P = "vision_model.", config.patch_size
+    names = {"embed.start": "embeddings.class_embedding", "embed.positions": "embeddings.position_embedding.weight"}
+    norms = {"enter": "pre_layrnorm", "norm": "post_layernorm"}
+    table = encoder_names(config, root, names, norms, "visual_projection.weight")
     pixels = (config.hidden_size, config.num_channels, P, P)
-    names: Names = {
-        "embed.start": f"{root}embeddings.class_embedding",
-        "embed.positions": f"{root}embeddings.position_embedding.weight",
-        "embed.patches.weight": Reshaped(f"{root}embeddings.patch_embedding.weight", pixels),
-    }
-    parts = {
-        "enter": f"{root}pre_layrnorm",
-        "blocks.{i}.mixer.norm": f"{layer}layer_norm1",
-        "blocks.{i}.mixer.layer.out": f"{layer}self_attn.out_proj",
-        "blocks.{i}.feed_forward.norm": f"{layer}layer_norm2",
-        "blocks.{i}.feed_forward.layer.up": f"{layer}mlp.fc1",
-        "blocks.{i}.feed_forward.layer.down": f"{layer}mlp.fc2",
-        "norm": f"{root}post_layernorm",
-    }
-    for kind in ("weight", "bias"):
-        names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items()}
-        qkv = (f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv")
-        names[f"blocks.{{i}}.mixer.layer.qkv.{kind}"] = ConcatRows(*qkv)
-    return expand_layers(names, config.num_hidden_layers)
+    table["embed.patches.weight"] = Reshaped(f"{root}embeddings.patch_embedding.weight", pixels)
+    return expand_layers(table, config.num_hidden_layers)
 
 
 CLIP_LARGE = Config(336, 14, 3, 1024, 24, 16, 4096)
@@ -111,7 +84,7 @@ VISION_DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32,
 }  # fmt: skip
-CLIP_NAME, CLIP_NOTE = "clip-vit-large-patch14-336", "the image encoder alone; within a whole CLIP"
+CLIP_NOTE = "the image encoder of clip-vit-large-patch14-336, as LLaVA has it"
 
 FAMILY = Family(
     name="clip",
@@ -121,11 +94,14 @@ FAMILY = Family(
     weight_map=weight_map,
     architectures={"clip_vision_model": "CLIPVisionModel"},
     pipeline_tag="image-feature-extraction",
-    parts={"clip": SubConfig("vision_config", "clip_vision_model", VISION_DEFAULTS)},
+    parts={
+        "clip": SubConfig("vision_config", "clip_vision_model", VISION_DEFAULTS, {"projection_dim": PROJECTION_DIM})
+    },
     other_parts=("text_model.", "text_projection.", "visual_projection.", "logit_scale"),
+    resolve_config=project_if_stored("visual_projection.weight"),
     keys_to_ignore=(r"(vision_model\.)?embeddings\.position_ids",),
     presets=(
-        Preset(CLIP_NAME, CLIP_LARGE, 303_507_456, f"openai/{CLIP_NAME}", CLIP_NOTE),
+        Preset("clip-vision-large-patch14-336", CLIP_LARGE, 303_507_456, notes=CLIP_NOTE),
         Preset("clip-tiny", Config(16, 4, 3, 48, 3, 4, 96)),
     ),
 )

@@ -22,11 +22,13 @@ HEADS = ("lm_head.", "embed_out.", "score.", "classifier.")
 @dataclass(frozen=True)
 class SubConfig:
     """A part of a model of several parts. field: of config.json, where its numbers are. model_type: of the part alone.
-    defaults: its class's values for sizes, which config.json leaves out where they are the same."""
+    defaults: its class's values for sizes, which config.json leaves out where they are the same. of_whole: fields whose
+    value outside the part holds for it, and what it is where it is left out."""
 
     field: str
     model_type: str
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    of_whole: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

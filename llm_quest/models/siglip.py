@@ -20,6 +20,7 @@ from llm_quest.layers.feed_forward import gelu_tanh
 from llm_quest.layers.norm import LayerNorm
 from llm_quest.layers.vision import PatchPositionEmbedding
 from llm_quest.models import clip
+from llm_quest.models.clip_encoder import block
 from llm_quest.models.config_fields import config_dataclass, hf_default, json_field
 from llm_quest.models.family import Family
 from llm_quest.models.image_encoder import ImageEncoder, SquareImages
@@ -46,6 +47,7 @@ class Config(SquareImages):
     layer_norm_eps: float = 1e-6
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
     vision_use_head: bool = json_field(leave_out_head, default=False)
+    projection_dim = 0
 
 
 def assemble(config: Config) -> ImageEncoder:
@@ -53,7 +55,7 @@ def assemble(config: Config) -> ImageEncoder:
     return ImageEncoder(
         ModelSpec("siglip", config),
         embed=PatchPositionEmbedding(config.image_size, config.patch_size, config.num_channels, config.hidden_size),
-        blocks=[clip.block(config, layer, gelu_tanh) for layer in range(config.num_hidden_layers)],
+        blocks=[block(config, layer, gelu_tanh) for layer in range(config.num_hidden_layers)],
         norm=LayerNorm(config.hidden_size, config.layer_norm_eps),
         head=nn.Identity(),
     )

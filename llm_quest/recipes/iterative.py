@@ -26,7 +26,7 @@ from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import atomic_write_json
-from llm_quest.hub.load_save import load, load_tokenizer, write_model_json
+from llm_quest.hub.load_save import load, load_tokenizer, require_language_model, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config import LocalPath, StrictModel, load_raw_config, parse_config
@@ -203,7 +203,7 @@ def train_reward_model_stage(
 
 def init_reward_model(name_or_path: str, seed: int) -> tuple[Decoder, Tokenizer]:
     """A reward model; a language model's head is replaced."""
-    model = load(name_or_path, dtype="float32", aligned=True)
+    model = require_language_model(load(name_or_path, dtype="float32", aligned=True), name_or_path)
     return (model if find_score_head(model) is not None else ScoreHead(1, seed=seed)(model)), load_tokenizer(
         name_or_path
     )

@@ -20,7 +20,7 @@ from llm_quest.data.tokens import open_token_folder
 from llm_quest.errors import UsageError
 from llm_quest.eval.baselines import compute_baselines
 from llm_quest.eval.evaluators import LossEvaluator, TextSampler
-from llm_quest.hub.load_save import load
+from llm_quest.hub.load_save import load, require_language_model
 from llm_quest.models.build import build_meta_model, count_parameters
 from llm_quest.models.decoder import Decoder, GenerationConfig
 from llm_quest.objectives.next_token import AuxiliaryLoss
@@ -174,7 +174,8 @@ def init_pretrain_model(config: PretrainConfig, settings: RawConfig, text: TextD
             config.model, settings, text.tokenizer, context=length, seed=config.seed,
             seed_per_module=config.seed_per_module,
         )  # fmt: skip
-    model = load(config.model.load, dtype="float32", aligned=True)
+    where = config.model.load
+    model = require_language_model(load(where, dtype="float32", aligned=True), where)
     if model.config.vocab_size < text.tokenizer.vocab_size:
         raise UsageError(
             f"{config.model.load} knows {model.config.vocab_size} tokens, its tokenizer "
@@ -232,7 +233,7 @@ def baseline_bits_per_byte(text: TextData, log: LogFn) -> dict[str, float]:
 def resolve_model_config(config: PretrainConfig, settings: RawConfig) -> Any:
     """The model's config without preparing the data: a tokenizer to be trained counts with the size it is to have."""
     if config.model.load is not None:
-        return load(config.model.load, device="meta").config
+        return require_language_model(load(config.model.load, device="meta"), config.model.load).config
     return build_model_config(config.model, settings, vocab=resolve_vocab_size(config), context=config.sequence_length)
 
 

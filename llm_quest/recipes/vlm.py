@@ -38,7 +38,6 @@ from llm_quest.models.decoder import GenerationConfig
 from llm_quest.models.image_encoder import ImageEncoder
 from llm_quest.models.llava import Config
 from llm_quest.models.multimodal import VisionLanguageModel
-from llm_quest.models.multimodal_config import TextWithImages
 from llm_quest.objectives.next_token import CaptioningLoss
 from llm_quest.recipes.assembly import (
     apply_techniques,
@@ -282,7 +281,7 @@ def default_preprocess(vision: Any, name: str, log: LogFn) -> ImageProcessor:
 def load_vision_config(name_or_path: str) -> Any:
     """The vision part's numbers of a model that does not say how its images are made."""
     config = load(name_or_path, device="meta", vision=True).config
-    return config.vision_config if isinstance(config, TextWithImages) else config
+    return getattr(config, "vision_config", config)
 
 
 def load_image_text(config: VlmConfig, preprocess: ImageProcessor, drop_report: DropReport) -> ImageTextDataset:

@@ -82,7 +82,18 @@ def test_gemma_3_shows_256_vectors_of_an_image_and_all_blocks_of_its_encoder():
     assert portrait.parts["adapter"] == 1152 * 2560 + 1152
 
 
-@pytest.mark.parametrize("name", ["vit-tiny", "clip-tiny", "llava-tiny", "gemma3-vision-tiny", "qwen3.5-vision-tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit-tiny",
+        "clip-tiny",
+        "clip-text-tiny",
+        "clip-model-tiny",
+        "llava-tiny",
+        "gemma3-vision-tiny",
+        "qwen3.5-vision-tiny",
+    ],
+)
 def test_a_folder_that_reads_images_is_drawn(name, tmp_path):
     saved = quest.save(build(name), tmp_path / "model")
     assert make_model_card(str(saved)).parameters == make_model_card(name).parameters

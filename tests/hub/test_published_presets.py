@@ -75,12 +75,6 @@ def mxfp4_blocks(numbers: Tensor) -> Tensor:
     return (codes[..., 0] | codes[..., 1] << 4).contiguous()
 
 
-def whole_clip(held: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    others = {"text_model.final_layer_norm.weight": torch.ones(2), "visual_projection.weight": torch.ones(2, 2)}
-    outer = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": config}
-    return held | others | {"logit_scale": torch.ones(())}, outer | {"dtype": config["dtype"]}
-
-
 def as_it_is(held: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     return held, config
 
@@ -97,7 +91,6 @@ LAYOUTS: dict[str, Change] = {
     r"Qwen/Qwen3\.5-\d.*B": within("qwen3_5", qwen3_5_name, "model.visual.x.weight"),
     r"deepseek-ai/DeepSeek-V3|moonshotai/Kimi-K2-Base|XiaomiMiMo/MiMo-V2-Flash": in_fp8,
     r"openai/gpt-oss-.*": in_mxfp4,
-    r"openai/clip-.*": whole_clip,
     r".*": as_it_is,
 }
 """Hub id -> what its files differ in from those that we write. The first pattern that matches counts."""
@@ -108,12 +101,14 @@ def published() -> Iterator[Preset]:
         yield from (preset for preset in family.presets if preset.hub_id)
 
 
+WHOLE = ("image-text-to-text", "zero-shot-image-classification")
+"""Tasks of models of several parts, which are loaded whole."""
 PRESETS = {preset.name: preset for preset in published()}
 
 
 def layout(preset: Preset) -> Change:
     """A model that reads images is itself the model of several parts."""
-    if family_of(preset.config).pipeline_tag == "image-text-to-text":
+    if family_of(preset.config).pipeline_tag in WHOLE:
         return as_it_is
     hub_id = str(preset.hub_id)
     return next(change for pattern, change in LAYOUTS.items() if re.fullmatch(pattern, hub_id))
@@ -150,7 +145,7 @@ def test_a_tiny_model_in_the_layout_of_the_presets_hub_id_is_loaded_number_for_n
     held, config = layout(PRESETS[name])(safetensors.torch.load_file(file), config)
     safetensors.torch.save_file(held, file, metadata={"format": "pt"})
     (tmp_path / "m/config.json").write_text(json.dumps(config))
-    ours = load(tmp_path / "m", vision=family_of(model.config).pipeline_tag == "image-text-to-text")
+    ours = load(tmp_path / "m", vision=family_of(model.config).pipeline_tag in WHOLE)
     assert ours.config == model.config
     pairs = zip(ours.named_parameters(), model.named_parameters(), strict=True)
     assert all(one == other and torch.equal(a, b) for (one, a), (other, b) in pairs)
@@ -224,7 +219,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
         "norm_type": "layer_norm", "use_bias": True,
     },
     "google/vit-base-patch16-224": {"encoder_stride": 16, "attention_probs_dropout_prob": 0.0},
-    "openai/clip-vit-large-patch14-336": {"attention_dropout": 0.0, "dropout": 0.0, "projection_dim": 768},
+    "openai/clip-vit-large-patch14-336": {"initializer_factor": 1.0, "text_config_dict": None},
 }  # fmt: skip
 """Hub id -> fields that its config.json has beside those that we write."""
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from llm_quest.cli.main import app
 from llm_quest.hub.verify import MARGIN, ROUNDING, compare_with_transformers
-from llm_quest.models import clip, llama, siglip, vit
-from tests.models.vision import SIZES, their_gemma3, their_llava, their_qwen3_5, their_vit
+from llm_quest.models import clip, clip_text, llama, siglip, vit
+from tests.models.vision import CLIP_TEXT, SIZES, their_clip, their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import randomize_, save_published, tiny_gpt2, tiny_llama, transformers
 
 
@@ -24,10 +24,11 @@ def clip_tower() -> Any:
     return randomize_(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, num_hidden_layers=2)))
 
 
-def whole_clip() -> Any:
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    parts = {"vision_config": {**SIZES, "num_hidden_layers": 2}, "text_config": {**text, "vocab_size": 50}}
-    return randomize_(transformers.CLIPModel(transformers.CLIPConfig(**parts, projection_dim=24)))
+def projected_clip_encoder(kind: str) -> Any:
+    """An image or text encoder as a model of its own, projected."""
+    numbers = {**SIZES, "num_hidden_layers": 2} if kind == "Vision" else CLIP_TEXT
+    config = getattr(transformers, f"CLIP{kind}Config")(**numbers, projection_dim=24)
+    return randomize_(getattr(transformers, f"CLIP{kind}ModelWithProjection")(config))
 
 
 def reward_model() -> Any:
@@ -43,7 +44,9 @@ MODELS = {
     "vit": their_vit,
     "vit without classes": vit_without_classes,
     "clip tower": clip_tower,
-    "whole clip": whole_clip,
+    "clip tower, projected": lambda: projected_clip_encoder("Vision"),
+    "clip text, projected": lambda: projected_clip_encoder("Text"),
+    "whole clip": their_clip,
     "llava": their_llava,
     "llava with a vit": lambda: their_llava("vit"),
     "gemma3": their_gemma3,
@@ -73,7 +76,14 @@ def test_a_model_of_text_that_we_compute_otherwise_is_found(
 
 @pytest.mark.parametrize(
     ("kind", "module"),
-    [("vit", vit), ("vit without classes", vit), ("clip tower", clip), ("llava", clip), ("gemma3", siglip)],
+    [
+        ("vit", vit),
+        ("vit without classes", vit),
+        ("clip tower", clip),
+        ("whole clip", clip_text),
+        ("llava", clip),
+        ("gemma3", siglip),
+    ],
 )
 def test_an_image_encoder_that_we_compute_otherwise_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: Any

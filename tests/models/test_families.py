@@ -17,7 +17,7 @@ from llm_quest.scope import Scope
 from tests.family_oracles import ORACLES
 from tests.float64 import computing_in_float64
 from tests.models.test_float64_parity import BOUND
-from tests.models.vision import their_gemma3, their_llava, their_qwen3_5, their_vit
+from tests.models.vision import their_clip, their_gemma3, their_llava, their_qwen3_5, their_vit
 from tests.oracles import save_published, tiny_gpt2, tiny_llama, transformers
 
 LENGTH = 80  # over one chunk of the DeltaNet, sixteen windows of five
@@ -55,7 +55,7 @@ def test_every_family_is_compared_with_its_reference(family):
     """A family without an oracle fails by name. A class that transformers does not have is a format of our own."""
     llava = their_llava()
     others = (tiny_gpt2(), tiny_llama(), their_vit(), llava, llava.model.vision_tower)
-    others += (their_gemma3(), their_qwen3_5(), their_qwen3_5("Qwen3_5Moe"))
+    others += (their_gemma3(), their_qwen3_5(), their_qwen3_5("Qwen3_5Moe"), their_clip(), their_clip().text_model)
     compared = {oracle.architecture for oracle in ORACLES.values()} | {type(oracle).__name__ for oracle in others}
     missing = [one for one in family.architectures.values() if hasattr(transformers, one) and one not in compared]
     assert not missing, f"{family.name}: no oracle builds {missing[0]}; add one to tests/family_oracles.py"

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llm_quest as quest
 from llm_quest.errors import DataError, UsageError
-from llm_quest.models import clip, vit
+from llm_quest.models import clip, clip_model, clip_text, vit
 from llm_quest.models.build import build, build_meta_model, count_parameters, preset
 from llm_quest.models.image_encoder import ImageEncoder
 from tests.laws.subjects import randomize_
@@ -94,14 +94,20 @@ def test_a_fresh_models_loss_is_near_ln_of_the_classes():
     [
         ("vit-base-patch16-224", 86_567_656),
         ("vit-large-patch16-224", 304_326_632),
-        ("clip-vit-large-patch14-336", 303_507_456),
+        ("clip-vision-large-patch14-336", 303_507_456),
+        ("clip-vit-base-patch32", 151_277_313),
+        ("clip-vit-base-patch16", 149_620_737),
+        ("clip-vit-large-patch14", 427_616_513),
+        ("clip-vit-large-patch14-336", 427_944_193),
     ],
 )
 def test_a_published_size_has_the_published_number_of_parameters(name: str, count: int):
     assert count_parameters(build_meta_model(preset(name).config)) == count == preset(name).num_parameters
 
 
-@pytest.mark.parametrize("page", [vit.FAMILY, clip.FAMILY], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [vit.FAMILY, clip.FAMILY, clip_text.FAMILY, clip_model.FAMILY], ids=lambda page: page.name
+)
 def test_what_is_published_is_read_back_as_it_was(page: Any):
     for size in page.presets:
         assert page.read(page.publish(size.config)) == size.config

@@ -34,6 +34,19 @@ def their_llava(vision: str = "clip", **overrides: Any) -> Any:
     return randomize_(transformers.LlavaForConditionalGeneration(config))
 
 
+CLIP_TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
+    "max_position_embeddings": 24, "bos_token_id": 94, "eos_token_id": 95, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def their_clip(hidden_act: str = "quick_gelu", **text: Any) -> Any:
+    """CLIP with two encoders of two layers, and 24 numbers for an image or a text."""
+    parts = {"vision_config": {**SIZES, "num_hidden_layers": 2}, "text_config": CLIP_TEXT | text}
+    acting = {name: part | {"hidden_act": hidden_act} for name, part in parts.items()}
+    return randomize_(transformers.CLIPModel(transformers.CLIPConfig(**acting, projection_dim=24)))
+
+
 GEMMA3_TEXT = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 20,

@@ -27,7 +27,7 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.vocabulary import character_tokenizer
 from llm_quest.data.whole_documents import WholeDocuments, collate_demonstrations
 from llm_quest.errors import UsageError
-from llm_quest.hub.load_save import load, load_tokenizer
+from llm_quest.hub.load_save import load, load_tokenizer, require_language_model
 from llm_quest.layers.initialize import copy_module
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import source_name
@@ -111,7 +111,8 @@ def init_rpt_models(config: RptTextConfig, warmup: RptWarmupConfig | None, conte
         assert warmup is not None
         model, tokenizer, proxy = train_start_models(config, warmup, context)
     if config.selection.proxy_model is not None:
-        proxy = load(config.selection.proxy_model, dtype="float32", aligned=True)
+        where = config.selection.proxy_model
+        proxy = require_language_model(load(where, dtype="float32", aligned=True), where)
         if load_tokenizer(config.selection.proxy_model).hash != tokenizer.hash:
             raise UsageError(
                 f"the proxy {config.selection.proxy_model} has another tokenizer than the model: it reads other ids"
