@@ -8,7 +8,7 @@ What one rank and one scale cannot express is brought exactly into a form that t
   B0 are computed from W (its largest singular directions; the first columns of its QR decomposition). So the adapter is
   the plain LoRA A' = [A; A0], B' = [B, -B0] of twice the rank.
 - Of experts PEFT has all of a layer in one matrix: A (E r,in), B (out,r E), the expert's number running slowest in A
-  and fastest in B (`published_matrices.py`).
+  and fastest in B (`published_matrices.py`); or, from older models, a pair for each expert (`single_experts.py`).
 - Of the embedding and the output matrix, whose losses read them directly: the adapter is merged into the matrix, which
   then belongs to the whole parameters that `modules_to_save` names.
 """
@@ -26,17 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.hub.adapter_config import CONFIG, TINY_LORA_TYPE, module_rank, module_scale, read_adapter_config
+from llm_quest.hub.adapter_config import CONFIG, TINY_LORA_TYPE, module_scale, read_adapter_config
 from llm_quest.hub.layouts import renamer
 from llm_quest.hub.load_tiny_lora import load_tiny_lora
 from llm_quest.hub.published_matrices import (
     LoRAPair,
     PublishedMatrix,
     base_matrices,
+    check_rank,
     experts_parameters,
     stack_experts_pair,
 )
 from llm_quest.hub.save_adapter import ROOT, WEIGHTS, adapter_edits, read_adapter_tensors
+from llm_quest.hub.single_experts import expert_places, stack_experts
 from llm_quest.hub.weight_map import compact_names
 from llm_quest.hub.whole_parameters import LM_HEAD, WholeParameters
 from llm_quest.layers.low_rank import DoRAUpdate
@@ -82,6 +84,10 @@ def load_adapter(model: Any, folder: str | Path, *, adapter_name: str | None = N
     by_module: dict[str, dict[str, PublishedMatrix]] = {}
     for address, place in base_matrices(model.config).items():
         by_module.setdefault(place.module, {})[address] = place
+    singles = expert_places(model.config)
+    stacks = stack_experts(folder, config, held.pairs, singles)
+    by_module |= {address: {address: matrix} for address, _, matrix in singles.values()}
+    held.pairs = {module: pair for module, pair in held.pairs.items() if module not in singles} | stacks
     merged = {module: pair for module, pair in held.pairs.items() if whole.is_embedding_or_head(module)}
     for module, pair in merged.items():
         if tie and module == LM_HEAD and whole.embedding in merged:
@@ -110,8 +116,9 @@ def apply_pairs(
     scales, parts = {}, {}
     for module, pair in pairs.items():
         check_base(folder, module, pair, next(iter(by_module[module].values())))
-        check_rank(folder, config, module, pair)
-        scale = module_scale(config, module, pair.rank)
+        if pair.scale is None:
+            check_rank(folder, config, module, pair)
+        scale = module_scale(config, module, pair.rank) if pair.scale is None else pair.scale
         full = residual_pair(config.get("init_lora_weights"), pair, scale, lambda m=module: whole.matrix(m))
         for address, part in split_pair(full, by_module[module], int(config["r"])).items():
             parts[address], scales[address] = part, scale
@@ -127,7 +134,9 @@ def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_con
     places = {place.module: place for place in base_matrices(model_config).values()}
     stored = read_adapter_tensors(folder / WEIGHTS, lambda name: name.startswith(ROOT))
     bare = {name: name.removeprefix(ROOT).replace(".modules_to_save.", ".") for name in stored}
-    rename = renamer(family, places, [name.partition(".lora_")[0] for name in bare.values()])
+    rename = renamer(
+        family, {*places, *expert_places(model_config)}, [name.partition(".lora_")[0] for name in bare.values()]
+    )
     stacks = experts_parameters([split_tensor_name(name)[0] for name in bare.values()], config)
     low_rank: dict[str, dict[str, Tensor]] = {}
     held = AdapterTensors()
@@ -145,7 +154,7 @@ def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_con
     incomplete = [module for module, pair in low_rank.items() if not {"A", "B"} <= set(pair)]
     if incomplete:
         raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is missing of {compact_names(incomplete)}")
-    held.pairs = {module: LoRAPair(**pair) for module, pair in low_rank.items()}
+    held.pairs = {module: LoRAPair(pair["A"], pair["B"], pair.get("magnitude")) for module, pair in low_rank.items()}
     for module, pair in held.pairs.items():
         if module in places and places[module].num_experts:
             held.pairs[module] = stack_experts_pair(pair, places[module].num_experts)
@@ -165,13 +174,6 @@ def check_base(folder: Path, module: str, pair: LoRAPair, matrix: PublishedMatri
             f"{folder} is an adapter of another base: at {module} it maps {pair.A.shape[-1]} to {pair.B.shape[-2]} "
             f"numbers, this model {matrix.in_features} to {matrix.out_features}"
         )
-
-
-def check_rank(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair) -> None:
-    """The scale follows from the rank, so the file must have the one that the config gives."""
-    said, found = module_rank(config, module), pair.rank
-    if said != found:
-        raise DataError(f"{folder}: {module} has rank {found}, r and rank_pattern make it {said}: the files do not fit")
 
 
 def residual_pair(start: Any, pair: LoRAPair, scale: float, weight: Any) -> LoRAPair:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
+from llm_quest.hub.adapter_config import module_rank
 from llm_quest.hub.layouts import fused_experts
 from llm_quest.layers.linear import PackedLinear, find_row_slice
 from llm_quest.layers.low_rank import expert_parts
@@ -48,11 +50,12 @@ class PublishedMatrix:
 @dataclass(frozen=True)
 class LoRAPair:
     """One published matrix's adapter, A (r,in) and B (out,r); of a stack of experts (E,r,in) and (E,out,r). magnitude:
-    DoRA's."""
+    DoRA's. scale: of the product, where it does not follow from the rank that the config names."""
 
     A: Tensor
     B: Tensor
     magnitude: Tensor | None = None
+    scale: float | None = None
 
     @property
     def rank(self) -> int:
@@ -148,3 +151,10 @@ def experts_parameters(modules: Sequence[str], config: Mapping[str, Any]) -> dic
             )
         found |= dict(zip(stored, named, strict=True))
     return found
+
+
+def check_rank(folder: Path, config: Mapping[str, Any], module: str, pair: LoRAPair) -> None:
+    """The scale follows from the rank, so the file must have the one that the config gives."""
+    said, found = module_rank(config, module), pair.rank
+    if said != found:
+        raise DataError(f"{folder}: {module} has rank {found}, r and rank_pattern make it {said}: the files do not fit")

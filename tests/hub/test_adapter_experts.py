@@ -72,6 +72,75 @@ def test_pefts_adapter_of_experts_gives_its_logits_here_and_again_in_peft(bases,
     torch.testing.assert_close(logits(again), expected, **CLOSE)
 
 
+SINGLE = {
+    "mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
+    **dict.fromkeys(
+        ("qwen3_moe", "deepseek_v2", "qwen2_moe", "olmoe", "mimo_v2_flash", "qwen3_next"),
+        tuple(f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")),
+    ),
+}
+"""Base -> the modules of one expert, as transformers 4 has them."""
+
+
+def single_experts_adapter(base: Path, folder: Path, modules: tuple[str, ...], **overrides: Any) -> dict[str, Any]:
+    """An adapter as PEFT writes it for such modules, of the second layer that has experts; expert 2 has none, expert 1
+    another rank and alpha. Gives the published tensors with the adapter merged into them."""
+    held, tensors = safetensors.torch.load_file(base / "model.safetensors"), {}
+    layer = sorted({name.split(".")[2] for name in held if ".experts.1." in name})[-1]
+    for number in (0, 1, 3):
+        for module in modules:
+            name, rank = f"model.layers.{layer}.{module.format(number)}", 3 if number == 1 else 2
+            weight = held[f"{name}.weight"]
+            A, B = torch.randn(rank, weight.shape[1]), torch.randn(weight.shape[0], rank)
+            held[f"{name}.weight"] = weight + B @ A * ((9 if number == 1 else 4) / rank)
+            tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base), "lora_dropout": 0.0,
+        "target_modules": [module.rpartition(".")[2] for module in modules], "task_type": "CAUSAL_LM",
+        "rank_pattern": {r".*experts\.1\..*": 3}, "alpha_pattern": {r".*experts\.1\..*": 9}, **overrides,
+    }  # fmt: skip
+    folder.mkdir()
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return held
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@torch.no_grad()
+def test_an_adapter_of_single_experts_is_the_model_with_its_products_added(bases, tmp_path, name: str):
+    """transformers 4 has a module for each expert, and PEFT a pair for each; the oracle is the merged base."""
+    held = single_experts_adapter(bases[name], tmp_path / "adapter", SINGLE[name])
+    ours, base = quest.load(tmp_path / "adapter", dtype="float64"), quest.load(bases[name], dtype="float64")
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "config.json").write_text((bases[name] / "config.json").read_text())
+    safetensors.torch.save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = quest.load(folder, dtype="float64")(tokens())
+    assert (expected - base(tokens())).abs().max() > 0.01
+    torch.testing.assert_close(ours(tokens()), expected, **CLOSE)
+    merge_adapter(ours)
+    torch.testing.assert_close(ours(tokens()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, r"experts\.\d.* is adapted by pissa; of single experts only LoRA is read"),
+        ({"rank_pattern": {}}, r"experts\.1.* has rank 3, r and rank_pattern make it 2: the files do not fit"),
+        ({"cut": 1}, r"is an adapter of another base: at .*experts\.\d"),
+    ],
+)
+def test_what_single_experts_cannot_have_is_named(bases, tmp_path, overrides: dict[str, Any], message: str):
+    folder, cut = tmp_path / "a", overrides.pop("cut", 0)
+    single_experts_adapter(bases["olmoe"], folder, SINGLE["olmoe"], **overrides)
+    if cut:
+        held = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        narrow = {name: one[:, cut:].contiguous() if "lora_A" in name else one for name, one in held.items()}
+        safetensors.torch.save_file(narrow, folder / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=message):
+        quest.load(folder)
+
+
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize(
     "technique",
