@@ -47,10 +47,6 @@ VISION_TOWER_FAMILIES: tuple[Family, ...] = (clip.FAMILY, vit.FAMILY)
 TEXT_FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gpt2.FAMILY)
 LINEAR_MODEL_TYPE = "llm_quest_llava_linear"
 """Of one matrix as adapter, which has no published form."""
-VISION_DEFAULTS = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "image_size": 336, "patch_size": 14,
-}  # fmt: skip
 TEXT_DEFAULTS = {
     "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32_000,
@@ -88,7 +84,7 @@ class Config(TextWithImages):
     matrices in the adapter rather than one. keep_cls_token: is the class token shown too? LLaVA's own config.json
     leaves out what transformers takes for granted in either part."""
 
-    vision_config: Any = json_field(*vision_part(VISION_TOWER_FAMILIES, VISION_DEFAULTS))
+    vision_config: Any = json_field(*vision_part(VISION_TOWER_FAMILIES, clip.VISION_DEFAULTS))
     text_config: Any = json_field(*text_part(TEXT_FAMILIES, "llama", TEXT_DEFAULTS))
     image_token_id: int = spelled("image_token_index", "image_token_id", hf_default=32_000)
     num_vision_blocks: int = json_field(read_num_vision_blocks, write_num_vision_blocks)

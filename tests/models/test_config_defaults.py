@@ -1,5 +1,5 @@
 """A field that config.json leaves out, or has as null, means what transformers' class makes of it; either spelling of
-rotary positions means the same. For every field that a family's tiny preset writes.
+rotary positions means the same. For every field that a family's tiny preset writes, those of its parts included.
 
 The reference reads the file and says every number; our reading of the file must be our reading of those."""
 
@@ -13,11 +13,11 @@ import pytest
 
 from llm_quest.contracts import Preset
 from llm_quest.errors import DataError
-from llm_quest.models import FAMILIES
+from llm_quest.models import PART_FAMILIES
 from llm_quest.models.family import Family
 from tests.oracles import transformers
 
-SUBJECTS = {one.name: (family, one) for family in FAMILIES for one in family.presets if one.name.endswith("-tiny")}
+SUBJECTS = {one.name: (family, one) for family in PART_FAMILIES for one in family.presets if one.name.endswith("-tiny")}
 REQUIRED = "which a .* needs"
 """Sizes have no default here: a file without them is refused by name, where the reference builds a model of 7B."""
 OLD_SPELLING = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_emb_base", "rotary_pct")
@@ -25,6 +25,7 @@ NEW_SPELLING = ("rope_parameters",)
 EXCEPTIONS = {
     ("deepseek-v3-tiny", "num_nextn_predict_layers", "absent"): "how many modules there are is counted in the files",
     ("gpt2-tiny", "n_positions", "absent"): "n_ctx, which is the same number, is read",
+    ("qwen3.5-vision-tiny", "tie_word_embeddings", "absent"): "the text part's word holds, as for the text alone",
     ("qwen3-moe-tiny", "num_local_experts", "null"): "num_experts, which is the same number, is read",
 }
 """(preset, field, how it is missing) -> why another reading is right."""
@@ -47,6 +48,10 @@ def variants(name: str) -> dict[tuple[str, str], dict[str, Any]]:
     fields = [field for field in whole if field not in ("model_type", "architectures")]
     found = {(field, "absent"): without(whole, field) for field in fields}
     found |= {(field, "null"): whole | {field: None} for field in fields}
+    for part in ("text_config", "vision_config"):
+        for field in whole.get(part, {}).keys() - {"model_type", "architectures"}:
+            found[f"{part}.{field}", "absent"] = whole | {part: without(whole[part], field)}
+            found[f"{part}.{field}", "null"] = whole | {part: whole[part] | {field: None}}
     for spelling, dropped in {"old": NEW_SPELLING, "new": OLD_SPELLING}.items():
         found["rope", spelling] = without(whole, *dropped)
         found["rope_theta", f"absent, {spelling}"] = without_theta(found["rope", spelling])
