@@ -182,25 +182,53 @@ def atomic_dir(
     target = Path(folder).expanduser().absolute()
     check_target(target, overwrite, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
+    require_space(target, required_bytes)
+    sweep_stages(target)
+    stage = target.parent / f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    stage.mkdir()
+    try:
+        with explain_full_disk(target):
+            yield stage
+            for file in (*stage.iterdir(), stage):
+                fsync_path(file)
+            swap_directories(stage, target, overwrite=overwrite)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_model_file(file: str | Path, *, overwrite: bool, required_bytes: int) -> Iterator[Path]:
+    """`atomic_file` for a file that somebody asked for. UsageError where something is there and `overwrite` is false;
+    ResourceError where the disk is full. required_bytes: bytes that must be free."""
+    target = Path(file).expanduser().absolute()
+    if target.is_dir() or target.is_symlink():
+        raise UsageError(f"{target} exists and is no file; choose another name")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; choose another name, or --overwrite it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_space(target, required_bytes)
+    with explain_full_disk(target), atomic_file(target) as stage:
+        yield stage
+
+
+def require_space(target: Path, required_bytes: int) -> None:
+    """ResourceError where fewer bytes are free beside `target`."""
     free = shutil.disk_usage(target.parent).free
     if free < required_bytes:
         raise ResourceError(
             f"{target.parent} has {free:,} bytes free, {target.name} needs {required_bytes:,}; make room"
         )
-    sweep_stages(target)
-    stage = target.parent / f".tmp-{target.name}-{os.getpid()}-{secrets.token_hex(4)}"
-    stage.mkdir()
+
+
+@contextlib.contextmanager
+def explain_full_disk(target: Path) -> Iterator[None]:
+    """Inside, an error of a full disk is a ResourceError that names the target."""
     try:
-        yield stage
-        for file in (*stage.iterdir(), stage):
-            fsync_path(file)
-        swap_directories(stage, target, overwrite=overwrite)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise ResourceError(f"no room left to write {target}: nothing was changed; make room and save again") from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def check_target(target: Path, overwrite: bool, replaceable: Callable[[str], bool]) -> None:

@@ -94,6 +94,7 @@ WRITES_IN_A_STAGE = {
     "cli/chat_session.py": "appends a conversation to the file that the user names",
     "hub/mmap.py": "a temporary folder of its own",
     "files.py": "the functions that all others use",
+    "hub/gguf.py": "a new file, never an existing one",
     "tensor_files.py": "a new file, never an existing one",
 }
 

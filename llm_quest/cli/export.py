@@ -1,5 +1,5 @@
-"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder. `quest consolidate RUN`: gives
-sharded checkpoints the plain form."""
+"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder, or as one GGUF file.
+`quest consolidate RUN`: gives sharded checkpoints the plain form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llm_quest.cli.export_gguf import GGUFExportReport, export_gguf
 from llm_quest.data.chat import end_template_at_answer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -78,17 +79,31 @@ def export_run(
     run: Path,
     folder: Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     overwrite: bool = False,
     merged: bool = False,
     adapter: bool = False,
     license: str | None = None,
-) -> ExportReport:
-    """Write a run's model and tokenizer in the Hugging Face layout, with a card (README.md) that says how it was made.
-    A model with an adapter is written merged, or as the adapter alone. license: of the weights, for the card."""
+    quantize: str | None = None,
+) -> ExportReport | GGUFExportReport:
+    """Write a run's model and tokenizer in the Hugging Face layout, with a card (README.md) that says how it was made,
+    or where the name ends in .gguf as one file for llama.cpp. A model with an adapter is written merged, or as the
+    adapter alone. dtype None: float32; in a GGUF file the dtype of the weights. license: of the weights, for the card.
+    quantize: of a GGUF file, q8_0 or q4_0."""
     run = resolve_checkpoint(run)
     if merged and adapter:
         raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
+    if folder.suffix == ".gguf":
+        return export_gguf(
+            run, folder, quantize=quantize, dtype=dtype, overwrite=overwrite, merged=merged, adapter=adapter
+        )
+    if quantize is not None:
+        raise UsageError(f"--quantize {quantize} writes a GGUF file: give a name that ends in .gguf, not {folder}")
+    dtype = dtype or "float32"
+    if run.suffix == ".gguf":
+        model = load(run, dtype=dtype)
+        save_with_inputs(model, run, folder, overwrite, license)
+        return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     if not (run / "model.json").is_file() and not (run / "config.json").is_file() and run.parent.name != "checkpoints":
         raise DataError(f"{run} is no run folder (it has no model.json); give a folder that quest train wrote")
     if merged or adapter:

@@ -88,25 +88,37 @@ def verify(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints: RUN@best, RUN@last, RUN@120.")],
-    folder: Annotated[Path, typer.Argument(help="Where to write the Hugging Face layout.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run folder, or one of its checkpoints (RUN@best, RUN@last, RUN@120); for a GGUF file also the "
+            "folder of a model or an adapter."
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER|FILE.gguf", help="Where to write the Hugging Face layout, or a GGUF file.")
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16 (default: float32; of a GGUF file, as the weights are)."),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="Of a GGUF file: q8_0 or q4_0.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a model with an adapter: the whole model, with the adapter merged.")
     ] = False,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a model with an adapter: the adapter alone, for PEFT.")
+        bool, typer.Option("--adapter", help="Of a model with an adapter: the adapter alone, for PEFT or llama.cpp.")
     ] = False,
     license: Annotated[str | None, typer.Option(help="The license of the weights, for the card: apache-2.0.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Export the model of a run as a folder that transformers and vLLM load, with a card of its data, recipe and
-    numbers."""
+    """Export a model as a folder that transformers and vLLM load, with a card of its data, recipe and numbers, or as a
+    GGUF file for llama.cpp."""
     from llm_quest.cli.export import export_run
 
     kind: dict[str, bool] = {"overwrite": overwrite, "merged": merge, "adapter": adapter}
-    print_result(export_run(run, folder, dtype=dtype, license=license, **kind), json)
+    print_result(export_run(run, folder, dtype=dtype, license=license, quantize=quantize, **kind), json)
 
 
 def push(

@@ -81,9 +81,16 @@ def inspect_folder(name_or_path: str | Path) -> Inspection:
     """Read the headers and the JSON, not the weights. Raises only where there is no folder to look at."""
     location = locate_model(name_or_path)
     report = validate_folder(location, vision=True)
-    files = {
-        str(p.relative_to(location.folder)): p.stat().st_size for p in sorted(location.folder.rglob("*")) if p.is_file()
-    }
+    lone = location.gguf_file
+    files = (
+        {lone.name: lone.stat().st_size}
+        if lone is not None
+        else {
+            str(p.relative_to(location.folder)): p.stat().st_size
+            for p in sorted(location.folder.rglob("*"))
+            if p.is_file()
+        }
+    )
     published = dict(report.hf_config)
     template = find_chat_template(report)
     if report.techniques:
@@ -119,7 +126,7 @@ def tokenizer_facts(report: FolderReport) -> dict[str, Any] | None:
     try:
         tokenizer = load_tokenizer(tokenizer_folder(report.location))
     except DataError as error:
-        if has_tokenizer(report.location.folder):
+        if report.location.gguf_file is not None or has_tokenizer(report.location.folder):
             report.problems.append(str(error))
         return None
     kind, ends = type(tokenizer.backend_tokenizer.model).__name__, list(tokenizer.eos_token_ids)
@@ -127,11 +134,16 @@ def tokenizer_facts(report: FolderReport) -> dict[str, Any] | None:
 
 
 def tokenizer_folder(location: ModelLocation) -> Path:
-    return location.run_dir or location.folder
+    return location.gguf_file or location.run_dir or location.folder
 
 
 def find_chat_template(report: FolderReport) -> str | None:
-    """From its own file (new) or from tokenizer_config.json (old)."""
+    """From its own file (new), from tokenizer_config.json (old), or from a GGUF file."""
+    if report.location.gguf_file is not None:
+        try:
+            return load_tokenizer(report.location.gguf_file).chat_template
+        except DataError:
+            return None
     alone, settings = report.location.folder / "chat_template.jinja", report.location.folder / "tokenizer_config.json"
     if alone.is_file():
         return alone.read_text(encoding="utf-8", errors="replace")

@@ -65,10 +65,11 @@ def load(
     """A Decoder in eval mode, with `model.generation_config` as published.
 
     name_or_path: a folder with config.json, a run folder of ours (its newest checkpoint), one of its checkpoints, a
-    PEFT adapter (with the base that it names), or a hub id. dtype None: as config.json says, else as the weights are
-    stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file as you like,
-    but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary on are copied
-    until they do, as in a model that was built; then the same weights give the same bits, whatever file they come from.
+    PEFT adapter (with the base that it names), a GGUF file, or a hub id. dtype None: as config.json says, else as the
+    weights are stored. On the host and in the stored dtype weights are mapped, not read: replace or delete their file
+    as you like, but don't cut it short in place. aligned: weights that do not lie in row order from a 64-byte boundary
+    on are copied until they do, as in a model that was built; then the same weights give the same bits, whatever file
+    they come from.
     vision: of a model of several parts (Gemma 3, Qwen3.5) the whole, which reads images; otherwise, and with an
     adapter, its text part.
     allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
@@ -260,7 +261,7 @@ def require_language_model(model: Any, name_or_path: str | Path) -> Any:
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a published folder, a run, or a hub id. DataError where there is none."""
+    """The tokenizer of a published folder, a run, a GGUF file, or a hub id. DataError where there is none."""
     from llm_quest.data.tokenizer import Tokenizer
     from llm_quest.data.tokenizer_files import has_tokenizer, other_format_hint
 
@@ -272,6 +273,11 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         if base is not None
         else locate_model(name_or_path, revision=revision)
     )
+    if location.gguf_file is not None:
+        from llm_quest.hub.gguf_load import open_model_file
+        from llm_quest.hub.gguf_read_tokenizer import read_tokenizer
+
+        return read_tokenizer(open_model_file(location.gguf_file))
     folders = (
         [location.folder]
         if location.run_dir is None
@@ -304,6 +310,8 @@ def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
     from llm_quest.data.preprocessor_config import parse_preprocessor_config
 
     location = locate_model(name_or_path, revision=revision)
+    if location.gguf_file is not None:
+        return None
     for home in [location.folder] if location.run_dir is None else [location.run_dir, location.folder]:
         both, alone = (
             read_json_if_there(home / f"{name}.json") for name in ("processor_config", "preprocessor_config")
@@ -319,8 +327,13 @@ def find_preprocess(name_or_path: str | Path, *, revision: str | None = None) ->
 
 
 def read_model_config(name_or_path: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The contents of config.json of a published folder or hub id, or of a run's model.json, as they stand there."""
+    """The contents of config.json of a published folder or hub id, of a run's model.json, as they stand there, or of a
+    GGUF file's keys."""
     location = locate_model(name_or_path, revision=revision)
+    if location.gguf_file is not None:
+        from llm_quest.hub.gguf_load import file_config, open_model_file
+
+        return file_config(open_model_file(location.gguf_file))[0]
     if location.run_dir is not None:
         return dict(read_json(location.run_dir / "model.json").get("config") or {})
     return read_json(location.folder / "config.json")

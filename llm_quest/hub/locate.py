@@ -30,16 +30,17 @@ PICKLE_FILES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.i
 @dataclass(frozen=True)
 class ModelLocation:
     """folder: holds the weights. run_dir: the run folder they belong to, if they are ours. name: as the user gave
-    it."""
+    it. gguf_file: a GGUF file that is the whole model; nothing else in its folder belongs to it."""
 
     folder: Path
     name: str
     run_dir: Path | None = None
     from_hub: bool = False
+    gguf_file: Path | None = None
 
 
 def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow_pickle: bool = False) -> ModelLocation:
-    """A folder with config.json; a run folder (its newest checkpoint) or one checkpoint; else a hub id."""
+    """A folder with config.json; a run folder (its newest checkpoint) or one checkpoint; a GGUF file; else a hub id."""
     folder = resolve_checkpoint(name_or_path)
     if folder.is_dir():
         if revision is not None:
@@ -47,6 +48,10 @@ def locate_model(name_or_path: str | Path, *, revision: str | None = None, allow
                 f"{name_or_path} is a folder here, which has no revisions; leave out revision={revision!r}"
             )
         return locate_local(folder)
+    if folder.suffix == ".gguf":
+        if not folder.exists():
+            raise DataError(f"there is no file {str(name_or_path)!r}")
+        return ModelLocation(folder.absolute().parent, str(name_or_path), gguf_file=folder)
     if folder.exists():
         raise DataError(f"{name_or_path} is a file; give the folder that holds it, with its config.json")
     if not HUB_ID.fullmatch(str(name_or_path)) or ".." in str(name_or_path):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llm_quest.errors import DataError
 from llm_quest.hub.fp8 import ScaledTensor, join_fp8, read_scaled_into
+from llm_quest.hub.gguf_blocks import EncodedTensor, read_encoded_into
 from llm_quest.hub.mxfp4 import BlockTensor, join_mxfp4, read_blocks_into
 
-PackedTensor = ScaledTensor | BlockTensor
+PackedTensor = ScaledTensor | BlockTensor | EncodedTensor
 QUANTIZATIONS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
     "fp8": join_fp8,
     "mxfp4": join_mxfp4,
@@ -34,4 +35,6 @@ def join_packed(sources: Mapping[str, Any], quantization: Any) -> dict[str, Any]
 
 def read_packed_into(source: PackedTensor, out: Tensor) -> int:
     """Decode into `out` (any device and dtype); how many numbers are not finite."""
+    if isinstance(source, EncodedTensor):
+        return read_encoded_into(source, out)
     return read_blocks_into(source, out) if isinstance(source, BlockTensor) else read_scaled_into(source, out)

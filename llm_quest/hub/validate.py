@@ -92,7 +92,12 @@ def validate_folder(location: ModelLocation, *, allow_pickle: bool = False, visi
 
 
 def read_configs(report: FolderReport) -> None:
-    """config.json (or our model.json) and generation_config.json."""
+    """config.json (or our model.json, or a GGUF file's keys) and generation_config.json."""
+    if report.location.gguf_file is not None:
+        from llm_quest.hub.gguf_load import file_config, open_model_file
+
+        report.hf_config, report.generation_config = file_config(open_model_file(report.location.gguf_file))
+        return
     if report.location.run_dir is not None:
         ours = read_json(report.location.run_dir / "model.json")
         report.hf_config, generation_json = ours.get("config") or {}, ours.get("generation") or {}
@@ -109,6 +114,11 @@ def read_sources(report: FolderReport, allow_pickle: bool) -> None:
     """Single file, or shards with their index; pickled ones only if allowed. What techniques added is in a file of
     its own."""
     folder = report.location.folder
+    if report.location.gguf_file is not None:
+        from llm_quest.hub.gguf_load import open_model_file, tensor_sources
+
+        report.sources = dict(tensor_sources(open_model_file(report.location.gguf_file)))
+        return
     if (folder / TECHNIQUES_FILE).exists():
         added = read_header(folder / TECHNIQUES_FILE)
         report.sources.update({current_parameter_name(name): source for name, source in added.items()})
@@ -222,7 +232,7 @@ def build_report_model(report: FolderReport, vision: bool) -> None:
         raise DataError(
             f"config.json: {config.num_hidden_layers:,} layers, but the files hold only {len(report.sources)} tensors"
         )
-    is_published = report.location.run_dir is None
+    is_published = report.location.run_dir is None and report.location.gguf_file is None
     if is_published:
         report.sources, notes = canonical_sources(report.sources, report.family, config)
         report.notes += notes
@@ -279,6 +289,12 @@ def match_names(report: FolderReport) -> None:
     """Every published tensor to its place: what is missing, what is too much."""
     if report.model is None or report.family is None:
         return
+    if report.location.gguf_file is not None:
+        from llm_quest.hub.gguf_load import match_tensors
+
+        report.sources, views = match_tensors(report.model, report.sources)  # type: ignore[assignment, arg-type]
+        compare_names(report, views)
+        return
     own_format = report.location.run_dir is not None
     names = (
         identity_weight_map(report.model)
@@ -288,7 +304,12 @@ def match_names(report: FolderReport) -> None:
     if not own_format:
         fused = fused_experts(names)
         names = {ours: fused[ours] if fused.get(ours) in report.sources else one for ours, one in names.items()}
-    views = weight_views(report.model, names)
+    compare_names(report, weight_views(report.model, names))
+
+
+def compare_names(report: FolderReport, views: Mapping[str, WeightView]) -> None:
+    """What is missing of these tensors, and what is too much."""
+    assert report.family is not None
     missing = [name for name in views if name not in report.sources]
     report.weight_views = {name: place for name, place in views.items() if name in report.sources}
     report.duplicates = find_duplicates(report)
@@ -365,6 +386,8 @@ def check_vocabulary_size(report: FolderReport) -> None:
     if report.model is None or isinstance(report.model, ImageEncoder):
         return
     rows = report.model.config.vocab_size
+    if report.location.gguf_file is not None:
+        return
     biggest, added = largest_token_ids(report.location.folder / "tokenizer.json")
     ids = f"the embedding has only {rows} rows (ids 0 to {rows - 1})"
     if biggest >= rows:

@@ -84,6 +84,11 @@ def compare_with_transformers(name_or_path: str | Path, *, seed: int = 0) -> Ver
         raise UsageError(
             f"{name_or_path} is a run of ours, which transformers cannot read: export it, then verify the export"
         )
+    if location.gguf_file is not None:
+        raise UsageError(
+            f"{name_or_path} is a GGUF file, which transformers does not compute from: export it as a folder "
+            f"(quest export {name_or_path} FOLDER), then verify that"
+        )
     transformers = import_transformers()
     ours = load(location.folder, dtype="float32", vision=True)
     refuse_unpublished_techniques(ours, str(name_or_path))

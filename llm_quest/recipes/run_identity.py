@@ -56,6 +56,8 @@ def fingerprint_path(path: Path) -> str:
     """A hash of a file, or of the weights and config of a model's folder, a run or an adapter; empty for anything else
     (a hub id, whose files the hub's cache keeps by their hash)."""
     path = path.expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return hashlib.sha256(f"{path.stat().st_size}\n".encode() + sample_bytes(path)).hexdigest()
     if path.is_file():
         return file_sha256(path)
     if not path.is_dir():

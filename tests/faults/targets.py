@@ -3,10 +3,13 @@ anything else is a fault."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,17 @@ from llm_quest.data.sentencepiece_model import read_sentencepiece
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.unpaired import read_unpaired
+from llm_quest.errors import DataError
 from llm_quest.hub.adapter_config import read_adapter_config
 from llm_quest.hub.config import parse_generation_config, read_json
+from llm_quest.hub.gguf_export import save_gguf
 from llm_quest.hub.inspect import inspect_folder
+from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.hub.safetensors_io import read_header
+from llm_quest.layers.rotary import LinearScaling, RotaryEmbedding
 from llm_quest.manifest import find_fault, read_manifest
 from llm_quest.models import FAMILIES
+from llm_quest.models.build import build, preset
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.recipe import get_recipe
@@ -36,6 +44,7 @@ from llm_quest.recipes.yaml_io import apply_overrides, read_yaml
 from llm_quest.report.record import read_run
 from llm_quest.rollouts.verifiers import VERIFIERS, verify_answer
 from tests.faults.server_target import CHAT, STRUCTURED, TEXTS, ask
+from tests.gguf_judge import numbered_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
 
 
@@ -108,6 +117,29 @@ def safetensors_bytes() -> list[bytes]:
     }
     text = json.dumps(header).encode()
     return [struct.pack("<Q", len(text)) + text + bytes(32)]
+
+
+@functools.cache
+def gguf_bytes() -> list[bytes]:
+    """Small models with their tokenizers, so that most of the bytes are numbers, names and counts."""
+    sizes = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 2}
+    model = build(
+        replace(preset("llama3.2-tiny").config, rotary=RotaryEmbedding(2, 10_000.0, LinearScaling(2.0)), **sizes)
+    )
+    found = []
+    for quantize in (None, "q8_0"):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "x.gguf"
+            save_gguf(model, numbered_tokenizer(40), file, quantize=quantize)
+            found.append(file.read_bytes())
+    return found
+
+
+def read_gguf_model(file: Path) -> object:
+    inspected = inspect_folder(file).lines()
+    with contextlib.suppress(DataError):
+        load_tokenizer(file)
+    return inspected, load(file)
 
 
 def tokenizer_values() -> list[Any]:
@@ -199,6 +231,7 @@ TARGETS: tuple[Target, ...] = (
     Target("tokenizer_config.json", read_tokenizer_config, lambda: [TOKENIZER_CONFIG]),
     Target("tokenizer.model", read_sentencepiece, contents=lambda: SENTENCEPIECE),
     Target("x.safetensors", read_header, contents=safetensors_bytes),
+    Target("x.gguf", read_gguf_model, contents=gguf_bytes),
     Target("MANIFEST.json", read_manifest_file, lambda: [MANIFEST]),
     Target("metrics.jsonl", read_run_folder, lambda: [[METRICS, METRICS]], as_lines=True),
     Target("events.jsonl", read_run_folder, lambda: [[EVENT, EVENT]], as_lines=True),
