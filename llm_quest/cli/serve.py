@@ -23,8 +23,9 @@ def serve_models(
     dtype: str,
     log: LogFn,
 ) -> None:
-    """Serve until the process is told to end. The port is bound first, so that a mistake shows before models load."""
-    parsed = parse_adapters(adapters)
+    """Serve until the process is told to end. Keys are read and the port is bound first, so that a mistake shows before
+    models load."""
+    parsed, rules = parse_adapters(adapters), options.access_rules()
     listener = bind_socket(options.host, options.port)
     with listener:
         served_name = name or Path(name_or_path).name or name_or_path
@@ -35,7 +36,7 @@ def serve_models(
                     f"--adapter {adapter}={folder}: this is the name of the model; give another, or --name"
                 )
             models[adapter] = load_adapted(name_or_path, folder, served_name, device, dtype, log)
-        server = make_server(models, options, log)
+        server = make_server(models, options, rules, log)
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         first = next(iter(server.served.values()))

@@ -41,6 +41,9 @@ def serve(
         bool, typer.Option("--log-requests", help="Log a line per request, without texts.")
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what was asked, too.")] = False,
+    inside: Annotated[
+        bool, typer.Option("--inside", help="Keep the last 64 texts for a page at /inside: how each token came about.")
+    ] = False,
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -57,7 +60,7 @@ def serve(
 
     options = ServeOptions(
         host, port, api_key_file, allow_host or (), allow_origin or (), slots, max_model_len, max_waiting,
-        prefix_cache, HttpLimits(request_seconds=timeout), log_requests, log_prompts,
+        prefix_cache, HttpLimits(request_seconds=timeout), log_requests, log_prompts, inside,
     )  # fmt: skip
     machine: dict[str, Any] = {"device": device, "dtype": dtype, "log": status_printer(quiet)}
     serve_models(model, adapter or (), options, name=name, **machine)

@@ -26,7 +26,7 @@ class ChoiceText:
 
     index: int
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -78,7 +78,7 @@ class AnswerWriter:
                     yield self.form.close_choice(choice)
             return
         choice = self.choices[first + event.choice]
-        choice.num_tokens += 1
+        choice.token_ids.append(event.token)
         logprobs = [] if event.logprob is None else [event.logprob]
         if event.text or logprobs:
             yield self.form.extend_choice(choice, event.text, logprobs)
@@ -114,7 +114,7 @@ class AnswerWriter:
 
     @property
     def usage(self) -> Part:
-        read, made = sum(len(one.prompt) for one in self.requests), sum(one.num_tokens for one in self.choices)
+        read, made = sum(len(one.prompt) for one in self.requests), sum(len(one.token_ids) for one in self.choices)
         return {
             "prompt_tokens": read,
             "completion_tokens": made,

@@ -23,6 +23,7 @@ from llm_quest.errors import QuestError
 from llm_quest.serve.answers import AnswerWriter, Part, make_answer
 from llm_quest.serve.engine import QueueFull, ServingEngine
 from llm_quest.serve.errors import ApiError
+from llm_quest.serve.inside_routes import InsideViews
 from llm_quest.serve.metrics import Samples, model_label, render_metrics, value_samples
 from llm_quest.serve.protocol import (
     Body,
@@ -81,7 +82,8 @@ class Outbox:
 
 
 class QuestServer:
-    """The application's state and its routes. log_prompts: whether the log may hold what was asked."""
+    """The application's state and its routes. log_prompts: whether the log may hold what was asked. inside: whether the
+    last texts are kept, for the inside view."""
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class QuestServer:
         log: LogFn,
         log_requests: bool = False,
         log_prompts: bool = False,
+        inside: bool = False,
     ):
         self.served, self.engine, self.outbox, self.limits = served, engine, outbox, limits
         self.log, self.log_requests, self.log_prompts = log, log_requests or log_prompts, log_prompts
@@ -109,6 +112,8 @@ class QuestServer:
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
         ]
+        self.inside = InsideViews(engine) if inside else None
+        routes += self.inside.routes() if self.inside else []
         handlers = {ApiError: answer_error, HTTPException: answer_error, Exception: answer_error}
         guard = Middleware(AccessGuard, rules=rules)
         self.app = Starlette(routes=routes, exception_handlers=handlers, middleware=[guard])  # type: ignore[arg-type]
@@ -256,6 +261,8 @@ class Work:
             self.server.outbox.queues.pop(one.number, None)
             if not self.answer.is_finished:
                 self.server.engine.cancel(one)
+        if self.server.inside and self.answer.is_finished:
+            self.server.inside.keep(self.answer)
         self.server.log_end(self.answer, status, self.began)
 
     async def parts(self) -> AsyncIterator[Part | None]:

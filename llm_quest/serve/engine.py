@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 from llm_quest.contracts import LogFn
 from llm_quest.serve.batch import RunningBatch
@@ -31,6 +34,7 @@ class ServingEngine:
     ):
         self.batches, self.max_waiting, self.log, self.after_step = batches, max_waiting, log, after_step
         self.arrived: list[tuple[str, GenerationRequest]] = []
+        self.jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.wake = threading.Condition()
         self.running = False
         self.thread = threading.Thread(target=self.run, name="quest serve engine", daemon=True)
@@ -68,16 +72,26 @@ class ServingEngine:
             request.cancelled = True
             self.wake.notify()
 
+    def call(self, job: Callable[[], Any]) -> Future[Any]:
+        """Run a function of the models in the engine's thread, between two steps."""
+        future: Future[Any] = Future()
+        with self.wake:
+            self.jobs.append((job, future))
+            self.wake.notify()
+        return future
+
     def run(self) -> None:
         """The thread: step while there is work, wait otherwise."""
         while self.running:
             with self.wake:
-                if not self.arrived and not any(batch.has_work for batch in self.batches.values()):
+                if not (self.arrived or self.jobs or any(batch.has_work for batch in self.batches.values())):
                     self.wake.wait(IDLE_SECONDS)
                 for name, request in self.arrived:
                     self.batches[name].waiting.append(request)
                 self.arrived.clear()
             self.step()
+            if self.jobs:
+                run_job(*self.jobs.popleft())
 
     def step(self) -> None:
         """One step of every model that has work."""
@@ -92,3 +106,12 @@ class ServingEngine:
             for request, told in events.items():
                 request.deliver(request, told)
         self.after_step()
+
+
+def run_job(job: Callable[[], Any], future: Future[Any]) -> None:
+    """Set the result of a job, or the exception that it raised."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(job())
+        except Exception as error:
+            future.set_exception(error)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_KEY_CHARACTERS = 8
-OPEN_PATHS = ("/health",)
-"""Paths that need no key."""
+OPEN_PATHS = ("/health", "/inside", "/inside/page.js", "/inside/page.css")
+"""Paths that need no key: none of them shows anything of a request."""
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
@@ -79,7 +79,7 @@ def is_address(name: str) -> bool:
     return True
 
 
-def access_rules(host: str, key_file: Path | None, hosts: Sequence[str], origins: Sequence[str]) -> AccessRules:
+def make_access_rules(host: str, key_file: Path | None, hosts: Sequence[str], origins: Sequence[str]) -> AccessRules:
     """The rules of a server that listens on this host. UsageError for one that anybody could use."""
     keys = () if key_file is None else read_keys(key_file)
     if host not in LOOPBACK_NAMES and not keys:

@@ -23,7 +23,7 @@ from llm_quest.serve.app import HttpLimits, Outbox, QuestServer
 from llm_quest.serve.batch import BatchLimits, RunningBatch
 from llm_quest.serve.engine import ServingEngine
 from llm_quest.serve.metrics import ServerMetrics
-from llm_quest.serve.security import access_rules
+from llm_quest.serve.security import AccessRules, make_access_rules
 from llm_quest.serve.service import ServedModel
 
 DEFAULT_CONTEXT = 4096
@@ -61,6 +61,11 @@ class ServeOptions:
     limits: HttpLimits = field(default_factory=HttpLimits)
     log_requests: bool = False
     log_prompts: bool = False
+    inside: bool = False
+
+    def access_rules(self) -> AccessRules:
+        """Who may ask. UsageError for a server that anybody could use, DataError for a file without keys."""
+        return make_access_rules(self.host, self.api_key_file, self.allow_hosts, self.allow_origins)
 
     def batch_limits(self, model: Decoder) -> BatchLimits:
         """The limits of a model's batch. UsageError for a context that the model does not have."""
@@ -71,9 +76,10 @@ class ServeOptions:
         return BatchLimits(slots=self.slots, max_model_len=length, prefix_bytes=self.prefix_mib * 2**20)
 
 
-def make_server(models: Mapping[str, LoadedModel], options: ServeOptions, log: LogFn) -> QuestServer:
+def make_server(
+    models: Mapping[str, LoadedModel], options: ServeOptions, rules: AccessRules, log: LogFn
+) -> QuestServer:
     """A server of these models, by name; the first one answers requests that name none. Its engine is not started."""
-    rules = access_rules(options.host, options.api_key_file, options.allow_hosts, options.allow_origins)
     served = {name: serve_model(name, one, options) for name, one in models.items()}
     outbox = Outbox()
     engine = ServingEngine(
@@ -84,7 +90,7 @@ def make_server(models: Mapping[str, LoadedModel], options: ServeOptions, log: L
     )
     return QuestServer(
         served, engine, outbox, rules, options.limits,
-        log=log, log_requests=options.log_requests, log_prompts=options.log_prompts,
+        log=log, log_requests=options.log_requests, log_prompts=options.log_prompts, inside=options.inside,
     )  # fmt: skip
 
 

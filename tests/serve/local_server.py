@@ -88,7 +88,8 @@ def local_server(**options: Any) -> Iterator[LocalServer]:
         "adapted": LoadedModel(tiny_adapter(tokenizer), tokenizer, parent="tiny"),
     }
     lines: list[str] = []
-    server = make_server(models, ServeOptions(**options), lines.append)
+    settings = ServeOptions(**options)
+    server = make_server(models, settings, settings.access_rules(), lines.append)
     listener = bind_socket("127.0.0.1", 0)
     http = http_server(server)
     thread = threading.Thread(target=run_server, args=(server, listener, http), daemon=True)

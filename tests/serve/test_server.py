@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from llm_quest.errors import DataError, UsageError
 from llm_quest.generation.generate import generate
 from llm_quest.serve.app import HttpLimits
-from llm_quest.serve.security import AccessRules, access_rules, host_name
+from llm_quest.serve.security import AccessRules, host_name, make_access_rules
 from llm_quest.serve.server import bind_socket
 from tests.serve.local_server import LocalServer, local_server, tiny_adapter
 
@@ -323,14 +323,14 @@ def test_a_key_opens_the_server(tmp_path):
 
 def test_only_loopback_is_open_without_a_key(tmp_path):
     with pytest.raises(UsageError, match="--api-key-file"):
-        access_rules("0.0.0.0", None, (), ())
+        make_access_rules("0.0.0.0", None, (), ())
     (tmp_path / "empty").write_text("\n# nothing\n")
     with pytest.raises(DataError, match="has no API key"):
-        access_rules("127.0.0.1", tmp_path / "empty", (), ())
+        make_access_rules("127.0.0.1", tmp_path / "empty", (), ())
     with pytest.raises(DataError, match="No such file"):
-        access_rules("127.0.0.1", tmp_path / "none", (), ())
+        make_access_rules("127.0.0.1", tmp_path / "none", (), ())
     (tmp_path / "keys").write_text("long-enough-key\n")
-    rules = access_rules("0.0.0.0", tmp_path / "keys", ["box.local"], ())
+    rules = make_access_rules("0.0.0.0", tmp_path / "keys", ["box.local"], ())
     assert rules.knows_host("10.0.0.7")
     assert rules.knows_host("box.local")
     assert not rules.knows_host("evil.example")
