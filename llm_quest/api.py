@@ -74,7 +74,7 @@ def train(
     recipe: str,
     *,
     model: ModelName | Mapping[str, Any] | None = None,
-    data: ModelName | Mapping[str, Any] | None = None,
+    data: ModelName | Mapping[str, Any] | Sequence[Any] | None = None,
     out: ModelName | None = None,
     resume: str = "auto",
     log: LogFn | None = None,
@@ -85,8 +85,9 @@ def train(
         quest.train("sft", model="folder", data="rows.jsonl", max_steps=100, techniques=["lora"])
 
     recipe: a name, a YAML file or a run folder. model: what to start from: a preset's name builds that size, anything
-    else is loaded; or a group of settings. data: a file or folder; or a group of settings. out: the run folder (None: a
-    new one in runs/). resume: auto, never or a checkpoint. log: takes each line of progress (None: nothing is printed).
+    else is loaded; or a group of settings. data: a file, a folder or a list of them; or a group of settings. out: the
+    run folder (None: a new one in runs/). resume: auto, never or a checkpoint. log: takes each line of progress (None:
+    nothing is printed).
     settings: any of the recipe's, groups as dicts (`quest train RECIPE --help` lists them). Raises UsageError with
     every mistake in them at once, GuardStop for a run that was stopped."""
     groups = {"model": model_settings(model), "data": data_settings(data), **settings}
@@ -102,15 +103,33 @@ def model_settings(model: ModelName | Mapping[str, Any] | None) -> Mapping[str, 
     """The group `model` of a recipe's settings."""
     if model is None or isinstance(model, Mapping):
         return model or {}
-    name = os.fspath(model)
+    name = path_of(model, "model", "a folder, a hub id, a run or a preset; save a model with quest.save first")
     return {"preset": name} if name in presets() and not Path(name).is_dir() else {"load": name}
 
 
-def data_settings(data: ModelName | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The group `data` of a recipe's settings."""
+def data_settings(data: ModelName | Mapping[str, Any] | Sequence[Any] | None) -> Mapping[str, Any]:
+    """The group `data` of a recipe's settings. UsageError for rows in place of the name of a file."""
     if data is None or isinstance(data, Mapping):
         return data or {}
-    return {"source": os.fspath(data)}
+    expected = "the name of a file or folder, hf:NAME, or FILE.py:FUNCTION, which may return rows that a program makes"
+    if not isinstance(data, list | tuple):
+        return {"source": path_of(data, "data", expected)}
+    return {
+        "source": [
+            {**one, "path": os.fspath(one["path"])}
+            if isinstance(one, Mapping) and "path" in one
+            else path_of(one, "an item of data", expected)
+            for one in data
+        ]
+    }
+
+
+def path_of(value: Any, what: str, expected: str) -> str:
+    """A name or path as text. UsageError for another kind of value."""
+    try:
+        return os.fspath(value)
+    except TypeError:
+        raise UsageError(f"{what} is a {type(value).__name__}; expected {expected}") from None
 
 
 def setting_pairs(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -141,7 +160,8 @@ def evaluate(
     its test part; num_samples: of each, for pass@k; vote: among up to how many; refine: rounds of self-refinement;
     chat: whether through the chat template (None: as a run was trained). max_tokens: of the text that are read, or of
     an answer (None: all; 64)."""
-    name, say = os.fspath(model), log or (lambda text: None)
+    name = path_of(model, "model", "a folder, a hub id, a run or a Result; save a model with quest.save first")
+    say = log or (lambda text: None)
     if data and task:
         raise UsageError("data is a text and task a kind of problem: give one of them")
     if task:

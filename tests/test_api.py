@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import llm_quest as quest
-from llm_quest.api import GenerateOptions, Result, setting_pairs
+from llm_quest.api import GenerateOptions, Result, data_settings, setting_pairs
 from llm_quest.cli.evaluate import evaluate_held_out
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.errors import UsageError
@@ -63,6 +64,19 @@ def test_a_presets_name_is_built_and_anything_else_loaded():
         quest.train("pretrain", model={"preset": "gpt2-tiny", "family": "gpt2"})
     with pytest.raises(Exception, match=r"no folder 'llama3.3-tiny'"):
         quest.train("sft", model="llama3.3-tiny")
+
+
+def test_data_are_names_and_what_is_none_is_told_with_the_remedy(tmp_path: Path):
+    some = [tmp_path / "a.jsonl", {"path": tmp_path / "b.jsonl", "weight": 2}]
+    expected = [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), "weight": 2}]
+    assert data_settings(some) == {"source": expected}
+    assert data_settings(tmp_path) == {"source": str(tmp_path)}
+    for rows in ([{"prompt": "a", "completion": "b"}], iter([1]), 5):
+        with pytest.raises(UsageError, match=r"data is a .*; expected the name of a file or folder.*FILE\.py:FUNCTION"):
+            data_settings(rows)
+    for ask in (lambda model: quest.train("sft", model=model), quest.evaluate):
+        with pytest.raises(UsageError, match=r"model is a Linear; expected .*save a model with quest\.save first"):
+            ask(torch.nn.Linear(1, 1))
 
 
 def test_evaluating_a_run_gives_what_the_command_gives(result: Result):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import yaml
 
 from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.corpus import BUILTIN_CORPORA, Corpus, load_corpus
@@ -77,14 +79,28 @@ class RowSummary:
         return [f"{self.source}, as quest train {self.recipe} reads it", *counted, *self.drop_report.remarks()]
 
 
-def summarize_rows(source: str, recipe: str) -> RowSummary:
-    """Read every row of a source as a recipe does, without a model. UsageError for a recipe that reads no rows."""
+def parse_columns(text: str | None) -> dict[str, str]:
+    """data.columns as the command line gives it. UsageError for anything but a mapping of names to names."""
+    try:
+        given = yaml.safe_load(text or "{}")
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(one, str) for pair in given.items() for one in pair):
+        raise UsageError(
+            f"--columns {text!r}: give keys and columns, such as '{{prompt: question, completion: reply}}'"
+        )
+    return given
+
+
+def summarize_rows(source: str, recipe: str, columns: Mapping[str, str] | None = None) -> RowSummary:
+    """Read every row of a source as a recipe does, without a model. columns: see `map_columns`. UsageError for a recipe
+    that reads no rows."""
     forms = next((forms for names, forms in ROW_FORMS.items() if recipe in names.split(", ")), None)
     if forms is None:
         known = ", ".join(ROW_FORMS)
         raise UsageError(f"{recipe} reads no rows of a known form; known: {known}")
     report, counts = DropReport(), Counter[str]()
-    records = iter_sources([DataSource(source)], report)
+    records = iter_sources([DataSource(source)], report, columns=columns)
     parse_rows(records, partial(count_form, forms, counts), report)
     report.require_rows(counts.total(), source)
     return RowSummary(source, recipe, dict(counts), report)

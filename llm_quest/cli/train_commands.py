@@ -19,6 +19,7 @@ from llm_quest.cli.options import (
     ThreadsOption,
 )
 from llm_quest.cli.output import print_json, print_lines, print_result, show_progress, status_printer
+from llm_quest.errors import UsageError
 from llm_quest.machine.hardware import set_environment
 from llm_quest.progress import wants_colour
 
@@ -177,20 +178,28 @@ def data(
         typer.Argument(help="builtin[:parts], a file, a folder, hf:DATASET, FILE.py:FUNCTION; without it: a list."),
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Read its rows as this recipe does: sft, dpo, ...")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAPPING", help="With --recipe, its data.columns: '{prompt: question, completion: reply}'."
+        ),
+    ] = None,
     forms: Annotated[bool, typer.Option("--forms", help="List the forms of rows that each recipe reads.")] = False,
     column: Annotated[str, typer.Option(help="The key of the text in a JSONL line.")] = "text",
     separator: Annotated[str | None, typer.Option(help="The separator between documents in a text file.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Summarise a data source: documents, bytes, and what was dropped and why."""
-    from llm_quest.cli.data import RowFormList, list_builtin_corpora, load_source, summarize_rows
+    from llm_quest.cli.data import RowFormList, list_builtin_corpora, load_source, parse_columns, summarize_rows
 
+    if columns is not None and (recipe is None or source is None):
+        raise UsageError("--columns has no effect without SOURCE and --recipe: give both, or leave it out")
     if forms:
         print_result(RowFormList(), json)
     elif source is None:
         print_result(list_builtin_corpora(), json)
     elif recipe is not None:
-        print_result(summarize_rows(source, recipe), json)
+        print_result(summarize_rows(source, recipe, parse_columns(columns)), json)
     else:
         print_result(load_source(source, column=column, separator=separator), json)
 

@@ -51,3 +51,14 @@ def test_the_forms_are_listed() -> None:
     done = CliRunner().invoke(app, ["data", "--forms", "--json"])
     assert {one["recipe"] for one in json.loads(done.output)} == set(ROW_FORMS)
     assert "Alpaca" in CliRunner().invoke(app, ["data", "--forms"]).output
+
+
+def test_columns_of_other_names_are_mapped_as_a_recipe_would(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,good,bad\na,b,c\n")
+    words = ["data", str(tmp_path / "a.csv"), "--columns", "{prompt: q, chosen: good, rejected: bad}"]
+    done = CliRunner().invoke(app, [*words, "--recipe", "dpo"])
+    assert done.exit_code == 0, done.exception
+    assert "1 rows: prompt, chosen, rejected" in done.stdout
+    assert "without SOURCE and --recipe" in str(CliRunner().invoke(app, words).exception)
+    wrong = CliRunner().invoke(app, [*words[:2], "--recipe", "dpo", "--columns", "q"])
+    assert "give keys and columns" in str(wrong.exception)
