@@ -296,9 +296,11 @@ def renamed_keys(path: KeyPath, value: Any, settings: RawConfig) -> Iterator[Con
 
 
 def schema_fields(schema: type[StrictModel], path: KeyPath) -> dict[str, FieldInfo]:
-    """The fields of the part of the schema at a path; none where there is no such part."""
+    """The fields of the part of the schema at a path, of a list's entry too; none where there is no such part."""
     part: type[StrictModel] | None = schema
     for name in path:
+        if name.isdigit() and part is not schema:  # the entry of a list of such parts
+            continue
         field = part.model_fields.get(name) if part else None
         part = nested_schema(field.annotation) if field else None
     return dict(part.model_fields) if part else {}

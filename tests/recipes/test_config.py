@@ -71,6 +71,21 @@ def test_a_wrong_setting_is_told_with_its_key_and_what_is_allowed(pair: str, pat
     assert any(line.startswith(places) and said in line for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("rewards=[{name: my_rewards.py}]", "rewards.0.name: 'my_rewards.py' is not one of correct,"),
+        ("rewards=[{name: corect}]", "did you mean 'correct'?"),
+        ("rewards=[{name: correct, wieght: 2}]", "did you mean 'weight'?"),
+        ("rewards=[{name: correct, weight: much}]", "rewards.0.weight: 'much' is not a number (factor"),
+    ],
+)
+def test_a_wrong_setting_in_an_entry_of_a_list_is_told_by_what_the_entry_may_hold(pair: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_config(GrpoConfig, apply_overrides(read_yaml("recipe: grpo\n", "my.yaml"), [pair]))
+    assert any(said in line for line in str(error.value).splitlines()), str(error.value)
+
+
 def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines() -> None:
     text = "recipe: pretrain\nstep: 10\nmodel:\n  preset: llama3.2-tiny\n"
     text += "batch_size: x\nsamples:\n  lenght: 8\nlearning_rate: 0\n"
