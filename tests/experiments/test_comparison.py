@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from llm_quest.experiments.code_tree import changed_files, open_edit, own_code
 from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.verdict_lines import describe_verdict
+from tests.experiments.null_edits import EDITS, simulate, write_patch
 from tests.experiments.test_sequential import run_experiments, walks
 
 LOSS = Claim("eval/loss", 1.5, 12, greater_is_better=False, normal=True)
@@ -83,3 +87,15 @@ def test_the_words_of_a_verdict():
     assert "4 pairs" in second
     assert "95 %" in second
     assert "undecided" in describe_verdict(compare([8.0, -8.0] * 6).verdict("arm"))[0]
+
+
+def test_of_two_hundred_null_edits_few_are_called_better_or_worse():
+    """A quick part of `python -m tests.experiments.null_edits`."""
+    outcomes = simulate(200)
+    assert outcomes["better"] + outcomes["worse"] <= 16, "17 of 200 occur in one campaign of forty"
+    assert outcomes["no difference larger than delta"] >= 180
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_null_edits_apply_to_the_package(name: str, tmp_path: Path):
+    assert changed_files(own_code(), open_edit(str(write_patch(name, tmp_path)), tmp_path / "code")) == [EDITS[name][0]]
