@@ -150,7 +150,7 @@ def test_a_command_of_the_docs_passes_as_a_dry_run(
     for folder in {Path(pair.partition("=")[2]) for pair in given.get("pairs") or () if ".load=" in pair}:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.symlink_to(tiny_folder)
-    if "recipe" in given and "pairs" in given:
+    if given.get("recipe") and "pairs" in given:
         if given["recipe"] not in recipe_names():
             folder = Path(given["recipe"])
             folder.mkdir(parents=True)
