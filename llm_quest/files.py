@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from llm_quest.errors import ResourceError, UsageError
+from llm_quest.errors import DataError, QuestError, ResourceError, UsageError, is_out_of_memory
 
 SWEEP_SECONDS = 24 * 3600.0
 NO_FSYNC = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 """How systems say that this cannot be synced. Not EIO or ENOSPC, which lose data."""
 REPLACE_PAUSES = (0.01, 0.05, 0.2, 0.7)
+MAX_LINE_BYTES = 64_000_000
+"""Of one row of JSON lines; images and audio in base64 are smaller."""
+MAX_JSON_BYTES = 256_000_000
+"""Of a JSON file that we wrote ourselves; strangers' files have smaller limits."""
 
 
 def cache_dir(part: str) -> Path:
@@ -90,10 +94,56 @@ def file_sha256(path: Path) -> str:
 def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of every line that is not blank, without its end: the one place where JSON lines are split.
 
-    Commonly got wrong: `str.splitlines` also splits at U+2028, U+2029 and U+0085, which may stand in a JSON string."""
-    for number, line in enumerate(file, start=1):
+    Commonly got wrong: `str.splitlines` also splits at U+2028, U+2029 and U+0085, which may stand in a JSON string.
+    DataError for a line longer than MAX_LINE_BYTES, before more of it is read (of a .gz it may be endless)."""
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+        if len(line) > MAX_LINE_BYTES:
+            name = getattr(file, "name", "the file")
+            raise DataError(f"{name}:{number} has more than {MAX_LINE_BYTES:,} bytes in one line; is it JSON lines?")
         if line.strip():
             yield number, line.rstrip(b"\r\n")
+
+
+def load_json(file: Path, kind: type = dict, *, limit: int = MAX_JSON_BYTES, remedy: str = "bring it back") -> Any:
+    """The JSON of a regular file of at most `limit` bytes that holds a `kind` (dict, list). DataError names the file,
+    what is wrong with it and the remedy."""
+    try:
+        if not file.is_file():
+            raise DataError(f"{file} is not there, or no regular file; {remedy}")
+        if (size := file.stat().st_size) > limit:
+            raise DataError(f"{file} has {size:,} bytes, at most {limit:,} are read; {remedy}")
+        content = json.loads(file.read_bytes().decode(), object_pairs_hook=refuse_key_twice)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, QuestError):
+            raise
+        what = "cannot be read" if isinstance(error, OSError) else "is not JSON"
+        raise DataError(f"{file} {what} ({error}); {remedy}") from None
+    if not isinstance(content, kind):
+        expected = "a JSON object" if kind is dict else f"a {kind.__name__}"
+        raise DataError(f"{file} holds a {type(content).__name__}, expected {expected}; {remedy}")
+    return content
+
+
+def refuse_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: ValueError for an object with a key twice, of which readers take different ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+@contextlib.contextmanager
+def damaged_file_errors(file: Path, remedy: str) -> Iterator[None]:
+    """Inside: content of another form than we write is a DataError that names the file and the remedy."""
+    try:
+        yield
+    except QuestError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:160]
+        raise DataError(f"{file} is damaged, or of another version ({reason}); {remedy}") from None
 
 
 def write_text(path: Path, text: str) -> None:

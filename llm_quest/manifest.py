@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.errors import DataError
-from llm_quest.files import file_sha256
+from llm_quest.files import file_sha256, load_json
 
 MANIFEST_FILE = "MANIFEST.json"
+MAX_MANIFEST_BYTES = 64_000_000
 
 
 def file_entry(file: Path) -> dict[str, Any]:
@@ -23,10 +24,7 @@ def file_entry(file: Path) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. DataError, with the field, for one that is missing, damaged or of another form."""
     file = folder / MANIFEST_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+    content = load_json(file, object, limit=MAX_MANIFEST_BYTES)
     wrong = _find_wrong_field(content)
     if wrong:
         raise DataError(f"{file}: {wrong}")
@@ -80,6 +78,15 @@ def _sha256_at(file: Path, size: int, mtime_ns: int, inode: int) -> str:
     return file_sha256(file)
 
 
+def _parse_settings(text: str) -> dict[str, Any] | None:
+    """The object of an identity's value; None where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """What differs between the identities of a checkpoint and of the run that would resume it: name -> how it is
     called in a message. Of a value that is a JSON object only keys that both have are compared, and each is named."""
@@ -90,7 +97,10 @@ def describe_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> dict[s
         if not now[name].startswith("{"):
             changes[name] = name
             continue
-        before, after = json.loads(saved[name]), json.loads(now[name])
+        before, after = _parse_settings(saved[name]), json.loads(now[name])
+        if before is None:
+            changes[name] = name
+            continue
         keys = [key for key in before if after.get(key, before[key]) != before[key]]
         if keys:
             listing = "; ".join(f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys[:6])

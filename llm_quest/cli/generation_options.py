@@ -155,15 +155,12 @@ def parse_template_kwargs(text: str | None) -> dict[str, Any]:
     """Arguments of a chat template, as the command line gives them. UsageError for anything but a mapping of names."""
     if text is None:
         return {}
-    import yaml
-
     from llm_quest.data.template_program import find_reserved_argument
+    from llm_quest.recipes.yaml_io import read_yaml
 
-    try:
-        given = yaml.safe_load(text)
-    except yaml.YAMLError:
-        given = None
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+    settings = read_yaml(text, "--chat-template-kwargs")
+    given = settings.tree
+    if settings.problems or not given:
         raise UsageError(
             f"--chat-template-kwargs {text!r}: give names and values, such as '{{enable_thinking: false}}'"
         )

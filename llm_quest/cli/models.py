@@ -6,7 +6,6 @@ Everything is counted on the model itself, built on the meta device.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,9 @@ from llm_quest.cli.diagram import describe_rotary, draw_model, nominal_image_tok
 from llm_quest.contracts import Preset
 from llm_quest.cost.flops import ModelCost, image_flops, text_flops
 from llm_quest.errors import DataError, UsageError
+from llm_quest.files import load_json
 from llm_quest.formatting import align_columns, format_bytes
+from llm_quest.hub.config import MAX_CONFIG_BYTES, implausible_fields
 from llm_quest.layers.rotary import RotaryEmbedding
 from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import DTYPES, build_meta_model, count_parameters, family_of, preset
@@ -243,17 +244,23 @@ def find_config(name: str) -> tuple[str, Any]:
 
 def read_family_config(file: Path) -> Any:
     """The config of a Hugging Face folder, read by its family."""
-    try:
-        published = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from None
-    if not isinstance(published, dict):
-        raise DataError(f"{file} holds {type(published).__name__}; a model's config is a JSON object")
+    published = load_json(file, limit=MAX_CONFIG_BYTES)
     for family in ALL_FAMILIES:
         if family.matches(published):
-            return family.read(published)
+            return read_plausible_config(family, published, file)
     known = ", ".join(name for family in ALL_FAMILIES for name in family.model_types)
     raise DataError(f"{file}: model_type {published.get('model_type')!r} is not supported; known: {known}")
+
+
+def read_plausible_config(family: Family, published: Mapping[str, Any], file: Path) -> Any:
+    """The family's config. DataError for fields that it cannot read, or numbers that no model has."""
+    try:
+        config = family.read(published)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise DataError(f"{file}: {error}") from None
+    if problems := implausible_fields(config):
+        raise DataError(f"{file}: {problems[0]}")
+    return config
 
 
 def family_headline(family: Family) -> str:

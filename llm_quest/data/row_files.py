@@ -21,6 +21,10 @@ from llm_quest.files import iter_lines
 
 MAX_CELL_CHARACTERS = 2**31 - 1
 GZIP_MAGIC, BYTE_ORDER_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
+MIN_UNPACKED_BYTES, MAX_UNPACKING = 200_000_000, 100
+"""Compressed rows that are read whole: so many bytes, or so many times the packed ones. English text shrinks to a
+third or a quarter, equal rows to a hundredth."""
+MAX_ROWS_PER_BYTE = 8
 
 FoundRow = tuple[dict[str, Any], str] | RowError
 """A row with its file:line, or what is wrong with it."""
@@ -39,6 +43,17 @@ def open_binary(file: Path) -> IO[bytes]:
         return gzip.open(file, "rb") if compressed else file.open("rb")  # type: ignore[return-value]
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def read_whole(file: IO[bytes], name: Path) -> bytes:
+    """All bytes. DataError for a .gz that unpacks to more than any text does: a bomb."""
+    packed = name.stat().st_size
+    limit = max(MIN_UNPACKED_BYTES, MAX_UNPACKING * packed)
+    is_packed = isinstance(file, gzip.GzipFile)
+    content = file.read(limit + 1) if is_packed else file.read()
+    if is_packed and len(content) > limit:
+        raise DataError(f"{name} has {packed:,} bytes and unpacks to more than {limit:,}; unpack it and look at it")
+    return content
 
 
 def row_suffix(file: Path) -> str:
@@ -114,7 +129,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def iter_json(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
     """The objects of a JSON list, or objects one after another, each with its line."""
-    text = decode_whole(file.read(), name)
+    text = decode_whole(read_whole(file, name), name)
     at = skip_whitespace(text, 0)
     is_list = text[at : at + 1] == "["
     if not is_list and text[at : at + 1] != "{":
@@ -169,7 +184,7 @@ def iter_table(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
     """The rows of a table, whose first row names the columns."""
     before = csv.field_size_limit(MAX_CELL_CHARACTERS)
     try:
-        text = decode_whole(file.read(), name)
+        text = decode_whole(read_whole(file, name), name)
         delimiter, lines = find_delimiter(text, row_suffix(name)), io.StringIO(text, newline="")
         yield from iter_cells(csv.reader(lines, delimiter=delimiter, strict=True), name, delimiter)
     finally:
@@ -224,7 +239,9 @@ def iter_parquet(file: IO[bytes], name: Path) -> Iterator[FoundRow]:
         raise MissingError(f"{name}: Parquet needs pyarrow: pip install 'llm-quest[parquet]'") from None
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+        table = pyarrow.parquet.ParquetFile(file)
+        refuse_parquet_bomb(table.metadata, name)
+        for batch in table.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield without_nulls(row), f"{name}:{number}"
@@ -239,6 +256,18 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def refuse_parquet_bomb(metadata: Any, name: Path) -> None:
+    """DataError where a table claims far more rows or bytes than its file can hold of data that differ."""
+    packed = name.stat().st_size
+    unpacked = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    too_large = unpacked > max(MIN_UNPACKED_BYTES, MAX_UNPACKING * packed)
+    if too_large or metadata.num_rows > MAX_ROWS_PER_BYTE * packed:
+        raise DataError(
+            f"{name} has {packed:,} bytes and claims {metadata.num_rows:,} rows of {unpacked:,} bytes: not data to "
+            "learn from, or damaged"
+        )
 
 
 READERS: dict[str, FileReader] = {

@@ -81,7 +81,7 @@ def parse_arguments(arguments: Any) -> Any:
     """Arguments that are JSON text as an object; others as they are."""
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments
 

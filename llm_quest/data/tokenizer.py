@@ -23,7 +23,13 @@ import tokenizers
 
 from llm_quest.data.decode_stream import DecodeStream, decode_continuation
 from llm_quest.data.encode_pieces import encode_continuation, encode_pieces
-from llm_quest.data.tokenizer_files import END_OF_TEXT, read_chat_template, read_tokenizer_files, token_name
+from llm_quest.data.tokenizer_files import (
+    END_OF_TEXT,
+    package_errors,
+    read_chat_template,
+    read_tokenizer_files,
+    token_name,
+)
 from llm_quest.errors import DataError, UsageError
 from llm_quest.files import to_json, update_text
 
@@ -252,7 +258,8 @@ class Tokenizer:
 
     def copy_without_controls(self) -> tokenizers.Tokenizer:
         """A copy of the backend in which control tokens are text like any other."""
-        literal = copy.deepcopy(self.backend_tokenizer)
+        with package_errors("this tokenizer is read, and cannot be copied (a token in its rules has no id)"):
+            literal = copy.deepcopy(self.backend_tokenizer)
         literal.encode_special_tokens = True
         if isinstance(literal.model, tokenizers.models.Unigram):
             literal.model = without_spellings(literal)

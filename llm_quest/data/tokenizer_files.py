@@ -11,20 +11,22 @@ end, padding or unknown token that it lacks is added behind all others.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from llm_quest.data.documents import decode_utf8, read_file_bytes
+from llm_quest.data.documents import decode_utf8, read_file_bytes, require_regular_file
 from llm_quest.data.sentencepiece_model import FILES as SENTENCEPIECE_FILES
 from llm_quest.data.sentencepiece_model import begin_and_end_template, convert_sentencepiece, tiktoken_hint
 from llm_quest.errors import DataError
+from llm_quest.files import load_json
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_TOKENIZER_BYTES, MAX_TOKEN_ID = 200_000_000, 2**24
 
 # Qwen2's pattern (llama.cpp calls it "qwen2"): contractions, words with one leading sign or space, single digits,
 # signs, line ends, spaces. Single digits give numbers one spelling each.
@@ -93,12 +95,8 @@ PROBE_TEXT = "Once upon a time, 12 cats;\n\tété  \U0001f642 <s>"
 def require_working(backend: tokenizers.Tokenizer, path: Path) -> None:
     """DataError for a tokenizer that cannot encode or decode a short text: the package panics, in an exception that is
     no Exception, over what it did not check on reading (a template with a token that is not there, some patterns)."""
-    try:
+    with package_errors(f"{path} is read, and cannot encode a text (its files are damaged)"):
         backend.decode(backend.encode(PROBE_TEXT).ids)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise DataError(f"{path} is read, and cannot encode a text: {error}; its files are damaged") from None
 
 
 def read_slow_files(folder: Path, settings: Settings) -> tuple[tokenizers.Tokenizer, Settings]:
@@ -110,12 +108,11 @@ def read_slow_files(folder: Path, settings: Settings) -> tuple[tokenizers.Tokeni
             f"tokenizer.json alone (with vocab.json and merges.txt: {', '.join(SLOW_CLASSES)}); load it with "
             "transformers' AutoTokenizer and save_pretrained it, which writes one"
         )
-    try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the package raises bare Exception for every broken file
-        raise DataError(f"{folder / 'vocab.json'} and merges.txt are not a byte-level BPE: {error}") from error
+    vocabulary, merges = (str(require_plausible_size(folder / one)) for one in ("vocab.json", "merges.txt"))
+    with package_errors(f"{folder / 'vocab.json'} and merges.txt are not a byte-level BPE"):
+        model = models.BPE.from_file(vocabulary, merges)
     cut_words, defaults = SLOW_CLASSES[name]
-    backend = tokenizers.Tokenizer(model)
+    backend = require_plausible_ids(tokenizers.Tokenizer(model), folder / "vocab.json")
     cut_words(backend, bool(settings.get("add_prefix_space")))
     backend.decoder = decoders.ByteLevel()
     return backend, defaults | settings
@@ -126,7 +123,7 @@ def add_listed_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Set
     get another id."""
     listed = {}
     for name, number in read_json_object(folder / "added_tokens.json").items():
-        if type(number) is not int or not is_text(name) or not 0 <= number < 2**31:
+        if type(number) is not int or not is_text(name) or not 0 <= number < MAX_TOKEN_ID:
             raise DataError(
                 f"{folder / 'added_tokens.json'}: {name!r:.40} has the id {number!r:.40}, expected a number"
             )
@@ -163,10 +160,38 @@ def is_named(name: str, settings: Settings) -> bool:
 
 
 def read_tokenizer_json(file: Path) -> tokenizers.Tokenizer:
+    with package_errors(f"{file} is not a tokenizer.json that this version of `tokenizers` reads"):
+        backend = tokenizers.Tokenizer.from_file(str(require_plausible_size(file)))
+    backend.no_truncation()
+    backend.no_padding()  # to a length that the file names
+    return require_plausible_ids(backend, file)
+
+
+def require_plausible_ids(backend: tokenizers.Tokenizer, file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer; DataError for an id that no vocabulary reaches: the package takes memory for all ids below it."""
+    most = max(backend.get_vocab(with_added_tokens=False).values(), default=0)
+    if most > MAX_TOKEN_ID:
+        raise DataError(f"{file}: a token has the id {most:,}; a vocabulary's ids end at {MAX_TOKEN_ID:,}")
+    return backend
+
+
+def require_plausible_size(file: Path) -> Path:
+    """The file; DataError for one that no tokenizer fills."""
+    if (size := require_regular_file(file).stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise DataError(f"{file} has {size:,} bytes; a tokenizer's files have at most {MAX_TOKENIZER_BYTES:,}")
+    return file
+
+
+@contextmanager
+def package_errors(message: str) -> Iterator[None]:
+    """Inside: whatever the package `tokenizers` raises over a broken file is a DataError. It raises bare Exception, and
+    panics in one that is no Exception."""
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises bare Exception for every broken file
-        raise DataError(f"{file} is not a tokenizer.json that this version of `tokenizers` reads: {error}") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{message}: {error}") from None
 
 
 def token_name(settings: Mapping[str, Any], key: str) -> str | None:
@@ -230,12 +255,7 @@ def read_json_object(file: Path) -> Settings:
     than it is read as."""
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file} holds a {type(content).__name__}, expected a JSON object")
+    content: Settings = load_json(file, limit=MAX_TOKENIZER_BYTES, remedy="bring the published file back")
     for key, (is_of_type, expected) in SETTING_TYPES.items():
         if content.get(key) is not None and not is_of_type(content[key]):
             raise DataError(f"{file}: {key} is {content[key]!r:.80}, expected {expected}")

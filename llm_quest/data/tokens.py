@@ -31,7 +31,7 @@ from llm_quest.data.document import Document
 from llm_quest.data.split import CorpusSplit
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, ResourceError
-from llm_quest.files import cache_dir, file_sha256, fsync_path
+from llm_quest.files import cache_dir, damaged_file_errors, file_sha256, fsync_path, load_json
 
 TOKEN_FOLDER_FORMAT = 1
 SPLITS = ("train", "val")
@@ -143,6 +143,13 @@ def open_token_folder(folder: str | Path, *, verify: Literal["full", "size"] = "
     format."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
+    with damaged_file_errors(folder, "prepare the data again"):
+        _verify_files(folder, manifest, verify)
+        train, val = (_open_split(folder, name, manifest, verify) for name in SPLITS)
+    return TokenFolder(folder, manifest, train, val)
+
+
+def _verify_files(folder: Path, manifest: dict[str, Any], verify: str) -> None:
     for name, facts in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -151,8 +158,6 @@ def open_token_folder(folder: str | Path, *, verify: Literal["full", "size"] = "
             raise DataError(f"{file} has {size} bytes, its manifest says {facts['size']}; prepare the data again")
         if verify == "full" and file_sha256(file) != facts["sha256"]:
             raise DataError(f"{file} has changed since it was written (sha256 differs); prepare the data again")
-    train, val = (_open_split(folder, name, manifest, verify) for name in SPLITS)
-    return TokenFolder(folder, manifest, train, val)
 
 
 def _write_folder(split: CorpusSplit, tokenizer: Tokenizer, folder: Path) -> TokenFolder:
@@ -233,8 +238,7 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any], verify: str) 
     file = folder / f"{name}.bin"
     empty = file.stat().st_size == 0
     ids = np.zeros(0, dtype=manifest["dtype"]) if empty else map_numbers(file, manifest["dtype"])
-    offsets = np.load(folder / f"{name}.offsets.npy", allow_pickle=False)
-    nbytes = np.load(folder / f"{name}.bytes.npy", allow_pickle=False)
+    offsets, nbytes = (_load_array(folder / f"{name}.{part}.npy") for part in ("offsets", "bytes"))
     facts = [manifest["files"][f"{name}{end}"]["sha256"] for end in (".bin", ".offsets.npy", ".bytes.npy")]
     tokens = TokenizedDocuments(
         ids, offsets, nbytes, manifest["vocab_size"], hashlib.sha256("".join(facts).encode()).hexdigest()
@@ -242,21 +246,29 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any], verify: str) 
     return tokens.validate(str(file)) if verify == "full" else tokens
 
 
+def _load_array(file: Path) -> np.ndarray:
+    """Mapped first: a header that claims more numbers than the file holds is refused before memory is taken."""
+    try:
+        return np.array(np.load(file, mmap_mode="r", allow_pickle=False))
+    except OSError:  # a file system that maps nothing
+        return np.load(file, allow_pickle=False)  # type: ignore[no-any-return]
+    except Exception as error:  # numpy reads the header as Python: ValueError, tokenize.TokenError and others
+        raise DataError(f"{file} is damaged ({str(error)[:80]}); prepare the data again") from None
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
         raise DataError(f"{folder} is not a token folder: it has no manifest.json")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}; prepare the data again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != TOKEN_FOLDER_FORMAT:
+    manifest: dict[str, Any] = load_json(file, remedy="prepare the data again")
+    if manifest.get("format") != TOKEN_FOLDER_FORMAT:
         raise DataError(
             f"{file} is not of format {TOKEN_FOLDER_FORMAT}, which this version reads; prepare the data again"
         )
     expected = {f"{name}{end}" for name in SPLITS for end in (".bin", ".offsets.npy", ".bytes.npy")}
-    missing = [key for key in ("dtype", "vocab_size", "files") if key not in manifest] or expected - set(
-        manifest["files"]
+    types = {"dtype": str, "vocab_size": int, "files": dict}
+    missing = [key for key, kind in types.items() if not isinstance(manifest.get(key), kind)] or (
+        expected - set(manifest["files"])
     )
     if missing or manifest["dtype"] not in ("<u2", "<u4"):
         raise DataError(f"{file} is incomplete ({', '.join(sorted(missing)) or 'dtype'}); prepare the data again")

@@ -25,9 +25,10 @@ from llm_quest.techniques.model_spec import all_exportable, techniques_to_json
 from llm_quest.techniques.score_head import ScoreHead
 
 OUR_MODEL_TYPE = "llm_quest"
+MAX_CONFIG_BYTES = 16_000_000
 
 
-def read_json(file: Path, limit: int = 16_000_000) -> dict[str, Any]:
+def read_json(file: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object from a regular file of at most `limit` bytes; DataError otherwise."""
     size = regular_file_size(file)
     if size > limit:
@@ -220,7 +221,8 @@ def parse_generation_config(hf_config: Mapping[str, Any], generation_json: Mappi
     sampling = {name: generation_json.get(name) for name in SAMPLING_FIELDS}
     for name, value in [*ids.items(), *sampling.items()]:
         values = value if name == "eos_token_id" and isinstance(value, list) else [value]
-        allowed = (int, type(None)) if name in ids else (bool, int, float, type(None))
+        allowed = (int, *(() if value is eos and isinstance(eos, list) else (type(None),)))
+        allowed = allowed if name in ids else (bool, int, float, type(None))
         if not all(type(v) in allowed for v in values):
             raise DataError(
                 f"config.json or generation_config.json: {name} is {value!r}, which is no number of that kind"

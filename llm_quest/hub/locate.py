@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_quest.errors import DataError, MissingError, UsageError
+from llm_quest.files import load_json
 from llm_quest.manifest import MANIFEST_FILE, find_fault
 from llm_quest.models.build import presets
 
@@ -88,9 +88,9 @@ def best_step(checkpoint: Path | None) -> int | None:
         return None
     file = checkpoint / "state.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["progress"]["best_step"]
+        found = load_json(file)["progress"]["best_step"]
         return None if found is None else int(found)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise DataError(f"{file} does not say which checkpoint is the best ({error}); name a step") from None
 
 

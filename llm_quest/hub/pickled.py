@@ -9,7 +9,6 @@ read or mapped from its place, and loading takes no more memory than from safete
 
 from __future__ import annotations
 
-import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -34,10 +33,12 @@ def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
     regular_file_size(file)
     refuse_lfs_pointer(file)
     is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        refuse_packed_entries(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
+    except Exception as error:  # what the unpickler meets in a damaged file: LookupError, struct.error, and others
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise DataError(f"{file.name}: holds more than tensors, or is damaged: {reason}") from None
     if isinstance(loaded, dict):
         loaded = next((loaded[key] for key in STATE_DICTS if isinstance(loaded.get(key), dict)), loaded)
@@ -45,6 +46,22 @@ def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
         raise DataError(f"{file.name}: a dictionary of tensors was expected")
     tensors = {str(name): tensor.detach() for name, tensor in loaded.items()}
     return places_in_zip(file, tensors) if is_zip else dict(tensors)
+
+
+def refuse_packed_entries(file: Path) -> None:
+    """DataError for a zip whose entries are compressed or claim more bytes than it has: torch writes none, and unpacked
+    they may be of any size."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, struct.error) as error:
+        raise DataError(f"{file.name}: a damaged zip ({error}); copy or download it again") from None
+    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise DataError(
+            f"{file.name}: holds compressed entries, or fewer bytes than they claim, which torch.save never writes; "
+            "load and save it again with torch, or ask for safetensors"
+        )
 
 
 def places_in_zip(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor | Tensor]:

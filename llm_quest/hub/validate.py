@@ -99,15 +99,26 @@ def read_configs(report: FolderReport) -> None:
         report.hf_config, report.generation_config = file_config(open_model_file(report.location.gguf_file))
         return
     if report.location.run_dir is not None:
-        ours = read_json(report.location.run_dir / "model.json")
-        report.hf_config, generation_json = ours.get("config") or {}, ours.get("generation") or {}
-        technique_entries = ours.get("techniques") or []
+        report.hf_config, generation_json, technique_entries = read_model_json(report.location.run_dir / "model.json")
     else:
         report.hf_config, technique_entries = split_techniques(read_json(report.location.folder / "config.json"))
         advice_file = report.location.folder / "generation_config.json"
         generation_json = read_json(advice_file) if advice_file.exists() else {}
     report.generation_config = parse_generation_config(report.hf_config, generation_json)
     report.techniques = techniques_from_json(technique_entries, TECHNIQUES)
+
+
+def read_model_json(file: Path) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+    """config, generation and techniques of a run's model.json. DataError where one is of another type."""
+    content = read_json(file)
+    parts: list[Any] = []
+    for name, kind in (("config", dict), ("generation", dict), ("techniques", list)):
+        part = content.get(name) or kind()
+        inside = part if kind is list else []
+        if not isinstance(part, kind) or not all(isinstance(one, Mapping) for one in inside):
+            raise DataError(f"{file}: {name} is {part!r:.80}, expected {'objects' if inside else 'another type'}")
+        parts.append(part)
+    return parts[0], parts[1], parts[2]
 
 
 def read_sources(report: FolderReport, allow_pickle: bool) -> None:
@@ -144,17 +155,22 @@ def current_parameter_name(name: str) -> str:
     return path.strip(".")
 
 
+MAX_SHARDS = 10_000
+
+
 def read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index, limit=64_000_000).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index.name}: has no 'weight_map' from tensors to files")
+    if (shards := len(set(map(str, weight_map.values())))) > MAX_SHARDS:
+        raise DataError(f"{index.name}: names {shards:,} files; no model has more than {MAX_SHARDS:,}")
     return weight_map
 
 
 def shard_files(report: FolderReport, folder: Path, weight_map: Mapping[str, str]) -> Iterator[Path]:
     """The files an index names, which must be in the same folder."""
     for name in sorted({str(file) for file in weight_map.values()}):
-        if not re.fullmatch(r"[\w.\-]+", name) or name in (".", ".."):
+        if not re.fullmatch(r"[\w.\-]{1,255}", name) or name in (".", ".."):
             report.problems.append(
                 f"the index names {name!r}, which is no plain file name: shards are in the same folder"
             )

@@ -266,7 +266,10 @@ def rotary_dim(hf_config: Json, head_dim: int, partial: float | None) -> int:
     if partial is None:
         return head_dim
     rope = rope_of_kind(hf_config, "full_attention").get("rope_parameters") or {}
-    return int(head_dim * (hf_config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or partial))
+    fraction = hf_config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or partial
+    if type(fraction) not in (int, float) or not 0 < fraction <= 1:
+        raise DataError(f"config.json: partial_rotary_factor is {fraction!r:.60}, expected a part of a head, 0 to 1")
+    return int(head_dim * fraction)
 
 
 def rotary_fraction(config: Any) -> float:

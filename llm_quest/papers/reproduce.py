@@ -11,7 +11,6 @@ import concurrent.futures
 import hashlib
 import importlib
 import inspect
-import json
 import math
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ import torch
 from llm_quest.child_process import end_with_parent
 from llm_quest.contracts import LogFn
 from llm_quest.experiments.code_tree import code_text
-from llm_quest.files import atomic_write_json
+from llm_quest.files import atomic_write_json, damaged_file_errors, load_json
 from llm_quest.papers import load_paper
 from llm_quest.papers.paper import ExperimentResults, Measurement, Paper
 
@@ -83,12 +82,13 @@ def load_results(file: Path, chosen: Paper) -> ExperimentResults:
     """The saved measurements, if the same code made them."""
     results = ExperimentResults()
     if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        for arm, seeds in (content["arms"] if content["code"] == code_fingerprint(chosen) else {}).items():
-            for seed, measured in seeds.items():
-                results.add(
-                    arm, int(seed), Measurement(parse_numbers(measured["numbers"]), parse_curve(measured["curve"]))
-                )
+        remedy = "remove it, and everything is measured again"
+        content = load_json(file, remedy=remedy)
+        with damaged_file_errors(file, remedy):
+            arms = content["arms"] if content["code"] == code_fingerprint(chosen) else {}
+            for arm, seed, measured in ((arm, *one) for arm, seeds in arms.items() for one in seeds.items()):
+                numbers, curve = parse_numbers(measured["numbers"]), parse_curve(measured["curve"])
+                results.add(arm, int(seed), Measurement(numbers, curve))
     return results
 
 

@@ -11,10 +11,8 @@ Not said in the paper: the policy's optimiser begins anew in every iteration."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +23,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_write_json
+from llm_quest.files import atomic_write_json, damaged_file_errors, load_json
 from llm_quest.hub.load_save import load, load_tokenizer, require_language_model, write_model_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
@@ -241,8 +239,11 @@ def read_comparisons(file: Path) -> list[TokenizedPreference]:
     """Comparisons from their file; none where there is none (a reward model that was loaded had no iteration 0)."""
     if not file.is_file():
         return []
-    ids = partial(np.array, dtype=np.int64)
-    return [TokenizedPreference(ids(p), tuple(ids(a) for a in answers)) for p, *answers in json.loads(file.read_text())]
+    remedy = "remove its reward model's folder, and both are made again"
+    rows = load_json(file, list, remedy=remedy)
+    with damaged_file_errors(file, remedy):
+        ids = [[np.array(part, dtype=np.int64).reshape(len(part)) for part in row] for row in rows]
+        return [TokenizedPreference(prompt, tuple(answers)) for prompt, *answers in ids]
 
 
 def last_policy_dir(run_dir: Path) -> Path:

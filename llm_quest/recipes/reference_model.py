@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -121,8 +121,12 @@ def load_log_probs(file: Path, key: str) -> np.ndarray | None:
     """What the file holds, if it is of this key."""
     if not file.is_file():
         return None
-    with safe_open(file, framework="np") as held:
-        return held.get_tensor("log_probs") if (held.metadata() or {}).get("key") == key else None  # type: ignore[no-any-return]
+    try:
+        with safe_open(file, framework="np") as held:
+            found = held.get_tensor("log_probs") if (held.metadata() or {}).get("key") == key else None
+    except (SafetensorError, OSError):  # damaged: they are computed again
+        return None
+    return found  # type: ignore[no-any-return]
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

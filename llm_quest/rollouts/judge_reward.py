@@ -157,7 +157,7 @@ def reply_text(content: bytes) -> str:
     """The message of a response. JudgeFailure for another kind of response."""
     try:
         reply = json.loads(content)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise JudgeFailure("no chat completion", content[:80].decode(errors="replace")) from None
     if not isinstance(reply, str):
         raise JudgeFailure("no chat completion", f"its content is a {type(reply).__name__}")

@@ -77,7 +77,10 @@ def technique_from_json(entry: Mapping[str, Any], table: Mapping[str, type]) -> 
     unknown = set(options) - {field.name for field in fields(table[name])}
     if unknown:
         raise DataError(f"the technique {name!r} has no option {', '.join(sorted(unknown))}")
-    technique: Technique = table[name](**options)
+    try:
+        technique: Technique = table[name](**options)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the technique {name!r} cannot be read: {error}") from None
     return technique
 
 

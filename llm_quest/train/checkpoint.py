@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llm_quest.errors import BusyError, DataError, ResourceError
-from llm_quest.files import atomic_write_text, fsync_path, write_text
+from llm_quest.files import atomic_write_text, fsync_path, load_json, write_text
 from llm_quest.manifest import MANIFEST_FILE, file_entry, find_fault, read_manifest
 from llm_quest.tensor_files import write_tensors
 
@@ -125,8 +126,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         plain = {} if (folder / SHARDS_DIR).is_dir() else TENSOR_FILES
         tensors = {name: load_file(folder / file) for name, file in plain.items()}
-        values = json.loads((folder / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
+        values = load_json(folder / STATE_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"the checkpoint {folder} cannot be read: {error}") from error
     if manifest["format"] != FORMAT:
         raise DataError(

@@ -25,6 +25,7 @@ from llm_quest.files import (
     atomic_write_text,
     fsync_path,
     iter_lines,
+    load_json,
     name_file_errors,
     remove_partial_line,
 )
@@ -252,14 +253,14 @@ def require_ordinary_file(path: Path) -> None:
 def lock_owner(path: Path) -> str:
     """The process that holds a lock, as far as the lock says."""
     try:
-        note = json.loads(path.read_text())
+        note = load_json(path, limit=10_000)
         return f"process {note['pid']} on {note['host']} since {note['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (DataError, LookupError):
         return "another process"
 
 
 def _row_step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf

@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 
 from llm_quest.contracts import Callback, Evaluator, Loader, MetricsCallback, RewindableLoader
 from llm_quest.errors import GuardStop, ResourceError
+from llm_quest.files import damaged_file_errors
 from llm_quest.progress import Logger, phase
 from llm_quest.train import step
 from llm_quest.train.arguments import TrainingArguments, TrainResult
 from llm_quest.train.best_model import BestModel
 from llm_quest.train.checkpoint import (
     SHARDS_DIR,
+    STATE_FILE,
     Checkpoint,
     CheckpointSaver,
     checkpoint_step,
@@ -125,15 +127,17 @@ class TrainSession:
         )
         if folder:
             checkpoint = load_checkpoint(Path(folder))
+            load_tensors = None
             if (Path(folder) / SHARDS_DIR).is_dir():
                 from llm_quest.train.sharded_checkpoint import open_shards
 
-                self.state.load_state_dict(checkpoint.state_dict, open_shards(Path(folder)).load_into)
-            else:
-                self.state.load_state_dict(checkpoint.state_dict)
+                load_tensors = open_shards(Path(folder)).load_into
+            with damaged_file_errors(Path(folder) / STATE_FILE, "resume from an older checkpoint, or start a new run"):
+                self.state.load_state_dict(checkpoint.state_dict, load_tensors)
+                changes = self.state.environment_changes(checkpoint.state_dict)
             self.checkpoint_path, self.checkpoint_step = folder, checkpoint.step
             self.log_event("resumed", checkpoint=folder, step=checkpoint.step)
-            for note in self.state.environment_changes(checkpoint.state_dict):
+            for note in changes:
                 self.log_event("changed", message=note)
             return
         self.state.rng.seed()

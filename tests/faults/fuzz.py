@@ -1,9 +1,11 @@
 """Fuzzing: each target reads mutated inputs. A fault is any exception but a QuestError (a panic of a package in Rust
-too), a message without text or with lines that nobody reads to their end, or a read longer than LIMIT_SECONDS."""
+too), a message without text or with lines that nobody reads to their end, a read longer than LIMIT_SECONDS, or one that
+takes more than LIMIT_BYTES of memory."""
 
 from __future__ import annotations
 
 import random
+import resource
 import tempfile
 import time
 import traceback
@@ -16,7 +18,7 @@ from tests.faults.mutations import mutate_bytes, mutate_value, to_hostile_json
 from tests.faults.targets import Target
 
 LIMIT_SECONDS = 2.0
-FILE_NAMES = {"rows": "rows.jsonl", "key=value": "pairs.txt", "answers": "answers.txt", "tasks": "task.txt"}
+LIMIT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,9 @@ def mutated_inputs(target: Target, count: int, start: int = 0) -> Iterator[tuple
 def run_target(target: Target, count: int, start: int = 0) -> list[Fault]:
     """The faults of a target, one for each place in our code."""
     faults: dict[str, Fault] = {}
-    name = FILE_NAMES.get(target.name.partition(" of ")[0], target.name)
     for number, content in mutated_inputs(target, count, start):
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / name
+            file = Path(folder) / (target.file or target.name)
             file.write_bytes(content)
             fault = read_once(target, file, number, content)
         if fault is not None:
@@ -64,7 +65,7 @@ def run_target(target: Target, count: int, start: int = 0) -> list[Fault]:
 
 
 def read_once(target: Target, file: Path, number: int, content: bytes) -> Fault | None:
-    start = time.process_time()
+    start, before = time.process_time(), peak_bytes()
     try:
         target.read(file)
     except QuestError as error:
@@ -81,4 +82,11 @@ def read_once(target: Target, file: Path, number: int, content: bytes) -> Fault 
     seconds = time.process_time() - start
     if seconds > LIMIT_SECONDS:
         return Fault(target.name, number, content, f"{seconds:.1f} s", "time")
+    if (taken := peak_bytes() - before) > LIMIT_BYTES:
+        return Fault(target.name, number, content, f"{taken:,} bytes of memory", "memory")
     return None
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had (Linux counts in kilobytes)."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,6 +15,7 @@ from typing import Any
 
 from llm_quest.data.conversations import read_conversations
 from llm_quest.data.document import DropReport
+from llm_quest.data.image_text import read_caption_rows
 from llm_quest.data.preferences import read_preferences
 from llm_quest.data.preprocessor_config import parse_preprocessor_config
 from llm_quest.data.problems import parse_task
@@ -23,10 +24,12 @@ from llm_quest.data.prompt_rows import read_prompt_rows
 from llm_quest.data.records import iter_records
 from llm_quest.data.row_forms import ROW_FORMS
 from llm_quest.data.sentencepiece_model import read_sentencepiece
+from llm_quest.data.step_labels import read_labelled_steps
 from llm_quest.data.text_classification import read_labeled_texts
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.unpaired import read_unpaired
-from llm_quest.errors import DataError
+from llm_quest.data.vocabulary import token_bytes
+from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.adapter_config import read_adapter_config
 from llm_quest.hub.config import parse_generation_config, read_json
 from llm_quest.hub.gguf_export import save_gguf
@@ -34,8 +37,8 @@ from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load, load_tokenizer
 from llm_quest.hub.safetensors_io import read_header
 from llm_quest.layers.rotary import LinearScaling, RotaryEmbedding
-from llm_quest.manifest import find_fault, read_manifest
-from llm_quest.models import FAMILIES
+from llm_quest.manifest import describe_changes, find_fault, read_manifest
+from llm_quest.models import FAMILIES, VISION_FAMILIES
 from llm_quest.models.build import build, preset
 from llm_quest.recipes import RECIPES
 from llm_quest.recipes.config import parse_config
@@ -51,13 +54,14 @@ from tests.tokenizer_kinds import tokenizer_of
 @dataclass(frozen=True)
 class Target:
     """values: good inputs as JSON values (`as_lines`: rows of a file); contents: good inputs as bytes. read(file):
-    reads a file of that name."""
+    reads a file of the name `file` (without it: of the target's)."""
 
     name: str
     read: Callable[[Path], object]
     values: Callable[[], Sequence[Any]] = lambda: ()
     contents: Callable[[], Sequence[bytes]] = lambda: ()
     as_lines: bool = False
+    file: str = ""
 
 
 def example_rows() -> list[Any]:
@@ -76,7 +80,7 @@ def rows_reader(parse: Callable[..., object]) -> Callable[[Path], object]:
 
 def family_configs() -> list[Any]:
     found = []
-    for family in FAMILIES:
+    for family in (*FAMILIES, *VISION_FAMILIES):
         config = next(one.config for one in family.presets if one.name.endswith("-tiny"))
         found.append(family.publish(config) | {"dtype": "float32"})
     return found
@@ -150,6 +154,11 @@ def tokenizer_values() -> list[Any]:
 
 def read_tokenizer(file: Path) -> object:
     tokenizer = Tokenizer.load(file)
+    if tokenizer.byte_token_ids:
+        assert tokenizer.byte_token_ids
+    else:
+        with contextlib.suppress(UsageError):  # of a kind whose bytes are not known
+            token_bytes(tokenizer, [5])
     return tokenizer.decode(tokenizer.encode("Once upon a time été"))
 
 
@@ -178,7 +187,7 @@ def read_run_folder(file: Path) -> object:
 
 def read_manifest_file(file: Path) -> object:
     find_fault(file.parent)
-    return read_manifest(file.parent)
+    return describe_changes(read_manifest(file.parent)["identity"], {"settings": '{"a": 1}'})
 
 
 ADAPTER = {
@@ -188,7 +197,7 @@ ADAPTER = {
 METRICS = {"step": 1, "loss": 2.5, "tokens": 64, "tokens_per_second": 10.5, "learning_rate": 1e-3, "eval/loss": 2.4}
 EVENT = {"time": "2026-11-29T03:04:50.289+00:00", "event": "saved", "step": 2, "checkpoint": "x"}
 ENTRY = {"size": 3, "sha256": "0" * 64}
-MANIFEST = {"format": 2, "step": 3, "identity": {"settings": "{}"}, "files": {"state.json": ENTRY}}
+MANIFEST = {"format": 2, "step": 3, "identity": {"settings": '{"a": 2}'}, "files": {"state.json": ENTRY}}
 GENERATION = {
     "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0, "temperature": 0.7, "top_k": 50, "top_p": 0.9,
     "do_sample": True, "repetition_penalty": 1.1, "min_p": 0.05, "max_new_tokens": 20, "max_length": 99,
@@ -201,7 +210,7 @@ PREPROCESSOR = {
 TOKENIZER_CONFIG = {
     "tokenizer_class": "GPT2TokenizerFast", "eos_token": "</s>", "bos_token": {"content": "<s>"},
     "model_max_length": 64, "chat_template": "{{ messages[0].content }}", 
-    "added_tokens_decoder": {"5": {"content": "<x>", "special": True}},
+    "added_tokens_decoder": {"330": {"content": "<x>", "special": True}},
 }  # fmt: skip
 SENTENCEPIECE = (
     b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02",
@@ -209,18 +218,19 @@ SENTENCEPIECE = (
 )
 ANSWERS = (b"<think>3*4=12</think> <answer>12</answer>", b"3 * 4", b"#### 12", b"\\boxed{12}", b"3*4=12;12", b"1,250/3")
 OVERRIDES = (
-    b"max_steps=3\x1emodel.config={hidden_size: 64}",
-    b"techniques=[{name: lora, rank: 8}]",
-    b"data.source=[a, {path: b}]",
+    b"max_steps=30\x1emodel.preset=llama3.2-tiny\x1emodel.config={hidden_size: 64}",
+    b"model.preset=llama3.2-tiny\x1etechniques=[{name: lora, rank: 8}]",
+    b"model.preset=llama3.2-tiny\x1edata.source=[a, {path: b}]",
 )
-TASKS = (b"addition:digits=3", b"countdown:numbers=4,largest=20", b"reverse:length=5", b"gsm8k", b"chained:steps=2")
+TASKS = (b"addition:digits=3", b"countdown:count=4,largest=20", b"reverse:longest=5", b"chained", b"registers")
 
 TARGETS: tuple[Target, ...] = (
     *(
-        Target(f"rows of {name}", rows_reader(parse), example_rows, as_lines=True)
+        Target(f"rows of {name}", rows_reader(parse), example_rows, as_lines=True, file="rows.jsonl")
         for name, parse in {
             "conversations": read_conversations, "preferences": read_preferences, "prompts": read_prompt_rows,
             "classes": read_labeled_texts, "single answers": read_unpaired,
+            "labelled steps": read_labelled_steps, "captions": read_caption_rows,
         }.items()
     ),
     Target("config.json", inspect_config, family_configs),
@@ -236,9 +246,9 @@ TARGETS: tuple[Target, ...] = (
     Target("metrics.jsonl", read_run_folder, lambda: [[METRICS, METRICS]], as_lines=True),
     Target("events.jsonl", read_run_folder, lambda: [[EVENT, EVENT]], as_lines=True),
     Target("recipe.yaml", read_recipe, contents=recipe_texts),
-    Target("key=value", read_overrides, contents=lambda: OVERRIDES),
-    Target("answers", read_answers, contents=lambda: ANSWERS),
-    Target("tasks", read_task, contents=lambda: TASKS),
+    Target("key=value", read_overrides, contents=lambda: OVERRIDES, file="pairs.txt"),
+    Target("answers", read_answers, contents=lambda: ANSWERS, file="answers.txt"),
+    Target("tasks", read_task, contents=lambda: TASKS, file="task.txt"),
     Target("POST chat", ask("/v1/chat/completions"), lambda: [CHAT, STRUCTURED]),
     Target("POST completions", ask("/v1/completions"), lambda: TEXTS),
 )  # fmt: skip

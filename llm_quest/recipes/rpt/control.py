@@ -6,7 +6,6 @@ step that reaches what RPT spent."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from llm_quest.cost.flops import ModelCost, PassCost
 from llm_quest.data.loader import ShardedLoader, epoch_indices
 from llm_quest.data.whole_documents import WholeDocuments
 from llm_quest.errors import DataError, UsageError
+from llm_quest.files import damaged_file_errors, load_json
 from llm_quest.objectives.next_token import NextTokenLoss
 from llm_quest.recipes.assembly import source_name
 from llm_quest.recipes.auto import resolve_auto
@@ -115,10 +115,12 @@ def load_rpt_run(run: str) -> tuple[RptConfig, float]:
     if found.tree.get("recipe") != "rpt":
         raise UsageError(f"{run} is a run of the recipe {found.tree.get('recipe')}; give one of rpt")
     summary = folder / "summary.json"
-    summary_json = json.loads(summary.read_text()) if summary.is_file() else {}
+    remedy = f"train the run again, or finish it: quest train {run}"
+    summary_json = load_json(summary, remedy=remedy) if summary.is_file() else {}
     if summary_json.get("status") != "finished":
         raise UsageError(f"{run} is not finished, so what it takes is not known: quest train {run}")
-    return parse_config(RptConfig, found), float(summary_json["metrics"]["teraflops"])
+    with damaged_file_errors(summary, remedy):
+        return parse_config(RptConfig, found), float(summary_json["metrics"]["teraflops"])
 
 
 def documents_loader(

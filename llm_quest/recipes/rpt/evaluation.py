@@ -6,7 +6,6 @@ is wrong where its second one is: the harder measure of the two."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ import torch
 from llm_quest.data.whole_documents import collate_documents
 from llm_quest.eval.evaluators import save_samples
 from llm_quest.eval.statistics import ConfidenceInterval, wilson_confidence_interval
-from llm_quest.files import atomic_write_json
+from llm_quest.files import atomic_write_json, load_json
 from llm_quest.generation.generate import generate_completions
 from llm_quest.generation.sampling import SamplingParams
 from llm_quest.generation.stopping import StoppingCriteria
@@ -212,7 +211,7 @@ class PositionEvaluator:
         """Logs the table of the model as it is, and keeps it in the file under `when`."""
         table = self.evaluation.evaluate_buckets(self.model)
         if self.file is not None:
-            kept = json.loads(self.file.read_text()) if self.file.is_file() else {}
+            kept = load_json(self.file, remedy="remove it") if self.file.is_file() else {}
             atomic_write_json(self.file, {**kept, when: table.as_json()})
         for line in table.lines():
             log(f"{when}: {line}")

@@ -9,7 +9,6 @@ the two agree."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from llm_quest.data.problems.problem import make_rng
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.whole_documents import hash_documents
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_write_json
+from llm_quest.files import atomic_write_json, damaged_file_errors, load_json
 from llm_quest.models.decoder import Decoder
 from llm_quest.recipes.assembly import load_text_data, source_name
 from llm_quest.recipes.config import LocalPath, StrictModel
@@ -232,15 +231,13 @@ def load_positions(folder: Path, key: Mapping[str, Any]) -> SelectedPositions | 
     """The places that were found before, if what is in `key` (of all that decided them) is what it was."""
     if not (folder / POSITIONS_FILE).is_file():
         return None
-    content = json.loads((folder / POSITIONS_FILE).read_text())
-    if any(content["key"][name] != value for name, value in key.items()):
-        return None
-    return SelectedPositions(
-        positions_from_json(content["train"]),
-        positions_from_json(content["held_out"]),
-        content["flops"],
-        content["facts"],
-    )
+    remedy = "remove it, and the places are found again"
+    content = load_json(folder / POSITIONS_FILE, remedy=remedy)
+    with damaged_file_errors(folder / POSITIONS_FILE, remedy):
+        if any(content["key"][name] != value for name, value in key.items()):
+            return None
+        train, held_out = positions_from_json(content["train"]), positions_from_json(content["held_out"])
+        return SelectedPositions(train, held_out, float(content["flops"]), dict(content["facts"]))
 
 
 def hard_positions(
