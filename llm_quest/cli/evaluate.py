@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from llm_quest.cli.chat import load_text_model
 from llm_quest.cli.eval_options import ChatOptions
@@ -20,7 +19,7 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.corpus import load_corpus
 from llm_quest.data.tokenizer import Tokenizer
-from llm_quest.errors import MissingError, UsageError
+from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.eval.perplexity import PerplexityReport, evaluate_documents
 from llm_quest.eval.problems import ProblemAccuracy, ProblemEvalOptions, evaluate_task, load_eval_problems
 from llm_quest.eval.self_refinement import RefinePrompts, SelfRefinement
@@ -30,6 +29,7 @@ from llm_quest.objectives.reward_model import score_rows
 from llm_quest.recipes.config import load_run_config
 from llm_quest.recipes.held_out import HeldOutReport, evaluate_run, find_run
 from llm_quest.recipes.policy_prompts import PromptEncoder
+from llm_quest.recipes.yaml_io import read_yaml_file
 from llm_quest.rollouts.model_reward import ModelReward
 from llm_quest.techniques.score_head import find_score_head
 
@@ -129,10 +129,12 @@ def read_refine_prompts(path: str | None) -> RefinePrompts:
     if path is None:
         return RefinePrompts()
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        given = read_yaml_file(Path(path))
+    except DataError as error:
         raise UsageError(f"--refine-prompts {path} cannot be read: {error}") from None
-    return RefinePrompts.parse(given, f"--refine-prompts {path}")
+    if given.problems:
+        raise UsageError(f"--refine-prompts {path} cannot be read: {given.problems[0]}")
+    return RefinePrompts.parse(given.tree, f"--refine-prompts {path}")
 
 
 def eval_prompt_encoder(name_or_path: str, tokenizer: Tokenizer, chat: ChatOptions) -> PromptEncoder:

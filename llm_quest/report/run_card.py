@@ -31,7 +31,7 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
     try:
         record = read_run(home.parent.parent if step is not None else home)
         config = yaml.safe_load(record.config) or {}
-    except (DataError, yaml.YAMLError):
+    except (DataError, yaml.YAMLError, ValueError, RecursionError):
         return Readme(license=license)
     if not isinstance(config, dict) or "recipe" not in config:
         return Readme(license=license)

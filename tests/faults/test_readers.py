@@ -36,6 +36,11 @@ EXPLAINED = {
     "recipes/rpt/evaluation.py:report_table": "load_json of an object, into which a key is put",
     "tensor_files.py:empty_huge_pages": "memory that was just taken",
     "train/state.py:state_dict": "what it wrote itself, in memory",
+    "eval/lm_eval_harness.py:render_contexts": "what this file wrote into lm-eval's requests",
+    "report/run_card.py:run_readme": "config.yaml of a run, bounded by read_run, every error of which is caught",
+    "serve/grammar.py:allowed_tokens": "a bit mask of xgrammar, in memory",
+    "serve/protocol.py:parse_json": "the POST targets reach it, in the server's thread",
+    "train/failures.py:gather": "what another process of the same run wrote",
     "train/failures.py:first_failure": "what another process of the same run wrote",
     "train/failures.py:report_failure": "what another process of the same run wrote",
 }
