@@ -44,7 +44,7 @@ def read_rows(file: Path, log: LogFn) -> list[Row]:
                 try:
                     row = json.loads(line)
                     rows.append({**row, "kind": row["kind"], "experiment": row["experiment"], "id": row["id"]})
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     log(f"{file}:{number}: not a whole row ({len(line)} bytes), skipped; its experiment adds it again")
     except OSError as error:
         raise DataError(f"{file} can't be read: {error.strerror}") from None

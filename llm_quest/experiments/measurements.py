@@ -19,6 +19,7 @@ from llm_quest.experiments.arms import resolved_settings
 from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.worker_pool import WorkerPool
+from llm_quest.files import load_json
 from llm_quest.progress import phase
 
 Record = dict[str, Any]
@@ -96,7 +97,7 @@ def is_there(folder: Path) -> bool:
 
 
 def read_record(folder: Path) -> Record:
-    record: Record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    record: Record = load_json(folder / "record.json", remedy="remove the run's folder, and it is measured again")
     return record
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_quest.experiments.arms import CONTROL
 from llm_quest.experiments.verdict_lines import describe_verdict
-from llm_quest.files import atomic_write_text, iter_lines
+from llm_quest.files import atomic_write_text, damaged_file_errors, iter_lines
 from llm_quest.report.plots import Curve, plot_curves
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -82,9 +82,9 @@ def read_losses(file: Path) -> dict[int, float]:
     """Step -> training loss of a run; NaN where it was not finite."""
     if not file.is_file():
         return {}
-    with file.open("rb") as handle:
+    with damaged_file_errors(file, "remove it, and the page does without"), file.open("rb") as handle:
         rows = [json.loads(line) for _, line in iter_lines(handle)]
-    return {row["step"]: math.nan if row.get("loss") is None else row["loss"] for row in rows if "loss" in row}
+        return {row["step"]: math.nan if row.get("loss") is None else row["loss"] for row in rows if "loss" in row}
 
 
 def arms_table(result: Mapping[str, Any]) -> Table:

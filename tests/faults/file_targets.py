@@ -36,6 +36,9 @@ from llm_quest.data.template_program import RenderJob, TemplateProgram, Template
 from llm_quest.data.template_sandbox import render_job
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.data.tokens import open_token_folder, prepare_token_folder
+from llm_quest.experiments.ledger import read_rows
+from llm_quest.experiments.measurements import read_record
+from llm_quest.experiments.page import read_losses
 from llm_quest.files import damaged_file_errors, load_json
 from llm_quest.hub.inspect import content_conditions, inspect_folder
 from llm_quest.hub.load_save import load, read_model_config, save, write_model_json
@@ -52,7 +55,7 @@ from llm_quest.recipes.recipe import get_recipe
 from llm_quest.recipes.reference_model import load_log_probs
 from llm_quest.recipes.rpt.control import load_rpt_run
 from llm_quest.recipes.rpt.positions import load_positions
-from llm_quest.rollouts.included_environments import tool_argument
+from llm_quest.rollouts.included_environments import read_tool_calls, tool_argument
 from llm_quest.rollouts.judge_reward import JudgeFailure, reply_text
 from llm_quest.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from llm_quest.train.run_dir import RunDir, _row_step, lock_owner
@@ -327,6 +330,13 @@ FILE_TARGETS: tuple[Target, ...] = (
     Target("out.jsonl", read_output, lambda: [[{"row": 0, "text": "x"}, {"row": 1, "text": "y"}]], as_lines=True),
     Target("run.lock", lock_owner, lambda: [{"pid": 3, "host": "h", "started": "now"}]),
     Target("judge's reply", read_reply, lambda: [JUDGE_REPLY], file="reply.json"),
+    Target("ledger.jsonl", lambda file: read_rows(file, lambda text: None),
+           lambda: [[{"kind": "plan", "experiment": "e", "id": "1", "parent": ""}]], as_lines=True),
+    Target("record.json", lambda file: read_record(file.parent), lambda: [{"status": "finished", "metrics": {}}]),
+    Target("losses of a run", read_losses, lambda: [[{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]],
+           as_lines=True, file="metrics.jsonl"),
+    Target("calls of functions", lambda file: read_tool_calls(text_of(file)), contents=lambda: TOOL_CALLS,
+           file="call.txt"),
     Target("tool calls", lambda file: tool_argument(text_of(file), "search"), contents=lambda: TOOL_CALLS,
            file="call.txt"),
 )  # fmt: skip

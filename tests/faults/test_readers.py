@@ -36,6 +36,8 @@ EXPLAINED = {
     "recipes/rpt/evaluation.py:report_table": "load_json of an object, into which a key is put",
     "tensor_files.py:empty_huge_pages": "memory that was just taken",
     "train/state.py:state_dict": "what it wrote itself, in memory",
+    "experiments/worker.py:read_requests": "what its parent, this package, writes to its stdin",
+    "experiments/worker_pool.py:read_answer": "what our own worker process writes",
     "eval/lm_eval_harness.py:render_contexts": "what this file wrote into lm-eval's requests",
     "report/run_card.py:run_readme": "config.yaml of a run, bounded by read_run, every error of which is caught",
     "serve/grammar.py:allowed_tokens": "a bit mask of xgrammar, in memory",
