@@ -28,6 +28,7 @@ EXPLAINED = {
     "data/template_sandbox.py:run_worker": "what its parent, this package, writes to its stdin",
     "data/template_sandbox.py:parse_rendering": "what our own worker process writes",
     "eval/baselines.py:byte_sequences": "the bytes of texts in memory",
+    "hub/gguf_tokenizer.py:tokenizer_keys": "the JSON of a tokenizer in memory, which is being exported",
     "hub/load_save.py:read_json_if_there": "read_json, which config.json goes through",
     "hub/whole_parameters.py:read_score_head": "read_json, and fields that config.json's target reads",
     "papers/card.py:recorded_verdict": "a file of this package",
@@ -83,7 +84,7 @@ def reached_functions(folder: Path) -> set[str]:
     for number, target in enumerate(ALL_TARGETS):
         rows = [value if target.as_lines else [value] for value in target.values()]
         contents = [b"\n".join(map(to_hostile_json, lines)) for lines in rows] or target.contents()
-        for other, content in enumerate(contents[:3]):
+        for other, content in enumerate(contents[:12] if target.name == "x.gguf" else contents[:3]):
             file = folder / f"{number}-{other}" / (target.file or target.name)
             file.parent.mkdir()
             file.write_bytes(content)
