@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import yaml
-
 from llm_quest.data.conversation_forms import RowForm
 from llm_quest.data.corpus import BUILTIN_CORPORA, Corpus, load_corpus
 from llm_quest.data.document import DropReport
@@ -17,6 +15,7 @@ from llm_quest.data.records import Record, TrackedRow, parse_rows
 from llm_quest.data.row_forms import ROW_FORMS, describe_forms, select_form
 from llm_quest.data.sources import DataSource, iter_sources
 from llm_quest.errors import UsageError
+from llm_quest.recipes.yaml_io import read_yaml
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,9 @@ class RowSummary:
 
 def parse_columns(text: str | None) -> dict[str, str]:
     """data.columns as the command line gives it. UsageError for anything but a mapping of names to names."""
-    try:
-        given = yaml.safe_load(text or "{}")
-    except yaml.YAMLError:
-        given = None
-    if not isinstance(given, dict) or not all(isinstance(one, str) for pair in given.items() for one in pair):
+    settings = read_yaml(text or "{}", "--columns")
+    given = settings.tree
+    if settings.problems or not all(isinstance(one, str) for pair in given.items() for one in pair):
         raise UsageError(
             f"--columns {text!r}: give keys and columns, such as '{{prompt: question, completion: reply}}'"
         )

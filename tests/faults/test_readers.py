@@ -28,6 +28,8 @@ EXPLAINED = {
     "data/template_sandbox.py:run_worker": "what its parent, this package, writes to its stdin",
     "data/template_sandbox.py:parse_rendering": "what our own worker process writes",
     "eval/baselines.py:byte_sequences": "the bytes of texts in memory",
+    "hub/gguf_rope.py:read_own_scaling": "a value of read_gguf, every error of which is caught",
+    "hub/gguf_rope.py:read_vector": "a tensor whose place read_gguf has checked, and its size here",
     "hub/gguf_tokenizer.py:tokenizer_keys": "the JSON of a tokenizer in memory, which is being exported",
     "hub/load_save.py:read_json_if_there": "read_json, which config.json goes through",
     "hub/whole_parameters.py:read_score_head": "read_json, and fields that config.json's target reads",
