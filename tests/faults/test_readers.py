@@ -37,7 +37,6 @@ EXPLAINED = {
     "papers/lab.py:cached_model": "weights that this package wrote in one step into its own cache",
     "recipes/reference_model.py:load_state_dict": "a file whose sha256 is in the checkpoint",
     "recipes/rpt/evaluation.py:report_table": "load_json of an object, into which a key is put",
-    "tensor_files.py:empty_huge_pages": "memory that was just taken",
     "train/state.py:state_dict": "what it wrote itself, in memory",
     "experiments/worker.py:read_requests": "what its parent, this package, writes to its stdin",
     "experiments/worker_pool.py:read_answer": "what our own worker process writes",
