@@ -32,9 +32,7 @@ def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
     on the host."""
     regular_file_size(file)
     refuse_lfs_pointer(file)
-    is_zip = zipfile.is_zipfile(file)
-    if is_zip:
-        refuse_packed_entries(file)
+    is_zip = is_whole_zip(file)
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip or None)
     except Exception as error:  # what the unpickler meets in a damaged file: LookupError, struct.error, and others
@@ -48,10 +46,12 @@ def read_pickled(file: Path) -> dict[str, StoredTensor | Tensor]:
     return places_in_zip(file, tensors) if is_zip else dict(tensors)
 
 
-def refuse_packed_entries(file: Path) -> None:
-    """DataError for a zip whose entries are compressed or claim more bytes than it has: torch writes none, and unpacked
-    they may be of any size."""
+def is_whole_zip(file: Path) -> bool:
+    """Whether this is a zip. DataError for one whose entries are compressed or claim more bytes than it has: torch
+    writes none, and unpacked they may be of any size."""
     try:
+        if not zipfile.is_zipfile(file):
+            return False
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, NotImplementedError, struct.error) as error:
@@ -62,6 +62,7 @@ def refuse_packed_entries(file: Path) -> None:
             f"{file.name}: holds compressed entries, or fewer bytes than they claim, which torch.save never writes; "
             "load and save it again with torch, or ask for safetensors"
         )
+    return True
 
 
 def places_in_zip(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor | Tensor]:
