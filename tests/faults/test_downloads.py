@@ -42,6 +42,8 @@ class Hub(BaseHTTPRequestHandler):
             self.connection.close()
         elif kind == "a portal's page":
             self.reply(200, b"<html>Log in to the hotel's network</html>")
+        elif kind == "redirects without end":
+            self.reply(302, b"", Location=self.path)
         elif kind == "a server error":
             self.reply(500, b"oops")
         elif "/tree/" in self.path:
@@ -53,6 +55,9 @@ class Hub(BaseHTTPRequestHandler):
                 200, b"{" if kind == "half an answer" else json.dumps(info).encode(), Content_Type="application/json"
             )
         else:
+            if kind == "a page in place of the file" and self.command == "GET":
+                self.reply(200, b"<html>Log in</html>", X_Repo_Commit=COMMIT, ETag='"abc"')
+                return
             cut = kind == "breaks off" and self.command == "GET"
             body = CONFIG[:100] if cut else CONFIG
             self.reply(200, body, len(CONFIG), X_Repo_Commit=COMMIT, ETag='"abc"')
@@ -77,7 +82,16 @@ def hub(tmp_path, monkeypatch) -> Iterator[ThreadingHTTPServer]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["closes at once", "a portal's page", "a server error", "half an answer", "breaks off"]
+    "kind",
+    [
+        "closes at once",
+        "a portal's page",
+        "a server error",
+        "half an answer",
+        "breaks off",
+        "redirects without end",
+        "a page in place of the file",
+    ],
 )
 def test_a_hub_that_fails_is_one_message_that_says_what_to_do(hub, kind: str):
     hub.kind = kind
