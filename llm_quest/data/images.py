@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Pillow's filters, by their numbers in preprocessor_config.json."""
 PIL_MODES = {1: "L", 3: "RGB"}
-MAX_PIXEL_VALUE, MAX_16_BIT = 255.0, 65_535
+MAX_PIXEL_VALUE, MAX_16_BIT, MAX_SIDE = 255.0, 65_535, 2**14
 MAX_ASPECT_RATIO = 200
 ImageSize = int | tuple[int, int]
 """A side of a square, or height and width."""
@@ -91,10 +91,11 @@ class ImageProcessor:
     def __post_init__(self) -> None:
         border = self.resize_size.factor if isinstance(self.resize_size, PixelBudget) else self.resize_size
         sides = (*self.shape, *as_shape(1 if border is None else border))
-        if len(self.mean) != len(self.std) or len(self.mean) not in PIL_MODES or min(self.std) <= 0 or min(sides) < 1:
+        channels = len(self.mean) == len(self.std) and len(self.mean) in PIL_MODES and min(self.std) > 0
+        if not channels or not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
             raise DataError(
                 f"images of size {self.size} with mean {self.mean} and deviation {self.std} cannot be made: give a "
-                "positive size and 1 or 3 channels, with deviations above 0"
+                f"size from 1 to {MAX_SIDE:,} and 1 or 3 channels, with deviations above 0"
             )
         if self.resample not in RESAMPLING.values():
             raise DataError(f"resampling {self.resample!r} is unknown; known: {', '.join(RESAMPLING.values())}")

@@ -52,12 +52,32 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
         )
     if type(config.get("r")) is not int or config["r"] < 1:
         raise DataError(f"{file}: r is {config.get('r')!r}; a positive whole number was expected")
+    check_numbers(file, config)
     asked = {name: value for name, value in config.items() if name not in COMPUTED | HARMLESS and value not in OFF}
     if asked:
         listed = ", ".join(f"{name} ({str(value)[:40]})" for name, value in asked.items())
         raise DataError(f"{file}: {listed} is not computed here: merge the adapter in PEFT and load the result")
     check_start(file, config.get("init_lora_weights", True))
     return config
+
+
+def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
+    """DataError for an alpha that is no number, and for patterns that are no table of regular expressions."""
+    numbers = {"lora_alpha": config.get("lora_alpha", 8)}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            raise DataError(f"{file}: {name} is {patterns!r}; a table of module patterns was expected")
+        for pattern, value in patterns.items():
+            numbers[f"{name}[{pattern!r}]"] = value
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise DataError(f"{file}: {name} has {pattern!r}, which is no regular expression: {error}") from None
+    for name, value in numbers.items():
+        least = 1 if name.startswith("rank") else -math.inf
+        if type(value) not in (int, float) or not math.isfinite(value) or value < least:
+            raise DataError(f"{file}: {name} is {value!r}; a {'rank' if least == 1 else 'number'} was expected")
 
 
 def check_start(file: Path, start: Any) -> None:

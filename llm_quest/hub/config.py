@@ -99,7 +99,7 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
     After each error the field read last is replaced (a missing one by 1, a refused one dropped), then reading
     continues, unless the error is of a part, without which the rest says nothing true."""
     problems: list[str] = []
-    fields = FieldTracker(hf_config)
+    fields, dropped, replaced = FieldTracker(hf_config), set[str](), set[str]()
     while True:
         try:
             config = family.read(fields)
@@ -108,6 +108,12 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
         except DataError as error:
             if str(error) in problems:
                 return None, problems
+            if fields.last in replaced:
+                return None, problems
+            if fields.last in dropped:  # that it is missing now says nothing true
+                replaced.add(fields.last)
+                fields[fields.last] = 1
+                continue
             problems.append(str(error))
             if fields.last.endswith("_config"):
                 return None, problems
@@ -115,6 +121,8 @@ def parse_hf_config(family: Family, hf_config: Mapping[str, Any]) -> tuple[Any |
             return None, [*problems, f"config.json: near {fields.last!r}: {error}"]
         if fields.pop(fields.last, None) is None:
             fields[fields.last] = 1
+        else:
+            dropped.add(fields.last)
 
 
 MAY_BE_ZERO = (
@@ -132,6 +140,7 @@ def implausible_fields(config: Any) -> list[str]:
     found = []
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
+        kind = kind.removesuffix(" | None") if isinstance(kind, str) and value is not None else kind
         least = 0 if field.name in MAY_BE_ZERO else 1
         if kind in ("int", int) and (type(value) is not int or not least <= value <= MAX_PLAUSIBLE_INT):
             found.append(f"config.json: {field.name} is {value!r}; a positive whole number was expected")
@@ -227,6 +236,14 @@ def parse_generation_config(hf_config: Mapping[str, Any], generation_json: Mappi
             raise DataError(
                 f"config.json or generation_config.json: {name} is {value!r}, which is no number of that kind"
             )
+    for name, (least, most) in SAMPLING_RANGES.items():
+        value = sampling[name]
+        if value is not None and not least <= value <= most:
+            raise DataError(
+                f"generation_config.json: {name} is {value!r}; a number from {least} to {most} was expected"
+                if most < math.inf
+                else f"generation_config.json: {name} is {value!r}; a number of at least {least} was expected"
+            )
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     return GenerationConfig(ids["bos_token_id"], ends, ids["pad_token_id"], **sampling)
 
@@ -251,3 +268,8 @@ def special_token_ids(generation_config: GenerationConfig) -> dict[str, Any]:
 
 
 SAMPLING_FIELDS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+SAMPLING_RANGES = {
+    "temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
+    "repetition_penalty": (0, math.inf), "max_new_tokens": (1, math.inf),
+}  # fmt: skip
+"""Least and most of the numbers among them."""

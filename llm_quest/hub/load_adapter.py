@@ -154,6 +154,8 @@ def read_tensors(folder: Path, config: Mapping[str, Any], family: Any, model_con
     incomplete = [module for module, pair in low_rank.items() if not {"A", "B"} <= set(pair)]
     if incomplete:
         raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is missing of {compact_names(incomplete)}")
+    if odd := [module for module, pair in low_rank.items() if pair["A"].dim() != 2 or pair["B"].dim() != 2]:
+        raise DataError(f"{folder / WEIGHTS}: lora_A or lora_B is no matrix of {compact_names(odd)}")
     held.pairs = {module: LoRAPair(pair["A"], pair["B"], pair.get("magnitude")) for module, pair in low_rank.items()}
     for module, pair in held.pairs.items():
         if module in places and places[module].num_experts:

@@ -232,6 +232,8 @@ def lone_weights_hint(folder: Path) -> str:
 def build_report_model(report: FolderReport, vision: bool) -> None:
     """The family, its config, and the model on the meta device. Every layer has tensors of its own, so there are more
     tensors."""
+    if not report.hf_config:
+        return  # read_configs said why
     if quantization := report.hf_config.get("quantization_config"):
         report.sources = join_packed(report.sources, quantization)
     reads_images = any(family.matches(report.hf_config) for family in VISION_FAMILIES)

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_ori
 
 from llm_quest.errors import DataError
 from llm_quest.layers.rotary import RotaryEmbedding
-from llm_quest.models.rope_config import publish_rotary, read_rotary, require_field
+from llm_quest.models.rope_config import publish_rotary, read_rotary, require_field, require_rope_objects
 
 MAX_PLAUSIBLE_INT = 2**24
 Json = Mapping[str, Any]
@@ -172,6 +172,7 @@ def rope_field(
     of a file that has none. original: original_max_position_embeddings where it does not stand outside them."""
 
     def read(values: Values, field: Any, kind: Any) -> RotaryEmbedding:
+        require_rope_objects(values.json)
         olds = {name: values.json.get(old) for name, old in old_names.items()}
         json = ChainMap({name: value for name, value in olds.items() if value is not None}, values.json)
         json |= {} if original is None else {ORIGINAL: json.get(ORIGINAL) or original}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ def read_rotary(
     hf_config: Mapping[str, Any], dim: int, default_theta: float = 10000.0, max_position_embeddings: int | None = None
 ) -> RotaryEmbedding:
     """Both generations: `rope_scaling` with a top-level `rope_theta`, else `rope_parameters` (transformers 5)."""
+    require_rope_objects(hf_config)
     rope = dict(hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {})
     default_theta = rope.get("rope_theta") or hf_config.get("rope_theta") or default_theta
     if original := hf_config.get("original_max_position_embeddings"):  # Phi-3's place for it
@@ -38,6 +40,21 @@ def read_rotary(
         float(default_theta),
         read_scaling(rope, hf_config.get("max_position_embeddings") or max_position_embeddings),
     )
+
+
+def require_rope_objects(hf_config: Mapping[str, Any]) -> None:
+    """DataError for rotary positions that are no JSON object, and for a base that turns nothing."""
+    for name in ("rope_scaling", "rope_parameters"):
+        value = hf_config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise DataError(f"config.json: {name} is {value!r:.60}; an object with rope_type was expected")
+        require_positive_base((value or {}).get("rope_theta"))
+    require_positive_base(hf_config.get("rope_theta"))
+
+
+def require_positive_base(theta: Any) -> None:
+    if theta is not None and not (type(theta) in (int, float) and 0 < theta < math.inf):
+        raise DataError(f"config.json: rope_theta is {theta!r}; a number above 0 was expected")
 
 
 def read_scaling(rope: Mapping[str, Any], max_position_embeddings: int | None) -> RopeScaling | None:

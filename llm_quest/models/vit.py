@@ -58,7 +58,7 @@ def write_label_names(names: tuple[str, ...], config: Any) -> dict[str, Any]:
 
 def read_square_size(hf_config: Json, name: str, hf_default: int) -> int:
     """A side in pixels; [224, 224] is 224."""
-    value = hf_config.get(name) or hf_default
+    value = hf_default if hf_config.get(name) is None else hf_config[name]
     if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
     if type(value) is not int:
