@@ -65,9 +65,12 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
     checkpoint of the run, of anything else itself. DataError for one that is not there."""
     folder = Path(name_or_path).expanduser()
     run, at, chosen = str(folder).rpartition("@")
-    if not at or folder.is_dir() or not (Path(run) / "checkpoints").is_dir():
+    if not at or folder.is_dir():
+        return result_run(folder)
+    steps = result_run(Path(run)) / "checkpoints"
+    if not steps.is_dir():
         return folder
-    there = {int(path.name[5:]): path for path in (Path(run) / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    there = {int(path.name[5:]): path for path in steps.glob("step-*") if path.name[5:].isdigit()}
     last = max(there, default=None)
     step = {"last": last, "best": best_step(there.get(last or 0))}.get(
         chosen, int(chosen) if chosen.isdigit() else None
@@ -80,6 +83,21 @@ def resolve_checkpoint(name_or_path: str | Path) -> Path:
         )
     known = ", ".join(f"{run}@{number}" for number in sorted(there)) or "none"
     raise DataError(f"{run} has no checkpoint {chosen}; there are {known}")
+
+
+RESULT_FILE = "RESULT"
+"""In the folder of a run of several runs: which of them has the model that is the result, as a path from there."""
+
+
+def result_run(run: Path) -> Path:
+    """The run whose model a run's name stands for: of a run of several (`iterative`) the one that RESULT names."""
+    file = run / RESULT_FILE
+    if not file.is_file():
+        return run
+    named = (run / file.read_text(encoding="utf-8", errors="replace").strip()).resolve()
+    if not named.is_dir() or not named.is_relative_to(run.resolve()):
+        raise DataError(f"{file} names no folder of this run; go on with it: quest train {run}")
+    return named
 
 
 def best_step(checkpoint: Path | None) -> int | None:

@@ -23,8 +23,9 @@ from llm_quest.contracts import LogFn
 from llm_quest.data.preferences import TokenizedPreference
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_write_json, damaged_file_errors, load_json
+from llm_quest.files import atomic_write_json, atomic_write_text, damaged_file_errors, load_json
 from llm_quest.hub.load_save import load, load_tokenizer, require_language_model, write_model_json
+from llm_quest.hub.locate import RESULT_FILE
 from llm_quest.models.decoder import Decoder
 from llm_quest.objectives.reward_model import RewardModelLoss
 from llm_quest.recipes.config import LocalPath, StrictModel, load_raw_config, parse_config
@@ -114,6 +115,8 @@ def run_iterative(config: IterativeConfig, context: Context) -> RunOutcome:
             policy = str(folder / "policy")
             if outcome.status != "finished":
                 return outcome
+            if parallel.is_main_process:
+                atomic_write_text(out / RESULT_FILE, f"iteration-{number}/policy\n")
             parallel.wait_for_main_process()  # which writes the policy that all load
         if number > 0 or reward_model is None:
             reward_model = str(train_reward_model_stage(config, policy, reward_model, out, number, parallel, log))

@@ -80,7 +80,8 @@ def track_best(session: TrainSession, stats: StepStats, evaluators: Sequence[Eva
     session.improved = False
     if session.status == "interrupted":
         return
-    measured = {**session.eval_metrics, "loss": stats.loss, **stats.metrics, **session.callback_metrics}
+    own = {"loss": stats.loss, "grad_norm": stats.grad_norm}
+    measured = {**session.eval_metrics, **own, **stats.metrics, **session.callback_metrics}
     best.known.update(measured)
     if session.is_finished or len(session.evaluators_run) == len(evaluators):
         best.require_measured()

@@ -8,9 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from llm_quest.errors import UsageError
+from llm_quest.cli.export import export_run
+from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.load_save import load
+from llm_quest.hub.locate import resolve_checkpoint
 from llm_quest.recipes.config import parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.iterative import IterativeConfig
@@ -60,6 +63,13 @@ def test_policies_and_judges_take_turns(done: tuple[Path, list[str]]):
     rows = [metrics(out / f"iteration-{i}" / "policy") for i in (1, 2)]
     assert all(first["kl"] < 1e-6 < last["kl"] for first, last in rows), "the reference is the iteration's own start"
     assert all("rewards/model" in row and "reward" in row for both in rows for row in both)
+    newest = out / "iteration-2" / "policy"
+    assert resolve_checkpoint(out) == newest
+    assert resolve_checkpoint(f"{out}@last") == newest / "checkpoints" / "step-00000002"
+    with pytest.raises(DataError, match="has no best checkpoint"):
+        resolve_checkpoint(f"{out}@best")
+    export_run(out, out.parent / "exported")  # `quest generate`, `export` and `model.load` take the folder of the whole
+    assert all(torch.equal(a, b) for a, b in zip(load(out).parameters(), load(newest).parameters(), strict=True))
 
 
 def test_the_whole_goes_on_where_it_was_interrupted(done: tuple[Path, list[str]], warm: Path):  # noqa: F811
