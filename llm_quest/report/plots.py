@@ -191,7 +191,7 @@ def figure_to_svg(figure: Figure, title: str) -> str:
     head = re.sub(r' (width|height|version|xmlns)="[^"]*"', "", head)
     head = head.replace("<svg", f'<svg role="img" aria-label="{html.escape(title, quote=True)}"')
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r' id="[a-zA-Z]+(2d)?_\d+"', "", body)
+    body = re.sub(r' id="[a-zA-Z.]+(2d)?_\d+"', "", body)
     body = re.sub(r"font: ([^;\"]*?[\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", body)
     for stand_in, variable in CSS_VARIABLES.items():
         body = body.replace(stand_in, variable)

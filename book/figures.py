@@ -1,0 +1,160 @@
+"""Figures of the book, each a function that draws it from the package's own code. They take the colours of the page."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llm_quest.report.plots import INK, SERIES, figure_to_svg, new_figure
+
+Line = tuple[str, list[float], list[float]]
+
+
+def draw(name: str) -> str:
+    """A figure as HTML, with its caption."""
+    if name not in FIGURES:
+        raise KeyError(f"there is no figure {name!r}; known: {', '.join(FIGURES)}")
+    caption, make = FIGURES[name]
+    return f'<figure class="plot" id="figure-{name}">{make(caption)}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def curves(title: str, lines: list[Line], x: str, y: str, *, log_x: bool = False) -> str:
+    """Lines with a legend."""
+    with new_figure(title, 6.4, 2.9) as (figure, axes):
+        for number, (label, xs, ys) in enumerate(lines):
+            axes.plot(xs, ys, label=label, color=SERIES[number % len(SERIES)])
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if log_x:
+            axes.set_xscale("log")
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+        return figure_to_svg(figure, title)
+
+
+def mask_picture(title: str, masks: dict[str, Tensor]) -> str:
+    """Masks (T,S) bool side by side: a filled square where the query of a row sees the key of a column."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.color": INK, "axes.edgecolor": INK}):
+        figure = Figure(figsize=(2.2 * len(masks), 2.4), layout="tight")
+        for number, (name, mask) in enumerate(masks.items()):
+            axes = figure.add_subplot(1, len(masks), number + 1)
+            rows, columns = mask.shape
+            for i in range(rows):
+                for j in range(columns):
+                    colour = SERIES[0] if mask[i, j] else "none"
+                    axes.add_patch(mpl.patches.Rectangle((j, i), 1, 1, facecolor=colour, edgecolor=INK, linewidth=0.4))
+            axes.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal", xticks=[], yticks=[])
+            axes.set_title(name, fontsize=10, color=INK)
+            axes.set_xlabel("keys", color=INK)
+            axes.set_ylabel("queries" if number == 0 else "", color=INK)
+        return figure_to_svg(figure, title)
+
+
+def masks(title: str) -> str:
+    from llm_quest.scope import Scope
+
+    whole = torch.arange(8)[None]
+    packed = Scope(torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]]), segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]]))
+    padded = Scope(torch.tensor([[-1, -1, 0, 1, 2, 3, 4, 5]]))
+    drawn = {
+        "causal": full_mask(Scope(whole), None),
+        "window of 3": full_mask(Scope(whole), 3),
+        "padded left": full_mask(padded, None) & (padded.position_ids >= 0)[0][:, None],
+        "three documents": full_mask(packed, None),
+    }
+    return mask_picture(title, drawn)
+
+
+def full_mask(scope: object, window: int | None) -> Tensor:
+    found: Tensor = scope.build_mask(scope.position_ids, scope.segment_ids, window)  # type: ignore[attr-defined]
+    return found.reshape(found.shape[-2:])
+
+
+def rotary(title: str) -> str:
+    from llm_quest.layers.rotary import Llama3Scaling, YaRNScaling, default_inv_freq
+
+    plain = default_inv_freq(128, 500_000.0)
+    pairs = [float(i) for i in range(len(plain))]
+    llama3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    yarn = YaRNScaling(factor=8.0, original_max_position_embeddings=8192)
+    ratio = {"Llama 3.1": llama3.inv_freq(128, 500_000.0) / plain, "YaRN": yarn.inv_freq(128, 500_000.0) / plain}
+    lines: list[Line] = [("no scaling", pairs, [1.0] * len(pairs))]
+    lines += [(name, pairs, values.tolist()) for name, values in ratio.items()]
+    return curves(title, lines, "pair of dimensions", "rotation, of the original")
+
+
+def wavelengths(title: str) -> str:
+    from llm_quest.layers.rotary import default_inv_freq
+
+    lines = []
+    for theta in (10_000.0, 500_000.0):
+        lengths = (2 * math.pi / default_inv_freq(128, theta)).log10()
+        lines.append((f"theta {theta:,.0f}", [float(i) for i in range(64)], lengths.tolist()))
+    return curves(title, lines, "pair of dimensions", "log10 of tokens in one turn")
+
+
+def cache(title: str) -> str:
+    from llm_quest.cli.models import find_config
+    from llm_quest.cost.flops import ModelCost
+
+    lines = []
+    for name in ("gpt2-xl", "llama3.1-8b", "gemma3-12b", "deepseek-v3", "qwen3-next-80b-a3b"):
+        config = find_config(name)[1]
+        cost = ModelCost.from_config(config)
+        contexts = [2**k for k in (9, 12, 15, 17) if 2**k <= config.max_position_embeddings]
+        sizes = [math.log10(cost.cache_bytes(n)[2] / 2**20) for n in contexts]
+        lines.append((name, [float(n) for n in contexts], sizes))
+    return curves(title, lines, "tokens", "log10 of MiB, bfloat16", log_x=True)
+
+
+def preference(title: str) -> str:
+    """Loss against the margin beta (log-ratio of chosen less of rejected)."""
+    margin = torch.linspace(-4, 4, 81)
+    named = {
+        "DPO: -log sigmoid(m)": -torch.nn.functional.logsigmoid(margin),
+        "hinge: max(0, 1 - m)": (1 - margin).clamp(min=0),
+        "IPO: (m - 1/2)^2, beta 1": (margin - 0.5) ** 2,
+    }
+    return curves(title, [(k, margin.tolist(), v.clamp(max=6).tolist()) for k, v in named.items()], "margin m", "loss")
+
+
+def clipping(title: str) -> str:
+    ratio = torch.linspace(0.4, 1.8, 141)
+    lines: list[Line] = []
+    for advantage in (1.0, -1.0):
+        value = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        lines.append((f"advantage {advantage:+.0f}", ratio.tolist(), value.tolist()))
+    return curves(title, lines, "ratio pi / pi_old", "surrogate")
+
+
+def schedules(title: str) -> str:
+    steps = [float(i) for i in range(101)]
+    cosine = [min(1.0, i / 10) * (0.1 + 0.9 * (1 + math.cos(math.pi * max(0, i - 10) / 90)) / 2) for i in steps]
+    stable = [min(1.0, i / 10, 0.1 + 0.9 * (100 - i) / 20) for i in steps]
+    return curves(title, [("cosine to 10 %", steps, cosine), ("warm-up, stable, decay", steps, stable)], "% of the run", "rate")
+
+
+def softcaps(title: str) -> str:
+    x = torch.linspace(-120, 120, 121)
+    lines = [("no cap", x.tolist(), x.tolist())]
+    lines += [(f"cap {cap}", x.tolist(), (cap * torch.tanh(x / cap)).tolist()) for cap in (50, 30)]
+    return curves(title, lines, "logit", "capped")
+
+
+FIGURES: dict[str, tuple[str, Callable[[str], str]]] = {
+    "masks": ("Which keys (columns) a query (row) sees; all four follow from positions and segments.", masks),
+    "rotary": ("How far each pair of dimensions turns per token after scaling to 8 times the context: fast pairs are left alone, slow pairs turn 8 times slower.", rotary),
+    "wavelengths": ("Tokens in one full turn of each pair, for a head of 128 dimensions.", wavelengths),
+    "cache": ("The cache of one sequence. Grouped queries, windows, latent vectors and recurrent states each bend the curve.", cache),
+    "preference": ("Three losses of a preference margin.", preference),
+    "clipping": ("PPO's clipped surrogate with epsilon 0.2: the gradient ends where the line is flat.", clipping),
+    "schedules": ("Two schedules of the learning rate.", schedules),
+    "softcap": ("cap tanh(x / cap) bounds a logit and leaves small ones alone.", softcaps),
+}  # fmt: skip

@@ -1,0 +1,236 @@
+"""Makes the page of each subject from its source. A page has the same parts in the same order: the question, the idea,
+the numbers or figure, the code, how it is switched on, what breaks without it, what is commonly got wrong, sources."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from book.blocks import breaks_block, card_block, code_block, figure_block, mistakes_block, mutations_of
+from book.catalog import Subject
+from book.markdown import Renderer, colour_code, output_block
+from book.source import ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
+
+Section = tuple[str, str]
+"""(heading, HTML)."""
+
+MAX_CODE_LINES = 60
+PAGE_FIGURES = {
+    "layer/scaled_dot_product": "masks", "layer/rotary": "rotary", "layer/kv_cache": "cache",
+    "technique/softcap": "softcap", "technique/length": "rotary", "objective/preference_losses": "preference",
+    "objective/surrogates": "clipping",
+}  # fmt: skip
+PAPER_PAGES = {
+    "technique/qk_clip": "qk_clip", "technique/dyt": "dyt", "technique/hyper_connections": "hyper_connections",
+    "layer/hyper_connections": "hyper_connections", "technique/length": "yarn", "technique/multi_token": "multi_token",
+    "layer/multi_token_prediction": "multi_token", "layer/moe": "expert_bias", "objective/routing": "expert_bias",
+    "objective/number_token": "number_token", "technique/lora": "lora", "objective/surrogates": "variants",
+    "objective/policy_gradient": "variants", "objective/process_reward": "process", "recipe/prm": "process",
+    "objective/preference_losses": "label_noise", "objective/reward_model": "overoptimization",
+    "recipe/rpt": "memorizes", "recipe/grpo": "countdown",
+}  # fmt: skip
+"""The card in which a subject was measured."""
+
+
+def title_of(subject: Subject) -> str:
+    """The name of a page: a paper's title, else the subject's own name."""
+    if subject.kind == "paper":
+        from llm_quest.papers import load_paper
+
+        return load_paper(subject.name).title
+    return subject.name
+
+
+def make_sections(subject: Subject, markdown: Renderer) -> list[Section]:
+    """The parts of a page; those that a subject does not have are left out."""
+    makers = {"family": family_sections, "recipe": recipe_sections, "paper": paper_sections}
+    parts = [("Idea", idea(subject, markdown)), *makers.get(subject.kind, code_sections)(subject, markdown)]
+    parts += [
+        ("What breaks without it", breaks(subject)),
+        ("Commonly got wrong", mistakes_block(subject.file)),
+        ("Measured here", measured(subject, markdown)),
+        ("Sources", sources(subject)),
+    ]
+    return [(heading, body) for heading, body in parts if body]
+
+
+def summary_of(subject: Subject) -> str:
+    """The first sentence of what a page says, for lists and search."""
+    text = docstring_text(subject)
+    first = flat(paragraphs(text)[0]) if text else ""
+    return re.split(r"(?<=[.:])\s", first)[0]
+
+
+def docstring_text(subject: Subject) -> str:
+    """The docstring of the file, or of the class where several subjects share a file."""
+    whole = docstring_of(subject.file)
+    own = docstring_of(f"{subject.file}:{subject.anchor}") if subject.anchor else ""
+    return split_mistakes(f"{whole}\n\n{own}" if own else whole)[0]
+
+
+def idea(subject: Subject, markdown: Renderer) -> str:
+    figure = PAGE_FIGURES.get(subject.key)
+    return markdown(docstring_text(subject)) + (figure_block(figure) if figure else "")
+
+
+def breaks(subject: Subject) -> str:
+    found = mutations_of(subject.file)
+    if not found:
+        return ""
+    count = f"{len(found)} mistake{'s' if len(found) > 1 else ''} of this kind are tried on purpose; each must fail a test."
+    return f"<p>{count}</p>{breaks_block(subject.file)}"
+
+
+def measured(subject: Subject, markdown: Renderer) -> str:
+    name = PAPER_PAGES.get(subject.key)
+    return markdown(f"The claim is measured with a control: [[paper/{name}]].\n\n{verdict(name)}") if name else ""
+
+
+def verdict(name: str) -> str:
+    """The verdict of a card, in its own words."""
+    found = re.search(r"## (Verdict: .*?)\n\n(.*?)\n\n", (ROOT / f"docs/papers/{name}.md").read_text(encoding="utf-8"), re.S)
+    return f"**{found[1]}**: {found[2]}" if found else ""
+
+
+def sources(subject: Subject) -> str:
+    links = "".join(f'<li><a href="https://arxiv.org/abs/{one}">arXiv:{one}</a></li>' for one in papers_of(subject.file))
+    return f'<ul>{links}<li>The code: <code>llm_quest/{subject.file}</code></li></ul>'
+
+
+def code_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
+    """The code of a layer, technique or objective, and how it is switched on."""
+    yield "Code", code_of_subject(subject)
+    if subject.kind == "technique":
+        yield "Switch it on", technique_options(subject.name)
+    if subject.kind == "layer":
+        yield "Where it is used", markdown(", ".join(f"[[family/{one}]]" for one in users_of(subject.file)))
+
+
+def code_of_subject(subject: Subject) -> str:
+    """Its own class, or the public names of its file until the page is long; the rest is named."""
+    names = [subject.anchor] if subject.anchor else public_names(subject.file)
+    shown, lines = [], 0
+    for name in names:
+        code = code_of(f"{subject.file}:{name}")
+        lines += code.text.count("\n") + 1
+        if shown and lines > MAX_CODE_LINES:
+            break
+        shown.append(named_code(subject.file, name))
+    rest = names[len(shown) :]
+    more = f"<p>Also in the file: {', '.join(f'<code>{one}</code>' for one in rest)}.</p>" if rest else ""
+    return "".join(shown) + more
+
+
+def named_code(file: str, name: str) -> str:
+    """A definition with its first sentence."""
+    said = flat(paragraphs(split_mistakes(docstring_of(f"{file}:{name}"))[0] or "\n")[0]) if docstring_of(f"{file}:{name}") else ""
+    return f'<h3 id="{name}">{name}</h3><p>{html.escape(said)}</p>{code_block(f"{file}:{name}")}'
+
+
+@cache
+def layer_users() -> dict[str, list[str]]:
+    """A file of layers/ -> the families whose files import it."""
+    from llm_quest.cli.models import ALL_FAMILIES
+
+    found: dict[str, list[str]] = {}
+    for family in ALL_FAMILIES:
+        text = inspect.getsource(inspect.getmodule(family.assemble))  # type: ignore[arg-type]
+        for name in dict.fromkeys(re.findall(r"from llm_quest\.layers\.(\w+) import", text)):
+            found.setdefault(f"layers/{name}.py", []).append(family.name)
+    return found
+
+
+def users_of(file: str) -> list[str]:
+    return layer_users().get(file, [])
+
+
+def technique_options(name: str) -> str:
+    """The words that switch a technique on, and its options."""
+    from llm_quest.cli.techniques import list_techniques
+
+    entry = next(one for one in list_techniques().entries if one.name == name)
+    rows = "".join(
+        f"<tr><td><code>{one.name}</code></td><td>{html.escape(one.takes)}</td><td><code>{html.escape(one.default)}</code></td></tr>"
+        for one in entry.options
+    )
+    table = f"<table><thead><tr><th>option</th><th>takes</th><th>default</th></tr></thead><tbody>{rows}</tbody></table>" if rows else ""
+    return colour_code(f"$ quest train pretrain {entry.command}", "console") + table
+
+
+def family_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
+    """The blocks, sizes and file of a family, and its difference from the family that it builds on."""
+    from llm_quest.cli.diagram import draw_model
+    from llm_quest.cli.models import ALL_FAMILIES
+    from llm_quest.models.build import build_meta_model
+
+    family = next(one for one in ALL_FAMILIES if one.name == subject.name)
+    published = [one for one in family.presets if one.num_parameters] or list(family.presets)
+    yield "Blocks", output_block("\n".join(draw_model(build_meta_model(published[0].config))))
+    rows = "".join(
+        f"<tr><td><code>{one.name}</code></td><td>{one.num_parameters or 0:,}</td><td>{html.escape(one.hub_id or '')}</td></tr>"
+        for one in published
+    )
+    yield "Sizes", f"<table><thead><tr><th>preset</th><th>parameters</th><th>hub id</th></tr></thead><tbody>{rows}</tbody></table>"
+    yield "The file", code_block(subject.file)
+    yield "Difference", difference(family, markdown)
+    yield "Use it", colour_code(
+        f"$ quest show {published[0].name}\n$ quest train pretrain model.preset={family.presets[-1].name}\n"
+        f"$ quest generate {published[0].hub_id or 'FOLDER'} -p \"Once upon a time\"", "console"
+    )  # fmt: skip
+
+
+def parent_of(family: object) -> str:
+    """The family that a file builds on: the one that it imports, else Llama, whose parent is GPT-2."""
+    from llm_quest.cli.diff import parent_families
+
+    found = parent_families(inspect.getmodule(family.assemble))  # type: ignore[attr-defined,arg-type]
+    if found:
+        return found[0]
+    name: str = family.name  # type: ignore[attr-defined]
+    return {"gpt2": "", "llama": "gpt2", "vit": "", "clip": "vit", "gpt_neox": "gpt2"}.get(name, "llama")
+
+
+def difference(family: object, markdown: Renderer) -> str:
+    """The layers that a family adds to its parent and removes, with the sentence that defines each."""
+    from llm_quest.cli.diff import family_layers
+    from llm_quest.cli.models import ALL_FAMILIES
+
+    parent = parent_of(family)
+    if not parent:
+        return ""
+    old = family_layers(next(one for one in ALL_FAMILIES if one.name == parent))
+    new = family_layers(family)  # type: ignore[arg-type]
+    changed = [("-", name, text) for name, text in old.items() if name not in new]
+    changed += [("+", name, text) for name, text in new.items() if name not in old]
+    text = "\n".join(f"{mark} {name}: {said}" for mark, name, said in changed)
+    said = markdown(f"Against [[family/{parent}]]" + (":" if text else ", no layer is new: the numbers differ."))
+    own: str = family.name  # type: ignore[attr-defined]
+    return said + (colour_code(text, "diff") if text else "") + colour_code(f"$ quest diff {parent} {own}", "console")
+
+
+def recipe_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
+    """The code of a recipe, its command, and all its settings."""
+    from llm_quest.recipes.settings_reference import make_page
+
+    yield "Run it", colour_code(f"$ quest train {subject.name}\n$ quest plan {subject.name}", "console")
+    yield "Code", code_of_subject(subject)
+    rows = "".join(
+        f"<tr><td><code>{one.key}</code></td><td>{html.escape(one.takes)}</td><td><code>{html.escape(one.default)}</code></td>"
+        f"<td>{html.escape(one.description)}</td></tr>"
+        for one in make_page(subject.name).settings
+    )
+    head = "<thead><tr><th>setting</th><th>takes</th><th>default</th><th>what it is for</th></tr></thead>"
+    yield "Settings", f'<div class="wide" tabindex="0"><table>{head}<tbody>{rows}</tbody></table></div>'
+
+
+def paper_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
+    """The card of a paper, its plot, and the experiment's code."""
+    card = (ROOT / f"docs/papers/{subject.name}.md").read_text(encoding="utf-8").split("\n", 2)[2]
+    text, _, after = card.partition(f"]({subject.name}.svg)")
+    before = re.sub(r"!\[[^\]]*$", "", text)
+    after = re.sub(r"\[([^\]]+)\]\([a-z_]+\.json\)", r"`\1`", after)
+    yield "Card", markdown(re.sub(r"^## ", "### ", before, flags=re.M)) + card_block(subject.name) + markdown(after)
+    yield "The experiment", code_block(subject.file)

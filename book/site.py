@@ -1,0 +1,244 @@
+"""Builds the site: chapters and pages as files of HTML that need no network and no server, with a search index as a
+script, and checks that every link inside it leads somewhere."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pygments.formatters import HtmlFormatter
+
+from book.blocks import BLOCKS
+from book.catalog import KINDS, Subject, all_subjects, read_questions
+from book.markdown import Block, Renderer
+from book.pages import make_sections, summary_of, title_of
+from book.run import Examples, example_environment
+from book.source import ROOT
+
+CHAPTERS, THEME = ROOT / "book/chapters", ROOT / "book/theme"
+Log = Callable[[str], None]
+
+
+class BookError(ValueError):
+    """What keeps the book from being built: a subject without a question, a link that leads nowhere."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """A file of the site. path: relative to it; group: the heading under which it is listed; text: what search reads."""
+
+    path: str
+    title: str
+    group: str
+    summary: str
+    body: str
+    text: str = ""
+
+
+@dataclass
+class Book:
+    """What links may name: key -> (path, title). here: the page that is being made, from which addresses are relative."""
+
+    names: dict[str, tuple[str, str]] = field(default_factory=dict)
+    here: str = ""
+
+    def link(self, key: str) -> tuple[str, str]:
+        """The address and the title of a page, from the page that is being made."""
+        if key not in self.names:
+            raise BookError(f"{self.here}: [[{key}]] is no page of the book")
+        path, title = self.names[key]
+        return relative(path, self.here), title
+
+
+def relative(path: str, here: str) -> str:
+    return "../" * here.count("/") + path
+
+
+def chapter_files() -> list[Path]:
+    return sorted(CHAPTERS.glob("*.md"))
+
+
+def chapter_title(file: Path) -> str:
+    return file.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ").strip()
+
+
+def chapter_path(file: Path) -> str:
+    return f"{file.stem}.html"
+
+
+def build_site(out: Path, *, run: bool = True, log: Log = print) -> list[Page]:
+    """Write the site into a folder, which is replaced. run: run the examples of the chapters; without, they are shown
+    alone."""
+    begun = time.monotonic()
+    subjects, book = all_subjects(), Book()
+    check_questions(subjects)
+    book.names = {one.key: (one.path, title_of(one)) for one in subjects}
+    book.names |= {f.stem.split("-", 1)[1]: (chapter_path(f), chapter_title(f)) for f in chapter_files()}
+    pages = [*make_chapters(book, run, log), *make_subject_pages(book, subjects)]
+    pages += [make_index(pages, book), *make_kind_indexes(pages)]
+    write_pages(out, pages)
+    check_links(out)
+    log(f"{len(pages)} pages in {out}, {time.monotonic() - begun:.0f} s")
+    return pages
+
+
+def check_questions(subjects: list[Subject]) -> None:
+    """Every subject has a question, and no question is without its subject."""
+    keys, asked = {one.key for one in subjects}, set(read_questions())
+    if keys != asked:
+        missing, unknown = sorted(keys - asked), sorted(asked - keys)
+        raise BookError(f"book/questions.yaml: no question for {missing or 'none'}; of no subject: {unknown or 'none'}")
+
+
+def make_chapters(book: Book, run: bool, log: Log) -> Iterator[Page]:
+    with example_environment() as folder:
+        for file in chapter_files():
+            begun = time.monotonic()
+            yield make_chapter(book, file, folder, run)
+            log(f"{file.name}: {time.monotonic() - begun:.1f} s")
+
+
+def make_chapter(book: Book, file: Path, folder: Path, run: bool) -> Page:
+    book.here = chapter_path(file)
+    blocks: dict[str, Block] = dict(BLOCKS)
+    if run:
+        (folder / file.stem).mkdir()
+        examples = Examples(file.name, folder / file.stem)
+        blocks |= {"quest": examples.quest, "python": examples.python}
+    text = file.read_text(encoding="utf-8")
+    body = Renderer(blocks, book.link)(text)
+    return Page(book.here, chapter_title(file), "Chapters", first_paragraph(text), body, text)
+
+
+def first_paragraph(text: str) -> str:
+    return re.sub(r"[\[\]$`*]", "", re.sub(r"\s+", " ", text.split("\n\n")[1])).strip()
+
+
+def make_subject_pages(book: Book, subjects: list[Subject]) -> Iterator[Page]:
+    questions = read_questions()
+    for subject in subjects:
+        book.here = subject.path
+        markdown = Renderer(dict(BLOCKS), book.link)
+        sections = make_sections(subject, markdown)
+        title = title_of(subject)
+        body = f"<h1>{html.escape(title)}</h1><p class='question'>{html.escape(questions[subject.key])}</p>"
+        body += "".join(f'<section><h2 id="{anchor(h)}">{h}</h2>{text}</section>' for h, text in sections)
+        summary = summary_of(subject)
+        yield Page(subject.path, title, KINDS[subject.kind], summary, body, f"{questions[subject.key]} {summary} {subject.name}")
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def make_index(pages: list[Page], book: Book) -> Page:
+    """The first page: chapters in order, then the pages by kind."""
+    chapters = "".join(
+        f'<li><a href="{one.path}">{html.escape(one.title)}</a><p>{html.escape(one.summary)}</p></li>'
+        for one in pages if one.group == "Chapters"
+    )  # fmt: skip
+    kinds = "".join(
+        f'<li><a href="{kind}/index.html">{name}</a> <span class="count">{sum(one.group == name for one in pages)}</span></li>'
+        for kind, name in KINDS.items()
+    )
+    body = (
+        "<h1>LLM Quest</h1><p class='question'>How do modern language models work, and how is it known that the code "
+        "is right?</p><p>Every architecture, technique and objective is one file of plain PyTorch, equal to an "
+        "independent reference, and every page here is made from that file.</p>"
+        f"<h2>Chapters</h2><ol class='chapters'>{chapters}</ol><h2>Pages</h2><ul class='kinds'>{kinds}</ul>"
+    )
+    return Page("index.html", "LLM Quest", "", "", body)
+
+
+def make_kind_indexes(pages: list[Page]) -> Iterator[Page]:
+    for kind, name in KINDS.items():
+        items = "".join(
+            f'<li><a href="{Path(one.path).name}">{html.escape(one.title)}</a><p>{html.escape(one.summary)}</p></li>'
+            for one in pages if one.group == name
+        )  # fmt: skip
+        yield Page(f"{kind}/index.html", name, "", "", f"<h1>{name}</h1><ul class='chapters'>{items}</ul>")
+
+
+def write_pages(out: Path, pages: list[Page]) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    template = Environment(
+        loader=FileSystemLoader(THEME), undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True
+    ).get_template("page.html")
+    order = [one for one in pages if one.group == "Chapters"]
+    for page in pages:
+        file = out / page.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        place = order.index(page) if page in order else None
+        near = (order[place - 1] if place else None, order[place + 1] if place is not None and place + 1 < len(order) else None)
+        text = template.render(
+            page=page, root="../" * page.path.count("/"), before=near[0], after=near[1], chapters=order, kinds=KINDS
+        )
+        file.write_text(text, encoding="utf-8")
+    colours = HtmlFormatter(style="default").get_style_defs(".code")
+    dark = HtmlFormatter(style="monokai").get_style_defs(".code")
+    style = (THEME / "style.css").read_text(encoding="utf-8")
+    dark = re.sub(r"background(-color)?:[^;}]*;?", "", dark)
+    colours = re.sub(r"background(-color)?: #f8f8f8;?", "", colours)
+    written = f"{style}\n{colours}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+    (out / "style.css").write_text(written, encoding="utf-8")
+    shutil.copy(THEME / "search.js", out / "search.js")
+    (out / "search-index.js").write_text(f"window.PAGES = {search_index(pages)};\n", encoding="utf-8")
+
+
+def search_index(pages: list[Page]) -> str:
+    """Title, address, group, summary and words of each page, as JSON."""
+    rows = [
+        [one.title, one.path, one.group, one.summary, " ".join(sorted(set(re.findall(r"[a-z0-9_.-]{3,}", one.text.lower()))))]
+        for one in pages if one.group
+    ]  # fmt: skip
+    return json.dumps(rows, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+class LinkReader(HTMLParser):
+    """Collects the ids of a page, what it links to, what it loads, and images without a description."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+        if tag == "a" and given.get("href"):
+            self.links.append(str(given["href"]))
+        if tag in ("script", "link", "img", "iframe"):
+            self.loaded += [str(given[key]) for key in ("src", "href") if given.get(key)]
+
+
+def check_links(out: Path) -> None:
+    """Every link inside the site leads to a file, and to an id where it names one; nothing is loaded from elsewhere."""
+    read: dict[Path, LinkReader] = {}
+    for file in sorted(out.rglob("*.html")):
+        read[file.resolve()] = LinkReader()
+        read[file.resolve()].feed(file.read_text(encoding="utf-8"))
+    problems = []
+    for file, page in read.items():
+        problems += [f"{file.name}: loads {one}" for one in page.loaded if "//" in one]
+        problems += [f"{file.name}: the id {one} twice" for one in set(page.ids) if page.ids.count(one) > 1]
+        for link in page.links:
+            if "//" in link or link.startswith("mailto:"):
+                continue
+            path, _, name = link.partition("#")
+            target = (file.parent / path).resolve() if path else file
+            if not target.is_file():
+                problems.append(f"{file.name}: {link} leads nowhere")
+            elif name and target in read and name not in read[target].ids:
+                problems.append(f"{file.name}: {link}: no such heading")
+    if problems:
+        raise BookError("the book has bad links:\n" + "\n".join(problems[:20]))

@@ -1,0 +1,131 @@
+"""The book: every family, layer, technique, objective, recipe, generation method and paper has a page, every anchor and
+link leads somewhere, every formula parses. `make book` also runs every example."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from book import blocks, figures, pages, site, source
+from book.catalog import Subject, all_subjects, read_questions
+from book.markdown import Renderer
+from book.run import ExampleError, Examples, example_environment
+from book.site import Book, BookError, build_site, check_links, check_questions
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The site without its figures, and without running the examples."""
+    out = tmp_path_factory.mktemp("book") / "site"
+    with pytest.MonkeyPatch.context() as patch:
+        known = dict.fromkeys(figures.FIGURES, "<p>figure</p>")
+        patch.setattr(pages, "figure_block", known.__getitem__)
+        patch.setitem(site.BLOCKS, "figure", lambda words, body: known[words])
+        return out, build_site(out, run=False, log=lambda text: None)
+
+
+def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(built):
+    out, made = built
+    questions = read_questions()
+    for subject in all_subjects():
+        text = (out / subject.path).read_text(encoding="utf-8")
+        assert "class='question'" in text and questions[subject.key].endswith("?"), subject.key
+        assert "<pre" in text and f"llm_quest/{subject.file}" in text, f"{subject.key} shows no code"
+    assert len({page.path for page in made}) == len(made)
+
+
+def test_a_subject_without_a_question_stops_the_build():
+    known = all_subjects()
+    with pytest.raises(BookError, match=r"family/new"):
+        check_questions([*known, Subject("family", "new", "models/new.py")])
+    with pytest.raises(BookError, match=known[0].key):
+        check_questions(known[1:])
+
+
+def test_pages_load_nothing_from_elsewhere_and_stay_small(built):
+    out, _ = built
+    for file in out.rglob("*.html"):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r'<(script|link|img)[^>]+(src|href)="(https?:)?//', text), file
+        assert len(text) < 300_000, f"{file.name} is too large for a phone"
+        levels = [int(one) for one in re.findall(r"<h([1-6])[ >]", text)]
+        assert levels[0] == 1 and levels.count(1) == 1, f"{file.name} has {levels.count(1)} titles"
+        assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), f"{file.name} skips a level of headings"
+
+
+@pytest.mark.parametrize("page", ['<a href="nowhere.html">x</a>', '<a href="#gone">x</a>', '<img src="https://x.org/a.png">',
+                                  '<p id="a"></p><p id="a"></p>'])  # fmt: skip
+def test_a_bad_link_an_id_twice_and_a_picture_from_elsewhere_are_found(tmp_path, page):
+    (tmp_path / "a.html").write_text(page)
+    with pytest.raises(BookError, match=r"a\.html"):
+        check_links(tmp_path)
+
+
+def test_code_is_included_from_its_anchor_without_its_docstring():
+    code = source.code_of("layers/norm.py:RMSNorm.forward")
+    assert code.text.startswith("def forward(self, x:") and code.text in dedented("layers/norm.py")
+    assert '"""' not in source.code_of("layers/norm.py:RMSNorm").text
+    assert source.code_of("layers/norm.py:RMSNorm").text.splitlines()[1].strip().startswith("def __init__")
+
+
+def dedented(file: str) -> str:
+    lines = source.parse(file)[0].splitlines()
+    return "\n".join(line[4:] if line.startswith("    ") else line for line in lines)
+
+
+@pytest.mark.parametrize("anchor", ["layers/none.py", "layers/norm.py:None", "layers/norm.py:RMSNorm.none"])
+def test_an_anchor_that_names_nothing_is_an_error(anchor):
+    with pytest.raises(source.AnchorError, match=re.escape(anchor.split(":")[0])):
+        source.code_of(anchor)
+
+
+def test_mistakes_are_read_from_docstrings_one_by_one():
+    kept, found = source.split_mistakes("A norm.\n\nCommonly got wrong: eps is inside; the cast comes\nbefore. It matters.")
+    assert kept == "A norm." and found == ["eps is inside", "the cast comes before", "It matters"]
+    assert any("eps belongs inside the root" in one for one in source.mistakes_of("layers/norm.py"))
+
+
+def test_mutations_of_a_file_are_shown_with_the_tests_that_fail():
+    shown = blocks.breaks_block("layers/norm.py")
+    assert "norms scale by weight, not 1 + weight" in shown and "pytest tests/" in shown
+
+
+def test_an_example_that_fails_ends_the_build(tmp_path):
+    examples = Examples("chapter.md", tmp_path)
+    with pytest.raises(ExampleError, match=r"(?s)chapter\.md.*ZeroDivisionError"):
+        examples.python("", "1 / 0")
+    with example_environment() as folder, pytest.raises(ExampleError, match="nothing-of-the-kind"):
+        Examples("chapter.md", folder).quest("", "quest show nothing-of-the-kind")
+    assert "<samp>3</samp>" in examples.python("", "x = 1\nprint(x + 2)")
+    assert "<samp>2</samp>" in examples.python("", "print(x + 1)"), "a chapter has one namespace"
+
+
+def test_formulas_are_mathml_and_text_is_never_html():
+    render = Renderer({}, Book({}).link)
+    assert "<math" in render("the root $\\sqrt{d}$") and "<mfrac>" in render("$$\\frac{a}{b}$$")
+    assert "<script>" not in render("<script>alert(1)</script>") and "costs $5 and $6" in render("costs $5 and $6")
+
+
+def test_a_link_to_no_page_is_an_error():
+    with pytest.raises(BookError, match="layer/none"):
+        Renderer({}, Book({}, "here.html").link)("see [[layer/none]]")
+
+
+@pytest.mark.parametrize("name", ["masks", "clipping", "preference"])
+def test_figures_are_drawn_in_the_colours_of_the_page_and_described(name):
+    drawn = figures.draw(name)
+    assert "var(--s1)" in drawn and "aria-label=" in drawn and "<figcaption>" in drawn
+
+
+def test_figures_show_what_the_layers_compute():
+    from llm_quest.scope import Scope
+
+    mask = figures.full_mask(Scope(source_positions()), 3)
+    assert mask.sum(-1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
+def source_positions():
+    import torch
+
+    return torch.arange(8)[None]
