@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: quickstart test lint bench-peers bench gpu install install-test clean help
+.PHONY: quickstart test lint book bench-peers bench gpu install install-test clean help
 
 help:
 	@echo "make quickstart   set up and run the offline tour (about five minutes on a laptop)"
 	@echo "make test         set up and run the whole suite"
+	@echo "make book         build the book as a site, in site/ (every example runs)"
 	@echo "make lint         formatter, linter, type checker"
 	@echo "make gpu          on a CUDA machine: every family's laws, attention kernels, speed (eight minutes)"
 	@echo "make bench        the benchmarks against the peers (long; wants a quiet machine)"
@@ -21,7 +22,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev,tensorboard,serve]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,dev,tensorboard,serve,book]'
 	touch $@
 
 install: $(VENV)/.base
@@ -32,6 +33,9 @@ quickstart: install
 
 test: install-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(CORES) --dist loadgroup
+
+book: install-test
+	$(BIN)/python -m book
 
 lint: install-test
 	$(BIN)/ruff format --check .

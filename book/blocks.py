@@ -13,7 +13,8 @@ from tests.mutations import MUTATIONS, Mutation
 def code_block(words: str, body: str = "") -> str:
     """The source of an anchor, under its place."""
     code = code_of(words)
-    return f'<figure class="source"><figcaption>llm_quest/{code.file}, line {code.line}</figcaption>{colour_code(code.text, "python")}</figure>'
+    place = f"<figcaption>llm_quest/{code.file}, line {code.line}</figcaption>"
+    return f'<figure class="source">{place}{colour_code(code.text, "python")}</figure>'
 
 
 def mistakes_block(words: str, body: str = "") -> str:
@@ -51,4 +52,10 @@ def card_block(words: str, body: str = "") -> str:
     return f'<figure class="plot">{svg[svg.index("<svg") :]}</figure>'
 
 
-BLOCKS = {"code": code_block, "mistakes": mistakes_block, "breaks": breaks_block, "figure": figure_block, "card": card_block}
+BLOCKS = {
+    "code": code_block,
+    "mistakes": mistakes_block,
+    "breaks": breaks_block,
+    "figure": figure_block,
+    "card": card_block,
+}

@@ -19,7 +19,8 @@ def draw(name: str) -> str:
     if name not in FIGURES:
         raise KeyError(f"there is no figure {name!r}; known: {', '.join(FIGURES)}")
     caption, make = FIGURES[name]
-    return f'<figure class="plot" id="figure-{name}">{make(caption)}<figcaption>{html.escape(caption)}</figcaption></figure>'
+    said = f"<figcaption>{html.escape(caption)}</figcaption>"
+    return f'<figure class="plot" id="figure-{name}">{make(caption)}{said}</figure>'
 
 
 def curves(title: str, lines: list[Line], x: str, y: str, *, log_x: bool = False) -> str:
@@ -138,7 +139,9 @@ def schedules(title: str) -> str:
     steps = [float(i) for i in range(101)]
     cosine = [min(1.0, i / 10) * (0.1 + 0.9 * (1 + math.cos(math.pi * max(0, i - 10) / 90)) / 2) for i in steps]
     stable = [min(1.0, i / 10, 0.1 + 0.9 * (100 - i) / 20) for i in steps]
-    return curves(title, [("cosine to 10 %", steps, cosine), ("warm-up, stable, decay", steps, stable)], "% of the run", "rate")
+    return curves(
+        title, [("cosine to 10 %", steps, cosine), ("warm-up, stable, decay", steps, stable)], "% of the run", "rate"
+    )
 
 
 def softcaps(title: str) -> str:
@@ -149,12 +152,23 @@ def softcaps(title: str) -> str:
 
 
 FIGURES: dict[str, tuple[str, Callable[[str], str]]] = {
-    "masks": ("Which keys (columns) a query (row) sees; all four follow from positions and segments.", masks),
-    "rotary": ("How far each pair of dimensions turns per token after scaling to 8 times the context: fast pairs are left alone, slow pairs turn 8 times slower.", rotary),
+    "masks": (
+        "Which keys (columns) a query (row) sees; all four follow from positions and segments.",
+        masks,
+    ),
+    "rotary": (
+        "How far each pair of dimensions turns per token after scaling to 8 times the context: fast pairs are left "
+        "alone, slow pairs turn 8 times slower.",
+        rotary,
+    ),
     "wavelengths": ("Tokens in one full turn of each pair, for a head of 128 dimensions.", wavelengths),
-    "cache": ("The cache of one sequence. Grouped queries, windows, latent vectors and recurrent states each bend the curve.", cache),
+    "cache": (
+        "The cache of one sequence. Grouped queries, windows, latent vectors and recurrent states each bend the curve.",
+        cache,
+    ),
     "preference": ("Three losses of a preference margin.", preference),
     "clipping": ("PPO's clipped surrogate with epsilon 0.2: the gradient ends where the line is flat.", clipping),
     "schedules": ("Two schedules of the learning rate.", schedules),
     "softcap": ("cap tanh(x / cap) bounds a logit and leaves small ones alone.", softcaps),
-}  # fmt: skip
+}
+"""Name -> (caption, the function that draws it)."""

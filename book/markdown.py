@@ -1,5 +1,6 @@
-"""Markdown to HTML: mathematics as MathML (no script, no network), code with colours, and blocks that are made while the
-book is built. A fence whose first word is a key of `BLOCKS` is such a block; its body or its words are the arguments.
+"""Markdown to HTML: mathematics as MathML (no script, no network), code with colours, and blocks that are made while
+the book is built. A fence whose first word is a key of `BLOCKS` is such a block; its body or its words are the
+arguments.
 
     ```code layers/norm.py:RMSNorm     the source of an anchor
     ```quest                           commands, which run; what they print is shown under them
@@ -59,7 +60,9 @@ class Renderer:
         self.parser = MarkdownIt("commonmark", {"html": False, "highlight": None}).enable(["table", "strikethrough"])
         self.parser.use(dollarmath_plugin, renderer=render_math, allow_space=False, allow_digits=False)
         self.parser.renderer.rules["fence"] = self.fence
-        self.parser.renderer.rules["code_block"] = lambda tokens, i, *_: colour_code(inspect.cleandoc("\n" + tokens[i].content), "text")
+        self.parser.renderer.rules["code_block"] = lambda tokens, i, *_: colour_code(
+            inspect.cleandoc("\n" + tokens[i].content), "text"
+        )
         self.parser.renderer.rules["heading_open"] = self.heading
         self.parser.renderer.rules["text"] = self.text
 

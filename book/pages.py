@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 from book.blocks import breaks_block, card_block, code_block, figure_block, mistakes_block, mutations_of
@@ -80,7 +80,9 @@ def breaks(subject: Subject) -> str:
     found = mutations_of(subject.file)
     if not found:
         return ""
-    count = f"{len(found)} mistake{'s' if len(found) > 1 else ''} of this kind are tried on purpose; each must fail a test."
+    count = (
+        f"{len(found)} mistake{'s' if len(found) > 1 else ''} of this kind are tried on purpose; each must fail a test."
+    )
     return f"<p>{count}</p>{breaks_block(subject.file)}"
 
 
@@ -91,13 +93,17 @@ def measured(subject: Subject, markdown: Renderer) -> str:
 
 def verdict(name: str) -> str:
     """The verdict of a card, in its own words."""
-    found = re.search(r"## (Verdict: .*?)\n\n(.*?)\n\n", (ROOT / f"docs/papers/{name}.md").read_text(encoding="utf-8"), re.S)
+    found = re.search(
+        r"## (Verdict: .*?)\n\n(.*?)\n\n", (ROOT / f"docs/papers/{name}.md").read_text(encoding="utf-8"), re.S
+    )
     return f"**{found[1]}**: {found[2]}" if found else ""
 
 
 def sources(subject: Subject) -> str:
-    links = "".join(f'<li><a href="https://arxiv.org/abs/{one}">arXiv:{one}</a></li>' for one in papers_of(subject.file))
-    return f'<ul>{links}<li>The code: <code>llm_quest/{subject.file}</code></li></ul>'
+    links = "".join(
+        f'<li><a href="https://arxiv.org/abs/{one}">arXiv:{one}</a></li>' for one in papers_of(subject.file)
+    )
+    return f"<ul>{links}<li>The code: <code>llm_quest/{subject.file}</code></li></ul>"
 
 
 def code_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
@@ -114,20 +120,34 @@ def code_of_subject(subject: Subject) -> str:
     names = [subject.anchor] if subject.anchor else public_names(subject.file)
     shown, lines = [], 0
     for name in names:
-        code = code_of(f"{subject.file}:{name}")
-        lines += code.text.count("\n") + 1
+        lines += code_of(f"{subject.file}:{name}").text.count("\n") + 1
         if shown and lines > MAX_CODE_LINES:
             break
         shown.append(named_code(subject.file, name))
     rest = names[len(shown) :]
-    more = f"<p>Also in the file: {', '.join(f'<code>{one}</code>' for one in rest)}.</p>" if rest else ""
+    more = f"<p>Also in the file: {', '.join(map(code, rest))}.</p>" if rest else ""
     return "".join(shown) + more
 
 
 def named_code(file: str, name: str) -> str:
     """A definition with its first sentence."""
-    said = flat(paragraphs(split_mistakes(docstring_of(f"{file}:{name}"))[0] or "\n")[0]) if docstring_of(f"{file}:{name}") else ""
+    said = (
+        flat(paragraphs(split_mistakes(docstring_of(f"{file}:{name}"))[0] or "\n")[0])
+        if docstring_of(f"{file}:{name}")
+        else ""
+    )
     return f'<h3 id="{name}">{name}</h3><p>{html.escape(said)}</p>{code_block(f"{file}:{name}")}'
+
+
+def code(text: str) -> str:
+    return f"<code>{html.escape(text)}</code>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of HTML cells."""
+    heads = "".join(f"<th>{one}</th>" for one in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table tabindex="0"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
 @cache
@@ -152,12 +172,9 @@ def technique_options(name: str) -> str:
     from llm_quest.cli.techniques import list_techniques
 
     entry = next(one for one in list_techniques().entries if one.name == name)
-    rows = "".join(
-        f"<tr><td><code>{one.name}</code></td><td>{html.escape(one.takes)}</td><td><code>{html.escape(one.default)}</code></td></tr>"
-        for one in entry.options
-    )
-    table = f"<table><thead><tr><th>option</th><th>takes</th><th>default</th></tr></thead><tbody>{rows}</tbody></table>" if rows else ""
-    return colour_code(f"$ quest train pretrain {entry.command}", "console") + table
+    rows = [[code(one.name), html.escape(one.takes), code(one.default)] for one in entry.options]
+    options = table(("option", "takes", "default"), rows) if rows else ""
+    return colour_code(f"$ quest train pretrain {entry.command}", "console") + options
 
 
 def family_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
@@ -169,11 +186,8 @@ def family_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
     family = next(one for one in ALL_FAMILIES if one.name == subject.name)
     published = [one for one in family.presets if one.num_parameters] or list(family.presets)
     yield "Blocks", output_block("\n".join(draw_model(build_meta_model(published[0].config))))
-    rows = "".join(
-        f"<tr><td><code>{one.name}</code></td><td>{one.num_parameters or 0:,}</td><td>{html.escape(one.hub_id or '')}</td></tr>"
-        for one in published
-    )
-    yield "Sizes", f"<table><thead><tr><th>preset</th><th>parameters</th><th>hub id</th></tr></thead><tbody>{rows}</tbody></table>"
+    rows = [[code(one.name), f"{one.num_parameters or 0:,}", html.escape(one.hub_id or "")] for one in published]
+    yield "Sizes", table(("preset", "parameters", "hub id"), rows)
     yield "The file", code_block(subject.file)
     yield "Difference", difference(family, markdown)
     yield "Use it", colour_code(
@@ -217,13 +231,11 @@ def recipe_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:
 
     yield "Run it", colour_code(f"$ quest train {subject.name}\n$ quest plan {subject.name}", "console")
     yield "Code", code_of_subject(subject)
-    rows = "".join(
-        f"<tr><td><code>{one.key}</code></td><td>{html.escape(one.takes)}</td><td><code>{html.escape(one.default)}</code></td>"
-        f"<td>{html.escape(one.description)}</td></tr>"
+    rows = [
+        [code(one.key), html.escape(one.takes), code(one.default), html.escape(one.description)]
         for one in make_page(subject.name).settings
-    )
-    head = "<thead><tr><th>setting</th><th>takes</th><th>default</th><th>what it is for</th></tr></thead>"
-    yield "Settings", f'<div class="wide" tabindex="0"><table>{head}<tbody>{rows}</tbody></table></div>'
+    ]
+    yield "Settings", table(("setting", "takes", "default", "what it is for"), rows)
 
 
 def paper_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:

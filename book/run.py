@@ -48,7 +48,9 @@ class Examples:
         with contextlib.chdir(self.folder):
             result = CliRunner().invoke(app, arguments)
         if result.exit_code != 0:
-            raise ExampleError(f"{self.name}: {line}\nended with {result.exit_code}:\n{result.output}{result.exception}")
+            raise ExampleError(
+                f"{self.name}: {line}\nended with {result.exit_code}:\n{result.output}{result.exception}"
+            )
         return clean(result.stdout)
 
     def python(self, words: str, body: str) -> str:

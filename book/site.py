@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -33,7 +34,7 @@ class BookError(ValueError):
 
 @dataclass(frozen=True)
 class Page:
-    """A file of the site. path: relative to it; group: the heading under which it is listed; text: what search reads."""
+    """A file of the site. path: relative to it; group: the heading that lists it; text: what search reads."""
 
     path: str
     title: str
@@ -45,7 +46,7 @@ class Page:
 
 @dataclass
 class Book:
-    """What links may name: key -> (path, title). here: the page that is being made, from which addresses are relative."""
+    """What links may name: key -> (path, title). here: the page that is made; addresses are relative to it."""
 
     names: dict[str, tuple[str, str]] = field(default_factory=dict)
     here: str = ""
@@ -78,6 +79,7 @@ def build_site(out: Path, *, run: bool = True, log: Log = print) -> list[Page]:
     """Write the site into a folder, which is replaced. run: run the examples of the chapters; without, they are shown
     alone."""
     begun = time.monotonic()
+    check_folder(out)
     subjects, book = all_subjects(), Book()
     check_questions(subjects)
     book.names = {one.key: (one.path, title_of(one)) for one in subjects}
@@ -88,6 +90,12 @@ def build_site(out: Path, *, run: bool = True, log: Log = print) -> list[Page]:
     check_links(out)
     log(f"{len(pages)} pages in {out}, {time.monotonic() - begun:.0f} s")
     return pages
+
+
+def check_folder(out: Path) -> None:
+    """The folder is new, empty, or holds a site, which is replaced."""
+    if out.exists() and any(out.iterdir()) and not (out / "search-index.js").is_file():
+        raise BookError(f"{out} holds other files; name a new folder for the book")
 
 
 def check_questions(subjects: list[Subject]) -> None:
@@ -132,7 +140,14 @@ def make_subject_pages(book: Book, subjects: list[Subject]) -> Iterator[Page]:
         body = f"<h1>{html.escape(title)}</h1><p class='question'>{html.escape(questions[subject.key])}</p>"
         body += "".join(f'<section><h2 id="{anchor(h)}">{h}</h2>{text}</section>' for h, text in sections)
         summary = summary_of(subject)
-        yield Page(subject.path, title, KINDS[subject.kind], summary, body, f"{questions[subject.key]} {summary} {subject.name}")
+        yield Page(
+            subject.path,
+            title,
+            KINDS[subject.kind],
+            summary,
+            body,
+            f"{questions[subject.key]} {summary} {subject.name}",
+        )
 
 
 def anchor(heading: str) -> str:
@@ -145,8 +160,9 @@ def make_index(pages: list[Page], book: Book) -> Page:
         f'<li><a href="{one.path}">{html.escape(one.title)}</a><p>{html.escape(one.summary)}</p></li>'
         for one in pages if one.group == "Chapters"
     )  # fmt: skip
+    counts = Counter(one.group for one in pages)
     kinds = "".join(
-        f'<li><a href="{kind}/index.html">{name}</a> <span class="count">{sum(one.group == name for one in pages)}</span></li>'
+        f'<li><a href="{kind}/index.html">{name}</a> <span class="count">{counts[name]}</span></li>'
         for kind, name in KINDS.items()
     )
     body = (
@@ -177,7 +193,10 @@ def write_pages(out: Path, pages: list[Page]) -> None:
         file = out / page.path
         file.parent.mkdir(parents=True, exist_ok=True)
         place = order.index(page) if page in order else None
-        near = (order[place - 1] if place else None, order[place + 1] if place is not None and place + 1 < len(order) else None)
+        near = (
+            order[place - 1] if place else None,
+            order[place + 1] if place is not None and place + 1 < len(order) else None,
+        )
         text = template.render(
             page=page, root="../" * page.path.count("/"), before=near[0], after=near[1], chapters=order, kinds=KINDS
         )
@@ -195,11 +214,12 @@ def write_pages(out: Path, pages: list[Page]) -> None:
 
 def search_index(pages: list[Page]) -> str:
     """Title, address, group, summary and words of each page, as JSON."""
-    rows = [
-        [one.title, one.path, one.group, one.summary, " ".join(sorted(set(re.findall(r"[a-z0-9_.-]{3,}", one.text.lower()))))]
-        for one in pages if one.group
-    ]  # fmt: skip
+    rows = [[one.title, one.path, one.group, one.summary, words_of(one.text)] for one in pages if one.group]
     return json.dumps(rows, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+def words_of(text: str) -> str:
+    return " ".join(sorted(set(re.findall(r"[a-z0-9_.-]{3,}", text.lower()))))
 
 
 class LinkReader(HTMLParser):

@@ -1,7 +1,7 @@
 """Reads docstrings and code from the package, so that no text of it is kept twice.
 
-An anchor is `FILE` or `FILE:NAME`, such as `layers/norm.py:RMSNorm.forward`; FILE is relative to `llm_quest/`. A missing
-file or name is an error that names the anchor."""
+An anchor is `FILE` or `FILE:NAME`, such as `layers/norm.py:RMSNorm.forward`; FILE is relative to `llm_quest/`. A
+missing file or name is an error that names the anchor."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def split_mistakes(text: str) -> tuple[str, list[str]]:
         if before.strip():
             kept.append(before.rstrip())
         if mark:
-            found += [one.strip() for one in re.split(r";\s+|(?<=[a-z0-9`)])\.\s+(?=[A-Za-z])", flat(after)) if one.strip()]
+            found += [
+                one.strip() for one in re.split(r";\s+|(?<=[a-z0-9`)])\.\s+(?=[A-Za-z])", flat(after)) if one.strip()
+            ]
     return "\n\n".join(kept), [one.rstrip(".") for one in found]
 
 
@@ -112,7 +114,9 @@ def flat(text: str) -> str:
 def mistakes_of(file: str) -> list[str]:
     """What is commonly got wrong, of a file: from its own docstring and those of its classes and functions."""
     tree = parse(file)[1]
-    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, (ast.Module, *Definition.__args__))]
+    texts = [
+        ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, (ast.Module, *Definition.__args__))
+    ]
     return [one for text in texts for one in split_mistakes(text)[1]]
 
 

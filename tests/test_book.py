@@ -3,6 +3,7 @@ link leads somewhere, every formula parses. `make book` also runs every example.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -30,9 +31,33 @@ def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(buil
     questions = read_questions()
     for subject in all_subjects():
         text = (out / subject.path).read_text(encoding="utf-8")
-        assert "class='question'" in text and questions[subject.key].endswith("?"), subject.key
-        assert "<pre" in text and f"llm_quest/{subject.file}" in text, f"{subject.key} shows no code"
+        assert "class='question'" in text, subject.key
+        assert questions[subject.key].endswith("?"), subject.key
+        assert f"<figcaption>llm_quest/{subject.file}" in text, f"{subject.key} shows no code"
     assert len({page.path for page in made}) == len(made)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BookError, match="other files"):
+        build_site(tmp_path, run=False)
+    assert (tmp_path / "thesis.txt").is_file()
+
+
+def test_quest_book_shows_a_site_that_is_there_and_names_what_is_missing(tmp_path, monkeypatch):
+    from llm_quest.cli import book as command
+    from llm_quest.errors import UsageError
+
+    (tmp_path / "index.html").write_text("<h1>LLM Quest</h1>")
+    opened = []
+    monkeypatch.setattr(command.webbrowser, "open", opened.append)
+    address = command.open_book(tmp_path, renew=False, browser=True, log=print)
+    assert opened == [address]
+    assert address.endswith("/index.html")
+    assert address.startswith("file://")
+    monkeypatch.setattr(command, "CHECKOUT", tmp_path)
+    with pytest.raises(UsageError, match="git clone"):
+        command.open_book(tmp_path, renew=True, browser=False, log=print)
 
 
 def test_a_subject_without_a_question_stops_the_build():
@@ -50,8 +75,9 @@ def test_pages_load_nothing_from_elsewhere_and_stay_small(built):
         assert not re.search(r'<(script|link|img)[^>]+(src|href)="(https?:)?//', text), file
         assert len(text) < 300_000, f"{file.name} is too large for a phone"
         levels = [int(one) for one in re.findall(r"<h([1-6])[ >]", text)]
-        assert levels[0] == 1 and levels.count(1) == 1, f"{file.name} has {levels.count(1)} titles"
-        assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), f"{file.name} skips a level of headings"
+        assert levels[0] == 1, f"{file.name} does not begin with its title"
+        assert levels.count(1) == 1, f"{file.name} has {levels.count(1)} titles"
+        assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), f"{file.name} skips a level of headings"
 
 
 @pytest.mark.parametrize("page", ['<a href="nowhere.html">x</a>', '<a href="#gone">x</a>', '<img src="https://x.org/a.png">',
@@ -64,7 +90,8 @@ def test_a_bad_link_an_id_twice_and_a_picture_from_elsewhere_are_found(tmp_path,
 
 def test_code_is_included_from_its_anchor_without_its_docstring():
     code = source.code_of("layers/norm.py:RMSNorm.forward")
-    assert code.text.startswith("def forward(self, x:") and code.text in dedented("layers/norm.py")
+    assert code.text.startswith("def forward(self, x:")
+    assert code.text in dedented("layers/norm.py")
     assert '"""' not in source.code_of("layers/norm.py:RMSNorm").text
     assert source.code_of("layers/norm.py:RMSNorm").text.splitlines()[1].strip().startswith("def __init__")
 
@@ -81,14 +108,18 @@ def test_an_anchor_that_names_nothing_is_an_error(anchor):
 
 
 def test_mistakes_are_read_from_docstrings_one_by_one():
-    kept, found = source.split_mistakes("A norm.\n\nCommonly got wrong: eps is inside; the cast comes\nbefore. It matters.")
-    assert kept == "A norm." and found == ["eps is inside", "the cast comes before", "It matters"]
+    kept, found = source.split_mistakes(
+        "A norm.\n\nCommonly got wrong: eps is inside; the cast comes\nbefore. It matters."
+    )
+    assert kept == "A norm."
+    assert found == ["eps is inside", "the cast comes before", "It matters"]
     assert any("eps belongs inside the root" in one for one in source.mistakes_of("layers/norm.py"))
 
 
 def test_mutations_of_a_file_are_shown_with_the_tests_that_fail():
     shown = blocks.breaks_block("layers/norm.py")
-    assert "norms scale by weight, not 1 + weight" in shown and "pytest tests/" in shown
+    assert "norms scale by weight, not 1 + weight" in shown
+    assert "pytest tests/" in shown
 
 
 def test_an_example_that_fails_ends_the_build(tmp_path):
@@ -103,8 +134,10 @@ def test_an_example_that_fails_ends_the_build(tmp_path):
 
 def test_formulas_are_mathml_and_text_is_never_html():
     render = Renderer({}, Book({}).link)
-    assert "<math" in render("the root $\\sqrt{d}$") and "<mfrac>" in render("$$\\frac{a}{b}$$")
-    assert "<script>" not in render("<script>alert(1)</script>") and "costs $5 and $6" in render("costs $5 and $6")
+    assert "<math" in render("the root $\\sqrt{d}$")
+    assert "<mfrac>" in render("$$\\frac{a}{b}$$")
+    assert "<script>" not in render("<script>alert(1)</script>")
+    assert "costs $5 and $6" in render("costs $5 and $6")
 
 
 def test_a_link_to_no_page_is_an_error():
@@ -115,7 +148,9 @@ def test_a_link_to_no_page_is_an_error():
 @pytest.mark.parametrize("name", ["masks", "clipping", "preference"])
 def test_figures_are_drawn_in_the_colours_of_the_page_and_described(name):
     drawn = figures.draw(name)
-    assert "var(--s1)" in drawn and "aria-label=" in drawn and "<figcaption>" in drawn
+    assert "var(--s1)" in drawn
+    assert "aria-label=" in drawn
+    assert "<figcaption>" in drawn
 
 
 def test_figures_show_what_the_layers_compute():

@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "consolidate": model_commands.consolidate,
     "ablate": experiment_commands.ablate,
     "report": train_commands.report,
+    "book": paper_commands.book,
     "papers": paper_commands.papers,
     "reproduce": paper_commands.reproduce,
     "doctor": train_commands.doctor,

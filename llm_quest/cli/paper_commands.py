@@ -1,4 +1,4 @@
-"""Commands about the claims of papers: list them, measure them."""
+"""Commands for readers: the book, and the claims of papers, listed and measured again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ from typing import Annotated
 
 import typer
 
-from llm_quest.cli.options import (
-    JsonOption,
-    QuietOption,
-)
-from llm_quest.cli.output import print_result, show_progress, status_printer
+from llm_quest.cli.options import JsonOption, QuietOption
+from llm_quest.cli.output import print_lines, print_result, show_progress, status_printer
 from llm_quest.machine.hardware import set_environment
+
+
+def book(
+    folder: Annotated[Path, typer.Argument(help="The folder of the site.")] = Path("site"),
+    renew: Annotated[bool, typer.Option("--renew", help="Build it again.")] = False,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser.")] = True,
+    quiet: QuietOption = False,
+) -> None:
+    """Open the book, a site that needs no network: chapters from tokens to reinforcement learning, and a page for every
+    family, layer, technique, objective and paper. The first time it is built, which takes minutes."""
+    set_environment(0, offline=True)
+    from llm_quest.cli.book import open_book
+
+    print_lines([open_book(folder, renew=renew, browser=browser, log=status_printer(quiet))])
 
 
 def papers(json: JsonOption = False) -> None:
