@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from book.markdown import Renderer  # noqa: F401  a missing package is named before anything runs
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; set before torch is imported
+
 from book.run import ExampleError
 from book.site import BookError, build_site
 from book.source import ROOT, AnchorError

@@ -1,4 +1,4 @@
-"""`quest book`: builds the site of the book from the checkout, and opens it."""
+"""`quest book` and `quest learn`: the book beside the package, built as a site, and its exercises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 from llm_quest.contracts import LogFn
 from llm_quest.errors import MissingError, UsageError
@@ -25,15 +26,38 @@ def open_book(folder: Path, *, renew: bool, browser: bool, log: LogFn) -> str:
     return address
 
 
+def run_lesson(action: str | None, name: str | None, folder: Path, log: LogFn) -> tuple[bool, list[str]]:
+    """List, begin or judge exercises and games; whether the answer is right, and what to say."""
+    learn = import_from_checkout("book.learn")
+    if action is None:
+        return True, list(learn.overview(folder))
+    if action == "break":
+        return True, list(learn.begin_game(folder, name or "next", log))
+    if action == "check":
+        if name is None:
+            raise UsageError("name what to check: quest learn check NAME")
+        right, lines = learn.check(folder, name)
+        return bool(right), list(lines)
+    return True, list(learn.begin(folder, action))
+
+
+def import_from_checkout(module: str) -> Any:
+    """A module of the book, which lies beside the package in a clone."""
+    if not (CHECKOUT / "book" / "chapters").is_dir():
+        raise UsageError(
+            "the book and its exercises come with a clone of LLM Quest: git clone it, then make install-test"
+        )
+    if str(CHECKOUT) not in sys.path:
+        sys.path.insert(0, str(CHECKOUT))
+    return importlib.import_module(module)
+
+
 def build(folder: Path, log: LogFn) -> None:
     """Build the site into a folder. UsageError without a checkout, or where the folder holds other files."""
-    if not (CHECKOUT / "book" / "chapters").is_dir():
-        raise UsageError("the book is built from a clone of LLM Quest: git clone it, then `make book`")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingError(f"the book needs {', '.join(missing)}: pip install 'llm-quest[book]'")
-    sys.path.insert(0, str(CHECKOUT))
-    site = importlib.import_module("book.site")
+    site = import_from_checkout("book.site")
     try:
         site.build_site(folder, log=log)
     except site.BookError as error:

@@ -56,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ablate": experiment_commands.ablate,
     "report": train_commands.report,
     "book": paper_commands.book,
+    "learn": paper_commands.learn,
     "papers": paper_commands.papers,
     "reproduce": paper_commands.reproduce,
     "doctor": train_commands.doctor,

@@ -21,10 +21,27 @@ def book(
 ) -> None:
     """Open the book, a site that needs no network: chapters from tokens to reinforcement learning, and a page for every
     family, layer, technique, objective and paper. The first time it is built, which takes minutes."""
-    set_environment(0, offline=True)
+    set_environment(1, offline=True)
     from llm_quest.cli.book import open_book
 
     print_lines([open_book(folder, renew=renew, browser=browser, log=status_printer(quiet))])
+
+
+def learn(
+    action: Annotated[
+        str | None, typer.Argument(metavar="[NAME|check|break]", help="An exercise to begin, or what to do.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="With check, break: which one.")] = None,
+    folder: Annotated[Path, typer.Option(help="Your folder.")] = Path("learn"),
+) -> None:
+    """Exercises that check themselves, and games of finding a wrong line. Without a name: the list. `quest learn
+    attention` begins an exercise, `quest learn check attention` judges it, `quest learn break next` begins a game."""
+    set_environment(1, offline=True)
+    from llm_quest.cli.book import run_lesson
+
+    right, lines = run_lesson(action, name, folder, log=status_printer(False))
+    print_lines(lines)
+    raise typer.Exit(0 if right else 3)
 
 
 def papers(json: JsonOption = False) -> None:

@@ -1,0 +1,111 @@
+"""Exercises and games of the book: the right answer passes, each typical mistake is told apart by its own hint, and a
+game's wrong line is found by the law that it shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from book import learn
+from book.exercises import EXERCISES
+from book.exercises.exercise import judge
+from book.games import GAMES
+from book.source import PACKAGE
+from llm_quest.cli.book import run_lesson
+from llm_quest.errors import UsageError
+
+CHAPTERS = {file.stem.split("-", 1)[1] for file in (PACKAGE.parent / "book/chapters").glob("*.md")}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_typical_mistake_of_an_exercise_has_its_own_hint(name):
+    exercise = EXERCISES[name]
+    assert exercise.chapter in CHAPTERS
+    assert len(exercise.mistakes) >= 5
+    assert len({one.hint for one in exercise.mistakes}) == len(exercise.mistakes)
+    assert judge(exercise, exercise.reference).right
+    for mistake in exercise.mistakes:
+        found = judge(exercise, mistake.function)
+        assert not found.right, mistake.hint
+        assert found.lines == (mistake.hint,)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_stub_is_python_that_says_nothing_is_written_yet(name):
+    space: dict = {}
+    exec(compile(EXERCISES[name].stub(), name, "exec"), space)
+    found = judge(EXERCISES[name], space[name])
+    assert not found.right
+    assert "nothing is written yet" in found.lines[0]
+
+
+@pytest.mark.parametrize(("answer", "said"), [
+    (lambda x: x * 0, "largest difference"), (lambda x: x[..., :2], "shape is"), (lambda x: None, "returns nothing"),
+    (lambda x: {}, "a dict"), (lambda x: 1 / 0, "ZeroDivisionError"),
+])  # fmt: skip
+def test_other_wrong_answers_are_described(answer, said):
+    found = judge(EXERCISES["softmax"], answer)
+    assert not found.right
+    assert said in found.lines[0]
+
+
+def test_an_answer_written_in_another_way_is_right():
+    assert judge(EXERCISES["softmax"], lambda scores: torch.exp(scores - scores.logsumexp(-1, keepdim=True))).right
+
+
+def test_an_exercise_is_begun_judged_and_never_written_over(tmp_path):
+    right, lines = run_lesson("causal_mask", None, tmp_path, print)
+    assert right
+    assert "quest learn check causal_mask" in lines[0]
+    file = tmp_path / "causal_mask.py"
+    file.write_text("import torch\ndef causal_mask(T):\n    return torch.ones(T, T, dtype=torch.bool).triu()\n")
+    right, lines = run_lesson("check", "causal_mask", tmp_path, print)
+    assert not right
+    assert lines[0].startswith("it is turned over")
+    assert "is there already" in run_lesson("causal_mask", None, tmp_path, print)[1][0]
+    file.write_text("import torch\ndef causal_mask(T):\n    return torch.arange(T)[:, None] >= torch.arange(T)\n")
+    assert learn.judge_file("causal_mask", str(file)) == 0
+
+
+@pytest.mark.parametrize("text", ["def causal_mask(T:", "x = 1", "raise SystemError('no')"])
+def test_a_file_that_cannot_be_read_is_a_message(tmp_path, text, capsys):
+    (tmp_path / "causal_mask.py").write_text(text)
+    assert learn.judge_file("causal_mask", str(tmp_path / "causal_mask.py")) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 3
+    assert "causal_mask" in lines[0]
+
+
+@pytest.mark.parametrize(("action", "name"), [("nothing", None), ("check", "nothing"), ("check", None),
+                                              ("break", "99"), ("break", "x"), ("check", "game-3")])  # fmt: skip
+def test_unknown_names_are_messages(tmp_path, action, name):
+    with pytest.raises(UsageError, match=r"quest learn|known|give next"):
+        run_lesson(action, name, tmp_path, print)
+
+
+def test_the_overview_names_every_exercise(tmp_path):
+    lines = "\n".join(run_lesson(None, None, tmp_path, print)[1])
+    assert all(name in lines for name in EXERCISES)
+
+
+def test_there_are_forty_games_at_most_two_of_a_file_whose_mistake_can_be_made():
+    assert len(GAMES) == 40
+    for game in GAMES:
+        text = (PACKAGE / game.file).read_text(encoding="utf-8")
+        assert text.count(game.right) == 1, game.title
+        assert [one.file for one in GAMES].count(game.file) <= 2
+
+
+@pytest.mark.parametrize("title", ["GAE: the value behind the last token is its own"])
+def test_a_game_shows_the_law_that_fails_and_a_repair_is_judged_by_it(tmp_path, title):
+    number = next(i for i, one in enumerate(GAMES, start=1) if one.title == title)
+    game, name = GAMES[number - 1], f"game-{number}"
+    _, lines = run_lesson("break", str(number), tmp_path, print)
+    assert lines[0].startswith("fails: tests/rollouts/test_gae.py")
+    assert not (tmp_path / name / "tests" / "mutations.py").exists(), "the answers are not copied"
+    file = tmp_path / name / "llm_quest" / game.file
+    file.write_text(file.read_text().replace(game.wrong, game.right))
+    right, lines = learn.check(tmp_path, name)
+    assert right
+    assert title in lines[0]
+    assert learn.next_game(tmp_path) == (1 if number > 1 else 2)
