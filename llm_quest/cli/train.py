@@ -87,10 +87,10 @@ def choose_run_dir(recipe: str, config: RunConfig, out: Path | None, resume: str
         return out, resume
     if (Path(recipe) / "config.yaml").is_file():
         return Path(recipe), resume
-    return unused_dir(Path("runs"), f"{Path(recipe).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"), resume
+    return new_run_dir(Path("runs"), f"{Path(recipe).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"), resume
 
 
-def unused_dir(folder: Path, name: str) -> Path:
+def new_run_dir(folder: Path, name: str) -> Path:
     """A folder of that name, numbered if it exists. UsageError under torchrun, whose processes need one folder."""
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes need one run folder: name it with --out")

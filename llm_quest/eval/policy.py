@@ -82,7 +82,7 @@ class PolicyEvaluator:
     def evaluate(self, model: Decoder, step: int) -> Mapping[str, float]:
         self.newest = found = self.scores(model)
         if self.samples_dir is not None:
-            save_samples(self.samples_dir, step, [saved_answer(one) for one in found.answers[:MAX_SAVED_ANSWERS]])
+            save_samples(self.samples_dir, step, [answer_record(one) for one in found.answers[:MAX_SAVED_ANSWERS]])
         return found.metrics()
 
     def scores(self, model: Decoder) -> PolicyScores:
@@ -93,7 +93,7 @@ class PolicyEvaluator:
             drawn = self.draw_samples(model, checked)
         answers = [group[0] for group in greedy]
         rewards = self.score(greedy)[:, :, 0]
-        totals = weighted_totals(rewards, [weight for _, weight in self.rewards])
+        totals = total_rewards(rewards, [weight for _, weight in self.rewards])
         means = rewards.nanmean(dim=1).tolist()
         return PolicyScores(
             {name: mean for (name, _), mean in zip(self.rewards, means, strict=True)},
@@ -113,7 +113,7 @@ class PolicyEvaluator:
         return self.draw(model, [self.problems[place] for place in checked], sampling, self.num_samples, self.seed)
 
 
-def weighted_totals(rewards: Tensor, weights: Sequence[float]) -> list[float]:
+def total_rewards(rewards: Tensor, weights: Sequence[float]) -> list[float]:
     """The weighted sum of each answer's rewards (R,P), those that apply; NaN where none does."""
     known = ~rewards.isnan()
     summed = (rewards.nan_to_num(0.0) * rewards.new_tensor(weights)[:, None]).sum(dim=0)
@@ -131,7 +131,7 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, 1.96 * math.sqrt(variance / len(known))
 
 
-def saved_answer(sample: Sample) -> dict[str, str]:
+def answer_record(sample: Sample) -> dict[str, str]:
     """A sample for the report; the wanted answer where it is known."""
     wanted = {"wanted": sample.problem.answer} if sample.problem.answer else {}
     return {"prompt": sample.problem.prompt, "text": sample.text, **wanted}

@@ -109,19 +109,19 @@ class KTOLoss(nn.Module):
 
 
 @torch.no_grad()
-def mismatched_gains(model: Any, batches: Sequence[PreferenceBatch]) -> tuple[float, int]:
+def gains_with_mismatch(model: Any, batches: Sequence[PreferenceBatch]) -> tuple[float, int]:
     """The sum over rows of log p(y'|x) - log p_ref(y'|x), and the number of rows."""
     total, rows = 0.0, 0
     device = next(model.parameters()).device
     for batch in batches:
         assert batch.reference_log_probs is not None, "the reference of mismatched answers is computed before"
-        gain = sequence_log_probs(model, mismatched_rows(batch).to(device)).double().cpu()
+        gain = sequence_log_probs(model, rows_with_mismatch(batch).to(device)).double().cpu()
         total += float((gain - batch.reference_log_probs[batch.rejected]).sum())
         rows += len(batch.rejected)
     return total, rows
 
 
-def mismatched_rows(batch: PreferenceBatch) -> UnpairedBatch:
+def rows_with_mismatch(batch: PreferenceBatch) -> UnpairedBatch:
     """The rows of a batch with the answers to other questions."""
     rows, nothing = batch.rejected, torch.zeros(len(batch.rejected))
     return UnpairedBatch(

@@ -41,7 +41,7 @@ class HalfCopiesLoader:
         self.text, self.seed = lab_text().loader(seed, length=TRAINED_LENGTH, rows=ROWS // 2), seed
 
     def batches(self, step: int) -> list[TokenBatch]:
-        return [*self.text.batches(step), repeated_texts(ROWS // 2, TRAINED_LENGTH, self.seed * 100_003 + step)]
+        return [*self.text.batches(step), texts_with_repeats(ROWS // 2, TRAINED_LENGTH, self.seed * 100_003 + step)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed}
@@ -50,7 +50,7 @@ class HalfCopiesLoader:
         """Nothing to do: batches are a function of the step."""
 
 
-def repeated_texts(rows: int, length: int, seed: int) -> TokenBatch:
+def texts_with_repeats(rows: int, length: int, seed: int) -> TokenBatch:
     """Rows of `length` inputs: a random text of half that length, twice."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     half = torch.randint(LAB_VOCAB_SIZE - NUM_REPEATED_TOKENS, LAB_VOCAB_SIZE, (rows, length // 2), generator=generator)
@@ -107,7 +107,7 @@ def long_documents(rows: int = 48) -> TokenBatch:
 @torch.no_grad()
 def retrieval_accuracy(model: Decoder, length: int) -> float:
     """The share of a repeated random text that is predicted greedily, at a distance of half the length."""
-    batch = repeated_texts(16, length, 5)
+    batch = texts_with_repeats(16, length, 5)
     predicted: Tensor = model(batch.input_ids).argmax(dim=-1)
     repeated = batch.targets != IGNORE_INDEX
     return float((predicted == batch.targets)[repeated].float().mean())

@@ -41,7 +41,7 @@ def make_class_weights(
     if choice is None:
         return None
     if choice == "balanced":
-        weights = balanced_weights(counts, rows, multi_label)
+        weights = balance_weights(counts, rows, multi_label)
     elif isinstance(choice, Mapping):
         for name in choice:
             if name not in names:
@@ -58,7 +58,7 @@ def make_class_weights(
     return torch.tensor(weights)
 
 
-def balanced_weights(counts: Sequence[int], rows: int, multi_label: bool) -> list[float]:
+def balance_weights(counts: Sequence[int], rows: int, multi_label: bool) -> list[float]:
     """See `make_class_weights`."""
     if multi_label:
         return [max(1, rows - count) / count if count else 1.0 for count in counts]

@@ -27,7 +27,7 @@ from llm_quest.objectives.kto import (
     KTOLoss,
     UnpairedLoss,
     balance_note,
-    mismatched_gains,
+    gains_with_mismatch,
     reference_point,
 )
 from llm_quest.recipes.assembly import count_epochs, load_split_rows
@@ -109,7 +109,7 @@ class KTOLoader:
 
     def estimate_kl(self, batches: Sequence[PreferenceBatch]) -> Tensor:
         with self.policy_context():
-            mine = mismatched_gains(self.model, batches)
+            mine = gains_with_mismatch(self.model, batches)
         return reference_point(self.parallel.all_gather(mine))
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class UnpairedEvaluator:
     def evaluate(self, model: Any, step: int) -> Mapping[str, float]:
         objective, device = self.make_objective(model), next(model.parameters()).device
         batches = [self.rows.collate(numbers) for numbers in length_grouped_indices(self.rows, EVAL_BATCH_SIZE)]
-        z = reference_point([mismatched_gains(model, batches)]) if objective.loss.needs_kl else torch.zeros(())
+        z = reference_point([gains_with_mismatch(model, batches)]) if objective.loss.needs_kl else torch.zeros(())
         losses = [objective(own_rows(batch, z).to(device)) for batch in batches]
         found = {"loss": sum(float(one.total) for one in losses) / len(self.rows)}
         for name in losses[0].metrics:

@@ -21,7 +21,7 @@ from llm_quest.objectives.kto import (
     APOZeroUnpaired,
     KTOLoss,
     balance_note,
-    mismatched_gains,
+    gains_with_mismatch,
     reference_point,
 )
 from tests.objectives.rated import Answering, elements, gradients, tiny
@@ -63,7 +63,7 @@ def test_a_policy_that_is_its_reference_has_half_of_every_weight():
     from llm_quest.objectives.preference import sequence_log_probs
 
     batch = replace(batch, reference_log_probs=sequence_log_probs(model, batch).detach())
-    total, rows = mismatched_gains(model, [batch])
+    total, rows = gains_with_mismatch(model, [batch])
     assert (rows, total) == (6, pytest.approx(0.0, abs=1e-9))
     found = KTOLoss(model, desirable_weight=2.0)(own_rows(batch, torch.zeros(())))
     assert found.total.item() == pytest.approx(4 * 2 * 0.5 + 2 * 0.5)
@@ -133,7 +133,7 @@ def test_loss_gradients_and_metrics_equal_trl(name: str, shift: float):
     reference = batch.reference_log_probs.clone()
     reference[batch.rejected] -= shift
     batch = replace(batch, reference_log_probs=reference)
-    total, count = mismatched_gains(model, [batch])
+    total, count = gains_with_mismatch(model, [batch])
     z = reference_point([(total, count)]).double() if UNPAIRED_LOSSES[name].needs_kl else torch.zeros(())
     assert (z > 0) == (shift > 0 and name == "kto"), "both cases are there"
     ours = KTOLoss(model, UNPAIRED_LOSSES[name](0.3), desirable_weight=1.5, undesirable_weight=0.7)(own_rows(batch, z))
