@@ -169,7 +169,9 @@ def export_adapter(
         save_with_inputs(model.to(kind), run, folder, overwrite, license)
         return make_export_report(run, folder, model, dtype, advise_next_step(model, folder))
     base = base_model_path(run)
-    save_adapter(model.to(kind), folder, base=base, overwrite=overwrite)
+    readme = run_readme(run, license)
+    card = readme.render_adapter(model, readme.base_model or Path(base or "a model that exists only in its run").name)
+    save_adapter(model.to(kind), folder, base=base, overwrite=overwrite, card=card)
     if (head := find_score_head(model)) is not None and head.outputs > 1:
         tokenizer = load_tokenizer(run)  # its length is the classifier's own, not the base's
         tokenizer.save(folder, model_max_length=read_length(model, tokenizer.model_max_length))

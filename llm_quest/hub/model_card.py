@@ -34,32 +34,74 @@ class Readme:
 
     def render(self, model: Decoder, family: Family) -> str:
         """Markdown with a YAML head, as the hub reads it."""
-        known = {"license": self.license, "base_model": self.base_model, "language": self.language}
-        head: dict[str, Any] = {name: value for name, value in known.items() if value}
-        head |= {"datasets": list(self.datasets)} if self.datasets else {}
         published = family.publish(model.config)
         classifier = classifier_config(published, model.spec.techniques)
         exportable = bool(classifier) or all_exportable(model.spec.techniques)
         task = "text-classification" if find_score_head(model) else family.pipeline_tag
-        head |= {"library_name": "transformers" if exportable else "llm-quest", "pipeline_tag": task}
         published |= classifier
         (architecture,), model_type = published.pop("architectures"), published.pop("model_type")
-        head["tags"] = ["llm-quest", model_type]
+        head = self.head() | {"library_name": "transformers" if exportable else "llm-quest", "pipeline_tag": task}
         size = f"{count_parameters(model):,} parameters"
-        parts = [
-            f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        summary = f"A {architecture} of {size}, trained and exported with LLM Quest. {describe_outputs(model)}".rstrip()
+        return join_parts(
+            yaml_head(head | {"tags": ["llm-quest", model_type]}),
             f"# {self.title or f'{family.name}-style, {size}'}",
-            self.summary
-            or f"A {architecture} of {size}, trained and exported with LLM Quest. {describe_outputs(model)}".rstrip(),
+            self.summary or summary,
             "## Use\n\n" + (usage(task) if exportable else quest_usage(model)),
+            *self.tables(),
+            markdown_table("Shape", published),
+            *self.terms(),
+        )
+
+    def render_adapter(self, model: Decoder, base: str) -> str:
+        """The card of an adapter of this base, in PEFT's form."""
+        size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        names = ", ".join(type(technique).__name__ for technique in model.spec.techniques)
+        return join_parts(
+            yaml_head(self.head() | {"library_name": "peft", "tags": ["llm-quest", "adapter"]}),
+            f"# {self.title or f'An adapter of {base}'}",
+            f"An adapter ({names}, {size:,} parameters) of {base}, trained and exported with LLM Quest.",
+            "## Use\n\n" + adapter_usage(base),
+            *self.tables(),
+            *self.terms(),
+        )
+
+    def head(self) -> dict[str, Any]:
+        """What the YAML head says of the model's making."""
+        known = {"license": self.license, "base_model": self.base_model, "language": self.language}
+        found: dict[str, Any] = {name: value for name, value in known.items() if value}
+        return found | ({"datasets": list(self.datasets)} if self.datasets else {})
+
+    def tables(self) -> list[str]:
+        return [
             markdown_table("Data", self.data),
             markdown_table("Training", self.training),
             markdown_table("Results", self.results, note="Measured on held-out data."),
-            markdown_table("Shape", published),
+        ]
+
+    def terms(self) -> list[str]:
+        """License and limits."""
+        return [
             "## License\n\n" + (self.license or "Not stated: ask who made these weights before you use them."),
             "## Known limits\n\n" + "\n".join(f"- {limit}" for limit in self.limits or ("Not evaluated for any use.",)),
         ]
-        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def yaml_head(values: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)}---"
+
+
+def join_parts(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def adapter_usage(base: str) -> str:
+    """How PEFT and this package load an adapter."""
+    peft = f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{PLACE}")'
+    return "\n\n".join(
+        (code_block("python", peft), code_block("", f"vllm serve {base} --enable-lora --lora-modules name={PLACE}"),
+         code_block("", f"quest serve {base} --adapter name={PLACE}"))
+    )  # fmt: skip
 
 
 def describe_outputs(model: Decoder) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import atomic_dir, write_json
+from llm_quest.files import atomic_dir, write_json, write_text
 from llm_quest.hub.adapter_config import CONFIG
 from llm_quest.hub.published_matrices import (
     LoRAPair,
@@ -57,7 +57,7 @@ from llm_quest.techniques.lora import (
 from llm_quest.techniques.score_head import find_score_head
 from llm_quest.tensor_files import write_tensors
 
-WEIGHTS, ROOT = "adapter_model.safetensors", "base_model.model."
+WEIGHTS, ROOT, CARD = "adapter_model.safetensors", "base_model.model.", "README.md"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 """How token embeddings are called in published files."""
 
@@ -83,9 +83,11 @@ def read_adapter_tensors(file: Path, known: Callable[[str], bool]) -> dict[str, 
     return found
 
 
-def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False) -> Path:
+def save_adapter(
+    model: Any, folder: str | Path, *, base: str | None = None, overwrite: bool = False, card: str | None = None
+) -> Path:
     """The adapter alone, as PEFT's `PeftModel.from_pretrained` reads it. base: where the model underneath is (a folder
-    or hub id), for readers who want to find it.
+    or hub id), for readers who want to find it. card: the text of README.md.
 
     Raises UsageError without an adapter, or for one that PEFT has no form for: DoRA of experts, of models that see."""
     pairs = adapter_pairs(model)
@@ -94,10 +96,12 @@ def save_adapter(model: Any, folder: str | Path, *, base: str | None = None, ove
     tensors |= {ROOT + whole_name(name, pairs): tensor.contiguous() for name, tensor in whole.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with atomic_dir(
-        folder, overwrite=overwrite, replaceable={CONFIG, WEIGHTS}.__contains__, required_bytes=size + 2**20
+        folder, overwrite=overwrite, replaceable={CONFIG, WEIGHTS, CARD}.__contains__, required_bytes=size + 2**20
     ) as stage:
         write_json(stage / CONFIG, peft_config(model, pairs, base) | whole_config(model, whole))
         write_tensors(stage / WEIGHTS, tensors, head_metadata(model))
+        if card is not None:
+            write_text(stage / CARD, card)
     return Path(folder)
 
 

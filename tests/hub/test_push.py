@@ -21,6 +21,7 @@ from llm_quest.errors import DataError, MissingError, UsageError
 from llm_quest.hub.load_save import save
 from llm_quest.hub.push import push_folder
 from llm_quest.report.run_card import run_readme
+from llm_quest.techniques.lora import LoRA
 
 TOKEN = "hf_" + "x" * 34
 
@@ -190,6 +191,20 @@ def test_a_runs_card_says_data_recipe_numbers_and_license(run):
     ):  # fmt: skip
         assert line in text, line
     assert "/home/me" not in text
+
+
+def test_an_adapters_card_names_its_base(run):
+    model = LoRA(rank=2)(quest.build("llama3.2-tiny"))
+    text = run_readme(run, "mit").render_adapter(model, "org/base")
+    head = yaml.safe_load(text.split("---")[1])
+    assert (head["library_name"], head["base_model"], head["license"]) == ("peft", "org/base", "mit")
+    for line in (
+        "| recipe | sft |",
+        "AutoPeftModelForCausalLM",
+        "quest serve org/base --adapter name=",
+        "An adapter (LoRA, ",
+    ):
+        assert line in text
 
 
 def test_a_checkpoints_card_has_the_numbers_of_its_step(run):
