@@ -35,7 +35,7 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
         return Readme(license=license)
     if not isinstance(config, dict) or "recipe" not in config:
         return Readme(license=license)
-    base = nested(config, "model", "load")
+    base = find_value(config, "model", "load")
     sources = list(data_sources(config))
     return Readme(
         title=record.name,
@@ -48,7 +48,7 @@ def run_readme(folder: Path, license: str | None = None) -> Readme:
     )
 
 
-def nested(config: Mapping[str, Any], *keys: str) -> Any:
+def find_value(config: Mapping[str, Any], *keys: str) -> Any:
     """A value below several keys; None where one is missing."""
     value: Any = config
     for key in keys:
@@ -63,7 +63,7 @@ def is_hub_name(name: str) -> bool:
 
 def data_sources(config: Mapping[str, Any]) -> Iterator[str]:
     """The sources of a run's rows, without the folders they lie in."""
-    source = nested(config, "data", "source")
+    source = find_value(config, "data", "source")
     for one in source if isinstance(source, list) else [source]:
         name = one.get("path") if isinstance(one, Mapping) else one
         if isinstance(name, str):
@@ -79,7 +79,7 @@ def describe_data(record: RunRecord, config: Mapping[str, Any], sources: list[st
     found |= {word: f"{record.data[key]:,}" for key, word in names.items() if isinstance(record.data.get(key), int)}
     if isinstance(digest := record.data.get("train_sha256"), str):
         found["sha256 of the training text"] = digest[:16]
-    held_out = nested(config, "data", "held_out")
+    held_out = find_value(config, "data", "held_out")
     return found | ({"held out for evaluation": f"{held_out:.1%}"} if isinstance(held_out, float) and held_out else {})
 
 

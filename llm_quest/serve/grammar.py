@@ -69,7 +69,7 @@ class JsonGrammar:
     def __init__(self, matcher: Any, vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
 
-    def allowed_tokens(self) -> Bool[Tensor, " V"]:
+    def token_mask(self) -> Bool[Tensor, " V"]:
         """Which tokens may follow; an end of text where the grammar is complete."""
         words = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(words, bitorder="little")[: self.vocab_size].astype(bool))

@@ -123,7 +123,7 @@ class TextInside:
         processor = LogitsProcessor(params, self.text.stopping_criteria, logits.shape[-1], self.device)
         offsets = processor.to_tensor([processor.row_offsets(past, self.text.prompt_length)])
         if grammar is not None:
-            offsets = offsets.masked_fill(~grammar.allowed_tokens().to(self.device), NEG_INF)
+            offsets = offsets.masked_fill(~grammar.token_mask().to(self.device), NEG_INF)
         seen = token_presence_mask([past], logits.shape[-1], self.device) if params.repetition_penalty != 1 else None
         changed = params.apply_penalties(processor.add_bias(logits), seen, offsets)
         if seen is not None or processor.bias is not None or processor.reads_history or grammar is not None:

@@ -18,9 +18,9 @@ from llm_quest.generation.stopping import FinishReason, GeneratedSequence, Gener
 
 
 class Grammar(Protocol):
-    """What a text may be: `allowed_tokens` of the next one, and `consume` of the one that was drawn."""
+    """What a text may be: `token_mask` of the next one, and `consume` of the one that was drawn."""
 
-    def allowed_tokens(self) -> Bool[Tensor, " V"]: ...
+    def token_mask(self) -> Bool[Tensor, " V"]: ...
 
     def consume(self, token: int) -> None: ...
 
@@ -135,7 +135,7 @@ class RunningRow:
         offsets = self.processor.history_offsets([self.sequence])
         if self.grammar is None:
             return offsets
-        allowed = self.grammar.allowed_tokens()
+        allowed = self.grammar.token_mask()
         forbidden = torch.zeros(1, len(allowed)).masked_fill(~allowed, NEG_INF).to(self.processor.device)
         return forbidden if offsets is None else forbidden + offsets
 
