@@ -31,6 +31,7 @@ from llm_quest.progress import utc_now
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.planning import open_job, plan_recipe
 from llm_quest.recipes.recipe import Job, load_recipe
+from llm_quest.train.checkpoint import list_checkpoints
 
 UNIGRAM_STEPS = 50
 """Steps whose targets say how frequent tokens are."""
@@ -39,7 +40,7 @@ UNIGRAM_STEPS = 50
 def run_arm(request: dict[str, Any]) -> dict[str, Any]:
     """Train a run; its record. A run that a guard stops has diverged."""
     folder = Path(request["folder"])
-    if not any(folder.glob("checkpoints/step-*")):
+    if not list_checkpoints(folder / "checkpoints"):
         shutil.rmtree(folder, ignore_errors=True)  # what a process that was killed before its first checkpoint left
     recipe, config, settings = load_recipe(request["recipe"], request["pairs"])
     began, start, cpu = utc_now(), time.perf_counter(), time.process_time()
