@@ -133,7 +133,7 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // kind.size * kind.nbytes
 
 
-def padded(size: int, alignment: int = ALIGNMENT) -> int:
+def align_up(size: int, alignment: int = ALIGNMENT) -> int:
     """The next multiple of the alignment."""
     return size + -size % alignment
 
@@ -149,7 +149,7 @@ def write_gguf(file: Path, metadata: Metadata, tensors: Mapping[str, TensorData]
         dims = tensor.shape[::-1]
         header += [encode_string(name), struct.pack(f"<I{len(dims)}QI", len(dims), *dims, number_of(tensor.dtype))]
         header.append(struct.pack("<Q", offset))
-        offset += padded(tensor.nbytes)
+        offset += align_up(tensor.nbytes)
     with file.open("xb") as handle:
         write_padded(handle, header)
         for name, tensor in tensors.items():
@@ -169,7 +169,7 @@ def write_padded(handle: BinaryIO, chunks: Iterable[Any]) -> int:
     for chunk in chunks:
         size += memoryview(chunk).nbytes
         handle.write(chunk)
-    handle.write(bytes(padded(size) - size))
+    handle.write(bytes(align_up(size) - size))
     return size
 
 
@@ -306,7 +306,7 @@ def place_tensors(
     cursor: Cursor, infos: Iterable[tuple[str, str, tuple[int, ...], int]], alignment: int
 ) -> dict[str, StoredTensor]:
     """Where each tensor lies: behind the one before it, within the file."""
-    data = padded(cursor.at, alignment)
+    data = align_up(cursor.at, alignment)
     found: dict[str, StoredTensor] = {}
     expected = 0
     for name, dtype, shape, offset in infos:
@@ -321,5 +321,5 @@ def place_tensors(
                 f"{len(cursor.memory):,}; copy or download it again"
             )
         found[name] = StoredTensor(cursor.file, dtype, shape, data + offset, nbytes)
-        expected += padded(nbytes, alignment)
+        expected += align_up(nbytes, alignment)
     return found

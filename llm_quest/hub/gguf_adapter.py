@@ -55,7 +55,7 @@ def save_gguf_adapter(model: Any, file: str | Path, *, dtype: str | None = None,
     places = gguf_places(build_meta_model(model.config), layout)
     pieces: Pieces = {}
     for address, edit, _ in adapter_edits(model):
-        for name, pair in edited_tensors(model, places, address, edit):
+        for name, pair in tensors_of_edit(model, places, address, edit):
             pieces.setdefault(name, []).append(pair)
     tensors: dict[str, TensorData] = {}
     for name, pairs in pieces.items():
@@ -74,14 +74,14 @@ def save_gguf_adapter(model: Any, file: str | Path, *, dtype: str | None = None,
     return GGUFReport(layout.architecture, main, len(tensors), total, ())
 
 
-def edited_tensors(
+def tensors_of_edit(
     model: Any, places: dict[str, list[Place]], address: str, edit: Any
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """The tensors of the base's file that an edit changes, each with A and with B in the order of its rows."""
     if isinstance(edit, DoRAUpdate):
         raise UsageError("llama.cpp applies no DoRA, whose magnitudes scale rows of the base: --merge instead")
     pair = to_lora_pair(edit)
-    parameter, start, rows = edited_rows(model, address)
+    parameter, start, rows = rows_of_edit(model, address)
     B = pair.B.new_zeros(*pair.B.shape[:-2], rows, pair.rank)
     B.narrow(-2, start, pair.B.shape[-2]).copy_(edit.scale * pair.B)
     mask = torch.zeros_like(B)
@@ -105,7 +105,7 @@ def in_file_order(place: Place, B: Tensor, address: str) -> Tensor:
     return seen.reshape(*B.shape[:-2], -1, B.shape[-1])
 
 
-def edited_rows(model: Any, address: str) -> tuple[str, int, int]:
+def rows_of_edit(model: Any, address: str) -> tuple[str, int, int]:
     """The parameter that an address belongs to, the first of its rows there, and how many rows the parameter has."""
     layers: Any = adapter_layers(model)
     if isinstance(layers.get(address), AdaptedLinear):

@@ -36,10 +36,11 @@ NORMALIZER_KEY = "llm_quest.tokenizer.normalizer"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Every row of the embedding: its token and type."""
+    """Every row of the embedding: its token and type. beyond: the tokens without a row."""
 
     tokens: list[str]
     types: list[int]
+    beyond: list[str]
 
 
 def tokenizer_keys(
@@ -65,7 +66,7 @@ def tokenizer_keys(
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = string(tokenizer.chat_template)
     found[NORMALIZER_KEY] = string("NFC" if normalizes_nfc(content) else "none")
-    return found, [*notes, *vocabulary_notes(tokenizer, content, rows)]
+    return found, [*notes, *vocabulary_notes(content, vocabulary.beyond)]
 
 
 def is_byte_level(content: Mapping[str, Any]) -> bool:
@@ -93,7 +94,7 @@ def list_vocabulary(tokenizer: Tokenizer, content: Mapping[str, Any], rows: int)
     if len(set(tokens)) != len(tokens):
         twice = next(name for name in tokens if tokens.count(name) > 1)
         raise UsageError(f"two tokens are {twice!r} in a GGUF file, which ends llama.cpp: rename one of them")
-    return Vocabulary(tokens, types)
+    return Vocabulary(tokens, types, sorted(name for number, name in names.items() if number >= rows))
 
 
 def token_type(name: str, added: Any, unknown: str | None, byte_fallback: bool) -> int:
@@ -246,8 +247,9 @@ def special_keys(tokenizer: Tokenizer, rows: int, generation: GenerationConfig |
 
 def around_keys(tokenizer: Tokenizer) -> dict[str, Value]:
     """Whether a begin or an end token is put around a text. UsageError for anything else."""
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
+    bare, whole = (
+        tokenizer.encode("a", allow_special_tokens=True, add_special_tokens=around) for around in (False, True)
+    )
     add_bos = whole[:1] == [tokenizer.bos_token_id] and whole[1 : 1 + len(bare)] == bare
     add_eos = len(whole) > len(bare) + add_bos and whole[-1] in tokenizer.eos_token_ids
     if len(whole) != len(bare) + add_bos + add_eos:
@@ -257,8 +259,7 @@ def around_keys(tokenizer: Tokenizer) -> dict[str, Value]:
     return {"add_bos_token": boolean(add_bos), "add_eos_token": boolean(add_eos)}
 
 
-def vocabulary_notes(tokenizer: Tokenizer, content: Mapping[str, Any], rows: int) -> list[str]:
-    beyond = sorted(name for name, number in tokenizer.backend_tokenizer.get_vocab().items() if number >= rows)
+def vocabulary_notes(content: Mapping[str, Any], beyond: Sequence[str]) -> list[str]:
     notes = (
         [f"{len(beyond)} tokens have no row in the embedding and are left out: {', '.join(beyond[:4])}"]
         if beyond
