@@ -18,13 +18,13 @@ def end_with_parent(parent: int, by_signal: bool = True) -> None:
     Commonly got wrong: the signal comes when the *thread* that started the child ends, so a child that was started by a
     thread that may end first goes without it; and a thread of the child does not run while a call in C (a regular
     expression) holds the interpreter."""
-    if not (by_signal and _set_death_signal()):
+    if not (by_signal and _request_death_signal()):
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True, name="parent").start()
     if is_gone(parent):  # it ended before we asked
         os._exit(1)
 
 
-def _set_death_signal() -> bool:
+def _request_death_signal() -> bool:
     """prctl(PR_SET_PDEATHSIG, SIGKILL); False where there is no such call."""
     import ctypes
 

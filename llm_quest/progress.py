@@ -190,9 +190,15 @@ def utc_now() -> str:
 
 
 def write_line(text: str) -> None:
-    """A line on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """A line on stderr. Control characters (of a folder's name) are question marks; a terminal that is closed, or a
+    reader that has gone, ends nothing."""
+    shown = "".join(one if one.isprintable() else " " if one.isspace() else "?" for one in text)
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    try:
+        sys.stderr.write(shown.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):  # EPIPE, EIO of a terminal that is gone, a closed file
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
     note_output()
 
 

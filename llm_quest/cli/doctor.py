@@ -244,7 +244,7 @@ def package_version(package: str) -> str | None:
 def hub_cache_dir() -> Path:
     """The download cache of huggingface_hub."""
     home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
     )
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 

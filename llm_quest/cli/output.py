@@ -37,7 +37,7 @@ from llm_quest.errors import (
     is_out_of_memory,
 )
 from llm_quest.files import atomic_write_text
-from llm_quest.progress import Heartbeat, is_terminal, note_output
+from llm_quest.progress import Heartbeat, is_terminal, write_line
 
 UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but for tab and newline
@@ -104,9 +104,9 @@ def make_encodable(text: str, stream: TextIO) -> str:
 
 
 def print_status(text: str = "") -> None:
-    """Print a line of progress on stderr."""
-    print(make_encodable(clean_text(text), sys.stderr), file=sys.stderr, flush=True)
-    note_output()
+    """Print progress on stderr, as lines."""
+    for line in make_encodable(clean_text(text), sys.stderr).split("\n"):
+        write_line(line)
 
 
 def discard_status(text: str = "") -> None:

@@ -134,7 +134,9 @@ def prepare_token_folder(split: CorpusSplit, tokenizer: Tokenizer, root: str | P
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"no space left for the tokens in {root}; free some or name another folder") from error
-        raise ResourceError(f"the tokens cannot be written to {root}: {error.strerror or error}") from error
+        raise ResourceError(
+            f"the tokens cannot be written to {root}: {error.strerror or error}; name another folder in LLM_QUEST_CACHE"
+        ) from error
 
 
 def open_token_folder(folder: str | Path, *, verify: Literal["full", "size"] = "full") -> TokenFolder:

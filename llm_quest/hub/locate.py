@@ -164,7 +164,7 @@ def checkpoints_newest_first(run: Path) -> list[Path]:
     """The one that BEST names (load_best_model_at_end) or LATEST, then the others from the highest step down."""
     checkpoints = run / "checkpoints"
     files = (checkpoints / "BEST", run / "LATEST", checkpoints / "LATEST")
-    named = next((p.read_text().strip() for p in files if p.is_file()), "")
+    named = next((p.read_text(encoding="utf-8").strip() for p in files if p.is_file()), "")
     latest = checkpoints / Path(named).name if re.fullmatch(r"(checkpoints/)?step-\d+", named) else None
     steps = sorted((int(p.name[5:]), p) for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
     found = [folder for _, folder in reversed(steps) if folder.is_dir()]

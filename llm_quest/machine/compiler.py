@@ -71,9 +71,9 @@ def _compile_trial(path: str, folder: Path, timeout: float) -> str:
     """The problem, empty if there is none. The messages go to a file: a pipe would stay open for as long as any process
     that the compiler started lives."""
     source, library, messages = folder / "trial.cpp", folder / "trial.so", folder / "messages"
-    source.write_text(TRIAL)
+    source.write_text(TRIAL, encoding="utf-8")
     command = [path, "-shared", "-fPIC", "-O1", "-fopenmp", f"-I{sysconfig.get_path('include')}", str(source)]
-    with messages.open("w") as file:
+    with messages.open("w", encoding="utf-8") as file:
         trial = subprocess.Popen(
             [*command, "-o", str(library)], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
         )
@@ -83,7 +83,7 @@ def _compile_trial(path: str, folder: Path, timeout: float) -> str:
             kill_with_children(trial)
             return f"{path} did not compile five lines in {timeout:.3g} s"
     if code:
-        lines = messages.read_text(errors="replace").splitlines()
+        lines = messages.read_text(encoding="utf-8", errors="replace").splitlines()
         said = next((line.strip() for line in lines if "error" in line.lower()), "no message")
         return f"{path} fails on five lines ({said[:200]})"
     try:

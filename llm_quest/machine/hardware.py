@@ -62,10 +62,10 @@ def cpu_quotas(root: Path) -> Iterator[float]:
 def quota_of(folder: Path) -> Iterator[float]:
     """The quota in one control group's folder, if it has one: `cpu.max` (version 2) or `cpu.cfs_*_us` (version 1)."""
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         yield int(quota) / int(period)  # "max" is no number: no quota
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period"))
         if int(quota) > 0:  # -1: no quota
             yield int(quota) / int(period)
 

@@ -87,7 +87,7 @@ class RunDir:
         try:
             note = {"pid": os.getpid(), "host": socket.gethostname(), "started": utc_now()}
             with name_file_errors(self.folder / "run.lock"):
-                (self.folder / "run.lock").write_text(json.dumps(note) + "\n")
+                (self.folder / "run.lock").write_text(json.dumps(note) + "\n", encoding="utf-8")
             if self.resume == "never" and files.list_checkpoints(self.checkpoints):
                 raise BusyError(f"{self.folder} holds a run already: resume it, or choose another folder")
             for name in ("metrics.jsonl", "events.jsonl"):

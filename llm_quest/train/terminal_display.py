@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, ClassVar
 
 from rich.console import Console, Group, RenderableType
@@ -41,11 +41,14 @@ class TerminalDisplay:
         if cls.active is not None:
             yield cls.active
             return
-        cls.active = cls()
+        cls.active = display = cls()
         try:
-            with cls.active.live:
-                yield cls.active
+            with suppress(OSError, ValueError):  # of a terminal that is gone, here and below
+                display.live.start()
+            yield display
         finally:
+            with suppress(OSError, ValueError):
+                display.live.stop()
             cls.active = None
 
     def render(self) -> RenderableType:
@@ -76,8 +79,9 @@ class TerminalDisplay:
 
     def print_line(self, text: str) -> None:
         """A line above the live area, wrapped where it is longer than the terminal is wide."""
-        self.live.refresh()  # or else what stood there a moment ago is drawn again below the line
-        self.console.print(text, markup=False, highlight=False)
+        with suppress(OSError, ValueError):
+            self.live.refresh()  # or else what stood there a moment ago is drawn again below the line
+            self.console.print(text, markup=False, highlight=False)
         note_output()
 
 

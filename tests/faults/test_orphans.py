@@ -108,7 +108,7 @@ def test_a_child_ends_when_its_parent_is_killed(name: str, tmp_path: Path) -> No
 
 def test_where_there_is_no_death_signal_a_thread_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
-    monkeypatch.setattr(child_process, "_set_death_signal", lambda: False)
+    monkeypatch.setattr(child_process, "_request_death_signal", lambda: False)
     monkeypatch.setattr(child_process, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(os, "_exit", ended.append)
     end_with_parent(os.getppid())
