@@ -203,7 +203,7 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
     """A folder that holds something else, or a run of other settings, is left alone."""
     old = folder / "config.yaml"
     if not old.is_file():
-        if folder.is_dir() and any(entry.name != "run.lock" for entry in folder.iterdir()):
+        if folder.is_dir() and not all(map(is_left_by_start, folder.iterdir())):
             raise UsageError(f"{folder} is not empty and no run; choose another --out")
     elif list_checkpoints(folder / "checkpoints"):
         settings = load_raw_config(str(old))
@@ -225,6 +225,13 @@ def require_matching_run(config: RunConfig, folder: Path, accept: Sequence[str] 
 def counts_epochs(config: RunConfig) -> bool:
     """Whether max_steps is not known yet: it follows from the rows (`assembly.count_epochs`)."""
     return getattr(config, "num_train_epochs", None) is not None
+
+
+def is_left_by_start(entry: Path) -> bool:
+    """Whether a run that was killed before it wrote its config.yaml has left this: such a folder is begun again."""
+    if entry.is_dir():
+        return entry.name in ("samples", "checkpoints") and not any(entry.iterdir())
+    return entry.name == "run.lock" or entry.name.startswith(".tmp-config.yaml-")
 
 
 def init_run_dir(config: RunConfig, folder: Path, parallel: DistributedContext) -> None:

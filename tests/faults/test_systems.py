@@ -21,6 +21,7 @@ import torch
 import llm_quest
 from llm_quest.cli.output import describe_failure, open_streams, print_status
 from llm_quest.cli.train import start_training
+from llm_quest.errors import UsageError
 from llm_quest.files import cache_dir
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import load_recipe
@@ -125,6 +126,21 @@ def test_a_run_finishes_on_an_odd_system(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert (out / "checkpoints/step-00000003/MANIFEST.json").is_file()
+
+
+def test_a_run_that_was_killed_before_its_config_was_written_is_begun_again(recipe: Path, tmp_path: Path) -> None:
+    """Found by `python -m tests.faults kills --recipe reward`. Anything else in the folder is somebody's."""
+    run = tmp_path / "run"
+    for name in ("samples", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    for name in ("run.lock", ".tmp-config.yaml-12-ab"):
+        (run / name).touch()
+    (run / "samples" / "mine.txt").touch()
+    with pytest.raises(UsageError, match="not empty and no run"):
+        train(recipe, run)
+    (run / "samples" / "mine.txt").unlink()
+    assert train(recipe, run, "max_steps=1").status == "finished"
+    assert not list(run.glob(".tmp-*"))
 
 
 def test_a_folders_name_reaches_the_log_as_one_line_without_escape_codes(
