@@ -21,7 +21,9 @@ OPTIONS = AblateOptions(
 )  # fmt: skip
 WIDE, SAME = "wide=model.config.intermediate_size=160", "same=model.config.intermediate_size=96"
 """96 is tiny's own width, so that arm is the control, spelled out."""
-SHORT: dict[str, Any] = {"arms": (WIDE,), "rates": 1, "aa_pairs": 0, "budget": "steps", "steps": 8}
+SHORT: dict[str, Any] = {
+    "arms": (WIDE,), "metrics": ("eval/loss",), "rates": 1, "aa_pairs": 0, "budget": "steps", "steps": 8,
+}  # fmt: skip
 """Few and short runs."""
 
 

@@ -70,7 +70,14 @@ def run_real(experiments: int, root: Path, delta: float) -> Counter[str]:
     patches = [write_patch(name, root) for name in EDITS]
     with WorkerPool(2) as pool:
         for number in range(experiments):
-            options = {**SHORT, "arms": (), "code": (str(patches[number % len(patches)]),), "steps": 60, "delta": delta}
+            options = {
+                **SHORT,
+                "arms": (),
+                "code": (str(patches[number % len(patches)]),),
+                "steps": 60,
+                "delta": delta,
+                "metrics": ("eval/bits_per_byte",),
+            }
             first = LEAST_SEED + SEEDS_EACH * number
             (verdict,) = run_experiment(plan_of(text, root, **options, first_seed=first), root, pool)[0]["verdicts"]
             outcomes[verdict["outcome"]] += 1
