@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from llm_quest.contracts import LogFn
 from llm_quest.errors import BusyError, UsageError
-from llm_quest.experiments.arms import CONTROL, Arm, fixed_pairs, parse_arms, refuse_own_keys, resolve_arms
+from llm_quest.experiments.arms import CONTROL, Arm, default_pairs, parse_arms, refuse_own_keys, resolve_arms
 from llm_quest.experiments.budgets import BUDGETS
 from llm_quest.experiments.code_tree import own_code
 from llm_quest.experiments.comparison import Claim
@@ -106,7 +106,7 @@ def make_plan(recipe: str, pairs: Sequence[str], options: AblateOptions, out: Pa
     if not recipe:
         raise UsageError("no recipe was given: quest ablate pretrain --vary optim=adamw,muon, for example")
     refuse_own_keys(pairs, allowed=("max_steps",))
-    base = [*fixed_pairs(recipe, pairs), *pairs]
+    base = [*default_pairs(recipe, pairs), *pairs]
     found, config, _ = load_recipe(recipe, base)
     if config.device not in ("auto", "cpu") or found.run is not None:
         what = f"device={config.device}" if found.run is None else f"{found.name} (a recipe of several runs)"

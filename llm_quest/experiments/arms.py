@@ -16,7 +16,7 @@ from typing import Any
 
 from llm_quest.contracts import LogFn
 from llm_quest.errors import UsageError
-from llm_quest.experiments.code_tree import CodeTree, changed_files, open_edit, own_code
+from llm_quest.experiments.code_tree import CodeTree, differing_files, open_edit, own_code
 from llm_quest.recipes.recipe import load_recipe
 
 CONTROL = "control"
@@ -43,7 +43,7 @@ class Arm:
         return any(pair.partition("=")[0].strip() == key for pair in self.pairs)
 
 
-def fixed_pairs(recipe: str, pairs: Sequence[str]) -> list[str]:
+def default_pairs(recipe: str, pairs: Sequence[str]) -> list[str]:
     """FIXED for a recipe, without what is given."""
     fields = load_recipe(recipe, pairs)[0].Config.model_fields
     given = {pair.partition("=")[0].strip().partition(".")[0] for pair in pairs}
@@ -116,10 +116,10 @@ def refuse_own_keys(pairs: Sequence[str], allowed: Sequence[str] = ()) -> None:
 def resolve_arms(recipe: str, base: Sequence[str], arms: Sequence[Arm], log: LogFn) -> list[Arm]:
     """The arms that differ from the control; of the others it is said. UsageError where none is left, and for settings
     that the recipe refuses."""
-    control, own, kept = resolved_settings(recipe, tuple(base)), own_code(), []
+    control, own, kept = resolve_settings(recipe, tuple(base)), own_code(), []
     for arm in arms:
-        same_settings = resolved_settings(recipe, (*base, *arm.pairs)) == control
-        if same_settings and (arm.code.hash == own.hash or not changed_files(own, arm.code)):
+        same_settings = resolve_settings(recipe, (*base, *arm.pairs)) == control
+        if same_settings and (arm.code.hash == own.hash or not differing_files(own, arm.code)):
             edited = arm.code.hash != own.hash
             log(f"{arm.name} changes nothing: {'only words and layout' if edited else 'it is the control'}; not run")
         else:
@@ -130,6 +130,6 @@ def resolve_arms(recipe: str, base: Sequence[str], arms: Sequence[Arm], log: Log
 
 
 @functools.cache
-def resolved_settings(recipe: str, pairs: tuple[str, ...]) -> Any:
+def resolve_settings(recipe: str, pairs: tuple[str, ...]) -> Any:
     """All settings after defaults, as plain values."""
     return load_recipe(recipe, pairs)[1].model_dump(mode="json")

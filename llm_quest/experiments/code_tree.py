@@ -82,7 +82,7 @@ def code_text(source: str) -> str:
     return re.sub(r",(?=[)\]}])", "", "".join(parts))
 
 
-def changed_files(base: CodeTree, other: CodeTree) -> list[str]:
+def differing_files(base: CodeTree, other: CodeTree) -> list[str]:
     """The files of a run whose code differs, by more than words and layout."""
     before, after = base.files, other.files
     changed = [

@@ -261,7 +261,7 @@ class Experiment:
         return {
             "experiment": self.plan.experiment, **self.plan.content(), "command": self.plan.command,
             "verdicts": verdicts, "noise": dict(noise), "notes": self.notes,
-            "arms_measured": {name: self.measured_arm(name) for name in self.arms},
+            "arms_measured": {name: self.summarize_arm(name) for name in self.arms},
         }  # fmt: skip
 
     def provenance(self, name: str) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class Experiment:
             bounded = math.isfinite(low) and math.isfinite(high)
             yield metric, {"mean": statistics.fmean(d) if d else None, "interval_95": [low, high] if bounded else None}
 
-    def measured_arm(self, name: str) -> dict[str, Any]:
+    def summarize_arm(self, name: str) -> dict[str, Any]:
         """What an arm is, costs and was tuned to."""
         about, search = self.descriptions[name], self.searches.get(name)
         steps = next(int(p.partition("=")[2]) for p in reversed(self.arm_pairs[name]) if p.startswith("max_steps="))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llm_quest.errors import BusyError, UsageError
-from llm_quest.experiments.arms import resolved_settings
+from llm_quest.experiments.arms import resolve_settings
 from llm_quest.experiments.code_tree import CodeTree
 from llm_quest.experiments.ledger import Ledger
 from llm_quest.experiments.worker_pool import WorkerPool
@@ -60,7 +60,7 @@ class Measurements:
 
     def fingerprint(self, request: RunRequest) -> str:
         """The name of a run. data: the hash of what it reads."""
-        settings = resolved_settings(self.recipe, (*request.pairs, f"seed={request.seed}"))
+        settings = resolve_settings(self.recipe, (*request.pairs, f"seed={request.seed}"))
         content = [settings, request.code.hash, torch.__version__, self.data, request.repeat]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

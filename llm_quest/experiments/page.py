@@ -53,7 +53,7 @@ def draw_plots(result: Mapping[str, Any], root: Path) -> Iterator[tuple[str, str
     if verdicts:
         level = ("threshold", verdicts[0]["threshold"])
         yield "Evidence for an effect", plot_curves("evidence", evidence, log=True, level=level, x="pair"), False
-    curves = [mean_curve(name, runs, place, root) for place, (name, runs) in enumerate(reported_runs(result).items())]
+    curves = [mean_curve(name, runs, place, root) for place, (name, runs) in enumerate(runs_by_arm(result).items())]
     yield "Training loss, mean over seeds", plot_curves("training loss", curves, wide=True), True
 
 
@@ -61,7 +61,7 @@ def pair_numbers(verdict: Mapping[str, Any]) -> list[float]:
     return [float(number) for number in range(1, len(verdict["differences"]) + 1)]
 
 
-def reported_runs(result: Mapping[str, Any]) -> dict[str, list[str]]:
+def runs_by_arm(result: Mapping[str, Any]) -> dict[str, list[str]]:
     """Arm -> its runs, the control first."""
     found: dict[str, list[str]] = {CONTROL: []}
     for verdict in result["verdicts"]:

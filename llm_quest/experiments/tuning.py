@@ -36,11 +36,11 @@ class RateSearch:
         rates = sorted(self.losses)
         place = rates.index(self.best)
         if place == 0:
-            return rounded(rates[0] / GRID_FACTOR)
+            return round_rate(rates[0] / GRID_FACTOR)
         if place == len(rates) - 1 and rates[-1] * GRID_FACTOR <= LARGEST_RATE:
-            return rounded(rates[-1] * GRID_FACTOR)
+            return round_rate(rates[-1] * GRID_FACTOR)
         sides = [rates[i] for i in (place - 1, place + 1) if i < len(rates)]
-        return rounded(math.sqrt(self.best * min(sides, key=lambda rate: self.losses[rate])))
+        return round_rate(math.sqrt(self.best * min(sides, key=lambda rate: self.losses[rate])))
 
     def choose(self) -> float:
         """The vertex of the parabola, within the neighbours of the best rate."""
@@ -50,7 +50,7 @@ class RateSearch:
         if len(around) < 3 or not all(math.isfinite(self.losses[rate]) for rate in around):
             return self.best
         vertex = parabola_vertex([math.log2(rate) for rate in around], [self.losses[rate] for rate in around])
-        return rounded(2.0 ** min(max(vertex, math.log2(around[0])), math.log2(around[-1])))
+        return round_rate(2.0 ** min(max(vertex, math.log2(around[0])), math.log2(around[-1])))
 
 
 def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float:
@@ -60,7 +60,7 @@ def parabola_vertex(x: Sequence[float], y: Sequence[float]) -> float:
     return x[1] if a == b else x[1] - 0.5 * (left * a - right * b) / (a - b)
 
 
-def rounded(rate: float) -> float:
+def round_rate(rate: float) -> float:
     """Three digits: a rate that can be read and typed."""
     return float(f"{rate:.3g}")
 
@@ -69,7 +69,7 @@ def first_grid(center: float, count: int) -> list[float]:
     """`count` rates around the recipe's own."""
     middle = (count - 1) / 2
     rates = [center * GRID_FACTOR ** (number - math.floor(middle)) for number in range(count)]
-    return [rounded(rate) for rate in rates if rate <= LARGEST_RATE] or [center]
+    return [round_rate(rate) for rate in rates if rate <= LARGEST_RATE] or [center]
 
 
 def needs_extension(searches: Mapping[str, RateSearch], count: int) -> bool:

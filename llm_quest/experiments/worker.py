@@ -122,13 +122,13 @@ def unigram_loss(job: Job) -> float | None:
     counts: Counter[int] = Counter()
     for step in range(UNIGRAM_STEPS):
         for batch in job.loader.batches(step):
-            counts.update(known_targets(batch))
-    seen = Counter(label for batch in held_out for label in known_targets(batch))
+            counts.update(target_tokens(batch))
+    seen = Counter(label for batch in held_out for label in target_tokens(batch))
     total = sum(counts.values()) + job.model.config.vocab_size
     return sum(-n * math.log((counts[label] + 1) / total) for label, n in seen.items()) / sum(seen.values())
 
 
-def known_targets(batch: Any) -> list[int]:
+def target_tokens(batch: Any) -> list[int]:
     """The tokens that a batch predicts."""
     found: list[int] = batch.targets[batch.targets >= 0].tolist()
     return found

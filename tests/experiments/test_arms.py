@@ -12,9 +12,9 @@ import pytest
 
 from llm_quest.cli.ablate import AblateOptions, AgentProtocol, make_claim, make_plan
 from llm_quest.errors import UsageError
-from llm_quest.experiments.arms import FIXED, fixed_pairs, parse_arm, parse_vary, split_values
+from llm_quest.experiments.arms import FIXED, default_pairs, parse_arm, parse_vary, split_values
 from llm_quest.experiments.budgets import budget_pairs, shared_weights
-from llm_quest.experiments.code_tree import CodeTree, changed_files, load_code_tree, open_edit, own_code
+from llm_quest.experiments.code_tree import CodeTree, differing_files, load_code_tree, open_edit, own_code
 from llm_quest.experiments.measurements import metric_value, require_reported_seeds
 from llm_quest.experiments.tuning import RateSearch, first_grid, needs_extension
 from llm_quest.experiments.verdict_lines import interval_bar
@@ -49,9 +49,9 @@ def test_an_arm_is_a_name_and_settings():
 
 
 def test_what_decides_last_bits_is_fixed_unless_it_is_given():
-    assert set(fixed_pairs("tiny", [])) == {f"{key}={value}" for key, value in FIXED.items()}
-    assert "precision=fp32" not in fixed_pairs("tiny", ["precision=bf16"])
-    assert not any(pair.startswith("seed_per_module") for pair in fixed_pairs("sft", []))
+    assert set(default_pairs("tiny", [])) == {f"{key}={value}" for key, value in FIXED.items()}
+    assert "precision=fp32" not in default_pairs("tiny", ["precision=bf16"])
+    assert not any(pair.startswith("seed_per_module") for pair in default_pairs("sft", []))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_words_and_layout_are_no_edit(worktree: Path):
     (copy / "llm_quest").mkdir(parents=True)
     for text, changed in [('"""B."""\n# two\nX = f(1,\n  2,)\n', []), ("X = f(1, 3)\n", ["__init__.py"])]:
         (copy / "llm_quest" / "__init__.py").write_text(text)
-        assert changed_files(base, load_code_tree(copy)) == changed
+        assert differing_files(base, load_code_tree(copy)) == changed
 
 
 def test_a_patch_that_does_not_apply_is_named_with_the_reason(tmp_path: Path):

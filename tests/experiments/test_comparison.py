@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_quest.experiments.code_tree import changed_files, open_edit, own_code
+from llm_quest.experiments.code_tree import differing_files, open_edit, own_code
 from llm_quest.experiments.comparison import Claim, Comparison
 from llm_quest.experiments.verdict_lines import describe_verdict
 from tests.experiments.null_edits import EDITS, simulate, write_patch
@@ -98,4 +98,6 @@ def test_of_two_hundred_null_edits_few_are_called_better_or_worse():
 
 @pytest.mark.parametrize("name", EDITS)
 def test_the_null_edits_apply_to_the_package(name: str, tmp_path: Path):
-    assert changed_files(own_code(), open_edit(str(write_patch(name, tmp_path)), tmp_path / "code")) == [EDITS[name][0]]
+    assert differing_files(own_code(), open_edit(str(write_patch(name, tmp_path)), tmp_path / "code")) == [
+        EDITS[name][0]
+    ]
