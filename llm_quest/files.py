@@ -96,6 +96,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def package_errors(message: str) -> Iterator[None]:
+    """Inside: whatever the package `tokenizers` raises over a broken file is a DataError. It raises bare Exception, and
+    panics in one that is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, DataError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{message}: {error}") from None
+
+
 def iter_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of every line that is not blank, without its end: the one place where JSON lines are split.
 

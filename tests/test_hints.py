@@ -25,7 +25,7 @@ QUEST: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = QUEST.commands
 ROOT_OPTIONS = {name for one in QUEST.params for name in one.opts}
 """Of `quest` itself, before or behind any command."""
-OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip")
+OTHER_PROGRAMS = ("git", "hf", "torchrun", "pip", "llama-server", "vllm")
 """A message or a command line that runs one of these names its options, not ours."""
 PRINTED_FOR = {
     "cli/output.py": tuple(RECIPES),
@@ -33,11 +33,18 @@ PRINTED_FOR = {
     "recipes/diagnostics.py": tuple({*RECIPES} - {"grpo", "iterative", "rpt"}),
 }
 """Files whose messages are printed for every one of these recipes: all of them take what is recommended."""
-OPTIONS_OF_FILES = {"cost": "plan", "experiments": "ablate", "recipes/held_out.py": "eval"}
+OPTIONS_OF_FILES = {
+    "cost": "plan", "experiments": "ablate", "recipes/held_out.py": "eval", "serve": "serve",
+    **{f"hub/gguf_{name}.py": "export" for name in ("adapter", "config", "export")},
+    "files.py": "export",
+}  # fmt: skip
 """Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
+GGUF_KEYS = ("general.architecture", "general.sampling", "general.type", "tokenizer.ggml.model")
 NOT_OURS = {
     "save_projection": "PEFT's VeRA", "safe_serialization": "PEFT's save_pretrained", "tokenizer.model": "a file",
-    "spiece.model": "a file",
+    "spiece.model": "a file", "base.gguf": "a file", "llama.cpp": "a program", "json.dumps": "of Python",
+    "french": "an adapter's name", "version": "of a format", "error.type": "a field of OpenAI's errors",
+    **dict.fromkeys(GGUF_KEYS, "a key of GGUF files"),
     "model.embed_tokens": "a module, which freeze names",
     "embed.token": "a module, which modules_to_save names",
     "--abbrev-ref": "git's", "--short": "git's", "--whitespace": "git's",

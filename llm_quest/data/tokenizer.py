@@ -25,13 +25,12 @@ from llm_quest.data.decode_stream import DecodeStream, decode_continuation
 from llm_quest.data.encode_pieces import encode_continuation, encode_pieces
 from llm_quest.data.tokenizer_files import (
     END_OF_TEXT,
-    package_errors,
     read_chat_template,
     read_tokenizer_files,
     token_name,
 )
 from llm_quest.errors import DataError, UsageError
-from llm_quest.files import to_json, update_text
+from llm_quest.files import package_errors, to_json, update_text
 
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|pad|>", *(f"<|reserved_{i}|>" for i in range(4)))
 

@@ -11,8 +11,7 @@ end, padding or unknown token that it lacks is added behind all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from llm_quest.data.documents import decode_utf8, read_file_bytes, require_regul
 from llm_quest.data.sentencepiece_model import FILES as SENTENCEPIECE_FILES
 from llm_quest.data.sentencepiece_model import begin_and_end_template, convert_sentencepiece, tiktoken_hint
 from llm_quest.errors import DataError
-from llm_quest.files import load_json
+from llm_quest.files import load_json, package_errors
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_TOKENIZER_BYTES, MAX_TOKEN_ID = 200_000_000, 2**24
@@ -180,18 +179,6 @@ def require_plausible_size(file: Path) -> Path:
     if (size := require_regular_file(file).stat().st_size) > MAX_TOKENIZER_BYTES:
         raise DataError(f"{file} has {size:,} bytes; a tokenizer's files have at most {MAX_TOKENIZER_BYTES:,}")
     return file
-
-
-@contextmanager
-def package_errors(message: str) -> Iterator[None]:
-    """Inside: whatever the package `tokenizers` raises over a broken file is a DataError. It raises bare Exception, and
-    panics in one that is no Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, DataError):
-        raise
-    except BaseException as error:
-        raise DataError(f"{message}: {error}") from None
 
 
 def token_name(settings: Mapping[str, Any], key: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Writes the adapter of a model as a GGUF file, which llama.cpp applies to the base's file (`--lora adapter.gguf`).
+"""Writes the adapter of a model as a GGUF file, which llama.cpp applies to the base's file (llama-server --lora).
 
       blk.0.attn_q.weight.lora_a   A (r,in)
       blk.0.attn_q.weight.lora_b   s B (out,r), rows as in the base's file
