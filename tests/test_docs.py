@@ -4,6 +4,7 @@ runs, Python examples run on a tiny model, `make` targets and modules are there.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -177,7 +178,9 @@ def test_make_targets_and_modules_of_the_docs_exist():
         if words[0] == "make":
             assert f"\n{words[1]}:" in makefile, place
         if words[:2] == ("python", "-m"):
-            source = (ROOT / f"{words[2].replace('.', '/')}.py").read_text(encoding="utf-8")
+            spec = importlib.util.find_spec(words[2])
+            assert spec is not None, place
+            source = Path(spec.origin or "").read_text(encoding="utf-8")
             assert all(word in source for word in words if word.startswith("--")), place
 
 

@@ -36,7 +36,7 @@ PRINTED_FOR = {
 OPTIONS_OF_FILES = {
     "cost": "plan", "experiments": "ablate", "recipes/held_out.py": "eval", "serve": "serve",
     **{f"hub/gguf_{name}.py": "export" for name in ("adapter", "config", "export")},
-    "files.py": "export",
+    "files.py": "export", "hub/wllama.py": "export",
 }  # fmt: skip
 """Packages and files outside cli/ whose messages one command prints; the others' are printed by `quest train`."""
 GGUF_KEYS = ("general.architecture", "general.sampling", "general.type", "tokenizer.ggml.model")
@@ -47,6 +47,8 @@ NOT_OURS = {
     **dict.fromkeys(GGUF_KEYS, "a key of GGUF files"),
     "model.embed_tokens": "a module, which freeze names",
     "embed.token": "a module, which modules_to_save names",
+    "http.server": "of Python", "--bind": "http.server's",
+    "--ignore-scripts": "npm's", "--silent": "npm's",
     "--abbrev-ref": "git's", "--short": "git's", "--whitespace": "git's",
     "--porcelain": "git's", "--untracked-files": "git's",
 }  # fmt: skip

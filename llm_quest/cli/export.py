@@ -1,4 +1,5 @@
-"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder, or as one GGUF file.
+"""`quest export RUN FOLDER`: writes a run's latest checkpoint as a Hugging Face folder, as one GGUF file, or
+as a page for a browser.
 `quest consolidate RUN`: gives sharded checkpoints the plain form."""
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_quest.cli.export_gguf import GGUFExportReport, export_gguf
+from llm_quest.cli.export_web import WebExportReport, export_web
 from llm_quest.data.chat import end_template_at_answer
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
@@ -85,14 +87,24 @@ def export_run(
     adapter: bool = False,
     license: str | None = None,
     quantize: str | None = None,
-) -> ExportReport | GGUFExportReport:
+    web: bool = False,
+    wllama: Path | None = None,
+) -> ExportReport | GGUFExportReport | WebExportReport:
     """Write a run's model and tokenizer in the Hugging Face layout, with a card (README.md) that says how it was made,
     or where the name ends in .gguf as one file for llama.cpp. A model with an adapter is written merged, or as the
     adapter alone. dtype None: float32; in a GGUF file the dtype of the weights. license: of the weights, for the card.
-    quantize: of a GGUF file, q8_0 or q4_0."""
+    quantize: of a GGUF file, q8_0 or q4_0. web: a folder whose page runs the model in a browser; wllama: see
+    `export_web`."""
     run = resolve_checkpoint(run)
     if merged and adapter:
         raise UsageError("--merge writes the whole model and --adapter the adapter alone: give one of them")
+    if wllama is not None and not web:
+        raise UsageError(f"--wllama {wllama} is for a page: add --web")
+    if web:
+        if adapter or folder.suffix == ".gguf":
+            raise UsageError("--web writes a folder with the whole model: give a folder's name, and no --adapter")
+        kind: dict[str, Any] = {"quantize": quantize, "dtype": dtype, "overwrite": overwrite, "merged": merged}
+        return export_web(run, folder, wllama=wllama, license=license, **kind)
     if folder.suffix == ".gguf":
         return export_gguf(
             run, folder, quantize=quantize, dtype=dtype, overwrite=overwrite, merged=merged, adapter=adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,13 +96,28 @@ def export(
         ),
     ],
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER|FILE.gguf", help="Where to write the Hugging Face layout, or a GGUF file.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER|FILE.gguf",
+            help="Where to write the Hugging Face layout, a GGUF file, or with --web a page.",
+        ),
     ],
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16, float16 (default: float32; of a GGUF file, as the weights are)."),
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="Of a GGUF file: q8_0 or q4_0.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Of a GGUF file or a page: q8_0 or q4_0.")] = None,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Write a page that runs the model in a browser, with the model as a GGUF file."),
+    ] = False,
+    wllama: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.tgz|FOLDER",
+            help="Of a page: the npm package @wllama/wllama 3.13.0 (default: the cache, otherwise npm gets it).",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a model with an adapter: the whole model, with the adapter merged.")
@@ -113,11 +128,11 @@ def export(
     license: Annotated[str | None, typer.Option(help="The license of the weights, for the card: apache-2.0.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Export a model as a folder that transformers and vLLM load, with a card of its data, recipe and numbers, or as a
-    GGUF file for llama.cpp."""
+    """Export a model as a folder that transformers and vLLM load, with a card of its data, recipe and numbers, as a
+    GGUF file for llama.cpp, or as a page for a browser."""
     from llm_quest.cli.export import export_run
 
-    kind: dict[str, bool] = {"overwrite": overwrite, "merged": merge, "adapter": adapter}
+    kind: dict[str, Any] = {"overwrite": overwrite, "merged": merge, "adapter": adapter, "web": web, "wllama": wllama}
     print_result(export_run(run, folder, dtype=dtype, license=license, quantize=quantize, **kind), json)
 
 

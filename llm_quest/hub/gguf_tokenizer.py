@@ -63,10 +63,20 @@ def tokenizer_keys(
     keys["token_type"] = array(INT32, vocabulary.types)
     keys |= special_keys(tokenizer, rows, generation) | around_keys(tokenizer)
     found = {TOKENIZER + name: value for name, value in keys.items()}
-    if tokenizer.chat_template is not None:
-        found["tokenizer.chat_template"] = string(tokenizer.chat_template)
+    if (template := file_template(tokenizer)) is not None:
+        found["tokenizer.chat_template"] = string(template)
     found[NORMALIZER_KEY] = string("NFC" if normalizes_nfc(content) else "none")
     return found, [*notes, *vocabulary_notes(content, vocabulary.beyond)]
+
+
+def file_template(tokenizer: Tokenizer) -> str | None:
+    """The chat template as the file holds it.
+
+    Commonly got wrong: without a begin token llama.cpp gives the template the end token in its place, and a template
+    that writes `bos_token` then begins with an end."""
+    template = tokenizer.chat_template
+    unset = template is not None and tokenizer.bos_token is None and "bos_token" in template
+    return f"{NO_BEGIN_TOKEN}{template}" if unset else template
 
 
 def is_byte_level(content: Mapping[str, Any]) -> bool:
@@ -145,6 +155,7 @@ def refuse_other_normalizers(content: Mapping[str, Any]) -> None:
 
 
 OTHER_SPACES = "llama.cpp keeps tabs and line ends as characters, which are spaces here"
+NO_BEGIN_TOKEN = "{% set bos_token = '' %}"
 LEADING_SPACE = "llama.cpp puts a space before every text, here none is put before a text that begins with one"
 
 

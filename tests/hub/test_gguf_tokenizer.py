@@ -6,6 +6,7 @@ import pytest
 from tokenizers import normalizers, pre_tokenizers
 
 import llm_quest as quest
+from llm_quest.data.chat import ChatTemplate
 from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, UsageError
 from llm_quest.hub.gguf import STRING, array, read_gguf, string, uint32, write_gguf
@@ -188,3 +189,12 @@ def test_generate_writes_what_the_folder_writes(tmp_path):
     ids = text.encode("Hello, world! ")
     ours, theirs = (quest.generate(one, [ids], max_new_tokens=12, temperature=0.0) for one in (model, read))
     assert ours[0].tokens == theirs[0].tokens
+
+
+def test_a_template_finds_no_begin_token_where_the_tokenizer_has_none(tmp_path):
+    tokenizer = Tokenizer(train_byte_level("qwen2", size=400).backend_tokenizer, eos_tokens=["<|endoftext|>"])
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    again = read_tokenizer(written(tokenizer, tokenizer.vocab_size, tmp_path)[0])
+    assert (tokenizer.bos_token, again.bos_token) == (None, "<|endoftext|>")  # llama.cpp's too
+    texts = [ChatTemplate(one).render_prompts([[{"role": "user", "content": "Hi"}]]) for one in (tokenizer, again)]
+    assert texts == [["Hi"], ["Hi"]]
