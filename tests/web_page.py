@@ -237,10 +237,12 @@ def check_bytes(browser: Browser, home: Path, wllama: Path | None) -> bool:
         for _ in range(10):
             ask(browser, PROMPTS[0], 100, 1.0)
             found.append(wait_for_end(browser))
+        ask(browser, "", 10, 0.0)
+        empty = browser.wait_for_status("No text")
         ask(browser, "much too long " * 300, 10, 0.0)
-        refused = browser.wait_for_status("No text")
+        refused = browser.wait_for_status("No text: request")
     print(f"random bytes: {len(found)} texts, {found.count('Done.')} whole; a prompt beyond the context: {refused}")
-    return "Done." in found and "context" in refused
+    return "Done." in found and "context" in refused and "first" in empty
 
 
 def wait_for_end(browser: Browser) -> str:

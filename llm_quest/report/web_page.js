@@ -131,6 +131,7 @@ async function explain(error) {
 
 async function run() {
   if (!state.wllama || state.abort || !at("ask").reportValidity()) return;
+  if (!at("prompt").value) return show("No text: write a prompt first.", true);
   state.abort = new AbortController();
   at("generate").disabled = true;
   at("stop").disabled = false;
