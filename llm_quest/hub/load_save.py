@@ -138,9 +138,10 @@ def read_source(source: TensorSource, out: Tensor) -> int:
 
 
 def raise_problems(problems: list[str], name: str) -> None:
-    """One error for all of them."""
+    """One error for all of them, in at most four lines."""
     if problems:
-        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {problem}" for problem in problems)
+        told = problems if len(problems) <= 3 else [*problems[:2], f"and {len(problems) - 2} more: quest inspect"]
+        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {problem}" for problem in told)
         raise DataError(f"{name} cannot be loaded:{text}")
 
 

@@ -377,10 +377,13 @@ def check_shapes(report: FolderReport) -> None:
     parameters = dict(report.model.named_parameters())
     shapes = {name: place.shape(parameters[place.parameter]) for name, place in report.weight_views.items()}
     shapes |= {copy: shapes[original] for copy, original in report.duplicates}
+    wrong: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
     for name, expected in shapes.items():
-        source = report.sources[name]
-        if tuple(source.shape) != expected:
-            report.problems.append(f"mis-shaped: {name} is {tuple(source.shape)}, config.json makes it {expected}")
+        if (found := tuple(report.sources[name].shape)) != expected:
+            wrong.setdefault((found, expected), []).append(name)
+    for (found, expected), names in wrong.items():
+        verb = "is" if len(names) == 1 else "are"
+        report.problems.append(f"mis-shaped: {compact_names(names)} {verb} {found}, config.json makes it {expected}")
     numbers = {
         name for name, place in report.weight_views.items() if not parameters[place.parameter].is_floating_point()
     }

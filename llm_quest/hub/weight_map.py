@@ -157,15 +157,20 @@ def identity_weight_map(model: nn.Module) -> WeightMap:
     return {name: name for name, _ in model.named_parameters()}
 
 
+MOST_NAMES = 12
+
+
 def compact_names(names: Iterable[str]) -> str:
-    """Names for a message, layers drawn together: 'h.{0-11}.ln_1.bias, wte.weight'. Complete, and short enough to
-    read."""
+    """Names for a message, layers drawn together: 'h.{0-11}.ln_1.bias, wte.weight'; of more than MOST_NAMES such names
+    the first, and how many there are besides."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         first = re.search(r"(?<=\.)\d+(?=\.)", name)
         pattern = name if first is None else f"{name[: first.start()]}\0{name[first.end() :]}"
         numbers.setdefault(pattern, set()).update([] if first is None else [int(first.group())])
-    return ", ".join(pattern.replace("\0", format_ranges(found)) for pattern, found in sorted(numbers.items()))
+    told = [pattern.replace("\0", format_ranges(found)) for pattern, found in sorted(numbers.items())]
+    rest = f" and {len(told) - MOST_NAMES} more kinds" if len(told) > MOST_NAMES else ""
+    return ", ".join(told[:MOST_NAMES]) + rest
 
 
 def format_ranges(numbers: set[int]) -> str:

@@ -18,6 +18,7 @@ import torch
 import llm_quest as quest
 from llm_quest import files
 from llm_quest.errors import DataError, MissingError, ResourceError, UsageError
+from llm_quest.hub.inspect import inspect_folder
 from llm_quest.hub.load_save import load, load_tokenizer, parse_size, save, write_model_json
 from llm_quest.manifest import MANIFEST_FILE
 from llm_quest.models.decoder import GenerationConfig
@@ -209,7 +210,7 @@ def test_a_tied_head_stored_twice_is_one_parameter_where_it_is_equal_and_two_whe
     torch.testing.assert_close(own.head.weight, own.embed.token.weight + 1)
 
 
-def test_everything_wrong_is_listed_in_one_error(llama):
+def test_what_is_wrong_is_told_in_four_lines_and_inspect_lists_all_of_it(llama):
     held = safetensors.torch.load_file(llama / "model.safetensors")
     bad = held["model.layers.0.mlp.up_proj.weight"].T.contiguous()
     edit_weights(
@@ -223,12 +224,26 @@ def test_everything_wrong_is_listed_in_one_error(llama):
     )
     with pytest.raises(DataError) as caught:
         load(llama)
-    said = str(caught.value)
+    told = str(caught.value).splitlines()
+    assert len(told) == 4
+    assert told[3] == "- and 2 more: quest inspect"
+    said = "\n".join(inspect_folder(str(llama)).problems)
+    assert told[1].removeprefix("- ") in said
     assert "missing: lm_head.weight, model.norm.weight" in said
     assert "unexpected: model.layers.1.mlp.down_proj.weight_scale_inv, model.layers.0.surprise (scales of" in said
     assert "mis-shaped: model.layers.0.mlp.up_proj.weight is (64, 112), config.json makes it (112, 64)" in said
     assert "scales of fp8 weights, of which config.json says nothing" in said
     assert "stored as I8" in said
+
+
+def test_a_wrong_size_in_config_json_is_one_line_for_all_the_tensors_that_it_concerns(llama):
+    edit_config(llama, lambda c: c.update(hidden_size=128, head_dim=16))
+    with pytest.raises(DataError) as caught:
+        load(llama)
+    told = str(caught.value).splitlines()
+    assert len(told) <= 4
+    assert max(map(len, told)) < 400, "names of layers are drawn together"
+    assert "mis-shaped" in told[1]
 
 
 def test_numbers_that_are_not_finite_are_named_all_of_them(llama):
