@@ -57,10 +57,10 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             self.errors.seek(0)
-            tail = self.errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+            tail = self.errors.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
             code = self.process.wait()
             raise ResourceError(
-                f"a process that runs {self.tree.root} ended (exit code {code}): {(tail or ['no message'])[0]}\n"
+                f"a process that runs {self.tree.root} ended (exit code {code}): {tail or 'no message'}\n"
                 "finished runs are kept: the same command goes on"
             )
         found: dict[str, Any] = json.loads(line)

@@ -95,9 +95,9 @@ def test_a_folder_is_read_in_order_and_everything_left_out_is_counted(tmp_path: 
         ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: 'text' is a int, expected text"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: .* is half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"a\.jsonl:2: is not UTF-8"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: is not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 begins with '\[': the file is one JSON list"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "not a whole gzip file"),
-        ("a.jsonl.gz", b"no gzip", "not a whole gzip file"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz:1: is not JSON"),
     ],
 )
 def test_broken_data_stop_with_file_and_line(tmp_path: Path, name: str, content: bytes, message: str):

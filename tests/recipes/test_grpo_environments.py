@@ -48,7 +48,9 @@ def played(warm: Path, file: Path, *pairs: str) -> list[str]:  # noqa: F811
 
 def test_the_reward_of_an_environment_of_ones_own_rises(warm: Path, file: Path, tmp_path: Path):  # noqa: F811
     said: list[str] = []
-    started(tmp_path / "run", *played(warm, file, "max_steps=30", "kl_coef=0.01"), say=said.append)
+    started(
+        tmp_path / "run", *played(warm, file, "max_steps=60", "learning_rate=2e-3", "kl_coef=0.01"), say=said.append
+    )
     before, after = (float(line.split("reward ")[1].split()[0]) for line in said if line.startswith("held out"))
     assert after - before >= 0.1
     rows = metrics(tmp_path / "run")

@@ -157,7 +157,7 @@ def test_prompts_are_rendered_many_at_a_time_with_a_system_prompt(monkeypatch: p
     tokenizer, calls = character_tokenizer(task.alphabet), list[int]()
     chat = ChatTemplate(tokenizer)
     monkeypatch.setattr(
-        chat, "encode_prompts", lambda asked: calls.append(len(asked)) or [[len(str(one))] for one in asked]
+        chat, "encode_prompts", lambda asked, *tools: calls.append(len(asked)) or [[len(str(one))] for one in asked]
     )
     encode = PromptEncoder(tokenizer, chat)
     problems = ProblemSet(lambda index: TaskSplit(task)(0, index), [], "")
