@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.shapes import check_imports
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.disable()  # until the tests are collected: what they import stays
 
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")
