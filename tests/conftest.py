@@ -23,6 +23,8 @@ from tests.shapes import check_imports
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell ignores it for what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.disable()  # until the tests are collected: what they import stays
 
 CHECKED = ("layers", "models", "generation", "objectives", "techniques", "hub")

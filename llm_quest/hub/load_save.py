@@ -138,10 +138,9 @@ def read_source(source: TensorSource, out: Tensor) -> int:
 
 
 def raise_problems(problems: list[str], name: str) -> None:
-    """One error for all of them, in at most four lines."""
+    """One error for all of them."""
     if problems:
-        told = problems if len(problems) <= 3 else [*problems[:2], f"and {len(problems) - 2} more: quest inspect"]
-        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {problem}" for problem in told)
+        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {problem}" for problem in problems)
         raise DataError(f"{name} cannot be loaded:{text}")
 
 

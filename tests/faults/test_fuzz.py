@@ -14,7 +14,7 @@ from tests.faults.targets import Target
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_hostile_input_is_read_or_refused_in_a_message(target: Target):
-    assert run_target(target, 60) == []
+    assert run_target(target, 30) == []
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)

@@ -30,6 +30,7 @@ STARTS_PROCESSES = {
     "experiments/code_tree.py": "git in a copy of this package: it ends by itself",
     "machine/compiler.py": "a compiler with five lines: it ends by itself",
     "layers/native.py": "a compiler with one file: it ends by itself",
+    "hub/wllama.py": "npm pack, which is given a time: it ends by itself",
     "cli/doctor.py": "git in this package's own checkout: it ends by itself",
 }
 
