@@ -116,32 +116,39 @@ def cache(title: str) -> str:
 
 
 def preference(title: str) -> str:
-    """Loss against the margin beta (log-ratio of chosen less of rejected)."""
+    """Losses of one comparison against its margin, at beta 1."""
+    from llm_quest.objectives.preference_losses import DPO, IPO, Hinge, LogRatios
+
     margin = torch.linspace(-4, 4, 81)
-    named = {
-        "DPO: -log sigmoid(m)": -torch.nn.functional.logsigmoid(margin),
-        "hinge: max(0, 1 - m)": (1 - margin).clamp(min=0),
-        "IPO: (m - 1/2)^2, beta 1": (margin - 0.5) ** 2,
-    }
-    return curves(title, [(k, margin.tolist(), v.clamp(max=6).tolist()) for k, v in named.items()], "margin m", "loss")
+    pairs = LogRatios(margin, torch.zeros(81), torch.zeros(81))
+    named = {"DPO: -log sigmoid(m)": DPO(1.0), "hinge: max(0, 1 - m)": Hinge(1.0), "IPO: (m - 1/2)^2": IPO(1.0)}
+    lines = [(name, margin.tolist(), loss(pairs).clamp(max=6).tolist()) for name, loss in named.items()]
+    return curves(title, lines, "margin m", "loss")
 
 
 def clipping(title: str) -> str:
+    from llm_quest.objectives.surrogates import ClippedSurrogate, SurrogateInputs
+
     ratio = torch.linspace(0.4, 1.8, 141)
     lines: list[Line] = []
     for advantage in (1.0, -1.0):
-        value = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        lines.append((f"advantage {advantage:+.0f}", ratio.tolist(), value.tolist()))
+        signs = torch.full((1, 141), advantage)
+        terms = SurrogateInputs(ratio.log()[None], ratio.log()[None], signs, signs != 0)
+        value, _ = ClippedSurrogate()(terms)
+        lines.append((f"advantage {advantage:+.0f}", ratio.tolist(), value[0].tolist()))
     return curves(title, lines, "ratio pi / pi_old", "surrogate")
 
 
 def schedules(title: str) -> str:
-    steps = [float(i) for i in range(101)]
-    cosine = [min(1.0, i / 10) * (0.1 + 0.9 * (1 + math.cos(math.pi * max(0, i - 10) / 90)) / 2) for i in steps]
-    stable = [min(1.0, i / 10, 0.1 + 0.9 * (100 - i) / 20) for i in steps]
-    return curves(
-        title, [("cosine to 10 %", steps, cosine), ("warm-up, stable, decay", steps, stable)], "% of the run", "rate"
-    )
+    from llm_quest.train.optimizers import make_lr_schedule
+
+    steps = range(101)
+    named = {"cosine to 10 %": "cosine", "warm-up, stable, decay (wsd)": "wsd"}
+    lines = []
+    for name, shape in named.items():
+        rate = make_lr_schedule(100, warmup_steps=10, shape=shape, min_lr_ratio=0.1)
+        lines.append((name, [float(step) for step in steps], [rate(step) for step in steps]))
+    return curves(title, lines, "% of the run", "rate")
 
 
 def softcaps(title: str) -> str:

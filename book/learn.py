@@ -30,7 +30,7 @@ def overview(folder: Path) -> list[str]:
     """Every exercise and how many games there are, with what is done."""
     lines = ["exercises:"]
     for one in EXERCISES.values():
-        lines.append(f"  {one.name:<20}{first_line(one.task)}{started(folder / f'{one.name}.py')}")
+        lines.append(f"  {one.name:<20}{first_line(one.task)}{progress_mark(folder / f'{one.name}.py')}")
     done = sum((folder / f"game-{number}" / "REPAIRED").is_file() for number in range(1, len(GAMES) + 1))
     return [
         *lines,
@@ -47,7 +47,7 @@ def first_line(text: str) -> str:
     return text.strip().splitlines()[0]
 
 
-def started(file: Path) -> str:
+def progress_mark(file: Path) -> str:
     return "  (begun)" if file.is_file() else ""
 
 
@@ -118,7 +118,7 @@ def begin_game(folder: Path, number: str, log: Log) -> list[str]:
     if not target.exists():
         copy_with_mistake(target, game)
     log("a law is run on the changed package")
-    lines = failing_law(target, game)
+    lines = failing_law(run_tests(target, game).stdout, game)
     where = f"one line of {target / 'llm_quest' / game.file} is wrong; repair it, then: quest learn check game-{place}"
     return [*lines, "", where]
 
@@ -154,9 +154,8 @@ def run_tests(target: Path, game: Mutation) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=target, capture_output=True, text=True, env=environment, check=False)
 
 
-def failing_law(target: Path, game: Mutation) -> list[str]:
-    """The first test that fails, and what it says."""
-    text = run_tests(target, game).stdout
+def failing_law(text: str, game: Mutation) -> list[str]:
+    """The first test that fails by what pytest printed, and what it says."""
     named = re.search(r"^FAILED (\S+)", text, re.M)
     said = re.findall(r"^E +(.*)$", text, re.M)
     return [f"fails: {named[1] if named else game.tests}", *(f"    {line}" for line in said[:6])]
@@ -169,8 +168,8 @@ def check_game(folder: Path, name: str) -> tuple[bool, list[str]]:
     if not number.isdigit() or not target.is_dir():
         raise UsageError(f"{target} is not there; begin with: quest learn break {number}")
     game = GAMES[int(number) - 1]
-    if run_tests(target, game).returncode != 0:
-        return False, [*failing_law(target, game), "", f"not yet: the line is in llm_quest/{game.file}"]
+    if (ended := run_tests(target, game)).returncode != 0:
+        return False, [*failing_law(ended.stdout, game), "", f"not yet: the line is in llm_quest/{game.file}"]
     (target / "REPAIRED").touch()
     return True, [f"repaired: the law holds again. The mistake: {game.title}"]
 

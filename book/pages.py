@@ -123,13 +123,13 @@ def code_of_subject(subject: Subject) -> str:
         lines += code_of(f"{subject.file}:{name}").text.count("\n") + 1
         if shown and lines > MAX_CODE_LINES:
             break
-        shown.append(named_code(subject.file, name))
+        shown.append(definition_section(subject.file, name))
     rest = names[len(shown) :]
     more = f"<p>Also in the file: {', '.join(map(code, rest))}.</p>" if rest else ""
     return "".join(shown) + more
 
 
-def named_code(file: str, name: str) -> str:
+def definition_section(file: str, name: str) -> str:
     """A definition with its first sentence."""
     said = (
         flat(paragraphs(split_mistakes(docstring_of(f"{file}:{name}"))[0] or "\n")[0])

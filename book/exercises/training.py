@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from book.exercises.exercise import Exercise, Mistake
 from book.exercises.layers import randn
+from llm_quest.objectives.preference_losses import DPO, LogRatios
+from llm_quest.train.optimizers import make_lr_schedule
 
 M = Mistake
 
@@ -89,7 +91,7 @@ EXERCISES = (
         "The share of the peak rate at a step counted from 0: linear warm-up, 1/warmup at step 0, then a cosine\n"
         "from 1 at step `warmup` to 0.1 at step `total`.",
         lambda g: [(step, 4, 20) for step in (0, 3, 4, 8, 12, 20)],
-        cosine,
+        lambda s, w, t: make_lr_schedule(t, warmup_steps=w, shape="cosine", min_lr_ratio=0.1)(s),
         (
             M("the first step has rate 0 and teaches nothing: the warm-up counts from 1",
               lambda s, w, t: cosine(s, w, t, late=1)),
@@ -136,7 +138,7 @@ EXERCISES = (
         "dpo_loss", "preferences", "chosen, rejected, ref_chosen, ref_rejected, beta",
         "DPO's mean loss, of log-probabilities (N,) of answers under the policy and the reference.",
         preference_inputs,
-        dpo,
+        lambda w, x, rw, rx, beta: DPO(beta)(LogRatios(w - rw, x - rx, rw - rx)).mean(),
         (
             M("the reference is missing", lambda w, x, rw, rx, b: -F.logsigmoid(b * (w - x)).mean()),
             M("chosen and rejected are swapped", lambda w, x, rw, rx, b: dpo(x, w, rx, rw, b)),

@@ -168,9 +168,9 @@ def label_prompts(model: str, labels: Sequence[str], template: str) -> list[str]
 
 def encode_label_prompts(name_or_path: str, model: CLIPModel, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """input_ids, position_ids (N,T). UsageError for a text that is too long to be read whole."""
-    tokenizer, room = load_tokenizer(name_or_path), model.config.max_position_embeddings
+    tokenizer, max_length = load_tokenizer(name_or_path), model.config.max_position_embeddings
     rows = [tokenizer.encode(text) for text in texts]
     longest, text = max(zip(map(len, rows), texts, strict=True))
-    if longest > room:
-        raise UsageError(f"{text[:60]!r} has {longest} tokens, and this model reads {room}: shorten the label")
+    if longest > max_length:
+        raise UsageError(f"{text[:60]!r} has {longest} tokens, and this model reads {max_length}: shorten the label")
     return pad_rows(rows)
