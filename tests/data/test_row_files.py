@@ -174,7 +174,7 @@ def test_bad_rows_are_shown_by_reason_with_their_places_and_counts_by_kind(tmp_p
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", gzip.compress(LINE)),  # a download that lost its .gz, and one that kept it
+        ("a.jsonl", gzip.compress(LINE, mtime=0)),  # a download that lost its .gz, and one that kept it
         ("a.jsonl.gz", LINE),
         ("a.csv.gz", b"prompt,completion\na,b"),
         ("a.jsonl", b"\xef\xbb\xbf" + LINE + b"\n\xef\xbb\xbf\n\xef\xbb\xbf" + LINE),  # two files, joined
