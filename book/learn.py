@@ -6,6 +6,7 @@ sees the law that fails, finds the line and repairs it. Both are judged by what 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import os
 import re
@@ -23,6 +24,7 @@ from llm_quest.errors import ResourceError, UsageError
 from tests.mutations import Mutation
 
 SECONDS = 10
+run_process = subprocess.run
 Log = Callable[[str], None]
 
 
@@ -137,21 +139,49 @@ def copy_with_mistake(target: Path, game: Mutation) -> None:
         shutil.copytree(ROOT / name, part / name, ignore=skipped)
     shutil.copy(ROOT / "pyproject.toml", part)
     (part / "tests" / "mutations.py").unlink()  # it holds the answers
-    file = part / "llm_quest" / game.file
-    text = file.read_text(encoding="utf-8")
-    if text.count(game.right) != 1:
-        raise UsageError(f"this game is stale: {game.file} has changed; choose another")
-    file.write_text(text.replace(game.right, game.wrong), encoding="utf-8")
+    (part / "llm_quest" / game.file).write_text(broken_text(game), encoding="utf-8")
     part.rename(target)
 
 
-def run_tests(target: Path, game: Mutation) -> subprocess.CompletedProcess[str]:
-    """The tests of a game, on the reader's copy alone."""
+def broken_text(game: Mutation) -> str:
+    """The file of a game with its mistake."""
+    text = (ROOT / "llm_quest" / game.file).read_text(encoding="utf-8")
+    if text.count(game.right) != 1:
+        raise UsageError(f"this game is stale: {game.file} has changed; choose another")
+    return text.replace(game.right, game.wrong)
+
+
+def wrong_lines(game: Mutation) -> range:
+    """The numbers of the lines of the broken file in which the mistake is."""
+    before = (ROOT / "llm_quest" / game.file).read_text(encoding="utf-8").partition(game.right)[0]
+    first = before.count("\n") + 1
+    return range(first, first + game.wrong.rstrip("\n").count("\n") + 1)
+
+
+def changed_lines(broken: str, now: str) -> list[int]:
+    """The numbers of the lines of the broken file that the reader changed, or before which lines were put."""
+    pieces = difflib.SequenceMatcher(None, broken.splitlines(), now.splitlines(), autojunk=False).get_opcodes()
+    return [line + 1 for kind, a, b, *_ in pieces if kind != "equal" for line in range(a, max(b, a + 1))]
+
+
+def advice(target: Path, game: Mutation) -> str:
+    """What is said about a repair that does not hold: whether it is at the right line."""
+    now = (target / "llm_quest" / game.file).read_text(encoding="utf-8")
+    changed = changed_lines(broken_text(game), now)
+    if not changed:
+        return f"not yet: llm_quest/{game.file} is as the game began; the wrong line is in it"
+    if set(changed) & set(wrong_lines(game)):
+        return f"not yet: line {changed[0]} is where the mistake is, and what stands there now is not right"
+    return f"not yet: you changed line {changed[0]}; the wrong line is another one of llm_quest/{game.file}"
+
+
+def run_tests(target: Path, game: Mutation, *, every: bool = False) -> subprocess.CompletedProcess[str]:
+    """The tests of a game, on the reader's copy alone. every: also those behind the first that fails."""
     files, _, words = game.tests.partition(" -k ")
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", "0", "--tb=short", "-rf"]
+    options = ["-q", *([] if every else ["-x"]), "-p", "no:cacheprovider", "-n", "0", "--tb=short", "-rf"]
     command = [sys.executable, "-B", "-m", "pytest", *files.split(), *(["-k", words] if words else []), *options]
     environment = dict(os.environ, PYTHONPATH=str(target.resolve()), HF_HUB_OFFLINE="1")
-    return subprocess.run(command, cwd=target, capture_output=True, text=True, env=environment, check=False)
+    return run_process(command, cwd=target, capture_output=True, text=True, env=environment, check=False)
 
 
 def failing_law(text: str, game: Mutation) -> list[str]:
@@ -169,7 +199,7 @@ def check_game(folder: Path, name: str) -> tuple[bool, list[str]]:
         raise UsageError(f"{target} is not there; begin with: quest learn break {number}")
     game = GAMES[int(number) - 1]
     if (ended := run_tests(target, game)).returncode != 0:
-        return False, [*failing_law(ended.stdout, game), "", f"not yet: the line is in llm_quest/{game.file}"]
+        return False, [*failing_law(ended.stdout, game), "", advice(target, game)]
     (target / "REPAIRED").touch()
     return True, [f"repaired: the law holds again. The mistake: {game.title}"]
 

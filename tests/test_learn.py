@@ -49,6 +49,21 @@ def test_other_wrong_answers_are_described(answer, said):
     assert said in found.lines[0]
 
 
+def test_there_are_thirty_exercises_and_every_chapter_of_models_has_one():
+    assert len(EXERCISES) >= 30
+    without = CHAPTERS - {one.chapter for one in EXERCISES.values()}
+    assert without <= {"text-and-tokens", "gemma", "images", "reasoning"}
+
+
+def test_the_exercise_about_yarn_has_the_frequencies_of_the_package():
+    from llm_quest.layers.rotary import YaRNScaling
+
+    for d, theta, factor, original, fast, slow in EXERCISES["yarn_frequencies"].examples():
+        package = YaRNScaling(factor, original, fast, slow).inv_freq(d, theta)
+        answer = EXERCISES["yarn_frequencies"].reference(d, theta, factor, original, fast, slow)
+        torch.testing.assert_close(answer.float(), package, rtol=1e-5, atol=0)
+
+
 def test_an_answer_written_in_another_way_is_right():
     assert judge(EXERCISES["softmax"], lambda scores: torch.exp(scores - scores.logsumexp(-1, keepdim=True))).right
 
@@ -96,6 +111,18 @@ def test_there_are_forty_games_at_most_two_of_a_file_whose_mistake_can_be_made()
         assert [one.file for one in GAMES].count(game.file) <= 2
 
 
+def test_a_change_at_the_wrong_line_and_one_elsewhere_are_told_apart():
+    game = next(one for one in GAMES if one.wrong and "\n" not in one.wrong)
+    broken = learn.broken_text(game)
+    lines = broken.splitlines()
+    (place,) = learn.wrong_lines(game)
+    assert game.wrong.strip() in lines[place - 1]
+    assert learn.changed_lines(broken, broken) == []
+    edited = [*lines[: place - 1], lines[place - 1] + "  # here", *lines[place:]]
+    assert learn.changed_lines(broken, "\n".join(edited)) == [place]
+    assert learn.changed_lines(broken, "\n".join([*lines, "", "x = 1"])) == [len(lines) + 1]
+
+
 @pytest.mark.parametrize("title", ["GAE: the value behind the last token is its own"])
 def test_a_game_shows_the_law_that_fails_and_a_repair_is_judged_by_it(tmp_path, title):
     number = next(i for i, one in enumerate(GAMES, start=1) if one.title == title)
@@ -103,7 +130,12 @@ def test_a_game_shows_the_law_that_fails_and_a_repair_is_judged_by_it(tmp_path, 
     _, lines = run_lesson("break", str(number), tmp_path, print)
     assert lines[0].startswith("fails: tests/rollouts/test_gae.py")
     assert not (tmp_path / name / "tests" / "mutations.py").exists(), "the answers are not copied"
+    assert "as the game began" in learn.advice(tmp_path / name, game)
     file = tmp_path / name / "llm_quest" / game.file
+    file.write_text(file.read_text() + "\nANOTHER_LINE = 1\n")
+    right, lines = learn.check(tmp_path, name)
+    assert not right
+    assert "the wrong line is another one" in lines[-1]
     file.write_text(file.read_text().replace(game.wrong, game.right))
     right, lines = learn.check(tmp_path, name)
     assert right

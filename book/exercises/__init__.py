@@ -3,7 +3,9 @@ the reader wrote and names the typical mistake that computes the same."""
 
 from __future__ import annotations
 
-from book.exercises import layers, training
+from book.exercises import inference, layers, training
 from book.exercises.exercise import Exercise
 
-EXERCISES: dict[str, Exercise] = {one.name: one for one in (*layers.EXERCISES, *training.EXERCISES)}
+EXERCISES: dict[str, Exercise] = {
+    one.name: one for one in (*layers.EXERCISES, *training.EXERCISES, *inference.EXERCISES)
+}
