@@ -44,13 +44,19 @@ class Played:
 def play(number: int, folder: Path) -> Played:
     """One game in a folder of its own."""
     game, name = GAMES[number - 1], f"game-{number}"
-    shown = learn.begin_game(folder, str(number), lambda text: None)[0]
+    ended, run = [], learn.run_tests
+
+    def run_every(target: Path, one: Mutation) -> Ended[str]:
+        ended.append(run(target, one, every=True))
+        return ended[0]
+
+    with patch.object(learn, "run_tests", run_every):
+        shown = learn.begin_game(folder, str(number), lambda text: None)[0]
+    failing = failing_functions(ended[0].stdout)
     law = re.sub(r"\[.*", "", shown.removeprefix("fails: "))
     file = folder / name / "llm_quest" / game.file
     broken = file.read_text(encoding="utf-8")
-    failing = failing_functions(learn.run_tests(folder / name, game, every=True).stdout)
     faults = [] if "::" in shown else [f"no law is shown: {shown}"]
-    faults += [] if law in failing else [f"{law} does not fail where all tests run"]
     faults += list(wrong_answers(folder, name, game, broken))
     file.write_text(broken.replace(game.wrong, game.right) if game.wrong else original(game), encoding="utf-8")
     if file.read_text(encoding="utf-8") != original(game):
