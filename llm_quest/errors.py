@@ -4,30 +4,53 @@ remedy."""
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-LONGEST_LINE = 2000  # characters
+MAX_MESSAGE_LINES, LONGEST_LINE = 4, 300
+LONGEST_PROBLEM = 2000  # characters
+LIST_ALL = "--json lists all"
 
 
-def shorten_lines(text: str) -> str:
-    """A message whose lines can be read: what a user gave may be megabytes in one line."""
-    lines = (
-        line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} ... {line[-250:]}"
-        for line in text.split("\n")
-    )
-    return "\n".join(lines)
+def shorten_line(line: str, most: int) -> str:
+    """A line that can be read: what a user gave may be megabytes in one line. The cure, at the end, is kept."""
+    return line if len(line) <= most else f"{line[: most - 105]} ... {line[-100:]}"
+
+
+def wrap_line(line: str) -> list[str]:
+    """A line as several of at most 300 characters, broken between words."""
+    parts = []
+    while len(line) > LONGEST_LINE:
+        at = line.rfind(" ", LONGEST_LINE // 2, LONGEST_LINE)
+        parts.append(line[: at if at > 0 else LONGEST_LINE])
+        line = line[len(parts[-1]) :].lstrip()
+    return [*parts, line]
+
+
+def summarize_problems(problems: Sequence[str], list_all: str) -> str:
+    """What has room in four lines of 300 characters: all of it, one problem a line, or else the beginning and end of
+    the first problems, how many more there are, and what lists them."""
+    shown = list(problems)
+    if sum(len(wrap_line(line)) for line in shown) > MAX_MESSAGE_LINES:
+        shown = [shorten_line(line, LONGEST_LINE) for line in shown]
+    if len(shown) > MAX_MESSAGE_LINES:
+        shown[MAX_MESSAGE_LINES - 1 :] = [f"... and {len(shown) - MAX_MESSAGE_LINES + 1:,} more; {list_all}"]
+    return "\n".join(shown)
 
 
 class QuestError(ValueError):
-    """Shown as one to four lines without a traceback; the process ends with `exit_code`. came_first: of several
-    processes that train together, this is the error that ended them all."""
+    """Shown as one to four lines without a traceback; the process ends with `exit_code`.
+
+    message: one problem a line, the worst first. problems: all of these lines; the message shows what has room.
+    list_all: what lists them all, for whoever reads the message. came_first: of several processes that train together,
+    this is the error that ended them all."""
 
     exit_code = 1
     came_first = False
 
-    def __init__(self, message: object = "", *more: object):
-        super().__init__(shorten_lines(message) if isinstance(message, str) else message, *more)
+    def __init__(self, message: object = "", *more: object, list_all: str = LIST_ALL):
+        self.problems = tuple(shorten_line(line, LONGEST_PROBLEM) for line in str(message).splitlines())
+        super().__init__(summarize_problems(self.problems, list_all) if isinstance(message, str) else message, *more)
 
 
 class UsageError(QuestError):

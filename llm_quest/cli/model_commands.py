@@ -50,6 +50,9 @@ def diff(a: Annotated[str, typer.Argument(help="A family or preset.")], b: str, 
 
 def inspect(
     folder: Annotated[str, typer.Argument(help="A model folder.")],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Read every weight too, and list those that are not finite.")
+    ] = False,
     json: JsonOption = False,
     offline: OfflineOption = False,
 ) -> None:
@@ -57,7 +60,7 @@ def inspect(
     set_environment(0, offline)
     from llm_quest.hub.inspect import inspect_folder
 
-    print_result(inspect_folder(folder), json)
+    print_result(inspect_folder(folder, check_weights=weights), json)
 
 
 def add_tokens(

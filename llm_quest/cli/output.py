@@ -35,6 +35,7 @@ from llm_quest.errors import (
     QuestError,
     exit_code_of,
     is_out_of_memory,
+    wrap_line,
 )
 from llm_quest.files import atomic_write_text
 from llm_quest.progress import Heartbeat, is_terminal, write_line
@@ -170,7 +171,9 @@ def run_with_exit_code(command: Callable[[], int | None]) -> int:
         for line in lines:
             print_status(line)
         if "--json" in sys.argv and lines and not isinstance(error, KeyboardInterrupt):
-            print_json({"error": {"kind": type(error).__name__, "message": "\n".join(lines), "exit_code": code}})
+            problems = {"problems": error.problems} if isinstance(error, QuestError) else {}
+            message = "\n".join(lines)
+            print_json({"error": {"kind": type(error).__name__, "message": message, "exit_code": code, **problems}})
         return code
 
 
@@ -182,7 +185,7 @@ def describe_failure(error: BaseException) -> tuple[int, list[str]]:
 def failure_lines(error: BaseException) -> list[str]:
     """The message: cause, place, cure."""
     if isinstance(error, QuestError):
-        return [f"quest: {line}" for line in str(error).splitlines()]
+        return [f"quest: {part}" for line in str(error).splitlines() for part in wrap_line(line)]
     if isinstance(error, KeyboardInterrupt):
         return ["quest: interrupted"]
     if is_out_of_memory(error):

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_quest.errors import DataError, RowError
 
-MAX_LISTED_ROWS, MAX_SHOWN_REASONS, MAX_SHOWN_PLACES = 200, 10, 9
+MAX_LISTED_ROWS, MAX_SHOWN_PLACES = 200, 9
 """Skipped rows that a run's data.json lists; reasons that an error shows, and rows beside the first of each."""
 
 
@@ -98,15 +98,14 @@ class DropReport:
         return f"{self.skipped.total():,} {'row' if self.skipped.total() == 1 else 'rows'} cannot be used ({kinds})"
 
     def shown_rows(self) -> list[str]:
-        """The skipped rows for a message: one line for each reason, with the places of the first rows that have it."""
-        reasons = [*self.skipped_places.items()][:MAX_SHOWN_REASONS]
-        shown = [
-            f"{first}: {reason}" + (f" (the same at {', '.join(others[:MAX_SHOWN_PLACES])})" if others else "")
-            for reason, (first, *others) in reasons
-        ]
-        named = sum(
-            min(len(places), 1 + MAX_SHOWN_PLACES) for places in [*self.skipped_places.values()][:MAX_SHOWN_REASONS]
-        )
+        """The skipped rows for a message: one line for each reason, with the places of the first rows that have it (:3
+        is line 3 of the same file)."""
+        shown = []
+        for reason, (first, *others) in self.skipped_places.items():
+            file = first.rpartition(":")[0]
+            again = ", ".join(other.removeprefix(file) for other in others[:MAX_SHOWN_PLACES])
+            shown.append(f"{first}: {reason}" + (f" (the same at {again})" if again else ""))
+        named = sum(min(len(places), 1 + MAX_SHOWN_PLACES) for places in self.skipped_places.values())
         more = self.skipped.total() - named
         return [*shown, *([f"... and {more:,} more rows"] if more > 0 else [])]
 

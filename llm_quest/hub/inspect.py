@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from llm_quest.data.tokenizer_files import has_tokenizer
 from llm_quest.errors import DataError
 from llm_quest.hub.config import read_json
-from llm_quest.hub.load_save import load_tokenizer
+from llm_quest.hub.load_save import ALLOW_PICKLE, load, load_tokenizer
 from llm_quest.hub.locate import ModelLocation, locate_model
 from llm_quest.hub.safetensors_io import FLOAT_DTYPES
 from llm_quest.hub.validate import FolderReport, TensorSource, validate_folder
@@ -77,10 +78,11 @@ class Inspection:
         return [f"  {compact_names(names):<56} {dtype:<5} {list(shape)}" for (dtype, shape, _), names in groups.items()]
 
 
-def inspect_folder(name_or_path: str | Path) -> Inspection:
-    """Read the headers and the JSON, not the weights. Raises only where there is no folder to look at."""
+def inspect_folder(name_or_path: str | Path, *, check_weights: bool = False) -> Inspection:
+    """Read the headers and the JSON, and with check_weights every number. Raises only where there is no folder to look
+    at."""
     location = locate_model(name_or_path)
-    report = validate_folder(location, vision=True)
+    report = validate_folder(location, allow_pickle=os.environ.get(ALLOW_PICKLE) == "1", vision=True)
     lone = location.gguf_file
     files = (
         {lone.name: lone.stat().st_size}
@@ -91,6 +93,11 @@ def inspect_folder(name_or_path: str | Path) -> Inspection:
             if p.is_file()
         }
     )
+    if check_weights and not report.problems:
+        try:
+            load(name_or_path, vision=True)
+        except DataError as error:
+            report.problems += (problem.removeprefix("- ") for problem in error.problems)
     published = dict(report.hf_config)
     template = find_chat_template(report)
     if report.techniques:
@@ -127,7 +134,7 @@ def tokenizer_facts(report: FolderReport) -> dict[str, Any] | None:
         tokenizer = load_tokenizer(tokenizer_folder(report.location))
     except DataError as error:
         if report.location.gguf_file is not None or has_tokenizer(report.location.folder):
-            report.problems.append(str(error))
+            report.problems += error.problems
         return None
     kind, ends = type(tokenizer.backend_tokenizer.model).__name__, list(tokenizer.eos_token_ids)
     return {"kind": kind, "tokens": tokenizer.vocab_size, "bos": tokenizer.bos_token_id, "eos": ends}

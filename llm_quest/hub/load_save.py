@@ -1,6 +1,6 @@
 """Load a model from a published folder, the hub, or a run of ours; save one so that transformers and vLLM load it.
 
-Loading: validate the folder, stop with one error that lists everything wrong, else map each parameter into its file
+Loading: validate the folder, stop with one error that has everything wrong, else map each parameter into its file
 where possible (`mapped`), give the others memory and read each tensor into its place. Saving: write a staged folder,
 then one rename, so that a half-written model is never there under its name.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,8 @@ def load(
     adapter, its text part.
     allow_pickle: read pytorch_model.bin where there are no safetensors, with weights_only; None: as
     `quest --allow-pickle` says. What is odd but harmless, such as a part that was left out, is logged as a note.
-    Raises DataError listing *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors; damaged files; a
-    config no family computes), MissingError offline."""
+    Raises DataError whose `problems` are *all* that is wrong (missing, unexpected, mis-shaped, non-finite tensors;
+    damaged files; a config no family computes), MissingError offline."""
     device, requested_dtype = require_device(device), parse_dtype(dtype)
     allow_pickle = os.environ.get(ALLOW_PICKLE) == "1" if allow_pickle is None else allow_pickle
     if (base := adapter_base(name_or_path)) is not None:
@@ -100,7 +101,7 @@ def load(
         else {}
     )
     materialize(report.model, device, dtype, empty_huge_pages, mapped)
-    raise_problems(read_weights(report, mapped), location.name)
+    raise_problems(read_weights(report, mapped), location.name, "quest inspect --weights")
     report.model.generation_config = report.generation_config
     return report.model.eval()
 
@@ -137,11 +138,12 @@ def read_source(source: TensorSource, out: Tensor) -> int:
     return read_packed_into(source, out) if isinstance(source, PackedTensor) else read_into(source, out)
 
 
-def raise_problems(problems: list[str], name: str) -> None:
-    """One error for all of them."""
+def raise_problems(problems: Sequence[str], name: str, listed_by: str = "quest inspect") -> None:
+    """One error for all of them. listed_by: the command that lists them."""
     if problems:
-        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n- {problem}" for problem in problems)
-        raise DataError(f"{name} cannot be loaded:{text}")
+        head, *others = (" ".join(problem.split()) for problem in problems)
+        text = "\n".join([f"{name} cannot be loaded: {head}", *(f"- {other}" for other in others)])
+        raise DataError(text, list_all=f"{listed_by} {shlex.quote(name)} lists all")
 
 
 def save(

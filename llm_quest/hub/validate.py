@@ -87,7 +87,7 @@ def validate_folder(location: ModelLocation, *, allow_pickle: bool = False, visi
         try:
             step(report)
         except DataError as error:
-            report.problems.append(str(error))
+            report.problems += error.problems
     return report
 
 

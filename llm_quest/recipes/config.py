@@ -160,15 +160,16 @@ def parse_config(schema: type[ConfigT], settings: RawConfig, more: Sequence[Conf
     """The typed config; UsageError with one line per mistake. more: mistakes that are not the schema's to find."""
     if settings.problems:
         raise config_error(settings.problems)
-    if implausible := list(find_implausible_numbers(schema, settings)):
-        raise config_error(implausible)
+    problems = list(find_implausible_numbers(schema, settings))
+    implausible = {problem.key for problem in problems}
     try:
         config = schema.model_validate(settings.tree)
     except ValidationError as error:
         refuse_earlier_version(error, settings)
-        raise config_error([*explain_validation_error(error, schema, settings), *more]) from None
-    if more:
-        raise config_error(more)
+        found = [*explain_validation_error(error, schema, settings), *more]
+        raise config_error([*problems, *(one for one in found if one.key not in implausible)]) from None
+    if problems := [*problems, *(one for one in more if one.key not in implausible)]:
+        raise config_error(problems)
     return config
 
 
@@ -267,6 +268,9 @@ def explain_validation_error(
         yield ConfigProblem(settings.location(path), ".".join(path), what)
 
 
+MAX_LISTED_KEYS = 150  # characters
+
+
 def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequence[str]) -> str:
     """What to write instead of a key that the schema does not have."""
     from llm_quest.recipes.other_names import setting_of
@@ -279,7 +283,11 @@ def explain_unknown_key(schema: type[StrictModel], path: KeyPath, known: Sequenc
 
     if (ours := setting_of(path[-1], knows)) is not None:
         return f"unknown key; here it is {ours}"
-    return f"unknown key{did_you_mean(path[-1], known)}; allowed here: {', '.join(known)}"
+    listed = f"allowed here: {', '.join(known)}"
+    if len(listed) > MAX_LISTED_KEYS:
+        recipe = get_args(schema.model_fields["recipe"].annotation) if "recipe" in schema.model_fields else ()
+        listed = f"quest train {recipe[0] if recipe else 'RECIPE'} --help lists the {len(known)} keys"
+    return f"unknown key{did_you_mean(path[-1], known)}; {listed}"
 
 
 def has_findings_below(place: tuple[int | str, ...], findings: Sequence[Any]) -> bool:

@@ -51,5 +51,6 @@ def test_a_failure_has_the_same_words_on_a_terminal_and_in_json(failure, monkeyp
     said = capsys.readouterr()
     reply = json.loads(said.out)["error"]
     assert (code, said.err.splitlines()) == describe_failure(failure)
-    assert reply == {"kind": type(failure).__name__, "message": said.err.rstrip("\n"), "exit_code": code}
+    problems = {"problems": str(failure).splitlines()} if isinstance(failure, errors.QuestError) else {}
+    assert reply == {"kind": type(failure).__name__, "message": said.err.rstrip("\n"), "exit_code": code, **problems}
     assert code in documented_codes()

@@ -167,7 +167,7 @@ def test_bad_rows_are_shown_by_reason_with_their_places_and_counts_by_kind(tmp_p
     lines = str(error.value).splitlines()
     assert "13 rows cannot be used (12 x not JSON, 1 x not an object)" in lines[0]
     assert lines[1].startswith(f"{file}:2: is not JSON")
-    assert lines[1].endswith(f"(the same at {', '.join(f'{file}:{number}' for number in range(3, 12))})")
+    assert lines[1].endswith(f"(the same at {', '.join(f':{number}' for number in range(3, 12))})")
     assert lines[2:] == [f"{file}:14: holds a list, expected an object", "... and 2 more rows"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_quest.errors import LONGEST_LINE, QuestError
+from llm_quest.errors import MAX_MESSAGE_LINES, QuestError, wrap_line
 from tests.faults.mutations import mutate_bytes, mutate_value, to_hostile_json
 from tests.faults.targets import Target
 
@@ -69,8 +69,8 @@ def read_once(target: Target, file: Path, number: int, content: bytes) -> Fault 
     try:
         target.read(file)
     except QuestError as error:
-        lines = str(error).splitlines()
-        if not lines or any(len(line) > LONGEST_LINE for line in lines):
+        lines = [part for line in str(error).splitlines() for part in wrap_line(line)]
+        if not 1 <= len(lines) <= MAX_MESSAGE_LINES:
             what = f"a message of {len(str(error))} characters"
             return Fault(target.name, number, content, what, type(error).__name__)
     except (KeyboardInterrupt, SystemExit):
