@@ -1,16 +1,18 @@
 """The server under load: clients in loops on loopback, each request answered, memory flat, tokens per second against
 `generate` with a batch as large as the server's slots; and the time to the first token of a 512-token prompt.
 
-python -m benchmarks.serving [--clients 200] [--requests 2] [--slots 32] [--new 64] [--shape 11m] [--stream]
+python -m benchmarks.serving [--clients 200] [--requests 1] [--slots 32] [--new 64] [--rounds 3] [--shape NAME] [--stream]
 
-The server is a process of its own with one thread. On a machine with few cores clients, server and other programs share
-them, so beside the wall clock there is the processor time of the server against that of `generate`."""
+The server is a process of its own with one thread. A round is a pair, `generate` and the server, each by the clock and
+by its processor time (user and system), for clients, server and other programs may share the cores. The ratio of a
+round is of the same kind of time on both sides; the last line has the medians."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,15 +38,24 @@ PROMPT, LONG_PROMPT = 64, 512
 
 
 class Rate(NamedTuple):
-    """Tokens of a second: of the wall clock, and of the processor time of the process."""
+    """Tokens, and the seconds of the clock, of the processor for the program and for the system on its behalf."""
 
     tokens: int
     wall: float
-    cpu: float
+    user: float
+    system: float
+
+    @property
+    def by_clock(self) -> float:
+        return self.tokens / self.wall
+
+    @property
+    def by_processor(self) -> float:
+        return self.tokens / (self.user + self.system)
 
     def __str__(self) -> str:
-        per_cpu = self.tokens / self.cpu
-        return f"{self.tokens / self.wall:,.0f} tokens/s, {per_cpu:,.0f} of a second of processor time"
+        spent = f"{self.wall:.1f} s, {self.user:.1f} user + {self.system:.1f} system"
+        return f"{self.by_clock:,.0f} tokens/s by the clock, {self.by_processor:,.0f} by the processor ({spent})"
 
 
 def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -102,24 +113,30 @@ async def load(port: int, clients: list[list[dict[str, Any]]]) -> list[int]:
     return [tokens for found in await asyncio.gather(*map(client, clients)) for tokens in found]
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+class Stopwatch:
+    """Measures what a process spends from here on."""
+
+    def __init__(self, process: psutil.Process):
+        self.process, self.wall, self.times = process, time.perf_counter(), process.cpu_times()
+
+    def rate(self, tokens: int) -> Rate:
+        wall, times = time.perf_counter(), self.process.cpu_times()
+        return Rate(tokens, wall - self.wall, times.user - self.times.user, times.system - self.times.system)
 
 
-def run_load(process: psutil.Process, port: int, bodies: list[dict[str, Any]], clients: int) -> tuple[Rate, int]:
-    """The rate of the server, and how many requests were answered."""
-    wall, cpu = time.perf_counter(), cpu_seconds(process)
+def run_load(process: psutil.Process, port: int, bodies: list[dict[str, Any]], clients: int) -> Rate:
+    """The rate of the server; every body is answered."""
+    watch = Stopwatch(process)
     counts = asyncio.run(load(port, [bodies[number::clients] for number in range(clients)]))
-    return Rate(sum(counts), time.perf_counter() - wall, cpu_seconds(process) - cpu), len(counts)
+    assert len(counts) == len(bodies), "a request was lost"
+    return watch.rate(sum(counts))
 
 
 def run_generate(model: Any, ids: list[list[int]], new: int) -> Rate:
     """The rate of one batch."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    watch = Stopwatch(psutil.Process())
     done = generate(model, ids, max_new_tokens=new, temperature=0.0, eos_token_id=())
-    tokens = sum(len(one.tokens) for one in done)
-    return Rate(tokens, time.perf_counter() - wall, time.process_time() - cpu)
+    return watch.rate(sum(len(one.tokens) for one in done))
 
 
 def first_token_seconds(port: int, prompt: list[int]) -> float:
@@ -144,9 +161,30 @@ def compare_first_tokens(model: Any, port: int, ids: list[list[int]]) -> tuple[f
     return min(served), min(own)
 
 
+def compare_rates(model: Any, process: psutil.Process, port: int, ids: list[list[int]], arguments: Any) -> None:
+    """Rounds of `generate` and server; a line each, and the medians of the ratios."""
+    options = {"max_tokens": arguments.new, "temperature": 0, "ignore_eos": True, "stream": arguments.stream}
+    options |= {"stream_options": {"include_usage": True}} if arguments.stream else {}
+    bodies, batch = [options | {"prompt": one} for one in ids], ids[: arguments.slots]
+    run_load(process, port, bodies[: arguments.slots * 2], arguments.slots)
+    run_generate(model, batch, arguments.new)
+    ratios, memory = [], []
+    for number in range(arguments.rounds):
+        own = run_generate(model, batch, arguments.new)
+        served = run_load(process, port, bodies, arguments.clients)
+        ratios.append((served.by_clock / own.by_clock, served.by_processor / own.by_processor))
+        memory.append(process.memory_info().rss / 2**20)
+        print(f"round {number + 1}, generate: {own}")
+        print(f"round {number + 1}, server:   {served}; {len(bodies)} of {len(bodies)} answered; ", end="")
+        print(f"{memory[-1]:,.0f} MiB; {ratios[-1][0]:.2f}, {ratios[-1][1]:.2f}", flush=True)
+    clock, processor = (statistics.median(column) for column in zip(*ratios, strict=True))
+    print(f"server / generate: {clock:.2f} by the clock, {processor:.2f} by the processor; ", end="")
+    print(f"memory {memory[-1] - memory[0]:+.0f} MiB after the first round")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, value in {"clients": 200, "requests": 2, "slots": 32, "new": 64}.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"clients": 200, "requests": 1, "slots": 32, "new": 64, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--shape", choices=list(SHAPES), default="11m")
     parser.add_argument("--stream", action="store_true")
@@ -155,34 +193,15 @@ def main() -> None:
     tokenizer = train_bpe((document.text for document in pydoc_topics()), 1024)
     config = SHAPES[arguments.shape][1]
     model = quest.build(replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size)))
-    options = {"max_tokens": arguments.new, "temperature": 0, "ignore_eos": True, "stream": arguments.stream}
-    options |= {"stream_options": {"include_usage": True}} if arguments.stream else {}
     ids = prompts(arguments.clients * arguments.requests, PROMPT, tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model", tokenizer=tokenizer)
         with server_process(Path(folder) / "model", arguments.slots) as (process, port):
-            bodies = [options | {"prompt": one} for one in ids]
-            run_load(process, port, bodies[: arguments.slots * 2], arguments.slots)
-            run_generate(model, ids[: arguments.slots], arguments.new)
-            before = run_generate(model, ids[: arguments.slots], arguments.new)
-            memory = []
-            for _ in range(2):
-                rate, answered = run_load(process, port, bodies, arguments.clients)
-                memory.append(process.memory_info().rss / 2**20)
-                print(f"server: {rate}; {answered} of {len(bodies)} requests answered; {memory[-1]:,.0f} MiB")
-            own = [before, run_generate(model, ids[: arguments.slots], arguments.new)]
-            for one in own:
-                print(f"generate, batch of {arguments.slots}: {one}")
-            cpu = max(one.tokens / one.cpu for one in own)
-            wall = max(one.tokens / one.wall for one in own)
-            print(f"server / generate: {rate.tokens / rate.wall / wall:.2f} by the clock, ", end="")
-            print(f"{rate.tokens / rate.cpu / cpu:.2f} by processor time; memory {memory[1] - memory[0]:+.0f} MiB")
+            compare_rates(model, process, port, ids, arguments)
             long = prompts(8, LONG_PROMPT, tokenizer.vocab_size)
             served, single = compare_first_tokens(model, port, long)
-            print(
-                f"first token of {LONG_PROMPT}: server {served * 1e3:.0f} ms, generate {single * 1e3:.0f} ms, ", end=""
-            )
-            print(f"{served / single:.2f}")
+            print(f"first token of {LONG_PROMPT}: server {served * 1e3:.0f} ms, ", end="")
+            print(f"generate {single * 1e3:.0f} ms, {served / single:.2f}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from llm_quest.serve.engine import QueueFull, ServingEngine
 from llm_quest.serve.errors import ApiError
 from llm_quest.serve.inside_routes import InsideViews
 from llm_quest.serve.metrics import Samples, model_label, render_metrics, value_samples
+from llm_quest.serve.outbox import Mailbox, Outbox
 from llm_quest.serve.protocol import (
     Body,
     ChatBody,
@@ -33,13 +34,14 @@ from llm_quest.serve.protocol import (
     TokenizeBody,
     parse_body,
 )
-from llm_quest.serve.requests import Event, GenerationRequest, RequestFailed
+from llm_quest.serve.requests import GenerationRequest, RequestFailed
 from llm_quest.serve.security import AccessGuard, AccessRules
 from llm_quest.serve.service import RequestOptions, ServedModel, chat_request, completion_requests
 
 PING_SECONDS = 10.0
 LEFT = 499
 """The status of a request whose client left, in the log."""
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -51,34 +53,6 @@ class HttpLimits:
     body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
     request_seconds: float = 600.0
-
-
-class Outbox:
-    """Carries events from the engine's thread to the tasks that wait for them: one wake-up for a step."""
-
-    def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.queues: dict[int, asyncio.Queue[tuple[GenerationRequest, Event]]] = {}
-        self.made: list[tuple[GenerationRequest, Sequence[Event]]] = []
-
-    def deliver(self, request: GenerationRequest, events: Sequence[Event]) -> None:
-        """In the engine's thread: keep the events of a step."""
-        self.made.append((request, events))
-
-    def flush(self) -> None:
-        """In the engine's thread, behind a step: hand them out."""
-        if self.made and self.loop is not None:
-            made, self.made = self.made, []
-            try:
-                self.loop.call_soon_threadsafe(self.put, made)
-            except RuntimeError:  # the loop has ended; so have those who wait
-                return
-
-    def put(self, made: Sequence[tuple[GenerationRequest, Sequence[Event]]]) -> None:
-        for request, events in made:
-            if (queue := self.queues.get(request.number)) is not None:
-                for event in events:
-                    queue.put_nowait((request, event))
 
 
 class QuestServer:
@@ -183,7 +157,7 @@ class QuestServer:
         except QuestError as error:
             raise ApiError(400, str(error)) from None
         answer = make_answer(served, requests, body)
-        work = Work(self, answer, time.monotonic())
+        work = Work(self, answer, time.monotonic(), is_stream=body.stream)
         work.submit()
         if body.stream:
             return StreamingResponse(
@@ -237,16 +211,16 @@ def make_requests(
 class Work:
     """The requests of one body while they run. Whatever ends it frees their slots."""
 
-    def __init__(self, server: QuestServer, answer: AnswerWriter, began: float):
+    def __init__(self, server: QuestServer, answer: AnswerWriter, began: float, *, is_stream: bool):
         self.server, self.answer, self.began = server, answer, began
-        self.queue: asyncio.Queue[tuple[GenerationRequest, Event]] = asyncio.Queue()
+        self.mailbox = Mailbox(every_step=is_stream)
 
     def submit(self) -> None:
         """Queue the requests. ApiError 429 where too many wait, 503 where the engine has stopped."""
         engine, requests = self.server.engine, self.answer.requests
         if not engine.is_alive:
             raise ApiError(503, "the engine has stopped", headers={"retry-after": "10"})
-        self.server.outbox.queues |= {one.number: self.queue for one in requests}
+        self.server.outbox.mailboxes |= {one.number: self.mailbox for one in requests}
         try:
             for one in requests:
                 engine.submit(self.answer.served.name, one)
@@ -258,36 +232,37 @@ class Work:
     def release(self, status: int) -> None:
         """Forget the requests; those that still run are cancelled."""
         for one in self.answer.requests:
-            self.server.outbox.queues.pop(one.number, None)
+            self.server.outbox.mailboxes.pop(one.number, None)
             if not self.answer.is_finished:
                 self.server.engine.cancel(one)
         if self.server.inside and self.answer.is_finished:
             self.server.inside.keep(self.answer)
         self.server.log_end(self.answer, status, self.began)
 
-    async def parts(self) -> AsyncIterator[Part | None]:
+    async def parts(self) -> AsyncIterator[list[Part] | None]:
         """The parts of choices as they are made; None where nothing came for a while."""
         while not self.answer.is_finished:
-            try:
-                async with asyncio.timeout(PING_SECONDS):
-                    request, event = await self.queue.get()
-            except TimeoutError:
-                yield None
-                continue
-            if isinstance(event, RequestFailed):
-                raise ApiError(event.status, event.message, code=event.code)
-            for part in self.answer.read(request, event):
-                yield part
+            parts: list[Part] = []
+            failed: RequestFailed | None = None
+            events = await self.mailbox.read(PING_SECONDS)
+            for request, event in events:
+                if isinstance(event, RequestFailed):
+                    failed = event
+                    break
+                parts += self.answer.read(request, event)
+            yield parts if events else None
+            if failed is not None:
+                raise ApiError(failed.status, failed.message, code=failed.code)
 
     async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         status = LEFT
         try:
-            async for part in self.parts():
-                if part is None:
+            async for parts in self.parts():
+                if parts is None:
                     yield ": ping\n\n"
-                else:
-                    yield to_event(self.answer.chunk([part], with_usage=include_usage))
+                elif parts:
+                    yield "".join(to_event(self.answer.chunk([part], with_usage=include_usage)) for part in parts)
             if include_usage:
                 yield to_event(self.answer.usage_chunk())
             status = 200
@@ -327,7 +302,7 @@ async def wait_until_left(request: Request) -> None:
 
 
 def to_event(value: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {ENCODER.encode(value)}\n\n"
 
 
 def model_samples(served: ServedModel) -> Samples:

@@ -25,11 +25,13 @@ LazyPrefix = tuple[Sequence[int], Callable[[], CacheRow]]
 
 class PrefixCache:
     """Rows of finished texts, at most `max_bytes` of them; the one that was not used for the longest time goes first.
-    queries, hits: tokens that were looked up and that were found."""
+    beginnings: texts with the same first MIN_SHARED_TOKENS tokens. queries, hits: tokens that were looked up and
+    that were found."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.nbytes = max_bytes, 0
         self.rows: OrderedDict[tuple[int, ...], CacheRow] = OrderedDict()
+        self.beginnings: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
         self.queries = self.hits = 0
 
     def store(self, token_ids: Sequence[int], row: CacheRow) -> None:
@@ -39,6 +41,7 @@ class PrefixCache:
             return
         self.drop(key)
         self.rows[key] = row.clone()
+        self.beginnings.setdefault(key[:MIN_SHARED_TOKENS], {})[key] = None
         self.nbytes += self.rows[key].nbytes()
         while self.nbytes > self.max_bytes:
             self.drop(next(iter(self.rows)))
@@ -46,6 +49,10 @@ class PrefixCache:
     def drop(self, key: tuple[int, ...]) -> None:
         if (row := self.rows.pop(key, None)) is not None:
             self.nbytes -= row.nbytes()
+            alike = self.beginnings[key[:MIN_SHARED_TOKENS]]
+            del alike[key]
+            if not alike:
+                del self.beginnings[key[:MIN_SHARED_TOKENS]]
 
     def find(
         self, model: Decoder, prompt: Sequence[int], running: Iterable[LazyPrefix], capacity: int
@@ -54,8 +61,8 @@ class PrefixCache:
         least one token is left to compute. running: texts that are being generated."""
         self.queries += len(prompt)
         begin, wanted = tuple(prompt[:MIN_SHARED_TOKENS]), np.array(prompt[:-1])
-        held: list[LazyPrefix] = [(key, partial(self.rows.__getitem__, key)) for key in self.rows]
-        alike = [one for one in (*held, *running) if tuple(one[0][:MIN_SHARED_TOKENS]) == begin]
+        alike: list[LazyPrefix] = [(key, partial(self.rows.__getitem__, key)) for key in self.beginnings.get(begin, ())]
+        alike += (one for one in running if tuple(one[0][:MIN_SHARED_TOKENS]) == begin)
         for token_ids, read in sorted(alike, key=lambda one: -shared_length(wanted, one[0]))[:2]:
             row = read()
             shared = min(shared_length(wanted, token_ids), row.length)

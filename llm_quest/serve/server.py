@@ -18,10 +18,11 @@ from llm_quest.errors import UsageError
 from llm_quest.generation.generate import require_inference_mode
 from llm_quest.generation.stopping import end_token_ids
 from llm_quest.models.decoder import Decoder
-from llm_quest.serve.app import HttpLimits, Outbox, QuestServer
+from llm_quest.serve.app import HttpLimits, QuestServer
 from llm_quest.serve.batch import BatchLimits, RunningBatch
 from llm_quest.serve.engine import ServingEngine
 from llm_quest.serve.metrics import ServerMetrics
+from llm_quest.serve.outbox import Outbox
 from llm_quest.serve.security import AccessRules, make_access_rules
 from llm_quest.serve.service import ServedModel
 
