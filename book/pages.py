@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
+from book.api import Module, module_name
 from book.blocks import breaks_block, card_block, code_block, figure_block, mistakes_block, mutations_of
 from book.catalog import Subject
+from book.equations import symbol_rows
 from book.markdown import Renderer, colour_code, output_block
 from book.source import ROOT, code_of, docstring_of, flat, papers_of, paragraphs, public_names, split_mistakes
 
@@ -72,8 +74,14 @@ def docstring_text(subject: Subject) -> str:
 
 
 def idea(subject: Subject, markdown: Renderer) -> str:
-    figure = PAGE_FIGURES.get(subject.key)
-    return markdown(docstring_text(subject)) + (figure_block(figure) if figure else "")
+    figure, text = PAGE_FIGURES.get(subject.key), docstring_text(subject)
+    return markdown(text) + symbols_table(subject, text) + (figure_block(figure) if figure else "")
+
+
+def symbols_table(subject: Subject, text: str) -> str:
+    """What the symbols of a page's equations mean."""
+    rows = [[code(symbol), html.escape(meaning)] for symbol, meaning in symbol_rows(subject, text)]
+    return f"<h3>Symbols</h3>{table(('symbol', 'meaning'), rows)}" if rows else ""
 
 
 def breaks(subject: Subject) -> str:
@@ -103,7 +111,8 @@ def sources(subject: Subject) -> str:
     links = "".join(
         f'<li><a href="https://arxiv.org/abs/{one}">arXiv:{one}</a></li>' for one in papers_of(subject.file)
     )
-    return f"<ul>{links}<li>The code: <code>llm_quest/{subject.file}</code></li></ul>"
+    place = f'<a href="../{Module(subject.file, module_name(subject.file)).path}">llm_quest/{subject.file}</a>'
+    return f"<ul>{links}<li>The code: {place}</li></ul>"
 
 
 def code_sections(subject: Subject, markdown: Renderer) -> Iterator[Section]:

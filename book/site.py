@@ -17,6 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pygments.formatters import HtmlFormatter
 
+from book import api, reference
 from book.blocks import BLOCKS
 from book.catalog import KINDS, Subject, all_subjects, read_questions
 from book.markdown import Block, Renderer
@@ -24,6 +25,8 @@ from book.pages import make_sections, summary_of, title_of
 from book.run import Examples, example_environment
 from book.source import ROOT
 
+SECTIONS = {"reference": "Reference", "api": "API", **KINDS}
+"""Folder of the site -> the heading that lists its pages."""
 CHAPTERS, THEME = ROOT / "book/chapters", ROOT / "book/theme"
 Log = Callable[[str], None]
 
@@ -84,7 +87,14 @@ def build_site(out: Path, *, run: bool = True, log: Log = print) -> list[Page]:
     check_questions(subjects)
     book.names = {one.key: (one.path, title_of(one)) for one in subjects}
     book.names |= {f.stem.split("-", 1)[1]: (chapter_path(f), chapter_title(f)) for f in chapter_files()}
-    pages = [*make_chapters(book, run, log), *make_subject_pages(book, subjects)]
+    book.names |= {key: (f"{key}.html", title) for key, title in reference.page_names().items()}
+    book.names |= {f"api/{one.file}": (one.path, one.name) for one in api.all_modules()}
+    pages = [
+        *make_chapters(book, run, log),
+        *make_subject_pages(book, subjects),
+        *make_reference(book),
+        *make_api(book),
+    ]
     pages += [make_index(pages, book), *make_kind_indexes(pages)]
     write_pages(out, pages)
     check_links(out)
@@ -150,6 +160,20 @@ def make_subject_pages(book: Book, subjects: list[Subject]) -> Iterator[Page]:
         )
 
 
+def make_reference(book: Book) -> Iterator[Page]:
+    book.here = "reference/index.html"
+    for one in reference.reference_pages(Renderer({}, book.link), book.link):
+        yield Page(one.path, one.title, SECTIONS["reference"], "", one.body, one.words)
+
+
+def make_api(book: Book) -> Iterator[Page]:
+    book.here = "api/index.html"
+    markdown = Renderer({}, book.link)
+    for one in api.all_modules():
+        summary = api.module_summary(one)
+        yield Page(one.path, one.name, SECTIONS["api"], summary, api.module_body(one, markdown), api.module_words(one))
+
+
 def anchor(heading: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
 
@@ -163,7 +187,7 @@ def make_index(pages: list[Page], book: Book) -> Page:
     counts = Counter(one.group for one in pages)
     kinds = "".join(
         f'<li><a href="{kind}/index.html">{name}</a> <span class="count">{counts[name]}</span></li>'
-        for kind, name in KINDS.items()
+        for kind, name in SECTIONS.items()
     )
     body = (
         "<h1>LLM Quest</h1><p class='question'>How do modern language models work, and how is it known that the code "
@@ -175,7 +199,7 @@ def make_index(pages: list[Page], book: Book) -> Page:
 
 
 def make_kind_indexes(pages: list[Page]) -> Iterator[Page]:
-    for kind, name in KINDS.items():
+    for kind, name in SECTIONS.items():
         items = "".join(
             f'<li><a href="{Path(one.path).name}">{html.escape(one.title)}</a><p>{html.escape(one.summary)}</p></li>'
             for one in pages if one.group == name
@@ -198,7 +222,7 @@ def write_pages(out: Path, pages: list[Page]) -> None:
             order[place + 1] if place is not None and place + 1 < len(order) else None,
         )
         text = template.render(
-            page=page, root="../" * page.path.count("/"), before=near[0], after=near[1], chapters=order, kinds=KINDS
+            page=page, root="../" * page.path.count("/"), before=near[0], after=near[1], chapters=order, kinds=SECTIONS
         )
         file.write_text(text, encoding="utf-8")
     colours = HtmlFormatter(style="default").get_style_defs(".code")

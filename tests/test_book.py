@@ -7,8 +7,9 @@ import itertools
 import re
 
 import pytest
+import typer
 
-from book import blocks, figures, pages, site, source
+from book import api, blocks, equations, figures, pages, reference, site, source
 from book.catalog import Subject, all_subjects, read_questions
 from book.markdown import Renderer
 from book.run import ExampleError, Examples, example_environment
@@ -35,6 +36,61 @@ def test_every_subject_of_the_package_has_a_page_with_its_question_and_code(buil
         assert questions[subject.key].endswith("?"), subject.key
         assert f"<figcaption>llm_quest/{subject.file}" in text, f"{subject.key} shows no code"
     assert len({page.path for page in made}) == len(made)
+
+
+def test_every_public_class_and_function_is_on_its_api_page_with_its_signature(built):
+    out, _ = built
+    modules = api.all_modules()
+    for module in modules:
+        text = (out / module.path).read_text(encoding="utf-8")
+        for node in api.walk_public(api.public_definitions(module.file)):
+            assert f'id="L{node.lineno}"' in text, f"{module.name}.{node.name}"
+    assert len(modules) > 400
+    norm = (out / "api/llm_quest.layers.norm.html").read_text(encoding="utf-8")
+    assert 'id="RMSNorm"' in norm
+    assert 'id="RMSNorm.forward"' in norm
+
+
+def test_the_reference_has_commands_exit_codes_metrics_settings_and_other_projects_names(built):
+    from llm_quest.cli.main import app
+    from llm_quest.errors import QuestError
+
+    out, _ = built
+    text = {
+        name: (out / f"reference/{name}.html").read_text(encoding="utf-8") for name in ("commands", "cli", "glossary")
+    }
+    for name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"<code>quest {name}</code>" in text["commands"]
+    codes = {one.exit_code for one in QuestError.__subclasses__() if isinstance(getattr(one, "exit_code", None), int)}
+    assert all(f"<td>{one}</td>" in text["cli"] for one in codes)
+    assert "api/llm_quest.generation.speculative.rejection_sampler.html" in text["glossary"]
+
+
+def test_every_entry_of_the_glossary_names_code_or_a_page(monkeypatch):
+    assert reference.check_places() == []
+    wrong = {"x": ("TRL", "", "layers/norm.py:None"), "y": ("TRL", "", "layer/none")}
+    monkeypatch.setattr(reference, "read_glossary", lambda: wrong)
+    assert len(reference.check_places()) == 2
+
+
+def test_every_number_that_a_log_or_a_report_may_hold_is_explained():
+    known = reference.known_metrics()
+    assert {"frac_reward_zero_std", "rewards/margin", "max_violation", "eval/bits_per_byte", "sampling_rounds"} <= known
+    assert [one for one in sorted(known) if not reference.is_explained(one)] == []
+    assert not reference.is_explained("mystery")
+
+
+def test_every_symbol_of_every_equation_is_explained():
+    shown = 0
+    for subject in all_subjects():
+        rows = equations.symbol_rows(subject, pages.docstring_text(subject))
+        shown += bool(rows)
+        assert [symbol for symbol, meaning in rows if not meaning] == [], subject.key
+    assert shown >= 20
+    new = equations.symbol_rows(Subject("layer", "new", ""), "A law.\n\n      Q = zeta x\n")
+    assert new == [("Q", ""), ("zeta", ""), ("x", equations.read_symbols()[1]["everywhere"]["x"])]
+    known = {one.key for one in all_subjects()} | {"everywhere"}
+    assert set(equations.read_symbols()[1]) <= known, "symbols of a page that is not there"
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

@@ -1,5 +1,5 @@
 // Search over the pages of window.PAGES: every word must begin a word of a page; titles count most.
-const box = document.getElementById("search"), found = document.getElementById("found");
+const box = document.getElementById("the-search"), found = document.getElementById("the-found");
 function score(page, words) {
   let total = 0;
   for (const word of words) {

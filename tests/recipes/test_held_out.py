@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from book.reference import unexplained_metrics, unknown_files
 from llm_quest.errors import DataError, UsageError
 from llm_quest.recipes.held_out import evaluate_run
 from tests.recipes.every_recipe import NAMES, prepare, run_tiny
@@ -33,6 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files_of(run: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file()}
+
+
+def test_the_reference_explains_every_number_and_names_every_file_of_every_recipes_run(folder: Path, tmp_path: Path):
+    for recipe in NAMES:
+        run = folder / "alone" / recipe
+        assert unexplained_metrics(run) == [], recipe
+        assert unknown_files(run) == [], recipe
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/mystery.bin").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mystery": 2.0}\n')
+    assert unknown_files(tmp_path) == ["checkpoints/mystery.bin"]
+    assert unexplained_metrics(tmp_path) == ["mystery"]
 
 
 @pytest.mark.parametrize("recipe", NAMES)
