@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import html
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def fields(node: ast.ClassDef) -> list[str]:
 
 def first_sentence(node: Definition | ast.Module) -> str:
     text = ast.get_docstring(node) or ""
-    return flat(paragraphs(text)[0]).partition(". ")[0].rstrip(".:") if text else ""
+    return re.split(r"(?<!\bal)(?<!\bet)[.:] (?=[A-Z`])", flat(paragraphs(text)[0]))[0].rstrip(".:") if text else ""
 
 
 def module_body(module: Module, markdown: Renderer) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from book.catalog import all_subjects
+from book.flows import FLOWS, draw_flow
 from book.markdown import Renderer, colour_code
 from book.pages import code, table
 from book.source import PACKAGE, ROOT, find, parse
@@ -29,8 +30,10 @@ GUIDES = {
     "benchmarks": "Benchmarks (for contributors)",
 }  # fmt: skip
 """A page of `docs/` -> its title in lists."""
-TABLES = {"glossary": "Glossary", "metrics": "Metrics", "commands": "Commands", "settings": "Settings",
-          "techniques": "Techniques and their options"}  # fmt: skip
+TABLES = {
+    "built": "How the package is built, in three pictures", "glossary": "Glossary", "metrics": "Metrics",
+    "commands": "Commands", "settings": "Settings", "techniques": "Techniques and their options",
+}  # fmt: skip
 METRIC_PACKAGES = ("objectives", "eval", "rollouts", "train/session.py")
 PLACE = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
@@ -50,7 +53,7 @@ class ReferencePage:
 
 
 def reference_pages(markdown: Renderer, link: Callable[[str], tuple[str, str]]) -> Iterator[ReferencePage]:
-    makers = {"glossary": glossary, "metrics": metrics, "commands": commands, "settings": settings,
+    makers = {"built": built, "glossary": glossary, "metrics": metrics, "commands": commands, "settings": settings,
               "techniques": techniques}  # fmt: skip
     for name, title in TABLES.items():
         body = makers[name](markdown)
@@ -58,6 +61,12 @@ def reference_pages(markdown: Renderer, link: Callable[[str], tuple[str, str]]) 
     for name, title in GUIDES.items():
         text = guide_file(name).read_text(encoding="utf-8")
         yield ReferencePage(name, title, markdown(site_links(text, link)), text)
+
+
+def built(markdown: Renderer) -> str:
+    """The three pictures; each box leads to its code."""
+    said = "Each box leads to the code that does it; [[reference/architecture|the guide]] has the reasons."
+    return markdown(said) + "".join(map(draw_flow, FLOWS))
 
 
 def guide_file(name: str) -> Path:

@@ -9,11 +9,13 @@ import re
 import pytest
 import typer
 
-from book import api, blocks, equations, figures, pages, reference, site, source
+from book import api, blocks, equations, figures, pages, readmes, reference, site, source
 from book.catalog import Subject, all_subjects, read_questions
 from book.markdown import Renderer
 from book.run import ExampleError, Examples, example_environment
 from book.site import Book, BookError, build_site, check_links, check_questions
+
+ROOT = source.ROOT
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,23 @@ def test_every_symbol_of_every_equation_is_explained():
     assert new == [("Q", ""), ("zeta", ""), ("x", equations.read_symbols()[1]["everywhere"]["x"])]
     known = {one.key for one in all_subjects()} | {"everywhere"}
     assert set(equations.read_symbols()[1]) <= known, "symbols of a page that is not there"
+
+
+def test_every_package_has_a_readme_whose_links_lead_somewhere(tmp_path):
+    for package in readmes.packages():
+        file = readmes.readme_file(package)
+        assert file.is_file(), f"python -m book.readmes writes {package}/README.md"
+        assert readmes.dead_links(file) == [], package
+        listed = set(re.findall(r"^\| \[[^\]]+\]\(([\w/]+\.py)\)", file.read_text(encoding="utf-8"), re.M))
+        there = {file for file, _ in readmes.modules(package)}
+        assert len(there - listed) <= len(there) / 4, f"{package}: python -m book.readmes lists its new modules"
+    (tmp_path / "README.md").write_text("[gone](gone.py) [here](README.md) [far](https://x.org)")
+    assert readmes.dead_links(tmp_path / "README.md") == ["gone.py"]
+
+
+def test_the_documents_of_the_project_link_to_what_is_there():
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    assert {file.name: dead for file in files if (dead := readmes.dead_links(file))} == {}
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
