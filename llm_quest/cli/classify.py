@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llm_quest.cli.vision import load_matching_preprocess
+from llm_quest.data.batch import MULTI_LABEL
 from llm_quest.data.images import IMAGE_SUFFIXES, is_image_file, load_image
 from llm_quest.data.text_classification import encode_truncated
 from llm_quest.errors import UsageError
@@ -67,10 +68,14 @@ class TextPrediction:
     def lines(self) -> list[str]:
         result = align_columns([(name, f"{p:.4f}") for name, p in self.probabilities.items()], right=(1,))
         if self.is_multi_label:
-            result.append(f"labels: {', '.join(self.labels) or 'none (no probability is above 0.5)'}")
+            result.append(labels_line(self.labels))
         return result + (
             [f"(read: the first {self.tokens:,} tokens, as in training; left out: {self.cut:,})"] if self.cut else []
         )
+
+
+def labels_line(labels: Sequence[str]) -> str:
+    return f"labels: {', '.join(labels) or 'none (no probability is above 0.5)'}"
 
 
 @torch.no_grad()
@@ -113,10 +118,13 @@ def unique_names(names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """An image classification. probabilities: of every class, the most probable first."""
+    """An image classification. label: the most probable. probabilities: of every class, the most probable first.
+    labels: the most probable, or of a multi-label classifier all above 0.5."""
 
     label: str
     probabilities: dict[str, float]
+    labels: tuple[str, ...] = ()
+    is_multi_label: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,7 +133,8 @@ class ImagePrediction:
         shown = list(self.probabilities.items())[:10]
         left = len(self.probabilities) - len(shown)
         result = align_columns([(name, f"{p:.4f}") for name, p in shown], right=(1,))
-        return result + ([f"(and {left:,} less probable classes)"] if left else [])
+        result += [f"(and {left:,} less probable classes)"] if left else []
+        return result + ([labels_line(self.labels)] if self.is_multi_label else [])
 
 
 @torch.no_grad()
@@ -150,9 +159,11 @@ def classify_image(
         preprocess = load_matching_preprocess(model, loaded.config)
         logits = loaded(preprocess(image)[None].to(torch_device))[0]
         names = unique_names(loaded.config.label_names or tuple(str(i) for i in range(loaded.config.num_labels)))
-    probabilities = logits.softmax(dim=0).tolist()
+    is_multi_label = getattr(loaded.config, "problem_type", None) == MULTI_LABEL
+    probabilities = (logits.sigmoid() if is_multi_label else logits.softmax(dim=0)).tolist()
     ordered = dict(sorted(zip(names, probabilities, strict=True), key=lambda pair: -pair[1]))
-    return ImagePrediction(next(iter(ordered)), ordered)
+    said = [name for name, p in ordered.items() if p > 0.5] if is_multi_label else list(ordered)[:1]
+    return ImagePrediction(next(iter(ordered)), ordered, tuple(said), is_multi_label)
 
 
 def label_prompts(model: str, labels: Sequence[str], template: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Labelled images: their sources, the held-out split, and the rows of training with their augmentation.
 
-Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class
-(`image_folder.py`), CIFAR-10 as files on disk. What is held out is chosen by the hash of the pixels, so that equal
-images stay on one side; nothing but the final score looks at it.
+Sources: scikit-learn's digits (1,797 real handwritten ones, 8 x 8), a folder with a sub-folder per class or a
+table of labels (`image_folder.py`), CIFAR-10 as files on disk. What is held out is chosen by the hash of the pixels,
+so that equal images stay on one side; nothing but the final score looks at it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Labelled images: pixels (N,C,H,W) uint8; labels (N,), indices into names."""
+    """Labelled images: pixels (N,C,H,W) uint8; labels (N,), indices into names; multi-label: (N,names) of 0 and 1."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -49,8 +49,20 @@ class ImageDataset:
         return digest.hexdigest()
 
     @property
+    def is_multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
+
+    def label_names(self, index: int) -> tuple[str, ...]:
+        """The labels of one image, by name."""
+        numbers = np.flatnonzero(self.labels[index]) if self.is_multi_label else [self.labels[index]]
+        return tuple(self.names[number] for number in numbers)
+
+    @property
     def label_counts(self) -> list[int]:
         """How many images each class has."""
+        if self.is_multi_label:
+            return self.labels.sum(axis=0, dtype=np.int64).tolist()  # type: ignore[no-any-return]
         return np.bincount(self.labels, minlength=len(self.names)).tolist()  # type: ignore[no-any-return]
 
     def subset(self, indices: np.ndarray) -> ImageDataset:
@@ -72,7 +84,7 @@ def split_images(images: ImageDataset, held_out: float, *, stratify: bool = True
     if held_out == 0:
         return ImageSplits(images, images.subset(np.arange(0)))
     hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in images.pixels]
-    labels = [(images.names[label] if stratify else "",) for label in images.labels]
+    labels = [images.label_names(index) if stratify else ("",) for index in range(len(images))]
     out = np.zeros(len(images), dtype=bool)
     out[choose_held_out(hashes, labels, held_out)] = True
     return ImageSplits(images.subset(np.flatnonzero(~out)), images.subset(np.flatnonzero(out)))
@@ -118,10 +130,10 @@ def read_cifar_files(files: Sequence[Path]) -> ImageDataset:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """images (B,C,H,W) as the model reads them; labels (B,) int64."""
+    """images (B,C,H,W) as the model reads them; labels (B,) int64; multi-label: (B,N), 1 or 0."""
 
     images: Float[Tensor, "B C H W"]
-    labels: Int[Tensor, " B"]
+    labels: Int[Tensor, " B"] | Float[Tensor, "B N"]
 
     @property
     def num_tokens(self) -> int:

@@ -4,6 +4,8 @@ cat/1.png  cat/outside/2.jfif  cat/photo    images of `cat`, also in deeper fold
                                             or by what it holds (as in `quest classify`)
 cat/notes.txt  1.png                        no image, or outside of the classes: left out, counted and told
 .thumbnails/  cat/._1.png  cat/.cache/      hidden: likewise
+metadata.jsonl  metadata.csv                a table of labels, also several of an image (`image_labels.py`); the names
+                                            of folders then say nothing
 """
 
 from __future__ import annotations
@@ -11,13 +13,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-
+from llm_quest.data.batch import MULTI_LABEL
 from llm_quest.data.document import DropReport
 from llm_quest.data.image_datasets import ImageDataset, ImageSplits, split_images
+from llm_quest.data.image_labels import (
+    METADATA_FILES,
+    LabeledImage,
+    LabelOptions,
+    encode_labels,
+    find_label_table,
+    read_label_table,
+    resolve_label_names,
+)
 from llm_quest.data.images import IMAGE_SUFFIXES, ImageProcessor, is_image_file, load_pixels
 from llm_quest.errors import DataError
 
@@ -33,45 +43,85 @@ def load_image_folder(
     validation: str | None = None,
     *,
     stratify: bool = True,
+    options: LabelOptions | None = None,
 ) -> ImageSplits:
-    """A folder with a sub-folder for each class; or with folders `train` and `val` (or `test`) of such, which are
-    then the two sides; or with another folder for validation. drop_report counts the files, and notes what is odd about
-    the two sides."""
+    """A folder with a sub-folder for each class, or a table of labels; or with folders `train` and `val` (or `test`) of
+    such, which are then the two sides; or with another folder for validation. drop_report counts the files, and notes
+    what is odd about the two sides."""
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class")
+        raise DataError(f"{path} is no folder of images; expected a sub-folder for each class, or metadata.jsonl")
+    options = options or LabelOptions()
     inside = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
     if validation is not None:
-        train = read_class_folders(path, image_processor, drop_report)
-        sides = ImageSplits(train, read_class_folders(Path(validation), image_processor, drop_report, train.names))
-    elif (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
-        train = read_class_folders(inside["train"], image_processor, drop_report)
+        train = read_labeled_folder(path, image_processor, drop_report, options)
+        sides = ImageSplits(
+            train, read_labeled_folder(Path(validation), image_processor, drop_report, options, like=train)
+        )
+    elif find_label_table(path) is None and (inside.keys() - {"train"}) & {"val", "test"} and "train" in inside:
+        train = read_labeled_folder(inside["train"], image_processor, drop_report, options)
         other = inside.get("val", inside.get("test", path))
-        sides = ImageSplits(train, read_class_folders(other, image_processor, drop_report, train.names))
+        sides = ImageSplits(train, read_labeled_folder(other, image_processor, drop_report, options, like=train))
     else:
-        sides = split_images(read_class_folders(path, image_processor, drop_report), held_out, stratify=stratify)
+        images = read_labeled_folder(path, image_processor, drop_report, options)
+        sides = split_images(images, held_out, stratify=stratify)
     for note in describe_sides(sides):
         drop_report.note(note)
     return sides
 
 
-def read_class_folders(
-    path: Path, image_processor: ImageProcessor, drop_report: DropReport, class_names: Sequence[str] | None = None
+def read_labeled_folder(
+    path: Path,
+    image_processor: ImageProcessor,
+    drop_report: DropReport,
+    options: LabelOptions,
+    like: ImageDataset | None = None,
 ) -> ImageDataset:
-    """Every image of every sub-folder; class_names: the classes that must exist."""
-    files = find_class_images(path, drop_report)
-    if class_names is None and len(files) < 2:
+    """The images of a folder with their labels. like: the training images, whose classes and problem type hold."""
+    table = find_label_table(path)
+    if table is None and (options.columns or options.label_separator):
         raise DataError(
-            f"{path} has images in {len(files)} sub-folders; at least two classes are needed, one folder each"
+            f"{path} has no {' or '.join(METADATA_FILES)}, which data.columns and data.label_separator are for"
         )
-    class_names = tuple(files if class_names is None else class_names)
-    if unknown := [name for name in files if name not in class_names]:
+    images = list_class_images(path, drop_report, like) if table is None else list_table(table, options, drop_report)
+    if like is not None:
+        names, is_multi_label = like.names, like.is_multi_label
+    elif table is None:
+        names, is_multi_label = tuple(dict.fromkeys(one.labels[0] for one in images)), options.is_multi_label
+    else:
+        names, problem_type = resolve_label_names(images, options)
+        is_multi_label = problem_type == MULTI_LABEL
+    pixels = load_pixels([one.file for one in images], image_processor)
+    return ImageDataset(pixels, encode_labels(images, names, is_multi_label=is_multi_label), names)
+
+
+def list_table(table: Path, options: LabelOptions, drop_report: DropReport) -> list[LabeledImage]:
+    """The images that the table names; those beside it that it does not name are counted."""
+    images = read_label_table(table, options, drop_report)
+    named = {one.file.resolve() for one in images}
+    kept = DropReport()
+    for file in find_images(table.parent, kept):
+        if file.resolve() not in named:
+            drop_report.drop(f"images that {table.name} does not name", file_size(file))
+    for one in images:
+        drop_report.keep(file_size(one.file))
+    return images
+
+
+def list_class_images(path: Path, drop_report: DropReport, like: ImageDataset | None) -> list[LabeledImage]:
+    """Every image of every sub-folder, whose name is its class. like: images of the classes that must exist."""
+    files = find_class_images(path, drop_report)
+    if like is None and len(files) < 2:
+        raise DataError(
+            f"{path} has images in {len(files)} sub-folders; at least two classes are needed, one folder each, or a "
+            "metadata.jsonl with file_name and label"
+        )
+    if unknown := [name for name in files if like is not None and name not in like.names]:
         raise DataError(f"{path} has the class {unknown[0]!r}, which the training images have not")
     if not files:
         raise DataError(f"{path} has no images in the folders of the classes; add some, or remove {path.name}")
-    labels = [label for label, name in enumerate(class_names) for _ in files.get(name, ())]
-    pixels = load_pixels([file for name in class_names for file in files.get(name, ())], image_processor)
-    return ImageDataset(pixels, np.array(labels), class_names)
+    order = files if like is None else like.names
+    return [LabeledImage(file, (name,)) for name in order for file in files.get(name, ())]
 
 
 def find_class_images(path: Path, drop_report: DropReport) -> dict[str, list[Path]]:
@@ -110,20 +160,20 @@ def file_size(file: Path) -> int:
 
 def describe_sides(sides: ImageSplits) -> list[str]:
     """What is odd about the two sides: classes on one side alone, images that are on both, images of two classes."""
-    names = sides.train.names
-    trained, held_out = (Counter(names[label] for label in side.labels) for side in (sides.train, sides.held_out))
+    what = "have other labels elsewhere" if sides.train.is_multi_label else "are in more than one class"
+    each = [[side.label_names(index) for index in range(len(side))] for side in (sides.train, sides.held_out)]
+    trained, held_out = (Counter(name for labels in side for name in labels) for side in each)
     marks = [
         [hashlib.sha256(image.tobytes()).digest() for image in side.pixels] for side in (sides.train, sides.held_out)
     ]
     both = sum(mark in set(marks[0]) for mark in marks[1]) if set(marks[0]) & set(marks[1]) else 0
-    labels = {(mark, int(label)) for side, own in zip((sides.train, sides.held_out), marks, strict=True)
-              for mark, label in zip(own, side.labels, strict=True)}  # fmt: skip
+    labels = {pair for side, own in zip(each, marks, strict=True) for pair in zip(own, side, strict=True)}
     shared = sum(count > 1 for count in Counter(mark for mark, _ in labels).values())
     return [
         *describe_classes(trained, held_out, "all images are held out, so that it is never learned"),
         *describe_classes(held_out, trained, "no image is held out, so that it is never measured"),
         *([f"{both:,} of {len(sides.held_out):,} held-out images are trained on too (equal pixels)"] if both else []),
-        *([f"{shared:,} images are in more than one class (equal pixels)"] if shared else []),
+        *([f"{shared:,} images {what} (equal pixels)"] if shared else []),
     ]
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,19 @@ from llm_quest.data.tokenizer import Tokenizer
 from llm_quest.errors import DataError, RowError
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+
+class Labeled(Protocol):
+    """What has labels: a row of texts, or of images."""
+
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def is_list(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -146,14 +159,20 @@ def parse_labeled_text(record: Record, *, label_separator: str | None = None) ->
     row, where = TrackedRow.wrap(record.row), record.where
     form = select_form(LABELED_TEXT_FORMS, row, where)
     key = form.keys[-1]
+    labels, is_list = parse_labels(row, key, where, label_separator)
+    return LabeledText(text_field(row, "text", where), labels, where, record.weight, is_list)
+
+
+def parse_labels(row: TrackedRow, key: str, where: str, separator: str | None) -> tuple[tuple[str, ...], bool]:
+    """(the labels of a row, whether it has a list of them). separator: splits a label of text into several."""
     given = row[key]
     if isinstance(given, str) and key == "labels":
         given = parse_json_cell(given, where)
-    if isinstance(given, str) and label_separator is not None:
-        given = [part.strip() for part in given.split(label_separator) if part.strip()]
+    if isinstance(given, str) and separator is not None:
+        given = [part.strip() for part in given.split(separator) if part.strip()]
     is_list = isinstance(given, list | tuple)
     labels = tuple(parse_label(one, key, where) for one in (given if is_list else [given]))
-    return LabeledText(text_field(row, "text", where), tuple(dict.fromkeys(labels)), where, record.weight, is_list)
+    return tuple(dict.fromkeys(labels)), is_list
 
 
 def parse_label(value: Any, key: str, where: str) -> str:
@@ -165,7 +184,7 @@ def parse_label(value: Any, key: str, where: str) -> str:
     return str(value).strip()
 
 
-def problem_type_of(texts: Sequence[LabeledText], wanted: str | None = None) -> str:
+def problem_type_of(texts: Sequence[Labeled], wanted: str | None = None) -> str:
     """transformers' `problem_type`: single_label_classification, or multi_label_classification where a row has a list
     of labels. DataError for lists where one label is wanted."""
     lists = [one for one in texts if one.is_list]
@@ -184,7 +203,7 @@ def split_labeled_texts(texts: Sequence[LabeledText], held_out: float) -> tuple[
     return [one for i, one in enumerate(texts) if i not in chosen], [texts[i] for i in sorted(chosen)]
 
 
-def collect_label_names(texts: Sequence[LabeledText]) -> tuple[str, ...]:
+def collect_label_names(texts: Sequence[Labeled]) -> tuple[str, ...]:
     """The labels in order: whole numbers by value, so that label 2 of 0..11 is class 2, others as text. DataError for
     fewer than two.
 
@@ -194,7 +213,7 @@ def collect_label_names(texts: Sequence[LabeledText]) -> tuple[str, ...]:
         sorted(found, key=lambda name: (int(name), name)) if all(map(WHOLE_NUMBER.fullmatch, found)) else sorted(found)
     )
     if len(names) < 2:
-        raise DataError(f"all {len(texts)} texts have the label {names}; a classifier needs two labels or more")
+        raise DataError(f"all {len(texts)} rows have the label {names}; a classifier needs two labels or more")
     return tuple(names)
 
 

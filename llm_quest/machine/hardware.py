@@ -109,11 +109,12 @@ def peak_memory_bytes() -> int | None:
         return int(allocated)
     try:
         import resource
-    except ImportError:  # Windows, whose own count psutil knows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except (ImportError, AttributeError, OSError):  # Windows, whose own count psutil knows
         import psutil
 
         return getattr(psutil.Process().memory_info(), "peak_wset", None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # macOS counts bytes, Linux kilobytes
 
 

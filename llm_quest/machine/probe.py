@@ -139,7 +139,10 @@ def measure_undisturbed() -> dict[str, float] | None:
 
 def count_preemptions() -> int:
     """How often the system has taken a core away from this process for another one; 0 where it does not say."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+    try:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    except (AttributeError, OSError):  # Windows has no such module
+        return 0
 
 
 def measure_with(clock: Clock) -> Iterator[tuple[str, float]]:

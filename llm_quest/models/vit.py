@@ -71,10 +71,21 @@ def read_label_names_given(c: Any) -> tuple[str, ...]:
     return () if names == default_label_names(len(names)) else names
 
 
+def read_problem_type(c: Any) -> str | None:
+    """Several labels of an image, or (None) one, which is what every other value amounts to for the logits."""
+    kind = c.json.get("problem_type")
+    return kind if kind == "multi_label_classification" else None
+
+
+def write_problem_type(kind: str | None, config: Any) -> dict[str, Any]:
+    return {} if kind is None else {"problem_type": kind}
+
+
 @config_dataclass
 class Config(SquareImages):
     """ViT's numbers, as config.json has them. image_size, patch_size: sides in pixels; num_labels: 0 in a model without
     classes, which gives the class token's vector; label_names: of the classes, where they have names;
+    problem_type: multi_label_classification where an image may have several, each with a probability of its own;
     hidden_dropout_prob: on attention weights, branches and embedding, in training."""
 
     image_size: int = json_field(lambda c: read_square_size(c.json, "image_size", 224))
@@ -89,6 +100,7 @@ class Config(SquareImages):
     hidden_dropout_prob: float = spelled("hidden_dropout_prob", "attention_probs_dropout_prob", default=0.0)
     qkv_bias: bool = True
     label_names: tuple[str, ...] = json_field(read_label_names_given, write_label_names, default=())
+    problem_type: str | None = json_field(read_problem_type, write_problem_type, default=None)
     hidden_act: Literal["gelu"] = "gelu"
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from llm_quest.contracts import LogFn
+from llm_quest.data.batch import MULTI_LABEL, SINGLE_LABEL
 from llm_quest.data.document import DropReport
 from llm_quest.data.image_datasets import (
     AugmentedImages,
@@ -22,6 +23,7 @@ from llm_quest.data.image_datasets import (
     split_images,
 )
 from llm_quest.data.image_folder import load_image_folder
+from llm_quest.data.image_labels import LabelOptions
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import UsageError
 from llm_quest.eval.classification import ClassifierEvaluator, image_outputs
@@ -75,7 +77,9 @@ class ImageDataConfig(StrictModel):
         default="digits", description="digits come with scikit-learn"
     )
     path: LocalPath | None = Field(
-        default=None, description="of folder (a sub-folder for each class) and cifar10 (its binary version)"
+        default=None,
+        description="of folder (a sub-folder for each class, or metadata.jsonl or .csv with file_name and label or "
+        "labels) and cifar10 (its binary version)",
     )
     image_size: PositiveInt | None = Field(
         default=None, description="pixels of a side; null: those of the source (digits 8, cifar10 32) or of model.load"
@@ -92,6 +96,12 @@ class ImageDataConfig(StrictModel):
     stratify: bool = Field(default=True, description="hold out the same share of each class; false: of all images")
     validation: LocalPath | None = Field(
         default=None, description="of folder: another such folder to evaluate on, in place of a part of path"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="of metadata.jsonl or .csv: key (file_name, label, labels) -> the column that holds it"
+    )
+    label_separator: str | None = Field(
+        default=None, min_length=1, description="splits a label of text into several, such as ; (multi-label)"
     )
     augment: AugmentConfig = AugmentConfig()
 
@@ -115,6 +125,10 @@ class ImageDataConfig(StrictModel):
             raise ValueError(f"source {self.source} {'needs a path' if self.path is None else 'takes no path'}")
         if self.validation is not None and self.source != "folder":
             raise ValueError(f"validation is a folder beside source=folder; source {self.source} has its own split")
+        if unknown := [key for key in self.columns if key not in ("file_name", "label", "labels")]:
+            raise ValueError(f"columns names the key {unknown[0]!r}; the keys are file_name, label and labels")
+        if (self.columns or self.label_separator) and self.source != "folder":
+            raise ValueError(f"columns and label_separator are for source=folder, not for {self.source}")
         return self
 
 
@@ -151,6 +165,10 @@ class VitConfig(VisionConfig):
     data: ImageDataConfig = ImageDataConfig()
     model: VitModelConfig = VitModelConfig()
     batch_size: PositiveInt = Field(default=128, description="images in an optimiser step, over all processes")
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = Field(
+        default=None,
+        description="one label of an image, or any number; null: as the table of labels has it (a list: any)",
+    )
     class_weights: ClassWeights = None
     label_smoothing: float = Field(default=0.1, ge=0, lt=1, description="label smoothing")
 
@@ -185,7 +203,7 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     config = resolve_auto(config, context)
     preprocess = make_image_processor(config, log)
     drop_report = DropReport()
-    sides = load_images(config.data, preprocess, drop_report)
+    sides = load_images(config.data, preprocess, drop_report, config.problem_type)
     log_remarks(drop_report, log)
     if left_out := {reason: count for reason, (count, _) in drop_report.dropped.items()}:
         log(f"left out: {', '.join(f'{count:,} {reason}' for reason, count in sorted(left_out.items()))}")
@@ -194,13 +212,15 @@ def build_vit(config: VitConfig, context: Context) -> Job:
     config = count_epochs(config, context.settings, len(sides.train), log)
     loader = make_sharded_loader(config, augmented, parallel)
     names, counts = sides.train.names, sides.train.label_counts
-    weights = make_class_weights(config.class_weights, names, counts, len(sides.train), log)
+    is_multi_label = sides.train.is_multi_label
+    weights = make_class_weights(config.class_weights, names, counts, len(sides.train), log, multi_label=is_multi_label)
     objective = ImageClassificationLoss(
         init_vit(config, sides.train), label_smoothing=config.label_smoothing, class_weights=weights
     )
     identity = {"train": sides.train.hash, "held_out": sides.held_out.hash}
     facts: dict[str, Any] = {"counted": "images", "corpus": {"name": config.data.path or config.data.source}}
     facts["corpus"] |= {"drop_report": drop_report.as_json()} if config.data.source == "folder" else {}
+    facts["problem_type"] = MULTI_LABEL if is_multi_label else SINGLE_LABEL
     facts |= {"train_images": len(sides.train), "val_images": len(sides.held_out), "classes": list(names)}
     facts["label_counts"] = dict(zip(names, zip(counts, sides.held_out.label_counts, strict=True), strict=True))
     callbacks = apply_techniques(config.all_techniques, objective.model, log)
@@ -252,8 +272,14 @@ def fsdp_blocks(model: Any) -> list[nn.Module]:
     return [block for name, part in model.named_modules() if name.endswith("blocks") for block in part]
 
 
-def load_images(config: ImageDataConfig, preprocess: ImageProcessor, drop_report: DropReport) -> ImageSplits:
+def load_images(
+    config: ImageDataConfig, preprocess: ImageProcessor, drop_report: DropReport, problem_type: str | None = None
+) -> ImageSplits:
     """The source's images, in two sides. drop_report: what of a folder was used."""
+    if problem_type == MULTI_LABEL and config.source != "folder":
+        raise UsageError(
+            f"problem_type={MULTI_LABEL} is for data.source=folder: {config.source} has one label an image"
+        )
     if config.source == "digits":
         return split_images(load_sklearn_digits(), config.held_out, stratify=config.stratify)
     assert config.path is not None, "the config asks for a folder with every other source"
@@ -261,7 +287,13 @@ def load_images(config: ImageDataConfig, preprocess: ImageProcessor, drop_report
         load_cifar10(config.path)
         if config.source == "cifar10"
         else load_image_folder(
-            config.path, preprocess, config.held_out, drop_report, config.validation, stratify=config.stratify
+            config.path,
+            preprocess,
+            config.held_out,
+            drop_report,
+            config.validation,
+            stratify=config.stratify,
+            options=LabelOptions(config.columns, config.label_separator, problem_type),
         )
     )
 
@@ -283,11 +315,17 @@ def init_vit(config: VitConfig, images: ImageDataset) -> ImageEncoder:
             num_labels=len(images.names),
             label_names=labels,
             hidden_dropout_prob=part.hidden_dropout_prob,
+            problem_type=MULTI_LABEL if images.is_multi_label else None,
         )
     else:
         sizes = part.model_dump(exclude=set(ALTERNATIVES))
         numbers = vit.Config(
-            image_size=size, num_channels=channels, num_labels=len(images.names), label_names=labels, **sizes
+            image_size=size,
+            num_channels=channels,
+            num_labels=len(images.names),
+            label_names=labels,
+            problem_type=MULTI_LABEL if images.is_multi_label else None,
+            **sizes,
         )
     return build(numbers, seed=seed)  # type: ignore[return-value]
 
@@ -306,6 +344,8 @@ def adapt_to_images(model: ImageEncoder, images: ImageDataset, labels: tuple[str
     wanted = labels or vit.default_label_names(len(images.names))
     if known != wanted:
         replace_head(model, known, wanted, labels, seed)
+    problem_type = MULTI_LABEL if images.is_multi_label else None
+    model.spec = replace(model.spec, config=replace(model.config, problem_type=problem_type))
     return model
 
 

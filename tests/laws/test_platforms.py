@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import ast
 import errno
+import functools
+import importlib
 import mmap
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from llm_quest import files, tensor_files
+from llm_quest import child_process, files, tensor_files
 from llm_quest.data import template_sandbox, tokens
 from llm_quest.data.template_sandbox import render_prompt
 from llm_quest.errors import DataError
 from llm_quest.hub import mmap as hub_mmap
 from llm_quest.hub.load_save import load, save
-from llm_quest.machine import compiler, hardware
+from llm_quest.machine import compiler, hardware, probe
 from llm_quest.models.build import build
 from llm_quest.train.signals import known_signals
 from tests.data.test_template_sandbox import CHATML, DOUBLING, HELLO
@@ -86,6 +89,7 @@ NAMED_SYSTEMS = {
 """Files that may ask for the system's name, and why."""
 
 
+@functools.cache
 def sources() -> list[tuple[str, ast.Module]]:
     paths = sorted(PACKAGE.rglob("*.py"))
     return [(str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
@@ -293,6 +297,103 @@ def test_a_compiler_that_hangs_is_ended_where_groups_cannot_be_killed(tmp_path: 
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     compiler.kill_with_children(process)
     assert process.returncode is not None
+
+
+def give_huge_pages(tmp_path: Path) -> None:
+    assert tensor_files.empty_huge_pages((2048, 1024), device="cpu", dtype=torch.float32).shape == (2048, 1024)
+
+
+def end_a_compiler(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    compiler.kill_with_children(process)
+    assert process.returncode is not None
+
+
+def count_cores_and_memory(tmp_path: Path) -> None:
+    assert hardware.affinity() == (os.cpu_count() or 1)
+    assert (hardware.peak_memory_bytes() or 1) > 0
+
+
+def count_preemptions(tmp_path: Path) -> None:
+    assert probe.count_preemptions() == 0
+
+
+def exchange_two_folders(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    files.exchange_names(tmp_path / "a", tmp_path / "b")
+    assert [one.name for one in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def ask_for_a_death_signal(tmp_path: Path) -> None:
+    child_process.end_with_parent(os.getppid())  # a thread looks
+
+
+GOES_ON = {
+    "tensor_files.py": (tensor_files, give_huge_pages), "machine/compiler.py": (compiler, end_a_compiler),
+    "machine/hardware.py": (hardware, count_cores_and_memory), "machine/probe.py": (probe, count_preemptions),
+    "files.py": (files, exchange_two_folders), "child_process.py": (child_process, ask_for_a_death_signal),
+}  # fmt: skip
+"""File -> its module, and what goes on without the calls that a system may lack. data/template_sandbox.py makes them in
+a process of its own (two tests above)."""
+
+
+@functools.cache
+def calls_that_may_lack() -> dict[str, set[str]]:
+    """File -> "module.name" of what it uses and a system may lack or refuse, as the syntax tree has it."""
+    found: dict[str, set[str]] = {}
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module, name = node.value.id, node.attr
+                if module in MODULES or name in NAMES.get(module, ()) or (module, name) == ("ctypes", "CDLL"):
+                    found.setdefault(path, set()).add(f"{module}.{name}")
+    return found
+
+
+class Lacking:
+    """A module in which some names are missing, or are calls that fail."""
+
+    def __init__(self, real: Any, names: set[str], error: type[Exception]):
+        self.real, self.names, self.error, self.asked = real, names, error, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.real, name)
+        if name not in self.names:
+            return value
+        self.asked.add(f"{self.real.__name__}.{name}")
+        if self.error is AttributeError:
+            raise AttributeError(f"this system has no {name}")
+        return self.refuse if callable(value) else value
+
+    def refuse(self, *given: object, **more: object) -> None:
+        raise OSError(errno.EPERM, "refused")
+
+
+def test_every_file_that_makes_such_a_call_is_known():
+    assert calls_that_may_lack().keys() - {"data/template_sandbox.py"} == GOES_ON.keys()
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError])
+@pytest.mark.parametrize("path", GOES_ON)
+def test_a_feature_goes_on_where_its_call_is_missing_or_refused(
+    path: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The call is made, and fails."""
+    module, feature = GOES_ON[path]
+    calls = calls_that_may_lack()[path]
+    proxies = []
+    for name in {call.split(".")[0] for call in calls}:
+        names = {call.split(".")[1] for call in calls if call.startswith(f"{name}.")} | {"mmap"}
+        lacking = Lacking(importlib.import_module(name), names, error)
+        proxies.append(lacking)
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, lacking)
+        else:  # imported where it is used
+            monkeypatch.setitem(sys.modules, name, lacking)
+    feature(tmp_path)
+    assert set().union(*(lacking.asked for lacking in proxies)) & (calls | {"mmap.mmap"})
 
 
 def test_all_cores_are_counted_where_the_system_names_none(monkeypatch):

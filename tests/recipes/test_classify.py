@@ -187,7 +187,7 @@ def test_rows_are_checked_and_cut_texts_counted(start: Path):
     assert made.label_ids == [(1,), (0,)]
     assert made.item_length(0) == 16
     assert ledger.notes == ["1 texts lost their end beyond 16 tokens"]
-    with pytest.raises(DataError, match="all 1 texts have the label"):
+    with pytest.raises(DataError, match="all 1 rows have the label"):
         collect_label_names(texts[:1])
     with pytest.raises(RowError, match="f:3: 'text' is a int, expected text"):
         parse_labeled_text(Record({"text": 3, "label": "x"}, "f:3"))

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import llm_quest as quest
+from llm_quest.cli.classify import classify_image
 from llm_quest.data.image_datasets import ImageDataset
 from llm_quest.data.images import ImageProcessor
 from llm_quest.errors import BusyError, UsageError
 from llm_quest.hub.load_save import load_preprocess, load_tokenizer
 from llm_quest.models import clip
 from llm_quest.models.build import build, preset
+from llm_quest.objectives.classification import classification_loss
 from llm_quest.recipes.config import load_raw_config, parse_config
 from llm_quest.recipes.engine import run_recipe
 from llm_quest.recipes.recipe import get_recipe
@@ -99,6 +102,36 @@ def test_a_folder_of_images_is_learned_and_the_run_loads_as_a_model(tmp_path: Pa
     page = write_report([tmp_path / "run"]).read_text(encoding="utf-8")
     for told in ("Confusion matrix, held out", "above", '<td class="number">48</td>', "macro F1, held out"):
         assert told in page, told
+
+
+def test_several_labels_of_an_image_are_learned_and_transformers_scores_the_export_alike(tmp_path: Path):
+    """Bright above, below, on both sides or on none: two labels, each on or off."""
+    random, rows = np.random.default_rng(0), []
+    (tmp_path / "images").mkdir()
+    for i in range(120):
+        image = random.integers(0, 60, (8, 8)).astype(np.uint8)
+        labels = [name for name, on in (("above", i % 2), ("below", i % 4 > 1)) if on]
+        for name, half in (("above", slice(0, 4)), ("below", slice(4, 8))):
+            image[half] += 150 * (name in labels)
+        Image.fromarray(image).save(tmp_path / "images" / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "labels": labels})
+    (tmp_path / "images" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = vit_run(tmp_path, "run", "max_steps=150", "data.augment.translate=0", "class_weights=balanced")
+    assert outcome.scores["accuracy"] > 0.9
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["problem_type"] == "multi_label_classification"
+    folder = quest.save(quest.load(tmp_path / "run"), tmp_path / "hf", preprocess=load_preprocess(tmp_path / "run"))
+    theirs = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    assert theirs.config.problem_type == "multi_label_classification"
+    pixels = load_preprocess(folder)(Image.open(tmp_path / "images" / "3.png"))[None]
+    targets = torch.tensor([[1.0, 1.0]])
+    with torch.no_grad():
+        scored, logits = theirs(pixels, labels=targets), quest.load(folder)(pixels)
+    torch.testing.assert_close(logits, scored.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(classification_loss(logits, targets, 0.0).total / 2, scored.loss, atol=1e-6, rtol=0)
+    said = [classify_image(str(folder), tmp_path / "images" / f"{i}.png") for i in range(4)]
+    assert [set(one.labels) for one in said] == [set(row["labels"]) for row in rows[:4]]
+    assert said[0].lines()[-1] == "labels: none (no probability is above 0.5)"
+    assert "above" in write_report([tmp_path / "run"]).read_text(encoding="utf-8")
 
 
 def test_classes_of_images_are_weighed(tmp_path: Path):
